@@ -1,0 +1,5 @@
+"""`python -m expertlane`."""
+
+from expertlane.cli.main import main
+
+main()

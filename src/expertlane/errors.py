@@ -1,0 +1,32 @@
+"""Everything expertlane raises on purpose.
+
+ExpertlaneError
+├── UserError       a mistake in what was asked for: one line, exit code 2
+│   ├── SpecError       a layout, workload, model or experiment that cannot be
+│   └── CapacityError   more memory or ranks than this machine has
+└── RankError       a rank died, hung or failed while it ran: one line, exit code 1
+"""
+
+
+class ExpertlaneError(Exception):
+    """Base of all errors raised on purpose; its text is one line for the user."""
+
+    exit_code = 1
+
+
+class UserError(ExpertlaneError):
+    """What was asked for is wrong; the text says what, and what would be valid."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """A model, layout, workload, deployment or experiment breaks a rule."""
+
+
+class CapacityError(UserError):
+    """The request is valid but this machine is too small for it."""
+
+
+class RankError(ExpertlaneError):
+    """A rank died, hung or raised; the text names rank, layer and stage."""

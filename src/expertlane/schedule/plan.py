@@ -1,0 +1,123 @@
+"""What a scheduler hands to a runner, what comes back, and the runner's protocol."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.spec.names import Phase
+from expertlane.spec.partition import partition
+from expertlane.spec.record import RankRecord
+
+HandleT = TypeVar("HandleT")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some tokens of some sequences, for one data-parallel rank; may be empty.
+
+    Attributes:
+        seq_ids: [num_seqs].
+        slots: [num_seqs]; which row of the key/value cache each sequence owns.
+        num_scheduled_tokens: [num_seqs]; new tokens of each sequence, each at least 1.
+        num_computed_tokens: [num_seqs]; positions already in the cache.
+        token_ids: [num_tokens]; the new tokens, sequence after sequence.
+    """
+
+    seq_ids: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    num_scheduled_tokens: npt.NDArray[np.int64]
+    num_computed_tokens: npt.NDArray[np.int64]
+    token_ids: npt.NDArray[np.int64]
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences in the batch."""
+        return len(self.seq_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens in the batch."""
+        return len(self.token_ids)
+
+    def split(self, num_parts: int) -> list["Batch"]:
+        """Cut into `num_parts` batches at sequence borders, with near-equal numbers of sequences."""
+        ends = np.concatenate(([0], np.cumsum(self.num_scheduled_tokens)))
+        return [
+            Batch(
+                self.seq_ids[part.start : part.stop],
+                self.slots[part.start : part.stop],
+                self.num_scheduled_tokens[part.start : part.stop],
+                self.num_computed_tokens[part.start : part.stop],
+                self.token_ids[ends[part.start] : ends[part.stop]],
+            )
+            for part in partition(self.num_seqs, num_parts)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """One step of one replica: for every micro-batch, the batch of every data-parallel rank.
+
+    All ranks of the replica take part, also those whose batches are empty.
+
+    Attributes:
+        micro_batches: [num_micro_batches][dp].
+        return_logits: send the logits of every sequence's last token back with the outcome.
+        record: fill in times and counters.
+    """
+
+    step: int
+    replica: int
+    phase: Phase
+    micro_batches: tuple[tuple[Batch, ...], ...]
+    return_logits: bool = False
+    record: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class StepOutcome:
+    """What a finished step gave.
+
+    Attributes:
+        token_ids: the next token of every sequence of the plan, by sequence id.
+        logits: by sequence id, [vocab_size]; empty unless the plan asked for them.
+        records: one a rank of the replica; empty unless the plan asked for them.
+        submitted_s, finished_s: on the clock of whoever drives the runner.
+    """
+
+    token_ids: dict[int, int]
+    logits: dict[int, npt.NDArray[np.float32]]
+    records: tuple[RankRecord, ...]
+    submitted_s: float
+    finished_s: float
+
+
+class Runner(Protocol[HandleT]):
+    """Executes step plans; up to `pp` steps over disjoint sequences may be in flight a replica."""
+
+    def submit(self, plan: StepPlan) -> HandleT:
+        """Begin a step."""
+        ...
+
+    def first_done(self, handles: Sequence[HandleT]) -> HandleT:
+        """Wait until one of the steps is finished, and say which."""
+        ...
+
+    def collect(self, handle: HandleT) -> StepOutcome:
+        """Wait for a step and take its outcome; each handle is collected once."""
+        ...
+
+
+class Scheduler(Protocol):
+    """Decides what runs next."""
+
+    def next_plan(self) -> StepPlan | None:
+        """The next step to submit, or None while nothing more may be in flight or all is done."""
+        ...
+
+    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Take in the tokens of a finished step."""
+        ...

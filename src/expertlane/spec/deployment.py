@@ -1,0 +1,53 @@
+"""A deployment: a name, a layout, and the options it runs with."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from expertlane.errors import SpecError
+from expertlane.spec.layout import Layout
+
+MicroBatchSchedule = Literal["drained", "rotating"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a deployment runs.
+
+    Attributes:
+        overlap: two-batch overlap: a rank's batch is split in two, and one half computes while
+            the other half's tokens travel.
+        num_micro_batches: parts a step's batch is cut into for the pipeline.
+        micro_batch_schedule: `drained`: a step's micro-batches all finish before the next step
+            begins; `rotating`: each micro-batch starts its next token as soon as it has the
+            last one, so the pipeline never runs empty.
+
+    Raises:
+        SpecError: `num_micro_batches` is under 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    overlap: bool = False
+    num_micro_batches: int = 1
+    micro_batch_schedule: MicroBatchSchedule = "drained"
+
+    def __post_init__(self) -> None:
+        if self.num_micro_batches < 1:
+            raise SpecError(f"num_micro_batches is {self.num_micro_batches}; it must be 1 or more")
+
+    def __str__(self) -> str:
+        parts = []
+        if self.num_micro_batches > 1:
+            parts.append(f"{self.num_micro_batches} micro-batches {self.micro_batch_schedule}")
+        if self.overlap:
+            parts.append("overlap")
+        return ", ".join(parts) or "plain"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One way to run the experiment's model."""
+
+    name: str
+    layout: Layout
+    options: Options = field(default_factory=Options)

@@ -1,0 +1,152 @@
+"""How ranks are arranged: replicas × pipeline × data × tensor, and experts across them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from expertlane.errors import SpecError
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.partition import partition
+
+_AXES = ("replicas", "pp", "dp", "tp", "ep")
+
+
+class Coordinates(NamedTuple):
+    """Where one rank sits in a layout."""
+
+    replica: int
+    pp_rank: int
+    dp_rank: int
+    tp_rank: int
+    ep_rank: int
+    etp_rank: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parallel layout; rank = ((replica·pp + pp_rank)·dp + dp_rank)·tp + tp_rank.
+
+    The experts of a pipeline stage are spread over its `dp × tp` ranks: `ep` groups of
+    `etp = dp × tp / ep` ranks, each group holding different experts, each rank of a group
+    1/`etp` of each of them. With i = dp_rank·tp + tp_rank: ep_rank = i // etp,
+    etp_rank = i % etp.
+
+    Raises:
+        SpecError: a size is under 1, or `ep` does not divide `dp × tp`.
+    """
+
+    replicas: int = 1
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in _AXES:
+            if getattr(self, axis) < 1:
+                raise SpecError(
+                    f"layout {self}: {axis}={getattr(self, axis)}; it must be 1 or more"
+                )
+        if self.stage_size % self.ep:
+            divisors = [n for n in range(1, self.stage_size + 1) if self.stage_size % n == 0]
+            raise SpecError(
+                f"layout {self}: ep={self.ep} does not divide dp × tp = {self.stage_size}; "
+                f"valid ep: {_listed(divisors)}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """Read `tp=8,pp=2`; axes left out are 1.
+
+        Raises:
+            SpecError: an unknown or repeated axis, a value that is no whole number, or a broken rule.
+        """
+        sizes: dict[str, int] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            axis, _, value = (piece.strip() for piece in part.partition("="))
+            if axis not in _AXES:
+                raise SpecError(
+                    f"layout {text!r}: unknown axis {axis!r}; valid: {', '.join(_AXES)}"
+                )
+            if axis in sizes:
+                raise SpecError(f"layout {text!r}: {axis} is given twice")
+            if not value.isascii() or not value.isdigit():
+                raise SpecError(
+                    f"layout {text!r}: {axis}={value!r} is not a whole number of 1 or more"
+                )
+            sizes[axis] = int(value)
+        if not sizes:
+            raise SpecError(f"layout {text!r} names no axis; an example: tp=8,pp=2")
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        named = [f"{axis}={size}" for axis in _AXES if (size := getattr(self, axis)) != 1]
+        return ",".join(named) or "tp=1"
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage of one replica."""
+        return self.dp * self.tp
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica."""
+        return self.pp * self.stage_size
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.replicas * self.replica_size
+
+    @property
+    def etp(self) -> int:
+        """Expert tensor parallelism: how many ranks share each expert."""
+        return self.stage_size // self.ep
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` sits."""
+        replica, in_replica = divmod(rank, self.replica_size)
+        pp_rank, in_stage = divmod(in_replica, self.stage_size)
+        dp_rank, tp_rank = divmod(in_stage, self.tp)
+        ep_rank, etp_rank = divmod(in_stage, self.etp)
+        return Coordinates(replica, pp_rank, dp_rank, tp_rank, ep_rank, etp_rank)
+
+    def rank_of(self, replica: int, pp_rank: int, in_stage: int) -> int:
+        """The rank at place `in_stage` of a pipeline stage."""
+        return (replica * self.pp + pp_rank) * self.stage_size + in_stage
+
+    def ranks_of_replica(self, replica: int) -> range:
+        """All ranks of one replica."""
+        return range(replica * self.replica_size, (replica + 1) * self.replica_size)
+
+    def layers_of_stage(self, num_hidden_layers: int, pp_rank: int) -> range:
+        """The layers a pipeline stage holds; near-equal."""
+        return partition(num_hidden_layers, self.pp)[pp_rank]
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Check that `model` can be laid out so.
+
+        Raises:
+            SpecError: `tp` does not divide the heads, there are fewer layers than stages, or
+                fewer experts than `ep`.
+        """
+        heads = model.num_attention_heads
+        if heads % self.tp:
+            valid = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise SpecError(
+                f"layout {self}: tp={self.tp} does not divide the {heads} attention heads of "
+                f"{model.name}; valid tp: {_listed(valid)}"
+            )
+        if self.pp > model.num_hidden_layers:
+            raise SpecError(
+                f"layout {self}: pp={self.pp} is more stages than the {model.num_hidden_layers} "
+                f"layers of {model.name}; valid pp: 1 to {model.num_hidden_layers}"
+            )
+        if self.ep > model.num_experts:
+            raise SpecError(
+                f"layout {self}: ep={self.ep} is more than the {model.num_experts} experts of "
+                f"{model.name}; valid ep: 1 to {model.num_experts}"
+            )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

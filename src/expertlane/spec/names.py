@@ -1,0 +1,68 @@
+"""The shared names of stages and causes: what a rank does, and what a step's time goes to."""
+
+from enum import IntEnum, StrEnum
+
+
+class Stage(IntEnum):
+    """What a rank is doing; the index of a column in every per-stage array."""
+
+    IDLE = 0  # waiting for the next plan
+    EMBED = 1
+    ATTENTION = 2
+    ROUTER = 3
+    DISPATCH = 4  # counts, packing and sending tokens to the ranks of their experts
+    EXPERTS = 5
+    COMBINE = 6  # sending expert outputs home and summing them
+    COLLECTIVES = 7  # tensor-parallel all-gather, reduce-scatter and argmax exchange
+    HAND_OVER = 8  # activations from one pipeline stage to the next
+    HEAD = 9
+    SETUP = 10  # building groups and weights; never part of a step
+
+    @property
+    def label(self) -> str:
+        """The name as a user reads it, for example `hand-over`."""
+        return self.name.lower().replace("_", "-")
+
+
+COMMUNICATION_STAGES = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES, Stage.HAND_OVER)
+
+
+class Phase(StrEnum):
+    """Which half of the work a step does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Cause(StrEnum):
+    """Where a step's time goes; the rows of every *why* table."""
+
+    ATTENTION = "attention"
+    ROUTER = "router"
+    EXPERTS = "experts"
+    HEAD = "embedding and head"
+    DISPATCH_COMBINE = "dispatch and combine"
+    TP_COLLECTIVES = "tensor-parallel collectives"
+    HAND_OVER = "hand-over"
+    WAITING = "waiting for other ranks"
+    PIPELINE_BUBBLE = "pipeline bubble"
+    ENGINE = "between steps"
+
+
+class Traffic(IntEnum):
+    """What a byte on a link is."""
+
+    PAYLOAD = 0  # hidden states
+    METADATA = 1  # counts, expert ids, router weights, argmax candidates
+
+
+class Link(IntEnum):
+    """Which kind of link a byte crosses."""
+
+    INTRA_NODE = 0
+    INTER_NODE = 1
+
+    @property
+    def label(self) -> str:
+        """The name as a user reads it."""
+        return self.name.lower().replace("_", "-")

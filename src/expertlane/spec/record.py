@@ -1,0 +1,64 @@
+"""What was measured and counted during one step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.spec.names import Phase
+
+
+@dataclass(frozen=True, eq=False)
+class RankRecord:
+    """Times and counters of one rank over one step.
+
+    The slot axis of the times is the model's layers followed by one slot for what is outside any
+    layer (embedding, hand-over, head, waiting for the plan); a rank fills only its own layers.
+
+    Attributes:
+        rank: global rank.
+        wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.
+        cpu_s: same shape; CPU time of the rank's main thread.
+        blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
+        process_cpu_s: CPU time of all threads of the rank during the step.
+        flops: [num_stages]; floating-point operations, a multiply and an add counted as two.
+        weight_bytes: [num_stages]; weights read, each matrix once per use.
+        kv_bytes: keys and values read from the cache.
+        sent_bytes: [2 kinds of traffic, 2 kinds of link]; bytes sent to *other* ranks.
+        num_collectives: [num_stages]; collectives and point-to-point sends this rank began.
+        num_tokens_per_expert: [num_layers, num_experts]; token-expert pairs this rank computed;
+            zero where another rank of its expert tensor-parallel group reports them.
+    """
+
+    rank: int
+    wall_s: npt.NDArray[np.float64]
+    cpu_s: npt.NDArray[np.float64]
+    blocked_s: npt.NDArray[np.float64]
+    process_cpu_s: float
+    flops: npt.NDArray[np.int64]
+    weight_bytes: npt.NDArray[np.int64]
+    kv_bytes: int
+    sent_bytes: npt.NDArray[np.int64]
+    num_collectives: npt.NDArray[np.int64]
+    num_tokens_per_expert: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """One finished step as metrics see it.
+
+    Attributes:
+        seq_ids: the sequences that took part; each got one new token.
+        num_tokens: tokens computed: all prompt tokens in a prefill, one a sequence in decoding.
+        submitted_s, finished_s: on the clock of whoever drove the runner.
+        records: one a rank of the replica.
+    """
+
+    phase: Phase
+    replica: int
+    num_micro_batches: int
+    seq_ids: tuple[int, ...]
+    num_tokens: int
+    submitted_s: float
+    finished_s: float
+    records: tuple[RankRecord, ...]
