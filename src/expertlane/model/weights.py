@@ -19,7 +19,10 @@ HEAD = "head"
 
 
 def layer_name(layer: int, part: str) -> str:
-    """The name of a layer's tensor; parts: attention_norm, query, key, value, output, moe_norm, router."""
+    """The name of a layer's tensor.
+
+    Parts: attention_norm, query, key, value, output, moe_norm, router.
+    """
     return f"layers.{layer}.{part}"
 
 

@@ -1,6 +1,7 @@
 """How many bytes a rank needs, before anything is allocated."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from expertlane.balance.placement import Placement
 from expertlane.spec.layout import Layout
@@ -33,6 +34,8 @@ def rank_memory(
 ) -> RankMemory:
     """What `rank` holds when the whole workload is resident and is prefilled in one step.
 
+    Activations are those of an even routing; the shares of a skewed one are not known beforehand.
+
     Args:
         itemsize: bytes of a weight or of a cached value.
     """
@@ -53,19 +56,19 @@ def rank_memory(
         vocab = len(partition(model.vocab_size, layout.tp)[at.tp_rank])
         params += vocab * model.hidden_size + model.hidden_size
     in_replica = partition(workload.num_sequences, layout.replicas)[at.replica]
+    # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
+    num_pairs_in_stage = len(in_replica) * workload.prompt_len * model.num_experts_per_tok
+    num_pairs = ceil(num_pairs_in_stage * num_experts / model.num_experts)
     num_seqs = len(partition(len(in_replica), layout.dp)[at.dp_rank])
     kv_width = 2 * model.attention_size // layout.tp
     num_tokens = num_seqs * workload.prompt_len
-    # Hidden states, queries, keys and values, and the tokens of the experts with their inner layer.
-    width = (
-        4 * model.hidden_size
-        + 2 * kv_width
-        + model.num_experts_per_tok * (2 * model.hidden_size + inner)
-    )
+    # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
+    num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
+    num_values += num_pairs * (2 * model.hidden_size + inner)
     return RankMemory(
         weight_bytes=params * itemsize,
         kv_bytes=num_layers * num_seqs * workload.max_len * kv_width * itemsize,
-        activation_bytes=num_tokens * width * itemsize,
+        activation_bytes=num_values * itemsize,
     )
 
 

@@ -14,7 +14,7 @@ class FinishedStep(NamedTuple):
 
 
 def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedStep]:
-    """Submit whatever the scheduler gives and yield steps as they finish, until it gives no more."""
+    """Submit what the scheduler gives and yield steps as they finish, until it gives no more."""
     in_flight: dict[HandleT, StepPlan] = {}
     while True:
         while (plan := scheduler.next_plan()) is not None:

@@ -43,7 +43,7 @@ class Batch:
         return len(self.token_ids)
 
     def split(self, num_parts: int) -> list["Batch"]:
-        """Cut into `num_parts` batches at sequence borders, with near-equal numbers of sequences."""
+        """Cut into `num_parts` batches at sequence borders, near-equal in sequences."""
         ends = np.concatenate(([0], np.cumsum(self.num_scheduled_tokens)))
         return [
             Batch(

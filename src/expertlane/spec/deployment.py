@@ -46,8 +46,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Deployment:
-    """One way to run the experiment's model."""
+    """One way to run the experiment's model.
+
+    Attributes:
+        is_baseline: one of those the proposal is held against; factors are given against the
+            best of them too.
+
+    Raises:
+        SpecError: the name is blank or not one line of text.
+    """
 
     name: str
     layout: Layout
     options: Options = field(default_factory=Options)
+    is_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or not self.name.isprintable():
+            raise SpecError(f"a deployment's name is {self.name!r}; it must be one line of text")

@@ -1,6 +1,7 @@
 """How ranks are arranged: replicas × pipeline × data × tensor, and experts across them."""
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import NamedTuple
 
 from expertlane.errors import SpecError
@@ -8,6 +9,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
+_MAX_DIGITS = 6  # far beyond any cluster; keeps a slip of the keyboard cheap to refuse
 
 
 class Coordinates(NamedTuple):
@@ -47,10 +49,9 @@ class Layout:
                     f"layout {self}: {axis}={getattr(self, axis)}; it must be 1 or more"
                 )
         if self.stage_size % self.ep:
-            divisors = [n for n in range(1, self.stage_size + 1) if self.stage_size % n == 0]
             raise SpecError(
                 f"layout {self}: ep={self.ep} does not divide dp × tp = {self.stage_size}; "
-                f"valid ep: {_listed(divisors)}"
+                f"valid ep: {_listed(_divisors(self.stage_size))}"
             )
 
     @classmethod
@@ -58,7 +59,7 @@ class Layout:
         """Read `tp=8,pp=2`; axes left out are 1.
 
         Raises:
-            SpecError: an unknown or repeated axis, a value that is no whole number, or a broken rule.
+            SpecError: an unknown or repeated axis, a value no whole number, or a broken rule.
         """
         sizes: dict[str, int] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
@@ -69,9 +70,10 @@ class Layout:
                 )
             if axis in sizes:
                 raise SpecError(f"layout {text!r}: {axis} is given twice")
-            if not value.isascii() or not value.isdigit():
+            if not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
                 raise SpecError(
-                    f"layout {text!r}: {axis}={value!r} is not a whole number of 1 or more"
+                    f"layout {text!r}: {axis}={value!r} is not a whole number from 1 to "
+                    f"{10**_MAX_DIGITS - 1}"
                 )
             sizes[axis] = int(value)
         if not sizes:
@@ -131,10 +133,9 @@ class Layout:
         """
         heads = model.num_attention_heads
         if heads % self.tp:
-            valid = [n for n in range(1, heads + 1) if heads % n == 0]
             raise SpecError(
                 f"layout {self}: tp={self.tp} does not divide the {heads} attention heads of "
-                f"{model.name}; valid tp: {_listed(valid)}"
+                f"{model.name}; valid tp: {_listed(_divisors(heads))}"
             )
         if self.pp > model.num_hidden_layers:
             raise SpecError(
@@ -142,10 +143,16 @@ class Layout:
                 f"layers of {model.name}; valid pp: 1 to {model.num_hidden_layers}"
             )
         if self.ep > model.num_experts:
+            valid = [ep for ep in _divisors(self.stage_size) if ep <= model.num_experts]
             raise SpecError(
                 f"layout {self}: ep={self.ep} is more than the {model.num_experts} experts of "
-                f"{model.name}; valid ep: 1 to {model.num_experts}"
+                f"{model.name}; valid ep: {_listed(valid)}"
             )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _listed(numbers: list[int]) -> str:

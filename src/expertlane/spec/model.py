@@ -36,7 +36,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and value <= 0:
+            if field.name != "name" and not value > 0:  # NaN too
                 raise SpecError(f"model {self.name}: {field.name} is {value}; it must be positive")
         if self.num_experts_per_tok > self.num_experts:
             raise SpecError(

@@ -1,5 +1,7 @@
 """Near-equal cuts of a range; the one rule by which everything is shared out."""
 
+from itertools import pairwise
+
 
 def partition(total: int, num_parts: int) -> list[range]:
     """Cut `range(total)` into `num_parts` contiguous ranges whose sizes differ by at most one.
@@ -8,4 +10,4 @@ def partition(total: int, num_parts: int) -> list[range]:
     """
     size, num_longer = divmod(total, num_parts)
     starts = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(starts)]

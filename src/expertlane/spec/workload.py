@@ -15,7 +15,7 @@ class Workload:
     """`num_sequences` prompts of `prompt_len` tokens, each continued by `output_len` tokens.
 
     Raises:
-        SpecError: a count is under 1.
+        SpecError: a count is under 1, or the seed is no unsigned 64-bit number.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -29,8 +29,8 @@ class Workload:
         for name in ("num_sequences", "prompt_len", "output_len"):
             if getattr(self, name) < 1:
                 raise SpecError(f"workload: {name} is {getattr(self, name)}; it must be 1 or more")
-        if self.seed < 0:
-            raise SpecError(f"workload: seed is {self.seed}; it must be 0 or more")
+        if not 0 <= self.seed < 2**64:
+            raise SpecError(f"workload: seed is {self.seed}; it must be 0 to 2**64 - 1")
 
     @property
     def max_len(self) -> int:
@@ -45,10 +45,14 @@ class Workload:
         """
         limit = model.max_position_embeddings
         if self.max_len > limit:
+            valid = (
+                f"valid output_len with a prompt of one token: 1 to {limit}"
+                if self.output_len > limit
+                else f"valid prompt_len at this output_len: 1 to {limit - self.output_len + 1}"
+            )
             raise SpecError(
                 f"workload: a prompt of {self.prompt_len} and {self.output_len} output tokens take "
-                f"{self.max_len} positions but {model.name} has {limit}; "
-                f"valid prompt_len at this output_len: 1 to {limit - self.output_len + 1}"
+                f"{self.max_len} positions but {model.name} has {limit}; {valid}"
             )
 
     def prompt_token_ids(self, vocab_size: int) -> npt.NDArray[np.int64]:

@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test test-full check
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 local ranks
+	@$(BIN)/expertlane compare
+
+test: $(VENV)/.dev ## Run the tests, without the long ones
+	@$(BIN)/pytest -m "not full"
+
+test-full: $(VENV)/.dev ## Run all tests
+	@$(BIN)/pytest
+
+check: $(VENV)/.dev ## Lint, formatting, types, and which room imports which
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.12 …"; \
+	    exit 1; }
+	@echo "Making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Stamps: an install is repeated when pyproject.toml is newer. The dev install covers both.
+$(VENV)/.runtime: pyproject.toml | $(BIN)/python
+	@echo "Installing expertlane into $(VENV) (the first time brings PyTorch: some minutes)"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing expertlane and its test tools into $(VENV) (the first time: some minutes)"
+	@$(PIP) install --editable '.[dev]'
+	@touch $(VENV)/.runtime $@

@@ -1,0 +1,170 @@
+"""`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
+
+import math
+import os
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertlane.errors import SpecError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from expertlane.results import Results
+    from expertlane.spec.experiment import Experiment
+
+DEFAULT_EXPERIMENT = "paper-small"
+DEFAULT_TIMEOUT_S = 60.0
+
+
+class Dtype(StrEnum):
+    """What weights and activations are held in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def compare(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or the name of an experiment that comes with expertlane: "
+            "paper-small (laptop), paper (16 GPUs)."
+        ),
+    ] = DEFAULT_EXPERIMENT,
+    top_k: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K[,K…]",
+            help="Experts per token in place of the experiment's; with several, one comparison "
+            "each, one after the other.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for results.json and report.md (with several K, its subfolders topK). "
+            "Default: results/NAME, or results/NAME-topK with --top-k.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results.json instead of tables.")
+    ] = False,
+    oversubscribe: Annotated[
+        bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
+    ] = DEFAULT_TIMEOUT_S,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of weights and activations. Default: the machine's choice."),
+    ] = None,
+) -> None:
+    """Run an experiment's deployments in turn on the same ranks and show them side by side.
+
+    Says which deployment was faster here and why: tokens per second, time per output token, where
+    each step's time goes, and how the experts were loaded. Starts its own local ranks, or uses
+    those of torchrun. Writes results.json and report.md.
+
+    \b
+    Examples:
+      expertlane compare
+          the paper's deployments on a small model, 16 local ranks
+      expertlane compare --top-k 2,1
+          the same twice: two experts a token, then one
+      expertlane compare mine.toml --out results/mine
+          your own experiment; start from experiments/paper-small.toml
+      expertlane compare --json | jq '.deployments[].decode.tps'
+          for other programs
+      torchrun --nproc-per-node 16 -m expertlane compare
+          on ranks that torchrun started
+    """
+    if not (0 < timeout_s < math.inf):
+        raise UserError(f"--timeout-s is {timeout_s:g}; it must be a number of seconds above 0")
+    comparisons = _comparisons(experiment, top_k, out)
+    for _, folder in comparisons:
+        _check_folder(folder)
+
+    from expertlane.cli.output import progress_on_stderr, stdout_console
+    from expertlane.experiment.compare import run_comparison
+
+    for each, folder in comparisons:
+        with progress_on_stderr() as progress:
+            results = run_comparison(
+                each,
+                dtype=dtype.value if dtype else None,
+                oversubscribe=oversubscribe,
+                timeout_s=timeout_s,
+                progress=progress,
+            )
+        if results is not None:  # None on the ranks of torchrun that do not speak
+            _publish(results, folder, stdout_console(), as_json)
+
+
+def _comparisons(
+    argument: str, top_k: str | None, out: Path | None
+) -> list[tuple["Experiment", Path]]:
+    """What to run, and the folder of each; all checked before the first one runs."""
+    from expertlane.spec.experiment_file import find_experiment, read_experiment
+
+    experiment = read_experiment(find_experiment(argument))
+    if top_k is None:
+        return [(experiment, out or Path("results", experiment.name))]
+    top_ks = _parse_top_ks(top_k)
+    comparisons = []
+    for k in top_ks:
+        try:
+            model = experiment.model.with_overrides(num_experts_per_tok=k)
+        except SpecError as error:
+            raise SpecError(f"--top-k {k}: {error}") from None
+        if out is None:
+            folder = Path("results", f"{experiment.name}-top{k}")
+        else:
+            folder = out / f"top{k}" if len(top_ks) > 1 else out
+        comparisons.append((replace(experiment, model=model), folder))
+    return comparisons
+
+
+def _parse_top_ks(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise UserError(f"--top-k is {text!r}; it must be whole numbers with commas between: 2,1")
+    top_ks = [int(part) for part in parts]
+    if len(set(top_ks)) < len(top_ks):
+        raise UserError(f"--top-k is {text!r}; a number is given twice")
+    return top_ks
+
+
+def _check_folder(folder: Path) -> None:
+    """Check, before anything runs, that results can be written there."""
+    for path in (folder, *folder.absolute().parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"results cannot go to {folder}: {path} is not a folder")
+            if not os.access(path, os.W_OK):
+                raise UserError(f"results cannot go to {folder}: {path} is not writable")
+            return
+
+
+def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:
+    from expertlane.report import markdown, terminal
+    from expertlane.results import write
+
+    report = markdown.render(results)
+    write(results, folder)
+    unfinished = folder / "report.md.part"
+    unfinished.write_text(report, encoding="utf-8")
+    unfinished.replace(folder / "report.md")
+    if as_json:
+        console.out((folder / "results.json").read_text(encoding="utf-8"), highlight=False)
+    else:
+        terminal.show(results, console)
+    print(f"written: {folder / 'results.json'}, {folder / 'report.md'}", file=sys.stderr)

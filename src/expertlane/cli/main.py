@@ -1,0 +1,79 @@
+"""The command line: commands, and how errors end it. Heavy imports wait until a command runs."""
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from expertlane import __version__
+from expertlane.cli.compare import compare
+from expertlane.errors import ExpertlaneError, UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)  # plain help: quick to start, and the same in a pipe
+app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"expertlane {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _expertlane(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run and compare expert-parallel inference of Mixture-of-Experts models.
+
+    \b
+    Examples:
+      expertlane compare                 the paper's deployments, on this machine
+      expertlane compare --help          everything about comparing
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command line and exit.
+
+    Errors raised on purpose end in one line on stderr and their exit code (2 for a user's
+    mistake); any other exception keeps its traceback.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except ExpertlaneError as error:
+        _fail(error, error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        # Usage errors of typer, which carries its own copy of click and exports no base class.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "expertlane"
+        _fail(error.format_message(), UserError.exit_code, hint=f"Try: {command} --help")
+    if code == INTERRUPTED:
+        _fail("interrupted", INTERRUPTED)
+    sys.exit(code)
+
+
+def _fail(error: object, code: int, hint: str = "") -> NoReturn:
+    from expertlane.cli.output import is_speaker
+
+    # All ranks of `torchrun` find the same mistake; the first one tells.
+    if is_speaker() or code != UserError.exit_code:
+        print("expertlane: error:", " ".join(str(error).split()), file=sys.stderr)
+        if hint:
+            print(hint, file=sys.stderr)
+    sys.exit(code)

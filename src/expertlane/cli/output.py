@@ -1,0 +1,81 @@
+"""Where a command's words go: who speaks, how wide, and how progress is shown."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+from expertlane.experiment.progress import Progress, Silent
+
+TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
+PIPED_WIDTH = 80
+
+
+def is_speaker() -> bool:
+    """Whether this process prints and writes: all but the ranks after the first of `torchrun`."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def stdout_console() -> Console:
+    """The console for tables."""
+    if not sys.stdout.isatty():
+        return Console(width=PIPED_WIDTH)
+    return Console(width=min(TERMINAL_WIDTH, Console().width))
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[Progress]:
+    """Progress as a bar on a terminal, as a line per finished task elsewhere."""
+    if not is_speaker():
+        yield Silent()
+    elif not sys.stderr.isatty():
+        yield _Lines(sys.stderr)
+    else:
+        bars = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        with bars:
+            yield _Bars(bars)
+
+
+class _Lines:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def task(self, description: str, total: int) -> None:
+        self._description = description
+        self._started_s = time.monotonic()
+
+    def advance(self) -> None:
+        pass
+
+    def done(self) -> None:
+        elapsed_s = time.monotonic() - self._started_s
+        print(f"{self._description}: done in {elapsed_s:.1f} s", file=self._stream, flush=True)
+
+
+class _Bars:
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+
+    def task(self, description: str, total: int) -> None:
+        self._total = total
+        self._task = self._bars.add_task(description, total=total)
+
+    def advance(self) -> None:
+        self._bars.advance(self._task)
+
+    def done(self) -> None:
+        self._bars.update(self._task, completed=self._total)

@@ -1,0 +1,97 @@
+"""What the launcher and a rank say to each other; importable without torch."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.record import RankRecord
+
+
+@dataclass(frozen=True)
+class Call:
+    """Ask a rank to run `function(context, *args)`.
+
+    Attributes:
+        function: `module:name`, so that the launcher needs not import what ranks run.
+    """
+
+    function: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the function returned."""
+
+    value: Any
+
+
+class FailureKind(Enum):
+    """Who is to blame for a failure."""
+
+    USER = "user"  # a UserError: what was asked for is wrong
+    PEER = "peer"  # a transfer broke: some other rank is the cause
+    BUG = "bug"  # anything else
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The function raised; the rank ends after this message.
+
+    Attributes:
+        text: one line.
+        details: the traceback of a bug, else empty.
+    """
+
+    kind: FailureKind
+    text: str
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a rank is told at its start.
+
+    Attributes:
+        progress_path: the file of the progress board; None where it is not shared.
+        store_path: the rendezvous file of local ranks; None under torchrun.
+        timeout_s: the bound on any wait for other ranks.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    num_local_ranks: int
+    progress_path: str | None
+    store_path: str | None
+    timeout_s: float
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What decides a rank's weights; a rank that already holds them keeps them."""
+
+    model: ModelConfig
+    layout: Layout
+    seed: int
+    ranks_per_node: int
+
+
+@dataclass(frozen=True, eq=False)
+class RankOutcome:
+    """A rank's part of a step's outcome; sequences only from the last stage.
+
+    Attributes:
+        token_ids: by sequence id; empty but on the first rank of a tensor-parallel group.
+        logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
+    """
+
+    token_ids: dict[int, int]
+    logits: dict[int, npt.NDArray[np.float32]]
+    record: RankRecord | None

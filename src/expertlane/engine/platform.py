@@ -1,0 +1,46 @@
+"""Device, backend and dtype of a rank, chosen once and here only.
+
+The CUDA branch is exercised by tests/engine/test_platform_gpu.py where there is a GPU.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from expertlane.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where a rank computes and how it communicates."""
+
+    device: torch.device
+    backend: str
+    dtype: torch.dtype
+    device_name: str
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as a user writes it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | None) -> Platform:
+    """One GPU a rank with NCCL and float16 where there are enough; else CPU, gloo and float32.
+
+    Raises:
+        UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic.
+    """
+    if torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name(device)
+        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name)
+    if dtype_name == "float16":
+        raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, (num_cores or 1) // num_local_ranks))
+    return Platform(torch.device("cpu"), "gloo", DTYPES[dtype_name or "float32"], "CPU")

@@ -1,0 +1,260 @@
+"""From metrics to the results on disk."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.load import max_over_mean
+from expertlane.balance.placement import Placement
+from expertlane.experiment.assumptions import assumptions
+from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
+from expertlane.plan.memory import RankMemory
+from expertlane.results import (
+    BottleneckResult,
+    CriticalPathResult,
+    DecodeResult,
+    DeploymentResult,
+    ExpertLoad,
+    HiddenCommunication,
+    LayoutSizes,
+    Machine,
+    PrefillResult,
+    Quantiles,
+    RankResult,
+    Results,
+    ScalingPoint,
+    TrafficBytes,
+    UtilisationResult,
+    Versions,
+)
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Link, Stage, Traffic
+from expertlane.spec.workload import Workload
+
+
+def deployment_result(
+    deployment: Deployment,
+    model: ModelConfig,
+    workload: Workload,
+    metrics: DeploymentMetrics,
+    memory: Sequence[RankMemory],
+    tokens: npt.NDArray[np.int64],
+    is_baseline: bool,
+) -> DeploymentResult:
+    """The measured row of one deployment.
+
+    Args:
+        memory: [num_ranks]; what each rank holds.
+        tokens: [num_sequences, output_len]; all generated tokens.
+
+    Raises:
+        ValueError: `tokens` is not of the workload's shape, or `memory` not of the layout's.
+    """
+    layout = deployment.layout
+    if tokens.shape != (workload.num_sequences, workload.output_len):
+        raise ValueError(f"tokens of shape {tokens.shape} for {workload}")
+    if len(memory) != layout.world_size:
+        raise ValueError(f"memory of {len(memory)} ranks for layout {layout}")
+    phases = [phase for phase in (metrics.prefill, metrics.decode) if phase is not None]
+    decode = None
+    if metrics.decode is not None:
+        decode = DecodeResult(**_phase(metrics.decode), tpot_s=_token_latency(metrics.decode))
+    bottleneck = metrics.bottleneck
+    load = metrics.num_tokens_per_expert
+    return DeploymentResult(
+        name=deployment.name,
+        layout=LayoutSizes.of(layout),
+        options=deployment.options,
+        source="measured",
+        is_baseline=is_baseline,
+        prefill=PrefillResult(**_phase(metrics.prefill), ttft_s=_token_latency(metrics.prefill)),
+        decode=decode,
+        breakdown_s={phase.phase: phase.breakdown_s for phase in phases},
+        bottleneck=BottleneckResult(
+            phase=bottleneck.phase,
+            cause=bottleneck.cause,
+            share=bottleneck.share,
+            straggler=bottleneck.straggler,
+            sentence=bottleneck.sentence,
+        ),
+        expert_load=ExpertLoad(
+            num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in load),
+            max_over_mean=tuple(map(float, max_over_mean(load))),
+        ),
+        traffic_bytes={phase.phase: _traffic(phase) for phase in phases},
+        per_rank=tuple(
+            _rank(rank, layout, model, phases, memory[rank]) for rank in range(layout.world_size)
+        ),
+        tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+    )
+
+
+def build_results(
+    experiment: Experiment,
+    *,
+    command: str,
+    machine: Machine,
+    versions: Versions,
+    deployments: Sequence[DeploymentResult],
+    scaling: Sequence[DeploymentResult] = (),
+) -> Results:
+    """All that `results.json` holds.
+
+    Args:
+        deployments, scaling: in the experiment's order.
+    """
+    return Results(
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+        machine=machine,
+        experiment=json.loads(json.dumps(asdict(experiment))),  # lists, as they are read back
+        assumptions=assumptions(experiment, machine.dtype),
+        deployments=tuple(deployments),
+        hidden_communication=hidden_by_overlap(deployments),
+        scaling=scaling_points(scaling, deployments),
+    )
+
+
+def hidden_by_overlap(deployments: Sequence[DeploymentResult]) -> tuple[HiddenCommunication, ...]:
+    """One entry for each two deployments that decode and differ in overlap alone."""
+    pairs = (
+        (off, on)
+        for off in deployments
+        for on in deployments
+        if off.layout == on.layout
+        and on.options.overlap
+        and off.options == replace(on.options, overlap=False)
+    )
+    return tuple(
+        HiddenCommunication(
+            off=off.name,
+            on=on.name,
+            step_off_s=off.decode.step_s,
+            step_on_s=on.decode.step_s,
+            exposed_s=off.decode.exposed_s,
+            hidden=hidden_communication(off.decode.step_s, on.decode.step_s, off.decode.exposed_s),
+        )
+        for off, on in pairs
+        if off.decode and on.decode
+    )
+
+
+def scaling_points(
+    scaling: Sequence[DeploymentResult], deployments: Sequence[DeploymentResult]
+) -> tuple[ScalingPoint, ...]:
+    """Decode throughput over expert-parallel sizes, by size.
+
+    Deployments of the same family (layouts that differ from `scaling`'s in `dp` and `ep` alone,
+    same options) join at sizes that `scaling` lacks.
+    """
+    if not scaling:
+        return ()
+    points = {result.layout.ep_size: result for result in scaling}
+    families = {_family(result) for result in scaling}
+    for result in deployments:
+        if _family(result) in families:
+            points.setdefault(result.layout.ep_size, result)
+    rows = [
+        (result, result.decode.tps, result.decode.critical_path.tps)
+        for _, result in sorted(points.items())
+        if result.decode
+    ]
+    if not rows:
+        return ()
+    first, first_tps, first_critical_tps = rows[0]
+    return tuple(
+        ScalingPoint(
+            name=result.name,
+            ep_size=result.layout.ep_size,
+            num_ranks=result.num_ranks,
+            tps=tps,
+            tps_per_rank=tps / result.num_ranks,
+            relative_tps_per_rank=(tps / result.num_ranks) / (first_tps / first.num_ranks),
+            critical_path_tps_per_rank=critical_tps / result.num_ranks,
+            relative_critical_path_tps_per_rank=(critical_tps / result.num_ranks)
+            / (first_critical_tps / first.num_ranks),
+        )
+        for result, tps, critical_tps in rows
+    )
+
+
+def _family(result: DeploymentResult) -> tuple[object, ...]:
+    layout = result.layout.layout
+    return layout.replicas, layout.pp, layout.tp, layout.etp, result.options
+
+
+def _token_latency(phase: PhaseMetrics) -> Quantiles:
+    return Quantiles(phase.latency.token_median_s, phase.latency.token_p95_s)
+
+
+def _phase(phase: PhaseMetrics) -> dict[str, Any]:
+    """The fields of `PhaseResult`."""
+    speed, critical = phase.latency, phase.critical_path
+    return {
+        "num_steps": speed.num_steps,
+        "num_rounds": speed.num_rounds,
+        "num_tokens": speed.num_tokens,
+        "wall_s": speed.wall_s,
+        "tps": speed.tps,
+        "step_s": speed.step_median_s,
+        "exposed_s": phase.time.exposed_s,
+        "active_expert_share": phase.active_expert_share,
+        "cpu_s_per_token": phase.cpu_s_per_token,
+        "critical_path": CriticalPathResult(critical.total_s, critical.tps, critical.step_median_s),
+        "flops": _by_stage(phase.flops),
+        "weight_bytes": _by_stage(phase.weight_bytes),
+        "kv_bytes": phase.kv_bytes,
+        "num_collectives": _by_stage(phase.num_collectives),
+        "utilisation": UtilisationResult(phase.utilisation.flops, phase.utilisation.read_bytes),
+    }
+
+
+def _by_stage(counts: npt.NDArray[np.int64]) -> dict[str, int]:
+    """The stages where anything was counted."""
+    return {stage.label: int(counts[stage]) for stage in Stage if counts[stage]}
+
+
+def _traffic(phase: PhaseMetrics) -> dict[str, TrafficBytes]:
+    return {
+        link.label: TrafficBytes(
+            payload=int(phase.sent_bytes[Traffic.PAYLOAD, link]),
+            metadata=int(phase.sent_bytes[Traffic.METADATA, link]),
+        )
+        for link in Link
+    }
+
+
+def _rank(
+    rank: int,
+    layout: Layout,
+    model: ModelConfig,
+    phases: Sequence[PhaseMetrics],
+    memory: RankMemory,
+) -> RankResult:
+    at = layout.coordinates(rank)
+    own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+    num_experts = len(Placement.linear(model.num_experts, layout.ep).experts_of_rank[at.ep_rank])
+    return RankResult(
+        rank=rank,
+        num_experts_per_layer=tuple(
+            num_experts if layer in own_layers else 0 for layer in range(model.num_hidden_layers)
+        ),
+        weight_bytes=memory.weight_bytes,
+        kv_bytes=memory.kv_bytes,
+        stage_s={
+            phase.phase: {stage.label: float(phase.time.stage_s[rank, stage]) for stage in Stage}
+            for phase in phases
+        },
+        waiting_s={phase.phase: float(phase.time.waiting_s[rank]) for phase in phases},
+        bubble_s={phase.phase: float(phase.time.bubble_s[rank]) for phase in phases},
+    )

@@ -1,0 +1,64 @@
+"""TPS, TTFT and TPOT on the clock of whoever drove the runner."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertlane.spec.record import StepRecord
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How fast one phase went.
+
+    Attributes:
+        num_steps: steps of all replicas; a rotating micro-batch's step counts as one.
+        num_rounds: how often the sequence that stepped most often got a token: a round
+            advances every sequence by one token, whatever the steps it was cut into.
+        num_tokens: tokens computed.
+        wall_s: from the first submission to the last finish.
+        tps: tokens per second of `wall_s`, over the whole system.
+        token_median_s, token_p95_s: over all tokens of all sequences, the time from a
+            sequence's last token (the phase's start for its first) to this one: TTFT in a
+            prefill, TPOT in decoding.
+        step_median_s: from a step's submission to its finish.
+    """
+
+    num_steps: int
+    num_rounds: int
+    num_tokens: int
+    wall_s: float
+    tps: float
+    token_median_s: float
+    token_p95_s: float
+    step_median_s: float
+
+
+def latency(steps: Sequence[StepRecord]) -> Latency:
+    """Throughput and latency of the steps of one phase, in any order.
+
+    Raises:
+        ValueError: there are no steps, or no sequence took part in any.
+    """
+    if not any(step.seq_ids for step in steps):
+        raise ValueError("no step with a sequence in it")
+    start_s = min(step.submitted_s for step in steps)
+    wall_s = max(step.finished_s for step in steps) - start_s
+    token_times: defaultdict[int, list[float]] = defaultdict(lambda: [start_s])
+    for step in sorted(steps, key=lambda step: step.finished_s):
+        for seq in step.seq_ids:
+            token_times[seq].append(step.finished_s)
+    intervals = np.concatenate([np.diff(times) for times in token_times.values()])
+    num_tokens = sum(step.num_tokens for step in steps)
+    return Latency(
+        num_steps=len(steps),
+        num_rounds=max(map(len, token_times.values())) - 1,
+        num_tokens=num_tokens,
+        wall_s=wall_s,
+        tps=num_tokens / wall_s,
+        token_median_s=float(np.median(intervals)),
+        token_p95_s=float(np.percentile(intervals, 95)),
+        step_median_s=float(np.median([step.finished_s - step.submitted_s for step in steps])),
+    )

@@ -1,0 +1,138 @@
+"""The model in plain single-process torch: no cache, no batching tricks, no parallelism.
+
+It shares nothing with the parallel model but the logical weights, so that it can judge it.
+Legend: N sequences, L positions, H heads, D head_dim, E experts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertlane.model.weights import EMBEDDING, FINAL_NORM, HEAD, draw, expert_name, layer_name
+from expertlane.moe.reference import moe_block, router_margin
+from expertlane.spec.model import ModelConfig
+
+_LAYER_PARTS = ("attention_norm", "query", "key", "value", "output", "moe_norm", "router")
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceRun:
+    """A greedy generation.
+
+    Attributes:
+        tokens: [num_seqs, output_len].
+        logits: [num_seqs, output_len, vocab_size]; each token is the first largest of its row.
+        router_margins: [num_seqs, output_len]; the least gap between the last chosen and the first
+            unchosen expert, over all layers and over all positions up to the one that was fed.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+    router_margins: npt.NDArray[np.float32]
+
+
+class ReferenceModel:
+    """The whole model in float32 on the CPU; weights are those of `seed`."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        def weight(name: str) -> Tensor:
+            return torch.from_numpy(draw(model, seed, name))
+
+        self._model = model
+        self._embedding = weight(EMBEDDING)
+        self._final_norm = weight(FINAL_NORM)
+        self._head = weight(HEAD)
+        self._layers: list[dict[str, Tensor]] = []
+        for layer in range(model.num_hidden_layers):
+            tensors = {part: weight(layer_name(layer, part)) for part in _LAYER_PARTS}
+            for part in ("up", "down"):
+                experts = range(model.num_experts)
+                tensors[part] = torch.stack([weight(expert_name(layer, e, part)) for e in experts])
+            self._layers.append(tensors)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits after every position.
+
+        Args:
+            token_ids: [num_seqs, len], integers; at least one position.
+
+        Returns:
+            logits: [num_seqs, len, vocab_size].
+            router_margin: [num_seqs, len]; the least over all layers and all positions up to
+                this one, since attention mixes earlier positions in.
+        """
+        x, margin = self._hidden_states(token_ids)
+        return x @ self._head.T, margin
+
+    @torch.inference_mode()
+    def generate(self, prompts: npt.NDArray[np.int64], output_len: int) -> ReferenceRun:
+        """Continue every prompt greedily, computing all positions anew for each token.
+
+        Args:
+            prompts: [num_seqs, prompt_len]; at least one position.
+        """
+        token_ids = torch.as_tensor(prompts)
+        prompt_len = token_ids.shape[1]
+        logits, margins = [], []
+        for _ in range(output_len):
+            x, margin = self._hidden_states(token_ids)
+            logits.append(x[:, -1] @ self._head.T)
+            margins.append(margin[:, -1])
+            token_ids = torch.cat([token_ids, logits[-1].argmax(dim=-1, keepdim=True)], dim=1)
+        return ReferenceRun(
+            tokens=token_ids[:, prompt_len:].numpy(),
+            logits=torch.stack(logits, dim=1).numpy(),
+            router_margins=torch.stack(margins, dim=1).numpy(),
+        )
+
+    def _hidden_states(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """After the final norm [N, L, hidden_size], and the margin upstream [N, L]."""
+        top_k, eps = self._model.num_experts_per_tok, self._model.rms_norm_eps
+        x = self._embedding[token_ids]
+        margin = torch.full(token_ids.shape, torch.inf)
+        for layer in self._layers:
+            x = x + self._attention(layer, _rms_norm(x, layer["attention_norm"], eps))
+            flat = _rms_norm(x, layer["moe_norm"], eps).flatten(0, 1)
+            of_layer = router_margin(flat, layer["router"], top_k).view(token_ids.shape)
+            margin = torch.minimum(margin, of_layer)
+            out = moe_block(flat, layer["router"], layer["up"], layer["down"], top_k)
+            x = x + out.view(x.shape)
+        return _rms_norm(x, self._final_norm, eps), margin.cummin(dim=1).values
+
+    def _attention(self, layer: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Causal multi-head attention of x [N, L, hidden_size] with rotary positions."""
+        num_heads, head_dim = self._model.num_attention_heads, self._model.head_dim
+        num_seqs, length = x.shape[:2]
+
+        def heads(part: str) -> Tensor:  # [N, H, L, D]
+            return (x @ layer[part].T).view(num_seqs, length, num_heads, head_dim).transpose(1, 2)
+
+        cos, sin = self._rotary(length)
+        query, key = _rotate(heads("query"), cos, sin), _rotate(heads("key"), cos, sin)
+        scores = query @ key.transpose(-1, -2) * head_dim**-0.5  # [N, H, L, L]
+        future = torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
+        probabilities = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+        mixed: Tensor = (probabilities @ heads("value")).transpose(1, 2).flatten(-2)
+        return mixed @ layer["output"].T
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [L, D / 2] of position × theta^(-2i / D) (Su et al. 2021)."""
+        head_dim = self._model.head_dim
+        exponents = -torch.arange(0, head_dim, 2).float() / head_dim
+        inv_freq = torch.pow(self._model.rope_theta, exponents)
+        angles = torch.outer(torch.arange(length).float(), inv_freq)
+        return angles.cos(), angles.sin()
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D / 2) of x [..., L, D]; the rotate-half convention of GPT-NeoX."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

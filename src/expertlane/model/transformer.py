@@ -1,0 +1,176 @@
+"""The part of a transformer that one rank holds: its stage's layers, heads and experts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.model.attention import Attention, KVCache, RotaryEmbedding
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.layers import DecoderLayer, LayerWeights, OutputHead
+from expertlane.model.weights import EMBEDDING, FINAL_NORM, HEAD, draw, expert_name, layer_name
+from expertlane.moe.dispatch import AllToAllDispatcher
+from expertlane.moe.experts import Experts
+from expertlane.parallel.interleave import Steps
+from expertlane.parallel.mesh import ParallelMesh
+from expertlane.parallel.recorder import Recorder
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Stage
+from expertlane.spec.partition import partition
+
+
+class HeadResult(NamedTuple):
+    """What the last stage gives for a batch.
+
+    Attributes:
+        token_ids: [num_seqs].
+        logits: [num_seqs, num_local_vocab] float32.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Cuts a rank's slices out of the seeded logical tensors.
+
+    Attributes:
+        touch: called after every tensor, to say that work goes on.
+    """
+
+    model: ModelConfig
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    touch: Callable[[], None]
+
+    def take(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """Some rows and columns of tensor `name`; all of them by default."""
+        drawn: np.ndarray = draw(self.model, self.seed, name)
+        if rows is not None:
+            drawn = drawn[rows.start : rows.stop]
+        if columns is not None:
+            drawn = drawn[:, columns.start : columns.stop]
+        self.touch()
+        return torch.from_numpy(drawn).to(self.device, self.dtype, copy=True)
+
+
+class TransformerStage:
+    """The layers of one pipeline stage on one rank, with embedding or head at the ends."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        recorder: Recorder,
+    ) -> None:
+        self.model = model
+        self.mesh = mesh
+        self._recorder = recorder
+        self._dtype, self._device = source.dtype, source.device
+        self._caches: list[KVCache] = []
+        layout, at = mesh.layout, mesh.at
+        self._num_local_heads = model.num_attention_heads // layout.tp
+        placement = Placement.linear(model.num_experts, layout.ep)
+        dispatcher = AllToAllDispatcher(mesh, placement, source.device)
+        rotary = RotaryEmbedding(model, source.device)
+        self._layers = [
+            self._build_layer(layer, source, placement, dispatcher, rotary)
+            for layer in layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+        ]
+        self._embedding = source.take(EMBEDDING) if mesh.is_first_stage else None
+        self._head: OutputHead | None = None
+        if mesh.is_last_stage:
+            vocab = partition(model.vocab_size, layout.tp)[at.tp_rank]
+            self._head = OutputHead(
+                source.take(FINAL_NORM),
+                source.take(HEAD, rows=vocab),
+                vocab.start,
+                mesh,
+                recorder,
+                model.rms_norm_eps,
+            )
+
+    def _build_layer(
+        self,
+        layer: int,
+        source: WeightSource,
+        placement: Placement,
+        dispatcher: AllToAllDispatcher,
+        rotary: RotaryEmbedding,
+    ) -> DecoderLayer:
+        model, mesh = self.model, self.mesh
+        at = mesh.at
+        width = self._num_local_heads * model.head_dim
+        heads = range(at.tp_rank * width, (at.tp_rank + 1) * width)
+        inner = partition(model.moe_intermediate_size, mesh.layout.etp)[at.etp_rank]
+        experts = placement.experts_of_rank[at.ep_rank]
+
+        def of_layer(part: str) -> Tensor:
+            return source.take(layer_name(layer, part))
+
+        query_key_value = torch.cat(
+            [source.take(layer_name(layer, part), rows=heads) for part in ("query", "key", "value")]
+        )
+        output = source.take(layer_name(layer, "output"), columns=heads)
+        up = [source.take(expert_name(layer, e, "up"), rows=inner) for e in experts]
+        down = [source.take(expert_name(layer, e, "down"), columns=inner) for e in experts]
+        return DecoderLayer(
+            layer,
+            LayerWeights(of_layer("attention_norm"), of_layer("moe_norm"), of_layer("router")),
+            Attention(query_key_value, output, model.head_dim, rotary, self._recorder),
+            Experts(torch.stack(up), torch.stack(down)),
+            dispatcher,
+            mesh,
+            self._recorder,
+            top_k=model.num_experts_per_tok,
+            eps=model.rms_norm_eps,
+            first_expert=experts.start,
+        )
+
+    def allocate_cache(self, num_slots: int, max_len: int) -> None:
+        """Make room for `num_slots` sequences of up to `max_len` positions; forget all others."""
+        self._caches = []
+        self._caches = [
+            KVCache(
+                num_slots,
+                self._num_local_heads,
+                max_len,
+                self.model.head_dim,
+                self._dtype,
+                self._device,
+            )
+            for _ in self._layers
+        ]
+
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
+        assert self._embedding is not None, "only the first stage holds the embedding"
+        self._recorder.enter(Stage.EMBED)
+        return self._embedding[batch.owned_token_ids]
+
+    def empty_hidden(self, num_tokens: int) -> Tensor:
+        """Room for hidden states from another stage, [num_tokens, hidden_size]."""
+        shape = (num_tokens, self.model.hidden_size)
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor | HeadResult]:
+        """Run a batch through the stage's layers, and the head on the last stage.
+
+        Args:
+            x: [num_owned, hidden_size].
+
+        Returns:
+            Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
+        """
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            x = yield from layer.forward(x, batch, cache)
+        if self._head is None:
+            return x
+        return HeadResult(*(yield from self._head.forward(x, batch)))

@@ -1,0 +1,168 @@
+"""Flat all-to-all dispatch and combine: tokens travel to the ranks of their experts and back.
+
+A token is sent once to each expert-parallel rank it reaches (at the sender's own etp_rank), then
+gathered over the expert tensor-parallel group; expert outputs take the same way back, one row for
+every token-expert pair, and are summed at home in float32 in the order of the token's choices. So
+the sum does not depend on which rank computed what.
+
+Shapes: T tokens of this rank, K = top_k, R rows received, P token-expert pairs received,
+H = hidden_size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.parallel.interleave import Steps
+from expertlane.parallel.mesh import ParallelMesh
+
+_ID = torch.int32
+_ID_BYTES = 4
+_ROWS, _PAIRS = 0, 1
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Tokens that arrived, and the way back for their results.
+
+    Attributes:
+        rows: [P, H]; the input of the experts, grouped by expert.
+        num_tokens_per_expert: [num_local_experts].
+        order: [P]; which pair, in order of arrival, stands at each place of `rows`.
+        pairs_of_etp_rank: [etp]; how many pairs each rank of the etp group brought in.
+        pairs_from: [ep]; of this rank's own, how many came from each ep rank.
+        pairs_to: [ep]; how many pairs this rank sent to each ep rank.
+        send_order: [T·K]; the pair (token·K + choice) at each place of what was sent.
+    """
+
+    rows: Tensor
+    num_tokens_per_expert: list[int]
+    order: Tensor
+    pairs_of_etp_rank: list[int]
+    pairs_from: list[int]
+    pairs_to: list[int]
+    send_order: Tensor
+
+
+class AllToAllDispatcher:
+    """Sends every token to the ranks that hold its experts; drops none, whatever the load."""
+
+    def __init__(self, mesh: ParallelMesh, placement: Placement, device: torch.device) -> None:
+        self._mesh = mesh
+        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
+        self._rank_of_expert = torch.tensor(placement.rank_of_expert(), device=device)
+        first = [experts.start for experts in placement.experts_of_rank]
+        self._first_of_rank = torch.tensor(first, device=device)
+
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, tokens_of_stage_rank: Sequence[int]
+    ) -> Steps[Dispatched]:
+        """Send this rank's tokens and receive those for its experts.
+
+        Args:
+            x: [T, H].
+            topk_ids: [T, K]; logical experts.
+            tokens_of_stage_rank: [dp·tp]; tokens owned by each rank of the stage.
+        """
+        ep, top_k = self._mesh.layout.ep, topk_ids.shape[1]
+        rank_of_pair = self._rank_of_expert[topk_ids]  # [T, K]
+        reached = torch.zeros(len(x), ep, dtype=torch.bool, device=x.device)
+        reached.scatter_(1, rank_of_pair, True)
+        if ep == 1:
+            counts = np.array([[[n, n * top_k]] for n in tokens_of_stage_rank])
+        else:
+            pairs = torch.bincount(rank_of_pair.flatten(), minlength=ep)
+            own_counts = torch.stack([reached.sum(0), pairs], dim=1)  # [ep, 2]
+            width = own_counts.numel() * own_counts.itemsize
+            gathered = yield self._mesh.stage.all_gather(
+                own_counts.view(1, -1), [1] * self._mesh.stage.size, metadata_bytes=width
+            )
+            counts = gathered.view(-1, ep, 2).cpu().numpy()
+        rows, ids = yield from self._exchange(x, topk_ids, rank_of_pair, reached, counts)
+        return self._group_by_expert(rows, ids, rank_of_pair, counts)
+
+    def _exchange(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        rank_of_pair: Tensor,
+        reached: Tensor,
+        counts: npt.NDArray[np.int64],
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """Rows for this rank's experts [R, H], and the local expert of each choice [R, K] or -1."""
+        mesh = self._mesh
+        to_rank, token = reached.t().nonzero(as_tuple=True)  # by rank, then token
+        here = rank_of_pair[token] == to_rank[:, None]
+        local = topk_ids[token] - self._first_of_rank[to_rank][:, None]
+        ids = torch.where(here, local, -1).to(_ID)
+        if mesh.stage.size == 1:
+            return x, ids
+        packed = torch.cat([_as_bytes(x[token]), _as_bytes(ids)], dim=1)
+        ep, etp, at = mesh.layout.ep, mesh.layout.etp, mesh.at
+        metadata = ids.shape[1] * _ID_BYTES
+        arriving = counts[:, at.ep_rank, _ROWS].reshape(ep, etp)  # from (ep_rank, etp_rank)
+        if ep > 1:
+            send = counts[at.ep_rank * etp + at.etp_rank, :, _ROWS].tolist()
+            packed = yield mesh.ep.all_to_all(
+                packed, send, arriving[:, at.etp_rank].tolist(), metadata_bytes=metadata
+            )
+        if etp > 1:
+            packed = yield mesh.etp.all_gather(
+                packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata
+            )
+        row_bytes = x.shape[1] * x.itemsize
+        rows = packed[:, :row_bytes].contiguous().view(x.dtype)
+        return rows, packed[:, row_bytes:].contiguous().view(_ID)
+
+    def _group_by_expert(
+        self, rows: Tensor, ids: Tensor, rank_of_pair: Tensor, counts: npt.NDArray[np.int64]
+    ) -> Dispatched:
+        layout, at = self._mesh.layout, self._mesh.at
+        row_of_pair, choice = (ids >= 0).nonzero(as_tuple=True)
+        expert_of_pair = ids[row_of_pair, choice].long()
+        order = torch.argsort(expert_of_pair, stable=True)
+        num_tokens = torch.bincount(expert_of_pair, minlength=self._num_local_experts)
+        arrived = counts[:, at.ep_rank, _PAIRS].reshape(layout.ep, layout.etp)
+        return Dispatched(
+            rows=rows[row_of_pair[order]],
+            num_tokens_per_expert=num_tokens.tolist(),
+            order=order,
+            pairs_of_etp_rank=arrived.sum(axis=0).tolist(),
+            pairs_from=arrived[:, at.etp_rank].tolist(),
+            pairs_to=counts[at.ep_rank * layout.etp + at.etp_rank, :, _PAIRS].tolist(),
+            send_order=torch.argsort(rank_of_pair.flatten(), stable=True),
+        )
+
+    def combine(self, sent: Dispatched, results: Tensor, topk_weights: Tensor) -> Steps[Tensor]:
+        """Bring expert outputs home and sum them by the router's weights.
+
+        Args:
+            results: [P, H]; outputs of the experts for `sent.rows`, partial sums under etp.
+            topk_weights: [T, K] float32.
+
+        Returns:
+            [T, H] in the dtype of `results`.
+        """
+        mesh = self._mesh
+        arrived = torch.empty_like(results)
+        arrived[sent.order] = results
+        if mesh.layout.etp > 1:
+            arrived = yield mesh.etp.reduce_scatter(arrived, sent.pairs_of_etp_rank)
+        if mesh.layout.ep > 1:
+            arrived = yield mesh.ep.all_to_all(arrived, sent.pairs_from, sent.pairs_to)
+        of_pair = torch.empty_like(arrived)
+        of_pair[sent.send_order] = arrived
+        num_tokens, top_k = topk_weights.shape
+        of_pair = of_pair.view(num_tokens, top_k, of_pair.shape[1])
+        weighted = of_pair.float() * topk_weights[:, :, None]
+        return weighted.sum(dim=1).to(results.dtype)
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """The same rows as uint8, [num_rows, row_bytes]."""
+    return rows.contiguous().view(torch.uint8)

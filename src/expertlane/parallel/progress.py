@@ -1,0 +1,102 @@
+"""Where every rank is, in memory that the launcher can read while a rank hangs or after it died."""
+
+import mmap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from expertlane.spec.names import Stage
+
+_NUM_FIELDS = 6
+_STEP, _LAYER, _STAGE, _WAITING, _COUNTER, _TIME_NS = range(_NUM_FIELDS)
+NO_LAYER = -1
+
+
+class Position(NamedTuple):
+    """What a rank was doing when it last reported.
+
+    Attributes:
+        layer: `NO_LAYER` outside any layer.
+        waiting: blocked in a wait for other ranks.
+        counter: rises with every report.
+        time_s: of the last report, on the monotonic clock.
+    """
+
+    step: int
+    layer: int
+    stage: Stage
+    waiting: bool
+    counter: int
+    time_s: float
+
+    def __str__(self) -> str:
+        layer = "" if self.layer == NO_LAYER else f"layer {self.layer}, "
+        step = "" if self.step < 0 else f"step {self.step}, "
+        return f"{step}{layer}stage {self.stage.label}"
+
+
+class ProgressBoard:
+    """One line a rank in a file mapped by the launcher and by all ranks of its node.
+
+    Args:
+        path: the file; made by the launcher. None keeps the board private to this process.
+    """
+
+    def __init__(self, num_ranks: int, path: Path | None = None, *, create: bool = False) -> None:
+        size = num_ranks * _NUM_FIELDS * 8
+        if path is None:
+            self._map = mmap.mmap(-1, size)
+        else:
+            with open(path, "w+b" if create else "r+b") as file:
+                if create:
+                    file.truncate(size)
+                self._map = mmap.mmap(file.fileno(), size)
+        self._cells = memoryview(self._map).cast("q")
+        if create or path is None:
+            for rank in range(num_ranks):
+                self.reporter(rank)  # writes "setting up"
+
+    def position(self, rank: int) -> Position:
+        """What `rank` last reported."""
+        cells = self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS]
+        return Position(
+            step=cells[_STEP],
+            layer=cells[_LAYER],
+            stage=Stage(cells[_STAGE]),
+            waiting=bool(cells[_WAITING]),
+            counter=cells[_COUNTER],
+            time_s=cells[_TIME_NS] / 1e9,
+        )
+
+    def reporter(self, rank: int) -> "ProgressReporter":
+        """The line of `rank`, to be written by that rank alone."""
+        return ProgressReporter(self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS])
+
+
+class ProgressReporter:
+    """Writes one rank's line; cheap enough to call at every change of stage."""
+
+    def __init__(self, cells: memoryview) -> None:
+        self._cells = cells
+        self.set_step(-1)
+        self.enter(Stage.SETUP, NO_LAYER)
+
+    def set_step(self, step: int) -> None:
+        """Say which step begins; -1 between steps."""
+        self._cells[_STEP] = step
+
+    def enter(self, stage: Stage, layer: int) -> None:
+        """Say which stage of which layer begins."""
+        cells = self._cells
+        cells[_STAGE] = stage
+        cells[_LAYER] = layer
+        self.touch()
+
+    def touch(self) -> None:
+        """Say that work goes on."""
+        self._cells[_COUNTER] += 1
+        self._cells[_TIME_NS] = time.monotonic_ns()
+
+    def set_waiting(self, waiting: bool) -> None:
+        """Say whether the rank is blocked in a wait for others."""
+        self._cells[_WAITING] = waiting

@@ -1,0 +1,224 @@
+"""A report's sections, made from results alone; both renderers print exactly these."""
+
+from typing import Any
+
+from expertlane.report.breakdown import bottlenecks, work_and_traffic
+from expertlane.report.comparison import Comparison, Gain, Row, compare
+from expertlane.report.document import Section, Table, number, text
+from expertlane.report.goals import experts_per_rank, goals, part_of_expert
+from expertlane.report.numbers import (
+    NONE,
+    bytes_si,
+    figures,
+    milliseconds,
+    rate_si,
+    signed,
+    span,
+    times,
+)
+from expertlane.report.paper import paper_section
+from expertlane.report.verdict import oversubscription, verdict
+from expertlane.results import Results
+
+
+def title(results: Results) -> str:
+    """The report's heading."""
+    return f"expertlane: {results.experiment.get('name', 'comparison')}"
+
+
+def sections(results: Results) -> tuple[Section, ...]:
+    """Everything below the heading, in order."""
+    comparison = compare(results)
+    note = oversubscription(results.machine)
+    return (
+        Section("Verdict", (*verdict(comparison, results.machine), *([note] if note else []))),
+        _deployments(comparison, results.deployments[0].source),
+        _gains(comparison),
+        bottlenecks(comparison),
+        work_and_traffic(comparison),
+        *goals(results, comparison),
+        _assumptions(results),
+        _controlled(results),
+        paper_section(),
+    )
+
+
+def _deployments(comparison: Comparison, source: str) -> Section:
+    return Section(
+        f"Deployments ({source})",
+        (
+            Table(
+                "",
+                (
+                    text("#"),
+                    text("deployment"),
+                    text("layout"),
+                    number("ranks"),
+                    text("each rank holds"),
+                ),
+                tuple(
+                    (
+                        str(row.number),
+                        row.deployment.name,
+                        str(row.deployment.layout.layout),
+                        str(row.deployment.num_ranks),
+                        _holds(row),
+                    )
+                    for row in comparison.rows
+                ),
+            ),
+            Table(
+                "",
+                (
+                    text("#"),
+                    text("deployment"),
+                    number("prefill TPS"),
+                    number("TTFT ms"),
+                    number("decode TPS"),
+                    number("TPOT ms"),
+                    number("p95"),
+                    number("× first"),
+                    number("× best base"),
+                ),
+                tuple(_speed(row) for row in comparison.rows),
+            ),
+            f"Factors are of {comparison.phase} TPS; TTFT and TPOT are medians.",
+        ),
+    )
+
+
+def _holds(row: Row) -> str:
+    layers = {
+        sum(1 for experts in rank.num_experts_per_layer if experts)
+        for rank in row.deployment.per_rank
+    }
+    num_experts = experts_per_rank(row)
+    memory = max(rank.weight_bytes for rank in row.deployment.per_rank)
+    return (
+        f"{span(layers)} layer{'' if layers == {1} else 's'} × {span(num_experts)} "
+        f"expert{'' if num_experts == {1} else 's'}, {part_of_expert(row)} of each; "
+        f"{bytes_si(memory)} of weights"
+    )
+
+
+def _speed(row: Row) -> tuple[str, ...]:
+    prefill, decode = row.deployment.prefill, row.deployment.decode
+    best = row.against_best
+    return (
+        str(row.number),
+        row.deployment.name,
+        figures(prefill.tps),
+        milliseconds(prefill.ttft_s.median),
+        figures(decode.tps) if decode else NONE,
+        milliseconds(decode.tpot_s.median) if decode else NONE,
+        milliseconds(decode.tpot_s.p95) if decode else NONE,
+        figures(row.against_first.throughput_factor),
+        figures(best.throughput_factor) if best else NONE,
+    )
+
+
+def _gains(comparison: Comparison) -> Section:
+    first, best = comparison.rows[0], comparison.best_baseline
+    against_first = [(row, row.against_first) for row in comparison.rows]
+    against_best = [(row, row.against_best) for row in comparison.rows if row.against_best]
+    if best is None or best is first:
+        also = "" if best is None else ", also the best baseline"
+        name = f"Against the first, {first.deployment.name}{also}"
+        return Section("Gains", (_gain_table(name, comparison, against_first),))
+    return Section(
+        "Gains",
+        (
+            _gain_table(f"Against the first, {first.deployment.name}", comparison, against_first),
+            _gain_table(
+                f"Against the best baseline, {best.deployment.name}", comparison, against_best
+            ),
+        ),
+    )
+
+
+def _gain_table(name: str, comparison: Comparison, gains: list[tuple[Row, Gain]]) -> Table:
+    latency = comparison.latency_name
+    return Table(
+        name,
+        (
+            text("#"),
+            text("deployment"),
+            number(f"{comparison.phase} TPS gained"),
+            number("throughput"),
+            number(f"{latency} ms changed"),
+            number("latency"),
+        ),
+        tuple(
+            (
+                str(row.number),
+                row.deployment.name,
+                signed(gain.tps),
+                times(gain.throughput_factor),
+                signed(1e3 * gain.latency_s),
+                times(gain.latency_factor),
+            )
+            for row, gain in gains
+        ),
+    )
+
+
+def _assumptions(results: Results) -> Section:
+    return Section(
+        "Assumptions",
+        (
+            Table(
+                "",
+                (text("what"), text("here"), text("why")),
+                tuple((each.name, each.value, each.why) for each in results.assumptions),
+            ),
+        ),
+    )
+
+
+def _controlled(results: Results) -> Section:
+    experiment, machine, versions = results.experiment, results.machine, results.versions
+    rows = (
+        ("model", _listed(experiment.get("model", {}))),
+        ("workload", _listed(experiment.get("workload", {}))),
+        ("weights' seed", str(experiment.get("seed", NONE))),
+        (
+            "machine",
+            f"{machine.cpu_name}, {machine.num_cores} cores, {bytes_si(machine.memory_bytes)}, "
+            f"device {machine.device}, {machine.backend}",
+        ),
+        (
+            "measured peak",
+            f"{rate_si(machine.peak.gemm_flops_per_s, 'FLOP')} ({machine.peak.dtype}), "
+            f"{rate_si(machine.peak.read_bytes_per_s, 'B')} read, "
+            f"on {machine.peak.num_cores} cores",
+        ),
+        ("dtype", machine.dtype),
+        (
+            "ranks",
+            f"{machine.num_ranks}, {figures(machine.ranks_per_core)} a core, "
+            f"{machine.ranks_per_node} a node for the traffic counters",
+        ),
+        (
+            "software",
+            f"expertlane {versions.expertlane}, torch {versions.torch}, Python {versions.python}",
+        ),
+        ("run", f"{results.command}, {results.created}"),
+        ("generated tokens", _same_tokens(results)),
+    )
+    return Section(
+        "Controlled variables (the same for every deployment)",
+        (Table("", (text("what"), text("value")), rows),),
+    )
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _same_tokens(results: Results) -> str:
+    first = results.deployments[0].tokens_sha256
+    num_equal = sum(each.tokens_sha256 == first for each in results.deployments)
+    num_all = len(results.deployments)
+    if num_equal == num_all:
+        return f"identical in all {num_all} deployments (SHA-256 {first[:12]})"
+    return f"identical to the first deployment's in {num_equal} of {num_all} (rounding differs)"

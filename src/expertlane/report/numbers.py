@@ -1,0 +1,63 @@
+"""How numbers are written: three significant digits, SI units, a dash where there is none."""
+
+import math
+
+NONE = "—"
+
+_SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def figures(value: float) -> str:
+    """Three significant digits, never in powers of ten: `1,234`, `12.3`, `0.0123`."""
+    if value == 0:
+        return "0"
+    num_decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{num_decimals}f}"
+
+
+def signed(value: float) -> str:
+    """`figures` with a sign in front."""
+    return ("+" if value > 0 else "") + figures(value)
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, the unit left to the column."""
+    return figures(1e3 * seconds)
+
+
+def percent(share: float) -> str:
+    """`41 %`; small shares keep a digit."""
+    value = 100 * share
+    return f"{value:.1f} %" if 0.05 <= abs(value) < 9.95 else f"{value:.0f} %"
+
+
+def times(factor: float) -> str:
+    """`3.75 ×`."""
+    return f"{figures(factor)} ×"
+
+
+def bytes_si(num_bytes: float) -> str:
+    """`1.23 MB`; powers of 1000."""
+    for scale, prefix in _SI:
+        if abs(num_bytes) >= scale:
+            return f"{figures(num_bytes / scale)} {prefix}B"
+    return f"{figures(num_bytes)} B"
+
+
+def rate_si(per_second: float, unit: str) -> str:
+    """`12.3 GFLOP/s`."""
+    for scale, prefix in _SI:
+        if abs(per_second) >= scale:
+            return f"{figures(per_second / scale)} {prefix}{unit}/s"
+    return f"{figures(per_second)} {unit}/s"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def span(values: set[int]) -> str:
+    """`5` or `5–6`."""
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least}–{most}"

@@ -1,0 +1,410 @@
+"""`results.json`: what a comparison found, as typed values; written whole or not at all.
+
+Every number of a deployment is of its one `source`; a file holds deployments of one source only,
+so that nothing measured can be set against something projected or reported. Dictionaries are
+keyed by the words of `spec.names`: phases, causes, the labels of stages and of links.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from expertlane.errors import UserError
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.machine import MachinePeak
+from expertlane.spec.names import Cause, Phase
+
+SCHEMA_VERSION = 1
+FILE_NAME = "results.json"
+
+Source = Literal["measured", "projected", "reported"]
+
+
+class _Strict:
+    """Read back only what was written: no unknown key, no value of another type."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True)
+class Versions(_Strict):
+    """Of the software that ran."""
+
+    expertlane: str
+    python: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class Machine(_Strict):
+    """Where it ran.
+
+    Attributes:
+        device: `cpu`, or the name of the accelerator.
+        num_cores: cores this process may use.
+        memory_bytes: of the machine.
+        num_ranks: of the largest deployment.
+        ranks_per_node: consecutive ranks whose traffic counts as inside a node.
+        backend: of the collectives, for example `gloo`.
+        dtype: of weights and activations.
+    """
+
+    cpu_name: str
+    device: str
+    num_cores: int
+    memory_bytes: int
+    num_ranks: int
+    ranks_per_node: int
+    backend: str
+    dtype: str
+    peak: MachinePeak
+
+    @property
+    def ranks_per_core(self) -> float:
+        """Above 1, ranks take turns."""
+        return self.num_ranks / self.num_cores
+
+    @property
+    def is_oversubscribed(self) -> bool:
+        """Whether ranks share cores that each of them needs for its computations."""
+        return self.device == "cpu" and self.num_ranks > self.num_cores
+
+
+@dataclass(frozen=True)
+class Assumption(_Strict):
+    """A choice the experiment's source leaves open, and why it was made so."""
+
+    name: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class LayoutSizes(_Strict):
+    """A layout as the file spells it.
+
+    Raises:
+        SpecError: the sizes break a layout's rules.
+    """
+
+    replicas: int
+    pp_size: int
+    dp_size: int
+    tp_size: int
+    ep_size: int
+
+    def __post_init__(self) -> None:
+        _ = self.layout
+
+    @classmethod
+    def of(cls, layout: Layout) -> "LayoutSizes":
+        """The sizes of `layout`."""
+        return cls(layout.replicas, layout.pp, layout.dp, layout.tp, layout.ep)
+
+    @property
+    def layout(self) -> Layout:
+        """Back again."""
+        return Layout(self.replicas, self.pp_size, self.dp_size, self.tp_size, self.ep_size)
+
+
+@dataclass(frozen=True)
+class Quantiles(_Strict):
+    """Of many values."""
+
+    median: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class CriticalPathResult(_Strict):
+    """CPU time on the critical path: what one core a rank would cost, transfers left out."""
+
+    total_s: float
+    tps: float
+    step_s: float
+
+
+@dataclass(frozen=True)
+class UtilisationResult(_Strict):
+    """Shares of the machine's measured peak."""
+
+    flops: float
+    read_bytes: float
+
+
+@dataclass(frozen=True)
+class PhaseResult(_Strict):
+    """What prefill and decode both have; sums are over ranks and steps.
+
+    Attributes:
+        num_steps: steps; a rotating micro-batch's counts as one.
+        num_rounds: times every sequence went one token on.
+        step_s: median.
+        exposed_s: seconds a step blocked in dispatch and combine, mean over ranks.
+        active_expert_share: of the experts of a layer, those with a token in a step; mean.
+        flops, weight_bytes, num_collectives: by stage.
+        kv_bytes: keys and values read.
+    """
+
+    num_steps: int
+    num_rounds: int
+    num_tokens: int
+    wall_s: float
+    tps: float
+    step_s: float
+    exposed_s: float
+    active_expert_share: float
+    cpu_s_per_token: float
+    critical_path: CriticalPathResult
+    flops: dict[str, int]
+    weight_bytes: dict[str, int]
+    kv_bytes: int
+    num_collectives: dict[str, int]
+    utilisation: UtilisationResult
+
+
+@dataclass(frozen=True)
+class PrefillResult(PhaseResult):
+    """`ttft_s`: per sequence, from the phase's start."""
+
+    ttft_s: Quantiles
+
+
+@dataclass(frozen=True)
+class DecodeResult(PhaseResult):
+    """`tpot_s`: over the intervals between a sequence's tokens."""
+
+    tpot_s: Quantiles
+
+
+@dataclass(frozen=True)
+class RankResult(_Strict):
+    """One rank.
+
+    Attributes:
+        num_experts_per_layer: [num_layers]; experts of which it holds all or a part.
+        weight_bytes, kv_bytes: what it holds in memory.
+        stage_s: by phase and stage; waiting and bubbles apart, by phase.
+    """
+
+    rank: int
+    num_experts_per_layer: tuple[int, ...]
+    weight_bytes: int
+    kv_bytes: int
+    stage_s: dict[Phase, dict[str, float]]
+    waiting_s: dict[Phase, float]
+    bubble_s: dict[Phase, float]
+
+
+@dataclass(frozen=True)
+class ExpertLoad(_Strict):
+    """Token-expert pairs of both phases.
+
+    Attributes:
+        num_tokens_per_expert: [num_layers][num_experts].
+        max_over_mean: [num_layers]; 1 is even.
+    """
+
+    num_tokens_per_expert: tuple[tuple[int, ...], ...]
+    max_over_mean: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrafficBytes(_Strict):
+    """Bytes sent to other ranks over one kind of link."""
+
+    payload: int
+    metadata: int
+
+
+@dataclass(frozen=True)
+class BottleneckResult(_Strict):
+    """The largest part of a step, and the rank the others wait for, if one stands out."""
+
+    phase: Phase
+    cause: Cause
+    share: float
+    straggler: int | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class DeploymentResult(_Strict):
+    """One deployment's row.
+
+    Attributes:
+        is_baseline: whether it stands for what the experiment compares against.
+        decode: None where nothing was decoded.
+        breakdown_s: by phase and cause; seconds a round, mean over ranks.
+        traffic_bytes: by phase and link.
+        tokens_sha256: of all generated tokens, to compare runs by.
+    """
+
+    name: str
+    layout: LayoutSizes
+    options: Options
+    source: Source
+    is_baseline: bool
+    prefill: PrefillResult
+    decode: DecodeResult | None
+    breakdown_s: dict[Phase, dict[Cause, float]]
+    bottleneck: BottleneckResult
+    expert_load: ExpertLoad
+    traffic_bytes: dict[Phase, dict[str, TrafficBytes]]
+    per_rank: tuple[RankResult, ...]
+    tokens_sha256: str
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks it ran on."""
+        return self.layout.layout.world_size
+
+    def cause_shares(self, phase: Phase) -> dict[Cause, float]:
+        """The shares of a phase's wall time by cause; they add up to 1."""
+        total = sum(self.breakdown_s[phase].values())
+        return {cause: seconds / total for cause, seconds in self.breakdown_s[phase].items()}
+
+
+@dataclass(frozen=True)
+class HiddenCommunication(_Strict):
+    """Two deployments that differ in overlap alone.
+
+    Attributes:
+        off, on: their names.
+        step_off_s, step_on_s: their median decode steps.
+        exposed_s: seconds a decode step blocked in dispatch and combine without overlap.
+        hidden: (step_off_s - step_on_s) / exposed_s; negative where overlap costs time; None
+            where nothing was exposed.
+    """
+
+    off: str
+    on: str
+    step_off_s: float
+    step_on_s: float
+    exposed_s: float
+    hidden: float | None
+
+
+@dataclass(frozen=True)
+class ScalingPoint(_Strict):
+    """Decoding at one expert-parallel size; `relative_…`: to the first point's."""
+
+    name: str
+    ep_size: int
+    num_ranks: int
+    tps: float
+    tps_per_rank: float
+    relative_tps_per_rank: float
+    critical_path_tps_per_rank: float
+    relative_critical_path_tps_per_rank: float
+
+
+@dataclass(frozen=True)
+class Results(_Strict):
+    """All of one file.
+
+    Attributes:
+        created: ISO 8601, UTC.
+        experiment: model, workload, seed, cluster and deployments as asked for.
+
+    Raises:
+        UserError: no deployment, one name twice, or sources mixed.
+    """
+
+    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+    command: str
+    created: str
+    versions: Versions
+    machine: Machine
+    experiment: dict[str, Any]
+    assumptions: tuple[Assumption, ...]
+    deployments: tuple[DeploymentResult, ...]
+    hidden_communication: tuple[HiddenCommunication, ...]
+    scaling: tuple[ScalingPoint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.deployments:
+            raise UserError("results without a deployment")
+        names = [deployment.name for deployment in self.deployments]
+        if len(set(names)) < len(names):
+            raise UserError(f"results with one deployment twice: {', '.join(names)}")
+        sources = sorted({deployment.source for deployment in self.deployments})
+        if len(sources) > 1:
+            raise UserError(f"results that mix sources: {', '.join(sources)}; only one may stand")
+
+
+def to_json(results: Results) -> str:
+    """The text of `results.json`."""
+    return json.dumps(asdict(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Write `results.json` into `folder`, made if need be; return its path.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    return write_text(folder / FILE_NAME, to_json(results))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all, under a temporary name first; return its path.
+
+    Raises:
+        UserError: its folder can't be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def read(path: Path) -> Results:
+    """Read a `results.json`.
+
+    Raises:
+        UserError: the file is missing or damaged, of another schema version, or a key is
+            unknown, missing or of another type; one line that names the place.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is damaged: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise UserError(f"{path} is not a results file: it has no schema_version")
+    if data["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {data['schema_version']!r}; "
+            f"this expertlane reads {SCHEMA_VERSION}"
+        )
+    return _validated(data, path)
+
+
+def _validated(data: dict[str, Any], path: Path) -> Results:
+    from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
+
+    try:
+        return TypeAdapter(Results).validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = {"missing": "is missing", "unexpected_keyword_argument": "is an unknown key"}
+        raise UserError(f"{path}: {place} {what.get(first['type'], first['msg'])}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,233 @@
+"""Experiments in TOML: finding them, and reading them strictly.
+
+A file holds `name` and `seed`, the tables `[model]`, `[workload]` and `[cluster]`, and one table
+`[[deployments]]` or `[[scaling]]` for each deployment; `experiments/paper-small.toml` shows all.
+"""
+
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.experiment import Cluster, Experiment
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.workload import Workload
+
+_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+_TABLES = ("model", "workload", "cluster")
+_ARRAYS = ("deployments", "scaling")
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "a string",
+    "bool": "true or false",
+}
+_SHOWN_LENGTH = 60  # of a wrong value, in a message
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Header:
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    name: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A deployment's table without its options."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    name: str
+    layout: str
+    baseline: bool = False
+
+
+def shipped_experiments() -> dict[str, Path]:
+    """The experiments that come with expertlane, by name."""
+    here = Path(__file__)
+    in_wheel, in_checkout = here.parents[1] / "experiments", here.parents[3] / "experiments"
+    folder = in_wheel if in_wheel.is_dir() else in_checkout
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_experiment(argument: str) -> Path:
+    """The file that `argument` means: a path, or the bare name of a shipped experiment.
+
+    Raises:
+        SpecError: a bare name that is neither a file here nor shipped.
+    """
+    path = Path(argument)
+    if path.name != argument or path.suffix == ".toml" or path.is_file():
+        return path
+    shipped = shipped_experiments()
+    if argument in shipped:
+        return shipped[argument]
+    if path.exists():
+        return path
+    raise SpecError(
+        f"{argument!r} is neither a file nor an experiment's name{_nearest(argument, shipped)}"
+    )
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check a whole experiment.
+
+    Raises:
+        SpecError: the file cannot be read, is no TOML, or breaks a rule; the text is one line that
+            begins with the path.
+    """
+    try:
+        return _experiment(_parse(path))
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise SpecError("no such file") from None
+    except IsADirectoryError:
+        raise SpecError("is a folder; give the experiment's TOML file") from None
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        ) from None
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        lines = text.split("\n")
+        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
+        raise SpecError(
+            f"malformed TOML: {str(error).replace('at end of document', end)}"
+        ) from None
+
+
+def _experiment(document: dict[str, Any]) -> Experiment:
+    _check_keys(document, (*_field_names(_Header), *_TABLES, *_ARRAYS), "the top level")
+    for table in _TABLES:
+        if not isinstance(document.get(table, {}), dict):
+            raise SpecError(f"{table} is {_shown(document[table])}; it must be a table, [{table}]")
+    for table in ("model", "workload"):
+        if table not in document:
+            raise SpecError(f"the table [{table}] is missing")
+    workload, cluster = document["workload"], document.get("cluster", {})
+    _check_keys(workload, _field_names(Workload), "[workload]")
+    _check_keys(cluster, _field_names(Cluster), "[cluster]")
+    header = _build(_Header, {k: v for k, v in document.items() if k in ("name", "seed")}, "")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", header.name):
+        raise SpecError(
+            f"name is {_shown(header.name)}; it names the folder of results, so it must be letters "
+            "and digits, with . _ - between them"
+        )
+    return Experiment(
+        name=header.name,
+        seed=header.seed,
+        model=_model(document["model"]),
+        workload=_build(Workload, workload, "[workload]"),
+        cluster=_build(Cluster, cluster, "[cluster]"),
+        deployments=_deployments(document, "deployments"),
+        scaling=_deployments(document, "scaling"),
+    )
+
+
+def _model(table: dict[str, Any]) -> ModelConfig:
+    _check_keys(table, ("preset", *_field_names(ModelConfig)), "[model]")
+    overrides = dict(table)
+    preset = overrides.pop("preset", None)
+    if preset is None:
+        return _build(ModelConfig, overrides, "[model]")
+    if not isinstance(preset, str):
+        raise SpecError(f"[model]: preset is {_shown(preset)}; it must be a string")
+    if preset not in PRESETS:
+        raise SpecError(f"[model]: unknown preset {preset!r}{_nearest(preset, PRESETS)}")
+    return _build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]")
+
+
+def _deployments(document: dict[str, Any], key: str) -> tuple[Deployment, ...]:
+    tables = document.get(key, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise SpecError(f"{key} is {_shown(tables)}; it must be one or more tables, [[{key}]]")
+    deployments = []
+    for number, table in enumerate(tables, start=1):
+        where = f"[[{key}]] {number}"
+        head_keys = [k for k in _field_names(_Head) if key == "deployments" or k != "baseline"]
+        _check_keys(table, (*head_keys, *_field_names(Options)), where)
+        if key == "deployments" and number == 1:
+            if table.get("baseline") is False:
+                raise SpecError(
+                    f"{where}: baseline is false, but the first deployment is always one"
+                )
+            table = {"baseline": True} | table
+        try:
+            head = _build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
+            options = _build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
+            layout = Layout.parse(head.layout)
+            deployments.append(Deployment(head.name, layout, options, head.baseline))
+        except SpecError as error:
+            raise SpecError(f"{where}: {error}") from None
+    return tuple(deployments)
+
+
+def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
+    """Make a dataclass of a table of known keys; `where` begins an error's text."""
+    from pydantic import TypeAdapter, ValidationError
+
+    prefix = f"{where}: " if where else ""
+    for key, value in table.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SpecError(f"{prefix}{key} is {value}; it must be a finite number")
+    try:
+        # Through JSON, since a strict dataclass takes no dict from Python. A date becomes a list,
+        # which no field takes.
+        as_json = json.dumps(table, default=lambda value: [str(value)])
+        return TypeAdapter(kind).validate_json(as_json)
+    except ValidationError as error:
+        problems = error.errors()
+    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise SpecError(f"{prefix}{', '.join(missing)} {verb} missing")
+    problem = problems[0]
+    key = str(problem["loc"][0])
+    if problem["type"] == "literal_error":
+        wanted = problem["ctx"]["expected"]
+    else:
+        wanted = _WANTED[problem["type"].partition("_")[0]]
+    raise SpecError(f"{prefix}{key} is {_shown(table[key])}; it must be {wanted}")
+
+
+def _field_names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _check_keys(table: dict[str, Any], valid: Iterable[str], where: str) -> None:
+    valid = list(valid)
+    for key in table:
+        if key not in valid:
+            raise SpecError(f"unknown key {key!r} in {where}{_nearest(key, valid)}")
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    """The end of a message: the valid word most like `word`, or all where none is like it."""
+    valid = list(valid)
+    matches = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; the nearest is {matches[0]!r}" if matches else f"; valid: {', '.join(valid)}"
+
+
+def _shown(value: Any) -> str:
+    """A TOML value on one line, cut when long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"

@@ -1,0 +1,23 @@
+"""What the machine at hand can do at best."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class MachinePeak:
+    """Measured peak rates of the whole machine, all its cores or devices together.
+
+    Attributes:
+        gemm_flops_per_s: of a large matrix product in `dtype`.
+        read_bytes_per_s: of reading memory too large for any cache.
+        num_cores: cores that the measurement used.
+        dtype: of the matrix product, for example `float32`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+    num_cores: int
+    dtype: str

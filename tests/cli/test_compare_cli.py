@@ -1,0 +1,157 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertlane.spec.experiment_file import read_experiment, shipped_experiments
+
+SMALL = read_experiment(shipped_experiments()["paper-small"])
+
+
+def test_the_default_runs_shows_and_writes(comparison, run):
+    code, out, err = run("compare")
+
+    assert (code, out) == (0, "results!\n")
+    assert comparison.calls == [
+        {"experiment": SMALL, "dtype": None, "oversubscribe": False, "timeout_s": 60.0}
+    ]
+    assert Path("results/paper-small/report.md").read_text() == "# results ×\n"
+    assert sorted(path.name for path in Path("results/paper-small").iterdir()) == [
+        "report.md",
+        "results.json",
+    ]
+    progress, written = err.splitlines()
+    assert re.fullmatch(r"EP 16: done in \d+\.\d s", progress)
+    assert written == "written: results/paper-small/results.json, results/paper-small/report.md"
+
+
+def test_options_are_handed_over(comparison, run):
+    code, _, _ = run(
+        "compare", "paper", "--dtype", "bfloat16", "--oversubscribe", "--timeout-s", "2.5"
+    )
+
+    assert code == 0
+    assert comparison.calls == [
+        {
+            "experiment": read_experiment(shipped_experiments()["paper"]),
+            "dtype": "bfloat16",
+            "oversubscribe": True,
+            "timeout_s": 2.5,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folders"),
+    [
+        (["--top-k", "1"], {1: "results/paper-small-top1"}),
+        (["--top-k", "2,1"], {2: "results/paper-small-top2", 1: "results/paper-small-top1"}),
+        (["--top-k", "1", "--out", "here"], {1: "here"}),
+        (["--top-k", "2, 1", "--out", "."], {2: "top2", 1: "top1"}),
+    ],
+)
+def test_top_k_gives_one_comparison_each(comparison, run, arguments, folders):
+    code, out, _ = run("compare", *arguments)
+
+    assert (code, out) == (0, "results!\n" * len(folders))
+    models = [call["experiment"].model for call in comparison.calls]
+    assert models == [SMALL.model.with_overrides(num_experts_per_tok=k) for k in folders]
+    found = {str(path.parent.relative_to(Path.cwd())) for path in Path.cwd().rglob("report.md")}
+    assert found == set(folders.values())
+
+
+def test_json_is_the_file_and_nothing_else(comparison, run):
+    comparison.answer = "x" * 200  # wider than a pipe's 80 columns
+    code, out, err = run("compare", "--json", "--out", "here")
+
+    assert code == 0
+    assert out == Path("here/results.json").read_text()
+    assert "EP 16: done" in err
+
+
+def test_a_rank_that_does_not_speak_writes_nothing(comparison, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    comparison.answer = None
+
+    assert run("compare") == (0, "", "")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_failed_run_writes_nothing(comparison, run):
+    comparison.error = KeyboardInterrupt()
+    assert run("compare")[0] == 130
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--top-k", "two"], "--top-k is 'two'; it must be whole numbers with commas between: 2,1"),
+        (["--top-k", "2,"], "--top-k is '2,'; it must be whole numbers with commas between: 2,1"),
+        (["--top-k", ""], "--top-k is ''; it must be whole numbers with commas between: 2,1"),
+        (["--top-k", "1,1"], "--top-k is '1,1'; a number is given twice"),
+        (
+            ["--top-k", "2,17"],
+            "--top-k 17: model paper-small: num_experts_per_tok is 17 but there are only 16 "
+            "experts",
+        ),
+        (["--timeout-s", "0"], "--timeout-s is 0; it must be a number of seconds above 0"),
+        (["--timeout-s", "nan"], "--timeout-s is nan; it must be a number of seconds above 0"),
+        (["--timeout-s", "inf"], "--timeout-s is inf; it must be a number of seconds above 0"),
+        (["none.toml"], "none.toml: no such file"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(comparison, run, arguments, line):
+    assert run("compare", *arguments) == (2, "", f"expertlane: error: {line}\n")
+    assert comparison.calls == []
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_results_cannot_go_below_a_file(comparison, run):
+    Path("taken").touch()
+    code, _, err = run("compare", "--out", "taken/here")
+    assert (code, err) == (
+        2,
+        f"expertlane: error: results cannot go to taken/here: {Path.cwd() / 'taken'} "
+        "is not a folder\n",
+    )
+    assert comparison.calls == []
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The top-level modules that a run of the command line has imported at its end."""
+    code = """
+import sys
+from expertlane.cli.main import main
+try:
+    main()
+finally:
+    print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return set(finished.stderr.split())
+
+
+def test_help_imports_nothing_heavy():
+    assert not imported_by("--help") & {"torch", "numpy", "pydantic", "rich"}
+    assert not imported_by("compare", "--help") & {"torch", "numpy", "rich"}
+
+
+def test_the_module_runs_and_a_mistake_has_no_traceback(tmp_path: Path):
+    finished = subprocess.run(
+        [sys.executable, "-m", "expertlane", "compare", "none.toml"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (finished.returncode, finished.stdout, finished.stderr) == (
+        2,
+        "",
+        "expertlane: error: none.toml: no such file\n",
+    )

@@ -1,0 +1,72 @@
+import pytest
+
+from expertlane import __version__
+from expertlane.errors import CapacityError, RankError
+
+
+def test_version(run):
+    assert run("--version") == (0, f"expertlane {__version__}\n", "")
+
+
+def test_no_command_shows_the_help(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert "compare" in out
+    assert run("--help")[1].split() == out.split()
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(comparison, run):
+    comparison.error = CapacityError("16 ranks need\n3 GB, but 2 GB are free")
+    assert run("compare") == (
+        2,
+        "",
+        "expertlane: error: 16 ranks need 3 GB, but 2 GB are free\n",
+    )
+
+
+def test_a_rank_error_is_one_line_and_exit_code_1(comparison, run):
+    comparison.error = RankError("rank 3 died in layer 2, experts")
+    assert run("compare") == (1, "", "expertlane: error: rank 3 died in layer 2, experts\n")
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(comparison, run):
+    comparison.error = KeyboardInterrupt()
+    assert run("compare") == (130, "", "expertlane: error: interrupted\n")
+
+
+def test_anything_else_keeps_its_traceback(comparison, run):
+    comparison.error = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("compare")
+
+
+def test_a_usage_error_is_two_lines(run):
+    code, out, err = run("compare", "--topk", "1")
+    assert (code, out) == (2, "")
+    first, second = err.splitlines()
+    assert first.startswith("expertlane: error: No such option: --topk")
+    assert second.startswith("Try: ")
+    assert second.endswith(" compare --help")
+
+
+def test_an_unknown_command_is_two_lines(run):
+    code, out, err = run("compar")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[0].startswith("expertlane: error: No such command 'compar'")
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "line"), [("0", "expertlane: error: none.toml: no such file\n"), ("1", "")]
+)
+def test_under_torchrun_only_rank_0_tells_of_a_mistake(comparison, run, monkeypatch, rank, line):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert run("compare", "none.toml") == (2, "", line)
+
+
+def test_under_torchrun_every_rank_tells_of_a_dead_one(comparison, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    comparison.error = RankError("rank 0 died in layer 2, experts")
+    assert run("compare") == (1, "", "expertlane: error: rank 0 died in layer 2, experts\n")

@@ -1,0 +1,328 @@
+from pathlib import Path
+
+import pytest
+
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.experiment import Cluster, Experiment
+from expertlane.spec.experiment_file import (
+    find_experiment,
+    read_experiment,
+    shipped_experiments,
+)
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
+
+SMALLEST = """\
+name = "mine"
+[model]
+preset = "paper-tiny"
+[workload]
+num_sequences = 4
+prompt_len = 8
+output_len = 3
+[[deployments]]
+name = "one"
+layout = "tp=1"
+"""
+
+
+@pytest.fixture
+def error_of(tmp_path: Path):
+    """The line with which a file's text is refused, after the path."""
+
+    def error(text: str | bytes) -> str:
+        path = tmp_path / "mine.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(SpecError) as caught:
+            read_experiment(path)
+        line = str(caught.value)
+        assert line.startswith(f"{path}: ")
+        assert "\n" not in line
+        return line.removeprefix(f"{path}: ")
+
+    return error
+
+
+def test_smallest_file_gives_defaults(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text(SMALLEST)
+
+    assert read_experiment(path) == Experiment(
+        name="mine",
+        model=PRESETS["paper-tiny"],
+        workload=Workload(num_sequences=4, prompt_len=8, output_len=3, seed=0),
+        deployments=(Deployment("one", Layout(), Options(), is_baseline=True),),
+        scaling=(),
+        cluster=Cluster(ranks_per_node=0),
+        seed=0,
+    )
+
+
+def test_every_key_is_read(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        """
+        name = "all"
+        seed = 7
+        [model]
+        preset = "paper-tiny"
+        num_experts_per_tok = 1
+        rope_theta = 500 # a whole number is a number
+        [workload]
+        num_sequences = 4
+        prompt_len = 8
+        output_len = 3
+        seed = 9
+        [cluster]
+        ranks_per_node = 2
+        [[deployments]]
+        name = "first"
+        layout = "tp=2,pp=2"
+        num_micro_batches = 4
+        micro_batch_schedule = "rotating"
+        [[deployments]]
+        name = "second"
+        layout = "dp=2,tp=2,ep=2"
+        baseline = true
+        [[deployments]]
+        name = "third"
+        layout = "dp=4,ep=4"
+        overlap = true
+        [[scaling]]
+        name = "EP 1"
+        layout = "dp=1"
+        """
+    )
+
+    assert read_experiment(path) == Experiment(
+        name="all",
+        model=PRESETS["paper-tiny"].with_overrides(num_experts_per_tok=1, rope_theta=500.0),
+        workload=Workload(num_sequences=4, prompt_len=8, output_len=3, seed=9),
+        deployments=(
+            Deployment("first", Layout(tp=2, pp=2), Options(False, 4, "rotating"), True),
+            Deployment("second", Layout(dp=2, tp=2, ep=2), Options(), True),
+            Deployment("third", Layout(dp=4, ep=4), Options(overlap=True), False),
+        ),
+        scaling=(Deployment("EP 1", Layout(), Options(), False),),
+        cluster=Cluster(ranks_per_node=2),
+        seed=7,
+    )
+
+
+def test_model_without_a_preset(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    sizes = """\
+name = "small"
+num_hidden_layers = 1
+hidden_size = 8
+num_attention_heads = 2
+head_dim = 4
+num_experts = 2
+num_experts_per_tok = 1
+moe_intermediate_size = 16
+vocab_size = 11
+max_position_embeddings = 32
+"""
+    path.write_text(SMALLEST.replace('preset = "paper-tiny"\n', sizes))
+
+    model = read_experiment(path).model
+    assert (model.name, model.num_experts, model.rope_theta) == ("small", 2, 10_000.0)
+
+
+UNKNOWN_KEYS = {
+    (
+        'name = "mine"',
+        'nmae = "mine"',
+    ): "unknown key 'nmae' in the top level; the nearest is 'name'",
+    ("[workload]", "[worklod]"): (
+        "unknown key 'worklod' in the top level; the nearest is 'workload'"
+    ),
+    ("preset =", "prest ="): "unknown key 'prest' in [model]; the nearest is 'preset'",
+    (
+        "prompt_len",
+        "promt_len",
+    ): "unknown key 'promt_len' in [workload]; the nearest is 'prompt_len'",
+    ("[[deployments]]", "[cluster]\nranks_a_node = 8\n[[deployments]]"): (
+        "unknown key 'ranks_a_node' in [cluster]; the nearest is 'ranks_per_node'"
+    ),
+    ("layout =", "layuot ="): (
+        "unknown key 'layuot' in [[deployments]] 1; the nearest is 'layout'"
+    ),
+    ('layout = "tp=1"', 'layout = "tp=1"\nmicro_batches = 2'): (
+        "unknown key 'micro_batches' in [[deployments]] 1; the nearest is 'num_micro_batches'"
+    ),
+    ('layout = "tp=1"', 'layout = "tp=1"\n[[scaling]]\nname = "s"\nbaseline = true'): (
+        "unknown key 'baseline' in [[scaling]] 1; "
+        "valid: name, layout, overlap, num_micro_batches, micro_batch_schedule"
+    ),
+}
+
+WRONG_VALUES = {
+    ("num_sequences = 4", 'num_sequences = "4"'): (
+        '[workload]: num_sequences is "4"; it must be a whole number'
+    ),
+    ("num_sequences = 4", "num_sequences = 4.0"): (
+        "[workload]: num_sequences is 4.0; it must be a whole number"
+    ),
+    ("num_sequences = 4", "num_sequences = true"): (
+        "[workload]: num_sequences is true; it must be a whole number"
+    ),
+    ("num_sequences = 4", "num_sequences = 0"): (
+        "workload: num_sequences is 0; it must be 1 or more"
+    ),
+    ("prompt_len = 8", "prompt_len = 63"): (
+        "workload: a prompt of 63 and 3 output tokens take 65 positions but paper-tiny has 64; "
+        "valid prompt_len at this output_len: 1 to 62"
+    ),
+    ("output_len = 3\n", ""): "[workload]: output_len is missing",
+    ("prompt_len = 8\noutput_len = 3\n", ""): "[workload]: prompt_len, output_len are missing",
+    ('name = "mine"\n', ""): "name is missing",
+    ('"mine"', "3"): "name is 3; it must be a string",
+    ('"mine"', "2020-01-01"): 'name is "2020-01-01"; it must be a string',
+    ('"mine"', '"../mine"'): (
+        'name is "../mine"; it names the folder of results, so it must be letters and digits, '
+        "with . _ - between them"
+    ),
+    ('"mine"', '"mine"\nseed = 1.5'): "seed is 1.5; it must be a whole number",
+    ('preset = "paper-tiny"', "preset = 3"): "[model]: preset is 3; it must be a string",
+    ('"paper-tiny"', '"paper-tny"'): (
+        "[model]: unknown preset 'paper-tny'; the nearest is 'paper-tiny'"
+    ),
+    ('"paper-tiny"', '"paper-tiny"\nrope_theta = nan'): (
+        "[model]: rope_theta is nan; it must be a finite number"
+    ),
+    ('"paper-tiny"', '"paper-tiny"\nrope_theta = "x"'): (
+        '[model]: rope_theta is "x"; it must be a number'
+    ),
+    ('preset = "paper-tiny"', 'name = "x"'): (
+        "[model]: num_hidden_layers, hidden_size, num_attention_heads, head_dim, num_experts, "
+        "num_experts_per_tok, moe_intermediate_size, vocab_size, max_position_embeddings "
+        "are missing"
+    ),
+    ('name = "one"\n', ""): "[[deployments]] 1: name is missing",
+    ('"one"', '""'): ("[[deployments]] 1: a deployment's name is ''; it must be one line of text"),
+    ('"one"', '"a\\nb"'): (
+        "[[deployments]] 1: a deployment's name is 'a\\nb'; it must be one line of text"
+    ),
+    ('layout = "tp=1"\n', ""): "[[deployments]] 1: layout is missing",
+    ('"tp=1"', "1"): "[[deployments]] 1: layout is 1; it must be a string",
+    ('"tp=1"', '"dp=4,ep=3"'): (
+        "[[deployments]] 1: layout dp=4,ep=3: ep=3 does not divide dp × tp = 4; valid ep: 1, 2, 4"
+    ),
+    ('"tp=1"', '"tp=5"'): (
+        "layout tp=5: tp=5 does not divide the 16 attention heads of paper-tiny; "
+        "valid tp: 1, 2, 4, 8, 16"
+    ),
+    ('"tp=1"', '"tp=1"\noverlap = 1'): (
+        "[[deployments]] 1: overlap is 1; it must be true or false"
+    ),
+    ('"tp=1"', '"tp=1"\nnum_micro_batches = 0'): (
+        "[[deployments]] 1: num_micro_batches is 0; it must be 1 or more"
+    ),
+    ('"tp=1"', '"tp=1"\nmicro_batch_schedule = "drain"'): (
+        "[[deployments]] 1: micro_batch_schedule is \"drain\"; it must be 'drained' or 'rotating'"
+    ),
+    ('"tp=1"', '"tp=1"\nbaseline = false'): (
+        "[[deployments]] 1: baseline is false, but the first deployment is always one"
+    ),
+    ('"tp=1"', '"tp=1"\n[[deployments]]\nname = "one"\nlayout = "tp=2"'): (
+        "experiment mine: two deployments are named 'one'"
+    ),
+    ('"tp=1"', '"tp=1"\n[[deployments]]\nname = "two"'): "[[deployments]] 2: layout is missing",
+    ('"tp=1"', '"tp=1"\n[[scaling]]\nname = "two"'): "[[scaling]] 1: layout is missing",
+    ("[[deployments]]", "[deployments]"): (
+        'deployments is {"name": "one", "layout": "tp=1"}; it must be one or more tables, '
+        "[[deployments]]"
+    ),
+    ('[[deployments]]\nname = "one"\nlayout = "tp=1"\n', ""): (
+        "experiment mine has no deployment; add a [[deployments]] table"
+    ),
+    ('[model]\npreset = "paper-tiny"\n', ""): "the table [model] is missing",
+    ('name = "mine"\n', 'name = "mine"\ncluster = 8\n'): (
+        "cluster is 8; it must be a table, [cluster]"
+    ),
+}
+
+MALFORMED = {
+    ('name = "mine"', "name = mine"): "malformed TOML: Invalid value (at line 1, column 8)",
+    ("[model]", "[model"): (
+        "malformed TOML: Expected ']' at the end of a table declaration (at line 2, column 7)"
+    ),
+    ('layout = "tp=1"\n', "layout ="): (
+        "malformed TOML: Invalid value (at line 10, column 9, the end of the file)"
+    ),
+    ("prompt_len = 8", "num_sequences = 8"): (
+        "malformed TOML: Cannot overwrite a value (at line 6, column 18)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "line"), (UNKNOWN_KEYS | WRONG_VALUES | MALFORMED).items())
+def test_a_mistake_gets_one_clear_line(error_of, change: tuple[str, str], line: str):
+    old, new = change
+    assert old in SMALLEST
+    assert error_of(SMALLEST.replace(old, new, 1)) == line
+
+
+def test_empty_file(error_of):
+    assert error_of("") == "the table [model] is missing"
+
+
+def test_a_long_value_is_cut(error_of):
+    line = error_of(SMALLEST.replace("num_sequences = 4", f'num_sequences = "{"x" * 500}"'))
+    assert line == f'[workload]: num_sequences is "{"x" * 59}…; it must be a whole number'
+
+
+def test_a_number_of_too_many_digits(error_of):
+    line = error_of(SMALLEST.replace("num_sequences = 4", f"num_sequences = {'9' * 5000}"))
+    assert line.startswith("malformed TOML: Exceeds the limit")
+
+
+def test_not_utf8(error_of):
+    assert error_of(b"name = '\xff'") == "is not UTF-8 text: byte 0xff at offset 8"
+
+
+def test_a_missing_file(tmp_path: Path):
+    path = tmp_path / "none.toml"
+    with pytest.raises(SpecError) as caught:
+        read_experiment(path)
+    assert str(caught.value) == f"{path}: no such file"
+
+
+def test_a_folder(tmp_path: Path):
+    with pytest.raises(SpecError) as caught:
+        read_experiment(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: is a folder; give the experiment's TOML file"
+
+
+def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    path = tmp_path / "mine.toml"
+    with pytest.raises(SpecError) as caught:
+        read_experiment(path)
+    assert str(caught.value) == f"{path}: cannot be read: Permission denied"
+
+
+def test_find_takes_a_path_or_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text(SMALLEST)
+    (tmp_path / "paper-small").mkdir()  # a folder hides no shipped experiment
+
+    assert find_experiment("a/b") == Path("a/b")
+    assert find_experiment("none.toml") == Path("none.toml")
+    assert find_experiment("mine") == Path("mine")
+    assert find_experiment(".") == Path(".")
+    assert find_experiment("paper-small") == shipped_experiments()["paper-small"]
+
+
+def test_find_names_the_nearest_shipped_experiment():
+    with pytest.raises(SpecError) as caught:
+        find_experiment("paper-smal")
+    assert str(caught.value) == (
+        "'paper-smal' is neither a file nor an experiment's name; the nearest is 'paper-small'"
+    )

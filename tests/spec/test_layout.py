@@ -1,0 +1,230 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertlane.errors import SpecError
+from expertlane.spec.layout import Coordinates, Layout
+from expertlane.spec.model import PRESETS
+
+TINY = PRESETS["paper-tiny"]
+
+
+@st.composite
+def layouts(draw):
+    replicas, pp, dp, tp = (draw(st.integers(1, 4)) for _ in range(4))
+    divisors = [n for n in range(1, dp * tp + 1) if dp * tp % n == 0]
+    return Layout(replicas, pp, dp, tp, ep=draw(st.sampled_from(divisors)))
+
+
+# Coordinates: replica, pp_rank, dp_rank, tp_rank, ep_rank, etp_rank.
+BY_HAND = {
+    "dp=2,tp=8,ep=2": [
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 0, 1, 0, 1),
+        (0, 0, 0, 2, 0, 2),
+        (0, 0, 0, 3, 0, 3),
+        (0, 0, 0, 4, 0, 4),
+        (0, 0, 0, 5, 0, 5),
+        (0, 0, 0, 6, 0, 6),
+        (0, 0, 0, 7, 0, 7),
+        (0, 0, 1, 0, 1, 0),
+        (0, 0, 1, 1, 1, 1),
+        (0, 0, 1, 2, 1, 2),
+        (0, 0, 1, 3, 1, 3),
+        (0, 0, 1, 4, 1, 4),
+        (0, 0, 1, 5, 1, 5),
+        (0, 0, 1, 6, 1, 6),
+        (0, 0, 1, 7, 1, 7),
+    ],
+    "pp=2,dp=2,tp=2,ep=4": [
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 0, 1, 1, 0),
+        (0, 0, 1, 0, 2, 0),
+        (0, 0, 1, 1, 3, 0),
+        (0, 1, 0, 0, 0, 0),
+        (0, 1, 0, 1, 1, 0),
+        (0, 1, 1, 0, 2, 0),
+        (0, 1, 1, 1, 3, 0),
+    ],
+    "replicas=2,dp=2,ep=2": [
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 1, 0, 1, 0),
+        (1, 0, 0, 0, 0, 0),
+        (1, 0, 1, 0, 1, 0),
+    ],
+    # Each expert is cut in two over data-parallel ranks: ep=1 shards, it does not copy.
+    "dp=2": [(0, 0, 0, 0, 0, 0), (0, 0, 1, 0, 0, 1)],
+    "dp=4,ep=2": [
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 1, 0, 0, 1),
+        (0, 0, 2, 0, 1, 0),
+        (0, 0, 3, 0, 1, 1),
+    ],
+    "tp=1": [(0, 0, 0, 0, 0, 0)],
+}
+
+
+@pytest.mark.parametrize("text", BY_HAND)
+def test_coordinates_by_hand(text):
+    layout = Layout.parse(text)
+    assert layout.world_size == len(BY_HAND[text])
+    for rank, expected in enumerate(BY_HAND[text]):
+        assert layout.coordinates(rank) == Coordinates(*expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "stage_size", "replica_size", "world_size", "etp"),
+    [
+        ("tp=8,pp=2", 8, 16, 16, 8),
+        ("dp=2,tp=8,ep=2", 16, 16, 16, 8),
+        ("dp=16,ep=16", 16, 16, 16, 1),
+        ("replicas=3,pp=2,dp=2,tp=2,ep=2", 4, 8, 24, 2),
+        ("tp=1", 1, 1, 1, 1),
+    ],
+)
+def test_sizes_by_hand(text, stage_size, replica_size, world_size, etp):
+    layout = Layout.parse(text)
+    assert (layout.stage_size, layout.replica_size, layout.world_size, layout.etp) == (
+        stage_size,
+        replica_size,
+        world_size,
+        etp,
+    )
+
+
+@given(layouts())
+def test_rank_order_is_replica_pp_dp_tp_with_tp_innermost(layout):
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    assert [place[:4] for place in places] == [
+        (replica, pp_rank, dp_rank, tp_rank)
+        for replica in range(layout.replicas)
+        for pp_rank in range(layout.pp)
+        for dp_rank in range(layout.dp)
+        for tp_rank in range(layout.tp)
+    ]
+    for rank, place in enumerate(places):
+        in_stage = place.ep_rank * layout.etp + place.etp_rank
+        assert layout.rank_of(place.replica, place.pp_rank, in_stage) == rank
+        assert rank in layout.ranks_of_replica(place.replica)
+
+
+@given(layouts())
+def test_every_stage_holds_every_expert_shard_once(layout):
+    shards = [
+        (place.replica, place.pp_rank, place.ep_rank, place.etp_rank)
+        for place in map(layout.coordinates, range(layout.world_size))
+    ]
+    assert len(set(shards)) == layout.world_size
+    assert {(ep_rank, etp_rank) for _, _, ep_rank, etp_rank in shards} == {
+        (ep_rank, etp_rank) for ep_rank in range(layout.ep) for etp_rank in range(layout.etp)
+    }
+
+
+def test_ranks_of_replicas_by_hand():
+    layout = Layout.parse("replicas=2,pp=2,tp=2")
+    assert layout.ranks_of_replica(0) == range(4)
+    assert layout.ranks_of_replica(1) == range(4, 8)
+    assert layout.rank_of(1, 1, 0) == 6
+
+
+def test_layers_of_stages_are_near_equal():
+    layout = Layout.parse("pp=3")
+    assert [layout.layers_of_stage(4, pp_rank) for pp_rank in range(3)] == [
+        range(2),
+        range(2, 3),
+        range(3, 4),
+    ]
+
+
+@given(layouts())
+def test_text_and_back(layout):
+    assert Layout.parse(str(layout)) == layout
+
+
+def test_text_leaves_out_ones_and_spaces_are_allowed():
+    assert Layout.parse(" tp = 8 , pp=2, ") == Layout(pp=2, tp=8)
+    assert str(Layout(pp=2, tp=8)) == "pp=2,tp=8"
+    assert str(Layout()) == "tp=1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "layout '' names no axis; an example: tp=8,pp=2"),
+        (" , ", "layout ' , ' names no axis; an example: tp=8,pp=2"),
+        ("xp=2", "layout 'xp=2': unknown axis 'xp'; valid: replicas, pp, dp, tp, ep"),
+        ("=2", "layout '=2': unknown axis ''; valid: replicas, pp, dp, tp, ep"),
+        ("TP=2", "layout 'TP=2': unknown axis 'TP'; valid: replicas, pp, dp, tp, ep"),
+        ("tp=2,tp=2", "layout 'tp=2,tp=2': tp is given twice"),
+        ("tp", "layout 'tp': tp='' is not a whole number from 1 to 999999"),
+        ("tp=", "layout 'tp=': tp='' is not a whole number from 1 to 999999"),
+        ("tp=-2", "layout 'tp=-2': tp='-2' is not a whole number from 1 to 999999"),
+        ("tp=2.0", "layout 'tp=2.0': tp='2.0' is not a whole number from 1 to 999999"),
+        ("tp=2=3", "layout 'tp=2=3': tp='2=3' is not a whole number from 1 to 999999"),
+        ("tp=²", "layout 'tp=²': tp='²' is not a whole number from 1 to 999999"),
+        ("tp=1000000", "layout 'tp=1000000': tp='1000000' is not a whole number from 1 to 999999"),
+        ("tp=0", "layout tp=0: tp=0; it must be 1 or more"),
+        (
+            "dp=4,ep=3",
+            "layout dp=4,ep=3: ep=3 does not divide dp × tp = 4; valid ep: 1, 2, 4",
+        ),
+        (
+            "dp=3,tp=4,ep=24",
+            "layout dp=3,tp=4,ep=24: ep=24 does not divide dp × tp = 12; "
+            "valid ep: 1, 2, 3, 4, 6, 12",
+        ),
+        ("ep=2", "layout ep=2: ep=2 does not divide dp × tp = 1; valid ep: 1"),
+    ],
+)
+def test_what_cannot_be_parsed(text, message):
+    with pytest.raises(SpecError) as error:
+        Layout.parse(text)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("axis", ["replicas", "pp", "dp", "tp", "ep"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_under_one(axis, size):
+    with pytest.raises(SpecError) as error:
+        Layout(**{axis: size})
+    assert str(error.value) == f"layout {axis}={size}: {axis}={size}; it must be 1 or more"
+
+
+def test_a_huge_mistake_is_refused_at_once():
+    with pytest.raises(SpecError, match="ep=999983 does not divide dp × tp = 999998000001"):
+        Layout.parse("dp=999999,tp=999999,ep=999983")
+    with pytest.raises(SpecError, match="is not a whole number"):
+        Layout.parse("tp=" + "9" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "tp=5",
+            "layout tp=5: tp=5 does not divide the 16 attention heads of paper-tiny; "
+            "valid tp: 1, 2, 4, 8, 16",
+        ),
+        (
+            "pp=5",
+            "layout pp=5: pp=5 is more stages than the 4 layers of paper-tiny; valid pp: 1 to 4",
+        ),
+        (
+            "dp=24,ep=24",
+            "layout dp=24,ep=24: ep=24 is more than the 16 experts of paper-tiny; "
+            "valid ep: 1, 2, 3, 4, 6, 8, 12",
+        ),
+    ],
+)
+def test_what_the_model_cannot_take(text, message):
+    with pytest.raises(SpecError) as error:
+        Layout.parse(text).check_model(TINY)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tp=1", "tp=16", "pp=4", "dp=3,ep=3", "dp=16,ep=16", "dp=5", "replicas=7", "pp=3,tp=8,ep=8"],
+)
+def test_what_the_model_can_take(text):
+    Layout.parse(text).check_model(TINY)

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+
+from expertlane.errors import SpecError
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
+
+TINY = PRESETS["paper-tiny"]  # 64 positions
+
+
+def test_the_last_output_token_takes_no_position():
+    assert Workload(1, prompt_len=10, output_len=1).max_len == 10
+    assert Workload(1, prompt_len=10, output_len=5).max_len == 14
+
+
+@pytest.mark.parametrize("field", ["num_sequences", "prompt_len", "output_len"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_under_one(field, value):
+    sizes = {"num_sequences": 1, "prompt_len": 1, "output_len": 1} | {field: value}
+    with pytest.raises(SpecError) as error:
+        Workload(**sizes)
+    assert str(error.value) == f"workload: {field} is {value}; it must be 1 or more"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(SpecError) as error:
+        Workload(1, 1, 1, seed=seed)
+    assert str(error.value) == f"workload: seed is {seed}; it must be 0 to 2**64 - 1"
+
+
+def test_the_largest_seed_can_be_drawn_from():
+    assert Workload(1, 1, 1, seed=2**64 - 1).prompt_token_ids(257).shape == (1, 1)
+
+
+@pytest.mark.parametrize(("prompt_len", "output_len"), [(64, 1), (1, 64), (32, 33)])
+def test_workloads_that_just_fit(prompt_len, output_len):
+    Workload(1, prompt_len, output_len).check_model(TINY)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "output_len", "message"),
+    [
+        (
+            65,
+            1,
+            "workload: a prompt of 65 and 1 output tokens take 65 positions but paper-tiny has 64; "
+            "valid prompt_len at this output_len: 1 to 64",
+        ),
+        (
+            60,
+            17,
+            "workload: a prompt of 60 and 17 output tokens take 76 positions but paper-tiny has "
+            "64; valid prompt_len at this output_len: 1 to 48",
+        ),
+        (
+            2,
+            64,
+            "workload: a prompt of 2 and 64 output tokens take 65 positions but paper-tiny has 64; "
+            "valid prompt_len at this output_len: 1 to 1",
+        ),
+        (
+            1,
+            100,
+            "workload: a prompt of 1 and 100 output tokens take 100 positions but paper-tiny has "
+            "64; valid output_len with a prompt of one token: 1 to 64",
+        ),
+    ],
+)
+def test_workloads_that_do_not_fit(prompt_len, output_len, message):
+    with pytest.raises(SpecError) as error:
+        Workload(1, prompt_len, output_len).check_model(TINY)
+    assert str(error.value) == message
+
+
+def test_prompts_are_repeatable_and_depend_on_the_seed():
+    workload = Workload(num_sequences=5, prompt_len=7, output_len=1, seed=3)
+    prompts = workload.prompt_token_ids(257)
+    assert prompts.shape == (5, 7)
+    assert prompts.dtype == np.int64
+    np.testing.assert_array_equal(prompts, workload.prompt_token_ids(257))
+    assert (prompts != Workload(5, 7, 1, seed=4).prompt_token_ids(257)).any()
+
+
+def test_prompts_use_the_whole_vocabulary_and_no_more():
+    prompts = Workload(num_sequences=100, prompt_len=10, output_len=1).prompt_token_ids(4)
+    assert set(prompts.reshape(-1).tolist()) == {0, 1, 2, 3}

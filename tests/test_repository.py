@@ -1,0 +1,72 @@
+"""What a newcomer sees holds together: experiments, rooms, make targets, links."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from expertlane.spec.experiment_file import read_experiment, shipped_experiments
+from expertlane.spec.layout import Layout
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_experiments_compare_the_papers_deployments(path: Path):
+    experiment = read_experiment(path)
+
+    assert experiment.name == path.stem
+    assert shipped_experiments()[path.stem] == path
+    assert experiment.num_ranks == 16
+    assert [str(each.layout) for each in experiment.deployments if each.is_baseline] == [
+        *["pp=2,tp=8"] * 5,
+        "dp=2,tp=8,ep=2",
+    ]
+    baselines = [each.options for each in experiment.deployments[:5]]
+    assert [(o.num_micro_batches, o.micro_batch_schedule) for o in baselines] == [
+        (1, "drained"),
+        (2, "drained"),
+        (4, "drained"),
+        (2, "rotating"),
+        (4, "rotating"),
+    ]
+    proposal = [each for each in experiment.deployments if not each.is_baseline]
+    assert [(each.layout, each.options.overlap) for each in proposal] == [
+        (Layout(dp=16, ep=16), False),
+        (Layout(dp=16, ep=16), True),
+    ]
+    assert [each.layout for each in experiment.scaling] == [
+        Layout(dp=n, ep=n) for n in (1, 2, 4, 8)
+    ]
+
+
+def test_every_room_has_its_place_in_the_import_order():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    ordered = {room.strip() for layer in layers for room in layer.split("|")}
+
+    package = ROOT / "src" / "expertlane"
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert ordered == {f"expertlane.{room}" for room in modules | folders}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_documents_name_only_what_exists(path: Path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    files = re.findall(r"`((?:src|tests|docs|experiments|benchmarks)/[\w./-]+)`", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    missing += [name for name in files if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_readme_gives_the_make_targets():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {"compare", "test"} <= named <= targets
