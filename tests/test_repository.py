@@ -20,7 +20,7 @@ def test_experiments_compare_the_papers_deployments(path: Path):
     experiment = read_experiment(path)
 
     assert experiment.name == path.stem
-    assert shipped_experiments()[path.stem] == path
+    assert path.stem in shipped_experiments()
     assert experiment.num_ranks == 16
     assert [str(each.layout) for each in experiment.deployments if each.is_baseline] == [
         *["pp=2,tp=8"] * 5,

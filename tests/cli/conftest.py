@@ -1,4 +1,4 @@
-"""A comparison that takes no time: what the command line hands over is kept, a fixed answer comes back."""
+"""A comparison that takes no time: keeps what the command line hands over, gives a fixed answer."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import pytest
 
 import expertlane.experiment
 import expertlane.report
+import expertlane.results
 from expertlane.cli.main import main
+from expertlane.results import write_text
 
 
 class FakeComparison:
@@ -38,9 +40,10 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     """The fake in place, in an empty working folder, outside `torchrun`."""
     fake = FakeComparison()
 
-    def write(results: Any, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(f'{{"answer": "{results}", "name": "TP 8 × PP 2"}}\n')
+    def write(results: Any, folder: Path) -> Path:
+        return write_text(
+            folder / "results.json", f'{{"answer": "{results}", "name": "TP 8 × PP 2"}}\n'
+        )
 
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:
         module = ModuleType(f"{package.__name__}.{name}")
@@ -50,7 +53,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         monkeypatch.setattr(package, name, module, raising=False)
 
     install(expertlane.experiment, "compare", run_comparison=fake.run_comparison)
-    install(expertlane, "results", write=write)
+    monkeypatch.setattr(expertlane.results, "write", write)
     install(expertlane.report, "markdown", render=lambda results: f"# {results} ×\n")
     install(
         expertlane.report, "terminal", show=lambda results, console: console.print(f"{results}!")

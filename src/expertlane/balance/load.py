@@ -11,4 +11,8 @@ def max_over_mean(num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         num_tokens: [..., num_experts or num_ranks].
     """
     mean = num_tokens.mean(axis=-1)
-    return np.divide(num_tokens.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)
+    fullest = num_tokens.max(axis=-1)
+    ratio: npt.NDArray[np.float64] = np.divide(
+        fullest, mean, out=np.zeros_like(mean), where=mean > 0
+    )
+    return ratio

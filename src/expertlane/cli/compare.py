@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -35,7 +36,7 @@ def compare(
         str,
         typer.Argument(
             help="A TOML file, or the name of an experiment that comes with expertlane: "
-            "paper-small (laptop), paper (16 GPUs)."
+            "paper-small (laptop), paper (full size)."
         ),
     ] = DEFAULT_EXPERIMENT,
     top_k: Annotated[
@@ -94,19 +95,31 @@ def compare(
         _check_folder(folder)
 
     from expertlane.cli.output import progress_on_stderr, stdout_console
+    from expertlane.engine.start import start_pool
     from expertlane.experiment.compare import run_comparison
 
-    for each, folder in comparisons:
-        with progress_on_stderr() as progress:
-            results = run_comparison(
-                each,
-                dtype=dtype.value if dtype else None,
-                oversubscribe=oversubscribe,
-                timeout_s=timeout_s,
-                progress=progress,
-            )
-        if results is not None:  # None on the ranks of torchrun that do not speak
-            _publish(results, folder, stdout_console(), as_json)
+    num_ranks = max(each.num_ranks for each, _ in comparisons)
+    with progress_on_stderr() as progress:
+        progress.task(f"starting {num_ranks} ranks", 1)
+        pool = start_pool(
+            num_ranks,
+            timeout_s=timeout_s,
+            dtype=dtype.value if dtype else None,
+            oversubscribe=oversubscribe,
+        )
+        if pool is None:  # this process was a rank of torchrun's; the first one speaks
+            return
+        progress.advance()
+        progress.done()
+        with pool:
+            finished = [
+                run_comparison(
+                    each, pool, progress, command=shlex.join(["expertlane", *sys.argv[1:]])
+                )
+                for each, _ in comparisons
+            ]
+    for results, (_, folder) in zip(finished, comparisons, strict=True):
+        _publish(results, folder, stdout_console(), as_json)
 
 
 def _comparisons(
@@ -156,15 +169,13 @@ def _check_folder(folder: Path) -> None:
 
 def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:
     from expertlane.report import markdown, terminal
-    from expertlane.results import write
+    from expertlane.results import write, write_text
 
     report = markdown.render(results)
-    write(results, folder)
-    unfinished = folder / "report.md.part"
-    unfinished.write_text(report, encoding="utf-8")
-    unfinished.replace(folder / "report.md")
+    results_path = write(results, folder)
+    report_path = write_text(folder / "report.md", report)
     if as_json:
-        console.out((folder / "results.json").read_text(encoding="utf-8"), highlight=False)
+        console.out(results_path.read_text(encoding="utf-8"), highlight=False, end="")
     else:
         terminal.show(results, console)
-    print(f"written: {folder / 'results.json'}, {folder / 'report.md'}", file=sys.stderr)
+    print(f"written: {results_path}, {report_path}", file=sys.stderr)

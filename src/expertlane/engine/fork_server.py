@@ -60,7 +60,8 @@ class ServerSettings:
         )
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -68,7 +69,7 @@ def _die_with_parent() -> None:
 def _run_rank(settings: ServerSettings, rank: int) -> None:
     from expertlane.engine.worker import serve
 
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.close(settings.control_fd)
     for other, fd in enumerate(settings.rank_fds):
@@ -111,7 +112,6 @@ def main() -> None:
         rank_of_pid[pid] = rank
     for fd in settings.rank_fds:
         os.close(fd)
-    os.write(settings.control_fd, f"pids {' '.join(map(str, rank_of_pid))}\n".encode())
     try:
         _watch(settings.control_fd, rank_of_pid)
     except (BrokenPipeError, ConnectionResetError):

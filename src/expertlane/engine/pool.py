@@ -1,6 +1,7 @@
 """The launcher's side of all ranks: calls, answers, and an end to every wait."""
 
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -33,10 +34,6 @@ class Ranks(Protocol):
 
     def exit_code(self, rank: int) -> int | None:
         """How a rank ended, None while not known."""
-        ...
-
-    def pid(self, rank: int) -> int | None:
-        """The process of a rank on this machine."""
         ...
 
     def close(self) -> None:
@@ -78,6 +75,7 @@ class RankPool:
         self._timeout_s = timeout_s
         self._waiting: list[deque[Ticket]] = [deque() for _ in ranks.connections]
         self._closed = False
+        self._pids: dict[int, int] = {}
         started = Ticket(range(self.num_ranks))
         for rank in started.ranks:
             self._waiting[rank].append(started)
@@ -86,6 +84,9 @@ class RankPool:
         except BaseException:
             self.close()
             raise
+        for rank, (host, pid) in started.results.items():
+            if host == socket.gethostname():
+                self._pids[rank] = pid
 
     def __enter__(self) -> "RankPool":
         return self
@@ -110,7 +111,7 @@ class RankPool:
 
     def pid(self, rank: int) -> int | None:
         """The process of a rank on this machine; None for another node's."""
-        return self._ranks.pid(rank)
+        return self._pids.get(rank)
 
     def position(self, rank: int) -> Position:
         """What a rank last reported."""
@@ -257,7 +258,7 @@ class RankPool:
         return min(busy, key=order), False
 
     def _is_stopped(self, rank: int) -> bool:
-        pid = self._ranks.pid(rank)
+        pid = self.pid(rank)
         try:
             return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
         except psutil.NoSuchProcess:

@@ -1,6 +1,8 @@
 """A rank's main loop: take a call, run it, answer."""
 
 import contextlib
+import os
+import socket
 import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -78,7 +80,7 @@ def serve(connection: Connection, settings: RankSettings, store: Store | None = 
         _connect(settings, platform, store)
         context = RankContext(settings, platform, progress)
         progress.enter(Stage.IDLE, NO_LAYER)
-        connection.send(Result(None))
+        connection.send(Result((socket.gethostname(), os.getpid())))
         while True:
             call: Call = connection.recv()
             connection.send(Result(resolve_name(call.function)(context, *call.args)))

@@ -46,12 +46,11 @@ def find_bottleneck(
     cause = max(breakdown_s, key=lambda cause: breakdown_s[cause])
     share = breakdown_s[cause] / sum(breakdown_s.values())
     straggler, excess_s = _straggler(layout, waiting_s)
-    sentence = f"{cause.value}: {share:.0%} of a {phase.value} step"
+    sentence = f"{cause.value}, {share:.0%} of {phase.value}"
     if excess_s <= STRAGGLER_SHARE * wall_s:
         return Bottleneck(phase, cause, share, None, sentence)
     sentence += (
-        f"; rank {straggler} is the straggler: the others of its pipeline stage wait "
-        f"{excess_s / wall_s:.0%} of the time longer than it does"
+        f"; straggler: rank {straggler}, for which others wait {excess_s / wall_s:.0%} of the time"
     )
     return Bottleneck(phase, cause, share, straggler, sentence)
 

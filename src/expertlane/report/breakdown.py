@@ -15,21 +15,9 @@ def bottlenecks(comparison: Comparison) -> Section:
     rows = comparison.rows
     table = Table(
         "",
-        (
-            text("#"),
-            text("deployment"),
-            text("bottleneck"),
-            number("share"),
-            number("straggler"),
-        ),
+        (text("#"), text("deployment"), text("largest part")),
         tuple(
-            (
-                str(row.number),
-                row.deployment.name,
-                row.deployment.bottleneck.cause.value,
-                percent(row.deployment.bottleneck.share),
-                _straggler(row),
-            )
+            (str(row.number), row.deployment.name, row.deployment.bottleneck.sentence)
             for row in rows
         ),
     )
@@ -43,19 +31,10 @@ def bottlenecks(comparison: Comparison) -> Section:
             *(_shares(comparison, chunk) for chunk in chunks),
             "Mean over ranks. The last row is the time in which every sequence goes one token on. "
             "Waiting is time blocked because another rank came later; what even the last rank "
-            "waits for is the transfer. A straggler is a rank that others wait for over 5 % of "
-            "the time.",
-            *(
-                f"#{row.number} {row.deployment.name}: {row.deployment.bottleneck.sentence}."
-                for row in rows
-            ),
+            "waits for is the transfer. A straggler waits less than the others of its pipeline "
+            "stage, by over 5% of the time.",
         ),
     )
-
-
-def _straggler(row: Row) -> str:
-    rank = row.deployment.bottleneck.straggler
-    return NONE if rank is None else f"rank {rank}"
 
 
 def _shares(comparison: Comparison, rows: tuple[Row, ...]) -> Table:

@@ -221,4 +221,4 @@ def _same_tokens(results: Results) -> str:
     num_all = len(results.deployments)
     if num_equal == num_all:
         return f"identical in all {num_all} deployments (SHA-256 {first[:12]})"
-    return f"identical to the first deployment's in {num_equal} of {num_all} (rounding differs)"
+    return f"identical to the first deployment's in {num_equal} of {num_all}"

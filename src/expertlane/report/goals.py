@@ -216,7 +216,7 @@ def _scaling_sentence(points: tuple[ScalingPoint, ...]) -> str:
         f"From {counted(first.num_ranks, 'rank')} (ep={first.ep_size}) to "
         f"{counted(last.num_ranks, 'rank')} (ep={last.ep_size}), the same workload: TPS per rank "
         f"goes to {times(last.relative_tps_per_rank)}, critical-path TPS per rank to "
-        f"{times(last.relative_critical_path_tps_per_rank)}; linear would be 1.00 ×."
+        f"{times(last.relative_critical_path_tps_per_rank)}; linear would be 1.00×."
     )
 
 

@@ -11,8 +11,9 @@ def figures(value: float) -> str:
     """Three significant digits, never in powers of ten: `1,234`, `12.3`, `0.0123`."""
     if value == 0:
         return "0"
-    num_decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{num_decimals}f}"
+    rounded = float(f"{value:.3g}")
+    num_decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded if abs(value) < 1000 else value:,.{num_decimals}f}"
 
 
 def signed(value: float) -> str:
@@ -26,14 +27,15 @@ def milliseconds(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`41 %`; small shares keep a digit."""
-    value = 100 * share
-    return f"{value:.1f} %" if 0.05 <= abs(value) < 9.95 else f"{value:.0f} %"
+    """`41%`; small shares keep a digit."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return f"{share:.1%}" if 0 < abs(share) < 0.0995 else f"{share:.0%}"
 
 
 def times(factor: float) -> str:
-    """`3.75 ×`."""
-    return f"{figures(factor)} ×"
+    """`3.75×`."""
+    return f"{figures(factor)}×"
 
 
 def bytes_si(num_bytes: float) -> str:

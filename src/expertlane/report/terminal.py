@@ -1,5 +1,7 @@
 """A report as tables in a terminal."""
 
+import textwrap
+
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
@@ -11,6 +13,9 @@ from expertlane.report import content
 from expertlane.report.document import Table
 from expertlane.results import Results
 
+# Headings of number columns are broken to this width, so that words have the room.
+_NUM_HEADING_COLUMNS = 8
+
 
 def show(results: Results, console: Console) -> None:
     """Print the whole report, no wider than the console."""
@@ -18,27 +23,29 @@ def show(results: Results, console: Console) -> None:
     for section in content.sections(results):
         console.print()
         console.print(Text(section.heading, style="bold cyan"))
-        for part in section.parts:
-            if isinstance(part, Table):
-                console.print(_table(part))
-            else:
+        for position, part in enumerate(section.parts):
+            if isinstance(part, str):
                 console.print(Padding(Text(part), (0, 0, 0, 1)))
+                continue
+            if position:
+                console.print()
+            if part.title:
+                console.print(Padding(Text(part.title, style="italic"), (0, 0, 0, 1)))
+            console.print(Padding(_table(part), (0, 0, 0, 1)))
 
 
 def _table(table: Table) -> RichTable:
-    drawn = RichTable(
-        title=Text(table.title) if table.title else None,
-        title_justify="left",
-        title_style="italic",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for column in table.columns:
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for position, column in enumerate(table.columns):
+        heading = column.heading
+        if column.is_number:
+            widest = max((len(row[position]) for row in table.rows), default=0)
+            width = max(widest, _NUM_HEADING_COLUMNS)
+            heading = textwrap.fill(heading, width, break_long_words=False)
         drawn.add_column(
-            Text(column.heading),
+            Text(heading),
             justify="right" if column.is_number else "left",
+            no_wrap=column.is_number,
             overflow="fold",
             vertical="top",
         )

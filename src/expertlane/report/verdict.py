@@ -64,11 +64,11 @@ def _which(comparison: Comparison, faster: Row, slower: Row) -> str:
     )
     fast, slow = _role(comparison, faster), _role(comparison, slower)
     if between.throughput_factor < 1 + _EVEN:
-        sentence = f"Equally fast here: {fast} and {slow}, {rates}; {latencies}."
+        sentence = f"Equally fast here: {fast} and {slow}: {rates}; {latencies}."
     else:
         sentence = (
-            f"Faster here: {fast}, {times(between.throughput_factor)} the throughput of {slow} "
-            f"({rates}); {latencies}."
+            f"Faster here: {fast}, with {times(between.throughput_factor)} the throughput of "
+            f"{slow}: {rates}; {latencies}."
         )
     first = comparison.rows[0]
     if first not in (faster, slower):
@@ -84,7 +84,7 @@ def _which(comparison: Comparison, faster: Row, slower: Row) -> str:
 def _role(comparison: Comparison, row: Row) -> str:
     name = row.deployment.name
     if row is comparison.best_baseline:
-        return f"{name} (the best baseline)"
+        return f"the best baseline, {name}"
     return name
 
 

@@ -1,8 +1,7 @@
-"""Starting ranks: local ones from the fork server, or those that torchrun has started."""
+"""Ranks of this machine: started through the fork server, ended without a trace."""
 
 import contextlib
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -63,7 +62,7 @@ class LocalRanks:
     """
 
     def __init__(self, num_ranks: int, timeout_s: float, dtype: str | None) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="expertlane-", dir=_shared_memory_folder()))
+        self._folder = new_shared_folder()
         progress_path = self._folder / "progress"
         self.board = ProgressBoard(num_ranks, progress_path, create=True)
         pairs = [socket.socketpair() for _ in range(num_ranks)]
@@ -90,7 +89,6 @@ class LocalRanks:
             theirs.close()
         for connection in self.connections:
             bound_sends(connection, timeout_s)
-        self.pids: list[int] = []
         self._exit_codes: dict[int, int] = {}
         self._unread = b""
 
@@ -102,19 +100,12 @@ class LocalRanks:
             data = b""
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
-            first, *rest = line.decode().split()
-            if first == "pids":
-                self.pids = [int(pid) for pid in rest]
-            else:
-                self._exit_codes[int(first)] = int(rest[0])
+            rank, code = map(int, line.split())
+            self._exit_codes[rank] = code
 
     def exit_code(self, rank: int) -> int | None:
         """How a rank ended; negative for a signal; None while not known."""
         return self._exit_codes.get(rank)
-
-    def pid(self, rank: int) -> int | None:
-        """The process of a rank."""
-        return self.pids[rank] if self.pids else None
 
     def close(self) -> None:
         """End all ranks and the server; leaves nothing behind."""
@@ -130,8 +121,10 @@ class LocalRanks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _shared_memory_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def new_shared_folder() -> Path:
+    """A folder of this run's own, in memory where the system has such a place."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="expertlane-", dir=place))
 
 
 def _rank_environment() -> dict[str, str]:
@@ -140,8 +133,3 @@ def _rank_environment() -> dict[str, str]:
     if any(name == "lo" for _, name in socket.if_nameindex()):
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
-
-
-def new_authkey() -> bytes:
-    """A key that ranks on other nodes prove they belong with."""
-    return secrets.token_bytes(32)

@@ -1,0 +1,97 @@
+"""What the machine at hand has and can do; measured on its ranks."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from expertlane.engine.worker import RankContext
+
+_GEMM_SIZE = 1024
+_GPU_GEMM_SIZE = 8192
+_READ_BYTES = 128 * 2**20  # larger than a core's share of any cache
+_GPU_READ_BYTES = 2**31
+_MEASURE_S = 0.6
+
+
+@dataclass(frozen=True)
+class RankMachine:
+    """What a rank sees of its machine.
+
+    Attributes:
+        free_bytes: memory of its device that can still be allocated.
+    """
+
+    cpu_name: str
+    device: str
+    backend: str
+    dtype: str
+    torch_version: str
+    memory_bytes: int
+    free_bytes: int
+    ranks_per_node: int
+
+
+def describe(context: RankContext) -> RankMachine:
+    """Run on a rank: what is there."""
+    chosen = context.platform
+    if chosen.device.type == "cuda":
+        free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
+    else:
+        memory = psutil.virtual_memory()
+        free_bytes, memory_bytes = memory.available, memory.total
+    return RankMachine(
+        cpu_name=_cpu_name(),
+        device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
+        backend=chosen.backend,
+        dtype=chosen.dtype_name,
+        torch_version=torch.__version__,
+        memory_bytes=memory_bytes,
+        free_bytes=free_bytes,
+        ranks_per_node=context.settings.num_local_ranks,
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or os.uname().machine
+
+
+def measure_rates(context: RankContext) -> tuple[float, float]:
+    """Run on a rank: FLOP/s of a large matrix product, bytes/s of reading memory.
+
+    The best of the repetitions that fit into the time: a peak, not an average.
+    """
+    on_gpu = context.platform.device.type == "cuda"
+    device, dtype = context.platform.device, context.platform.dtype
+    size = _GPU_GEMM_SIZE if on_gpu else _GEMM_SIZE
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    gemm_s = _best_s(context, lambda: torch.mm(left, right))
+    num_bytes = _GPU_READ_BYTES if on_gpu else _READ_BYTES
+    matrix = torch.zeros(num_bytes // (4096 * left.itemsize), 4096, device=device, dtype=dtype)
+    vector = torch.ones(4096, device=device, dtype=dtype)
+    read_s = _best_s(context, lambda: torch.mv(matrix, vector))
+    return 2 * size**3 / gemm_s, num_bytes / read_s
+
+
+def _best_s(context: RankContext, work: Callable[[], object]) -> float:
+    synchronize = torch.cuda.synchronize if context.platform.device.type == "cuda" else None
+    best, until = float("inf"), time.perf_counter() + _MEASURE_S
+    while time.perf_counter() < until or best == float("inf"):
+        began = time.perf_counter()
+        work()
+        if synchronize:
+            synchronize()
+        best = min(best, time.perf_counter() - began)
+        context.progress.touch()
+    return best

@@ -1,0 +1,129 @@
+"""Results of made-up runs, built through the same calls as real ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from expertlane.experiment.collect import build_results, deployment_result
+from expertlane.metrics import MachinePeak, summarise
+from expertlane.plan.memory import rank_memory
+from expertlane.results import DeploymentResult, Machine, Results, Versions
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Phase, Stage
+from expertlane.spec.record import StepRecord
+from expertlane.spec.workload import Workload
+from records import rank_record, step_record
+
+MODEL = PRESETS["paper-tiny"]
+WORKLOAD = Workload(num_sequences=16, prompt_len=4, output_len=3)
+PEAK = MachinePeak(1e9, 1e9, 2, "float32")
+
+TENSOR = Deployment("TP 8 × PP 2", Layout(tp=8, pp=2), is_baseline=True)
+ROTATING = Deployment(
+    "TP 8 × PP 2, 2 micro-batches rotating",
+    Layout(tp=8, pp=2),
+    Options(num_micro_batches=2, micro_batch_schedule="rotating"),
+    is_baseline=True,
+)
+EXPERT = Deployment("EP 16", Layout(dp=16, ep=16))
+OVERLAP = Deployment("EP 16, two-batch overlap", Layout(dp=16, ep=16), Options(overlap=True))
+SMALL = Deployment("EP 1", Layout())
+
+
+def machine(num_cores: int = 2) -> Machine:
+    """A made-up machine."""
+    return Machine("Example CPU", "cpu", num_cores, 8 * 10**9, 16, 8, "gloo", "float32", PEAK)
+
+
+def steps(
+    deployment: Deployment, phase: Phase, *, start_s: float, step_s: float, num_rounds: int
+) -> list[StepRecord]:
+    """Steps one after another in which each rank computes, dispatches, and lacks the last 10 %."""
+    layout, tokens_each = deployment.layout, WORKLOAD.prompt_len if phase is Phase.PREFILL else 1
+    stage = Stage.DISPATCH if layout.ep > 1 else Stage.COLLECTIVES
+    wall = {(0, 0, Stage.EXPERTS): 0.5 * step_s, (0, 0, stage): 0.4 * step_s}
+    load = np.ones((MODEL.num_hidden_layers, MODEL.num_experts), dtype=int).tolist()
+    records = [
+        rank_record(
+            rank,
+            wall=wall,
+            cpu={(0, 0, Stage.EXPERTS): 0.1 * step_s},
+            blocked={(0, 0, stage): (0.1 if rank == 0 else 0.3) * step_s},
+            process_cpu_s=0.2 * step_s,
+            tokens=load,
+            flops=1000,
+            weight_bytes=2000,
+            kv_bytes=10,
+            sent=((100, 300), (8, 16)),
+            num_collectives=4,
+        )
+        for rank in range(layout.world_size)
+    ]
+    return [
+        step_record(
+            start_s + round_ * step_s,
+            start_s + (round_ + 1) * step_s,
+            range(WORKLOAD.num_sequences),
+            records,
+            phase=phase,
+            num_tokens=tokens_each * WORKLOAD.num_sequences,
+        )
+        for round_ in range(num_rounds)
+    ]
+
+
+def result(deployment: Deployment, step_s: float, *, output_len: int = 3) -> DeploymentResult:
+    """What a deployment with decode steps of `step_s` and a prefill of 10 such gives."""
+    workload = Workload(WORKLOAD.num_sequences, WORKLOAD.prompt_len, output_len)
+    layout = deployment.layout
+    metrics = summarise(
+        layout,
+        steps(deployment, Phase.PREFILL, start_s=0, step_s=10 * step_s, num_rounds=1),
+        steps(deployment, Phase.DECODE, start_s=50, step_s=step_s, num_rounds=output_len - 1),
+        PEAK,
+    )
+    return deployment_result(
+        deployment,
+        MODEL,
+        workload,
+        metrics,
+        [rank_memory(MODEL, layout, workload, rank, 4) for rank in range(layout.world_size)],
+        np.zeros((workload.num_sequences, output_len), dtype=np.int64),
+        deployment.is_baseline,
+    )
+
+
+def results(
+    step_s: Sequence[tuple[Deployment, float]],
+    *,
+    scaling: Sequence[tuple[Deployment, float]] = (),
+    output_len: int = 3,
+    num_cores: int = 2,
+) -> Results:
+    """Results of several deployments, each given with its step time."""
+    experiment = Experiment(
+        "example",
+        MODEL,
+        Workload(WORKLOAD.num_sequences, WORKLOAD.prompt_len, output_len),
+        tuple(deployment for deployment, _ in step_s),
+        tuple(deployment for deployment, _ in scaling),
+    )
+    return build_results(
+        experiment,
+        command="expertlane compare",
+        machine=machine(num_cores),
+        versions=Versions("0.1.0", "3.11", "2.9"),
+        deployments=[result(*each, output_len=output_len) for each in step_s],
+        scaling=[result(*each, output_len=output_len) for each in scaling],
+    )
+
+
+def usual() -> Results:
+    """Two baselines, the proposal without and with overlap, and one more size for scaling."""
+    return results(
+        [(TENSOR, 0.4), (ROTATING, 0.32), (EXPERT, 0.16), (OVERLAP, 0.12)],
+        scaling=[(SMALL, 0.2)],
+    )

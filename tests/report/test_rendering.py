@@ -1,0 +1,132 @@
+import io
+from dataclasses import replace
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+import example_results as example
+from expertlane.report import content, markdown, terminal
+from expertlane.report.document import Table
+from expertlane.results import Results
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.layout import Layout
+
+
+def many() -> Results:
+    """Ten deployments: more than stand side by side."""
+    return example.results(
+        [
+            (Deployment(f"TP 8 × PP 2, {n} micro-batches", Layout(tp=8, pp=2),
+                        Options(num_micro_batches=n), is_baseline=True), 12.3456 + n)
+            for n in range(1, 9)
+        ]
+        + [(example.EXPERT, 1.6), (example.OVERLAP, 1.7)],
+        scaling=[(example.SMALL, 0.2)],
+    )  # fmt: skip
+
+
+def alone() -> Results:
+    return example.results([(example.SMALL, 0.1)], output_len=1, num_cores=1)
+
+
+def shown(results: Results, width: int) -> str:
+    stream = io.StringIO()
+    terminal.show(results, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("make", [example.usual, many, alone])
+def test_no_line_is_wider_than_the_console(make, width: int) -> None:
+    assert max(map(cell_len, shown(make(), width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_number_is_cut(width: int) -> None:
+    text = shown(many(), width)
+    for table in (part for section in content.sections(many()) for part in section.parts):
+        if isinstance(table, Table):
+            for row in table.rows:
+                for column, cell in zip(table.columns, row, strict=True):
+                    assert not column.is_number or cell in text
+    assert "…" not in text
+
+
+def test_both_renderers_hold_every_part() -> None:
+    given = example.usual()
+    page = markdown.render(given)
+    text = " ".join(shown(given, 100).split())
+    for section in content.sections(given):
+        assert section.heading in text
+        assert f"\n## {section.heading}\n" in page
+        for part in section.parts:
+            if isinstance(part, str):
+                assert " ".join(part.split()) in text
+
+
+def test_markdown_tables_are_rectangular() -> None:
+    lines = [line for line in markdown.render(many()).splitlines() if line.startswith("|")]
+    page = markdown.render(many())
+    assert page.startswith("# expertlane: example\n\n## Verdict\n\nFaster here: ")
+    assert (
+        "| # | deployment | layout | ranks | each rank holds |\n| --- | --- | --- | ---: | --- |"
+        in page
+    )
+    assert (
+        "| 9 | EP 16 | dp=16,ep=16 | 16 | 4 layers × 1 expert, all of each; 675 kB of weights |"
+        in page
+    )
+    assert len(lines) > 80
+
+
+def test_markdown_escapes_what_it_would_read() -> None:
+    odd = Deployment("a|b *c* <d> `e`", Layout())
+    page = markdown.render(example.results([(odd, 0.1)]))
+    assert r"| 1 | a\|b \*c\* \<d> \`e\` |" in page
+
+
+def test_markup_in_a_name_is_printed_as_it_is() -> None:
+    odd = Deployment("[red]x[/red]", Layout())
+    assert "[red]x[/red]" in shown(example.results([(odd, 0.1)]), 100)
+
+
+def test_shared_cores_are_told() -> None:
+    assert "16 ranks share 2 cores" in markdown.render(example.usual())
+    own = example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.1)], num_cores=16)
+    assert "ranks share" not in markdown.render(own)
+
+
+def test_the_papers_numbers_are_labelled_and_apart() -> None:
+    sections = content.sections(example.usual())
+    paper = sections[-1]
+    assert "reported, other hardware" in paper.heading
+    table = next(part for part in paper.parts if isinstance(part, Table))
+    assert table.rows == (
+        ("baseline: TP=8, PP=2", "reported", "120,000", "8.3", "1.00×", "1.00×"),
+        ("proposed: EP=16", "reported", "450,000", "2.2", "3.75×", "3.77×"),
+    )
+    for section in sections[:-1]:
+        for part in section.parts:
+            assert not isinstance(part, Table) or "450,000" not in str(part.rows)
+
+
+def test_other_tokens_are_told() -> None:
+    given = example.usual()
+    other = replace(given.deployments[2], tokens_sha256="0" * 64)
+    changed = replace(given, deployments=(*given.deployments[:2], other, given.deployments[3]))
+    assert "identical in all 4 deployments" in markdown.render(given)
+    assert "identical to the first deployment's in 3 of 4" in markdown.render(changed)
+
+
+def test_gains_against_the_best_baseline_stand_apart_where_it_is_not_the_first() -> None:
+    def titles(results: Results) -> list[str]:
+        gains = next(part for part in content.sections(results) if part.heading == "Gains")
+        return [part.title for part in gains.parts if isinstance(part, Table)]
+
+    assert titles(example.usual()) == [
+        "Against the first, TP 8 × PP 2",
+        "Against the best baseline, TP 8 × PP 2, 2 micro-batches rotating",
+    ]
+    one = example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.1)])
+    assert titles(one) == ["Against the first, TP 8 × PP 2, also the best baseline"]

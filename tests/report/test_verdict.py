@@ -1,0 +1,85 @@
+import pytest
+
+import example_results as example
+from expertlane.report.comparison import compare
+from expertlane.report.verdict import oversubscription, verdict
+from expertlane.results import Results
+
+
+def sentences(results: Results) -> tuple[str, ...]:
+    return verdict(compare(results), results.machine)
+
+
+def test_proposal_against_the_best_baseline_and_the_first() -> None:
+    which, why, critical = sentences(example.usual())
+    assert which == (
+        "Faster here: EP 16, two-batch overlap, with 2.67× the throughput of the best baseline, "
+        "TP 8 × PP 2, 2 micro-batches rotating: 133 against 50.0 decode TPS; TPOT 120 ms against "
+        "320 ms (2.67× lower). Against the first deployment, TP 8 × PP 2: 3.33× the throughput, "
+        "TPOT 3.33× lower."
+    )
+    assert why == (
+        "Why: per token of every sequence, the largest difference is experts: 160 ms (50%) with "
+        "TP 8 × PP 2, 2 micro-batches rotating, 60.0 ms (50%) with EP 16, two-batch overlap."
+    )
+    # One expert stage's 0.1 of a step for the one, chained over two pipeline stages for the other.
+    assert "EP 16, two-batch overlap would have 5.33× the throughput of TP 8 × PP 2" in critical
+
+
+def test_a_faster_baseline_is_called_so() -> None:
+    which, why, _ = sentences(example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.4)]))
+    assert which == (
+        "Faster here: the best baseline, TP 8 × PP 2, with 4.00× the throughput of EP 16: 160 "
+        "against 40.0 decode TPS; TPOT 100 ms against 400 ms (4.00× lower)."
+    )
+    assert "experts: 200 ms (50%) with EP 16, 50.0 ms (50%) with TP 8 × PP 2" in why
+
+
+def test_the_largest_part_of_the_faster_is_named_where_it_is_another() -> None:
+    _, why, _ = sentences(example.results([(example.TENSOR, 0.201), (example.EXPERT, 0.2)]))
+    assert "the largest difference is tensor-parallel collectives: " in why
+    assert why.endswith("The largest part of EP 16 is experts, 100 ms (50%).")
+
+
+def test_equally_fast() -> None:
+    which = sentences(example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.2)]))[0]
+    assert which == (
+        "Equally fast here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 decode "
+        "TPS; TPOT 200 ms against 200 ms (the same)."
+    )
+
+
+def test_without_a_baseline_the_fastest_is_held_against_the_first() -> None:
+    which = sentences(example.results([(example.EXPERT, 0.2), (example.OVERLAP, 0.1)]))[0]
+    assert which.startswith("Faster here: EP 16, two-batch overlap, with 2.00× the throughput of")
+    which = sentences(example.results([(example.OVERLAP, 0.1), (example.EXPERT, 0.2)]))[0]
+    assert which.startswith("Faster here: EP 16, two-batch overlap, with 2.00× the throughput of")
+
+
+def test_one_deployment() -> None:
+    assert sentences(example.results([(example.EXPERT, 0.2)])) == (
+        "EP 16 alone: 80.0 decode TPS, TPOT 200 ms; nothing to compare it with.",
+    )
+
+
+def test_prefill_alone() -> None:
+    given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], output_len=1)
+    which, why, _ = sentences(given)
+    assert "64.0 against 16.0 prefill TPS; TTFT 1,000 ms against 4,000 ms" in which
+    assert why.startswith("Why: over the prefill, ")
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "start"),
+    [(2, "16 ranks share 2 cores: wall times"), (1, "16 ranks share 1 core: wall times")],
+)
+def test_ranks_that_share_cores(num_cores: int, start: str) -> None:
+    line = oversubscription(example.machine(num_cores))
+    assert line is not None
+    assert line.startswith(start)
+
+
+def test_a_core_for_each_rank() -> None:
+    assert oversubscription(example.machine(16)) is None
+    given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], num_cores=16)
+    assert len(sentences(given)) == 2  # nothing on critical paths: wall times stand

@@ -1,0 +1,163 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import example_results as example
+from expertlane import results
+from expertlane.errors import UserError
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    return results.write(example.usual(), tmp_path / "new" / "folder")
+
+
+def change(path: Path, **keys: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def complaint(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        results.read(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.replace(str(path), "FILE")
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    given = example.usual()
+    path = results.write(given, tmp_path)
+    assert results.read(path) == given
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_nothing_decoded_and_one_deployment(tmp_path: Path) -> None:
+    given = example.results([(example.SMALL, 0.5)], output_len=1)
+    assert given.deployments[0].decode is None
+    assert list(given.deployments[0].breakdown_s) == [Phase.PREFILL]
+    assert results.read(results.write(given, tmp_path)) == given
+
+
+def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
+    data = json.loads(written.read_text())
+    assert data["schema_version"] == 1
+    deployment = data["deployments"][0]
+    assert deployment["layout"] == {
+        "replicas": 1, "pp_size": 2, "dp_size": 1, "tp_size": 8, "ep_size": 1,
+    }  # fmt: skip
+    assert deployment["source"] == "measured"
+    assert deployment["decode"]["tpot_s"].keys() == {"median", "p95"}
+    assert deployment["traffic_bytes"]["decode"]["inter-node"]["payload"] == 2 * 16 * 300
+    assert deployment["breakdown_s"]["decode"]["experts"] == pytest.approx(0.2)
+    assert data["experiment"]["model"]["hidden_size"] == 64
+
+
+def test_an_older_file_is_replaced_whole(tmp_path: Path) -> None:
+    results.write(example.usual(), tmp_path)
+    newer = replace(example.usual(), command="another")
+    results.write(newer, tmp_path)
+    assert results.read(tmp_path / "results.json").command == "another"
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(UserError, match=r"cannot write .*results\.json: No space left on device"):
+        results.write(example.usual(), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        results.write(example.usual(), tmp_path / "taken")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert complaint(tmp_path / "none.json") == "cannot read FILE: No such file or directory"
+
+
+def test_damaged_file(written: Path) -> None:
+    written.write_text(written.read_text()[:20])
+    assert complaint(written).startswith("FILE is damaged: ")
+    assert "line 2" in complaint(written)
+    written.write_bytes(b"{\xff}")
+    assert complaint(written) == "FILE is damaged: byte 1 is not UTF-8"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3"])
+def test_not_a_results_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert complaint(path) == "FILE is not a results file: it has no schema_version"
+
+
+def test_another_schema_version(written: Path) -> None:
+    change(written, schema_version=2)
+    assert complaint(written) == "FILE has schema_version 2; this expertlane reads 1"
+
+
+def test_unknown_key(written: Path) -> None:
+    change(written, colour="red")
+    assert complaint(written) == "FILE: colour is an unknown key"
+
+
+def test_missing_key(written: Path) -> None:
+    data = json.loads(written.read_text())
+    del data["deployments"][1]["prefill"]["tps"]
+    written.write_text(json.dumps(data))
+    assert complaint(written) == "FILE: deployments.1.prefill.tps is missing"
+
+
+def test_a_value_of_another_type(written: Path) -> None:
+    data = json.loads(written.read_text())
+    data["machine"]["num_cores"] = "two"
+    written.write_text(json.dumps(data))
+    assert complaint(written) == "FILE: machine.num_cores Input should be a valid integer"
+
+
+def test_a_layout_that_cannot_be(written: Path) -> None:
+    data = json.loads(written.read_text())
+    data["deployments"][0]["layout"]["ep_size"] = 3
+    written.write_text(json.dumps(data))
+    assert "ep=3 does not divide" in complaint(written)
+
+
+def test_sources_do_not_mix() -> None:
+    given = example.usual()
+    reported = replace(given.deployments[1], source="reported")
+    with pytest.raises(UserError, match="mix sources: measured, reported"):
+        replace(given, deployments=(given.deployments[0], reported))
+
+
+def test_no_deployment_and_one_name_twice() -> None:
+    given = example.usual()
+    with pytest.raises(UserError, match="without a deployment"):
+        replace(given, deployments=())
+    with pytest.raises(UserError, match="one deployment twice"):
+        replace(given, deployments=given.deployments[:1] * 2)
+
+
+def test_cause_shares_add_up_to_1() -> None:
+    for deployment in example.usual().deployments:
+        for phase in Phase:
+            assert sum(deployment.cause_shares(phase).values()) == pytest.approx(1)
+
+
+def test_layout_sizes_round_trip() -> None:
+    layout = Layout(replicas=2, pp=3, dp=4, tp=5, ep=10)
+    assert results.LayoutSizes.of(layout).layout == layout
+
+
+def test_oversubscription() -> None:
+    assert example.machine(num_cores=2).is_oversubscribed
+    assert example.machine(num_cores=2).ranks_per_core == 8
+    assert not example.machine(num_cores=16).is_oversubscribed
+    assert not replace(example.machine(), device="NVIDIA H100").is_oversubscribed
