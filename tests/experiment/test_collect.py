@@ -111,7 +111,7 @@ def test_assumptions_name_the_experiments_own_numbers() -> None:
     assert found["experts per token"] == "2 of 16"
     assert found["micro-batches"] == "1, 2"
     assert found["precision"] == "float32"
-    assert found["baseline"].startswith("TP 8 × PP 2 (pp=2,tp=8); ")
+    assert found["baseline"] == "pp=2,tp=8"
 
 
 def test_rotating_options_are_kept() -> None:

@@ -44,8 +44,8 @@ def test_percent(share: float, text: str) -> None:
 def test_units() -> None:
     assert numbers.milliseconds(0.0123) == "12.3"
     assert numbers.times(3.75) == "3.75×"
-    assert [numbers.bytes_si(n) for n in (0, 999, 1_500, 2.5e9)] == [
-        "0 B", "999 B", "1.50 kB", "2.50 GB",
+    assert [numbers.bytes_si(n) for n in (0, 999, 1_500, 999_990, 2.5e9)] == [
+        "0 B", "999 B", "1.50 kB", "1.00 MB", "2.50 GB",
     ]  # fmt: skip
     assert numbers.rate_si(3.2e10, "FLOP") == "32.0 GFLOP/s"
     assert numbers.rate_si(5, "B") == "5.00 B/s"

@@ -23,7 +23,11 @@ def test_proposal_against_the_best_baseline_and_the_first() -> None:
         "TP 8 × PP 2, 2 micro-batches rotating, 60.0 ms (50%) with EP 16, two-batch overlap."
     )
     # One expert stage's 0.1 of a step for the one, chained over two pipeline stages for the other.
-    assert "EP 16, two-batch overlap would have 5.33× the throughput of TP 8 × PP 2" in critical
+    assert critical == (
+        "By critical-path CPU time, with a core for each rank and free transfers, EP 16, two-batch "
+        "overlap would be ahead too, with 5.33× the throughput of TP 8 × PP 2, 2 micro-batches "
+        "rotating: 1,333 against 250 TPS."
+    )
 
 
 def test_a_faster_baseline_is_called_so() -> None:
@@ -33,6 +37,12 @@ def test_a_faster_baseline_is_called_so() -> None:
         "against 40.0 decode TPS; TPOT 100 ms against 400 ms (4.00× lower)."
     )
     assert "experts: 200 ms (50%) with EP 16, 50.0 ms (50%) with TP 8 × PP 2" in why
+
+
+def test_critical_paths_may_say_the_contrary() -> None:
+    # Tensor parallelism has twice the critical path at equal steps: two pipeline stages.
+    critical = sentences(example.results([(example.TENSOR, 0.15), (example.EXPERT, 0.2)]))[2]
+    assert "EP 16 would be ahead instead, with 1.50× the throughput of TP 8 × PP 2: " in critical
 
 
 def test_the_largest_part_of_the_faster_is_named_where_it_is_another() -> None:

@@ -14,11 +14,9 @@ def assumptions(experiment: Experiment, dtype: str) -> tuple[Assumption, ...]:
     micro_batches = sorted(
         {deployment.options.num_micro_batches for deployment in experiment.deployments}
     )
-    baselines = [
-        f"{deployment.name} ({deployment.layout})"
-        for deployment in experiment.deployments
-        if deployment.is_baseline
-    ]
+    baselines = dict.fromkeys(
+        str(deployment.layout) for deployment in experiment.deployments if deployment.is_baseline
+    )
     return (
         Assumption(
             "experts per token",

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,15 +48,11 @@ class WeightSource:
     device: torch.device
     touch: Callable[[], None]
 
-    def take(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
-        """Some rows and columns of tensor `name`; all of them by default."""
-        drawn: np.ndarray = draw(self.model, self.seed, name)
-        if rows is not None:
-            drawn = drawn[rows.start : rows.stop]
-        if columns is not None:
-            drawn = drawn[:, columns.start : columns.stop]
+    def take(self, name: str, part: range | None = None) -> Tensor:
+        """Tensor `name`, or a part of it along the dimension that layouts cut."""
+        drawn = draw(self.model, self.seed, name, part)
         self.touch()
-        return torch.from_numpy(drawn).to(self.device, self.dtype, copy=True)
+        return torch.from_numpy(drawn).to(self.device, self.dtype).contiguous()
 
 
 class TransformerStage:
@@ -90,7 +85,7 @@ class TransformerStage:
             vocab = partition(model.vocab_size, layout.tp)[at.tp_rank]
             self._head = OutputHead(
                 source.take(FINAL_NORM),
-                source.take(HEAD, rows=vocab),
+                source.take(HEAD, vocab),
                 vocab.start,
                 mesh,
                 recorder,
@@ -116,11 +111,11 @@ class TransformerStage:
             return source.take(layer_name(layer, part))
 
         query_key_value = torch.cat(
-            [source.take(layer_name(layer, part), rows=heads) for part in ("query", "key", "value")]
+            [source.take(layer_name(layer, part), heads) for part in ("query", "key", "value")]
         )
-        output = source.take(layer_name(layer, "output"), columns=heads)
-        up = [source.take(expert_name(layer, e, "up"), rows=inner) for e in experts]
-        down = [source.take(expert_name(layer, e, "down"), columns=inner) for e in experts]
+        output = source.take(layer_name(layer, "output"), heads)
+        up = [source.take(expert_name(layer, e, "up"), inner) for e in experts]
+        down = [source.take(expert_name(layer, e, "down"), inner) for e in experts]
         return DecoderLayer(
             layer,
             LayerWeights(of_layer("attention_norm"), of_layer("moe_norm"), of_layer("router")),

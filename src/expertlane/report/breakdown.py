@@ -32,7 +32,8 @@ def bottlenecks(comparison: Comparison) -> Section:
             "Mean over ranks. The last row is the time in which every sequence goes one token on. "
             "Waiting is time blocked because another rank came later; what even the last rank "
             "waits for is the transfer. A straggler waits less than the others of its pipeline "
-            "stage, by over 5% of the time.",
+            "stage, by over 5% of the time. Between steps: without a plan to work on; under "
+            "pipeline stages also while a step's later stages finish it.",
         ),
     )
 

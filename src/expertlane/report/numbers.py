@@ -40,18 +40,20 @@ def times(factor: float) -> str:
 
 def bytes_si(num_bytes: float) -> str:
     """`1.23 MB`; powers of 1000."""
-    for scale, prefix in _SI:
-        if abs(num_bytes) >= scale:
-            return f"{figures(num_bytes / scale)} {prefix}B"
-    return f"{figures(num_bytes)} B"
+    return _scaled(num_bytes, "B")
 
 
 def rate_si(per_second: float, unit: str) -> str:
     """`12.3 GFLOP/s`."""
+    return _scaled(per_second, f"{unit}/s")
+
+
+def _scaled(value: float, unit: str) -> str:
+    rounded = float(f"{value:.3g}")  # so that 999.9 k becomes 1.00 M
     for scale, prefix in _SI:
-        if abs(per_second) >= scale:
-            return f"{figures(per_second / scale)} {prefix}{unit}/s"
-    return f"{figures(per_second)} {unit}/s"
+        if abs(rounded) >= scale:
+            return f"{figures(rounded / scale)} {prefix}{unit}"
+    return f"{figures(rounded)} {unit}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -25,13 +25,13 @@ def show(results: Results, console: Console) -> None:
         console.print(Text(section.heading, style="bold cyan"))
         for position, part in enumerate(section.parts):
             if isinstance(part, str):
-                console.print(Padding(Text(part), (0, 0, 0, 1)))
+                console.print(Padding(Text(part), (0, 0, 0, 1), expand=False))
                 continue
             if position:
                 console.print()
             if part.title:
-                console.print(Padding(Text(part.title, style="italic"), (0, 0, 0, 1)))
-            console.print(Padding(_table(part), (0, 0, 0, 1)))
+                console.print(Padding(Text(part.title, style="italic"), (0, 0, 0, 1), expand=False))
+            console.print(Padding(_table(part), (0, 0, 0, 1), expand=False))
 
 
 def _table(table: Table) -> RichTable:

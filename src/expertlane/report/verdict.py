@@ -124,12 +124,14 @@ def _part(row: Row, phase: Phase, cause: Cause) -> str:
 
 
 def _by_critical_path(faster: Row, slower: Row) -> str:
-    fast_tps, slow_tps = faster.phase.critical_path.tps, slower.phase.critical_path.tps
-    if not (fast_tps and slow_tps):
+    ahead, behind = sorted((faster, slower), key=lambda row: -row.phase.critical_path.tps)
+    ahead_tps, behind_tps = ahead.phase.critical_path.tps, behind.phase.critical_path.tps
+    if not behind_tps:
         return ""
+    also = "too" if ahead is faster else "instead"
     return (
         f"By critical-path CPU time, with a core for each rank and free transfers, "
-        f"{faster.deployment.name} would have {times(fast_tps / slow_tps)} the throughput of "
-        f"{slower.deployment.name} "
-        f"({figures(fast_tps)} against {figures(slow_tps)} TPS)."
+        f"{ahead.deployment.name} would be ahead {also}, with {times(ahead_tps / behind_tps)} the "
+        f"throughput of {behind.deployment.name}: {figures(ahead_tps)} against "
+        f"{figures(behind_tps)} TPS."
     )
