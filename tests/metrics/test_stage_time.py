@@ -58,6 +58,16 @@ def test_blocked_in_a_hand_over_is_the_bubble() -> None:
     assert time.waiting_s.tolist() == [0, 0]
 
 
+def test_idle_time_is_the_drivers_then_bubble_then_waiting() -> None:
+    # Two stages of two ranks: the second stage worked longer, so it idled less.
+    idle_s = [5.0, 6.0, 2.0, 2.5]
+    records = [blocked_record(rank, Stage.IDLE, s, s) for rank, s in enumerate(idle_s)]
+    time = stage_time(Layout(pp=2, tp=2), [step_record(0, 10, [0], records)])
+    assert time.bubble_s.tolist() == [3.0, 3.0, 0, 0]
+    assert time.waiting_s.tolist() == [0, 1.0, 0, 0.5]
+    assert time.breakdown_s(wall_s=10.0, num_rounds=1)[Cause.ENGINE] == 10.0 - (3 + 4 + 0 + 0.5) / 4
+
+
 def test_breakdown_adds_up_to_the_wall_time_of_a_round() -> None:
     both = {(0, 0, Stage.EXPERTS): 2.0, (0, 1, Stage.IDLE): 5.0, (0, 1, Stage.EMBED): 1.0}
     records = [

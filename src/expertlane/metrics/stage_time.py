@@ -35,7 +35,8 @@ class StageTime:
         stage_s: [num_ranks, num_stages]; time in a stage without waiting and bubbles; in a
             communication stage it holds the transfer that nothing hid.
         waiting_s: [num_ranks]; blocked because other ranks came later.
-        bubble_s: [num_ranks]; blocked in a hand-over between pipeline stages.
+        bubble_s: [num_ranks]; blocked in a hand-over between pipeline stages, or idle because
+            another stage was busy.
         exposed_s: seconds a step blocked in dispatch and combine, mean over ranks and steps.
     """
 
@@ -67,14 +68,21 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
 
     In a stage where ranks meet, a rank's blocked time less the least blocked time among the
     ranks of its pipeline stage and replica, in the same (step, micro-batch, layer slot, stage),
-    is waiting for others: whoever came last was blocked by the transfer alone.
+    is waiting for others: whoever came last was blocked by the transfer alone. Idle time between
+    plans is split the same way: the least of the replica is the driver's, what a pipeline stage
+    has above it is bubble (it was done earlier than another stage), what a rank has above its
+    stage's least is waiting.
     """
     stage_s = np.zeros((layout.world_size, len(Stage)))
     waiting_s = np.zeros(layout.world_size)
     bubble_s = np.zeros(layout.world_size)
     exposed_s = []
     for step in steps:
+        least_idle = min(record.blocked_s[..., Stage.IDLE].sum() for record in step.records)
         for ranks, wall, blocked in _by_pipeline_stage(layout, step):
+            idle = blocked[..., Stage.IDLE].sum(axis=(1, 2))
+            bubble_s[ranks] += idle.min() - least_idle
+            waiting_s[ranks] += idle - idle.min()
             at_meetings = blocked[..., _MEETINGS]
             waiting = at_meetings - at_meetings.min(axis=0)
             bubble = blocked[..., Stage.HAND_OVER]

@@ -1,0 +1,71 @@
+"""Ranks and reference runs that outlive a test, since both take long to make."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.pool import RankPool
+from expertlane.model.reference import ReferenceModel, ReferenceRun
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.workload import Workload
+
+_TIMEOUT_S = 60.0
+
+
+class PoolKeeper:
+    """Keeps one pool of ranks a dtype; the ranks keep their process groups by layout."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, RankPool] = {}
+
+    def pool(self, num_ranks: int, dtype: str = "float32") -> RankPool:
+        """At least `num_ranks` ranks: those there are, or new ones if a failed case ended them."""
+        pool = self._pools.get(dtype)
+        if pool is None or pool.is_closed or pool.num_ranks < num_ranks:
+            if pool is not None:
+                pool.close()
+            pool = RankPool(LocalRanks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
+            self._pools[dtype] = pool
+        return pool
+
+    def close(self) -> None:
+        """End all ranks."""
+        for pool in self._pools.values():
+            pool.close()
+
+
+class ReferenceRuns:
+    """Greedy generations of the reference, each computed once."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple[ModelConfig, int], ReferenceModel] = {}
+        self._runs: dict[tuple[ModelConfig, Workload, int], ReferenceRun] = {}
+
+    def model(self, model: ModelConfig, seed: int) -> ReferenceModel:
+        """The reference with the weights of `seed`."""
+        if (model, seed) not in self._models:
+            self._models[model, seed] = ReferenceModel(model, seed)
+        return self._models[model, seed]
+
+    def run(self, model: ModelConfig, workload: Workload, seed: int) -> ReferenceRun:
+        """What the reference makes of a workload."""
+        key = model, workload, seed
+        if key not in self._runs:
+            prompts = workload.prompt_token_ids(model.vocab_size)
+            self._runs[key] = self.model(model, seed).generate(prompts, workload.output_len)
+        return self._runs[key]
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[PoolKeeper]:
+    """Ranks that persist from test to test."""
+    keeper = PoolKeeper()
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture(scope="session")
+def references() -> ReferenceRuns:
+    """What runs are held against."""
+    return ReferenceRuns()
