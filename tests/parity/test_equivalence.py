@@ -1,15 +1,11 @@
 """Contract 1: every layout, overlap mode and micro-batching computes the reference's function."""
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from distributed.running import deployment, run_deployment
-from expertlane.errors import SpecError
-from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
-from parity.contract import check_contract, num_undecided
+from parity.contract import check_contract
 
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=35, prompt_len=5, output_len=3, seed=7)
@@ -61,7 +57,7 @@ def check(pools, references, model, layout, workload, seed=0, **options):
     return check_contract(reference, run.logits, run.tokens)
 
 
-@pytest.mark.parametrize(("layout", "overlap", "num_micro_batches", "schedule"), cases())
+@pytest.mark.parametrize(("layout", "overlap", "num_micro_batches", "schedule"), list(cases()))
 def test_every_way_to_run(pools, references, layout, overlap, num_micro_batches, schedule):
     check(
         pools,

@@ -1,6 +1,6 @@
 """Device, backend and dtype of a rank, chosen once and here only.
 
-The CUDA branch is exercised by tests/engine/test_platform_gpu.py where there is a GPU.
+The CUDA branch is exercised by tests/gpu/test_cuda.py where there is a GPU.
 """
 
 import os

@@ -95,15 +95,16 @@ def check_memory(experiment: Experiment, seen: "RankMachine", itemsize: int) -> 
         if need.total_bytes * num_sharing > seen.free_bytes:
             sharing = "" if num_sharing == 1 else f" for each of {num_sharing} ranks here"
             raise CapacityError(
-                f"deployment {deployment.name!r} needs {_gb(need.total_bytes)} a rank "
-                f"(weights {_gb(need.weight_bytes)}, cache {_gb(need.kv_bytes)}, activations "
-                f"{_gb(need.activation_bytes)}){sharing}, but {_gb(seen.free_bytes)} are free in "
-                "all; use a smaller model, fewer or shorter sequences"
+                f"deployment {deployment.name!r} needs {_size(need.total_bytes)} a rank (weights "
+                f"{_size(need.weight_bytes)}, key/value cache {_size(need.kv_bytes)}, activations "
+                f"{_size(need.activation_bytes)}){sharing}, but {_size(seen.free_bytes)} are free "
+                "in all; use a smaller model, fewer or shorter sequences"
             )
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"
+def _size(num_bytes: int) -> str:
+    unit, name = (10**12, "TB") if num_bytes >= 10**12 else (10**9, "GB")
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def measure_peak(pool: RankPool, seen: "RankMachine") -> MachinePeak:
