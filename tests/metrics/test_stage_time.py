@@ -68,6 +68,13 @@ def test_idle_time_is_the_drivers_then_bubble_then_waiting() -> None:
     assert time.breakdown_s(wall_s=10.0, num_rounds=1)[Cause.ENGINE] == 10.0 - (3 + 4 + 0 + 0.5) / 4
 
 
+def test_tensor_parallel_groups_do_not_wait_for_each_other() -> None:
+    blocked_s = [1.0, 1.5, 0.25, 0.25]
+    records = [blocked_record(rank, Stage.COLLECTIVES, 2, s) for rank, s in enumerate(blocked_s)]
+    time = stage_time(Layout(dp=2, tp=2), [step_record(0, 1, [0], records)])
+    assert time.waiting_s.tolist() == [0, 0.5, 0, 0]
+
+
 def test_breakdown_adds_up_to_the_wall_time_of_a_round() -> None:
     both = {(0, 0, Stage.EXPERTS): 2.0, (0, 1, Stage.IDLE): 5.0, (0, 1, Stage.EMBED): 1.0}
     records = [

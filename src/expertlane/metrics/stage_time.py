@@ -66,9 +66,9 @@ class StageTime:
 def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
     """Split the time of every rank over the steps of one phase.
 
-    In a stage where ranks meet, a rank's blocked time less the least blocked time among the
-    ranks of its pipeline stage and replica, in the same (step, micro-batch, layer slot, stage),
-    is waiting for others: whoever came last was blocked by the transfer alone. Idle time between
+    In a stage where ranks meet, a rank's blocked time less the least blocked time among those it
+    meets (its tensor-parallel group for the collectives around attention, else all ranks of its
+    pipeline stage), in the same (step, micro-batch, layer slot, stage), is waiting for others: whoever came last was blocked by the transfer alone. Idle time between
     plans is split the same way: the least of the replica is the driver's, what a pipeline stage
     has above it is bubble (it was done earlier than another stage), what a rank has above its
     stage's least is waiting.
@@ -83,8 +83,11 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
             idle = blocked[..., Stage.IDLE].sum(axis=(1, 2))
             bubble_s[ranks] += idle.min() - least_idle
             waiting_s[ranks] += idle - idle.min()
-            at_meetings = blocked[..., _MEETINGS]
-            waiting = at_meetings - at_meetings.min(axis=0)
+            waiting = np.zeros_like(blocked[..., _MEETINGS])
+            for position, stage in enumerate(_MEETINGS):
+                for members in _meeting(layout, ranks, stage):
+                    at_meeting = blocked[members, ..., stage]
+                    waiting[members, ..., position] = at_meeting - at_meeting.min(axis=0)
             bubble = blocked[..., Stage.HAND_OVER]
             own = wall.copy()
             own[..., _MEETINGS] -= waiting
@@ -94,6 +97,16 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
             bubble_s[ranks] += bubble.sum(axis=(1, 2))
             exposed_s.extend(blocked[..., [Stage.DISPATCH, Stage.COMBINE]].sum(axis=(1, 2, 3)))
     return StageTime(stage_s, waiting_s, bubble_s, float(np.mean(exposed_s)))
+
+
+def _meeting(layout: Layout, ranks: list[int], stage: Stage) -> list[list[int]]:
+    """Places in `ranks` (of one pipeline stage) of those who meet each other in `stage`."""
+    if stage is not Stage.COLLECTIVES:
+        return [list(range(len(ranks)))]
+    groups = defaultdict(list)
+    for place, rank in enumerate(ranks):
+        groups[layout.coordinates(rank).dp_rank].append(place)
+    return list(groups.values())
 
 
 def hidden_communication(step_off_s: float, step_on_s: float, exposed_s: float) -> float | None:
