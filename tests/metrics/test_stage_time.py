@@ -22,7 +22,7 @@ def test_one_rank_waits_for_nobody() -> None:
 @pytest.mark.parametrize("stage", [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES])
 def test_the_least_blocked_time_is_the_transfer(stage: Stage) -> None:
     records = [blocked_record(0, stage, 1.0, 0.75), blocked_record(1, stage, 0.5, 0.25)]
-    time = stage_time(Layout(dp=2, ep=2), [step_record(0, 1, [0, 1], records)] * 2)
+    time = stage_time(Layout(tp=2), [step_record(0, 1, [0, 1], records)] * 2)
     assert time.waiting_s.tolist() == [1.0, 0.0]  # twice 0.75 - 0.25
     assert time.stage_s[:, stage].tolist() == [1.0, 1.0]
     assert time.exposed_s == (0.0 if stage is Stage.COLLECTIVES else 0.5)
