@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.metrics import MachinePeak, summarise
-from expertlane.plan.memory import rank_memory
 from expertlane.results import DeploymentResult, Machine, Results, Versions
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
@@ -19,7 +19,7 @@ from records import rank_record, step_record
 
 MODEL = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=16, prompt_len=4, output_len=3)
-PEAK = MachinePeak(1e9, 1e9, 2, "float32")
+PEAK = MachinePeak(1e9, 1e9, 2, "core", "float32")
 
 TENSOR = Deployment("TP 8 × PP 2", Layout(tp=8, pp=2), is_baseline=True)
 ROTATING = Deployment(
@@ -35,7 +35,7 @@ SMALL = Deployment("EP 1", Layout())
 
 def machine(num_cores: int = 2) -> Machine:
     """A made-up machine."""
-    return Machine("Example CPU", "cpu", num_cores, 8 * 10**9, 16, 8, "gloo", "float32", PEAK)
+    return Machine("Example CPU", "cpu", num_cores, 0, 8 * 10**9, 16, 8, "gloo", "float32", PEAK)
 
 
 def steps(
@@ -90,7 +90,7 @@ def result(deployment: Deployment, step_s: float, *, output_len: int = 3) -> Dep
         MODEL,
         workload,
         metrics,
-        [rank_memory(MODEL, layout, workload, rank, 4) for rank in range(layout.world_size)],
+        [HeldBytes(1000 + rank, 100) for rank in range(layout.world_size)],
         np.zeros((workload.num_sequences, output_len), dtype=np.int64),
         deployment.is_baseline,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from expertlane.spec.deployment import Options
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout
 
@@ -23,7 +24,7 @@ def test_experiments_compare_the_papers_deployments(path: Path):
     assert path.stem in shipped_experiments()
     assert experiment.num_ranks == 16
     assert [str(each.layout) for each in experiment.deployments if each.is_baseline] == [
-        *["pp=2,tp=8"] * 5,
+        *["pp=2,tp=8"] * 6,
         "dp=2,tp=8,ep=2",
     ]
     baselines = [each.options for each in experiment.deployments[:5]]
@@ -34,6 +35,7 @@ def test_experiments_compare_the_papers_deployments(path: Path):
         (2, "rotating"),
         (4, "rotating"),
     ]
+    assert experiment.deployments[5].options == Options(overlap=True)
     proposal = [each for each in experiment.deployments if not each.is_baseline]
     assert [(each.layout, each.options.overlap) for each in proposal] == [
         (Layout(dp=16, ep=16), False),

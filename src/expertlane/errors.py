@@ -4,7 +4,8 @@ ExpertlaneError
 ├── UserError       a mistake in what was asked for: one line, exit code 2
 │   ├── SpecError       a layout, workload, model or experiment that cannot be
 │   └── CapacityError   more memory or ranks than this machine has
-└── RankError       a rank died, hung or failed while it ran: one line, exit code 1
+├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
+└── TerminatedError the process was told to end: one line, exit code 143
 """
 
 
@@ -30,3 +31,9 @@ class CapacityError(UserError):
 
 class RankError(ExpertlaneError):
     """A rank died, hung or raised; the text names rank, layer and stage."""
+
+
+class TerminatedError(ExpertlaneError):
+    """The process was told to end by SIGTERM or SIGHUP."""
+
+    exit_code = 143  # 128 + SIGTERM, as shells have it

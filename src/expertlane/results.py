@@ -44,7 +44,8 @@ class Machine(_Strict):
 
     Attributes:
         device: `cpu`, or the name of the accelerator.
-        num_cores: cores this process may use.
+        num_cores: cores the ranks may use, of all hosts.
+        num_idle_gpus: GPUs that were not used, because there are fewer than ranks.
         memory_bytes: of the machine.
         num_ranks: of the largest deployment.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
@@ -55,6 +56,7 @@ class Machine(_Strict):
     cpu_name: str
     device: str
     num_cores: int
+    num_idle_gpus: int
     memory_bytes: int
     num_ranks: int
     ranks_per_node: int
@@ -143,7 +145,8 @@ class PhaseResult(_Strict):
         num_steps: steps; a rotating micro-batch's counts as one.
         num_rounds: times every sequence went one token on.
         step_s: median.
-        exposed_s: seconds a step blocked in dispatch and combine, mean over ranks.
+        exposed_s: seconds a round blocked in dispatch and combine, mean over the ranks of a
+            pipeline stage, added up over stages.
         active_expert_share: of the experts of a layer, those with a token in a step; mean.
         flops, weight_bytes, num_collectives: by stage.
         kv_bytes: keys and values read.
@@ -164,6 +167,11 @@ class PhaseResult(_Strict):
     kv_bytes: int
     num_collectives: dict[str, int]
     utilisation: UtilisationResult
+
+    @property
+    def round_s(self) -> float:
+        """Mean wall time of a round."""
+        return self.wall_s / self.num_rounds
 
 
 @dataclass(frozen=True)
@@ -274,8 +282,8 @@ class HiddenCommunication(_Strict):
 
     Attributes:
         off, on: their names.
-        step_off_s, step_on_s: their median decode steps.
-        exposed_s: seconds a decode step blocked in dispatch and combine without overlap.
+        step_off_s, step_on_s: their mean decode steps (rounds, where micro-batches rotate).
+        exposed_s: seconds of such a step blocked in dispatch and combine without overlap.
         hidden: (step_off_s - step_on_s) / exposed_s; negative where overlap costs time; None
             where nothing was exposed.
     """

@@ -1,5 +1,6 @@
 """A comparison that takes no time: keeps what the command line hands over, gives a fixed answer."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,27 +9,40 @@ from typing import Any
 
 import pytest
 
+import expertlane.engine
 import expertlane.experiment
 import expertlane.report
 import expertlane.results
 from expertlane.cli.main import main
+from expertlane.errors import CapacityError
 from expertlane.results import write_text
 
 
 class FakeComparison:
-    """Stands for `run_comparison` and for the writers of its results."""
+    """Stands for the ranks, `run_comparison`, and the writers of its results."""
 
     def __init__(self) -> None:
+        self.pools: list[dict[str, Any]] = []
         self.calls: list[dict[str, Any]] = []
         self.answer: Any = "results"
         self.error: BaseException | None = None
+        self.fails_at = 1
+        self.too_large: CapacityError | None = None
+        self.is_follower = False
 
-    def run_comparison(self, experiment: Any, **options: Any) -> Any:
-        progress = options.pop("progress")
-        self.calls.append({"experiment": experiment} | options)
+    def start_pool(self, num_ranks: int, **options: Any) -> Any:
+        self.pools.append({"num_ranks": num_ranks} | options)
+        return None if self.is_follower else contextlib.nullcontext()
+
+    def check_memory(self, experiment: Any, pool: Any) -> None:
+        if self.too_large is not None:
+            raise self.too_large
+
+    def run_comparison(self, experiment: Any, pool: Any, progress: Any, *, command: str) -> Any:
+        self.calls.append({"experiment": experiment, "command": command})
         progress.task("EP 16", 2)
         progress.advance()
-        if self.error is not None:
+        if self.error is not None and len(self.calls) == self.fails_at:
             raise self.error
         progress.advance()
         progress.done()
@@ -40,10 +54,11 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     """The fake in place, in an empty working folder, outside `torchrun`."""
     fake = FakeComparison()
 
+    def as_json(results: Any) -> str:
+        return f'{{"answer": "{results}", "name": "TP 8 × PP 2"}}\n'
+
     def write(results: Any, folder: Path) -> Path:
-        return write_text(
-            folder / "results.json", f'{{"answer": "{results}", "name": "TP 8 × PP 2"}}\n'
-        )
+        return write_text(folder / "results.json", as_json(results))
 
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:
         module = ModuleType(f"{package.__name__}.{name}")
@@ -52,7 +67,14 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(package, name, module, raising=False)
 
-    install(expertlane.experiment, "compare", run_comparison=fake.run_comparison)
+    install(expertlane.engine, "start", start_pool=fake.start_pool)
+    install(
+        expertlane.experiment,
+        "compare",
+        check_memory=fake.check_memory,
+        run_comparison=fake.run_comparison,
+    )
+    monkeypatch.setattr(expertlane.results, "to_json", as_json)
     monkeypatch.setattr(expertlane.results, "write", write)
     install(expertlane.report, "markdown", render=lambda results: f"# {results} ×\n")
     install(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from expertlane.errors import CapacityError, RankError
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
@@ -14,15 +15,17 @@ def test_the_default_runs_shows_and_writes(comparison, run):
     code, out, err = run("compare")
 
     assert (code, out) == (0, "results!\n")
-    assert comparison.calls == [
-        {"experiment": SMALL, "dtype": None, "oversubscribe": False, "timeout_s": 60.0}
+    assert comparison.pools == [
+        {"num_ranks": 16, "dtype": None, "oversubscribe": False, "timeout_s": 60.0}
     ]
+    assert comparison.calls == [{"experiment": SMALL, "command": "expertlane compare"}]
     assert Path("results/paper-small/report.md").read_text() == "# results ×\n"
     assert sorted(path.name for path in Path("results/paper-small").iterdir()) == [
         "report.md",
         "results.json",
     ]
-    progress, written = err.splitlines()
+    started, progress, written = err.splitlines()
+    assert re.fullmatch(r"starting 16 ranks: done in \d+\.\d s", started)
     assert re.fullmatch(r"EP 16: done in \d+\.\d s", progress)
     assert written == "written: results/paper-small/results.json, results/paper-small/report.md"
 
@@ -33,14 +36,11 @@ def test_options_are_handed_over(comparison, run):
     )
 
     assert code == 0
-    assert comparison.calls == [
-        {
-            "experiment": read_experiment(shipped_experiments()["paper"]),
-            "dtype": "bfloat16",
-            "oversubscribe": True,
-            "timeout_s": 2.5,
-        }
+    assert comparison.pools == [
+        {"num_ranks": 16, "dtype": "bfloat16", "oversubscribe": True, "timeout_s": 2.5}
     ]
+    paper = read_experiment(shipped_experiments()["paper"])
+    assert [call["experiment"] for call in comparison.calls] == [paper]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_top_k_gives_one_comparison_each(comparison, run, arguments, folders):
     code, out, _ = run("compare", *arguments)
 
     assert (code, out) == (0, "results!\n" * len(folders))
+    assert len(comparison.pools) == 1  # the same ranks for all
     models = [call["experiment"].model for call in comparison.calls]
     assert models == [SMALL.model.with_overrides(num_experts_per_tok=k) for k in folders]
     found = {str(path.parent.relative_to(Path.cwd())) for path in Path.cwd().rglob("report.md")}
@@ -67,6 +68,7 @@ def test_json_is_the_file_and_nothing_else(comparison, run):
     code, out, err = run("compare", "--json", "--out", "here")
 
     assert code == 0
+    assert "x" * 200 in out
     assert out == Path("here/results.json").read_text()
     assert "EP 16: done" in err
 
@@ -74,10 +76,28 @@ def test_json_is_the_file_and_nothing_else(comparison, run):
 def test_a_rank_that_does_not_speak_writes_nothing(comparison, run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    comparison.answer = None
+    comparison.is_follower = True
 
     assert run("compare") == (0, "", "")
+    assert comparison.calls == []
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_memory_is_checked_for_all_before_the_first_runs(comparison, run):
+    comparison.too_large = CapacityError("too large")
+    code, out, err = run("compare", "--top-k", "2,1")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "expertlane: error: too large"
+    assert comparison.calls == []
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_what_is_finished_stays_when_a_later_comparison_fails(comparison, run):
+    comparison.fails_at = 2
+    comparison.error = RankError("rank 1 is gone")
+    code, out, _ = run("compare", "--top-k", "2,1")
+    assert (code, out) == (1, "results!\n")
+    assert [path.name for path in Path("results").iterdir()] == ["paper-small-top2"]
 
 
 def test_a_failed_run_writes_nothing(comparison, run):
@@ -98,9 +118,9 @@ def test_a_failed_run_writes_nothing(comparison, run):
             "--top-k 17: model paper-small: num_experts_per_tok is 17 but there are only 16 "
             "experts",
         ),
-        (["--timeout-s", "0"], "--timeout-s is 0; it must be a number of seconds above 0"),
-        (["--timeout-s", "nan"], "--timeout-s is nan; it must be a number of seconds above 0"),
-        (["--timeout-s", "inf"], "--timeout-s is inf; it must be a number of seconds above 0"),
+        (["--timeout-s", "0"], "--timeout-s is 0; valid: above 0, at most 1e+06"),
+        (["--timeout-s", "nan"], "--timeout-s is nan; valid: above 0, at most 1e+06"),
+        (["--timeout-s", "inf"], "--timeout-s is inf; valid: above 0, at most 1e+06"),
         (["none.toml"], "none.toml: no such file"),
     ],
 )

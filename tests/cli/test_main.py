@@ -17,21 +17,32 @@ def test_no_command_shows_the_help(run):
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(comparison, run):
     comparison.error = CapacityError("16 ranks need\n3 GB, but 2 GB are free")
-    assert run("compare") == (
-        2,
-        "",
-        "expertlane: error: 16 ranks need 3 GB, but 2 GB are free\n",
-    )
+    code, out, err = run("compare")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1:] == ["expertlane: error: 16 ranks need 3 GB, but 2 GB are free"]
 
 
 def test_a_rank_error_is_one_line_and_exit_code_1(comparison, run):
     comparison.error = RankError("rank 3 died in layer 2, experts")
-    assert run("compare") == (1, "", "expertlane: error: rank 3 died in layer 2, experts\n")
+    code, out, err = run("compare")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[1:] == ["expertlane: error: rank 3 died in layer 2, experts"]
+
+
+def test_the_traceback_of_a_bug_in_a_rank_is_shown_above_the_line(comparison, run):
+    comparison.error = RankError("rank 3 failed")
+    comparison.error.add_note("Traceback: it was me")
+    assert run("compare")[2].splitlines()[1:] == [
+        "Traceback: it was me",
+        "expertlane: error: rank 3 failed",
+    ]
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(comparison, run):
     comparison.error = KeyboardInterrupt()
-    assert run("compare") == (130, "", "expertlane: error: interrupted\n")
+    code, out, err = run("compare")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[1:] == ["expertlane: error: interrupted"]
 
 
 def test_anything_else_keeps_its_traceback(comparison, run):

@@ -42,7 +42,8 @@ def run_deployment(
     seed: int = 0,
     forced: npt.NDArray[np.int64] | None = None,
     return_logits: bool = False,
-    ranks_per_node: int = 0,
+    record: bool = True,
+    ranks_per_node: int = 8,
 ) -> Run:
     """Prefill and decode; with `forced`, those tokens are fed in place of the chosen ones."""
     runner = ModelRunner(
@@ -54,6 +55,7 @@ def run_deployment(
         workload.prompt_token_ids(model.vocab_size),
         forced=forced,
         return_logits=return_logits,
+        record=record,
     )
     steps = list(drive(scheduler, runner))
     if scheduler.start_decode():

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import example_results as example
+from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.collect import (
     deployment_result,
     hidden_by_overlap,
     scaling_points,
 )
 from expertlane.metrics import summarise
-from expertlane.plan.memory import rank_memory
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
@@ -60,7 +60,7 @@ def test_tokens_and_memory_must_fit() -> None:
         [],
         example.PEAK,
     )
-    memory = [rank_memory(example.MODEL, deployment.layout, workload, 0, 4)]
+    memory = [HeldBytes(1000, 100)]
     with pytest.raises(ValueError, match="tokens of shape"):
         deployment_result(
             deployment, example.MODEL, workload, metrics, memory, np.zeros((16, 2), int), False

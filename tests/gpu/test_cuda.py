@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from parity.contract import check_contract
 
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.model_runner import ModelRunner
@@ -14,6 +13,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
+from parity.contract import check_contract
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

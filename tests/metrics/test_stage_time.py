@@ -25,7 +25,7 @@ def test_the_least_blocked_time_is_the_transfer(stage: Stage) -> None:
     time = stage_time(Layout(tp=2), [step_record(0, 1, [0, 1], records)] * 2)
     assert time.waiting_s.tolist() == [1.0, 0.0]  # twice 0.75 - 0.25
     assert time.stage_s[:, stage].tolist() == [1.0, 1.0]
-    assert time.exposed_s == (0.0 if stage is Stage.COLLECTIVES else 0.5)
+    assert time.exposed_s == (0.0 if stage is Stage.COLLECTIVES else 1.0)  # both steps
 
 
 def test_each_meeting_has_its_own_last_rank() -> None:
@@ -56,6 +56,15 @@ def test_blocked_in_a_hand_over_is_the_bubble() -> None:
     assert time.bubble_s.tolist() == [0, 0.75]
     assert time.stage_s[1, Stage.HAND_OVER] == 0.25
     assert time.waiting_s.tolist() == [0, 0]
+
+
+def test_exposed_time_adds_up_over_pipeline_stages_not_over_ranks_or_replicas() -> None:
+    records = [blocked_record(rank, Stage.DISPATCH, 1, 0.4) for rank in range(4)]
+    steps = [
+        step_record(0, 1, [0], records[:2], replica=0),
+        step_record(0, 1, [1], records[2:], replica=1),
+    ]
+    assert stage_time(Layout(replicas=2, pp=2), steps).exposed_s == pytest.approx(0.8)
 
 
 def test_idle_time_is_the_drivers_then_bubble_then_waiting() -> None:

@@ -6,7 +6,9 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Link, Phase, Stage, Traffic
 from records import rank_record, step_record
 
-PEAK = MachinePeak(gemm_flops_per_s=1000.0, read_bytes_per_s=100.0, num_cores=2, dtype="float32")
+PEAK = MachinePeak(
+    gemm_flops_per_s=1000.0, read_bytes_per_s=100.0, num_units=2, unit="core", dtype="float32"
+)
 
 
 def records(tokens):

@@ -87,6 +87,6 @@ def test_an_expert_s_weights_do_not_depend_on_what_else_is_in_the_model():
     np.testing.assert_array_equal(draw(TINY, 0, name), draw(other, 0, name))
 
 
-def test_one_by_one_matrices_can_be_drawn():
-    model = TINY.with_overrides(hidden_size=1, vocab_size=1)
-    assert draw(model, 0, "head").shape == (1, 1)
+def test_one_row_matrices_can_be_drawn():
+    model = TINY.with_overrides(hidden_size=2, vocab_size=1)
+    assert draw(model, 0, "head").shape == (1, 2)

@@ -1,11 +1,14 @@
 """Contract 1: every layout, overlap mode and micro-batching computes the reference's function."""
 
+import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from distributed.running import deployment, run_deployment
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
-from parity.contract import check_contract
+from parity.contract import MIN_ROUTER_MARGIN, MIN_TOP2_GAP, check_contract
 
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=35, prompt_len=5, output_len=3, seed=7)
@@ -23,22 +26,28 @@ SMALL_LAYOUTS = [
 LARGE_LAYOUTS = ["tp=8,pp=2", "dp=2,tp=8,ep=2", "dp=16,ep=16", "pp=2,dp=4,tp=2,ep=4"]
 # Rotating with one micro-batch is the same as drained.
 SCHEDULES = [(1, "drained"), (2, "drained"), (2, "rotating"), (4, "drained"), (4, "rotating")]
-EVERY_RUN = {(1, "drained"), (2, "rotating")}
 
 
-def cases():
-    """All combinations; the largest layouts only with their own ways, the rest in full runs."""
-    for layout in SMALL_LAYOUTS + LARGE_LAYOUTS:
-        for overlap in (False, True):
-            for schedule in SCHEDULES:
-                long = layout in LARGE_LAYOUTS and schedule not in EVERY_RUN
-                yield pytest.param(
-                    layout,
-                    overlap,
-                    *schedule,
-                    id=f"{layout}-{'overlap' if overlap else 'plain'}-{schedule[0]} {schedule[1]}",
-                    marks=[pytest.mark.full] if long else [],
-                )
+def every_combination():
+    """Four micro-batches on 16 ranks take seconds: only in full runs, but for the paper's layout.
+
+    Layouts change last, since a rank keeps its weights while only options change.
+    """
+    return [
+        pytest.param(
+            layout,
+            overlap,
+            num_micro_batches,
+            schedule,
+            id=f"{layout}-{'overlap' if overlap else 'plain'}-{num_micro_batches} {schedule}",
+            marks=pytest.mark.full
+            if num_micro_batches == 4 and layout in LARGE_LAYOUTS[1:]
+            else (),
+        )
+        for layout in SMALL_LAYOUTS + LARGE_LAYOUTS
+        for overlap in (False, True)
+        for num_micro_batches, schedule in SCHEDULES
+    ]
 
 
 def check(pools, references, model, layout, workload, seed=0, **options):
@@ -57,7 +66,9 @@ def check(pools, references, model, layout, workload, seed=0, **options):
     return check_contract(reference, run.logits, run.tokens)
 
 
-@pytest.mark.parametrize(("layout", "overlap", "num_micro_batches", "schedule"), list(cases()))
+@pytest.mark.parametrize(
+    ("layout", "overlap", "num_micro_batches", "schedule"), every_combination()
+)
 def test_every_way_to_run(pools, references, layout, overlap, num_micro_batches, schedule):
     check(
         pools,
@@ -69,3 +80,127 @@ def test_every_way_to_run(pools, references, layout, overlap, num_micro_batches,
         num_micro_batches=num_micro_batches,
         micro_batch_schedule=schedule,
     )
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 16])
+@pytest.mark.parametrize("layout", ["dp=3,ep=3", "pp=2,dp=2,tp=2,ep=4"])
+def test_other_numbers_of_experts_a_token(pools, references, layout, top_k):
+    model = TINY.with_overrides(num_experts_per_tok=top_k)
+    check(pools, references, model, layout, WORKLOAD, overlap=True, num_micro_batches=2)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "layout", ["tp=1", "dp=4,ep=4", "tp=4,ep=4", "pp=4", "pp=2,dp=2,tp=2,ep=4", "replicas=2,dp=2"]
+)
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_fewer_sequences_than_ranks(pools, references, layout, overlap, num_sequences):
+    workload = Workload(num_sequences, prompt_len=1, output_len=2, seed=1)
+    options = {"num_micro_batches": 2, "micro_batch_schedule": "rotating", "overlap": overlap}
+    check(pools, references, TINY, layout, workload, **options)
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "dp=16,ep=16", "tp=8,pp=2", "pp=2,dp=2,tp=2,ep=4"])
+def test_one_token_of_one_sequence(pools, references, layout):
+    check(pools, references, TINY, layout, Workload(1, prompt_len=1, output_len=1))
+
+
+def test_every_position_the_model_has(pools, references):
+    model = TINY.with_overrides(max_position_embeddings=9)
+    check(pools, references, model, "tp=2,pp=2", Workload(3, prompt_len=7, output_len=3))
+
+
+def test_nothing_divides_anything(pools, references):
+    model = TINY.with_overrides(
+        name="odd",
+        num_hidden_layers=3,
+        hidden_size=30,
+        num_attention_heads=6,
+        head_dim=10,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=7,
+        vocab_size=101,
+    )
+    workload = Workload(7, prompt_len=3, output_len=3, seed=2)
+    for layout in ["pp=2,dp=1,tp=3,ep=3", "tp=6,ep=2", "dp=2,tp=3,ep=2", "dp=4"]:
+        check(pools, references, model, layout, workload, overlap=True, num_micro_batches=2)
+
+
+def test_another_seed_is_another_model(pools, references):
+    workload = Workload(4, prompt_len=3, output_len=2, seed=3)
+    check(pools, references, TINY, "dp=2,ep=2", workload, seed=5)
+    with pytest.raises(AssertionError, match="logit error"):
+        other = references.run(TINY, workload, 6)
+        chosen = deployment("dp=2,ep=2")
+        run = run_deployment(
+            pools.pool(2), TINY, chosen, workload, seed=5, forced=other.tokens, return_logits=True
+        )
+        check_contract(other, run.logits, run.tokens)
+
+
+def is_decided(reference):
+    """Whether no token is too close to call; few tokens leave no room for an excluded one."""
+    top2 = np.partition(reference.logits, -2, axis=-1)[..., -2:]
+    gaps = top2[..., 1] - top2[..., 0]
+    return (
+        reference.router_margins.min() >= MIN_ROUTER_MARGIN
+        and gaps.min() > MIN_TOP2_GAP * np.abs(reference.logits).max()
+    )
+
+
+def small_layouts():
+    sizes = [1, 2, 3, 4, 8]
+    return st.sampled_from(
+        [
+            f"replicas={replicas},pp={pp},dp={dp},tp={tp},ep={ep}"
+            for replicas in (1, 2)
+            for pp in (1, 2, 3, 4)
+            for dp in sizes
+            for tp in (1, 2, 4, 8)
+            for ep in sizes
+            if replicas * pp * dp * tp <= 8 and dp * tp % ep == 0
+        ]
+    )
+
+
+def any_case(test):
+    """Draws of what a run can vary in, on up to 8 ranks."""
+    return given(
+        layout=small_layouts(),
+        overlap=st.booleans(),
+        micro_batches=st.sampled_from(SCHEDULES),
+        top_k=st.integers(1, 4),
+        num_sequences=st.integers(1, 9),
+        prompt_len=st.integers(1, 6),
+        output_len=st.integers(1, 3),
+    )(test)
+
+
+def check_any(pools, references, layout, overlap, micro_batches, top_k, **lengths):
+    model, workload = TINY.with_overrides(num_experts_per_tok=top_k), Workload(**lengths)
+    assume(is_decided(references.run(model, workload, 0)))
+    num_micro_batches, schedule = micro_batches
+    check(
+        pools,
+        references,
+        model,
+        layout,
+        workload,
+        overlap=overlap,
+        num_micro_batches=num_micro_batches,
+        micro_batch_schedule=schedule,
+    )
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@any_case
+def test_any_combination(pools, references, **drawn):
+    check_any(pools, references, **drawn)
+
+
+@pytest.mark.full
+@settings(derandomize=True, deadline=None, max_examples=150)
+@any_case
+def test_many_combinations(pools, references, **drawn):
+    check_any(pools, references, **drawn)

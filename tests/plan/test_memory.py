@@ -1,6 +1,6 @@
 import pytest
 
-from expertlane.plan.memory import RANK_OVERHEAD_BYTES, RankMemory, largest_rank_memory, rank_memory
+from expertlane.plan.memory import RankMemory, largest_rank_memory, rank_memory
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -27,9 +27,16 @@ def test_the_paper_s_proposal_by_hand():
     assert memory.kv_bytes == 83_886_080_000
     # 640,000 tokens × 8 × 8192 values; an even share of 20,480,000 pairs × (2 × 8192 + 32768).
     assert memory.activation_bytes == 2 * (640_000 * 65_536 + 1_280_000 * 49_152)
-    assert memory.total_bytes == (
-        7_517_388_800 + 83_886_080_000 + 209_715_200_000 + RANK_OVERHEAD_BYTES
-    )
+    assert memory.total_bytes == 7_517_388_800 + 83_886_080_000 + 209_715_200_000
+
+
+def test_loading_needs_the_largest_matrix_in_float32_beside_the_weights():
+    """Before there is a cache or a batch: the embedding, drawn in float32, then converted."""
+    memory = memory_of("tp=1", Workload(1, 1, 1), 0, itemsize=2)
+    assert memory.loading_bytes == 257 * 64 * (4 + 2)
+    assert memory.total_bytes == memory.weight_bytes + memory.loading_bytes
+    assert memory_of("pp=2", Workload(1, 1, 1), 1, itemsize=2).loading_bytes == 257 * 64 * 6
+    assert memory_of("pp=4", Workload(1, 1, 1), 1, itemsize=2).loading_bytes == 64 * 128 * 6
 
 
 @pytest.mark.parametrize(("rank", "outside"), [(3, 32_768 * 8192), (11, 4096 * 8192 + 8192)])

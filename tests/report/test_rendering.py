@@ -74,7 +74,7 @@ def test_markdown_tables_are_rectangular() -> None:
         in page
     )
     assert (
-        "| 9 | EP 16 | dp=16,ep=16 | 16 | 4 layers × 1 expert, all of each; 675 kB of weights |"
+        "| 9 | EP 16 | dp=16,ep=16 | 16 | 4 layers × 1 expert, all of each; 1.02 kB of weights |"
         in page
     )
     assert len(lines) > 80

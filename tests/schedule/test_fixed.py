@@ -125,9 +125,9 @@ def test_more_dp_ranks_than_sequences_give_empty_batches():
         assert array.dtype == np.int64
 
 
-def test_a_drained_step_may_hold_empty_micro_batches():
+def test_empty_micro_batches_are_left_out():
     runner = run_all(make_scheduler("pp=2", 1, num_micro_batches=2), FakeRunner())
-    assert [seq_ids(plan) for plan in runner.plans] == [[[[0]], [[]]]] * 4
+    assert [seq_ids(plan) for plan in runner.plans] == [[[[0]]]] * 4
 
 
 @pytest.mark.parametrize("rotating", [False, True])
@@ -205,7 +205,8 @@ def test_any_layout_in_any_order_of_finishing(
         assert num_groups == 1 or rotating
         assert len(mine) == num_groups * output_len
         for plan in mine:
-            assert len(plan.micro_batches) == (1 if rotating else num_micro_batches)
+            assert 1 <= len(plan.micro_batches) <= (1 if rotating else num_micro_batches)
+            assert all(any(batch.num_seqs for batch in mb) for mb in plan.micro_batches)
             assert all(len(batches) == dp for batches in plan.micro_batches)
     assert set(runner.most_in_flight) == set(range(num_busy))
     sizes = [

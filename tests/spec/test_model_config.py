@@ -38,7 +38,7 @@ def test_overrides_replace_and_leave_the_rest():
 def test_one_of_everything_is_a_model():
     model = TINY.with_overrides(
         num_hidden_layers=1,
-        hidden_size=1,
+        hidden_size=2,
         num_attention_heads=1,
         head_dim=2,
         num_experts=1,
@@ -47,8 +47,8 @@ def test_one_of_everything_is_a_model():
         vocab_size=1,
         max_position_embeddings=1,
     )
-    # Attention 4 × 1 × 2, two norms, router 1, expert 2; embedding, head and final norm.
-    assert model.num_params == 8 + 2 + 1 + 2 + 3
+    # Attention 4 × 2 × 2, two norms, router 2, expert 2 × 2; embedding, head and final norm.
+    assert model.num_params == 16 + 4 + 2 + 4 + 6
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
-import math
 import os
 import shlex
 import sys
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "paper-small"
 DEFAULT_TIMEOUT_S = 60.0
+MAX_TIMEOUT_S = 1e6
 
 
 class Dtype(StrEnum):
@@ -31,43 +31,49 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+_ExperimentArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A TOML file, or the name of an experiment that comes with expertlane: "
+        "paper-small (laptop), paper (full size)."
+    ),
+]
+_TopK = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K[,K…]",
+        help="Experts per token in place of the experiment's; with several, one comparison "
+        "each, one after the other.",
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder for results.json and report.md (with several K, its subfolders topK). "
+        "Default: results/NAME, or results/NAME-topK with --top-k.",
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+_Oversubscribe = Annotated[
+    bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
+]
+_TimeoutS = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
+]
+_Dtype = Annotated[
+    Dtype | None, typer.Option(help="Of weights and activations. Default: the machine's choice.")
+]
+
+
 def compare(
-    experiment: Annotated[
-        str,
-        typer.Argument(
-            help="A TOML file, or the name of an experiment that comes with expertlane: "
-            "paper-small (laptop), paper (full size)."
-        ),
-    ] = DEFAULT_EXPERIMENT,
-    top_k: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K[,K…]",
-            help="Experts per token in place of the experiment's; with several, one comparison "
-            "each, one after the other.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder for results.json and report.md (with several K, its subfolders topK). "
-            "Default: results/NAME, or results/NAME-topK with --top-k.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print results.json instead of tables.")
-    ] = False,
-    oversubscribe: Annotated[
-        bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
-    ] = False,
-    timeout_s: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
-    ] = DEFAULT_TIMEOUT_S,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of weights and activations. Default: the machine's choice."),
-    ] = None,
+    experiment: _ExperimentArgument = DEFAULT_EXPERIMENT,
+    top_k: _TopK = None,
+    out: _Out = None,
+    as_json: _Json = False,
+    oversubscribe: _Oversubscribe = False,
+    timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
+    dtype: _Dtype = None,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
@@ -88,16 +94,16 @@ def compare(
       torchrun --nproc-per-node 16 -m expertlane compare
           on ranks that torchrun started
     """
-    if not (0 < timeout_s < math.inf):
-        raise UserError(f"--timeout-s is {timeout_s:g}; it must be a number of seconds above 0")
+    if not (0 < timeout_s <= MAX_TIMEOUT_S):
+        raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
     comparisons = _comparisons(experiment, top_k, out)
-    for _, folder in comparisons:
-        _check_folder(folder)
-
-    from expertlane.cli.output import progress_on_stderr, stdout_console
+    from expertlane.cli.output import is_speaker, progress_on_stderr, stdout_console
     from expertlane.engine.start import start_pool
-    from expertlane.experiment.compare import run_comparison
+    from expertlane.experiment.compare import check_memory, run_comparison
 
+    if is_speaker():
+        for _, folder in comparisons:
+            _check_folder(folder)
     num_ranks = max(each.num_ranks for each, _ in comparisons)
     with progress_on_stderr() as progress:
         progress.task(f"starting {num_ranks} ranks", 1)
@@ -107,19 +113,18 @@ def compare(
             dtype=dtype.value if dtype else None,
             oversubscribe=oversubscribe,
         )
-        if pool is None:  # this process was a rank of torchrun's; the first one speaks
-            return
         progress.advance()
         progress.done()
-        with pool:
-            finished = [
-                run_comparison(
-                    each, pool, progress, command=shlex.join(["expertlane", *sys.argv[1:]])
-                )
-                for each, _ in comparisons
-            ]
-    for results, (_, folder) in zip(finished, comparisons, strict=True):
-        _publish(results, folder, stdout_console(), as_json)
+    if pool is None:  # this process was a rank of torchrun's; the first one speaks
+        return
+    command = shlex.join(["expertlane", *sys.argv[1:]])
+    with pool:
+        for each, _ in comparisons:
+            check_memory(each, pool)
+        for each, folder in comparisons:
+            with progress_on_stderr() as progress:
+                results = run_comparison(each, pool, progress, command=command)
+            _publish(results, folder, stdout_console(), as_json)
 
 
 def _comparisons(
@@ -169,13 +174,11 @@ def _check_folder(folder: Path) -> None:
 
 def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:
     from expertlane.report import markdown, terminal
-    from expertlane.results import write, write_text
+    from expertlane.results import to_json, write, write_text
 
-    report = markdown.render(results)
-    results_path = write(results, folder)
-    report_path = write_text(folder / "report.md", report)
     if as_json:
-        console.out(results_path.read_text(encoding="utf-8"), highlight=False, end="")
+        console.out(to_json(results), highlight=False, end="")
     else:
         terminal.show(results, console)
-    print(f"written: {results_path}, {report_path}", file=sys.stderr)
+    written = write(results, folder), write_text(folder / "report.md", markdown.render(results))
+    print(f"written: {written[0]}, {written[1]}", file=sys.stderr)

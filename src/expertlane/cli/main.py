@@ -1,5 +1,6 @@
 """The command line: commands, and how errors end it. Heavy imports wait until a command runs."""
 
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -7,7 +8,7 @@ import typer
 
 from expertlane import __version__
 from expertlane.cli.compare import compare
-from expertlane.errors import ExpertlaneError, UserError
+from expertlane.errors import ExpertlaneError, TerminatedError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -44,15 +45,23 @@ def _expertlane(
         typer.echo(context.get_help())
 
 
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise TerminatedError(f"ended by {signal.Signals(number).name}")
+
+
 def main() -> None:
     """Run the command line and exit.
 
     Errors raised on purpose end in one line on stderr and their exit code (2 for a user's
     mistake); any other exception keeps its traceback.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         code = app(standalone_mode=False)
     except ExpertlaneError as error:
+        for note in getattr(error, "__notes__", ()):  # the traceback of a bug in a rank
+            print(note, file=sys.stderr)
         _fail(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED)

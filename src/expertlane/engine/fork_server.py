@@ -12,14 +12,16 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 
 from expertlane.engine.messages import RankSettings
 
-_POLL_S = 0.05
+_POLL_MS = 50
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,13 +33,14 @@ class ServerSettings:
         control_fd: socket to the launcher; its end of file ends everything.
         rank_fds: one socket a rank.
         sys_path: the launcher's module search path, so that functions are found by name.
+        folder: the run's own; removed at the end, for a launcher that cannot do it any more.
     """
 
     control_fd: int
     rank_fds: list[int]
     sys_path: list[str]
+    folder: str
     progress_path: str
-    store_path: str
     timeout_s: float
     dtype: str | None
 
@@ -54,7 +57,7 @@ class ServerSettings:
             local_rank=rank,
             num_local_ranks=world_size,
             progress_path=self.progress_path,
-            store_path=self.store_path,
+            store_path=f"{self.folder}/store",
             timeout_s=self.timeout_s,
             dtype=self.dtype,
         )
@@ -67,26 +70,29 @@ def die_with_parent() -> None:
 
 
 def _run_rank(settings: ServerSettings, rank: int) -> None:
-    from expertlane.engine.worker import serve
-
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.close(settings.control_fd)
-    for other, fd in enumerate(settings.rank_fds):
-        if other != rank:
-            os.close(fd)
     code = 1
     try:
+        from expertlane.engine.worker import serve
+
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.close(settings.control_fd)
+        for other, fd in enumerate(settings.rank_fds):
+            if other != rank:
+                os.close(fd)
         code = serve(Connection(settings.rank_fds[rank]), settings.of_rank(rank))
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)  # no clean-up that belongs to the server
 
 
 def _watch(control_fd: int, rank_of_pid: dict[int, int]) -> None:
     """Report ranks that end, until the launcher closes its side."""
+    poll = select.poll()
+    poll.register(control_fd, select.POLLIN)
     while True:
-        readable, _, _ = select.select([control_fd], [], [], _POLL_S)
-        if readable and not os.read(control_fd, 4096):
+        if poll.poll(_POLL_MS) and not os.read(control_fd, 4096):
             return
         while rank_of_pid:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -100,7 +106,8 @@ def main() -> None:
     """Start the ranks, watch them, and end them."""
     settings = ServerSettings(**json.loads(sys.argv[1]))
     sys.path[:] = settings.sys_path
-    import expertlane.engine.worker  # noqa: F401 (imports torch once, for all ranks)
+    # Imports torch, and what ranks run, once for all ranks.
+    import expertlane.engine.deployed_stage  # noqa: F401
 
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
@@ -121,6 +128,7 @@ def main() -> None:
             os.kill(pid, signal.SIGKILL)
         for pid in rank_of_pid:
             os.waitpid(pid, 0)
+        shutil.rmtree(settings.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

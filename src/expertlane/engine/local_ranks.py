@@ -13,18 +13,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from expertlane.engine.fork_server import ServerSettings
+from expertlane.engine.host import num_cores
 from expertlane.errors import CapacityError
 from expertlane.parallel.progress import ProgressBoard
 
 MAX_RANKS_PER_CORE = 32
 _KILL_TIMEOUT_S = 5.0
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
@@ -44,12 +38,36 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
 def bound_sends(connection: Connection, timeout_s: float) -> None:
     """Make a send to a rank that no longer reads fail after `timeout_s` instead of blocking."""
     whole, fraction = divmod(timeout_s, 1)
+    bound = struct.pack("ll", int(whole), int(fraction * 1e6))
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-        duplicate.setsockopt(
-            socket.SOL_SOCKET,
-            socket.SO_SNDTIMEO,
-            struct.pack("ll", int(whole), int(fraction * 1e6)),
-        )
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+
+
+class SharedFolder:
+    """A folder of this run's own, in memory where the system has such a place.
+
+    Attributes:
+        board: of the run's ranks, in the file `progress_path`.
+
+    Raises:
+        CapacityError: there is no room for it.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        places = ["/dev/shm"] if os.access("/dev/shm", os.W_OK) else []
+        for place in [*places, None]:
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix="expertlane-", dir=place))
+                self.progress_path = self.path / "progress"
+                self.board = ProgressBoard(num_ranks, self.progress_path, create=True)
+                return
+            except OSError as error:
+                failure = error
+        raise CapacityError(f"no room for a folder of temporary files: {failure}")
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class LocalRanks:
@@ -59,20 +77,36 @@ class LocalRanks:
         connections: one a rank.
         control: readable when a rank has ended.
         board: where the ranks say what they do.
+
+    Raises:
+        CapacityError: not enough file descriptors or temporary space for so many ranks.
     """
 
+    reports_exits = True
+
     def __init__(self, num_ranks: int, timeout_s: float, dtype: str | None) -> None:
-        self._folder = new_shared_folder()
-        progress_path = self._folder / "progress"
-        self.board = ProgressBoard(num_ranks, progress_path, create=True)
+        self._exit_codes: dict[int, int] = {}
+        self._unread = b""
+        self._folder = SharedFolder(num_ranks)
+        self.board = self._folder.board
+        self.connections: list[Connection] = []
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._folder.remove)
+            try:
+                self._start(num_ranks, timeout_s, dtype)
+            except OSError as error:
+                raise CapacityError(f"cannot start {num_ranks} ranks: {error.strerror}") from error
+            on_failure.pop_all()
+
+    def _start(self, num_ranks: int, timeout_s: float, dtype: str | None) -> None:
         pairs = [socket.socketpair() for _ in range(num_ranks)]
         self.control, control_of_server = socket.socketpair()
         settings = ServerSettings(
             control_fd=control_of_server.fileno(),
             rank_fds=[theirs.fileno() for _, theirs in pairs],
             sys_path=sys.path,
-            progress_path=str(progress_path),
-            store_path=str(self._folder / "store"),
+            folder=str(self._folder.path),
+            progress_path=str(self._folder.progress_path),
             timeout_s=timeout_s,
             dtype=dtype,
         )
@@ -80,28 +114,31 @@ class LocalRanks:
             [sys.executable, "-m", "expertlane.engine.fork_server", settings.to_json()],
             pass_fds=[settings.control_fd, *settings.rank_fds],
             stdin=subprocess.DEVNULL,
+            stdout=2,  # what libraries print in ranks must not mix with results
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the ranks
             env=_rank_environment(),
         )
         control_of_server.close()
-        self.connections = [Connection(ours.detach()) for ours, _ in pairs]
-        for _, theirs in pairs:
+        for ours, theirs in pairs:
             theirs.close()
-        for connection in self.connections:
+            connection = Connection(ours.detach())
             bound_sends(connection, timeout_s)
-        self._exit_codes: dict[int, int] = {}
-        self._unread = b""
+            self.connections.append(connection)
 
-    def read_control(self) -> None:
-        """Take in what the fork server has said; only to be called when `control` is readable."""
+    def read_control(self) -> str | None:
+        """Take in what the fork server says; a line if it has ended. Only when readable."""
         try:
             data = self.control.recv(65536)
         except ConnectionResetError:
             data = b""
+        if not data:
+            code = self._server.wait(_KILL_TIMEOUT_S)
+            return f"the fork server ended with exit code {code}; all ranks were ended"
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
             rank, code = map(int, line.split())
             self._exit_codes[rank] = code
+        return None
 
     def exit_code(self, rank: int) -> int | None:
         """How a rank ended; negative for a signal; None while not known."""
@@ -118,18 +155,14 @@ class LocalRanks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait(_KILL_TIMEOUT_S)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def new_shared_folder() -> Path:
-    """A folder of this run's own, in memory where the system has such a place."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="expertlane-", dir=place))
+        self._folder.remove()
 
 
 def _rank_environment() -> dict[str, str]:
     """The environment of local ranks: gloo over loopback, whatever the host's name resolves to."""
     environment = dict(os.environ)
-    if any(name == "lo" for _, name in socket.if_nameindex()):
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    interfaces = {name for _, name in socket.if_nameindex()}
+    for loopback in ("lo", "lo0"):
+        if loopback in interfaces:
+            environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
     return environment

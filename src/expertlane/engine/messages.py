@@ -31,6 +31,17 @@ class Result:
     value: Any
 
 
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a rank of another node is, whose progress line the launcher cannot see.
+
+    Attributes:
+        cells: a `ProgressBoard` line.
+    """
+
+    cells: list[int]
+
+
 class FailureKind(Enum):
     """Who is to blame for a failure."""
 
@@ -95,3 +106,11 @@ class RankOutcome:
     token_ids: dict[int, int]
     logits: dict[int, npt.NDArray[np.float32]]
     record: RankRecord | None
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What a rank has allocated for a deployment."""
+
+    weight_bytes: int
+    kv_bytes: int

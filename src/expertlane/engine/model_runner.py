@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertlane.engine.messages import RankOutcome, StageSpec
+from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment
@@ -27,9 +27,15 @@ class _Handle:
 class ModelRunner:
     """Executes step plans on the ranks of a pool; implements `schedule.plan.Runner`.
 
+    Attributes:
+        held: [world_size]; what each rank has allocated.
+
     Args:
-        ranks_per_node: consecutive ranks that share a node; 0 for all on one.
+        ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights.
+
+    Raises:
+        SpecError: the model cannot be laid out so, or has too few positions for the workload.
     """
 
     def __init__(
@@ -40,14 +46,17 @@ class ModelRunner:
         workload: Workload,
         *,
         seed: int,
-        ranks_per_node: int = 0,
+        ranks_per_node: int,
     ) -> None:
         self._pool = pool
         self._layout = layout = deployment.layout
+        layout.check_model(model)
+        workload.check_model(model)
         seqs = partition(workload.num_sequences, layout.replicas)[0]
         num_slots = len(partition(len(seqs), layout.dp)[0])
-        spec = StageSpec(model, layout, seed, ranks_per_node or pool.num_ranks)
-        pool.call(_DEPLOY, spec, deployment.options.overlap, num_slots, workload.max_len)
+        spec = StageSpec(model, layout, seed, ranks_per_node)
+        held = pool.call(_DEPLOY, spec, deployment.options.overlap, num_slots, workload.max_len)
+        self.held: list[HeldBytes] = held[: layout.world_size]
 
     def submit(self, plan: StepPlan) -> _Handle:
         """Send a plan to the ranks of its replica."""
@@ -70,10 +79,7 @@ class ModelRunner:
         logits: dict[int, list[np.ndarray]] = {}
         for outcome in outcomes:
             token_ids |= outcome.token_ids
-            for (
-                seq,
-                part,
-            ) in outcome.logits.items():  # ranks come in order, so do their vocabularies
+            for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
                 logits.setdefault(seq, []).append(part)
         return StepOutcome(
             token_ids=token_ids,

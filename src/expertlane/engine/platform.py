@@ -3,11 +3,11 @@
 The CUDA branch is exercised by tests/gpu/test_cuda.py where there is a GPU.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 
+from expertlane.engine.host import num_cores
 from expertlane.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +41,5 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
         return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name)
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, (num_cores or 1) // num_local_ranks))
+    torch.set_num_threads(max(1, num_cores() // num_local_ranks))
     return Platform(torch.device("cpu"), "gloo", DTYPES[dtype_name or "float32"], "CPU")

@@ -4,36 +4,44 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psutil
 
-from expertlane.engine.messages import Call, Failure, FailureKind, Result
-from expertlane.errors import ExpertlaneError, RankError, UserError
+from expertlane.engine.messages import Call, Failure, FailureKind, Heartbeat
+from expertlane.errors import ExpertlaneError, RankError, TerminatedError, UserError
 from expertlane.parallel.progress import Position, ProgressBoard
 from expertlane.spec.names import Stage
 
 _POLL_S = 0.5
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
 _BLAME_WINDOW_S = 2.0  # how long to look for the cause after a victim has complained
+_LAST_WORDS_S = 0.5
 
 
 class Ranks(Protocol):
-    """What started the ranks and can end them."""
+    """What started the ranks and can end them.
+
+    Attributes:
+        connections: one a rank.
+        control: readable when there is news of ranks that ended.
+        reports_exits: whether `exit_code` will come to know how any rank ended.
+    """
 
     connections: list[Connection]
-    control: Any
+    control: socket.socket
     board: ProgressBoard
+    reports_exits: bool
 
-    def read_control(self) -> None:
-        """Take in news of ranks that ended."""
+    def read_control(self) -> str | None:
+        """Take in news; a line if the ranks can no longer be watched, else None."""
         ...
 
     def exit_code(self, rank: int) -> int | None:
-        """How a rank ended, None while not known."""
+        """How a rank ended, negative for a signal; None while not known."""
         ...
 
     def close(self) -> None:
@@ -44,9 +52,10 @@ class Ranks(Protocol):
 class Ticket:
     """A call under way on some ranks."""
 
-    def __init__(self, ranks: Iterable[int]) -> None:
+    def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = list(ranks)
         self.results: dict[int, Any] = {}
+        self.submitted_s = time.monotonic()
 
     @property
     def is_done(self) -> bool:
@@ -58,8 +67,8 @@ class RankPool:
     """Ranks that stay alive from one deployment to the next.
 
     No wait is without an end (design, contract 3): a rank that dies is noticed at once, and when
-    no rank has reported progress for `timeout_s` the one that the others wait for is named. Either
-    ends all ranks and raises.
+    no rank of a call has reported progress for `timeout_s`, the one that the others wait for is
+    named. Either ends all ranks and raises.
 
     Args:
         ranks: started ranks; the pool owns and closes them.
@@ -74,13 +83,13 @@ class RankPool:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._waiting: list[deque[Ticket]] = [deque() for _ in ranks.connections]
-        self._closed = False
         self._pids: dict[int, int] = {}
+        self._closed = False
         started = Ticket(range(self.num_ranks))
-        for rank in started.ranks:
-            self._waiting[rank].append(started)
+        for waiting in self._waiting:
+            waiting.append(started)
         try:
-            self._wait_until(lambda: started.is_done, max(timeout_s, _START_TIMEOUT_S))
+            self._wait_for([started], lambda: started.is_done, max(timeout_s, _START_TIMEOUT_S))
         except BaseException:
             self.close()
             raise
@@ -133,59 +142,62 @@ class RankPool:
             raise RankError("the ranks are gone; start new ones")
         ticket = Ticket(range(self.num_ranks) if ranks is None else ranks)
         for rank in ticket.ranks:
+            self._waiting[rank].append(ticket)
             try:
                 self._ranks.connections[rank].send(Call(function, args))
             except BlockingIOError:
-                self._fail(self._hang())
+                self._fail(self._hang(ticket, self._timeout_s))
             except OSError:
                 self._fail(self._death(rank))
-            self._waiting[rank].append(ticket)
         return ticket
 
     def first_done(self, tickets: Sequence[Ticket]) -> Ticket:
         """Wait until one of the tickets is done, and give that one."""
-        self._wait_until(lambda: any(ticket.is_done for ticket in tickets), self._timeout_s)
+        self._wait_for(tickets, lambda: any(ticket.is_done for ticket in tickets), self._timeout_s)
         return next(ticket for ticket in tickets if ticket.is_done)
 
     def collect(self, ticket: Ticket) -> list[Any]:
         """Wait for a ticket; its results in rank order."""
-        self._wait_until(lambda: ticket.is_done, self._timeout_s)
+        self._wait_for([ticket], lambda: ticket.is_done, self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
-    def _wait_until(self, is_done: Callable[[], bool], bound_s: float) -> None:
-        counters: list[int] = []
-        changed_at = time.monotonic()
-        while not is_done():
-            if self._take_news(min(_POLL_S, bound_s / 4)):
-                changed_at = time.monotonic()
-            now_at = [self.position(rank).counter for rank in range(self.num_ranks)]
-            if now_at != counters:
-                counters, changed_at = now_at, time.monotonic()
-            elif time.monotonic() - changed_at > bound_s:
-                self._fail(self._hang())
+    def _wait_for(
+        self, tickets: Sequence[Ticket], is_done: Callable[[], bool], bound_s: float
+    ) -> None:
+        try:
+            while not is_done():
+                self._take_news(min(_POLL_S, bound_s / 4))
+                for ticket in tickets:
+                    if not ticket.is_done and self._silent_s(ticket) > bound_s:
+                        self._fail(self._hang(ticket, bound_s))
+        except TerminatedError:
+            self._take_news(_LAST_WORDS_S)  # torchrun ends us when a rank has died: say which
+            raise
 
-    def _take_news(self, timeout_s: float) -> bool:
-        """Take in answers and deaths for up to `timeout_s`; whether there were any answers."""
+    def _silent_s(self, ticket: Ticket) -> float:
+        """Seconds since any rank of the ticket reported progress."""
+        reported_s = max(self.position(rank).time_s for rank in ticket.ranks)
+        return time.monotonic() - max(reported_s, ticket.submitted_s)
+
+    def _take_news(self, timeout_s: float) -> None:
+        """Take in answers and deaths for up to `timeout_s`."""
         connections = self._ranks.connections
-        rank_of = {id(connection): rank for rank, connection in enumerate(connections)}
-        answered = False
-        for ready in wait([*connections, self._ranks.control], timeout_s):
-            if ready is self._ranks.control:
-                self._ranks.read_control()
-                continue
-            rank = rank_of[id(ready)]
+        ready = wait([*connections, self._ranks.control], timeout_s)
+        for rank in [r for r, connection in enumerate(connections) if connection in ready]:
             try:
                 message = connections[rank].recv()
             except (EOFError, OSError):
                 self._fail(self._death(rank))
             if isinstance(message, Failure):
                 self._fail(self._blame(rank, message))
-            assert isinstance(message, Result), "a rank answers with a result or a failure"
-            self._waiting[rank].popleft().results[rank] = message.value
-            answered = True
-        return answered
+            elif isinstance(message, Heartbeat):
+                self._ranks.board.update(rank, message.cells)
+            else:
+                self._waiting[rank].popleft().results[rank] = message.value
+        if self._ranks.control in ready and (lost := self._ranks.read_control()):
+            self._fail(RankError(lost))
 
-    def _fail(self, error: ExpertlaneError) -> None:
+    def _fail(self, error: ExpertlaneError) -> NoReturn:
         self.close()
         raise error from None
 
@@ -193,69 +205,68 @@ class RankPool:
         """The error behind a failure: a broken transfer is only a symptom of another rank's end."""
         if failure.kind is FailureKind.USER:
             return UserError(failure.text)
-        if failure.kind is FailureKind.BUG:
-            error = RankError(f"rank {rank} failed in {self.position(rank)}: {failure.text}")
-            error.add_note(failure.details)
-            return error
-        until = time.monotonic() + _BLAME_WINDOW_S
+        is_symptom = failure.kind is FailureKind.PEER
+        until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _LAST_WORDS_S)
         others = {r: c for r, c in enumerate(self._ranks.connections) if r != rank}
         while others and time.monotonic() < until:
-            ready = wait([*others.values(), self._ranks.control], _POLL_S)
-            if self._ranks.control in ready:
-                self._ranks.read_control()
+            ready = wait(list(others.values()), _POLL_S)
             for other in [r for r, connection in others.items() if connection in ready]:
                 try:
                     message = others[other].recv()
                 except (EOFError, OSError):
                     return self._death(other)
                 if isinstance(message, Failure):
-                    if message.kind is not FailureKind.PEER:
-                        return self._blame(other, message)
+                    if message.kind is FailureKind.USER:
+                        return UserError(message.text)
+                    if is_symptom and message.kind is FailureKind.BUG:
+                        return self._bug(other, message)
                     del others[other]
-        if others:  # the ranks that said nothing are those that the others waited for
-            return self._hang()
-        return RankError(f"rank {rank} lost its peers in {self.position(rank)}: {failure.text}")
+        if is_symptom:
+            return RankError(
+                f"rank {rank} lost its peers in {self.position(rank)}: {failure.text}; "
+                "all ranks were ended"
+            )
+        return self._bug(rank, failure)
+
+    def _bug(self, rank: int, failure: Failure) -> RankError:
+        error = RankError(
+            f"rank {rank} failed in {self.position(rank)}: {failure.text}; all ranks were ended"
+        )
+        error.add_note(failure.details)
+        return error
 
     def _death(self, rank: int) -> RankError:
-        until = time.monotonic() + _BLAME_WINDOW_S
+        until = time.monotonic() + (_BLAME_WINDOW_S if self._ranks.reports_exits else 0.0)
         while self._ranks.exit_code(rank) is None and time.monotonic() < until:
-            if wait([self._ranks.control], _POLL_S):
-                self._ranks.read_control()
+            if wait([self._ranks.control], _POLL_S) and (lost := self._ranks.read_control()):
+                return RankError(lost)
         code = self._ranks.exit_code(rank)
         if code is None:
             how = "is gone"
+        elif code == -signal.SIGKILL:
+            how = "was killed by SIGKILL (by someone, or by the system for lack of memory)"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with exit code {code}"
         return RankError(f"rank {rank} {how} in {self.position(rank)}; all ranks were ended")
 
-    def _hang(self) -> RankError:
-        rank, stopped = self._culprit()
-        position = self.position(rank)
-        why = " (its process is stopped)" if stopped else ""
-        return RankError(
-            f"rank {rank} hung in {position}{why}: no progress for {self._timeout_s:g} s; "
-            "all ranks were ended"
-        )
-
-    def _culprit(self) -> tuple[int, bool]:
-        """The rank that the others wait for, and whether its process is stopped.
-
-        A stopped process, else one that computes while others wait, else the one silent longest.
-        """
-        busy = [rank for rank in range(self.num_ranks) if self._waiting[rank]]
-        busy = busy or list(range(self.num_ranks))
-        for rank in range(self.num_ranks):
-            if self._is_stopped(rank):
-                return rank, True
+    def _hang(self, ticket: Ticket, bound_s: float) -> RankError:
+        """A stopped process, else one that computes while others wait, else the longest silent."""
+        busy = [rank for rank in ticket.ranks if rank not in ticket.results]
+        stopped = [rank for rank in busy if self._is_stopped(rank)]
 
         def order(rank: int) -> tuple[bool, float]:
             position = self.position(rank)
-            idle = position.waiting or position.stage is Stage.IDLE
-            return idle, position.time_s
+            return position.waiting or position.stage is Stage.IDLE, position.time_s
 
-        return min(busy, key=order), False
+        rank = stopped[0] if stopped else min(busy, key=order)
+        why = " (its process is stopped)" if stopped else ""
+        remedy = "" if stopped else "; if it was only slow, raise --timeout-s"
+        return RankError(
+            f"rank {rank} hung in {self.position(rank)}{why}: no progress for {bound_s:g} s; "
+            f"all ranks were ended{remedy}"
+        )
 
     def _is_stopped(self, rank: int) -> bool:
         pid = self.pid(rank)

@@ -6,7 +6,7 @@ for its rank; the others become their rank. They find the launcher through torch
 
 import os
 import secrets
-import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +15,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from expertlane.engine.local_ranks import bound_sends, new_shared_folder
+from expertlane.engine.local_ranks import SharedFolder, bound_sends
 from expertlane.engine.messages import RankSettings
 from expertlane.errors import RankError
-from expertlane.parallel.progress import ProgressBoard
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -27,7 +26,8 @@ _TOKEN_BYTES = 32
 _RANK_BYTES = 4
 _MEET_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 5.0
-_KEY = "expertlane/launcher"
+_KEY = "launcher"
+_LAUNCHER = "EXPERTLANE_LAUNCHER"  # in the environment, which other users cannot read
 
 
 def is_under_torchrun() -> bool:
@@ -47,32 +47,30 @@ class TorchrunRanks:
         RankError: not all ranks came in time.
     """
 
+    reports_exits = False  # torchrun knows how its processes end, this one does not
+
     def __init__(self, timeout_s: float, dtype: str | None) -> None:
         num_ranks = int(os.environ["WORLD_SIZE"])
-        self._folder = new_shared_folder()
-        progress_path = self._folder / "progress"
-        self.board = ProgressBoard(num_ranks, progress_path, create=True)
+        self._folder = SharedFolder(num_ranks)
+        self.board = self._folder.board
+        self.connections: list[Connection] = []
         self.control, self._other_end = socket.socketpair()  # never readable: no fork server here
         token = secrets.token_hex(_TOKEN_BYTES // 2)
         with closing(socket.create_server(("", 0), backlog=num_ranks)) as server:
             port = server.getsockname()[1]
+            launcher = f"{token} {port} {self._folder.progress_path}"
             self._child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "expertlane.engine.torchrun",
-                    f"{token} {port} {progress_path}",
-                    str(timeout_s),
-                    dtype or "",
-                ],
+                [sys.executable, "-m", "expertlane.engine.torchrun", str(timeout_s), dtype or ""],
                 stdin=subprocess.DEVNULL,
+                stdout=2,
+                env=os.environ | {_LAUNCHER: launcher},
             )
             try:
                 by_rank = self._accept_all(server, token.encode(), num_ranks)
             except BaseException:
-                self._end_child()
+                self.close()
                 raise
-        self.connections = [by_rank[rank] for rank in range(num_ranks)]
+        self.connections += [by_rank[rank] for rank in range(num_ranks)]
         for connection in self.connections:
             bound_sends(connection, timeout_s)
 
@@ -98,11 +96,12 @@ class TorchrunRanks:
             by_rank[int.from_bytes(said[_TOKEN_BYTES:])] = Connection(peer.detach())
         return by_rank
 
-    def read_control(self) -> None:
+    def read_control(self) -> str | None:
         """Nothing to read: torchrun watches its own processes."""
+        return None
 
     def exit_code(self, rank: int) -> int | None:
-        """How rank 0's child ended; torchrun knows about the others, this process does not."""
+        """How rank 0's child ended."""
         return self._child.poll() if rank == 0 else None
 
     def close(self) -> None:
@@ -112,7 +111,7 @@ class TorchrunRanks:
         self.control.close()
         self._other_end.close()
         self._end_child()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _end_child(self) -> None:
         try:
@@ -122,18 +121,22 @@ class TorchrunRanks:
             self._child.wait()
 
 
-def follow(timeout_s: float, dtype: str | None, launcher: str | None = None) -> int:
+def follow(timeout_s: float, dtype: str | None) -> int:
     """Be this process's rank until the launcher is done; returns the exit code.
 
-    Args:
-        launcher: `token port progress_path`, known to rank 0's child, which passes it on.
+    Rank 0's child knows the launcher from its environment and tells the others.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     from expertlane.engine.worker import serve
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
     rank, world_size = own_rank(), int(os.environ["WORLD_SIZE"])
-    store = _torchrun_store(rank, world_size)
+    store = PrefixStore(
+        f"expertlane-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+        _torchrun_store(rank, world_size),
+    )
+    launcher = os.environ.get(_LAUNCHER)
     if launcher is not None:
         store.set(_KEY, launcher)
     token, port, progress_path = store.get(_KEY).decode().split(" ", 2)
@@ -151,7 +154,7 @@ def follow(timeout_s: float, dtype: str | None, launcher: str | None = None) -> 
         timeout_s=timeout_s,
         dtype=dtype,
     )
-    return serve(Connection(connection.detach()), settings, PrefixStore("expertlane", store))
+    return serve(Connection(connection.detach()), settings, PrefixStore("ranks", store))
 
 
 def _torchrun_store(rank: int, world_size: int) -> "Store":
@@ -172,4 +175,4 @@ if __name__ == "__main__":
     from expertlane.engine.fork_server import die_with_parent
 
     die_with_parent()
-    sys.exit(follow(float(sys.argv[2]), sys.argv[3] or None, launcher=sys.argv[1]))
+    sys.exit(follow(float(sys.argv[1]), sys.argv[2] or None))

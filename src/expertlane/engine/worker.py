@@ -3,6 +3,8 @@
 import contextlib
 import os
 import socket
+import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +16,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
-from expertlane.engine.messages import Call, Failure, FailureKind, RankSettings, Result
+from expertlane.engine.messages import (
+    Call,
+    Failure,
+    FailureKind,
+    Heartbeat,
+    RankSettings,
+    Result,
+)
 from expertlane.engine.platform import Platform, choose_platform
 from expertlane.errors import UserError
 from expertlane.parallel.collectives import PeerLostError
@@ -25,6 +34,8 @@ from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
 _GROUP_TIMEOUT_MARGIN_S = 30.0
+_HEARTBEAT_S = 1.0
+_LINGER_S = 10.0
 
 
 @dataclass(eq=False)
@@ -48,10 +59,32 @@ class RankContext:
         return self.settings.rank
 
 
-def _open_board(settings: RankSettings) -> ProgressBoard:
-    path = settings.progress_path
-    shared = path is not None and Path(path).exists()  # a rank of another node cannot see it
-    return ProgressBoard(settings.world_size, Path(path) if path and shared else None)
+class _Mouth:
+    """A rank's side of the connection to the launcher; more than one thread may speak."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def say(self, message: Result | Failure | Heartbeat) -> None:
+        """Send a message whole; a launcher that is gone does not matter here."""
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.send(message)
+
+
+def _open_board(settings: RankSettings, mouth: _Mouth) -> ProgressBoard:
+    """The launcher's board; on another node, one of its own that is reported by heartbeats."""
+    if settings.progress_path is not None and Path(settings.progress_path).exists():
+        return ProgressBoard(settings.world_size, Path(settings.progress_path))
+    board = ProgressBoard(settings.world_size)
+
+    def beat() -> None:
+        while True:
+            mouth.say(Heartbeat(board.cells(settings.rank)))
+            time.sleep(_HEARTBEAT_S)
+
+    threading.Thread(target=beat, daemon=True).start()
+    return board
 
 
 def _connect(settings: RankSettings, platform: Platform, store: Store | None) -> None:
@@ -74,26 +107,35 @@ def serve(connection: Connection, settings: RankSettings, store: Store | None = 
     Args:
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
-    progress = _open_board(settings).reporter(settings.rank)
+    mouth = _Mouth(connection)
     try:
+        progress = _open_board(settings, mouth).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
         _connect(settings, platform, store)
         context = RankContext(settings, platform, progress)
         progress.enter(Stage.IDLE, NO_LAYER)
-        connection.send(Result((socket.gethostname(), os.getpid())))
-        while True:
-            call: Call = connection.recv()
-            connection.send(Result(resolve_name(call.function)(context, *call.args)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return 0  # the launcher is done, or gone
+        mouth.say(Result((socket.gethostname(), os.getpid())))
+        while (call := _next_call(connection)) is not None:
+            mouth.say(Result(resolve_name(call.function)(context, *call.args)))
+        dist.destroy_process_group()
+        return 0
     except UserError as error:
         failure = Failure(FailureKind.USER, str(error))
     except PeerLostError as error:
         failure = Failure(FailureKind.PEER, str(error))
     except Exception as error:
-        failure = Failure(
-            FailureKind.BUG, f"{type(error).__name__}: {error}", traceback.format_exc()
-        )
-    with contextlib.suppress(OSError):
-        connection.send(failure)
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = Failure(FailureKind.BUG, line, traceback.format_exc())
+    mouth.say(failure)
+    # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
+    connection.poll(_LINGER_S)
     return 1
+
+
+def _next_call(connection: Connection) -> Call | None:
+    """None when the launcher is done, or gone."""
+    try:
+        call: Call = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return call

@@ -1,15 +1,11 @@
 """What an experiment takes for granted, printed beside its numbers."""
 
-from expertlane.results import Assumption
+from expertlane.results import Assumption, Machine
 from expertlane.spec.experiment import Experiment
 
 
-def assumptions(experiment: Experiment, dtype: str) -> tuple[Assumption, ...]:
-    """The choices that the paper leaves open, as this experiment makes them.
-
-    Args:
-        dtype: of weights and activations.
-    """
+def assumptions(experiment: Experiment, machine: Machine) -> tuple[Assumption, ...]:
+    """The choices that the paper leaves open, as this experiment makes them."""
     model, workload = experiment.model, experiment.workload
     micro_batches = sorted(
         {deployment.options.num_micro_batches for deployment in experiment.deployments}
@@ -17,7 +13,7 @@ def assumptions(experiment: Experiment, dtype: str) -> tuple[Assumption, ...]:
     baselines = dict.fromkeys(
         str(deployment.layout) for deployment in experiment.deployments if deployment.is_baseline
     )
-    return (
+    rows = [
         Assumption(
             "experts per token",
             f"{model.num_experts_per_tok} of {model.num_experts}",
@@ -45,7 +41,9 @@ def assumptions(experiment: Experiment, dtype: str) -> tuple[Assumption, ...]:
             f"{workload.num_sequences:,} sequences resident",
             "TPOT grows with context; the paper's workload at full length exceeds its GPUs' memory",
         ),
-        Assumption("precision", dtype, "the paper's is FP16; this machine's fast type may differ"),
+        Assumption(
+            "precision", machine.dtype, "the paper's is FP16; this machine's fast type may differ"
+        ),
         Assumption(
             "baseline",
             "; ".join(baselines) or "none",
@@ -57,4 +55,18 @@ def assumptions(experiment: Experiment, dtype: str) -> tuple[Assumption, ...]:
             ", ".join(map(str, micro_batches)),
             "the paper does not give the baseline's; the best is compared against too",
         ),
-    )
+        Assumption(
+            "tensor parallelism",
+            "each all-reduce as reduce-scatter and all-gather, tokens scattered in between",
+            "the same bytes, and norms and router are computed once instead of on every rank",
+        ),
+    ]
+    if machine.num_idle_gpus:
+        rows.append(
+            Assumption(
+                "device",
+                f"CPU, though there are {machine.num_idle_gpus} GPUs",
+                f"a GPU for each of {machine.num_ranks} ranks is needed to use them",
+            )
+        )
+    return tuple(rows)

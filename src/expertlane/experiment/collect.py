@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from expertlane.balance.load import max_over_mean
 from expertlane.balance.placement import Placement
+from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.assumptions import assumptions
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
-from expertlane.plan.memory import RankMemory
 from expertlane.results import (
     BottleneckResult,
     CriticalPathResult,
@@ -46,24 +46,24 @@ def deployment_result(
     model: ModelConfig,
     workload: Workload,
     metrics: DeploymentMetrics,
-    memory: Sequence[RankMemory],
+    held: Sequence[HeldBytes],
     tokens: npt.NDArray[np.int64],
     is_baseline: bool,
 ) -> DeploymentResult:
     """The measured row of one deployment.
 
     Args:
-        memory: [num_ranks]; what each rank holds.
+        held: [num_ranks]; what each rank has allocated.
         tokens: [num_sequences, output_len]; all generated tokens.
 
     Raises:
-        ValueError: `tokens` is not of the workload's shape, or `memory` not of the layout's.
+        ValueError: `tokens` is not of the workload's shape, or `held` not of the layout's.
     """
     layout = deployment.layout
     if tokens.shape != (workload.num_sequences, workload.output_len):
         raise ValueError(f"tokens of shape {tokens.shape} for {workload}")
-    if len(memory) != layout.world_size:
-        raise ValueError(f"memory of {len(memory)} ranks for layout {layout}")
+    if len(held) != layout.world_size:
+        raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
     phases = [phase for phase in (metrics.prefill, metrics.decode) if phase is not None]
     decode = None
     if metrics.decode is not None:
@@ -92,7 +92,7 @@ def deployment_result(
         ),
         traffic_bytes={phase.phase: _traffic(phase) for phase in phases},
         per_rank=tuple(
-            _rank(rank, layout, model, phases, memory[rank]) for rank in range(layout.world_size)
+            _rank(rank, layout, model, phases, held[rank]) for rank in range(layout.world_size)
         ),
         tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
     )
@@ -118,7 +118,7 @@ def build_results(
         versions=versions,
         machine=machine,
         experiment=json.loads(json.dumps(asdict(experiment))),  # lists, as they are read back
-        assumptions=assumptions(experiment, machine.dtype),
+        assumptions=assumptions(experiment, machine),
         deployments=tuple(deployments),
         hidden_communication=hidden_by_overlap(deployments),
         scaling=scaling_points(scaling, deployments),
@@ -139,10 +139,12 @@ def hidden_by_overlap(deployments: Sequence[DeploymentResult]) -> tuple[HiddenCo
         HiddenCommunication(
             off=off.name,
             on=on.name,
-            step_off_s=off.decode.step_s,
-            step_on_s=on.decode.step_s,
+            step_off_s=off.decode.round_s,
+            step_on_s=on.decode.round_s,
             exposed_s=off.decode.exposed_s,
-            hidden=hidden_communication(off.decode.step_s, on.decode.step_s, off.decode.exposed_s),
+            hidden=hidden_communication(
+                off.decode.round_s, on.decode.round_s, off.decode.exposed_s
+            ),
         )
         for off, on in pairs
         if off.decode and on.decode
@@ -207,7 +209,7 @@ def _phase(phase: PhaseMetrics) -> dict[str, Any]:
         "wall_s": speed.wall_s,
         "tps": speed.tps,
         "step_s": speed.step_median_s,
-        "exposed_s": phase.time.exposed_s,
+        "exposed_s": phase.time.exposed_s / speed.num_rounds,
         "active_expert_share": phase.active_expert_share,
         "cpu_s_per_token": phase.cpu_s_per_token,
         "critical_path": CriticalPathResult(critical.total_s, critical.tps, critical.step_median_s),
@@ -239,7 +241,7 @@ def _rank(
     layout: Layout,
     model: ModelConfig,
     phases: Sequence[PhaseMetrics],
-    memory: RankMemory,
+    held: HeldBytes,
 ) -> RankResult:
     at = layout.coordinates(rank)
     own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
@@ -249,8 +251,8 @@ def _rank(
         num_experts_per_layer=tuple(
             num_experts if layer in own_layers else 0 for layer in range(model.num_hidden_layers)
         ),
-        weight_bytes=memory.weight_bytes,
-        kv_bytes=memory.kv_bytes,
+        weight_bytes=held.weight_bytes,
+        kv_bytes=held.kv_bytes,
         stage_s={
             phase.phase: {stage.label: float(phase.time.stage_s[rank, stage]) for stage in Stage}
             for phase in phases

@@ -1,21 +1,20 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from expertlane import __version__
-from expertlane.engine.local_ranks import num_cores
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.progress import Progress
 from expertlane.metrics import summarise
-from expertlane.plan.memory import largest_rank_memory, rank_memory
+from expertlane.plan.memory import largest_rank_memory
 from expertlane.results import DeploymentResult, Machine, Results, Versions
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.fixed import FixedScheduler
@@ -25,11 +24,10 @@ from expertlane.spec.machine import MachinePeak
 from expertlane.spec.record import StepRecord
 
 if TYPE_CHECKING:
-    from expertlane.experiment.machine import RankMachine
+    from expertlane.experiment.machine import RankMachine, RankRates
 
 _DESCRIBE = "expertlane.experiment.machine:describe"
 _MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def run_comparison(
@@ -41,64 +39,63 @@ def run_comparison(
         command: how a user repeats it; kept in the results.
 
     Raises:
-        CapacityError: a deployment needs more memory than there is; nothing was allocated.
         RankError: a rank died, hung or failed.
     """
-    seen: RankMachine = pool.call(_DESCRIBE, ranks=[0])[0]
-    itemsize = _ITEMSIZE[seen.dtype]
-    check_memory(experiment, seen, itemsize)
+    seen: list[RankMachine] = pool.call(_DESCRIBE)
+    ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     progress.task("measuring this machine's peak", 1)
     peak = measure_peak(pool, seen)
     progress.advance()
     progress.done()
-    deployments = [
-        _run(experiment, deployment, pool, peak, itemsize, progress)
-        for deployment in experiment.deployments
-    ]
-    scaling = [
-        _run(experiment, deployment, pool, peak, itemsize, progress)
-        for deployment in experiment.scaling
-    ]
+    deployments, scaling = (
+        [_run(experiment, each, pool, peak, ranks_per_node, progress) for each in group]
+        for group in (experiment.deployments, experiment.scaling)
+    )
+    hosts = {each.host: each for each in seen}.values()
     machine = Machine(
-        cpu_name=seen.cpu_name,
-        device=seen.device,
-        num_cores=num_cores(),
-        memory_bytes=seen.memory_bytes,
+        cpu_name=seen[0].cpu_name,
+        device=seen[0].device,
+        num_cores=sum(each.num_cores for each in hosts),
+        num_idle_gpus=sum(each.num_idle_gpus for each in hosts),
+        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
         num_ranks=experiment.num_ranks,
-        ranks_per_node=experiment.cluster.ranks_per_node or seen.ranks_per_node,
-        backend=seen.backend,
-        dtype=seen.dtype,
+        ranks_per_node=ranks_per_node,
+        backend=seen[0].backend,
+        dtype=seen[0].dtype,
         peak=peak,
     )
     return build_results(
         experiment,
         command=command,
         machine=machine,
-        versions=Versions(__version__, platform.python_version(), seen.torch_version),
+        versions=Versions(__version__, platform.python_version(), seen[0].torch_version),
         deployments=deployments,
         scaling=scaling,
     )
 
 
-def check_memory(experiment: Experiment, seen: "RankMachine", itemsize: int) -> None:
-    """Compare what every deployment needs with what is free.
+def check_memory(experiment: Experiment, pool: RankPool) -> None:
+    """Compare what every deployment needs with what is free, before anything is allocated.
 
     Raises:
         CapacityError: the first deployment that does not fit, with both numbers.
     """
-    on_gpu = seen.device != "cpu"
+    seen: list[RankMachine] = pool.call(_DESCRIBE)
+    tightest = min(seen, key=lambda each: each.free_bytes)
+    free = f"{_size(tightest.free_bytes)} are free on {tightest.host}"
     for deployment in experiment.deployments + experiment.scaling:
-        need = largest_rank_memory(
-            experiment.model, deployment.layout, experiment.workload, itemsize
-        )
-        num_sharing = 1 if on_gpu else min(deployment.layout.world_size, seen.ranks_per_node)
-        if need.total_bytes * num_sharing > seen.free_bytes:
-            sharing = "" if num_sharing == 1 else f" for each of {num_sharing} ranks here"
+        layout = deployment.layout
+        need = largest_rank_memory(experiment.model, layout, experiment.workload, tightest.itemsize)
+        num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
+        if need.total_bytes * num_sharing > tightest.free_bytes:
+            in_all = (
+                f", {_size(need.total_bytes * num_sharing)} for the {num_sharing} ranks of a node"
+            )
             raise CapacityError(
                 f"deployment {deployment.name!r} needs {_size(need.total_bytes)} a rank (weights "
                 f"{_size(need.weight_bytes)}, key/value cache {_size(need.kv_bytes)}, activations "
-                f"{_size(need.activation_bytes)}){sharing}, but {_size(seen.free_bytes)} are free "
-                "in all; use a smaller model, fewer or shorter sequences"
+                f"{_size(need.activation_bytes)}){in_all if num_sharing > 1 else ''}, but {free}; "
+                "use a smaller model, fewer or shorter sequences"
             )
 
 
@@ -107,16 +104,21 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / unit:.3g} {name}"
 
 
-def measure_peak(pool: RankPool, seen: "RankMachine") -> MachinePeak:
+def measure_peak(pool: RankPool, seen: Sequence["RankMachine"]) -> MachinePeak:
     """Measure at once on as many ranks as have a core or a device of their own."""
-    on_gpu = seen.device != "cpu"
-    num_measuring = pool.num_ranks if on_gpu else min(pool.num_ranks, num_cores())
-    rates = pool.call(_MEASURE_RATES, ranks=range(num_measuring))
+    measuring = [
+        rank
+        for rank, each in enumerate(seen)
+        if each.on_gpu or rank % each.ranks_per_node < each.num_cores
+    ]
+    rates: list[RankRates] = pool.call(_MEASURE_RATES, ranks=measuring)
+    on_gpu = seen[0].on_gpu
     return MachinePeak(
-        gemm_flops_per_s=sum(flops_per_s for flops_per_s, _ in rates),
-        read_bytes_per_s=sum(bytes_per_s for _, bytes_per_s in rates),
-        num_cores=num_measuring,
-        dtype=seen.dtype,
+        gemm_flops_per_s=sum(each.gemm_flops_per_s for each in rates),
+        read_bytes_per_s=sum(each.read_bytes_per_s for each in rates),
+        num_units=len(rates) if on_gpu else sum(each.num_threads for each in rates),
+        unit="GPU" if on_gpu else "core",
+        dtype=seen[0].dtype,
     )
 
 
@@ -125,19 +127,14 @@ def _run(
     deployment: Deployment,
     pool: RankPool,
     peak: MachinePeak,
-    itemsize: int,
+    ranks_per_node: int,
     progress: Progress,
 ) -> DeploymentResult:
-    model, workload, layout = experiment.model, experiment.workload, deployment.layout
+    model, workload = experiment.model, experiment.workload
     prompts = workload.prompt_token_ids(model.vocab_size)
     progress.task(deployment.name, 1 + workload.output_len)
     runner = ModelRunner(
-        pool,
-        model,
-        deployment,
-        workload,
-        seed=experiment.seed,
-        ranks_per_node=experiment.cluster.ranks_per_node,
+        pool, model, deployment, workload, seed=experiment.seed, ranks_per_node=ranks_per_node
     )
     warm_up = replace(workload, output_len=min(2, workload.output_len))
     scheduler = FixedScheduler(warm_up, deployment, prompts, record=False)
@@ -163,10 +160,10 @@ def _run(
         deployment,
         model,
         workload,
-        summarise(layout, prefill, decode, peak),
-        [rank_memory(model, layout, workload, r, itemsize) for r in range(layout.world_size)],
+        summarise(deployment.layout, prefill, decode, peak),
+        runner.held,
         tokens,
-        is_baseline=deployment.is_baseline or deployment is experiment.deployments[0],
+        is_baseline=deployment.is_baseline,
     )
 
 

@@ -2,14 +2,15 @@
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
+from expertlane.engine import host
 from expertlane.engine.worker import RankContext
 
 _GEMM_SIZE = 1024
@@ -24,17 +25,28 @@ class RankMachine:
     """What a rank sees of its machine.
 
     Attributes:
+        itemsize: bytes of a value of `dtype`.
         free_bytes: memory of its device that can still be allocated.
+        num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """
 
+    host: str
+    num_cores: int
     cpu_name: str
     device: str
     backend: str
     dtype: str
+    itemsize: int
     torch_version: str
     memory_bytes: int
     free_bytes: int
     ranks_per_node: int
+    num_idle_gpus: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.device != "cpu"
 
 
 def describe(context: RankContext) -> RankMachine:
@@ -43,17 +55,20 @@ def describe(context: RankContext) -> RankMachine:
     if chosen.device.type == "cuda":
         free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
     else:
-        memory = psutil.virtual_memory()
-        free_bytes, memory_bytes = memory.available, memory.total
+        free_bytes, memory_bytes = host.memory_bytes()
     return RankMachine(
+        host=socket.gethostname(),
+        num_cores=host.num_cores(),
         cpu_name=_cpu_name(),
         device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
         backend=chosen.backend,
         dtype=chosen.dtype_name,
+        itemsize=chosen.dtype.itemsize,
         torch_version=torch.__version__,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
+        num_idle_gpus=torch.cuda.device_count() if chosen.device.type == "cpu" else 0,
     )
 
 
@@ -66,10 +81,20 @@ def _cpu_name() -> str:
     return platform.processor() or os.uname().machine
 
 
-def measure_rates(context: RankContext) -> tuple[float, float]:
-    """Run on a rank: FLOP/s of a large matrix product, bytes/s of reading memory.
+@dataclass(frozen=True)
+class RankRates:
+    """What a rank can do at best, with its threads."""
 
-    The best of the repetitions that fit into the time: a peak, not an average.
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+    num_threads: int
+
+
+def measure_rates(context: RankContext) -> RankRates:
+    """Run on a rank: the rates of a large matrix product and of reading memory.
+
+    The best of the repetitions that fit into the time: a peak, not an average. Reading is timed
+    as a float32 matrix-vector product, which no arithmetic holds up.
     """
     on_gpu = context.platform.device.type == "cuda"
     device, dtype = context.platform.device, context.platform.dtype
@@ -78,10 +103,10 @@ def measure_rates(context: RankContext) -> tuple[float, float]:
     right = torch.randn(size, size, device=device, dtype=dtype)
     gemm_s = _best_s(context, lambda: torch.mm(left, right))
     num_bytes = _GPU_READ_BYTES if on_gpu else _READ_BYTES
-    matrix = torch.zeros(num_bytes // (4096 * left.itemsize), 4096, device=device, dtype=dtype)
-    vector = torch.ones(4096, device=device, dtype=dtype)
+    matrix = torch.zeros(num_bytes // (4096 * 4), 4096, device=device)
+    vector = torch.ones(4096, device=device)
     read_s = _best_s(context, lambda: torch.mv(matrix, vector))
-    return 2 * size**3 / gemm_s, num_bytes / read_s
+    return RankRates(2 * size**3 / gemm_s, num_bytes / read_s, torch.get_num_threads())
 
 
 def _best_s(context: RankContext, work: Callable[[], object]) -> float:

@@ -37,7 +37,8 @@ class StageTime:
         waiting_s: [num_ranks]; blocked because other ranks came later.
         bubble_s: [num_ranks]; blocked in a hand-over between pipeline stages, or idle because
             another stage was busy.
-        exposed_s: seconds a step blocked in dispatch and combine, mean over ranks and steps.
+        exposed_s: seconds blocked in dispatch and combine, mean over the ranks of a pipeline
+            stage, added up over stages and steps: a token passes one stage after the other.
     """
 
     stage_s: npt.NDArray[np.float64]
@@ -68,15 +69,15 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
 
     In a stage where ranks meet, a rank's blocked time less the least blocked time among those it
     meets (its tensor-parallel group for the collectives around attention, else all ranks of its
-    pipeline stage), in the same (step, micro-batch, layer slot, stage), is waiting for others: whoever came last was blocked by the transfer alone. Idle time between
-    plans is split the same way: the least of the replica is the driver's, what a pipeline stage
-    has above it is bubble (it was done earlier than another stage), what a rank has above its
-    stage's least is waiting.
+    pipeline stage), in the same (step, micro-batch, layer slot, stage), is waiting for others:
+    whoever came last was blocked by the transfer alone. Idle time between plans is split the same
+    way: the least of the replica is the driver's, what a pipeline stage has above it is bubble
+    (it was done earlier than another stage), what a rank has above its stage's least is waiting.
     """
     stage_s = np.zeros((layout.world_size, len(Stage)))
     waiting_s = np.zeros(layout.world_size)
     bubble_s = np.zeros(layout.world_size)
-    exposed_s = []
+    exposed_s = 0.0
     for step in steps:
         least_idle = min(record.blocked_s[..., Stage.IDLE].sum() for record in step.records)
         for ranks, wall, blocked in _by_pipeline_stage(layout, step):
@@ -95,8 +96,9 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
             stage_s[ranks] += own.sum(axis=(1, 2))
             waiting_s[ranks] += waiting.sum(axis=(1, 2, 3))
             bubble_s[ranks] += bubble.sum(axis=(1, 2))
-            exposed_s.extend(blocked[..., [Stage.DISPATCH, Stage.COMBINE]].sum(axis=(1, 2, 3)))
-    return StageTime(stage_s, waiting_s, bubble_s, float(np.mean(exposed_s)))
+            exposed = blocked[..., [Stage.DISPATCH, Stage.COMBINE]].sum(axis=(1, 2, 3))
+            exposed_s += float(exposed.mean()) / layout.replicas
+    return StageTime(stage_s, waiting_s, bubble_s, exposed_s)
 
 
 def _meeting(layout: Layout, ranks: list[int], stage: Stage) -> list[list[int]]:
@@ -113,8 +115,9 @@ def hidden_communication(step_off_s: float, step_on_s: float, exposed_s: float) 
     """The share of exposed communication that overlap hides; negative where overlap costs time.
 
     Args:
-        step_off_s, step_on_s: median decode step without and with overlap.
-        exposed_s: `StageTime.exposed_s` of decoding without overlap.
+        step_off_s, step_on_s: mean decode step (of a round, where micro-batches rotate) without
+            and with overlap.
+        exposed_s: `StageTime.exposed_s` of decoding without overlap, per such step.
 
     Returns:
         (step_off_s - step_on_s) / exposed_s, or None where nothing was exposed.

@@ -5,7 +5,7 @@ attention and the next attention each token exists on its owner only.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +30,13 @@ class AttentionRun:
     num_seqs: int
     num_scheduled: int
     num_computed: int
+
+    def follows(self, slot: int, lengths: tuple[int, int]) -> bool:
+        """Whether a sequence (num_scheduled, num_computed) in `slot` continues the run."""
+        return slot == self.first_slot + self.num_seqs and lengths == (
+            self.num_scheduled,
+            self.num_computed,
+        )
 
     @property
     def num_query_key_pairs(self) -> int:
@@ -95,20 +102,11 @@ class ForwardBatch:
             strict=True,
         ):
             last = runs[-1] if runs else None
-            if last and (
-                last.num_scheduled,
-                last.num_computed,
-                last.first_slot + last.num_seqs,
-            ) == (
-                scheduled,
-                computed,
-                slot,
-            ):
-                runs[-1] = AttentionRun(
-                    last.first_token, last.first_slot, last.num_seqs + 1, scheduled, computed
-                )
+            lengths = (scheduled, computed)
+            if last and last.follows(slot, lengths):
+                runs[-1] = replace(last, num_seqs=last.num_seqs + 1)
             else:
-                runs.append(AttentionRun(first_token, slot, 1, scheduled, computed))
+                runs.append(AttentionRun(first_token, slot, 1, *lengths))
             first_token += scheduled
         return runs
 

@@ -33,7 +33,7 @@ class LayerWeights:
 
     Attributes:
         attention_norm, moe_norm: [hidden_size].
-        router: [num_experts, hidden_size].
+        router: [num_experts, hidden_size] float32: near ties must not turn on rounding.
     """
 
     attention_norm: Tensor
@@ -99,7 +99,7 @@ class DecoderLayer:
         recorder, index, router = self._recorder, self.index, self._weights.router
         recorder.enter(Stage.ROUTER, index)
         hidden = rms_norm(x, self._weights.moe_norm, self._eps)
-        topk_ids, topk_weights = route(F.linear(hidden, router), self._top_k)
+        topk_ids, topk_weights = route(F.linear(hidden.float(), router), self._top_k)
         recorder.count_compute(2 * len(x) * router.numel(), router.nbytes if len(x) else 0)
         recorder.enter(Stage.DISPATCH, index)
         arrived = yield from self._dispatcher.dispatch(hidden, topk_ids, batch.tokens_of_stage_rank)

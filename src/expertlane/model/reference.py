@@ -122,10 +122,10 @@ class ReferenceModel:
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [L, D / 2] of position × theta^(-2i / D) (Su et al. 2021)."""
         head_dim = self._model.head_dim
-        exponents = -torch.arange(0, head_dim, 2).float() / head_dim
+        exponents = -torch.arange(0, head_dim, 2).double() / head_dim
         inv_freq = torch.pow(self._model.rope_theta, exponents)
-        angles = torch.outer(torch.arange(length).float(), inv_freq)
-        return angles.cos(), angles.sin()
+        angles = torch.outer(torch.arange(length).double(), inv_freq)
+        return angles.cos().float(), angles.sin().float()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

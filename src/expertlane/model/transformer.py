@@ -1,7 +1,6 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,25 +33,51 @@ class HeadResult(NamedTuple):
     logits: Tensor
 
 
-@dataclass(frozen=True)
 class WeightSource:
     """Cuts a rank's slices out of the seeded logical tensors.
 
-    Attributes:
+    Args:
         touch: called after every tensor, to say that work goes on.
+
+    Attributes:
+        num_bytes: taken so far.
     """
 
-    model: ModelConfig
-    seed: int
-    dtype: torch.dtype
-    device: torch.device
-    touch: Callable[[], None]
+    def __init__(
+        self,
+        model: ModelConfig,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        touch: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._seed = seed
+        self.dtype = dtype
+        self.device = device
+        self._touch = touch
+        self.num_bytes = 0
 
-    def take(self, name: str, part: range | None = None) -> Tensor:
+    def take(
+        self, name: str, part: range | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Tensor `name`, or a part of it along the dimension that layouts cut."""
-        drawn = draw(self.model, self.seed, name, part)
-        self.touch()
-        return torch.from_numpy(drawn).to(self.device, self.dtype).contiguous()
+        drawn = draw(self._model, self._seed, name, part)
+        tensor = torch.from_numpy(drawn).to(self.device, dtype or self.dtype).contiguous()
+        self.num_bytes += tensor.nbytes
+        self._touch()
+        return tensor
+
+    def take_all(self, names: Sequence[str], part: range) -> Tensor:
+        """The same part of tensors of one shape, stacked: [len(names), ...]; one copy at a time."""
+        stacked: Tensor | None = None
+        for index, name in enumerate(names):
+            tensor = self.take(name, part)
+            if stacked is None:
+                stacked = tensor.new_empty((len(names), *tensor.shape))
+            stacked[index] = tensor
+        assert stacked is not None, "a rank holds at least one expert"
+        return stacked
 
 
 class TransformerStage:
@@ -91,6 +116,7 @@ class TransformerStage:
                 recorder,
                 model.rms_norm_eps,
             )
+        self.weight_bytes = source.num_bytes
 
     def _build_layer(
         self,
@@ -107,20 +133,22 @@ class TransformerStage:
         inner = partition(model.moe_intermediate_size, mesh.layout.etp)[at.etp_rank]
         experts = placement.experts_of_rank[at.ep_rank]
 
-        def of_layer(part: str) -> Tensor:
-            return source.take(layer_name(layer, part))
-
         query_key_value = torch.cat(
             [source.take(layer_name(layer, part), heads) for part in ("query", "key", "value")]
         )
         output = source.take(layer_name(layer, "output"), heads)
-        up = [source.take(expert_name(layer, e, "up"), inner) for e in experts]
-        down = [source.take(expert_name(layer, e, "down"), inner) for e in experts]
         return DecoderLayer(
             layer,
-            LayerWeights(of_layer("attention_norm"), of_layer("moe_norm"), of_layer("router")),
+            LayerWeights(
+                source.take(layer_name(layer, "attention_norm")),
+                source.take(layer_name(layer, "moe_norm")),
+                source.take(layer_name(layer, "router"), dtype=torch.float32),
+            ),
             Attention(query_key_value, output, model.head_dim, rotary, self._recorder),
-            Experts(torch.stack(up), torch.stack(down)),
+            Experts(
+                source.take_all([expert_name(layer, e, "up") for e in experts], inner),
+                source.take_all([expert_name(layer, e, "down") for e in experts], inner),
+            ),
             dispatcher,
             mesh,
             self._recorder,
@@ -128,6 +156,11 @@ class TransformerStage:
             eps=model.rms_norm_eps,
             first_expert=experts.start,
         )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the key/value cache."""
+        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self._caches)
 
     def allocate_cache(self, num_slots: int, max_len: int) -> None:
         """Make room for `num_slots` sequences of up to `max_len` positions; forget all others."""

@@ -102,9 +102,13 @@ class AllToAllDispatcher:
         ids = torch.where(here, local, -1).to(_ID)
         if mesh.stage.size == 1:
             return x, ids
-        packed = torch.cat([_as_bytes(x[token]), _as_bytes(ids)], dim=1)
         ep, etp, at = mesh.layout.ep, mesh.layout.etp, mesh.at
         metadata = ids.shape[1] * _ID_BYTES
+        packed = torch.empty(
+            (len(ids), metadata + x.shape[1] * x.itemsize), dtype=torch.uint8, device=x.device
+        )
+        packed[:, :metadata].view(_ID)[:] = ids
+        packed[:, metadata:].view(x.dtype)[:] = x[token]
         arriving = counts[:, at.ep_rank, _ROWS].reshape(ep, etp)  # from (ep_rank, etp_rank)
         if ep > 1:
             send = counts[at.ep_rank * etp + at.etp_rank, :, _ROWS].tolist()
@@ -115,9 +119,7 @@ class AllToAllDispatcher:
             packed = yield mesh.etp.all_gather(
                 packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata
             )
-        row_bytes = x.shape[1] * x.itemsize
-        rows = packed[:, :row_bytes].contiguous().view(x.dtype)
-        return rows, packed[:, row_bytes:].contiguous().view(_ID)
+        return packed[:, metadata:].view(x.dtype), packed[:, :metadata].view(_ID)
 
     def _group_by_expert(
         self, rows: Tensor, ids: Tensor, rank_of_pair: Tensor, counts: npt.NDArray[np.int64]
@@ -161,8 +163,3 @@ class AllToAllDispatcher:
         of_pair = of_pair.view(num_tokens, top_k, of_pair.shape[1])
         weighted = of_pair.float() * topk_weights[:, :, None]
         return weighted.sum(dim=1).to(results.dtype)
-
-
-def _as_bytes(rows: Tensor) -> Tensor:
-    """The same rows as uint8, [num_rows, row_bytes]."""
-    return rows.contiguous().view(torch.uint8)

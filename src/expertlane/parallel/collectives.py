@@ -6,7 +6,8 @@ reduce-scatter or all-reduce of the same bytes (docs/log.md). It also leaves eve
 float32 and in rank order.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from expertlane.spec.names import Link, Traffic
 
 class PeerLostError(RankError):
     """A transfer failed or timed out: some other rank is the cause."""
+
+
+@contextlib.contextmanager
+def _blaming_peers() -> Iterator[None]:
+    """Turn the backend's errors into `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(str(error).splitlines()[0]) from error
 
 
 class Pending:
@@ -42,12 +52,10 @@ class Pending:
         """
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
-            began_s = self._recorder.begin_wait()
-            try:
+            begin = self._recorder.begin_wait()
+            with _blaming_peers():
                 self._work.wait()
-            except RuntimeError as error:
-                raise PeerLostError(str(error).splitlines()[0]) from error
-            self._recorder.end_wait(began_s)
+            self._recorder.end_wait(begin)
         self._keep = None
         return self._finish()
 
@@ -104,7 +112,7 @@ class Group:
         row_bytes = rows.shape[1] * rows.itemsize
         self._count(send, row_bytes, metadata_bytes)
         received = rows.new_empty((sum(receive), rows.shape[1]))
-        try:
+        with _blaming_peers():
             work = dist.all_to_all_single(
                 received,
                 rows,
@@ -113,8 +121,6 @@ class Group:
                 group=self._process_group,
                 async_op=True,
             )
-        except RuntimeError as error:
-            raise PeerLostError(str(error).splitlines()[0]) from error
         return Pending(self._recorder, work, lambda: finish(received), rows)
 
     def all_to_all(
@@ -178,12 +184,14 @@ class Group:
         rows = rows.contiguous()
         self._recorder.count_collective()
         self._count_rows(to, rows.shape[0], rows.shape[1] * rows.itemsize, 0)
-        work = dist.isend(rows, dst=self._ranks[to], group=self._process_group)
+        with _blaming_peers():
+            work = dist.isend(rows, dst=self._ranks[to], group=self._process_group)
         return Pending(self._recorder, work, lambda: rows, rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
         """Begin to fill `rows` from the rank at place `source`."""
         work = None
         if rows.shape[0]:
-            work = dist.irecv(rows, src=self._ranks[source], group=self._process_group)
+            with _blaming_peers():
+                work = dist.irecv(rows, src=self._ranks[source], group=self._process_group)
         return Pending(self._recorder, work, lambda: rows, None)

@@ -40,6 +40,9 @@ class ProgressBoard:
 
     Args:
         path: the file; made by the launcher. None keeps the board private to this process.
+
+    Raises:
+        OSError: the file cannot be made or opened.
     """
 
     def __init__(self, num_ranks: int, path: Path | None = None, *, create: bool = False) -> None:
@@ -49,7 +52,8 @@ class ProgressBoard:
         else:
             with open(path, "w+b" if create else "r+b") as file:
                 if create:
-                    file.truncate(size)
+                    file.write(bytes(size))  # takes the room now: a full disk is an error here
+                    file.flush()
                 self._map = mmap.mmap(file.fileno(), size)
         self._cells = memoryview(self._map).cast("q")
         if create or path is None:
@@ -67,6 +71,18 @@ class ProgressBoard:
             counter=cells[_COUNTER],
             time_s=cells[_TIME_NS] / 1e9,
         )
+
+    def cells(self, rank: int) -> list[int]:
+        """The raw line of `rank`, for `update` on another node's board."""
+        return self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS].tolist()
+
+    def update(self, rank: int, cells: list[int]) -> None:
+        """Take over the line of a rank of another node; its clock is not ours."""
+        begin = rank * _NUM_FIELDS
+        if cells[_COUNTER] != self._cells[begin + _COUNTER]:
+            for field, value in enumerate(cells):
+                self._cells[begin + field] = value
+            self._cells[begin + _TIME_NS] = time.monotonic_ns()
 
     def reporter(self, rank: int) -> "ProgressReporter":
         """The line of `rank`, to be written by that rank alone."""

@@ -9,24 +9,28 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
 from expertlane.spec.workload import Workload
 
-# Interpreter, torch and process groups of one rank that shares its libraries with others:
-# the proportional set size of an idle rank, rounded up.
-RANK_OVERHEAD_BYTES = 64 * 10**6
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: weights, key/value cache, the largest batch's activations, the process."""
+    """Bytes of one rank.
+
+    Attributes:
+        weight_bytes, kv_bytes: held all the time.
+        activation_bytes: of the largest batch.
+        loading_bytes: of the largest matrix while it is drawn, before there is a cache.
+    """
 
     weight_bytes: int
     kv_bytes: int
     activation_bytes: int
-    overhead_bytes: int = RANK_OVERHEAD_BYTES
+    loading_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
-        return self.weight_bytes + self.kv_bytes + self.activation_bytes + self.overhead_bytes
+        """The most at any one time."""
+        return self.weight_bytes + max(self.kv_bytes + self.activation_bytes, self.loading_bytes)
 
 
 def rank_memory(
@@ -50,11 +54,15 @@ def rank_memory(
         + num_experts * 2 * model.hidden_size * inner
     )
     params = num_layers * per_layer
+    largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
     if at.pp_rank == 0:
-        params += model.vocab_size * model.hidden_size
+        embedding = model.vocab_size * model.hidden_size
+        params += embedding
+        largest_matrix = max(largest_matrix, embedding)
     if at.pp_rank == layout.pp - 1:
-        vocab = len(partition(model.vocab_size, layout.tp)[at.tp_rank])
-        params += vocab * model.hidden_size + model.hidden_size
+        head = len(partition(model.vocab_size, layout.tp)[at.tp_rank]) * model.hidden_size
+        params += head + model.hidden_size
+        largest_matrix = max(largest_matrix, head)
     in_replica = partition(workload.num_sequences, layout.replicas)[at.replica]
     # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
     num_pairs_in_stage = len(in_replica) * workload.prompt_len * model.num_experts_per_tok
@@ -69,6 +77,7 @@ def rank_memory(
         weight_bytes=params * itemsize,
         kv_bytes=num_layers * num_seqs * workload.max_len * kv_width * itemsize,
         activation_bytes=num_values * itemsize,
+        loading_bytes=largest_matrix * (_FLOAT32_BYTES + itemsize),
     )
 
 

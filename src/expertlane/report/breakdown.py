@@ -32,8 +32,8 @@ def bottlenecks(comparison: Comparison) -> Section:
             "Mean over ranks. The last row is the time in which every sequence goes one token on. "
             "Waiting is time blocked because another rank came later; what even the last rank "
             "waits for is the transfer. A straggler waits less than the others of its pipeline "
-            "stage, by over 5% of the time. Between steps: without a plan to work on; under "
-            "pipeline stages also while a step's later stages finish it.",
+            "stage, by over 5% of the time. Pipeline bubble: blocked in a hand-over, its transfer "
+            "included, or idle while another stage works. Between steps: all ranks without a plan.",
         ),
     )
 
@@ -71,7 +71,7 @@ def work_and_traffic(comparison: Comparison) -> Section:
                     text("deployment"),
                     number("CPU ms per token"),
                     number("critical-path TPS"),
-                    number("critical-path step ms"),
+                    number("critical-path ms per step"),
                     number("of peak FLOP/s"),
                     number("of peak bytes/s"),
                     number("load max/mean"),
@@ -84,7 +84,7 @@ def work_and_traffic(comparison: Comparison) -> Section:
                     text("#"),
                     text("deployment"),
                     *(number(f"{link.label} {kind}") for link in Link for kind in ("", "meta")),
-                    number("collectives per rank, step"),
+                    number("collectives per rank, round"),
                 ),
                 tuple(_traffic(comparison, row) for row in comparison.rows),
             ),

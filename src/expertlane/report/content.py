@@ -9,6 +9,7 @@ from expertlane.report.goals import experts_per_rank, goals, part_of_expert
 from expertlane.report.numbers import (
     NONE,
     bytes_si,
+    counted,
     figures,
     milliseconds,
     rate_si,
@@ -190,7 +191,7 @@ def _controlled(results: Results) -> Section:
             "measured peak",
             f"{rate_si(machine.peak.gemm_flops_per_s, 'FLOP')} ({machine.peak.dtype}), "
             f"{rate_si(machine.peak.read_bytes_per_s, 'B')} read, "
-            f"on {machine.peak.num_cores} cores",
+            f"on {counted(machine.peak.num_units, machine.peak.unit)}",
         ),
         ("dtype", machine.dtype),
         (

@@ -102,7 +102,7 @@ def _no_contention(comparison: Comparison) -> Section:
                     text("deployment"),
                     number("experts of a layer per rank"),
                     number("part of each"),
-                    number(f"weights read per rank, {comparison.phase} step"),
+                    number(f"weights read per rank, {comparison.phase} round"),
                 ),
                 tuple(
                     (
@@ -185,6 +185,11 @@ def _scaling(results: Results, comparison: Comparison) -> Section:
         parts += [_scaling_sentence(results.scaling), _scaling_table(results.scaling)]
     else:
         parts.append("This experiment runs no layouts of growing ep.")
+    if results.machine.is_oversubscribed:
+        parts.append(
+            f"TPS per rank must fall where {results.machine.num_ranks} ranks share "
+            f"{counted(results.machine.num_cores, 'core')}: read the critical path instead."
+        )
     parts.append(
         Table(
             f"Per rank, {comparison.phase}",

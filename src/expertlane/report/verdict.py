@@ -5,8 +5,8 @@ from expertlane.report.numbers import figures, milliseconds, percent, times
 from expertlane.results import Machine
 from expertlane.spec.names import Cause, Phase
 
-# Factors this close to 1 are called equal.
-_EVEN = 0.01
+# Factors this close to 1 are called equal: one run of a few steps does not tell them apart.
+_EVEN = 0.05
 
 
 def verdict(comparison: Comparison, machine: Machine) -> tuple[str, ...]:

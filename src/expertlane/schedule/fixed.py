@@ -20,10 +20,6 @@ class _Group:
         self.num_decoded = 0  # outcomes taken since the prefill
 
 
-def _has_sequences(micro_batches: list[list[list[int]]]) -> bool:
-    return any(seqs for micro_batch in micro_batches for seqs in micro_batch)
-
-
 class FixedScheduler:
     """Prefill of all sequences, then decoding, one `Phase` at a time.
 
@@ -61,11 +57,12 @@ class FixedScheduler:
         self._groups: list[_Group] = []
         for replica, seqs in enumerate(partition(len(prompts), layout.replicas)):
             micro_batches = self._share_out(seqs, layout.dp, options.num_micro_batches)
-            steps = (
-                [[micro_batch] for micro_batch in micro_batches] if rotating else [micro_batches]
-            )
-            # A step without any sequence would only cost time; single batches may be empty.
-            self._groups += [_Group(replica, step) for step in steps if _has_sequences(step)]
+            # One without any sequence would only cost time; the batches of some ranks may be empty.
+            micro_batches = [micro_batch for micro_batch in micro_batches if any(micro_batch)]
+            if rotating:
+                self._groups += [_Group(replica, [micro_batch]) for micro_batch in micro_batches]
+            elif micro_batches:
+                self._groups.append(_Group(replica, micro_batches))
         self._ready: list[deque[_Group]] = [deque() for _ in range(layout.replicas)]
         self._running: dict[int, _Group] = {}
         for group in self._groups:

@@ -41,7 +41,8 @@ class Experiment:
         seed: of the model's weights.
 
     Raises:
-        SpecError: no deployment, a name given twice, or a layout or workload the model cannot take.
+        SpecError: no deployment, a name or a scaling size given twice, or a layout or workload
+            that the model cannot take.
     """
 
     name: str
@@ -61,6 +62,10 @@ class Experiment:
         for name in names:
             if names.count(name) > 1:
                 raise SpecError(f"experiment {self.name}: two deployments are named {name!r}")
+        sizes = [deployment.layout.ep for deployment in self.scaling]
+        for size in sizes:
+            if sizes.count(size) > 1:
+                raise SpecError(f"experiment {self.name}: two scaling layouts have ep={size}")
         self.workload.check_model(self.model)
         for deployment in self.deployments + self.scaling:
             deployment.layout.check_model(self.model)

@@ -67,8 +67,13 @@ def find_experiment(argument: str) -> Path:
         SpecError: a bare name that is neither a file here nor shipped.
     """
     path = Path(argument)
-    if path.name != argument or path.suffix == ".toml" or path.is_file():
+    if path.name != argument or path.suffix == ".toml":
         return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise SpecError(f"{argument[:40]!r}…: {error.strerror}") from None
     shipped = shipped_experiments()
     if argument in shipped:
         return shipped[argument]

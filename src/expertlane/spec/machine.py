@@ -11,7 +11,7 @@ class MachinePeak:
     Attributes:
         gemm_flops_per_s: of a large matrix product in `dtype`.
         read_bytes_per_s: of reading memory too large for any cache.
-        num_cores: cores that the measurement used.
+        num_units, unit: how many cores or GPUs the measurement used.
         dtype: of the matrix product, for example `float32`.
     """
 
@@ -19,5 +19,6 @@ class MachinePeak:
 
     gemm_flops_per_s: float
     read_bytes_per_s: float
-    num_cores: int
+    num_units: int
+    unit: str
     dtype: str

@@ -43,6 +43,11 @@ class ModelConfig:
                 f"model {self.name}: num_experts_per_tok is {self.num_experts_per_tok} but there "
                 f"are only {self.num_experts} experts"
             )
+        if self.hidden_size % 2:
+            raise SpecError(
+                f"model {self.name}: hidden_size is {self.hidden_size}; rows of two-byte values "
+                "must be whole words, so it must be even"
+            )
         if self.head_dim % 2:
             raise SpecError(
                 f"model {self.name}: head_dim is {self.head_dim}; rotary positions need an even one"

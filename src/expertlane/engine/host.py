@@ -1,0 +1,34 @@
+"""What this host lets the process use; containers' limits count."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_cores() -> int:
+    """Cores this process may use: its affinity, or less where a container's quota is smaller."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = _read("cpu.max").split()  # microseconds of CPU time, and of the period
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores or 1, max(1, int(quota[0]) // int(quota[1])))
+    return cores or 1
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Free and total bytes of memory, of the host or of the container where that has less."""
+    memory = psutil.virtual_memory()
+    limit = _read("memory.max").strip()
+    if not limit.isdigit():
+        return memory.available, memory.total
+    used = int(_read("memory.current") or 0)
+    return min(memory.available, max(0, int(limit) - used)), min(memory.total, int(limit))
+
+
+def _read(name: str) -> str:
+    try:
+        return (_CGROUP / name).read_text()
+    except OSError:
+        return ""

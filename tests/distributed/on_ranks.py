@@ -1,0 +1,172 @@
+"""Functions that tests run on the ranks of a pool, as `distributed.on_ranks:name`."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from expertlane.balance.placement import Placement
+from expertlane.engine.worker import RankContext
+from expertlane.errors import UserError
+from expertlane.moe.dispatch import AllToAllDispatcher
+from expertlane.parallel.clock import HostClock
+from expertlane.parallel.interleave import interleave
+from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
+from expertlane.parallel.recorder import Recorder
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage
+from expertlane.spec.record import RankRecord
+
+
+def join(
+    context: RankContext, layout: Layout, ranks_per_node: int
+) -> tuple[ParallelMesh, Recorder] | None:
+    """This rank's groups and what counts their traffic; None on ranks beyond the layout."""
+    if layout not in context.meshes:
+        context.meshes[layout] = DeviceMeshes(layout, "cpu")
+    if context.rank >= layout.world_size:
+        return None
+    recorder = Recorder(context.rank, 1, 1, context.progress, HostClock())
+    meshes = context.meshes[layout]
+    return ParallelMesh(layout, meshes, context.rank, ranks_per_node, recorder), recorder
+
+
+class Recording:
+    """Records what is sent inside a `with` block, all of it in one stage."""
+
+    def __init__(self, recorder: Recorder, stage: Stage) -> None:
+        self._recorder = recorder
+        self._stage = stage
+        self.record: RankRecord
+
+    def __enter__(self) -> "Recording":
+        self._recorder.begin_step(0, 1, record=True, count_idle=False)
+        self._recorder.enter(self._stage, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        record = self._recorder.end_step()
+        assert record is not None
+        self.record = record
+
+
+def collective(
+    context: RankContext,
+    layout: Layout,
+    ranks_per_node: int,
+    axis: str,
+    method: str,
+    arguments: list[tuple[Any, ...]],
+) -> tuple[np.ndarray, RankRecord] | None:
+    """Call a group's method with `arguments[rank]`, whose first is an array; result and record."""
+    joined = join(context, layout, ranks_per_node)
+    if joined is None:
+        return None
+    mesh, recorder = joined
+    rows, *rest = arguments[context.rank]
+    with Recording(recorder, Stage.COLLECTIVES) as recording:
+        received = getattr(getattr(mesh, axis), method)(torch.from_numpy(rows), *rest).wait()
+    return received.numpy(), recording.record
+
+
+def pass_on(context: RankContext, layout: Layout, ranks_per_node: int, rows: np.ndarray) -> Any:
+    """Send `rows` down the pipeline; what this rank received (its own at the start), its record."""
+    joined = join(context, layout, ranks_per_node)
+    if joined is None:
+        return None
+    mesh, recorder = joined
+    with Recording(recorder, Stage.HAND_OVER) as recording:
+        held = torch.from_numpy(rows)
+        if not mesh.is_first_stage:
+            held = mesh.pp.receive(torch.empty_like(held), mesh.at.pp_rank - 1).wait()
+        if not mesh.is_last_stage:
+            sending = mesh.pp.send(held, mesh.at.pp_rank + 1)
+            if sending is not None:
+                sending.wait()
+    return held.numpy(), recording.record
+
+
+class MoeResult(NamedTuple):
+    """What a rank saw of one dispatch and combine."""
+
+    rows: np.ndarray
+    num_tokens_per_expert: list[int]
+    combined: np.ndarray
+    dispatch: RankRecord
+    combine: RankRecord
+
+
+def dispatch_and_combine(
+    context: RankContext,
+    layout: Layout,
+    ranks_per_node: int,
+    num_experts: int,
+    inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> MoeResult | None:
+    """Experts that multiply by their number plus one, each of a group doing an equal part of it.
+
+    `inputs[rank]`: x [T, H], topk_ids [T, K], topk_weights [T, K].
+    """
+    joined = join(context, layout, ranks_per_node)
+    if joined is None:
+        return None
+    mesh, recorder = joined
+    placement = Placement.linear(num_experts, layout.ep)
+    dispatcher = AllToAllDispatcher(mesh, placement, torch.device("cpu"))
+    x, topk_ids, topk_weights = (torch.from_numpy(array) for array in inputs[context.rank])
+    num_tokens = [len(of_rank[0]) for of_rank in inputs]
+    with Recording(recorder, Stage.DISPATCH) as dispatching:
+        arrived = interleave([dispatcher.dispatch(x, topk_ids, num_tokens)])[0]
+    experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
+    factors = (experts + 1.0).repeat_interleave(torch.tensor(arrived.num_tokens_per_expert))
+    results = arrived.rows * factors[:, None].to(arrived.rows.dtype) / layout.etp
+    with Recording(recorder, Stage.COMBINE) as combining:
+        combined = interleave([dispatcher.combine(arrived, results, topk_weights)])[0]
+    return MoeResult(
+        arrived.rows.numpy(),
+        arrived.num_tokens_per_expert,
+        combined.numpy(),
+        dispatching.record,
+        combining.record,
+    )
+
+
+def echo(context: RankContext, value: object) -> tuple[int, object]:
+    """The rank and what it was given."""
+    return context.rank, value
+
+
+def fail(context: RankContext, rank: int) -> None:
+    """Raise on one rank, in the middle of a layer."""
+    context.progress.set_step(3)
+    context.progress.enter(Stage.EXPERTS, 2)
+    if context.rank == rank:
+        raise ValueError("two\nlines")
+
+
+def refuse(context: RankContext, rank: int) -> None:
+    """Find a user's mistake on one rank."""
+    if context.rank == rank:
+        raise UserError("layout is too wide; valid: 1 to 3")
+
+
+def stay(context: RankContext, seconds: float, num_parts: int = 1) -> None:
+    """Take some time, showing progress after every part only."""
+    context.progress.set_step(5)
+    context.progress.enter(Stage.ATTENTION, 1)
+    for _ in range(num_parts):
+        time.sleep(seconds / num_parts)
+        context.progress.touch()
+
+
+def fail_while_others_wait(context: RankContext, rank: int) -> None:
+    """Raise on one rank while the others wait for it in a collective."""
+    joined = join(context, Layout(dp=context.settings.world_size), 1)
+    assert joined is not None
+    mesh, _ = joined
+    if context.rank == rank:
+        context.progress.enter(Stage.ROUTER, 0)
+        raise ValueError("broken")
+    context.progress.enter(Stage.DISPATCH, 0)
+    mesh.stage.all_gather(torch.zeros(1, 1), [1] * mesh.stage.size).wait()

@@ -1,0 +1,90 @@
+"""Find the processes behind a pool or a command, stop one in the middle of a layer, miss none."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+
+from expertlane.parallel.progress import NO_LAYER, Position, ProgressBoard
+
+_PATIENCE_S = 60.0
+
+
+def wait_until(condition: Callable[[], object], seconds: float = _PATIENCE_S) -> bool:
+    """Whether `condition` became true in time."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+class RunningRanks:
+    """The local ranks that a launcher has started.
+
+    Attributes:
+        server: the fork server, parent of all ranks.
+        pids: of the ranks, in rank order.
+        folder: the run's own, in shared memory.
+        board: what the ranks say they do.
+    """
+
+    def __init__(self, launcher_pid: int, num_ranks: int) -> None:
+        launcher = psutil.Process(launcher_pid)
+
+        def servers() -> list[psutil.Process]:
+            return [
+                c for c in launcher.children() if "expertlane.engine.fork_server" in c.cmdline()
+            ]
+
+        assert wait_until(servers), "no fork server came"
+        self.server = max(servers(), key=psutil.Process.create_time)
+        # Forked one after the other.
+        assert wait_until(lambda: len(self.server.children()) == num_ranks), "not all ranks came"
+        self.pids = sorted(child.pid for child in self.server.children())
+        settings = json.loads(self.server.cmdline()[-1])
+        self.folder = Path(settings["progress_path"]).parent
+        self.board = ProgressBoard(num_ranks, Path(settings["progress_path"]))
+
+    def stop_in_a_layer(self, rank: int, first_step: int = 3) -> Position:
+        """SIGSTOP a rank, and where: in some layer of a step not before `first_step`."""
+
+        def stopped_there() -> bool:
+            if self.board.position(rank).step < first_step:
+                return False
+            os.kill(self.pids[rank], signal.SIGSTOP)
+            stopped = psutil.Process(self.pids[rank])
+            assert wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED)
+            if self.board.position(rank).layer != NO_LAYER:
+                return True
+            os.kill(self.pids[rank], signal.SIGCONT)
+            return False
+
+        assert wait_until(stopped_there), "the rank never came to a layer"
+        return self.board.position(rank)
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL a rank."""
+        os.kill(self.pids[rank], signal.SIGKILL)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until rank 0 is in a step not before `step`."""
+        assert wait_until(lambda: self.board.position(0).step >= step), "no step came"
+
+    def are_gone(self, seconds: float) -> bool:
+        """Whether no process and no folder is left, or will be in time."""
+        return wait_until(lambda: not self.folder.exists() and not any(self._remaining()), seconds)
+
+    def _remaining(self) -> Iterable[int]:
+        """Processes of the fork server's session, which all its children share."""
+        for pid in psutil.pids():
+            try:
+                if os.getsid(pid) == self.server.pid:
+                    yield pid
+            except (ProcessLookupError, PermissionError):
+                continue

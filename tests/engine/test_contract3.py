@@ -1,0 +1,206 @@
+"""Contract 3, ranks in this process's own pool: no wait without an end, one line that says why."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+
+from distributed.running import deployment, run_deployment
+from engine.processes import RunningRanks
+from expertlane.engine import local_ranks
+from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE, LocalRanks, check_num_ranks
+from expertlane.engine.pool import RankPool
+from expertlane.errors import CapacityError, RankError, UserError
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
+
+LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
+LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
+TIMEOUT_S = 2.0
+ON_RANKS = "distributed.on_ranks:"
+
+
+@pytest.fixture
+def start():
+    """Start a pool; it and what is behind it."""
+    pools = []
+
+    def make(num_ranks, timeout_s=TIMEOUT_S):
+        pool = RankPool(LocalRanks(num_ranks, timeout_s, "float32"), timeout_s)
+        pools.append(pool)
+        return pool, RunningRanks(os.getpid(), num_ranks)
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def error_in_mid_run(pool, running, layout, harm):
+    """Run something long, do `harm` to rank 1 while it is stopped in a layer: the error, seconds."""
+    seen = {}
+
+    def act():
+        seen["position"] = running.stop_in_a_layer(1)
+        seen["at_s"] = time.monotonic()
+        harm(running.pids[1])
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    with pytest.raises(RankError) as caught:
+        run_deployment(pool, LONG_MODEL, deployment(layout), LONG)
+    took_s = time.monotonic() - seen["at_s"]
+    thread.join()
+    return str(caught.value), seen["position"], took_s
+
+
+@pytest.mark.parametrize("layout", ["dp=2,ep=2", "tp=2", "pp=2"])
+def test_a_killed_rank(start, layout):
+    pool, running = start(2)
+    line, position, took_s = error_in_mid_run(
+        pool, running, layout, lambda pid: os.kill(pid, signal.SIGKILL)
+    )
+    assert took_s < 10
+    assert line.startswith("rank 1 was killed by SIGKILL")
+    assert re.search(r" in step \d+, layer \d, stage [a-z-]+; all ranks were ended$", line)
+    assert f" in {position}; " in line
+    assert "\n" not in line
+    assert pool.is_closed
+    assert running.are_gone(seconds=1)
+
+
+@pytest.mark.parametrize("layout", ["dp=2,ep=2", "tp=2", "pp=2"])
+def test_a_stopped_rank(start, layout):
+    pool, running = start(2)
+    line, position, took_s = error_in_mid_run(pool, running, layout, lambda pid: None)
+    assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
+    assert line == (
+        f"rank 1 hung in {position} (its process is stopped): no progress for 2 s; "
+        "all ranks were ended"
+    )
+    assert pool.is_closed
+    assert running.are_gone(seconds=1)
+
+
+def test_a_rank_that_stays_silent(start):
+    pool, running = start(2, timeout_s=1.0)
+    with pytest.raises(RankError, match="rank 1 hung in step 5, layer 1, stage attention: no pro"):
+        pool.call(ON_RANKS + "stay", 60, ranks=[1])
+    assert running.are_gone(seconds=1)
+
+
+def test_a_slow_rank_that_shows_progress_is_left_alone(start):
+    pool, _ = start(2, timeout_s=1.0)
+    pool.call(ON_RANKS + "stay", 1.6, 4, ranks=[0])
+    assert not pool.is_closed
+
+
+def test_a_rank_that_dies_between_calls(start):
+    pool, running = start(2)
+    os.kill(running.pids[1], signal.SIGKILL)
+    with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
+        pool.call(ON_RANKS + "echo", 1)
+    assert running.are_gone(seconds=1)
+
+
+def test_the_fork_server_dies(start):
+    pool, running = start(2)
+    os.kill(running.server.pid, signal.SIGKILL)
+    with pytest.raises(RankError, match="all ranks were ended"):
+        pool.call(ON_RANKS + "stay", 30)
+    assert running.are_gone(seconds=5)
+
+
+def test_a_rank_that_raises(start):
+    pool, running = start(2)
+    with pytest.raises(RankError) as caught:
+        pool.call(ON_RANKS + "fail", 1)
+    line = str(caught.value)
+    assert line.startswith("rank 1 failed in step 3, layer 2, stage experts: ValueError: two")
+    assert "\n" not in line
+    assert "Traceback" in caught.value.__notes__[0]
+    assert running.are_gone(seconds=1)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_rank_that_raises_is_named_not_those_that_wait_for_it(start, rank):
+    pool, running = start(3)
+    with pytest.raises(RankError, match=rf"^rank {rank} failed in .*ValueError: broken"):
+        pool.call(ON_RANKS + "fail_while_others_wait", rank)
+    assert running.are_gone(seconds=1)
+
+
+def test_a_user_s_mistake_found_by_a_rank(start):
+    pool, running = start(2)
+    with pytest.raises(UserError) as caught:
+        pool.call(ON_RANKS + "refuse", 1)
+    assert str(caught.value) == "layout is too wide; valid: 1 to 3"
+    assert running.are_gone(seconds=1)
+
+
+def test_a_mistake_at_the_start_leaves_nothing(monkeypatch):
+    started = []
+    monkeypatch.setattr(RankPool, "_take_news", observe(RankPool._take_news, started), raising=True)
+    with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
+        RankPool(LocalRanks(1, TIMEOUT_S, "float16"), TIMEOUT_S)
+    assert started
+    assert started[0].are_gone(seconds=1)
+
+
+def observe(take_news, started):
+    """Look at the processes before the first news is taken in."""
+
+    def observed(self, timeout_s):
+        if not started:
+            started.append(RunningRanks(os.getpid(), 1))
+        return take_news(self, timeout_s)
+
+    return observed
+
+
+def test_closing_leaves_nothing(start):
+    pool, running = start(3)
+    assert not running.are_gone(seconds=0)
+    pool.close()
+    assert running.are_gone(seconds=1)
+    pool.close()  # again: nothing happens
+    with pytest.raises(RankError, match="the ranks are gone"):
+        pool.call(ON_RANKS + "echo", 1)
+
+
+def test_stopped_ranks_are_closed_too(start):
+    pool, running = start(2)
+    for pid in running.pids:
+        os.kill(pid, signal.SIGSTOP)
+    pool.close()
+    assert running.are_gone(seconds=1)
+
+
+def test_calls(start):
+    pool, _ = start(3)
+    assert pool.num_ranks == 3
+    assert pool.call(ON_RANKS + "echo", "x") == [(0, "x"), (1, "x"), (2, "x")]
+    assert pool.call(ON_RANKS + "echo", "x", ranks=[0, 2]) == [(0, "x"), (2, "x")]
+    assert pool.call(ON_RANKS + "echo", "x", ranks=[]) == []
+    # Each rank takes its calls in order; those for other ranks are not held up.
+    slow = pool.submit(ON_RANKS + "stay", 0.5, ranks=[1])
+    behind = pool.submit(ON_RANKS + "echo", 1, ranks=[1, 2])
+    quick = pool.submit(ON_RANKS + "echo", 2, ranks=[0])
+    assert pool.first_done([slow, behind, quick]) is quick
+    assert pool.collect(behind) == [(1, 1), (2, 1)]
+    assert slow.is_done
+    assert pool.collect(slow) == [None]
+
+
+def test_too_many_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(local_ranks, "num_cores", lambda: 2)
+    limit = 2 * MAX_RANKS_PER_CORE
+    check_num_ranks(limit, oversubscribe=False)
+    check_num_ranks(limit + 1, oversubscribe=True)
+    with pytest.raises(CapacityError) as caught:
+        check_num_ranks(limit + 1, oversubscribe=False)
+    assert str(caught.value) == (
+        "65 ranks are more than 32 × 2 cores; use at most 64, or add --oversubscribe"
+    )

@@ -1,0 +1,198 @@
+"""A small comparison on real ranks, from the experiment to the results on disk."""
+
+import hashlib
+import os
+import re
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from distributed.running import deployment, run_deployment
+from expertlane.errors import CapacityError
+from expertlane.experiment.compare import check_memory, measure_peak, run_comparison
+from expertlane.experiment.progress import Silent
+from expertlane.plan.memory import rank_memory
+from expertlane.report import markdown
+from expertlane.results import read, write
+from expertlane.spec.experiment import Cluster, Experiment
+from expertlane.spec.experiment_file import read_experiment, shipped_experiments
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
+
+ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
+EXPERIMENT = Experiment(
+    name="four ranks",
+    model=PRESETS["paper-tiny"],
+    workload=Workload(num_sequences=9, prompt_len=5, output_len=4, seed=1),
+    deployments=(
+        replace(deployment("tp=2,pp=2"), is_baseline=True),
+        replace(deployment("tp=2,pp=2", **ROTATING), name="rotating", is_baseline=True),
+        deployment("dp=4,ep=4"),
+        replace(deployment("dp=4,ep=4", overlap=True), name="overlap"),
+    ),
+    scaling=(deployment("dp=1"), deployment("dp=2,ep=2")),
+    cluster=Cluster(ranks_per_node=2),
+    seed=3,
+)
+SCALING_EP = [1, 2, 4]
+
+
+class CountingProgress:
+    """Keeps every task with the parts it was told of."""
+
+    def __init__(self):
+        self.tasks = {}
+
+    def task(self, description, total):
+        self.description = description
+        self.tasks[description] = [0, total]
+
+    def advance(self):
+        self.tasks[self.description][0] += 1
+
+    def done(self):
+        num_parts, total = self.tasks[self.description]
+        assert num_parts == total, self.description
+
+
+@pytest.fixture(scope="module")
+def compared(pools):
+    """Results and progress of the experiment."""
+    progress = CountingProgress()
+    command = "expertlane compare four.toml"
+    return run_comparison(EXPERIMENT, pools.pool(4), progress, command=command), progress
+
+
+@pytest.fixture
+def results(compared):
+    return compared[0]
+
+
+def test_every_deployment_is_there_and_measured(results):
+    assert [each.name for each in results.deployments] == [
+        "tp=2,pp=2",
+        "rotating",
+        "dp=4,ep=4",
+        "overlap",
+    ]
+    assert {each.source for each in results.deployments} == {"measured"}
+    assert [each.is_baseline for each in results.deployments] == [True, True, False, False]
+    assert results.machine.num_ranks == 4
+    assert results.machine.ranks_per_node == 2
+    assert results.machine.dtype == "float32"
+
+
+def test_all_compute_the_same_tokens(results, pools):
+    model, workload = EXPERIMENT.model, EXPERIMENT.workload
+    alone = run_deployment(pools.pool(1), model, deployment("tp=1"), workload, seed=3).tokens
+    digest = hashlib.sha256(alone.astype("<i8").tobytes()).hexdigest()
+    assert {each.tokens_sha256 for each in results.deployments} == {digest}
+
+
+def test_tokens_are_counted_once(results):
+    for each in results.deployments:
+        assert each.prefill.num_tokens == 9 * 5
+        assert each.decode.num_tokens == 9 * 3
+        assert each.decode.num_rounds == 3
+        loads = each.expert_load.num_tokens_per_expert
+        assert [sum(layer) for layer in loads] == [9 * (5 + 3) * 2] * 4
+        assert loads == results.deployments[0].expert_load.num_tokens_per_expert
+
+
+def test_numbers_agree_with_each_other(results):
+    for each in results.deployments:
+        for phase in (each.prefill, each.decode):
+            assert phase.tps == pytest.approx(phase.num_tokens / phase.wall_s)
+            assert phase.critical_path.total_s > 0
+            assert 0 < phase.utilisation.flops < 1
+        assert 0 < each.decode.tpot_s.median <= each.decode.tpot_s.p95
+        assert 0 < each.prefill.ttft_s.median <= each.prefill.ttft_s.p95
+
+
+def test_causes_add_up_to_the_wall_time(results):
+    for each in results.deployments:
+        for phase, result in ((Phase.PREFILL, each.prefill), (Phase.DECODE, each.decode)):
+            causes = each.breakdown_s[phase]
+            assert all(seconds >= -1e-9 for seconds in causes.values()), causes
+            share = sum(causes.values()) * result.num_rounds / result.wall_s
+            assert share == pytest.approx(1)
+
+
+def test_what_ranks_hold_is_what_was_predicted(results):
+    for each in results.deployments:
+        layout = each.layout.layout
+        assert [rank.rank for rank in each.per_rank] == list(range(4))
+        for rank in each.per_rank:
+            need = rank_memory(EXPERIMENT.model, layout, EXPERIMENT.workload, rank.rank, 4)
+            assert rank.weight_bytes == need.weight_bytes
+            # Every rank has room for the largest share: three of nine sequences with dp=4.
+            assert rank.kv_bytes == each.per_rank[0].kv_bytes >= need.kv_bytes
+        largest = rank_memory(EXPERIMENT.model, layout, EXPERIMENT.workload, 0, 4)
+        assert each.per_rank[0].kv_bytes == largest.kv_bytes
+
+
+def test_overlap_and_scaling_are_there(results):
+    (hidden,) = results.hidden_communication
+    assert (hidden.off, hidden.on) == ("dp=4,ep=4", "overlap")
+    assert [point.ep_size for point in results.scaling] == SCALING_EP
+    assert [point.num_ranks for point in results.scaling] == SCALING_EP
+    assert results.scaling[0].relative_tps_per_rank == 1
+
+
+def test_results_are_read_back_as_written(results, tmp_path):
+    assert read(write(results, tmp_path)) == results
+    assert markdown.render(read(tmp_path / "results.json")) == markdown.render(results)
+
+
+def test_progress_is_told_of_every_deployment(compared):
+    _, progress = compared
+    assert {each.name for each in EXPERIMENT.deployments + EXPERIMENT.scaling} < {*progress.tasks}
+    assert all(num_parts == total for num_parts, total in progress.tasks.values())
+
+
+def test_nothing_to_decode(pools):
+    experiment = replace(
+        EXPERIMENT,
+        workload=Workload(1, prompt_len=1, output_len=1),
+        deployments=EXPERIMENT.deployments[:3],
+        scaling=(),
+    )
+    results = run_comparison(experiment, pools.pool(4), Silent(), command="")
+    assert [each.decode for each in results.deployments] == [None] * 3
+    assert [each.prefill.num_tokens for each in results.deployments] == [1] * 3
+    assert len({each.tokens_sha256 for each in results.deployments}) == 1
+
+
+def rank_memory_bytes():
+    """Resident bytes of all processes below this one."""
+    return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True))
+
+
+def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
+    pool = pools.pool(4)
+    pool.call("distributed.on_ranks:echo", 1)
+    before = rank_memory_bytes()
+    paper = read_experiment(shipped_experiments()["paper"])
+    with pytest.raises(CapacityError) as caught:
+        check_memory(paper, pool)
+    line = str(caught.value)
+    assert re.match(r"deployment 'TP 8 × PP 2' needs [\d.]+ [GT]B a rank", line)
+    assert re.search(r"but [\d.]+ GB are free", line)
+    assert "\n" not in line
+    assert rank_memory_bytes() - before < 50e6
+    assert not pool.is_closed
+    check_memory(EXPERIMENT, pool)  # this one fits
+
+
+def test_the_peak_is_measured_quickly(pools):
+    pool = pools.pool(4)
+    seen = pool.call("expertlane.experiment.machine:describe")
+    began_s = time.monotonic()
+    peak = measure_peak(pool, seen)
+    assert time.monotonic() - began_s < 5
+    assert 1e8 < peak.gemm_flops_per_s < 1e15
+    assert 1e8 < peak.read_bytes_per_s < 1e14
+    assert peak.num_units <= (os.cpu_count() or 1)

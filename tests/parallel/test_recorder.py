@@ -1,0 +1,180 @@
+"""The clock of a rank, on a clock of our own: wall seconds, and CPU at half their pace."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from expertlane.parallel import recorder as module
+from expertlane.parallel.progress import NO_LAYER, ProgressBoard
+from expertlane.parallel.recorder import Recorder
+from expertlane.spec.names import Link, Stage, Traffic
+
+OUTSIDE = 2  # the slot after the model's two layers
+
+
+class Clock:
+    """Stands still until told; its marks may be read only once it has settled."""
+
+    def __init__(self):
+        self.now_s = 100.0
+        self.is_settled = False
+
+    def advance(self, seconds):
+        self.now_s += seconds
+
+    def mark(self):
+        self.is_settled = False
+        return self.now_s
+
+    def settle(self):
+        self.is_settled = True
+
+    def seconds(self, begin, end):
+        assert self.is_settled
+        return end - begin
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    fake = SimpleNamespace(
+        perf_counter=lambda: clock.now_s,
+        thread_time=lambda: clock.now_s / 2,
+        process_time=lambda: clock.now_s * 2,
+    )
+    monkeypatch.setattr(module, "time", fake)
+    return clock
+
+
+@pytest.fixture
+def board():
+    return ProgressBoard(1)
+
+
+@pytest.fixture
+def recorder(clock, board):
+    return Recorder(0, num_layers=2, num_experts=3, progress=board.reporter(0), clock=clock)
+
+
+def seconds(array):
+    """The places of an array that are not zero: (micro-batch, slot, stage) to value."""
+    return {
+        (int(m), int(slot), Stage(int(stage))): pytest.approx(array[m, slot, stage])
+        for m, slot, stage in zip(*array.nonzero(), strict=True)
+    }
+
+
+def test_time_goes_to_the_stage_that_was_entered(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    clock.advance(1)  # still idle: nothing was entered
+    recorder.enter(Stage.EMBED)
+    clock.advance(2)
+    recorder.enter(Stage.ATTENTION, 0)
+    clock.advance(4)
+    recorder.enter(Stage.ATTENTION, 1)
+    clock.advance(8)
+    recorder.enter(Stage.ATTENTION, 0)
+    clock.advance(16)
+    record = recorder.end_step()
+    wall = {
+        (0, OUTSIDE, Stage.IDLE): 1,
+        (0, OUTSIDE, Stage.EMBED): 2,
+        (0, 0, Stage.ATTENTION): 20,
+        (0, 1, Stage.ATTENTION): 8,
+    }
+    assert seconds(record.wall_s) == wall
+    assert seconds(record.cpu_s) == {place: value / 2 for place, value in wall.items()}
+    assert record.blocked_s.sum() == 0
+    assert record.process_cpu_s == 62
+
+
+def test_micro_batches_are_apart(recorder, clock):
+    recorder.begin_step(0, 2, record=True, count_idle=False)
+    for micro_batch in range(2):
+        recorder.set_micro_batch(micro_batch)
+        recorder.enter(Stage.HEAD)
+        clock.advance(1 + micro_batch)
+    record = recorder.end_step()
+    assert record.wall_s.shape == (2, 3, len(Stage))
+    assert seconds(record.wall_s) == {(0, OUTSIDE, Stage.HEAD): 1, (1, OUTSIDE, Stage.HEAD): 2}
+
+
+def test_waits_are_part_of_their_stage(recorder, clock, board):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.enter(Stage.DISPATCH, 1)
+    clock.advance(1)
+    began = recorder.begin_wait()
+    assert board.position(0).waiting
+    clock.advance(5)
+    recorder.end_wait(began)
+    assert not board.position(0).waiting
+    clock.advance(1)
+    record = recorder.end_step()
+    assert seconds(record.wall_s) == {(0, 1, Stage.DISPATCH): 7}
+    assert seconds(record.blocked_s) == {(0, 1, Stage.DISPATCH): 5}
+
+
+def test_the_time_since_the_last_step_is_idle_if_asked_for(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.end_step()
+    clock.advance(3)
+    recorder.begin_step(1, 1, record=True, count_idle=True)
+    clock.advance(1)
+    record = recorder.end_step()
+    assert seconds(record.wall_s) == {(0, OUTSIDE, Stage.IDLE): 4}
+    assert seconds(record.blocked_s) == {(0, OUTSIDE, Stage.IDLE): 3}
+    assert record.process_cpu_s == 8  # also what was used between the steps
+    clock.advance(3)
+    recorder.begin_step(2, 1, record=True, count_idle=False)
+    record = recorder.end_step()
+    assert record.wall_s.sum() == record.process_cpu_s == 0
+
+
+def test_counts_by_stage(recorder):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.enter(Stage.EXPERTS, 1)
+    recorder.count_compute(flops=10, weight_bytes=20)
+    recorder.count_compute(flops=1, weight_bytes=2)
+    recorder.count_expert_tokens(1, [4, 5])
+    recorder.enter(Stage.ATTENTION, 0)
+    recorder.count_compute(flops=3, weight_bytes=4, kv_bytes=5)
+    recorder.enter(Stage.COMBINE, 0)
+    recorder.count_collective()
+    recorder.count_sent(Traffic.PAYLOAD, Link.INTER_NODE, 6)
+    recorder.count_sent(Traffic.METADATA, Link.INTRA_NODE, 7)
+    record = recorder.end_step()
+    assert (record.flops[Stage.EXPERTS], record.weight_bytes[Stage.EXPERTS]) == (11, 22)
+    assert (record.flops[Stage.ATTENTION], record.weight_bytes[Stage.ATTENTION]) == (3, 4)
+    assert record.flops.sum() == 14
+    assert record.kv_bytes == 5
+    assert record.num_collectives[Stage.COMBINE] == record.num_collectives.sum() == 1
+    assert record.sent_bytes.tolist() == [[0, 6], [7, 0]]
+    assert record.num_tokens_per_expert.tolist() == [[0, 0, 0], [0, 4, 5]]
+
+
+def test_a_step_starts_from_zero(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.enter(Stage.EXPERTS, 0)
+    recorder.count_compute(1, 1, 1)
+    recorder.count_sent(Traffic.PAYLOAD, Link.INTRA_NODE, 1)
+    recorder.count_collective()
+    recorder.count_expert_tokens(0, [1])
+    clock.advance(1)
+    first = recorder.end_step()
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    second = recorder.end_step()
+    counted = ["wall_s", "cpu_s", "flops", "weight_bytes", "sent_bytes", "num_collectives"]
+    for name in [*counted, "num_tokens_per_expert"]:
+        assert getattr(first, name).sum() > 0
+        assert getattr(second, name).sum() == 0
+    assert (first.kv_bytes, second.kv_bytes) == (1, 0)
+
+
+def test_without_a_record_only_progress_is_kept(recorder, board):
+    recorder.begin_step(9, 1, record=False, count_idle=True)
+    recorder.enter(Stage.ROUTER, 1)
+    assert str(board.position(0)) == "step 9, layer 1, stage router"
+    recorder.end_wait(recorder.begin_wait())
+    assert recorder.end_step() is None
+    position = board.position(0)
+    assert (position.step, position.layer, position.stage) == (-1, NO_LAYER, Stage.IDLE)

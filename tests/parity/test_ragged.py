@@ -1,0 +1,129 @@
+"""Contract 1 for batches that the fixed scheduler never makes, from hand-made step plans."""
+
+import numpy as np
+import pytest
+
+from distributed.running import deployment
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
+from parity.contract import check_contract
+
+TINY = PRESETS["paper-tiny"]
+LAYOUTS = ["tp=1", "tp=4,ep=4", "dp=2,tp=2,ep=2", "pp=2,dp=2,tp=2,ep=4", "pp=4,tp=2"]
+NUM_SLOTS, MAX_LEN = 5, 12  # of each data-parallel rank
+
+# Sequence id: all its tokens in the end, fed chunk by chunk whatever the model would choose.
+RANDOM = np.random.default_rng(0)
+TOKENS = {seq: RANDOM.integers(0, TINY.vocab_size, MAX_LEN) for seq in range(10)}
+
+
+def batch(*parts):
+    """Parts are (seq_id, slot, num_computed, num_scheduled)."""
+    seqs, slots, computed, scheduled = np.array(parts, dtype=np.int64).reshape(-1, 4).T
+    token_ids = [TOKENS[seq][start : start + num] for seq, _, start, num in parts]
+    return Batch(
+        seq_ids=seqs,
+        slots=slots,
+        num_scheduled_tokens=scheduled,
+        num_computed_tokens=computed,
+        token_ids=np.concatenate([np.empty(0, dtype=np.int64), *token_ids]),
+    )
+
+
+def run_steps(pools, references, layout, steps, overlap=False):
+    """Execute steps of [micro-batch][dp rank] batches; hold every last token's logits up.
+
+    `dp` batches are given; a layout with fewer data-parallel ranks takes the first ones only.
+    """
+    chosen = deployment(layout, overlap=overlap)
+    dp = chosen.layout.dp
+    room = Workload(NUM_SLOTS * dp, prompt_len=MAX_LEN, output_len=1)
+    runner = ModelRunner(
+        pools.pool(chosen.layout.world_size), TINY, chosen, room, seed=0, ranks_per_node=8
+    )
+    reference = references.model(TINY, 0)
+    for number, micro_batches in enumerate(steps):
+        taken = tuple(tuple(batches[:dp]) for batches in micro_batches)
+        plan = StepPlan(number, 0, Phase.PREFILL, taken, return_logits=True)
+        outcome = runner.collect(runner.submit(plan))
+        parts = [
+            (int(seq), int(computed + scheduled))
+            for batches in taken
+            for each in batches
+            for seq, computed, scheduled in zip(
+                each.seq_ids, each.num_computed_tokens, each.num_scheduled_tokens, strict=True
+            )
+        ]
+        assert set(outcome.token_ids) == {seq for seq, _ in parts}
+        for seq, length in parts:
+            check_contract(
+                reference.generate(TOKENS[seq][None, :length], 1),
+                outcome.logits[seq][None, None],
+                np.array([[outcome.token_ids[seq]]]),
+            )
+
+
+EMPTY = batch()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompts_of_several_lengths(pools, references, layout, overlap):
+    first = batch((0, 0, 0, 1), (1, 1, 0, 7), (2, 2, 0, 7), (3, 3, 0, 2))
+    second = batch((4, 0, 0, 12))
+    run_steps(pools, references, layout, [[[first, second]]], overlap)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_in_chunks_beside_decoding_ones(pools, references, layout, overlap):
+    steps = [
+        [[batch((0, 0, 0, 4), (1, 1, 0, 3)), batch((5, 0, 0, 2))]],
+        # 0 goes on by a chunk, 1 decodes, 2 begins; on the other rank 5 decodes.
+        [[batch((0, 0, 4, 5), (1, 1, 3, 1), (2, 2, 0, 2)), batch((5, 0, 2, 1))]],
+        [[batch((0, 0, 9, 1), (1, 1, 4, 1), (2, 2, 2, 3)), EMPTY]],
+        [[EMPTY, batch((5, 0, 3, 1), (6, 1, 0, 5))]],
+    ]
+    run_steps(pools, references, layout, steps, overlap)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slots_in_any_order_and_used_again(pools, references, layout):
+    steps = [
+        [[batch((0, 4, 0, 3), (1, 0, 0, 3), (2, 2, 0, 3)), batch((5, 1, 0, 3))]],
+        [[batch((2, 2, 3, 1), (0, 4, 3, 1), (1, 0, 3, 1)), batch((5, 1, 3, 1))]],
+        # 1 is done: 3 takes its slot, with a shorter prompt than what lies there.
+        [[batch((3, 0, 0, 2), (2, 2, 4, 1), (0, 4, 4, 1)), EMPTY]],
+        [[batch((3, 0, 2, 1)), batch((5, 1, 4, 2))]],
+    ]
+    run_steps(pools, references, layout, steps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches_of_several_shapes(pools, references, layout):
+    steps = [
+        [
+            [batch((0, 0, 0, 5), (1, 1, 0, 1)), EMPTY],
+            [EMPTY, batch((5, 0, 0, 3))],
+            [batch((2, 2, 0, 1)), batch((6, 1, 0, 9), (7, 2, 0, 1))],
+        ],
+        [
+            [batch((2, 2, 1, 4)), batch((7, 2, 1, 1))],
+            [batch((1, 1, 1, 1)), EMPTY],
+        ],
+    ]
+    run_steps(pools, references, layout, steps, overlap=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_without_any_token(pools, references, layout):
+    steps = [
+        [[EMPTY, EMPTY]],
+        [[batch((0, 0, 0, 2)), EMPTY]],
+        [[EMPTY, EMPTY], [EMPTY, EMPTY]],
+        [[batch((0, 0, 2, 1)), EMPTY]],
+    ]
+    run_steps(pools, references, layout, steps, overlap=True)
