@@ -19,6 +19,7 @@ from expertlane.spec.workload import Workload
 
 LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
 LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
+LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
 TIMEOUT_S = 2.0
 ON_RANKS = "distributed.on_ranks:"
 
@@ -56,7 +57,7 @@ def error_in_mid_run(pool, running, layout, harm):
     return str(caught.value), seen["position"], took_s
 
 
-@pytest.mark.parametrize("layout", ["dp=2,ep=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_rank(start, layout):
     pool, running = start(2)
     line, position, took_s = error_in_mid_run(
@@ -71,7 +72,7 @@ def test_a_killed_rank(start, layout):
     assert running.are_gone(seconds=1)
 
 
-@pytest.mark.parametrize("layout", ["dp=2,ep=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_stopped_rank(start, layout):
     pool, running = start(2)
     line, position, took_s = error_in_mid_run(pool, running, layout, lambda pid: None)

@@ -31,7 +31,7 @@ def test_contract_1_over_nccl_on_every_gpu(dtype: str, bound: float, overlap: bo
     reference = ReferenceModel(model, 0).generate(prompts, workload.output_len)
     deployment = Deployment("ep", Layout(dp=num_gpus, ep=num_gpus), Options(overlap=overlap))
     with RankPool(LocalRanks(num_gpus, 60.0, dtype), 60.0) as pool:
-        runner = ModelRunner(pool, model, deployment, workload, seed=0)
+        runner = ModelRunner(pool, model, deployment, workload, seed=0, ranks_per_node=8)
         scheduler = FixedScheduler(
             workload, deployment, prompts, forced=reference.tokens, return_logits=True
         )

@@ -1,9 +1,9 @@
 """The seam to `torch.distributed`: the only file that starts a transfer.
 
 Everything is built on the uneven all-to-all, because gloo has it uneven, empty and asynchronous,
-and because 8 or 16 ranks on few cores run it 5 to 7 times faster than gloo's own all-gather,
-reduce-scatter or all-reduce of the same bytes (docs/log.md). It also leaves every sum to us, in
-float32 and in rank order.
+and because on few cores it is several times cheaper there than gloo's own all-gather,
+reduce-scatter or all-reduce of the same rows (benchmarks/bench_collectives.py). It also leaves every
+sum to us, in float32 and in rank order.
 """
 
 import contextlib

@@ -1,0 +1,66 @@
+"""The bare collectives of this machine's backend, per call: why parallel/collectives.py is built so.
+
+Run: .venv/bin/python benchmarks/bench_collectives.py
+Every collective moves the same rows of 512 float32 values to or from each rank. Prints a table, then
+one JSON line.
+"""
+
+import json
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.pool import RankPool
+
+WIDTH = 512
+NUM_CALLS = 30
+NUM_ROWS = (1, 16)
+NUM_RANKS = (2, 8, 16)
+
+
+def measure(context, num_rows: int) -> dict[str, float]:
+    """Run on every rank: median seconds of a call, by collective."""
+    num_ranks = dist.get_world_size()
+    each = torch.randn(num_rows, WIDTH)
+    all_rows = torch.randn(num_rows * num_ranks, WIDTH)
+    received = torch.empty_like(all_rows)
+    calls = {
+        "all_to_all": lambda: dist.all_to_all_single(received, all_rows, async_op=True).wait(),
+        "all_gather": lambda: dist.all_gather_into_tensor(received, each),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(each, all_rows),
+        "all_reduce": lambda: dist.all_reduce(all_rows),
+    }
+    medians = {}
+    for name, call in calls.items():
+        seconds = []
+        for _ in range(NUM_CALLS):
+            dist.barrier()
+            began = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began)
+            context.progress.touch()
+        medians[name] = statistics.median(seconds)
+    return medians
+
+
+def main() -> None:
+    rows = []
+    for num_ranks in NUM_RANKS:
+        with RankPool(LocalRanks(num_ranks, 60.0, None), 60.0) as pool:
+            for num_rows in NUM_ROWS:
+                by_rank = pool.call("bench_collectives:measure", num_rows)
+                slowest = {name: max(rank[name] for rank in by_rank) for name in by_rank[0]}
+                rows.append({"ranks": num_ranks, "rows": num_rows} | slowest)
+    names = list(rows[0])[2:]
+    print(f"{'ranks':>5} {'rows':>5} " + " ".join(f"{name + ' ms':>18}" for name in names))
+    for row in rows:
+        cells = [f"{row[n] * 1e3:.2f} ({row[n] / row['all_to_all']:.1f}×)" for n in names]
+        print(f"{row['ranks']:>5} {row['rows']:>5} " + " ".join(f"{cell:>18}" for cell in cells))
+    print(json.dumps({"benchmark": "collectives", "torch": torch.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
