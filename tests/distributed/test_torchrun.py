@@ -2,10 +2,17 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+
+from engine.processes import wait_until
+from expertlane.parallel.progress import ProgressBoard
 
 EXPERIMENT = """
 name = "four"
@@ -79,4 +86,80 @@ def test_too_few_ranks(tmp_path):
         "processes in all"
     ]
     assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+class LongRun:
+    """A run of minutes under torchrun.
+
+    Attributes:
+        pids: of the processes that torchrun started, by rank; that of rank 0 is the launcher.
+    """
+
+    def __init__(self, folder, num_ranks):
+        (folder / "long.toml").write_text(
+            EXPERIMENT.replace("output_len = 3", "output_len = 4000").replace(
+                'preset = "paper-tiny"', 'preset = "paper-tiny"\nmax_position_embeddings = 5000'
+            )
+        )
+        command = ["-m", "expertlane", "compare", "long.toml", "--out", "out", "--timeout-s", "3"]
+        self.process = subprocess.Popen(
+            [sys.executable, *TORCHRUN, str(num_ranks), *command],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        agent = psutil.Process(self.process.pid)
+        assert wait_until(lambda: len(agent.children()) == num_ranks)
+        self.pids = sorted(child.pid for child in agent.children())
+        launcher = psutil.Process(self.pids[0])
+        assert wait_until(launcher.children)
+        self._children = launcher.children()
+        _, _, progress_path = self._children[0].environ()["EXPERTLANE_LAUNCHER"].split(" ", 2)
+        self.progress_path = Path(progress_path)
+        self.board = ProgressBoard(num_ranks, self.progress_path)
+        assert wait_until(lambda: self.board.position(0).step >= 3)
+
+    def end(self, within_s):
+        """Wait for its end: exit code and our error lines; nothing may be left."""
+        _, err = self.process.communicate(timeout=within_s)
+        pids = [*self.pids, *(child.pid for child in self._children)]
+        assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=2)
+        assert not self.progress_path.parent.exists()
+        assert "EOFError" not in err
+        errors = [line for line in err.splitlines() if "expertlane: error:" in line]
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    run = LongRun(tmp_path, 4)
+    yield run
+    if run.process.poll() is None:
+        for pid in [*run.pids, run.process.pid]:
+            os.kill(pid, signal.SIGKILL)
+    run.process.communicate()
+
+
+def test_a_killed_rank(long_run, tmp_path):
+    os.kill(long_run.pids[3], signal.SIGKILL)
+    code, errors = long_run.end(within_s=10)
+    assert code != 0
+    assert len(errors) == 1, errors
+    assert re.match(r"expertlane: error: rank 3 is gone in .*stage [a-z-]+; all ranks", errors[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+def test_a_stopped_rank(long_run, tmp_path):
+    os.kill(long_run.pids[3], signal.SIGSTOP)
+    # torchrun gives its processes 30 s to end before it kills the stopped one.
+    code, errors = long_run.end(within_s=3 + 10 + 30)
+    assert code != 0
+    assert len(errors) == 1, errors
+    assert re.match(
+        r"expertlane: error: rank 3 hung in .*stage [a-z-]+ \(its process is", errors[0]
+    )
     assert not (tmp_path / "out").exists()

@@ -40,7 +40,7 @@ def start():
 
 
 def error_in_mid_run(pool, running, layout, harm):
-    """Run something long, do `harm` to rank 1 while it is stopped in a layer: the error, seconds."""
+    """Run something long and do `harm` to rank 1, stopped in a layer: the error, seconds."""
     seen = {}
 
     def act():

@@ -130,12 +130,11 @@ def test_nothing_divides_anything(pools, references):
 def test_another_seed_is_another_model(pools, references):
     workload = Workload(4, prompt_len=3, output_len=2, seed=3)
     check(pools, references, TINY, "dp=2,ep=2", workload, seed=5)
+    other, chosen = references.run(TINY, workload, 6), deployment("dp=2,ep=2")
+    run = run_deployment(
+        pools.pool(2), TINY, chosen, workload, seed=5, forced=other.tokens, return_logits=True
+    )
     with pytest.raises(AssertionError, match="logit error"):
-        other = references.run(TINY, workload, 6)
-        chosen = deployment("dp=2,ep=2")
-        run = run_deployment(
-            pools.pool(2), TINY, chosen, workload, seed=5, forced=other.tokens, return_logits=True
-        )
         check_contract(other, run.logits, run.tokens)
 
 

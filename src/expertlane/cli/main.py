@@ -80,8 +80,8 @@ def main() -> None:
 def _fail(error: object, code: int, hint: str = "") -> NoReturn:
     from expertlane.cli.output import is_speaker
 
-    # All ranks of `torchrun` find the same mistake; the first one tells.
-    if is_speaker() or code != UserError.exit_code:
+    # All ranks of `torchrun` find the same mistake or get the same signal; the first one tells.
+    if is_speaker() or code == ExpertlaneError.exit_code:
         print("expertlane: error:", " ".join(str(error).split()), file=sys.stderr)
         if hint:
             print(hint, file=sys.stderr)

@@ -1,5 +1,6 @@
 """The launcher's side of all ranks: calls, answers, and an end to every wait."""
 
+import contextlib
 import signal
 import socket
 import time
@@ -130,7 +131,11 @@ class RankPool:
         """End all ranks; may be called again."""
         if not self._closed:
             self._closed = True
-            self._ranks.close()
+            try:
+                self._ranks.close()
+            except (KeyboardInterrupt, TerminatedError):
+                self._ranks.close()  # a signal came in between: not before all is clean
+                raise
 
     def call(self, function: str, *args: Any, ranks: Sequence[int] | None = None) -> list[Any]:
         """Run `function` (`module:name`) on some ranks, all by default; results in rank order."""
@@ -171,7 +176,8 @@ class RankPool:
                     if not ticket.is_done and self._silent_s(ticket) > bound_s:
                         self._fail(self._hang(ticket, bound_s))
         except TerminatedError:
-            self._take_news(_LAST_WORDS_S)  # torchrun ends us when a rank has died: say which
+            if not self._closed:
+                self._take_news(_LAST_WORDS_S)  # torchrun ends us when a rank has died: say which
             raise
 
     def _silent_s(self, ticket: Ticket) -> float:
@@ -198,7 +204,8 @@ class RankPool:
             self._fail(RankError(lost))
 
     def _fail(self, error: ExpertlaneError) -> NoReturn:
-        self.close()
+        with contextlib.suppress(TerminatedError):  # by torchrun, for the same reason
+            self.close()
         raise error from None
 
     def _blame(self, rank: int, failure: Failure) -> ExpertlaneError:

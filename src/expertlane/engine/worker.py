@@ -25,7 +25,7 @@ from expertlane.engine.messages import (
     Result,
 )
 from expertlane.engine.platform import Platform, choose_platform
-from expertlane.errors import UserError
+from expertlane.errors import TerminatedError, UserError
 from expertlane.parallel.collectives import PeerLostError
 from expertlane.parallel.mesh import DeviceMeshes
 from expertlane.parallel.progress import NO_LAYER, ProgressBoard, ProgressReporter
@@ -121,7 +121,7 @@ def serve(connection: Connection, settings: RankSettings, store: Store | None = 
         return 0
     except UserError as error:
         failure = Failure(FailureKind.USER, str(error))
-    except PeerLostError as error:
+    except (PeerLostError, TerminatedError) as error:
         failure = Failure(FailureKind.PEER, str(error))
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())

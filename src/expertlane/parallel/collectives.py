@@ -2,8 +2,8 @@
 
 Everything is built on the uneven all-to-all, because gloo has it uneven, empty and asynchronous,
 and because on few cores it is several times cheaper there than gloo's own all-gather,
-reduce-scatter or all-reduce of the same rows (benchmarks/bench_collectives.py). It also leaves every
-sum to us, in float32 and in rank order.
+reduce-scatter or all-reduce of the same rows (benchmarks/bench_collectives.py). It also leaves
+every sum to us, in float32 and in rank order.
 """
 
 import contextlib
