@@ -12,7 +12,7 @@ from expertlane.errors import UserError
 from expertlane.moe.dispatch import AllToAllDispatcher
 from expertlane.parallel.clock import HostClock
 from expertlane.parallel.interleave import interleave
-from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
+from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
@@ -23,12 +23,11 @@ def join(
     context: RankContext, layout: Layout, ranks_per_node: int
 ) -> tuple[ParallelMesh, Recorder] | None:
     """This rank's groups and what counts their traffic; None on ranks beyond the layout."""
-    if layout not in context.meshes:
-        context.meshes[layout] = DeviceMeshes(layout, "cpu")
+    context.meshes.make(layout)
     if context.rank >= layout.world_size:
         return None
     recorder = Recorder(context.rank, 1, 1, context.progress, HostClock())
-    meshes = context.meshes[layout]
+    meshes = context.meshes
     return ParallelMesh(layout, meshes, context.rank, ranks_per_node, recorder), recorder
 
 

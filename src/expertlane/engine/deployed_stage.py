@@ -14,7 +14,7 @@ from expertlane.model.transformer import HeadResult, TransformerStage, WeightSou
 from expertlane.parallel.clock import clock_for
 from expertlane.parallel.collectives import Pending
 from expertlane.parallel.interleave import interleave
-from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
+from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import Batch, StepPlan
@@ -31,8 +31,7 @@ def deploy(
         max_len: positions of each.
     """
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    if spec.layout not in context.meshes:
-        context.meshes[spec.layout] = DeviceMeshes(spec.layout, context.platform.device.type)
+    context.meshes.make(spec.layout)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -70,7 +69,7 @@ class DeployedStage:
         )
         self._mesh = ParallelMesh(
             spec.layout,
-            context.meshes[spec.layout],
+            context.meshes,
             context.rank,
             spec.ranks_per_node,
             self._recorder,

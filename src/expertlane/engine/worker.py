@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +29,6 @@ from expertlane.errors import TerminatedError, UserError
 from expertlane.parallel.collectives import PeerLostError
 from expertlane.parallel.mesh import DeviceMeshes
 from expertlane.parallel.progress import NO_LAYER, ProgressBoard, ProgressReporter
-from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
@@ -43,14 +42,14 @@ class RankContext:
     """What lives in a rank between calls.
 
     Attributes:
-        meshes: process groups by layout; made once, since making them is collective and slow.
+        meshes: process groups; made once, since making them is collective and slow.
         deployed: what `engine.deployed_stage` put here; None before.
     """
 
     settings: RankSettings
     platform: Platform
     progress: ProgressReporter
-    meshes: dict[Layout, DeviceMeshes] = field(default_factory=dict)
+    meshes: DeviceMeshes
     deployed: Any = None
 
     @property
@@ -112,7 +111,7 @@ def serve(connection: Connection, settings: RankSettings, store: Store | None = 
         progress = _open_board(settings, mouth).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
         _connect(settings, platform, store)
-        context = RankContext(settings, platform, progress)
+        context = RankContext(settings, platform, progress, DeviceMeshes(platform.device.type))
         progress.enter(Stage.IDLE, NO_LAYER)
         mouth.say(Result((socket.gethostname(), os.getpid())))
         while (call := _next_call(connection)) is not None:

@@ -1,9 +1,14 @@
-"""The process groups of a layout, as three views of one world.
+"""The groups of ranks that a layout communicates in, on torch device meshes.
 
-Attention sees (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same ranks, and a
-pipeline stage is (replica·pp, dp·tp).
+Attention sees a world of (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same
+ranks. Many groups of these views have the same ranks (at `ep = dp·tp` the expert-parallel group is
+the whole stage), and layouts share them too, so groups are made once for every set of ranks: each
+one costs threads and sockets.
 """
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -11,26 +16,48 @@ from expertlane.parallel.collectives import Group
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.layout import Layout
 
+AXES = ("tp", "pp", "ep", "etp", "stage")
+
+
+def groups_of_axis(layout: Layout, axis: str) -> list[list[int]]:
+    """The global ranks of every group of an axis; `stage` is all ranks of a pipeline stage."""
+    dense = np.arange(layout.world_size).reshape(layout.replicas, layout.pp, layout.dp, layout.tp)
+    stages = dense.reshape(layout.replicas * layout.pp, layout.stage_size)
+    expert = stages.reshape(-1, layout.ep, layout.etp)
+    by_axis = {
+        "tp": dense,
+        "pp": np.moveaxis(dense, 1, -1),
+        "ep": np.moveaxis(expert, 1, -1),
+        "etp": expert,
+        "stage": stages,
+    }
+    ranks = by_axis[axis]
+    groups: list[list[int]] = ranks.reshape(-1, ranks.shape[-1]).tolist()
+    return groups
+
 
 class DeviceMeshes:
-    """The torch meshes of a layout. Making one is collective over *all* ranks of the world."""
+    """One-dimensional meshes by their ranks, shared by axes and layouts."""
 
-    def __init__(self, layout: Layout, device_type: str) -> None:
-        world = torch.arange(layout.world_size)
-        stages = layout.replicas * layout.pp
-        self.dense = DeviceMesh(
-            device_type,
-            world.view(layout.replicas, layout.pp, layout.dp, layout.tp),
-            mesh_dim_names=("replica", "pp", "dp", "tp"),
-        )
-        self.expert = DeviceMesh(
-            device_type,
-            world.view(stages, layout.ep, layout.etp),
-            mesh_dim_names=("stage", "ep", "etp"),
-        )
-        self.stage = DeviceMesh(
-            device_type, world.view(stages, layout.stage_size), mesh_dim_names=("stage", "member")
-        )
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+
+    def make(self, layout: Layout) -> None:
+        """Make what `layout` needs and is not there yet. Collective over *all* ranks."""
+        for ranks in self._groups(layout):
+            if ranks not in self._meshes:
+                self._meshes[ranks] = DeviceMesh(self._device_type, torch.tensor(ranks))
+
+    def _groups(self, layout: Layout) -> Iterator[tuple[int, ...]]:
+        for axis in AXES:
+            for ranks in groups_of_axis(layout, axis):
+                if len(ranks) > 1:
+                    yield tuple(ranks)
+
+    def process_group(self, ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+        """The group of exactly these ranks, of which the caller is one."""
+        return self._meshes[ranks].get_group()
 
 
 class ParallelMesh:
@@ -54,20 +81,12 @@ class ParallelMesh:
         self.layout = layout
         self.at = layout.coordinates(rank)
 
-        def group(mesh: DeviceMesh, axis: str) -> Group:
-            coordinate = mesh.get_coordinate()
-            dim = (mesh.mesh_dim_names or ()).index(axis)
-            assert coordinate is not None, "only ranks of the layout take their groups"
-            place = tuple(slice(None) if i == dim else at for i, at in enumerate(coordinate))
-            ranks = mesh.mesh[place].tolist()
-            process_group = mesh.get_group(axis) if len(ranks) > 1 else None
+        def group(axis: str) -> Group:
+            ranks = next(ranks for ranks in groups_of_axis(layout, axis) if rank in ranks)
+            process_group = meshes.process_group(tuple(ranks)) if len(ranks) > 1 else None
             return Group(process_group, ranks, rank, lambda r: r // ranks_per_node, recorder)
 
-        self.tp = group(meshes.dense, "tp")
-        self.pp = group(meshes.dense, "pp")
-        self.ep = group(meshes.expert, "ep")
-        self.etp = group(meshes.expert, "etp")
-        self.stage = group(meshes.stage, "member")
+        self.tp, self.pp, self.ep, self.etp, self.stage = map(group, AXES)
 
     @property
     def is_first_stage(self) -> bool:
