@@ -1,8 +1,8 @@
-"""The bare collectives of this machine's backend, per call: why parallel/collectives.py is built so.
+"""The bare collectives of gloo on this machine: why parallel/collectives.py is built as it is.
 
 Run: .venv/bin/python benchmarks/bench_collectives.py
-Every collective moves the same rows of 512 float32 values to or from each rank. Prints a table, then
-one JSON line.
+Every collective moves the same rows of 512 float32 values to or from each rank. Prints a table,
+then one JSON line.
 """
 
 import json

@@ -47,6 +47,7 @@ class FailureKind(Enum):
 
     USER = "user"  # a UserError: what was asked for is wrong
     PEER = "peer"  # a transfer broke: some other rank is the cause
+    TERMINATED = "terminated"  # the rank was told to end, as by torchrun or a batch system
     BUG = "bug"  # anything else
 
 

@@ -1,6 +1,7 @@
 """The launcher's side of all ranks: calls, answers, and an end to every wait."""
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -212,7 +213,7 @@ class RankPool:
         """The error behind a failure: a broken transfer is only a symptom of another rank's end."""
         if failure.kind is FailureKind.USER:
             return UserError(failure.text)
-        is_symptom = failure.kind is FailureKind.PEER
+        is_symptom = failure.kind is not FailureKind.BUG
         until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _LAST_WORDS_S)
         others = {r: c for r, c in enumerate(self._ranks.connections) if r != rank}
         while others and time.monotonic() < until:
@@ -228,6 +229,8 @@ class RankPool:
                     if is_symptom and message.kind is FailureKind.BUG:
                         return self._bug(other, message)
                     del others[other]
+        if failure.kind is FailureKind.TERMINATED:
+            return TerminatedError(failure.text)
         if is_symptom:
             return RankError(
                 f"rank {rank} lost its peers in {self.position(rank)}: {failure.text}; "
@@ -268,6 +271,9 @@ class RankPool:
             return position.waiting or position.stage is Stage.IDLE, position.time_s
 
         rank = stopped[0] if stopped else min(busy, key=order)
+        if stopped:  # torchrun would wait half a minute for it to end by itself
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pids[rank], signal.SIGKILL)
         why = " (its process is stopped)" if stopped else ""
         remedy = "" if stopped else "; if it was only slow, raise --timeout-s"
         return RankError(

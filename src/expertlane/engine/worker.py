@@ -120,8 +120,10 @@ def serve(connection: Connection, settings: RankSettings, store: Store | None = 
         return 0
     except UserError as error:
         failure = Failure(FailureKind.USER, str(error))
-    except (PeerLostError, TerminatedError) as error:
+    except PeerLostError as error:
         failure = Failure(FailureKind.PEER, str(error))
+    except TerminatedError as error:
+        failure = Failure(FailureKind.TERMINATED, str(error))
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
