@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,17 @@ def test_a_rank_that_stays_silent(start):
     with pytest.raises(RankError, match="rank 1 hung in step 5, layer 1, stage attention: no pro"):
         pool.call(ON_RANKS + "stay", 60, ranks=[1])
     assert running.are_gone(seconds=1)
+
+
+def test_ranks_that_cannot_see_the_board_tell_where_they_are():
+    """As on another node: the board's file is not there for them, so they send heartbeats."""
+    ranks = LocalRanks(2, 2.5, "float32")
+    board = next(Path(ranks._folder.path).iterdir())
+    board.unlink()
+    with RankPool(ranks, 2.5) as pool:
+        with pytest.raises(RankError) as caught:
+            pool.call(ON_RANKS + "stay", 60, ranks=[1])
+        assert str(caught.value).startswith("rank 1 hung in step 5, layer 1, stage attention: no")
 
 
 def test_a_slow_rank_that_shows_progress_is_left_alone(start):

@@ -104,7 +104,8 @@ def test_rank_order_is_replica_pp_dp_tp_with_tp_innermost(layout):
     ]
     for rank, place in enumerate(places):
         in_stage = place.ep_rank * layout.etp + place.etp_rank
-        assert layout.rank_of(place.replica, place.pp_rank, in_stage) == rank
+        stage = place.replica * layout.pp + place.pp_rank
+        assert stage * layout.stage_size + in_stage == rank
         assert rank in layout.ranks_of_replica(place.replica)
 
 
@@ -124,7 +125,6 @@ def test_ranks_of_replicas_by_hand():
     layout = Layout.parse("replicas=2,pp=2,tp=2")
     assert layout.ranks_of_replica(0) == range(4)
     assert layout.ranks_of_replica(1) == range(4, 8)
-    assert layout.rank_of(1, 1, 0) == 6
 
 
 def test_layers_of_stages_are_near_equal():

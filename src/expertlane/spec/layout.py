@@ -112,10 +112,6 @@ class Layout:
         ep_rank, etp_rank = divmod(in_stage, self.etp)
         return Coordinates(replica, pp_rank, dp_rank, tp_rank, ep_rank, etp_rank)
 
-    def rank_of(self, replica: int, pp_rank: int, in_stage: int) -> int:
-        """The rank at place `in_stage` of a pipeline stage."""
-        return (replica * self.pp + pp_rank) * self.stage_size + in_stage
-
     def ranks_of_replica(self, replica: int) -> range:
         """All ranks of one replica."""
         return range(replica * self.replica_size, (replica + 1) * self.replica_size)
