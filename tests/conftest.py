@@ -69,3 +69,11 @@ def pools() -> Iterator[PoolKeeper]:
 def references() -> ReferenceRuns:
     """What runs are held against."""
     return ReferenceRuns()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoints":
+    """One tiny checkpoint a family."""
+    from model.families import Checkpoints
+
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from expertlane.model.weights import draw, expert_name, layer_name, tensor_shape
+from expertlane.model.tensors import expert_name, layer_name, tensor_shape
+from expertlane.model.weights import draw
 from expertlane.spec.model import PRESETS
 
 TINY = PRESETS["paper-tiny"]  # hidden 64, attention 64, inner 128, vocabulary 257

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from expertlane.errors import SpecError
-from expertlane.spec.model import PRESETS
+from expertlane.spec.model import PRESETS, LatentAttention, RopeScaling, Routing
 
 TINY = PRESETS["paper-tiny"]
 
@@ -89,3 +89,100 @@ def test_rotary_positions_need_an_even_head():
     assert str(error.value) == (
         "model paper-tiny: head_dim is 5; rotary positions need an even one"
     )
+
+
+def test_the_defaults_are_the_paper_s_model():
+    assert (TINY.num_kv_heads, TINY.kv_size, TINY.attention_output_size) == (16, 64, 64)
+    assert (TINY.rotary_dim, TINY.softmax_scale) == (4, 0.5)
+    assert (TINY.latent, TINY.rope_scaling, TINY.window_of_layer(3)) == (None, None, None)
+    assert (TINY.hidden_act, TINY.gated_mlp, TINY.is_dense(0)) == ("gelu", False, False)
+
+
+def test_parameters_of_every_part_by_hand():
+    model = TINY.with_overrides(
+        num_hidden_layers=2,
+        hidden_size=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        qkv_bias=True,
+        output_bias=True,
+        qk_norm="full",
+        attention_sinks=True,
+        gated_mlp=True,
+        hidden_act="silu",
+        expert_bias=True,
+        num_experts=3,
+        moe_intermediate_size=5,
+        routing=Routing(router_bias=True, correction_bias=True),
+        dense_layers=(0,),
+        intermediate_size=7,
+        shared_expert_intermediate_size=9,
+        shared_expert_gate=True,
+        tie_word_embeddings=True,
+        vocab_size=11,
+    )
+    # Queries 8 × 24 + 24, keys and values 8 × 12 + 12 each; output 24 × 8 + 8; norms 24 + 12;
+    # sinks 4.
+    assert model.num_attention_params == 216 + 2 * 108 + 200 + 36 + 4
+    assert model.num_expert_params == 3 * 8 * 5 + 5 + 5 + 8
+    moe = 3 * (8 + 1 + 1 + 138) + 3 * 8 * 9 + 8
+    dense = 3 * 8 * 7
+    assert model.num_params == 2 * (672 + 16) + moe + dense + 11 * 8 + 8
+    heads = model.with_overrides(qk_norm="head")
+    assert heads.num_attention_params == 672 - 36 + 12
+
+
+def test_latent_attention_by_hand():
+    latent = LatentAttention(5, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=3, mscale=2.0)
+    model = TINY.with_overrides(head_dim=8, hidden_size=10, num_attention_heads=4, latent=latent)
+    assert (model.attention_size, model.attention_output_size, model.rotary_dim) == (32, 12, 2)
+    assert model.softmax_scale == pytest.approx(4 / math.sqrt(8))
+    # Queries 10 × 32; latent 10 × (5 + 2) and its norm 5; keys and values 5 × 4 × 9; 12 × 10.
+    assert model.num_attention_params == 320 + 70 + 5 + 180 + 120
+    narrow = model.with_overrides(latent=LatentAttention(5, 6, 2, 3, q_lora_rank=4))
+    assert narrow.num_attention_params == 10 * 4 + 4 + 4 * 32 + 70 + 5 + 180 + 120
+
+
+_LATENT = LatentAttention(5, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide the 16 attention"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must divide the 16 attention"),
+        ({"sliding_window": (4, None)}, "sliding_window has 2 entries; it must have one for each"),
+        ({"sliding_window": (4, None, 0, 1)}, "sliding_window holds 0; a window must be at least"),
+        ({"rope_scaling": RopeScaling("linear", math.nan, 8)}, "rope_scaling has a factor of nan"),
+        ({"latent": _LATENT, "head_dim": 6}, "head_dim is 6; with latent attention it must be"),
+        ({"latent": _LATENT, "qkv_bias": True}, "latent attention takes no qkv_bias, qk_norm,"),
+        ({"latent": LatentAttention(5, 1, 3, 3)}, "has a size under 1 or an odd qk_rope_head_dim"),
+        ({"latent": LatentAttention(5, 2, 2, 0)}, "has a size under 1 or an odd qk_rope_head_dim"),
+        ({"latent": LatentAttention(5, 2, 2, 3, 0)}, "has a size under 1 or an odd qk_rope"),
+        ({"routing": Routing(n_group=3)}, "n_group is 3; it must divide the 16 experts"),
+        ({"routing": Routing(n_group=0)}, "n_group is 0; it must divide the 16 experts"),
+        ({"routing": Routing(n_group=4, topk_group=5)}, "topk_group is 5; it must be from 1 to"),
+        (
+            {"routing": Routing(n_group=16), "num_experts_per_tok": 2},
+            "num_experts_per_tok is 2 but topk_group groups hold only 1 × 1 experts",
+        ),
+        (
+            {"routing": Routing(n_group=16, topk_group=2, group_score="top2_sum")},
+            "n_group is 16 for 16 experts; groups compared by their two best need at least 2",
+        ),
+        ({"dense_layers": (1, 0)}, "dense_layers is [1, 0]; it must be rising layer numbers from"),
+        (
+            {"dense_layers": (4,)},
+            "dense_layers is [4]; it must be rising layer numbers from 0 to 3",
+        ),
+        ({"dense_layers": (0,)}, "intermediate_size is 0; the dense layers need a positive one"),
+        ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1; it must"),
+        ({"swiglu_limit": 7.0}, "swiglu_limit is 7.0; it must be positive, and gated_mlp true"),
+    ],
+)
+def test_features_that_do_not_fit(overrides, message):
+    with pytest.raises(SpecError) as error:
+        TINY.with_overrides(**overrides)
+    assert message in str(error.value)
+    assert str(error.value).startswith("model paper-tiny: ")

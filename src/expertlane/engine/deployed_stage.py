@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +10,11 @@ import torch
 
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.worker import RankContext
+from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.transformer import HeadResult, TransformerStage, WeightSource
+from expertlane.model.tensors import WeightSource
+from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.model.weights import SeededWeights
 from expertlane.parallel.clock import clock_for
 from expertlane.parallel.collectives import Pending
 from expertlane.parallel.interleave import interleave
@@ -74,9 +78,13 @@ class DeployedStage:
             spec.ranks_per_node,
             self._recorder,
         )
-        source = WeightSource(
-            model, spec.seed, platform.dtype, platform.device, context.progress.touch
-        )
+        touch = context.progress.touch
+        source: WeightSource
+        if spec.checkpoint is None:
+            source = SeededWeights(model, spec.seed, platform.dtype, platform.device, touch)
+        else:
+            checkpoint = Checkpoint(Path(spec.checkpoint))
+            source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
         self.stage = TransformerStage(model, source, self._mesh, self._recorder)
         self._device = platform.device
         self._num_parts = 1

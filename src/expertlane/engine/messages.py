@@ -87,12 +87,17 @@ class RankSettings:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What decides a rank's weights; a rank that already holds them keeps them."""
+    """What decides a rank's weights; a rank that already holds them keeps them.
+
+    Attributes:
+        checkpoint: the folder the weights are in; None for seeded ones.
+    """
 
     model: ModelConfig
     layout: Layout
     seed: int
     ranks_per_node: int
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +33,8 @@ class ModelRunner:
 
     Args:
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        seed: of the model's weights.
+        seed: of the model's weights, where they come from no checkpoint.
+        checkpoint: the folder the weights are in.
 
     Raises:
         SpecError: the model cannot be laid out so, or has too few positions for the workload.
@@ -47,6 +49,7 @@ class ModelRunner:
         *,
         seed: int,
         ranks_per_node: int,
+        checkpoint: Path | None = None,
     ) -> None:
         self._pool = pool
         self._layout = layout = deployment.layout
@@ -54,7 +57,9 @@ class ModelRunner:
         workload.check_model(model)
         seqs = partition(workload.num_sequences, layout.replicas)[0]
         num_slots = len(partition(len(seqs), layout.dp)[0])
-        spec = StageSpec(model, layout, seed, ranks_per_node)
+        spec = StageSpec(
+            model, layout, seed, ranks_per_node, str(checkpoint) if checkpoint else None
+        )
         held = pool.call(_DEPLOY, spec, deployment.options.overlap, num_slots, workload.max_len)
         self.held: list[HeldBytes] = held[: layout.world_size]
 

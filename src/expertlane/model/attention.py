@@ -1,92 +1,203 @@
-"""Multi-head attention over a key/value cache, for the heads one rank holds."""
+"""Causal attention over a key/value cache, for the heads one rank holds.
+
+`Attention` is multi-head or grouped-query; `LatentAttention` attends in the latent (DeepSeek-AI
+2024): queries are taken into the latent's space, so one common key and value serve all heads.
+Both give a partial sum over the tensor-parallel group.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.model.forward_batch import AttentionRun, ForwardBatch
+from expertlane.model.kv_cache import KVCache
+from expertlane.model.norm import rms_norm
+from expertlane.model.rotary import RotaryEmbedding
+from expertlane.model.tensors import WeightSource, layer_name
+from expertlane.parallel.interleave import Steps
+from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Stage
 
 
-class RotaryEmbedding:
-    """Rotary positions (Su et al. 2021) in the rotate-half form: dimension i turns with i + d/2."""
-
-    def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        half = torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim
-        positions = torch.arange(model.max_position_embeddings, dtype=torch.float64)
-        angles = positions[:, None] * model.rope_theta**-half
-        self._cos = angles.cos().float().to(device)  # [positions, head_dim / 2]
-        self._sin = angles.sin().float().to(device)
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn queries or keys by their positions.
-
-        Args:
-            x: [num_tokens, num_heads, head_dim].
-            positions: [num_tokens].
-        """
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
-        first, second = x.float().chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return turned.to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of one layer: [num_slots, num_local_heads, max_len, head_dim] each."""
-
-    def __init__(
-        self,
-        num_slots: int,
-        num_local_heads: int,
-        max_len: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_slots, num_local_heads, max_len, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-
-    def update(self, run: AttentionRun, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a run's new keys and values, and give views of all it has so far.
-
-        Args:
-            keys, values: [num_seqs, num_local_heads, num_scheduled, head_dim].
-
-        Returns:
-            Two views [num_seqs, num_local_heads, num_computed + num_scheduled, head_dim].
-        """
-        slots = slice(run.first_slot, run.first_slot + run.num_seqs)
-        end = run.num_computed + run.num_scheduled
-        self.keys[slots, :, run.num_computed : end] = keys
-        self.values[slots, :, run.num_computed : end] = values
-        return self.keys[slots, :, :end], self.values[slots, :, :end]
-
-
-class Attention:
-    """Causal attention of a rank's heads; its output is a partial sum over the TP group.
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    run: AttentionRun,
+    *,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax attention of a run's new tokens over all its positions.
 
     Args:
-        query_key_value: [3 · num_local_heads · head_dim, hidden_size].
-        output: [hidden_size, num_local_heads · head_dim].
+        query: [num_seqs, num_heads, num_scheduled, key_dim].
+        keys, values: [num_seqs, num_kv_heads, num_computed + num_scheduled, …].
+        window: how many latest positions a token sees, its own among them; None for all.
+        sinks: [num_heads]; logits that take part in the softmax's sum alone.
+
+    Returns:
+        [num_seqs, num_heads, num_scheduled, value_dim].
     """
+    mask = _mask(run, window, query.device)
+    is_causal = mask is None and run.num_scheduled > 1
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+    if is_causal:
+        mask = _mask(run, run.num_scheduled, query.device)
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    logits = (query @ keys.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    sink = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+    weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    return weights.to(values.dtype) @ values
+
+
+def _mask(run: AttentionRun, window: int | None, device: torch.device) -> Tensor | None:
+    """[num_scheduled, num_computed + num_scheduled]; None where plain causality or all will do."""
+    total = run.num_computed + run.num_scheduled
+    is_windowed = window is not None and window < total
+    is_chunk = run.num_computed > 0 and run.num_scheduled > 1
+    if not is_windowed and not is_chunk and window != run.num_scheduled:
+        return None
+    if not is_windowed and run.num_scheduled == 1:
+        return None
+    visible = torch.ones(run.num_scheduled, total, dtype=torch.bool, device=device)
+    visible = visible.tril(run.num_computed)
+    return visible.triu(run.num_computed - window + 1) if window is not None else visible
+
+
+class _Heads:
+    """What both kinds share: runs of a batch, and the counters."""
 
     def __init__(
-        self,
-        query_key_value: Tensor,
-        output: Tensor,
-        head_dim: int,
-        rotary: RotaryEmbedding,
-        recorder: Recorder,
+        self, model: ModelConfig, layer: int, rotary: RotaryEmbedding, recorder: Recorder
     ) -> None:
-        self._query_key_value = query_key_value
-        self._output = output
-        self._head_dim = head_dim
+        self._scale = model.softmax_scale
+        self._window = model.window_of_layer(layer)
         self._rotary = rotary
         self._recorder = recorder
 
-    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    def _attend_runs(
+        self,
+        batch: ForwardBatch,
+        cache: KVCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """[num_tokens, num_heads, value_dim] of queries, keys and values [num_tokens, heads, …]."""
+        pieces = []
+        for run in batch.attention_runs:
+            tokens = slice(run.first_token, run.first_token + run.num_seqs * run.num_scheduled)
+
+            def by_head(x: Tensor, run: AttentionRun = run, tokens: slice = tokens) -> Tensor:
+                shape = (run.num_seqs, run.num_scheduled, *x.shape[1:])
+                return x[tokens].view(shape).transpose(1, 2)
+
+            keys, values = cache.update(run, by_head(key), by_head(value))
+            if cache.values.shape[-1] == 0:  # the latent is both
+                values = keys[..., : self._value_dim]
+            out = attend(
+                by_head(query),
+                keys,
+                values,
+                run,
+                scale=self._scale,
+                window=self._window,
+                sinks=sinks,
+            )
+            pieces.append(out.transpose(1, 2).flatten(0, 1))
+        if not pieces:
+            return query.new_empty((0, query.shape[1], self._value_dim))
+        return torch.cat(pieces)
+
+    _value_dim: int
+
+    def _count(
+        self, batch: ForwardBatch, cache: KVCache, weights: Sequence[Tensor], num_heads: int
+    ) -> None:
+        """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
+        num_tokens = batch.batch.num_tokens
+        pairs = sum(run.num_query_key_pairs(self._window) for run in batch.attention_runs)
+        widths = cache.keys.shape[-1] + self._value_dim
+        num_weights = sum(weight.numel() for weight in weights)
+        self._recorder.count_compute(
+            flops=2 * num_tokens * num_weights + 2 * pairs * num_heads * widths,
+            weight_bytes=num_weights * weights[0].itemsize if num_tokens else 0,
+            kv_bytes=cache.position_bytes
+            * sum(run.num_positions_read(self._window) for run in batch.attention_runs),
+        )
+
+
+class Attention(_Heads):
+    """Multi-head or grouped-query attention; key/value heads fewer than `tp` are replicated."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
+        recorder: Recorder,
+    ) -> None:
+        super().__init__(model, layer, rotary, recorder)
+        tp, tp_rank, dim = mesh.layout.tp, mesh.at.tp_rank, model.head_dim
+        self._mesh = mesh
+        self._value_dim = self._head_dim = dim
+        self.num_heads = model.num_attention_heads // tp
+        self.num_kv_heads = max(1, model.num_kv_heads // tp)
+        self._kv_copies = max(1, tp // model.num_kv_heads)  # ranks that hold the same kv head
+        first_kv = tp_rank // self._kv_copies * self.num_kv_heads
+        heads = range(tp_rank * self.num_heads * dim, (tp_rank + 1) * self.num_heads * dim)
+        kv_heads = range(first_kv * dim, (first_kv + self.num_kv_heads) * dim)
+        self._qk_norm, self._eps = model.qk_norm, model.rms_norm_eps
+        self._attention_size, self._kv_size = model.attention_size, model.kv_size
+
+        def take(part: str, rows: range | None = None) -> Tensor:
+            return source.take(layer_name(layer, part), rows)
+
+        parts = {"query": heads, "key": kv_heads, "value": kv_heads}
+        self._query_key_value = torch.cat([take(part, rows) for part, rows in parts.items()])
+        self._bias = None
+        if model.qkv_bias:
+            self._bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
+        self._norms: tuple[Tensor, Tensor] | None = None
+        if model.qk_norm is not None:
+            of_heads = model.qk_norm == "full"
+            self._norms = (
+                take("query_norm", heads if of_heads else None),
+                take("key_norm", kv_heads if of_heads else None),
+            )
+        own_heads = range(tp_rank * self.num_heads, (tp_rank + 1) * self.num_heads)
+        self._sinks = take("sinks", own_heads) if model.attention_sinks else None
+        self._output = take("output", heads)
+        # A bias is added once, not by every rank of the group whose partial sums are added up.
+        self._output_bias = take("output_bias") if model.output_bias and tp_rank == 0 else None
+
+    @property
+    def cache_dims(self) -> tuple[int, int, int]:
+        """Heads, key_dim and value_dim of the cache."""
+        return self.num_kv_heads, self._head_dim, self._head_dim
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Attend from the batch's new tokens to all positions up to each.
 
         Args:
@@ -95,57 +206,120 @@ class Attention:
         Returns:
             [num_tokens, hidden_size].
         """
-        num_tokens = x.shape[0]
-        num_heads = self._output.shape[1] // self._head_dim
-        heads = F.linear(x, self._query_key_value).view(num_tokens, 3, num_heads, self._head_dim)
-        query = self._rotary.rotate(heads[:, 0], batch.positions)
-        key = self._rotary.rotate(heads[:, 1], batch.positions)
-        attended = torch.empty_like(query)
-        for run in batch.attention_runs:
-            self._attend(run, query, key, heads[:, 2], cache, attended)
-        self._count(batch)
-        return F.linear(attended.flatten(1), self._output)
+        projected = F.linear(x, self._query_key_value, self._bias)
+        widths = [n * self._head_dim for n in (self.num_heads, self.num_kv_heads)]
+        query, key, value = torch.split(projected, [*widths, widths[1]], dim=1)
+        if self._qk_norm == "full":
+            query, key = yield from self._norm_all_heads(query, key)
+        query, key, value = (
+            part.reshape(len(x), -1 if len(x) else width // self._head_dim, self._head_dim)
+            for part, width in ((query, widths[0]), (key, widths[1]), (value, widths[1]))
+        )
+        if self._qk_norm == "head":
+            assert self._norms is not None
+            query = rms_norm(query, self._norms[0], self._eps)
+            key = rms_norm(key, self._norms[1], self._eps)
+        query = self._rotary.rotate(query, batch.positions)
+        key = self._rotary.rotate(key, batch.positions)
+        attended = self._attend_runs(batch, cache, query, key, value, self._sinks)
+        self._count(batch, cache, (self._query_key_value, self._output), self.num_heads)
+        return F.linear(attended.flatten(1), self._output, self._output_bias)
 
-    def _attend(
+    def _norm_all_heads(self, query: Tensor, key: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+        """RMS norms over the heads of all ranks together."""
+        assert self._norms is not None
+        squares = torch.stack(
+            [
+                query.float().square().sum(dim=1),
+                key.float().square().sum(dim=1) / self._kv_copies,
+            ],
+            dim=1,
+        )
+        tp = self._mesh.tp
+        if tp.size > 1:
+            recorder, layer = self._recorder, self._recorder.layer
+            recorder.enter(Stage.COLLECTIVES, layer)
+            width = squares.shape[1] * squares.itemsize
+            gathered = yield tp.all_gather(squares, [len(squares)] * tp.size, metadata_bytes=width)
+            squares = gathered.view(tp.size, -1, 2).sum(dim=0) if len(squares) else squares
+            recorder.enter(Stage.ATTENTION, layer)
+        sizes = torch.tensor([self._attention_size, self._kv_size], device=squares.device)
+        factors = torch.rsqrt(squares / sizes + self._eps)
+        return (
+            (query.float() * factors[:, :1] * self._norms[0].float()).to(query.dtype),
+            (key.float() * factors[:, 1:] * self._norms[1].float()).to(key.dtype),
+        )
+
+
+class LatentAttention(_Heads):
+    """Latent attention; the latent, which all heads share, is replicated over `tp`."""
+
+    def __init__(
         self,
-        run: AttentionRun,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cache: KVCache,
-        attended: Tensor,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
+        recorder: Recorder,
     ) -> None:
-        tokens = slice(run.first_token, run.first_token + run.num_seqs * run.num_scheduled)
+        super().__init__(model, layer, rotary, recorder)
+        latent = model.latent
+        assert latent is not None, "the model has latent attention"
+        self._latent = latent
+        self._value_dim = latent.kv_lora_rank
+        self._head_dim = model.head_dim
+        self.num_heads = model.num_attention_heads // mesh.layout.tp
+        own = range(mesh.at.tp_rank * self.num_heads, (mesh.at.tp_rank + 1) * self.num_heads)
 
-        def by_head(x: Tensor) -> Tensor:  # [num_seqs, heads, num_scheduled, head_dim]
-            shape = (run.num_seqs, run.num_scheduled, *x.shape[1:])
-            return x[tokens].view(shape).transpose(1, 2)
+        def rows(width: int) -> range:
+            return range(own.start * width, own.stop * width)
 
-        keys, values = cache.update(run, by_head(key), by_head(value))
-        mask = None
-        if run.num_computed and run.num_scheduled > 1:
-            total = run.num_computed + run.num_scheduled
-            mask = torch.ones(run.num_scheduled, total, dtype=torch.bool, device=query.device)
-            mask = mask.tril(run.num_computed)
-        out = F.scaled_dot_product_attention(
-            by_head(query),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=run.num_computed == 0 and run.num_scheduled > 1,
-        )
-        attended[tokens] = out.transpose(1, 2).flatten(0, 1)
+        def take(part: str, part_range: range | None = None) -> Tensor:
+            return source.take(layer_name(layer, part), part_range)
 
-    def _count(self, batch: ForwardBatch) -> None:
-        """Linears as 2·m·n·k; attention as 4 × query-key pairs × heads × head_dim."""
-        width, num_tokens = self._output.shape[1], batch.batch.num_tokens
-        pairs = sum(run.num_query_key_pairs for run in batch.attention_runs)
-        num_weights = self._query_key_value.numel() + self._output.numel()
-        positions = sum(
-            run.num_seqs * (run.num_computed + run.num_scheduled) for run in batch.attention_runs
+        self._query_a: tuple[Tensor, Tensor] | None = None
+        if latent.q_lora_rank is None:
+            self._query = take("query", rows(model.head_dim))
+        else:
+            self._query_a = take("query_a"), take("query_a_norm")
+            self._query = take("query_b", rows(model.head_dim))
+        self._kv_a, self._kv_a_norm = take("kv_a"), take("kv_a_norm")
+        width = latent.qk_nope_head_dim + latent.v_head_dim
+        kv_b = take("kv_b", rows(width)).view(self.num_heads, width, latent.kv_lora_rank)
+        self._key_b = kv_b[:, : latent.qk_nope_head_dim]  # [heads, nope, rank]
+        self._value_b = kv_b[:, latent.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
+        self._output = take("output", rows(latent.v_head_dim))
+        self._output_bias = (
+            take("output_bias") if model.output_bias and mesh.at.tp_rank == 0 else None
         )
-        self._recorder.count_compute(
-            flops=2 * num_tokens * num_weights + 4 * pairs * width,
-            weight_bytes=num_weights * self._output.itemsize if num_tokens else 0,
-            kv_bytes=2 * positions * width * self._output.itemsize,
+
+    @property
+    def cache_dims(self) -> tuple[int, int, int]:
+        """Heads, key_dim and value_dim of the cache."""
+        return 1, self._latent.kv_lora_rank + self._latent.qk_rope_head_dim, 0
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
+        """As `Attention.forward`."""
+        latent, eps = self._latent, self._latent.norm_eps
+        hidden = x
+        weights = [self._query, self._kv_a, self._key_b, self._value_b, self._output]
+        if self._query_a is not None:
+            hidden = rms_norm(F.linear(x, self._query_a[0]), self._query_a[1], eps)
+            weights.append(self._query_a[0])
+        query = F.linear(hidden, self._query).view(len(x), self.num_heads, self._head_dim)
+        query = self._rotary.rotate(query, batch.positions)
+        compressed, rotated = torch.split(
+            F.linear(x, self._kv_a), [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=1
         )
+        compressed = rms_norm(compressed, self._kv_a_norm, eps)
+        rotated = self._rotary.rotate(rotated[:, None], batch.positions)
+        key = torch.cat([compressed[:, None], rotated], dim=-1)  # [num_tokens, 1, rank + rope]
+        nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
+        in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
+        query = torch.cat([in_latent, rope], dim=-1)
+        attended = self._attend_runs(batch, cache, query, key, key[..., :0])
+        out = torch.einsum("thr,hvr->thv", attended, self._value_b)
+        self._count(batch, cache, weights, self.num_heads)
+        return F.linear(out.flatten(1), self._output, self._output_bias)
+        yield  # a generator like Attention's, though it never waits

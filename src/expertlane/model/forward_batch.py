@@ -38,11 +38,22 @@ class AttentionRun:
             self.num_computed,
         )
 
-    @property
-    def num_query_key_pairs(self) -> int:
-        """Query-key pairs that causal attention computes, of one head."""
-        new = self.num_scheduled
-        return self.num_seqs * (new * self.num_computed + new * (new + 1) // 2)
+    def num_query_key_pairs(self, window: int | None) -> int:
+        """Query-key pairs that causal attention takes, of one head.
+
+        Args:
+            window: how many latest positions a token sees; None for all.
+        """
+        ends = np.arange(self.num_computed + 1, self.num_computed + self.num_scheduled + 1)
+        seen = ends if window is None else np.minimum(ends, window)
+        return self.num_seqs * int(seen.sum())
+
+    def num_positions_read(self, window: int | None) -> int:
+        """Positions of the cache that some new token sees, of all the run's sequences."""
+        total = self.num_computed + self.num_scheduled
+        if window is not None:
+            total = min(total, self.num_scheduled + window - 1)
+        return self.num_seqs * total
 
 
 class ForwardBatch:

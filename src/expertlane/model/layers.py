@@ -1,73 +1,63 @@
 """A decoder layer as a generator that yields where it waits for communication."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.model.attention import Attention, KVCache
+from expertlane.balance.placement import Placement
+from expertlane.model.attention import Attention, LatentAttention
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.kv_cache import KVCache
+from expertlane.model.mlp import MLP
+from expertlane.model.norm import rms_norm
+from expertlane.model.rotary import RotaryEmbedding
+from expertlane.model.tensors import WeightSource, expert_name, layer_name
+from expertlane.moe.activation import Activation
 from expertlane.moe.dispatch import AllToAllDispatcher
-from expertlane.moe.experts import Experts
+from expertlane.moe.experts import Experts, ExpertWeights
 from expertlane.moe.router import route
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32.
-
-    Args:
-        x: [..., hidden_size].
-        weight: [hidden_size].
-    """
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerWeights:
-    """What one rank holds of a layer besides attention's and the experts' matrices.
-
-    Attributes:
-        attention_norm, moe_norm: [hidden_size].
-        router: [num_experts, hidden_size] float32: near ties must not turn on rounding.
-    """
-
-    attention_norm: Tensor
-    moe_norm: Tensor
-    router: Tensor
+from expertlane.spec.partition import partition
 
 
 class DecoderLayer:
-    """Pre-norm attention and MoE block; tokens stay with their owners between layers."""
+    """Pre-norm attention and MoE or dense block; tokens stay with their owners between layers."""
 
     def __init__(
         self,
+        model: ModelConfig,
         index: int,
-        weights: LayerWeights,
-        attention: Attention,
-        experts: Experts,
-        dispatcher: AllToAllDispatcher,
+        source: WeightSource,
         mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
         recorder: Recorder,
-        *,
-        top_k: int,
-        eps: float,
-        first_expert: int,
     ) -> None:
-        self.index = index
-        self._weights = weights
-        self._attention = attention
-        self._experts = experts
-        self._dispatcher = dispatcher
+        self._index = index
         self._mesh = mesh
         self._recorder = recorder
-        self._top_k = top_k
-        self._eps = eps
-        self._first_expert = first_expert
+        self._eps = model.rms_norm_eps
+        self._attention_norm = source.take(layer_name(index, "attention_norm"))
+        self._mlp_norm = source.take(layer_name(index, "moe_norm"))
+        heads = Attention if model.latent is None else LatentAttention
+        self.attention = heads(model, index, source, mesh, rotary, recorder)
+        self._block: MoEBlock | MLP
+        if model.is_dense(index):
+            self._block = MLP(
+                source,
+                index,
+                "dense",
+                model.intermediate_size,
+                activation_of(model),
+                mesh,
+                recorder,
+                is_gated=model.gated_mlp,
+            )
+        else:
+            self._block = MoEBlock(model, index, source, mesh, recorder)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Run the layer on the tokens this rank owns.
@@ -78,99 +68,119 @@ class DecoderLayer:
         Returns:
             [num_owned, hidden_size].
         """
-        x = yield from self._attention_block(x, batch, cache)
-        return (yield from self._moe_block(x, batch))
+        x = x + (yield from self._attend(x, batch, cache))
+        self._recorder.enter(Stage.ROUTER, self._index)
+        hidden = rms_norm(x, self._mlp_norm, self._eps)
+        if isinstance(self._block, MLP):
+            return x + (yield from self._block.forward(hidden, batch.tokens_of_tp_rank))
+        return x + (yield from self._block.forward(hidden, batch))
 
-    def _attention_block(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
+    def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
-        enter(Stage.ATTENTION, self.index)
-        hidden = rms_norm(x, self._weights.attention_norm, self._eps)
+        enter(Stage.ATTENTION, self._index)
+        hidden = rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
-            enter(Stage.COLLECTIVES, self.index)
+            enter(Stage.COLLECTIVES, self._index)
             hidden = yield tp.all_gather(hidden, batch.tokens_of_tp_rank)
-            enter(Stage.ATTENTION, self.index)
-        hidden = self._attention.forward(hidden, batch, cache)
+            enter(Stage.ATTENTION, self._index)
+        hidden = yield from self.attention.forward(hidden, batch, cache)
         if tp.size > 1:
-            enter(Stage.COLLECTIVES, self.index)
+            enter(Stage.COLLECTIVES, self._index)
             hidden = yield tp.reduce_scatter(hidden, batch.tokens_of_tp_rank)
-        return x + hidden
-
-    def _moe_block(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        recorder, index, router = self._recorder, self.index, self._weights.router
-        recorder.enter(Stage.ROUTER, index)
-        hidden = rms_norm(x, self._weights.moe_norm, self._eps)
-        topk_ids, topk_weights = route(F.linear(hidden.float(), router), self._top_k)
-        recorder.count_compute(2 * len(x) * router.numel(), router.nbytes if len(x) else 0)
-        recorder.enter(Stage.DISPATCH, index)
-        arrived = yield from self._dispatcher.dispatch(hidden, topk_ids, batch.tokens_of_stage_rank)
-        recorder.enter(Stage.EXPERTS, index)
-        results = self._experts.forward(arrived.rows, arrived.num_tokens_per_expert)
-        recorder.count_compute(*self._experts.compute_cost(arrived.num_tokens_per_expert))
-        if self._mesh.at.etp_rank == 0:
-            recorder.count_expert_tokens(self._first_expert, arrived.num_tokens_per_expert)
-        recorder.enter(Stage.COMBINE, index)
-        combined = yield from self._dispatcher.combine(arrived, results, topk_weights)
-        return x + combined
+        return hidden
 
 
-class OutputHead:
-    """Final norm, a rank's rows of the output head, and the choice of the likeliest token.
+def activation_of(model: ModelConfig) -> Activation:
+    """The inner function of all the model's MLPs."""
+    return Activation(model.hidden_act, model.swiglu_limit, model.swiglu_alpha)
 
-    Args:
-        norm: [hidden_size].
-        head: [num_local_vocab, hidden_size]; the rows from `first_token_id` on.
-    """
+
+class MoEBlock:
+    """Router, dispatch, experts, combine; and the shared expert, if there is one."""
 
     def __init__(
         self,
-        norm: Tensor,
-        head: Tensor,
-        first_token_id: int,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
         mesh: ParallelMesh,
         recorder: Recorder,
-        eps: float,
     ) -> None:
-        self._norm = norm
-        self._head = head
-        self._first_token_id = first_token_id
+        self._layer = layer
         self._mesh = mesh
         self._recorder = recorder
-        self._eps = eps
+        self._top_k = model.num_experts_per_tok
+        self._routing = routing = model.routing
+        placement = Placement.linear(model.num_experts, mesh.layout.ep)
+        self._dispatcher = AllToAllDispatcher(mesh, placement, source.device)
+        self._local = placement.experts_of_rank[mesh.at.ep_rank]
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[tuple[Tensor, Tensor]]:
-        """The next token of every sequence of the batch.
+        def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
+            return source.take(layer_name(layer, part), dtype=torch.float32)
 
-        Args:
-            x: [num_owned, hidden_size].
+        self._router = take_float32("router")
+        self._router_bias = take_float32("router_bias") if routing.router_bias else None
+        self._correction = take_float32("correction_bias") if routing.correction_bias else None
+        self._experts = self._build_experts(model, source)
+        self._shared: MLP | None = None
+        if model.shared_expert_intermediate_size:
+            self._shared = MLP(
+                source,
+                layer,
+                "shared",
+                model.shared_expert_intermediate_size,
+                activation_of(model),
+                mesh,
+                recorder,
+                is_gated=model.gated_mlp,
+                is_scaled=model.shared_expert_gate,
+            )
 
-        Returns:
-            token_ids: [num_seqs], the same on all tensor-parallel ranks.
-            logits: [num_seqs, num_local_vocab] float32.
-        """
-        enter, tp = self._recorder.enter, self._mesh.tp
-        enter(Stage.HEAD)
-        last = x[batch.last_tokens(self._mesh.at.tp_rank).to(x.device)]
-        hidden = rms_norm(last, self._norm, self._eps)
-        if tp.size > 1:
-            enter(Stage.COLLECTIVES)
-            hidden = yield tp.all_gather(hidden, batch.last_tokens_of_tp_rank)
-            enter(Stage.HEAD)
-        logits = F.linear(hidden, self._head).float()
-        num_seqs = len(hidden)
-        self._recorder.count_compute(
-            2 * num_seqs * self._head.numel(), self._head.nbytes if num_seqs else 0
+    def _build_experts(self, model: ModelConfig, source: WeightSource) -> Experts:
+        at = self._mesh.at
+        inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
+
+        def take(part: str, rows: range = inner) -> Tensor:
+            stacked: Tensor | None = None  # one expert more at a time, not all of them twice
+            for index, expert in enumerate(self._local):
+                tensor = source.take(expert_name(self._layer, expert, part), rows)
+                if stacked is None:
+                    stacked = tensor.new_empty((len(self._local), *tensor.shape))
+                stacked[index] = tensor
+            assert stacked is not None, "a rank holds at least one expert"
+            return stacked
+
+        def take_if(is_there: bool, part: str, rows: range = inner) -> Tensor | None:
+            return take(part, rows) if is_there else None
+
+        has_bias, is_gated = model.expert_bias, model.gated_mlp
+        weights = ExpertWeights(
+            up=take("up"),
+            down=take("down"),
+            gate=take_if(is_gated, "gate"),
+            up_bias=take_if(has_bias, "up_bias"),
+            gate_bias=take_if(has_bias and is_gated, "gate_bias"),
+            down_bias=take_if(has_bias and at.etp_rank == 0, "down_bias", range(model.hidden_size)),
         )
-        if tp.size == 1:
-            return logits.argmax(dim=-1), logits
-        if logits.shape[1]:
-            value, token_id = logits.max(dim=-1)
-        else:  # more ranks than vocabulary
-            value, token_id = logits.new_full((num_seqs,), -torch.inf), logits.new_zeros(num_seqs)
-        candidates = torch.stack([value.double(), (token_id + self._first_token_id).double()], 1)
-        enter(Stage.COLLECTIVES)
-        width = candidates.shape[1] * candidates.itemsize
-        gathered = yield tp.all_gather(candidates, [num_seqs] * tp.size, metadata_bytes=width)
-        enter(Stage.HEAD)
-        by_rank = gathered.view(tp.size, num_seqs, 2)
-        best = by_rank[:, :, 0].argmax(dim=0)  # the first of equals: the lowest token id
-        return by_rank[best, torch.arange(num_seqs, device=best.device), 1].long(), logits
+        return Experts(weights, activation_of(model))
+
+    def forward(self, hidden: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply to the normed tokens this rank owns, [num_owned, hidden_size]."""
+        recorder, layer, router = self._recorder, self._layer, self._router
+        logits = F.linear(hidden.float(), router, self._router_bias)
+        topk_ids, topk_weights = route(logits, self._top_k, self._routing, self._correction)
+        recorder.count_compute(
+            2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
+        )
+        recorder.enter(Stage.DISPATCH, layer)
+        arrived = yield from self._dispatcher.dispatch(hidden, topk_ids, batch.tokens_of_stage_rank)
+        recorder.enter(Stage.EXPERTS, layer)
+        results = self._experts.forward(arrived.rows, arrived.num_tokens_per_expert)
+        recorder.count_compute(*self._experts.compute_cost(arrived.num_tokens_per_expert))
+        if self._mesh.at.etp_rank == 0:
+            recorder.count_expert_tokens(self._local.start, arrived.num_tokens_per_expert)
+        recorder.enter(Stage.COMBINE, layer)
+        combined = yield from self._dispatcher.combine(arrived, results, topk_weights)
+        if self._shared is not None:
+            combined = combined + (yield from self._shared.forward(hidden, batch.tokens_of_tp_rank))
+        return combined

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.weights import EMBEDDING, FINAL_NORM, HEAD, draw, expert_name, layer_name
+from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD, expert_name, layer_name
+from expertlane.model.weights import draw
 from expertlane.moe.reference import moe_block, router_margin
 from expertlane.spec.model import ModelConfig
 

@@ -3,59 +3,22 @@
 A tensor is drawn in blocks along the dimension that parallel layouts cut, each block from a
 counter-based stream of its own (Philox, Salmon et al. 2011) keyed by (seed, name, block). So a rank
 draws little more than its own slice. Matrices have std 1/√fan_in; norm weights are 1 + 0.1·N, so
-that a test notices a norm that is left out.
+that a test notices a norm that is left out, and biases and sinks 0.1·N.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from expertlane.model.tensors import EMBEDDING, HEAD, cut_dim, tensor_shape
 from expertlane.spec.model import ModelConfig
 
-EMBEDDING = "embedding"
-FINAL_NORM = "final_norm"
-HEAD = "head"
-_CUT_BY_INPUT = ("output", "down")
 _BLOCK = 64  # indices of the cut dimension in one stream
-
-
-def layer_name(layer: int, part: str) -> str:
-    """The name of a layer's tensor.
-
-    Parts: attention_norm, query, key, value, output, moe_norm, router.
-    """
-    return f"layers.{layer}.{part}"
-
-
-def expert_name(layer: int, expert: int, part: str) -> str:
-    """The name of an expert's tensor; parts: up, down."""
-    return f"layers.{layer}.experts.{expert}.{part}"
-
-
-def tensor_shape(model: ModelConfig, name: str) -> tuple[int, ...]:
-    """The logical shape of a tensor; matrices are [out_features, in_features].
-
-    Raises:
-        KeyError: the model has no tensor of that name.
-    """
-    hidden, attention = model.hidden_size, model.attention_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (model.vocab_size, hidden),
-        "head": (model.vocab_size, hidden),
-        "final_norm": (hidden,),
-        "attention_norm": (hidden,),
-        "moe_norm": (hidden,),
-        "query": (attention, hidden),
-        "key": (attention, hidden),
-        "value": (attention, hidden),
-        "output": (hidden, attention),
-        "router": (model.num_experts, hidden),
-        "up": (model.moe_intermediate_size, hidden),
-        "down": (hidden, model.moe_intermediate_size),
-    }
-    return shapes[name.rsplit(".", 1)[-1]]
 
 
 def draw(
@@ -68,21 +31,22 @@ def draw(
             output features of all others; None for all.
     """
     shape = tensor_shape(model, name)
-    cut_dim = 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
-    part = range(shape[cut_dim]) if part is None else part
-    rest = math.prod(shape) // shape[cut_dim]
+    cut = cut_dim(name)
+    part = range(shape[cut]) if part is None else part
+    rest = math.prod(shape) // shape[cut]
     first_block = part.start // _BLOCK
     blocks = [
-        _draw_block(seed, name, block, min(_BLOCK, shape[cut_dim] - block * _BLOCK), rest)
+        _draw_block(seed, name, block, min(_BLOCK, shape[cut] - block * _BLOCK), rest)
         for block in range(first_block, -(-part.stop // _BLOCK))
     ]
     drawn = np.concatenate(blocks) if blocks else np.empty((0, rest), dtype=np.float32)
     drawn = drawn[part.start - first_block * _BLOCK :][: len(part)]
     if len(shape) == 1:
-        return np.float32(1.0) + np.float32(0.1) * drawn[:, 0]
+        offset = 1.0 if name.endswith("norm") else 0.0
+        return np.float32(offset) + np.float32(0.1) * drawn[:, 0]
     fan_in = 1 if name == EMBEDDING else shape[1]
     drawn *= np.float32(1.0 / math.sqrt(fan_in))
-    return drawn.T if cut_dim else drawn
+    return drawn.T if cut else drawn
 
 
 def _draw_block(seed: int, name: str, block: int, size: int, rest: int) -> npt.NDArray[np.float32]:
@@ -90,3 +54,41 @@ def _draw_block(seed: int, name: str, block: int, size: int, rest: int) -> npt.N
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     return generator.standard_normal((size, rest), dtype=np.float32)
+
+
+class SeededWeights:
+    """A rank's slices of the seeded tensors; a `WeightSource`.
+
+    Args:
+        touch: called after every tensor, to say that work goes on.
+
+    Attributes:
+        num_bytes: taken so far.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        touch: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._seed = seed
+        self.dtype = dtype
+        self.device = device
+        self._touch = touch
+        self.num_bytes = 0
+
+    def take(
+        self, name: str, part: range | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Tensor `name`, or a part of it along the dimension that layouts cut."""
+        if name == HEAD and self._model.tie_word_embeddings:
+            name = EMBEDDING
+        drawn = draw(self._model, self._seed, name, part)
+        tensor = torch.from_numpy(drawn).to(self.device, dtype or self.dtype).contiguous()
+        self.num_bytes += tensor.nbytes
+        self._touch()
+        return tensor

@@ -3,16 +3,46 @@
 import torch
 from torch import Tensor
 
+from expertlane.spec.model import Routing
 
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose the `top_k` largest logits of each token; weights are a softmax over the chosen.
+_TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
+
+
+def route(
+    logits: Tensor, top_k: int, routing: Routing, correction_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts for each token, as `Routing` says.
 
     Args:
         logits: [num_tokens, num_experts] float32.
+        correction_bias: [num_experts] float32; added to the scores for the choice alone.
 
     Returns:
-        topk_ids: [num_tokens, top_k] int64, by falling logit.
-        topk_weights: [num_tokens, top_k] float32, each row adds up to 1.
+        topk_ids: [num_tokens, top_k] int64, best first.
+        topk_weights: [num_tokens, top_k] float32.
     """
-    chosen, topk_ids = logits.topk(top_k, dim=-1)
-    return topk_ids, torch.softmax(chosen, dim=-1)
+    is_softmax = routing.scoring_func == "softmax"
+    if is_softmax and routing.norm_topk_prob and routing.n_group == 1 and correction_bias is None:
+        chosen, topk_ids = logits.topk(top_k, dim=-1)  # a softmax over the chosen: no underflow
+        return topk_ids, torch.softmax(chosen, dim=-1) * routing.routed_scaling_factor
+    scores = logits.softmax(dim=-1) if is_softmax else logits.sigmoid()
+    choice = scores if correction_bias is None else scores + correction_bias
+    topk_ids = _mask_groups(choice, routing).topk(top_k, dim=-1).indices
+    weights = scores.gather(1, topk_ids)
+    if routing.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + _TINY)
+    return topk_ids, weights * routing.routed_scaling_factor
+
+
+def _mask_groups(choice: Tensor, routing: Routing) -> Tensor:
+    """The same scores, -inf outside the best groups."""
+    if routing.n_group == 1:
+        return choice
+    by_group = choice.view(len(choice), routing.n_group, choice.shape[1] // routing.n_group)
+    if routing.group_score == "max":
+        group_scores = by_group.amax(dim=-1)
+    else:
+        group_scores = by_group.topk(2, dim=-1).values.sum(dim=-1)
+    best = group_scores.topk(routing.topk_group, dim=-1).indices
+    is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+    return by_group.masked_fill(~is_best[:, :, None], -torch.inf).flatten(1)

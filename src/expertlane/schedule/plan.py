@@ -1,7 +1,7 @@
 """What a scheduler hands to a runner, what comes back, and the runner's protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -14,6 +14,14 @@ from expertlane.spec.record import RankRecord
 HandleT = TypeVar("HandleT")
 
 
+def _no_blocks() -> npt.NDArray[np.int32]:
+    return np.empty((0, 0), dtype=np.int32)
+
+
+def _no_marks() -> npt.NDArray[np.bool_]:
+    return np.empty(0, dtype=np.bool_)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Some tokens of some sequences, for one data-parallel rank; may be empty.
@@ -24,6 +32,12 @@ class Batch:
         num_scheduled_tokens: [num_seqs]; new tokens of each sequence, each at least 1.
         num_computed_tokens: [num_seqs]; positions already in the cache.
         token_ids: [num_tokens]; the new tokens, sequence after sequence.
+        block_tables: [num_seqs, max_num_blocks], padded with -1; position p of a sequence is in
+            block `block_tables[seq, p // block_size]` of the paged cache, at p % block_size.
+        yields_token: [num_seqs]; whether the sequence's last new token ends all it has so far, so
+            that a next token is to be sampled. False in all but the last chunk of a prompt.
+
+    The last two are empty where the sequences own slots.
     """
 
     seq_ids: npt.NDArray[np.int64]
@@ -31,6 +45,8 @@ class Batch:
     num_scheduled_tokens: npt.NDArray[np.int64]
     num_computed_tokens: npt.NDArray[np.int64]
     token_ids: npt.NDArray[np.int64]
+    block_tables: npt.NDArray[np.int32] = field(default_factory=_no_blocks)
+    yields_token: npt.NDArray[np.bool_] = field(default_factory=_no_marks)
 
     @property
     def num_seqs(self) -> int:
@@ -52,6 +68,8 @@ class Batch:
                 self.num_scheduled_tokens[part.start : part.stop],
                 self.num_computed_tokens[part.start : part.stop],
                 self.token_ids[ends[part.start] : ends[part.stop]],
+                self.block_tables[part.start : part.stop],
+                self.yields_token[part.start : part.stop],
             )
             for part in partition(self.num_seqs, num_parts)
         ]
@@ -82,7 +100,7 @@ class StepOutcome:
     """What a finished step gave.
 
     Attributes:
-        token_ids: the next token of every sequence of the plan, by sequence id.
+        token_ids: the next token of every sequence of the plan that yields one, by sequence id.
         logits: by sequence id, [vocab_size]; empty unless the plan asked for them.
         records: one a rank of the replica; empty unless the plan asked for them.
         submitted_s, finished_s: on the clock of whoever drives the runner.

@@ -1,24 +1,141 @@
 """What a Mixture-of-Experts transformer is made of, under Hugging Face's names."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
+
+_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+_POSITIVE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was trained at.
+
+    `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
+    wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
+    original_max_position_embeddings / high_freq_factor, and blends between. `yarn` (Peng et al.
+    2023) blends between the dimensions that turn `beta_fast` and `beta_slow` times over the
+    original length.
+
+    Attributes:
+        truncate: yarn; whether the blend begins and ends at whole dimensions.
+        attention_factor: yarn; cosines and sines are multiplied by it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-AI 2024): keys and values come from a short latent.
+
+    A head's query and key are `qk_nope_head_dim` values without positions, then
+    `qk_rope_head_dim` rotated ones; the rotated part of the key is common to all heads.
+
+    Attributes:
+        q_lora_rank: width of the queries' latent; None where queries have none.
+        mscale: the softmax scale is head_dim^-0.5 · mscale².
+        norm_eps: of the norms of the latents; they do not take the model's rms_norm_eps.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    mscale: float = 1.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router's logits become choices and weights.
+
+    Scores are `scoring_func` of the logits over all experts. The choice is the
+    `num_experts_per_tok` largest of scores + correction bias, within the best `topk_group` of
+    `n_group` equal groups of consecutive experts. Weights are the chosen experts' scores without
+    the correction bias, divided by their sum if `norm_topk_prob`, times `routed_scaling_factor`.
+    So softmax with `norm_topk_prob` is the same function as a softmax over the chosen logits.
+
+    Attributes:
+        router_bias: the logits have a bias.
+        correction_bias: a bias for the choice alone exists.
+        group_score: what groups are compared by: their largest, or the sum of their two largest
+            scores + correction bias.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router_bias: bool = False
+    correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm transformer in which every layer is an MoE layer.
+    """A pre-norm decoder with root-mean-square norms and MoE or dense MLPs.
 
-    Attention is multi-head with rotary positions; the router is a softmax over the chosen
-    `num_experts_per_tok` of `num_experts`; an expert is one up projection, GELU, one down
-    projection.
+    The defaults are the paper's model: multi-head attention with rotary positions in every layer,
+    a softmax over the chosen experts, and experts of one up projection, GELU, one down projection.
+
+    Attributes:
+        head_dim: of a query and a key; with latent attention qk_nope_head_dim + qk_rope_head_dim.
+        num_key_value_heads: None for as many as there are query heads; see `num_kv_heads`.
+        qkv_bias, output_bias: attention's projections have biases.
+        qk_norm: queries and keys are normed before they are rotated: each head by itself with one
+            weight for all heads, or all heads together.
+        attention_sinks: every head has a logit that takes part in the softmax's sum alone.
+        sliding_window: one entry a layer, how many latest positions (its own among them) a token
+            sees, None for all; empty if no layer has a window.
+        rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
+        gated_mlp: act(gate(x)) · up(x) goes into the down projection, not act(up(x)).
+        swiglu_limit: if given, gate ≤ limit and -limit ≤ up ≤ limit, and (up + 1) · gate ·
+            sigmoid(swiglu_alpha · gate) goes into the down projection.
+        expert_bias: the experts' projections have biases.
+        dense_layers: the layers with one dense MLP of `intermediate_size` and no experts.
+        shared_expert_intermediate_size: width of the MLP that every token of an MoE layer takes
+            besides its experts; 0 for none.
+        shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
+        tie_word_embeddings: the output head is the embedding.
+        dtype: what the weights are stored in, or are meant for where they are quantised.
 
     Raises:
-        SpecError: a size is not positive, or `num_experts_per_tok` exceeds `num_experts`.
+        SpecError: sizes that are not positive or do not fit each other.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     name: str
     num_hidden_layers: int
@@ -32,52 +149,225 @@ class ModelConfig:
     max_position_embeddings: int
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
+    num_key_value_heads: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+    attention_sinks: bool = False
+    sliding_window: tuple[int | None, ...] = ()
+    latent: LatentAttention | None = None
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = False
+    hidden_act: Literal["gelu", "silu"] = "gelu"
+    gated_mlp: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    expert_bias: bool = False
+    routing: Routing = Routing()
+    dense_layers: tuple[int, ...] = ()
+    intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:  # NaN too
-                raise SpecError(f"model {self.name}: {field.name} is {value}; it must be positive")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not value > 0:  # NaN too
+                raise self._error(f"{name} is {value}; it must be positive")
         if self.num_experts_per_tok > self.num_experts:
-            raise SpecError(
-                f"model {self.name}: num_experts_per_tok is {self.num_experts_per_tok} but there "
-                f"are only {self.num_experts} experts"
+            raise self._error(
+                f"num_experts_per_tok is {self.num_experts_per_tok} but there are only "
+                f"{self.num_experts} experts"
             )
         if self.hidden_size % 2:
-            raise SpecError(
-                f"model {self.name}: hidden_size is {self.hidden_size}; rows of two-byte values "
-                "must be whole words, so it must be even"
+            raise self._error(
+                f"hidden_size is {self.hidden_size}; rows of two-byte values must be whole words, "
+                "so it must be even"
             )
-        if self.head_dim % 2:
-            raise SpecError(
-                f"model {self.name}: head_dim is {self.head_dim}; rotary positions need an even one"
+        self._check_attention()
+        self._check_routing()
+        self._check_mlps()
+
+    def _error(self, text: str) -> SpecError:
+        return SpecError(f"model {self.name}: {text}")
+
+    def _check_attention(self) -> None:
+        latent, scaling = self.latent, self.rope_scaling
+        if latent is None and self.head_dim % 2:
+            raise self._error(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if latent is not None:
+            sizes = (latent.kv_lora_rank, latent.qk_nope_head_dim, latent.qk_rope_head_dim)
+            ranks = () if latent.q_lora_rank is None else (latent.q_lora_rank,)
+            if min(*sizes, latent.v_head_dim, *ranks) < 1 or latent.qk_rope_head_dim % 2:
+                raise self._error(
+                    f"{latent} has a size under 1 or an odd qk_rope_head_dim; rotary positions "
+                    "need an even one"
+                )
+            if latent.qk_nope_head_dim + latent.qk_rope_head_dim != self.head_dim:
+                raise self._error(
+                    f"head_dim is {self.head_dim}; with latent attention it must be "
+                    f"qk_nope_head_dim + qk_rope_head_dim = {latent.qk_nope_head_dim} + "
+                    f"{latent.qk_rope_head_dim}"
+                )
+            if self.qkv_bias or self.qk_norm or self.attention_sinks or any(self.sliding_window):
+                raise self._error(
+                    "latent attention takes no qkv_bias, qk_norm, attention_sinks or sliding_window"
+                )
+        if self.num_kv_heads < 1 or self.num_attention_heads % self.num_kv_heads:
+            raise self._error(
+                f"num_key_value_heads is {self.num_kv_heads}; it must divide the "
+                f"{self.num_attention_heads} attention heads"
             )
+        if self.sliding_window and len(self.sliding_window) != self.num_hidden_layers:
+            raise self._error(
+                f"sliding_window has {len(self.sliding_window)} entries; it must have one for each "
+                f"of the {self.num_hidden_layers} layers, or none"
+            )
+        for window in self.sliding_window:
+            if window is not None and window < 1:
+                raise self._error(f"sliding_window holds {window}; a window must be at least 1")
+        if scaling is not None and not (scaling.factor > 0 and isfinite(scaling.factor)):
+            raise self._error(f"rope_scaling has a factor of {scaling.factor}; it must be positive")
+
+    def _check_routing(self) -> None:
+        routing = self.routing
+        if routing.n_group < 1 or self.num_experts % routing.n_group:
+            raise self._error(
+                f"n_group is {routing.n_group}; it must divide the {self.num_experts} experts"
+            )
+        size = self.num_experts // routing.n_group
+        if not 1 <= routing.topk_group <= routing.n_group:
+            raise self._error(
+                f"topk_group is {routing.topk_group}; it must be from 1 to n_group, "
+                f"{routing.n_group}"
+            )
+        if routing.topk_group * size < self.num_experts_per_tok:
+            raise self._error(
+                f"num_experts_per_tok is {self.num_experts_per_tok} but topk_group groups hold "
+                f"only {routing.topk_group} × {size} experts"
+            )
+        if routing.n_group > 1 and routing.group_score == "top2_sum" and size < 2:
+            raise self._error(
+                f"n_group is {routing.n_group} for {self.num_experts} experts; groups compared by "
+                "their two best need at least 2 experts each"
+            )
+
+    def _check_mlps(self) -> None:
+        layers = self.dense_layers
+        if list(layers) != sorted(set(layers)) or not all(
+            0 <= layer < self.num_hidden_layers for layer in layers
+        ):
+            raise self._error(
+                f"dense_layers is {list(layers)}; it must be rising layer numbers from 0 to "
+                f"{self.num_hidden_layers - 1}"
+            )
+        if layers and self.intermediate_size < 1:
+            raise self._error(
+                f"intermediate_size is {self.intermediate_size}; the dense layers need a positive "
+                "one"
+            )
+        if self.shared_expert_intermediate_size < 0:
+            raise self._error(
+                f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size}; it "
+                "must be positive, or 0 for no shared expert"
+            )
+        if self.swiglu_limit is not None and not (self.swiglu_limit > 0 and self.gated_mlp):
+            raise self._error(
+                f"swiglu_limit is {self.swiglu_limit}; it must be positive, and gated_mlp true"
+            )
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        heads = self.num_key_value_heads
+        return self.num_attention_heads if heads is None else heads
 
     @property
     def attention_size(self) -> int:
-        """Width of all heads together."""
+        """Width of the queries of all heads together."""
         return self.num_attention_heads * self.head_dim
 
     @property
+    def kv_size(self) -> int:
+        """Width of the keys, or of the values, of all heads together, without latent attention."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_output_size(self) -> int:
+        """Width of what attention gives to its output projection."""
+        v_head_dim = self.head_dim if self.latent is None else self.latent.v_head_dim
+        return self.num_attention_heads * v_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many values of a head are rotated: all, or the last ones with latent attention."""
+        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention's dot products are multiplied by."""
+        mscale = 1.0 if self.latent is None else self.latent.mscale
+        return float(self.head_dim**-0.5 * mscale * mscale)
+
+    def window_of_layer(self, layer: int) -> int | None:
+        """How many latest positions a token sees in a layer, its own among them; None for all."""
+        return self.sliding_window[layer] if self.sliding_window else None
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer has a dense MLP in place of router and experts."""
+        return layer in self.dense_layers
+
+    @property
     def num_expert_params(self) -> int:
-        """Parameters of one expert: its up and its down projection."""
-        return 2 * self.hidden_size * self.moe_intermediate_size
+        """Parameters of one expert."""
+        num_inner = 2 if self.gated_mlp else 1
+        bias = num_inner * self.moe_intermediate_size + self.hidden_size if self.expert_bias else 0
+        return self._num_mlp_params(self.moe_intermediate_size) + bias
+
+    def _num_mlp_params(self, inner: int) -> int:
+        return (3 if self.gated_mlp else 2) * self.hidden_size * inner
 
     @property
     def num_attention_params(self) -> int:
-        """Parameters of one layer's query, key, value and output projections."""
-        return 4 * self.hidden_size * self.attention_size
+        """Parameters of one layer's attention, the norm before it aside."""
+        hidden = self.hidden_size
+        output = hidden * self.attention_output_size + (hidden if self.output_bias else 0)
+        if self.latent is not None:
+            latent, rank = self.latent, self.latent.q_lora_rank
+            query = hidden * self.attention_size
+            if rank is not None:
+                query = rank * (hidden + 1 + self.attention_size)
+            down = hidden * (latent.kv_lora_rank + latent.qk_rope_head_dim) + latent.kv_lora_rank
+            width = self.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+            return query + down + latent.kv_lora_rank * width + output
+        width = self.attention_size + 2 * self.kv_size
+        params = hidden * width + output
+        params += width if self.qkv_bias else 0
+        params += self.num_attention_heads if self.attention_sinks else 0
+        if self.qk_norm == "head":
+            params += 2 * self.head_dim
+        elif self.qk_norm == "full":
+            params += self.attention_size + self.kv_size
+        return params
 
     @property
     def num_params(self) -> int:
         """All parameters of the model."""
-        per_layer = (
-            self.num_attention_params
-            + 2 * self.hidden_size
-            + self.num_experts * (self.hidden_size + self.num_expert_params)
+        hidden, num_dense = self.hidden_size, len(self.dense_layers)
+        num_biases = int(self.routing.router_bias) + int(self.routing.correction_bias)
+        moe = self.num_experts * (hidden + num_biases + self.num_expert_params)
+        moe += self._num_mlp_params(self.shared_expert_intermediate_size)
+        moe += hidden if self.shared_expert_gate else 0
+        return (
+            self.num_hidden_layers * (self.num_attention_params + 2 * hidden)
+            + (self.num_hidden_layers - num_dense) * moe
+            + num_dense * self._num_mlp_params(self.intermediate_size)
+            + (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+            + hidden
         )
-        outside = 2 * self.vocab_size * self.hidden_size + self.hidden_size
-        return self.num_hidden_layers * per_layer + outside
 
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
         """The same model with some fields replaced."""

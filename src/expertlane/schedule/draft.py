@@ -1,0 +1,95 @@
+"""The batch of one data-parallel rank while a step is put together."""
+
+import numpy as np
+
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import Batch
+from expertlane.schedule.request import Request
+from expertlane.schedule.running import Rows, RunningTable
+
+
+class BatchDraft:
+    """Takes decodes, then prompts in chunks, as far as the token budget goes.
+
+    Attributes:
+        budget: new tokens that there is still room for.
+    """
+
+    def __init__(self, table: RunningTable, limits: Limits) -> None:
+        self.table = table
+        self.budget = limits.max_num_batched_tokens
+        self._decodes: Rows = np.empty(0, dtype=np.intp)
+        self._prefills: list[int] = []
+        self._chunks: list[int] = []
+
+    @property
+    def num_prefills(self) -> int:
+        """Sequences of which a chunk of the prompt is in the batch."""
+        return len(self._prefills)
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences in the batch."""
+        return len(self._decodes) + len(self._prefills)
+
+    def add_running(self, num_groups: int) -> list[Request]:
+        """Take what runs already.
+
+        Args:
+            num_groups: steps that the decodes are spread over, near-equally.
+
+        Returns:
+            Requests preempted, since the decodes needed their blocks.
+        """
+        table = self.table
+        decodes, prefills = table.ready()
+        # Before the choice: those that wait for a block must not take the places of others.
+        decodes, preempted = table.extend(decodes)
+        limit = min(self.budget, -(-table.num_running // num_groups))
+        if len(decodes) > limit:
+            by_step = np.argsort(table.last_step[decodes], kind="stable")
+            decodes = np.sort(decodes[by_step[:limit]])
+        self._decodes = decodes
+        self.budget -= len(decodes)
+        still_there = [row for row in prefills.tolist() if table.requests[row] is not None]
+        for row in sorted(still_there, key=lambda row: table.request(row).order):
+            if self.budget:
+                self._add_chunk(row)
+        return preempted
+
+    def admit(self, request: Request, cached: list[int]) -> None:
+        """Take a waiting request; `cached` are the blocks it shares."""
+        self._add_chunk(self.table.admit(request, cached))
+
+    def _add_chunk(self, row: int) -> None:
+        table = self.table
+        chunk = min(self.budget, int(table.num_tokens[row] - table.num_computed[row]))
+        self._prefills.append(row)
+        self._chunks.append(chunk)
+        self.budget -= chunk
+
+    def build(self) -> tuple[Rows, Batch]:
+        """The table's rows in the batch, and the batch as the runner gets it."""
+        table, rows = self.table, self._decodes
+        num_scheduled = np.ones(len(rows), dtype=np.int64)
+        token_ids = table.last_token[rows]
+        if self._prefills:
+            chunks = [
+                table.request(row).tokens(start := int(table.num_computed[row]), start + chunk)
+                for row, chunk in zip(self._prefills, self._chunks, strict=True)
+            ]
+            token_ids = np.concatenate((token_ids, *chunks))
+            rows = np.concatenate((rows, self._prefills))
+            num_scheduled = np.concatenate((num_scheduled, self._chunks))
+        num_computed = table.num_computed[rows]
+        width = int(table.num_blocks[rows].max(initial=0))
+        batch = Batch(
+            seq_ids=table.seq_ids[rows],
+            slots=np.full(len(rows), -1, dtype=np.int64),
+            num_scheduled_tokens=num_scheduled,
+            num_computed_tokens=num_computed,
+            token_ids=token_ids,
+            block_tables=table.block_tables[rows, :width],
+            yields_token=num_computed + num_scheduled == table.num_tokens[rows],
+        )
+        return rows, batch

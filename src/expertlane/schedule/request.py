@@ -1,0 +1,103 @@
+"""A request: what was asked for, and how far it has come."""
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.errors import UserError
+from expertlane.schedule.blocks import ROOT, block_digest
+
+
+class RequestState(StrEnum):
+    """Where a request stands."""
+
+    WAITING = "waiting"  # new, or preempted
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-sequence or stop token, or a stop string
+    LENGTH = "length"  # max_tokens, the model's positions or the cache
+    CANCELLED = "cancelled"
+
+
+class Request:
+    """A prompt to be continued.
+
+    Attributes:
+        prompt_token_ids: [prompt_len].
+        stop_token_ids: tokens that end the output, end-of-sequence tokens included unless they
+            are to be ignored. The token that ends an output is part of it.
+        priority: lower goes first.
+        output_token_ids: the tokens generated so far.
+        seq_id: the number under which plans carry the request; the order of arrival.
+        order: who goes first where not all can; set on arrival and never changed.
+        replica, dp_rank, row: where it runs; chosen anew after a preemption.
+        num_preemptions: how often its blocks were taken away.
+
+    Raises:
+        UserError: the prompt is no list of numbers. All else is checked when it is added.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int] | npt.NDArray[np.int64],
+        *,
+        max_tokens: int,
+        stop_token_ids: Iterable[int] = (),
+        eos_token_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        priority: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        try:
+            self.prompt_token_ids = np.array(prompt_token_ids)  # a copy: the caller keeps theirs
+        except ValueError:
+            raise UserError(
+                f"request {request_id!r}: the prompt must be one list of whole numbers"
+            ) from None
+        self.max_tokens = max_tokens
+        self.stop_token_ids = frozenset(stop_token_ids).union(() if ignore_eos else eos_token_ids)
+        self.priority = priority
+        self.state = RequestState.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.output_token_ids: list[int] = []
+        self.seq_id = -1
+        self.order = (0, -1)
+        self.replica = self.dp_rank = self.row = -1
+        self.num_preemptions = 0
+        self._digests: list[bytes] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Take no more tokens."""
+        self.state = RequestState.FINISHED
+        self.finish_reason = reason
+
+    def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Prompt and output as one sequence: [stop - start]."""
+        prompt_len = len(self.prompt_token_ids)
+        if stop <= prompt_len:
+            return self.prompt_token_ids[start:stop]
+        generated = self.output_token_ids[max(start - prompt_len, 0) : stop - prompt_len]
+        tail = np.array(generated, dtype=np.int64)
+        return np.concatenate((self.prompt_token_ids[start:], tail)) if start < prompt_len else tail
+
+    def digest(self, index: int, block_size: int) -> bytes:
+        """The digest of one of its full blocks; each is computed once."""
+        digests = self._digests
+        while len(digests) <= index:
+            start = len(digests) * block_size
+            parent = digests[-1] if digests else ROOT
+            digests.append(block_digest(parent, self.tokens(start, start + block_size)))
+        return digests[index]

@@ -1,0 +1,249 @@
+"""The running requests of one data-parallel rank, in columns, so that a step costs few loops."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.schedule.blocks import BlockManager
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import FinishReason, Request, RequestState
+
+Rows = npt.NDArray[np.intp]
+
+_NO_BLOCK = -1
+
+
+class RunningTable:
+    """A row for every running request; rows are reused.
+
+    Attributes:
+        requests: by row; None where a row is unused.
+        num_pending: tokens of all rows that are not computed yet: one for each request in
+            decoding, the rest of the prompt for the others.
+        num_tokens, num_computed: [num_rows]; prompt and output tokens, and how many of them are
+            computed; 0 where a row is unused.
+        last_token: [num_rows]; the newest token.
+        block_tables: [num_rows, width], padded with -1; `width` grows as needed.
+        in_flight: [num_rows]; in a step that is not finished.
+        last_step: [num_rows]; the step it took part in last.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        # Each running request has a last block that is nobody else's last.
+        num_rows = min(limits.max_num_seqs, limits.num_blocks)
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size)
+        self.requests: list[Request | None] = [None] * num_rows
+        self.num_pending = 0
+        self.seq_ids = np.zeros(num_rows, dtype=np.int64)
+        self.num_tokens = np.zeros(num_rows, dtype=np.int64)
+        self.num_computed = np.zeros(num_rows, dtype=np.int64)
+        self.last_token = np.zeros(num_rows, dtype=np.int64)
+        self.num_blocks = np.zeros(num_rows, dtype=np.int64)
+        self.block_tables = np.full((num_rows, 8), _NO_BLOCK, dtype=np.int32)
+        self.in_flight = np.zeros(num_rows, dtype=np.bool_)
+        self.last_step = np.zeros(num_rows, dtype=np.int64)
+        self._limits = limits
+        self._is_used = np.zeros(num_rows, dtype=np.bool_)
+        self._is_cancelled = np.zeros(num_rows, dtype=np.bool_)
+        self._num_cancelled = 0
+        self._max_num_tokens = np.zeros(num_rows, dtype=np.int64)
+        self._unused = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def num_running(self) -> int:
+        """Rows in use."""
+        return len(self.requests) - len(self._unused)
+
+    def has_room(self) -> bool:
+        """Whether one more request may run at all: it takes a row and a block of its own."""
+        return bool(self._unused) and self.num_running < self.blocks.num_free
+
+    def request(self, row: int) -> Request:
+        """The request in a row that is in use."""
+        request = self.requests[row]
+        assert request is not None
+        return request
+
+    def blocks_of(self, row: int) -> list[int]:
+        """The blocks a request holds, in order."""
+        held: list[int] = self.block_tables[row, : self.num_blocks[row]].tolist()
+        return held
+
+    def ready(self) -> tuple[Rows, Rows]:
+        """Rows that may take part in a step: those that lack one token, and those that lack more.
+
+        The first are in decoding (or one token short of it), the others in their prompts.
+        """
+        num_missing = self.num_tokens - self.num_computed
+        num_missing[self.in_flight] = 0
+        return np.flatnonzero(num_missing == 1), np.flatnonzero(num_missing > 1)
+
+    def find_cached(self, request: Request) -> list[int]:
+        """Blocks here that a request can share; its last token is always left to compute."""
+        if not self._limits.prefix_caching:
+            return []
+        size = self._limits.block_size
+        num_full = (request.num_tokens - 1) // size
+        return self.blocks.find(request.digest(index, size) for index in range(num_full))
+
+    def has_blocks_for(self, request: Request, cached: Sequence[int]) -> bool:
+        """Whether all tokens so far fit, with one more block for each running request.
+
+        That reserve lets all go on for `block_size` steps at least: a request admitted into the
+        very last blocks would soon be preempted, and its prompt computed twice.
+        """
+        num_blocks = self.blocks.blocks_for(request.num_tokens)
+        needed = self.blocks.num_needed(num_blocks, cached)
+        return needed + self.num_running <= self.blocks.num_free
+
+    def admit(self, request: Request, cached: Sequence[int]) -> int:
+        """Give a request a row and blocks for all its tokens, the `cached` ones first."""
+        num_tokens = request.num_tokens
+        blocks = self.blocks.allocate(self.blocks.blocks_for(num_tokens), cached)
+        row = self._unused.pop()
+        self._widen(len(blocks))
+        self.requests[row] = request
+        self._is_used[row] = True
+        self.seq_ids[row] = request.seq_id
+        self.num_tokens[row] = num_tokens
+        self.num_computed[row] = len(cached) * self._limits.block_size
+        self.last_token[row] = request.tokens(num_tokens - 1, num_tokens)[0]
+        self.num_blocks[row] = len(blocks)
+        self.block_tables[row, : len(blocks)] = blocks
+        self._max_num_tokens[row] = self._limits.max_num_tokens(request)
+        self.last_step[row] = -1
+        self.num_pending += num_tokens - int(self.num_computed[row])
+        request.state, request.row = RequestState.RUNNING, row
+        return row
+
+    def release(self, row: int) -> Request:
+        """Free a row and its blocks."""
+        request = self.request(row)
+        self.blocks.free(self.blocks_of(row))
+        self.num_pending -= int(self.num_tokens[row] - self.num_computed[row])
+        self.requests[row] = None
+        self.num_tokens[row] = self.num_computed[row] = self.num_blocks[row] = 0
+        self.block_tables[row] = _NO_BLOCK
+        self._is_used[row] = self._is_cancelled[row] = False
+        self._unused.append(row)
+        request.row = -1
+        return request
+
+    def cancel(self, row: int) -> None:
+        """Release a row, or do so when its step is finished."""
+        if self.in_flight[row]:
+            self._is_cancelled[row] = True
+            self._num_cancelled += 1
+        else:
+            self.release(row)
+
+    def extend(self, rows: Rows) -> tuple[Rows, list[Request]]:
+        """Get every row in decoding the block of its next position.
+
+        Where none is free, the request that goes last of all running is preempted. While that one
+        is in flight, or is itself the one that asks, the one that asks keeps its blocks and waits:
+        no request that goes before it is held up by that.
+
+        Returns:
+            The rows that have their block, and the requests preempted.
+        """
+        has_none = self.num_computed[rows] == self.num_blocks[rows] * self.blocks.block_size
+        asking: list[int] = rows[has_none].tolist()
+        if len(asking) <= self.blocks.num_free:
+            for row in asking:
+                self._append_block(row)
+            return rows, []
+        preempted: list[Request] = []
+        left_out: set[int] = set()
+        for row in sorted(asking, key=self._order):
+            while not self.blocks.num_free and row not in left_out:
+                last = max(np.flatnonzero(self._is_used).tolist(), key=self._order)
+                left_out.add(last)
+                if last == row or self.in_flight[last]:
+                    left_out.add(row)
+                else:
+                    preempted.append(self.release(last))
+            if row not in left_out:
+                self._append_block(row)
+        return rows[~np.isin(rows, list(left_out))], preempted
+
+    def _order(self, row: int) -> tuple[int, int]:
+        return self.request(row).order
+
+    def _append_block(self, row: int) -> None:
+        num_blocks = int(self.num_blocks[row])
+        self._widen(num_blocks + 1)
+        self.block_tables[row, num_blocks] = self.blocks.append()
+        self.num_blocks[row] = num_blocks + 1
+
+    def _widen(self, num_blocks: int) -> None:
+        width = self.block_tables.shape[1]
+        if num_blocks > width:
+            more = max(num_blocks, 2 * width) - width
+            self.block_tables = np.pad(
+                self.block_tables, ((0, 0), (0, more)), constant_values=_NO_BLOCK
+            )
+
+    def begin(self, rows: Rows, step: int) -> None:
+        """Mark rows as in flight."""
+        self.in_flight[rows] = True
+        self.last_step[rows] = step
+
+    def finish(
+        self, rows: Rows, num_scheduled: npt.NDArray[np.int64], token_ids: dict[int, int]
+    ) -> list[Request]:
+        """Take in a finished step; release the rows that are done.
+
+        Args:
+            num_scheduled: [len(rows)]; tokens computed.
+            token_ids: the next tokens, by sequence id.
+
+        Returns:
+            The requests that got a token.
+        """
+        self.in_flight[rows] = False
+        before = self.num_computed[rows]
+        self.num_computed[rows] = after = before + num_scheduled
+        self.num_pending -= int(num_scheduled.sum())
+        if self._limits.prefix_caching:
+            self._register(rows, before, after)
+        if self._num_cancelled:
+            is_cancelled = self._is_cancelled[rows]
+            for row in rows[is_cancelled].tolist():
+                self.release(row)
+                self._num_cancelled -= 1
+            rows, after = rows[~is_cancelled], after[~is_cancelled]
+        return self._append_tokens(rows[after == self.num_tokens[rows]], token_ids)
+
+    def _register(
+        self, rows: Rows, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
+    ) -> None:
+        """Let the blocks that have become full be shared; earlier, they might yet be unwritten."""
+        size = self._limits.block_size
+        first, stop = before // size, after // size
+        full = np.flatnonzero(stop > first)
+        for row, begin, end in zip(
+            rows[full].tolist(), first[full].tolist(), stop[full].tolist(), strict=True
+        ):
+            request = self.request(row)
+            blocks: list[int] = self.block_tables[row, begin:end].tolist()
+            for index, block in enumerate(blocks, start=begin):
+                self.blocks.register(block, request.digest(index, size))
+
+    def _append_tokens(self, rows: Rows, token_ids: dict[int, int]) -> list[Request]:
+        tokens = [token_ids[seq] for seq in self.seq_ids[rows].tolist()]
+        self.last_token[rows] = tokens
+        self.num_tokens[rows] = num_tokens = self.num_tokens[rows] + 1
+        self.num_pending += len(tokens)
+        is_full = (num_tokens >= self._max_num_tokens[rows]).tolist()
+        requests = [self.request(row) for row in rows.tolist()]
+        for request, token, at_length in zip(requests, tokens, is_full, strict=True):
+            request.output_token_ids.append(token)
+            if token in request.stop_token_ids:
+                request.finish(FinishReason.STOP)
+                self.release(request.row)
+            elif at_length:
+                request.finish(FinishReason.LENGTH)
+                self.release(request.row)
+        return requests

@@ -1,0 +1,245 @@
+"""Continuous batching: one scheduler for all replicas and data-parallel ranks of a layout."""
+
+import heapq
+from itertools import chain
+
+import numpy as np
+
+from expertlane.errors import UserError
+from expertlane.schedule.draft import BatchDraft
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
+from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.running import Rows, RunningTable
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
+
+
+class ContinuousScheduler:
+    """Puts steps together as requests come and go; implements `schedule.plan.Scheduler`.
+
+    A step computes, on every data-parallel rank, one token of each request in decoding, then
+    chunks of the running prompts, then of waiting ones, up to `max_num_batched_tokens`.
+
+    **Who goes first.** Requests are admitted strictly in their `order`: first come, first served
+    within a priority. A level of priority is worth `aging_steps`: a request is overtaken only by
+    those that arrive less than `aging_steps` × (its priority - theirs) steps after it, so none
+    starves, and it is served once those and the ones before it are done.
+
+    **Admission.** All tokens that a request has so far must fit in free blocks, with a reserve
+    (`RunningTable.has_blocks_for`). Of the ranks with room it goes to the one that then has the
+    fewest tokens left to compute, counting those it finds in the rank's prefix cache as computed;
+    of equal ones to that with the most free blocks. With several replicas, one takes a request
+    only while it holds fewer blocks than its share of all that are held and asked for; so the
+    least loaded always may.
+
+    **Preemption.** When a decode finds no free block, the request that goes last of the rank's
+    running ones loses its blocks and waits again; prompt and output so far are then its prompt.
+
+    **Steps in flight.** Drained: one a replica, cut into up to `num_micro_batches`. Rotating: up
+    to `pp` a replica over disjoint requests, each with 1/`num_micro_batches` of the decodes; those
+    that waited longest go first, so the groups even out as requests come and go.
+
+    Attributes:
+        tables: [replicas][dp]; running requests and blocks.
+        stepped: the requests that got a token in the step finished last.
+        num_preemptions: since the start.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        options: Options,
+        limits: Limits,
+        *,
+        return_logits: bool = False,
+        record: bool = True,
+    ) -> None:
+        self.tables = [
+            [RunningTable(limits) for _ in range(layout.dp)] for _ in range(layout.replicas)
+        ]
+        self.stepped: list[Request] = []
+        self.num_preemptions = 0
+        self._limits = limits
+        self._flags = {"return_logits": return_logits, "record": record}
+        is_rotating = options.micro_batch_schedule == "rotating"
+        self._num_groups = options.num_micro_batches if is_rotating else 1
+        self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
+        self._max_in_flight = layout.pp if is_rotating else 1
+        self._num_in_flight = [0] * layout.replicas
+        self._in_flight: dict[int, list[tuple[RunningTable, Rows, np.ndarray]]] = {}
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; may hold cancelled ones
+        self._num_waiting = 0
+        self._num_waiting_blocks = 0
+        self._num_steps = 0
+        self._num_added = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no blocks."""
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return sum(table.num_running for table in chain.from_iterable(self.tables))
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request is waiting or running, or a step in flight."""
+        return bool(self._requests or self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            UserError: a request with this id is unfinished, or it can never be served
+                (`Limits.check`); nothing is queued.
+        """
+        if request.request_id in self._requests:
+            raise UserError(
+                f"request {request.request_id!r} is there already; "
+                "an id may be used again when its request has finished"
+            )
+        self._limits.check(request)
+        request.prompt_token_ids = request.prompt_token_ids.astype(np.int64)
+        request.seq_id = self._num_added
+        level = self._num_steps + self._limits.aging_steps * int(request.priority)
+        request.order = (level, request.seq_id)
+        self._num_added += 1
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
+        """End a request now; a token it gets from a step in flight is dropped.
+
+        Its blocks are freed at once, or when that step is finished: ranks still write to them.
+
+        Returns:
+            False if no unfinished request has this id; it may just have finished.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        if request.state is RequestState.WAITING:
+            self._forget_waiting(request)  # its entry in the heap is dropped when it comes up
+        else:
+            self.tables[request.replica][request.dp_rank].cancel(request.row)
+        request.finish(reason)
+        return True
+
+    def next_plan(self) -> StepPlan | None:
+        """The next step, or None while no more may be in flight or there is nothing to do."""
+        for replica, num_in_flight in enumerate(self._num_in_flight):
+            if num_in_flight < self._max_in_flight:
+                plan = self._plan(replica)
+                if plan is not None:
+                    return plan
+        return None
+
+    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """Take in the tokens of a finished step."""
+        self._num_in_flight[plan.replica] -= 1
+        self.stepped = []
+        for table, rows, num_scheduled in self._in_flight.pop(plan.step):
+            self.stepped += table.finish(rows, num_scheduled, outcome.token_ids)
+        for request in self.stepped:
+            if request.finish_reason is not None:
+                del self._requests[request.request_id]
+
+    def _plan(self, replica: int) -> StepPlan | None:
+        drafts = [BatchDraft(table, self._limits) for table in self.tables[replica]]
+        for draft in drafts:
+            for request in draft.add_running(self._num_groups):
+                request.state = RequestState.WAITING
+                request.num_preemptions += 1
+                self.num_preemptions += 1
+                self._enqueue(request)
+        self._admit(replica, drafts)
+        if not any(draft.num_seqs for draft in drafts):
+            return None
+        is_prefill = any(draft.num_prefills for draft in drafts)
+        built = [draft.build() for draft in drafts]
+        plan = StepPlan(
+            step=self._num_steps,
+            replica=replica,
+            phase=Phase.PREFILL if is_prefill else Phase.DECODE,
+            micro_batches=self._cut([batch for _, batch in built]),
+            **self._flags,
+        )
+        self._in_flight[plan.step] = flight = []
+        for draft, (rows, batch) in zip(drafts, built, strict=True):
+            if batch.num_seqs:
+                draft.table.begin(rows, plan.step)
+                flight.append((draft.table, rows, batch.num_scheduled_tokens))
+        self._num_in_flight[replica] += 1
+        self._num_steps += 1
+        return plan
+
+    def _cut(self, batches: list[Batch]) -> tuple[tuple[Batch, ...], ...]:
+        if self._num_micro_batches == 1:
+            return (tuple(batches),)
+        parts = zip(*(batch.split(self._num_micro_batches) for batch in batches), strict=True)
+        # One without any sequence would only cost time; the batches of some ranks may be empty.
+        return tuple(part for part in parts if any(batch.num_seqs for batch in part))
+
+    def _admit(self, replica: int, drafts: list[BatchDraft]) -> None:
+        """Add waiting requests to a step, in order, until one finds no room."""
+        most = self._max_num_admitted(replica)
+        while self._waiting:
+            request = self._waiting[0][1]
+            if request.state is RequestState.FINISHED:
+                heapq.heappop(self._waiting)
+                continue
+            if sum(draft.num_prefills for draft in drafts) >= most or self._is_loaded(replica):
+                return
+            place = _place(request, drafts)
+            if place is None:
+                return
+            heapq.heappop(self._waiting)
+            self._forget_waiting(request)
+            request.replica = replica
+            request.dp_rank, cached = place
+            drafts[request.dp_rank].admit(request, cached)
+
+    def _max_num_admitted(self, replica: int) -> int:
+        """Prompts in one step: with several groups, no step takes more than its part of them."""
+        tables = self.tables[replica]
+        num_seqs = sum(table.num_running for table in tables) + self._num_waiting
+        num_rows = sum(len(table.requests) for table in tables)
+        return -(-min(num_seqs, num_rows) // self._num_groups)
+
+    def _is_loaded(self, replica: int) -> bool:
+        """Whether the next waiting request is for another replica."""
+        if len(self.tables) == 1:
+            return False
+        held = [sum(table.blocks.num_used for table in tables) for tables in self.tables]
+        return held[replica] * len(held) >= sum(held) + self._num_waiting_blocks
+
+    def _enqueue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.order, request))
+        self._num_waiting += 1
+        self._num_waiting_blocks += self._num_blocks(request)
+
+    def _forget_waiting(self, request: Request) -> None:
+        self._num_waiting -= 1
+        self._num_waiting_blocks -= self._num_blocks(request)
+
+    def _num_blocks(self, request: Request) -> int:
+        return self.tables[0][0].blocks.blocks_for(request.num_tokens)
+
+
+def _place(request: Request, drafts: list[BatchDraft]) -> tuple[int, list[int]] | None:
+    """The data-parallel rank for a request and the blocks it shares there; None without room."""
+    places = []
+    for dp_rank, draft in enumerate(drafts):
+        table = draft.table
+        if not (draft.budget and table.has_room()):
+            continue
+        cached = table.find_cached(request)
+        if table.has_blocks_for(request, cached):
+            num_pending = table.num_pending - len(cached) * table.blocks.block_size
+            places.append((num_pending, -table.blocks.num_free, dp_rank, cached))
+    return min(places)[2:] if places else None

@@ -1,0 +1,311 @@
+"""A `ModelConfig` from a Hugging Face `config.json`, in the spellings of transformers 4 and 5.
+
+What a family computes is told by its transformers class; `docs/families.md` has the table.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from expertlane.spec.hf_config import Fields, family_of, weight_block_size
+from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_THETA = 10_000.0
+
+
+def from_hf(config: dict[str, Any], name: str | None = None) -> ModelConfig:
+    """The model that a Hugging Face configuration describes.
+
+    Args:
+        config: the parsed `config.json`, or `to_dict()` of a configuration object.
+        name: what the model is called in messages; its family's name if None.
+
+    Raises:
+        SpecError: an architecture or a feature that is not supported, or a missing or wrong value.
+    """
+    family = family_of(config)
+    weight_block_size(config)
+    fields = Fields(config, name or family)
+    if fields.get(str, "hidden_act", default="silu") != "silu":
+        raise fields.unsupported("hidden_act")
+    return ModelConfig(**_common(fields) | _FAMILIES[family](fields))
+
+
+def _common(fields: Fields) -> dict[str, Any]:
+    """What every family says in the same way."""
+    eos = fields.raw("eos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    dtype = fields.raw("dtype", "torch_dtype")
+    if dtype is None:  # what quantised checkpoints were made from
+        dtype = "bfloat16" if fields.raw("quantization_config") else "float32"
+    if dtype not in _DTYPES:
+        raise fields.error(f"dtype {dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
+    return {
+        "name": fields.name,
+        "num_hidden_layers": fields.get(int, "num_hidden_layers"),
+        "hidden_size": fields.get(int, "hidden_size"),
+        "num_attention_heads": fields.get(int, "num_attention_heads"),
+        "num_experts": fields.get(int, "num_experts", "num_local_experts", "n_routed_experts"),
+        "num_experts_per_tok": fields.get(int, "num_experts_per_tok", "experts_per_token"),
+        "vocab_size": fields.get(int, "vocab_size"),
+        "max_position_embeddings": fields.get(int, "max_position_embeddings"),
+        "rms_norm_eps": fields.get(float, "rms_norm_eps"),
+        "gated_mlp": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": fields.get(bool, "tie_word_embeddings", default=False),
+        "eos_token_ids": tuple(fields.typed(int, "eos_token_id", token) for token in eos),
+        "dtype": dtype,
+    }
+
+
+def _attention(fields: Fields, theta: float = _THETA) -> dict[str, Any]:
+    """Attention with keys and values of their own: heads and rotary positions."""
+    heads = fields.get(int, "num_attention_heads")
+    if heads < 1:
+        raise fields.error(f"num_attention_heads is {heads}; it must be positive")
+    head_dim = fields.get(int, "head_dim", default=fields.get(int, "hidden_size") // heads)
+    return {
+        "head_dim": head_dim,
+        "num_key_value_heads": fields.get(int, "num_key_value_heads", default=heads),
+        **_rope(fields, theta),
+    }
+
+
+def _rope_parameters(fields: Fields) -> Fields:
+    parameters = fields.raw("rope_scaling", "rope_parameters") or {}
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        raise fields.error("rope parameters that differ by layer are not supported")
+    return Fields(parameters, fields.name)
+
+
+def _rope(fields: Fields, theta: float = _THETA) -> dict[str, Any]:
+    """Rotary positions; of `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    rope = _rope_parameters(fields)
+    for holder in (fields, rope):
+        holder.expect("partial_rotary_factor", 1, 1.0)
+    theta = rope.get(float, "rope_theta", default=fields.get(float, "rope_theta", default=theta))
+    kind = rope.get(str, "rope_type", "type", default="default")
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind not in ("linear", "llama3", "yarn"):
+        raise fields.error(
+            f"rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn"
+        )
+    max_len = fields.get(int, "max_position_embeddings")
+    trained = rope.get(int, "original_max_position_embeddings", default=max_len)
+    trained = fields.get(int, "original_max_position_embeddings", default=trained)
+    if trained < 1:
+        raise fields.error(f"original_max_position_embeddings is {trained}; it must be positive")
+    if kind == "yarn":
+        scaling = _yarn(rope, trained, max_len)
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            "llama3",
+            rope.get(float, "factor"),
+            trained,
+            low_freq_factor=rope.get(float, "low_freq_factor"),
+            high_freq_factor=rope.get(float, "high_freq_factor"),
+        )
+    else:
+        scaling = RopeScaling("linear", rope.get(float, "factor"), trained)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn(rope: Fields, trained: int, max_len: int) -> RopeScaling:
+    factor = rope.get(float, "factor", default=max_len / trained)
+    mscale, mscale_all_dim = rope.optional(float, "mscale"), rope.optional(float, "mscale_all_dim")
+    if mscale and mscale_all_dim:
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
+    else:
+        attention_factor = _yarn_mscale(factor, 1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        trained,
+        beta_fast=rope.get(float, "beta_fast", default=32.0),
+        beta_slow=rope.get(float, "beta_slow", default=1.0),
+        truncate=rope.get(bool, "truncate", default=True),
+        attention_factor=rope.get(float, "attention_factor", default=attention_factor),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    """The growth of attention's logits with the context (Peng et al. 2023, equation 25)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _windows_by_type(fields: Fields, default: list[str]) -> tuple[int | None, ...]:
+    """One window a layer from `layer_types`, or from a family's default for them."""
+    types = fields.raw("layer_types") or default
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.error(f"layer type {kind!r} is not supported")
+    if "sliding_attention" not in types:
+        return ()
+    window = fields.get(int, "sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _windows_everywhere(fields: Fields) -> tuple[int | None, ...]:
+    window = fields.optional(int, "sliding_window")
+    return () if window is None else (window,) * fields.get(int, "num_hidden_layers")
+
+
+def _mixtral(fields: Fields) -> dict[str, Any]:
+    return {
+        **_attention(fields, theta=1e6),
+        "moe_intermediate_size": fields.get(int, "intermediate_size"),
+        "sliding_window": _windows_everywhere(fields),
+    }
+
+
+def _qwen_moe(fields: Fields) -> dict[str, Any]:
+    """What Qwen2-MoE and Qwen3-MoE have in common."""
+    mlp_only = fields.integers("mlp_only_layers")
+    step = fields.get(int, "decoder_sparse_step", default=1)
+    if step < 1:
+        raise fields.error(f"decoder_sparse_step is {step}; it must be positive")
+    layers = range(fields.get(int, "num_hidden_layers"))
+    dense = tuple(layer for layer in layers if layer in mlp_only or (layer + 1) % step)
+    return {
+        **_attention(fields),
+        "moe_intermediate_size": fields.get(int, "moe_intermediate_size"),
+        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
+        "dense_layers": dense,
+        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob", default=False)),
+    }
+
+
+def _qwen2_moe(fields: Fields) -> dict[str, Any]:
+    windows: tuple[int | None, ...] = ()
+    if fields.get(bool, "use_sliding_window", default=False):
+        first_full = fields.get(int, "max_window_layers", default=28)
+        layers = range(fields.get(int, "num_hidden_layers"))
+        even = ["sliding_attention" if i % 2 == 0 and i < first_full else "full" for i in layers]
+        windows = _windows_by_type(
+            fields, [kind.replace("full", "full_attention") for kind in even]
+        )
+    return {
+        **_qwen_moe(fields),
+        "qkv_bias": fields.get(bool, "qkv_bias", default=True),
+        "sliding_window": windows,
+        "shared_expert_intermediate_size": fields.get(int, "shared_expert_intermediate_size"),
+        "shared_expert_gate": True,
+    }
+
+
+def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+    has_windows = fields.get(bool, "use_sliding_window", default=False)
+    bias = fields.get(bool, "attention_bias", default=False)
+    return {
+        **_qwen_moe(fields),
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "qk_norm": "head",
+        "sliding_window": _windows_everywhere(fields) if has_windows else (),
+    }
+
+
+def _olmoe(fields: Fields) -> dict[str, Any]:
+    fields.expect("clip_qkv")
+    bias = fields.get(bool, "attention_bias", default=False)
+    return {
+        **_attention(fields),
+        "moe_intermediate_size": fields.get(int, "intermediate_size"),
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "qk_norm": "full",
+        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob", default=False)),
+    }
+
+
+def _deepseek(fields: Fields) -> dict[str, Any]:
+    """What DeepSeek-V2 and V3 have in common: latent attention, dense first layers."""
+    for key in ("attention_bias", "mlp_bias"):
+        fields.expect(key, False)
+    fields.expect("moe_layer_freq", 1)
+    rope, all_dim = _rope(fields), _rope_parameters(fields).optional(float, "mscale_all_dim")
+    scaling: RopeScaling | None = rope.get("rope_scaling")
+    nope, rotary = fields.get(int, "qk_nope_head_dim"), fields.get(int, "qk_rope_head_dim")
+    latent = LatentAttention(
+        kv_lora_rank=fields.get(int, "kv_lora_rank"),
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rotary,
+        v_head_dim=fields.get(int, "v_head_dim"),
+        q_lora_rank=fields.optional(int, "q_lora_rank"),
+        mscale=_yarn_mscale(scaling.factor, all_dim) if scaling and all_dim else 1.0,
+    )
+    num_dense = fields.get(int, "first_k_dense_replace")
+    expert = fields.get(int, "moe_intermediate_size")
+    return {
+        **rope,
+        "head_dim": nope + rotary,
+        "latent": latent,
+        "moe_intermediate_size": expert,
+        "intermediate_size": fields.get(int, "intermediate_size") if num_dense else 0,
+        "dense_layers": tuple(range(min(num_dense, fields.get(int, "num_hidden_layers")))),
+        "shared_expert_intermediate_size": fields.get(int, "n_shared_experts", default=0) * expert,
+    }
+
+
+def _deepseek_v2(fields: Fields) -> dict[str, Any]:
+    fields.expect("scoring_func", "softmax")
+    fields.expect("norm_topk_prob", False)
+    fields.expect("topk_method", "greedy", "group_limited_greedy")
+    in_groups = fields.get(str, "topk_method", default="greedy") == "group_limited_greedy"
+    routing = Routing(
+        norm_topk_prob=False,
+        routed_scaling_factor=fields.get(float, "routed_scaling_factor", default=1.0),
+        n_group=fields.get(int, "n_group") if in_groups else 1,
+        topk_group=fields.get(int, "topk_group") if in_groups else 1,
+        group_score="max",
+    )
+    return {**_deepseek(fields), "rope_interleave": True, "routing": routing}
+
+
+def _deepseek_v3(fields: Fields) -> dict[str, Any]:
+    fields.expect("scoring_func", "sigmoid")
+    fields.expect("topk_method", "noaux_tc")
+    routing = Routing(
+        scoring_func="sigmoid",
+        norm_topk_prob=fields.get(bool, "norm_topk_prob", default=True),
+        routed_scaling_factor=fields.get(float, "routed_scaling_factor"),
+        correction_bias=True,
+        n_group=fields.get(int, "n_group"),
+        topk_group=fields.get(int, "topk_group"),
+        group_score="top2_sum",
+    )
+    interleave = fields.get(bool, "rope_interleave", default=True)
+    return {**_deepseek(fields), "rope_interleave": interleave, "routing": routing}
+
+
+def _gpt_oss(fields: Fields) -> dict[str, Any]:
+    if fields.raw("rope_scaling", "rope_parameters") is None:
+        raise fields.error("rope_scaling (or rope_parameters) is missing")
+    bias = fields.get(bool, "attention_bias", default=True)
+    layers = range(fields.get(int, "num_hidden_layers"))
+    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
+    return {
+        **_attention(fields, theta=150_000.0),
+        "moe_intermediate_size": fields.get(int, "intermediate_size"),
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "attention_sinks": True,
+        "sliding_window": _windows_by_type(fields, alternating),
+        "swiglu_limit": fields.get(float, "swiglu_limit", default=7.0),
+        "swiglu_alpha": fields.get(float, "swiglu_alpha", default=1.702),
+        "expert_bias": True,
+        "routing": Routing(router_bias=True),
+    }
+
+
+_FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+}

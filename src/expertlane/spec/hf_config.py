@@ -1,0 +1,142 @@
+"""Reading a Hugging Face `config.json`: the family, the quantisation, and typed values."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from expertlane.errors import SpecError
+
+_ARCHITECTURES = {
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+}
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+T = TypeVar("T", int, float, bool, str)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint's folder.
+
+    Raises:
+        SpecError: there is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise SpecError(
+            f"{folder}: there is no config.json; it is no checkpoint's folder"
+        ) from None
+    except NotADirectoryError:
+        raise SpecError(f"{folder} is a file; give the checkpoint's folder") from None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        raise SpecError(f"{path} is malformed: {error}") from None
+    if not isinstance(config, dict):
+        raise SpecError(f"{path} holds no JSON object")
+    return config
+
+
+def family_of(config: dict[str, Any]) -> str:
+    """The `model_type` of a supported architecture.
+
+    Raises:
+        SpecError: the architecture is another.
+    """
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    for family, architecture in _ARCHITECTURES.items():
+        if architectures == [architecture] or (not architectures and model_type == family):
+            return family
+    shown = architectures or model_type
+    shown = shown[0] if isinstance(shown, list) and len(shown) == 1 else shown
+    raise SpecError(
+        f"architecture {shown!r} is not supported; supported: {', '.join(_ARCHITECTURES.values())}"
+    )
+
+
+def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale where weights are block-scaled FP8; None where not.
+
+    Raises:
+        SpecError: the weights are quantised in a way that cannot be read.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise SpecError(f"quantization_config is {quantization!r}; it must be an object")
+    method = quantization.get("quant_method")
+    if method == "mxfp4":
+        return None
+    if method != "fp8":
+        raise SpecError(f"quantization {method!r} is not supported; supported: fp8, mxfp4")
+    block, fmt = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
+    match block:
+        case [int(rows), int(columns)] if fmt == "e4m3" and rows > 0 and columns > 0:
+            return rows, columns
+    raise SpecError(
+        f"quantization fp8 with fmt {fmt!r} and weight_block_size {block} is not supported; "
+        "supported: 'e4m3' with blocks of two sizes, such as [128, 128]"
+    )
+
+
+class Fields:
+    """Typed look-ups in a configuration; null counts as missing."""
+
+    def __init__(self, config: dict[str, Any], name: str) -> None:
+        self._config = config
+        self.name = name
+
+    def raw(self, *spellings: str) -> Any:
+        """The first of some spellings that is there, or None."""
+        found = (self._config[key] for key in spellings if self._config.get(key) is not None)
+        return next(found, None)
+
+    def get(self, kind: type[T], *spellings: str, default: T | None = None) -> T:
+        """A value that must be there unless it has a default."""
+        value = self.raw(*spellings)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(f"{' or '.join(spellings)} is missing")
+        return self.typed(kind, spellings[0], value)
+
+    def optional(self, kind: type[T], key: str) -> T | None:
+        """A value, or None where it is null or missing."""
+        value = self.raw(key)
+        return None if value is None else self.typed(kind, key, value)
+
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers; empty where it is null or missing."""
+        value = self.raw(key)
+        value = [] if value is None else value
+        if not isinstance(value, list):
+            raise self.error(f"{key} is {value!r}; it must be a list")
+        return [self.typed(int, key, item) for item in value]
+
+    def typed(self, kind: type[T], key: str, value: Any) -> T:
+        """`value` as a `kind`; a whole number is a number, but true and false are none."""
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return kind(value)
+        if type(value) is not kind:
+            raise self.error(f"{key} is {value!r}; it must be {_KIND_NAMES[kind]}")
+        return value
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuse a value that is there and is none of those that can be computed."""
+        if self.raw(key) is not None and self.raw(key) not in allowed:
+            raise self.unsupported(key)
+
+    def error(self, text: str) -> SpecError:
+        """A mistake in this configuration."""
+        return SpecError(f"model {self.name}: {text}")
+
+    def unsupported(self, key: str) -> SpecError:
+        """A value that cannot be computed."""
+        return self.error(f"{key} {self.raw(key)!r} is not supported")

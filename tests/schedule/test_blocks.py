@@ -1,0 +1,194 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.schedule.blocks import ROOT, BlockManager, block_digest
+
+
+def digests(*blocks: list[int]) -> list[bytes]:
+    """The chain of digests of a sequence given block by block."""
+    chain = [ROOT]
+    for block in blocks:
+        chain.append(block_digest(chain[-1], np.array(block)))
+    return chain[1:]
+
+
+def cached(manager: BlockManager, *blocks: list[int]) -> list[int]:
+    """Hold and register the blocks of a sequence."""
+    held = manager.allocate(len(blocks))
+    for block, digest in zip(held, digests(*blocks), strict=True):
+        manager.register(block, digest)
+    return held
+
+
+def state(manager: BlockManager) -> tuple[int, int, int]:
+    return manager.num_used, manager.num_free, manager.num_cached
+
+
+def test_allocate_append_and_free():
+    manager = BlockManager(num_blocks=4, block_size=2)
+    assert state(manager) == (0, 4, 0)
+    held = manager.allocate(2)
+    held.append(manager.append())
+    assert held == [0, 1, 2]
+    assert state(manager) == (3, 1, 0)
+    manager.free(held)
+    assert state(manager) == (0, 4, 0)
+    assert [manager.ref_count(block) for block in range(4)] == [0] * 4
+
+
+def test_nothing_to_allocate_and_nothing_to_free():
+    manager = BlockManager(1, 1)
+    assert manager.allocate(0) == []
+    manager.free([])
+    assert state(manager) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3)]
+)
+def test_blocks_for_a_number_of_tokens(num_tokens, num_blocks):
+    assert BlockManager(1, 16).blocks_for(num_tokens) == num_blocks
+
+
+def test_too_many_blocks_change_nothing():
+    manager = BlockManager(2, 1)
+    with pytest.raises(ValueError, match="3 blocks asked for but 2 are free"):
+        manager.allocate(3)
+    assert state(manager) == (0, 2, 0)
+    manager.allocate(2)
+    with pytest.raises(ValueError, match="all 2 blocks are held"):
+        manager.append()
+
+
+def test_a_block_is_not_freed_twice():
+    manager = BlockManager(2, 1)
+    held = manager.allocate(1)
+    manager.free(held)
+    with pytest.raises(ValueError, match="block 0 is held by nobody"):
+        manager.free(held)
+
+
+def test_a_digest_depends_on_all_that_stands_before():
+    same_end = digests([1, 2], [5, 6])[1], digests([1, 3], [5, 6])[1], digests([5, 6])[0]
+    assert len(set(same_end)) == 3
+    assert digests([1, 2], [5, 6])[1] == same_end[0]
+    assert len(same_end[0]) == 16
+
+
+def test_the_longest_known_prefix_is_found():
+    manager = BlockManager(8, 2)
+    held = cached(manager, [1, 2], [3, 4], [5, 6])
+    assert manager.find(digests([1, 2], [3, 4], [5, 6], [7, 8])) == held
+    assert manager.find(digests([1, 2], [3, 4], [0, 0], [5, 6])) == held[:2]
+    assert manager.find(digests([3, 4])) == []
+    assert manager.find([]) == []
+
+
+def test_held_blocks_are_shared_and_counted():
+    manager = BlockManager(4, 2)
+    first = cached(manager, [1, 2], [3, 4])
+    shared = manager.find(digests([1, 2], [3, 4]))
+    assert manager.num_needed(3, shared) == 1
+    second = manager.allocate(3, shared)
+    assert second == [*first, 2]
+    assert [manager.ref_count(block) for block in range(4)] == [2, 2, 1, 0]
+    assert state(manager) == (3, 1, 2)
+    assert manager.num_hits == 2
+    manager.free(first)
+    assert [manager.ref_count(block) for block in range(4)] == [1, 1, 1, 0]
+    assert state(manager) == (3, 1, 2)
+    manager.free(second)
+    assert state(manager) == (0, 4, 2)
+
+
+def test_free_blocks_keep_their_content_until_reused():
+    manager = BlockManager(3, 1)
+    held = cached(manager, [1], [2])
+    manager.free(held)
+    shared = manager.find(digests([1], [2]))
+    assert shared == held
+    # Nobody holds them, so sharing them takes free blocks.
+    assert manager.num_needed(2, shared) == 2
+    assert manager.allocate(2, shared) == held
+    assert state(manager) == (2, 1, 2)
+
+
+def test_blank_blocks_go_first_then_those_freed_longest_ago_from_the_end_of_a_prefix():
+    manager = BlockManager(5, 1)
+    first = cached(manager, [1], [2])
+    second = cached(manager, [3], [4])
+    manager.free(second)
+    manager.free(first)
+    assert manager.allocate(5) == [4, second[1], second[0], first[1], first[0]]
+    assert manager.num_cached == 0
+    assert manager.find(digests([1])) == []
+
+
+def test_use_makes_a_cached_block_young_again():
+    manager = BlockManager(2, 1)
+    old, young = cached(manager, [1]), cached(manager, [2])
+    manager.free(old)
+    manager.free(young)
+    manager.free(manager.allocate(1, manager.find(digests([1]))))
+    assert manager.allocate(1) == young
+    assert manager.find(digests([1])) == old
+
+
+def test_shared_blocks_are_never_what_is_evicted_for_the_others():
+    manager = BlockManager(3, 1)
+    manager.free(cached(manager, [1], [2], [3]))
+    shared = manager.find(digests([1], [2]))
+    assert manager.allocate(3, shared) == [0, 1, 2]
+    assert manager.num_cached == 2
+    assert state(manager) == (3, 0, 2)
+
+
+def test_equal_content_is_registered_once():
+    manager = BlockManager(3, 1)
+    first, second = cached(manager, [1]), cached(manager, [1])
+    assert manager.num_cached == 1
+    assert manager.find(digests([1])) == first
+    manager.free(second)
+    # Its content is known under the other block, so it is blank.
+    assert manager.allocate(2) == [second[0], 2]
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 1), max_size=5)), max_size=60),
+)
+def test_counts_are_exact_whatever_is_done(num_blocks, actions):
+    """Sequences over a tiny vocabulary come, share, grow and go; a mirror counts along."""
+    manager = BlockManager(num_blocks, 1)
+    held: list[list[int]] = []
+    content: dict[int, bytes] = {}
+    for action, tokens in actions:
+        names = digests(*([token] for token in tokens))
+        if action <= 1:
+            shared = manager.find(names)
+            assert [content[block] for block in shared] == names[: len(shared)]
+            if manager.num_needed(len(names), shared) <= manager.num_free:
+                in_use = {block for blocks in held for block in blocks}
+                blocks = manager.allocate(len(names), shared)
+                assert not in_use & set(blocks[len(shared) :])
+                for block, name in zip(blocks, names, strict=True):
+                    manager.register(block, name)
+                    content[block] = name
+                held.append(blocks)
+        elif action == 2 and held:
+            manager.free(held.pop(len(tokens) % len(held)))
+        elif action == 3 and held and manager.num_free:
+            block = manager.append()
+            assert all(block not in blocks for blocks in held)
+            content.pop(block, None)
+            held[0].append(block)
+        counts = [sum(block in blocks for blocks in held) for block in range(num_blocks)]
+        assert [manager.ref_count(block) for block in range(num_blocks)] == counts
+        assert manager.num_used == sum(count > 0 for count in counts)
+        assert manager.num_used + manager.num_free == num_blocks
+    for blocks in held:
+        manager.free(blocks)
+    assert manager.num_free == num_blocks

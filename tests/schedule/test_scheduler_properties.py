@@ -1,0 +1,252 @@
+"""Whatever comes in whatever order: the scheduler's promises, on random traffic."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from schedule.paged import PagedRunner, check_empty, check_tables, continuation, seqs_of
+
+VOCAB_SIZE = 50
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How requests come: `share_prefix` draws prompts that begin alike."""
+
+    num_requests: int
+    arrival_rate: float
+    max_prompt_len: int
+    max_tokens: int
+    num_priorities: int
+    share_prefix: bool
+    cancel_rate: float
+
+
+limits = st.builds(
+    Limits,
+    vocab_size=st.just(VOCAB_SIZE),
+    max_model_len=st.sampled_from([20, 100]),
+    num_blocks=st.integers(6, 24),
+    block_size=st.integers(1, 5),
+    max_num_batched_tokens=st.integers(1, 30),
+    max_num_seqs=st.integers(1, 8),
+    aging_steps=st.sampled_from([1, 10, 1000]),
+    prefix_caching=st.booleans(),
+)
+layouts = st.builds(Layout, replicas=st.integers(1, 2), pp=st.integers(1, 3), dp=st.integers(1, 3))
+all_options = st.builds(
+    Options,
+    num_micro_batches=st.integers(1, 4),
+    micro_batch_schedule=st.sampled_from(["drained", "rotating"]),
+)
+traffics = st.builds(
+    Traffic,
+    num_requests=st.integers(0, 24),
+    arrival_rate=st.sampled_from([0.2, 0.6, 0.9]),
+    max_prompt_len=st.integers(1, 24),
+    max_tokens=st.integers(1, 16),
+    num_priorities=st.integers(1, 3),
+    share_prefix=st.booleans(),
+    cancel_rate=st.sampled_from([0.0, 0.0, 0.05]),
+)
+
+
+class Run:
+    """Random arrivals, cancellations and orders of finishing, all rules checked at every turn."""
+
+    def __init__(
+        self, layout: Layout, options: Options, limits: Limits, traffic: Traffic, seed: int
+    ) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.limits, self.traffic = limits, traffic
+        self.scheduler = ContinuousScheduler(layout, options, limits)
+        self.runner = PagedRunner(self.scheduler, limits)
+        self.to_come = [self._draw(i) for i in range(traffic.num_requests)]
+        self.requests: list[Request] = []
+        positions = sum(len(r.prompt_token_ids) + r.max_tokens for r in self.to_come)
+        turns = layout.pp + options.num_micro_batches + limits.max_num_seqs
+        overtakings = traffic.num_requests if traffic.num_priorities > 1 else 1
+        self.max_num_steps = positions * turns * overtakings
+
+    def _draw(self, number: int) -> Request:
+        most = min(self.traffic.max_prompt_len, self.limits.max_positions)
+        prompt_len = int(self.rng.integers(1, most + 1))
+        prompt = self.rng.integers(0, VOCAB_SIZE, prompt_len)
+        if self.traffic.share_prefix:
+            num_shared = int(self.rng.integers(prompt_len // 2, prompt_len + 1))
+            prompt[:num_shared] = np.arange(num_shared) % 3
+        return Request(
+            f"request {number}",
+            prompt,
+            max_tokens=int(self.rng.integers(1, self.traffic.max_tokens + 1)),
+            stop_token_ids=[int(self.rng.integers(0, VOCAB_SIZE))],
+            priority=int(self.rng.integers(0, self.traffic.num_priorities)),
+        )
+
+    def turn(self) -> None:
+        """A chance for each of: arrivals, a cancellation, a step to begin, one to end."""
+        while self.to_come and self.rng.random() < self.traffic.arrival_rate:
+            self.requests.append(self.runner.add(self.to_come.pop(0)))
+        alive = [each for each in self.requests if each.state is not RequestState.FINISHED]
+        if alive and self.rng.random() < self.traffic.cancel_rate:
+            victim = alive[self.rng.integers(len(alive))]
+            assert self.scheduler.cancel(victim.request_id)
+            assert victim.finish_reason is FinishReason.CANCELLED
+            check_tables(self.scheduler, self.limits)
+        plan = self.scheduler.next_plan()
+        if plan is not None:
+            self.runner.submit(plan)
+            check_tables(self.scheduler, self.limits)
+        in_flight = list(self.runner.in_flight)
+        # Work never stands still: something is in flight unless no request is left.
+        assert in_flight or not self.scheduler.has_unfinished
+        if in_flight and (plan is None or self.rng.random() < 0.5):
+            step = in_flight[self.rng.integers(len(in_flight))]
+            done = self.runner.in_flight[step]
+            outcome = self.runner.collect(step)
+            self.scheduler.finish(done, outcome)
+            check_tables(self.scheduler, self.limits)
+
+    def to_the_end(self) -> None:
+        while self.to_come or self.scheduler.has_unfinished:
+            self.turn()
+            assert len(self.runner.plans) <= self.max_num_steps, "a request starves"
+        check_empty(self.scheduler)
+
+    def expected(self, request: Request) -> list[int]:
+        """What it must have generated: until a stop token, its length, or the end of its room."""
+        prompt = request.prompt_token_ids.tolist()
+        most = min(request.max_tokens, self.limits.max_positions - len(prompt) + 1)
+        tokens = continuation(prompt, most, VOCAB_SIZE)
+        ends = [i + 1 for i, token in enumerate(tokens) if token in request.stop_token_ids]
+        return tokens[: ends[0]] if ends else tokens
+
+    def check_outputs(self) -> None:
+        for request in self.requests:
+            expected, output = self.expected(request), request.output_token_ids
+            if request.finish_reason is FinishReason.CANCELLED:
+                assert output == expected[: len(output)]
+            else:
+                assert output == expected
+                stopped = output[-1] in request.stop_token_ids
+                assert request.finish_reason is (
+                    FinishReason.STOP if stopped else FinishReason.LENGTH
+                )
+
+    def check_order(self) -> None:
+        """Within a priority, nobody begins before one who came earlier."""
+        began: dict[int, int] = {}
+        for plan in self.runner.plans:
+            for seq in seqs_of(plan):
+                began.setdefault(seq, plan.step)
+        for priority in range(self.traffic.num_priorities):
+            steps = [
+                began[request.seq_id]
+                for request in self.requests
+                if request.priority == priority and request.seq_id in began
+            ]
+            assert steps == sorted(steps)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
+def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed):
+    run = Run(layout, options, limits, traffic, seed)
+    run.to_the_end()
+    run.check_outputs()
+    run.check_order()
+    most = layout.pp if options.micro_batch_schedule == "rotating" else 1
+    assert all(num <= most for num in run.runner.most_in_flight.values())
+
+
+@pytest.mark.full
+@settings(derandomize=True, deadline=None, max_examples=3000)
+@given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
+def test_every_promise_on_much_random_traffic(layout, options, limits, traffic, seed):
+    run = Run(layout, options, limits, traffic, seed)
+    run.to_the_end()
+    run.check_outputs()
+    run.check_order()
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_cache_far_too_small_changes_no_token(dp, pp, rotating, prefix_caching, seed):
+    options = Options(
+        num_micro_batches=pp, micro_batch_schedule="rotating" if rotating else "drained"
+    )
+    tight = Limits(
+        VOCAB_SIZE, 64, num_blocks=9, block_size=2, max_num_seqs=6, prefix_caching=prefix_caching
+    )
+    traffic = Traffic(24, 1.0, 3, 15, 1, share_prefix=False, cancel_rate=0.0)
+    run = Run(Layout(dp=dp, pp=pp), options, tight, traffic, seed)
+    run.to_the_end()
+    run.check_outputs()
+    run.check_order()
+    assert run.scheduler.num_preemptions > 0
+    assert run.scheduler.num_preemptions == sum(r.num_preemptions for r in run.requests)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    st.integers(2, 3),
+    st.integers(2, 4),
+    st.integers(1, 3),
+    st.integers(2, 10),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_is_still_in_flight_is_not_shared(pp, num_groups, block_size, budget, seed):
+    options = Options(num_micro_batches=num_groups, micro_batch_schedule="rotating")
+    limits = Limits(
+        VOCAB_SIZE, 64, num_blocks=60, block_size=block_size, max_num_batched_tokens=budget
+    )
+    traffic = Traffic(20, 0.8, 12, 8, 1, share_prefix=True, cancel_rate=0.05)
+    run = Run(Layout(pp=pp), options, limits, traffic, seed)
+    run.to_the_end()
+    run.check_outputs()
+    run.check_order()
+    assert run.runner.most_in_flight[0] >= 2
+    assert run.scheduler.tables[0][0].blocks.num_hits > 0
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_a_low_priority_waits_no_longer_than_its_aging(priority, aging_steps, seed):
+    """More urgent requests keep coming, more than can be served, and yet it has its turn."""
+    rng = np.random.default_rng(seed)
+    limits = Limits(
+        VOCAB_SIZE, 64, num_blocks=12, block_size=4, max_num_seqs=2, aging_steps=aging_steps
+    )
+    scheduler = ContinuousScheduler(Layout(), Options(), limits)
+    runner = PagedRunner(scheduler, limits)
+    for number in range(4):
+        runner.add(Request(f"first {number}", [number], max_tokens=6))
+    patient = runner.add(Request("patient", [1, 2, 3], max_tokens=4, priority=priority))
+    aging = priority * aging_steps
+    # Those that may overtake it: one a step while it ages; 2 rows, at most 6 steps each.
+    bound = (4 + aging + 1) * 6
+    for step in range(bound + 4):
+        runner.add(Request(f"urgent {step}", rng.integers(0, 50, 2), max_tokens=6))
+        plan = scheduler.next_plan()
+        runner.submit(plan)
+        scheduler.finish(plan, runner.collect(plan.step))
+        if patient.state is RequestState.FINISHED:
+            break
+    assert patient.state is RequestState.FINISHED
+    assert scheduler.num_waiting > 0
+    if aging > 6:
+        assert len(runner.plans) > 6  # it did wait

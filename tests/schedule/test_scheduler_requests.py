@@ -1,0 +1,226 @@
+"""One request's life by hand: refusal, turn, end, cancellation."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from expertlane.errors import SpecError, UserError
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import FinishReason, Request, RequestState
+from schedule.by_hand import add, answer, make, make_limits, only_batch, request, step
+from schedule.paged import check_empty, seqs_of
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kwargs", "output", "reason"),
+    [
+        ([5, 6, 7, 8], {}, [5, 6, 7, 8], FinishReason.LENGTH),
+        ([5, 6, 7, 8], {"stop_token_ids": [6]}, [5, 6], FinishReason.STOP),
+        ([5, 6, 7, 8], {"eos_token_ids": [9, 5]}, [5], FinishReason.STOP),
+        ([5, 6, 7, 8], {"eos_token_ids": [5], "ignore_eos": True}, [5, 6, 7, 8], "length"),
+        (
+            [5, 6, 7, 8],
+            {"eos_token_ids": [5], "ignore_eos": True, "stop_token_ids": [7]},
+            [5, 6, 7],
+            FinishReason.STOP,
+        ),
+        ([5, 6, 7, 8], {"stop_token_ids": [8]}, [5, 6, 7, 8], FinishReason.STOP),
+    ],
+)
+def test_what_ends_an_output(tokens, kwargs, output, reason):
+    scheduler = make()
+    (one,) = add(scheduler, request("a", max_tokens=4, **kwargs))
+    for token in tokens[: len(output)]:
+        assert one.finish_reason is None
+        step(scheduler, token)
+    assert one.output_token_ids == output
+    assert one.finish_reason == reason
+    check_empty(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "prompt_len", "num_tokens"),
+    [
+        # The last token is never fed back: it needs no position.
+        ({"max_model_len": 8}, 5, 4),
+        ({"max_model_len": 8}, 8, 1),
+        ({"num_blocks": 2}, 5, 4),
+        ({"num_blocks": 2}, 8, 1),
+    ],
+)
+def test_the_model_s_positions_and_the_cache_end_an_output(sizes, prompt_len, num_tokens):
+    scheduler = make(**sizes)
+    (one,) = add(scheduler, request("a", prompt_len, max_tokens=50))
+    while scheduler.has_unfinished:
+        step(scheduler)
+    assert len(one.output_token_ids) == num_tokens
+    assert one.finish_reason is FinishReason.LENGTH
+
+
+def test_priorities_and_first_come_first_served():
+    scheduler = make(max_num_seqs=1)
+    order = {"a": 1, "b": 0, "c": 1, "d": -1, "e": 0}
+    for name, priority in order.items():
+        add(scheduler, request(name, max_tokens=1, priority=priority))
+    assert [seqs_of(step(scheduler)) for _ in order] == [[3], [1], [4], [0], [2]]
+
+
+@pytest.mark.parametrize(("aging_steps", "num_overtaking"), [(1, 1), (3, 3), (100, 9)])
+def test_waiting_makes_up_for_priority(aging_steps, num_overtaking):
+    """One request at a time; before each of 9 steps a more urgent one comes."""
+    scheduler = make(max_num_seqs=1, aging_steps=aging_steps)
+    add(scheduler, request("patient", max_tokens=1, priority=1))
+    served = []
+    for number in range(9):
+        add(scheduler, request(f"urgent {number}", max_tokens=1))
+        served += seqs_of(step(scheduler))
+    served += seqs_of(step(scheduler))
+    # Those that come less than `aging_steps` after it go first.
+    assert served.index(0) == num_overtaking
+
+
+def test_cancel_while_waiting():
+    scheduler = make(max_num_seqs=1)
+    _, second, third = add(scheduler, *(request(name, max_tokens=1) for name in "abc"))
+    assert scheduler.cancel("b")
+    assert (second.state, second.finish_reason) == (RequestState.FINISHED, FinishReason.CANCELLED)
+    assert scheduler.num_waiting == 2
+    assert [seqs_of(step(scheduler)) for _ in range(2)] == [[0], [2]]
+    assert third.finish_reason is FinishReason.LENGTH
+    check_empty(scheduler)
+
+
+def test_cancel_between_steps_frees_the_blocks_at_once():
+    scheduler = make()
+    (one,) = add(scheduler, request("a"))
+    step(scheduler)
+    assert scheduler.cancel("a")
+    check_empty(scheduler)
+    assert one.output_token_ids == [7]
+    assert scheduler.next_plan() is None
+
+
+def test_cancel_in_flight_drops_the_token_and_frees_the_blocks_afterwards():
+    scheduler = make()
+    gone, stays = add(scheduler, request("a"), request("b", max_tokens=2))
+    plan = scheduler.next_plan()
+    assert scheduler.cancel("a")
+    assert gone.finish_reason is FinishReason.CANCELLED
+    manager = scheduler.tables[0][0].blocks
+    assert manager.num_used == 2
+    # The same name may be used again already.
+    (again,) = add(scheduler, request("a", max_tokens=1))
+    answer(scheduler, plan)
+    assert manager.num_used == 1
+    assert gone.output_token_ids == []
+    assert scheduler.stepped == [stays]
+    assert seqs_of(step(scheduler)) == [1, 2]
+    assert (len(stays.output_token_ids), len(again.output_token_ids)) == (2, 1)
+    check_empty(scheduler)
+
+
+def test_cancel_in_flight_in_the_middle_of_a_prompt():
+    scheduler = make(max_num_batched_tokens=4)
+    add(scheduler, request("a", prompt_len=10))
+    plan = scheduler.next_plan()
+    assert scheduler.cancel("a")
+    assert scheduler.has_unfinished
+    answer(scheduler, plan)
+    check_empty(scheduler)
+
+
+def test_cancel_with_a_reason_of_its_own_and_of_nobody():
+    scheduler = make()
+    (one,) = add(scheduler, request("a"))
+    assert not scheduler.cancel("b")
+    assert scheduler.cancel("a", FinishReason.STOP)
+    assert one.finish_reason is FinishReason.STOP
+    assert not scheduler.cancel("a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kwargs", "message"),
+    [
+        ([], {}, "request 'x': the prompt is empty; it must have 1 token or more"),
+        (
+            [1, 100],
+            {},
+            "request 'x': token id 100 is not in the vocabulary; valid ids: 0 to 99",
+        ),
+        ([-1], {}, "request 'x': token id -1 is not in the vocabulary; valid ids: 0 to 99"),
+        ([0.5], {}, "request 'x': the prompt must be one list of whole numbers"),
+        ([[1], [2]], {}, "request 'x': the prompt must be one list of whole numbers"),
+        ([[1], [2, 3]], {}, "request 'x': the prompt must be one list of whole numbers"),
+        ([10**30], {}, "request 'x': the prompt must be one list of whole numbers"),
+        (
+            [1] * 65,
+            {},
+            "request 'x': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 40",
+        ),
+        (
+            [1] * 41,
+            {},
+            "request 'x': the prompt of 41 tokens needs 11 blocks of 4 but the cache has 10; "
+            "valid lengths: 1 to 40",
+        ),
+        (
+            [1],
+            {"max_tokens": 0},
+            "request 'x': max_tokens is 0; it must be a whole number, 1 or more",
+        ),
+        (
+            [1],
+            {"max_tokens": -3},
+            "request 'x': max_tokens is -3; it must be a whole number, 1 or more",
+        ),
+        (
+            [1],
+            {"max_tokens": float("nan")},
+            "request 'x': max_tokens is nan; it must be a whole number, 1 or more",
+        ),
+        ([1], {"priority": 0.5}, "request 'x': priority is 0.5; it must be a whole number"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_and_harms_nobody(prompt, kwargs, message):
+    scheduler = make(num_blocks=10)
+    (other,) = add(scheduler, request("a", max_tokens=2))
+    step(scheduler)
+    with pytest.raises(UserError) as refused:
+        scheduler.add(Request("x", prompt, **{"max_tokens": 1} | kwargs))
+    assert str(refused.value) == message
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
+    step(scheduler)
+    assert other.finish_reason is FinishReason.LENGTH
+    check_empty(scheduler)
+
+
+def test_an_id_is_used_once_at_a_time():
+    scheduler = make()
+    add(scheduler, request("a", max_tokens=1))
+    with pytest.raises(UserError) as refused:
+        scheduler.add(request("a"))
+    assert str(refused.value) == (
+        "request 'a' is there already; an id may be used again when its request has finished"
+    )
+    step(scheduler)
+    add(scheduler, request("a"))
+    assert scheduler.num_waiting == 1
+
+
+def test_the_caller_s_prompt_is_copied():
+    scheduler = make()
+    prompt = np.array([1, 2, 3], dtype=np.int32)
+    scheduler.add(Request("a", prompt, max_tokens=1))
+    prompt[:] = 9
+    assert only_batch(step(scheduler)).token_ids.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [field.name for field in fields(Limits) if field.type is int],
+)
+def test_limits_are_positive(size):
+    with pytest.raises(SpecError) as refused:
+        make_limits(**{size: 0})
+    assert str(refused.value) == f"scheduler: {size} is 0; it must be 1 or more"
