@@ -102,7 +102,9 @@ class DecoderLayer:
         topk_ids, topk_weights = route(F.linear(hidden.float(), router), self._top_k)
         recorder.count_compute(2 * len(x) * router.numel(), router.nbytes if len(x) else 0)
         recorder.enter(Stage.DISPATCH, index)
-        arrived = yield from self._dispatcher.dispatch(hidden, topk_ids, batch.tokens_of_stage_rank)
+        arrived = yield from self._dispatcher.dispatch(
+            hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
+        )
         recorder.enter(Stage.EXPERTS, index)
         results = self._experts.forward(arrived.rows, arrived.num_tokens_per_expert)
         recorder.count_compute(*self._experts.compute_cost(arrived.num_tokens_per_expert))
