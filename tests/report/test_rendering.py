@@ -70,8 +70,8 @@ def test_markdown_tables_are_rectangular() -> None:
     page = markdown.render(many())
     assert page.startswith("# expertlane: example, top-2\n\n## Verdict\n\nFaster here: ")
     assert (
-        "| # | deployment | layout | ranks | each rank holds, weights |\n| --- | --- | --- | ---: | --- |"
-        in page
+        "| # | deployment | layout | ranks | each rank holds, weights |\n"
+        "| --- | --- | --- | ---: | --- |" in page
     )
     assert (
         "| 9 | EP 16 | dp=16,ep=16 | 16 | 4 layers × 1 expert, all of each; up to 1.02 kB |" in page
