@@ -144,7 +144,9 @@ class PhaseResult(_Strict):
     Attributes:
         num_steps: steps; a rotating micro-batch's counts as one.
         num_rounds: times every sequence went one token on.
-        step_s: median.
+        tps_of_runs: of each repetition by itself.
+        step_s: median, from a step's submission to its finish; with steps in flight together it
+            holds their queueing.
         exposed_s: seconds a round blocked in dispatch and combine, mean over the ranks of a
             pipeline stage, added up over stages.
         active_expert_share: of the experts of a layer, those with a token in a step; mean.
@@ -157,6 +159,7 @@ class PhaseResult(_Strict):
     num_tokens: int
     wall_s: float
     tps: float
+    tps_of_runs: tuple[float, ...]
     step_s: float
     exposed_s: float
     active_expert_share: float
@@ -317,6 +320,7 @@ class Results(_Strict):
     Attributes:
         created: ISO 8601, UTC.
         experiment: model, workload, seed, cluster and deployments as asked for.
+        foreign_cpu_share: of the host's cores, what other processes used while it ran.
 
     Raises:
         UserError: no deployment, one name twice, or sources mixed.
@@ -332,6 +336,7 @@ class Results(_Strict):
     deployments: tuple[DeploymentResult, ...]
     hidden_communication: tuple[HiddenCommunication, ...]
     scaling: tuple[ScalingPoint, ...]
+    foreign_cpu_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.deployments:

@@ -116,7 +116,7 @@ def dispatch_and_combine(
     x, topk_ids, topk_weights = (torch.from_numpy(array) for array in inputs[context.rank])
     num_tokens = [len(of_rank[0]) for of_rank in inputs]
     with Recording(recorder, Stage.DISPATCH) as dispatching:
-        arrived = interleave([dispatcher.dispatch(x, topk_ids, num_tokens)])[0]
+        arrived = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])[0]
     experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
     factors = (experts + 1.0).repeat_interleave(torch.tensor(arrived.num_tokens_per_expert))
     results = arrived.rows * factors[:, None].to(arrived.rows.dtype) / layout.etp

@@ -117,6 +117,8 @@ class LongRun:
         launcher = psutil.Process(self.pids[0])
         assert wait_until(launcher.children)
         self._children = launcher.children()
+        # Between fork and exec a child still has its parent's environment.
+        assert wait_until(lambda: "EXPERTLANE_LAUNCHER" in self._children[0].environ())
         _, _, progress_path = self._children[0].environ()["EXPERTLANE_LAUNCHER"].split(" ", 2)
         self.progress_path = Path(progress_path)
         self.board = ProgressBoard(num_ranks, self.progress_path)

@@ -94,11 +94,12 @@ def test_all_compute_the_same_tokens(results, pools):
 
 def test_tokens_are_counted_once(results):
     for each in results.deployments:
-        assert each.prefill.num_tokens == 9 * 5
-        assert each.decode.num_tokens == 9 * 3
-        assert each.decode.num_rounds == 3
+        assert each.prefill.num_tokens == 2 * 9 * 5  # two runs
+        assert each.decode.num_tokens == 2 * 9 * 3
+        assert each.decode.num_rounds == 2 * 3
+        assert len(each.decode.tps_of_runs) == 2
         loads = each.expert_load.num_tokens_per_expert
-        assert [sum(layer) for layer in loads] == [9 * (5 + 3) * 2] * 4
+        assert [sum(layer) for layer in loads] == [2 * 9 * (5 + 3) * 2] * 4
         assert loads == results.deployments[0].expert_load.num_tokens_per_expert
 
 
@@ -162,7 +163,7 @@ def test_nothing_to_decode(pools):
     )
     results = run_comparison(experiment, pools.pool(4), Silent(), command="")
     assert [each.decode for each in results.deployments] == [None] * 3
-    assert [each.prefill.num_tokens for each in results.deployments] == [1] * 3
+    assert [each.prefill.num_tokens for each in results.deployments] == [2] * 3
     assert len({each.tokens_sha256 for each in results.deployments}) == 1
 
 

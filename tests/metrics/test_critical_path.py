@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from expertlane.metrics import critical_path
@@ -69,3 +71,13 @@ def test_replicas_do_not_add_up() -> None:
 def test_no_cpu_time_counted() -> None:
     result = critical_path(Layout(), [step_record(0, 1, [0], [cpu_record(0, 0)])])
     assert (result.total_s, result.tps) == (0, 0)
+
+
+def test_runs_add_up() -> None:
+    """Each run begins with an empty pipeline: 2 × (1 + 1), not 1 + 1 + 1."""
+    cpu = {(0, 0, Stage.ROUTER): 1.0}
+    steps = [
+        replace(step_record(run, run + 1, [0], [rank_record(r, cpu=cpu) for r in (0, 1)]), run=run)
+        for run in (0, 1)
+    ]
+    assert critical_path(Layout(pp=2), steps).total_s == 4.0

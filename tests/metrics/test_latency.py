@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from expertlane.metrics import latency
@@ -76,3 +78,17 @@ def test_an_empty_micro_batch_counts_as_a_step_alone() -> None:
 def test_nothing_to_measure(steps: list) -> None:
     with pytest.raises(ValueError, match="no step with a sequence"):
         latency(steps)
+
+
+def test_runs_are_timed_by_themselves() -> None:
+    """Two runs of two steps of one sequence, 100 s apart; what lies between them does not count."""
+    steps = [
+        replace(step_record(start, start + length, [0], []), run=run)
+        for run, start, length in [(0, 0.0, 1.0), (0, 1.0, 1.0), (1, 102.0, 2.0), (1, 104.0, 2.0)]
+    ]
+    speed = latency(steps)
+    assert speed.wall_s == 2 + 4
+    assert speed.tps_of_runs == (1.0, 0.5)
+    assert speed.tps == 4 / 6
+    assert speed.num_rounds == 4
+    assert speed.token_median_s == 1.5

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.model.attention import Attention, KVCache, RotaryEmbedding
+from expertlane.model.attention import Attention
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.kv_cache import KVCache
+from expertlane.model.rotary import RotaryEmbedding
 from expertlane.parallel.clock import HostClock
+from expertlane.parallel.interleave import interleave
+from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
 from expertlane.parallel.progress import ProgressBoard
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import Batch
@@ -22,6 +26,20 @@ MODEL = PRESETS["paper-tiny"].with_overrides(
 NUM_SLOTS, MAX_LEN = 4, 8
 
 
+class Given:
+    """A weight source of two matrices: queries, keys and values together, and the output."""
+
+    dtype, device, num_bytes = torch.float32, CPU, 0
+
+    def __init__(self, query_key_value, output):
+        parts = query_key_value.chunk(3)
+        names = ("query", "key", "value")
+        self._tensors = dict(zip(names, parts, strict=True)) | {"output": output}
+
+    def take(self, name, part=None, dtype=None):
+        return self._tensors[name.rsplit(".", 1)[-1]]
+
+
 @pytest.fixture
 def weights():
     generator = torch.Generator().manual_seed(0)
@@ -33,8 +51,9 @@ def attend(weights):
     """Feed parts (slot, num_computed, x [num_scheduled, 6]) as one batch; the outputs by part."""
     rotary = RotaryEmbedding(MODEL, CPU)
     recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock())
-    attention = Attention(*weights, MODEL.head_dim, rotary, recorder)
-    cache = KVCache(NUM_SLOTS, 2, MAX_LEN, MODEL.head_dim, torch.float32, CPU)
+    mesh = ParallelMesh(Layout(), DeviceMeshes("cpu"), 0, 1, recorder)
+    attention = Attention(MODEL, 0, Given(*weights), mesh, rotary, recorder)
+    cache = KVCache(NUM_SLOTS, *attention.cache_dims[:1], MAX_LEN, 4, 4, torch.float32, CPU)
     cache.keys.fill_(torch.nan)  # nothing that was not written may be read
     cache.values.fill_(torch.nan)
 
@@ -50,7 +69,7 @@ def attend(weights):
         layout = Layout()
         forward_batch = ForwardBatch([batch], layout, layout.coordinates(0), CPU)
         x = torch.cat([torch.empty(0, 6), *(x for _, _, x in parts)])
-        return attention.forward(x, forward_batch, cache).split(lengths)
+        return interleave([attention.forward(x, forward_batch, cache)])[0].split(lengths)
 
     return run
 

@@ -125,7 +125,7 @@ def test_experts_cut_over_two_ranks(pools):
     assert zero.combined.tolist() == [[1, 10], [4, 40]]
     assert one.combined.tolist() == [[6, 60]]
     # No counts to exchange: how many tokens each rank has is in the plan.
-    assert sent(zero.dispatch, Traffic.METADATA) == 2 * 4
+    assert sent(zero.dispatch, Traffic.METADATA) == 2 * (4 + 4)  # id and weight
     assert sent(zero.dispatch, Traffic.PAYLOAD) == 2 * ROW_BYTES
     # Partial sums of c's pair go to rank 1, those of a's and b's to rank 0.
     assert sent(zero.combine, Traffic.PAYLOAD) == 1 * ROW_BYTES

@@ -118,12 +118,12 @@ def test_dispatch_and_combine(records):
 def test_tensor_parallel_step(records):
     (zero, one), _ = records("tp=2")  # rank 0 owns two tokens, rank 1 the last one
     # A layer: all-gather of owned rows, reduce-scatter of the other's rows, dispatch as an
-    # all-gather, combine as a reduce-scatter of the other's pairs. Then the head's input.
-    assert sent(zero, Traffic.PAYLOAD) == NUM_LAYERS * 32 * (2 + 1 + 2 + 4)
-    assert sent(one, Traffic.PAYLOAD) == NUM_LAYERS * 32 * (1 + 2 + 1 + 8) + 32
-    # Expert ids with every dispatched row; value and id of the likeliest token, 8 bytes each.
-    assert sent(zero, Traffic.METADATA) == NUM_LAYERS * 2 * 16 + 16
-    assert sent(one, Traffic.METADATA) == NUM_LAYERS * 1 * 16 + 16
+    # all-gather, combine as a reduce-scatter of the other's tokens. Then the head's input.
+    assert sent(zero, Traffic.PAYLOAD) == NUM_LAYERS * 32 * (2 + 1 + 2 + 1)
+    assert sent(one, Traffic.PAYLOAD) == NUM_LAYERS * 32 * (1 + 2 + 1 + 2) + 32
+    # Ids and weights with every dispatched row; value and id of the likeliest token, 8 bytes each.
+    assert sent(zero, Traffic.METADATA) == NUM_LAYERS * 2 * 32 + 16
+    assert sent(one, Traffic.METADATA) == NUM_LAYERS * 1 * 32 + 16
     for record in (zero, one):
         assert record.num_collectives[Stage.COLLECTIVES] == NUM_LAYERS * 2 + 2
         assert record.num_collectives[Stage.DISPATCH] == NUM_LAYERS

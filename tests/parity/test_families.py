@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.running import deployment
-from model.families import FAMILIES, Greedy, run_greedy
 
+from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
+from model.families import FAMILIES, Greedy, run_greedy
 
 BOUND = 1e-4
 NUM_STEPS = 64

@@ -48,7 +48,9 @@ def test_every_goal_has_evidence_for_every_deployment() -> None:
 
 def test_the_evidence() -> None:
     parallelism, contention, overlap, scaling = goals_of(example.usual())
-    assert parallelism.parts[0] == "Most experts of a layer computing at once: 16, with #3, #4."
+    assert parallelism.parts[0] == (
+        "By its layout, most experts of a layer computing at once: 16, with #3, #4."
+    )
     assert tables(parallelism)[0].rows[1][2:] == ("1", "2", "100%")
     assert contention.parts[0] == "One expert of a layer to a rank: #3, #4."
     assert tables(contention)[0].rows[0][2:] == ("16", "1/8", "2.00 kB")
@@ -56,12 +58,13 @@ def test_the_evidence() -> None:
     # Blocked: rank 0 a tenth of 160 ms, 15 ranks three tenths: 46 ms; 40 of them gone.
     assert overlap.parts[0] == (
         "Overlap hides 87%: a decode step takes 160 ms without overlap, 120 ms with it (EP 16, "
-        "two-batch overlap); without it 46.0 ms of a step are blocked in dispatch and combine."
+        "two-batch overlap); without it 46.0 ms of a step are blocked in dispatch and combine, "
+        "waiting for other ranks included."
     )
-    assert [row[4] for row in tables(overlap)[0].rows] == ["—", "—", "—", "87%"]
+    assert [row[5] for row in tables(overlap)[0].rows] == ["—", "—", "—", "87%"]
     assert scaling.parts[0] == (
-        "From 1 rank (ep=1) to 16 ranks (ep=16), the same workload: TPS per rank goes to "
-        "0.0781×, critical-path TPS per rank to 0.0781×; linear would be 1.00×."
+        "From 1 rank (ep=1) to 16 ranks (ep=16), the same workload: critical-path TPS per "
+        "rank goes to 0.0781×, TPS per rank to 0.0781×; linear would be 1.00×."
     )
 
 
@@ -69,8 +72,8 @@ def test_overlap_that_costs_time_is_reported_so() -> None:
     given = example.results([(example.EXPERT, 0.1), (example.OVERLAP, 0.12)])
     overlap = goals_of(given)[2]
     assert isinstance(overlap.parts[0], str)
-    assert overlap.parts[0].startswith("Overlap costs time here, hidden -70%: ")
-    assert tables(overlap)[0].rows[1][4] == "-70%"
+    assert overlap.parts[0].startswith("Overlap hides nothing here and costs 20.0 ms a step: ")
+    assert tables(overlap)[0].rows[1][5] == "-70%"
 
 
 def test_nothing_to_overlap_or_to_scale() -> None:

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 import example_results as example
 from expertlane.report.comparison import compare
-from expertlane.report.verdict import oversubscription, verdict
+from expertlane.report.verdict import foreign_load, oversubscription, verdict
 from expertlane.results import Results
 
 
@@ -24,9 +26,9 @@ def test_proposal_against_the_best_baseline_and_the_first() -> None:
     )
     # One expert stage's 0.1 of a step for the one, chained over two pipeline stages for the other.
     assert critical == (
-        "By critical-path CPU time, with a core for each rank and free transfers, EP 16, two-batch "
-        "overlap would be ahead too, with 5.33× the throughput of TP 8 × PP 2, 2 micro-batches "
-        "rotating: 1,333 against 250 TPS."
+        "By critical-path CPU time, as if every rank had a core and transfers were free, EP 16, "
+        "two-batch overlap is ahead, with 5.33× the throughput of TP 8 × PP 2, 2 micro-batches "
+        "rotating: 1,333 against 250 TPS. That favours deployments that communicate most."
     )
 
 
@@ -42,7 +44,7 @@ def test_a_faster_baseline_is_called_so() -> None:
 def test_critical_paths_may_say_the_contrary() -> None:
     # Tensor parallelism has twice the critical path at equal steps: two pipeline stages.
     critical = sentences(example.results([(example.TENSOR, 0.15), (example.EXPERT, 0.2)]))[2]
-    assert "EP 16 would be ahead instead, with 1.50× the throughput of TP 8 × PP 2: " in critical
+    assert "EP 16 is ahead, with 1.50× the throughput of TP 8 × PP 2: " in critical
 
 
 def test_the_largest_part_of_the_faster_is_named_where_it_is_another() -> None:
@@ -54,8 +56,8 @@ def test_the_largest_part_of_the_faster_is_named_where_it_is_another() -> None:
 def test_equally_fast() -> None:
     which = sentences(example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.2)]))[0]
     assert which == (
-        "Equally fast here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 decode "
-        "TPS; TPOT 200 ms against 200 ms (the same)."
+        "Too close to call here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 "
+        "decode TPS; TPOT 200 ms against 200 ms (the same)."
     )
 
 
@@ -93,3 +95,19 @@ def test_a_core_for_each_rank() -> None:
     assert oversubscription(example.machine(16)) is None
     given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], num_cores=16)
     assert len(sentences(given)) == 2  # nothing on critical paths: wall times stand
+
+
+def test_runs_that_overlap_are_too_close_to_call() -> None:
+    given = example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.1)])
+    tensor, expert = given.deployments
+    decode = replace(expert.decode, tps_of_runs=(70.0, 250.0))
+    given = replace(given, deployments=(tensor, replace(expert, decode=decode)))
+    assert sentences(given)[0].startswith("Too close to call here: EP 16 and the best baseline")
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(0.0, False), (0.04, False), (0.2, True)])
+def test_load_of_other_processes(share: float, is_told: bool) -> None:
+    given = replace(example.results([(example.TENSOR, 0.2)]), foreign_cpu_share=share)
+    line = foreign_load(given)
+    assert (line is not None) == is_told
+    assert line is None or line.startswith("Other processes used 20% of the cores meanwhile")

@@ -1,8 +1,8 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
-import os
 import shlex
 import sys
+import tempfile
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -162,14 +162,18 @@ def _parse_top_ks(text: str) -> list[int]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check, before anything runs, that results can be written there."""
+    """Check, before anything runs, that results can be written there; leaves nothing behind."""
     for path in (folder, *folder.absolute().parents):
         if path.exists():
             if not path.is_dir():
                 raise UserError(f"results cannot go to {folder}: {path} is not a folder")
-            if not os.access(path, os.W_OK):
-                raise UserError(f"results cannot go to {folder}: {path} is not writable")
-            return
+            try:
+                with tempfile.TemporaryDirectory(dir=path):
+                    return
+            except OSError as error:
+                raise UserError(
+                    f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
+                ) from None
 
 
 def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:

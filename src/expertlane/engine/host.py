@@ -32,3 +32,28 @@ def _read(name: str) -> str:
         return (_CGROUP / name).read_text()
     except OSError:
         return ""
+
+
+class ForeignLoad:
+    """CPU time that processes other than this one and its descendants use."""
+
+    def __init__(self) -> None:
+        self._began = self._used()
+
+    def share(self) -> float:
+        """Of all cores since this was made; 0 on a host that is otherwise idle."""
+        busy, total, own = (now - then for now, then in zip(self._used(), self._began, strict=True))
+        return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
+
+    def _used(self) -> tuple[float, float, float]:
+        """Seconds of all cores that were busy, that there were, and that we used."""
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        own = 0.0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                used = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            own += used.user + used.system
+        return sum(times[:8]) - idle, sum(times[:8]), own

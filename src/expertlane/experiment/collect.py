@@ -106,11 +106,13 @@ def build_results(
     versions: Versions,
     deployments: Sequence[DeploymentResult],
     scaling: Sequence[DeploymentResult] = (),
+    foreign_cpu_share: float = 0.0,
 ) -> Results:
     """All that `results.json` holds.
 
     Args:
         deployments, scaling: in the experiment's order.
+        foreign_cpu_share: of the launcher's host, what other processes used meanwhile.
     """
     return Results(
         command=command,
@@ -122,6 +124,7 @@ def build_results(
         deployments=tuple(deployments),
         hidden_communication=hidden_by_overlap(deployments),
         scaling=scaling_points(scaling, deployments),
+        foreign_cpu_share=foreign_cpu_share,
     )
 
 
@@ -208,6 +211,7 @@ def _phase(phase: PhaseMetrics) -> dict[str, Any]:
         "num_tokens": speed.num_tokens,
         "wall_s": speed.wall_s,
         "tps": speed.tps,
+        "tps_of_runs": speed.tps_of_runs,
         "step_s": speed.step_median_s,
         "exposed_s": phase.time.exposed_s / speed.num_rounds,
         "active_expert_share": phase.active_expert_share,

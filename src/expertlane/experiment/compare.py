@@ -1,13 +1,17 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 import platform
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane import __version__
+from expertlane.engine.host import ForeignLoad
+from expertlane.engine.messages import HeldBytes
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from expertlane.experiment.machine import RankMachine, RankRates
 
 _DESCRIBE = "expertlane.experiment.machine:describe"
+_WARM_UP_LEN = 4
 _MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
 
 
@@ -47,10 +52,13 @@ def run_comparison(
     peak = measure_peak(pool, seen)
     progress.advance()
     progress.done()
-    deployments, scaling = (
-        [_run(experiment, each, pool, peak, ranks_per_node, progress) for each in group]
-        for group in (experiment.deployments, experiment.scaling)
-    )
+    runs = _Runs(experiment, pool, peak, ranks_per_node, progress)
+    # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
+    for run, order in enumerate((experiment.deployments, experiment.deployments[::-1])):
+        for deployment in order:
+            runs.measure(deployment, run)
+    for deployment in experiment.scaling:
+        runs.measure(deployment, 0)
     hosts = {each.host: each for each in seen}.values()
     machine = Machine(
         cpu_name=seen[0].cpu_name,
@@ -69,8 +77,9 @@ def run_comparison(
         command=command,
         machine=machine,
         versions=Versions(__version__, platform.python_version(), seen[0].torch_version),
-        deployments=deployments,
-        scaling=scaling,
+        deployments=[runs.result(each) for each in experiment.deployments],
+        scaling=[runs.result(each) for each in experiment.scaling],
+        foreign_cpu_share=runs.foreign_cpu_share,
     )
 
 
@@ -122,49 +131,95 @@ def measure_peak(pool: RankPool, seen: Sequence["RankMachine"]) -> MachinePeak:
     )
 
 
-def _run(
-    experiment: Experiment,
-    deployment: Deployment,
-    pool: RankPool,
-    peak: MachinePeak,
-    ranks_per_node: int,
-    progress: Progress,
-) -> DeploymentResult:
-    model, workload = experiment.model, experiment.workload
-    prompts = workload.prompt_token_ids(model.vocab_size)
-    progress.task(deployment.name, 1 + workload.output_len)
-    runner = ModelRunner(
-        pool, model, deployment, workload, seed=experiment.seed, ranks_per_node=ranks_per_node
-    )
-    warm_up = replace(workload, output_len=min(2, workload.output_len))
-    scheduler = FixedScheduler(warm_up, deployment, prompts, record=False)
-    _exhaust(drive(scheduler, runner))
-    if scheduler.start_decode():
+class _Runs:
+    """What was measured of every deployment, repetition by repetition.
+
+    Attributes:
+        foreign_cpu_share: of this host's cores, what other processes used meanwhile.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        pool: RankPool,
+        peak: MachinePeak,
+        ranks_per_node: int,
+        progress: Progress,
+    ) -> None:
+        self._experiment = experiment
+        self._pool = pool
+        self._peak = peak
+        self._ranks_per_node = ranks_per_node
+        self._progress = progress
+        self._prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
+        self._prefill: dict[str, list[StepRecord]] = defaultdict(list)
+        self._decode: dict[str, list[StepRecord]] = defaultdict(list)
+        self._tokens: dict[str, npt.NDArray[np.int64]] = {}
+        self._held: dict[str, list[HeldBytes]] = {}
+        self._foreign = ForeignLoad()
+
+    @property
+    def foreign_cpu_share(self) -> float:
+        """Of this host's cores, since the first run."""
+        return self._foreign.share()
+
+    def measure(self, deployment: Deployment, run: int) -> None:
+        """Deploy, warm up, and run the workload once."""
+        experiment, name = self._experiment, deployment.name
+        workload, progress = experiment.workload, self._progress
+        progress.task(f"{name}, again" if run else name, 1 + workload.output_len)
+        runner = ModelRunner(
+            self._pool,
+            experiment.model,
+            deployment,
+            workload,
+            seed=experiment.seed,
+            ranks_per_node=self._ranks_per_node,
+        )
+        self._held[name] = runner.held
+        self._warm_up(deployment, runner)
+        progress.advance()
+        scheduler = FixedScheduler(workload, deployment, self._prompts)
+        self._prefill[name] += _step_records(drive(scheduler, runner), run)
+        progress.advance()
+        if scheduler.start_decode():
+            num_in_round = 0
+            for record in _step_records(drive(scheduler, runner), run):
+                self._decode[name].append(record)
+                num_in_round += len(record.seq_ids)
+                if num_in_round >= workload.num_sequences:
+                    num_in_round = 0
+                    progress.advance()
+        progress.done()
+        outputs = scheduler.outputs
+        self._tokens[name] = np.array([outputs[seq] for seq in range(workload.num_sequences)])
+
+    def _warm_up(self, deployment: Deployment, runner: ModelRunner) -> None:
+        """Short prompts and one decode step, unrecorded."""
+        workload = self._experiment.workload
+        short = replace(
+            workload,
+            prompt_len=min(_WARM_UP_LEN, workload.prompt_len),
+            output_len=min(2, workload.output_len),
+        )
+        prompts = self._prompts[:, : short.prompt_len]
+        scheduler = FixedScheduler(short, deployment, prompts, record=False)
         _exhaust(drive(scheduler, runner))
-    progress.advance()
-    scheduler = FixedScheduler(workload, deployment, prompts)
-    prefill = list(_step_records(drive(scheduler, runner)))
-    progress.advance()
-    decode: list[StepRecord] = []
-    if scheduler.start_decode():
-        num_in_round = 0
-        for record in _step_records(drive(scheduler, runner)):
-            decode.append(record)
-            num_in_round += len(record.seq_ids)
-            if num_in_round >= workload.num_sequences:
-                num_in_round = 0
-                progress.advance()
-    progress.done()
-    tokens = np.array([scheduler.outputs[seq] for seq in range(workload.num_sequences)])
-    return deployment_result(
-        deployment,
-        model,
-        workload,
-        summarise(deployment.layout, prefill, decode, peak),
-        runner.held,
-        tokens,
-        is_baseline=deployment.is_baseline,
-    )
+        if scheduler.start_decode():
+            _exhaust(drive(scheduler, runner))
+
+    def result(self, deployment: Deployment) -> DeploymentResult:
+        """All runs of a deployment together."""
+        name = deployment.name
+        return deployment_result(
+            deployment,
+            self._experiment.model,
+            self._experiment.workload,
+            summarise(deployment.layout, self._prefill[name], self._decode[name], self._peak),
+            self._held[name],
+            self._tokens[name],
+            is_baseline=deployment.is_baseline,
+        )
 
 
 def _exhaust(steps: Iterable[FinishedStep]) -> None:
@@ -172,7 +227,7 @@ def _exhaust(steps: Iterable[FinishedStep]) -> None:
         pass
 
 
-def _step_records(steps: Iterable[FinishedStep]) -> Iterator[StepRecord]:
+def _step_records(steps: Iterable[FinishedStep], run: int) -> Iterator[StepRecord]:
     for plan, outcome in steps:
         batches = [batch for micro_batch in plan.micro_batches for batch in micro_batch]
         yield StepRecord(
@@ -184,4 +239,5 @@ def _step_records(steps: Iterable[FinishedStep]) -> Iterator[StepRecord]:
             submitted_s=outcome.submitted_s,
             finished_s=outcome.finished_s,
             records=outcome.records,
+            run=run,
         )

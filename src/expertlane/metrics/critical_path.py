@@ -40,8 +40,22 @@ def critical_path(layout: Layout, steps: Sequence[StepRecord]) -> CriticalPath:
     tokens of its own sequences are ready. Drained steps thus follow one another, and rotating
     micro-batches fill the pipeline.
     """
-    total_s = 0.0
-    step_s = []
+    total_s, step_s = 0.0, []
+    for run in sorted({step.run for step in steps}):
+        run_s, of_steps_s = _one_run(layout, [step for step in steps if step.run == run])
+        total_s += run_s
+        step_s += of_steps_s
+    num_tokens = sum(step.num_tokens for step in steps)
+    return CriticalPath(
+        total_s=total_s,
+        tps=num_tokens / total_s if total_s else 0.0,
+        step_median_s=float(np.median(step_s)),
+    )
+
+
+def _one_run(layout: Layout, steps: Sequence[StepRecord]) -> tuple[float, list[float]]:
+    """The whole of a run, and each step."""
+    total_s, step_s = 0.0, []
     for replica in range(layout.replicas):
         free = [0.0] * layout.pp
         ready: dict[int, float] = {}
@@ -55,12 +69,7 @@ def critical_path(layout: Layout, steps: Sequence[StepRecord]) -> CriticalPath:
             ready |= dict.fromkeys(step.seq_ids, free[-1])
             step_s.append(free[-1] - begin)
         total_s = max(total_s, free[-1])
-    num_tokens = sum(step.num_tokens for step in steps)
-    return CriticalPath(
-        total_s=total_s,
-        tps=num_tokens / total_s if total_s else 0.0,
-        step_median_s=float(np.median(step_s)),
-    )
+    return total_s, step_s
 
 
 def _stage_cpu_s(layout: Layout, step: StepRecord) -> npt.NDArray[np.float64]:

@@ -173,7 +173,9 @@ class MoEBlock:
             2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
         )
         recorder.enter(Stage.DISPATCH, layer)
-        arrived = yield from self._dispatcher.dispatch(hidden, topk_ids, batch.tokens_of_stage_rank)
+        arrived = yield from self._dispatcher.dispatch(
+            hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
+        )
         recorder.enter(Stage.EXPERTS, layer)
         results = self._experts.forward(arrived.rows, arrived.num_tokens_per_expert)
         recorder.count_compute(*self._experts.compute_cost(arrived.num_tokens_per_expert))

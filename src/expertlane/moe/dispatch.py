@@ -3,7 +3,8 @@
 A token is sent once to each expert-parallel rank it reaches (at the sender's own etp_rank), then
 gathered over the expert tensor-parallel group; expert outputs take the same way back, one row for
 every token-expert pair, and are summed at home in float32 in the order of the token's choices. So
-the sum does not depend on which rank computed what.
+the sum does not depend on which rank computed what. Without expert parallelism (ep = 1) every rank
+has all of a token's experts, so the router's weights travel with it and one row comes back.
 
 Shapes: T tokens of this rank, K = top_k, R rows received, P token-expert pairs received,
 H = hidden_size.
@@ -32,18 +33,20 @@ class Dispatched:
 
     Attributes:
         rows: [P, H]; the input of the experts, grouped by expert.
+        weights: [R, K] float32; the router's weights of the rows; None if ep > 1.
         num_tokens_per_expert: [num_local_experts].
         order: [P]; which pair, in order of arrival, stands at each place of `rows`.
-        pairs_of_etp_rank: [etp]; how many pairs each rank of the etp group brought in.
+        returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
         pairs_from: [ep]; of this rank's own, how many came from each ep rank.
         pairs_to: [ep]; how many pairs this rank sent to each ep rank.
         send_order: [T·K]; the pair (token·K + choice) at each place of what was sent.
     """
 
     rows: Tensor
+    weights: Tensor | None
     num_tokens_per_expert: list[int]
     order: Tensor
-    pairs_of_etp_rank: list[int]
+    returns_to_etp_rank: list[int]
     pairs_from: list[int]
     pairs_to: list[int]
     send_order: Tensor
@@ -60,13 +63,18 @@ class AllToAllDispatcher:
         self._first_of_rank = torch.tensor(first, device=device)
 
     def dispatch(
-        self, x: Tensor, topk_ids: Tensor, tokens_of_stage_rank: Sequence[int]
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        tokens_of_stage_rank: Sequence[int],
     ) -> Steps[Dispatched]:
         """Send this rank's tokens and receive those for its experts.
 
         Args:
             x: [T, H].
             topk_ids: [T, K]; logical experts.
+            topk_weights: [T, K] float32.
             tokens_of_stage_rank: [dp·tp]; tokens owned by each rank of the stage.
         """
         ep, top_k = self._mesh.layout.ep, topk_ids.shape[1]
@@ -83,31 +91,38 @@ class AllToAllDispatcher:
                 own_counts.view(1, -1), [1] * self._mesh.stage.size, metadata_bytes=width
             )
             counts = gathered.view(-1, ep, 2).cpu().numpy()
-        rows, ids = yield from self._exchange(x, topk_ids, rank_of_pair, reached, counts)
-        return self._group_by_expert(rows, ids, rank_of_pair, counts)
+        weights = topk_weights if ep == 1 else None
+        rows, ids, weights = yield from self._exchange(
+            x, topk_ids, weights, rank_of_pair, reached, counts
+        )
+        return self._group_by_expert(rows, ids, weights, rank_of_pair, counts)
 
     def _exchange(
         self,
         x: Tensor,
         topk_ids: Tensor,
+        weights: Tensor | None,
         rank_of_pair: Tensor,
         reached: Tensor,
         counts: npt.NDArray[np.int64],
-    ) -> Steps[tuple[Tensor, Tensor]]:
-        """Rows for this rank's experts [R, H], and the local expert of each choice [R, K] or -1."""
+    ) -> Steps[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows for this rank's experts [R, H], local experts [R, K] or -1, and weights [R, K]."""
         mesh = self._mesh
         to_rank, token = reached.t().nonzero(as_tuple=True)  # by rank, then token
         here = rank_of_pair[token] == to_rank[:, None]
         local = topk_ids[token] - self._first_of_rank[to_rank][:, None]
         ids = torch.where(here, local, -1).to(_ID)
         if mesh.stage.size == 1:
-            return x, ids
+            return x, ids, weights
         ep, etp, at = mesh.layout.ep, mesh.layout.etp, mesh.at
-        metadata = ids.shape[1] * _ID_BYTES
+        id_bytes = ids.shape[1] * _ID_BYTES
+        metadata = id_bytes if weights is None else 2 * id_bytes  # a weight is as long as an id
         packed = torch.empty(
             (len(ids), metadata + x.shape[1] * x.itemsize), dtype=torch.uint8, device=x.device
         )
-        packed[:, :metadata].view(_ID)[:] = ids
+        packed[:, :id_bytes].view(_ID)[:] = ids
+        if weights is not None:
+            packed[:, id_bytes:metadata].view(torch.float32)[:] = weights[token]
         packed[:, metadata:].view(x.dtype)[:] = x[token]
         arriving = counts[:, at.ep_rank, _ROWS].reshape(ep, etp)  # from (ep_rank, etp_rank)
         if ep > 1:
@@ -119,10 +134,17 @@ class AllToAllDispatcher:
             packed = yield mesh.etp.all_gather(
                 packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata
             )
-        return packed[:, metadata:].view(x.dtype), packed[:, :metadata].view(_ID)
+        if weights is not None:
+            weights = packed[:, id_bytes:metadata].view(torch.float32)
+        return packed[:, metadata:].view(x.dtype), packed[:, :id_bytes].view(_ID), weights
 
     def _group_by_expert(
-        self, rows: Tensor, ids: Tensor, rank_of_pair: Tensor, counts: npt.NDArray[np.int64]
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        weights: Tensor | None,
+        rank_of_pair: Tensor,
+        counts: npt.NDArray[np.int64],
     ) -> Dispatched:
         layout, at = self._mesh.layout, self._mesh.at
         row_of_pair, choice = (ids >= 0).nonzero(as_tuple=True)
@@ -130,11 +152,13 @@ class AllToAllDispatcher:
         order = torch.argsort(expert_of_pair, stable=True)
         num_tokens = torch.bincount(expert_of_pair, minlength=self._num_local_experts)
         arrived = counts[:, at.ep_rank, _PAIRS].reshape(layout.ep, layout.etp)
+        returning = arrived if weights is None else counts[:, 0, _ROWS].reshape(1, layout.etp)
         return Dispatched(
             rows=rows[row_of_pair[order]],
+            weights=weights,
             num_tokens_per_expert=num_tokens.tolist(),
             order=order,
-            pairs_of_etp_rank=arrived.sum(axis=0).tolist(),
+            returns_to_etp_rank=returning.sum(axis=0).tolist(),
             pairs_from=arrived[:, at.etp_rank].tolist(),
             pairs_to=counts[at.ep_rank * layout.etp + at.etp_rank, :, _PAIRS].tolist(),
             send_order=torch.argsort(rank_of_pair.flatten(), stable=True),
@@ -153,13 +177,20 @@ class AllToAllDispatcher:
         mesh = self._mesh
         arrived = torch.empty_like(results)
         arrived[sent.order] = results
+        if sent.weights is not None:
+            arrived = _weighted_sum(arrived, sent.weights)
         if mesh.layout.etp > 1:
-            arrived = yield mesh.etp.reduce_scatter(arrived, sent.pairs_of_etp_rank)
+            arrived = yield mesh.etp.reduce_scatter(arrived, sent.returns_to_etp_rank)
+        if sent.weights is not None:
+            return arrived
         if mesh.layout.ep > 1:
             arrived = yield mesh.ep.all_to_all(arrived, sent.pairs_from, sent.pairs_to)
         of_pair = torch.empty_like(arrived)
         of_pair[sent.send_order] = arrived
-        num_tokens, top_k = topk_weights.shape
-        of_pair = of_pair.view(num_tokens, top_k, of_pair.shape[1])
-        weighted = of_pair.float() * topk_weights[:, :, None]
-        return weighted.sum(dim=1).to(results.dtype)
+        return _weighted_sum(of_pair, topk_weights)
+
+
+def _weighted_sum(of_pair: Tensor, weights: Tensor) -> Tensor:
+    """[T, H] of rows [T · K, H] and weights [T, K]; summed in float32."""
+    rows = of_pair.view(*weights.shape, of_pair.shape[1])
+    return (rows.float() * weights[:, :, None]).sum(dim=1).to(of_pair.dtype)

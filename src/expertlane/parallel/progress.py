@@ -98,7 +98,7 @@ class ProgressReporter:
         self.enter(Stage.SETUP, NO_LAYER)
 
     def set_step(self, step: int) -> None:
-        """Say which step begins; -1 between steps."""
+        """Say which step begins; -1 before the first."""
         self._cells[_STEP] = step
 
     def enter(self, stage: Stage, layer: int) -> None:

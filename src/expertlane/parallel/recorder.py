@@ -35,6 +35,7 @@ class Recorder:
         self._clock = clock
         self.stage = Stage.IDLE
         self.layer = NO_LAYER
+        self._last_layer = NO_LAYER
         self._recording = False
         self._micro_batch = 0
         self._ended_s = time.perf_counter()
@@ -76,6 +77,8 @@ class Recorder:
     def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
         """End the current stage and begin `stage` of `layer`."""
         self.stage, self.layer = stage, layer
+        if layer != NO_LAYER:
+            self._last_layer = layer
         self.progress.enter(stage, layer)
         if self._recording:
             self._cells.append(self._cell())
@@ -124,8 +127,8 @@ class Recorder:
         """Close the record; None where the plan asked for none."""
         record = self._record() if self._recording else None
         self._recording = False
-        self.progress.set_step(-1)
-        self.enter(Stage.IDLE)
+        self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
+        self.layer = NO_LAYER
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
         return record

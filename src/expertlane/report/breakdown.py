@@ -7,7 +7,7 @@ from expertlane.results import TrafficBytes
 from expertlane.spec.names import Cause, Link
 
 # Deployments side by side in one table that fits 80 columns.
-_NUM_SIDE_BY_SIDE = 8
+_NUM_SIDE_BY_SIDE = 9
 
 
 def bottlenecks(comparison: Comparison) -> Section:

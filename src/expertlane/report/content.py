@@ -17,22 +17,25 @@ from expertlane.report.numbers import (
     span,
     times,
 )
-from expertlane.report.paper import paper_section
-from expertlane.report.verdict import oversubscription, verdict
+from expertlane.report.paper import paper_sections
+from expertlane.report.verdict import foreign_load, oversubscription, verdict
 from expertlane.results import Results
 
 
 def title(results: Results) -> str:
     """The report's heading."""
-    return f"expertlane: {results.experiment.get('name', 'comparison')}"
+    experiment = results.experiment
+    name = experiment.get("name", "comparison")
+    top_k = experiment.get("model", {}).get("num_experts_per_tok")
+    return f"expertlane: {name}" + (f", top-{top_k}" if top_k else "")
 
 
 def sections(results: Results) -> tuple[Section, ...]:
     """Everything below the heading, in order."""
     comparison = compare(results)
-    note = oversubscription(results.machine)
+    notes = filter(None, (oversubscription(results.machine), foreign_load(results)))
     return (
-        Section("Verdict", (*verdict(comparison, results.machine), *([note] if note else []))),
+        Section("Verdict", (*verdict(comparison, results.machine), *notes)),
         _deployments(comparison, results.deployments[0].source),
         _gains(comparison),
         bottlenecks(comparison),
@@ -40,7 +43,7 @@ def sections(results: Results) -> tuple[Section, ...]:
         *goals(results, comparison),
         _assumptions(results),
         _controlled(results),
-        paper_section(),
+        *paper_sections(results),
     )
 
 
@@ -55,7 +58,7 @@ def _deployments(comparison: Comparison, source: str) -> Section:
                     text("deployment"),
                     text("layout"),
                     number("ranks"),
-                    text("each rank holds"),
+                    text("each rank holds, weights"),
                 ),
                 tuple(
                     (
@@ -76,6 +79,7 @@ def _deployments(comparison: Comparison, source: str) -> Section:
                     number("prefill TPS"),
                     number("TTFT ms"),
                     number("decode TPS"),
+                    number("runs"),
                     number("TPOT ms"),
                     number("p95"),
                     number("× first"),
@@ -83,7 +87,9 @@ def _deployments(comparison: Comparison, source: str) -> Section:
                 ),
                 tuple(_speed(row) for row in comparison.rows),
             ),
-            f"Factors are of {comparison.phase} TPS; TTFT and TPOT are medians.",
+            f"Factors are of {comparison.phase} TPS, a mean. Runs: the slowest and the fastest "
+            "repetition; what is closer together than that is not told apart. TTFT and TPOT are "
+            "medians. × best base: against the best baseline.",
         ),
     )
 
@@ -98,7 +104,7 @@ def _holds(row: Row) -> str:
     return (
         f"{span(layers)} layer{'' if layers == {1} else 's'} × {span(num_experts)} "
         f"expert{'' if num_experts == {1} else 's'}, {part_of_expert(row)} of each; "
-        f"{bytes_si(memory)} of weights"
+        f"up to {bytes_si(memory)}"
     )
 
 
@@ -111,11 +117,16 @@ def _speed(row: Row) -> tuple[str, ...]:
         figures(prefill.tps),
         milliseconds(prefill.ttft_s.median),
         figures(decode.tps) if decode else NONE,
+        _range(row.phase.tps_of_runs),
         milliseconds(decode.tpot_s.median) if decode else NONE,
         milliseconds(decode.tpot_s.p95) if decode else NONE,
         figures(row.against_first.throughput_factor),
         figures(best.throughput_factor) if best else NONE,
     )
+
+
+def _range(values: tuple[float, ...]) -> str:
+    return f"{figures(min(values))}–{figures(max(values))}" if len(values) > 1 else NONE
 
 
 def _gains(comparison: Comparison) -> Section:

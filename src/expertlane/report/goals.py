@@ -61,7 +61,7 @@ def _parallelism(comparison: Comparison) -> Section:
     return Section(
         "Goal 1: most expert-level parallelism",
         (
-            f"Most experts of a layer computing at once: {most}, with {leaders}.",
+            f"By its layout, most experts of a layer computing at once: {most}, with {leaders}.",
             Table(
                 "",
                 (
@@ -82,9 +82,9 @@ def _parallelism(comparison: Comparison) -> Section:
                     for row in comparison.rows
                 ),
             ),
-            "Of a layer: ep × replicas; of the model: × pipeline stages that the micro-batches "
-            f"can fill; with tokens: share of a layer's experts, mean over {comparison.phase} "
-            "steps.",
+            "By layout, if every rank has a core of its own. Of a layer: ep × replicas; of the "
+            "model: × pipeline stages that the micro-batches can fill; with tokens: share of a "
+            f"layer's experts, mean over {comparison.phase} steps.",
         ),
     )
 
@@ -146,6 +146,7 @@ def _overlap(results: Results, comparison: Comparison) -> Section:
                 str(row.number),
                 row.deployment.name,
                 "on" if row.deployment.options.overlap else "off",
+                milliseconds(row.phase.exposed_s),
                 percent(sum(shares[cause] for cause in _COMMUNICATION)),
                 NONE if hidden is None else percent(hidden),
             )
@@ -157,7 +158,8 @@ def _overlap(results: Results, comparison: Comparison) -> Section:
                 text("#"),
                 text("deployment"),
                 text("overlap"),
-                number("exposed: transfers and waiting"),
+                number("blocked in dispatch, combine: ms"),
+                number("all transfers and waiting"),
                 number("hidden by overlap"),
             ),
             tuple(rows),
@@ -170,12 +172,14 @@ def _hidden_sentence(pair: HiddenCommunication) -> str:
     steps = (
         f"a decode step takes {milliseconds(pair.step_off_s)} ms without overlap, "
         f"{milliseconds(pair.step_on_s)} ms with it ({pair.on}); without it "
-        f"{milliseconds(pair.exposed_s)} ms of a step are blocked in dispatch and combine"
+        f"{milliseconds(pair.exposed_s)} ms of a step are blocked in dispatch and combine, waiting "
+        "for other ranks included"
     )
     if pair.hidden is None:
         return f"Nothing to hide: {steps}."
     if pair.hidden < 0:
-        return f"Overlap costs time here, hidden {percent(pair.hidden)}: {steps}."
+        more = milliseconds(pair.step_on_s - pair.step_off_s)
+        return f"Overlap hides nothing here and costs {more} ms a step: {steps}."
     return f"Overlap hides {percent(pair.hidden)}: {steps}."
 
 
@@ -219,9 +223,9 @@ def _scaling_sentence(points: tuple[ScalingPoint, ...]) -> str:
     first, last = points[0], points[-1]
     return (
         f"From {counted(first.num_ranks, 'rank')} (ep={first.ep_size}) to "
-        f"{counted(last.num_ranks, 'rank')} (ep={last.ep_size}), the same workload: TPS per rank "
-        f"goes to {times(last.relative_tps_per_rank)}, critical-path TPS per rank to "
-        f"{times(last.relative_critical_path_tps_per_rank)}; linear would be 1.00×."
+        f"{counted(last.num_ranks, 'rank')} (ep={last.ep_size}), the same workload: critical-path "
+        f"TPS per rank goes to {times(last.relative_critical_path_tps_per_rank)}, TPS per rank to "
+        f"{times(last.relative_tps_per_rank)}; linear would be 1.00×."
     )
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import figures, times
+from expertlane.results import Results
+from expertlane.spec.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,19 @@ class ReportedRow:
     source: Literal["reported"] = "reported"
 
 
+_LAYOUTS = (Layout(tp=8, pp=2), Layout(dp=16, ep=16))
 HARDWARE = "16 NVIDIA H100 in two nodes of 8, FP16, 1024 sequences of 10,000 tokens"
 
 ROWS = (
     ReportedRow("baseline: TP=8, PP=2", 120_000, 8.3),
     ReportedRow("proposed: EP=16", 450_000, 2.2),
 )
+
+
+def paper_sections(results: Results) -> tuple[Section, ...]:
+    """The reported values beside results of the paper's two layouts; nothing beside others."""
+    layouts = {each.layout.layout for each in results.deployments}
+    return (paper_section(),) if set(_LAYOUTS) <= layouts else ()
 
 
 def paper_section() -> Section:

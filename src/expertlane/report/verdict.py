@@ -2,11 +2,12 @@
 
 from expertlane.report.comparison import Comparison, Row, gain
 from expertlane.report.numbers import figures, milliseconds, percent, times
-from expertlane.results import Machine
+from expertlane.results import Machine, Results
 from expertlane.spec.names import Cause, Phase
 
 # Factors this close to 1 are called equal: one run of a few steps does not tell them apart.
 _EVEN = 0.05
+_FOREIGN_LOAD = 0.05
 
 
 def verdict(comparison: Comparison, machine: Machine) -> tuple[str, ...]:
@@ -22,7 +23,7 @@ def verdict(comparison: Comparison, machine: Machine) -> tuple[str, ...]:
     faster, slower = pair
     sentences = [_which(comparison, faster, slower), _why(comparison, faster, slower)]
     if machine.is_oversubscribed:
-        sentences.append(_by_critical_path(faster, slower))
+        sentences.append(_by_critical_path(comparison))
     return tuple(filter(None, sentences))
 
 
@@ -35,6 +36,15 @@ def oversubscription(machine: Machine) -> str | None:
         f"core{'s' if machine.num_cores > 1 else ''}: wall times compare work and waiting on this "
         "machine, not a cluster; critical-path CPU time is the figure closest to one core a rank."
     )
+
+
+def foreign_load(results: Results) -> str | None:
+    """What else ran on the host, or None where it was little."""
+    share = results.foreign_cpu_share
+    if share < _FOREIGN_LOAD:
+        return None
+    used = f"Other processes used {percent(share)} of the cores meanwhile"
+    return f"{used}: repeat it on an idle machine."
 
 
 def _pair(comparison: Comparison) -> tuple[Row, Row] | None:
@@ -63,8 +73,8 @@ def _which(comparison: Comparison, faster: Row, slower: Row) -> str:
         f"{figures(faster.phase.tps)} against {figures(slower.phase.tps)} {comparison.phase} TPS"
     )
     fast, slow = _role(comparison, faster), _role(comparison, slower)
-    if between.throughput_factor < 1 + _EVEN:
-        sentence = f"Equally fast here: {fast} and {slow}: {rates}; {latencies}."
+    if between.throughput_factor < 1 + _EVEN or _runs_overlap(faster, slower):
+        sentence = f"Too close to call here: {fast} and {slow}: {rates}; {latencies}."
     else:
         sentence = (
             f"Faster here: {fast}, with {times(between.throughput_factor)} the throughput of "
@@ -79,6 +89,11 @@ def _which(comparison: Comparison, faster: Row, slower: Row) -> str:
             f"{name} {_latency_words(factor.latency_factor)}."
         )
     return sentence
+
+
+def _runs_overlap(faster: Row, slower: Row) -> bool:
+    """Whether some repetition of the slower one was as fast as one of the faster."""
+    return max(slower.phase.tps_of_runs) >= min(faster.phase.tps_of_runs)
 
 
 def _role(comparison: Comparison, row: Row) -> str:
@@ -123,15 +138,30 @@ def _part(row: Row, phase: Phase, cause: Cause) -> str:
     return f"{milliseconds(seconds)} ms ({percent(row.deployment.cause_shares(phase)[cause])})"
 
 
-def _by_critical_path(faster: Row, slower: Row) -> str:
-    ahead, behind = sorted((faster, slower), key=lambda row: -row.phase.critical_path.tps)
-    ahead_tps, behind_tps = ahead.phase.critical_path.tps, behind.phase.critical_path.tps
-    if not behind_tps:
+def _by_critical_path(comparison: Comparison) -> str:
+    """The best proposal and the best baseline by that measure, whichever they are by wall time."""
+
+    def tps(row: Row) -> float:
+        return row.phase.critical_path.tps
+
+    baselines = [row for row in comparison.rows if row.deployment.is_baseline]
+    proposals = [row for row in comparison.rows if not row.deployment.is_baseline]
+    if not baselines or not proposals:
         return ""
-    also = "too" if ahead is faster else "instead"
+    best = max(baselines, key=tps), max(proposals, key=tps)
+    ahead, behind = sorted(best, key=tps, reverse=True)
+    if not tps(behind):
+        return ""
+    rates = f"{figures(tps(ahead))} against {figures(tps(behind))} TPS"
+    factor = tps(ahead) / tps(behind)
+    if factor < 1 + _EVEN:
+        outcome = f"{ahead.deployment.name} and {behind.deployment.name} are even: {rates}"
+    else:
+        outcome = (
+            f"{ahead.deployment.name} is ahead, with {times(factor)} the throughput of "
+            f"{behind.deployment.name}: {rates}"
+        )
     return (
-        f"By critical-path CPU time, with a core for each rank and free transfers, "
-        f"{ahead.deployment.name} would be ahead {also}, with {times(ahead_tps / behind_tps)} the "
-        f"throughput of {behind.deployment.name}: {figures(ahead_tps)} against "
-        f"{figures(behind_tps)} TPS."
+        "By critical-path CPU time, as if every rank had a core and transfers were free, "
+        f"{outcome}. That favours deployments that communicate most."
     )

@@ -52,6 +52,7 @@ class StepRecord:
         num_tokens: tokens computed: all prompt tokens in a prefill, one a sequence in decoding.
         submitted_s, finished_s: on the clock of whoever drove the runner.
         records: one a rank of the replica.
+        run: which repetition of the workload it belongs to.
     """
 
     phase: Phase
@@ -62,3 +63,4 @@ class StepRecord:
     submitted_s: float
     finished_s: float
     records: tuple[RankRecord, ...]
+    run: int = 0
