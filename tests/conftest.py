@@ -72,7 +72,7 @@ def references() -> ReferenceRuns:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoints":
+def checkpoints(tmp_path_factory: pytest.TempPathFactory):
     """One tiny checkpoint a family."""
     from model.families import Checkpoints
 

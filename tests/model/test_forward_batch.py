@@ -62,7 +62,7 @@ def test_runs_of_sequences_that_attention_takes_as_one(parts, runs):
 )
 def test_query_key_pairs(num_seqs, num_scheduled, num_computed, pairs):
     run = AttentionRun(0, 0, num_seqs, num_scheduled, num_computed)
-    assert run.num_query_key_pairs == pairs
+    assert run.num_query_key_pairs(None) == pairs
 
 
 def test_tokens_are_owned_near_equally():
@@ -91,3 +91,11 @@ def test_an_empty_batch():
     given = forward_batch(batch(), tp=2)
     assert given.positions.shape == given.owned_token_ids.shape == (0,)
     assert given.last_tokens_of_tp_rank == [0, 0]
+
+
+def test_a_window_limits_pairs_and_positions_read():
+    run = AttentionRun(0, 0, num_seqs=2, num_scheduled=3, num_computed=4)
+    assert run.num_query_key_pairs(2) == 2 * (2 + 2 + 2)
+    assert run.num_query_key_pairs(6) == 2 * (5 + 6 + 6)
+    assert run.num_positions_read(2) == 2 * (3 + 1)
+    assert run.num_positions_read(None) == run.num_positions_read(99) == 2 * 7

@@ -326,3 +326,23 @@ def test_find_names_the_nearest_shipped_experiment():
     assert str(caught.value) == (
         "'paper-smal' is neither a file nor an experiment's name; the nearest is 'paper-small'"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("routing = 3", "routing is 3; it must be a table of known keys"),
+        ("dense_layers = 3", "dense_layers is 3; it must be a list"),
+        ("routing = { n_groups = 2 }", "routing is {'n_groups': 2}; it must be a table of known"),
+    ],
+)
+def test_nested_values_of_a_model_are_one_line_too(tmp_path: Path, line: str, wanted: str):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        f'name = "mine"\n[model]\npreset = "paper-tiny"\n{line}\n[workload]\nnum_sequences = 1\n'
+        'prompt_len = 1\noutput_len = 1\n[[deployments]]\nname = "one"\nlayout = "tp=1"\n'
+    )
+    with pytest.raises(SpecError) as caught:
+        read_experiment(path)
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)

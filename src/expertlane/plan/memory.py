@@ -51,7 +51,7 @@ def rank_memory(
         model.num_attention_params // layout.tp
         + model.num_experts * model.hidden_size
         + 2 * model.hidden_size
-        + num_experts * 2 * model.hidden_size * inner
+        + num_experts * model.num_expert_params * inner // model.moe_intermediate_size
     )
     params = num_layers * per_layer
     largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
@@ -68,7 +68,10 @@ def rank_memory(
     num_pairs_in_stage = len(in_replica) * workload.prompt_len * model.num_experts_per_tok
     num_pairs = ceil(num_pairs_in_stage * num_experts / model.num_experts)
     num_seqs = len(partition(len(in_replica), layout.dp)[at.dp_rank])
-    kv_width = 2 * model.attention_size // layout.tp
+    if model.latent is None:
+        kv_width = 2 * max(model.kv_size // layout.tp, model.head_dim)
+    else:  # the latent is replicated
+        kv_width = model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
     num_tokens = num_seqs * workload.prompt_len
     # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
     num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)

@@ -29,6 +29,7 @@ _WANTED = {
     "float": "a number",
     "string": "a string",
     "bool": "true or false",
+    "tuple": "a list",
 }
 _SHOWN_LENGTH = 60  # of a wrong value, in a message
 
@@ -210,7 +211,7 @@ def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
     if problem["type"] == "literal_error":
         wanted = problem["ctx"]["expected"]
     else:
-        wanted = _WANTED[problem["type"].partition("_")[0]]
+        wanted = _WANTED.get(problem["type"].partition("_")[0], "a table of known keys")
     raise SpecError(f"{prefix}{key} is {_shown(table[key])}; it must be {wanted}")
 
 

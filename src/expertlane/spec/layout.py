@@ -133,6 +133,12 @@ class Layout:
                 f"layout {self}: tp={self.tp} does not divide the {heads} attention heads of "
                 f"{model.name}; valid tp: {_listed(_divisors(heads))}"
             )
+        kv_heads = model.num_kv_heads
+        if model.latent is None and kv_heads % self.tp and self.tp % kv_heads:
+            raise SpecError(
+                f"layout {self}: tp={self.tp} and the {kv_heads} key/value heads of {model.name} "
+                "do not divide each other"
+            )
         if self.pp > model.num_hidden_layers:
             raise SpecError(
                 f"layout {self}: pp={self.pp} is more stages than the {model.num_hidden_layers} "
