@@ -333,7 +333,7 @@ def test_find_names_the_nearest_shipped_experiment():
     [
         ("routing = 3", "routing is 3; it must be a table of known keys"),
         ("dense_layers = 3", "dense_layers is 3; it must be a list"),
-        ("routing = { n_groups = 2 }", "routing is {'n_groups': 2}; it must be a table of known"),
+        ("routing = { n_groups = 2 }", 'routing is {"n_groups": 2}; it must be a table of known'),
     ],
 )
 def test_nested_values_of_a_model_are_one_line_too(tmp_path: Path, line: str, wanted: str):
