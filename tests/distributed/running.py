@@ -1,5 +1,7 @@
 """Run a deployment on a pool the way a comparison does, and keep all it gives."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -7,8 +9,11 @@ import numpy.typing as npt
 
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
+from expertlane.plan.memory import workload_limits
 from expertlane.schedule.drive import FinishedStep, drive
-from expertlane.schedule.fixed import FixedScheduler
+from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -46,26 +51,45 @@ def run_deployment(
     ranks_per_node: int = 8,
 ) -> Run:
     """Prefill and decode; with `forced`, those tokens are fed in place of the chosen ones."""
-    runner = ModelRunner(
-        pool, model, deployment, workload, seed=seed, ranks_per_node=ranks_per_node
+    limits = workload_limits(workload, model, deployment.layout)
+    runner = ModelRunner(pool, model, deployment, limits, seed=seed, ranks_per_node=ranks_per_node)
+    scheduler = ContinuousScheduler(
+        deployment.layout, deployment.options, limits, return_logits=return_logits, record=record
     )
-    scheduler = FixedScheduler(
-        workload,
-        deployment,
-        workload.prompt_token_ids(model.vocab_size),
-        forced=forced,
-        return_logits=return_logits,
-        record=record,
+    prompts = workload.prompt_token_ids(model.vocab_size)
+    for seq, prompt in enumerate(prompts):
+        scheduler.add(Request(str(seq), prompt, max_tokens=workload.output_len))
+    steps = list(drive(scheduler if forced is None else Forced(scheduler, forced), runner))
+    by_seq: dict[int, list[int]] = {seq: [] for seq in range(len(prompts))}
+    logits: dict[int, list[npt.NDArray[np.float32]]] = {seq: [] for seq in by_seq}
+    for step in steps:
+        for seq, token in step.outcome.token_ids.items():
+            by_seq[seq].append(token)
+        for seq, of_token in step.outcome.logits.items():
+            logits[seq].append(of_token)
+    return Run(
+        np.array([by_seq[seq] for seq in by_seq]),
+        np.array([logits[seq] for seq in logits]) if return_logits else None,
+        steps,
     )
-    steps = list(drive(scheduler, runner))
-    if scheduler.start_decode():
-        steps += drive(scheduler, runner)
-    seqs = range(workload.num_sequences)
-    logits = None
-    if return_logits:
-        by_seq: dict[int, list[npt.NDArray[np.float32]]] = {seq: [] for seq in seqs}
-        for step in steps:
-            for seq, of_token in step.outcome.logits.items():
-                by_seq[seq].append(of_token)
-        logits = np.array([by_seq[seq] for seq in seqs])
-    return Run(np.array([scheduler.outputs[seq] for seq in seqs]), logits, steps)
+
+
+class Forced:
+    """A scheduler that is told other tokens than the ranks chose.
+
+    Args:
+        tokens: by sequence id, all its output tokens.
+    """
+
+    def __init__(
+        self, scheduler: ContinuousScheduler, tokens: Sequence[npt.ArrayLike] | np.ndarray
+    ) -> None:
+        self._scheduler = scheduler
+        self._tokens = {seq: iter(np.asarray(given).tolist()) for seq, given in enumerate(tokens)}
+
+    def next_plan(self) -> StepPlan | None:
+        return self._scheduler.next_plan()
+
+    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        forced = {seq: next(self._tokens[seq]) for seq in outcome.token_ids}
+        self._scheduler.finish(plan, replace(outcome, token_ids=forced))

@@ -190,7 +190,7 @@ def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
 
 def test_the_peak_is_measured_quickly(pools):
     pool = pools.pool(4)
-    seen = pool.call("expertlane.experiment.machine:describe")
+    seen = pool.call("expertlane.engine.rank_machine:describe")
     began_s = time.monotonic()
     peak = measure_peak(pool, seen)
     assert time.monotonic() - began_s < 5

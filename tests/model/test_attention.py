@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,9 +14,9 @@ from expertlane.parallel.interleave import interleave
 from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
 from expertlane.parallel.progress import ProgressBoard
 from expertlane.parallel.recorder import Recorder
-from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from schedule.handmade import BLOCK_SIZE, paged_batch
 
 CPU = torch.device("cpu")
 MODEL = PRESETS["paper-tiny"].with_overrides(
@@ -53,21 +52,20 @@ def attend(weights):
     recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock())
     mesh = ParallelMesh(Layout(), DeviceMeshes("cpu"), 0, 1, recorder)
     attention = Attention(MODEL, 0, Given(*weights), mesh, rotary, recorder)
-    cache = KVCache(NUM_SLOTS, *attention.cache_dims[:1], MAX_LEN, 4, 4, torch.float32, CPU)
-    cache.keys.fill_(torch.nan)  # nothing that was not written may be read
-    cache.values.fill_(torch.nan)
+    num_blocks = NUM_SLOTS * MAX_LEN // BLOCK_SIZE
+    cache = KVCache(num_blocks, BLOCK_SIZE, *attention.cache_dims, torch.float32, CPU)
+    cache.keys.fill_(1e3)  # nothing that was not written may matter
+    cache.values.fill_(1e3)
 
     def run(*parts):
         lengths = [len(x) for _, _, x in parts]
-        batch = Batch(
-            seq_ids=np.arange(len(parts)),
-            slots=np.array([slot for slot, _, _ in parts], dtype=np.int64),
-            num_scheduled_tokens=np.array(lengths, dtype=np.int64),
-            num_computed_tokens=np.array([num for _, num, _ in parts], dtype=np.int64),
-            token_ids=np.zeros(sum(lengths), dtype=np.int64),
+        batch = paged_batch(
+            [(seq, slot, num, len(x)) for seq, (slot, num, x) in enumerate(parts)],
+            num_slots=NUM_SLOTS,
+            max_len=MAX_LEN,
         )
         layout = Layout()
-        forward_batch = ForwardBatch([batch], layout, layout.coordinates(0), CPU)
+        forward_batch = ForwardBatch([batch], layout, layout.coordinates(0), CPU, BLOCK_SIZE)
         x = torch.cat([torch.empty(0, 6), *(x for _, _, x in parts)])
         return interleave([attention.forward(x, forward_batch, cache)])[0].split(lengths)
 

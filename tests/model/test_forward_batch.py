@@ -1,29 +1,30 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from expertlane.model.forward_batch import AttentionRun, ForwardBatch
-from expertlane.schedule.plan import Batch
+from expertlane.model.forward_batch import ForwardBatch
 from expertlane.spec.layout import Layout
+from schedule.handmade import BLOCK_SIZE, paged_batch
 
 CPU = torch.device("cpu")
 
 
 def batch(*parts):
     """Parts are (slot, num_computed, num_scheduled); token ids count up from 100."""
-    slots, computed, scheduled = np.array(parts, dtype=np.int64).reshape(-1, 3).T
-    return Batch(
-        seq_ids=np.arange(len(parts)),
-        slots=slots,
-        num_scheduled_tokens=scheduled,
-        num_computed_tokens=computed,
-        token_ids=np.arange(100, 100 + scheduled.sum()),
-    )
+    return paged_batch([(seq, *part) for seq, part in enumerate(parts)])
 
 
 def forward_batch(*batches, tp=1, rank=0):
     layout = Layout(dp=len(batches), tp=tp)
-    return ForwardBatch(batches, layout, layout.coordinates(rank), CPU)
+    return ForwardBatch(batches, layout, layout.coordinates(rank), CPU, BLOCK_SIZE)
+
+
+def test_slots_are_where_the_block_tables_say():
+    """Slot s has blocks s + 24, s + 16, s + 8 and s, of 4 positions each."""
+    given = forward_batch(batch((0, 0, 3), (1, 7, 1), (2, 3, 2)))
+    assert given.slots.tolist() == [96, 97, 98, 17 * 4 + 3, 26 * 4 + 3, 18 * 4]
 
 
 def test_positions_follow_what_was_computed():
@@ -32,37 +33,12 @@ def test_positions_follow_what_was_computed():
 
 
 @pytest.mark.parametrize(
-    ("parts", "runs"),
-    [
-        ([], []),
-        ([(3, 0, 2)], [AttentionRun(0, 3, 1, 2, 0)]),
-        # Equal lengths and consecutive slots: one run.
-        ([(0, 4, 1), (1, 4, 1), (2, 4, 1)], [AttentionRun(0, 0, 3, 1, 4)]),
-        # A gap between slots, and slots that go down.
-        ([(0, 4, 1), (2, 4, 1)], [AttentionRun(0, 0, 1, 1, 4), AttentionRun(1, 2, 1, 1, 4)]),
-        ([(1, 4, 1), (0, 4, 1)], [AttentionRun(0, 1, 1, 1, 4), AttentionRun(1, 0, 1, 1, 4)]),
-        # Other lengths, computed or scheduled.
-        (
-            [(0, 0, 2), (1, 0, 3), (2, 0, 3), (3, 1, 3)],
-            [
-                AttentionRun(0, 0, 1, 2, 0),
-                AttentionRun(2, 1, 2, 3, 0),
-                AttentionRun(8, 3, 1, 3, 1),
-            ],
-        ),
-    ],
+    ("part", "pairs"),
+    [((0, 0, 1), 1), ((0, 0, 3), 6), ((0, 4, 1), 5), ((0, 4, 3), 5 + 6 + 7)],
 )
-def test_runs_of_sequences_that_attention_takes_as_one(parts, runs):
-    assert forward_batch(batch(*parts)).attention_runs == runs
-
-
-@pytest.mark.parametrize(
-    ("num_seqs", "num_scheduled", "num_computed", "pairs"),
-    [(1, 1, 0, 1), (1, 3, 0, 6), (1, 1, 4, 5), (2, 3, 4, 2 * (5 + 6 + 7))],
-)
-def test_query_key_pairs(num_seqs, num_scheduled, num_computed, pairs):
-    run = AttentionRun(0, 0, num_seqs, num_scheduled, num_computed)
-    assert run.num_query_key_pairs(None) == pairs
+def test_query_key_pairs(part, pairs):
+    assert forward_batch(batch(part)).num_query_key_pairs(None) == pairs
+    assert forward_batch(batch(part, (1, 0, 2))).num_query_key_pairs(None) == pairs + 3
 
 
 def test_tokens_are_owned_near_equally():
@@ -94,8 +70,16 @@ def test_an_empty_batch():
 
 
 def test_a_window_limits_pairs_and_positions_read():
-    run = AttentionRun(0, 0, num_seqs=2, num_scheduled=3, num_computed=4)
-    assert run.num_query_key_pairs(2) == 2 * (2 + 2 + 2)
-    assert run.num_query_key_pairs(6) == 2 * (5 + 6 + 6)
-    assert run.num_positions_read(2) == 2 * (3 + 1)
-    assert run.num_positions_read(None) == run.num_positions_read(99) == 2 * 7
+    given = forward_batch(batch((0, 4, 3), (1, 4, 3)))
+    assert given.num_query_key_pairs(2) == 2 * (2 + 2 + 2)
+    assert given.num_query_key_pairs(6) == 2 * (5 + 6 + 6)
+    assert given.num_positions_read(2) == 2 * (3 + 1)
+    assert given.num_positions_read(None) == given.num_positions_read(99) == 2 * 7
+
+
+def test_only_sequences_that_yield_reach_the_head():
+    whole = batch((0, 0, 3), (1, 0, 2), (2, 5, 1))
+    given = forward_batch(replace(whole, yields_token=np.array([False, True, True])), tp=2)
+    assert given.yielding_seq_ids == [1, 2]
+    assert [given.last_tokens(rank).tolist() for rank in range(2)] == [[], [1, 2]]
+    assert given.last_tokens_of_tp_rank == [0, 2]

@@ -13,14 +13,16 @@ import pytest
 from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.model.checkpoint import Checkpoint
-from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import StepPlan
 from expertlane.spec.names import Phase
-from expertlane.spec.workload import Workload
 from model.families import FAMILIES, Greedy, run_greedy
+from schedule.handmade import BLOCK_SIZE, paged_batch
 
 BOUND = 1e-4
 NUM_STEPS = 64
 PROMPT_LENGTHS = (3, 21, 1, 12, 7)
+MAX_LEN = 88
 LAYOUTS = ("tp=1", "dp=4,ep=4", "tp=2,ep=2", "pp=2,dp=2,ep=2", "tp=4")
 
 
@@ -37,15 +39,9 @@ def batches(dp: int, lengths: list[int], computed: list[int], tokens: list[list[
     of_rank = []
     for rank in range(dp):
         mine = range(rank, len(lengths), dp)
-        of_rank.append(
-            Batch(
-                seq_ids=np.array(mine, dtype=np.int64),
-                slots=np.arange(len(mine)),
-                num_scheduled_tokens=np.array([lengths[i] for i in mine], dtype=np.int64),
-                num_computed_tokens=np.array([computed[i] for i in mine], dtype=np.int64),
-                token_ids=np.array([t for i in mine for t in tokens[i]], dtype=np.int64),
-            )
-        )
+        parts = [(i, slot, computed[i], lengths[i]) for slot, i in enumerate(mine)]
+        fed = np.array([t for i in mine for t in tokens[i]], dtype=np.int64)
+        of_rank.append(paged_batch(parts, fed, num_slots=len(PROMPT_LENGTHS), max_len=MAX_LEN))
     return (tuple(of_rank),)
 
 
@@ -55,12 +51,13 @@ def test_transformers_logits_and_tokens(pools, checkpoints, family: str, layout:
     folder = checkpoints.folder(family)
     runs = greedy_runs(folder)
     chosen = deployment(layout)
-    room = Workload(len(runs) * chosen.layout.dp, max(PROMPT_LENGTHS) + NUM_STEPS, 1)
+    model = Checkpoint(folder).model
+    limits = Limits(model.vocab_size, MAX_LEN, len(runs) * (MAX_LEN // BLOCK_SIZE), BLOCK_SIZE)
     runner = ModelRunner(
         pools.pool(chosen.layout.world_size),
-        Checkpoint(folder).model,
+        model,
         chosen,
-        room,
+        limits,
         seed=0,
         ranks_per_node=8,
         checkpoint=folder,

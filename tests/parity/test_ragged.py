@@ -1,15 +1,16 @@
-"""Contract 1 for batches that the fixed scheduler never makes, from hand-made step plans."""
+"""Contract 1 for batches that a scheduler may never make, from hand-made step plans."""
 
 import numpy as np
 import pytest
 
 from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import StepPlan
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
-from expertlane.spec.workload import Workload
 from parity.contract import check_contract
+from schedule.handmade import BLOCK_SIZE, paged_batch
 
 TINY = PRESETS["paper-tiny"]
 LAYOUTS = ["tp=1", "tp=4,ep=4", "dp=2,tp=2,ep=2", "pp=2,dp=2,tp=2,ep=4", "pp=4,tp=2"]
@@ -22,14 +23,12 @@ TOKENS = {seq: RANDOM.integers(0, TINY.vocab_size, MAX_LEN) for seq in range(10)
 
 def batch(*parts):
     """Parts are (seq_id, slot, num_computed, num_scheduled)."""
-    seqs, slots, computed, scheduled = np.array(parts, dtype=np.int64).reshape(-1, 4).T
     token_ids = [TOKENS[seq][start : start + num] for seq, _, start, num in parts]
-    return Batch(
-        seq_ids=seqs,
-        slots=slots,
-        num_scheduled_tokens=scheduled,
-        num_computed_tokens=computed,
-        token_ids=np.concatenate([np.empty(0, dtype=np.int64), *token_ids]),
+    return paged_batch(
+        parts,
+        np.concatenate([np.empty(0, dtype=np.int64), *token_ids]),
+        num_slots=NUM_SLOTS,
+        max_len=MAX_LEN,
     )
 
 
@@ -40,9 +39,9 @@ def run_steps(pools, references, layout, steps, overlap=False):
     """
     chosen = deployment(layout, overlap=overlap)
     dp = chosen.layout.dp
-    room = Workload(NUM_SLOTS * dp, prompt_len=MAX_LEN, output_len=1)
+    limits = Limits(TINY.vocab_size, MAX_LEN, NUM_SLOTS * MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
     runner = ModelRunner(
-        pools.pool(chosen.layout.world_size), TINY, chosen, room, seed=0, ranks_per_node=8
+        pools.pool(chosen.layout.world_size), TINY, chosen, limits, seed=0, ranks_per_node=8
     )
     reference = references.model(TINY, 0)
     for number, micro_batches in enumerate(steps):

@@ -112,7 +112,7 @@ class PagedRunner:
                 assert (batch.num_scheduled_tokens >= 1).all()
                 assert batch.num_scheduled_tokens.sum() == batch.num_tokens
                 assert len(batch.block_tables) == len(batch.yields_token) == n
-                assert len(batch.slots) == len(batch.num_computed_tokens) == n
+                assert len(batch.seq_ids) == len(batch.num_computed_tokens) == n
                 assert batch.block_tables.dtype == np.int32
                 assert batch.yields_token.dtype == np.bool_
                 assert batch.token_ids.dtype == batch.num_scheduled_tokens.dtype == np.int64

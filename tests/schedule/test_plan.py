@@ -1,25 +1,23 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from expertlane.schedule.plan import Batch
+from schedule.handmade import paged_batch
 
 
 def make_batch(lengths: list[int]) -> Batch:
-    num_seqs = len(lengths)
-    return Batch(
-        seq_ids=np.arange(10, 10 + num_seqs),
-        slots=np.arange(num_seqs),
-        num_scheduled_tokens=np.array(lengths, dtype=np.int64),
-        num_computed_tokens=np.arange(5, 5 + num_seqs),
-        token_ids=np.arange(100, 100 + sum(lengths)),
-    )
+    return paged_batch([(10 + i, i, 5 + i, length) for i, length in enumerate(lengths)])
 
 
 def test_a_batch_is_cut_at_sequence_borders():
     first, second = make_batch([2, 1, 3]).split(2)
     assert (first.num_seqs, first.num_tokens) == (2, 3)
     assert first.seq_ids.tolist() == [10, 11]
-    assert first.slots.tolist() == [0, 1]
+    assert first.block_tables[:, -1].tolist() == [0, 1]
+    assert second.block_tables[:, -1].tolist() == [2]
+    assert first.yields_token.tolist() == [True, True]
     assert first.num_scheduled_tokens.tolist() == [2, 1]
     assert first.num_computed_tokens.tolist() == [5, 6]
     assert first.token_ids.tolist() == [100, 101, 102]
@@ -37,3 +35,26 @@ def test_one_part_is_the_whole():
     (part,) = make_batch([2, 1]).split(1)
     assert part.token_ids.tolist() == [100, 101, 102]
     assert part.seq_ids.tolist() == [10, 11]
+
+
+def test_parts_are_near_equal_in_tokens():
+    """A long prompt among decodes weighs as much as all of them."""
+    assert [part.num_tokens for part in make_batch([1, 1, 1, 1, 12, 1]).split(2)] == [4, 13]
+    assert [part.num_tokens for part in make_batch([12, 1, 1, 1]).split(2)] == [12, 3]
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 9), max_size=9), st.integers(1, 5))
+def test_every_token_is_in_one_part(lengths, num_parts):
+    whole = make_batch(lengths)
+    parts = whole.split(num_parts)
+    assert len(parts) == num_parts
+    for name in ("seq_ids", "token_ids", "num_computed_tokens", "block_tables"):
+        of_parts = np.concatenate([getattr(part, name) for part in parts])
+        assert of_parts.tolist() == getattr(whole, name).tolist()
+    assert [part.num_scheduled_tokens.sum() for part in parts] == [p.num_tokens for p in parts]
+
+
+@pytest.mark.parametrize(("num_seqs", "sizes"), [(6, [2, 2, 2]), (7, [2, 3, 2]), (2, [1, 0, 1])])
+def test_equal_sequences_are_shared_out_near_equally(num_seqs, sizes):
+    assert [part.num_seqs for part in make_batch([3] * num_seqs).split(3)] == sizes

@@ -58,7 +58,7 @@ class _Lines:
         self._description = description
         self._started_s = time.monotonic()
 
-    def advance(self) -> None:
+    def advance(self, amount: int = 1) -> None:
         pass
 
     def done(self) -> None:
@@ -74,7 +74,7 @@ class _Bars:
         self._total = total
         self._task = self._bars.add_task(description, total=total)
 
-    def advance(self) -> None:
+    def advance(self, amount: int = 1) -> None:
         self._bars.advance(self._task)
 
     def done(self) -> None:

@@ -4,16 +4,16 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.worker import RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.head import HeadResult
+from expertlane.model.sampler import Sampler
 from expertlane.model.tensors import WeightSource
-from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.parallel.clock import clock_for
 from expertlane.parallel.collectives import Pending
@@ -26,13 +26,12 @@ from expertlane.spec.names import Phase, Stage
 
 
 def deploy(
-    context: RankContext, spec: StageSpec, overlap: bool, num_slots: int, max_len: int
+    context: RankContext, spec: StageSpec, overlap: bool, num_blocks: int, block_size: int
 ) -> HeldBytes:
     """Build this rank's stage, or keep it if only options changed. Collective over all ranks.
 
     Args:
-        num_slots: sequences the key/value cache has room for.
-        max_len: positions of each.
+        num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
     """
     context.progress.enter(Stage.SETUP, NO_LAYER)
     context.meshes.make(spec.layout)
@@ -43,9 +42,8 @@ def deploy(
         if context.deployed is None or context.deployed.spec != spec:
             context.deployed = None  # frees the old weights before the new ones are drawn
             context.deployed = DeployedStage(context, spec)
-        context.deployed.set_options(overlap=overlap)
+        context.deployed.start(overlap=overlap, num_blocks=num_blocks, block_size=block_size)
         stage: TransformerStage = context.deployed.stage
-        stage.allocate_cache(num_slots, max_len)
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
@@ -87,14 +85,19 @@ class DeployedStage:
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
         self.stage = TransformerStage(model, source, self._mesh, self._recorder)
         self._device = platform.device
+        self._sampler = Sampler(model.vocab_size, platform.device)
         self._num_parts = 1
+        self._block_size = 1
         self._phase: Phase | None = None
         self._sends: deque[list[Pending]] = deque()
 
-    def set_options(self, *, overlap: bool) -> None:
-        """Choose whether two parts of a micro-batch overlap."""
+    def start(self, *, overlap: bool, num_blocks: int, block_size: int) -> None:
+        """Begin with an empty cache, and with two parts of a micro-batch at once or one."""
         self._num_parts = 2 if overlap else 1
+        self._block_size = block_size
         self._phase = None
+        self._sampler.forget_all()
+        self.stage.allocate_cache(num_blocks, block_size)
 
     def run(self, plan: StepPlan) -> RankOutcome:
         """Take the plan's micro-batches through this stage, one after the other."""
@@ -109,19 +112,33 @@ class DeployedStage:
             for send in self._sends.popleft():
                 send.wait()
         self._sends.append([])
-        token_ids: dict[int, int] = {}
-        logits: dict[int, npt.NDArray[np.float32]] = {}
+        if self._mesh.is_last_stage:
+            self._sampler.forget(plan.released)
+            for seq_id, state in plan.admitted.items():
+                self._sampler.admit(seq_id, state)
+        outcome = RankOutcome()
         inputs = [self._begin_input(micro_batch) for micro_batch in plan.micro_batches]
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
             for part, result in self._run_micro_batch(parts, arriving):
                 recorder.enter(Stage.HEAD)
-                seq_ids = part.batch.seq_ids.tolist()
-                if self._mesh.at.tp_rank == 0:
-                    token_ids |= zip(seq_ids, result.token_ids.tolist(), strict=True)
-                if plan.return_logits:
-                    logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
-        return RankOutcome(token_ids, logits, recorder.end_step())
+                self._take(part.yielding_seq_ids, result, outcome, plan.return_logits)
+        outcome.record = recorder.end_step()
+        return outcome
+
+    def _take(
+        self, seq_ids: list[int], result: HeadResult, outcome: RankOutcome, return_logits: bool
+    ) -> None:
+        """Put a part's next tokens into the outcome; one rank of a tensor-parallel group does."""
+        if return_logits:
+            outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
+        if self._mesh.at.tp_rank == 0:
+            if result.all_logits is None:
+                chosen = result.token_ids.tolist()
+            else:
+                chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
+                outcome.logprobs |= logprobs
+            outcome.token_ids |= zip(seq_ids, chosen, strict=True)
 
     def _begin_input(
         self, micro_batch: Sequence[Batch]
@@ -135,7 +152,7 @@ class DeployedStage:
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
         by_dp_rank = [batch.split(self._num_parts) for batch in micro_batch]
         parts = [
-            ForwardBatch(batches, mesh.layout, mesh.at, self._device)
+            ForwardBatch(batches, mesh.layout, mesh.at, self._device, self._block_size)
             for batches in zip(*by_dp_rank, strict=True)
             if any(batch.num_tokens for batch in batches)
         ]
@@ -154,7 +171,10 @@ class DeployedStage:
         else:
             inputs = list(torch.split(arriving.wait(), [part.num_owned for part in parts]))
         results = interleave(
-            [stage.forward(x, part) for x, part in zip(inputs, parts, strict=True)]
+            [
+                stage.forward(x, part, self._needs_logits(part))
+                for x, part in zip(inputs, parts, strict=True)
+            ]
         )
         heads = [result for result in results if isinstance(result, HeadResult)]
         if mesh.is_last_stage:
@@ -166,3 +186,7 @@ class DeployedStage:
             if send is not None:
                 self._sends[-1].append(send)
         return []
+
+    def _needs_logits(self, part: ForwardBatch) -> bool:
+        """Whether any sequence of the part asks for more than its likeliest token."""
+        return any(seq in self._sampler for seq in part.yielding_seq_ids)

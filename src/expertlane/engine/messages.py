@@ -1,6 +1,6 @@
 """What the launcher and a rank say to each other; importable without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.record import RankRecord
+from expertlane.spec.sampling import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,20 @@ class StageSpec:
     checkpoint: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RankOutcome:
     """A rank's part of a step's outcome; sequences only from the last stage.
 
     Attributes:
-        token_ids: by sequence id; empty but on the first rank of a tensor-parallel group.
+        token_ids, logprobs: by sequence id; empty but on the first rank of a tensor-parallel
+            group.
         logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
     """
 
-    token_ids: dict[int, int]
-    logits: dict[int, npt.NDArray[np.float32]]
-    record: RankRecord | None
+    token_ids: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    logits: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    record: RankRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,32 @@ class HeldBytes:
 
     weight_bytes: int
     kv_bytes: int
+
+
+@dataclass(frozen=True)
+class RankMachine:
+    """What a rank sees of its machine.
+
+    Attributes:
+        itemsize: bytes of a value of `dtype`.
+        free_bytes: memory of its device that can still be allocated.
+        num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
+    """
+
+    host: str
+    num_cores: int
+    cpu_name: str
+    device: str
+    backend: str
+    dtype: str
+    itemsize: int
+    torch_version: str
+    memory_bytes: int
+    free_bytes: int
+    ranks_per_node: int
+    num_idle_gpus: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.device != "cpu"

@@ -8,11 +8,11 @@ import numpy as np
 
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.pool import RankPool, Ticket
+from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.partition import partition
-from expertlane.spec.workload import Workload
+from expertlane.spec.sampling import TokenLogprobs
 
 _DEPLOY = "expertlane.engine.deployed_stage:deploy"
 _RUN_STEP = "expertlane.engine.deployed_stage:run_step"
@@ -32,12 +32,13 @@ class ModelRunner:
         held: [world_size]; what each rank has allocated.
 
     Args:
+        limits: of the scheduler; here, the size of the paged cache.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
 
     Raises:
-        SpecError: the model cannot be laid out so, or has too few positions for the workload.
+        SpecError: the model cannot be laid out so.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ModelRunner:
         pool: RankPool,
         model: ModelConfig,
         deployment: Deployment,
-        workload: Workload,
+        limits: Limits,
         *,
         seed: int,
         ranks_per_node: int,
@@ -54,13 +55,11 @@ class ModelRunner:
         self._pool = pool
         self._layout = layout = deployment.layout
         layout.check_model(model)
-        workload.check_model(model)
-        seqs = partition(workload.num_sequences, layout.replicas)[0]
-        num_slots = len(partition(len(seqs), layout.dp)[0])
         spec = StageSpec(
             model, layout, seed, ranks_per_node, str(checkpoint) if checkpoint else None
         )
-        held = pool.call(_DEPLOY, spec, deployment.options.overlap, num_slots, workload.max_len)
+        overlap, blocks = deployment.options.overlap, (limits.num_blocks, limits.block_size)
+        held = pool.call(_DEPLOY, spec, overlap, *blocks)
         self.held: list[HeldBytes] = held[: layout.world_size]
 
     def submit(self, plan: StepPlan) -> _Handle:
@@ -81,13 +80,16 @@ class ModelRunner:
         outcomes: list[RankOutcome] = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
         token_ids: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
         logits: dict[int, list[np.ndarray]] = {}
         for outcome in outcomes:
             token_ids |= outcome.token_ids
+            logprobs |= outcome.logprobs
             for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
                 logits.setdefault(seq, []).append(part)
         return StepOutcome(
             token_ids=token_ids,
+            logprobs=logprobs,
             logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
             records=tuple(o.record for o in outcomes if o.record is not None),
             submitted_s=handle.submitted_s,

@@ -11,27 +11,32 @@ import numpy.typing as npt
 
 from expertlane import __version__
 from expertlane.engine.host import ForeignLoad
-from expertlane.engine.messages import HeldBytes
+from expertlane.engine.messages import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.progress import Progress
 from expertlane.metrics import summarise
-from expertlane.plan.memory import largest_rank_memory
+from expertlane.plan.memory import fit_cache, workload_limits
 from expertlane.results import DeploymentResult, Machine, Results, Versions
 from expertlane.schedule.drive import FinishedStep, drive
-from expertlane.schedule.fixed import FixedScheduler
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.machine import MachinePeak
+from expertlane.spec.names import Phase
 from expertlane.spec.record import StepRecord
+from expertlane.spec.workload import Workload
 
 if TYPE_CHECKING:
-    from expertlane.experiment.machine import RankMachine, RankRates
+    from expertlane.experiment.machine import RankRates
 
-_DESCRIBE = "expertlane.experiment.machine:describe"
+_DESCRIBE = "expertlane.engine.rank_machine:describe"
 _WARM_UP_LEN = 4
+_USED_SHARE = 0.9  # of free memory; the rest is for buffers that are not counted
 _MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
 
 
@@ -52,7 +57,7 @@ def run_comparison(
     peak = measure_peak(pool, seen)
     progress.advance()
     progress.done()
-    runs = _Runs(experiment, pool, peak, ranks_per_node, progress)
+    runs = _Runs(experiment, pool, seen, peak, ranks_per_node, progress)
     # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
     for run, order in enumerate((experiment.deployments, experiment.deployments[::-1])):
         for deployment in order:
@@ -90,30 +95,37 @@ def check_memory(experiment: Experiment, pool: RankPool) -> None:
         CapacityError: the first deployment that does not fit, with both numbers.
     """
     seen: list[RankMachine] = pool.call(_DESCRIBE)
-    tightest = min(seen, key=lambda each: each.free_bytes)
-    free = f"{_size(tightest.free_bytes)} are free on {tightest.host}"
     for deployment in experiment.deployments + experiment.scaling:
-        layout = deployment.layout
-        need = largest_rank_memory(experiment.model, layout, experiment.workload, tightest.itemsize)
-        num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
-        if need.total_bytes * num_sharing > tightest.free_bytes:
-            in_all = (
-                f", {_size(need.total_bytes * num_sharing)} for the {num_sharing} ranks of a node"
-            )
-            raise CapacityError(
-                f"deployment {deployment.name!r} needs {_size(need.total_bytes)} a rank (weights "
-                f"{_size(need.weight_bytes)}, key/value cache {_size(need.kv_bytes)}, activations "
-                f"{_size(need.activation_bytes)}){in_all if num_sharing > 1 else ''}, but {free}; "
-                "use a smaller model, fewer or shorter sequences"
-            )
+        deployment_limits(experiment, deployment, seen)
 
 
-def _size(num_bytes: int) -> str:
-    unit, name = (10**12, "TB") if num_bytes >= 10**12 else (10**9, "GB")
-    return f"{num_bytes / unit:.3g} {name}"
+def deployment_limits(
+    experiment: Experiment, deployment: Deployment, seen: Sequence[RankMachine]
+) -> Limits:
+    """The scheduler's sizes; the cache holds the whole workload, or else what memory there is.
+
+    Args:
+        seen: [num_ranks].
+
+    Raises:
+        CapacityError: not even one sequence fits, with both numbers.
+    """
+    tightest = min(seen, key=lambda each: each.free_bytes)
+    layout, model = deployment.layout, experiment.model
+    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
+    limits = workload_limits(experiment.workload, model, layout)
+    free_bytes = _USED_SHARE * tightest.free_bytes / num_sharing
+    try:
+        return fit_cache(model, layout, limits, tightest.itemsize, free_bytes)
+    except CapacityError as error:
+        raise CapacityError(
+            f"deployment {deployment.name!r}: {error} ({_USED_SHARE:.0%} of what "
+            f"{tightest.host} has, for {num_sharing} of its ranks); use a smaller model or shorter "
+            "sequences"
+        ) from None
 
 
-def measure_peak(pool: RankPool, seen: Sequence["RankMachine"]) -> MachinePeak:
+def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
     """Measure at once on as many ranks as have a core or a device of their own."""
     measuring = [
         rank
@@ -142,12 +154,17 @@ class _Runs:
         self,
         experiment: Experiment,
         pool: RankPool,
+        seen: Sequence[RankMachine],
         peak: MachinePeak,
         ranks_per_node: int,
         progress: Progress,
     ) -> None:
         self._experiment = experiment
         self._pool = pool
+        self._limits = {
+            each.name: deployment_limits(experiment, each, seen)
+            for each in experiment.deployments + experiment.scaling
+        }
         self._peak = peak
         self._ranks_per_node = ranks_per_node
         self._progress = progress
@@ -166,33 +183,44 @@ class _Runs:
     def measure(self, deployment: Deployment, run: int) -> None:
         """Deploy, warm up, and run the workload once."""
         experiment, name = self._experiment, deployment.name
-        workload, progress = experiment.workload, self._progress
-        progress.task(f"{name}, again" if run else name, 1 + workload.output_len)
+        workload, progress, limits = experiment.workload, self._progress, self._limits[name]
+        num_tokens = workload.num_sequences * workload.output_len
+        progress.task(f"{name}, again" if run else name, 1 + num_tokens)
         runner = ModelRunner(
             self._pool,
             experiment.model,
             deployment,
-            workload,
+            limits,
             seed=experiment.seed,
             ranks_per_node=self._ranks_per_node,
         )
         self._held[name] = runner.held
         self._warm_up(deployment, runner)
         progress.advance()
-        scheduler = FixedScheduler(workload, deployment, self._prompts)
-        self._prefill[name] += _step_records(drive(scheduler, runner), run)
-        progress.advance()
-        if scheduler.start_decode():
-            num_in_round = 0
-            for record in _step_records(drive(scheduler, runner), run):
-                self._decode[name].append(record)
-                num_in_round += len(record.seq_ids)
-                if num_in_round >= workload.num_sequences:
-                    num_in_round = 0
-                    progress.advance()
+        scheduler, requests = self._schedule(deployment, workload)
+        for record in step_records(drive(scheduler, runner), run):
+            steps = self._prefill if record.phase is Phase.PREFILL else self._decode
+            steps[name].append(record)
+            progress.advance(len(record.seq_ids))
         progress.done()
-        outputs = scheduler.outputs
-        self._tokens[name] = np.array([outputs[seq] for seq in range(workload.num_sequences)])
+        self._tokens[name] = np.array([request.output_token_ids for request in requests])
+
+    def _schedule(
+        self, deployment: Deployment, workload: Workload, *, record: bool = True
+    ) -> tuple[ContinuousScheduler, list[Request]]:
+        """A scheduler with the whole workload queued."""
+        limits = self._limits[deployment.name]
+        scheduler = ContinuousScheduler(
+            deployment.layout, deployment.options, limits, record=record
+        )
+        prompts = self._prompts[:, : workload.prompt_len]
+        requests = [
+            Request(str(number), prompt, max_tokens=workload.output_len)
+            for number, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            scheduler.add(request)
+        return scheduler, requests
 
     def _warm_up(self, deployment: Deployment, runner: ModelRunner) -> None:
         """Short prompts and one decode step, unrecorded."""
@@ -202,11 +230,9 @@ class _Runs:
             prompt_len=min(_WARM_UP_LEN, workload.prompt_len),
             output_len=min(2, workload.output_len),
         )
-        prompts = self._prompts[:, : short.prompt_len]
-        scheduler = FixedScheduler(short, deployment, prompts, record=False)
-        _exhaust(drive(scheduler, runner))
-        if scheduler.start_decode():
-            _exhaust(drive(scheduler, runner))
+        scheduler, _ = self._schedule(deployment, short, record=False)
+        for _ in drive(scheduler, runner):
+            pass
 
     def result(self, deployment: Deployment) -> DeploymentResult:
         """All runs of a deployment together."""
@@ -222,22 +248,24 @@ class _Runs:
         )
 
 
-def _exhaust(steps: Iterable[FinishedStep]) -> None:
-    for _ in steps:
-        pass
-
-
-def _step_records(steps: Iterable[FinishedStep], run: int) -> Iterator[StepRecord]:
+def step_records(steps: Iterable[FinishedStep], run: int) -> Iterator[StepRecord]:
+    """What metrics see of steps; a spell ends where the phase changes."""
+    spell, phase = -1, None
     for plan, outcome in steps:
+        if plan.phase is not phase:
+            spell, phase = spell + 1, plan.phase
         batches = [batch for micro_batch in plan.micro_batches for batch in micro_batch]
         yield StepRecord(
             phase=plan.phase,
             replica=plan.replica,
             num_micro_batches=len(plan.micro_batches),
-            seq_ids=tuple(int(seq) for batch in batches for seq in batch.seq_ids),
+            seq_ids=tuple(
+                seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()
+            ),
             num_tokens=sum(batch.num_tokens for batch in batches),
             submitted_s=outcome.submitted_s,
             finished_s=outcome.finished_s,
             records=outcome.records,
             run=run,
+            spell=spell,
         )

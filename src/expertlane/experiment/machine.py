@@ -1,16 +1,11 @@
-"""What the machine at hand has and can do; measured on its ranks."""
+"""What the machine at hand can do at best; measured on its ranks."""
 
-import os
-import platform
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from expertlane.engine import host
 from expertlane.engine.worker import RankContext
 
 _GEMM_SIZE = 1024
@@ -18,67 +13,6 @@ _GPU_GEMM_SIZE = 8192
 _READ_BYTES = 128 * 2**20  # larger than a core's share of any cache
 _GPU_READ_BYTES = 2**31
 _MEASURE_S = 0.6
-
-
-@dataclass(frozen=True)
-class RankMachine:
-    """What a rank sees of its machine.
-
-    Attributes:
-        itemsize: bytes of a value of `dtype`.
-        free_bytes: memory of its device that can still be allocated.
-        num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
-    """
-
-    host: str
-    num_cores: int
-    cpu_name: str
-    device: str
-    backend: str
-    dtype: str
-    itemsize: int
-    torch_version: str
-    memory_bytes: int
-    free_bytes: int
-    ranks_per_node: int
-    num_idle_gpus: int
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it computes on a GPU."""
-        return self.device != "cpu"
-
-
-def describe(context: RankContext) -> RankMachine:
-    """Run on a rank: what is there."""
-    chosen = context.platform
-    if chosen.device.type == "cuda":
-        free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
-    else:
-        free_bytes, memory_bytes = host.memory_bytes()
-    return RankMachine(
-        host=socket.gethostname(),
-        num_cores=host.num_cores(),
-        cpu_name=_cpu_name(),
-        device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
-        backend=chosen.backend,
-        dtype=chosen.dtype_name,
-        itemsize=chosen.dtype.itemsize,
-        torch_version=torch.__version__,
-        memory_bytes=memory_bytes,
-        free_bytes=free_bytes,
-        ranks_per_node=context.settings.num_local_ranks,
-        num_idle_gpus=torch.cuda.device_count() if chosen.device.type == "cpu" else 0,
-    )
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or os.uname().machine
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ class Progress(Protocol):
         """Begin a task of `total` parts."""
         ...
 
-    def advance(self) -> None:
+    def advance(self, amount: int = 1) -> None:
         """One more part of the task is finished."""
         ...
 
@@ -25,7 +25,7 @@ class Silent:
     def task(self, description: str, total: int) -> None:
         """Say nothing."""
 
-    def advance(self) -> None:
+    def advance(self, amount: int = 1) -> None:
         """Say nothing."""
 
     def done(self) -> None:

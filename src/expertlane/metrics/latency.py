@@ -18,11 +18,11 @@ class Latency:
         num_rounds: how often the sequence that stepped most often got a token: a round
             advances every sequence by one token, whatever the steps it was cut into.
         num_tokens: tokens computed.
-        wall_s: from the first submission to the last finish, of all runs together.
+        wall_s: from the first submission to the last finish, of all spells together.
         tps: tokens per second of `wall_s`, over the whole system.
         tps_of_runs: the same, of each run by itself.
         token_median_s, token_p95_s: over all tokens of all sequences, the time from a
-            sequence's last token (the phase's start for its first) to this one: TTFT in a
+            sequence's last token (the spell's start for its first) to this one: TTFT in a
             prefill, TPOT in decoding.
         step_median_s: from a step's submission to its finish.
     """
@@ -49,12 +49,15 @@ def latency(steps: Sequence[StepRecord]) -> Latency:
     wall_s, num_rounds, intervals, tps_of_runs = 0.0, 0, [], []
     for run in sorted({step.run for step in steps}):
         of_run = [step for step in steps if step.run == run]
-        start_s = min(step.submitted_s for step in of_run)
-        run_s = max(step.finished_s for step in of_run) - start_s
-        tokens_s = _token_times(of_run, start_s)
+        run_s = 0.0
+        for spell in sorted({step.spell for step in of_run}):
+            of_spell = [step for step in of_run if step.spell == spell]
+            start_s = min(step.submitted_s for step in of_spell)
+            run_s += max(step.finished_s for step in of_spell) - start_s
+            tokens_s = _token_times(of_spell, start_s)
+            num_rounds += max(map(len, tokens_s), default=1) - 1
+            intervals += [np.diff(times) for times in tokens_s]
         wall_s += run_s
-        num_rounds += max(map(len, tokens_s)) - 1
-        intervals += [np.diff(times) for times in tokens_s]
         tps_of_runs.append(sum(step.num_tokens for step in of_run) / run_s)
     of_tokens = np.concatenate(intervals)
     num_tokens = sum(step.num_tokens for step in steps)

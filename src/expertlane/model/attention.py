@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.model.forward_batch import AttentionRun, ForwardBatch
+from expertlane.model.attention_group import AttentionGroup
+from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
@@ -27,25 +28,24 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    run: AttentionRun,
     *,
+    mask: Tensor | None,
+    is_causal: bool,
     scale: float,
-    window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Softmax attention of a run's new tokens over all its positions.
+    """Softmax attention of new tokens over the positions of their sequences.
 
     Args:
         query: [num_seqs, num_heads, num_scheduled, key_dim].
-        keys, values: [num_seqs, num_kv_heads, num_computed + num_scheduled, …].
-        window: how many latest positions a token sees, its own among them; None for all.
+        keys, values: [num_seqs, num_kv_heads, num_positions, …].
+        mask: [num_seqs or 1, 1, num_scheduled, num_positions]; addends to the logits.
+        is_causal: query i sees positions 0 to i; without a mask.
         sinks: [num_heads]; logits that take part in the softmax's sum alone.
 
     Returns:
         [num_seqs, num_heads, num_scheduled, value_dim].
     """
-    mask = _mask(run, window, query.device)
-    is_causal = mask is None and run.num_scheduled > 1
     if sinks is None:
         return F.scaled_dot_product_attention(
             query,
@@ -56,34 +56,20 @@ def attend(
             scale=scale,
             enable_gqa=query.shape[1] != keys.shape[1],
         )
-    if is_causal:
-        mask = _mask(run, run.num_scheduled, query.device)
     group = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
     logits = (query @ keys.transpose(-1, -2)).float() * scale
+    if is_causal:
+        mask = logits.new_full(logits.shape[-2:], -torch.inf).triu(1)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits = logits + mask
     sink = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
     weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     return weights.to(values.dtype) @ values
 
 
-def _mask(run: AttentionRun, window: int | None, device: torch.device) -> Tensor | None:
-    """[num_scheduled, num_computed + num_scheduled]; None where plain causality or all will do."""
-    total = run.num_computed + run.num_scheduled
-    is_windowed = window is not None and window < total
-    is_chunk = run.num_computed > 0 and run.num_scheduled > 1
-    if not is_windowed and not is_chunk and window != run.num_scheduled:
-        return None
-    if not is_windowed and run.num_scheduled == 1:
-        return None
-    visible = torch.ones(run.num_scheduled, total, dtype=torch.bool, device=device)
-    visible = visible.tril(run.num_computed)
-    return visible.triu(run.num_computed - window + 1) if window is not None else visible
-
-
 class _Heads:
-    """What both kinds share: runs of a batch, and the counters."""
+    """What both kinds share: groups of a batch, and the counters."""
 
     def __init__(
         self, model: ModelConfig, layer: int, rotary: RotaryEmbedding, recorder: Recorder
@@ -93,7 +79,7 @@ class _Heads:
         self._rotary = rotary
         self._recorder = recorder
 
-    def _attend_runs(
+    def _attend_groups(
         self,
         batch: ForwardBatch,
         cache: KVCache,
@@ -103,30 +89,46 @@ class _Heads:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """[num_tokens, num_heads, value_dim] of queries, keys and values [num_tokens, heads, …]."""
-        pieces = []
-        for run in batch.attention_runs:
-            tokens = slice(run.first_token, run.first_token + run.num_seqs * run.num_scheduled)
+        cache.write(batch.slots, key, value)
+        groups = batch.attention_groups
+        if len(groups) == 1:  # all tokens, in their order
+            return self._attend_group(groups[0], cache, query, key, value, sinks=sinks)
+        out = query.new_empty((*query.shape[:2], self._value_dim))
+        for group in groups:
+            of_group = [x.index_select(0, group.tokens) for x in (query, key, value)]
+            out[group.tokens] = self._attend_group(group, cache, *of_group, sinks=sinks)
+        return out
 
-            def by_head(x: Tensor, run: AttentionRun = run, tokens: slice = tokens) -> Tensor:
-                shape = (run.num_seqs, run.num_scheduled, *x.shape[1:])
-                return x[tokens].view(shape).transpose(1, 2)
+    def _attend_group(
+        self,
+        group: AttentionGroup,
+        cache: KVCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        def by_head(x: Tensor) -> Tensor:
+            return x.view(group.num_seqs, group.num_scheduled, *x.shape[1:]).transpose(1, 2)
 
-            keys, values = cache.update(run, by_head(key), by_head(value))
-            if cache.values.shape[-1] == 0:  # the latent is both
-                values = keys[..., : self._value_dim]
-            out = attend(
-                by_head(query),
-                keys,
-                values,
-                run,
-                scale=self._scale,
-                window=self._window,
-                sinks=sinks,
-            )
-            pieces.append(out.transpose(1, 2).flatten(0, 1))
-        if not pieces:
-            return query.new_empty((0, query.shape[1], self._value_dim))
-        return torch.cat(pieces)
+        if group.is_fresh:
+            keys, values = by_head(key), by_head(value)
+        else:
+            keys, values = cache.read(group.block_tables, group.num_positions)
+        if values.shape[-1] == 0:  # the latent is both
+            values = keys[..., : self._value_dim]
+        is_causal = group.is_causal(self._window)
+        out = attend(
+            by_head(query),
+            keys,
+            values,
+            mask=None if is_causal else group.mask(self._window, query.dtype),
+            is_causal=is_causal,
+            scale=self._scale,
+            sinks=sinks,
+        )
+        return out.transpose(1, 2).flatten(0, 1)
 
     _value_dim: int
 
@@ -135,14 +137,13 @@ class _Heads:
     ) -> None:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
         num_tokens = batch.batch.num_tokens
-        pairs = sum(run.num_query_key_pairs(self._window) for run in batch.attention_runs)
+        pairs = batch.num_query_key_pairs(self._window)
         widths = cache.keys.shape[-1] + self._value_dim
         num_weights = sum(weight.numel() for weight in weights)
         self._recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * num_heads * widths,
             weight_bytes=num_weights * weights[0].itemsize if num_tokens else 0,
-            kv_bytes=cache.position_bytes
-            * sum(run.num_positions_read(self._window) for run in batch.attention_runs),
+            kv_bytes=cache.position_bytes * batch.num_positions_read(self._window),
         )
 
 
@@ -221,7 +222,7 @@ class Attention(_Heads):
             key = rms_norm(key, self._norms[1], self._eps)
         query = self._rotary.rotate(query, batch.positions)
         key = self._rotary.rotate(key, batch.positions)
-        attended = self._attend_runs(batch, cache, query, key, value, self._sinks)
+        attended = self._attend_groups(batch, cache, query, key, value, self._sinks)
         self._count(batch, cache, (self._query_key_value, self._output), self.num_heads)
         return F.linear(attended.flatten(1), self._output, self._output_bias)
 
@@ -318,7 +319,7 @@ class LatentAttention(_Heads):
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
         query = torch.cat([in_latent, rope], dim=-1)
-        attended = self._attend_runs(batch, cache, query, key, key[..., :0])
+        attended = self._attend_groups(batch, cache, query, key, key[..., :0])
         out = torch.einsum("thr,hvr->thv", attended, self._value_b)
         self._count(batch, cache, weights, self.num_heads)
         return F.linear(out.flatten(1), self._output, self._output_bias)

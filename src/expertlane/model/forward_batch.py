@@ -5,55 +5,17 @@ attention and the next attention each token exists on its owner only.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.model.attention_group import AttentionGroup, attention_groups
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Coordinates, Layout
 from expertlane.spec.partition import partition
-
-
-@dataclass(frozen=True)
-class AttentionRun:
-    """Consecutive sequences with equal lengths whose cache slots are consecutive too.
-
-    Attributes:
-        first_token: where the run begins among the batch's tokens.
-    """
-
-    first_token: int
-    first_slot: int
-    num_seqs: int
-    num_scheduled: int
-    num_computed: int
-
-    def follows(self, slot: int, lengths: tuple[int, int]) -> bool:
-        """Whether a sequence (num_scheduled, num_computed) in `slot` continues the run."""
-        return slot == self.first_slot + self.num_seqs and lengths == (
-            self.num_scheduled,
-            self.num_computed,
-        )
-
-    def num_query_key_pairs(self, window: int | None) -> int:
-        """Query-key pairs that causal attention takes, of one head.
-
-        Args:
-            window: how many latest positions a token sees; None for all.
-        """
-        ends = np.arange(self.num_computed + 1, self.num_computed + self.num_scheduled + 1)
-        seen = ends if window is None else np.minimum(ends, window)
-        return self.num_seqs * int(seen.sum())
-
-    def num_positions_read(self, window: int | None) -> int:
-        """Positions of the cache that some new token sees, of all the run's sequences."""
-        total = self.num_computed + self.num_scheduled
-        if window is not None:
-            total = min(total, self.num_scheduled + window - 1)
-        return self.num_seqs * total
 
 
 class ForwardBatch:
@@ -62,28 +24,32 @@ class ForwardBatch:
     Args:
         batches: [dp]; the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
+        block_size: positions a block of the paged cache.
     """
 
     def __init__(
-        self, batches: Sequence[Batch], layout: Layout, at: Coordinates, device: torch.device
+        self,
+        batches: Sequence[Batch],
+        layout: Layout,
+        at: Coordinates,
+        device: torch.device,
+        block_size: int,
     ) -> None:
         self.batch = batches[at.dp_rank]
         self._device = device
         self._at = at
+        self._block_size = block_size
         self._slices = partition(self.batch.num_tokens, layout.tp)
+        self.tokens_of_tp_rank = [len(part) for part in self._slices]
         self.tokens_of_stage_rank = [
             len(part) for batch in batches for part in partition(batch.num_tokens, layout.tp)
         ]
-
-    @property
-    def tokens_of_tp_rank(self) -> list[int]:
-        """[tp]; how many of the batch's tokens each tensor-parallel rank owns."""
-        return [len(part) for part in self._slices]
+        self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
 
     @property
     def num_owned(self) -> int:
         """Tokens this rank owns."""
-        return len(self._slices[self._at.tp_rank])
+        return self.tokens_of_tp_rank[self._at.tp_rank]
 
     @property
     def owned_token_ids(self) -> Tensor:
@@ -91,43 +57,74 @@ class ForwardBatch:
         own = self._slices[self._at.tp_rank]
         return torch.from_numpy(self.batch.token_ids[own.start : own.stop]).to(self._device)
 
+    @property
+    def yielding_seq_ids(self) -> list[int]:
+        """The sequences that get a next token, in the order of the head's rows."""
+        seq_ids: list[int] = self.batch.seq_ids[self.batch.yields_token].tolist()
+        return seq_ids
+
     @cached_property
     def positions(self) -> Tensor:
         """[num_tokens]; the position of each token in its sequence."""
-        scheduled = self.batch.num_scheduled_tokens
-        starts = np.cumsum(scheduled) - scheduled
-        within = np.arange(self.batch.num_tokens) - np.repeat(starts, scheduled)
-        positions = within + np.repeat(self.batch.num_computed_tokens, scheduled)
-        return torch.from_numpy(positions).to(self._device)
+        return torch.from_numpy(self._positions).to(self._device)
 
     @cached_property
-    def attention_runs(self) -> list[AttentionRun]:
+    def slots(self) -> Tensor:
+        """[num_tokens]; where the cache keeps each token's keys and values."""
+        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
+        blocks = self.batch.block_tables[seqs, self._positions // self._block_size]
+        slots = blocks.astype(np.int64) * self._block_size + self._positions % self._block_size
+        return torch.from_numpy(slots).to(self._device)
+
+    @cached_property
+    def _positions(self) -> npt.NDArray[np.int64]:
+        scheduled = self.batch.num_scheduled_tokens
+        if self.batch.num_tokens == self.batch.num_seqs:
+            return self.batch.num_computed_tokens
+        before = self.batch.num_computed_tokens - (np.cumsum(scheduled) - scheduled)
+        positions: npt.NDArray[np.int64] = np.repeat(before, scheduled)
+        return positions + np.arange(self.batch.num_tokens)
+
+    @cached_property
+    def attention_groups(self) -> list[AttentionGroup]:
         """The batch's sequences, put together where attention can take them as one."""
-        batch = self.batch
-        runs: list[AttentionRun] = []
-        first_token = 0
-        for slot, scheduled, computed in zip(
-            batch.slots.tolist(),
-            batch.num_scheduled_tokens.tolist(),
-            batch.num_computed_tokens.tolist(),
-            strict=True,
-        ):
-            last = runs[-1] if runs else None
-            lengths = (scheduled, computed)
-            if last and last.follows(slot, lengths):
-                runs[-1] = replace(last, num_seqs=last.num_seqs + 1)
-            else:
-                runs.append(AttentionRun(first_token, slot, 1, *lengths))
-            first_token += scheduled
-        return runs
+        return attention_groups(self.batch, self._block_size, self._device)
+
+    def num_query_key_pairs(self, window: int | None) -> int:
+        """Query-key pairs that causal attention takes, of one head.
+
+        Args:
+            window: how many latest positions a token sees; None for all.
+        """
+        before = self.batch.num_computed_tokens
+        after = before + self.batch.num_scheduled_tokens
+        return int((_pairs_up_to(after, window) - _pairs_up_to(before, window)).sum())
+
+    def num_positions_read(self, window: int | None) -> int:
+        """Positions of the cache that some new token sees."""
+        scheduled = self.batch.num_scheduled_tokens
+        total = self.batch.num_computed_tokens + scheduled
+        if window is not None:
+            total = np.minimum(total, scheduled + window - 1)
+        return int(total.sum())
 
     def last_tokens(self, tp_rank: int) -> Tensor:
-        """Which tokens of a tensor-parallel rank's slice end a sequence; places in the slice."""
+        """Which tokens of a tensor-parallel rank's slice yield a next one; places in the slice."""
         own = self._slices[tp_rank]
-        last = np.cumsum(self.batch.num_scheduled_tokens) - 1
-        return torch.from_numpy(last[(last >= own.start) & (last < own.stop)] - own.start)
+        last = self._last
+        if len(self._slices) > 1:
+            last = last[(last >= own.start) & (last < own.stop)] - own.start
+        return torch.from_numpy(last)
 
     @property
     def last_tokens_of_tp_rank(self) -> list[int]:
-        """[tp]; how many sequences end in each tensor-parallel rank's slice."""
+        """[tp]; how many tokens that yield a next one are in each tensor-parallel rank's slice."""
         return [len(self.last_tokens(tp_rank)) for tp_rank in range(len(self._slices))]
+
+
+def _pairs_up_to(length: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:
+    """[num_seqs]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
+    if window is None:
+        return length * (length + 1) // 2
+    full: npt.NDArray[np.int64] = np.minimum(length, window)
+    return full * (full + 1) // 2 + (length - full) * window

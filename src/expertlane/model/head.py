@@ -1,5 +1,7 @@
 """The output head: from hidden states to the likeliest token."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,21 @@ from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.names import Stage
+from expertlane.spec.partition import partition
+
+
+class HeadResult(NamedTuple):
+    """What the last stage gives for a batch.
+
+    Attributes:
+        token_ids: [num_seqs]; the likeliest, the same on all tensor-parallel ranks.
+        logits: [num_seqs, num_local_vocab] float32.
+        all_logits: [num_seqs, vocab_size] float32; None unless needed.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+    all_logits: Tensor | None
 
 
 class OutputHead:
@@ -17,34 +34,34 @@ class OutputHead:
 
     Args:
         norm: [hidden_size].
-        head: [num_local_vocab, hidden_size]; the rows from `first_token_id` on.
+        head: [num_local_vocab, hidden_size]; this rank's rows.
+        vocab_size: of all ranks together.
     """
 
     def __init__(
         self,
         norm: Tensor,
         head: Tensor,
-        first_token_id: int,
+        vocab_size: int,
         mesh: ParallelMesh,
         recorder: Recorder,
         eps: float,
     ) -> None:
         self._norm = norm
         self._head = head
-        self._first_token_id = first_token_id
+        parts = partition(vocab_size, mesh.layout.tp)
+        self._vocab_of_tp_rank = [len(part) for part in parts]
+        self._first_token_id = parts[mesh.at.tp_rank].start
         self._mesh = mesh
         self._recorder = recorder
         self._eps = eps
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[tuple[Tensor, Tensor]]:
-        """The next token of every sequence of the batch.
+    def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
+        """The next token of every sequence of the batch that yields one.
 
         Args:
             x: [num_owned, hidden_size].
-
-        Returns:
-            token_ids: [num_seqs], the same on all tensor-parallel ranks.
-            logits: [num_seqs, num_local_vocab] float32.
+            needs_logits: more is asked for than the likeliest token.
         """
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.HEAD)
@@ -60,16 +77,34 @@ class OutputHead:
             2 * num_seqs * self._head.numel(), self._head.nbytes if num_seqs else 0
         )
         if tp.size == 1:
-            return logits.argmax(dim=-1), logits
+            return HeadResult(logits.argmax(dim=-1), logits, logits if needs_logits else None)
+        if needs_logits:
+            all_logits = yield from self._gather_logits(logits)
+            return HeadResult(all_logits.argmax(dim=-1), logits, all_logits)
+        token_ids = yield from self._likeliest(logits)
+        return HeadResult(token_ids, logits, None)
+
+    def _gather_logits(self, logits: Tensor) -> Steps[Tensor]:
+        """[num_seqs, vocab_size], from every rank's part of the vocabulary."""
+        recorder, tp = self._recorder, self._mesh.tp
+        recorder.enter(Stage.COLLECTIVES)
+        # The vocabulary is what is cut: it must be the rows.
+        gathered = yield tp.all_gather(logits.t().contiguous(), self._vocab_of_tp_rank)
+        recorder.enter(Stage.HEAD)
+        return gathered.t()
+
+    def _likeliest(self, logits: Tensor) -> Steps[Tensor]:
+        """[num_seqs]; the argmax over all ranks' parts, the lowest token id of equals."""
+        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(logits)
         if logits.shape[1]:
             value, token_id = logits.max(dim=-1)
         else:  # more ranks than vocabulary
             value, token_id = logits.new_full((num_seqs,), -torch.inf), logits.new_zeros(num_seqs)
         candidates = torch.stack([value.double(), (token_id + self._first_token_id).double()], 1)
-        enter(Stage.COLLECTIVES)
+        recorder.enter(Stage.COLLECTIVES)
         width = candidates.shape[1] * candidates.itemsize
         gathered = yield tp.all_gather(candidates, [num_seqs] * tp.size, metadata_bytes=width)
-        enter(Stage.HEAD)
+        recorder.enter(Stage.HEAD)
         by_rank = gathered.view(tp.size, num_seqs, 2)
         best = by_rank[:, :, 0].argmax(dim=0)  # the first of equals: the lowest token id
-        return by_rank[best, torch.arange(num_seqs, device=best.device), 1].long(), logits
+        return by_rank[best, torch.arange(num_seqs, device=best.device), 1].long()

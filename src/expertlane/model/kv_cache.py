@@ -1,31 +1,31 @@
-"""Keys and values of the sequences a rank works on."""
+"""Paged keys and values of the sequences a data-parallel rank works on."""
 
 import torch
 from torch import Tensor
 
-from expertlane.model.forward_batch import AttentionRun
-
 
 class KVCache:
-    """Of one layer: [num_slots, num_local_heads, max_len, key_dim or value_dim].
+    """Of one layer: blocks of `block_size` positions, [num_blocks, block_size, heads, dim].
 
-    With latent attention the one head's key is the latent and the rotated part; its value is the
-    latent, a view of the key, so it is not stored again (`value_dim` 0).
+    A slot is a position's place in it, block × block_size + offset. With latent attention the one
+    head's key is the latent and the rotated part; its value is the latent, a part of the key, so
+    it is not stored again (`value_dim` 0).
     """
 
     def __init__(
         self,
-        num_slots: int,
+        num_blocks: int,
+        block_size: int,
         num_local_heads: int,
-        max_len: int,
         key_dim: int,
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_slots, num_local_heads, max_len)
-        self.keys = torch.empty((*shape, key_dim), dtype=dtype, device=device)
-        self.values = torch.empty((*shape, value_dim), dtype=dtype, device=device)
+        shape = (num_blocks, block_size, num_local_heads)
+        # Zeros: a padded place is masked, but what is masked must still be a number.
+        self.keys = torch.zeros((*shape, key_dim), dtype=dtype, device=device)
+        self.values = torch.zeros((*shape, value_dim), dtype=dtype, device=device)
 
     @property
     def num_bytes(self) -> int:
@@ -36,19 +36,34 @@ class KVCache:
     def position_bytes(self) -> int:
         """Of one position of one sequence."""
         width = self.keys.shape[-1] + self.values.shape[-1]
-        return int(self.keys.shape[1] * width * self.keys.itemsize)
+        return int(self.keys.shape[2] * width * self.keys.itemsize)
 
-    def update(self, run: AttentionRun, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a run's new keys and values, and give views of all it has so far.
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store new tokens' keys and values.
 
         Args:
-            keys, values: [num_seqs, num_local_heads, num_scheduled, key_dim or value_dim].
+            slots: [num_tokens].
+            keys, values: [num_tokens, num_local_heads, key_dim or value_dim].
+        """
+        self.keys.flatten(0, 1).index_copy_(0, slots, keys)
+        if values.shape[-1]:
+            self.values.flatten(0, 1).index_copy_(0, slots, values)
+
+    def read(self, block_tables: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Gather the first positions of some sequences.
+
+        Args:
+            block_tables: [num_seqs, num_blocks_per_seq].
 
         Returns:
-            Two views [num_seqs, num_local_heads, num_computed + num_scheduled, …].
+            keys, values: [num_seqs, num_local_heads, num_positions, key_dim or value_dim].
         """
-        slots = slice(run.first_slot, run.first_slot + run.num_seqs)
-        end = run.num_computed + run.num_scheduled
-        self.keys[slots, :, run.num_computed : end] = keys
-        self.values[slots, :, run.num_computed : end] = values
-        return self.keys[slots, :, :end], self.values[slots, :, :end]
+
+        num_seqs, width = block_tables.shape
+
+        def gather(paged: Tensor) -> Tensor:
+            blocks = paged.index_select(0, block_tables.flatten())
+            of_seqs = blocks.view(num_seqs, width * paged.shape[1], *paged.shape[2:])
+            return of_seqs[:, :num_positions].transpose(1, 2)
+
+        return gather(self.keys), gather(self.values)

@@ -1,12 +1,10 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.head import OutputHead
+from expertlane.model.head import HeadResult, OutputHead
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.layers import DecoderLayer
 from expertlane.model.rotary import RotaryEmbedding
@@ -17,18 +15,6 @@ from expertlane.parallel.recorder import Recorder
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
-
-
-class HeadResult(NamedTuple):
-    """What the last stage gives for a batch.
-
-    Attributes:
-        token_ids: [num_seqs].
-        logits: [num_seqs, num_local_vocab] float32.
-    """
-
-    token_ids: Tensor
-    logits: Tensor
 
 
 class TransformerStage:
@@ -59,7 +45,7 @@ class TransformerStage:
             self._head = OutputHead(
                 source.take(FINAL_NORM),
                 source.take(HEAD, vocab),
-                vocab.start,
+                model.vocab_size,
                 mesh,
                 recorder,
                 model.rms_norm_eps,
@@ -71,14 +57,13 @@ class TransformerStage:
         """Bytes of the key/value cache."""
         return sum(cache.num_bytes for cache in self._caches)
 
-    def allocate_cache(self, num_slots: int, max_len: int) -> None:
-        """Make room for `num_slots` sequences of up to `max_len` positions; forget all others."""
+    def allocate_cache(self, num_blocks: int, block_size: int) -> None:
+        """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""
         self._caches = []
-        self._caches = [self._new_cache(layer, num_slots, max_len) for layer in self._layers]
-
-    def _new_cache(self, layer: DecoderLayer, num_slots: int, max_len: int) -> KVCache:
-        num_heads, key_dim, value_dim = layer.attention.cache_dims
-        return KVCache(num_slots, num_heads, max_len, key_dim, value_dim, self._dtype, self._device)
+        self._caches = [
+            KVCache(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self._device)
+            for layer in self._layers
+        ]
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
@@ -91,11 +76,14 @@ class TransformerStage:
         shape = (num_tokens, self.model.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor | HeadResult]:
+    def forward(
+        self, x: Tensor, batch: ForwardBatch, needs_logits: bool
+    ) -> Steps[Tensor | HeadResult]:
         """Run a batch through the stage's layers, and the head on the last stage.
 
         Args:
             x: [num_owned, hidden_size].
+            needs_logits: all logits are wanted, not only the likeliest token.
 
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
@@ -104,4 +92,4 @@ class TransformerStage:
             x = yield from layer.forward(x, batch, cache)
         if self._head is None:
             return x
-        return HeadResult(*(yield from self._head.forward(x, batch)))
+        return (yield from self._head.forward(x, batch, needs_logits))

@@ -1,14 +1,18 @@
 """How many bytes a rank needs, before anything is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from expertlane.balance.placement import Placement
+from expertlane.errors import CapacityError
+from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
 from expertlane.spec.workload import Workload
 
+BLOCK_SIZE = 16
+STEP_TOKENS = 16_384  # of a comparison, over all ranks
 _FLOAT32_BYTES = 4
 
 
@@ -33,10 +37,74 @@ class RankMemory:
         return self.weight_bytes + max(self.kv_bytes + self.activation_bytes, self.loading_bytes)
 
 
+def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> Limits:
+    """A scheduler's sizes for a fixed workload, its whole cache resident.
+
+    Prompts and decodes are kept apart, so that each can be measured; and no prefix is shared, so
+    that every deployment computes every token. All deployments take the same number of tokens in
+    a step, whatever the number of their data-parallel ranks.
+    """
+    num_seqs = len(
+        partition(len(partition(workload.num_sequences, layout.replicas)[0]), layout.dp)[0]
+    )
+    num_blocks = ceil(workload.max_len / BLOCK_SIZE) + 1  # one more: the scheduler's reserve
+    num_tokens = min(STEP_TOKENS // (layout.replicas * layout.dp), num_seqs * workload.prompt_len)
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_model_len=workload.max_len,
+        num_blocks=num_seqs * num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=max(num_tokens, num_seqs),
+        max_num_seqs=num_seqs,
+        prefix_caching=False,
+        phases_apart=True,
+    )
+
+
+def fit_cache(
+    model: ModelConfig,
+    layout: Layout,
+    limits: Limits,
+    itemsize: int,
+    free_bytes: float,
+    cache_share: float = 1.0,
+) -> Limits:
+    """The same with as many blocks of the cache, up to `num_blocks`, as every rank has room for.
+
+    Args:
+        free_bytes: of a rank.
+        cache_share: of what is left beside weights and activations, how much the cache may take.
+
+    Raises:
+        CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
+    """
+    fewest = min(ceil(limits.max_model_len / limits.block_size), limits.num_blocks)
+    smallest = replace(limits, num_blocks=fewest)
+    num_blocks = limits.num_blocks
+    for rank in range(layout.pp * layout.dp * layout.tp):  # replicas are alike
+        need = rank_memory(model, layout, smallest, rank, itemsize)
+        if need.total_bytes > free_bytes:
+            raise CapacityError(
+                f"{model.name} as {layout} needs {size_text(need.total_bytes)} on a rank (weights "
+                f"{size_text(need.weight_bytes)}, key/value cache of one sequence "
+                f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) but "
+                f"{size_text(free_bytes)} of memory are free for it"
+            )
+        of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
+        num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
+    return replace(limits, num_blocks=num_blocks)
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    unit, name = (10**12, "TB") if num_bytes >= 10**12 else (10**9, "GB")
+    return f"{num_bytes / unit:.3g} {name}"
+
+
 def rank_memory(
-    model: ModelConfig, layout: Layout, workload: Workload, rank: int, itemsize: int
+    model: ModelConfig, layout: Layout, limits: Limits, rank: int, itemsize: int
 ) -> RankMemory:
-    """What `rank` holds when the whole workload is resident and is prefilled in one step.
+    """What `rank` holds: weights, the whole cache, and the activations of the largest step.
 
     Activations are those of an even routing; the shares of a skewed one are not known beforehand.
 
@@ -63,32 +131,20 @@ def rank_memory(
         head = len(partition(model.vocab_size, layout.tp)[at.tp_rank]) * model.hidden_size
         params += head + model.hidden_size
         largest_matrix = max(largest_matrix, head)
-    in_replica = partition(workload.num_sequences, layout.replicas)[at.replica]
     # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
-    num_pairs_in_stage = len(in_replica) * workload.prompt_len * model.num_experts_per_tok
+    num_tokens = limits.max_num_batched_tokens
+    num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
     num_pairs = ceil(num_pairs_in_stage * num_experts / model.num_experts)
-    num_seqs = len(partition(len(in_replica), layout.dp)[at.dp_rank])
     if model.latent is None:
         kv_width = 2 * max(model.kv_size // layout.tp, model.head_dim)
     else:  # the latent is replicated
         kv_width = model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
-    num_tokens = num_seqs * workload.prompt_len
     # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
     num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
     num_values += num_pairs * (2 * model.hidden_size + inner)
     return RankMemory(
         weight_bytes=params * itemsize,
-        kv_bytes=num_layers * num_seqs * workload.max_len * kv_width * itemsize,
+        kv_bytes=num_layers * limits.num_blocks * limits.block_size * kv_width * itemsize,
         activation_bytes=num_values * itemsize,
         loading_bytes=largest_matrix * (_FLOAT32_BYTES + itemsize),
-    )
-
-
-def largest_rank_memory(
-    model: ModelConfig, layout: Layout, workload: Workload, itemsize: int
-) -> RankMemory:
-    """The needs of the rank that needs most."""
-    return max(
-        (rank_memory(model, layout, workload, rank, itemsize) for rank in range(layout.world_size)),
-        key=lambda memory: memory.total_bytes,
     )

@@ -6,6 +6,7 @@ from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Request
 from expertlane.schedule.running import Rows, RunningTable
+from expertlane.spec.sampling import SamplingState
 
 
 class BatchDraft:
@@ -13,11 +14,13 @@ class BatchDraft:
 
     Attributes:
         budget: new tokens that there is still room for.
+        admitted: by sequence id, how to sample the requests that begin with this step.
     """
 
     def __init__(self, table: RunningTable, limits: Limits) -> None:
         self.table = table
         self.budget = limits.max_num_batched_tokens
+        self.admitted: dict[int, SamplingState] = {}
         self._decodes: Rows = np.empty(0, dtype=np.intp)
         self._prefills: list[int] = []
         self._chunks: list[int] = []
@@ -32,8 +35,8 @@ class BatchDraft:
         """Sequences in the batch."""
         return len(self._decodes) + len(self._prefills)
 
-    def add_running(self, num_groups: int) -> list[Request]:
-        """Take what runs already.
+    def add_decodes(self, num_groups: int) -> list[Request]:
+        """Take running requests in decoding.
 
         Args:
             num_groups: steps that the decodes are spread over, near-equally.
@@ -42,7 +45,7 @@ class BatchDraft:
             Requests preempted, since the decodes needed their blocks.
         """
         table = self.table
-        decodes, prefills = table.ready()
+        decodes, _ = table.ready()
         # Before the choice: those that wait for a block must not take the places of others.
         decodes, preempted = table.extend(decodes)
         limit = min(self.budget, -(-table.num_running // num_groups))
@@ -51,15 +54,21 @@ class BatchDraft:
             decodes = np.sort(decodes[by_step[:limit]])
         self._decodes = decodes
         self.budget -= len(decodes)
-        still_there = [row for row in prefills.tolist() if table.requests[row] is not None]
-        for row in sorted(still_there, key=lambda row: table.request(row).order):
+        return preempted
+
+    def add_prefills(self) -> None:
+        """Take chunks of running requests' prompts, in their order."""
+        table = self.table
+        _, prefills = table.ready()
+        for row in sorted(prefills.tolist(), key=lambda row: table.request(row).order):
             if self.budget:
                 self._add_chunk(row)
-        return preempted
 
     def admit(self, request: Request, cached: list[int]) -> None:
         """Take a waiting request; `cached` are the blocks it shares."""
         self._add_chunk(self.table.admit(request, cached))
+        if (state := request.sampling_state()) is not None:
+            self.admitted[request.seq_id] = state
 
     def _add_chunk(self, row: int) -> None:
         table = self.table
@@ -85,7 +94,6 @@ class BatchDraft:
         width = int(table.num_blocks[rows].max(initial=0))
         batch = Batch(
             seq_ids=table.seq_ids[rows],
-            slots=np.full(len(rows), -1, dtype=np.int64),
             num_scheduled_tokens=num_scheduled,
             num_computed_tokens=num_computed,
             token_ids=token_ids,

@@ -20,6 +20,8 @@ class Limits:
         max_num_seqs: running requests.
         aging_steps: steps of waiting that make up for one level of priority.
         prefix_caching: requests with equal beginnings share blocks.
+        phases_apart: a step holds prompts or decodes, never both, and prompts go first; so that
+            each can be measured by itself. A decode waits while any prompt can be computed.
 
     Raises:
         SpecError: a size is under 1.
@@ -33,11 +35,12 @@ class Limits:
     max_num_seqs: int = 256
     aging_steps: int = 1000
     prefix_caching: bool = True
+    phases_apart: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "prefix_caching" and not value >= 1:
+            if not isinstance(value, bool) and not value >= 1:
                 raise SpecError(f"scheduler: {field.name} is {value}; it must be 1 or more")
 
     @property

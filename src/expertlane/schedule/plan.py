@@ -2,24 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.spec.names import Phase
-from expertlane.spec.partition import partition
 from expertlane.spec.record import RankRecord
+from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 HandleT = TypeVar("HandleT")
-
-
-def _no_blocks() -> npt.NDArray[np.int32]:
-    return np.empty((0, 0), dtype=np.int32)
-
-
-def _no_marks() -> npt.NDArray[np.bool_]:
-    return np.empty(0, dtype=np.bool_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +21,6 @@ class Batch:
 
     Attributes:
         seq_ids: [num_seqs].
-        slots: [num_seqs]; which row of the key/value cache each sequence owns.
         num_scheduled_tokens: [num_seqs]; new tokens of each sequence, each at least 1.
         num_computed_tokens: [num_seqs]; positions already in the cache.
         token_ids: [num_tokens]; the new tokens, sequence after sequence.
@@ -36,17 +28,14 @@ class Batch:
             block `block_tables[seq, p // block_size]` of the paged cache, at p % block_size.
         yields_token: [num_seqs]; whether the sequence's last new token ends all it has so far, so
             that a next token is to be sampled. False in all but the last chunk of a prompt.
-
-    The last two are empty where the sequences own slots.
     """
 
     seq_ids: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.int64]
     num_scheduled_tokens: npt.NDArray[np.int64]
     num_computed_tokens: npt.NDArray[np.int64]
     token_ids: npt.NDArray[np.int64]
-    block_tables: npt.NDArray[np.int32] = field(default_factory=_no_blocks)
-    yields_token: npt.NDArray[np.bool_] = field(default_factory=_no_marks)
+    block_tables: npt.NDArray[np.int32]
+    yields_token: npt.NDArray[np.bool_]
 
     @property
     def num_seqs(self) -> int:
@@ -59,19 +48,21 @@ class Batch:
         return len(self.token_ids)
 
     def split(self, num_parts: int) -> list["Batch"]:
-        """Cut into `num_parts` batches at sequence borders, near-equal in sequences."""
+        """Cut into `num_parts` batches at sequence borders, near-equal in tokens."""
         ends = np.concatenate(([0], np.cumsum(self.num_scheduled_tokens)))
+        shares = np.arange(num_parts + 1) * (self.num_tokens / num_parts)
+        halfway = (ends[:-1] + ends[1:]) / 2
+        borders = np.searchsorted(halfway, shares, side="right").tolist()  # the nearest ends
         return [
             Batch(
-                self.seq_ids[part.start : part.stop],
-                self.slots[part.start : part.stop],
-                self.num_scheduled_tokens[part.start : part.stop],
-                self.num_computed_tokens[part.start : part.stop],
-                self.token_ids[ends[part.start] : ends[part.stop]],
-                self.block_tables[part.start : part.stop],
-                self.yields_token[part.start : part.stop],
+                self.seq_ids[start:stop],
+                self.num_scheduled_tokens[start:stop],
+                self.num_computed_tokens[start:stop],
+                self.token_ids[ends[start] : ends[stop]],
+                self.block_tables[start:stop],
+                self.yields_token[start:stop],
             )
-            for part in partition(self.num_seqs, num_parts)
+            for start, stop in pairwise(borders)
         ]
 
 
@@ -83,6 +74,9 @@ class StepPlan:
 
     Attributes:
         micro_batches: [num_micro_batches][dp].
+        admitted: by sequence id, how to sample the sequences that begin, or begin again, with
+            this step; those that take the likeliest token are not in it.
+        released: earlier such sequences that do not go on; they come before `admitted`.
         return_logits: send the logits of every sequence's last token back with the outcome.
         record: fill in times and counters.
     """
@@ -91,6 +85,8 @@ class StepPlan:
     replica: int
     phase: Phase
     micro_batches: tuple[tuple[Batch, ...], ...]
+    admitted: dict[int, SamplingState] = field(default_factory=dict)
+    released: tuple[int, ...] = ()
     return_logits: bool = False
     record: bool = True
 
@@ -102,6 +98,7 @@ class StepOutcome:
     Attributes:
         token_ids: the next token of every sequence of the plan that yields one, by sequence id.
         logits: by sequence id, [vocab_size]; empty unless the plan asked for them.
+        logprobs: by sequence id, for those that asked for them.
         records: one a rank of the replica; empty unless the plan asked for them.
         submitted_s, finished_s: on the clock of whoever drives the runner.
     """
@@ -111,6 +108,7 @@ class StepOutcome:
     records: tuple[RankRecord, ...]
     submitted_s: float
     finished_s: float
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
 
 class Runner(Protocol[HandleT]):

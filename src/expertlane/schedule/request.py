@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.blocks import ROOT, block_digest
+from expertlane.spec.sampling import SamplingParams, SamplingState
 
 
 class RequestState(StrEnum):
@@ -34,6 +35,8 @@ class Request:
         stop_token_ids: tokens that end the output, end-of-sequence tokens included unless they
             are to be ignored. The token that ends an output is part of it.
         priority: lower goes first.
+        sampling: how its tokens are chosen; None where the likeliest is taken.
+        sampling_seed: of its random numbers.
         output_token_ids: the tokens generated so far.
         seq_id: the number under which plans carry the request; the order of arrival.
         order: who goes first where not all can; set on arrival and never changed.
@@ -54,6 +57,8 @@ class Request:
         eos_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
         priority: int = 0,
+        sampling: SamplingParams | None = None,
+        sampling_seed: int = 0,
     ) -> None:
         self.request_id = request_id
         try:
@@ -65,6 +70,8 @@ class Request:
         self.max_tokens = max_tokens
         self.stop_token_ids = frozenset(stop_token_ids).union(() if ignore_eos else eos_token_ids)
         self.priority = priority
+        self.sampling = sampling
+        self.sampling_seed = sampling_seed
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
         self.output_token_ids: list[int] = []
@@ -78,6 +85,13 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def sampling_state(self) -> SamplingState | None:
+        """What ranks must know to sample its next tokens."""
+        if self.sampling is None:
+            return None
+        output = np.array(self.output_token_ids, dtype=np.int64)
+        return SamplingState(self.sampling, self.sampling_seed, self.prompt_token_ids, output)
 
     def finish(self, reason: FinishReason) -> None:
         """Take no more tokens."""

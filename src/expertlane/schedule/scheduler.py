@@ -1,7 +1,10 @@
 """Continuous batching: one scheduler for all replicas and data-parallel ranks of a layout."""
 
 import heapq
+from functools import reduce
 from itertools import chain
+from operator import or_
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +17,14 @@ from expertlane.schedule.running import Rows, RunningTable
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+
+
+class _Flight(NamedTuple):
+    """A step in flight: its rows of each table that takes part, and their scheduled tokens."""
+
+    replica: int
+    phase: Phase
+    of_tables: list[tuple[RunningTable, Rows, np.ndarray]]
 
 
 class ContinuousScheduler:
@@ -68,7 +79,8 @@ class ContinuousScheduler:
         self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
         self._max_in_flight = layout.pp if is_rotating else 1
         self._num_in_flight = [0] * layout.replicas
-        self._in_flight: dict[int, list[tuple[RunningTable, Rows, np.ndarray]]] = {}
+        self._in_flight: dict[int, _Flight] = {}
+        self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; may hold cancelled ones
         self._num_waiting = 0
@@ -127,6 +139,7 @@ class ContinuousScheduler:
             self._forget_waiting(request)  # its entry in the heap is dropped when it comes up
         else:
             self.tables[request.replica][request.dp_rank].cancel(request.row)
+            self._release(request)
         request.finish(reason)
         return True
 
@@ -143,21 +156,20 @@ class ContinuousScheduler:
         """Take in the tokens of a finished step."""
         self._num_in_flight[plan.replica] -= 1
         self.stepped = []
-        for table, rows, num_scheduled in self._in_flight.pop(plan.step):
+        for table, rows, num_scheduled in self._in_flight.pop(plan.step).of_tables:
             self.stepped += table.finish(rows, num_scheduled, outcome.token_ids)
         for request in self.stepped:
             if request.finish_reason is not None:
                 del self._requests[request.request_id]
+                self._release(request)
 
     def _plan(self, replica: int) -> StepPlan | None:
         drafts = [BatchDraft(table, self._limits) for table in self.tables[replica]]
-        for draft in drafts:
-            for request in draft.add_running(self._num_groups):
-                request.state = RequestState.WAITING
-                request.num_preemptions += 1
-                self.num_preemptions += 1
-                self._enqueue(request)
-        self._admit(replica, drafts)
+        if self._limits.phases_apart:
+            self._fill_with_one_phase(replica, drafts)
+        else:
+            self._add_decodes(drafts)
+            self._add_prompts(replica, drafts)
         if not any(draft.num_seqs for draft in drafts):
             return None
         is_prefill = any(draft.num_prefills for draft in drafts)
@@ -167,16 +179,53 @@ class ContinuousScheduler:
             replica=replica,
             phase=Phase.PREFILL if is_prefill else Phase.DECODE,
             micro_batches=self._cut([batch for _, batch in built]),
+            admitted=reduce(or_, (draft.admitted for draft in drafts)),
+            released=tuple(self._released[replica]),
             **self._flags,
         )
-        self._in_flight[plan.step] = flight = []
+        self._released[replica].clear()
+        self._begin(plan, drafts, built)
+        return plan
+
+    def _begin(
+        self, plan: StepPlan, drafts: list[BatchDraft], built: list[tuple[Rows, Batch]]
+    ) -> None:
+        flight = []
         for draft, (rows, batch) in zip(drafts, built, strict=True):
             if batch.num_seqs:
                 draft.table.begin(rows, plan.step)
                 flight.append((draft.table, rows, batch.num_scheduled_tokens))
-        self._num_in_flight[replica] += 1
+        self._in_flight[plan.step] = _Flight(plan.replica, plan.phase, flight)
+        self._num_in_flight[plan.replica] += 1
         self._num_steps += 1
-        return plan
+
+    def _fill_with_one_phase(self, replica: int, drafts: list[BatchDraft]) -> None:
+        """Prompts as long as there are any to compute, else decodes once all prompts are done."""
+        self._add_prompts(replica, drafts)
+        if any(draft.num_prefills for draft in drafts):
+            return
+        in_flight = [flight for flight in self._in_flight.values() if flight.replica == replica]
+        if not any(flight.phase is Phase.PREFILL for flight in in_flight):
+            self._add_decodes(drafts)
+
+    def _add_decodes(self, drafts: list[BatchDraft]) -> None:
+        for draft in drafts:
+            for request in draft.add_decodes(self._num_groups):
+                request.state = RequestState.WAITING
+                request.num_preemptions += 1
+                self.num_preemptions += 1
+                self._release(request)
+                self._enqueue(request)
+
+    def _add_prompts(self, replica: int, drafts: list[BatchDraft]) -> None:
+        for draft in drafts:
+            draft.add_prefills()
+        self._admit(replica, drafts)
+
+    def _release(self, request: Request) -> None:
+        """Let the ranks of its replica forget how to sample it."""
+        if request.sampling is not None:
+            self._released[request.replica].append(request.seq_id)
 
     def _cut(self, batches: list[Batch]) -> tuple[tuple[Batch, ...], ...]:
         if self._num_micro_batches == 1:

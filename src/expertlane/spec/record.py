@@ -48,11 +48,12 @@ class StepRecord:
     """One finished step as metrics see it.
 
     Attributes:
-        seq_ids: the sequences that took part; each got one new token.
-        num_tokens: tokens computed: all prompt tokens in a prefill, one a sequence in decoding.
+        seq_ids: the sequences that got a new token.
+        num_tokens: tokens computed: prompt tokens in a prefill, one a sequence in decoding.
         submitted_s, finished_s: on the clock of whoever drove the runner.
         records: one a rank of the replica.
         run: which repetition of the workload it belongs to.
+        spell: steps of one phase with none of the other in between; counted within a run.
     """
 
     phase: Phase
@@ -64,3 +65,4 @@ class StepRecord:
     finished_s: float
     records: tuple[RankRecord, ...]
     run: int = 0
+    spell: int = 0

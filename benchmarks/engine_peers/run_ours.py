@@ -1,0 +1,32 @@
+"""expertlane as a contender. Run: python run_ours.py FOLDER LAYOUT"""
+
+import sys
+
+from serving import Answers, serve
+
+from expertlane.engine.llm import LLM
+from expertlane.spec.sampling import SamplingParams
+
+
+def main() -> None:
+    answers = Answers()
+    folder, layout = sys.argv[1:]
+    with LLM(
+        folder,
+        layout=layout,
+        dtype="bfloat16",
+        max_model_len=1024,
+        prefix_caching=False,
+        max_num_batched_tokens=4096,
+        max_num_seqs=256,
+    ) as llm:
+
+        def generate(prompts: list[list[int]], max_tokens: int, variant: str) -> list[list[int]]:
+            params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+            return [output.token_ids for output in llm.generate(prompts, params)]
+
+        serve(answers, [""], generate)
+
+
+if __name__ == "__main__":
+    main()

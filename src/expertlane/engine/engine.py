@@ -1,0 +1,172 @@
+"""Requests in, tokens out: the scheduler and the ranks as one, a step at a time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import SystemRandom
+from typing import Generic
+
+from expertlane.engine.detokenizer import IncrementalDetokenizer
+from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.tokenizer import Tokenizer
+from expertlane.errors import UserError
+from expertlane.schedule.plan import HandleT, Runner, StepOutcome, StepPlan
+from expertlane.schedule.request import FinishReason, Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.sampling import SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request that is not finished; no detokenizer where there is no tokenizer."""
+
+    request: Request
+    output: RequestOutput
+    detokenizer: IncrementalDetokenizer | None
+    wants_logprobs: bool
+
+
+class Engine(Generic[HandleT]):
+    """Continuous batching; knows requests by id and keeps them until they are finished.
+
+    Args:
+        eos_token_ids: tokens that end an output unless `ignore_eos`.
+        tokenizer: None where prompts are tokens only.
+    """
+
+    def __init__(
+        self,
+        scheduler: ContinuousScheduler,
+        runner: Runner[HandleT],
+        *,
+        eos_token_ids: frozenset[int] = frozenset(),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._in_flight: dict[HandleT, StepPlan] = {}
+        self._live: dict[str, _Live] = {}
+        self._ended: list[Chunk] = []  # by a cancellation, not yet told
+        self._seeds = SystemRandom()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has more to give."""
+        return bool(self._live or self._ended)
+
+    def add(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+    ) -> RequestOutput:
+        """Queue a request; its output fills as steps finish.
+
+        Args:
+            priority: lower goes first.
+
+        Raises:
+            UserError: it can never be served, or the id is taken; nothing is queued.
+        """
+        token_ids = self._encode(request_id, prompt, params)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        request = Request(
+            request_id,
+            token_ids,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            eos_token_ids=self._eos_token_ids,
+            ignore_eos=params.ignore_eos,
+            priority=priority,
+            sampling=params if params.needs_logits else None,
+            sampling_seed=seed,
+        )
+        self._scheduler.add(request)
+        prompt_ids: list[int] = request.prompt_token_ids.tolist()
+        output = RequestOutput(
+            request_id, prompt if isinstance(prompt, str) else None, prompt_ids, time.perf_counter()
+        )
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(self._tokenizer, prompt_ids, stop=params.stop)
+        self._live[request_id] = _Live(request, output, detokenizer, params.logprobs is not None)
+        return output
+
+    def _encode(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
+        name = f"request {request_id!r}"
+        if self._tokenizer is None and params.stop:
+            raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise UserError(f"{name}: a text needs a tokenizer; give the prompt as token ids")
+        return self._tokenizer.encode(prompt)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now, wherever it stands.
+
+        Returns:
+            False if no unfinished request has this id.
+        """
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return False
+        self._scheduler.cancel(request_id)
+        self._ended.append(self._end(live, None, FinishReason.CANCELLED))
+        return True
+
+    def step(self) -> list[Chunk]:
+        """Wait for one step of the ranks, and give what it brought.
+
+        The next step is under way before this one's tokens are turned into text.
+
+        Raises:
+            RankError: a rank died, hung or failed.
+        """
+        self._submit()
+        chunks, self._ended = self._ended, []
+        if not self._in_flight:
+            return chunks
+        handle = self._runner.first_done(list(self._in_flight))
+        outcome = self._runner.collect(handle)
+        self._scheduler.finish(self._in_flight.pop(handle), outcome)
+        stepped = self._scheduler.stepped
+        self._submit()
+        return chunks + [self._take(request, outcome) for request in stepped]
+
+    def _submit(self) -> None:
+        while (plan := self._scheduler.next_plan()) is not None:
+            self._in_flight[self._runner.submit(plan)] = plan
+
+    def _take(self, request: Request, outcome: StepOutcome) -> Chunk:
+        live = self._live[request.request_id]
+        output = live.output
+        token_id = request.output_token_ids[-1]
+        output.token_ids.append(token_id)
+        output.token_times_s.append(outcome.finished_s)
+        if live.wants_logprobs:
+            output.logprobs.append(outcome.logprobs[request.seq_id])
+        reason, text = request.finish_reason, ""
+        if live.detokenizer is not None and reason is not FinishReason.STOP:
+            text = live.detokenizer.append(token_id)
+            output.text += text
+            if live.detokenizer.stopped:
+                reason = FinishReason.STOP
+                self._scheduler.cancel(request.request_id, reason)
+        if reason is None:
+            return Chunk(request.request_id, token_id, text, None)
+        del self._live[request.request_id]
+        return self._end(live, token_id, reason, text)
+
+    def _end(
+        self, live: _Live, token_id: int | None, reason: FinishReason, text: str = ""
+    ) -> Chunk:
+        output = live.output
+        output.finish_reason = reason
+        output.num_preemptions = live.request.num_preemptions
+        if live.detokenizer is not None:
+            rest = live.detokenizer.finish()
+            output.text += rest
+            text += rest
+        return Chunk(output.request_id, token_id, text, reason)

@@ -1,0 +1,289 @@
+"""The offline face of the engine: a model, laid out over ranks, that continues prompts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.engine import Engine, Prompt
+from expertlane.engine.hub import resolve_model
+from expertlane.engine.messages import RankMachine
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.pool import RankPool
+from expertlane.engine.start import start_pool
+from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
+from expertlane.errors import CapacityError, UserError
+from expertlane.plan.memory import fit_cache
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Deployment, MicroBatchSchedule, Options
+from expertlane.spec.from_hf import from_hf
+from expertlane.spec.hf_config import read_config
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.sampling import SamplingParams
+
+Message = dict[str, str]
+
+_DESCRIBE = "expertlane.engine.rank_machine:describe"
+_FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
+_CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
+
+
+class LLM:
+    """A model on its ranks; use it as a context, or `close` it.
+
+    Args:
+        model: a folder with a checkpoint, a hub id (`org/name`), or the name of a preset, whose
+            weights are then random.
+        layout: such as `tp=2,ep=2`; one rank by default.
+        dtype: of weights and activations; the checkpoint's by default.
+        max_model_len: positions a sequence may take; the model's by default.
+        num_blocks: of the paged cache, on each data-parallel rank; by default as many as
+            `max_num_seqs` sequences of `max_model_len` can use, or half of the memory beside the
+            weights (all of a GPU's) has room for.
+        seed: of random weights.
+        timeout_s: the longest wait for a rank without progress.
+
+    Attributes:
+        engine: requests and steps, for those who bring their own loop.
+        limits: what the scheduler keeps to.
+        tokenizer: None where the checkpoint has none.
+
+    Raises:
+        UserError: the model cannot be found, read, laid out so, or does not fit into memory.
+        RankError: a rank died, hung or failed.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        layout: str | Layout = "tp=1",
+        overlap: bool = False,
+        num_micro_batches: int = 1,
+        micro_batch_schedule: MicroBatchSchedule = "drained",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int = 256,
+        prefix_caching: bool = True,
+        seed: int = 0,
+        timeout_s: float = 60.0,
+    ) -> None:
+        options = Options(overlap, num_micro_batches, micro_batch_schedule)
+        chosen = Layout.parse(layout) if isinstance(layout, str) else layout
+        self.model, self._folder = _find_model(model)
+        chosen.check_model(self.model)
+        self._numbers = count()
+        self._chat_template: ChatTemplate | None = None
+        self.tokenizer: Tokenizer | None = None
+        eos_token_ids: frozenset[int] = frozenset()
+        if self._folder is not None:
+            if (self._folder / TOKENIZER).is_file():
+                self.tokenizer = Tokenizer.from_folder(self._folder)
+                eos_token_ids = self.tokenizer.eos_token_ids
+            else:
+                eos_token_ids = configured_eos_token_ids(self._folder)
+        wanted = Limits(
+            vocab_size=self.model.vocab_size,
+            max_model_len=_model_len(self.model, max_model_len),
+            num_blocks=1 if num_blocks is None else num_blocks,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+        )
+        pool = start_pool(
+            chosen.world_size, timeout_s=timeout_s, dtype=dtype or _own_dtype(self._folder)
+        )
+        if pool is None:  # this process was a rank of torchrun's; the first one speaks
+            raise SystemExit(0)
+        self._pool: RankPool = pool
+        try:
+            self.limits = _fit(wanted, num_blocks, self.model, chosen, pool)
+            deployment = Deployment("llm", chosen, options)
+            runner = ModelRunner(
+                pool,
+                self.model,
+                deployment,
+                self.limits,
+                seed=seed,
+                ranks_per_node=pool.call(_DESCRIBE)[0].ranks_per_node,
+                checkpoint=self._folder,
+            )
+        except BaseException:
+            pool.close()
+            raise
+        scheduler = ContinuousScheduler(chosen, options, self.limits, record=False)
+        self.engine = Engine(
+            scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer
+        )
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all ranks; may be called again."""
+        self._pool.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts, batched as they fit.
+
+        Args:
+            prompts: a text or a list of token ids, or several of either.
+            params: for all, or one a prompt; by default `SamplingParams()`.
+
+        Returns:
+            One output a prompt, in the prompts' order.
+
+        Raises:
+            UserError: a prompt can never be served; then none of them is.
+        """
+        outputs = self._add(prompts, params)
+        while any(output.finish_reason is None for output in outputs):
+            self.engine.step()
+        return outputs
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[tuple[int, Chunk]]:
+        """As `generate`, but yields (place of the prompt, what came) as steps finish.
+
+        Requests that are not finished when the iterator is closed are cancelled.
+        """
+        outputs = self._add(prompts, params)
+        places = {output.request_id: place for place, output in enumerate(outputs)}
+        return self._stream(places)
+
+    def _stream(self, places: dict[str, int]) -> Iterator[tuple[int, Chunk]]:
+        unfinished = set(places)
+        try:
+            while unfinished:
+                for chunk in self.engine.step():
+                    if chunk.request_id in places:
+                        if chunk.finish_reason is not None:
+                            unfinished.discard(chunk.request_id)
+                        yield places[chunk.request_id], chunk
+        finally:
+            for request_id in unfinished:
+                self.engine.cancel(request_id)
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[Chunk]:
+        """Continue a conversation by the checkpoint's chat template; yields as steps finish.
+
+        Args:
+            messages: each with `role` and `content`.
+
+        Raises:
+            UserError: there is no template or tokenizer, or the template refuses the messages.
+        """
+        if self.tokenizer is None or self._folder is None:
+            raise UserError(f"{self.model.name} has no tokenizer, which a chat needs")
+        if self._chat_template is None:
+            self._chat_template = ChatTemplate.from_folder(self._folder)
+        text = self._chat_template.render(list(messages))
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        return (chunk for _, chunk in self.stream([prompt], params))
+
+    def _add(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        several = _as_list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(several)
+        if len(params) != len(several):
+            raise UserError(
+                f"{len(several)} prompts but {len(params)} sampling parameters; "
+                "give one for all, or one a prompt"
+            )
+        outputs: list[RequestOutput] = []
+        try:
+            for prompt, of_prompt in zip(several, params, strict=True):
+                outputs.append(self.engine.add(str(next(self._numbers)), prompt, of_prompt))
+        except BaseException:
+            for output in outputs:
+                self.engine.cancel(output.request_id)
+            raise
+        return outputs
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _find_model(model: str | Path) -> tuple[ModelConfig, Path | None]:
+    if str(model) in PRESETS:
+        return PRESETS[str(model)], None
+    folder = resolve_model(str(model))
+    return from_hf(read_config(folder), folder.name), folder
+
+
+def _own_dtype(folder: Path | None) -> str | None:
+    """The checkpoint's type; None, the machine's choice, for float16, which few CPUs compute in."""
+    if folder is None:
+        return None
+    config = read_config(folder)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return None if name.endswith("float16") and "bfloat16" not in name else name
+
+
+def _model_len(model: ModelConfig, asked: int | None) -> int:
+    limit = model.max_position_embeddings
+    if asked is None:
+        return limit
+    if not 1 <= asked <= limit:
+        raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {limit}")
+    return asked
+
+
+def _fit(
+    wanted: Limits, num_blocks: int | None, model: ModelConfig, layout: Layout, pool: RankPool
+) -> Limits:
+    """The limits with a cache that the ranks' memory has room for.
+
+    Raises:
+        CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
+    """
+    seen: list[RankMachine] = pool.call(_DESCRIBE)
+    tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
+    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
+    free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
+    if num_blocks is None:
+        share = 1.0 if tightest.on_gpu else _CPU_CACHE_SHARE
+        num_blocks = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
+        wanted = replace(wanted, num_blocks=num_blocks)
+        return fit_cache(model, layout, wanted, tightest.itemsize, free_bytes, share)
+    wanted = replace(wanted, num_blocks=num_blocks)
+    fitting = fit_cache(model, layout, wanted, tightest.itemsize, free_bytes)
+    if fitting.num_blocks < num_blocks:
+        raise CapacityError(
+            f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
+        )
+    return fitting

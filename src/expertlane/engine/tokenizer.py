@@ -1,0 +1,162 @@
+"""Text to token ids and back, and what a checkpoint says of its tokens and of sampling."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+
+from expertlane.errors import UserError
+from expertlane.spec.hf_config import Fields
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
+_GENERATION_CONFIG = "generation_config.json"
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    Args:
+        core: of the library; it neither truncates nor pads from here on.
+        eos_token_ids: tokens that end a generation.
+
+    Attributes:
+        eos_token_ids: as given.
+        special_token_ids: control tokens, which `skip_special_tokens` leaves out.
+        byte_tokens: the byte of every token that stands for a raw one, as in `<0x0A>`; empty
+            for byte-level tokenizers, whose tokens are all made of bytes.
+        vocab_size: number of tokens, added ones included. A model's may be larger.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
+        core.no_truncation()
+        core.no_padding()
+        self._core = core
+        self.eos_token_ids = frozenset(eos_token_ids)
+        added = core.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        self.byte_tokens = _byte_tokens(core)
+        self.vocab_size = core.get_vocab_size()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The tokenizer of a checkpoint.
+
+        Raises:
+            UserError: there is none, or one of its files cannot be read.
+        """
+        path = folder / TOKENIZER
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: there is no {TOKENIZER}; prompts can only be given as token ids"
+            )
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path} cannot be read: {error}") from None
+        return cls(core, _eos_token_ids(folder, core))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: a special token's name in it becomes that token.
+            add_special_tokens: put those around it that the tokenizer asks for, such as the
+                beginning of a sequence. Not for a rendered chat: its template writes them.
+
+        Raises:
+            UserError: the text holds half a surrogate pair, which is no character.
+        """
+        try:
+            return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            if not any("\ud800" <= character <= "\udfff" for character in text):
+                raise
+            raise UserError(
+                f"the text {text[:40]!r} holds half a surrogate pair; give valid Unicode"
+            ) from None
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; unknown ids have none, bytes that are no text become U+FFFD."""
+        return self._core.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def has_token(self, token_id: int) -> bool:
+        """Whether an id is known; models have spare ones."""
+        return self._core.id_to_token(token_id) is not None
+
+
+def default_sampling(folder: Path) -> dict[str, Any]:
+    """Sampling parameters that a checkpoint recommends, by name and unchecked.
+
+    Those that its `generation_config.json` leaves out are left out. Its `do_sample: false`
+    becomes a temperature of 0.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    config = read_json(folder / _GENERATION_CONFIG)
+    found = {key: config[key] for key in _SAMPLING if config.get(key) is not None}
+    return found | {"temperature": 0.0} if config.get("do_sample") is False else found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An optional file's JSON object; empty if there is no such file.
+
+    Raises:
+        UserError: it cannot be read or is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        raise UserError(f"{path} is malformed: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
+def token_text(token: Any) -> str | None:
+    """A token as `tokenizer_config.json` writes it: its text, or an object that holds it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def configured_eos_token_ids(folder: Path) -> frozenset[int]:
+    """The end-of-sequence tokens that a checkpoint's configurations name together.
+
+    Raises:
+        UserError: one of the files cannot be read.
+    """
+    found: set[int] = set()
+    for name in (_GENERATION_CONFIG, "config.json"):
+        fields = Fields(read_json(folder / name), str(folder / name))
+        eos = fields.raw("eos_token_id")
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        found.update(fields.typed(int, "eos_token_id", token_id) for token_id in eos)
+    return frozenset(found)
+
+
+def _eos_token_ids(folder: Path, core: tokenizers.Tokenizer) -> frozenset[int]:
+    """What the configurations say; where they are silent, the tokenizer's own."""
+    if found := configured_eos_token_ids(folder):
+        return found
+    text = token_text(read_json(folder / TOKENIZER_CONFIG).get("eos_token"))
+    own = None if text is None else core.token_to_id(text)
+    return frozenset([] if own is None else [own])
+
+
+def _byte_tokens(core: tokenizers.Tokenizer) -> dict[int, bytes]:
+    """Tokens named `<0x00>` to `<0xFF>`, if the decoder takes them for bytes."""
+    found = {}
+    for byte in range(256):
+        name = f"<0x{byte:02X}>"
+        token_id = core.token_to_id(name)
+        if token_id is not None and core.decode([token_id], skip_special_tokens=False) != name:
+            found[token_id] = bytes([byte])
+    return found

@@ -1,0 +1,195 @@
+"""From scores to drawn tokens, for many sequences at once; no row depends on the rows around it."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# SplitMix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_NUM_BITS = 48  # of a uniform number: a little under float64's, so that u · total < total
+
+_NUM_DIGITS = 3  # of a float32 from 0 to 1, whose two highest bits are 0
+_DIGIT_BITS = 10
+_RADIX = 1 << _DIGIT_BITS
+
+
+def uniform_numbers(
+    seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, index): output `index` of SplitMix64 from `seed`.
+
+    Args:
+        seeds, indices: [num_rows]; an index is 0 or more.
+
+    Returns:
+        [num_rows].
+    """
+    bits = seeds + (indices.astype(np.uint64) + np.uint64(1)) * _GAMMA
+    bits = (bits ^ (bits >> np.uint64(30))) * _MIX_1
+    bits = (bits ^ (bits >> np.uint64(27))) * _MIX_2
+    bits ^= bits >> np.uint64(31)
+    upper: npt.NDArray[np.float64] = (bits >> np.uint64(64 - _NUM_BITS)).astype(np.float64)
+    return upper * 2.0**-_NUM_BITS
+
+
+def probabilities(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Softmax of scores / temperature; of the differences to the greatest, lest tiny ones overflow.
+
+    Args:
+        scores: [num_rows, vocab_size]; each row has a finite one, others may be -inf.
+        temperature: [num_rows, 1]; above 0.
+
+    Returns:
+        [num_rows, vocab_size] float32.
+    """
+    return (scores - scores.amax(1, keepdim=True)).div_(temperature).softmax(1)
+
+
+def keep_likeliest(
+    p: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """Apply top-k, then top-p to the share that is left, then min-p; None where nobody asks.
+
+    Args:
+        p: [num_rows, vocab_size] float32; probabilities.
+        top_k: [num_rows, 1] float64; how many to keep, inf for all.
+        top_p: [num_rows, 1] float64; the share of what top-k left, inf for all.
+        min_p: [num_rows, 1] float32; the least ratio to the likeliest.
+
+    Returns:
+        [num_rows, vocab_size] float32; `p` with 0 for all that is not kept.
+    """
+    if top_k is not None:
+        ones = p.new_ones((), dtype=torch.float64).expand_as(p)
+        # Half a token less than k, since counts are whole and a share is rounded.
+        p = _at_least(p, _threshold(p, ones, (top_k - 0.5) / p.shape[1]))
+        if top_p is not None:
+            p = _at_least(p, _threshold_of_few(p, top_p))
+    elif top_p is not None:
+        p = _at_least(p, _threshold(p, p.double(), top_p))
+    if min_p is not None:
+        p = _at_least(p, min_p * p.amax(1, keepdim=True))
+    return p
+
+
+def draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the probabilities, summed in vocabulary order, pass uniform · their sum.
+
+    Args:
+        p: [num_rows, vocab_size]; need not sum to 1.
+        uniform: [num_rows] float64; in [0, 1).
+
+    Returns:
+        [num_rows]; token ids.
+    """
+    cumulative = p.double().cumsum(1)
+    goal = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
+
+
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of given tokens and of the likeliest, the lowest id of equals first.
+
+    Args:
+        logits: [num_rows, vocab_size] float32.
+        token_ids: [num_rows].
+
+    Returns:
+        Log-probabilities of the given tokens, [num_rows]; ids of the likeliest and their
+        log-probabilities, [num_rows, num_top].
+    """
+    logprobs = logits.log_softmax(1)
+    chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
+    if not num_top:
+        return chosen, token_ids.new_empty(len(logits), 0), logprobs[:, :0]
+    vocab_size = logits.shape[1]
+    # Whole numbers that order by log-probability, which is never positive, then by token id.
+    keys = logprobs.abs().view(torch.int32).long().mul_(vocab_size)
+    keys += torch.arange(vocab_size, device=keys.device)
+    ids = keys.topk(num_top, 1, largest=False).values % vocab_size
+    return chosen, ids, logprobs.gather(1, ids)
+
+
+def _at_least(p: Tensor, threshold: Tensor) -> Tensor:
+    """`p` with 0 for what is under its row's threshold, [num_rows, 1]."""
+    kept = torch.empty_like(p)  # not booleans, which torch is several times slower with
+    return torch.ge(p, threshold, out=kept).mul_(p)
+
+
+def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
+    """The last probability taken when the greatest are taken until they hold a share of the weight.
+
+    A radix selection, digit by digit from the greatest: the bits of positive numbers order as the
+    numbers do. It is several times faster than sorting, however flat the distribution.
+
+    Args:
+        p: [num_rows, vocab_size] float32; 0 to 1.
+        weights: [num_rows, vocab_size] float64.
+        share: [num_rows, 1] float64; more than 1 takes all.
+
+    Returns:
+        [num_rows, 1] float32; 0 where all are taken.
+    """
+    keys = p.view(torch.int32)
+    shift = (_NUM_DIGITS - 1) * _DIGIT_BITS
+    digits = keys >> shift
+    histogram = weights.new_zeros(len(p), _RADIX).scatter_add_(1, digits.long(), weights)
+    digit, goal = _digit_of_goal(histogram, share * histogram.cumsum(1)[:, -1:])
+    # The lowest digit holds what is too unlikely to be drawn, 0 above all: take it whole.
+    sought = torch.where(digit == 0, -1, digit).int()
+    chosen = torch.eq(digits, sought, out=torch.empty_like(digits)).bool()
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return _select(rows, keys[rows, columns], weights[rows, columns], goal, digit << shift, shift)
+
+
+def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
+    """The same with the probabilities as weights, where most of them are 0."""
+    rows, columns = p.nonzero(as_tuple=True)
+    values = p[rows, columns]
+    weights = values.double()
+    goal = share * weights.new_zeros(len(p)).index_add_(0, rows, weights)[:, None]
+    start = torch.zeros_like(goal, dtype=torch.int64)
+    return _select(rows, values.view(torch.int32), weights, goal, start, _NUM_DIGITS * _DIGIT_BITS)
+
+
+def _select(
+    rows: Tensor, keys: Tensor, weights: Tensor, goal: Tensor, threshold: Tensor, shift: int
+) -> Tensor:
+    """Add the digits below bit `shift` to the thresholds, by the entries that can still be it.
+
+    Args:
+        rows, keys, weights: [num_entries].
+        goal: [num_rows, 1]; the weight that these entries are to reach.
+        threshold: [num_rows, 1]; the higher digits.
+
+    Returns:
+        [num_rows, 1] float32.
+    """
+    num_rows = len(goal)
+    while shift:
+        shift -= _DIGIT_BITS
+        digits = (keys >> shift) & (_RADIX - 1)
+        flat = weights.new_zeros(num_rows * _RADIX)
+        histogram = flat.index_add_(0, rows * _RADIX + digits, weights).view(num_rows, _RADIX)
+        digit, goal = _digit_of_goal(histogram, goal)
+        threshold = threshold + (digit << shift)
+        chosen = digits == digit[rows, 0]
+        rows, keys, weights = rows[chosen], keys[chosen], weights[chosen]
+    return threshold.int().view(torch.float32)
+
+
+def _digit_of_goal(histogram: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """At which digit the weight from the greatest digit down reaches a goal; 0 if it does not.
+
+    Returns:
+        The digit, and what is left of the goal when the greater ones are taken: [num_rows, 1].
+    """
+    taken = histogram.flip(1).cumsum(1)
+    place = torch.searchsorted(taken, goal).clamp_(max=_RADIX - 1)
+    before = taken.gather(1, place) - histogram.gather(1, _RADIX - 1 - place)
+    return _RADIX - 1 - place, goal - before

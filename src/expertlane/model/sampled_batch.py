@@ -1,0 +1,276 @@
+"""Sequences that are sampled together, with their parameters side by side."""
+
+import math
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.model.draw import (
+    draw,
+    keep_likeliest,
+    probabilities,
+    token_logprobs,
+    uniform_numbers,
+)
+from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
+
+_FLOAT32 = torch.finfo(torch.float32)
+_MIN_TOP_P = 1e-9  # keeps one token, as any less would, and is not lost in rounding
+_MAX_REPETITION = 1e6  # acts as any greater one would, and takes no logit to infinity
+
+
+class SampledSequence:
+    """How a sequence is sampled, and what its next token depends on.
+
+    Attributes:
+        num_output_tokens: [1]; so far.
+        repetition: [1, vocab_size]; the penalty of tokens seen, 1 of all others.
+        counts: [1, vocab_size]; how often each token is in the output.
+
+    The last two are empty if no penalty needs them. All three are views of the tensors of the batch
+    it was last in, and so move on with it.
+    """
+
+    def __init__(self, state: SamplingState, vocab_size: int, device: torch.device) -> None:
+        params, output = state.params, state.output_token_ids
+        self.params = params
+        self.seed = state.seed
+        self.num_output_tokens = torch.tensor([len(output)])
+        self.repetition = self.counts = torch.empty(1, 0)
+        if params.repetition_penalty != 1:
+            factors = np.ones((1, vocab_size), dtype=np.float32)
+            seen = np.concatenate((state.prompt_token_ids, output))
+            factors[0, seen] = _repetition_penalty(params)
+            self.repetition = torch.from_numpy(factors).to(device)
+        if params.counts_output:
+            counts = np.bincount(output, minlength=vocab_size).astype(np.float32)
+            self.counts = torch.from_numpy(counts[None]).to(device)
+
+
+class SampledBatch:
+    """The sequences of a step; it may come again with the next one.
+
+    Args:
+        sequences: [num_seqs]; None for a plain greedy one.
+    """
+
+    def __init__(
+        self, sequences: list[SampledSequence | None], vocab_size: int, device: torch.device
+    ) -> None:
+        def members(belongs: Callable[[SamplingParams], bool]) -> _Members:
+            return _Members(sequences, belongs, device)
+
+        self._penalties: list[_Penalty] = []
+        if repeated := members(lambda params: params.repetition_penalty != 1):
+            self._penalties.append(_RepetitionPenalty(repeated))
+        if counted := members(lambda params: params.counts_output):
+            self._penalties.append(_OutputPenalty(counted))
+        # Apart by what they need, so that no one waits for what only others need.
+        drawn = [members(partial(_is_drawn, kind=kind, vocab_size=vocab_size)) for kind in _Kind]
+        self._draws = [_Draws(group, vocab_size) for group in drawn if group]
+        self._all_drawn = sum(map(len, drawn)) == len(sequences)
+        self._logprobs = members(lambda params: params.logprobs is not None)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next tokens, which count as output from now on.
+
+        Args:
+            logits: [num_seqs, vocab_size] float32; left as they are.
+
+        Returns:
+            [num_seqs].
+        """
+        scores = logits.clone() if self._penalties else logits
+        for penalty in self._penalties:
+            penalty.apply(scores)
+        if self._all_drawn:
+            token_ids = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+        else:
+            token_ids = scores.argmax(1)
+        for group in self._draws:
+            token_ids[group.rows] = group.choose(scores[group.rows])
+        for penalty in self._penalties:
+            penalty.count(token_ids)
+        return token_ids
+
+    def logprobs(self, logits: Tensor, token_ids: Tensor) -> Iterator[tuple[int, TokenLogprobs]]:
+        """By row, for the sequences that want them: those of the model's own distribution.
+
+        Args:
+            logits: [num_seqs, vocab_size] float32.
+            token_ids: [num_seqs]; the chosen ones.
+        """
+        members = self._logprobs
+        if not members:
+            return
+        own, chosen = logits[members.rows], token_ids[members.rows]
+        nums = [sequence.params.logprobs or 0 for sequence in members.sequences]
+        columns = token_logprobs(own, chosen, min(max(nums), own.shape[1]))
+        rows = zip(
+            members.numbers,
+            nums,
+            chosen.tolist(),
+            *(column.tolist() for column in columns),
+            strict=True,
+        )
+        for row, num, token_id, logprob, ids, values in rows:
+            top = tuple(zip(ids[:num], values[:num], strict=True))
+            yield row, TokenLogprobs(token_id, logprob, top)
+
+
+class _Members:
+    """The sequences of a batch that belong to a group.
+
+    Attributes:
+        numbers: [num_members]; their rows in the batch.
+        rows: the same as an index; a slice where it is the whole batch, which spares copies.
+    """
+
+    def __init__(
+        self,
+        sequences: list[SampledSequence | None],
+        belongs: Callable[[SamplingParams], bool],
+        device: torch.device,
+    ) -> None:
+        found = [
+            (number, sequence)
+            for number, sequence in enumerate(sequences)
+            if sequence is not None and belongs(sequence.params)
+        ]
+        self.numbers = [number for number, _ in found]
+        self.sequences = [sequence for _, sequence in found]
+        self.rows: Tensor | slice = slice(None)
+        if len(found) < len(sequences):
+            self.rows = torch.tensor(self.numbers, dtype=torch.int64, device=device)
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def column(
+        self, value: Callable[[SamplingParams], float], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """A parameter of each: [num_members, 1]."""
+        values = [[value(sequence.params)] for sequence in self.sequences]
+        return torch.tensor(values, dtype=dtype, device=self._device).view(-1, 1)
+
+    def join(self, name: str) -> Tensor:
+        """One tensor from an attribute of each, [num_members, …]; they keep views of it."""
+        joined = torch.cat([getattr(sequence, name) for sequence in self.sequences])
+        for sequence, row in zip(self.sequences, joined[:, None].unbind(), strict=True):
+            setattr(sequence, name, row)
+        return joined
+
+
+class _Penalty(Protocol):
+    def apply(self, scores: Tensor) -> None:
+        """Change scores, [num_seqs, vocab_size], in place."""
+        ...
+
+    def count(self, token_ids: Tensor) -> None:
+        """Take in the chosen tokens, [num_seqs]."""
+        ...
+
+
+class _RepetitionPenalty:
+    """Makes tokens of prompt and output less likely, however often they came."""
+
+    def __init__(self, members: _Members) -> None:
+        self._rows = members.rows
+        self._factors = members.join("repetition")
+        self._penalty = members.column(_repetition_penalty)
+
+    def apply(self, scores: Tensor) -> None:
+        """Divide what is positive, multiply what is negative; in place."""
+        own = scores[self._rows]
+        positive = own.clamp(min=0).div_(self._factors)
+        scores[self._rows] = own.clamp(max=0).mul_(self._factors).add_(positive)
+
+    def count(self, token_ids: Tensor) -> None:
+        """Take in the chosen tokens, [num_seqs]."""
+        self._factors.scatter_(1, token_ids[self._rows][:, None], self._penalty)
+
+
+class _OutputPenalty:
+    """Takes the presence penalty off tokens in the output, the frequency penalty each time."""
+
+    def __init__(self, members: _Members) -> None:
+        self._rows = members.rows
+        self._counts = members.join("counts")
+        self._presence = members.column(lambda params: params.presence_penalty)
+        self._frequency = members.column(lambda params: params.frequency_penalty)
+        self._one = torch.ones_like(self._presence)
+
+    def apply(self, scores: Tensor) -> None:
+        """Subtract from scores, [num_seqs, vocab_size], in place."""
+        penalty = self._counts.clamp(max=1).mul_(self._presence)
+        penalty.addcmul_(self._counts, self._frequency)
+        scores[self._rows] -= penalty
+
+    def count(self, token_ids: Tensor) -> None:
+        """Take in the chosen tokens, [num_seqs]."""
+        self._counts.scatter_add_(1, token_ids[self._rows][:, None], self._one)
+
+
+class _Kind(Enum):
+    """Which tokens may be drawn."""
+
+    FREELY = auto()  # all
+    BY_SHARE = auto()  # those of top-p and min-p
+    BY_RANK = auto()  # those of top-k, and of the others too
+
+
+class _Draws:
+    """Sequences whose tokens are drawn."""
+
+    def __init__(self, members: _Members, vocab_size: int) -> None:
+        self.rows = members.rows
+        self._seeds = np.array([sequence.seed for sequence in members.sequences], dtype=np.uint64)
+        self._num_output_tokens = members.join("num_output_tokens")
+        # What float32 rounds to 0 or to infinity would make NaNs.
+        self._temperature = members.column(
+            lambda params: min(max(params.temperature, _FLOAT32.tiny), _FLOAT32.max)
+        )
+        some = [sequence.params for sequence in members.sequences]
+        self._top_k = self._top_p = self._min_p = None
+        if any(_top_k(params, vocab_size) < math.inf for params in some):
+            self._top_k = members.column(lambda params: _top_k(params, vocab_size), torch.float64)
+        if any(params.top_p < 1 for params in some):
+            self._top_p = members.column(_top_p, torch.float64)
+        if any(params.min_p > 0 for params in some):
+            self._min_p = members.column(lambda params: params.min_p)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Draw from scores, [num_members, vocab_size]; the token ids, [num_members]."""
+        p = probabilities(scores, self._temperature)
+        p = keep_likeliest(p, self._top_k, self._top_p, self._min_p)
+        uniform = uniform_numbers(self._seeds, self._num_output_tokens.numpy())
+        self._num_output_tokens += 1
+        return draw(p, torch.from_numpy(uniform).to(p.device))
+
+
+def _top_k(params: SamplingParams, vocab_size: int) -> float:
+    return params.top_k if 0 < params.top_k < vocab_size else math.inf
+
+
+def _top_p(params: SamplingParams) -> float:
+    return max(params.top_p, _MIN_TOP_P) if params.top_p < 1 else math.inf
+
+
+def _is_drawn(params: SamplingParams, kind: _Kind, vocab_size: int) -> bool:
+    if _top_k(params, vocab_size) < math.inf:
+        own = _Kind.BY_RANK
+    elif params.top_p < 1 or params.min_p > 0:
+        own = _Kind.BY_SHARE
+    else:
+        own = _Kind.FREELY
+    return own is kind and not params.is_greedy
+
+
+def _repetition_penalty(params: SamplingParams) -> float:
+    return min(max(params.repetition_penalty, 1 / _MAX_REPETITION), _MAX_REPETITION)

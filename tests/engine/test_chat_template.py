@@ -1,0 +1,207 @@
+"""Chats render as transformers renders them; mistakes get one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.tokenizer import Tokenizer
+from expertlane.errors import UserError
+
+CHATML = """\
+{%- if messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if loop.first and message.content is not string %}{% continue %}{% endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + '<|im_end|>\\n' }}{% endgeneration -%}
+    {%- else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA = """\
+{% set ns = namespace(system="") %}
+{% if messages[0]['role'] == 'system' %}
+    {% set ns.system = messages[0]['content'] | trim %}
+    {% set messages = messages[1:] %}
+{% endif %}
+{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+
+Today is {{ strftime_now("%Y") }}.{% if tools is not none %} Tools!{% endif %}
+{{ ns.system }}<|eot_id|>
+{%- for message in messages %}
+<|start_header_id|>{{ message['role'] }}<|end_header_id|>
+
+{{ message['content'] | trim }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+MISTRAL = """\
+{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate\n user/assistant/user/...') }}
+{% endif %}
+{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]
+{%- elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}
+{%- else %}{{ raise_exception('Only user and assistant roles are supported!') }}
+{%- endif %}
+{% endfor %}"""
+AS_JSON = """\
+{{ messages | tojson }}
+{{ messages | tojson(indent=2) }}
+{{ messages[0] | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}
+{{ unk_token }}{{ documents is none }}{% for m in messages %}{{ m.name }}{% break %}{% endfor %}"""
+
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "json": AS_JSON}
+USER = {"role": "user", "content": " <b>Wie geht's?</b> 你好 & 😀\n"}
+ASSISTANT = {"role": "assistant", "content": "Well."}
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+CHATS = {
+    "one": [USER],
+    "several": [USER, ASSISTANT, USER],
+    "answered": [USER, ASSISTANT],
+    "system": [SYSTEM, USER, ASSISTANT],
+    "empty": [{"role": "user", "content": ""}],
+}
+
+
+def hf_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<s>", "</s>", "<unk>"]
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+    core = tokenizers.Tokenizer(models.BPE(vocab, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def write_config(folder: Path, **config: Any) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("shape", TEMPLATES)
+def test_parity_with_transformers(
+    tmp_path: Path, shape: str, chat: str, add_generation_prompt: bool
+) -> None:
+    theirs = hf_tokenizer()
+    theirs.chat_template = TEMPLATES[shape]
+    theirs.save_pretrained(tmp_path)
+    ours = ChatTemplate.from_folder(tmp_path)
+    messages, options = CHATS[chat], {"add_generation_prompt": add_generation_prompt}
+    if shape == "mistral" and chat == "system":
+        with pytest.raises(UserError, match=r"roles must alternate user/assistant/user/\.\.\.$"):
+            ours.render(messages, **options)
+        return
+    text = ours.render(messages, **options)
+    assert text == theirs.apply_chat_template(messages, tokenize=False, **options)
+    assert text.count("\n") > 1 or shape == "mistral"
+    token_ids = Tokenizer.from_folder(tmp_path).encode(text, add_special_tokens=False)
+    assert token_ids == theirs.apply_chat_template(messages, return_dict=False, **options)
+    assert token_ids.count(0) == (shape in ("llama", "mistral"))  # one <s>, the template's own
+
+
+def test_where_templates_are_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no chat template, neither in chat_template\.jinja nor in"
+    ):
+        ChatTemplate.from_folder(tmp_path)
+    write_config(tmp_path, chat_template="{{ bos_token }}one", bos_token={"content": "<s>"})
+    assert ChatTemplate.from_folder(tmp_path).render([USER]) == "<s>one"
+    named = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "two{{ eos_token }}{{ bos_token }}"},
+    ]
+    write_config(tmp_path, chat_template=named, eos_token="</s>", bos_token=None)
+    assert ChatTemplate.from_folder(tmp_path).render([USER]) == "two</s>"
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<b>", "eos_token": "no"}')
+    write_config(tmp_path, chat_template=named, eos_token="</s>")
+    assert ChatTemplate.from_folder(tmp_path).render([USER]) == "two</s><b>"
+    (tmp_path / "chat_template.jinja").write_text("é{{ eos_token }}", encoding="utf-8")
+    assert ChatTemplate.from_folder(tmp_path).render([USER]) == "é</s>"
+
+
+@pytest.mark.parametrize(
+    ("templates", "named"), [([{"name": "rag", "template": ""}], "rag"), ([], "none"), (7, "none")]
+)
+def test_named_templates_without_a_default(tmp_path: Path, templates: Any, named: str) -> None:
+    write_config(tmp_path, chat_template=templates)
+    with pytest.raises(UserError, match=f"one named 'default'; named are: {named}$"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+def test_unreadable_templates(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is malformed: "):
+        ChatTemplate.from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.jinja").mkdir()
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read: Is a directory"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("\n{% if %}", "line 2: Expected an expression"),
+        ("{{ messages[0].role + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "is unsafe"),
+        ("{{ raise_exception('two\nlines') }}", "two lines"),
+    ],
+)
+def test_a_template_that_fails(source: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ChatTemplate(source, {}, "here").render([USER])
+    assert str(caught.value).startswith("chat template here: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "the chat is empty; give at least one message"),
+        (["hello"], "message 0 is 'hello'; it must have a role and a content"),
+        ([USER, {"content": "a"}], "message 1 has role None; it must be a string such as 'user'"),
+        ([{"role": 1, "content": "a"}], "message 0 has role 1; "),
+        ([{"role": "user"}], "message 0 has content None; it must be a string, or a list of parts"),
+        ([{"role": "wizard", "content": "a"}], "chat template here: wizard? No."),
+    ],
+)
+def test_bad_messages(messages: list[Any], said: str) -> None:
+    source = (
+        "{% for m in messages if m.role == 'wizard' %}{{ raise_exception('wizard? No.') }}"
+        "{% endfor %}"
+    )
+    with pytest.raises(UserError) as caught:
+        ChatTemplate(source, {}, "here").render(messages)
+    assert str(caught.value).startswith(said)
+
+
+def test_what_a_template_sets_inside_generation_stays_there() -> None:
+    source = "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}[{{ x }}]"
+    assert ChatTemplate(source, {}, "here").render([USER]) == "1[]"
+
+
+def test_messages_stay_as_they_are() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    source = "{{ messages[0].content[0].text }}"
+    assert ChatTemplate(source, {}, "here").render([message]) == "hi"
+    assert message == {"role": "user", "content": [{"type": "text", "text": "hi"}]}

@@ -1,0 +1,110 @@
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from expertlane.errors import UserError
+from expertlane.spec.sampling import SamplingParams
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_defaults_draw_from_the_model_s_own_distribution():
+    params = SamplingParams()
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
+    assert params.seed is None
+    assert not params.is_greedy
+    assert params.needs_logits
+
+
+@pytest.mark.parametrize(
+    ("asked", "needs_logits"),
+    [
+        ({}, False),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3, "stop": "x"}, False),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -0.1}, True),
+        ({"frequency_penalty": 0.1}, True),
+        ({"logprobs": 0}, True),
+        ({"temperature": 0.1}, True),
+    ],
+)
+def test_plain_greedy_needs_no_logits(asked, needs_logits):
+    params = SamplingParams(**({"temperature": 0} | asked))
+    assert params.needs_logits is needs_logits
+    assert params.is_greedy is ("temperature" not in asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "valid"),
+    [
+        ("temperature", [-0.1, NAN, INF, "1", None, True, 10**400], "a finite number, 0 or more"),
+        ("top_p", [0, -0.5, 1.01, NAN, INF, None, [0.5]], "above 0 and at most 1"),
+        ("min_p", [-0.01, 1.01, NAN, None], "0 to 1"),
+        ("repetition_penalty", [0, -1, NAN, INF, None], "a finite number above 0"),
+        ("presence_penalty", [-2.1, 2.1, NAN, INF, "0"], "-2 to 2"),
+        ("frequency_penalty", [-2.1, 2.1, NAN, INF, "0"], "-2 to 2"),
+        ("top_k", [-1, 0.5, 3.0, NAN, True, "3", None], "a whole number, 0 or more"),
+        ("max_tokens", [0, -5, 2.0, NAN, True, None], "a whole number, 1 or more"),
+        ("seed", [-1, 2**64, 1.0, True, "1"], "a whole number, 0 to 2**64 - 1"),
+        ("logprobs", [-1, 21, 1.0, True], "a whole number, 0 to 20"),
+        ("ignore_eos", [None, 1, "yes"], "true or false"),
+        ("stop", [None, 5, b"x"], "a list of strings, none empty"),
+        ("stop_token_ids", [None, 5, "5"], "a list of whole numbers, 0 or more"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line(name, values, valid):
+    for value in values:
+        with pytest.raises(UserError) as refused:
+            SamplingParams(**{name: value})
+        assert str(refused.value) == f"sampling: {name} is {value!r}; it must be {valid}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "shown"),
+    [
+        ("stop", "", "''"),
+        ("stop", ["end", ""], "''"),
+        ("stop", ["end", 3], "3"),
+        ("stop_token_ids", [1, True], "True"),
+        ("stop_token_ids", [1, 2.0], "2.0"),
+        ("stop_token_ids", [-1], "-1"),
+        ("stop_token_ids", np.array([1.5]), "1.5"),
+    ],
+)
+def test_a_bad_value_in_a_list_is_named(name, values, shown):
+    with pytest.raises(UserError, match=rf"^sampling: {name} holds {shown}; it must be a list of "):
+        SamplingParams(**{name: values})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0, "top_p": 1, "min_p": 0, "top_k": 0, "logprobs": 0},
+        {"temperature": 1e9, "top_p": 1e-9, "min_p": 1, "top_k": 10**12, "logprobs": 20},
+        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1e-9},
+        {"seed": 0, "max_tokens": 1},
+        {"seed": 2**64 - 1, "max_tokens": 10**9},
+    ],
+)
+def test_values_at_the_limits_are_taken(asked):
+    params = SamplingParams(**asked)
+    assert {name: getattr(params, name) for name in asked} == asked
+
+
+def test_values_are_kept_in_one_form():
+    params = SamplingParams(
+        temperature=np.float32(0.5),
+        top_p=Fraction(1, 2),
+        top_k=np.int64(3),
+        stop="end",
+        stop_token_ids=np.array([7, 9]),
+    )
+    same = SamplingParams(temperature=0.5, top_p=0.5, top_k=3, stop=["end"], stop_token_ids=[7, 9])
+    assert params == same
+    assert hash(params) == hash(same)
+    for name in ("temperature", "top_p", "top_k"):
+        assert type(getattr(params, name)) is type(getattr(same, name))
+    assert (params.stop, params.stop_token_ids) == (("end",), (7, 9))
+    assert dataclasses.replace(params, temperature=0).is_greedy
