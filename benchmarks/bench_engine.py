@@ -2,15 +2,15 @@
 
 Two checkpoints with random weights are made once, a Mixtral of 235 million parameters and a
 Qwen3-MoE of 63 million. Each contender is a process that loads one and stays: expertlane at each
-of several layouts, transformers, vLLM at one and two ranks. They take turns at every point, the
-order rotating from round to round, with the same new random prompts in each round; a turn begins
-when the machine is idle. All run bfloat16 and greedy, past any end token, with no prefix caching.
+of several layouts, transformers with each of its experts implementations, vLLM at one and two
+ranks. They take turns at every point, the order rotating from round to round, all with the same
+prompts of random ids, new in each round; a turn begins when the machine is idle. All run bfloat16
+and greedy, past any end token, with no prefix caching.
 
 A decode sample is 32·batch / (t33 − t1), where tN is the time of a batch from prompts of 32 token
-ids to N new ids each; a prefill sample is 512·8 / t1. transformers runs each point with the
-fastest of its experts implementations and caches, chosen before the first round; ours and the
-peers' best are by median. Roofs and goals: engine_peers/roof.py. A sample during which other
-processes took over a tenth of a core is taken again, at most --retries times.
+ids to N new ids each; a prefill sample is 512·8 / t1. The best of ours and the better peer are by
+median. Roofs and goals: engine_peers/roof.py. A sample during which anything but the contender
+took over a tenth of a core is taken again, at most --retries times; the least disturbed counts.
 
 vLLM needs an environment of its own, whose python is given by --vllm-python:
 
@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,17 @@ from expertlane import __version__
 from expertlane.engine.host import num_cores
 
 CHECKPOINTS = ("mixtral", "qwen3")
-CONTENDERS = ("ours:tp=1", "ours:tp=2", "ours:dp=2,ep=2", "transformers", "vllm:1", "vllm:2")
+CONTENDERS = (
+    "ours:tp=1",
+    "ours:tp=2",
+    "ours:dp=2,ep=2",
+    "transformers:eager",
+    "transformers:grouped_mm",
+    "transformers:batched_mm",
+    "vllm:1",
+    "vllm:2",
+)
+CONTENDER_FORMS = "ours:LAYOUT, transformers:EXPERTS_IMPLEMENTATION or vllm:RANKS"
 PEERS_FOLDER = Path(__file__).parent / "engine_peers"
 IDLE_CORES = 0.1
 
@@ -66,22 +76,12 @@ class Sample:
         return self.idle_contenders_cores + self.foreign_cores
 
 
-@dataclass
-class Entry:
-    """A contender at a point."""
+Samples = dict[str, dict[str, list[Sample]]]  # by point, by contender
 
-    variant: str
-    samples: list[Sample] = field(default_factory=list)
 
-    @property
-    def rates(self) -> list[float]:
-        """Tokens per second, in order of rounds."""
-        return [sample.tokens_per_s for sample in self.samples]
-
-    @property
-    def median(self) -> float:
-        """Tokens per second."""
-        return statistics.median(self.rates)
+def rates(samples: list[Sample]) -> list[float]:
+    """Tokens per second, in order of rounds."""
+    return [sample.tokens_per_s for sample in samples]
 
 
 def random_prompts(point: Point, seed: str) -> list[list[int]]:
@@ -91,16 +91,16 @@ def random_prompts(point: Point, seed: str) -> list[list[int]]:
     ]
 
 
-def tokens_per_s(contender: Contender, point: Point, variant: str, seed: str) -> float | None:
-    """One sample; None where the variant cannot run the point."""
+def tokens_per_s(contender: Contender, point: Point, seed: str) -> float | None:
+    """One sample; None where the contender cannot run the point."""
     total_s = 0.0
     for repeat in range(point.num_repeats):
-        first_s = contender.seconds(random_prompts(point, f"{seed} {repeat} a"), 1, variant)
+        first_s = contender.seconds(random_prompts(point, f"{seed} {repeat} a"), 1)
         if first_s is None:
             return None
         if point.decode:
             prompts = random_prompts(point, f"{seed} {repeat} b")
-            all_s = contender.seconds(prompts, 1 + DECODE_TOKENS, variant)
+            all_s = contender.seconds(prompts, 1 + DECODE_TOKENS)
             assert all_s is not None
             total_s += all_s - first_s
         else:
@@ -125,38 +125,20 @@ def wait_until_idle(max_wait_s: float) -> None:
             return
 
 
-def take_sample(
-    contender: Contender, others: list[Contender], point: Point, variant: str, seed: str
-) -> Sample:
+def take_sample(contender: Contender, others: list[Contender], point: Point, seed: str) -> Sample:
     began_s, busy = time.monotonic(), busy_s()
     own, idle = contender.cpu_seconds(), sum(other.cpu_seconds() for other in others)
-    rate = tokens_per_s(contender, point, variant, seed)
-    assert rate is not None, f"{contender.name} {variant} ran {point.name} before"
+    rate = tokens_per_s(contender, point, seed)
+    assert rate is not None, f"{contender.name} ran {point.name} before"
     took_s, busy = time.monotonic() - began_s, busy_s() - busy
     own, idle = contender.cpu_seconds() - own, sum(other.cpu_seconds() for other in others) - idle
     return Sample(rate, idle / took_s, max(0.0, busy - own - idle) / took_s)
-
-
-def choose_variant(contender: Contender, point: Point, max_wait_s: float) -> str:
-    """Warm the contender up at a point and find its fastest variant there."""
-    best, best_rate = "", 0.0
-    for variant in contender.variants:
-        for attempt in range(3 if len(contender.variants) > 1 else 1):
-            wait_until_idle(max_wait_s)
-            rate = tokens_per_s(contender, point, variant, f"warm-up {attempt}")
-            if rate is None:
-                break
-            print(f"warm-up: {point.name} {contender.name} {variant} {rate:.0f}", file=sys.stderr)
-            if rate > best_rate:
-                best, best_rate = variant, rate
-    return best
 
 
 def steady_sample(
     contender: Contender,
     others: list[Contender],
     point: Point,
-    variant: str,
     seed: str,
     options: argparse.Namespace,
 ) -> Sample:
@@ -164,7 +146,7 @@ def steady_sample(
     tries: list[Sample] = []
     for number in range(1 + options.retries):
         wait_until_idle(options.max_wait)
-        tries.append(take_sample(contender, others, point, variant, f"{seed} {number}"))
+        tries.append(take_sample(contender, others, point, f"{seed} {number}"))
         if tries[-1].disturbance < IDLE_CORES:
             break
     return min(tries, key=lambda sample: sample.disturbance)
@@ -172,29 +154,31 @@ def steady_sample(
 
 def run_rounds(
     contenders: list[Contender], points: list[Point], options: argparse.Namespace
-) -> dict[str, dict[str, Entry]]:
-    """All samples, by point and contender."""
-    entries: dict[str, dict[str, Entry]] = {}
+) -> tuple[Samples, list[dict[str, float]]]:
+    """All samples, and what the machine could do in each round."""
+    samples: Samples = {point.name: {} for point in points}
     for point in points:
-        entries[point.name] = {
-            contender.name: Entry(choose_variant(contender, point, options.max_wait))
-            for contender in contenders
-        }
+        for contender in contenders:
+            if tokens_per_s(contender, point, "warm-up") is not None:
+                samples[point.name][contender.name] = []
+    machines = []
     for number in range(options.rounds):
+        machines.append(measure_machine(options.max_wait))
         shift = number % len(contenders)
         for point in points:
             for contender in contenders[shift:] + contenders[:shift]:
+                if contender.name not in samples[point.name]:
+                    continue
                 others = [other for other in contenders if other is not contender]
-                entry = entries[point.name][contender.name]
                 seed = f"{point.name} {number}"
-                sample = steady_sample(contender, others, point, entry.variant, seed, options)
-                entry.samples.append(sample)
+                sample = steady_sample(contender, others, point, seed, options)
+                samples[point.name][contender.name].append(sample)
                 print(
-                    f"round {number + 1}: {point.name} {contender.name} {entry.variant} "
+                    f"round {number + 1}: {point.name} {contender.name} "
                     f"{sample.tokens_per_s:.0f} tokens/s, {sample.disturbance:.2f} cores disturbed",
                     file=sys.stderr,
                 )
-    return entries
+    return samples, machines
 
 
 def measure_machine(max_wait_s: float) -> dict[str, float]:
@@ -230,55 +214,42 @@ def make_checkpoint(name: str, folder: Path) -> Path:
     return checkpoint
 
 
-def best_of(entries: dict[str, Entry], *, ours: bool) -> str | None:
-    """The name of the fastest contender by median, of ours or of the peers."""
-    names = [name for name in entries if name.startswith("ours") is ours]
-    return max(names, key=lambda name: entries[name].median, default=None)
-
-
 def summary(
-    point: Point, shape: ModelShape, entries: dict[str, Entry], machine: dict[str, float]
-) -> dict[str, object]:
+    point: Point, shape: ModelShape, samples: dict[str, list[Sample]], machine: dict[str, float]
+) -> dict[str, Any]:
     """What the JSON line says about a point."""
+    medians = {name: statistics.median(rates(each)) for name, each in samples.items()}
+    ours = max((n for n in medians if n.startswith("ours")), key=medians.__getitem__, default=None)
+    peers = [name for name in medians if not name.startswith("ours")]
+    peer = max(peers, key=medians.__getitem__, default=None)
     roof_tps = roof(shape, point, **machine)
-    ours, peer = best_of(entries, ours=True), best_of(entries, ours=False)
-    wanted = None if peer is None else goal(point, entries[peer].median, roof_tps)
+    wanted = None if peer is None else goal(point, medians[peer], roof_tps)
     return {
         "point": point.name,
-        "contenders": {
-            name: {
-                "variant": entry.variant,
-                "median": entry.median,
-                "tokens_per_s": entry.rates,
-                "foreign_cores": [sample.foreign_cores for sample in entry.samples],
-                "idle_contenders_cores": [sample.idle_contenders_cores for sample in entry.samples],
-            }
-            for name, entry in entries.items()
-        },
+        "medians": medians,
+        "samples": {name: [asdict(sample) for sample in each] for name, each in samples.items()},
         "roof": roof_tps,
         "better_peer": peer,
         "goal": wanted,
         "ours": ours,
-        "reached": None if wanted is None or ours is None else entries[ours].median >= wanted,
+        "reached": None if wanted is None or ours is None else medians[ours] >= wanted,
     }
 
 
-def print_table(
-    title: str, points: list[Point], summaries: list[dict[str, Any]], entries: dict[str, Any]
-) -> None:
+def print_table(title: str, names: list[str], summaries: list[dict[str, Any]]) -> None:
     """Points across, contenders down: median, then lowest to highest."""
     table = Table(title=title)
     table.add_column("tokens/s")
-    for point in points:
-        table.add_column(point.name, justify="right")
-    names = list(next(iter(entries.values())))
+    for each in summaries:
+        table.add_column(each["point"], justify="right")
     for name in names:
         cells = []
-        for point in points:
-            entry = entries[point.name][name]
+        for each in summaries:
+            found = [sample["tokens_per_s"] for sample in each["samples"].get(name, [])]
             cells.append(
-                f"{entry.median:.0f}\n({min(entry.rates):.0f}–{max(entry.rates):.0f})"
-                + (f"\n{entry.variant}" if entry.variant else "")
+                f"{each['medians'][name]:.0f}\n({min(found):.0f}–{max(found):.0f})"
+                if found
+                else "–"
             )
         table.add_row(name, *cells, end_section=name == names[-1])
     for row in ("roof", "better_peer", "goal", "ours", "reached"):
@@ -292,33 +263,31 @@ def shown(value: object) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value or "–")
 
 
-def disturbed_share(entries: dict[str, dict[str, Entry]]) -> float:
-    samples = [s for row in entries.values() for entry in row.values() for s in entry.samples]
-    return sum(sample.disturbance >= IDLE_CORES for sample in samples) / len(samples)
+def disturbed_share(samples: Samples) -> float:
+    every = [sample for row in samples.values() for each in row.values() for sample in each]
+    return sum(sample.disturbance >= IDLE_CORES for sample in every) / len(every)
 
 
 def run_checkpoint(name: str, options: argparse.Namespace) -> dict[str, object]:
     """Measure one checkpoint, print its table and return its part of the JSON line."""
     checkpoint = make_checkpoint(name, options.folder)
     points = [point for point in POINTS if point.name in options.points]
-    machine = measure_machine(options.max_wait)
     with ExitStack() as stack:
         contenders = start_contenders(options.contenders, checkpoint, options.vllm_python, stack)
         if not contenders:
             sys.exit("no contender could be started")
-        entries = run_rounds(contenders, points, options)
-    again = measure_machine(options.max_wait)  # the better of before and after: a roof is a bound
-    machine = {key: max(value, again[key]) for key, value in machine.items()}
+        samples, machines = run_rounds(contenders, points, options)
+    machine = {key: statistics.median(each[key] for each in machines) for key in machines[0]}
     shape = ModelShape.of(checkpoint)
-    summaries = [summary(point, shape, entries[point.name], machine) for point in points]
+    summaries = [summary(point, shape, samples[point.name], machine) for point in points]
     title = (
         f"{name}: medians (lowest–highest) of {options.rounds} rounds; "
         f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"{machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s; "
-        f"{disturbed_share(entries):.0%} of samples disturbed by other processes"
+        f"{disturbed_share(samples):.0%} of samples disturbed by other processes"
     )
-    print_table(title, points, summaries, entries)
-    return {"checkpoint": name} | machine | {"points": summaries}
+    print_table(title, [contender.name for contender in contenders], summaries)
+    return {"checkpoint": name, "machine": machine, "machines": machines, "points": summaries}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -337,7 +306,7 @@ def parse_arguments() -> argparse.Namespace:
         "--contenders",
         nargs="+",
         default=list(CONTENDERS),
-        help=f"ours:LAYOUT, transformers, vllm:RANKS; default: {' '.join(CONTENDERS)}",
+        help=f"{CONTENDER_FORMS}; default: {' '.join(CONTENDERS)}",
     )
     parser.add_argument(
         "--folder",
@@ -350,8 +319,8 @@ def parse_arguments() -> argparse.Namespace:
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; at least 1")
     for name in options.contenders:
-        if name != "transformers" and name.partition(":")[0] not in ("ours", "vllm"):
-            parser.error(f"no contender {name!r}; ours:LAYOUT, transformers or vllm:RANKS")
+        if name.partition(":")[0] not in ("ours", "transformers", "vllm"):
+            parser.error(f"no contender {name!r}; {CONTENDER_FORMS}")
     return options
 
 
@@ -359,7 +328,10 @@ def main() -> None:
     options = parse_arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
     names = CHECKPOINTS if options.checkpoint == "both" else (options.checkpoint,)
-    results = [run_checkpoint(name, options) for name in names]
+    try:
+        results = [run_checkpoint(name, options) for name in names]
+    except ContenderError as error:
+        sys.exit(f"the run cannot go on: {error}")
     result = {"benchmark": "engine", "version": __version__, "num_cores": num_cores()}
     print(json.dumps(result | {"checkpoints": results}))
 

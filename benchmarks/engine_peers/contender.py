@@ -46,14 +46,14 @@ class Contender:
                 env=inherited | environment,
             )
         try:
-            self.variants: list[str] = self._answer(LOAD_TIMEOUT_S)["variants"]
+            self._answer(LOAD_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
 
-    def seconds(self, prompts: list[list[int]], max_tokens: int, variant: str) -> float | None:
-        """Seconds to generate `max_tokens` after each prompt; None where the variant cannot."""
-        request = {"prompts": prompts, "max_tokens": max_tokens, "variant": variant}
+    def seconds(self, prompts: list[list[int]], max_tokens: int) -> float | None:
+        """Seconds to generate `max_tokens` after each prompt; None where it cannot."""
+        request = {"prompts": prompts, "max_tokens": max_tokens}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
@@ -118,7 +118,7 @@ def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None)
     """Start a contender by its name and wait until it has loaded.
 
     Args:
-        name: `ours:LAYOUT`, `transformers` or `vllm:TENSOR_PARALLEL_SIZE`.
+        name: `ours:LAYOUT`, `transformers:EXPERTS_IMPLEMENTATION` or `vllm:TENSOR_PARALLEL_SIZE`.
 
     Raises:
         ContenderError: it could not load.
@@ -126,8 +126,6 @@ def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None)
     here = Path(__file__).parent
     kind, _, option = name.partition(":")
     python, environment = Path(sys.executable), {"HF_HUB_OFFLINE": "1"}
-    if kind == "transformers":
-        option = str(num_cores)
     if kind == "vllm":
         if vllm_python is None:
             raise ContenderError(f"{name}: no --vllm-python")
@@ -135,6 +133,8 @@ def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None)
         environment |= _vllm_environment(vllm_python, checkpoint, num_cores, int(option))
     script = here / f"run_{kind}.py"
     command = [str(python), str(script), str(checkpoint), option]
+    if kind == "transformers":
+        command.append(str(num_cores))
     log = checkpoint.parent / f"{checkpoint.name}-{name.replace(':', '-').replace(',', '-')}.log"
     return Contender(name, command, environment, log)
 

@@ -21,11 +21,11 @@ def main() -> None:
         max_num_seqs=256,
     ) as llm:
 
-        def generate(prompts: list[list[int]], max_tokens: int, variant: str) -> list[list[int]]:
+        def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
             params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
             return [output.token_ids for output in llm.generate(prompts, params)]
 
-        serve(answers, [""], generate)
+        serve(answers, generate)
 
 
 if __name__ == "__main__":

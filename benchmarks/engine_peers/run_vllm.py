@@ -24,7 +24,7 @@ def main() -> None:
         kv_cache_memory_bytes=2**31,
     )
 
-    def generate(prompts: list[list[int]], max_tokens: int, variant: str) -> list[list[int]]:
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
         )
@@ -32,7 +32,7 @@ def main() -> None:
         outputs = llm.generate(requests, params, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs]
 
-    serve(answers, [""], generate)
+    serve(answers, generate)
 
 
 if __name__ == "__main__":

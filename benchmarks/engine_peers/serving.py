@@ -1,8 +1,8 @@
 """The contender's side of `bench_engine.py`: requests on stdin, answers on stdout, JSON lines.
 
-The first line it writes is {"variants": [names]}: ways to run that are worth trying at each point.
-A request {"prompts": [[token ids]], "max_tokens": n, "variant": name} is answered by
-{"seconds": s}, the time from having token ids to having token ids, or by {"error": line}.
+The first line it writes, {}, says that it has loaded. A request {"prompts": [[token ids]],
+"max_tokens": n} is answered by {"seconds": s}, the time from having token ids to having token ids,
+or by {"error": line}.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-Generate = Callable[[list[list[int]], int, str], list[Sequence[int]]]
+Generate = Callable[[list[list[int]], int], Sequence[Sequence[int]]]
 
 
 class Answers:
@@ -27,20 +27,20 @@ class Answers:
         self._file.flush()
 
 
-def serve(answers: Answers, variants: list[str], generate: Generate) -> None:
+def serve(answers: Answers, generate: Generate) -> None:
     """Answer requests until standard input ends.
 
     Args:
-        generate: prompts, max_tokens, variant → output token ids of each prompt. A ValueError
-            says that the variant cannot run this point.
+        generate: prompts, max_tokens → output token ids of each prompt. A ValueError says that
+            this contender cannot run this point.
     """
-    answers.send({"variants": variants})
+    answers.send({})
     for line in sys.stdin:
         request = json.loads(line)
         max_tokens = request["max_tokens"]
         began_s = time.perf_counter()
         try:
-            outputs = generate(request["prompts"], max_tokens, request["variant"])
+            outputs = generate(request["prompts"], max_tokens)
         except ValueError as error:
             answers.send({"error": str(error)})
             continue

@@ -13,7 +13,7 @@ from distributed.running import deployment, run_deployment
 from expertlane.errors import CapacityError
 from expertlane.experiment.compare import check_memory, measure_peak, run_comparison
 from expertlane.experiment.progress import Silent
-from expertlane.plan.memory import rank_memory
+from expertlane.plan.memory import rank_memory, workload_limits
 from expertlane.report import markdown
 from expertlane.results import read, write
 from expertlane.spec.experiment import Cluster, Experiment
@@ -50,8 +50,8 @@ class CountingProgress:
         self.description = description
         self.tasks[description] = [0, total]
 
-    def advance(self):
-        self.tasks[self.description][0] += 1
+    def advance(self, amount=1):
+        self.tasks[self.description][0] += amount
 
     def done(self):
         num_parts, total = self.tasks[self.description]
@@ -127,12 +127,10 @@ def test_what_ranks_hold_is_what_was_predicted(results):
         layout = each.layout.layout
         assert [rank.rank for rank in each.per_rank] == list(range(4))
         for rank in each.per_rank:
-            need = rank_memory(EXPERIMENT.model, layout, EXPERIMENT.workload, rank.rank, 4)
+            limits = workload_limits(EXPERIMENT.workload, EXPERIMENT.model, layout)
+            need = rank_memory(EXPERIMENT.model, layout, limits, rank.rank, 4)
             assert rank.weight_bytes == need.weight_bytes
-            # Every rank has room for the largest share: three of nine sequences with dp=4.
-            assert rank.kv_bytes == each.per_rank[0].kv_bytes >= need.kv_bytes
-        largest = rank_memory(EXPERIMENT.model, layout, EXPERIMENT.workload, 0, 4)
-        assert each.per_rank[0].kv_bytes == largest.kv_bytes
+            assert rank.kv_bytes == need.kv_bytes
 
 
 def test_overlap_and_scaling_are_there(results):
@@ -180,8 +178,8 @@ def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
     with pytest.raises(CapacityError) as caught:
         check_memory(paper, pool)
     line = str(caught.value)
-    assert re.match(r"deployment 'TP 8 × PP 2' needs [\d.]+ [GT]B a rank", line)
-    assert re.search(r"but [\d.]+ GB are free", line)
+    assert re.match(r"deployment 'TP 8 × PP 2': paper as .* needs [\d.]+ [GT]B on a rank", line)
+    assert re.search(r"but [\d.]+ GB of memory are free for it", line)
     assert "\n" not in line
     assert rank_memory_bytes() - before < 50e6
     assert not pool.is_closed

@@ -144,6 +144,23 @@ def test_no_impossible_token_is_drawn(weights, data):
         assert weights[int(token)] > 0
 
 
+@pytest.mark.parametrize("vocab_size", [700, 768])
+def test_draws_from_many_tokens_go_by_their_running_sum(vocab_size):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        p = torch.rand(vocab_size, generator=generator) ** 9
+        p[torch.rand(vocab_size, generator=generator) < 0.8] = 0
+        p[:200] = 0
+        running = p.double().cumsum(0)
+        # Where rounding matters: at the bounds between tokens, the first at 0.
+        bounds = (running / running[-1]).clamp(max=1 - 2.0**-48)
+        at_bounds = draw(p.expand(vocab_size, -1), bounds)
+        assert (p[at_bounds] > 0).all()
+        numbers = torch.rand(200, generator=generator, dtype=torch.float64)
+        expected = torch.searchsorted(running, numbers * running[-1], right=True)
+        assert torch.equal(draw(p.expand(200, -1), numbers), expected)
+
+
 def test_draws_go_by_vocabulary_order():
     p = torch.tensor([[0.25, 0.5, 0.0, 0.25]]).expand(5, 4)
     numbers = torch.tensor([0.0, 0.24, 0.25, 0.74, 0.75], dtype=torch.float64)

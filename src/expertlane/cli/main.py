@@ -7,7 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from expertlane import __version__
+from expertlane.cli.bench import bench
 from expertlane.cli.compare import compare
+from expertlane.cli.generate import generate
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -16,6 +18,8 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )  # plain help: quick to start, and the same in a pipe
 app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
+app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
+app.command(short_help="Put load on a model; show throughput and latency.")(bench)
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,8 +42,10 @@ def _expertlane(
 
     \b
     Examples:
-      expertlane compare                 the paper's deployments, on this machine
-      expertlane compare --help          everything about comparing
+      expertlane compare                        the paper's deployments, on this machine
+      expertlane generate CHECKPOINT "Hello"    continue a text
+      expertlane bench CHECKPOINT               throughput and latency, by batch size
+      expertlane compare --help                 everything about a command
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -75,7 +75,7 @@ class _Bars:
         self._task = self._bars.add_task(description, total=total)
 
     def advance(self, amount: int = 1) -> None:
-        self._bars.advance(self._task)
+        self._bars.advance(self._task, amount)
 
     def done(self) -> None:
         self._bars.update(self._task, completed=self._total)

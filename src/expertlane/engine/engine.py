@@ -18,7 +18,7 @@ from expertlane.spec.sampling import SamplingParams
 Prompt = str | Sequence[int]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Live:
     """A request that is not finished; no detokenizer where there is no tokenizer."""
 
@@ -85,7 +85,11 @@ class Engine(Generic[HandleT]):
         self._scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
         output = RequestOutput(
-            request_id, prompt if isinstance(prompt, str) else None, prompt_ids, time.perf_counter()
+            request_id,
+            prompt if isinstance(prompt, str) else None,
+            prompt_ids,
+            time.perf_counter(),
+            request.output_token_ids,  # one list for both
         )
         detokenizer = None
         if self._tokenizer is not None:
@@ -133,31 +137,34 @@ class Engine(Generic[HandleT]):
         self._scheduler.finish(self._in_flight.pop(handle), outcome)
         stepped = self._scheduler.stepped
         self._submit()
-        return chunks + [self._take(request, outcome) for request in stepped]
+        return chunks + self._take(stepped, outcome)
 
     def _submit(self) -> None:
         while (plan := self._scheduler.next_plan()) is not None:
             self._in_flight[self._runner.submit(plan)] = plan
 
-    def _take(self, request: Request, outcome: StepOutcome) -> Chunk:
-        live = self._live[request.request_id]
-        output = live.output
-        token_id = request.output_token_ids[-1]
-        output.token_ids.append(token_id)
-        output.token_times_s.append(outcome.finished_s)
-        if live.wants_logprobs:
-            output.logprobs.append(outcome.logprobs[request.seq_id])
-        reason, text = request.finish_reason, ""
-        if live.detokenizer is not None and reason is not FinishReason.STOP:
-            text = live.detokenizer.append(token_id)
-            output.text += text
-            if live.detokenizer.stopped:
-                reason = FinishReason.STOP
-                self._scheduler.cancel(request.request_id, reason)
-        if reason is None:
-            return Chunk(request.request_id, token_id, text, None)
-        del self._live[request.request_id]
-        return self._end(live, token_id, reason, text)
+    def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
+        """What a step brought the requests that got a token; a hot loop."""
+        chunks = []
+        for request in stepped:
+            request_id, reason, text = request.request_id, request.finish_reason, ""
+            live = self._live[request_id]
+            token_id = request.output_token_ids[-1]
+            live.output.token_times_s.append(outcome.finished_s)
+            if live.wants_logprobs:
+                live.output.logprobs.append(outcome.logprobs[request.seq_id])
+            if live.detokenizer is not None and reason is not FinishReason.STOP:
+                text = live.detokenizer.append(token_id)
+                live.output.text += text
+                if live.detokenizer.stopped:
+                    reason = FinishReason.STOP
+                    self._scheduler.cancel(request_id, reason)
+            if reason is None:
+                chunks.append(Chunk(request_id, token_id, text, None))
+            else:
+                del self._live[request_id]
+                chunks.append(self._end(live, token_id, reason, text))
+        return chunks
 
     def _end(
         self, live: _Live, token_id: int | None, reason: FinishReason, text: str = ""

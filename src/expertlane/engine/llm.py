@@ -1,8 +1,10 @@
 """The offline face of the engine: a model, laid out over ranks, that continues prompts."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -16,7 +18,7 @@ from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
-from expertlane.errors import CapacityError, UserError
+from expertlane.errors import CapacityError, RankError, UserError
 from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -82,6 +84,7 @@ class LLM:
         self.model, self._folder = _find_model(model)
         chosen.check_model(self.model)
         self._numbers = count()
+        self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
         self._chat_template: ChatTemplate | None = None
         self.tokenizer: Tokenizer | None = None
         eos_token_ids: frozenset[int] = frozenset()
@@ -159,8 +162,13 @@ class LLM:
             UserError: a prompt can never be served; then none of them is.
         """
         outputs = self._add(prompts, params)
-        while any(output.finish_reason is None for output in outputs):
-            self.engine.step()
+        try:
+            for output in outputs:
+                while output.finish_reason is None:
+                    self._step()
+        except BaseException:
+            self._cancel(outputs)
+            raise
         return outputs
 
     def stream(
@@ -170,24 +178,37 @@ class LLM:
     ) -> Iterator[tuple[int, Chunk]]:
         """As `generate`, but yields (place of the prompt, what came) as steps finish.
 
-        Requests that are not finished when the iterator is closed are cancelled.
+        Requests are queued when the first chunk is asked for, and those that are not finished when
+        the iterator is closed are cancelled.
         """
         outputs = self._add(prompts, params)
         places = {output.request_id: place for place, output in enumerate(outputs)}
-        return self._stream(places)
-
-    def _stream(self, places: dict[str, int]) -> Iterator[tuple[int, Chunk]]:
-        unfinished = set(places)
+        arrived: deque[Chunk] = deque()
+        self._arrivals |= dict.fromkeys(places, arrived)
+        num_unfinished = len(outputs)
         try:
-            while unfinished:
-                for chunk in self.engine.step():
-                    if chunk.request_id in places:
-                        if chunk.finish_reason is not None:
-                            unfinished.discard(chunk.request_id)
-                        yield places[chunk.request_id], chunk
+            while num_unfinished:
+                while not arrived:
+                    self._step()
+                chunk = arrived.popleft()
+                num_unfinished -= chunk.finish_reason is not None
+                yield places[chunk.request_id], chunk
         finally:
-            for request_id in unfinished:
-                self.engine.cancel(request_id)
+            self._cancel(outputs)
+            for request_id in places:
+                del self._arrivals[request_id]
+
+    def _step(self) -> None:
+        """Take a step, for all that wait for one."""
+        if self._pool.is_closed:
+            raise RankError("the ranks are gone; make a new LLM")
+        for chunk in self.engine.step():
+            if (arrived := self._arrivals.get(chunk.request_id)) is not None:
+                arrived.append(chunk)
+
+    def _cancel(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self.engine.cancel(output.request_id)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
@@ -226,14 +247,13 @@ class LLM:
             for prompt, of_prompt in zip(several, params, strict=True):
                 outputs.append(self.engine.add(str(next(self._numbers)), prompt, of_prompt))
         except BaseException:
-            for output in outputs:
-                self.engine.cancel(output.request_id)
+            self._cancel(outputs)
             raise
         return outputs
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

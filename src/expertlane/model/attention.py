@@ -18,6 +18,7 @@ from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import WeightSource, layer_name
 from expertlane.parallel.interleave import Steps
+from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.model import ModelConfig
@@ -41,7 +42,7 @@ def attend(
         keys, values: [num_seqs, num_kv_heads, num_positions, …].
         mask: [num_seqs or 1, 1, num_scheduled, num_positions]; addends to the logits.
         is_causal: query i sees positions 0 to i; without a mask.
-        sinks: [num_heads]; logits that take part in the softmax's sum alone.
+        sinks: [num_heads] float32; logits that take part in the softmax's sum alone.
 
     Returns:
         [num_seqs, num_heads, num_scheduled, value_dim].
@@ -63,7 +64,7 @@ def attend(
         mask = logits.new_full(logits.shape[-2:], -torch.inf).triu(1)
     if mask is not None:
         logits = logits + mask
-    sink = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+    sink = sinks[None, :, None, None].expand(*logits.shape[:3], 1)
     weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     return weights.to(values.dtype) @ values
 
@@ -90,6 +91,17 @@ class _Heads:
     ) -> Tensor:
         """[num_tokens, num_heads, value_dim] of queries, keys and values [num_tokens, heads, …]."""
         cache.write(batch.slots, key, value)
+        if cache.kernels is not None:
+            return cache.kernels.attention(
+                query,
+                cache.keys,
+                cache.values if cache.values.numel() else None,
+                batch.paged_sequences,
+                value_dim=self._value_dim,
+                scale=self._scale,
+                window=self._window,
+                sinks=sinks,
+            )
         groups = batch.attention_groups
         if len(groups) == 1:  # all tokens, in their order
             return self._attend_group(groups[0], cache, query, key, value, sinks=sinks)
@@ -133,16 +145,21 @@ class _Heads:
     _value_dim: int
 
     def _count(
-        self, batch: ForwardBatch, cache: KVCache, weights: Sequence[Tensor], num_heads: int
+        self,
+        batch: ForwardBatch,
+        cache: KVCache,
+        linears: Sequence[Linear],
+        num_heads: int,
+        num_other_weights: int = 0,
     ) -> None:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
         num_tokens = batch.batch.num_tokens
         pairs = batch.num_query_key_pairs(self._window)
         widths = cache.keys.shape[-1] + self._value_dim
-        num_weights = sum(weight.numel() for weight in weights)
+        num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
         self._recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * num_heads * widths,
-            weight_bytes=num_weights * weights[0].itemsize if num_tokens else 0,
+            weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
             kv_bytes=cache.position_bytes * batch.num_positions_read(self._window),
         )
 
@@ -169,29 +186,35 @@ class Attention(_Heads):
         first_kv = tp_rank // self._kv_copies * self.num_kv_heads
         heads = range(tp_rank * self.num_heads * dim, (tp_rank + 1) * self.num_heads * dim)
         kv_heads = range(first_kv * dim, (first_kv + self.num_kv_heads) * dim)
-        self._qk_norm, self._eps = model.qk_norm, model.rms_norm_eps
+        self._eps = model.rms_norm_eps
         self._attention_size, self._kv_size = model.attention_size, model.kv_size
 
         def take(part: str, rows: range | None = None) -> Tensor:
             return source.take(layer_name(layer, part), rows)
 
         parts = {"query": heads, "key": kv_heads, "value": kv_heads}
-        self._query_key_value = torch.cat([take(part, rows) for part, rows in parts.items()])
-        self._bias = None
+        bias = None
         if model.qkv_bias:
-            self._bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
+            bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
+        weight = torch.cat([take(part, rows) for part, rows in parts.items()])
+        self._query_key_value = Linear(weight, bias)
         self._norms: tuple[Tensor, Tensor] | None = None
-        if model.qk_norm is not None:
-            of_heads = model.qk_norm == "full"
-            self._norms = (
-                take("query_norm", heads if of_heads else None),
-                take("key_norm", kv_heads if of_heads else None),
+        self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]
+        if model.qk_norm == "full":
+            self._norms = take("query_norm", heads), take("key_norm", kv_heads)
+        elif model.qk_norm == "head":
+            norms = take("query_norm")[None], take("key_norm")[None]
+            counts = self.num_heads, self.num_kv_heads
+            self._head_norms = torch.cat(
+                [norm.expand(count, dim) for norm, count in zip(norms, counts, strict=True)]
             )
         own_heads = range(tp_rank * self.num_heads, (tp_rank + 1) * self.num_heads)
-        self._sinks = take("sinks", own_heads) if model.attention_sinks else None
-        self._output = take("output", heads)
+        self._sinks = None
+        if model.attention_sinks:
+            self._sinks = source.take(layer_name(layer, "sinks"), own_heads, torch.float32)
         # A bias is added once, not by every rank of the group whose partial sums are added up.
-        self._output_bias = take("output_bias") if model.output_bias and tp_rank == 0 else None
+        output_bias = take("output_bias") if model.output_bias and tp_rank == 0 else None
+        self._output = Linear(take("output", heads), output_bias)
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:
@@ -207,34 +230,27 @@ class Attention(_Heads):
         Returns:
             [num_tokens, hidden_size].
         """
-        projected = F.linear(x, self._query_key_value, self._bias)
-        widths = [n * self._head_dim for n in (self.num_heads, self.num_kv_heads)]
-        query, key, value = torch.split(projected, [*widths, widths[1]], dim=1)
-        if self._qk_norm == "full":
-            query, key = yield from self._norm_all_heads(query, key)
-        query, key, value = (
-            part.reshape(len(x), -1 if len(x) else width // self._head_dim, self._head_dim)
-            for part, width in ((query, widths[0]), (key, widths[1]), (value, widths[1]))
-        )
-        if self._qk_norm == "head":
-            assert self._norms is not None
-            query = rms_norm(query, self._norms[0], self._eps)
-            key = rms_norm(key, self._norms[1], self._eps)
-        query = self._rotary.rotate(query, batch.positions)
-        key = self._rotary.rotate(key, batch.positions)
+        num_turned = self.num_heads + self.num_kv_heads
+        projected = self._query_key_value(x)
+        heads = projected.view(len(x), num_turned + self.num_kv_heads, self._head_dim)
+        query_key, value = heads[:, :num_turned], heads[:, num_turned:]
+        if self._norms is not None:
+            query_key = yield from self._norm_all_heads(query_key, self._norms)
+        elif self._head_norms is not None:
+            normed = F.rms_norm(query_key.float(), (self._head_dim,), None, self._eps)
+            query_key = (normed * self._head_norms).to(x.dtype)
+        query_key = self._rotary.rotate_(query_key, batch.rotation(self._rotary))
+        query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
         attended = self._attend_groups(batch, cache, query, key, value, self._sinks)
         self._count(batch, cache, (self._query_key_value, self._output), self.num_heads)
-        return F.linear(attended.flatten(1), self._output, self._output_bias)
+        return self._output(attended.flatten(1))
 
-    def _norm_all_heads(self, query: Tensor, key: Tensor) -> Steps[tuple[Tensor, Tensor]]:
-        """RMS norms over the heads of all ranks together."""
-        assert self._norms is not None
+    def _norm_all_heads(self, query_key: Tensor, norms: tuple[Tensor, Tensor]) -> Steps[Tensor]:
+        """RMS norms of queries and of keys, over the heads of all ranks together."""
+        heads = [self.num_heads, self.num_kv_heads]
+        query, key = (part.flatten(1).float() for part in torch.split(query_key, heads, dim=1))
         squares = torch.stack(
-            [
-                query.float().square().sum(dim=1),
-                key.float().square().sum(dim=1) / self._kv_copies,
-            ],
-            dim=1,
+            [query.square().sum(dim=1), key.square().sum(dim=1) / self._kv_copies], dim=1
         )
         tp = self._mesh.tp
         if tp.size > 1:
@@ -246,10 +262,9 @@ class Attention(_Heads):
             recorder.enter(Stage.ATTENTION, layer)
         sizes = torch.tensor([self._attention_size, self._kv_size], device=squares.device)
         factors = torch.rsqrt(squares / sizes + self._eps)
-        return (
-            (query.float() * factors[:, :1] * self._norms[0].float()).to(query.dtype),
-            (key.float() * factors[:, 1:] * self._norms[1].float()).to(key.dtype),
-        )
+        query = query * factors[:, :1] * norms[0].float()
+        key = key * factors[:, 1:] * norms[1].float()
+        return torch.cat([query, key], dim=1).to(query_key.dtype).view(query_key.shape)
 
 
 class LatentAttention(_Heads):
@@ -279,21 +294,22 @@ class LatentAttention(_Heads):
         def take(part: str, part_range: range | None = None) -> Tensor:
             return source.take(layer_name(layer, part), part_range)
 
-        self._query_a: tuple[Tensor, Tensor] | None = None
+        def take_norm(part: str) -> Tensor:
+            return source.take(layer_name(layer, part), dtype=torch.float32)
+
+        self._query_a: tuple[Linear, Tensor] | None = None
         if latent.q_lora_rank is None:
-            self._query = take("query", rows(model.head_dim))
+            self._query = Linear(take("query", rows(model.head_dim)))
         else:
-            self._query_a = take("query_a"), take("query_a_norm")
-            self._query = take("query_b", rows(model.head_dim))
-        self._kv_a, self._kv_a_norm = take("kv_a"), take("kv_a_norm")
+            self._query_a = Linear(take("query_a")), take_norm("query_a_norm")
+            self._query = Linear(take("query_b", rows(model.head_dim)))
+        self._kv_a, self._kv_a_norm = Linear(take("kv_a")), take_norm("kv_a_norm")
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", rows(width)).view(self.num_heads, width, latent.kv_lora_rank)
         self._key_b = kv_b[:, : latent.qk_nope_head_dim]  # [heads, nope, rank]
         self._value_b = kv_b[:, latent.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
-        self._output = take("output", rows(latent.v_head_dim))
-        self._output_bias = (
-            take("output_bias") if model.output_bias and mesh.at.tp_rank == 0 else None
-        )
+        output_bias = take("output_bias") if model.output_bias and mesh.at.tp_rank == 0 else None
+        self._output = Linear(take("output", rows(latent.v_head_dim)), output_bias)
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:
@@ -304,23 +320,25 @@ class LatentAttention(_Heads):
         """As `Attention.forward`."""
         latent, eps = self._latent, self._latent.norm_eps
         hidden = x
-        weights = [self._query, self._kv_a, self._key_b, self._value_b, self._output]
+        linears = [self._query, self._kv_a, self._output]
         if self._query_a is not None:
-            hidden = rms_norm(F.linear(x, self._query_a[0]), self._query_a[1], eps)
-            weights.append(self._query_a[0])
-        query = F.linear(hidden, self._query).view(len(x), self.num_heads, self._head_dim)
-        query = self._rotary.rotate(query, batch.positions)
+            hidden = rms_norm(self._query_a[0](x), self._query_a[1], eps)
+            linears.append(self._query_a[0])
+        rotation = batch.rotation(self._rotary)
+        query = self._query(hidden).view(len(x), self.num_heads, self._head_dim)
+        query = self._rotary.rotate_(query, rotation)
         compressed, rotated = torch.split(
-            F.linear(x, self._kv_a), [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=1
+            self._kv_a(x), [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=1
         )
         compressed = rms_norm(compressed, self._kv_a_norm, eps)
-        rotated = self._rotary.rotate(rotated[:, None], batch.positions)
+        rotated = self._rotary.rotate_(rotated[:, None], rotation)
         key = torch.cat([compressed[:, None], rotated], dim=-1)  # [num_tokens, 1, rank + rope]
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
         query = torch.cat([in_latent, rope], dim=-1)
         attended = self._attend_groups(batch, cache, query, key, key[..., :0])
         out = torch.einsum("thr,hvr->thv", attended, self._value_b)
-        self._count(batch, cache, weights, self.num_heads)
-        return F.linear(out.flatten(1), self._output, self._output_bias)
+        num_weights = self._key_b.numel() + self._value_b.numel()
+        self._count(batch, cache, linears, self.num_heads, num_weights)
+        return self._output(out.flatten(1))
         yield  # a generator like Attention's, though it never waits

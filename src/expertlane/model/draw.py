@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # SplitMix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
@@ -14,6 +15,8 @@ _NUM_BITS = 48  # of a uniform number: a little under float64's, so that u · to
 _NUM_DIGITS = 3  # of a float32 from 0 to 1, whose two highest bits are 0
 _DIGIT_BITS = 10
 _RADIX = 1 << _DIGIT_BITS
+_GREATEST_KEY = (1 << _NUM_DIGITS * _DIGIT_BITS) - 1
+_BLOCK = 128  # tokens whose probabilities are summed together when drawing
 
 
 def uniform_numbers(
@@ -85,9 +88,21 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         [num_rows]; token ids.
     """
-    cumulative = p.double().cumsum(1)
-    goal = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, goal, right=True).squeeze(1)
+    # Blocks first, then inside one block: adding up one by one is what takes longest.
+    num_rows, vocab_size = p.shape
+    if vocab_size % _BLOCK:
+        p = F.pad(p, (0, -vocab_size % _BLOCK))
+    blocks = p.view(num_rows, -(-vocab_size // _BLOCK), _BLOCK)
+    sums = blocks.sum(2, dtype=torch.float64)
+    passed = sums.cumsum(1)
+    goal = uniform[:, None] * passed[:, -1:]
+    block = torch.searchsorted(passed, goal, right=True)
+    inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(1)
+    goal -= passed.gather(1, block) - sums.gather(1, block)
+    # Rounding must not carry the goal out of the block, nor to a token that cannot be.
+    total = inside[:, -1:]
+    goal = goal.clamp(min=0).minimum(total.nextafter(torch.zeros_like(total)))
+    return (block * _BLOCK + torch.searchsorted(inside, goal, right=True)).squeeze(1)
 
 
 def token_logprobs(
@@ -135,13 +150,13 @@ def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
     Returns:
         [num_rows, 1] float32; 0 where all are taken.
     """
-    keys = p.view(torch.int32)
+    keys = _keys(p)
     shift = (_NUM_DIGITS - 1) * _DIGIT_BITS
     digits = keys >> shift
     histogram = weights.new_zeros(len(p), _RADIX).scatter_add_(1, digits.long(), weights)
     digit, goal = _digit_of_goal(histogram, share * histogram.cumsum(1)[:, -1:])
-    # The lowest digit holds what is too unlikely to be drawn, 0 above all: take it whole.
-    sought = torch.where(digit == 0, -1, digit).int()
+    # The last digit holds what is too unlikely to be drawn, 0 above all: take it whole.
+    sought = torch.where(digit == _RADIX - 1, -1, digit).int()
     chosen = torch.eq(digits, sought, out=torch.empty_like(digits)).bool()
     rows, columns = chosen.nonzero(as_tuple=True)
     return _select(rows, keys[rows, columns], weights[rows, columns], goal, digit << shift, shift)
@@ -154,21 +169,26 @@ def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
     weights = values.double()
     goal = share * weights.new_zeros(len(p)).index_add_(0, rows, weights)[:, None]
     start = torch.zeros_like(goal, dtype=torch.int64)
-    return _select(rows, values.view(torch.int32), weights, goal, start, _NUM_DIGITS * _DIGIT_BITS)
+    return _select(rows, _keys(values), weights, goal, start, _NUM_DIGITS * _DIGIT_BITS)
+
+
+def _keys(p: Tensor) -> Tensor:
+    """Whole numbers of `_NUM_DIGITS` digits, the least for the greatest; [the same shape] int32."""
+    return p.view(torch.int32) ^ _GREATEST_KEY
 
 
 def _select(
-    rows: Tensor, keys: Tensor, weights: Tensor, goal: Tensor, threshold: Tensor, shift: int
+    rows: Tensor, keys: Tensor, weights: Tensor, goal: Tensor, selected: Tensor, shift: int
 ) -> Tensor:
-    """Add the digits below bit `shift` to the thresholds, by the entries that can still be it.
+    """Find the digits below bit `shift` of each row's key, among the entries that can still be it.
 
     Args:
         rows, keys, weights: [num_entries].
         goal: [num_rows, 1]; the weight that these entries are to reach.
-        threshold: [num_rows, 1]; the higher digits.
+        selected: [num_rows, 1]; the keys by their higher digits.
 
     Returns:
-        [num_rows, 1] float32.
+        [num_rows, 1] float32; the probability of the key.
     """
     num_rows = len(goal)
     while shift:
@@ -177,19 +197,18 @@ def _select(
         flat = weights.new_zeros(num_rows * _RADIX)
         histogram = flat.index_add_(0, rows * _RADIX + digits, weights).view(num_rows, _RADIX)
         digit, goal = _digit_of_goal(histogram, goal)
-        threshold = threshold + (digit << shift)
-        chosen = digits == digit[rows, 0]
-        rows, keys, weights = rows[chosen], keys[chosen], weights[chosen]
-    return threshold.int().view(torch.float32)
+        selected = selected + (digit << shift)
+        entries = (digits == digit[rows, 0]).nonzero().squeeze(1)
+        rows, keys, weights = rows[entries], keys[entries], weights[entries]
+    return (selected.int() ^ _GREATEST_KEY).view(torch.float32)
 
 
 def _digit_of_goal(histogram: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """At which digit the weight from the greatest digit down reaches a goal; 0 if it does not.
+    """At which digit the weight from 0 up reaches a goal; the last one if it does not.
 
     Returns:
-        The digit, and what is left of the goal when the greater ones are taken: [num_rows, 1].
+        The digit, and what is left of the goal for its own entries: both [num_rows, 1].
     """
-    taken = histogram.flip(1).cumsum(1)
-    place = torch.searchsorted(taken, goal).clamp_(max=_RADIX - 1)
-    before = taken.gather(1, place) - histogram.gather(1, _RADIX - 1 - place)
-    return _RADIX - 1 - place, goal - before
+    taken = histogram.cumsum(1)
+    digit = torch.searchsorted(taken, goal).clamp_(max=_RADIX - 1)
+    return digit, goal - (taken.gather(1, digit) - histogram.gather(1, digit))

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.kernels.cpu import PagedSequences
 from expertlane.model.attention_group import AttentionGroup, attention_groups
+from expertlane.model.rotary import RotaryEmbedding, Rotation
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Coordinates, Layout
 from expertlane.spec.partition import partition
@@ -44,6 +46,7 @@ class ForwardBatch:
         self.tokens_of_stage_rank = [
             len(part) for batch in batches for part in partition(batch.num_tokens, layout.tp)
         ]
+        self._rotation: Rotation | None = None
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
 
     @property
@@ -68,6 +71,12 @@ class ForwardBatch:
         """[num_tokens]; the position of each token in its sequence."""
         return torch.from_numpy(self._positions).to(self._device)
 
+    def rotation(self, rotary: RotaryEmbedding) -> Rotation:
+        """Of the tokens' positions; the same in all layers, so computed once."""
+        if self._rotation is None:
+            self._rotation = rotary.at(self.positions)
+        return self._rotation
+
     @cached_property
     def slots(self) -> Tensor:
         """[num_tokens]; where the cache keeps each token's keys and values."""
@@ -89,6 +98,19 @@ class ForwardBatch:
     def attention_groups(self) -> list[AttentionGroup]:
         """The batch's sequences, put together where attention can take them as one."""
         return attention_groups(self.batch, self._block_size, self._device)
+
+    @cached_property
+    def paged_sequences(self) -> PagedSequences:
+        """The batch's sequences, as our own kernels take them."""
+        batch = self.batch
+        ends = np.cumsum(batch.num_scheduled_tokens)
+        columns = (
+            batch.block_tables.astype(np.int64),
+            ends - batch.num_scheduled_tokens,
+            batch.num_scheduled_tokens,
+            batch.num_computed_tokens + batch.num_scheduled_tokens,
+        )
+        return PagedSequences(*(torch.from_numpy(np.ascontiguousarray(c)) for c in columns))
 
     def num_query_key_pairs(self, window: int | None) -> int:
         """Query-key pairs that causal attention takes, of one head.

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.norm import rms_norm
 from expertlane.parallel.interleave import Steps
+from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.names import Stage
@@ -48,7 +48,7 @@ class OutputHead:
         eps: float,
     ) -> None:
         self._norm = norm
-        self._head = head
+        self._head = Linear(head)
         parts = partition(vocab_size, mesh.layout.tp)
         self._vocab_of_tp_rank = [len(part) for part in parts]
         self._first_token_id = parts[mesh.at.tp_rank].start
@@ -71,10 +71,10 @@ class OutputHead:
             enter(Stage.COLLECTIVES)
             hidden = yield tp.all_gather(hidden, batch.last_tokens_of_tp_rank)
             enter(Stage.HEAD)
-        logits = F.linear(hidden, self._head).float()
+        logits = self._head(hidden).float()
         num_seqs = len(hidden)
         self._recorder.count_compute(
-            2 * num_seqs * self._head.numel(), self._head.nbytes if num_seqs else 0
+            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
         )
         if tp.size == 1:
             return HeadResult(logits.argmax(dim=-1), logits, logits if needs_logits else None)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from expertlane.kernels.cpu import kernels_for
+
 
 class KVCache:
     """Of one layer: blocks of `block_size` positions, [num_blocks, block_size, heads, dim].
@@ -10,6 +12,9 @@ class KVCache:
     A slot is a position's place in it, block × block_size + offset. With latent attention the one
     head's key is the latent and the rotated part; its value is the latent, a part of the key, so
     it is not stored again (`value_dim` 0).
+
+    Attributes:
+        kernels: our own for one new token a sequence; None where torch's operations serve.
     """
 
     def __init__(
@@ -26,6 +31,8 @@ class KVCache:
         # Zeros: a padded place is masked, but what is masked must still be a number.
         self.keys = torch.zeros((*shape, key_dim), dtype=dtype, device=device)
         self.values = torch.zeros((*shape, value_dim), dtype=dtype, device=device)
+        fits = key_dim % 32 == 0 and value_dim % 16 == 0
+        self.kernels = kernels_for(self.keys) if fits else None
 
     @property
     def num_bytes(self) -> int:

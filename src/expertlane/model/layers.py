@@ -13,7 +13,7 @@ from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import WeightSource, expert_name, layer_name
 from expertlane.moe.activation import Activation
-from expertlane.moe.dispatch import AllToAllDispatcher
+from expertlane.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from expertlane.moe.experts import Experts, ExpertWeights
 from expertlane.moe.router import route
 from expertlane.parallel.interleave import Steps
@@ -40,8 +40,11 @@ class DecoderLayer:
         self._mesh = mesh
         self._recorder = recorder
         self._eps = model.rms_norm_eps
-        self._attention_norm = source.take(layer_name(index, "attention_norm"))
-        self._mlp_norm = source.take(layer_name(index, "moe_norm"))
+        # float32, as they are computed in
+        self._attention_norm, self._mlp_norm = (
+            source.take(layer_name(index, norm), dtype=torch.float32)
+            for norm in ("attention_norm", "moe_norm")
+        )
         heads = Attention if model.latent is None else LatentAttention
         self.attention = heads(model, index, source, mesh, rotary, recorder)
         self._block: MoEBlock | MLP
@@ -112,7 +115,11 @@ class MoEBlock:
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
         placement = Placement.linear(model.num_experts, mesh.layout.ep)
-        self._dispatcher = AllToAllDispatcher(mesh, placement, source.device)
+        self._dispatcher: AllToAllDispatcher | LocalDispatcher
+        if mesh.stage.size == 1:
+            self._dispatcher = LocalDispatcher(model.num_experts)
+        else:
+            self._dispatcher = AllToAllDispatcher(mesh, placement, source.device)
         self._local = placement.experts_of_rank[mesh.at.ep_rank]
 
         def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding

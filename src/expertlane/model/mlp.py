@@ -12,6 +12,7 @@ from torch import Tensor
 from expertlane.model.tensors import WeightSource, layer_name
 from expertlane.moe.activation import Activation
 from expertlane.parallel.interleave import Steps
+from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.names import Stage
@@ -41,8 +42,8 @@ class MLP:
     ) -> None:
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
-        def take(matrix: str) -> Tensor:
-            return source.take(layer_name(layer, f"{prefix}.{matrix}"), part)
+        def take(matrix: str) -> Linear:
+            return Linear(source.take(layer_name(layer, f"{prefix}.{matrix}"), part))
 
         self._gate = take("gate") if is_gated else None
         self._up, self._down = take("up"), take("down")
@@ -67,9 +68,9 @@ class MLP:
             enter(Stage.COLLECTIVES, layer)
             rows = yield self._tp.all_gather(x, num_tokens_of)
         enter(Stage.EXPERTS, layer)
-        gate = None if self._gate is None else F.linear(rows, self._gate)
-        out = F.linear(self._activation(gate, F.linear(rows, self._up)), self._down)
-        num_weights = (2 if self._gate is None else 3) * self._up.numel()
+        gate = None if self._gate is None else self._gate(rows)
+        out = self._down(self._activation(gate, self._up(rows)))
+        num_weights = (2 if self._gate is None else 3) * self._up.num_weights
         self._recorder.count_compute(
             2 * len(rows) * num_weights, num_weights * self._up.itemsize if len(rows) else 0
         )

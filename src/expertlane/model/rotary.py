@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from expertlane.kernels.cpu import kernels_for
 from expertlane.spec.model import ModelConfig, RopeScaling
 
 
@@ -44,6 +45,9 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: flo
     return frequencies * (1 - divided + divided / scaling.factor)
 
 
+Rotation = tuple[Tensor, Tensor]
+
+
 class RotaryEmbedding:
     """Turns the last `rotary_dim` values of queries and keys by their positions.
 
@@ -55,24 +59,35 @@ class RotaryEmbedding:
         angles = positions[:, None] * rotary_frequencies(model)
         scaling = model.rope_scaling
         factor = scaling.attention_factor if scaling is not None else 1.0
-        self._cos = (angles.cos() * factor).float().to(device)  # [positions, rotary_dim / 2]
-        self._sin = (angles.sin() * factor).float().to(device)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        # Both halves of a pair side by side: [positions, 1, rotary_dim].
+        self._cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
+        self._sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
         self._dim = model.rotary_dim
         self._interleave = model.rope_interleave
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn queries or keys by their positions.
+    def at(self, positions: Tensor) -> Rotation:
+        """Cosines and sines of positions [num_tokens], for all layers alike."""
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def rotate_(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """Turn queries or keys, maybe in place.
 
         Args:
-            x: [num_tokens, num_heads, head_dim].
-            positions: [num_tokens].
+            x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
+            rotation: what `at` gave for the tokens' positions.
         """
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        cos, sin = rotation
+        kernels = kernels_for(x)
+        if kernels is not None:
+            kernels.rotate(x, cos, sin, interleave=self._interleave)
+            return x
         turning = x[..., x.shape[-1] - self._dim :].float()
         if self._interleave:
-            first, second = turning[..., 0::2], turning[..., 1::2]
-        else:
-            first, second = turning.chunk(2, dim=-1)
-        # Queries and keys may leave their pairs in either order, as long as both do.
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return torch.cat([x[..., : x.shape[-1] - self._dim], turned.to(x.dtype)], dim=-1)
+            # Queries and keys may leave their pairs in either order, as long as both do.
+            turning = torch.cat([turning[..., 0::2], turning[..., 1::2]], dim=-1)
+        swapped = turning.roll(self._dim // 2, dims=-1)
+        turned = torch.addcmul(turning * cos, swapped, sin).to(x.dtype)
+        if self._dim == x.shape[-1]:
+            return turned
+        return torch.cat([x[..., : x.shape[-1] - self._dim], turned], dim=-1)

@@ -43,7 +43,7 @@ class TransformerStage:
         if mesh.is_last_stage:
             vocab = partition(model.vocab_size, layout.tp)[at.tp_rank]
             self._head = OutputHead(
-                source.take(FINAL_NORM),
+                source.take(FINAL_NORM, dtype=torch.float32),
                 source.take(HEAD, vocab),
                 model.vocab_size,
                 mesh,

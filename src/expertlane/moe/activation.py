@@ -16,6 +16,11 @@ class Activation:
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
 
+    def is_plain(self, *, is_gated: bool) -> bool:
+        """Whether it is SiLU times up where there is a gate, GELU where there is none."""
+        plain = "silu" if is_gated else "gelu"
+        return self.swiglu_limit is None and self.hidden_act == plain
+
     def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """[num_rows, inner] of gate (None where MLPs are not gated) and up projections."""
         if self.swiglu_limit is not None:

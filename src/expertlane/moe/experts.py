@@ -1,13 +1,16 @@
 """The experts one rank holds: whole ones, or its slice of each under expert tensor parallelism."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.kernels.cpu import Pointers
 from expertlane.moe.activation import Activation
+from expertlane.parallel.linear import Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +37,41 @@ class Experts:
     """MLPs side by side."""
 
     def __init__(self, weights: ExpertWeights, activation: Activation) -> None:
-        self._weights = weights
+        def linears(stack: Tensor | None, bias: Tensor | None) -> list[Linear]:
+            if stack is None:
+                return []
+            return [
+                Linear(matrix, None if bias is None else bias[expert])
+                for expert, matrix in enumerate(stack)
+            ]
+
         self._activation = activation
+        self._gates = linears(weights.gate, weights.gate_bias)
+        self._ups = linears(weights.up, weights.up_bias)
+        self._downs = linears(weights.down, weights.down_bias)
+        self._inner, hidden_size = weights.up.shape[1:]
+        self._num_weights = self._inner * hidden_size * (2 if weights.gate is None else 3)
+        self._itemsize = weights.up.itemsize
+        self._kernel = self._own_kernel()
+
+    def _own_kernel(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+        """All experts in one call, where our kernels know the model's kind of MLP."""
+        linears = [*self._gates, *self._ups, *self._downs]
+        kernels = self._ups[0].kernels
+        if (
+            kernels is None
+            or self._inner % 32
+            or any(linear.kernels is None or linear.bias is not None for linear in linears)
+            or not self._activation.is_plain(is_gated=bool(self._gates))
+        ):
+            return None
+        gate, up, down = (
+            Pointers([linear.packed for linear in of_part]) if of_part else None
+            for of_part in (self._gates, self._ups, self._downs)
+        )
+        assert up is not None, "there are experts"
+        assert down is not None, "there are experts"
+        return partial(kernels.experts, gate=gate, up=up, down=down, inner=self._inner)
 
     def forward(self, rows: Tensor, num_tokens_per_expert: Sequence[int]) -> Tensor:
         """Apply each expert to its rows; a partial sum where experts are cut.
@@ -47,29 +83,24 @@ class Experts:
         Returns:
             [num_rows, hidden_size].
         """
-        out = torch.empty_like(rows)
-        start = 0
-        for expert, num_tokens in enumerate(num_tokens_per_expert):
-            stop = start + num_tokens
-            if num_tokens:
-                out[start:stop] = self._apply(expert, rows[start:stop])
-            start = stop
-        return out
+        ends = list(accumulate(num_tokens_per_expert))
+        if self._kernel is not None:
+            return self._kernel(rows, ends)
+        results = [
+            self._apply(expert, rows[end - num_tokens : end])
+            for expert, (end, num_tokens) in enumerate(
+                zip(ends, num_tokens_per_expert, strict=True)
+            )
+            if num_tokens
+        ]
+        return torch.cat(results) if results else torch.empty_like(rows)
 
     def _apply(self, expert: int, rows: Tensor) -> Tensor:
-        def of(stack: Tensor | None) -> Tensor | None:
-            return None if stack is None else stack[expert]
-
-        w = self._weights
-        gate = None if w.gate is None else F.linear(rows, w.gate[expert], of(w.gate_bias))
-        up = F.linear(rows, w.up[expert], of(w.up_bias))
-        return F.linear(self._activation(gate, up), w.down[expert], of(w.down_bias))
+        gate = self._gates[expert](rows) if self._gates else None
+        return self._downs[expert](self._activation(gate, self._ups[expert](rows)))
 
     def compute_cost(self, num_tokens_per_expert: Sequence[int]) -> tuple[int, int]:
         """FLOPs and weight bytes read of one `forward`."""
-        up = self._weights.up
-        num_matrices = 2 if self._weights.gate is None else 3
-        num_weights = num_matrices * up.shape[1] * up.shape[2]
         num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
-        flops = 2 * sum(num_tokens_per_expert) * num_weights
-        return flops, num_used * num_weights * up.itemsize
+        flops = 2 * sum(num_tokens_per_expert) * self._num_weights
+        return flops, num_used * self._num_weights * self._itemsize

@@ -100,12 +100,14 @@ class Request:
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Prompt and output as one sequence: [stop - start]."""
-        prompt_len = len(self.prompt_token_ids)
+        prompt, output = self.prompt_token_ids, self.output_token_ids
+        prompt_len = len(prompt)
         if stop <= prompt_len:
-            return self.prompt_token_ids[start:stop]
-        generated = self.output_token_ids[max(start - prompt_len, 0) : stop - prompt_len]
-        tail = np.array(generated, dtype=np.int64)
-        return np.concatenate((self.prompt_token_ids[start:], tail)) if start < prompt_len else tail
+            return prompt[start:stop]
+        if start >= prompt_len:
+            return np.array(output[start - prompt_len : stop - prompt_len], dtype=np.int64)
+        tail = np.array(output[: stop - prompt_len], dtype=np.int64)
+        return np.concatenate((prompt[start:], tail))
 
     def digest(self, index: int, block_size: int) -> bytes:
         """The digest of one of its full blocks; each is computed once."""

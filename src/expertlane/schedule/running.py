@@ -151,8 +151,7 @@ class RunningTable:
         has_none = self.num_computed[rows] == self.num_blocks[rows] * self.blocks.block_size
         asking: list[int] = rows[has_none].tolist()
         if len(asking) <= self.blocks.num_free:
-            for row in asking:
-                self._append_block(row)
+            self._append_blocks(asking)
             return rows, []
         preempted: list[Request] = []
         left_out: set[int] = set()
@@ -165,17 +164,19 @@ class RunningTable:
                 else:
                     preempted.append(self.release(last))
             if row not in left_out:
-                self._append_block(row)
+                self._append_blocks([row])
         return rows[~np.isin(rows, list(left_out))], preempted
 
     def _order(self, row: int) -> tuple[int, int]:
         return self.request(row).order
 
-    def _append_block(self, row: int) -> None:
-        num_blocks = int(self.num_blocks[row])
-        self._widen(num_blocks + 1)
-        self.block_tables[row, num_blocks] = self.blocks.append()
-        self.num_blocks[row] = num_blocks + 1
+    def _append_blocks(self, rows: list[int]) -> None:
+        """Give each row one more block."""
+        if rows:
+            index = self.num_blocks[rows]
+            self._widen(int(index.max()) + 1)
+            self.block_tables[rows, index] = [self.blocks.append() for _ in rows]
+            self.num_blocks[rows] = index + 1
 
     def _widen(self, num_blocks: int) -> None:
         width = self.block_tables.shape[1]
@@ -237,13 +238,16 @@ class RunningTable:
         self.num_tokens[rows] = num_tokens = self.num_tokens[rows] + 1
         self.num_pending += len(tokens)
         is_full = (num_tokens >= self._max_num_tokens[rows]).tolist()
-        requests = [self.request(row) for row in rows.tolist()]
-        for request, token, at_length in zip(requests, tokens, is_full, strict=True):
+        requests = []
+        for row, token, at_length in zip(rows.tolist(), tokens, is_full, strict=True):
+            request = self.requests[row]
+            assert request is not None
+            requests.append(request)
             request.output_token_ids.append(token)
             if token in request.stop_token_ids:
                 request.finish(FinishReason.STOP)
-                self.release(request.row)
+                self.release(row)
             elif at_length:
                 request.finish(FinishReason.LENGTH)
-                self.release(request.row)
+                self.release(row)
         return requests

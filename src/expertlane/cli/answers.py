@@ -1,0 +1,92 @@
+"""How outputs are printed: as they come, whole, as JSON, and summed up in a line."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertlane.engine.llm import LLM
+    from expertlane.engine.outputs import RequestOutput
+
+
+def write(text: str) -> None:
+    """Print at once, without a line's end of its own; `?` for what the terminal cannot show."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError as error:
+        sys.stdout.write(text.encode(error.encoding, "replace").decode(error.encoding))
+    sys.stdout.flush()
+
+
+def stream(
+    llm: "LLM", output: "RequestOutput", is_stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Step until a request is finished, and print its text as it comes.
+
+    Args:
+        is_stopped: whether to cancel it; asked after each step.
+    """
+    num_shown = 0
+    while output.finish_reason is None:
+        llm.engine.step()
+        if is_stopped():
+            llm.engine.cancel(output.request_id)
+        text = _text(llm, output)
+        write(text[num_shown:])
+        num_shown = len(text)
+    write("\n")
+
+
+def as_text(llm: "LLM", output: "RequestOutput") -> str:
+    """A prompt and what came of it, to be told apart from others."""
+    prompt = _ids(output.prompt_token_ids) if output.prompt is None else output.prompt
+    return f"> {prompt}\n{_text(llm, output)}\n\n"
+
+
+def as_json(output: "RequestOutput") -> str:
+    """A line: prompt, output, why it ended, and its times in seconds."""
+    shown: dict[str, Any] = {
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "ttft_s": output.ttft_s,
+        "tpot_s": output.tpot_s,
+        "e2e_s": output.token_times_s[-1] - output.arrival_s,
+        "num_preemptions": output.num_preemptions,
+    }
+    if output.logprobs:
+        shown["logprobs"] = [asdict(each) for each in output.logprobs]
+    return json.dumps(shown) + "\n"
+
+
+def summary(outputs: Sequence["RequestOutput"]) -> str:
+    """A line: how many tokens, how fast, and the median time to the first one."""
+    from expertlane.report.numbers import counted, figures, milliseconds
+
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    busy_s, until_s = 0.0, float("-inf")
+    for output in outputs:  # in order of arrival: those of a chat have pauses between them
+        began_s = max(output.arrival_s, until_s)
+        until_s = max([until_s, *output.token_times_s])
+        busy_s += max(0.0, until_s - began_s)
+    firsts_s = [output.ttft_s for output in outputs if output.ttft_s is not None]
+    if not firsts_s:
+        return "no tokens"
+    name = "TTFT" if len(firsts_s) == 1 else "median TTFT"
+    return (
+        f"{counted(num_tokens, 'token')} in {figures(busy_s)} s, "
+        f"{figures(num_tokens / busy_s)} tokens/s; {name} {milliseconds(median(firsts_s))} ms"
+    )
+
+
+def _text(llm: "LLM", output: "RequestOutput") -> str:
+    return _ids(output.token_ids) if llm.tokenizer is None else output.text
+
+
+def _ids(token_ids: Sequence[int]) -> str:
+    return ",".join(map(str, token_ids))

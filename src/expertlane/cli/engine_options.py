@@ -1,0 +1,159 @@
+"""What `generate` and `bench` share: the engine's options, and how a model is found and loaded."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertlane.cli.compare import MAX_TIMEOUT_S, Dtype
+from expertlane.errors import UserError
+
+if TYPE_CHECKING:
+    from expertlane.engine.llm import LLM
+    from expertlane.spec.layout import Layout
+    from expertlane.spec.model import ModelConfig
+
+
+class MicroBatches(StrEnum):
+    """When a pipeline's micro-batches take their next token."""
+
+    DRAINED = "drained"
+    ROTATING = "rotating"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint's folder, a hub id (org/name), or a preset, whose weights are random: "
+        "paper-tiny, paper-small, paper.",
+    ),
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        help="Of weights and activations. Default: the checkpoint's, else the machine's choice."
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Positions a sequence may take. Default: the model's."),
+]
+NumBlocks = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Blocks of the key/value cache. Default: what memory has room for."
+    ),
+]
+BlockSize = Annotated[int, typer.Option(metavar="N", help="Positions in a block of the cache.")]
+MaxNumSeqs = Annotated[
+    int, typer.Option(metavar="N", help="Requests running at once, a data-parallel rank.")
+]
+MaxNumBatchedTokens = Annotated[
+    int, typer.Option(metavar="N", help="New tokens in a step, a data-parallel rank.")
+]
+NoPrefixCaching = Annotated[
+    bool, typer.Option("--no-prefix-caching", help="Compute equal beginnings of prompts anew.")
+]
+Overlap = Annotated[
+    bool,
+    typer.Option("--overlap", help="One half of a batch computes while the other half travels."),
+]
+NumMicroBatches = Annotated[
+    int, typer.Option(metavar="N", help="Parts a batch is cut into for the pipeline.")
+]
+MicroBatchSchedule = Annotated[
+    MicroBatches, typer.Option(help="Whether micro-batches wait for each other after each token.")
+]
+TimeoutS = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
+]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of `LLM`, under its names.
+
+    Raises:
+        UserError: `timeout_s` is out of range.
+    """
+
+    dtype: Dtype | None
+    max_model_len: int | None
+    num_blocks: int | None
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_caching: bool
+    overlap: bool
+    num_micro_batches: int
+    micro_batch_schedule: MicroBatches
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.timeout_s <= MAX_TIMEOUT_S):
+            raise UserError(
+                f"--timeout-s is {self.timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}"
+            )
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model before it is loaded.
+
+    Attributes:
+        name: as the user gave it.
+        folder: of the checkpoint; None for a preset.
+    """
+
+    name: str
+    config: "ModelConfig"
+    folder: Path | None
+
+    def lay_out(self, layout: str) -> "Layout":
+        """Read a layout.
+
+        Raises:
+            UserError: it is none, or the model cannot be laid out so.
+        """
+        from expertlane.spec.layout import Layout
+
+        chosen = Layout.parse(layout)
+        chosen.check_model(self.config)
+        return chosen
+
+    def load(self, layout: "Layout", options: EngineOptions) -> "LLM":
+        """Start the ranks and load the model, saying so on stderr.
+
+        Raises:
+            UserError: it cannot be laid out so, or does not fit.
+            RankError: a rank died, hung or failed.
+        """
+        from expertlane.cli.output import progress_on_stderr
+        from expertlane.engine.llm import LLM
+
+        ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
+        with progress_on_stderr() as progress:
+            progress.task(f"loading {self.name} on {ranks} ({layout})", 1)
+            llm = LLM(self.folder or self.name, layout=layout, **asdict(options))
+            progress.advance()
+            progress.done()
+        return llm
+
+
+def find_model(name: str) -> FoundModel:
+    """Find a preset or a checkpoint, downloaded first if need be.
+
+    Raises:
+        UserError: there is none, or its configuration cannot be read.
+    """
+    from expertlane.engine.hub import resolve_model
+    from expertlane.spec.from_hf import from_hf
+    from expertlane.spec.hf_config import read_config
+    from expertlane.spec.model import PRESETS
+
+    if name in PRESETS:
+        return FoundModel(name, PRESETS[name], None)
+    folder = resolve_model(name)
+    return FoundModel(name, from_hf(read_config(folder), folder.name), folder)

@@ -1,0 +1,258 @@
+"""Put load on an engine, and measure what its users would feel.
+
+Closed loop: a number of requests is kept unfinished. Open loop: requests arrive at random, however
+far the engine is (Poisson arrivals). All times of a request count from when it was due, so that
+one that the loop could only add late, because a step was under way, does not look faster.
+"""
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from expertlane import __version__
+from expertlane.engine.llm import LLM
+from expertlane.engine.messages import RankMachine
+from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.errors import UserError
+from expertlane.experiment.progress import Progress
+from expertlane.experiment.serving_results import Point, ServingMachine, Spread
+from expertlane.results import LayoutSizes, Versions
+from expertlane.spec.layout import Layout
+from expertlane.spec.sampling import SamplingParams
+
+_DESCRIBE = "expertlane.engine.rank_machine:describe"
+_WARM_UP_LEN = 2  # output tokens: a prefill and a decode
+_OPEN_WARM_UP_BATCH = 8
+
+
+@dataclass(frozen=True)
+class LengthRange:
+    """Lengths in tokens, drawn uniformly; both ends included."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return f"{self.low}" if self.low == self.high else f"{self.low}:{self.high}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is put on the engine.
+
+    Attributes:
+        batch: requests kept unfinished; None in an open loop.
+        rate: requests that arrive a second, on average; None in a closed loop.
+    """
+
+    num_requests: int
+    prompt_len: LengthRange
+    output_len: LengthRange
+    batch: int | None = None
+    rate: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} req/s" if self.batch is None else f"batch {self.batch}"
+
+
+@dataclass(frozen=True, eq=False)
+class TimedRequest:
+    """A request to come.
+
+    Attributes:
+        due_s: from the start; 0 in a closed loop, where it is due as soon as there is room.
+    """
+
+    prompt_token_ids: list[int]
+    output_len: int
+    due_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A finished request; `due_s` on the clock of its output."""
+
+    due_s: float
+    output: RequestOutput
+
+
+class Serving(Protocol):
+    """Of an `Engine`, what the loop needs."""
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has more to give."""
+        ...
+
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
+        """Queue a request."""
+        ...
+
+    def step(self) -> list[Chunk]:
+        """Wait for one step."""
+        ...
+
+
+def check_lengths(load: Load, max_positions: int) -> None:
+    """Check that all requests of a load can have their whole output.
+
+    Args:
+        max_positions: that a sequence can take.
+
+    Raises:
+        UserError: the longest ones cannot.
+    """
+    num_positions = load.prompt_len.high + load.output_len.high - 1  # the last is not fed back
+    if num_positions > max_positions:
+        raise UserError(
+            f"prompts of {load.prompt_len.high} and outputs of {load.output_len.high} tokens take "
+            f"{num_positions} positions; valid: {max_positions} at most"
+        )
+
+
+def draw_requests(load: Load, vocab_size: int, seed: Sequence[int]) -> list[TimedRequest]:
+    """Random prompts, lengths and, in an open loop, arrivals; the first is due at once.
+
+    Args:
+        seed: equal ones give equal requests.
+    """
+    generator = np.random.default_rng(seed)
+    size = load.num_requests
+    prompt_lens = generator.integers(load.prompt_len.low, load.prompt_len.high + 1, size)
+    output_lens = generator.integers(load.output_len.low, load.output_len.high + 1, size)
+    due_s = np.zeros(size)
+    if load.rate is not None:
+        due_s[1:] = np.cumsum(generator.exponential(1 / load.rate, size - 1))
+    return [
+        TimedRequest(generator.integers(vocab_size, size=prompt_len).tolist(), output_len, due)
+        for prompt_len, output_len, due in zip(
+            prompt_lens.tolist(), output_lens.tolist(), due_s.tolist(), strict=True
+        )
+    ]
+
+
+def serve(
+    engine: Serving,
+    requests: Iterable[TimedRequest],
+    max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Served]:
+    """Add requests when they are due, greedy and beyond any end of sequence; wait for all.
+
+    Args:
+        requests: by due time.
+        max_unfinished: a request waits while there are so many; then it is due when added.
+        clock: the one that the outputs' times are of.
+    """
+    waiting, served = deque(requests), list[Served]()
+    num_unfinished, started_s = 0, clock()
+    while waiting or engine.has_unfinished:
+        while waiting and (max_unfinished is None or num_unfinished < max_unfinished):
+            due_s = started_s + waiting[0].due_s
+            if clock() < due_s:
+                break
+            request = waiting.popleft()
+            params = SamplingParams(temperature=0, max_tokens=request.output_len, ignore_eos=True)
+            output = engine.add(str(len(served)), request.prompt_token_ids, params)
+            # In a closed loop it takes the place of one that has just ended.
+            served.append(Served(due_s if max_unfinished is None else output.arrival_s, output))
+            num_unfinished += 1
+        if not engine.has_unfinished:
+            sleep(max(0.0, started_s + waiting[0].due_s - clock()))
+            continue
+        for chunk in engine.step():
+            if chunk.finish_reason is not None:
+                num_unfinished -= 1
+                on_finished()
+    return served
+
+
+def measure(layout: Layout, load: Load, served: Sequence[Served]) -> Point:
+    """The numbers of a load that has been served, each request with one token or more."""
+    outputs = [each.output for each in served]
+    started_s = min(each.due_s for each in served)
+    wall_s = max(output.token_times_s[-1] for output in outputs) - started_s
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output_tokens = sum(len(output.token_ids) for output in outputs)
+    ttft_s = Spread.of([each.output.token_times_s[0] - each.due_s for each in served])
+    e2e_s = Spread.of([each.output.token_times_s[-1] - each.due_s for each in served])
+    assert ttft_s is not None
+    assert e2e_s is not None
+    prefill_tps = None
+    if load.batch is not None and load.batch >= load.num_requests:
+        prefilled_s = max(output.token_times_s[0] for output in outputs)
+        prefill_tps = num_prompt_tokens / (prefilled_s - started_s)
+    return Point(
+        layout=LayoutSizes.of(layout),
+        batch=load.batch,
+        rate=load.rate,
+        num_requests=len(outputs),
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        num_preemptions=sum(output.num_preemptions for output in outputs),
+        wall_s=wall_s,
+        ttft_s=ttft_s,
+        tpot_s=Spread.of([output.tpot_s for output in outputs if output.tpot_s is not None]),
+        itl_s=Spread.of(
+            [gap for output in outputs for gap in np.diff(output.token_times_s).tolist()]
+        ),
+        e2e_s=e2e_s,
+        output_tps=num_output_tokens / wall_s,
+        total_tps=(num_prompt_tokens + num_output_tokens) / wall_s,
+        requests_per_s=len(outputs) / wall_s,
+        prefill_tps=prefill_tps,
+    )
+
+
+def run_loads(
+    llm: LLM, layout: Layout, loads: Sequence[Load], seed: int, progress: Progress
+) -> Iterator[Point]:
+    """Warm up and measure one load after the other; each has prompts of its own.
+
+    Raises:
+        UserError: requests are too long; before any is run.
+        RankError: a rank died, hung or failed.
+    """
+    for load in loads:
+        check_lengths(load, llm.limits.max_positions)
+    for index, load in enumerate(loads):
+        progress.task(f"{layout}, {load}", load.num_requests)
+        serve(llm.engine, draw_requests(_warm_up(load), llm.model.vocab_size, [seed, index, 1]))
+        requests = draw_requests(load, llm.model.vocab_size, [seed, index, 0])
+        served = serve(llm.engine, requests, load.batch, on_finished=progress.advance)
+        progress.done()
+        yield measure(layout, load, served)
+
+
+def describe(llm: LLM) -> tuple[ServingMachine, Versions]:
+    """Where a model's ranks run, and on what software.
+
+    Raises:
+        RankError: a rank died, hung or failed.
+    """
+    seen: list[RankMachine] = llm._pool.call(_DESCRIBE)
+    hosts = {each.host: each for each in seen}.values()
+    machine = ServingMachine(
+        cpu_name=seen[0].cpu_name,
+        device=seen[0].device,
+        num_cores=sum(each.num_cores for each in hosts),
+        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
+        backend=seen[0].backend,
+        dtype=seen[0].dtype,
+    )
+    return machine, Versions(__version__, platform.python_version(), seen[0].torch_version)
+
+
+def _warm_up(load: Load) -> Load:
+    """As many requests at once, with outputs as short as they can be."""
+    batch = min(load.batch or _OPEN_WARM_UP_BATCH, load.num_requests)
+    output_len = min(_WARM_UP_LEN, load.output_len.low)
+    return Load(batch, load.prompt_len, LengthRange(output_len, output_len), batch=batch)

@@ -1,0 +1,71 @@
+"""Compiles `cpu.cpp` where it is first needed, and keeps the library in the user's cache."""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+# Fast math when compiling only: linking with it would make the whole process flush denormals.
+_COMPILE = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-ffast-math")
+_LINK = ("-shared", "-fopenmp")
+_NEEDED_FLAGS = {"avx512_bf16", "avx512bw", "avx512vl"}
+_TIMEOUT_S = 120.0
+
+
+def build() -> ctypes.CDLL | None:
+    """The compiled library; None where the CPU or a compiler for it is missing.
+
+    Ranks that start together wait for the one that compiles.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not has_instructions():
+        return None
+    try:
+        library = _library(compiler)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def has_instructions() -> bool:
+    """Whether the CPU multiplies bfloat16 in 512-bit vectors."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "")
+    return _NEEDED_FLAGS.issubset(flags.split())
+
+
+def _library(compiler: str) -> Path:
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
+    ).stdout
+    info = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    model = [line for line in info.splitlines() if line.startswith(("model name", "flags"))]
+    key = (_SOURCE.read_bytes(), version, *map(str.encode, (*_COMPILE, *_LINK, *model)))
+    name = hashlib.blake2b(b"\0".join(key), digest_size=12).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"cpu-{platform.machine()}-{name}.so"
+    with (folder / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    made, objects = library.with_suffix(".new"), library.with_suffix(".o")
+    for command in (
+        [compiler, *_COMPILE, "-c", str(_SOURCE), "-o", str(objects)],
+        [compiler, *_LINK, str(objects), "-o", str(made)],
+    ):
+        subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_S)
+    objects.unlink()
+    made.replace(library)

@@ -1,0 +1,73 @@
+"""Matrix products with weights that are kept as the device multiplies fastest.
+
+On a CPU, bfloat16 weights are packed once: for our own kernels (`kernels/cpu.cpp`), or for oneDNN
+where those cannot be had. Products of few rows then read memory at most of its bandwidth, which
+torch's own product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in
+float32, weights stay as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertlane.kernels.cpu import CpuKernels, kernels_for
+
+
+class Linear:
+    """x · Wᵀ + b.
+
+    Args:
+        weight: [out_features, in_features]; not kept where it is packed.
+        bias: [out_features].
+
+    Attributes:
+        kernels: our own, which `packed` is for; None where torch multiplies.
+        packed: the weight as it is kept.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.itemsize = weight.itemsize
+        self.kernels = kernels_for(weight) if self.in_features % 2 == 0 else None
+        self._is_onednn = self.kernels is None and _suits_onednn(weight)
+        if self.kernels is not None:
+            self.packed = CpuKernels.pack(weight)
+            bias = None if bias is None else bias.float()
+        elif self._is_onednn:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        else:
+            self.packed = weight
+        self.bias = bias
+
+    @property
+    def num_weights(self) -> int:
+        """Values of the matrix."""
+        return self.out_features * self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the matrix."""
+        return self.num_weights * self.itemsize
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, out_features] of [num_rows, in_features]."""
+        if self.kernels is not None:
+            return self.kernels.linear(x, self.packed, self.out_features, self.bias)
+        if self._is_onednn and len(x):
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.packed, self.bias, "none", [], ""
+            )
+            return product
+        if self._is_onednn:
+            return x.new_empty(0, self.out_features)
+        return F.linear(x, self.packed, self.bias)
+
+
+def _suits_onednn(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype is torch.bfloat16
+        and weight.numel() > 0
+        and torch._C._has_mkldnn
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

@@ -1,0 +1,242 @@
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cli.stub_llm import StubLLM
+from expertlane.cli import bench_table, engine_options
+from expertlane.experiment.serving_results import (
+    Point,
+    ServingMachine,
+    ServingResults,
+    Spread,
+    to_json,
+)
+from expertlane.results import LayoutSizes, Versions
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+
+SHORT = ["--prompt-len", "2:8", "--output-len", "1:3"]
+SPREAD = Spread(123.456, 123.456, 1234.5, 12345.6)
+POINT = Point(
+    layout=LayoutSizes.of(Layout(replicas=2, pp=2, dp=16, tp=8, ep=32)),
+    batch=None,
+    rate=0.125,
+    num_requests=10_000,
+    num_prompt_tokens=10**7,
+    num_output_tokens=10**7,
+    num_preemptions=0,
+    wall_s=1.0,
+    ttft_s=SPREAD,
+    tpot_s=SPREAD,
+    itl_s=SPREAD,
+    e2e_s=SPREAD,
+    output_tps=1_234_567.8,
+    total_tps=12_345_678.9,
+    requests_per_s=1234.5,
+    prefill_tps=None,
+)
+RESULTS = ServingResults(
+    command_line="expertlane bench a",
+    created="2026-01-01T00:00:00+00:00",
+    versions=Versions("0", "3", "2"),
+    machine=ServingMachine("a CPU", "cpu", 2, 10**9, "gloo", "float32"),
+    model="a",
+    options=Options(),
+    seed=0,
+    prompt_len="2:8",
+    output_len="1",
+    points=(POINT,),
+    foreign_cpu_share=0.0,
+)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Put stubs in place of what would be loaded; gives the layouts they were loaded on."""
+    layouts = []
+
+    def load(self, layout, options):
+        layouts.append(str(layout))
+        llm = StubLLM(self.config)
+        llm.limits = replace(llm.limits, num_blocks=options.num_blocks or 1000)
+        return llm
+
+    monkeypatch.setattr(engine_options.FoundModel, "load", load)
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return layouts
+
+
+def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
+    arguments = ["--batch", "1,3", "--layout", "tp=1", "--layout", "dp=2,ep=2", "--seed", "5"]
+    out_folder = str(tmp_path / "new" / "out")
+    code, out, err = run("bench", "paper-tiny", *SHORT, *arguments, "--json", "--out", out_folder)
+
+    assert code == 0
+    assert Path(out_folder, "bench.json").read_text(encoding="utf-8") == out
+    found = json.loads(out)
+    assert (found["schema_version"], found["command"], found["model"]) == (1, "bench", "paper-tiny")
+    assert found["command_line"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
+    assert (found["seed"], found["prompt_len"], found["output_len"]) == (5, "2:8", "1:3")
+    assert found["machine"]["device"]
+    assert found["machine"]["num_cores"] >= 1
+    assert re.match(r"\d+\.\d+", found["versions"]["torch"])
+    assert 0 <= found["foreign_cpu_share"] <= 1
+    points = found["points"]
+    assert [(each["layout"]["ep_size"], each["batch"]) for each in points] == [
+        (1, 1),
+        (1, 3),
+        (2, 1),
+        (2, 3),
+    ]
+    for point, same in zip(points[:2], points[2:], strict=True):  # the same requests
+        assert point["num_prompt_tokens"] == same["num_prompt_tokens"]
+        assert point["num_output_tokens"] == same["num_output_tokens"]
+    for point in points:
+        assert point["num_requests"] == point["batch"]
+        assert point["num_requests"] <= point["num_output_tokens"] <= 3 * point["num_requests"]
+        assert point["rate"] is None
+        assert point["output_tps"] == pytest.approx(point["num_output_tokens"] / point["wall_s"])
+        assert point["prefill_tps"] > 0
+        assert point["ttft_s"]["p50"] <= point["e2e_s"]["p50"] <= point["e2e_s"]["p99"]
+    lines = [line.partition(":")[0] for line in err.splitlines()]
+    assert lines == [
+        "loading paper-tiny on 1 rank (tp=1)",
+        "tp=1, batch 1",
+        "tp=1, batch 3",
+        "loading paper-tiny on 2 ranks (dp=2,ep=2)",
+        "dp=2,ep=2, batch 1",
+        "dp=2,ep=2, batch 3",
+        "written",
+    ]
+
+
+def test_a_rate_and_its_table(run, stub):
+    code, out, _ = run("bench", "paper-tiny", "--rate", "2000,1e4", "--num-requests", "12", *SHORT)
+    assert code == 0
+    assert "2000 req/s" in out
+    assert "10000 req/s" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert [word for word in out.split() if word in ("TTFT", "TPOT", "ITL", "E2E")] == [
+        "TTFT",
+        "TPOT",
+        "ITL",
+        "E2E",
+    ] * 2
+    assert stub == ["tp=1"]
+
+
+def test_the_default_is_a_sweep(run, stub):
+    code, out, _ = run("bench", "paper-tiny", "--json")
+    assert code == 0
+    points = json.loads(out)["points"]
+    assert [(each["batch"], each["num_requests"]) for each in points] == [(1, 1), (8, 8), (32, 32)]
+    assert all(each["num_output_tokens"] == 32 * each["num_requests"] for each in points)
+
+
+def test_more_requests_than_the_batch(run, stub):
+    code, out, _ = run("bench", "paper-tiny", "--batch", "2", "--num-requests", "5", "--json")
+    assert code == 0
+    (point,) = json.loads(out)["points"]
+    assert (point["batch"], point["num_requests"], point["prefill_tps"]) == (2, 5, None)
+
+
+MISTAKES = {
+    "unknown model": (["no/such/model/here"], "model 'no/such/model/here': there is no such"),
+    "layout": (["paper-tiny", "--layout", "tp=1", "--layout", "tp=3"], "layout tp=3: tp=3 does"),
+    "both": (["paper-tiny", "--batch", "1", "--rate", "1"], "--batch and --rate exclude each"),
+    "batch": (["paper-tiny", "--batch", "1,0"], "--batch is '1,0'; it must be whole numbers with"),
+    "no batch": (["paper-tiny", "--batch", "1,"], "--batch is '1,'; it must be whole numbers"),
+    "rate": (["paper-tiny", "--rate", "nan"], "--rate is 'nan'; it must be numbers above 0"),
+    "no rate": (["paper-tiny", "--rate", "0"], "--rate is '0'; it must be numbers above 0"),
+    "no number": (["paper-tiny", "--rate", "fast"], "--rate is 'fast'; it must be numbers above 0"),
+    "requests": (["paper-tiny", "--num-requests", "0"], "--num-requests is 0; it must be 1 or"),
+    "few requests": (
+        ["paper-tiny", "--num-requests", "4", "--batch", "1,8"],
+        "--num-requests is 4 but --batch has 8; it must be as many or more",
+    ),
+    "range": (["paper-tiny", "--prompt-len", "9:8"], "--prompt-len is '9:8'; it must be a whole"),
+    "ranges": (["paper-tiny", "--output-len", "1:2:3"], "--output-len is '1:2:3'; it must be a"),
+    "no length": (["paper-tiny", "--output-len", "0"], "--output-len is '0'; it must be a whole"),
+    "half a range": (["paper-tiny", "--output-len", ":2"], "--output-len is ':2'; it must be a"),
+    "too long": (
+        ["paper-tiny", "--prompt-len", "1:60", "--output-len", "6"],
+        "prompts of 60 and outputs of 6 tokens take 65 positions; valid: 64 at most",
+    ),
+    "seed": (["paper-tiny", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
+    "timeout": (["paper-tiny", "--timeout-s", "0"], "--timeout-s is 0; valid: above 0"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_loaded(run, stub, arguments, line):
+    code, out, err = run("bench", *arguments)
+    assert (code, out, stub) == (2, "", [])
+    assert err.startswith(f"expertlane: error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_a_cache_that_is_too_small(run, stub):
+    code, out, err = run("bench", "paper-tiny", "--num-blocks", "3", "--prompt-len", "48")
+    assert (code, out) == (2, "")
+    assert err == (
+        "expertlane: error: prompts of 48 and outputs of 32 tokens take 79 positions; "
+        "valid: 64 at most\n"
+    )
+    code, out, err = run("bench", "paper-tiny", "--num-blocks", "3", "--output-len", "20")
+    assert (code, out) == (2, "")
+    assert "take 51 positions; valid: 48 at most\n" in err
+
+
+def test_results_cannot_go_below_a_file(run, stub, tmp_path):
+    (tmp_path / "taken").touch()
+    code, _, err = run("bench", "paper-tiny", "--out", str(tmp_path / "taken" / "here"))
+    assert code == 2
+    assert err.endswith(f"{tmp_path / 'taken'} is not a folder\n")
+    assert stub == []
+
+
+def test_one_layout_a_run_of_torchrun(run, stub, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run("bench", "paper-tiny", "--layout", "tp=1", "--layout", "tp=2")
+    assert (code, stub) == (2, [])
+    assert err == (
+        "expertlane: error: under torchrun, give one --layout a run; its ranks end with the run\n"
+    )
+
+
+def shown(results, width):
+    stream = io.StringIO()
+    bench_table.show(results, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_widest_table_keeps_all_its_numbers(width):
+    text = shown(RESULTS, width)
+    assert max(map(len, text.splitlines())) <= width
+    for number in ("10,000", "1,234,568", "12,345,679", "1,234", "12,345,600", "0.125 req/s"):
+        assert number in text
+    assert "…" not in text
+
+
+def test_notes():
+    machine = replace(RESULTS.machine, num_cores=1)
+    point = replace(POINT, num_preemptions=1, tpot_s=None, itl_s=None, prefill_tps=2.0)
+    results = replace(RESULTS, machine=machine, points=(point,), foreign_cpu_share=0.5)
+    text = " ".join(shown(results, 100).split())
+    assert "512 ranks share 1 core: this compares work and waiting on this machine" in text
+    assert "1 preemption: the cache was too small for all that ran." in text
+    assert "Other processes used 50% of the cores meanwhile" in text
+    assert "TPOT — — — —" in text
+    assert json.loads(to_json(results))["points"][0]["itl_s"] is None
+    on_gpu = replace(RESULTS, machine=replace(machine, device="a GPU"))
+    assert "ranks share" not in shown(on_gpu, 100)
+    assert "Other processes" not in shown(on_gpu, 100)
+    assert "preemption" not in shown(on_gpu, 100)

@@ -1,0 +1,399 @@
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cli.stub_llm import StubLLM
+from expertlane.cli import answers, engine_options
+from expertlane.cli.generate import sampling_params
+from expertlane.engine.tokenizer import Tokenizer
+from expertlane.errors import UserError
+from expertlane.spec.model import PRESETS
+from expertlane.spec.sampling import SamplingParams
+from model.families import save_checkpoint
+
+TINY = PRESETS["paper-tiny"]
+TEMPLATE = """\
+{%- for message in messages -%}
+<{{ message.role[0] }}>{{ message.content }}{% if message.role == 'wizard' %}!{% endif %}
+{%- endfor -%}<a>"""
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny checkpoint with a byte-level tokenizer and a chat template."""
+    folder = save_checkpoint("mixtral", tmp_path_factory.mktemp("chatty"), vocab_size=270)
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=261,
+        special_tokens=["<u>", "</s>", "<a>", "<s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the thing"], trainer)
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Give standard input."""
+
+    def set_stdin(text, terminal=False):
+        monkeypatch.setattr(sys, "stdin", Terminal(text) if terminal else io.StringIO(text))
+
+    set_stdin("", terminal=True)
+    return set_stdin
+
+
+@pytest.fixture
+def stub(monkeypatch, type_in):
+    """Put a stub in place of what would be loaded."""
+
+    def use(folder=None):
+        if folder is None:
+            llm = StubLLM(TINY)
+        else:
+            found = engine_options.find_model(str(folder))
+            llm = StubLLM(found.config, Tokenizer.from_folder(folder))
+
+        def load(self, layout, options):
+            llm.layout, llm.options = layout, options
+            return llm
+
+        monkeypatch.setattr(engine_options.FoundModel, "load", load)
+        return llm
+
+    return use
+
+
+def test_a_preset_on_real_ranks(run, type_in):
+    options = ["--max-tokens", "3", "--temperature", "0", "--logprobs", "1", "--layout", "tp=2"]
+    code, out, err = run(
+        "generate", "paper-tiny", "--token-ids", "1,2", "--token-ids", "1, 2", *options, "--json"
+    )
+
+    assert code == 0
+    first, second = map(json.loads, out.splitlines())
+    assert first["token_ids"] == second["token_ids"]
+    assert len(first["token_ids"]) == 3
+    assert (first["prompt"], first["prompt_token_ids"]) == (None, [1, 2])
+    assert (first["text"], first["finish_reason"], first["num_preemptions"]) == ("", "length", 0)
+    assert 0 < first["ttft_s"] < first["e2e_s"]
+    assert first["e2e_s"] == pytest.approx(first["ttft_s"] + 2 * first["tpot_s"])
+    assert [each["token_id"] for each in first["logprobs"]] == first["token_ids"]
+    assert first["logprobs"][0]["top"] == [[first["token_ids"][0], first["logprobs"][0]["logprob"]]]
+    loading, speed = err.splitlines()
+    assert re.fullmatch(r"loading paper-tiny on 2 ranks \(tp=2\): done in \d+\.\d s", loading)
+    assert re.fullmatch(r"6 tokens in \S+ s, \S+ tokens/s; median TTFT \S+ ms", speed)
+
+
+def test_a_chat_with_a_checkpoint_on_a_real_rank(run, type_in, checkpoint):
+    type_in("the thing\n\n/reset\nthe thing\n/exit\nnever read\n")
+    code, out, err = run(
+        "generate", str(checkpoint), "--chat", "--temperature", "0", "--max-tokens", "4"
+    )
+
+    assert code == 0
+    assert len(out) > 2
+    assert out[: len(out) // 2] == out[len(out) // 2 :]  # /reset: the same again
+    assert re.search(r"^\d tokens in .*; median TTFT", err, re.MULTILINE)
+
+
+def test_a_closed_pipe_ends_it_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "expertlane", "generate", "paper-tiny", "--token-ids", "1"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    (line,) = process.stderr.read().splitlines()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert line.startswith("loading paper-tiny")
+
+
+def test_one_text_appears_as_it_comes(run, stub, checkpoint, monkeypatch):
+    stub(checkpoint)
+    pieces = []
+    monkeypatch.setattr(answers, "write", pieces.append)
+    code, _, err = run("generate", str(checkpoint), "ab", "--max-tokens", "3")
+
+    assert code == 0
+    assert [piece for piece in pieces if piece] == ["c", "d", "e", "\n"]
+    assert re.fullmatch(r"3 tokens in \S+ s, \S+ tokens/s; TTFT \S+ ms", err.strip())
+
+
+def test_one_prompt_without_a_tokenizer_gives_token_ids(run, stub):
+    stub()
+    assert run("generate", "paper-tiny", "--token-ids", "7", "--max-tokens", "3")[1] == "8,9,10\n"
+
+
+def test_several_are_printed_in_order_with_their_prompts(run, stub, checkpoint, tmp_path):
+    llm = stub(checkpoint)
+    (tmp_path / "prompts").write_text("d\r\n\n  \nb\n")
+    stop = llm.tokenizer.encode("f")[0]
+    arguments = ["a", "--file", str(tmp_path / "prompts"), "--token-ids", f"{stop - 1}"]
+    code, out, _ = run("generate", str(checkpoint), *arguments, "--stop", "f")
+
+    assert code == 0
+    assert out == f"> a\nbcde\n\n> d\ne\n\n> b\ncde\n\n> {stop - 1}\n\n\n"
+
+
+def test_standard_input_is_one_prompt_a_line(run, stub, checkpoint, type_in):
+    stub(checkpoint)
+    type_in("a\nc\n")
+    code, out, _ = run("generate", str(checkpoint), "--max-tokens", "1", "--json")
+    assert code == 0
+    shown = [json.loads(line) for line in out.splitlines()]
+    assert [(each["prompt"], each["text"]) for each in shown] == [("a", "b"), ("c", "d")]
+    assert "logprobs" not in shown[0]
+    assert shown[0]["tpot_s"] is None
+
+
+def test_what_the_terminal_cannot_show_is_no_error(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    answers.write("né")
+    assert shown.getvalue() == b"n?"
+
+
+def test_engine_options_are_handed_over(run, stub):
+    llm = stub()
+    options = ["--dtype", "bfloat16", "--max-model-len", "9", "--num-blocks", "8"]
+    options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
+    options += ["--no-prefix-caching", "--overlap", "--num-micro-batches", "2"]
+    options += ["--micro-batch-schedule", "rotating", "--timeout-s", "5", "--layout", "dp=2,ep=2"]
+    assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
+    assert str(llm.layout) == "dp=2,ep=2"
+    assert llm.options == engine_options.EngineOptions(
+        dtype="bfloat16",
+        max_model_len=9,
+        num_blocks=8,
+        block_size=4,
+        max_num_seqs=3,
+        max_num_batched_tokens=7,
+        prefix_caching=False,
+        overlap=True,
+        num_micro_batches=2,
+        micro_batch_schedule="rotating",
+        timeout_s=5.0,
+    )
+
+
+def test_sampling_is_the_users_then_the_checkpoints_then_the_default(tmp_path):
+    assert sampling_params(None, {"top_k": None, "seed": 3}) == SamplingParams(seed=3)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    given = {"temperature": 0.25, "top_k": None, "stop": ("x",)}
+    assert sampling_params(tmp_path, given) == SamplingParams(
+        temperature=0.25, top_k=7, stop=("x",)
+    )
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "top_p": 3}')
+    with pytest.raises(UserError, match="top_p is 3"):
+        sampling_params(tmp_path, {})
+    assert sampling_params(tmp_path, {"top_p": 1.0}).is_greedy
+
+
+IDS = ["--token-ids", "1"]
+MISTAKES = {
+    "unknown model": (["no/such/model/here", *IDS], "model 'no/such/model/here': there is no such"),
+    "no layout": (["paper-tiny", *IDS, "--layout", "tp2"], "layout 'tp2': unknown axis 'tp2'"),
+    "layout": (["paper-tiny", *IDS, "--layout", "tp=3"], "layout tp=3: tp=3 does not divide"),
+    "NaN": (["paper-tiny", *IDS, "--temperature", "nan"], "sampling: temperature is nan; it must"),
+    "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "sampling: top_p is 0.0; it must be above 0"),
+    "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "sampling: max_tokens is -1; it"),
+    "empty stop": (["paper-tiny", *IDS, "--stop", ""], "sampling: stop holds ''; it must be"),
+    "stop": (["paper-tiny", *IDS, "--stop", "a"], "request '1': stop strings need a tokenizer"),
+    "timeout": (["paper-tiny", *IDS, "--timeout-s", "nan"], "--timeout-s is nan; valid: above 0"),
+    "no prompt": (["paper-tiny"], "there is no prompt; give one, or --file, --token-ids or"),
+    "text": (["paper-tiny", "Hi"], "paper-tiny has no tokenizer; give prompts with --token-ids"),
+    "no ids": (["paper-tiny", "--token-ids", "1,,2"], "--token-ids is '1,,2'; it must be whole"),
+    "empty ids": (["paper-tiny", "--token-ids", ""], "--token-ids is ''; it must be whole"),
+    "unknown id": (["paper-tiny", "--token-ids", "1,257"], "request '1': token id 257 is not in"),
+    "too long": (
+        ["paper-tiny", *IDS, "--token-ids", ",".join("1" * 65)],
+        "request '2': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
+    ),
+    "no file": (["paper-tiny", "--file", "none"], "cannot read none: No such file or directory"),
+    "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs needs --json, which prints"),
+    "system": (["paper-tiny", *IDS, "--system", "a"], "--system needs --chat"),
+    "chat with": (["paper-tiny", *IDS, "--chat"], "--chat reads standard input; leave prompts"),
+    "chat": (["paper-tiny", "--chat"], "paper-tiny has no tokenizer, which a chat needs"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(run, stub, arguments, line):
+    stub()
+    code, out, err = run("generate", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"expertlane: error: {line}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (b"\n \n", "standard input: there is no prompt; give one a line"),
+        (b"ab\xff", "standard input: byte 2 is not utf-8"),
+    ],
+)
+def test_standard_input_without_prompts(run, stub, monkeypatch, given, line):
+    stub()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert run("generate", "paper-tiny") == (2, "", f"expertlane: error: {line}\n")
+
+
+def test_an_empty_text_and_a_file_of_other_bytes(run, stub, checkpoint, tmp_path):
+    stub(checkpoint)
+    assert run("generate", str(checkpoint), "a", "") == (
+        2,
+        "",
+        "expertlane: error: request '2': the prompt is empty; it must have 1 token or more\n",
+    )
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    assert run("generate", str(checkpoint), "--file", str(tmp_path / "bytes")) == (
+        2,
+        "",
+        f"expertlane: error: {tmp_path / 'bytes'}: byte 1 is not UTF-8\n",
+    )
+
+
+def chat(run, folder, *options):
+    return run("generate", str(folder), "--chat", "--max-tokens", "2", *options)
+
+
+def test_a_chat_keeps_what_was_said(run, stub, checkpoint, type_in):
+    llm = stub(checkpoint)
+    type_in("Hi\n\n  you \n/reset\nAgain\n")
+    code, out, _ = chat(run, checkpoint, "--system", "Be brief.")
+
+    assert code == 0
+    # The template ends with <a>, token 2; the stub goes on with 3, a control token, and 4, "!".
+    assert out == "!\n!\n!\n"
+    said = [llm.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in llm.prompts]
+    assert said == [
+        "<s>Be brief.<u>Hi<a>",
+        "<s>Be brief.<u>Hi<a>!<u>you<a>",
+        "<s>Be brief.<u>Again<a>",
+    ]
+
+
+def test_an_interrupt_stops_the_present_answer_only(run, stub, checkpoint, type_in):
+    llm = stub(checkpoint)
+    num_steps = 0
+
+    def interrupt_second_step():
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    llm.before_step = interrupt_second_step
+    type_in("a\nb\n", terminal=True)
+    before = signal.getsignal(signal.SIGINT)
+    code, out, err = run("generate", str(checkpoint), "--chat", "--max-tokens", "6")
+
+    assert code == 0
+    assert out == '!\n!"#$%\n'  # two tokens, then all six
+    hint, prompts, speed = err.splitlines()
+    assert hint == "/reset forgets all, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+    assert prompts == "> > > "  # answers go elsewhere
+    assert speed.startswith("8 tokens in ")
+    assert llm.tokenizer.decode(llm.prompts[1], skip_special_tokens=False) == "<u>a<a>!<u>b<a>"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not llm.is_open
+
+
+def test_a_second_interrupt_ends_the_program(run, stub, checkpoint, type_in):
+    llm = stub(checkpoint)
+
+    def interrupt_twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    llm.before_step = interrupt_twice
+    type_in("a\nb\n")
+    code, _, err = chat(run, checkpoint)
+    assert (code, err) == (130, "expertlane: error: interrupted\n")
+    assert len(llm.prompts) == 1
+    assert not llm.is_open
+
+
+def test_a_refused_message_does_not_end_a_chat_on_a_terminal(run, stub, checkpoint, type_in):
+    llm = stub(checkpoint)
+    type_in(f"{'x' * 300}\nb\n", terminal=True)
+    code, _, err = chat(run, checkpoint)
+    assert code == 0
+    refused = err.splitlines()[1]
+    assert refused.startswith("> request '1': the prompt has 302 tokens but the model takes 256")
+    assert refused.endswith("; this message is left out (try /reset)")
+    assert len(llm.prompts) == 1
+
+
+def test_a_refused_message_of_a_pipe_is_a_mistake(run, stub, checkpoint, type_in):
+    stub(checkpoint)
+    type_in(f"{'x' * 300}\nb\n")
+    code, _, err = chat(run, checkpoint)
+    assert code == 2
+    assert err.startswith("expertlane: error: request '1': the prompt has 302 tokens")
+
+
+def test_a_chat_without_messages(run, stub, checkpoint, type_in):
+    stub(checkpoint)
+    type_in("")
+    assert chat(run, checkpoint) == (0, "", "")
+
+
+def test_a_template_that_refuses_does_so_before_anything_is_loaded(
+    run, monkeypatch, type_in, checkpoint, tmp_path
+):
+    monkeypatch.setattr(engine_options.FoundModel, "load", None)
+    folder = tmp_path / "strict"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((checkpoint / name).read_bytes())
+    code, _, err = chat(run, folder)
+    assert code == 2
+    assert "there is no chat template" in err
+    (folder / "chat_template.jinja").write_text(STRICT)
+    code, _, err = chat(run, folder, "--system", "Be brief.")
+    assert code == 2
+    assert err.endswith("chat_template.jinja: No system.\n")
+
+
+def test_help_imports_nothing_heavy(run):
+    code = """
+import sys
+from expertlane.cli.main import main
+try:
+    main()
+finally:
+    print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+    for command in ("generate", "bench"):
+        finished = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert not set(finished.stderr.split()) & {"torch", "numpy", "rich", "tokenizers", "jinja2"}

@@ -1,0 +1,252 @@
+"""Requests through the engine, on a runner without a model: outputs, ends, refusals."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.stub_runner import StubEngine, expected, letters, of_request, run, spell
+from expertlane.engine.outputs import Chunk
+from expertlane.schedule.request import FinishReason
+from expertlane.spec.deployment import Options
+from expertlane.spec.sampling import SamplingParams
+from schedule.paged import check_empty
+
+GREEDY = SamplingParams(temperature=0, max_tokens=5)
+SAMPLED = SamplingParams(seed=3, max_tokens=5)
+PROMPT = [7, 4, 11, 11, 14]
+OUTPUT = expected(PROMPT, 12)
+
+
+def test_an_engine_without_requests():
+    engine = StubEngine()
+    assert not engine.has_unfinished
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_a_request_gets_its_tokens_one_a_step(params):
+    engine = StubEngine()
+    output = engine.add("a", PROMPT, params)
+    assert engine.has_unfinished
+    assert (output.request_id, output.prompt, output.prompt_token_ids) == ("a", None, PROMPT)
+    assert (output.token_ids, output.finish_reason, output.ttft_s) == ([], None, None)
+    for number, token in enumerate(OUTPUT[:5], start=1):
+        reason = FinishReason.LENGTH if number == 5 else None
+        assert engine.step() == [Chunk("a", token, "", reason)]
+        assert output.token_ids == OUTPUT[:number]
+        assert output.finish_reason is reason
+    assert not engine.has_unfinished
+    assert output.token_times_s == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert output.ttft_s == 1.0 - output.arrival_s
+    assert output.tpot_s == 1.0
+    assert (output.text, output.logprobs, output.num_preemptions) == ("", [], 0)
+
+
+def test_one_token_has_no_time_per_token():
+    engine = StubEngine()
+    output = engine.add("a", PROMPT, replace(GREEDY, max_tokens=1))
+    assert engine.step() == [Chunk("a", OUTPUT[0], "", FinishReason.LENGTH)]
+    assert output.tpot_s is None
+
+
+def test_requests_of_all_lengths_together():
+    engine = StubEngine(max_num_batched_tokens=7, max_num_seqs=3)
+    outputs = {
+        f"{number}": engine.add(
+            f"{number}", list(range(number + 1)), replace(GREEDY, max_tokens=1 + number * 3 % 5)
+        )
+        for number in range(10)
+    }
+    chunks = run(engine)
+    for number, output in enumerate(outputs.values()):
+        tokens = expected(range(number + 1), 1 + number * 3 % 5)
+        assert output.token_ids == tokens
+        own = of_request(chunks, str(number))
+        assert [chunk.token_id for chunk in own] == tokens
+        assert [chunk.finish_reason for chunk in own[:-1]] == [None] * (len(tokens) - 1)
+        assert own[-1].finish_reason is output.finish_reason is FinishReason.LENGTH
+        assert len(output.token_times_s) == len(tokens)
+
+
+def test_preempted_requests_are_as_if_they_were_not():
+    engine = StubEngine(num_blocks=9, block_size=2, prefix_caching=False)
+    outputs = [engine.add(str(i), [i, i], replace(SAMPLED, max_tokens=10)) for i in range(6)]
+    run(engine)
+    assert sum(output.num_preemptions for output in outputs) > 0
+    assert engine.scheduler.num_preemptions == sum(output.num_preemptions for output in outputs)
+    for i, output in enumerate(outputs):
+        assert output.token_ids == expected([i, i], 10)
+    # The ranks forget those that are done with the next plan.
+    engine.add("last", PROMPT, GREEDY)
+    run(engine)
+    assert engine.runner.states == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "eos", "num_tokens", "reason"),
+    [
+        ({}, [], 5, "length"),
+        ({"stop_token_ids": [OUTPUT[2]]}, [], 3, "stop"),
+        ({"stop_token_ids": [OUTPUT[2], OUTPUT[1]]}, [], 2, "stop"),
+        ({}, [OUTPUT[3]], 4, "stop"),
+        ({"ignore_eos": True}, [OUTPUT[3]], 5, "length"),
+        ({"ignore_eos": True, "stop_token_ids": [OUTPUT[3]]}, [OUTPUT[3]], 4, "stop"),
+        ({"stop_token_ids": [9]}, [8], 5, "length"),
+        ({"max_tokens": 1}, [], 1, "length"),
+        ({"max_tokens": 1}, [OUTPUT[0]], 1, "stop"),
+        ({"max_tokens": 1000}, [], 60, "length"),  # 64 positions, and one token is never fed
+    ],
+)
+def test_what_ends_an_output(changes, eos, num_tokens, reason):
+    engine = StubEngine(eos_token_ids=eos)
+    output = engine.add("a", PROMPT, replace(GREEDY, **changes))
+    chunks = run(engine)
+    assert output.token_ids == expected(PROMPT, num_tokens)
+    assert output.finish_reason == reason
+    assert [chunk.token_id for chunk in chunks] == output.token_ids
+
+
+def test_logprobs_for_those_that_asked():
+    engine = StubEngine()
+    asked = engine.add("asked", PROMPT, replace(GREEDY, logprobs=2))
+    chosen_only = engine.add("chosen only", PROMPT[1:], replace(SAMPLED, logprobs=0))
+    none = engine.add("none", PROMPT, SAMPLED)
+    run(engine)
+    assert [found.token_id for found in asked.logprobs] == asked.token_ids
+    assert [len(found.top) for found in asked.logprobs] == [2] * 5
+    assert [found.logprob for found in chosen_only.logprobs] == [
+        -float(token) for token in expected(PROMPT[1:], 5)
+    ]
+    assert [len(found.top) for found in chosen_only.logprobs] == [0] * 5
+    assert none.logprobs == []
+
+
+def test_priorities_go_first_and_equals_in_their_order():
+    engine = StubEngine(max_num_seqs=1)
+    for name, priority in {"a": 1, "b": 0, "c": 1, "d": -1, "e": 0}.items():
+        engine.add(name, PROMPT, replace(GREEDY, max_tokens=2), priority=priority)
+    ended = [chunk.request_id for chunk in run(engine) if chunk.finish_reason]
+    assert ended == ["d", "b", "e", "a", "c"]
+
+
+class TestText:
+    """Prompts and stop strings, with a tokenizer whose tokens are letters."""
+
+    def test_text_in_and_out(self):
+        engine = StubEngine(tokenizer=letters())
+        output = engine.add("a", "hello", GREEDY)
+        as_tokens = engine.add("b", PROMPT, GREEDY)
+        chunks = run(engine)
+        assert (output.prompt, output.prompt_token_ids) == ("hello", PROMPT)
+        assert output.text == as_tokens.text == spell(OUTPUT[:5])
+        assert as_tokens.prompt is None
+        assert "".join(chunk.text for chunk in of_request(chunks, "a")) == output.text
+
+    def test_a_stop_string_is_cut_and_ends_the_request(self):
+        stop = spell(OUTPUT[2:4])
+        engine = StubEngine(tokenizer=letters())
+        output = engine.add("a", "hello", replace(GREEDY, max_tokens=12, stop=stop))
+        other = engine.add("b", "other", replace(GREEDY, max_tokens=12))
+        chunks = of_request(run(engine), "a")
+        assert output.text == spell(OUTPUT[:2])
+        assert output.token_ids == OUTPUT[:4]
+        assert output.finish_reason is FinishReason.STOP
+        # What may begin a stop string is held back.
+        assert [chunk.text for chunk in chunks] == [spell(OUTPUT[:1]), spell(OUTPUT[1:2]), "", ""]
+        assert [chunk.finish_reason for chunk in chunks] == [None] * 3 + [FinishReason.STOP]
+        assert other.token_ids == expected(other.prompt_token_ids, 12)
+
+    def test_the_scheduler_lets_go_of_a_stopped_request_at_once(self):
+        engine = StubEngine(tokenizer=letters())
+        engine.add("a", "hello", replace(GREEDY, max_tokens=60, stop=spell(OUTPUT[1:2])))
+        engine.step()
+        assert engine.step()[0].finish_reason is FinishReason.STOP
+        assert not engine.has_unfinished
+        assert engine.num_blocks_used() > 0  # a step with it is still in flight
+        assert engine.step() == []
+        check_empty(engine.scheduler)
+        assert engine.runner.num_steps == 3
+
+    def test_a_stop_string_that_comes_with_the_last_token(self):
+        engine = StubEngine(tokenizer=letters())
+        output = engine.add("a", "hello", replace(GREEDY, max_tokens=4, stop=spell(OUTPUT[2:4])))
+        run(engine)
+        assert output.finish_reason is FinishReason.STOP
+        assert output.text == spell(OUTPUT[:2])
+
+    def test_half_a_stop_string_is_text_in_the_end(self):
+        engine = StubEngine(tokenizer=letters())
+        output = engine.add("a", "hello", replace(GREEDY, stop=spell(OUTPUT[4:7])))
+        chunks = run(engine)
+        assert output.finish_reason is FinishReason.LENGTH
+        assert output.text == spell(OUTPUT[:5])
+        assert "".join(chunk.text for chunk in chunks) == output.text
+
+    def test_the_token_that_stops_has_no_text(self):
+        engine = StubEngine(tokenizer=letters())
+        output = engine.add("a", "hello", replace(GREEDY, stop_token_ids=[OUTPUT[2]]))
+        run(engine)
+        assert output.text == spell(OUTPUT[:2])
+        assert output.token_ids == OUTPUT[:3]
+
+    def test_a_cancelled_request_gives_what_was_held_back(self):
+        engine = StubEngine(tokenizer=letters())
+        output = engine.add("a", "hello", replace(GREEDY, stop=spell(OUTPUT[:3])))
+        assert engine.step()[0].text == ""
+        assert engine.cancel("a")
+        assert run(engine) == [Chunk("a", None, spell(OUTPUT[:1]), FinishReason.CANCELLED)]
+        assert output.text == spell(OUTPUT[:1])
+
+    @settings(derandomize=True, deadline=None, max_examples=100)
+    @given(
+        st.text(alphabet="abcxyz", min_size=1, max_size=8),
+        st.lists(
+            st.text(alphabet="abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=2), max_size=4
+        ),
+        st.integers(1, 30),
+    )
+    def test_any_stop_strings(self, prompt, stop, max_tokens):
+        tokenizer = letters()
+        engine = StubEngine(tokenizer=tokenizer)
+        output = engine.add("a", prompt, replace(GREEDY, stop=stop, max_tokens=max_tokens))
+        chunks = run(engine)
+        whole = spell(expected(tokenizer.encode(prompt), max_tokens))
+        ends = sorted((whole.find(s) + len(s), whole.find(s)) for s in stop if s in whole)
+        assert output.text == "".join(chunk.text for chunk in chunks)
+        assert output.text == (whole[: ends[0][1]] if ends else whole)
+        assert len(output.token_ids) == (ends[0][0] if ends else max_tokens)
+        assert output.finish_reason == ("stop" if ends else "length")
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["tp=1", "dp=2", "pp=3", "replicas=2,pp=2,dp=2"]),
+    st.sampled_from([(1, "drained"), (2, "drained"), (3, "rotating")]),
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_steps_that_end_in_any_order(layout, schedule, block_size, budget, sampled, seed):
+    random = np.random.default_rng(seed)
+    engine = StubEngine(
+        layout,
+        Options(False, *schedule),
+        choose=lambda plans: plans[random.integers(len(plans))],
+        block_size=block_size,
+        max_num_batched_tokens=budget,
+        num_blocks=40,
+    )
+    asked = {}
+    for number in range(12):
+        prompt = random.integers(0, 3, random.integers(1, 12)).tolist()
+        num_tokens = int(random.integers(1, 9))
+        params = replace(SAMPLED if sampled else GREEDY, max_tokens=num_tokens)
+        asked[str(number)] = engine.add(str(number), prompt, params), expected(prompt, num_tokens)
+        engine.step()
+    run(engine)
+    for output, tokens in asked.values():
+        assert output.token_ids == tokens

@@ -1,0 +1,357 @@
+"""Contract 1 on drawn combinations: layout, schedule, cache, budget, prompts, preemptions, draws.
+
+Requests come from a fixed pool whose outputs the reference computes once. A request's tokens are
+compared everywhere: the pool has no near tie. That is, in float32, at every output position
+
+- the router margin upstream and the gap of the two best scores (logits after penalties, against the
+  largest logit) are those that contract 1 judges, and
+- a drawn token's uniform number is `MIN_DRAW_MARGIN` or more away from the ends of the token's
+  interval in the cumulative distribution. Contract 1's error of the logits moves those by less.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import PoolKeeper
+from distributed.running import deployment
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.model.draw import uniform_numbers
+from expertlane.model.reference import ReferenceModel, ReferenceRun
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.sampling import SamplingParams
+from parity.contract import MIN_ROUTER_MARGIN, MIN_TOP2_GAP, check_contract
+from parity.test_equivalence import small_layouts
+from schedule.paged import check_empty
+
+TINY = PRESETS["paper-tiny"]
+MAX_PROMPT_LEN, MAX_OUTPUT_LEN = 20, 16
+MIN_DRAW_MARGIN = 1e-4
+MAX_LOGPROB_ERROR = 1e-4
+GREEDY = SamplingParams(temperature=0)
+KINDS = [
+    *[GREEDY] * 4,
+    replace(GREEDY, logprobs=2),
+    replace(GREEDY, repetition_penalty=1.3),
+    SamplingParams(),
+    SamplingParams(temperature=0.6, logprobs=0),
+    SamplingParams(temperature=1.3, presence_penalty=0.7),
+    SamplingParams(frequency_penalty=0.4, repetition_penalty=1.1),
+]
+NUM_PROMPTS = 14
+
+
+class Asked(NamedTuple):
+    """A request of the pool, and what the reference makes of it."""
+
+    prompt: np.ndarray
+    params: SamplingParams
+    run: ReferenceRun
+
+
+def choose(
+    logits: np.ndarray, prompt: np.ndarray, output: Sequence[int], params: SamplingParams
+) -> tuple[int, bool]:
+    """The next token, straight from the definition of `SamplingParams`; whether it is no near tie.
+
+    Args:
+        logits: [vocab_size].
+    """
+    scores = logits.astype(np.float64)
+    seen = np.unique([*prompt, *output])
+    penalty = params.repetition_penalty
+    scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    counts = np.bincount(np.array(output, dtype=int), minlength=len(scores))
+    scores -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+    if params.is_greedy:
+        second, first = np.sort(scores)[-2:]
+        return int(scores.argmax()), first - second > MIN_TOP2_GAP * np.abs(logits).max()
+    weights = np.exp((scores - scores.max()) / params.temperature)
+    ends = np.cumsum(weights) / weights.sum()
+    seeds = np.array([params.seed], dtype=np.uint64)
+    (uniform,) = uniform_numbers(seeds, np.array([len(output)])).tolist()
+    token = int(np.searchsorted(ends, uniform, side="right"))
+    begin = ends[token - 1] if token else 0.0
+    return token, min(uniform - begin, ends[token] - uniform) >= MIN_DRAW_MARGIN
+
+
+def ask(model: ReferenceModel, prompt: np.ndarray, params: SamplingParams) -> Asked | None:
+    """A request of the pool; None if one of its tokens is a near tie."""
+    output: list[int] = []
+    logits, margins = [], []
+    for _ in range(MAX_OUTPUT_LEN):
+        fed = torch.tensor([*prompt.tolist(), *output])[None]
+        all_logits, all_margins = model.forward(fed)
+        logits.append(all_logits[0, -1].numpy())
+        margins.append(float(all_margins[0, -1]))
+        token, is_decided = choose(logits[-1], prompt, output, params)
+        second, first = np.sort(logits[-1])[-2:]
+        is_decided &= first - second > MIN_TOP2_GAP * np.abs(logits[-1]).max()
+        if not is_decided or margins[-1] < MIN_ROUTER_MARGIN:
+            return None
+        output.append(token)
+    run = ReferenceRun(np.array(output), np.stack(logits), np.array(margins, dtype=np.float32))
+    return Asked(prompt, params, run)
+
+
+@pytest.fixture(scope="module")
+def asked(references) -> list[Asked]:
+    """`NUM_PROMPTS` prompts, half of them with a beginning that others have too."""
+    random = np.random.default_rng(0)
+    common = random.integers(0, TINY.vocab_size, MAX_PROMPT_LEN)
+    found: list[Asked] = []
+    for seed in count():
+        params = KINDS[len(found) % len(KINDS)]
+        if not params.is_greedy:
+            params = replace(params, seed=seed)
+        prompt_len = int(random.integers(1, MAX_PROMPT_LEN + 1 if len(found) % 2 else 7))
+        prompt = random.integers(0, TINY.vocab_size, prompt_len)
+        if len(found) % 2:
+            num_common = int(random.integers(0, prompt_len + 1))
+            prompt[:num_common] = common[:num_common]
+        request = ask(references.model(TINY, 0), prompt, params)
+        if request is not None:
+            found.append(request)
+        if len(found) == NUM_PROMPTS:
+            return found
+    raise AssertionError("unreachable")
+
+
+class Arrival(NamedTuple):
+    """A request to be: which of the pool, its output's length, after how many steps it comes."""
+
+    number: int
+    output_len: int
+    step: int
+
+
+class Case(NamedTuple):
+    """What a run can vary in.
+
+    Attributes:
+        work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
+        seed: of which requests come and when, and how small the cache is.
+    """
+
+    layout: str
+    overlap: bool
+    num_micro_batches: int
+    schedule: str
+    block_size: int
+    budget: int
+    max_num_seqs: int
+    prefix_caching: bool
+    work: int
+    seed: int
+
+    def draw(self, asked: list[Asked]) -> tuple[list[Arrival], int]:
+        """The requests in the order they come, one at least; the number of blocks.
+
+        Hypothesis likes to change one thing at a time: the requests then change with it.
+        """
+        random = np.random.default_rng([self.seed, *map(ord, str(self))])
+        layout = Layout.parse(self.layout)
+        num_tables = layout.replicas * layout.dp
+        left = self.work * max(self.budget, 3) * num_tables
+        kept: list[Arrival] = []
+        for _ in range(random.integers(1, 9 + 4 * num_tables)):
+            number = int(random.integers(len(asked)))
+            output_len = int(random.integers(1, MAX_OUTPUT_LEN + 1))
+            left -= len(asked[number].prompt) + output_len
+            if left >= 0 or not kept:
+                kept.append(Arrival(number, output_len, int(random.choice([0, 0, 0, 1, 2, 5, 9]))))
+        most = max(len(asked[number].prompt) + output_len - 1 for number, output_len, _ in kept)
+        num_blocks = -(-int(most * random.choice([1, 1.3, 1.6, 2])) // self.block_size)
+        return sorted(kept, key=lambda arrival: arrival.step), num_blocks
+
+
+def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
+    def is_small(layout: str) -> bool:
+        return deployment(layout).layout.world_size <= max_num_ranks
+
+    return st.builds(
+        Case,
+        layout=small_layouts().filter(is_small),
+        overlap=st.booleans(),
+        num_micro_batches=st.integers(1, 4),
+        schedule=st.sampled_from(["drained", "rotating"]),
+        block_size=st.sampled_from([1, 2, 3, 4, 16]),
+        budget=st.integers(1, 64),
+        max_num_seqs=st.sampled_from([8, 3]),
+        prefix_caching=st.booleans(),
+        work=st.just(work),
+        seed=st.integers(0, 2**32 - 1),
+    )
+
+
+class Combination:
+    """One run of a case on real ranks, the reference's tokens fed, and what was seen.
+
+    Attributes:
+        logits, logprobs, tokens: of each request, in the order they came.
+    """
+
+    def __init__(self, pool: PoolKeeper, asked: list[Asked], case: Case) -> None:
+        self.asked = asked
+        self.arrivals, num_blocks = case.draw(asked)
+        chosen = deployment(
+            case.layout,
+            overlap=case.overlap,
+            num_micro_batches=case.num_micro_batches,
+            micro_batch_schedule=case.schedule,
+        )
+        limits = Limits(
+            TINY.vocab_size,
+            TINY.max_position_embeddings,
+            num_blocks,
+            case.block_size,
+            case.budget,
+            case.max_num_seqs,
+            prefix_caching=case.prefix_caching,
+        )
+        ranks = pool.pool(chosen.layout.world_size)
+        self.runner = ModelRunner(ranks, TINY, chosen, limits, seed=0, ranks_per_node=8)
+        self.scheduler = ContinuousScheduler(
+            chosen.layout, chosen.options, limits, return_logits=True, record=False
+        )
+        self.requests: list[Request] = []
+        self.most_in_flight = 0
+        self.num_steps = 0
+        self.logits: list[list[np.ndarray]] = [[] for _ in self.arrivals]
+        self.logprobs: list[list[float]] = [[] for _ in self.arrivals]
+        self.tokens: list[list[int]] = [[] for _ in self.arrivals]
+
+    def run(self) -> None:
+        in_flight: dict[object, StepPlan] = {}
+        while True:
+            self._add(idle=not self.scheduler.has_unfinished)
+            while (plan := self.scheduler.next_plan()) is not None:
+                in_flight[self.runner.submit(plan)] = plan
+            if not in_flight:
+                break
+            self.most_in_flight = max(self.most_in_flight, len(in_flight))
+            handle = self.runner.first_done(list(in_flight))
+            self._finish(in_flight.pop(handle), self.runner.collect(handle))
+        check_empty(self.scheduler)
+        assert [len(request.output_token_ids) for request in self.requests] == [
+            arrival.output_len for arrival in self.arrivals
+        ]
+
+    def _add(self, *, idle: bool) -> None:
+        """Queue what is due, and when there is nothing else, the next."""
+        for arrival in self.arrivals[len(self.requests) :]:
+            if arrival.step > self.num_steps and not idle:
+                return
+            prompt, params, _ = self.asked[arrival.number]
+            name = str(len(self.requests))
+            sampling = params if params.needs_logits else None
+            request = Request(
+                name,
+                prompt,
+                max_tokens=arrival.output_len,
+                sampling=sampling,
+                sampling_seed=params.seed or 0,
+            )
+            self.scheduler.add(request)
+            self.requests.append(request)
+            idle = False
+
+    def _finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        self.num_steps += 1
+        forced = {}
+        for seq, token in outcome.token_ids.items():
+            self.tokens[seq].append(token)
+            self.logits[seq].append(outcome.logits[seq])
+            if seq in outcome.logprobs:
+                assert outcome.logprobs[seq].token_id == token
+                self.logprobs[seq].append(outcome.logprobs[seq].logprob)
+            reference = self.asked[self.arrivals[seq].number].run
+            forced[seq] = int(reference.tokens[len(self.requests[seq].output_token_ids)])
+        self.scheduler.finish(plan, replace(outcome, token_ids=forced))
+
+    def check(self) -> None:
+        """Hold all tokens of all requests against the reference at once."""
+        runs = [self.asked[arrival.number].run for arrival in self.arrivals]
+        lens = [arrival.output_len for arrival in self.arrivals]
+        pairs = list(zip(runs, lens, strict=True))
+        tokens = np.concatenate([run.tokens[:length] for run, length in pairs])
+        reference = ReferenceRun(
+            tokens[None],
+            np.concatenate([run.logits[:length] for run, length in pairs])[None],
+            np.concatenate([run.router_margins[:length] for run, length in pairs])[None],
+        )
+        got = np.array([token for of_request in self.tokens for token in of_request])
+        logits = np.array([row for of_request in self.logits for row in of_request])
+        check_contract(reference, logits[None], got[None])
+        assert got.tolist() == tokens.tolist()
+        for arrival, found in zip(self.arrivals, self.logprobs, strict=True):
+            _, params, run = self.asked[arrival.number]
+            assert len(found) == (0 if params.logprobs is None else arrival.output_len)
+            for logprob, row, token in zip(found, run.logits, run.tokens, strict=False):
+                exact = row[token] - np.log(np.exp(row.astype(np.float64)).sum())
+                assert abs(logprob - exact) <= MAX_LOGPROB_ERROR
+
+
+def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) -> None:
+    """Run `num` cases; among them must be enough of what is hard."""
+    seen = Counter[str]()
+
+    @settings(derandomize=True, deadline=None, max_examples=num, database=None)
+    @given(cases(max_num_ranks, work))
+    def check(case: Case) -> None:
+        combination = Combination(pools, asked, case)
+        combination.run()
+        combination.check()
+        num_hits = sum(
+            table.blocks.num_hits for row in combination.scheduler.tables for table in row
+        )
+        seen["cases"] += 1
+        seen["steps"] += combination.num_steps
+        seen["tokens"] += sum(map(len, combination.tokens))
+        seen["preemptions"] += combination.scheduler.num_preemptions
+        seen["cases with preemptions"] += combination.scheduler.num_preemptions > 0
+        seen["cases with shared blocks"] += num_hits > 0
+        seen["cases with several steps in flight"] += combination.most_in_flight > 1
+
+    check()
+    print(dict(seen))
+    assert seen["cases"] >= num
+    assert seen["cases with preemptions"] >= num / 6
+    assert seen["cases with shared blocks"] >= num / 25
+    assert seen["cases with several steps in flight"] >= num / 25
+
+
+def test_some_combinations(pools, asked):
+    check_combinations(pools, asked, 25, max_num_ranks=4, work=12)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_many_combinations(pools, asked):
+    check_combinations(pools, asked, 200, max_num_ranks=8, work=25)
+
+
+def test_the_pool_holds_every_kind(asked):
+    """Also that sampling is not greedy in disguise, and that prompts do begin alike."""
+    assert {replace(request.params, seed=None) for request in asked} == set(KINDS)
+    drawn = [request for request in asked if not request.params.is_greedy]
+    greedy_tokens = [request.run.logits.argmax(-1) for request in drawn]
+    assert all(
+        (request.run.tokens != tokens).any()
+        for request, tokens in zip(drawn, greedy_tokens, strict=True)
+    )
+    beginnings = Counter(tuple(request.prompt[:4]) for request in asked)
+    assert max(beginnings.values()) >= 3
