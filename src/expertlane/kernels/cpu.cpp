@@ -20,7 +20,7 @@ using bf16 = uint16_t;
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kRows = 8;        // rows a tile: 2 x 8 accumulators leave registers for operands
+constexpr int kRows = 12;       // rows a tile: 2 x 12 accumulators leave registers for operands
 constexpr int64_t kAhead = 16;  // lines to prefetch; blocks follow one another in memory
 
 inline __m512bh load_pairs(const bf16* p) {
@@ -90,8 +90,18 @@ inline void tiles(int rows, const bf16* x, int64_t stride, const bf16* w0, const
         case 5: return tile<5>(x, stride, w0, w1, k, acc);
         case 6: return tile<6>(x, stride, w0, w1, k, acc);
         case 7: return tile<7>(x, stride, w0, w1, k, acc);
-        default: return tile<8>(x, stride, w0, w1, k, acc);
+        case 8: return tile<8>(x, stride, w0, w1, k, acc);
+        case 9: return tile<9>(x, stride, w0, w1, k, acc);
+        case 10: return tile<10>(x, stride, w0, w1, k, acc);
+        case 11: return tile<11>(x, stride, w0, w1, k, acc);
+        default: return tile<12>(x, stride, w0, w1, k, acc);
     }
+}
+
+// Rows a tile so that all tiles of m rows are about equally high.
+inline int64_t tile_height(int64_t m) {
+    const int64_t count = (m + kRows - 1) / kRows;
+    return count ? (m + count - 1) / count : kRows;
 }
 
 // Two neighbouring blocks of a product; the second may lie beyond the last one.
@@ -107,8 +117,9 @@ void two_blocks(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t
         add[b] = _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1),
                                        bias + (block + b) * kLanes);
     }
-    for (int64_t row = 0; row < m; row += kRows) {
-        const int rows = (int)std::min<int64_t>(kRows, m - row);
+    const int64_t height = tile_height(m);
+    for (int64_t row = 0; row < m; row += height) {
+        const int rows = (int)std::min<int64_t>(height, m - row);
         tiles(rows, x + row * stride, stride, w0, w1, k, acc);
         for (int r = 0; r < rows; ++r) {
             bf16* to = out + (row + r) * out_stride + block * kLanes;
@@ -128,8 +139,9 @@ void inner_block(const bf16* x, int64_t m, const bf16* gate, const bf16* up, int
     alignas(64) float g[kLanes], u[kLanes];
     const bf16* w0 = gate ? gate + block * size : up + block * size;
     const bf16* w1 = gate ? up + block * size : w0 + size;
-    for (int64_t row = 0; row < m; row += kRows) {
-        const int rows = (int)std::min<int64_t>(kRows, m - row);
+    const int64_t height = tile_height(m);
+    for (int64_t row = 0; row < m; row += height) {
+        const int rows = (int)std::min<int64_t>(height, m - row);
         tiles(rows, x + row * k, k, w0, w1, k, acc);
         for (int r = 0; r < rows; ++r) {
             bf16* to = out + (row + r) * inner + block * kLanes;
