@@ -65,7 +65,8 @@ def test_linear_takes_rows_that_are_apart():
     assert torch.equal(ours, KERNELS.linear(x.contiguous(), CpuKernels.pack(weight), 9, None))
     across = random(8, 5).t()  # columns that lie side by side
     assert_near(
-        KERNELS.linear(across, CpuKernels.pack(weight), 9, None), across.float() @ weight.float().t()
+        KERNELS.linear(across, CpuKernels.pack(weight), 9, None),
+        across.float() @ weight.float().t(),
     )
 
 
@@ -204,6 +205,16 @@ def test_rms_norm(num_rows: int):
     x, weight = wide[:, :48], torch.linspace(0.5, 2, 48)
     ours = KERNELS.rms_norm(x, weight, 1e-5)
     assert_near(ours, F.rms_norm(x.float(), (48,), weight, 1e-5), steps=1)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_rms_norm_of_heads_in_place(num_tokens: int):
+    wide = random(num_tokens, 5, 32)
+    before, weight = wide.clone(), torch.linspace(0.5, 2, 3 * 32).view(3, 32)
+    KERNELS.rms_norm_heads(wide[:, :3], weight, 1e-5)
+    assert torch.equal(wide[:, 3:], before[:, 3:])
+    expected = F.rms_norm(before[:, :3].float(), (32,), None, 1e-5) * weight
+    assert_near(wide[:, :3].contiguous(), expected, steps=1)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (5, 3), (40, 2)])

@@ -424,12 +424,15 @@ void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t 
     }
 }
 
-// out [rows, size] = x / sqrt(mean(x^2) + eps) * weight; x and out bfloat16, weight float.
-void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t size, const float* weight,
-              float eps, bf16* out) {
-#pragma omp parallel for schedule(static) if (rows * size > 32768)
-    for (int64_t r = 0; r < rows; ++r) {
-        const bf16* from = x + r * stride;
+// out = x / sqrt(mean(x^2) + eps) * weight, the mean over each of the first `groups` groups of
+// `size` values of each row; x and out are bfloat16 and may be the same, weight [groups, size].
+void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+              const float* weight, float eps, bf16* out, int64_t out_stride) {
+#pragma omp parallel for schedule(static) if (rows * groups * size > 32768)
+    for (int64_t task = 0; task < rows * groups; ++task) {
+        const int64_t row = task / groups, group = task % groups;
+        const bf16* from = x + row * stride + group * size;
+        bf16* to = out + row * out_stride + group * size;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t i = 0; i < size; i += kLanes) {
             const __m512 value = widen(from + i);
@@ -439,7 +442,8 @@ void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t size, const f
         const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
         for (int64_t i = 0; i < size; i += kLanes) {
             const __m512 scaled = _mm512_mul_ps(widen(from + i), factor);
-            store(out + r * size + i, _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + i)), kLanes);
+            const __m512 gain = _mm512_loadu_ps(weight + group * size + i);
+            store(to + i, _mm512_mul_ps(scaled, gain), kLanes);
         }
     }
 }

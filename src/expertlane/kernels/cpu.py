@@ -39,7 +39,7 @@ class CpuKernels:
             (self._experts, "ppnpppnnpp"),
             (self._attention, "pnpppnpppnnnnnnfnpp"),
             (self._rotate, "pnnnnnppn"),
-            (self._rms_norm, "pnnnpfp"),
+            (self._rms_norm, "pnnnnpfpn"),
             (self._weighted_sum, "pppnnnp"),
         ):
             function.argtypes = [kinds[letter] for letter in signature]  # type: ignore[misc]
@@ -170,10 +170,23 @@ class CpuKernels:
         num_rows, size = x.shape
         out = x.new_empty(num_rows, size)
         self._rms_norm(
-            *(x.data_ptr(), x.stride(0), num_rows, size),
-            *(weight.data_ptr(), eps, out.data_ptr()),
+            *(x.data_ptr(), x.stride(0), num_rows, 1, size, weight.data_ptr(), eps),
+            *(out.data_ptr(), size),
         )
         return out
+
+    def rms_norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> None:
+        """Norm each head in place.
+
+        Args:
+            x: [num_tokens, num_heads, head_dim]; tokens may be apart, head_dim a multiple of 16.
+            weight: [num_heads, head_dim] float32.
+        """
+        num_tokens, num_heads, head_dim = x.shape
+        self._rms_norm(
+            *(x.data_ptr(), x.stride(0), num_tokens, num_heads, head_dim),
+            *(weight.data_ptr(), eps, x.data_ptr(), x.stride(0)),
+        )
 
     def weighted_sum(self, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         """[num_tokens, size]; pair token · top_k + choice has the row `places[pair]`.

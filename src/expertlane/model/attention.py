@@ -14,7 +14,7 @@ from torch import Tensor
 from expertlane.model.attention_group import AttentionGroup
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
-from expertlane.model.norm import rms_norm
+from expertlane.model.norm import rms_norm, rms_norm_heads_
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import WeightSource, layer_name
 from expertlane.parallel.interleave import Steps
@@ -203,7 +203,7 @@ class Attention(_Heads):
         if model.qk_norm == "full":
             self._norms = take("query_norm", heads), take("key_norm", kv_heads)
         elif model.qk_norm == "head":
-            norms = take("query_norm")[None], take("key_norm")[None]
+            norms = take("query_norm").float(), take("key_norm").float()
             counts = self.num_heads, self.num_kv_heads
             self._head_norms = torch.cat(
                 [norm.expand(count, dim) for norm, count in zip(norms, counts, strict=True)]
@@ -237,8 +237,7 @@ class Attention(_Heads):
         if self._norms is not None:
             query_key = yield from self._norm_all_heads(query_key, self._norms)
         elif self._head_norms is not None:
-            normed = F.rms_norm(query_key.float(), (self._head_dim,), None, self._eps)
-            query_key = (normed * self._head_norms).to(x.dtype)
+            query_key = rms_norm_heads_(query_key, self._head_norms, self._eps)
         query_key = self._rotary.rotate_(query_key, batch.rotation(self._rotary))
         query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
         attended = self._attend_groups(batch, cache, query, key, value, self._sinks)
