@@ -27,6 +27,7 @@ Prints a table for each checkpoint, then one JSON line. Run it with nothing else
 import argparse
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -325,6 +326,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that children end too
     options = parse_arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
     names = CHECKPOINTS if options.checkpoint == "both" else (options.checkpoint,)

@@ -11,7 +11,7 @@ same step's time. Prompts have 32 tokens and outputs 64 to 192.
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -44,7 +44,7 @@ TOP = tuple((token_id, -1.0) for token_id in range(5))
 
 
 class StubRunner:
-    """Chooses tokens at random, beforehand.
+    """Chooses tokens at random.
 
     Attributes:
         busy_s: what it took since it was last set to 0.
@@ -53,7 +53,6 @@ class StubRunner:
     def __init__(self, *, logprobs: bool) -> None:
         self.busy_s = 0.0
         self._logprobs = logprobs
-        self._tokens: Iterator[int] = iter(())
         self._random = np.random.default_rng(0)
 
     def submit(self, plan: StepPlan) -> StepPlan:
@@ -72,9 +71,9 @@ class StubRunner:
             seqs = batch.seq_ids[batch.yields_token].tolist()
             ids |= zip(seqs, self._random.integers(0, VOCAB_SIZE, len(seqs)).tolist(), strict=True)
         found = {seq: TokenLogprobs(t, -1.0, TOP) for seq, t in ids.items() if self._logprobs}
-        finished_s = time.thread_time()
-        self.busy_s += finished_s - began_s
-        return StepOutcome(ids, {}, (), began_s, finished_s, found)
+        outcome = StepOutcome(ids, {}, (), began_s, began_s, found)
+        self.busy_s += time.thread_time() - began_s
+        return outcome
 
 
 def byte_level_tokenizer() -> Tokenizer:
@@ -131,7 +130,7 @@ class Load:
         return seconds
 
 
-def rows(num_steps: int) -> Iterable[dict[str, float | int | str]]:
+def rows(num_steps: int) -> Iterator[dict[str, float | int | str]]:
     """Measure every kind of request at every batch size; steps of all kinds alternate."""
     kinds = {
         "greedy": (GREEDY, None),

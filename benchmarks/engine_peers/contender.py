@@ -6,6 +6,7 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ import psutil
 
 LOAD_TIMEOUT_S = 600.0
 RUN_TIMEOUT_S = 300.0
+MIN_FREE_BYTES = 6e9  # a contender that loads takes 1 to 4 GB, and nothing may be paged out
 
 
 class ContenderError(Exception):
@@ -55,8 +57,9 @@ class Contender:
         """Seconds to generate `max_tokens` after each prompt; None where it cannot."""
         request = {"prompts": prompts, "max_tokens": max_tokens}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # that it ended is noticed below
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
         return self._answer(RUN_TIMEOUT_S).get("seconds")
 
     def cpu_seconds(self) -> float:
@@ -74,10 +77,12 @@ class Contender:
         """End the child and its descendants."""
         tree = self._tree()
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         _, alive = psutil.wait_procs(tree, timeout=20)
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait()
 
     def __enter__(self) -> Self:
@@ -121,8 +126,14 @@ def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None)
         name: `ours:LAYOUT`, `transformers:EXPERTS_IMPLEMENTATION` or `vllm:TENSOR_PARALLEL_SIZE`.
 
     Raises:
-        ContenderError: it could not load.
+        ContenderError: it could not load, or memory is short.
     """
+    free_bytes = psutil.virtual_memory().available
+    if free_bytes < MIN_FREE_BYTES:
+        raise ContenderError(
+            f"{name}: {free_bytes / 1e9:.1f} GB of memory are free, "
+            f"{MIN_FREE_BYTES / 1e9:.0f} GB are wanted"
+        )
     here = Path(__file__).parent
     kind, _, option = name.partition(":")
     python, environment = Path(sys.executable), {"HF_HUB_OFFLINE": "1"}

@@ -9,6 +9,7 @@ import numpy as np
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.schedule.request import Request
+from expertlane.schedule.running import UNKNOWN
 from expertlane.schedule.scheduler import ContinuousScheduler
 
 UNWRITTEN = -1
@@ -41,7 +42,10 @@ class PagedRunner:
         scheduler: ContinuousScheduler,
         limits: Limits,
         choose: Callable[[Sequence[int]], int] = lambda handles: handles[0],
+        *,
+        lookahead: bool = False,
     ) -> None:
+        self._lookahead = lookahead
         self.plans: list[StepPlan] = []
         self.in_flight: dict[int, StepPlan] = {}
         self.most_in_flight = Counter[int]()
@@ -64,7 +68,8 @@ class PagedRunner:
         seqs = seqs_of(plan)
         assert seqs, "a step without a sequence"
         assert len(set(seqs)) == len(seqs)
-        assert not set(busy) & set(seqs), "a sequence is in two steps at once"
+        if not self._lookahead:
+            assert not set(busy) & set(seqs), "a sequence is in two steps at once"
         self._check_batches(plan)
         self._check_written(plan)
         self.plans.append(plan)
@@ -90,6 +95,8 @@ class PagedRunner:
         for seq, start, fed, table, yields in reversed(list(sequences(batch))):
             known = self._prompts[seq] + self._outputs[seq]
             stop = start + len(fed)
+            if self._lookahead and fed == [UNKNOWN]:  # ranks know what they chose in the last step
+                fed = known[start:]
             blocks = np.repeat(table, self._limits.block_size)
             places = (blocks[:stop], np.arange(stop) % self._limits.block_size)
             assert cache[places][:start].tolist() == known[:start], f"sequence {seq} read others'"
@@ -122,15 +129,20 @@ class PagedRunner:
         size = self._limits.block_size
         for micro_batch in plan.micro_batches:
             for dp_rank, batch in enumerate(micro_batch):
-                others = {
-                    block
+                in_flight = [
+                    (seq, block)
                     for other in self.in_flight.values()
                     if other.replica == plan.replica
                     for batches in other.micro_batches
-                    for block in batches[dp_rank].block_tables.ravel().tolist()
-                }
+                    for seq, _, _, table, _ in sequences(batches[dp_rank])
+                    for block in table.tolist()
+                ]
                 manager = self._scheduler.tables[plan.replica][dp_rank].blocks
-                for _, start, fed, table, _ in sequences(batch):
+                for own, start, fed, table, _ in sequences(batch):
+                    # With lookahead, its own earlier step is finished before this one begins.
+                    others = {
+                        block for seq, block in in_flight if not (self._lookahead and seq == own)
+                    }
                     written = table[start // size : (start + len(fed) - 1) // size + 1].tolist()
                     assert not others & set(written)
                     assert all(manager.ref_count(block) == 1 for block in written)

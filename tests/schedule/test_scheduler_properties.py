@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.running import UNKNOWN
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -63,12 +64,19 @@ class Run:
     """Random arrivals, cancellations and orders of finishing, all rules checked at every turn."""
 
     def __init__(
-        self, layout: Layout, options: Options, limits: Limits, traffic: Traffic, seed: int
+        self,
+        layout: Layout,
+        options: Options,
+        limits: Limits,
+        traffic: Traffic,
+        seed: int,
+        *,
+        lookahead: bool = False,
     ) -> None:
         self.rng = np.random.default_rng(seed)
-        self.limits, self.traffic = limits, traffic
-        self.scheduler = ContinuousScheduler(layout, options, limits)
-        self.runner = PagedRunner(self.scheduler, limits)
+        self.limits, self.traffic, self.lookahead = limits, traffic, lookahead
+        self.scheduler = ContinuousScheduler(layout, options, limits, lookahead=lookahead)
+        self.runner = PagedRunner(self.scheduler, limits, lookahead=lookahead)
         self.to_come = [self._draw(i) for i in range(traffic.num_requests)]
         self.requests: list[Request] = []
         positions = sum(len(r.prompt_token_ids) + r.max_tokens for r in self.to_come)
@@ -110,6 +118,9 @@ class Run:
         assert in_flight or not self.scheduler.has_unfinished
         if in_flight and (plan is None or self.rng.random() < 0.5):
             step = in_flight[self.rng.integers(len(in_flight))]
+            if self.lookahead:  # the ranks of a replica take steps in turn
+                replica = self.runner.in_flight[step].replica
+                step = next(n for n in in_flight if self.runner.in_flight[n].replica == replica)
             done = self.runner.in_flight[step]
             outcome = self.runner.collect(step)
             self.scheduler.finish(done, outcome)
@@ -165,6 +176,38 @@ def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed)
     run.check_order()
     most = layout.pp if options.micro_batch_schedule == "rotating" else 1
     assert all(num <= most for num in run.runner.most_in_flight.values())
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    st.builds(Layout, replicas=st.integers(1, 2), dp=st.integers(1, 3)),
+    st.builds(Options, num_micro_batches=st.integers(1, 3)),
+    limits,
+    traffics,
+    st.integers(0, 2**32 - 1),
+)
+def test_every_promise_with_a_step_planned_ahead(layout, options, limits, traffic, seed):
+    run = Run(layout, options, limits, traffic, seed, lookahead=True)
+    run.to_the_end()
+    run.check_outputs()
+    run.check_order()
+    assert all(num <= 2 for num in run.runner.most_in_flight.values())
+
+
+def test_decodes_are_planned_ahead_of_their_tokens():
+    limits = Limits(VOCAB_SIZE, 64, num_blocks=60, block_size=4)
+    traffic = Traffic(8, 1.0, 6, 12, 1, share_prefix=False, cancel_rate=0.0)
+    run = Run(Layout(), Options(), limits, traffic, 0, lookahead=True)
+    run.to_the_end()
+    run.check_outputs()
+    fed = np.concatenate([plan.micro_batches[0][0].token_ids for plan in run.runner.plans])
+    assert (fed == UNKNOWN).sum() > 20
+
+
+def test_lookahead_needs_a_stage_that_learns_of_its_tokens():
+    limits = Limits(VOCAB_SIZE, 64, num_blocks=60)
+    with pytest.raises(ValueError, match="first pipeline stage"):
+        ContinuousScheduler(Layout(pp=2), Options(), limits, lookahead=True)
 
 
 @pytest.mark.full

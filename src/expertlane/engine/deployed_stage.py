@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
@@ -22,7 +24,9 @@ from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.schedule.running import UNKNOWN
 from expertlane.spec.names import Phase, Stage
+from expertlane.spec.sampling import TokenLogprobs
 
 
 def deploy(
@@ -89,6 +93,7 @@ class DeployedStage:
         self._num_parts = 1
         self._block_size = 1
         self._phase: Phase | None = None
+        self._chosen: dict[int, int] = {}  # the last step's tokens, by sequence id
         self._sends: deque[list[Pending]] = deque()
 
     def start(self, *, overlap: bool, num_blocks: int, block_size: int) -> None:
@@ -118,6 +123,7 @@ class DeployedStage:
                 self._sampler.admit(seq_id, state)
         outcome = RankOutcome()
         inputs = [self._begin_input(micro_batch) for micro_batch in plan.micro_batches]
+        self._chosen = {}
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
             for part, result in self._run_micro_batch(parts, arriving):
@@ -129,16 +135,28 @@ class DeployedStage:
     def _take(
         self, seq_ids: list[int], result: HeadResult, outcome: RankOutcome, return_logits: bool
     ) -> None:
-        """Put a part's next tokens into the outcome; one rank of a tensor-parallel group does."""
+        """Choose a part's next tokens; one rank of a tensor-parallel group tells them."""
+        logprobs: dict[int, TokenLogprobs] = {}
+        if result.all_logits is None:
+            chosen = result.token_ids.tolist()
+        else:  # on all ranks alike: each may have to go on with what was chosen
+            chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
+        self._chosen |= zip(seq_ids, chosen, strict=True)
+        if self._mesh.at.tp_rank == 0:
+            outcome.token_ids |= zip(seq_ids, chosen, strict=True)
+            outcome.logprobs |= logprobs
         if return_logits:
             outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
-        if self._mesh.at.tp_rank == 0:
-            if result.all_logits is None:
-                chosen = result.token_ids.tolist()
-            else:
-                chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
-                outcome.logprobs |= logprobs
-            outcome.token_ids |= zip(seq_ids, chosen, strict=True)
+
+    def _with_chosen(self, batch: Batch) -> Batch:
+        """The batch with the tokens that the scheduler did not know."""
+        is_unknown = batch.token_ids == UNKNOWN
+        if not is_unknown.any():
+            return batch
+        token_ids = batch.token_ids.copy()
+        seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
+        token_ids[is_unknown] = [self._chosen[seq] for seq in seq_ids.tolist()]
+        return replace(batch, token_ids=token_ids)
 
     def _begin_input(
         self, micro_batch: Sequence[Batch]
@@ -150,7 +168,11 @@ class DeployedStage:
         mesh = self._mesh
         first = mesh.is_first_stage
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
-        by_dp_rank = [batch.split(self._num_parts) for batch in micro_batch]
+        own = mesh.at.dp_rank
+        by_dp_rank = [
+            (self._with_chosen(batch) if dp_rank == own else batch).split(self._num_parts)
+            for dp_rank, batch in enumerate(micro_batch)
+        ]
         parts = [
             ForwardBatch(batches, mesh.layout, mesh.at, self._device, self._block_size)
             for batches in zip(*by_dp_rank, strict=True)

@@ -124,7 +124,9 @@ class LLM:
         except BaseException:
             pool.close()
             raise
-        scheduler = ContinuousScheduler(chosen, options, self.limits, record=False)
+        scheduler = ContinuousScheduler(
+            chosen, options, self.limits, lookahead=chosen.pp == 1, record=False
+        )
         self.engine = Engine(
             scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer
         )

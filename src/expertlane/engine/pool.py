@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
@@ -147,10 +148,11 @@ class RankPool:
         if self._closed:
             raise RankError("the ranks are gone; start new ones")
         ticket = Ticket(range(self.num_ranks) if ranks is None else ranks)
+        call = ForkingPickler.dumps(Call(function, args))  # once for all
         for rank in ticket.ranks:
             self._waiting[rank].append(ticket)
             try:
-                self._ranks.connections[rank].send(Call(function, args))
+                self._ranks.connections[rank].send_bytes(call)
             except BlockingIOError:
                 self._fail(self._hang(ticket, self._timeout_s))
             except OSError:

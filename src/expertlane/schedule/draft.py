@@ -59,6 +59,8 @@ class BatchDraft:
     def add_prefills(self) -> None:
         """Take chunks of running requests' prompts, in their order."""
         table = self.table
+        if table.num_pending == table.num_running:  # each lacks one token
+            return
         _, prefills = table.ready()
         for row in sorted(prefills.tolist(), key=lambda row: table.request(row).order):
             if self.budget:

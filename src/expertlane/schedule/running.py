@@ -11,6 +11,7 @@ from expertlane.schedule.request import FinishReason, Request, RequestState
 
 Rows = npt.NDArray[np.intp]
 
+UNKNOWN = -1  # a token that a step in flight has yet to give
 _NO_BLOCK = -1
 
 
@@ -22,14 +23,15 @@ class RunningTable:
         num_pending: tokens of all rows that are not computed yet: one for each request in
             decoding, the rest of the prompt for the others.
         num_tokens, num_computed: [num_rows]; prompt and output tokens, and how many of them are
-            computed; 0 where a row is unused.
-        last_token: [num_rows]; the newest token.
+            computed, once all steps in flight are finished; 0 where a row is unused.
+        last_token: [num_rows]; the newest token; `UNKNOWN` while the step that gives it is in
+            flight.
         block_tables: [num_rows, width], padded with -1; `width` grows as needed.
-        in_flight: [num_rows]; in a step that is not finished.
+        in_flight: [num_rows]; how many steps that are not finished it takes part in.
         last_step: [num_rows]; the step it took part in last.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, lookahead: bool = False) -> None:
         # Each running request has a last block that is nobody else's last.
         num_rows = min(limits.max_num_seqs, limits.num_blocks)
         self.blocks = BlockManager(limits.num_blocks, limits.block_size)
@@ -41,9 +43,10 @@ class RunningTable:
         self.last_token = np.zeros(num_rows, dtype=np.int64)
         self.num_blocks = np.zeros(num_rows, dtype=np.int64)
         self.block_tables = np.full((num_rows, 8), _NO_BLOCK, dtype=np.int32)
-        self.in_flight = np.zeros(num_rows, dtype=np.bool_)
+        self.in_flight = np.zeros(num_rows, dtype=np.int64)
         self.last_step = np.zeros(num_rows, dtype=np.int64)
         self._limits = limits
+        self._lookahead = lookahead
         self._is_used = np.zeros(num_rows, dtype=np.bool_)
         self._is_cancelled = np.zeros(num_rows, dtype=np.bool_)
         self._num_cancelled = 0
@@ -73,10 +76,14 @@ class RunningTable:
     def ready(self) -> tuple[Rows, Rows]:
         """Rows that may take part in a step: those that lack one token, and those that lack more.
 
-        The first are in decoding (or one token short of it), the others in their prompts.
+        The first are in decoding (or one token short of it), the others in their prompts. With
+        `lookahead` a row may while it is in flight, unless it is known to end with that step.
         """
         num_missing = self.num_tokens - self.num_computed
-        num_missing[self.in_flight] = 0
+        is_busy = self.in_flight > 0
+        if self._lookahead:
+            is_busy &= (self.num_tokens >= self._max_num_tokens) | self._is_cancelled
+        num_missing[is_busy] = 0
         return np.flatnonzero(num_missing == 1), np.flatnonzero(num_missing > 1)
 
     def find_cached(self, request: Request) -> list[int]:
@@ -131,7 +138,7 @@ class RunningTable:
         return request
 
     def cancel(self, row: int) -> None:
-        """Release a row, or do so when its step is finished."""
+        """Release a row, or do so when its steps are finished."""
         if self.in_flight[row]:
             self._is_cancelled[row] = True
             self._num_cancelled += 1
@@ -186,36 +193,48 @@ class RunningTable:
                 self.block_tables, ((0, 0), (0, more)), constant_values=_NO_BLOCK
             )
 
-    def begin(self, rows: Rows, step: int) -> None:
-        """Mark rows as in flight."""
-        self.in_flight[rows] = True
+    def begin(
+        self,
+        rows: Rows,
+        step: int,
+        num_scheduled: npt.NDArray[np.int64],
+        yields_token: npt.NDArray[np.bool_],
+    ) -> None:
+        """Take rows into a step, and count as if it were finished."""
+        self.in_flight[rows] += 1
         self.last_step[rows] = step
+        self.num_computed[rows] += num_scheduled
+        yielding = rows[yields_token]
+        self.num_tokens[yielding] += 1
+        self.last_token[yielding] = UNKNOWN
+        self.num_pending += len(yielding) - int(num_scheduled.sum())
 
     def finish(
-        self, rows: Rows, num_scheduled: npt.NDArray[np.int64], token_ids: dict[int, int]
+        self,
+        rows: Rows,
+        computed: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+        yields_token: npt.NDArray[np.bool_],
+        token_ids: dict[int, int],
     ) -> list[Request]:
         """Take in a finished step; release the rows that are done.
 
         Args:
-            num_scheduled: [len(rows)]; tokens computed.
+            computed: [len(rows)], twice; tokens computed before and after it.
             token_ids: the next tokens, by sequence id.
 
         Returns:
             The requests that got a token.
         """
-        self.in_flight[rows] = False
-        before = self.num_computed[rows]
-        self.num_computed[rows] = after = before + num_scheduled
-        self.num_pending -= int(num_scheduled.sum())
+        self.in_flight[rows] -= 1
         if self._limits.prefix_caching:
-            self._register(rows, before, after)
+            self._register(rows, *computed)
         if self._num_cancelled:
             is_cancelled = self._is_cancelled[rows]
-            for row in rows[is_cancelled].tolist():
+            for row in rows[is_cancelled & (self.in_flight[rows] == 0)].tolist():
                 self.release(row)
                 self._num_cancelled -= 1
-            rows, after = rows[~is_cancelled], after[~is_cancelled]
-        return self._append_tokens(rows[after == self.num_tokens[rows]], token_ids)
+            rows, yields_token = rows[~is_cancelled], yields_token[~is_cancelled]
+        return self._append_tokens(rows[yields_token], token_ids)
 
     def _register(
         self, rows: Rows, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
@@ -234,20 +253,16 @@ class RunningTable:
 
     def _append_tokens(self, rows: Rows, token_ids: dict[int, int]) -> list[Request]:
         tokens = [token_ids[seq] for seq in self.seq_ids[rows].tolist()]
-        self.last_token[rows] = tokens
-        self.num_tokens[rows] = num_tokens = self.num_tokens[rows] + 1
-        self.num_pending += len(tokens)
-        is_full = (num_tokens >= self._max_num_tokens[rows]).tolist()
-        requests = []
-        for row, token, at_length in zip(rows.tolist(), tokens, is_full, strict=True):
-            request = self.requests[row]
-            assert request is not None
-            requests.append(request)
+        in_flight = self.in_flight[rows]  # each of those steps has yet to yield a token
+        self.last_token[rows] = np.where(in_flight > 0, UNKNOWN, tokens)
+        is_full = (self.num_tokens[rows] - in_flight >= self._max_num_tokens[rows]).tolist()
+        requests = [self.request(row) for row in rows.tolist()]
+        for request, token, at_length in zip(requests, tokens, is_full, strict=True):
             request.output_token_ids.append(token)
             if token in request.stop_token_ids:
                 request.finish(FinishReason.STOP)
-                self.release(row)
+                self.cancel(request.row)
             elif at_length:
                 request.finish(FinishReason.LENGTH)
-                self.release(row)
+                self.cancel(request.row)
         return requests

@@ -20,11 +20,11 @@ from expertlane.spec.names import Phase
 
 
 class _Flight(NamedTuple):
-    """A step in flight: its rows of each table that takes part, and their scheduled tokens."""
+    """A step in flight: its rows of each table that takes part, and the batch of each."""
 
     replica: int
     phase: Phase
-    of_tables: list[tuple[RunningTable, Rows, np.ndarray]]
+    of_tables: list[tuple[RunningTable, Rows, Batch]]
 
 
 class ContinuousScheduler:
@@ -48,6 +48,10 @@ class ContinuousScheduler:
     **Preemption.** When a decode finds no free block, the request that goes last of the rank's
     running ones loses its blocks and waits again; prompt and output so far are then its prompt.
 
+    **Lookahead.** A step is planned while the one before it runs, so that ranks need not wait for
+    the scheduler: a token that is not known yet is -1 in the plan, and the ranks put in what they
+    chose themselves. A request that turns out to have ended computes one token in vain.
+
     **Steps in flight.** Drained: one a replica, cut into up to `num_micro_batches`. Rotating: up
     to `pp` a replica over disjoint requests, each with 1/`num_micro_batches` of the decodes; those
     that waited longest go first, so the groups even out as requests come and go.
@@ -64,11 +68,15 @@ class ContinuousScheduler:
         options: Options,
         limits: Limits,
         *,
+        lookahead: bool = False,
         return_logits: bool = False,
         record: bool = True,
     ) -> None:
+        if lookahead and layout.pp > 1:
+            raise ValueError("the first pipeline stage does not learn of the last one's tokens")
         self.tables = [
-            [RunningTable(limits) for _ in range(layout.dp)] for _ in range(layout.replicas)
+            [RunningTable(limits, lookahead=lookahead) for _ in range(layout.dp)]
+            for _ in range(layout.replicas)
         ]
         self.stepped: list[Request] = []
         self.num_preemptions = 0
@@ -77,7 +85,7 @@ class ContinuousScheduler:
         is_rotating = options.micro_batch_schedule == "rotating"
         self._num_groups = options.num_micro_batches if is_rotating else 1
         self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
-        self._max_in_flight = layout.pp if is_rotating else 1
+        self._max_in_flight = layout.pp if is_rotating else 1 + lookahead
         self._num_in_flight = [0] * layout.replicas
         self._in_flight: dict[int, _Flight] = {}
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
@@ -156,8 +164,10 @@ class ContinuousScheduler:
         """Take in the tokens of a finished step."""
         self._num_in_flight[plan.replica] -= 1
         self.stepped = []
-        for table, rows, num_scheduled in self._in_flight.pop(plan.step).of_tables:
-            self.stepped += table.finish(rows, num_scheduled, outcome.token_ids)
+        for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
+            before = batch.num_computed_tokens
+            computed = before, before + batch.num_scheduled_tokens
+            self.stepped += table.finish(rows, computed, batch.yields_token, outcome.token_ids)
         for request in self.stepped:
             if request.finish_reason is not None:
                 del self._requests[request.request_id]
@@ -193,8 +203,9 @@ class ContinuousScheduler:
         flight = []
         for draft, (rows, batch) in zip(drafts, built, strict=True):
             if batch.num_seqs:
-                draft.table.begin(rows, plan.step)
-                flight.append((draft.table, rows, batch.num_scheduled_tokens))
+                scheduled, yields = batch.num_scheduled_tokens, batch.yields_token
+                draft.table.begin(rows, plan.step, scheduled, yields)
+                flight.append((draft.table, rows, batch))
         self._in_flight[plan.step] = _Flight(plan.replica, plan.phase, flight)
         self._num_in_flight[plan.replica] += 1
         self._num_steps += 1
@@ -220,7 +231,8 @@ class ContinuousScheduler:
     def _add_prompts(self, replica: int, drafts: list[BatchDraft]) -> None:
         for draft in drafts:
             draft.add_prefills()
-        self._admit(replica, drafts)
+        if self._waiting:
+            self._admit(replica, drafts)
 
     def _release(self, request: Request) -> None:
         """Let the ranks of its replica forget how to sample it."""
