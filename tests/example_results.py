@@ -7,7 +7,7 @@ import numpy as np
 from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.metrics import MachinePeak, summarise
-from expertlane.results import DeploymentResult, Machine, Results, Versions
+from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout

@@ -21,7 +21,7 @@ def main() -> None:
         enable_prefix_caching=False,
         max_num_batched_tokens=4096,
         max_num_seqs=256,
-        kv_cache_memory_bytes=2**31,
+        kv_cache_memory_bytes=2**30,
     )
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

@@ -12,10 +12,10 @@ import pytest
 import expertlane.engine
 import expertlane.experiment
 import expertlane.report
-import expertlane.results
+import expertlane.results.file
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError
-from expertlane.results import write_text
+from expertlane.results.file import write_text
 
 
 class FakeComparison:
@@ -74,8 +74,8 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         check_memory=fake.check_memory,
         run_comparison=fake.run_comparison,
     )
-    monkeypatch.setattr(expertlane.results, "to_json", as_json)
-    monkeypatch.setattr(expertlane.results, "write", write)
+    monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
+    monkeypatch.setattr(expertlane.results.file, "write", write)
     install(expertlane.report, "markdown", render=lambda results: f"# {results} ×\n")
     install(
         expertlane.report, "terminal", show=lambda results, console: console.print(f"{results}!")

@@ -16,7 +16,7 @@ from expertlane.experiment.serving_results import (
     Spread,
     to_json,
 )
-from expertlane.results import LayoutSizes, Versions
+from expertlane.results.schema import LayoutSizes, Versions
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 
@@ -44,7 +44,7 @@ RESULTS = ServingResults(
     command_line="expertlane bench a",
     created="2026-01-01T00:00:00+00:00",
     versions=Versions("0", "3", "2"),
-    machine=ServingMachine("a CPU", "cpu", 2, 10**9, "gloo", "float32"),
+    machine=ServingMachine("a CPU", "cpu", 2, 10**9, "gloo", "float32", "torch"),
     model="a",
     options=Options(),
     seed=0,

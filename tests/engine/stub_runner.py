@@ -13,6 +13,7 @@ from expertlane.engine.outputs import Chunk
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
+from expertlane.schedule.running import UNKNOWN
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -28,6 +29,11 @@ class StubRunner:
     A step runs when it is collected; what it says of sampling is taken in at once, and must fit
     together: a sequence is released before it is admitted again, and only if it was admitted.
 
+    Args:
+        lookahead: a replica's steps end in their order, and a token that is not in the plan is the
+            one that the step before chose; without, steps over disjoint sequences end in any order.
+        choose: which of the steps that may end does so first.
+
     Attributes:
         states: by replica and sequence id, what is known of sampled sequences.
         num_steps: collected so far.
@@ -38,11 +44,15 @@ class StubRunner:
         self,
         limits: Limits,
         layout: Layout,
+        *,
+        lookahead: bool,
         choose: Callable[[Sequence[StepPlan]], StepPlan] = lambda handles: handles[0],
     ) -> None:
         self.states: dict[tuple[int, int], SamplingState] = {}
         self.num_steps = 0
         self.before: Callable[[], None] = lambda: None
+        self._lookahead = lookahead
+        self._chosen: list[dict[int, int]] = [{} for _ in range(layout.replicas)]
         self._choose = choose
         self._vocab_size = limits.vocab_size
         shape = (layout.replicas, layout.dp, limits.num_blocks, limits.block_size)
@@ -57,6 +67,9 @@ class StubRunner:
         return plan
 
     def first_done(self, handles: Sequence[StepPlan]) -> StepPlan:
+        if self._lookahead:
+            first_of_replica = {plan.replica: plan for plan in reversed(handles)}
+            handles = list(first_of_replica.values())
         return self._choose(handles)
 
     def collect(self, handle: StepPlan) -> StepOutcome:
@@ -66,7 +79,8 @@ class StubRunner:
         token_ids: dict[int, int] = {}
         for micro_batch in handle.micro_batches:
             for batch, cache in zip(micro_batch, self._caches[replica], strict=True):
-                self._run(batch, cache, token_ids)
+                self._run(batch, cache, self._chosen[replica], token_ids)
+        self._chosen[replica] = token_ids
         logprobs = {
             seq: TokenLogprobs(token, -float(token), ((0, 0.0),) * state.params.logprobs)
             for seq, token in token_ids.items()
@@ -75,8 +89,11 @@ class StubRunner:
         now_s = float(self.num_steps)
         return StepOutcome(token_ids, {}, (), now_s, now_s, logprobs)
 
-    def _run(self, batch: Batch, cache: np.ndarray, token_ids: dict[int, int]) -> None:
-        for seq, start, fed, table, yields in sequences(batch):
+    def _run(
+        self, batch: Batch, cache: np.ndarray, chosen: dict[int, int], token_ids: dict[int, int]
+    ) -> None:
+        for seq, start, planned, table, yields in sequences(batch):
+            fed = [chosen[seq]] if self._lookahead and planned == [UNKNOWN] else planned
             positions = np.arange(start + len(fed))
             size = cache.shape[1]
             places = (table[positions // size], positions % size)
@@ -91,6 +108,7 @@ class StubEngine(Engine[StepPlan]):
     """An engine on a `StubRunner`.
 
     Args:
+        lookahead: None to do as `LLM` does.
         limits: those of `Limits` that are not the default.
     """
 
@@ -101,16 +119,19 @@ class StubEngine(Engine[StepPlan]):
         *,
         eos_token_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
+        lookahead: bool | None = None,
         choose: Callable[[Sequence[StepPlan]], StepPlan] = lambda handles: handles[0],
         **limits: int | bool,
     ) -> None:
         sizes = {"max_model_len": 64, "num_blocks": 64, "block_size": 4, "max_num_seqs": 8}
         self.limits = Limits(VOCAB_SIZE, **sizes | limits)
         parsed = Layout.parse(layout)
+        if lookahead is None:
+            lookahead = parsed.pp == 1
         self.scheduler = ContinuousScheduler(
-            parsed, options or Options(), self.limits, record=False
+            parsed, options or Options(), self.limits, lookahead=lookahead, record=False
         )
-        self.runner = StubRunner(self.limits, parsed, choose)
+        self.runner = StubRunner(self.limits, parsed, lookahead=lookahead, choose=choose)
         super().__init__(
             self.scheduler,
             self.runner,

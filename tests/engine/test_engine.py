@@ -159,16 +159,18 @@ class TestText:
         assert [chunk.finish_reason for chunk in chunks] == [None] * 3 + [FinishReason.STOP]
         assert other.token_ids == expected(other.prompt_token_ids, 12)
 
-    def test_the_scheduler_lets_go_of_a_stopped_request_at_once(self):
-        engine = StubEngine(tokenizer=letters())
+    @pytest.mark.parametrize("lookahead", [False, True])
+    def test_the_scheduler_lets_go_of_a_stopped_request_at_once(self, lookahead):
+        engine = StubEngine(tokenizer=letters(), lookahead=lookahead)
         engine.add("a", "hello", replace(GREEDY, max_tokens=60, stop=spell(OUTPUT[1:2])))
         engine.step()
         assert engine.step()[0].finish_reason is FinishReason.STOP
         assert not engine.has_unfinished
-        assert engine.num_blocks_used() > 0  # a step with it is still in flight
-        assert engine.step() == []
+        for _ in range(1 + lookahead):  # steps that it was already in
+            assert engine.num_blocks_used() > 0
+            assert engine.step() == []
         check_empty(engine.scheduler)
-        assert engine.runner.num_steps == 3
+        assert engine.runner.num_steps == 3 + lookahead
 
     def test_a_stop_string_that_comes_with_the_last_token(self):
         engine = StubEngine(tokenizer=letters())
@@ -228,13 +230,17 @@ class TestText:
     st.integers(1, 5),
     st.integers(1, 12),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_steps_that_end_in_any_order(layout, schedule, block_size, budget, sampled, seed):
+def test_steps_that_end_in_any_order(
+    layout, schedule, block_size, budget, lookahead, sampled, seed
+):
     random = np.random.default_rng(seed)
     engine = StubEngine(
         layout,
         Options(False, *schedule),
+        lookahead=lookahead and "pp" not in layout,
         choose=lambda plans: plans[random.integers(len(plans))],
         block_size=block_size,
         max_num_batched_tokens=budget,

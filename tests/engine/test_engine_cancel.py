@@ -20,8 +20,12 @@ class TestCancel:
     """Another request runs beside it, to the same tokens as ever."""
 
     @pytest.fixture
-    def engine(self):
-        return StubEngine()
+    def lookahead(self):
+        return True
+
+    @pytest.fixture
+    def engine(self, lookahead):
+        return StubEngine(lookahead=lookahead)
 
     @pytest.fixture
     def other(self, engine):
@@ -49,15 +53,17 @@ class TestCancel:
         assert output.token_ids == []
         assert other.token_ids == OUTPUT
 
-    def test_in_flight(self, engine, other):
+    @pytest.mark.parametrize("lookahead", [False, True])
+    def test_in_flight(self, engine, other, lookahead):
         output = engine.add("a", [1, 2], GREEDY)
         engine.step()
         engine.step()
-        used = engine.num_blocks_used()
-        assert engine.cancel("a")  # the third step is under way
-        assert engine.num_blocks_used() == used
-        chunks = engine.step()
-        assert engine.num_blocks_used() < used
+        assert engine.cancel("a")
+        chunks = []
+        for _ in range(1 + lookahead):  # steps that it was already in: ranks still write its blocks
+            assert engine.scheduler.num_running == 2
+            chunks += engine.step()
+        assert engine.scheduler.num_running == 1
         assert of_request(chunks, "a") == [Chunk("a", None, "", FinishReason.CANCELLED)]
         assert of_request(run(engine), "a") == []
         assert output.token_ids == expected([1, 2], 2)

@@ -32,7 +32,7 @@ class StubPool:
 
     def call(self, function):
         machine = RankMachine(
-            "host", 1, "cpu", "cpu", "gloo", "float32", 4, "2", 1 << 30, 1 << 30, 1, 0
+            "host", 1, "cpu", "cpu", "gloo", "float32", 4, "torch", "2", 1 << 30, 1 << 30, 1, 0
         )
         return [machine]
 
@@ -45,7 +45,7 @@ def stub_llm(monkeypatch):
     """An LLM with a `StubRunner` in place of ranks, as its attribute `runner`."""
 
     def make_runner(pool, model, deployment, limits, **kwargs):
-        return StubRunner(limits, deployment.layout)
+        return StubRunner(limits, deployment.layout, lookahead=True)
 
     model = TINY.with_overrides(vocab_size=VOCAB_SIZE)
     monkeypatch.setitem(PRESETS, "stub", model)
@@ -126,6 +126,8 @@ class TestGenerate:
         with pytest.raises(KeyboardInterrupt):
             stub_llm.generate(PROMPTS, GREEDY)
         stub_llm.runner.before = lambda: None
+        ends = [(chunk.token_id, chunk.finish_reason) for chunk in stub_llm.engine.step()]
+        assert ends == [(None, FinishReason.CANCELLED)] * 3
         assert stub_llm.generate(PROMPTS[0], GREEDY)[0].token_ids == expected(PROMPTS[0], 5)
         check_idle(stub_llm)
 
@@ -150,7 +152,7 @@ class TestStream:
         stream.close()
         num_steps = stub_llm.runner.num_steps
         check_idle(stub_llm)
-        assert stub_llm.runner.num_steps <= num_steps + 1
+        assert stub_llm.runner.num_steps <= num_steps + 2  # those that were under way
         assert stub_llm.generate(PROMPTS[0], GREEDY)[0].token_ids == expected(PROMPTS[0], 5)
 
     def test_left_early_it_cancels(self, stub_llm):

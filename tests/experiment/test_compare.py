@@ -15,7 +15,7 @@ from expertlane.experiment.compare import check_memory, measure_peak, run_compar
 from expertlane.experiment.progress import Silent
 from expertlane.plan.memory import rank_memory, workload_limits
 from expertlane.report import markdown
-from expertlane.results import read, write
+from expertlane.results.file import read, write
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.model import PRESETS

@@ -109,19 +109,20 @@ def ask(model: ReferenceModel, prompt: np.ndarray, params: SamplingParams) -> As
 
 @pytest.fixture(scope="module")
 def asked(references) -> list[Asked]:
-    """`NUM_PROMPTS` prompts, half of them with a beginning that others have too."""
+    """`NUM_PROMPTS` prompts; half of them are of three tokens only and share their beginnings."""
     random = np.random.default_rng(0)
-    common = random.integers(0, TINY.vocab_size, MAX_PROMPT_LEN)
+    common = random.integers(0, 3, MAX_PROMPT_LEN)
     found: list[Asked] = []
     for seed in count():
         params = KINDS[len(found) % len(KINDS)]
         if not params.is_greedy:
             params = replace(params, seed=seed)
-        prompt_len = int(random.integers(1, MAX_PROMPT_LEN + 1 if len(found) % 2 else 7))
-        prompt = random.integers(0, TINY.vocab_size, prompt_len)
         if len(found) % 2:
-            num_common = int(random.integers(0, prompt_len + 1))
+            prompt = random.integers(0, 3, random.integers(1, MAX_PROMPT_LEN + 1))
+            num_common = int(random.integers(0, len(prompt) + 1))
             prompt[:num_common] = common[:num_common]
+        else:
+            prompt = random.integers(0, TINY.vocab_size, random.integers(1, 7))
         request = ask(references.model(TINY, 0), prompt, params)
         if request is not None:
             found.append(request)
@@ -142,6 +143,7 @@ class Case(NamedTuple):
     """What a run can vary in.
 
     Attributes:
+        lookahead: not with pipeline stages.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
         seed: of which requests come and when, and how small the cache is.
     """
@@ -154,6 +156,7 @@ class Case(NamedTuple):
     budget: int
     max_num_seqs: int
     prefix_caching: bool
+    lookahead: bool
     work: int
     seed: int
 
@@ -165,9 +168,9 @@ class Case(NamedTuple):
         random = np.random.default_rng([self.seed, *map(ord, str(self))])
         layout = Layout.parse(self.layout)
         num_tables = layout.replicas * layout.dp
-        left = self.work * max(self.budget, 3) * num_tables
+        left = self.work * max(self.budget, 6) * num_tables
         kept: list[Arrival] = []
-        for _ in range(random.integers(1, 9 + 4 * num_tables)):
+        for _ in range(random.integers(2, 10 + 4 * num_tables)):
             number = int(random.integers(len(asked)))
             output_len = int(random.integers(1, MAX_OUTPUT_LEN + 1))
             left -= len(asked[number].prompt) + output_len
@@ -189,9 +192,10 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         num_micro_batches=st.integers(1, 4),
         schedule=st.sampled_from(["drained", "rotating"]),
         block_size=st.sampled_from([1, 2, 3, 4, 16]),
-        budget=st.integers(1, 64),
+        budget=st.sampled_from(range(1, 65)),
         max_num_seqs=st.sampled_from([8, 3]),
         prefix_caching=st.booleans(),
+        lookahead=st.booleans(),
         work=st.just(work),
         seed=st.integers(0, 2**32 - 1),
     )
@@ -199,6 +203,8 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
 
 class Combination:
     """One run of a case on real ranks, the reference's tokens fed, and what was seen.
+
+    With lookahead ranks go on with what they chose: the same, or the check fails.
 
     Attributes:
         logits, logprobs, tokens: of each request, in the order they came.
@@ -225,7 +231,12 @@ class Combination:
         ranks = pool.pool(chosen.layout.world_size)
         self.runner = ModelRunner(ranks, TINY, chosen, limits, seed=0, ranks_per_node=8)
         self.scheduler = ContinuousScheduler(
-            chosen.layout, chosen.options, limits, return_logits=True, record=False
+            chosen.layout,
+            chosen.options,
+            limits,
+            lookahead=case.lookahead and chosen.layout.pp == 1,
+            return_logits=True,
+            record=False,
         )
         self.requests: list[Request] = []
         self.most_in_flight = 0

@@ -4,7 +4,7 @@ import example_results as example
 from expertlane.report.comparison import compare
 from expertlane.report.document import Section, Table
 from expertlane.report.goals import experts_at_once, goals, layers_at_once
-from expertlane.results import Results
+from expertlane.results.schema import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 

@@ -8,7 +8,7 @@ from rich.console import Console
 import example_results as example
 from expertlane.report import content, markdown, terminal
 from expertlane.report.document import Table
-from expertlane.results import Results
+from expertlane.results.schema import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 

@@ -5,7 +5,7 @@ import pytest
 import example_results as example
 from expertlane.report.comparison import compare
 from expertlane.report.verdict import foreign_load, oversubscription, verdict
-from expertlane.results import Results
+from expertlane.results.schema import Results
 
 
 def sentences(results: Results) -> tuple[str, ...]:

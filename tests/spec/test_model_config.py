@@ -3,7 +3,8 @@ import math
 import pytest
 
 from expertlane.errors import SpecError
-from expertlane.spec.model import PRESETS, LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import PRESETS
+from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
 TINY = PRESETS["paper-tiny"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, _check_folder
+from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Oversubscribe
 from expertlane.cli.engine_options import (
     BlockSize,
     DtypeOption,
@@ -104,6 +104,7 @@ def bench(
     num_micro_batches: NumMicroBatches = 1,
     micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
     timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
+    oversubscribe: Oversubscribe = False,
 ) -> None:
     """Put load on a model and measure throughput and latency.
 
@@ -139,6 +140,7 @@ def bench(
         num_micro_batches=num_micro_batches,
         micro_batch_schedule=micro_batch_schedule,
         timeout_s=timeout_s,
+        oversubscribe=oversubscribe,
     )
     loads = _loads(
         batch, rate, num_requests, _length("prompt", prompt_len), _length("output", output_len)
@@ -235,7 +237,7 @@ def _check(
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.cli.output import is_speaker
+    from expertlane.cli.output import check_folder, is_speaker
     from expertlane.engine.torchrun import is_under_torchrun
     from expertlane.experiment.serving_benchmark import check_lengths
 
@@ -244,7 +246,7 @@ def _check(
     if len(layouts) > 1 and is_under_torchrun():
         raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
     if out is not None and is_speaker():
-        _check_folder(out)
+        check_folder(out)
 
 
 def _run(

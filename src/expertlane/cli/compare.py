@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import tempfile
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +14,7 @@ from expertlane.errors import SpecError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from expertlane.results import Results
+    from expertlane.results.schema import Results
     from expertlane.spec.experiment import Experiment
 
 DEFAULT_EXPERIMENT = "paper-small"
@@ -55,7 +54,7 @@ _Out = Annotated[
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
-_Oversubscribe = Annotated[
+Oversubscribe = Annotated[
     bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
 ]
 _TimeoutS = Annotated[
@@ -71,7 +70,7 @@ def compare(
     top_k: _TopK = None,
     out: _Out = None,
     as_json: _Json = False,
-    oversubscribe: _Oversubscribe = False,
+    oversubscribe: Oversubscribe = False,
     timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
     dtype: _Dtype = None,
 ) -> None:
@@ -97,13 +96,13 @@ def compare(
     if not (0 < timeout_s <= MAX_TIMEOUT_S):
         raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
     comparisons = _comparisons(experiment, top_k, out)
-    from expertlane.cli.output import is_speaker, progress_on_stderr, stdout_console
+    from expertlane.cli.output import check_folder, is_speaker, progress_on_stderr, stdout_console
     from expertlane.engine.start import start_pool
     from expertlane.experiment.compare import check_memory, run_comparison
 
     if is_speaker():
         for _, folder in comparisons:
-            _check_folder(folder)
+            check_folder(folder)
     num_ranks = max(each.num_ranks for each, _ in comparisons)
     with progress_on_stderr() as progress:
         progress.task(f"starting {num_ranks} ranks", 1)
@@ -161,24 +160,9 @@ def _parse_top_ks(text: str) -> list[int]:
     return top_ks
 
 
-def _check_folder(folder: Path) -> None:
-    """Check, before anything runs, that results can be written there; leaves nothing behind."""
-    for path in (folder, *folder.absolute().parents):
-        if path.exists():
-            if not path.is_dir():
-                raise UserError(f"results cannot go to {folder}: {path} is not a folder")
-            try:
-                with tempfile.TemporaryDirectory(dir=path):
-                    return
-            except OSError as error:
-                raise UserError(
-                    f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
-                ) from None
-
-
 def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:
     from expertlane.report import markdown, terminal
-    from expertlane.results import to_json, write, write_text
+    from expertlane.results.file import to_json, write, write_text
 
     if as_json:
         console.out(to_json(results), highlight=False, end="")

@@ -90,6 +90,7 @@ class EngineOptions:
     num_micro_batches: int
     micro_batch_schedule: MicroBatches
     timeout_s: float
+    oversubscribe: bool
 
     def __post_init__(self) -> None:
         if not (0 < self.timeout_s <= MAX_TIMEOUT_S):

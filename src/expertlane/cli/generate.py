@@ -9,7 +9,7 @@ import typer
 
 from expertlane.cli import answers
 from expertlane.cli.chat import Chat
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S
+from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Oversubscribe
 from expertlane.cli.engine_options import (
     BlockSize,
     DtypeOption,
@@ -143,6 +143,7 @@ def generate(
     num_micro_batches: NumMicroBatches = 1,
     micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
     timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
+    oversubscribe: Oversubscribe = False,
 ) -> None:
     """Continue prompts with a model, or talk to it.
 
@@ -193,6 +194,7 @@ def generate(
         num_micro_batches=num_micro_batches,
         micro_batch_schedule=micro_batch_schedule,
         timeout_s=timeout_s,
+        oversubscribe=oversubscribe,
     )
     if logprobs is not None and not as_json:
         raise UserError("--logprobs needs --json, which prints them")

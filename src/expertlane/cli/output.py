@@ -1,16 +1,19 @@
-"""Where a command's words go: who speaks, how wide, and how progress is shown."""
+"""Where a command's words go: who speaks, how wide, how progress is shown, and what folder takes."""
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress, Silent
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
@@ -27,6 +30,25 @@ def stdout_console() -> Console:
     if not sys.stdout.isatty():
         return Console(width=PIPED_WIDTH)
     return Console(width=min(TERMINAL_WIDTH, Console().width))
+
+
+def check_folder(folder: Path) -> None:
+    """Check, before anything runs, that results can be written there; leaves nothing behind.
+
+    Raises:
+        UserError: a part of the path is no folder, or not writable.
+    """
+    for path in (folder, *folder.absolute().parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"results cannot go to {folder}: {path} is not a folder")
+            try:
+                with tempfile.TemporaryDirectory(dir=path):
+                    return
+            except OSError as error:
+                raise UserError(
+                    f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
+                ) from None
 
 
 @contextmanager

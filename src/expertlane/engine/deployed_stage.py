@@ -14,8 +14,8 @@ from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.head import HeadResult
 from expertlane.model.sampler import Sampler
-from expertlane.model.tensors import WeightSource
 from expertlane.model.transformer import TransformerStage
+from expertlane.model.weight_source import WeightSource
 from expertlane.model.weights import SeededWeights
 from expertlane.parallel.clock import clock_for
 from expertlane.parallel.collectives import Pending

@@ -50,10 +50,12 @@ class LLM:
             weights (all of a GPU's) has room for.
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
+        oversubscribe: allow more local ranks than the machine should run.
 
     Attributes:
         engine: requests and steps, for those who bring their own loop.
         limits: what the scheduler keeps to.
+        machine: [num_ranks]; what each rank saw before the model was loaded.
         tokenizer: None where the checkpoint has none.
 
     Raises:
@@ -78,6 +80,7 @@ class LLM:
         prefix_caching: bool = True,
         seed: int = 0,
         timeout_s: float = 60.0,
+        oversubscribe: bool = False,
     ) -> None:
         options = Options(overlap, num_micro_batches, micro_batch_schedule)
         chosen = Layout.parse(layout) if isinstance(layout, str) else layout
@@ -104,13 +107,17 @@ class LLM:
             prefix_caching=prefix_caching,
         )
         pool = start_pool(
-            chosen.world_size, timeout_s=timeout_s, dtype=dtype or _own_dtype(self._folder)
+            chosen.world_size,
+            timeout_s=timeout_s,
+            dtype=dtype or _own_dtype(self._folder),
+            oversubscribe=oversubscribe,
         )
         if pool is None:  # this process was a rank of torchrun's; the first one speaks
             raise SystemExit(0)
         self._pool: RankPool = pool
         try:
-            self.limits = _fit(wanted, num_blocks, self.model, chosen, pool)
+            self.machine: tuple[RankMachine, ...] = tuple(pool.call(_DESCRIBE))
+            self.limits = _fit(wanted, num_blocks, self.model, chosen, self.machine)
             deployment = Deployment("llm", chosen, options)
             runner = ModelRunner(
                 pool,
@@ -118,7 +125,7 @@ class LLM:
                 deployment,
                 self.limits,
                 seed=seed,
-                ranks_per_node=pool.call(_DESCRIBE)[0].ranks_per_node,
+                ranks_per_node=self.machine[0].ranks_per_node,
                 checkpoint=self._folder,
             )
         except BaseException:
@@ -286,14 +293,17 @@ def _model_len(model: ModelConfig, asked: int | None) -> int:
 
 
 def _fit(
-    wanted: Limits, num_blocks: int | None, model: ModelConfig, layout: Layout, pool: RankPool
+    wanted: Limits,
+    num_blocks: int | None,
+    model: ModelConfig,
+    layout: Layout,
+    seen: Sequence[RankMachine],
 ) -> Limits:
     """The limits with a cache that the ranks' memory has room for.
 
     Raises:
         CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
     """
-    seen: list[RankMachine] = pool.call(_DESCRIBE)
     tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
     free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing

@@ -131,6 +131,7 @@ class RankMachine:
 
     Attributes:
         itemsize: bytes of a value of `dtype`.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """
@@ -142,6 +143,7 @@ class RankMachine:
     backend: str
     dtype: str
     itemsize: int
+    kernels: str
     torch_version: str
     memory_bytes: int
     free_bytes: int

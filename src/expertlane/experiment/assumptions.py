@@ -1,6 +1,6 @@
 """What an experiment takes for granted, printed beside its numbers."""
 
-from expertlane.results import Assumption, Machine
+from expertlane.results.schema import Assumption, Machine
 from expertlane.spec.experiment import Experiment
 
 

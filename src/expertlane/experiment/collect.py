@@ -15,7 +15,7 @@ from expertlane.balance.placement import Placement
 from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.assumptions import assumptions
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
-from expertlane.results import (
+from expertlane.results.schema import (
     BottleneckResult,
     CriticalPathResult,
     DecodeResult,

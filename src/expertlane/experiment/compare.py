@@ -19,7 +19,7 @@ from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.progress import Progress
 from expertlane.metrics import summarise
 from expertlane.plan.memory import fit_cache, workload_limits
-from expertlane.results import DeploymentResult, Machine, Results, Versions
+from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request

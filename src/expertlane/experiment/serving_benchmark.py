@@ -16,16 +16,14 @@ import numpy as np
 
 from expertlane import __version__
 from expertlane.engine.llm import LLM
-from expertlane.engine.messages import RankMachine
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress
 from expertlane.experiment.serving_results import Point, ServingMachine, Spread
-from expertlane.results import LayoutSizes, Versions
+from expertlane.results.schema import LayoutSizes, Versions
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 
-_DESCRIBE = "expertlane.engine.rank_machine:describe"
 _WARM_UP_LEN = 2  # output tokens: a prefill and a decode
 _OPEN_WARM_UP_BATCH = 8
 
@@ -233,12 +231,8 @@ def run_loads(
 
 
 def describe(llm: LLM) -> tuple[ServingMachine, Versions]:
-    """Where a model's ranks run, and on what software.
-
-    Raises:
-        RankError: a rank died, hung or failed.
-    """
-    seen: list[RankMachine] = llm._pool.call(_DESCRIBE)
+    """Where a model's ranks run, and on what software."""
+    seen = llm.machine
     hosts = {each.host: each for each in seen}.values()
     machine = ServingMachine(
         cpu_name=seen[0].cpu_name,
@@ -247,6 +241,7 @@ def describe(llm: LLM) -> tuple[ServingMachine, Versions]:
         memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
         backend=seen[0].backend,
         dtype=seen[0].dtype,
+        kernels=seen[0].kernels,
     )
     return machine, Versions(__version__, platform.python_version(), seen[0].torch_version)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.results import LayoutSizes, Versions, write_text
+from expertlane.results.file import write_text
+from expertlane.results.schema import LayoutSizes, Versions
 from expertlane.spec.deployment import Options
 
 SCHEMA_VERSION = 1
@@ -77,6 +78,7 @@ class ServingMachine:
         num_cores: cores the ranks may use, of all hosts.
         backend: of the collectives, for example `gloo`.
         dtype: of weights and activations.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
     """
 
     cpu_name: str
@@ -85,6 +87,7 @@ class ServingMachine:
     memory_bytes: int
     backend: str
     dtype: str
+    kernels: str
 
     def is_oversubscribed_by(self, num_ranks: int) -> bool:
         """Whether so many ranks share cores that each of them needs for its computations."""

@@ -28,7 +28,7 @@ def build() -> ctypes.CDLL | None:
     try:
         library = _library(compiler)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no room, no success
         return None
 
 

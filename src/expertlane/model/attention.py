@@ -16,7 +16,8 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.norm import rms_norm, rms_norm_heads_
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import WeightSource, layer_name
+from expertlane.model.tensors import layer_name
+from expertlane.model.weight_source import WeightSource
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh

@@ -18,6 +18,7 @@ from expertlane.errors import SpecError
 from expertlane.model.checkpoint_names import Stored, stored_places
 from expertlane.model.dequantize import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
 from expertlane.model.tensors import EMBEDDING, HEAD, Shape, cut_dim, tensor_names, tensor_shape
+from expertlane.model.weight_source import WeightSource
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, read_config, weight_block_size
 
@@ -258,15 +259,8 @@ def _index(stored: Stored, parts: list[range], num_rows: int) -> Index:
     return tuple(index) if stored.expert is None else (stored.expert, *index)
 
 
-class CheckpointWeights:
-    """A rank's slices of a checkpoint; a `WeightSource`.
-
-    Args:
-        touch: called after every tensor, to say that work goes on.
-
-    Attributes:
-        num_bytes: taken so far.
-    """
+class CheckpointWeights(WeightSource):
+    """A rank's slices of a checkpoint."""
 
     def __init__(
         self,
@@ -275,23 +269,14 @@ class CheckpointWeights:
         device: torch.device,
         touch: Callable[[], None],
     ) -> None:
+        super().__init__(dtype, device, touch)
         self._checkpoint = checkpoint
-        self.dtype = dtype
-        self.device = device
-        self._touch = touch
-        self.num_bytes = 0
 
-    def take(
-        self, name: str, part: range | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Tensor `name`, or a part of it along the dimension that layouts cut."""
+    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
         by_columns = cut_dim(name) == 1
-        tensor = self._checkpoint.tensor(
+        return self._checkpoint.tensor(
             name,
             rows=None if by_columns else part,
             columns=part if by_columns else None,
-            dtype=dtype or self.dtype,
-        ).to(self.device)
-        self.num_bytes += tensor.nbytes
-        self._touch()
-        return tensor
+            dtype=dtype,
+        )

@@ -11,7 +11,8 @@ from expertlane.model.kv_cache import KVCache
 from expertlane.model.mlp import MLP
 from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import WeightSource, expert_name, layer_name
+from expertlane.model.tensors import expert_name, layer_name
+from expertlane.model.weight_source import WeightSource
 from expertlane.moe.activation import Activation
 from expertlane.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from expertlane.moe.experts import Experts, ExpertWeights

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.model.tensors import WeightSource, layer_name
+from expertlane.model.tensors import layer_name
+from expertlane.model.weight_source import WeightSource
 from expertlane.moe.activation import Activation
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.linear import Linear

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from expertlane.kernels.cpu import kernels_for
-from expertlane.spec.model import ModelConfig, RopeScaling
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.model_parts import RopeScaling
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:

@@ -13,10 +13,6 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol
-
-import torch
-from torch import Tensor
 
 from expertlane.spec.model import ModelConfig
 
@@ -26,23 +22,6 @@ HEAD = "head"
 _CUT_BY_INPUT = ("output", "down")
 
 Shape = tuple[int, ...]
-
-
-class WeightSource(Protocol):
-    """Where a rank takes its slices of the logical tensors from: seeded ones or a checkpoint.
-
-    Attributes:
-        num_bytes: taken so far.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    num_bytes: int
-
-    def take(
-        self, name: str, part: range | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Tensor `name`, or a part of it along the dimension that layouts cut."""
 
 
 def layer_name(layer: int, part: str) -> str:

@@ -8,7 +8,8 @@ from expertlane.model.head import HeadResult, OutputHead
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.layers import DecoderLayer
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD, WeightSource
+from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD
+from expertlane.model.weight_source import WeightSource
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder

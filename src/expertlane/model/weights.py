@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from expertlane.model.tensors import EMBEDDING, HEAD, cut_dim, tensor_shape
+from expertlane.model.weight_source import WeightSource
 from expertlane.spec.model import ModelConfig
 
 _BLOCK = 64  # indices of the cut dimension in one stream
@@ -56,15 +57,8 @@ def _draw_block(seed: int, name: str, block: int, size: int, rest: int) -> npt.N
     return generator.standard_normal((size, rest), dtype=np.float32)
 
 
-class SeededWeights:
-    """A rank's slices of the seeded tensors; a `WeightSource`.
-
-    Args:
-        touch: called after every tensor, to say that work goes on.
-
-    Attributes:
-        num_bytes: taken so far.
-    """
+class SeededWeights(WeightSource):
+    """A rank's slices of the seeded tensors."""
 
     def __init__(
         self,
@@ -74,21 +68,12 @@ class SeededWeights:
         device: torch.device,
         touch: Callable[[], None],
     ) -> None:
+        super().__init__(dtype, device, touch)
         self._model = model
         self._seed = seed
-        self.dtype = dtype
-        self.device = device
-        self._touch = touch
-        self.num_bytes = 0
 
-    def take(
-        self, name: str, part: range | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Tensor `name`, or a part of it along the dimension that layouts cut."""
+    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
         if name == HEAD and self._model.tie_word_embeddings:
             name = EMBEDDING
         drawn = draw(self._model, self._seed, name, part)
-        tensor = torch.from_numpy(drawn).to(self.device, dtype or self.dtype).contiguous()
-        self.num_bytes += tensor.nbytes
-        self._touch()
-        return tensor
+        return torch.from_numpy(drawn).to(self.device, dtype).contiguous()

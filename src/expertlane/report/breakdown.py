@@ -3,7 +3,7 @@
 from expertlane.report.comparison import Comparison, Row
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import NONE, bytes_si, figures, milliseconds, percent
-from expertlane.results import TrafficBytes
+from expertlane.results.schema import TrafficBytes
 from expertlane.spec.names import Cause, Link
 
 # Deployments side by side in one table that fits 80 columns.

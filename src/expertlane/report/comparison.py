@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from expertlane.results import DeploymentResult, PhaseResult, Quantiles, Results
+from expertlane.results.schema import DeploymentResult, PhaseResult, Quantiles, Results
 from expertlane.spec.names import Phase
 
 

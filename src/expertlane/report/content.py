@@ -19,7 +19,7 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.paper import paper_sections
 from expertlane.report.verdict import foreign_load, oversubscription, verdict
-from expertlane.results import Results
+from expertlane.results.schema import Results
 
 
 def title(results: Results) -> str:

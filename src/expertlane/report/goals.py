@@ -12,7 +12,7 @@ from expertlane.report.numbers import (
     span,
     times,
 )
-from expertlane.results import HiddenCommunication, Results, ScalingPoint
+from expertlane.results.schema import HiddenCommunication, Results, ScalingPoint
 from expertlane.spec.names import Cause
 
 _COMMUNICATION = (

@@ -2,7 +2,7 @@
 
 from expertlane.report import content
 from expertlane.report.document import Table
-from expertlane.results import Results
+from expertlane.results.schema import Results
 
 
 def render(results: Results) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import figures, times
-from expertlane.results import Results
+from expertlane.results.schema import Results
 from expertlane.spec.layout import Layout
 
 

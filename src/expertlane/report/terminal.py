@@ -11,7 +11,7 @@ from rich.text import Text
 
 from expertlane.report import content
 from expertlane.report.document import Table
-from expertlane.results import Results
+from expertlane.results.schema import Results
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8

@@ -2,7 +2,7 @@
 
 from expertlane.report.comparison import Comparison, Row, gain
 from expertlane.report.numbers import figures, milliseconds, percent, times
-from expertlane.results import Machine, Results
+from expertlane.results.schema import Machine, Results
 from expertlane.spec.names import Cause, Phase
 
 # Factors this close to 1 are called equal: one run of a few steps does not tell them apart.

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from expertlane.spec.hf_config import Fields, family_of, weight_block_size
-from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _THETA = 10_000.0

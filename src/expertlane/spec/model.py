@@ -1,10 +1,11 @@
 """What a Mixture-of-Experts transformer is made of, under Hugging Face's names."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
+from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 _POSITIVE = (
@@ -20,87 +21,6 @@ _POSITIVE = (
     "rope_theta",
     "rms_norm_eps",
 )
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length a model was trained at.
-
-    `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
-    wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
-    original_max_position_embeddings / high_freq_factor, and blends between. `yarn` (Peng et al.
-    2023) blends between the dimensions that turn `beta_fast` and `beta_slow` times over the
-    original length.
-
-    Attributes:
-        truncate: yarn; whether the blend begins and ends at whole dimensions.
-        attention_factor: yarn; cosines and sines are multiplied by it.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-
-    rope_type: Literal["linear", "llama3", "yarn"]
-    factor: float
-    original_max_position_embeddings: int
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class LatentAttention:
-    """Multi-head latent attention (DeepSeek-AI 2024): keys and values come from a short latent.
-
-    A head's query and key are `qk_nope_head_dim` values without positions, then
-    `qk_rope_head_dim` rotated ones; the rotated part of the key is common to all heads.
-
-    Attributes:
-        q_lora_rank: width of the queries' latent; None where queries have none.
-        mscale: the softmax scale is head_dim^-0.5 · mscale².
-        norm_eps: of the norms of the latents; they do not take the model's rms_norm_eps.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
-    mscale: float = 1.0
-    norm_eps: float = 1e-6
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How a router's logits become choices and weights.
-
-    Scores are `scoring_func` of the logits over all experts. The choice is the
-    `num_experts_per_tok` largest of scores + correction bias, within the best `topk_group` of
-    `n_group` equal groups of consecutive experts. Weights are the chosen experts' scores without
-    the correction bias, divided by their sum if `norm_topk_prob`, times `routed_scaling_factor`.
-    So softmax with `norm_topk_prob` is the same function as a softmax over the chosen logits.
-
-    Attributes:
-        router_bias: the logits have a bias.
-        correction_bias: a bias for the choice alone exists.
-        group_score: what groups are compared by: their largest, or the sum of their two largest
-            scores + correction bias.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-
-    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    router_bias: bool = False
-    correction_bias: bool = False
-    n_group: int = 1
-    topk_group: int = 1
-    group_score: Literal["max", "top2_sum"] = "max"
 
 
 @dataclass(frozen=True)
@@ -163,7 +83,7 @@ class ModelConfig:
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     expert_bias: bool = False
-    routing: Routing = Routing()
+    routing: Routing = field(default_factory=Routing)
     dense_layers: tuple[int, ...] = ()
     intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 import example_results as example
-from expertlane import results
 from expertlane.errors import UserError
-from expertlane.spec.layout import Layout
+from expertlane.results.file import read, write
 from expertlane.spec.names import Phase
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    return results.write(example.usual(), tmp_path / "new" / "folder")
+    return write(example.usual(), tmp_path / "new" / "folder")
 
 
 def change(path: Path, **keys: object) -> None:
@@ -23,7 +22,7 @@ def change(path: Path, **keys: object) -> None:
 
 def complaint(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        results.read(path)
+        read(path)
     line = str(caught.value)
     assert "\n" not in line
     return line.replace(str(path), "FILE")
@@ -31,8 +30,8 @@ def complaint(path: Path) -> str:
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     given = example.usual()
-    path = results.write(given, tmp_path)
-    assert results.read(path) == given
+    path = write(given, tmp_path)
+    assert read(path) == given
     assert os.listdir(tmp_path) == ["results.json"]
 
 
@@ -40,7 +39,7 @@ def test_nothing_decoded_and_one_deployment(tmp_path: Path) -> None:
     given = example.results([(example.SMALL, 0.5)], output_len=1)
     assert given.deployments[0].decode is None
     assert list(given.deployments[0].breakdown_s) == [Phase.PREFILL]
-    assert results.read(results.write(given, tmp_path)) == given
+    assert read(write(given, tmp_path)) == given
 
 
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
@@ -58,10 +57,10 @@ def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
 
 
 def test_an_older_file_is_replaced_whole(tmp_path: Path) -> None:
-    results.write(example.usual(), tmp_path)
+    write(example.usual(), tmp_path)
     newer = replace(example.usual(), command="another")
-    results.write(newer, tmp_path)
-    assert results.read(tmp_path / "results.json").command == "another"
+    write(newer, tmp_path)
+    assert read(tmp_path / "results.json").command == "another"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +69,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "replace", no_space)
     with pytest.raises(UserError, match=r"cannot write .*results\.json: No space left on device"):
-        results.write(example.usual(), tmp_path)
+        write(example.usual(), tmp_path)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        results.write(example.usual(), tmp_path / "taken")
+        write(example.usual(), tmp_path / "taken")
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -128,36 +127,3 @@ def test_a_layout_that_cannot_be(written: Path) -> None:
     data["deployments"][0]["layout"]["ep_size"] = 3
     written.write_text(json.dumps(data))
     assert "ep=3 does not divide" in complaint(written)
-
-
-def test_sources_do_not_mix() -> None:
-    given = example.usual()
-    reported = replace(given.deployments[1], source="reported")
-    with pytest.raises(UserError, match="mix sources: measured, reported"):
-        replace(given, deployments=(given.deployments[0], reported))
-
-
-def test_no_deployment_and_one_name_twice() -> None:
-    given = example.usual()
-    with pytest.raises(UserError, match="without a deployment"):
-        replace(given, deployments=())
-    with pytest.raises(UserError, match="one deployment twice"):
-        replace(given, deployments=given.deployments[:1] * 2)
-
-
-def test_cause_shares_add_up_to_1() -> None:
-    for deployment in example.usual().deployments:
-        for phase in Phase:
-            assert sum(deployment.cause_shares(phase).values()) == pytest.approx(1)
-
-
-def test_layout_sizes_round_trip() -> None:
-    layout = Layout(replicas=2, pp=3, dp=4, tp=5, ep=10)
-    assert results.LayoutSizes.of(layout).layout == layout
-
-
-def test_oversubscription() -> None:
-    assert example.machine(num_cores=2).is_oversubscribed
-    assert example.machine(num_cores=2).ranks_per_core == 8
-    assert not example.machine(num_cores=16).is_oversubscribed
-    assert not replace(example.machine(), device="NVIDIA H100").is_oversubscribed
