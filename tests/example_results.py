@@ -7,6 +7,7 @@ import numpy as np
 from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.metrics import MachinePeak, summarise
+from expertlane.plan.memory import workload_limits
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
@@ -118,6 +119,10 @@ def results(
         versions=Versions("0.1.0", "3.11", "2.9"),
         deployments=[result(*each, output_len=output_len) for each in step_s],
         scaling=[result(*each, output_len=output_len) for each in scaling],
+        limits={
+            each.name: workload_limits(experiment.workload, MODEL, each.layout)
+            for each in experiment.deployments + experiment.scaling
+        },
     )
 
 

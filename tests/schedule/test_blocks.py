@@ -10,7 +10,7 @@ def digests(*blocks: list[int]) -> list[bytes]:
     """The chain of digests of a sequence given block by block."""
     chain = [ROOT]
     for block in blocks:
-        chain.append(block_digest(chain[-1], np.array(block)))
+        chain.append(block_digest(chain[-1], np.array(block).tobytes()))
     return chain[1:]
 
 

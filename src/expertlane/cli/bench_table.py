@@ -81,7 +81,8 @@ def _notes(results: ServingResults) -> list[str]:
     notes = [
         f"Measured {results.created} on {machine.cpu_name}, "
         f"{counted(machine.num_cores, 'core')}, {bytes_si(machine.memory_bytes)}, device "
-        f"{machine.device}, {machine.dtype}, kernels of {machine.kernels}; options: {results.options}; "
+        f"{machine.device}, {machine.dtype}, kernels of {machine.kernels}; "
+        f"options: {results.options}; "
         f"expertlane {versions.expertlane}, torch {versions.torch}."
     ]
     if machine.is_oversubscribed_by(num_ranks):

@@ -1,5 +1,7 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
+import os
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -37,11 +39,19 @@ _ExperimentArgument = Annotated[
         "paper-small (laptop), paper (full size)."
     ),
 ]
+_ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
+        "a preset, whose weights are random.",
+    ),
+]
 _TopK = Annotated[
     str | None,
     typer.Option(
         metavar="K[,K…]",
-        help="Experts per token in place of the experiment's; with several, one comparison "
+        help="Experts per token in place of the model's; with several, one comparison "
         "each, one after the other.",
     ),
 ]
@@ -50,7 +60,7 @@ _Out = Annotated[
     typer.Option(
         metavar="DIR",
         help="Folder for results.json and report.md (with several K, its subfolders topK). "
-        "Default: results/NAME, or results/NAME-topK with --top-k.",
+        "Default: results/NAME, with -MODEL and -topK added where those options are given.",
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
@@ -67,6 +77,7 @@ _Dtype = Annotated[
 
 def compare(
     experiment: _ExperimentArgument = DEFAULT_EXPERIMENT,
+    model: _ModelOption = None,
     top_k: _TopK = None,
     out: _Out = None,
     as_json: _Json = False,
@@ -86,6 +97,8 @@ def compare(
           the paper's deployments on a small model, 16 local ranks
       expertlane compare --top-k 2,1
           the same twice: two experts a token, then one
+      expertlane compare mine.toml --model ./my-checkpoint
+          your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
       expertlane compare --json | jq '.deployments[].decode.tps'
@@ -95,7 +108,7 @@ def compare(
     """
     if not (0 < timeout_s <= MAX_TIMEOUT_S):
         raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
-    comparisons = _comparisons(experiment, top_k, out)
+    comparisons = _comparisons(experiment, model, top_k, out)
     from expertlane.cli.output import check_folder, is_speaker, progress_on_stderr, stdout_console
     from expertlane.engine.start import start_pool
     from expertlane.experiment.compare import check_memory, run_comparison
@@ -127,12 +140,15 @@ def compare(
 
 
 def _comparisons(
-    argument: str, top_k: str | None, out: Path | None
+    argument: str, model_name: str | None, top_k: str | None, out: Path | None
 ) -> list[tuple["Experiment", Path]]:
     """What to run, and the folder of each; all checked before the first one runs."""
+    from expertlane.engine.hub import resolve_model
     from expertlane.spec.experiment_file import find_experiment, read_experiment
 
-    experiment = read_experiment(find_experiment(argument))
+    experiment = read_experiment(find_experiment(argument), resolve_model)
+    if model_name is not None:
+        experiment = _with_model(experiment, model_name)
     if top_k is None:
         return [(experiment, out or Path("results", experiment.name))]
     top_ks = _parse_top_ks(top_k)
@@ -148,6 +164,22 @@ def _comparisons(
             folder = out / f"top{k}" if len(top_ks) > 1 else out
         comparisons.append((replace(experiment, model=model), folder))
     return comparisons
+
+
+def _with_model(experiment: "Experiment", model_name: str) -> "Experiment":
+    """The experiment's deployments and workload on another model."""
+    from expertlane.cli.engine_options import find_model
+
+    found = find_model(model_name)
+    try:
+        return replace(
+            experiment,
+            name=re.sub(r"[^A-Za-z0-9._-]+", "-", f"{experiment.name}-{found.config.name}"),
+            model=found.config,
+            checkpoint=os.path.abspath(found.folder) if found.folder else None,
+        )
+    except SpecError as error:
+        raise SpecError(f"--model {model_name}: {error}") from None
 
 
 def _parse_top_ks(text: str) -> list[int]:

@@ -150,11 +150,10 @@ def find_model(name: str) -> FoundModel:
         UserError: there is none, or its configuration cannot be read.
     """
     from expertlane.engine.hub import resolve_model
-    from expertlane.spec.from_hf import from_hf
-    from expertlane.spec.hf_config import read_config
+    from expertlane.spec.from_hf import read_model
     from expertlane.spec.model import PRESETS
 
     if name in PRESETS:
         return FoundModel(name, PRESETS[name], None)
     folder = resolve_model(name)
-    return FoundModel(name, from_hf(read_config(folder), folder.name), folder)
+    return FoundModel(name, read_model(folder, name), folder)

@@ -1,4 +1,4 @@
-"""Where a command's words go: who speaks, how wide, how progress is shown, and what folder takes."""
+"""Where a command's words go: who speaks, how wide, how progress is shown, what can be written."""
 
 import os
 import sys

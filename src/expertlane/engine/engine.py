@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import SystemRandom
 from typing import Generic
 
@@ -18,14 +17,29 @@ from expertlane.spec.sampling import SamplingParams
 Prompt = str | Sequence[int]
 
 
-@dataclass(eq=False, slots=True)
 class _Live:
-    """A request that is not finished; no detokenizer where there is no tokenizer."""
+    """A request that is not finished; no detokenizer where there is no tokenizer.
 
-    request: Request
-    output: RequestOutput
-    detokenizer: IncrementalDetokenizer | None
-    wants_logprobs: bool
+    Attributes:
+        is_plain: tokens are all that it is given.
+        add_time: takes the time of a token.
+    """
+
+    __slots__ = ("add_time", "detokenizer", "is_plain", "output", "request", "wants_logprobs")
+
+    def __init__(
+        self,
+        request: Request,
+        output: RequestOutput,
+        detokenizer: IncrementalDetokenizer | None,
+        wants_logprobs: bool,
+    ) -> None:
+        self.request = request
+        self.output = output
+        self.detokenizer = detokenizer
+        self.wants_logprobs = wants_logprobs
+        self.is_plain = detokenizer is None and not wants_logprobs
+        self.add_time = output.token_times_s.append
 
 
 class Engine(Generic[HandleT]):
@@ -145,12 +159,15 @@ class Engine(Generic[HandleT]):
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""
-        chunks = []
+        chunks, finished_s, lives = [], outcome.finished_s, self._live
         for request in stepped:
             request_id, reason, text = request.request_id, request.finish_reason, ""
-            live = self._live[request_id]
+            live = lives[request_id]
             token_id = request.output_token_ids[-1]
-            live.output.token_times_s.append(outcome.finished_s)
+            live.add_time(finished_s)
+            if live.is_plain and reason is None:
+                chunks.append(Chunk(request_id, token_id, "", None))
+                continue
             if live.wants_logprobs:
                 live.output.logprobs.append(outcome.logprobs[request.seq_id])
             if live.detokenizer is not None and reason is not FinishReason.STOP:

@@ -11,18 +11,20 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.tiktoken")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, base: Path = Path()) -> Path:
     """The folder of a model, downloaded first if it is a hub id that is not in the cache.
 
     Without a network, or with `HF_HUB_OFFLINE` set, the cache (below `HF_HOME`) is all there is.
 
     Args:
         model: a folder with a `config.json`, or a hub id, `organisation/name`.
+        base: the folder that a relative one is looked for in.
 
     Raises:
         UserError: there is no such folder or model, or it cannot be had.
     """
-    path = os.path.expanduser(model)  # unlike Path's, these raise nothing for odd names
+    # Unlike Path's, these raise nothing for odd names.
+    path = os.path.join(base, os.path.expanduser(model))
     if os.path.isfile(path):
         raise UserError(f"model {model!r} is a file; give the checkpoint's folder")
     if os.path.isdir(path):

@@ -23,7 +23,7 @@ from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, MicroBatchSchedule, Options
-from expertlane.spec.from_hf import from_hf
+from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
@@ -271,7 +271,7 @@ def _find_model(model: str | Path) -> tuple[ModelConfig, Path | None]:
     if str(model) in PRESETS:
         return PRESETS[str(model)], None
     folder = resolve_model(str(model))
-    return from_hf(read_config(folder), folder.name), folder
+    return read_model(folder, str(model)), folder
 
 
 def _own_dtype(folder: Path | None) -> str | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +33,7 @@ from expertlane.results.schema import (
     UtilisationResult,
     Versions,
 )
+from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
@@ -105,6 +106,7 @@ def build_results(
     machine: Machine,
     versions: Versions,
     deployments: Sequence[DeploymentResult],
+    limits: Mapping[str, Limits],
     scaling: Sequence[DeploymentResult] = (),
     foreign_cpu_share: float = 0.0,
 ) -> Results:
@@ -112,6 +114,7 @@ def build_results(
 
     Args:
         deployments, scaling: in the experiment's order.
+        limits: what each deployment, by its name, was scheduled with.
         foreign_cpu_share: of the launcher's host, what other processes used meanwhile.
     """
     return Results(
@@ -120,7 +123,7 @@ def build_results(
         versions=versions,
         machine=machine,
         experiment=json.loads(json.dumps(asdict(experiment))),  # lists, as they are read back
-        assumptions=assumptions(experiment, machine),
+        assumptions=assumptions(experiment, machine, limits),
         deployments=tuple(deployments),
         hidden_communication=hidden_by_overlap(deployments),
         scaling=scaling_points(scaling, deployments),
@@ -253,7 +256,8 @@ def _rank(
     return RankResult(
         rank=rank,
         num_experts_per_layer=tuple(
-            num_experts if layer in own_layers else 0 for layer in range(model.num_hidden_layers)
+            num_experts if layer in own_layers and not model.is_dense(layer) else 0
+            for layer in range(model.num_hidden_layers)
         ),
         weight_bytes=held.weight_bytes,
         kv_bytes=held.kv_bytes,

@@ -4,6 +4,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,6 +85,7 @@ def run_comparison(
         versions=Versions(__version__, platform.python_version(), seen[0].torch_version),
         deployments=[runs.result(each) for each in experiment.deployments],
         scaling=[runs.result(each) for each in experiment.scaling],
+        limits=runs.limits,
         foreign_cpu_share=runs.foreign_cpu_share,
     )
 
@@ -147,6 +149,7 @@ class _Runs:
     """What was measured of every deployment, repetition by repetition.
 
     Attributes:
+        limits: of each deployment's scheduler, by its name.
         foreign_cpu_share: of this host's cores, what other processes used meanwhile.
     """
 
@@ -161,7 +164,7 @@ class _Runs:
     ) -> None:
         self._experiment = experiment
         self._pool = pool
-        self._limits = {
+        self.limits = {
             each.name: deployment_limits(experiment, each, seen)
             for each in experiment.deployments + experiment.scaling
         }
@@ -183,7 +186,7 @@ class _Runs:
     def measure(self, deployment: Deployment, run: int) -> None:
         """Deploy, warm up, and run the workload once."""
         experiment, name = self._experiment, deployment.name
-        workload, progress, limits = experiment.workload, self._progress, self._limits[name]
+        workload, progress, limits = experiment.workload, self._progress, self.limits[name]
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{name}, again" if run else name, 1 + num_tokens)
         runner = ModelRunner(
@@ -193,6 +196,7 @@ class _Runs:
             limits,
             seed=experiment.seed,
             ranks_per_node=self._ranks_per_node,
+            checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
         )
         self._held[name] = runner.held
         self._warm_up(deployment, runner)
@@ -209,7 +213,7 @@ class _Runs:
         self, deployment: Deployment, workload: Workload, *, record: bool = True
     ) -> tuple[ContinuousScheduler, list[Request]]:
         """A scheduler with the whole workload queued."""
-        limits = self._limits[deployment.name]
+        limits = self.limits[deployment.name]
         scheduler = ContinuousScheduler(
             deployment.layout, deployment.options, limits, record=record
         )

@@ -40,7 +40,7 @@ class PhaseMetrics:
         cpu_s_per_token: CPU time of all threads of all ranks over tokens.
         num_tokens_per_expert: [num_layers, num_experts].
         active_expert_share: of the experts of a layer, those with a token in a step; mean over
-            layers and steps.
+            the layers that have experts, and steps.
         sent_bytes: [2 kinds of traffic, 2 kinds of link].
         flops, weight_bytes, num_collectives: [num_stages].
         kv_bytes: keys and values read.
@@ -150,8 +150,9 @@ def _total(arrays: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
 
 
 def _active_expert_share(steps: Sequence[StepRecord]) -> float:
-    shares = [
-        (_total([record.num_tokens_per_expert for record in step.records]) > 0).mean()
-        for step in steps
-    ]
+    shares = []
+    for step in steps:
+        is_active = _total([record.num_tokens_per_expert for record in step.records]) > 0
+        has_experts = is_active.any(axis=1)  # no token skips a layer that has any
+        shares.append(is_active[has_experts].mean() if has_experts.any() else 0.0)
     return float(np.mean(shares))

@@ -192,7 +192,7 @@ def _controlled(results: Results) -> Section:
     rows = (
         ("model", _listed(experiment.get("model", {}))),
         ("workload", _listed(experiment.get("workload", {}))),
-        ("weights' seed", str(experiment.get("seed", NONE))),
+        ("weights", _weights(experiment)),
         (
             "machine",
             f"{machine.cpu_name}, {machine.num_cores} cores, {bytes_si(machine.memory_bytes)}, "
@@ -221,6 +221,11 @@ def _controlled(results: Results) -> Section:
         "Controlled variables (the same for every deployment)",
         (Table("", (text("what"), text("value")), rows),),
     )
+
+
+def _weights(experiment: dict[str, Any]) -> str:
+    checkpoint = experiment.get("checkpoint")
+    return checkpoint or f"random, seed {experiment.get('seed', NONE)}"
 
 
 def _listed(fields: dict[str, Any]) -> str:

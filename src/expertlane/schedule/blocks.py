@@ -4,13 +4,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-import numpy as np
-import numpy.typing as npt
-
 ROOT = b""  # stands for the parent of a sequence's first block
 
 
-def block_digest(parent: bytes, token_ids: npt.NDArray[np.int64]) -> bytes:
+def block_digest(parent: bytes, tokens: bytes) -> bytes:
     """Name a full block by its content and by all that stands before it.
 
     Keys and values depend on every earlier token, so two blocks are interchangeable only if their
@@ -19,9 +16,9 @@ def block_digest(parent: bytes, token_ids: npt.NDArray[np.int64]) -> bytes:
 
     Args:
         parent: digest of the block before, or `ROOT`.
-        token_ids: [block_size].
+        tokens: its token ids, 8 bytes each.
     """
-    return blake2b(parent + token_ids.tobytes(), digest_size=16).digest()
+    return blake2b(parent + tokens, digest_size=16).digest()
 
 
 class BlockManager:

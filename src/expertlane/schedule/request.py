@@ -1,5 +1,6 @@
 """A request: what was asked for, and how far it has come."""
 
+from array import array
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
@@ -115,5 +116,12 @@ class Request:
         while len(digests) <= index:
             start = len(digests) * block_size
             parent = digests[-1] if digests else ROOT
-            digests.append(block_digest(parent, self.tokens(start, start + block_size)))
+            digests.append(block_digest(parent, self._token_bytes(start, start + block_size)))
         return digests[index]
+
+    def _token_bytes(self, start: int, stop: int) -> bytes:
+        """`tokens` as bytes; for generated ones without numpy, which takes longer for so few."""
+        prompt_len = len(self.prompt_token_ids)
+        if start < prompt_len:
+            return self.tokens(start, stop).tobytes()
+        return array("q", self.output_token_ids[start - prompt_len : stop - prompt_len]).tobytes()

@@ -252,17 +252,19 @@ class RunningTable:
                 self.blocks.register(block, request.digest(index, size))
 
     def _append_tokens(self, rows: Rows, token_ids: dict[int, int]) -> list[Request]:
-        tokens = [token_ids[seq] for seq in self.seq_ids[rows].tolist()]
+        tokens = list(map(token_ids.__getitem__, self.seq_ids[rows].tolist()))
         in_flight = self.in_flight[rows]  # each of those steps has yet to yield a token
         self.last_token[rows] = np.where(in_flight > 0, UNKNOWN, tokens)
-        is_full = (self.num_tokens[rows] - in_flight >= self._max_num_tokens[rows]).tolist()
-        requests = [self.request(row) for row in rows.tolist()]
-        for request, token, at_length in zip(requests, tokens, is_full, strict=True):
+        is_full = self.num_tokens[rows] - in_flight >= self._max_num_tokens[rows]
+        requests = list(map(self.request, rows.tolist()))
+        for request, token in zip(requests, tokens, strict=True):
             request.output_token_ids.append(token)
             if token in request.stop_token_ids:
                 request.finish(FinishReason.STOP)
                 self.cancel(request.row)
-            elif at_length:
+        for place in np.flatnonzero(is_full).tolist():
+            request = requests[place]
+            if request.finish_reason is None:
                 request.finish(FinishReason.LENGTH)
                 self.cancel(request.row)
         return requests

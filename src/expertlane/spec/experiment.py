@@ -38,7 +38,8 @@ class Experiment:
         deployments: the first one is the baseline that factors are given against.
         scaling: layouts of one family, run beside the deployments, from which the scaling of
             the last deployment is shown.
-        seed: of the model's weights.
+        seed: of the model's weights, where they come from no checkpoint.
+        checkpoint: the folder the weights are in; None for seeded ones.
 
     Raises:
         SpecError: no deployment, a name or a scaling size given twice, or a layout or workload
@@ -52,6 +53,7 @@ class Experiment:
     scaling: tuple[Deployment, ...] = ()
     cluster: Cluster = field(default_factory=Cluster)
     seed: int = 0
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.deployments:
@@ -68,7 +70,10 @@ class Experiment:
                 raise SpecError(f"experiment {self.name}: two scaling layouts have ep={size}")
         self.workload.check_model(self.model)
         for deployment in self.deployments + self.scaling:
-            deployment.layout.check_model(self.model)
+            try:
+                deployment.layout.check_model(self.model)
+            except SpecError as error:
+                raise SpecError(f"deployment {deployment.name!r}: {error}") from None
 
     @property
     def num_ranks(self) -> int:

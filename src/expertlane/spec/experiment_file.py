@@ -2,21 +2,24 @@
 
 A file holds `name` and `seed`, the tables `[model]`, `[workload]` and `[cluster]`, and one table
 `[[deployments]]` or `[[scaling]]` for each deployment; `experiments/paper-small.toml` shows all.
+A model is a `preset`, a `checkpoint`, or given by its sizes.
 """
 
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from expertlane.errors import SpecError
+from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment
+from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.workload import Workload
@@ -31,9 +34,11 @@ _WANTED = {
     "bool": "true or false",
     "tuple": "a list",
 }
+_BESIDE_CHECKPOINT = "num_experts_per_tok"  # the one value of a checkpoint's that can be changed
 _SHOWN_LENGTH = 60  # of a wrong value, in a message
 
 T = TypeVar("T")
+FindCheckpoint = Callable[[str, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,24 @@ def find_experiment(argument: str) -> Path:
     )
 
 
-def read_experiment(path: Path) -> Experiment:
+def _folder_below(checkpoint: str, base: Path) -> Path:
+    """The folder that a path means; `base` is where a relative one begins."""
+    return base / checkpoint
+
+
+def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below) -> Experiment:
     """Read and check a whole experiment.
+
+    Args:
+        find_checkpoint: gives the folder that the file's checkpoint means, by its text and the
+            folder of the file.
 
     Raises:
         SpecError: the file cannot be read, is no TOML, or breaks a rule; the text is one line that
             begins with the path.
     """
     try:
-        return _experiment(_parse(path))
+        return _experiment(_parse(path), path.parent, find_checkpoint)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
 
@@ -121,7 +135,7 @@ def _parse(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _experiment(document: dict[str, Any]) -> Experiment:
+def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> Experiment:
     _check_keys(document, (*_field_names(_Header), *_TABLES, *_ARRAYS), "the top level")
     for table in _TABLES:
         if not isinstance(document.get(table, {}), dict):
@@ -138,10 +152,12 @@ def _experiment(document: dict[str, Any]) -> Experiment:
             f"name is {_shown(header.name)}; it names the folder of results, so it must be letters "
             "and digits, with . _ - between them"
         )
+    model, checkpoint = _model(document["model"], base, find)
     return Experiment(
         name=header.name,
         seed=header.seed,
-        model=_model(document["model"]),
+        model=model,
+        checkpoint=checkpoint,
         workload=_build(Workload, workload, "[workload]"),
         cluster=_build(Cluster, cluster, "[cluster]"),
         deployments=_deployments(document, "deployments"),
@@ -149,17 +165,41 @@ def _experiment(document: dict[str, Any]) -> Experiment:
     )
 
 
-def _model(table: dict[str, Any]) -> ModelConfig:
-    _check_keys(table, ("preset", *_field_names(ModelConfig)), "[model]")
+def _model(
+    table: dict[str, Any], base: Path, find: FindCheckpoint
+) -> tuple[ModelConfig, str | None]:
+    """The model, and the folder of its checkpoint if it has one."""
+    _check_keys(table, ("preset", "checkpoint", *_field_names(ModelConfig)), "[model]")
+    if "checkpoint" in table:
+        return _checkpoint(table, base, find)
     overrides = dict(table)
     preset = overrides.pop("preset", None)
     if preset is None:
-        return _build(ModelConfig, overrides, "[model]")
+        return _build(ModelConfig, overrides, "[model]"), None
     if not isinstance(preset, str):
         raise SpecError(f"[model]: preset is {_shown(preset)}; it must be a string")
     if preset not in PRESETS:
         raise SpecError(f"[model]: unknown preset {preset!r}{_nearest(preset, PRESETS)}")
-    return _build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]")
+    return _build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]"), None
+
+
+def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tuple[ModelConfig, str]:
+    overrides = dict(table)
+    given = overrides.pop("checkpoint")
+    if not isinstance(given, str):
+        raise SpecError(f"[model]: checkpoint is {_shown(given)}; it must be a string")
+    for key in overrides:
+        if key != _BESIDE_CHECKPOINT:
+            raise SpecError(
+                f"[model]: checkpoint and {key} exclude each other; valid beside a checkpoint: "
+                f"{_BESIDE_CHECKPOINT}"
+            )
+    try:
+        folder = find(given, base)
+        model = read_model(folder, os.path.join(base, given))
+    except UserError as error:
+        raise SpecError(f"[model]: {error}") from None
+    return _build(ModelConfig, asdict(model) | overrides, "[model]"), os.path.abspath(folder)
 
 
 def _deployments(document: dict[str, Any], key: str) -> tuple[Deployment, ...]:

@@ -4,10 +4,12 @@ What a family computes is told by its transformers class; `docs/families.md` has
 """
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from expertlane.spec.hf_config import Fields, family_of, weight_block_size
+from expertlane.spec.hf_config import Fields, family_of, read_config, weight_block_size
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
@@ -31,6 +33,18 @@ def from_hf(config: dict[str, Any], name: str | None = None) -> ModelConfig:
     if fields.get(str, "hidden_act", default="silu") != "silu":
         raise fields.unsupported("hidden_act")
     return ModelConfig(**_common(fields) | _FAMILIES[family](fields))
+
+
+def read_model(folder: Path, given: str) -> ModelConfig:
+    """The model of a checkpoint's folder.
+
+    Args:
+        given: the path or hub id that the folder was found by; its last part is the model's name.
+
+    Raises:
+        SpecError: no checkpoint is there, or it is of a kind that cannot be read.
+    """
+    return from_hf(read_config(folder), Path(os.path.abspath(given)).name)
 
 
 def _common(fields: Fields) -> dict[str, Any]:
