@@ -7,6 +7,8 @@ from serving import Answers, serve
 from expertlane.engine.llm import LLM
 from expertlane.spec.sampling import SamplingParams
 
+NUM_BLOCKS = 2048  # of 16 tokens: over three times what the largest point needs
+
 
 def main() -> None:
     answers = Answers()
@@ -16,6 +18,7 @@ def main() -> None:
         layout=layout,
         dtype="bfloat16",
         max_model_len=1024,
+        num_blocks=NUM_BLOCKS,
         prefix_caching=False,
         max_num_batched_tokens=4096,
         max_num_seqs=256,

@@ -1,12 +1,16 @@
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from expertlane.errors import CapacityError, RankError
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
+from expertlane.spec.from_hf import from_hf
+from expertlane.spec.model import PRESETS
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
 
@@ -61,6 +65,92 @@ def test_top_k_gives_one_comparison_each(comparison, run, arguments, folders):
     assert models == [SMALL.model.with_overrides(num_experts_per_tok=k) for k in folders]
     found = {str(path.parent.relative_to(Path.cwd())) for path in Path.cwd().rglob("report.md")}
     assert found == set(folders.values())
+
+
+SMALL_CHECKPOINT = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_local_experts": 16,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 97,
+}
+
+
+def put_checkpoint(folder: str, **config: object) -> Path:
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text(json.dumps(SMALL_CHECKPOINT | config))
+    return Path.cwd() / folder
+
+
+@pytest.mark.parametrize("argument", ["models/my moe", "./models/my moe/", "{folder}"])
+def test_a_checkpoint_in_place_of_the_experiments_model(comparison, run, argument):
+    folder = put_checkpoint("models/my moe")
+    code, out, _ = run("compare", "--model", argument.format(folder=folder))
+
+    assert (code, out) == (0, "results!\n")
+    expected = replace(
+        SMALL,
+        name="paper-small-my-moe",
+        model=from_hf(SMALL_CHECKPOINT, "my moe"),
+        checkpoint=str(folder),
+    )
+    assert [call["experiment"] for call in comparison.calls] == [expected]
+    assert Path("results/paper-small-my-moe/report.md").is_file()
+
+
+def test_a_checkpoint_with_other_numbers_of_experts_per_token(comparison, run):
+    folder = put_checkpoint("moe")
+    assert run("compare", "--model", "moe", "--top-k", "4,1", "paper-small")[0] == 0
+    experiments = [call["experiment"] for call in comparison.calls]
+    assert [each.model.num_experts_per_tok for each in experiments] == [4, 1]
+    assert [each.checkpoint for each in experiments] == [str(folder)] * 2
+    assert Path("results/paper-small-moe-top4/report.md").is_file()
+
+
+def test_a_preset_in_place_of_the_experiments_model(comparison, run):
+    assert run("compare", "--model", "paper-tiny")[0] == 0
+    (call,) = comparison.calls
+    assert call["experiment"] == replace(
+        SMALL, name="paper-small-paper-tiny", model=PRESETS["paper-tiny"]
+    )
+
+
+def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
+    folder = put_checkpoint("mine/models/moe")
+    text = shipped_experiments()["paper-small"].read_text(encoding="utf-8")
+    text = text.replace('preset = "paper-small"', 'checkpoint = "models/moe"')
+    Path("mine/mine.toml").write_text(text, encoding="utf-8")
+    assert run("compare", "mine/mine.toml")[0] == 0
+    (call,) = comparison.calls
+    assert call["experiment"].checkpoint == str(folder)
+    assert call["experiment"].model == from_hf(SMALL_CHECKPOINT, "moe")
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (
+            {"num_local_experts": 8},
+            "--model moe: deployment 'EP 16': layout dp=16,ep=16: ep=16 is more than the 8 experts "
+            "of moe; valid ep: 1, 2, 4, 8",
+        ),
+        (
+            {"max_position_embeddings": 32},
+            "--model moe: workload: a prompt of 32 and 9 output tokens take 40 positions but moe "
+            "has 32; valid prompt_len at this output_len: 1 to 24",
+        ),
+        ({"num_hidden_layers": None}, "model moe: num_hidden_layers is missing"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_experiment(comparison, run, config, line):
+    put_checkpoint("moe", **config)
+    assert run("compare", "--model", "moe") == (2, "", f"expertlane: error: {line}\n")
+    assert comparison.pools == []
 
 
 def test_json_is_the_file_and_nothing_else(comparison, run):
@@ -122,6 +212,12 @@ def test_a_failed_run_writes_nothing(comparison, run):
         (["--timeout-s", "nan"], "--timeout-s is nan; valid: above 0, at most 1e+06"),
         (["--timeout-s", "inf"], "--timeout-s is inf; valid: above 0, at most 1e+06"),
         (["none.toml"], "none.toml: no such file"),
+        (
+            ["--model", "none"],
+            "model 'none': there is no such folder, and it is no hub id such as "
+            "'mistralai/Mixtral-8x7B-v0.1'",
+        ),
+        (["--model", "."], "model '.': there is no config.json; it is no checkpoint's folder"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(comparison, run, arguments, line):

@@ -205,3 +205,14 @@ def test_what_the_hub_refuses(tmp_path: Path, hub: str) -> None:
     )
     assert "BadRequestError: " in broken
     assert "a bad day" in broken
+
+
+def test_a_relative_folder_is_looked_for_below_the_base(tmp_path: Path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name / "org" / "model").mkdir(parents=True)
+        (tmp_path / name / "org" / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    model, there = tmp_path / "there" / "org" / "model", tmp_path / "there"
+    assert resolve_model("org/model").samefile(tmp_path / "here" / "org" / "model")
+    assert resolve_model("org/model", there) == model
+    assert resolve_model(str(model), tmp_path / "nowhere") == model

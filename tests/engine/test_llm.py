@@ -353,3 +353,14 @@ class TestRanks:
     def test_more_ranks_than_the_machine_should_run(self):
         with pytest.raises(CapacityError, match="ranks are more than"):
             LLM("paper-tiny", layout="replicas=10000")
+
+    def test_more_ranks_if_asked_for(self, monkeypatch):
+        asked = {}
+
+        def start_pool(num_ranks, **options):
+            asked.update(options, num_ranks=num_ranks)
+
+        monkeypatch.setattr(llm_module, "start_pool", start_pool)
+        with pytest.raises(SystemExit):  # no pool: a rank of torchrun's has ended
+            LLM("paper-tiny", layout="replicas=10000", oversubscribe=True)
+        assert (asked["num_ranks"], asked["oversubscribe"]) == (10_000, True)

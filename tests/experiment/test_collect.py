@@ -1,17 +1,21 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import example_results as example
 from expertlane.engine.messages import HeldBytes
+from expertlane.experiment.assumptions import assumptions
 from expertlane.experiment.collect import (
     deployment_result,
     hidden_by_overlap,
     scaling_points,
 )
 from expertlane.metrics import summarise
+from expertlane.plan.memory import workload_limits
 from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
@@ -112,6 +116,36 @@ def test_assumptions_name_the_experiments_own_numbers() -> None:
     assert found["micro-batches"] == "1, 2"
     assert found["precision"] == "float32"
     assert found["baseline"] == "pp=2,tp=8"
+
+
+def test_assumptions_when_the_cache_holds_everything() -> None:
+    found = {each.name: each.value for each in example.usual().assumptions}
+    assert found["context"] == "4 prompt + 3 output tokens, all 16 sequences resident"
+    assert "key/value cache" not in found
+
+
+def test_assumptions_when_a_cache_is_too_small() -> None:
+    experiment = Experiment(
+        "example", example.MODEL, example.WORKLOAD, (example.TENSOR, example.EXPERT)
+    )
+    limits = {
+        each.name: workload_limits(experiment.workload, experiment.model, each.layout)
+        for each in experiment.deployments
+    }
+    assert [each.num_blocks for each in limits.values()] == [32, 2]  # a sequence: 1 and a reserve
+    limits["TP 8 × PP 2"] = replace(limits["TP 8 × PP 2"], num_blocks=3)
+    rows = assumptions(experiment, example.machine(), limits)
+    found = {each.name: each.value for each in rows}
+    assert found["context"] == (
+        "4 prompt + 3 output tokens, 16 sequences, as many at once as the cache holds"
+    )
+    assert found["key/value cache"] == "TP 8 × PP 2: 48 of 512 positions"
+    limits["EP 16"] = replace(limits["EP 16"], num_blocks=1)
+    rows = assumptions(experiment, example.machine(), limits)
+    found = {each.name: each.value for each in rows}
+    assert found["key/value cache"] == (
+        "TP 8 × PP 2: 48 of 512 positions; EP 16: 256 of 512 positions"
+    )
 
 
 def test_rotating_options_are_kept() -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from distributed.running import deployment, run_deployment
 from expertlane.errors import CapacityError
+from expertlane.experiment import compare as compare_module
 from expertlane.experiment.compare import check_memory, measure_peak, run_comparison
 from expertlane.experiment.progress import Silent
-from expertlane.plan.memory import rank_memory, workload_limits
+from expertlane.plan.memory import fit_cache, rank_memory, workload_limits
 from expertlane.report import markdown
 from expertlane.results.file import read, write
 from expertlane.spec.experiment import Cluster, Experiment
@@ -150,6 +151,21 @@ def test_progress_is_told_of_every_deployment(compared):
     _, progress = compared
     assert {each.name for each in EXPERIMENT.deployments + EXPERIMENT.scaling} < {*progress.tasks}
     assert all(num_parts == total for num_parts, total in progress.tasks.values())
+
+
+def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
+    def smaller(*args, **kwargs):
+        return replace(fit_cache(*args, **kwargs), num_blocks=3)
+
+    monkeypatch.setattr(compare_module, "fit_cache", smaller)
+    experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[:1], scaling=())
+    in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
+    found = {each.name: each.value for each in in_waves.assumptions}
+    assert found["key/value cache"] == "tp=2,pp=2: 48 of 288 positions"
+    assert "as many at once as the cache holds" in found["context"]
+    (each,) = in_waves.deployments
+    assert each.tokens_sha256 == results.deployments[0].tokens_sha256
+    assert each.decode.num_steps > results.deployments[0].decode.num_steps
 
 
 def test_nothing_to_decode(pools):

@@ -51,6 +51,14 @@ def test_counters_are_summed_over_ranks_and_steps() -> None:
     assert metrics.breakdown_s[Cause.EXPERTS] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "share"), [([[1, 0], [0, 0]], 0.5), ([[1, 0], [1, 1]], 0.75), ([[0, 0]], 0.0)]
+)
+def test_layers_without_experts_do_not_count_as_idle(tokens: list, share: float) -> None:
+    steps = [step_record(0.0, 1.0, [0], [rank_record(0, tokens=tokens)])]
+    assert summarise_phase(Layout(), steps, PEAK).active_expert_share == share
+
+
 def test_both_phases() -> None:
     prefill = step_record(0.0, 4.0, [0, 1], records((8, 8)), phase=Phase.PREFILL, num_tokens=16)
     decode = step_record(4.0, 5.0, [0, 1], records((2, 1)))

@@ -212,7 +212,7 @@ WRONG_VALUES = {
         "[[deployments]] 1: layout dp=4,ep=3: ep=3 does not divide dp × tp = 4; valid ep: 1, 2, 4"
     ),
     ('"tp=1"', '"tp=5"'): (
-        "layout tp=5: tp=5 does not divide the 16 attention heads of paper-tiny; "
+        "deployment 'one': layout tp=5: tp=5 does not divide the 16 attention heads of paper-tiny; "
         "valid tp: 1, 2, 4, 8, 16"
     ),
     ('"tp=1"', '"tp=1"\noverlap = 1'): (

@@ -16,6 +16,7 @@ from expertlane.errors import SpecError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from expertlane.engine.pool import RankPool
     from expertlane.results.schema import Results
     from expertlane.spec.experiment import Experiment
 
@@ -110,23 +111,13 @@ def compare(
         raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
     comparisons = _comparisons(experiment, model, top_k, out)
     from expertlane.cli.output import check_folder, is_speaker, progress_on_stderr, stdout_console
-    from expertlane.engine.start import start_pool
     from expertlane.experiment.compare import check_memory, run_comparison
 
     if is_speaker():
         for _, folder in comparisons:
             check_folder(folder)
     num_ranks = max(each.num_ranks for each, _ in comparisons)
-    with progress_on_stderr() as progress:
-        progress.task(f"starting {num_ranks} ranks", 1)
-        pool = start_pool(
-            num_ranks,
-            timeout_s=timeout_s,
-            dtype=dtype.value if dtype else None,
-            oversubscribe=oversubscribe,
-        )
-        progress.advance()
-        progress.done()
+    pool = _start(num_ranks, timeout_s, dtype, oversubscribe)
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
     command = shlex.join(["expertlane", *sys.argv[1:]])
@@ -190,6 +181,26 @@ def _parse_top_ks(text: str) -> list[int]:
     if len(set(top_ks)) < len(top_ks):
         raise UserError(f"--top-k is {text!r}; a number is given twice")
     return top_ks
+
+
+def _start(
+    num_ranks: int, timeout_s: float, dtype: Dtype | None, oversubscribe: bool
+) -> "RankPool | None":
+    """Start the ranks, saying so on stderr."""
+    from expertlane.cli.output import progress_on_stderr
+    from expertlane.engine.start import start_pool
+
+    with progress_on_stderr() as progress:
+        progress.task(f"starting {num_ranks} ranks", 1)
+        pool = start_pool(
+            num_ranks,
+            timeout_s=timeout_s,
+            dtype=dtype.value if dtype else None,
+            oversubscribe=oversubscribe,
+        )
+        progress.advance()
+        progress.done()
+    return pool
 
 
 def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:

@@ -23,8 +23,8 @@ def resolve_model(model: str, base: Path = Path()) -> Path:
     Raises:
         UserError: there is no such folder or model, or it cannot be had.
     """
-    # Unlike Path's, these raise nothing for odd names.
-    path = os.path.join(base, os.path.expanduser(model))
+    # Unlike Path's, these raise nothing for odd names. An empty name is no folder.
+    path = model and os.path.join(base, os.path.expanduser(model))
     if os.path.isfile(path):
         raise UserError(f"model {model!r} is a file; give the checkpoint's folder")
     if os.path.isdir(path):

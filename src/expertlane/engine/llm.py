@@ -89,14 +89,7 @@ class LLM:
         self._numbers = count()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
         self._chat_template: ChatTemplate | None = None
-        self.tokenizer: Tokenizer | None = None
-        eos_token_ids: frozenset[int] = frozenset()
-        if self._folder is not None:
-            if (self._folder / TOKENIZER).is_file():
-                self.tokenizer = Tokenizer.from_folder(self._folder)
-                eos_token_ids = self.tokenizer.eos_token_ids
-            else:
-                eos_token_ids = configured_eos_token_ids(self._folder)
+        self.tokenizer, eos_token_ids = _read_tokenizer(self._folder)
         wanted = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=_model_len(self.model, max_model_len),
@@ -272,6 +265,16 @@ def _find_model(model: str | Path) -> tuple[ModelConfig, Path | None]:
         return PRESETS[str(model)], None
     folder = resolve_model(str(model))
     return read_model(folder, str(model)), folder
+
+
+def _read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:
+    """A checkpoint's tokenizer, if it has one, and the tokens that end a sequence."""
+    if folder is None:
+        return None, frozenset()
+    if not (folder / TOKENIZER).is_file():
+        return None, configured_eos_token_ids(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, tokenizer.eos_token_ids
 
 
 def _own_dtype(folder: Path | None) -> str | None:

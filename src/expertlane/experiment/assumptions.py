@@ -61,7 +61,7 @@ def _of_checkpoint(experiment: Experiment, folder: Path) -> list[Assumption]:
         Assumption("model parts", _parts(model), "the checkpoint's own"),
         Assumption(
             "weights and prompts",
-            "the checkpoint's weights, router trained; prompts of random token ids, seed "
+            "the checkpoint's, router included; prompts of random token ids, seed "
             f"{experiment.workload.seed}",
             "the same for every checkpoint; text may load its experts less or more evenly",
         ),
@@ -69,7 +69,7 @@ def _of_checkpoint(experiment: Experiment, folder: Path) -> list[Assumption]:
 
 
 def _parts(model: ModelConfig) -> str:
-    """What a model is made of, in words; what most models have alike is left out."""
+    """What a model is made of, in words."""
     latent, scaling, routing = model.latent, model.rope_scaling, model.routing
     num_windows = sum(window is not None for window in model.sliding_window)
     shared = model.shared_expert_intermediate_size

@@ -1,5 +1,8 @@
 """Paged keys and values of the sequences a data-parallel rank works on."""
 
+from math import prod
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +32,8 @@ class KVCache:
     ) -> None:
         shape = (num_blocks, block_size, num_local_heads)
         # Zeros: a padded place is masked, but what is masked must still be a number.
-        self.keys = torch.zeros((*shape, key_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((*shape, value_dim), dtype=dtype, device=device)
+        self.keys = _zeros((*shape, key_dim), dtype, device)
+        self.values = _zeros((*shape, value_dim), dtype, device)
         fits = key_dim % 32 == 0 and value_dim % 16 == 0
         self.kernels = kernels_for(self.keys) if fits else None
 
@@ -74,3 +77,11 @@ class KVCache:
             return of_seqs[:, :num_positions].transpose(1, 2)
 
         return gather(self.keys), gather(self.values)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU, pages that take no memory until something is written to them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
