@@ -180,9 +180,8 @@ def test_engine_options_are_handed_over(run, stub):
     llm = stub()
     options = ["--dtype", "bfloat16", "--max-model-len", "9", "--num-blocks", "8"]
     options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
-    options += ["--no-prefix-caching", "--overlap", "--num-micro-batches", "2"]
+    options += ["--oversubscribe", "--no-prefix-caching", "--overlap", "--num-micro-batches", "2"]
     options += ["--micro-batch-schedule", "rotating", "--timeout-s", "5", "--layout", "dp=2,ep=2"]
-    options += ["--oversubscribe"]
     assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
     assert str(llm.layout) == "dp=2,ep=2"
     assert llm.options == engine_options.EngineOptions(
