@@ -131,3 +131,20 @@ def test_one_sequence_must_fit():
     with pytest.raises(CapacityError, match=r"needs 9.16 GB on a rank .* but 9 GB of memory"):
         fit_cache(PAPER, layout, limits, 2, 9e9)
     assert fit_cache(PAPER, layout, limits, 2, 9.2e9).num_blocks == 642
+
+
+def test_dense_layers_and_shared_experts_count():
+    """Gated MLPs: a dense one of 96 in the first of four layers, a shared expert of 32 elsewhere."""
+    plain = TINY.with_overrides(gated_mlp=True, hidden_act="silu")
+    model = plain.with_overrides(
+        dense_layers=(0,), intermediate_size=96, shared_expert_intermediate_size=32
+    )
+    per_expert = plain.num_expert_params
+
+    def more(layout: str) -> int:
+        of = (memory_of(layout, 1, 0, each).weight_bytes for each in (model, plain))
+        return next(of) - next(of)
+
+    added = 3 * 64 * (96 + 3 * 32)
+    assert more("tp=1") == 4 * (added - 16 * (64 + per_expert))
+    assert more("tp=2") == 4 * (added // 2 - 16 * 64 - 16 * per_expert // 2)

@@ -112,16 +112,10 @@ def rank_memory(
         itemsize: bytes of a weight or of a cached value.
     """
     at = layout.coordinates(rank)
-    num_layers = len(layout.layers_of_stage(model.num_hidden_layers, at.pp_rank))
+    layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
     num_experts = len(Placement.linear(model.num_experts, layout.ep).experts_of_rank[at.ep_rank])
     inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
-    per_layer = (
-        model.num_attention_params // layout.tp
-        + model.num_experts * model.hidden_size
-        + 2 * model.hidden_size
-        + num_experts * model.num_expert_params * inner // model.moe_intermediate_size
-    )
-    params = num_layers * per_layer
+    params = sum(_layer_params(model, layout, layer, num_experts, inner) for layer in layers)
     largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
     if at.pp_rank == 0:
         embedding = model.vocab_size * model.hidden_size
@@ -144,7 +138,22 @@ def rank_memory(
     num_values += num_pairs * (2 * model.hidden_size + inner)
     return RankMemory(
         weight_bytes=params * itemsize,
-        kv_bytes=num_layers * limits.num_blocks * limits.block_size * kv_width * itemsize,
+        kv_bytes=len(layers) * limits.num_blocks * limits.block_size * kv_width * itemsize,
         activation_bytes=num_values * itemsize,
         loading_bytes=largest_matrix * (_FLOAT32_BYTES + itemsize),
+    )
+
+
+def _layer_params(
+    model: ModelConfig, layout: Layout, layer: int, num_experts: int, inner: int
+) -> int:
+    """Of a layer on a rank with `num_experts` experts of inner width `inner`."""
+    params = model.num_attention_params // layout.tp + 2 * model.hidden_size
+    if model.is_dense(layer):
+        return params + model.num_mlp_params(model.intermediate_size) // layout.tp
+    return (
+        params
+        + model.num_experts * model.hidden_size
+        + model.num_mlp_params(model.shared_expert_intermediate_size) // layout.tp
+        + num_experts * model.num_expert_params * inner // model.moe_intermediate_size
     )

@@ -245,9 +245,10 @@ class ModelConfig:
         """Parameters of one expert."""
         num_inner = 2 if self.gated_mlp else 1
         bias = num_inner * self.moe_intermediate_size + self.hidden_size if self.expert_bias else 0
-        return self._num_mlp_params(self.moe_intermediate_size) + bias
+        return self.num_mlp_params(self.moe_intermediate_size) + bias
 
-    def _num_mlp_params(self, inner: int) -> int:
+    def num_mlp_params(self, inner: int) -> int:
+        """Parameters of an MLP of inner width `inner`, biases aside."""
         return (3 if self.gated_mlp else 2) * self.hidden_size * inner
 
     @property
@@ -279,12 +280,12 @@ class ModelConfig:
         hidden, num_dense = self.hidden_size, len(self.dense_layers)
         num_biases = int(self.routing.router_bias) + int(self.routing.correction_bias)
         moe = self.num_experts * (hidden + num_biases + self.num_expert_params)
-        moe += self._num_mlp_params(self.shared_expert_intermediate_size)
+        moe += self.num_mlp_params(self.shared_expert_intermediate_size)
         moe += hidden if self.shared_expert_gate else 0
         return (
             self.num_hidden_layers * (self.num_attention_params + 2 * hidden)
             + (self.num_hidden_layers - num_dense) * moe
-            + num_dense * self._num_mlp_params(self.intermediate_size)
+            + num_dense * self.num_mlp_params(self.intermediate_size)
             + (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
             + hidden
         )
