@@ -134,7 +134,7 @@ def test_one_sequence_must_fit():
 
 
 def test_dense_layers_and_shared_experts_count():
-    """Gated MLPs: a dense one of 96 in the first of four layers, a shared expert of 32 elsewhere."""
+    """Gated: a dense MLP of 96 in the first of four layers, a shared expert of 32 elsewhere."""
     plain = TINY.with_overrides(gated_mlp=True, hidden_act="silu")
     model = plain.with_overrides(
         dense_layers=(0,), intermediate_size=96, shared_expert_intermediate_size=32

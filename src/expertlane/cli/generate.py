@@ -264,7 +264,7 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
 
 
 def _lines(text: str, source: str) -> list[str]:
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{source}: there is no prompt; give one a line")
     return lines
