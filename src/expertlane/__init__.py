@@ -1,3 +1,22 @@
-"""Run, compare and plan expert-parallel inference of Mixture-of-Experts models."""
+"""Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
+
+`LLM` and `SamplingParams` are the face to Python; they are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertlane.engine.llm import LLM
+    from expertlane.spec.sampling import SamplingParams
 
 __version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+_HOMES = {"LLM": "expertlane.engine.llm", "SamplingParams": "expertlane.spec.sampling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -64,8 +64,11 @@ def as_json(output: "RequestOutput") -> str:
     return json.dumps(shown) + "\n"
 
 
-def summary(outputs: Sequence["RequestOutput"]) -> str:
-    """A line: how many tokens, how fast, and the median time to the first one."""
+def summary(outputs: Sequence["RequestOutput"], max_tokens: int) -> str:
+    """A line: how many tokens, how fast, and the median time to the first one.
+
+    Another if outputs ended before `max_tokens` for lack of room.
+    """
     from expertlane.report.numbers import counted, figures, milliseconds
 
     num_tokens = sum(len(output.token_ids) for output in outputs)
@@ -78,10 +81,20 @@ def summary(outputs: Sequence["RequestOutput"]) -> str:
     if not firsts_s:
         return "no tokens"
     name = "TTFT" if len(firsts_s) == 1 else "median TTFT"
-    return (
+    line = (
         f"{counted(num_tokens, 'token')} in {figures(busy_s)} s, "
         f"{figures(num_tokens / busy_s)} tokens/s; {name} {milliseconds(median(firsts_s))} ms"
     )
+    num_short = sum(
+        output.finish_reason == "length" and len(output.token_ids) < max_tokens
+        for output in outputs
+    )
+    if num_short:
+        line += (
+            f"\n{counted(num_short, 'output')} ended before {max_tokens} tokens: the model's "
+            "positions or the cache (--max-model-len, --num-blocks) had no room for more"
+        )
+    return line
 
 
 def _text(llm: "LLM", output: "RequestOutput") -> str:

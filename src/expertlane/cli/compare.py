@@ -117,7 +117,7 @@ def compare(
         for _, folder in comparisons:
             check_folder(folder)
     num_ranks = max(each.num_ranks for each, _ in comparisons)
-    pool = _start(num_ranks, timeout_s, dtype, oversubscribe)
+    pool = _start(num_ranks, timeout_s, _dtype_of(comparisons, dtype), oversubscribe)
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
     command = shlex.join(["expertlane", *sys.argv[1:]])
@@ -183,8 +183,18 @@ def _parse_top_ks(text: str) -> list[int]:
     return top_ks
 
 
+def _dtype_of(comparisons: "list[tuple[Experiment, Path]]", dtype: Dtype | None) -> str | None:
+    """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
+    from expertlane.engine.llm import own_dtype
+
+    if dtype is not None:
+        return dtype.value
+    first = comparisons[0][0]  # they differ in experts per token alone
+    return own_dtype(first.model if first.checkpoint else None)
+
+
 def _start(
-    num_ranks: int, timeout_s: float, dtype: Dtype | None, oversubscribe: bool
+    num_ranks: int, timeout_s: float, dtype: str | None, oversubscribe: bool
 ) -> "RankPool | None":
     """Start the ranks, saying so on stderr."""
     from expertlane.cli.output import progress_on_stderr
@@ -195,7 +205,7 @@ def _start(
         pool = start_pool(
             num_ranks,
             timeout_s=timeout_s,
-            dtype=dtype.value if dtype else None,
+            dtype=dtype,
             oversubscribe=oversubscribe,
         )
         progress.advance()

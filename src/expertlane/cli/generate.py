@@ -215,7 +215,7 @@ def generate(
         with found.load(chosen, options) as llm:
             outputs = _continue(llm, given, params, as_json)
     if outputs:
-        print(answers.summary(outputs), file=sys.stderr)
+        print(answers.summary(outputs, params.max_tokens), file=sys.stderr)
 
 
 def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingParams":

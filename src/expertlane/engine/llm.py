@@ -4,10 +4,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
+
+import numpy as np
 
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine, Prompt
@@ -24,12 +26,12 @@ from expertlane.schedule.limits import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, MicroBatchSchedule, Options
 from expertlane.spec.from_hf import read_model
-from expertlane.spec.hf_config import read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.sampling import SamplingParams
 
 Message = dict[str, str]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
 _FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
@@ -39,15 +41,27 @@ _CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs liv
 class LLM:
     """A model on its ranks; use it as a context, or `close` it.
 
+        from expertlane import LLM, SamplingParams
+
+        with LLM("./my-checkpoint", layout="dp=2,ep=2") as llm:
+            for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=50)):
+                print(output.text)
+
     Args:
         model: a folder with a checkpoint, a hub id (`org/name`), or the name of a preset, whose
             weights are then random.
         layout: such as `tp=2,ep=2`; one rank by default.
-        dtype: of weights and activations; the checkpoint's by default.
+        overlap, num_micro_batches, micro_batch_schedule: as in `Options`.
+        dtype: of weights and activations; the checkpoint's by default, or for one in float16 the
+            machine's choice.
         max_model_len: positions a sequence may take; the model's by default.
         num_blocks: of the paged cache, on each data-parallel rank; by default as many as
             `max_num_seqs` sequences of `max_model_len` can use, or half of the memory beside the
             weights (all of a GPU's) has room for.
+        block_size: positions a block of the paged cache.
+        max_num_batched_tokens, max_num_seqs: new tokens in a step, and requests that run at once,
+            on each data-parallel rank.
+        prefix_caching: requests with equal beginnings share blocks.
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
@@ -71,7 +85,7 @@ class LLM:
         overlap: bool = False,
         num_micro_batches: int = 1,
         micro_batch_schedule: MicroBatchSchedule = "drained",
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        dtype: Dtype | None = None,
         max_model_len: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -83,7 +97,8 @@ class LLM:
         oversubscribe: bool = False,
     ) -> None:
         options = Options(overlap, num_micro_batches, micro_batch_schedule)
-        chosen = Layout.parse(layout) if isinstance(layout, str) else layout
+        _check_settings(dtype, seed, timeout_s)
+        chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
         self.model, self._folder = _find_model(model)
         chosen.check_model(self.model)
         self._numbers = count()
@@ -102,7 +117,7 @@ class LLM:
         pool = start_pool(
             chosen.world_size,
             timeout_s=timeout_s,
-            dtype=dtype or _own_dtype(self._folder),
+            dtype=dtype or own_dtype(self.model if self._folder else None),
             oversubscribe=oversubscribe,
         )
         if pool is None:  # this process was a rank of torchrun's; the first one speaks
@@ -239,6 +254,8 @@ class LLM:
         several = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(several)
+        if not all(isinstance(each, SamplingParams) for each in params):
+            raise UserError(f"params are {params!r}; give SamplingParams, one or a list of them")
         if len(params) != len(several):
             raise UserError(
                 f"{len(several)} prompts but {len(params)} sampling parameters; "
@@ -255,6 +272,11 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise UserError(
+            f"prompts are a {type(prompts).__name__}; give a text, a list of token ids, or a list "
+            "of either"
+        )
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
@@ -277,13 +299,18 @@ def _read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[in
     return tokenizer, tokenizer.eos_token_ids
 
 
-def _own_dtype(folder: Path | None) -> str | None:
-    """The checkpoint's type; None, the machine's choice, for float16, which few CPUs compute in."""
-    if folder is None:
-        return None
-    config = read_config(folder)
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return None if name.endswith("float16") and "bfloat16" not in name else name
+def own_dtype(model: ModelConfig | None) -> str | None:
+    """A checkpoint's type; None, the machine's choice, for float16, which few CPUs compute in."""
+    return None if model is None or model.dtype == "float16" else model.dtype
+
+
+def _check_settings(dtype: str | None, seed: int, timeout_s: float) -> None:
+    if dtype not in (None, *get_args(Dtype)):
+        raise UserError(f"dtype is {dtype!r}; valid: {', '.join(get_args(Dtype))}")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed!r}; it must be a whole number, 0 to 2**64 - 1")
+    if not isinstance(timeout_s, Real) or not 0 < timeout_s < float("inf"):
+        raise UserError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
 
 
 def _model_len(model: ModelConfig, asked: int | None) -> int:

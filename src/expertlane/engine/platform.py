@@ -41,5 +41,6 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
         return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name)
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
-    torch.set_num_threads(max(1, num_cores() // num_local_ranks))
+    # No more than OMP_NUM_THREADS either, which torch took at its import.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     return Platform(torch.device("cpu"), "gloo", DTYPES[dtype_name or "float32"], "CPU")

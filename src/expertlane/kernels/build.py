@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,9 +23,10 @@ def build() -> ctypes.CDLL | None:
 
     Ranks that start together wait for the one that compiles.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or not has_instructions():
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None or not has_instructions():
         return None
+    compiler = shlex.split(found)  # it may come with options, or behind a cache
     try:
         library = _library(compiler)
         return ctypes.CDLL(str(library))
@@ -42,13 +44,14 @@ def has_instructions() -> bool:
     return _NEEDED_FLAGS.issubset(flags.split())
 
 
-def _library(compiler: str) -> Path:
+def _library(compiler: list[str]) -> Path:
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
+        [*compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
     ).stdout
     info = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     model = [line for line in info.splitlines() if line.startswith(("model name", "flags"))]
-    key = (_SOURCE.read_bytes(), version, *map(str.encode, (*_COMPILE, *_LINK, *model)))
+    texts = (*compiler, *_COMPILE, *_LINK, *model)
+    key = (_SOURCE.read_bytes(), version, *map(str.encode, texts))
     name = hashlib.blake2b(b"\0".join(key), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,11 +63,11 @@ def _library(compiler: str) -> Path:
     return library
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     made, objects = library.with_suffix(".new"), library.with_suffix(".o")
     for command in (
-        [compiler, *_COMPILE, "-c", str(_SOURCE), "-o", str(objects)],
-        [compiler, *_LINK, str(objects), "-o", str(made)],
+        [*compiler, *_COMPILE, "-c", str(_SOURCE), "-o", str(objects)],
+        [*compiler, *_LINK, str(objects), "-o", str(made)],
     ):
         subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_S)
     objects.unlink()

@@ -40,8 +40,10 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and not value >= 1:
-                raise SpecError(f"scheduler: {field.name} is {value}; it must be 1 or more")
+            if not isinstance(value, bool) and not (_is_whole(value) and value >= 1):
+                raise SpecError(
+                    f"scheduler: {field.name} is {value!r}; it must be a whole number, 1 or more"
+                )
 
     @property
     def max_positions(self) -> int:

@@ -1,7 +1,7 @@
 """A deployment: a name, a layout, and the options it runs with."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
@@ -22,7 +22,7 @@ class Options:
             last one, so the pipeline never runs empty.
 
     Raises:
-        SpecError: `num_micro_batches` is under 1.
+        SpecError: a value is not valid.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -34,6 +34,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.num_micro_batches < 1:
             raise SpecError(f"num_micro_batches is {self.num_micro_batches}; it must be 1 or more")
+        if self.micro_batch_schedule not in get_args(MicroBatchSchedule):
+            raise SpecError(
+                f"micro_batch_schedule is {self.micro_batch_schedule!r}; valid: "
+                f"{', '.join(get_args(MicroBatchSchedule))}"
+            )
+        if not isinstance(self.overlap, bool):
+            raise SpecError(f"overlap is {self.overlap!r}; it must be true or false")
 
     def __str__(self) -> str:
         parts = []

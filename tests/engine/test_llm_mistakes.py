@@ -1,0 +1,63 @@
+"""What `LLM` refuses before it starts anything, and what `generate` refuses of its arguments."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import expertlane
+from expertlane.engine import llm as llm_module
+from expertlane.engine.llm import LLM, _as_list
+from expertlane.errors import UserError
+from expertlane.spec.sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; valid: float32, bfloat16, float16"),
+        ({"block_size": 16.5}, "block_size is 16.5; it must be a whole number, 1 or more"),
+        ({"block_size": "x"}, "block_size is 'x'; it must be a whole number"),
+        ({"num_blocks": 0}, "num_blocks is 0; it must be a whole number, 1 or more"),
+        ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"micro_batch_schedule": "x"}, "micro_batch_schedule is 'x'; valid: drained, rotating"),
+        ({"overlap": "yes"}, "overlap is 'yes'; it must be true or false"),
+        ({"seed": -1}, "seed is -1; it must be a whole number"),
+        ({"layout": None}, "layout"),
+        ({"layout": "tp=3"}, "tp=3"),
+        ({"max_model_len": 10**9}, "max_model_len is 1000000000; valid for paper-tiny: 1 to"),
+    ],
+)
+def test_settings_are_checked_before_anything_starts(monkeypatch, settings, message):
+    def start_pool(*args, **kwargs):
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(llm_module, "start_pool", start_pool)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        LLM("paper-tiny", **settings)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompts", [5, None, {"a": 1}, (i for i in range(2))])
+def test_prompts_of_a_wrong_kind(prompts):
+    with pytest.raises(UserError, match="give a text, a list of token ids, or a list"):
+        _as_list(prompts)
+
+
+def test_one_prompt_or_several():
+    assert _as_list("a") == ["a"]
+    assert _as_list([1, 2]) == [[1, 2]]
+    assert _as_list(["a", [1]]) == ["a", [1]]
+    assert _as_list([]) == []
+
+
+def test_the_package_gives_its_face_without_torch():
+    assert expertlane.LLM is LLM
+    assert expertlane.SamplingParams is SamplingParams
+    with pytest.raises(AttributeError, match="has no attribute 'Nobody'"):
+        _ = expertlane.Nobody
+    code = "import sys, expertlane; expertlane.LLM; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
