@@ -245,7 +245,7 @@ class TestMistakes:
         [
             ({"max_model_len": 65}, "max_model_len is 65; valid for paper-tiny: 1 to 64"),
             ({"max_model_len": 0}, "max_model_len is 0; valid for paper-tiny: 1 to 64"),
-            ({"num_blocks": 0}, "scheduler: num_blocks is 0; it must be 1 or more"),
+            ({"num_blocks": 0}, "scheduler: num_blocks is 0; it must be a whole number, 1 or more"),
             ({"num_blocks": 10**9}, r"num_blocks is 1000000000 but there is memory for \d+"),
         ],
     )

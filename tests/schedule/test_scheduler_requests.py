@@ -223,4 +223,4 @@ def test_the_caller_s_prompt_is_copied():
 def test_limits_are_positive(size):
     with pytest.raises(SpecError) as refused:
         make_limits(**{size: 0})
-    assert str(refused.value) == f"scheduler: {size} is 0; it must be 1 or more"
+    assert str(refused.value) == f"scheduler: {size} is 0; it must be a whole number, 1 or more"
