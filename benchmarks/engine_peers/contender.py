@@ -114,7 +114,8 @@ class Contender:
                 )
         line = output.readline()  # one answer is one line, written at once
         if not line:
-            raise ContenderError(f"{self.name}: it ended; see {self._log}")
+            status = self._process.wait(timeout=20)  # negative: the signal that ended it
+            raise ContenderError(f"{self.name}: it ended with status {status}; see {self._log}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
