@@ -12,8 +12,7 @@ from expertlane.engine.engine import Engine
 from expertlane.engine.outputs import Chunk
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.limits import Limits
-from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
-from expertlane.schedule.running import UNKNOWN
+from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome, StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

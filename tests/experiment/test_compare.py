@@ -10,11 +10,12 @@ import psutil
 import pytest
 
 from distributed.running import deployment, run_deployment
+from expertlane.engine.cache_size import fit_to_machine
 from expertlane.errors import CapacityError
 from expertlane.experiment import compare as compare_module
 from expertlane.experiment.compare import check_memory, measure_peak, run_comparison
 from expertlane.experiment.progress import Silent
-from expertlane.plan.memory import fit_cache, rank_memory, workload_limits
+from expertlane.plan.memory import rank_memory, workload_limits
 from expertlane.report import markdown
 from expertlane.results.file import read, write
 from expertlane.spec.experiment import Cluster, Experiment
@@ -155,9 +156,9 @@ def test_progress_is_told_of_every_deployment(compared):
 
 def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
     def smaller(*args, **kwargs):
-        return replace(fit_cache(*args, **kwargs), num_blocks=3)
+        return replace(fit_to_machine(*args, **kwargs), num_blocks=3)
 
-    monkeypatch.setattr(compare_module, "fit_cache", smaller)
+    monkeypatch.setattr(compare_module, "fit_to_machine", smaller)
     experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[:1], scaling=())
     in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
     found = {each.name: each.value for each in in_waves.assumptions}

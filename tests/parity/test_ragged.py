@@ -7,6 +7,7 @@ from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
 from parity.contract import check_contract
@@ -35,6 +36,8 @@ def batch(*parts):
 def run_steps(pools, references, layout, steps, overlap=False):
     """Execute steps of [micro-batch][dp rank] batches; hold every last token's logits up.
 
+    Gives how many tokens were held against the reference.
+
     `dp` batches are given; a layout with fewer data-parallel ranks takes the first ones only.
     """
     chosen = deployment(layout, overlap=overlap)
@@ -44,6 +47,7 @@ def run_steps(pools, references, layout, steps, overlap=False):
         pools.pool(chosen.layout.world_size), TINY, chosen, limits, seed=0, ranks_per_node=8
     )
     reference = references.model(TINY, 0)
+    num_checked = 0
     for number, micro_batches in enumerate(steps):
         taken = tuple(tuple(batches[:dp]) for batches in micro_batches)
         plan = StepPlan(number, 0, Phase.PREFILL, taken, return_logits=True)
@@ -63,9 +67,16 @@ def run_steps(pools, references, layout, steps, overlap=False):
                 outcome.logits[seq][None, None],
                 np.array([[outcome.token_ids[seq]]]),
             )
+            num_checked += 1
+    return num_checked
 
 
 EMPTY = batch()
+
+
+def of_dp(layout, counts):
+    """Of the counts for one and for two data-parallel ranks, the layout's."""
+    return counts[Layout.parse(layout).dp - 1]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -73,7 +84,8 @@ EMPTY = batch()
 def test_prompts_of_several_lengths(pools, references, layout, overlap):
     first = batch((0, 0, 0, 1), (1, 1, 0, 7), (2, 2, 0, 7), (3, 3, 0, 2))
     second = batch((4, 0, 0, 12))
-    run_steps(pools, references, layout, [[[first, second]]], overlap)
+    checked = run_steps(pools, references, layout, [[[first, second]]], overlap)
+    assert checked == of_dp(layout, (4, 5))
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -86,7 +98,8 @@ def test_a_prompt_in_chunks_beside_decoding_ones(pools, references, layout, over
         [[batch((0, 0, 9, 1), (1, 1, 4, 1), (2, 2, 2, 3)), EMPTY]],
         [[EMPTY, batch((5, 0, 3, 1), (6, 1, 0, 5))]],
     ]
-    run_steps(pools, references, layout, steps, overlap)
+    checked = run_steps(pools, references, layout, steps, overlap)
+    assert checked == of_dp(layout, (8, 12))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,7 +111,8 @@ def test_slots_in_any_order_and_used_again(pools, references, layout):
         [[batch((3, 0, 0, 2), (2, 2, 4, 1), (0, 4, 4, 1)), EMPTY]],
         [[batch((3, 0, 2, 1)), batch((5, 1, 4, 2))]],
     ]
-    run_steps(pools, references, layout, steps)
+    checked = run_steps(pools, references, layout, steps)
+    assert checked == of_dp(layout, (10, 13))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,7 +128,8 @@ def test_micro_batches_of_several_shapes(pools, references, layout):
             [batch((1, 1, 1, 1)), EMPTY],
         ],
     ]
-    run_steps(pools, references, layout, steps, overlap=True)
+    checked = run_steps(pools, references, layout, steps, overlap=True)
+    assert checked == of_dp(layout, (5, 9))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,4 +140,5 @@ def test_a_step_without_any_token(pools, references, layout):
         [[EMPTY, EMPTY], [EMPTY, EMPTY]],
         [[batch((0, 0, 2, 1)), EMPTY]],
     ]
-    run_steps(pools, references, layout, steps, overlap=True)
+    checked = run_steps(pools, references, layout, steps, overlap=True)
+    assert checked == of_dp(layout, (2, 2))

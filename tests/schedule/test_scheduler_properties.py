@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import UNKNOWN
 from expertlane.schedule.request import FinishReason, Request, RequestState
-from expertlane.schedule.running import UNKNOWN
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

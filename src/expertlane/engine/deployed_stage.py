@@ -23,8 +23,7 @@ from expertlane.parallel.interleave import interleave
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
-from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.schedule.running import UNKNOWN
+from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 

@@ -7,10 +7,11 @@ from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.hub import resolve_model
@@ -21,7 +22,6 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import CapacityError, RankError, UserError
-from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, MicroBatchSchedule, Options
@@ -34,7 +34,6 @@ Message = dict[str, str]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
-_FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
 _CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
 
 
@@ -126,25 +125,29 @@ class LLM:
         try:
             self.machine: tuple[RankMachine, ...] = tuple(pool.call(_DESCRIBE))
             self.limits = _fit(wanted, num_blocks, self.model, chosen, self.machine)
-            deployment = Deployment("llm", chosen, options)
-            runner = ModelRunner(
-                pool,
-                self.model,
-                deployment,
-                self.limits,
-                seed=seed,
-                ranks_per_node=self.machine[0].ranks_per_node,
-                checkpoint=self._folder,
-            )
+            self.engine = self._deploy(Deployment("llm", chosen, options), seed, eos_token_ids)
         except BaseException:
             pool.close()
             raise
+
+    def _deploy(
+        self, deployment: Deployment, seed: int, eos_token_ids: frozenset[int]
+    ) -> Engine[Any]:
+        """Load the model on the ranks, and put the scheduler before them."""
+        runner = ModelRunner(
+            self._pool,
+            self.model,
+            deployment,
+            self.limits,
+            seed=seed,
+            ranks_per_node=self.machine[0].ranks_per_node,
+            checkpoint=self._folder,
+        )
+        layout = deployment.layout
         scheduler = ContinuousScheduler(
-            chosen, options, self.limits, lookahead=chosen.pp == 1, record=False
+            layout, deployment.options, self.limits, lookahead=layout.pp == 1, record=False
         )
-        self.engine = Engine(
-            scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer
-        )
+        return Engine(scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer)
 
     def __enter__(self) -> "LLM":
         return self
@@ -278,8 +281,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
             "of either"
         )
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def _find_model(model: str | Path) -> tuple[ModelConfig, Path | None]:
@@ -334,16 +337,11 @@ def _fit(
     Raises:
         CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
     """
-    tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
-    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
-    free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
     if num_blocks is None:
-        share = 1.0 if tightest.on_gpu else _CPU_CACHE_SHARE
-        num_blocks = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
-        wanted = replace(wanted, num_blocks=num_blocks)
-        return fit_cache(model, layout, wanted, tightest.itemsize, free_bytes, share)
-    wanted = replace(wanted, num_blocks=num_blocks)
-    fitting = fit_cache(model, layout, wanted, tightest.itemsize, free_bytes)
+        enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
+        wanted = replace(wanted, num_blocks=enough)
+        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE)
+    fitting = fit_to_machine(model, layout, wanted, seen)
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"

@@ -1,4 +1,4 @@
-"""Device, backend and dtype of a rank, chosen once and here only.
+"""Device, backend, dtype and kernels of a rank, chosen once and here only.
 
 The CUDA branch is exercised by tests/gpu/test_cuda.py where there is a GPU.
 """
@@ -9,18 +9,24 @@ import torch
 
 from expertlane.engine.host import num_cores
 from expertlane.errors import UserError
+from expertlane.kernels.cpu import kernels_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Platform:
-    """Where a rank computes and how it communicates."""
+    """Where a rank computes and how it communicates.
+
+    Attributes:
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
+    """
 
     device: torch.device
     backend: str
     dtype: torch.dtype
     device_name: str
+    kernels: str
 
     @property
     def dtype_name(self) -> str:
@@ -38,9 +44,12 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
-        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name)
+        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name, "torch")
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
     # No more than OMP_NUM_THREADS either, which torch took at its import.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
-    return Platform(torch.device("cpu"), "gloo", DTYPES[dtype_name or "float32"], "CPU")
+    device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
+    # Compiles them if need be: a rank is only said to be up afterwards, so no step waits for it.
+    own = kernels_for(torch.empty(1, dtype=dtype, device=device)) is not None
+    return Platform(device, "gloo", dtype, "CPU", "expertlane" if own else "torch")

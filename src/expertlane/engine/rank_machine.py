@@ -10,7 +10,6 @@ import torch
 from expertlane.engine import host
 from expertlane.engine.messages import RankMachine
 from expertlane.engine.worker import RankContext
-from expertlane.kernels.cpu import kernels_for
 
 
 def describe(context: RankContext) -> RankMachine:
@@ -28,7 +27,7 @@ def describe(context: RankContext) -> RankMachine:
         backend=chosen.backend,
         dtype=chosen.dtype_name,
         itemsize=chosen.dtype.itemsize,
-        kernels="expertlane" if _own_kernels(context) else "torch",
+        kernels=chosen.kernels,
         torch_version=str(torch.__version__),  # its own class would bring torch along
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
@@ -44,9 +43,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or os.uname().machine
-
-
-def _own_kernels(context: RankContext) -> bool:
-    """Whether our own kernels serve; compiles them, which no step has to wait for then."""
-    sample = torch.empty(1, dtype=context.platform.dtype, device=context.platform.device)
-    return kernels_for(sample) is not None

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane import __version__
+from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.host import ForeignLoad
 from expertlane.engine.messages import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
@@ -19,7 +20,7 @@ from expertlane.errors import CapacityError
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.progress import Progress
 from expertlane.metrics import summarise
-from expertlane.plan.memory import fit_cache, workload_limits
+from expertlane.plan.memory import workload_limits
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.limits import Limits
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
 _WARM_UP_LEN = 4
-_USED_SHARE = 0.9  # of free memory; the rest is for buffers that are not counted
 _MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
 
 
@@ -112,18 +112,12 @@ def deployment_limits(
     Raises:
         CapacityError: not even one sequence fits, with both numbers.
     """
-    tightest = min(seen, key=lambda each: each.free_bytes)
-    layout, model = deployment.layout, experiment.model
-    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
-    limits = workload_limits(experiment.workload, model, layout)
-    free_bytes = _USED_SHARE * tightest.free_bytes / num_sharing
+    limits = workload_limits(experiment.workload, experiment.model, deployment.layout)
     try:
-        return fit_cache(model, layout, limits, tightest.itemsize, free_bytes)
+        return fit_to_machine(experiment.model, deployment.layout, limits, seen)
     except CapacityError as error:
         raise CapacityError(
-            f"deployment {deployment.name!r}: {error} ({_USED_SHARE:.0%} of what "
-            f"{tightest.host} has, for {num_sharing} of its ranks); use a smaller model or shorter "
-            "sequences"
+            f"deployment {deployment.name!r}: {error}; use a smaller model or shorter sequences"
         ) from None
 
 

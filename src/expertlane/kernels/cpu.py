@@ -54,11 +54,6 @@ class CpuKernels:
             weight = torch.cat([weight, weight.new_zeros(missing, k)])
         return weight.view(-1, _LANES, k // 2, 2).transpose(1, 2).contiguous()
 
-    @staticmethod
-    def unpack(packed: Tensor, n: int) -> Tensor:
-        """The matrix again, [n, k]."""
-        return packed.transpose(1, 2).reshape(-1, 2 * packed.shape[1])[:n]
-
     def linear(self, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
         """[m, n] of x [m, k] and a packed [n, k].
 

@@ -14,6 +14,8 @@ from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 HandleT = TypeVar("HandleT")
 
+UNKNOWN = -1  # a token that the step before gives: ranks know it, the scheduler not yet
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -23,8 +25,7 @@ class Batch:
         seq_ids: [num_seqs].
         num_scheduled_tokens: [num_seqs]; new tokens of each sequence, each at least 1.
         num_computed_tokens: [num_seqs]; positions already in the cache.
-        token_ids: [num_tokens]; the new tokens, sequence after sequence; -1 for the one that the
-            step before this one gives, which the ranks know and the scheduler does not yet.
+        token_ids: [num_tokens]; the new tokens, sequence after sequence; some may be `UNKNOWN`.
         block_tables: [num_seqs, max_num_blocks], padded with -1; position p of a sequence is in
             block `block_tables[seq, p // block_size]` of the paged cache, at p % block_size.
         yields_token: [num_seqs]; whether the sequence's last new token ends all it has so far, so

@@ -7,11 +7,11 @@ import numpy.typing as npt
 
 from expertlane.schedule.blocks import BlockManager
 from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import UNKNOWN
 from expertlane.schedule.request import FinishReason, Request, RequestState
 
 Rows = npt.NDArray[np.intp]
 
-UNKNOWN = -1  # a token that a step in flight has yet to give
 _NO_BLOCK = -1
 
 

@@ -1,0 +1,34 @@
+"""How large a paged cache the ranks of a layout have memory for."""
+
+from collections.abc import Sequence
+
+from expertlane.engine.messages import RankMachine
+from expertlane.plan.memory import fit_cache
+from expertlane.schedule.limits import Limits
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+
+_FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
+
+
+def fit_to_machine(
+    model: ModelConfig,
+    layout: Layout,
+    limits: Limits,
+    seen: Sequence[RankMachine],
+    cpu_cache_share: float = 1.0,
+) -> Limits:
+    """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
+
+    Args:
+        seen: [num_ranks]; those of the layout first.
+        cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
+
+    Raises:
+        CapacityError: not even one sequence fits; with both numbers.
+    """
+    tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
+    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
+    free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
+    share = 1.0 if tightest.on_gpu else cpu_cache_share
+    return fit_cache(model, layout, limits, tightest.itemsize, free_bytes, share)
