@@ -19,6 +19,7 @@ from expertlane.parallel.progress import ProgressBoard
 
 MAX_RANKS_PER_CORE = 32
 _KILL_TIMEOUT_S = 5.0
+_SPIN_COUNT = "10000"  # some 0.2 ms
 
 
 def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
@@ -159,8 +160,14 @@ class LocalRanks:
 
 
 def _rank_environment() -> dict[str, str]:
-    """The environment of local ranks: gloo over loopback, whatever the host's name resolves to."""
+    """The environment of local ranks.
+
+    gloo goes over loopback, whatever the host's name resolves to. A thread of a parallel kernel
+    waits a short while for the others, then sleeps: libgomp's own default keeps a core spinning for
+    milliseconds, which other processes on it, the launcher first of all, need.
+    """
     environment = dict(os.environ)
+    environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     interfaces = {name for _, name in socket.if_nameindex()}
     for loopback in ("lo", "lo0"):
         if loopback in interfaces:
