@@ -21,6 +21,7 @@ from expertlane.engine.host import num_cores
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
+from expertlane.plan.memory import workload_limits
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
@@ -31,6 +32,7 @@ from expertlane.spec.workload import Workload
 
 MODEL = PRESETS["paper-small"]
 NUM_SEQUENCES, CONTEXT_LEN = 64, 40
+BLOCK_SIZE = 16
 LAYOUTS = ["tp=1", "dp=2,ep=2", "tp=2"]
 NUM_WARM_UP = 20
 TIMEOUT_S = 60.0
@@ -40,15 +42,17 @@ def decode_plan(step: int, layout: Layout, *, record: bool, context_len: int) ->
     """One more token of every sequence, at the same position in every step."""
     random = np.random.default_rng(step)
     batches = []
+    num_blocks = -(-(CONTEXT_LEN + 1) // BLOCK_SIZE)
     for seqs in partition(NUM_SEQUENCES, layout.dp):
         num = len(seqs)
         batches.append(
             Batch(
                 seq_ids=np.array(seqs, dtype=np.int64),
-                slots=np.arange(num),
                 num_scheduled_tokens=np.ones(num, dtype=np.int64),
                 num_computed_tokens=np.full(num, context_len),
                 token_ids=random.integers(0, MODEL.vocab_size, num),
+                block_tables=np.arange(num * num_blocks, dtype=np.int32).reshape(num, num_blocks),
+                yields_token=np.ones(num, dtype=np.bool_),
             )
         )
     return StepPlan(step, 0, Phase.DECODE, (tuple(batches),), record=record)
@@ -57,8 +61,10 @@ def decode_plan(step: int, layout: Layout, *, record: bool, context_len: int) ->
 def step_seconds(pool: RankPool, layout: Layout, num_steps: int) -> tuple[list[float], list[float]]:
     """Seconds of steps without and with a record."""
     workload = Workload(NUM_SEQUENCES, prompt_len=CONTEXT_LEN, output_len=2)
+    limits = workload_limits(workload, MODEL, layout)
+    assert limits.block_size == BLOCK_SIZE, "the block tables of the plans are made for it"
     runner = ModelRunner(
-        pool, MODEL, Deployment("bench", layout), workload, seed=0, ranks_per_node=pool.num_ranks
+        pool, MODEL, Deployment("bench", layout), limits, seed=0, ranks_per_node=pool.num_ranks
     )
     for position in range(CONTEXT_LEN):  # fill the cache
         plan = decode_plan(position, layout, record=False, context_len=position)

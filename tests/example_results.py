@@ -13,7 +13,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.names import Phase, Stage
+from expertlane.spec.names import Phase, Stage, Traffic
 from expertlane.spec.record import StepRecord
 from expertlane.spec.workload import Workload
 from records import rank_record, step_record
@@ -21,6 +21,7 @@ from records import rank_record, step_record
 MODEL = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=16, prompt_len=4, output_len=3)
 PEAK = MachinePeak(1e9, 1e9, 2, "core", "float32")
+RANKS_PER_NODE = 8
 
 TENSOR = Deployment("TP 8 × PP 2", Layout(tp=8, pp=2), is_baseline=True)
 ROTATING = Deployment(
@@ -36,7 +37,20 @@ SMALL = Deployment("EP 1", Layout())
 
 def machine(num_cores: int = 2) -> Machine:
     """A made-up machine."""
-    return Machine("Example CPU", "cpu", num_cores, 0, 8 * 10**9, 16, 8, "gloo", "float32", PEAK)
+    return Machine(
+        "Example CPU", "cpu", num_cores, 0, 8 * 10**9, 16, RANKS_PER_NODE, "gloo", "float32", PEAK
+    )
+
+
+def sent(rank: int, world_size: int, stage: Stage) -> dict[tuple[Stage, Traffic, int], int]:
+    """100 bytes of payload and 8 of metadata to each rank that is there, padding to the first."""
+    others = [other for other in range(world_size) if other != rank]
+    padding = {(stage, Traffic.PADDING, 0): 5} if rank else {}
+    return padding | {
+        (stage, traffic, other): num_bytes
+        for other in others
+        for traffic, num_bytes in ((Traffic.PAYLOAD, 100), (Traffic.METADATA, 8))
+    }
 
 
 def steps(
@@ -58,7 +72,11 @@ def steps(
             flops=1000,
             weight_bytes=2000,
             kv_bytes=10,
-            sent=((100, 300), (8, 16)),
+            sent=sent(rank, layout.world_size, stage),
+            world_size=layout.world_size,
+            by_ranks_reached=(0, 1, 3)[: layout.world_size + 1],
+            by_nodes_reached=(0, 3, 1)[: layout.world_size + 1],
+            num_remote_copies=(2, 1),
             num_collectives=4,
         )
         for rank in range(layout.world_size)
@@ -85,6 +103,7 @@ def result(deployment: Deployment, step_s: float, *, output_len: int = 3) -> Dep
         steps(deployment, Phase.PREFILL, start_s=0, step_s=10 * step_s, num_rounds=1),
         steps(deployment, Phase.DECODE, start_s=50, step_s=step_s, num_rounds=output_len - 1),
         PEAK,
+        RANKS_PER_NODE,
     )
     return deployment_result(
         deployment,
@@ -94,6 +113,7 @@ def result(deployment: Deployment, step_s: float, *, output_len: int = 3) -> Dep
         [HeldBytes(1000 + rank, 100) for rank in range(layout.world_size)],
         np.zeros((workload.num_sequences, output_len), dtype=np.int64),
         deployment.is_baseline,
+        RANKS_PER_NODE,
     )
 
 

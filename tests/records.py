@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from expertlane.spec.names import Phase, Stage
+from expertlane.spec.names import Link, Phase, Stage, Traffic
 from expertlane.spec.record import RankRecord, StepRecord
 
 Times = Mapping[tuple[int, int, Stage], float]  # (micro-batch, layer slot, stage) to seconds
@@ -22,10 +22,20 @@ def rank_record(
     flops: int = 0,
     weight_bytes: int = 0,
     kv_bytes: int = 0,
-    sent: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
+    sent: Mapping[tuple[Stage, Traffic, int], int] | None = None,
+    world_size: int = 1,
     num_collectives: int = 0,
+    by_ranks_reached: Sequence[int] = (),
+    by_nodes_reached: Sequence[int] = (),
+    num_remote_copies: tuple[int, int] = (0, 0),
 ) -> RankRecord:
-    """One rank's record; `flops` and `weight_bytes` count in EXPERTS, collectives in DISPATCH."""
+    """One rank's record; `flops` and `weight_bytes` count in EXPERTS, collectives in DISPATCH.
+
+    Args:
+        sent: (stage, traffic, to rank) to bytes.
+        by_ranks_reached, by_nodes_reached: the histograms' first places; the rest is 0.
+        num_remote_copies: of ranks, of nodes.
+    """
     num_tokens = np.array(tokens, dtype=np.int64)
 
     def times(given: Times | None) -> np.ndarray:
@@ -39,6 +49,12 @@ def rank_record(
         counts[stage] = count
         return counts
 
+    sent_bytes = np.zeros((len(Stage), len(Traffic), world_size), dtype=np.int64)
+    for place, num_bytes in (sent or {}).items():
+        sent_bytes[place] = num_bytes
+    histograms = np.zeros((2, world_size + 1), dtype=np.int64)
+    for histogram, given in zip(histograms, (by_ranks_reached, by_nodes_reached), strict=True):
+        histogram[: len(given)] = given
     return RankRecord(
         rank=rank,
         wall_s=times(wall),
@@ -48,9 +64,30 @@ def rank_record(
         flops=at(Stage.EXPERTS, flops),
         weight_bytes=at(Stage.EXPERTS, weight_bytes),
         kv_bytes=kv_bytes,
-        sent_bytes=np.array(sent, dtype=np.int64),
+        sent_bytes=sent_bytes,
         num_collectives=at(Stage.DISPATCH, num_collectives),
         num_tokens_per_expert=num_tokens,
+        tokens_by_ranks_reached=histograms[0],
+        tokens_by_nodes_reached=histograms[1],
+        num_remote_rank_copies=num_remote_copies[0],
+        num_remote_node_copies=num_remote_copies[1],
+    )
+
+
+def sent_over(
+    record: RankRecord,
+    traffic: Traffic,
+    link: Link = Link.INTRA_NODE,
+    ranks_per_node: int = 8,
+) -> int:
+    """Bytes a rank sent in all stages over one kind of link."""
+    own_node = record.rank // ranks_per_node
+    to_ranks = record.sent_bytes.sum(axis=0)[traffic].tolist()
+    is_link = {True: Link.INTRA_NODE, False: Link.INTER_NODE}
+    return sum(
+        num_bytes
+        for rank, num_bytes in enumerate(to_ranks)
+        if is_link[rank // ranks_per_node == own_node] is link
     )
 
 

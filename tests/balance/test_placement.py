@@ -1,26 +1,91 @@
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from expertlane.balance.placement import Placement
+from expertlane.errors import SpecError
+from expertlane.spec.partition import partition
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "ep", "experts_of_rank", "rank_of_expert"),
+    ("num_experts", "ep", "num_redundant", "experts_of_rank"),
     [
-        (4, 4, (range(1), range(1, 2), range(2, 3), range(3, 4)), [0, 1, 2, 3]),
-        (4, 2, (range(2), range(2, 4)), [0, 0, 1, 1]),
-        (5, 3, (range(2), range(2, 4), range(4, 5)), [0, 0, 1, 1, 2]),
-        (3, 1, (range(3),), [0, 0, 0]),
-        (1, 1, (range(1),), [0]),
-        (1, 2, (range(1), range(1, 1)), [0]),
+        (4, 4, 0, ((0,), (1,), (2,), (3,))),
+        (4, 2, 0, ((0, 1), (2, 3))),
+        (5, 3, 0, ((0, 1), (2, 3), (4,))),
+        (3, 1, 0, ((0, 1, 2),)),
+        (1, 1, 0, ((0,),)),
+        (1, 2, 0, ((0,), (0,))),  # more ranks than experts: copies fill them
+        (4, 2, 2, ((0, 1, 2), (3, 0, 1))),
+        (3, 2, 3, ((0, 1, 2), (0, 1, 2))),
     ],
 )
-def test_linear_placement_by_hand(num_experts, ep, experts_of_rank, rank_of_expert):
-    placement = Placement.linear(num_experts, ep)
+def test_linear_by_hand(num_experts, ep, num_redundant, experts_of_rank):
+    placement = Placement.linear(num_experts, ep, num_redundant)
     assert placement.experts_of_rank == experts_of_rank
-    assert placement.rank_of_expert() == rank_of_expert
 
 
-def test_sixteen_experts_on_three_ranks():
-    placement = Placement.linear(16, 3)
-    assert [len(experts) for experts in placement.experts_of_rank] == [6, 5, 5]
-    assert placement.rank_of_expert() == [0] * 6 + [1] * 5 + [2] * 5
+@pytest.mark.parametrize(
+    ("num_experts", "ep", "num_redundant", "experts_of_rank"),
+    [
+        (4, 2, 0, ((0, 2), (1, 3))),
+        (5, 3, 0, ((0, 3), (1, 4), (2,))),
+        (3, 5, 0, ((0,), (1,), (2,), (0,), (1,))),
+        (4, 2, 1, ((0, 2, 1), (0, 3))),  # 0 can only go to the full rank 1, which hands 1 over
+        (5, 3, 2, ((0, 3, 1), (1, 4), (2, 0))),
+    ],
+)
+def test_round_robin_by_hand(num_experts, ep, num_redundant, experts_of_rank):
+    placement = Placement.round_robin(num_experts, ep, num_redundant)
+    assert placement.experts_of_rank == experts_of_rank
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.data(), st.integers(1, 12), st.integers(1, 12))
+@pytest.mark.parametrize("make", [Placement.linear, Placement.round_robin])
+def test_slots_are_near_equal_and_hold_all(make, data, num_experts, ep):
+    num_redundant = data.draw(st.integers(0, num_experts * ep - num_experts))
+    placement = make(num_experts, ep, num_redundant)
+
+    num_slots = max(num_experts + num_redundant, ep)
+    assert placement.num_slots == num_slots
+    assert list(map(len, placement.experts_of_rank)) == list(map(len, partition(num_slots, ep)))
+    copies = [len(ranks) for ranks in placement.ranks_of_experts()]
+    assert max(copies) - min(copies) <= 1
+
+
+def test_tables_by_hand():
+    placement = Placement(3, ((2, 0), (1,), (0, 1)))
+    assert (placement.ep, placement.num_slots) == (3, 5)
+    assert placement.ranks_of_experts() == [[0, 2], [1, 2], [0]]
+    np.testing.assert_array_equal(placement.slots(), [[1, -1, 0], [-1, 0, -1], [0, 1, -1]])
+
+
+def test_copies_share_a_load_evenly():
+    placement = Placement(3, ((2, 0), (1,), (0, 1)))
+    np.testing.assert_array_equal(placement.rank_loads([4, 6, 1]), [3.0, 3.0, 5.0])
+    np.testing.assert_array_equal(placement.rank_loads(np.zeros(3)), [0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("experts_of_rank", "message"),
+    [
+        (((0, 1), ()), "ep rank 1 holds no expert"),
+        (((0, 1), (2,)), "ep rank 1 holds expert 2; there are experts 0 to 1"),
+        (((0, -1), (1,)), "ep rank 0 holds expert -1; there are experts 0 to 1"),
+        (((0, 1, 0), (1,)), "ep rank 0 holds expert 0 twice"),
+        (((0,), (0,)), "no ep rank holds expert 1"),
+    ],
+)
+def test_what_is_no_placement(experts_of_rank, message):
+    with pytest.raises(SpecError, match=f"^placement: {message}$"):
+        Placement(2, experts_of_rank)
+
+
+@pytest.mark.parametrize("make", [Placement.linear, Placement.round_robin])
+def test_too_many_copies(make):
+    with pytest.raises(
+        SpecError, match=r"9 physical experts on 2 ranks: .* at most 4 can be redun"
+    ):
+        make(4, 2, 5)

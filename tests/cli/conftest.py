@@ -60,6 +60,12 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     def write(results: Any, folder: Path) -> Path:
         return write_text(folder / "results.json", as_json(results))
 
+    def render(results: Any, *, traffic: bool) -> str:
+        return f"# {results} ×\n" + ("who sent what\n" if traffic else "")
+
+    def show(results: Any, console: Any, *, traffic: bool) -> None:
+        console.print(f"{results}!" + (" who sent what" if traffic else ""))
+
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:
         module = ModuleType(f"{package.__name__}.{name}")
         for function_name, function in functions.items():
@@ -76,10 +82,8 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     )
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
-    install(expertlane.report, "markdown", render=lambda results: f"# {results} ×\n")
-    install(
-        expertlane.report, "terminal", show=lambda results, console: console.print(f"{results}!")
-    )
+    install(expertlane.report, "markdown", render=render)
+    install(expertlane.report, "terminal", show=show)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)

@@ -34,6 +34,13 @@ def test_the_default_runs_shows_and_writes(comparison, run):
     assert written == "written: results/paper-small/results.json, results/paper-small/report.md"
 
 
+def test_traffic_is_shown_in_both_forms(comparison, run):
+    code, out, _ = run("compare", "--traffic")
+
+    assert (code, out) == (0, "results! who sent what\n")
+    assert Path("results/paper-small/report.md").read_text() == "# results ×\nwho sent what\n"
+
+
 def test_options_are_handed_over(comparison, run):
     code, _, _ = run(
         "compare", "paper", "--dtype", "bfloat16", "--oversubscribe", "--timeout-s", "2.5"
@@ -134,11 +141,6 @@ def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (
-            {"num_local_experts": 8},
-            "--model moe: deployment 'EP 16': layout dp=16,ep=16: ep=16 is more than the 8 experts "
-            "of moe; valid ep: 1, 2, 4, 8",
-        ),
         (
             {"max_position_embeddings": 32},
             "--model moe: workload: a prompt of 32 and 9 output tokens take 40 positions but moe "

@@ -9,24 +9,26 @@ import torch
 from expertlane.balance.placement import Placement
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
-from expertlane.moe.dispatch import AllToAllDispatcher
+from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.clock import HostClock
 from expertlane.parallel.interleave import interleave
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.record import RankRecord
 
 
 def join(
-    context: RankContext, layout: Layout, ranks_per_node: int
+    context: RankContext, layout: Layout, ranks_per_node: int, *, hierarchical: bool = False
 ) -> tuple[ParallelMesh, Recorder] | None:
     """This rank's groups and what counts their traffic; None on ranks beyond the layout."""
-    context.meshes.make(layout)
+    context.meshes.make(layout, ranks_per_node if hierarchical else 0)
     if context.rank >= layout.world_size:
         return None
-    recorder = Recorder(context.rank, 1, 1, context.progress, HostClock())
+    recorder = Recorder(context.rank, 1, 1, context.progress, HostClock(), layout.world_size)
     meshes = context.meshes
     return ParallelMesh(layout, meshes, context.rank, ranks_per_node, recorder), recorder
 
@@ -100,28 +102,30 @@ def dispatch_and_combine(
     context: RankContext,
     layout: Layout,
     ranks_per_node: int,
-    num_experts: int,
+    placement: Placement,
+    form: DispatchForm,
     inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> MoeResult | None:
     """Experts that multiply by their number plus one, each of a group doing an equal part of it.
 
     `inputs[rank]`: x [T, H], topk_ids [T, K], topk_weights [T, K].
     """
-    joined = join(context, layout, ranks_per_node)
+    joined = join(context, layout, ranks_per_node, hierarchical=form == "hierarchical")
     if joined is None:
         return None
     mesh, recorder = joined
-    placement = Placement.linear(num_experts, layout.ep)
-    dispatcher = AllToAllDispatcher(mesh, placement, torch.device("cpu"))
+    choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
+    dispatcher = make_dispatcher(form, mesh, placement, choice)
     x, topk_ids, topk_weights = (torch.from_numpy(array) for array in inputs[context.rank])
     num_tokens = [len(of_rank[0]) for of_rank in inputs]
     with Recording(recorder, Stage.DISPATCH) as dispatching:
-        arrived = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])[0]
+        dispatched = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])
+    arrived, sent = dispatched[0]
     experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
     factors = (experts + 1.0).repeat_interleave(torch.tensor(arrived.num_tokens_per_expert))
     results = arrived.rows * factors[:, None].to(arrived.rows.dtype) / layout.etp
     with Recording(recorder, Stage.COMBINE) as combining:
-        combined = interleave([dispatcher.combine(arrived, results, topk_weights)])[0]
+        combined = interleave([dispatcher.combine(sent, results)])[0]
     return MoeResult(
         arrived.rows.numpy(),
         arrived.num_tokens_per_expert,

@@ -63,15 +63,16 @@ def test_tokens_and_memory_must_fit() -> None:
         example.steps(deployment, Phase.PREFILL, start_s=0, step_s=1, num_rounds=1),
         [],
         example.PEAK,
+        8,
     )
     memory = [HeldBytes(1000, 100)]
     with pytest.raises(ValueError, match="tokens of shape"):
         deployment_result(
-            deployment, example.MODEL, workload, metrics, memory, np.zeros((16, 2), int), False
+            deployment, example.MODEL, workload, metrics, memory, np.zeros((16, 2), int), False, 8
         )
     with pytest.raises(ValueError, match="memory of 0 ranks"):
         deployment_result(
-            deployment, example.MODEL, workload, metrics, [], np.zeros((16, 3), int), False
+            deployment, example.MODEL, workload, metrics, [], np.zeros((16, 3), int), False, 8
         )
 
 

@@ -49,7 +49,7 @@ def weights():
 def attend(weights):
     """Feed parts (slot, num_computed, x [num_scheduled, 6]) as one batch; the outputs by part."""
     rotary = RotaryEmbedding(MODEL, CPU)
-    recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock())
+    recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
     mesh = ParallelMesh(Layout(), DeviceMeshes("cpu"), 0, 1, recorder)
     attention = Attention(MODEL, 0, Given(*weights), mesh, rotary, recorder)
     num_blocks = NUM_SLOTS * MAX_LEN // BLOCK_SIZE

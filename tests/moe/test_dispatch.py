@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from expertlane.balance.placement import Placement
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
+from records import sent_over as sent
 
 A, B, C, D = [1, 10], [2, 20], [3, 30], [4, 40]  # hidden states of some tokens
 ROW_BYTES = 8  # two float32
@@ -17,15 +19,13 @@ def own(tokens=(), topk_ids=(), topk_weights=None, *, top_k=2):
     return np.array(tokens, dtype=np.float32).reshape(-1, 2), ids, weights.astype(np.float32)
 
 
-def run(pools, layout, num_experts, inputs, ranks_per_node=8):
+def run(pools, layout, num_experts, inputs, ranks_per_node=8, *, form="all_to_all", placed=None):
     layout = Layout.parse(layout)
     pool = pools.pool(layout.world_size)
+    placement = placed or Placement.linear(num_experts, layout.ep)
     function = "distributed.on_ranks:dispatch_and_combine"
-    return pool.call(function, layout, ranks_per_node, num_experts, inputs)[: layout.world_size]
-
-
-def sent(record, traffic, link=Link.INTRA_NODE):
-    return int(record.sent_bytes[traffic, link])
+    results = pool.call(function, layout, ranks_per_node, placement, form, inputs)
+    return results[: layout.world_size]
 
 
 def test_two_ranks_with_two_experts_each(pools):
@@ -66,12 +66,12 @@ def test_bytes_between_nodes_by_hand(pools):
     # Four ranks, one expert each, two ranks a node: every token goes to the other node.
     inputs = [own([A], [[(rank + 2) % 4]], top_k=1) for rank in range(4)]
     for rank, result in enumerate(run(pools, "dp=4,ep=4", 4, inputs, ranks_per_node=2)):
-        assert sent(result.dispatch, Traffic.PAYLOAD, Link.INTRA_NODE) == 0
-        assert sent(result.dispatch, Traffic.PAYLOAD, Link.INTER_NODE) == ROW_BYTES
+        assert sent(result.dispatch, Traffic.PAYLOAD, Link.INTRA_NODE, 2) == 0
+        assert sent(result.dispatch, Traffic.PAYLOAD, Link.INTER_NODE, 2) == ROW_BYTES
         counts = 4 * 2 * 8  # to every other rank
-        assert sent(result.dispatch, Traffic.METADATA, Link.INTRA_NODE) == counts
-        assert sent(result.dispatch, Traffic.METADATA, Link.INTER_NODE) == 2 * counts + 4
-        assert sent(result.combine, Traffic.PAYLOAD, Link.INTER_NODE) == ROW_BYTES
+        assert sent(result.dispatch, Traffic.METADATA, Link.INTRA_NODE, 2) == counts
+        assert sent(result.dispatch, Traffic.METADATA, Link.INTER_NODE, 2) == 2 * counts + 4
+        assert sent(result.combine, Traffic.PAYLOAD, Link.INTER_NODE, 2) == ROW_BYTES
         factor = (rank + 2) % 4 + 1
         assert result.combined.tolist() == [[1 * factor, 10 * factor]]
 

@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
 
+from expertlane.parallel.clock import HostClock
+from expertlane.parallel.collectives import Group
+from expertlane.parallel.progress import ProgressBoard
+from expertlane.parallel.recorder import Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
+from records import sent_over as sent
 
 COLLECTIVE = "distributed.on_ranks:collective"
 
@@ -18,10 +23,6 @@ def run(pools, layout, axis, method, arguments, ranks_per_node=8):
 def rows(*values, dtype=np.float32):
     """A column of values."""
     return np.array(values, dtype=dtype).reshape(-1, 1)
-
-
-def sent(record, traffic, link=Link.INTRA_NODE):
-    return record.sent_bytes[traffic, link]
 
 
 def test_all_to_all_of_uneven_parts(pools):
@@ -43,6 +44,25 @@ def test_metadata_of_a_row_is_counted_apart(pools):
     _, records = run(pools, "dp=2,ep=2", "ep", "all_to_all", arguments)
     assert [sent(record, Traffic.PAYLOAD) for record in records] == [8, 4]
     assert [sent(record, Traffic.METADATA) for record in records] == [4, 2]
+
+
+def test_padding_of_a_static_shape_is_counted_apart(pools):
+    row = np.zeros((4, 6), dtype=np.uint8)  # two rows to each rank, two of six bytes metadata
+    arguments = [(row, [2, 2], [2, 2], 2, [2, 1]), (row, [2, 2], [2, 2], 2, [0, 2])]
+    # Rank 1 fills up only what it keeps.
+    results, records = run(pools, "dp=2,ep=2", "ep", "all_to_all", arguments)
+    assert [result.shape for result in results] == [(4, 6)] * 2
+    assert [sent(record, Traffic.PAYLOAD) for record in records] == [1 * 4, 2 * 4]
+    assert [sent(record, Traffic.METADATA) for record in records] == [1 * 2, 2 * 2]
+    assert [sent(record, Traffic.PADDING) for record in records] == [1 * 6, 0]
+
+
+def test_bytes_are_counted_by_global_rank(pools):
+    counts = [1, 1]
+    arguments = [(rows(rank), counts) for rank in range(4)]
+    _, records = run(pools, "replicas=2,dp=2", "stage", "all_gather", arguments)
+    found = [record.sent_bytes[Stage.COLLECTIVES, Traffic.PAYLOAD].tolist() for record in records]
+    assert found == [[0, 4, 0, 0], [4, 0, 0, 0], [0, 0, 0, 4], [0, 0, 4, 0]]
 
 
 def test_all_gather_of_uneven_and_empty_parts(pools):
@@ -88,13 +108,19 @@ def test_a_group_of_one_sends_nothing(pools, method, rest):
     assert record.num_collectives.sum() == record.sent_bytes.sum() == 0
 
 
+def test_a_group_knows_its_ranks_and_their_nodes():
+    recorder = Recorder(5, 1, 1, ProgressBoard(6).reporter(5), HostClock(), world_size=10)
+    group = Group(None, [3, 5, 8, 9], 5, 4, recorder)
+    assert (group.ranks, group.nodes, group.rank) == ([3, 5, 8, 9], [0, 1, 2, 2], 1)
+
+
 def test_links_between_nodes_are_counted_apart(pools):
     counts = [1, 1, 1, 1]
     arguments = [(rows(rank), counts) for rank in range(4)]
     _, records = run(pools, "dp=4", "stage", "all_gather", arguments, ranks_per_node=2)
     for record in records:
-        assert sent(record, Traffic.PAYLOAD, Link.INTRA_NODE) == 4
-        assert sent(record, Traffic.PAYLOAD, Link.INTER_NODE) == 8
+        assert sent(record, Traffic.PAYLOAD, Link.INTRA_NODE, ranks_per_node=2) == 4
+        assert sent(record, Traffic.PAYLOAD, Link.INTER_NODE, ranks_per_node=2) == 8
 
 
 @pytest.mark.parametrize("num_rows", [3, 1, 0])
@@ -106,7 +132,10 @@ def test_rows_go_down_the_pipeline(pools, num_rows):
         np.testing.assert_array_equal(held, given)
     records = [record for _, record in answers]
     # Ranks 0 and 1 share a node, rank 2 is on the next one; the last stage sends nothing.
-    assert [sent(record, Traffic.PAYLOAD) for record in records] == [8 * num_rows, 0, 0]
-    assert [sent(r, Traffic.PAYLOAD, Link.INTER_NODE) for r in records] == [0, 8 * num_rows, 0]
+    for link, num_bytes in [
+        (Link.INTRA_NODE, [8 * num_rows, 0, 0]),
+        (Link.INTER_NODE, [0, 8 * num_rows, 0]),
+    ]:
+        assert [sent(record, Traffic.PAYLOAD, link, 2) for record in records] == num_bytes
     began = [record.num_collectives[Stage.HAND_OVER] for record in records]
     assert began == ([1, 1, 0] if num_rows else [0, 0, 0])

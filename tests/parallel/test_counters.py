@@ -12,6 +12,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Link, Stage, Traffic
 from expertlane.spec.workload import Workload
+from records import sent_over as sent
 
 MODEL = PRESETS["paper-tiny"].with_overrides(
     name="countable",
@@ -40,10 +41,6 @@ def records(pools):
         return [step.outcome.records for step in steps]
 
     return run
-
-
-def sent(record, traffic, link=Link.INTRA_NODE):
-    return int(record.sent_bytes[traffic, link])
 
 
 def test_attention(records):
@@ -115,6 +112,15 @@ def test_dispatch_and_combine(records):
         assert record.num_collectives.sum() == NUM_LAYERS * 3
 
 
+def test_bytes_of_each_stage(records):
+    (zero, one), _ = records("dp=2,ep=2")
+    payload = [record.sent_bytes[:, Traffic.PAYLOAD] for record in (zero, one)]
+    assert payload[0][Stage.DISPATCH].tolist() == [0, NUM_LAYERS * 3 * 32]
+    assert payload[1][Stage.COMBINE].tolist() == [NUM_LAYERS * 6 * 32, 0]
+    assert payload[0].sum() == payload[0][Stage.DISPATCH].sum()
+    assert zero.sent_bytes[:, Traffic.PADDING].sum() == 0
+
+
 def test_tensor_parallel_step(records):
     (zero, one), _ = records("tp=2")  # rank 0 owns two tokens, rank 1 the last one
     # A layer: all-gather of owned rows, reduce-scatter of the other's rows, dispatch as an
@@ -154,9 +160,10 @@ def test_all_reduce(pools):
 def test_hand_over(records, ranks_per_node, link):
     (zero, one), (zero_decode, _) = records("pp=2", ranks_per_node)
     other = Link.INTER_NODE if link is Link.INTRA_NODE else Link.INTRA_NODE
-    assert sent(zero, Traffic.PAYLOAD, link) == 3 * 32
-    assert sent(zero_decode, Traffic.PAYLOAD, link) == 1 * 32
-    assert sent(zero, Traffic.PAYLOAD, other) == sent(zero, Traffic.METADATA, link) == 0
+    assert sent(zero, Traffic.PAYLOAD, link, ranks_per_node) == 3 * 32
+    assert sent(zero_decode, Traffic.PAYLOAD, link, ranks_per_node) == 1 * 32
+    assert sent(zero, Traffic.PAYLOAD, other, ranks_per_node) == 0
+    assert sent(zero, Traffic.METADATA, link, ranks_per_node) == 0
     assert one.sent_bytes.sum() == 0
     assert zero.num_collectives[Stage.HAND_OVER] == zero.num_collectives.sum() == 1
     assert one.num_collectives.sum() == 0

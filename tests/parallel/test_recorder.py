@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from expertlane.parallel import recorder as module
 from expertlane.parallel.progress import ProgressBoard
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.names import Link, Stage, Traffic
+from expertlane.spec.names import Stage, Traffic
 
 OUTSIDE = 2  # the slot after the model's two layers
 
@@ -53,7 +54,9 @@ def board():
 
 @pytest.fixture
 def recorder(clock, board):
-    return Recorder(0, num_layers=2, num_experts=3, progress=board.reporter(0), clock=clock)
+    return Recorder(
+        0, num_layers=2, num_experts=3, progress=board.reporter(0), clock=clock, world_size=3
+    )
 
 
 def seconds(array):
@@ -135,39 +138,68 @@ def test_counts_by_stage(recorder):
     recorder.enter(Stage.EXPERTS, 1)
     recorder.count_compute(flops=10, weight_bytes=20)
     recorder.count_compute(flops=1, weight_bytes=2)
-    recorder.count_expert_tokens(1, [4, 5])
+    recorder.count_expert_tokens([1, 2], [4, 5])
     recorder.enter(Stage.ATTENTION, 0)
     recorder.count_compute(flops=3, weight_bytes=4, kv_bytes=5)
     recorder.enter(Stage.COMBINE, 0)
     recorder.count_collective()
-    recorder.count_sent(Traffic.PAYLOAD, Link.INTER_NODE, 6)
-    recorder.count_sent(Traffic.METADATA, Link.INTRA_NODE, 7)
+    recorder.count_sent(Traffic.PAYLOAD, [0, 2], [5, 3], row_bytes=2)  # rank 0 keeps five rows
+    recorder.count_sent(Traffic.PAYLOAD, [1, 2], [0, 4], row_bytes=10)
+    recorder.count_sent(Traffic.METADATA, [1], [7], row_bytes=1)
+    recorder.enter(Stage.DISPATCH, 0)
+    recorder.count_sent(Traffic.PADDING, [1], [1], row_bytes=9)
     record = recorder.end_step()
     assert (record.flops[Stage.EXPERTS], record.weight_bytes[Stage.EXPERTS]) == (11, 22)
     assert (record.flops[Stage.ATTENTION], record.weight_bytes[Stage.ATTENTION]) == (3, 4)
     assert record.flops.sum() == 14
     assert record.kv_bytes == 5
     assert record.num_collectives[Stage.COMBINE] == record.num_collectives.sum() == 1
-    assert record.sent_bytes.tolist() == [[0, 6], [7, 0]]
+    assert record.sent_bytes.shape == (len(Stage), len(Traffic), 3)
+    assert record.sent_bytes[Stage.COMBINE].tolist() == [[0, 0, 46], [0, 7, 0], [0, 0, 0]]
+    assert record.sent_bytes[Stage.DISPATCH].tolist() == [[0, 0, 0], [0, 0, 0], [0, 9, 0]]
+    assert record.sent_bytes.sum() == 46 + 7 + 9
     assert record.num_tokens_per_expert.tolist() == [[0, 0, 0], [0, 4, 5]]
+
+
+def count_fan_out(recorder, ranks=(1,), nodes=(1,), num_remote_ranks=1, num_remote_nodes=1):
+    recorder.count_fan_out(
+        torch.tensor(ranks, dtype=torch.int64),
+        torch.tensor(nodes, dtype=torch.int64),
+        num_remote_ranks,
+        num_remote_nodes,
+    )
+
+
+def test_fan_out_is_summed_over_layers(recorder):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    count_fan_out(recorder, [2, 3, 2], [1, 2, 2], 4, 2)
+    count_fan_out(recorder, [1], [1], 0, 0)
+    count_fan_out(recorder, [], [], 0, 0)  # a rank without tokens
+    record = recorder.end_step()
+    assert record.tokens_by_ranks_reached.tolist() == [0, 1, 2, 1]
+    assert record.tokens_by_nodes_reached.tolist() == [0, 2, 2, 0]
+    assert (record.num_remote_rank_copies, record.num_remote_node_copies) == (4, 2)
 
 
 def test_a_step_starts_from_zero(recorder, clock):
     recorder.begin_step(0, 1, record=True, count_idle=False)
     recorder.enter(Stage.EXPERTS, 0)
     recorder.count_compute(1, 1, 1)
-    recorder.count_sent(Traffic.PAYLOAD, Link.INTRA_NODE, 1)
+    recorder.count_sent(Traffic.PAYLOAD, [1], [1], row_bytes=1)
+    count_fan_out(recorder)
     recorder.count_collective()
-    recorder.count_expert_tokens(0, [1])
+    recorder.count_expert_tokens([0], [1])
     clock.advance(1)
     first = recorder.end_step()
     recorder.begin_step(1, 1, record=True, count_idle=False)
     second = recorder.end_step()
     counted = ["wall_s", "cpu_s", "flops", "weight_bytes", "sent_bytes", "num_collectives"]
-    for name in [*counted, "num_tokens_per_expert"]:
+    fan_out = ["tokens_by_ranks_reached", "tokens_by_nodes_reached"]
+    for name in [*counted, *fan_out, "num_tokens_per_expert"]:
         assert getattr(first, name).sum() > 0
         assert getattr(second, name).sum() == 0
-    assert (first.kv_bytes, second.kv_bytes) == (1, 0)
+    for name in ("kv_bytes", "num_remote_rank_copies", "num_remote_node_copies"):
+        assert (getattr(first, name), getattr(second, name)) == (1, 0)
 
 
 def test_without_a_record_only_progress_is_kept(recorder, board):
@@ -175,6 +207,7 @@ def test_without_a_record_only_progress_is_kept(recorder, board):
     recorder.enter(Stage.ROUTER, 1)
     assert str(board.position(0)) == "step 9, layer 1, stage router"
     recorder.end_wait(recorder.begin_wait())
+    count_fan_out(recorder)
     assert recorder.end_step() is None
     position = board.position(0)
     # An idle rank says where it came to, for the launcher to name if it hangs.

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from conftest import PoolKeeper
 from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
+from expertlane.errors import SpecError
 from expertlane.model.draw import uniform_numbers
 from expertlane.model.reference import ReferenceModel, ReferenceRun
 from expertlane.schedule.limits import Limits
@@ -143,12 +144,18 @@ class Case(NamedTuple):
     """What a run can vary in.
 
     Attributes:
+        dispatch: hierarchical where nodes hold equally many ranks, else flat.
+        num_redundant: fewer where that is more than a rank can hold.
         lookahead: not with pipeline stages.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
         seed: of which requests come and when, and how small the cache is.
     """
 
     layout: str
+    ranks_per_node: int
+    dispatch: str
+    placement: str
+    num_redundant: int
     overlap: bool
     num_micro_batches: int
     schedule: str
@@ -188,6 +195,10 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
     return st.builds(
         Case,
         layout=small_layouts().filter(is_small),
+        ranks_per_node=st.sampled_from([1, 2, 4, 8]),
+        dispatch=st.sampled_from(["hierarchical", "all_gather", "all_to_all"]),
+        placement=st.sampled_from(["linear", "round_robin"]),
+        num_redundant=st.sampled_from([0, 1, 5, 16]),
         overlap=st.booleans(),
         num_micro_batches=st.integers(1, 4),
         schedule=st.sampled_from(["drained", "rotating"]),
@@ -199,6 +210,14 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         work=st.just(work),
         seed=st.integers(0, 2**32 - 1),
     )
+
+
+def spreads_evenly(layout: Layout, case: Case) -> bool:
+    try:
+        layout.ep_ranks_per_node(case.ranks_per_node)
+    except SpecError:
+        return False
+    return True
 
 
 class Combination:
@@ -213,8 +232,12 @@ class Combination:
     def __init__(self, pool: PoolKeeper, asked: list[Asked], case: Case) -> None:
         self.asked = asked
         self.arrivals, num_blocks = case.draw(asked)
+        layout = Layout.parse(case.layout)
         chosen = deployment(
             case.layout,
+            dispatch=case.dispatch if spreads_evenly(layout, case) else "all_to_all",
+            placement=case.placement,
+            num_redundant_experts=min(case.num_redundant, TINY.num_experts * (layout.ep - 1)),
             overlap=case.overlap,
             num_micro_batches=case.num_micro_batches,
             micro_batch_schedule=case.schedule,
@@ -228,8 +251,11 @@ class Combination:
             case.max_num_seqs,
             prefix_caching=case.prefix_caching,
         )
+        self.layout, self.dispatch = layout, chosen.options.dispatch
         ranks = pool.pool(chosen.layout.world_size)
-        self.runner = ModelRunner(ranks, TINY, chosen, limits, seed=0, ranks_per_node=8)
+        self.runner = ModelRunner(
+            ranks, TINY, chosen, limits, seed=0, ranks_per_node=case.ranks_per_node
+        )
         self.scheduler = ContinuousScheduler(
             chosen.layout,
             chosen.options,
@@ -333,6 +359,8 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
         seen["steps"] += combination.num_steps
         seen["tokens"] += sum(map(len, combination.tokens))
         seen["preemptions"] += combination.scheduler.num_preemptions
+        if combination.layout.ep > 1:
+            seen[f"cases with {combination.dispatch}"] += 1
         seen["cases with preemptions"] += combination.scheduler.num_preemptions > 0
         seen["cases with shared blocks"] += num_hits > 0
         seen["cases with several steps in flight"] += combination.most_in_flight > 1
@@ -341,6 +369,8 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     print(dict(seen))
     assert seen["cases"] >= num
     assert seen["cases with preemptions"] >= num / 6
+    for form in ("all_to_all", "all_gather", "hierarchical"):
+        assert seen[f"cases with {form}"] >= num / 25
     assert seen["cases with shared blocks"] >= num / 25
     assert seen["cases with several steps in flight"] >= num / 25
 

@@ -44,14 +44,14 @@ def test_nothing_decoded_and_one_deployment(tmp_path: Path) -> None:
 
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     deployment = data["deployments"][0]
     assert deployment["layout"] == {
         "replicas": 1, "pp_size": 2, "dp_size": 1, "tp_size": 8, "ep_size": 1,
     }  # fmt: skip
     assert deployment["source"] == "measured"
     assert deployment["decode"]["tpot_s"].keys() == {"median", "p95"}
-    assert deployment["traffic_bytes"]["decode"]["inter-node"]["payload"] == 2 * 16 * 300
+    assert deployment["traffic_bytes"]["decode"]["inter-node"]["payload"] == 2 * 16 * 8 * 100
     assert deployment["breakdown_s"]["decode"]["experts"] == pytest.approx(0.2)
     assert data["experiment"]["model"]["hidden_size"] == 64
 
@@ -99,8 +99,8 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
 
 
 def test_another_schema_version(written: Path) -> None:
-    change(written, schema_version=2)
-    assert complaint(written) == "FILE has schema_version 2; this expertlane reads 1"
+    change(written, schema_version=1)
+    assert complaint(written) == "FILE has schema_version 1; this expertlane reads 2"
 
 
 def test_unknown_key(written: Path) -> None:

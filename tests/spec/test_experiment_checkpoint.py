@@ -149,11 +149,6 @@ def test_a_missing_folder_and_one_without_a_configuration(error_of, tmp_path: Pa
             "[model]: model small moe: num_attention_heads is missing",
         ),
         (
-            {"num_local_experts": 1, "num_experts_per_tok": 1},
-            "deployment 'two': layout dp=2,ep=2: ep=2 is more than the 1 experts of small moe; "
-            "valid ep: 1",
-        ),
-        (
             {"max_position_embeddings": 8},
             "workload: a prompt of 8 and 3 output tokens take 10 positions but small moe has 8; ",
         ),

@@ -4,7 +4,9 @@ import numpy as np
 import numpy.typing as npt
 
 
-def max_over_mean(num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def max_over_mean(
+    num_tokens: npt.NDArray[np.int64] | npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
     """Load imbalance along the last axis: the fullest over the mean; 1 is even, 0 is no load.
 
     Args:

@@ -1,25 +1,138 @@
-"""Which physical experts an expert-parallel rank holds."""
+"""Which experts an expert-parallel rank holds: logical experts in physical slots, with copies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.packing import EMPTY, pack
+from expertlane.errors import SpecError
 from expertlane.spec.partition import partition
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The experts of one layer, by expert-parallel rank.
+    """The physical experts of one layer, by expert-parallel rank.
+
+    A *physical* expert is a slot of a rank; several may hold the same *logical* expert, and the
+    number of slots may differ between ranks.
 
     Attributes:
-        experts_of_rank: [ep] ranges of logical experts; `ep` need not divide their number.
+        num_experts: logical experts.
+        experts_of_rank: [ep][slots of that rank]; the logical expert in each slot.
+
+    Raises:
+        SpecError: an expert is nowhere, twice on one rank or unknown, or a rank has none.
     """
 
-    experts_of_rank: tuple[range, ...]
+    num_experts: int
+    experts_of_rank: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        held: set[int] = set()
+        for rank, experts in enumerate(self.experts_of_rank):
+            if not experts:
+                raise SpecError(f"placement: ep rank {rank} holds no expert")
+            unknown = [expert for expert in experts if not 0 <= expert < self.num_experts]
+            if unknown:
+                raise SpecError(
+                    f"placement: ep rank {rank} holds expert {unknown[0]}; "
+                    f"there are experts 0 to {self.num_experts - 1}"
+                )
+            if len(set(experts)) < len(experts):
+                twice = next(expert for expert in experts if experts.count(expert) > 1)
+                raise SpecError(f"placement: ep rank {rank} holds expert {twice} twice")
+            held.update(experts)
+        if len(held) < self.num_experts:
+            missing = min(set(range(self.num_experts)) - held)
+            raise SpecError(f"placement: no ep rank holds expert {missing}")
 
     @classmethod
-    def linear(cls, num_experts: int, ep: int) -> "Placement":
-        """Consecutive experts on each rank, near-equal in number."""
-        return cls(tuple(partition(num_experts, ep)))
+    def linear(cls, num_experts: int, ep: int, num_redundant: int = 0) -> "Placement":
+        """Consecutive experts on each rank, near-equal in number.
 
-    def rank_of_expert(self) -> list[int]:
-        """[num_experts]; the expert-parallel rank that holds each expert."""
-        return [rank for rank, experts in enumerate(self.experts_of_rank) for _ in experts]
+        After the last expert the first ones follow again, as redundant copies. With more ranks
+        than experts, copies fill the ranks.
+
+        Raises:
+            SpecError: some rank would hold an expert twice.
+        """
+        num_slots = max(num_experts + num_redundant, ep)
+        check_num_slots(num_experts, ep, num_slots)
+        return cls(
+            num_experts,
+            tuple(
+                tuple(slot % num_experts for slot in slots) for slots in partition(num_slots, ep)
+            ),
+        )
+
+    @classmethod
+    def round_robin(cls, num_experts: int, ep: int, num_redundant: int = 0) -> "Placement":
+        """Expert e on rank e mod ep; redundant copies go on in the same order.
+
+        A copy passes over ranks that hold its expert. Each rank has as many slots as in `linear`.
+
+        Raises:
+            SpecError: some rank would hold an expert twice.
+        """
+        num_slots = max(num_experts + num_redundant, ep)
+        check_num_slots(num_experts, ep, num_slots)
+        # Of experts with equal load the packer gives each rank in turn one.
+        slots = pack(
+            np.arange(num_slots)[None] % num_experts,
+            np.ones((1, num_experts)),
+            np.array([[len(slots) for slots in partition(num_slots, ep)]]),
+        )[0]
+        return cls(num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in slots))
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel ranks."""
+        return len(self.experts_of_rank)
+
+    @property
+    def num_slots(self) -> int:
+        """Physical experts of all ranks."""
+        return sum(map(len, self.experts_of_rank))
+
+    def slots(self) -> npt.NDArray[np.int64]:
+        """[ep, num_experts]; the slot in which a rank holds an expert, -1 where it does not."""
+        table = np.full((self.ep, self.num_experts), -1, dtype=np.int64)
+        for rank, experts in enumerate(self.experts_of_rank):
+            table[rank, list(experts)] = np.arange(len(experts))
+        return table
+
+    def ranks_of_experts(self) -> list[list[int]]:
+        """[num_experts][copies]; the ranks that hold each expert, ascending."""
+        ranks: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for rank, experts in enumerate(self.experts_of_rank):
+            for expert in experts:
+                ranks[expert].append(rank)
+        return ranks
+
+    def rank_loads(
+        self, load: Sequence[float] | npt.NDArray[np.floating]
+    ) -> npt.NDArray[np.float64]:
+        """[ep]; the load of each rank if an expert's load is shared evenly by its copies.
+
+        Args:
+            load: [num_experts].
+        """
+        is_held = self.slots() >= 0
+        each = np.asarray(load, dtype=np.float64) / is_held.sum(axis=0)
+        loads: npt.NDArray[np.float64] = is_held @ each
+        return loads
+
+
+def check_num_slots(num_experts: int, ep: int, num_slots: int) -> None:
+    """Check that so many physical experts fit, none twice on a rank.
+
+    Raises:
+        SpecError: they do not.
+    """
+    if num_slots > num_experts * ep:
+        raise SpecError(
+            f"{num_slots} physical experts on {ep} ranks: a rank holds each of the {num_experts} "
+            f"experts at most once, so at most {num_experts * ep - num_experts} can be redundant"
+        )

@@ -65,6 +65,14 @@ _Out = Annotated[
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+_Traffic = Annotated[
+    bool,
+    typer.Option(
+        "--traffic",
+        help="Also show, of each deployment: who sent how much to whom, how far tokens spread, "
+        "what is hottest, who comes last.",
+    ),
+]
 Oversubscribe = Annotated[
     bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
 ]
@@ -82,6 +90,7 @@ def compare(
     top_k: _TopK = None,
     out: _Out = None,
     as_json: _Json = False,
+    traffic: _Traffic = False,
     oversubscribe: Oversubscribe = False,
     timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
     dtype: _Dtype = None,
@@ -102,6 +111,8 @@ def compare(
           your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
+      expertlane compare --traffic
+          who sends how much to whom, and which rank, expert and layer are hottest
       expertlane compare --json | jq '.deployments[].decode.tps'
           for other programs
       torchrun --nproc-per-node 16 -m expertlane compare
@@ -127,7 +138,7 @@ def compare(
         for each, folder in comparisons:
             with progress_on_stderr() as progress:
                 results = run_comparison(each, pool, progress, command=command)
-            _publish(results, folder, stdout_console(), as_json)
+            _publish(results, folder, stdout_console(), as_json=as_json, traffic=traffic)
 
 
 def _comparisons(
@@ -213,13 +224,16 @@ def _start(
     return pool
 
 
-def _publish(results: "Results", folder: Path, console: "Console", as_json: bool) -> None:
+def _publish(
+    results: "Results", folder: Path, console: "Console", *, as_json: bool, traffic: bool
+) -> None:
     from expertlane.report import markdown, terminal
     from expertlane.results.file import to_json, write, write_text
 
     if as_json:
         console.out(to_json(results), highlight=False, end="")
     else:
-        terminal.show(results, console)
-    written = write(results, folder), write_text(folder / "report.md", markdown.render(results))
+        terminal.show(results, console, traffic=traffic)
+    page = markdown.render(results, traffic=traffic)
+    written = write(results, folder), write_text(folder / "report.md", page)
     print(f"written: {written[0]}, {written[1]}", file=sys.stderr)

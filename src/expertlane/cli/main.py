@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from expertlane import __version__
+from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
 app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
 app.command(short_help="Put load on a model; show throughput and latency.")(bench)
+app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from expertlane.balance.deployed import Placements
 from expertlane.engine.messages import RankMachine
 from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
@@ -17,11 +18,13 @@ def fit_to_machine(
     limits: Limits,
     seen: Sequence[RankMachine],
     cpu_cache_share: float = 1.0,
+    placements: Placements | None = None,
 ) -> Limits:
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
     Args:
         seen: [num_ranks]; those of the layout first.
+        placements: [num_hidden_layers]; linear ones without copies if not given.
         cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
 
     Raises:
@@ -31,4 +34,4 @@ def fit_to_machine(
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
     free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
-    return fit_cache(model, layout, limits, tightest.itemsize, free_bytes, share)
+    return fit_cache(model, layout, limits, tightest.itemsize, free_bytes, share, placements)

@@ -24,12 +24,13 @@ from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
+from expertlane.spec.deployment import Options
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
 
 def deploy(
-    context: RankContext, spec: StageSpec, overlap: bool, num_blocks: int, block_size: int
+    context: RankContext, spec: StageSpec, options: Options, num_blocks: int, block_size: int
 ) -> HeldBytes:
     """Build this rank's stage, or keep it if only options changed. Collective over all ranks.
 
@@ -37,7 +38,8 @@ def deploy(
         num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
     """
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    context.meshes.make(spec.layout)
+    is_hierarchical = options.dispatch == "hierarchical"
+    context.meshes.make(spec.layout, spec.ranks_per_node if is_hierarchical else 0)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -45,7 +47,7 @@ def deploy(
         if context.deployed is None or context.deployed.spec != spec:
             context.deployed = None  # frees the old weights before the new ones are drawn
             context.deployed = DeployedStage(context, spec)
-        context.deployed.start(overlap=overlap, num_blocks=num_blocks, block_size=block_size)
+        context.deployed.start(options, num_blocks=num_blocks, block_size=block_size)
         stage: TransformerStage = context.deployed.stage
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
@@ -71,6 +73,7 @@ class DeployedStage:
             model.num_experts,
             context.progress,
             clock_for(platform.device),
+            spec.layout.world_size,
         )
         self._mesh = ParallelMesh(
             spec.layout,
@@ -86,7 +89,7 @@ class DeployedStage:
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint))
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
-        self.stage = TransformerStage(model, source, self._mesh, self._recorder)
+        self.stage = TransformerStage(model, spec.placements, source, self._mesh, self._recorder)
         self._device = platform.device
         self._sampler = Sampler(model.vocab_size, platform.device)
         self._num_parts = 1
@@ -95,9 +98,10 @@ class DeployedStage:
         self._chosen: dict[int, int] = {}  # the last step's tokens, by sequence id
         self._sends: deque[list[Pending]] = deque()
 
-    def start(self, *, overlap: bool, num_blocks: int, block_size: int) -> None:
+    def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache, and with two parts of a micro-batch at once or one."""
-        self._num_parts = 2 if overlap else 1
+        self._num_parts = 2 if options.overlap else 1
+        self.stage.set_dispatch(options.dispatch)
         self._block_size = block_size
         self._phase = None
         self._sampler.forget_all()

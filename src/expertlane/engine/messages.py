@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.deployed import Placements
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.record import RankRecord
@@ -91,11 +92,13 @@ class StageSpec:
     """What decides a rank's weights; a rank that already holds them keeps them.
 
     Attributes:
+        placements: [num_hidden_layers]; where experts are at first.
         checkpoint: the folder the weights are in; None for seeded ones.
     """
 
     model: ModelConfig
     layout: Layout
+    placements: Placements
     seed: int
     ranks_per_node: int
     checkpoint: str | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from expertlane.balance.deployed import placements_of
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.schedule.limits import Limits
@@ -38,7 +39,7 @@ class ModelRunner:
         checkpoint: the folder the weights are in.
 
     Raises:
-        SpecError: the model cannot be laid out so.
+        UserError: the model cannot be laid out or its experts placed so.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class ModelRunner:
         self._pool = pool
         self._layout = layout = deployment.layout
         layout.check_model(model)
-        spec = StageSpec(
-            model, layout, seed, ranks_per_node, str(checkpoint) if checkpoint else None
-        )
-        overlap, blocks = deployment.options.overlap, (limits.num_blocks, limits.block_size)
-        held = pool.call(_DEPLOY, spec, overlap, *blocks)
+        options = deployment.options
+        if options.dispatch == "hierarchical":
+            layout.ep_ranks_per_node(ranks_per_node)
+        placements = placements_of(model, layout, options)
+        folder = str(checkpoint) if checkpoint else None
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder)
+        held = pool.call(_DEPLOY, spec, options, limits.num_blocks, limits.block_size)
         self.held: list[HeldBytes] = held[: layout.world_size]
 
     def submit(self, plan: StepPlan) -> _Handle:

@@ -90,8 +90,8 @@ class RankPool:
         self._pids: dict[int, int] = {}
         self._closed = False
         self._poll = select.poll()  # kept: to make one a step costs a decode step a few percent
-        for source in (*ranks.connections, ranks.control):
-            self._poll.register(source, select.POLLIN)
+        for descriptor in (ranks.control.fileno(), *(c.fileno() for c in ranks.connections)):
+            self._poll.register(descriptor, select.POLLIN)
         started = Ticket(range(self.num_ranks))
         for waiting in self._waiting:
             waiting.append(started)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.deployed import Placements, placements_of
 from expertlane.balance.load import max_over_mean
-from expertlane.balance.placement import Placement
 from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.assumptions import assumptions
+from expertlane.experiment.collect_traffic import traffic_bytes, traffic_result
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
 from expertlane.results.schema import (
     BottleneckResult,
@@ -29,7 +30,6 @@ from expertlane.results.schema import (
     RankResult,
     Results,
     ScalingPoint,
-    TrafficBytes,
     UtilisationResult,
     Versions,
 )
@@ -38,7 +38,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Link, Stage, Traffic
+from expertlane.spec.names import Stage
 from expertlane.spec.workload import Workload
 
 
@@ -50,12 +50,14 @@ def deployment_result(
     held: Sequence[HeldBytes],
     tokens: npt.NDArray[np.int64],
     is_baseline: bool,
+    ranks_per_node: int,
 ) -> DeploymentResult:
     """The measured row of one deployment.
 
     Args:
         held: [num_ranks]; what each rank has allocated.
         tokens: [num_sequences, output_len]; all generated tokens.
+        ranks_per_node: consecutive ranks that share a node.
 
     Raises:
         ValueError: `tokens` is not of the workload's shape, or `held` not of the layout's.
@@ -65,6 +67,7 @@ def deployment_result(
         raise ValueError(f"tokens of shape {tokens.shape} for {workload}")
     if len(held) != layout.world_size:
         raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
+    placements = placements_of(model, layout, deployment.options)
     phases = [phase for phase in (metrics.prefill, metrics.decode) if phase is not None]
     decode = None
     if metrics.decode is not None:
@@ -91,9 +94,14 @@ def deployment_result(
             num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in load),
             max_over_mean=tuple(map(float, max_over_mean(load))),
         ),
-        traffic_bytes={phase.phase: _traffic(phase) for phase in phases},
+        traffic_bytes={
+            phase.phase: traffic_bytes(phase.traffic.sent_bytes.sum(axis=0), ranks_per_node)
+            for phase in phases
+        },
+        traffic={phase.phase: traffic_result(phase.traffic, ranks_per_node) for phase in phases},
         per_rank=tuple(
-            _rank(rank, layout, model, phases, held[rank]) for rank in range(layout.world_size)
+            _rank(rank, layout, model, phases, held[rank], placements)
+            for rank in range(layout.world_size)
         ),
         tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
     )
@@ -233,31 +241,21 @@ def _by_stage(counts: npt.NDArray[np.int64]) -> dict[str, int]:
     return {stage.label: int(counts[stage]) for stage in Stage if counts[stage]}
 
 
-def _traffic(phase: PhaseMetrics) -> dict[str, TrafficBytes]:
-    return {
-        link.label: TrafficBytes(
-            payload=int(phase.sent_bytes[Traffic.PAYLOAD, link]),
-            metadata=int(phase.sent_bytes[Traffic.METADATA, link]),
-        )
-        for link in Link
-    }
-
-
 def _rank(
     rank: int,
     layout: Layout,
     model: ModelConfig,
     phases: Sequence[PhaseMetrics],
     held: HeldBytes,
+    placements: Placements,
 ) -> RankResult:
     at = layout.coordinates(rank)
     own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-    num_experts = len(Placement.linear(model.num_experts, layout.ep).experts_of_rank[at.ep_rank])
     return RankResult(
         rank=rank,
         num_experts_per_layer=tuple(
-            num_experts if layer in own_layers and not model.is_dense(layer) else 0
-            for layer in range(model.num_hidden_layers)
+            len(placed.experts_of_rank[at.ep_rank]) if placed and layer in own_layers else 0
+            for layer, placed in enumerate(placements)
         ),
         weight_bytes=held.weight_bytes,
         kv_bytes=held.kv_bytes,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane import __version__
+from expertlane.balance.deployed import placements_of
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.host import ForeignLoad
 from expertlane.engine.messages import HeldBytes, RankMachine
@@ -112,9 +113,11 @@ def deployment_limits(
     Raises:
         CapacityError: not even one sequence fits, with both numbers.
     """
-    limits = workload_limits(experiment.workload, experiment.model, deployment.layout)
+    model, layout = experiment.model, deployment.layout
+    limits = workload_limits(experiment.workload, model, layout)
+    placements = placements_of(model, layout, deployment.options)
     try:
-        return fit_to_machine(experiment.model, deployment.layout, limits, seen)
+        return fit_to_machine(model, layout, limits, seen, placements=placements)
     except CapacityError as error:
         raise CapacityError(
             f"deployment {deployment.name!r}: {error}; use a smaller model or shorter sequences"
@@ -239,10 +242,17 @@ class _Runs:
             deployment,
             self._experiment.model,
             self._experiment.workload,
-            summarise(deployment.layout, self._prefill[name], self._decode[name], self._peak),
+            summarise(
+                deployment.layout,
+                self._prefill[name],
+                self._decode[name],
+                self._peak,
+                self._ranks_per_node,
+            ),
             self._held[name],
             self._tokens[name],
             is_baseline=deployment.is_baseline,
+            ranks_per_node=self._ranks_per_node,
         )
 
 

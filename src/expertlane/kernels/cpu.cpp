@@ -457,6 +457,7 @@ void weighted_sum(const bf16* x, const int64_t* place, const float* weights, int
         for (int64_t i = 0; i < size; i += kLanes) {
             __m512 sum = _mm512_setzero_ps();
             for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k) {
+                if (place[k] < 0) continue;
                 const __m512 value = widen(x + place[k] * size + i);
                 sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[k]), value, sum);
             }

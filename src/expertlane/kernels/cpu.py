@@ -187,8 +187,8 @@ class CpuKernels:
         """[num_tokens, size]; pair token · top_k + choice has the row `places[pair]`.
 
         Args:
-            rows: [num_tokens · top_k, size], size a multiple of 16.
-            places: [num_tokens · top_k] int64.
+            rows: [num_rows, size], size a multiple of 16.
+            places: [num_tokens · top_k] int64; -1 for a pair that has no row.
             weights: [num_tokens, top_k] float32.
         """
         num_tokens, top_k = weights.shape

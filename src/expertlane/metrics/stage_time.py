@@ -80,7 +80,7 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
     exposed_s = 0.0
     for step in steps:
         least_idle = min(record.blocked_s[..., Stage.IDLE].sum() for record in step.records)
-        for ranks, wall, blocked in _by_pipeline_stage(layout, step):
+        for ranks, wall, blocked in by_pipeline_stage(layout, step):
             idle = blocked[..., Stage.IDLE].sum(axis=(1, 2))
             bubble_s[ranks] += idle.min() - least_idle
             waiting_s[ranks] += idle - idle.min()
@@ -125,7 +125,7 @@ def hidden_communication(step_off_s: float, step_on_s: float, exposed_s: float) 
     return (step_off_s - step_on_s) / exposed_s if exposed_s > 0 else None
 
 
-def _by_pipeline_stage(
+def by_pipeline_stage(
     layout: Layout, step: StepRecord
 ) -> list[tuple[list[int], npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
     """Ranks, `wall_s` and `blocked_s` [ranks, micro-batches, slots, stages] by pipeline stage."""

@@ -10,6 +10,7 @@ from expertlane.metrics.bottleneck import Bottleneck, find_bottleneck
 from expertlane.metrics.critical_path import CriticalPath, critical_path
 from expertlane.metrics.latency import Latency, latency
 from expertlane.metrics.stage_time import StageTime, stage_time
+from expertlane.metrics.traffic import TrafficMetrics, summarise_traffic
 from expertlane.spec.layout import Layout
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
@@ -41,7 +42,7 @@ class PhaseMetrics:
         num_tokens_per_expert: [num_layers, num_experts].
         active_expert_share: of the experts of a layer, those with a token in a step; mean over
             the layers that have experts, and steps.
-        sent_bytes: [2 kinds of traffic, 2 kinds of link].
+        traffic: what was sent to whom, and how far tokens spread.
         flops, weight_bytes, num_collectives: [num_stages].
         kv_bytes: keys and values read.
     """
@@ -54,7 +55,7 @@ class PhaseMetrics:
     critical_path: CriticalPath
     num_tokens_per_expert: npt.NDArray[np.int64]
     active_expert_share: float
-    sent_bytes: npt.NDArray[np.int64]
+    traffic: TrafficMetrics
     flops: npt.NDArray[np.int64]
     weight_bytes: npt.NDArray[np.int64]
     kv_bytes: int
@@ -83,18 +84,20 @@ def summarise(
     prefill: Sequence[StepRecord],
     decode: Sequence[StepRecord],
     peak: MachinePeak,
+    ranks_per_node: int,
 ) -> DeploymentMetrics:
     """Everything about one run of one deployment.
 
     Args:
         prefill, decode: the steps of each phase, of all replicas, in any order; `decode` may
             be empty.
+        ranks_per_node: consecutive ranks that share a node.
 
     Raises:
         ValueError: there is no prefill step, or a step carries no rank records.
     """
-    before = summarise_phase(layout, prefill, peak)
-    after = summarise_phase(layout, decode, peak) if decode else None
+    before = summarise_phase(layout, prefill, peak, ranks_per_node)
+    after = summarise_phase(layout, decode, peak, ranks_per_node) if decode else None
     num_tokens = before.num_tokens_per_expert
     if after is not None:
         num_tokens = num_tokens + after.num_tokens_per_expert
@@ -109,7 +112,9 @@ def summarise(
     )
 
 
-def summarise_phase(layout: Layout, steps: Sequence[StepRecord], peak: MachinePeak) -> PhaseMetrics:
+def summarise_phase(
+    layout: Layout, steps: Sequence[StepRecord], peak: MachinePeak, ranks_per_node: int
+) -> PhaseMetrics:
     """Everything about one phase.
 
     Raises:
@@ -132,7 +137,7 @@ def summarise_phase(layout: Layout, steps: Sequence[StepRecord], peak: MachinePe
         critical_path=critical_path(layout, steps),
         num_tokens_per_expert=_total([record.num_tokens_per_expert for record in records]),
         active_expert_share=_active_expert_share(steps),
-        sent_bytes=_total([record.sent_bytes for record in records]),
+        traffic=summarise_traffic(layout, steps, ranks_per_node),
         flops=flops,
         weight_bytes=weight_bytes,
         kv_bytes=kv_bytes,

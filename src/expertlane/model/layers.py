@@ -14,12 +14,14 @@ from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import expert_name, layer_name
 from expertlane.model.weight_source import WeightSource
 from expertlane.moe.activation import Activation
-from expertlane.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from expertlane.moe.experts import Experts, ExpertWeights
+from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.replicas import ReplicaChoice
 from expertlane.moe.router import route
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -32,6 +34,7 @@ class DecoderLayer:
         self,
         model: ModelConfig,
         index: int,
+        placement: Placement | None,
         source: WeightSource,
         mesh: ParallelMesh,
         rotary: RotaryEmbedding,
@@ -49,7 +52,7 @@ class DecoderLayer:
         heads = Attention if model.latent is None else LatentAttention
         self.attention = heads(model, index, source, mesh, rotary, recorder)
         self._block: MoEBlock | MLP
-        if model.is_dense(index):
+        if placement is None:
             self._block = MLP(
                 source,
                 index,
@@ -61,7 +64,12 @@ class DecoderLayer:
                 is_gated=model.gated_mlp,
             )
         else:
-            self._block = MoEBlock(model, index, source, mesh, recorder)
+            self._block = MoEBlock(model, index, placement, source, mesh, recorder)
+
+    def set_dispatch(self, form: DispatchForm) -> None:
+        """Choose how tokens travel to experts; no matter for a dense layer."""
+        if isinstance(self._block, MoEBlock):
+            self._block.set_dispatch(form)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Run the layer on the tokens this rank owns.
@@ -106,6 +114,7 @@ class MoEBlock:
         self,
         model: ModelConfig,
         layer: int,
+        placement: Placement,
         source: WeightSource,
         mesh: ParallelMesh,
         recorder: Recorder,
@@ -115,12 +124,9 @@ class MoEBlock:
         self._recorder = recorder
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
-        placement = Placement.linear(model.num_experts, mesh.layout.ep)
-        self._dispatcher: AllToAllDispatcher | LocalDispatcher
-        if mesh.stage.size == 1:
-            self._dispatcher = LocalDispatcher(model.num_experts)
-        else:
-            self._dispatcher = AllToAllDispatcher(mesh, placement, source.device)
+        self._placement = placement
+        self._choice = ReplicaChoice(mesh, placement, recorder, source.device)
+        self.set_dispatch("all_to_all")
         self._local = placement.experts_of_rank[mesh.at.ep_rank]
 
         def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
@@ -143,6 +149,10 @@ class MoEBlock:
                 is_gated=model.gated_mlp,
                 is_scaled=model.shared_expert_gate,
             )
+
+    def set_dispatch(self, form: DispatchForm) -> None:
+        """Choose how tokens travel to experts from now on."""
+        self._dispatcher = make_dispatcher(form, self._mesh, self._placement, self._choice)
 
     def _build_experts(self, model: ModelConfig, source: WeightSource) -> Experts:
         at = self._mesh.at
@@ -181,16 +191,16 @@ class MoEBlock:
             2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
         )
         recorder.enter(Stage.DISPATCH, layer)
-        arrived = yield from self._dispatcher.dispatch(
+        arrived, sent = yield from self._dispatcher.dispatch(
             hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
         )
         recorder.enter(Stage.EXPERTS, layer)
         results = self._experts.forward(arrived.rows, arrived.num_tokens_per_expert)
         recorder.count_compute(*self._experts.compute_cost(arrived.num_tokens_per_expert))
         if self._mesh.at.etp_rank == 0:
-            recorder.count_expert_tokens(self._local.start, arrived.num_tokens_per_expert)
+            recorder.count_expert_tokens(self._local, arrived.num_tokens_per_expert)
         recorder.enter(Stage.COMBINE, layer)
-        combined = yield from self._dispatcher.combine(arrived, results, topk_weights)
+        combined = yield from self._dispatcher.combine(sent, results)
         if self._shared is not None:
             combined = combined + (yield from self._shared.forward(hidden, batch.tokens_of_tp_rank))
         return combined

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from expertlane.balance.deployed import Placements
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.head import HeadResult, OutputHead
 from expertlane.model.kv_cache import KVCache
@@ -13,6 +14,7 @@ from expertlane.model.weight_source import WeightSource
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -24,6 +26,7 @@ class TransformerStage:
     def __init__(
         self,
         model: ModelConfig,
+        placements: Placements,
         source: WeightSource,
         mesh: ParallelMesh,
         recorder: Recorder,
@@ -36,7 +39,7 @@ class TransformerStage:
         layout, at = mesh.layout, mesh.at
         rotary = RotaryEmbedding(model, source.device)
         self._layers = [
-            DecoderLayer(model, layer, source, mesh, rotary, recorder)
+            DecoderLayer(model, layer, placements[layer], source, mesh, rotary, recorder)
             for layer in layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
         ]
         self._embedding = source.take(EMBEDDING) if mesh.is_first_stage else None
@@ -57,6 +60,11 @@ class TransformerStage:
     def kv_bytes(self) -> int:
         """Bytes of the key/value cache."""
         return sum(cache.num_bytes for cache in self._caches)
+
+    def set_dispatch(self, form: DispatchForm) -> None:
+        """Choose how tokens travel to experts from now on."""
+        for layer in self._layers:
+            layer.set_dispatch(form)
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""

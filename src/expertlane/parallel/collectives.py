@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertlane.errors import RankError
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.names import Link, Traffic
+from expertlane.spec.names import Traffic
 
 
 class PeerLostError(RankError):
@@ -65,8 +65,12 @@ class Group:
 
     Args:
         process_group: None for a group of one.
-        ranks: global ranks, in group order.
-        node_of: the node of each global rank.
+        ranks_per_node: consecutive global ranks that share a node.
+
+    Attributes:
+        ranks: [size]; global ranks, in group order.
+        nodes: [size]; the node of each of them.
+        rank: this rank's place in the group.
     """
 
     def __init__(
@@ -74,31 +78,30 @@ class Group:
         process_group: dist.ProcessGroup | None,
         ranks: Sequence[int],
         rank: int,
-        node_of: Callable[[int], int],
+        ranks_per_node: int,
         recorder: Recorder,
     ) -> None:
         self._process_group = process_group
-        self._ranks = list(ranks)
+        self.ranks = list(ranks)
+        self.nodes = [each // ranks_per_node for each in ranks]
         self._recorder = recorder
         self.size = len(ranks)
-        self.rank = self._ranks.index(rank)
-        self._links = [
-            Link.INTRA_NODE if node_of(peer) == node_of(rank) else Link.INTER_NODE
-            for peer in self._ranks
-        ]
+        self.rank = self.ranks.index(rank)
 
-    def _count(self, send: Sequence[int], row_bytes: int, metadata_bytes: int) -> None:
-        recorder = self._recorder
+    def _count(
+        self,
+        send: Sequence[int],
+        row_bytes: int,
+        metadata_bytes: int,
+        padding_rows: Sequence[int] | None,
+    ) -> None:
+        recorder, ranks = self._recorder, self.ranks
         recorder.count_collective()
-        for peer, num_rows in enumerate(send):
-            if peer != self.rank and num_rows:
-                self._count_rows(peer, num_rows, row_bytes, metadata_bytes)
-
-    def _count_rows(self, peer: int, num_rows: int, row_bytes: int, metadata_bytes: int) -> None:
-        link = self._links[peer]
-        payload = num_rows * (row_bytes - metadata_bytes)
-        self._recorder.count_sent(Traffic.PAYLOAD, link, payload)
-        self._recorder.count_sent(Traffic.METADATA, link, num_rows * metadata_bytes)
+        if padding_rows is not None:
+            recorder.count_sent(Traffic.PADDING, ranks, padding_rows, row_bytes)
+            send = [rows - empty for rows, empty in zip(send, padding_rows, strict=True)]
+        recorder.count_sent(Traffic.PAYLOAD, ranks, send, row_bytes - metadata_bytes)
+        recorder.count_sent(Traffic.METADATA, ranks, send, metadata_bytes)
 
     def _exchange(
         self,
@@ -107,10 +110,11 @@ class Group:
         receive: Sequence[int],
         metadata_bytes: int,
         finish: Callable[[Tensor], Tensor],
+        padding_rows: Sequence[int] | None = None,
     ) -> Pending:
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
-        self._count(send, row_bytes, metadata_bytes)
+        self._count(send, row_bytes, metadata_bytes, padding_rows)
         received = rows.new_empty((sum(receive), rows.shape[1]))
         with _blaming_peers():
             work = dist.all_to_all_single(
@@ -124,7 +128,12 @@ class Group:
         return Pending(self._recorder, work, lambda: finish(received), rows)
 
     def all_to_all(
-        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], metadata_bytes: int = 0
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        metadata_bytes: int = 0,
+        padding_rows: Sequence[int] | None = None,
     ) -> Pending:
         """Send consecutive rows to the ranks of the group, and get theirs in rank order.
 
@@ -132,13 +141,17 @@ class Group:
             rows: [sum(send), width].
             send, receive: [size]; numbers of rows, zeros allowed.
             metadata_bytes: how many bytes of each row are no hidden state; only counted.
+            padding_rows: [size]; how many rows to each rank only fill a static shape; None is
+                none. Only counted: all their bytes are padding.
 
         Returns:
             [sum(receive), width] when waited for.
         """
         if self.size == 1:
             return Pending(self._recorder, None, lambda: rows, None)
-        return self._exchange(rows, send, receive, metadata_bytes, lambda received: received)
+        return self._exchange(
+            rows, send, receive, metadata_bytes, lambda received: received, padding_rows
+        )
 
     def all_gather(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
@@ -182,10 +195,11 @@ class Group:
         if rows.shape[0] == 0:
             return None
         rows = rows.contiguous()
+        row_bytes = rows.shape[1] * rows.itemsize
         self._recorder.count_collective()
-        self._count_rows(to, rows.shape[0], rows.shape[1] * rows.itemsize, 0)
+        self._recorder.count_sent(Traffic.PAYLOAD, [self.ranks[to]], [rows.shape[0]], row_bytes)
         with _blaming_peers():
-            work = dist.isend(rows, dst=self._ranks[to], group=self._process_group)
+            work = dist.isend(rows, dst=self.ranks[to], group=self._process_group)
         return Pending(self._recorder, work, lambda: rows, rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
@@ -193,5 +207,5 @@ class Group:
         work = None
         if rows.shape[0]:
             with _blaming_peers():
-                work = dist.irecv(rows, src=self._ranks[source], group=self._process_group)
+                work = dist.irecv(rows, src=self.ranks[source], group=self._process_group)
         return Pending(self._recorder, work, lambda: rows, None)

@@ -7,6 +7,7 @@ one costs threads and sockets.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,10 +18,18 @@ from expertlane.parallel.recorder import Recorder
 from expertlane.spec.layout import Layout
 
 AXES = ("tp", "pp", "ep", "etp", "stage")
+NODE_AXES = ("ep_inter", "ep_intra")
 
 
-def groups_of_axis(layout: Layout, axis: str) -> list[list[int]]:
-    """The global ranks of every group of an axis; `stage` is all ranks of a pipeline stage."""
+def groups_of_axis(layout: Layout, axis: str, ranks_per_node: int = 1) -> list[list[int]]:
+    """The global ranks of every group of an axis; `stage` is all ranks of a pipeline stage.
+
+    An `ep` group is cut by nodes: `ep_intra` is its ranks on one node, `ep_inter` those with the
+    same place on each node.
+
+    Raises:
+        SpecError: an axis of nodes, and the ranks of `ep` groups lie unevenly on nodes.
+    """
     dense = np.arange(layout.world_size).reshape(layout.replicas, layout.pp, layout.dp, layout.tp)
     stages = dense.reshape(layout.replicas * layout.pp, layout.stage_size)
     expert = stages.reshape(-1, layout.ep, layout.etp)
@@ -31,6 +40,10 @@ def groups_of_axis(layout: Layout, axis: str) -> list[list[int]]:
         "etp": expert,
         "stage": stages,
     }
+    if axis in NODE_AXES:
+        size = layout.ep_ranks_per_node(ranks_per_node)
+        by_node = by_axis["ep"].reshape(-1, layout.ep // size, size)
+        by_axis |= {"ep_inter": np.moveaxis(by_node, 1, -1), "ep_intra": by_node}
     ranks = by_axis[axis]
     groups: list[list[int]] = ranks.reshape(-1, ranks.shape[-1]).tolist()
     return groups
@@ -43,15 +56,19 @@ class DeviceMeshes:
         self._device_type = device_type
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
 
-    def make(self, layout: Layout) -> None:
-        """Make what `layout` needs and is not there yet. Collective over *all* ranks."""
-        for ranks in self._groups(layout):
+    def make(self, layout: Layout, ranks_per_node: int = 0) -> None:
+        """Make what `layout` needs and is not there yet. Collective over *all* ranks.
+
+        Args:
+            ranks_per_node: where axes of nodes are wanted too.
+        """
+        for ranks in self._groups(layout, ranks_per_node):
             if ranks not in self._meshes:
                 self._meshes[ranks] = DeviceMesh(self._device_type, torch.tensor(ranks))
 
-    def _groups(self, layout: Layout) -> Iterator[tuple[int, ...]]:
-        for axis in AXES:
-            for ranks in groups_of_axis(layout, axis):
+    def _groups(self, layout: Layout, ranks_per_node: int) -> Iterator[tuple[int, ...]]:
+        for axis in (*AXES, *NODE_AXES) if ranks_per_node else AXES:
+            for ranks in groups_of_axis(layout, axis, ranks_per_node):
                 if len(ranks) > 1:
                     yield tuple(ranks)
 
@@ -80,13 +97,27 @@ class ParallelMesh:
     ) -> None:
         self.layout = layout
         self.at = layout.coordinates(rank)
+        self._meshes = meshes
+        self._rank = rank
+        self._ranks_per_node = ranks_per_node
+        self._recorder = recorder
+        self.tp, self.pp, self.ep, self.etp, self.stage = map(self._group, AXES)
 
-        def group(axis: str) -> Group:
-            ranks = next(ranks for ranks in groups_of_axis(layout, axis) if rank in ranks)
-            process_group = meshes.process_group(tuple(ranks)) if len(ranks) > 1 else None
-            return Group(process_group, ranks, rank, lambda r: r // ranks_per_node, recorder)
+    def _group(self, axis: str) -> Group:
+        groups = groups_of_axis(self.layout, axis, self._ranks_per_node)
+        ranks = next(ranks for ranks in groups if self._rank in ranks)
+        process_group = self._meshes.process_group(tuple(ranks)) if len(ranks) > 1 else None
+        return Group(process_group, ranks, self._rank, self._ranks_per_node, self._recorder)
 
-        self.tp, self.pp, self.ep, self.etp, self.stage = map(group, AXES)
+    @cached_property
+    def ep_inter(self) -> Group:
+        """The ranks of the `ep` group with this one's place on their nodes, if made."""
+        return self._group("ep_inter")
+
+    @cached_property
+    def ep_intra(self) -> Group:
+        """The ranks of the `ep` group on this one's node, if made."""
+        return self._group("ep_intra")
 
     @property
     def is_first_stage(self) -> bool:

@@ -1,13 +1,16 @@
 """The clock and counters of a rank: seconds by stage, FLOPs, bytes read and sent."""
 
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from expertlane.parallel.clock import Clock
 from expertlane.parallel.progress import NO_LAYER, ProgressReporter
-from expertlane.spec.names import Link, Stage, Traffic
+from expertlane.spec.names import Stage, Traffic
 from expertlane.spec.record import RankRecord
 
 _NUM_STAGES = len(Stage)
@@ -18,6 +21,10 @@ class Recorder:
 
     `enter` ends the stage before it; there is always exactly one current stage. Where a plan asks
     for no record, only the progress line is kept up to date.
+
+    Args:
+        rank: global rank.
+        world_size: ranks of the layout, replicas too.
     """
 
     def __init__(
@@ -27,8 +34,10 @@ class Recorder:
         num_experts: int,
         progress: ProgressReporter,
         clock: Clock,
+        world_size: int,
     ) -> None:
         self._rank = rank
+        self._world_size = world_size
         self._num_layers = num_layers
         self._num_experts = num_experts
         self.progress = progress
@@ -53,8 +62,14 @@ class Recorder:
         self._weight_bytes = [0] * _NUM_STAGES
         self._num_collectives = [0] * _NUM_STAGES
         self._kv_bytes = 0
-        self._sent_bytes = np.zeros((len(Traffic), len(Link)), dtype=np.int64)
+        self._sent_bytes: defaultdict[tuple[Stage, Traffic], list[int]] = defaultdict(
+            lambda: [0] * self._world_size
+        )
         self._tokens = np.zeros((self._num_layers, self._num_experts), dtype=np.int64)
+        self._by_ranks_reached, self._by_nodes_reached = np.zeros(
+            (2, self._world_size + 1), dtype=np.int64
+        )
+        self._num_remote_rank_copies = self._num_remote_node_copies = 0
 
     def begin_step(
         self, step: int, num_micro_batches: int, *, record: bool, count_idle: bool
@@ -108,20 +123,56 @@ class Recorder:
             self._weight_bytes[self.stage] += weight_bytes
             self._kv_bytes += kv_bytes
 
-    def count_sent(self, traffic: Traffic, link: Link, num_bytes: int) -> None:
-        """Add bytes that this rank sends to another one."""
-        if self._recording:
-            self._sent_bytes[traffic, link] += num_bytes
+    def count_sent(
+        self, traffic: Traffic, ranks: Sequence[int], num_rows: Sequence[int], row_bytes: int
+    ) -> None:
+        """Add what this rank sends in the current stage; rows that stay here do not count.
+
+        Args:
+            ranks: global ranks.
+            num_rows: as long as `ranks`; rows of `row_bytes` to each of them.
+        """
+        if self._recording and row_bytes:
+            of_rank = self._sent_bytes[self.stage, traffic]
+            for rank, num in zip(ranks, num_rows, strict=True):
+                of_rank[rank] += num * row_bytes
 
     def count_collective(self) -> None:
         """Add one collective or point-to-point send to the current stage."""
         if self._recording:
             self._num_collectives[self.stage] += 1
 
-    def count_expert_tokens(self, first_expert: int, num_tokens: list[int]) -> None:
-        """Add token-expert pairs of consecutive experts of the current layer."""
+    @property
+    def is_recording(self) -> bool:
+        """Whether anything is counted in this step."""
+        return self._recording
+
+    def count_expert_tokens(self, experts: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Add token-expert pairs of different experts of the current layer."""
         if self._recording:
-            self._tokens[self.layer, first_expert : first_expert + len(num_tokens)] += num_tokens
+            self._tokens[self.layer, list(experts)] += num_tokens
+
+    def count_fan_out(
+        self,
+        ranks_reached: Tensor,
+        nodes_reached: Tensor,
+        num_remote_rank_copies: int,
+        num_remote_node_copies: int,
+    ) -> None:
+        """Add how far one layer's tokens spread.
+
+        Args:
+            ranks_reached, nodes_reached: [T] whole numbers; how many ranks and nodes hold experts
+                chosen for each token; this one counts where it does too.
+            num_remote_rank_copies: (token, rank on another node) pairs.
+            num_remote_node_copies: (token, other node) pairs.
+        """
+        if self._recording:
+            num = self._world_size + 1
+            self._by_ranks_reached += np.bincount(ranks_reached.cpu().numpy(), minlength=num)
+            self._by_nodes_reached += np.bincount(nodes_reached.cpu().numpy(), minlength=num)
+            self._num_remote_rank_copies += num_remote_rank_copies
+            self._num_remote_node_copies += num_remote_node_copies
 
     def end_step(self) -> RankRecord | None:
         """Close the record; None where the plan asked for none."""
@@ -146,6 +197,10 @@ class Recorder:
             blocked_s.flat[cell] += clock.seconds(begin, end)
         for seconds in (wall_s, blocked_s):
             seconds[0, -1, Stage.IDLE] += self._idle_s
+        sent_bytes = np.zeros((_NUM_STAGES, len(Traffic), self._world_size), dtype=np.int64)
+        for (stage, traffic), of_rank in self._sent_bytes.items():
+            sent_bytes[stage, traffic] = of_rank
+        sent_bytes[..., self._rank] = 0
         return RankRecord(
             rank=self._rank,
             wall_s=wall_s,
@@ -155,7 +210,11 @@ class Recorder:
             flops=np.array(self._flops, dtype=np.int64),
             weight_bytes=np.array(self._weight_bytes, dtype=np.int64),
             kv_bytes=self._kv_bytes,
-            sent_bytes=self._sent_bytes,
+            sent_bytes=sent_bytes,
             num_collectives=np.array(self._num_collectives, dtype=np.int64),
             num_tokens_per_expert=self._tokens,
+            tokens_by_ranks_reached=self._by_ranks_reached,
+            tokens_by_nodes_reached=self._by_nodes_reached,
+            num_remote_rank_copies=self._num_remote_rank_copies,
+            num_remote_node_copies=self._num_remote_node_copies,
         )

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from math import ceil
 
-from expertlane.balance.placement import Placement
+from expertlane.balance.deployed import Placements, placements_of
 from expertlane.errors import CapacityError
 from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
@@ -68,12 +69,14 @@ def fit_cache(
     itemsize: int,
     free_bytes: float,
     cache_share: float = 1.0,
+    placements: Placements | None = None,
 ) -> Limits:
     """The same with as many blocks of the cache, up to `num_blocks`, as every rank has room for.
 
     Args:
         free_bytes: of a rank.
         cache_share: of what is left beside weights and activations, how much the cache may take.
+        placements: as for `rank_memory`.
 
     Raises:
         CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
@@ -82,7 +85,7 @@ def fit_cache(
     smallest = replace(limits, num_blocks=fewest)
     num_blocks = limits.num_blocks
     for rank in range(layout.pp * layout.dp * layout.tp):  # replicas are alike
-        need = rank_memory(model, layout, smallest, rank, itemsize)
+        need = rank_memory(model, layout, smallest, rank, itemsize, placements)
         if need.total_bytes > free_bytes:
             raise CapacityError(
                 f"{model.name} as {layout} needs {size_text(need.total_bytes)} on a rank (weights "
@@ -102,7 +105,12 @@ def size_text(num_bytes: float) -> str:
 
 
 def rank_memory(
-    model: ModelConfig, layout: Layout, limits: Limits, rank: int, itemsize: int
+    model: ModelConfig,
+    layout: Layout,
+    limits: Limits,
+    rank: int,
+    itemsize: int,
+    placements: Placements | None = None,
 ) -> RankMemory:
     """What `rank` holds: weights, the whole cache, and the activations of the largest step.
 
@@ -110,12 +118,17 @@ def rank_memory(
 
     Args:
         itemsize: bytes of a weight or of a cached value.
+        placements: [num_hidden_layers]; linear ones without copies if not given.
     """
+    placements = placements or placements_of(model, layout, Options())
     at = layout.coordinates(rank)
     layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-    num_experts = len(Placement.linear(model.num_experts, layout.ep).experts_of_rank[at.ep_rank])
+    of_layer = [
+        len(placed.experts_of_rank[at.ep_rank]) if (placed := placements[layer]) else 0
+        for layer in range(model.num_hidden_layers)
+    ]
     inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
-    params = sum(_layer_params(model, layout, layer, num_experts, inner) for layer in layers)
+    params = sum(_layer_params(model, layout, layer, of_layer[layer], inner) for layer in layers)
     largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
     if at.pp_rank == 0:
         embedding = model.vocab_size * model.hidden_size
@@ -128,7 +141,8 @@ def rank_memory(
     # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
     num_tokens = limits.max_num_batched_tokens
     num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
-    num_pairs = ceil(num_pairs_in_stage * num_experts / model.num_experts)
+    num_slots = max(placed.num_slots for placed in placements if placed is not None)
+    num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
     if model.latent is None:
         kv_width = 2 * max(model.kv_size // layout.tp, model.head_dim)
     else:  # the latent is replicated

@@ -3,7 +3,6 @@
 from expertlane.report.comparison import Comparison, Row
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import NONE, bytes_si, figures, milliseconds, percent
-from expertlane.results.schema import TrafficBytes
 from expertlane.spec.names import Cause, Link
 
 # Deployments side by side in one table that fits 80 columns.
@@ -111,8 +110,7 @@ def _work(row: Row) -> tuple[str, ...]:
 
 def _traffic(comparison: Comparison, row: Row) -> tuple[str, ...]:
     of_link = row.deployment.traffic_bytes[comparison.phase]
-    none = TrafficBytes(0, 0)
-    sent = [of_link.get(link.label, none) for link in Link]
+    sent = [of_link[link.label] for link in Link]
     num_collectives = sum(row.phase.num_collectives.values())
     return (
         str(row.number),

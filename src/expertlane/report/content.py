@@ -18,6 +18,7 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.paper import paper_sections
+from expertlane.report.traffic import details, hot_spots
 from expertlane.report.verdict import foreign_load, oversubscription, verdict
 from expertlane.results.schema import Results
 
@@ -30,8 +31,8 @@ def title(results: Results) -> str:
     return f"expertlane: {name}" + (f", top-{top_k}" if top_k else "")
 
 
-def sections(results: Results) -> tuple[Section, ...]:
-    """Everything below the heading, in order."""
+def sections(results: Results, *, traffic: bool = False) -> tuple[Section, ...]:
+    """Everything below the heading, in order; with `traffic`, each deployment's in detail."""
     comparison = compare(results)
     notes = filter(None, (oversubscription(results.machine), foreign_load(results)))
     return (
@@ -40,6 +41,8 @@ def sections(results: Results) -> tuple[Section, ...]:
         _gains(comparison),
         bottlenecks(comparison),
         work_and_traffic(comparison),
+        hot_spots(comparison),
+        *(details(results, comparison) if traffic else ()),
         *goals(results, comparison),
         _assumptions(results),
         _controlled(results),

@@ -26,11 +26,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """Lines of characters that stand under each other."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading, then paragraphs and tables in order."""
+    """A heading, then paragraphs, tables and figures in order."""
 
     heading: str
-    parts: tuple[str | Table, ...]
+    parts: tuple[str | Table | Figure, ...]
 
 
 def text(heading: str) -> Column:

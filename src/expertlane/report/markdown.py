@@ -1,19 +1,25 @@
 """A report as Markdown: `report.md`."""
 
 from expertlane.report import content
-from expertlane.report.document import Table
+from expertlane.report.document import Figure, Table
 from expertlane.results.schema import Results
 
 
-def render(results: Results) -> str:
-    """The whole report."""
+def render(results: Results, *, traffic: bool = False) -> str:
+    """The whole report; with `traffic`, who sent what to whom in every deployment."""
     blocks = [f"# {_escaped(content.title(results))}"]
-    for section in content.sections(results):
+    for section in content.sections(results, traffic=traffic):
         blocks.append(f"## {_escaped(section.heading)}")
-        blocks += [
-            _table(part) if isinstance(part, Table) else _escaped(part) for part in section.parts
-        ]
+        blocks += map(_part, section.parts)
     return "\n\n".join(blocks) + "\n"
+
+
+def _part(part: str | Table | Figure) -> str:
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Figure):
+        return "\n".join([f"**{_escaped(part.title)}**", "", "```text", *part.lines, "```"])
+    return _escaped(part)
 
 
 def _table(table: Table) -> str:

@@ -10,17 +10,17 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from expertlane.report import content
-from expertlane.report.document import Table
+from expertlane.report.document import Figure, Table
 from expertlane.results.schema import Results
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
 
 
-def show(results: Results, console: Console) -> None:
-    """Print the whole report, no wider than the console."""
+def show(results: Results, console: Console, *, traffic: bool = False) -> None:
+    """Print the whole report, no wider than the console; with `traffic`, every matrix too."""
     console.print(Rule(Text(content.title(results), style="bold"), characters="═"))
-    for section in content.sections(results):
+    for section in content.sections(results, traffic=traffic):
         console.print()
         console.print(Text(section.heading, style="bold cyan"))
         for position, part in enumerate(section.parts):
@@ -31,7 +31,8 @@ def show(results: Results, console: Console) -> None:
                 console.print()
             if part.title:
                 console.print(Padding(Text(part.title, style="italic"), (0, 0, 0, 1), expand=False))
-            console.print(Padding(_table(part), (0, 0, 0, 1), expand=False))
+            drawn = Text("\n".join(part.lines)) if isinstance(part, Figure) else _table(part)
+            console.print(Padding(drawn, (0, 0, 0, 1), expand=False))
 
 
 def _table(table: Table) -> RichTable:

@@ -6,27 +6,23 @@ keyed by the words of `spec.names`: phases, causes, the labels of stages and of 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from expertlane.errors import UserError
+from expertlane.results.strict import Strict
+from expertlane.results.traffic import TrafficBytes, TrafficResult
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Source = Literal["measured", "projected", "reported"]
 
 
-class _Strict:
-    """Read back only what was written: no unknown key, no value of another type."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-
-
 @dataclass(frozen=True)
-class Versions(_Strict):
+class Versions(Strict):
     """Of the software that ran."""
 
     expertlane: str
@@ -35,7 +31,7 @@ class Versions(_Strict):
 
 
 @dataclass(frozen=True)
-class Machine(_Strict):
+class Machine(Strict):
     """Where it ran.
 
     Attributes:
@@ -72,7 +68,7 @@ class Machine(_Strict):
 
 
 @dataclass(frozen=True)
-class Assumption(_Strict):
+class Assumption(Strict):
     """A choice the experiment's source leaves open, and why it was made so."""
 
     name: str
@@ -81,7 +77,7 @@ class Assumption(_Strict):
 
 
 @dataclass(frozen=True)
-class LayoutSizes(_Strict):
+class LayoutSizes(Strict):
     """A layout as the file spells it.
 
     Raises:
@@ -109,7 +105,7 @@ class LayoutSizes(_Strict):
 
 
 @dataclass(frozen=True)
-class Quantiles(_Strict):
+class Quantiles(Strict):
     """Of many values."""
 
     median: float
@@ -117,7 +113,7 @@ class Quantiles(_Strict):
 
 
 @dataclass(frozen=True)
-class CriticalPathResult(_Strict):
+class CriticalPathResult(Strict):
     """CPU time on the critical path: what one core a rank would cost, transfers left out."""
 
     total_s: float
@@ -126,7 +122,7 @@ class CriticalPathResult(_Strict):
 
 
 @dataclass(frozen=True)
-class UtilisationResult(_Strict):
+class UtilisationResult(Strict):
     """Shares of the machine's measured peak."""
 
     flops: float
@@ -134,7 +130,7 @@ class UtilisationResult(_Strict):
 
 
 @dataclass(frozen=True)
-class PhaseResult(_Strict):
+class PhaseResult(Strict):
     """What prefill and decode both have; sums are over ranks and steps.
 
     Attributes:
@@ -188,7 +184,7 @@ class DecodeResult(PhaseResult):
 
 
 @dataclass(frozen=True)
-class RankResult(_Strict):
+class RankResult(Strict):
     """One rank.
 
     Attributes:
@@ -207,7 +203,7 @@ class RankResult(_Strict):
 
 
 @dataclass(frozen=True)
-class ExpertLoad(_Strict):
+class ExpertLoad(Strict):
     """Token-expert pairs of both phases.
 
     Attributes:
@@ -220,15 +216,7 @@ class ExpertLoad(_Strict):
 
 
 @dataclass(frozen=True)
-class TrafficBytes(_Strict):
-    """Bytes sent to other ranks over one kind of link."""
-
-    payload: int
-    metadata: int
-
-
-@dataclass(frozen=True)
-class BottleneckResult(_Strict):
+class BottleneckResult(Strict):
     """The largest part of a step, and the rank the others wait for, if one stands out."""
 
     phase: Phase
@@ -239,7 +227,7 @@ class BottleneckResult(_Strict):
 
 
 @dataclass(frozen=True)
-class DeploymentResult(_Strict):
+class DeploymentResult(Strict):
     """One deployment's row.
 
     Attributes:
@@ -247,6 +235,7 @@ class DeploymentResult(_Strict):
         decode: None where nothing was decoded.
         breakdown_s: by phase and cause; seconds a round, mean over ranks.
         traffic_bytes: by phase and link.
+        traffic: by phase.
         tokens_sha256: of all generated tokens, to compare runs by.
     """
 
@@ -261,6 +250,7 @@ class DeploymentResult(_Strict):
     bottleneck: BottleneckResult
     expert_load: ExpertLoad
     traffic_bytes: dict[Phase, dict[str, TrafficBytes]]
+    traffic: dict[Phase, TrafficResult]
     per_rank: tuple[RankResult, ...]
     tokens_sha256: str
 
@@ -276,7 +266,7 @@ class DeploymentResult(_Strict):
 
 
 @dataclass(frozen=True)
-class HiddenCommunication(_Strict):
+class HiddenCommunication(Strict):
     """Two deployments that differ in overlap alone.
 
     Attributes:
@@ -296,7 +286,7 @@ class HiddenCommunication(_Strict):
 
 
 @dataclass(frozen=True)
-class ScalingPoint(_Strict):
+class ScalingPoint(Strict):
     """Decoding at one expert-parallel size; `relative_…`: to the first point's."""
 
     name: str
@@ -310,7 +300,7 @@ class ScalingPoint(_Strict):
 
 
 @dataclass(frozen=True)
-class Results(_Strict):
+class Results(Strict):
     """All of one file.
 
     Attributes:

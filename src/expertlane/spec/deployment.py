@@ -7,6 +7,8 @@ from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
 
 MicroBatchSchedule = Literal["drained", "rotating"]
+DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
+PlacementMethod = Literal["linear", "round_robin"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Options:
         micro_batch_schedule: `drained`: a step's micro-batches all finish before the next step
             begins; `rotating`: each micro-batch starts its next token as soon as it has the
             last one, so the pipeline never runs empty.
+        dispatch: how tokens travel to experts: `all_to_all`: one copy to each rank reached;
+            `hierarchical`: one to each node reached, forwarded inside; `all_gather`: all tokens to
+            all ranks. With `ep=1` every rank needs all tokens, so that is what happens.
+        placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
+        placement_file: a placement written by `expertlane balance`, in place of these.
+        num_redundant_experts: copies beside each MoE layer's experts, in the placement's order.
 
     Raises:
         SpecError: a value is not valid.
@@ -30,15 +38,30 @@ class Options:
     overlap: bool = False
     num_micro_batches: int = 1
     micro_batch_schedule: MicroBatchSchedule = "drained"
+    dispatch: DispatchForm = "all_to_all"
+    placement: PlacementMethod = "linear"
+    placement_file: str | None = None
+    num_redundant_experts: int = 0
 
     def __post_init__(self) -> None:
         if self.num_micro_batches < 1:
             raise SpecError(f"num_micro_batches is {self.num_micro_batches}; it must be 1 or more")
-        if self.micro_batch_schedule not in get_args(MicroBatchSchedule):
+        for name, valid in (
+            ("micro_batch_schedule", get_args(MicroBatchSchedule)),
+            ("dispatch", get_args(DispatchForm)),
+            ("placement", get_args(PlacementMethod)),
+        ):
+            value = getattr(self, name)
+            if value not in valid:
+                raise SpecError(f"{name} is {value!r}; valid: {', '.join(valid)}")
+        if self.num_redundant_experts < 0:
             raise SpecError(
-                f"micro_batch_schedule is {self.micro_batch_schedule!r}; valid: "
-                f"{', '.join(get_args(MicroBatchSchedule))}"
+                f"num_redundant_experts is {self.num_redundant_experts}; it must be 0 or more"
             )
+        if self.placement_file is not None and (
+            self.num_redundant_experts or self.placement != "linear"
+        ):
+            raise SpecError("a placement_file says it all; give no placement or redundant experts")
         if not isinstance(self.overlap, bool):
             raise SpecError(f"overlap is {self.overlap!r}; it must be true or false")
 
@@ -48,6 +71,14 @@ class Options:
             parts.append(f"{self.num_micro_batches} micro-batches {self.micro_batch_schedule}")
         if self.overlap:
             parts.append("overlap")
+        if self.dispatch != "all_to_all":
+            parts.append(self.dispatch.replace("_", "-"))
+        if self.placement != "linear":
+            parts.append(self.placement.replace("_", "-"))
+        if self.placement_file is not None:
+            parts.append("placed by file")
+        if self.num_redundant_experts:
+            parts.append(f"{self.num_redundant_experts} redundant experts")
         return ", ".join(parts) or "plain"
 
 

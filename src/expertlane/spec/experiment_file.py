@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -160,8 +160,8 @@ def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> E
         checkpoint=checkpoint,
         workload=_build(Workload, workload, "[workload]"),
         cluster=_build(Cluster, cluster, "[cluster]"),
-        deployments=_deployments(document, "deployments"),
-        scaling=_deployments(document, "scaling"),
+        deployments=_deployments(document, "deployments", base),
+        scaling=_deployments(document, "scaling", base),
     )
 
 
@@ -202,7 +202,7 @@ def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tupl
     return _build(ModelConfig, asdict(model) | overrides, "[model]"), os.path.abspath(folder)
 
 
-def _deployments(document: dict[str, Any], key: str) -> tuple[Deployment, ...]:
+def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deployment, ...]:
     tables = document.get(key, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SpecError(f"{key} is {_shown(tables)}; it must be one or more tables, [[{key}]]")
@@ -220,6 +220,9 @@ def _deployments(document: dict[str, Any], key: str) -> tuple[Deployment, ...]:
         try:
             head = _build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
             options = _build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
+            if options.placement_file is not None:
+                path = os.path.abspath(base / options.placement_file)
+                options = replace(options, placement_file=path)
             layout = Layout.parse(head.layout)
             deployments.append(Deployment(head.name, layout, options, head.baseline))
         except SpecError as error:

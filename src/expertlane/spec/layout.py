@@ -1,5 +1,6 @@
 """How ranks are arranged: replicas × pipeline × data × tensor, and experts across them."""
 
+from collections import Counter
 from dataclasses import dataclass
 from math import isqrt
 from typing import NamedTuple
@@ -104,6 +105,27 @@ class Layout:
         """Expert tensor parallelism: how many ranks share each expert."""
         return self.stage_size // self.ep
 
+    def ep_ranks_per_node(self, ranks_per_node: int) -> int:
+        """How many ranks of an `ep` group share a node.
+
+        Args:
+            ranks_per_node: consecutive ranks on one node.
+
+        Raises:
+            SpecError: not equally many on each node.
+        """
+        for first in range(0, self.world_size, self.stage_size):
+            for etp_rank in range(self.etp):
+                ranks = range(first + etp_rank, first + self.stage_size, self.etp)
+                on_nodes = Counter(rank // ranks_per_node for rank in ranks)
+                if len(set(on_nodes.values())) > 1:
+                    raise SpecError(
+                        f"layout {self}: hierarchical dispatch needs equally many of the "
+                        f"ep={self.ep} ranks on each node, but nodes of {ranks_per_node} hold "
+                        f"{_listed(list(on_nodes.values()))}"
+                    )
+        return next(iter(on_nodes.values()))
+
     def coordinates(self, rank: int) -> Coordinates:
         """Where `rank` sits."""
         replica, in_replica = divmod(rank, self.replica_size)
@@ -124,8 +146,7 @@ class Layout:
         """Check that `model` can be laid out so.
 
         Raises:
-            SpecError: `tp` does not divide the heads, there are fewer layers than stages, or
-                fewer experts than `ep`.
+            SpecError: `tp` does not divide the heads, or there are fewer layers than stages.
         """
         heads = model.num_attention_heads
         if heads % self.tp:
@@ -143,12 +164,6 @@ class Layout:
             raise SpecError(
                 f"layout {self}: pp={self.pp} is more stages than the {model.num_hidden_layers} "
                 f"layers of {model.name}; valid pp: 1 to {model.num_hidden_layers}"
-            )
-        if self.ep > model.num_experts:
-            valid = [ep for ep in _divisors(self.stage_size) if ep <= model.num_experts]
-            raise SpecError(
-                f"layout {self}: ep={self.ep} is more than the {model.num_experts} experts of "
-                f"{model.name}; valid ep: {_listed(valid)}"
             )
 
 

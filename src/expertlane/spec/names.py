@@ -54,6 +54,12 @@ class Traffic(IntEnum):
 
     PAYLOAD = 0  # hidden states
     METADATA = 1  # counts, expert ids, router weights, argmax candidates
+    PADDING = 2  # rows that only fill a static shape
+
+    @property
+    def label(self) -> str:
+        """The name as a user reads it."""
+        return self.name.lower()
 
 
 class Link(IntEnum):

@@ -24,10 +24,17 @@ class RankRecord:
         flops: [num_stages]; floating-point operations, a multiply and an add counted as two.
         weight_bytes: [num_stages]; weights read, each matrix once per use.
         kv_bytes: keys and values read from the cache.
-        sent_bytes: [2 kinds of traffic, 2 kinds of link]; bytes sent to *other* ranks.
+        sent_bytes: [num_stages, num_kinds_of_traffic, world_size]; bytes sent to each global rank;
+            0 for this one.
         num_collectives: [num_stages]; collectives and point-to-point sends this rank began.
         num_tokens_per_expert: [num_layers, num_experts]; token-expert pairs this rank computed;
             zero where another rank of its expert tensor-parallel group reports them.
+        tokens_by_ranks_reached: [world_size + 1]; how many of its own tokens, summed over layers,
+            had experts on so many ranks.
+        tokens_by_nodes_reached: [world_size + 1]; the same of nodes.
+        num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
+            with one copy a rank.
+        num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
     """
 
     rank: int
@@ -41,6 +48,10 @@ class RankRecord:
     sent_bytes: npt.NDArray[np.int64]
     num_collectives: npt.NDArray[np.int64]
     num_tokens_per_expert: npt.NDArray[np.int64]
+    tokens_by_ranks_reached: npt.NDArray[np.int64]
+    tokens_by_nodes_reached: npt.NDArray[np.int64]
+    num_remote_rank_copies: int
+    num_remote_node_copies: int
 
 
 @dataclass(frozen=True, eq=False)

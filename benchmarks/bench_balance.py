@@ -1,0 +1,257 @@
+"""Our balancer beside the published greedy one, on made-up routing traces.
+
+Evenness: power-law traces; both plan on the first half of the tokens, and max/mean of rank loads is
+given for that half and for the other one. The yardstick is the better of its two forms, and may
+put copies of an expert on one rank, which an engine can't use. It needs equal slots on all ranks;
+points where it has none are left out. Crossings: traces with topics, and copies of tokens that
+reach a remote node per token and layer, all on the second half. Made-up traces: their topics say
+what placement can gain, not what a given model's will.
+
+    python benchmarks/bench_balance.py
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+from greedy_yardstick import can_run, global_plan, hierarchical_plan, slot_max_over_mean
+from rich.console import Console
+from rich.table import Table
+from routing_traces import halves, routing_trace
+
+from expertlane import __version__
+from expertlane.balance.crossing import coactivation, cross_node_copies, spread_sources
+from expertlane.balance.placement import Placement
+from expertlane.balance.planner import plan_placement
+from expertlane.balance.trace import RoutingTrace
+
+RANKS_PER_NODE = 8
+NUM_GROUPS = 8  # of experts, for the yardstick's hierarchical form
+SKEWS = (0.6, 1.0, 1.2)
+NUM_EXPERTS = (64, 128, 256)
+NUM_RANKS = (8, 16, 32, 64)
+NUM_REDUNDANT = (0, 16, 32, 64)
+NUM_TOKENS = 20_000
+NUM_TOPIC_TOKENS = 60_000
+SEEDS = range(3)
+NUM_TOPICS = 16
+AFFINITIES = (10.0, 30.0)
+TOP_K = 8
+
+Row = dict[str, float | int]
+Plan = list[list[int]]
+
+
+def yardstick(load: np.ndarray, ep: int, num_slots: int) -> Plan:
+    """The more even of its two forms."""
+    plans = [global_plan(load, ep, num_slots)]
+    num_nodes = ep // RANKS_PER_NODE
+    if can_run(len(load), ep, num_slots, NUM_GROUPS, num_nodes):
+        plans.append(hierarchical_plan(load, ep, num_slots, NUM_GROUPS, num_nodes))
+    return min(plans, key=lambda plan: slot_max_over_mean(plan, load))
+
+
+def rank_max_over_mean(placements: list[Placement], load: np.ndarray) -> list[float]:
+    ratios = []
+    for placement, of_layer in zip(placements, load, strict=True):
+        loads = placement.rank_loads(of_layer)
+        ratios.append(float(loads.max() / loads.mean()))
+    return ratios
+
+
+def evenness() -> Iterator[Row]:
+    for skew, num_experts, seed in product(SKEWS, NUM_EXPERTS, SEEDS):
+        trace = routing_trace(
+            num_layers=1,
+            num_experts=num_experts,
+            num_experts_per_tok=TOP_K,
+            num_tokens=NUM_TOKENS,
+            skew=skew,
+            seed=seed,
+        )
+        seen, held_out = (half.load().astype(float) for half in halves(trace))
+        for ep, num_redundant in product(NUM_RANKS, NUM_REDUNDANT):
+            num_slots = num_experts + num_redundant
+            if not can_run(num_experts, ep, num_slots, 1, 1):
+                continue
+            greedy = yardstick(seen[0], ep, num_slots)
+            ours = plan_placement(seen, ep, RANKS_PER_NODE, num_redundant)
+            yield {
+                "skew": skew,
+                "num_experts": num_experts,
+                "seed": seed,
+                "ep": ep,
+                "num_redundant": num_redundant,
+                "greedy": slot_max_over_mean(greedy, seen[0]),
+                "ours": rank_max_over_mean(ours, seen)[0],
+                "greedy_held_out": slot_max_over_mean(greedy, held_out[0]),
+                "ours_held_out": rank_max_over_mean(ours, held_out)[0],
+            }
+
+
+def crossings() -> Iterator[Row]:
+    points = product(AFFINITIES, SKEWS, NUM_EXPERTS, NUM_RANKS[1:], NUM_REDUNDANT, SEEDS)
+    for affinity, skew, num_experts, ep, num_redundant, seed in points:
+        num_slots = num_experts + num_redundant
+        if not can_run(num_experts, ep, num_slots, 1, 1):
+            continue
+        seen, held_out = topic_halves(affinity, skew, num_experts, seed)
+        load = seen.load()
+        together = [coactivation(ids, num_experts) for ids in seen.topk_ids]
+        greedy = [global_plan(of_layer, ep, num_slots) for of_layer in load.astype(float)]
+        plans = {
+            "linear": [Placement.linear(num_experts, ep, num_redundant)],
+            "greedy": [usable(plan, num_experts) for plan in greedy],
+            "even": plan_placement(load, ep, RANKS_PER_NODE, num_redundant),
+            "ours": plan_placement(load, ep, RANKS_PER_NODE, num_redundant, together),
+        }
+        row: Row = {
+            "affinity": affinity,
+            "skew": skew,
+            "num_experts": num_experts,
+            "seed": seed,
+            "ep": ep,
+            "num_redundant": num_redundant,
+        }
+        for name, placements in plans.items():
+            row[f"{name}_crossings"] = crossings_per_token(held_out, placements)
+            row[f"{name}_max_over_mean"] = rank_max_over_mean(placements, load)[0]
+            row[f"{name}_held_out"] = rank_max_over_mean(placements, held_out.load())[0]
+        row["greedy_max_over_mean"] = slot_max_over_mean(greedy[0], load[0].astype(float))
+        row["greedy_held_out"] = slot_max_over_mean(greedy[0], held_out.load()[0].astype(float))
+        yield row
+
+
+_traces: dict[tuple[float, float, int, int], tuple[RoutingTrace, RoutingTrace]] = {}
+
+
+def topic_halves(
+    affinity: float, skew: float, num_experts: int, seed: int
+) -> tuple[RoutingTrace, RoutingTrace]:
+    key = (affinity, skew, num_experts, seed)
+    if key not in _traces:
+        _traces[key] = halves(
+            routing_trace(
+                num_layers=1,
+                num_experts=num_experts,
+                num_experts_per_tok=TOP_K,
+                num_tokens=NUM_TOPIC_TOKENS,
+                skew=skew,
+                seed=seed,
+                num_topics=NUM_TOPICS,
+                affinity=affinity,
+            )
+        )
+    return _traces[key]
+
+
+def usable(plan: Plan, num_experts: int) -> Placement:
+    """A plan without second copies of an expert on one rank, of which an engine takes one."""
+    return Placement(num_experts, tuple(tuple(dict.fromkeys(rank)) for rank in plan))
+
+
+def crossings_per_token(trace: RoutingTrace, placements: list[Placement]) -> float:
+    sources = spread_sources(trace.num_tokens, placements[0].ep // RANKS_PER_NODE)
+    copies = [
+        cross_node_copies(ids, placement, RANKS_PER_NODE, sources)
+        for ids, placement in zip(trace.topk_ids, placements, strict=True)
+    ]
+    return sum(copies) / len(copies) / trace.num_tokens
+
+
+def planning_s() -> Row:
+    """CPU seconds of a plan for 61 layers of 256 experts on 64 ranks, 64 redundant."""
+    trace = routing_trace(
+        num_layers=61,
+        num_experts=256,
+        num_experts_per_tok=TOP_K,
+        num_tokens=8192,
+        skew=1.0,
+        seed=0,
+        num_topics=NUM_TOPICS,
+    )
+    load = trace.load()
+    together = [coactivation(ids, 256) for ids in trace.topk_ids]
+    taken: Row = {}
+    for name, known in (("even_s", None), ("coactivation_s", together)):
+        began = time.process_time()
+        plan_placement(load, 64, RANKS_PER_NODE, 64, known)
+        taken[name] = time.process_time() - began
+    return taken
+
+
+def column(rows: list[Row], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows])
+
+
+def evenness_table(rows: list[Row]) -> Table:
+    table = Table(title="max/mean of rank loads, median (worst), greedy then ours")
+    for heading in ("skew", "ep", "points", "same load", "held-out", "ours worse, same load"):
+        table.add_column(heading, justify="right")
+    for skew, ep in product(SKEWS, NUM_RANKS):
+        of = [row for row in rows if (row["skew"], row["ep"]) == (skew, ep)]
+        cells = []
+        for suffix in ("", "_held_out"):
+            pair = [column(of, name + suffix) for name in ("greedy", "ours")]
+            cells.append(" → ".join(f"{np.median(x):.3f} ({x.max():.2f})" for x in pair))
+        table.add_row(f"{skew}", f"{ep}", f"{len(of)}", *cells, f"{num_worse(of)}")
+    return table
+
+
+def num_worse(rows: list[Row]) -> int:
+    return int((column(rows, "ours") > column(rows, "greedy") * (1 + 1e-6)).sum())
+
+
+def crossings_table(rows: list[Row]) -> Table:
+    table = Table(title="crossings per token and layer, held-out, medians")
+    for heading in (
+        *("affinity", "skew", "ep", "points", "linear", "greedy", "even", "ours"),
+        *("fewer than greedy", "max/mean greedy → ours"),
+    ):
+        table.add_column(heading, justify="right")
+    for affinity, skew, ep in product(AFFINITIES, SKEWS, NUM_RANKS[1:]):
+        key = (affinity, skew, ep)
+        of = [row for row in rows if (row["affinity"], row["skew"], row["ep"]) == key]
+        names = ("linear", "greedy", "even", "ours")
+        balance = (np.median(column(of, f"{name}_held_out")) for name in ("greedy", "ours"))
+        table.add_row(
+            *(f"{affinity:g}", f"{skew}", f"{ep}", f"{len(of)}"),
+            *(f"{np.median(column(of, f'{name}_crossings')):.2f}" for name in names),
+            f"{np.median(saved(of)):.0%}",
+            " → ".join(f"{each:.3f}" for each in balance),
+        )
+    return table
+
+
+def saved(rows: list[Row]) -> np.ndarray:
+    return 1 - column(rows, "ours_crossings") / column(rows, "greedy_crossings")
+
+
+def main() -> None:
+    even, crossed = list(evenness()), list(crossings())
+    console = Console(width=100)
+    console.print(evenness_table(even))
+    console.print(crossings_table(crossed))
+    worse = (
+        column(crossed, "ours_max_over_mean") > column(crossed, "greedy_max_over_mean") * 1.000001
+    )
+    held_out = [np.median(column(crossed, f"{name}_held_out")) for name in ("greedy", "ours")]
+    summary = {
+        "num_points": len(even),
+        "num_worse_same_load": num_worse(even),
+        "num_crossing_points": len(crossed),
+        "num_crossing_points_less_even": int(worse.sum()),
+        "median_crossings_saved": float(np.median(saved(crossed))),
+        "median_held_out_max_over_mean": dict(zip(("greedy", "ours"), held_out, strict=True)),
+        "planning": planning_s(),
+    }
+    for name, value in summary.items():
+        console.print(f"{name}: {value}")
+    line = {"benchmark": "balance", "version": __version__, **summary}
+    console.out(json.dumps(line | {"evenness": even, "crossings": crossed}), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Whether a rebalance pays: the seconds it saves against the seconds it costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.moves import moves
+from expertlane.balance.placement import Placement
+
+
+@dataclass(frozen=True)
+class RebalanceGate:
+    """The cost model, and the decision it gives.
+
+    Attributes:
+        pair_s: seconds of a rank for each token-expert pair of a layer.
+        expert_bytes: of one expert's weights in one layer.
+        bytes_per_s: at which weights move, all transfers together.
+        slice_bytes: weights move in slices of this size, one after a step.
+        slice_stall_s: for which all ranks wait at each slice.
+        num_steps: of the coming window, over which a placement is to pay.
+    """
+
+    pair_s: float
+    expert_bytes: int
+    bytes_per_s: float
+    slice_bytes: int
+    slice_stall_s: float
+    num_steps: int
+
+    def gain_s(
+        self,
+        load: npt.NDArray[np.integer],
+        num_steps_tracked: int,
+        now: Sequence[Placement],
+        then: Sequence[Placement],
+    ) -> float:
+        """Seconds saved over the coming window, if the load stays as it was; may be negative.
+
+        The critical path of a layer is its fullest rank:
+        sum over layers of (fullest now - fullest then) x pair_s x num_steps / num_steps_tracked.
+
+        Args:
+            load: [num_layers, num_experts], of the steps tracked.
+            now, then: [num_layers].
+        """
+        if not num_steps_tracked:
+            return 0.0
+        pairs = sum(
+            float(before.rank_loads(of_layer).max() - after.rank_loads(of_layer).max())
+            for of_layer, before, after in zip(load, now, then, strict=True)
+        )
+        return pairs * self.pair_s * self.num_steps / num_steps_tracked
+
+    def cost_s(self, num_bytes: int) -> float:
+        """Seconds that it costs to move so many bytes: the transfer, and a stall for each slice."""
+        num_slices = ceil(num_bytes / self.slice_bytes)
+        return num_bytes / self.bytes_per_s + self.slice_stall_s * num_slices
+
+    def decide(
+        self,
+        load: npt.NDArray[np.integer],
+        num_steps_tracked: int,
+        now: Sequence[Placement],
+        then: Sequence[Placement],
+        ranks_per_node: int,
+    ) -> "Decision":
+        """Weigh `then` against `now`; the arguments are those of `gain_s` and of `moves`."""
+        needed = moves(now, then, ranks_per_node)
+        num_bytes = sum(move.source != move.rank for move in needed) * self.expert_bytes
+        return Decision(
+            gain_s=self.gain_s(load, num_steps_tracked, now, then),
+            cost_s=self.cost_s(num_bytes),
+            num_bytes=num_bytes,
+            num_steps=self.num_steps,
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rebalance would bring.
+
+    Attributes:
+        gain_s: saved over the coming window of `num_steps`.
+        cost_s: of moving `num_bytes`.
+    """
+
+    gain_s: float
+    cost_s: float
+    num_bytes: int
+    num_steps: int
+
+    @property
+    def is_worth(self) -> bool:
+        """Whether it saves more than it costs."""
+        return self.gain_s > self.cost_s
+
+    @property
+    def line(self) -> str:
+        """Both sides, in one line for a log."""
+        return (
+            f"rebalance: saves {self.gain_s:.3g} s over the next {self.num_steps} steps, "
+            f"costs {self.cost_s:.3g} s ({self.num_bytes / 1e6:.3g} MB to move): "
+            + ("go" if self.is_worth else "stay")
+        )

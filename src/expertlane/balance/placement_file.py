@@ -1,0 +1,210 @@
+"""The placement of a whole model, and the JSON file that keeps it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertlane.balance.atomic_file import write_whole
+from expertlane.balance.placement import Placement
+from expertlane.errors import SpecError, UserError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelPlacement:
+    """The placement of every MoE layer of a model.
+
+    Attributes:
+        model: its name.
+        num_experts: logical experts of a layer.
+        layers: by index among the hidden layers, ascending; dense layers have none.
+
+    Raises:
+        SpecError: no layer, a negative index, or layers that differ in experts or ranks.
+    """
+
+    model: str
+    num_experts: int
+    layers: Mapping[int, Placement]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise SpecError("placement: there is no layer")
+        if min(self.layers) < 0:
+            raise SpecError(f"placement: layer {min(self.layers)}; layers are counted from 0")
+        for layer, placement in self.layers.items():
+            if placement.num_experts != self.num_experts:
+                raise SpecError(
+                    f"placement: layer {layer} has {placement.num_experts} experts; "
+                    f"the model has {self.num_experts}"
+                )
+            if placement.ep != self.ep:
+                raise SpecError(
+                    f"placement: layer {layer} is for {placement.ep} ep ranks; "
+                    f"the first layer is for {self.ep}"
+                )
+        object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel ranks."""
+        return next(iter(self.layers.values())).ep
+
+    def check(
+        self,
+        where: Path | str,
+        *,
+        num_experts: int,
+        layers: Iterable[int],
+        ep: int | None = None,
+        num_slots_of_rank: Iterable[int] | None = None,
+    ) -> None:
+        """Check that it is for a certain model and number of ranks.
+
+        Args:
+            where: the file it came from, for the message.
+            num_experts, layers: of the model; the indices of its MoE layers.
+            ep: ranks that will hold it.
+            num_slots_of_rank: [ep]; the slots each of them has room for.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.num_experts != num_experts:
+            raise UserError(
+                f"{where} is a placement of {self.model}, which has {self.num_experts} experts a "
+                f"layer; here there are {num_experts}"
+            )
+        wanted = set(layers)
+        if wanted != set(self.layers):
+            difference = min(wanted ^ set(self.layers))
+            which = "lacks" if difference in wanted else "has"
+            raise UserError(
+                f"{where} is a placement of {len(self.layers)} MoE layers of {self.model}; here "
+                f"there are {len(wanted)} (it {which} layer {difference})"
+            )
+        if ep is not None and self.ep != ep:
+            raise UserError(f"{where} is a placement on {self.ep} ep ranks; here there are {ep}")
+        if num_slots_of_rank is not None:
+            self._check_slots(where, list(num_slots_of_rank))
+
+    def _check_slots(self, where: Path | str, num_slots_of_rank: list[int]) -> None:
+        for layer, placement in self.layers.items():
+            held = map(len, placement.experts_of_rank)
+            for rank, (num_held, room) in enumerate(zip(held, num_slots_of_rank, strict=True)):
+                if num_held > room:
+                    raise UserError(
+                        f"{where}: in layer {layer} ep rank {rank} holds {num_held} experts; "
+                        f"it has {room} slots"
+                    )
+
+
+def write_placement(placement: ModelPlacement, path: Path) -> None:
+    """Write it as JSON, one line a layer.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "model": placement.model,
+        "num_experts": placement.num_experts,
+        "ep": placement.ep,
+    }
+    lines = ",\n".join(
+        "    " + json.dumps({"layer": layer, "experts_of_rank": of_layer.experts_of_rank})
+        for layer, of_layer in placement.layers.items()
+    )
+    opening = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    text = f'{opening},\n  "layers": [\n{lines}\n  ]\n}}\n'
+    write_whole(path, lambda file: _write_text(file, text))
+
+
+def _write_text(file: Any, text: str) -> None:
+    file.write(text.encode())
+
+
+def read_placement(path: Path) -> ModelPlacement:
+    """Read what `write_placement` wrote, or what was written by hand in its form.
+
+    Raises:
+        UserError: the file is missing or damaged, of another schema version, or breaks a rule of
+            a placement; one line that names the file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not a placement file: it is nested too deeply") from error
+    try:
+        return _parse(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _parse(data: object) -> ModelPlacement:
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise UserError("not a placement file: it has no schema_version")
+    if data["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"schema_version is {data['schema_version']!r}; this expertlane reads {SCHEMA_VERSION}"
+        )
+    _check_keys("the file", data, {"schema_version", "model", "num_experts", "ep", "layers"})
+    num_experts, ep = data["num_experts"], data["ep"]
+    if not isinstance(data["model"], str):
+        raise UserError(f"model is {data['model']!r}; it must be a name")
+    for name, value in (("num_experts", num_experts), ("ep", ep)):
+        if not _is_int(value) or value < 1:
+            raise UserError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    if not isinstance(data["layers"], list):
+        raise UserError("layers must be a list")
+    layers: dict[int, Placement] = {}
+    for position, entry in enumerate(data["layers"]):
+        layer, experts_of_rank = _parse_layer(position, entry)
+        if layer in layers:
+            raise UserError(f"layer {layer} is given twice")
+        if len(experts_of_rank) != ep:
+            raise UserError(f"layer {layer} has {len(experts_of_rank)} ranks; ep is {ep}")
+        try:
+            layers[layer] = Placement(num_experts, experts_of_rank)
+        except SpecError as error:
+            raise SpecError(f"layer {layer}: {error}") from error
+    return ModelPlacement(data["model"], num_experts, layers)
+
+
+def _parse_layer(position: int, entry: object) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    if not isinstance(entry, dict):
+        raise UserError(f"entry {position} of layers must be an object")
+    _check_keys(f"entry {position} of layers", entry, {"layer", "experts_of_rank"})
+    layer, ranks = entry["layer"], entry["experts_of_rank"]
+    if not _is_int(layer) or layer < 0:
+        raise UserError(f"layer is {layer!r}; it must be a whole number, at least 0")
+    if not (
+        isinstance(ranks, list)
+        and all(isinstance(experts, list) and all(map(_is_int, experts)) for experts in ranks)
+    ):
+        raise UserError(
+            f"layer {layer}: experts_of_rank must be a list of lists of whole numbers, one a rank"
+        )
+    return layer, tuple(map(tuple, ranks))
+
+
+def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
+    if missing := keys - data.keys():
+        raise UserError(f"{what} lacks {min(missing)}")
+    if unknown := data.keys() - keys:
+        raise UserError(f"{what} has the unknown key {min(unknown)}; it has {sorted(keys)}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

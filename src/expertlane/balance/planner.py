@@ -1,0 +1,203 @@
+"""A placement that evens out a load: copies of hot experts, packed so that no rank is fuller."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.locality import Items, swap_between_nodes
+from expertlane.balance.packing import EMPTY, Floats, Ints, greedy_maximum, num_copies, pack
+from expertlane.balance.placement import Placement, check_num_slots
+from expertlane.balance.recopy import shift_copies
+from expertlane.balance.refine import MIN_GAIN, lower_maximum, rank_loads
+from expertlane.errors import SpecError
+from expertlane.spec.partition import partition
+
+_EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
+_EVEN_ENOUGH = 1.005  # the same where crossings can be saved
+_MAX_SHIFTS = 40  # of a layer
+_NUM_CHOICES = 20  # shifts tried in vain before a layer is left as it is
+_NODE_ROUNDS = 150  # bounds; the search ends long before
+_RANK_ROUNDS = 60
+
+Coactivation = Sequence[npt.NDArray[np.floating]]
+
+
+def plan_placement(
+    load: npt.NDArray[np.integer] | npt.NDArray[np.floating],
+    ep: int,
+    ranks_per_node: int,
+    num_redundant: int,
+    coactivation: Coactivation | None = None,
+) -> list[Placement]:
+    """Place experts and copies so that the fullest rank of each layer is as empty as can be.
+
+    Copies go to the experts with most load per copy and are packed heaviest first; then the
+    fullest rank swaps with others, and single copies change their expert, while that helps. Ranks
+    get the same near-equal numbers of slots in every layer, the longer ones first.
+
+    With several nodes, experts are then exchanged between them, so that fewer tokens cross: copies
+    of one expert spread over nodes, the fullest rank never made fuller. With `coactivation`
+    experts chosen by the same tokens meet on one node; for that the fullest rank may come to
+    hold 1.005 of the mean, though never more than greedy packing alone gives it.
+
+    Args:
+        load: [num_layers, num_experts].
+        ranks_per_node: consecutive ranks that share a node; it divides `ep`.
+        num_redundant: physical experts beyond num_experts; more if that leaves a rank empty.
+        coactivation: [num_layers][num_experts, num_experts]; how many tokens chose both.
+
+    Raises:
+        SpecError: there are more copies than a rank without an expert twice can hold, or nodes
+            that are not full.
+    """
+    num_layers, num_experts = load.shape
+    room = _room(num_layers, num_experts, ep, ranks_per_node, num_redundant)
+    if not num_layers:
+        return []
+    loads = load.astype(np.float64)
+    loads[loads.sum(axis=1) == 0] = 1.0  # without tokens all experts count alike
+    slots, copies, limit = _balanced(loads, room)
+    num_nodes = ep // ranks_per_node
+    if num_nodes > 1 and coactivation is not None:
+        slots, copies = _regrouped(slots, loads, copies, room, limit, coactivation, num_nodes)
+        slots = _exchanged(slots, loads, copies, limit, coactivation, num_nodes)
+    elif num_nodes > 1:
+        slots = _exchanged(slots, loads, copies, np.zeros(num_layers), None, num_nodes)
+    return [
+        Placement(num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in layer))
+        for layer in slots
+    ]
+
+
+def _room(
+    num_layers: int, num_experts: int, ep: int, ranks_per_node: int, num_redundant: int
+) -> Ints:
+    """[num_layers, ep]; the slots of each rank."""
+    if ranks_per_node < 1 or ep % ranks_per_node:
+        raise SpecError(f"{ep} ep ranks do not fill nodes of {ranks_per_node} ranks")
+    if num_redundant < 0:
+        raise SpecError(f"{num_redundant} redundant experts; valid: 0 or more")
+    num_slots = max(num_experts + num_redundant, ep)
+    check_num_slots(num_experts, ep, num_slots)
+    return np.tile([len(slots) for slots in partition(num_slots, ep)], (num_layers, 1))
+
+
+def _balanced(load: Floats, room: Ints) -> tuple[Ints, Ints, Floats]:
+    """The most even slots, the copies of each expert, and what is as good as even.
+
+    Returns:
+        [num_layers, ep, most slots], [num_layers, num_experts], and [num_layers]: a load that any
+        rank may have, no more than greedy packing leaves on the fullest.
+    """
+    num_experts, ep = load.shape[1], room.shape[1]
+    copies = num_copies(load, int(room[0].sum()), ep)
+    items = np.array([np.repeat(np.arange(num_experts), each) for each in copies], dtype=np.int64)
+    greedy = greedy_maximum(items, load / copies, room)
+    slots = lower_maximum(pack(items, load / copies, room), load / copies)
+    even = _EVEN * load.sum(axis=1) / ep
+    _search_copies(slots, copies, load, even)
+    enough = _EVEN_ENOUGH * load.sum(axis=1) / ep
+    return slots, copies, np.minimum(greedy, enough)
+
+
+def _search_copies(slots: Ints, copies: Ints, load: Floats, target: Floats) -> None:
+    """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
+
+    Args:
+        target: [num_layers]; a load of the fullest rank that is low enough.
+    """
+    highest = rank_loads(slots, load / copies).max(axis=1)
+    mean = load.sum(axis=1) / slots.shape[1]
+    choice = np.zeros(len(slots), dtype=np.int64)
+    active = np.arange(len(slots))
+    for _ in range(_MAX_SHIFTS):
+        active = active[(highest[active] > target[active]) & (choice[active] < _NUM_CHOICES)]
+        if not len(active):
+            break
+        tried, tried_copies = slots[active], copies[active]
+        changed = shift_copies(tried, tried_copies, load[active], choice[active])
+        active, tried, tried_copies = active[changed], tried[changed], tried_copies[changed]
+        per_copy = load[active] / tried_copies
+        tried = lower_maximum(tried, per_copy)
+        reached = rank_loads(tried, per_copy).max(axis=1)
+        better = reached < highest[active] - MIN_GAIN * mean[active]
+        choice[active] = np.where(better, 0, choice[active] + 1)
+        at = active[better]
+        slots[at], copies[at], highest[at] = tried[better], tried_copies[better], reached[better]
+
+
+def _regrouped(
+    slots: Ints,
+    load: Floats,
+    copies: Ints,
+    room: Ints,
+    limit: Floats,
+    coactivation: Coactivation,
+    num_nodes: int,
+) -> tuple[Ints, Ints]:
+    """Experts that go together moved to one node, then packed anew inside each node.
+
+    A layer stays as it is where the new packing leaves some rank fuller than `limit` and than
+    the fullest was.
+
+    Returns:
+        Slots and copies.
+    """
+    num_layers, ep, num_slots = slots.shape
+    per_copy = load / copies
+    limit = np.maximum(rank_loads(slots, per_copy).max(axis=1), limit)
+    node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
+    by_node = np.full((num_layers, num_nodes, num_slots * ep // num_nodes), EMPTY, dtype=np.int64)
+    for layer, of_layer in enumerate(slots):
+        rank, slot = np.nonzero(of_layer != EMPTY)
+        items = Items.of(of_layer[rank, slot], load[layer], coactivation[layer], num_nodes)
+        of_node = np.full(num_nodes, limit[layer] * ep / num_nodes)
+        node = node_of_rank[rank]
+        node = swap_between_nodes(items, node, np.arange(num_nodes), of_node, _NODE_ROUNDS)
+        by_node[layer] = _table(items.experts, node, by_node[layer].shape)
+    # Each node packed like a layer of its own; then all ranks of a layer where that was too coarse.
+    num_packed = num_layers * num_nodes
+    weights = np.repeat(per_copy, num_nodes, axis=0)
+    packed = pack(by_node.reshape(num_packed, -1), weights, room.reshape(num_packed, -1))
+    packed = lower_maximum(packed, weights, np.repeat(limit, num_nodes))
+    packed = lower_maximum(packed.reshape(slots.shape), per_copy, limit)
+    new_copies = copies.copy()
+    _search_copies(packed, new_copies, load, limit)
+    is_fuller = rank_loads(packed, load / new_copies).max(axis=1) > limit * (1 + MIN_GAIN)
+    return (
+        np.where(is_fuller[:, None, None], slots, packed),
+        np.where(is_fuller[:, None], copies, new_copies),
+    )
+
+
+def _exchanged(
+    slots: Ints,
+    load: Floats,
+    copies: Ints,
+    limit: Floats,
+    coactivation: Coactivation | None,
+    num_nodes: int,
+) -> Ints:
+    """Single experts exchanged between ranks of different nodes, no maximum raised over `limit`."""
+    ep = slots.shape[1]
+    node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
+    limit = np.maximum(rank_loads(slots, load / copies).max(axis=1), limit)
+    exchanged = np.empty_like(slots)
+    for layer, of_layer in enumerate(slots):
+        rank, slot = np.nonzero(of_layer != EMPTY)
+        known = None if coactivation is None else coactivation[layer]
+        items = Items.of(of_layer[rank, slot], load[layer], known, num_nodes)
+        of_rank = np.full(ep, limit[layer])
+        rank = swap_between_nodes(items, rank, node_of_rank, of_rank, _RANK_ROUNDS)
+        exchanged[layer] = _table(items.experts, rank, of_layer.shape)
+    return exchanged
+
+
+def _table(experts: Ints, row_of: Ints, shape: tuple[int, ...]) -> Ints:
+    """[num_rows, width]; the experts of each row, then EMPTY."""
+    table = np.full(shape, EMPTY, dtype=np.int64)
+    for row in range(shape[0]):
+        own = experts[row_of == row]
+        table[row, : len(own)] = own
+    return table

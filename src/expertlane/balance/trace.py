@@ -1,0 +1,250 @@
+"""Which experts each token chose, kept in a file."""
+
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.atomic_file import write_whole
+from expertlane.errors import SpecError, UserError
+
+SCHEMA_VERSION = 1
+_KEYS = ("schema_version", "model", "num_experts", "layers", "topk_ids", "step")
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The router's choices of some steps of a model.
+
+    Attributes:
+        model: its name.
+        num_experts: logical experts of a layer.
+        layers: the MoE layers' indices among the hidden layers, ascending.
+        topk_ids: [num_layers, num_tokens, num_experts_per_tok], int16 or int32; tokens in the
+            order in which they were computed. There may be none.
+        step: [num_tokens]; the step in which each was computed, never falling.
+
+    Raises:
+        SpecError: shapes that do not fit, an expert that is none, or one chosen twice by a token.
+    """
+
+    model: str
+    num_experts: int
+    layers: tuple[int, ...]
+    topk_ids: npt.NDArray[np.int16] | npt.NDArray[np.int32]
+    step: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        ids = self.topk_ids
+        if self.num_experts < 1:
+            raise SpecError(f"trace: num_experts is {self.num_experts}; it must be at least 1")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise SpecError("trace: layers must be indices of hidden layers, one or more, rising")
+        if ids.ndim != 3 or ids.dtype not in (np.int16, np.int32):
+            raise SpecError(
+                f"trace: topk_ids is {ids.dtype} of shape {ids.shape}; it must be int16 or int32, "
+                "[num_layers, num_tokens, num_experts_per_tok]"
+            )
+        if len(ids) != len(self.layers):
+            raise SpecError(f"trace: {len(self.layers)} layers, but topk_ids of {len(ids)}")
+        if self.step.shape != ids.shape[1:2] or self.step.dtype.kind != "i":
+            raise SpecError(
+                f"trace: step is {self.step.dtype} of shape {self.step.shape}; it must be integer, "
+                f"one for each of the {ids.shape[1]} tokens"
+            )
+        if (np.diff(self.step) < 0).any():
+            raise SpecError("trace: step falls; tokens must stand in the order of their steps")
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        ids = self.topk_ids
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise SpecError(
+                f"trace: {self.num_experts_per_tok} experts per token; "
+                f"valid: 1 to {self.num_experts}"
+            )
+        if not ids.size:
+            return
+        for wrong in (ids.min(), ids.max()):
+            if not 0 <= wrong < self.num_experts:
+                raise SpecError(
+                    f"trace: a token chose expert {wrong}; "
+                    f"there are experts 0 to {self.num_experts - 1}"
+                )
+        if (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
+            raise SpecError("trace: a token chose an expert twice")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the trace."""
+        return int(self.topk_ids.shape[1])
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts that a token chooses in a layer."""
+        return int(self.topk_ids.shape[2])
+
+    def load(self) -> npt.NDArray[np.int64]:
+        """[num_layers, num_experts]; how many tokens chose each expert."""
+        return np.stack(
+            [np.bincount(ids.ravel(), minlength=self.num_experts) for ids in self.topk_ids]
+        )
+
+    def check_model(
+        self,
+        where: Path | str,
+        *,
+        num_experts: int,
+        num_experts_per_tok: int,
+        layers: Iterable[int],
+    ) -> None:
+        """Check that it is a trace of such a model.
+
+        Args:
+            where: the file it came from, for the message.
+            num_experts, num_experts_per_tok, layers: of the model; its MoE layers' indices.
+
+        Raises:
+            UserError: it is not.
+        """
+        for what, own, other in (
+            ("experts a layer", self.num_experts, num_experts),
+            ("experts per token", self.num_experts_per_tok, num_experts_per_tok),
+            ("MoE layers", len(self.layers), len(tuple(layers))),
+        ):
+            if own != other:
+                raise UserError(
+                    f"{where} is a trace of {self.model} with {own} {what}; here there are {other}"
+                )
+        if different := set(self.layers) - set(layers):
+            raise UserError(
+                f"{where} is a trace of {self.model}, whose layer {min(different)} is an MoE "
+                "layer; here it is not"
+            )
+
+
+class RoutingTraceWriter:
+    """Gathers a trace step by step; the parts of a step's layer are joined in the order added."""
+
+    def __init__(
+        self, model: str, num_experts: int, num_experts_per_tok: int, layers: Iterable[int]
+    ) -> None:
+        self._model = model
+        self._num_experts = num_experts
+        self._num_experts_per_tok = num_experts_per_tok
+        self._layers = tuple(layers)
+        self._dtype = np.int16 if num_experts <= np.iinfo(np.int16).max else np.int32
+        self._parts: dict[int, dict[int, list[npt.NDArray[np.integer]]]] = {}
+
+    def add(self, step: int, layer: int, topk_ids: npt.NDArray[np.integer]) -> None:
+        """Keep the choices of some tokens; a copy is made.
+
+        Args:
+            layer: index among the hidden layers.
+            topk_ids: [num_tokens, num_experts_per_tok].
+        """
+        of_step = self._parts.setdefault(step, {each: [] for each in self._layers})
+        if topk_ids.shape[1:] != (self._num_experts_per_tok,):
+            raise ValueError(
+                f"topk_ids of shape {topk_ids.shape}; "
+                f"it must be [num_tokens, {self._num_experts_per_tok}]"
+            )
+        of_step[layer].append(topk_ids.astype(self._dtype))
+
+    def trace(self) -> RoutingTrace:
+        """All that was added.
+
+        Raises:
+            ValueError: in some step the layers differ in their number of tokens.
+        """
+        columns = []
+        steps = sorted(self._parts)
+        nothing = np.zeros((0, self._num_experts_per_tok), dtype=self._dtype)
+        for step in steps:
+            layers = [np.concatenate([nothing, *parts]) for parts in self._parts[step].values()]
+            lengths = sorted({len(ids) for ids in layers})
+            if len(lengths) > 1:
+                raise ValueError(f"step {step}: layers with {lengths[0]} and {lengths[-1]} tokens")
+            columns.append(np.stack(layers))
+        empty = np.zeros((len(self._layers), *nothing.shape), dtype=self._dtype)
+        return RoutingTrace(
+            self._model,
+            self._num_experts,
+            self._layers,
+            np.concatenate([empty, *columns], axis=1),
+            np.repeat(np.array(steps, dtype=np.int64), [each.shape[1] for each in columns]),
+        )
+
+    def write(self, path: Path) -> None:
+        """Write all that was added.
+
+        Raises:
+            UserError: the folder can't be written to.
+        """
+        write_trace(self.trace(), path)
+
+
+def write_trace(trace: RoutingTrace, path: Path) -> None:
+    """Write a trace as a compressed `.npz`, under exactly the name given.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    write_whole(
+        path,
+        lambda file: np.savez_compressed(
+            file,
+            schema_version=np.array(SCHEMA_VERSION),
+            model=np.array(trace.model),
+            num_experts=np.array(trace.num_experts),
+            layers=np.array(trace.layers, dtype=np.int64),
+            topk_ids=trace.topk_ids,
+            step=trace.step,
+        ),
+    )
+
+
+def read_trace(path: Path) -> RoutingTrace:
+    """Read what `write_trace` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind or schema version, or breaks a
+            rule of a trace; one line that names the file.
+    """
+    try:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is not a routing trace: it is a single array")
+            if missing := [key for key in _KEYS if key not in arrays.files]:
+                raise UserError(f"{path} is not a routing trace: it lacks {missing[0]}")
+            found = {key: arrays[key] for key in _KEYS}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError) as error:
+        raise UserError(f"{path} is not a routing trace, or is damaged") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    version, model, num_experts, layers = (found[key] for key in _KEYS[:4])
+    if version.shape or version.dtype.kind != "i" or version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {version}; this expertlane reads {SCHEMA_VERSION}"
+        )
+    for key, kind, num_dims in (("model", "U", 0), ("num_experts", "i", 0), ("layers", "i", 1)):
+        if found[key].dtype.kind != kind or found[key].ndim != num_dims:
+            raise UserError(
+                f"{path}: {key} is {found[key].dtype} of shape {found[key].shape}, not what a "
+                "routing trace has"
+            )
+    try:
+        return RoutingTrace(
+            str(model),
+            int(num_experts),
+            tuple(layers.tolist()),
+            found["topk_ids"],
+            found["step"],
+        )
+    except SpecError as error:
+        raise UserError(f"{path}: {error}") from error

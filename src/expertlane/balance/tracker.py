@@ -1,0 +1,48 @@
+"""The load of the latest steps."""
+
+import numpy as np
+import numpy.typing as npt
+
+
+class LoadTracker:
+    """The number of tokens of each expert, summed over the last `window` steps.
+
+    A step replaces the oldest one in a ring, so that it costs the same for any window.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1")
+        self._steps = np.zeros((window, num_layers, num_experts), dtype=np.int64)
+        self._sum = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._num_added = 0
+
+    @property
+    def window(self) -> int:
+        """Steps it looks back, at most."""
+        return len(self._steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that `load` sums."""
+        return min(self._num_added, self.window)
+
+    def add(self, num_tokens_per_expert: npt.NDArray[np.integer]) -> None:
+        """Add a step.
+
+        Args:
+            num_tokens_per_expert: [num_layers, num_experts].
+        """
+        if num_tokens_per_expert.shape != self._sum.shape:
+            raise ValueError(
+                f"load of shape {num_tokens_per_expert.shape}; tracked is {self._sum.shape}"
+            )
+        oldest = self._steps[self._num_added % self.window]
+        self._sum += num_tokens_per_expert
+        self._sum -= oldest
+        oldest[:] = num_tokens_per_expert
+        self._num_added += 1
+
+    def load(self) -> npt.NDArray[np.int64]:
+        """[num_layers, num_experts]; a copy."""
+        return self._sum.copy()

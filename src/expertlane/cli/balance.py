@@ -1,0 +1,272 @@
+"""`expertlane balance`: how even a placement of experts is on a routing trace, and a better one."""
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertlane.errors import SpecError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from expertlane.balance.judge import Comparison
+    from expertlane.balance.placement import Placement
+    from expertlane.balance.placement_file import ModelPlacement
+    from expertlane.balance.trace import RoutingTrace
+
+MAX_RANKS = 1024
+MAX_SLOTS = 4096
+_MAX_ROWS = 20  # layers in the table
+
+
+class Method(StrEnum):
+    """How the new placement is made."""
+
+    AUTO = "auto"
+    LINEAR = "linear"
+    ROUND_ROBIN = "round_robin"
+
+
+_Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).", show_default=False)]
+_Ranks = Annotated[int, typer.Option(metavar="N", help="Expert-parallel ranks.")]
+_RanksPerNode = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Consecutive ranks that share a node. Default: all, one node.",
+        show_default=False,
+    ),
+]
+_Redundant = Annotated[
+    int, typer.Option(metavar="N", help="Physical experts of a layer beyond one of each.")
+]
+_Method = Annotated[
+    Method,
+    typer.Option(help="The new placement: auto balances; the others place experts in order."),
+]
+_Judged = Annotated[
+    Path | None,
+    typer.Option(
+        "--placement",
+        metavar="FILE",
+        help="Judge this placement instead of making one.",
+        show_default=False,
+    ),
+]
+_NoCoactivation = Annotated[
+    bool,
+    typer.Option(
+        "--no-coactivation",
+        help="Balance alone: take no notice of which experts are chosen together.",
+    ),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the new placement (JSON).", show_default=False),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def balance(
+    trace: _Trace,
+    ranks: _Ranks,
+    ranks_per_node: _RanksPerNode = None,
+    redundant: _Redundant = 0,
+    method: _Method = Method.AUTO,
+    placement: _Judged = None,
+    no_coactivation: _NoCoactivation = False,
+    output: _Output = None,
+    as_json: _Json = False,
+) -> None:
+    """Place a model's experts so that ranks are evenly loaded and few tokens cross nodes.
+
+    Reads which experts each token of a trace chose. Compares experts placed in order (before)
+    with the new placement (after), both judged on the whole trace; needs no model and no GPU.
+
+    \b
+    max/mean  load of the fullest rank over the mean; 1 is even, and at 2 a layer's experts take
+              twice the time they need to
+    crossings copies of tokens sent to another node, per token and layer; tokens are taken to sit
+              on the nodes in turn
+    to move   experts a rank must fetch to get from before to after
+
+    \b
+    Examples:
+      expertlane balance trace.npz --ranks 16
+          how uneven is it, and how even could it be?
+      expertlane balance trace.npz --ranks 16 --ranks-per-node 8 --redundant 16
+          with 16 redundant experts a layer, on two nodes
+      expertlane balance trace.npz --ranks 16 --redundant 16 --output placement.json
+          keep the placement
+      expertlane balance other.npz --ranks 16 --placement placement.json
+          does it hold on another trace?
+      expertlane balance trace.npz --ranks 16 --json | jq '.total.after'
+          for other programs
+    """
+    nodes_of = _checked_ranks_per_node(ranks, ranks_per_node, redundant)
+    if placement is not None and (method != Method.AUTO or redundant or no_coactivation or output):
+        raise UserError(
+            "--placement judges a placement as it is; valid without --method, --redundant, "
+            "--no-coactivation and --output"
+        )
+    from expertlane.balance.trace import read_trace
+
+    read = read_trace(trace)
+    if redundant + read.num_experts > MAX_SLOTS:
+        raise UserError(
+            f"--redundant is {redundant}; valid: at most {MAX_SLOTS:,} physical experts"
+        )
+    if placement is None:
+        after = _made(read, ranks, nodes_of, redundant, method, not no_coactivation)
+        num_redundant = redundant
+    else:
+        after = _read(placement, read, ranks)
+        num_redundant = max(each.num_slots for each in after) - read.num_experts
+    before = _linear(read, ranks, num_redundant)
+    _publish(read, before, after, nodes_of, output, as_json)
+
+
+def _checked_ranks_per_node(ranks: int, ranks_per_node: int | None, redundant: int) -> int:
+    if not 1 <= ranks <= MAX_RANKS:
+        raise UserError(f"--ranks is {ranks}; valid: 1 to {MAX_RANKS:,}")
+    if redundant < 0:
+        raise UserError(f"--redundant is {redundant}; valid: 0 or more")
+    if ranks_per_node is None:
+        return ranks
+    if ranks_per_node < 1 or ranks % ranks_per_node:
+        raise UserError(
+            f"--ranks-per-node is {ranks_per_node}; it must divide --ranks, which is {ranks}"
+        )
+    return ranks_per_node
+
+
+def _made(
+    trace: "RoutingTrace",
+    ranks: int,
+    ranks_per_node: int,
+    redundant: int,
+    method: Method,
+    with_coactivation: bool,
+) -> "list[Placement]":
+    from expertlane.balance.crossing import coactivation
+    from expertlane.balance.placement import Placement
+    from expertlane.balance.planner import plan_placement
+
+    num_experts, num_layers = trace.num_experts, len(trace.layers)
+    try:
+        if method == Method.LINEAR:
+            return _linear(trace, ranks, redundant)
+        if method == Method.ROUND_ROBIN:
+            return [Placement.round_robin(num_experts, ranks, redundant)] * num_layers
+        together = None
+        if with_coactivation and ranks > ranks_per_node:
+            together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
+        return plan_placement(trace.load(), ranks, ranks_per_node, redundant, together)
+    except SpecError as error:
+        raise UserError(f"--redundant {redundant}, --ranks {ranks}: {error}") from None
+
+
+def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":
+    from expertlane.balance.placement import Placement
+
+    return [Placement.linear(trace.num_experts, ranks, redundant)] * len(trace.layers)
+
+
+def _read(path: Path, trace: "RoutingTrace", ranks: int) -> "list[Placement]":
+    from expertlane.balance.placement_file import read_placement
+
+    found = read_placement(path)
+    found.check(path, num_experts=trace.num_experts, layers=trace.layers, ep=ranks)
+    return list(found.layers.values())
+
+
+def _publish(
+    trace: "RoutingTrace",
+    before: "list[Placement]",
+    after: "list[Placement]",
+    ranks_per_node: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from expertlane.balance.judge import compare
+    from expertlane.balance.moves import keep_slots
+    from expertlane.balance.placement_file import write_placement
+    from expertlane.cli.output import stdout_console
+
+    after = keep_slots(before, after)
+    compared = compare(trace, before, after, ranks_per_node)
+    if output is not None:
+        write_placement(_of_model(trace, after), output)
+    ep = before[0].ep
+    if as_json:
+        shown = {
+            "model": trace.model,
+            "num_experts": trace.num_experts,
+            "num_experts_per_tok": trace.num_experts_per_tok,
+            "num_tokens": trace.num_tokens,
+            "ep": ep,
+            "ranks_per_node": ranks_per_node,
+            "num_slots": max(each.num_slots for each in after),
+            "layers": [asdict(each) for each in compared[:-1]],
+            "total": asdict(compared[-1]),
+        }
+        print(json.dumps(shown))
+    else:
+        title = (
+            f"expertlane balance: {trace.model}, {trace.num_tokens:,} tokens, "
+            f"{trace.num_experts_per_tok} of {trace.num_experts} experts each, {ep} ranks on "
+            f"{ep // ranks_per_node} nodes, {max(each.num_slots for each in after)} slots a layer"
+        )
+        _show(title, compared, trace.num_tokens, stdout_console())
+    if output is not None:
+        print(f"written: {output}", file=sys.stderr)
+
+
+def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "Console") -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    *layers, total = compared
+    shown = sorted(layers, key=lambda each: -each.before.max_over_mean)[:_MAX_ROWS]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("layer")
+    for heading in ("max/mean before", "after", "crossings before", "after", "to move"):
+        table.add_column(Text(heading), justify="right")
+    for each in sorted(shown, key=lambda each: each.layer or 0):
+        table.add_row(*_row(str(each.layer), each, num_tokens))
+    table.add_section()
+    table.add_row(*_row("all", total, num_tokens * len(layers)))
+    console.print(Text(title, style="bold"))
+    console.print()
+    console.print(table)
+    console.print()
+    if len(layers) > len(shown):
+        console.print(f"The {len(shown)} least even of {len(layers)} layers; all stands for all.")
+    console.print(
+        "Before: experts in order. Crossings: copies to other nodes, per token and layer."
+    )
+
+
+def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:
+    before, after = each.before, each.after
+    return [
+        name,
+        f"{before.max_over_mean:.3f}",
+        f"{after.max_over_mean:.3f}",
+        f"{before.cross_node_copies / max(num_tokens, 1):.3f}",
+        f"{after.cross_node_copies / max(num_tokens, 1):.3f}",
+        f"{each.num_moves:,}",
+    ]
+
+
+def _of_model(trace: "RoutingTrace", placements: "list[Placement]") -> "ModelPlacement":
+    from expertlane.balance.placement_file import ModelPlacement
+
+    layers = dict(zip(trace.layers, placements, strict=True))
+    return ModelPlacement(trace.model, trace.num_experts, layers)

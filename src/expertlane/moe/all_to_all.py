@@ -1,0 +1,120 @@
+"""Flat all-to-all dispatch: a token is sent once to each rank that computes experts of it.
+
+It goes to the rank's peer at the sender's own etp_rank, and is gathered over the expert
+tensor-parallel group; expert outputs take the same way back, one row for every token-expert pair,
+and are summed at home in float32 in the order of the token's choices. So the sum does not depend on
+which rank computed what.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.moe.dispatch import ExpertInput, gather_sum, group_by_expert
+from expertlane.moe.packing import pack, unpack
+from expertlane.moe.replicas import ReplicaChoice
+from expertlane.parallel.interleave import Steps
+from expertlane.parallel.mesh import ParallelMesh
+
+_ROWS, _PAIRS = 0, 1
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """The way back of a flat all-to-all.
+
+    Attributes:
+        topk_weights: [T, K] float32.
+        order: [P]; which pair, in order of arrival, stands at each place of the experts' input.
+        returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
+        pairs_from: [ep]; of this rank's own, how many came from each ep rank.
+        pairs_to: [ep]; how many pairs this rank sent to each ep rank.
+        places: [T, K]; where what comes back for each pair stands.
+    """
+
+    topk_weights: Tensor
+    order: Tensor
+    returns_to_etp_rank: list[int]
+    pairs_from: list[int]
+    pairs_to: list[int]
+    places: Tensor
+
+
+class AllToAllDispatcher:
+    """Implements `moe.dispatch.Dispatcher`."""
+
+    def __init__(self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice) -> None:
+        self._mesh = mesh
+        self._choice = choice
+        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        tokens_of_stage_rank: Sequence[int],
+    ) -> Steps[tuple[ExpertInput, Exchanged]]:
+        """Send a copy of each token to every rank it reaches."""
+        mesh, ep = self._mesh, self._mesh.layout.ep
+        to = self._choice.destinations(topk_ids)
+        pairs_to = torch.bincount(to.ranks.flatten(), minlength=ep)
+        own_counts = torch.stack([to.reached.sum(0), pairs_to]).view(1, -1)  # rows, then pairs
+        gathered = yield mesh.stage.all_gather(
+            own_counts, [1] * mesh.stage.size, metadata_bytes=own_counts.nbytes
+        )
+        counts = gathered.view(-1, 2, ep).cpu().numpy()
+        rank, token = to.reached.t().nonzero(as_tuple=True)  # by rank, then token
+        slots = torch.where(to.ranks[token] == rank[:, None], to.slots[token], -1).int()
+        slots, rows = yield from self._send(slots, x[token], counts)
+        no_weights = topk_weights.new_empty(0)  # the sum is taken at home
+        arrived, pairs = group_by_expert(rows, slots, no_weights, self._num_local_experts)
+        at, etp = mesh.at, mesh.layout.etp
+        sent_order = torch.argsort(to.ranks.flatten(), stable=True)
+        places = torch.empty_like(sent_order)
+        places[sent_order] = torch.arange(len(places), device=places.device)
+        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, etp)
+        return arrived, Exchanged(
+            topk_weights=topk_weights,
+            order=pairs.order,
+            returns_to_etp_rank=came.sum(axis=0).tolist(),
+            pairs_from=came[:, at.etp_rank].tolist(),
+            pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
+            places=places.view_as(to.ranks),
+        )
+
+    def _send(
+        self, slots: Tensor, rows: Tensor, counts: npt.NDArray[np.int64]
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """What arrives here: slots [R, K], and rows [R, H]."""
+        mesh, at = self._mesh, self._mesh.at
+        columns = [(part.dtype, part.shape[1]) for part in (slots, rows)]
+        metadata_bytes = slots.shape[1] * slots.itemsize
+        arriving = counts[:, _ROWS, at.ep_rank].reshape(mesh.layout.ep, mesh.layout.etp)
+        packed = yield mesh.ep.all_to_all(
+            pack([slots, rows]),
+            counts[mesh.stage.rank, _ROWS].tolist(),
+            arriving[:, at.etp_rank].tolist(),
+            metadata_bytes=metadata_bytes,
+        )
+        if mesh.layout.etp > 1:
+            packed = yield mesh.etp.all_gather(
+                packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata_bytes
+            )
+        arrived_slots, arrived_rows = unpack(packed, columns)
+        return arrived_slots, arrived_rows
+
+    def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
+        """Return a row for every pair, and sum them at home."""
+        mesh = self._mesh
+        arrived = torch.empty_like(results)
+        arrived[sent.order] = results
+        if mesh.layout.etp > 1:
+            arrived = yield mesh.etp.reduce_scatter(arrived, sent.returns_to_etp_rank)
+        arrived = yield mesh.ep.all_to_all(arrived, sent.pairs_from, sent.pairs_to)
+        return gather_sum(arrived, sent.places, sent.topk_weights)

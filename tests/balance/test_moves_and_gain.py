@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.balance.gain import Decision, RebalanceGate
+from expertlane.balance.moves import Move, keep_slots, moves
+from expertlane.balance.placement import Placement
+from expertlane.balance.planner import plan_placement
+
+
+def test_what_stays_keeps_its_slot():
+    now = [Placement(4, ((0, 1, 2), (3, 0, 1)))]
+    then = [Placement(4, ((2, 3, 1), (1, 2, 0)))]
+    (kept,) = keep_slots(now, then)
+    assert kept.experts_of_rank == ((3, 1, 2), (2, 0, 1))
+
+
+def test_fewer_and_more_slots():
+    now = [Placement(4, ((0, 1, 2), (3,)))]
+    then = [Placement(4, ((2, 1), (0, 3, 1)))]
+    (kept,) = keep_slots(now, then)
+    assert kept.experts_of_rank == ((2, 1), (3, 0, 1))
+    assert moves(now, [kept], 2) == [
+        Move(0, 2, source=0, rank=0, slot=0),  # its slot is gone: it moves within the rank
+        Move(0, 0, source=0, rank=1, slot=1),
+        Move(0, 1, source=0, rank=1, slot=2),
+    ]
+
+
+def test_sources_are_near_and_take_turns():
+    now = [Placement(3, ((0,), (1,), (0,), (2,)))]
+    then = [Placement(3, ((0, 1), (1, 0), (0, 1), (2, 0)))]
+    assert moves(now, then, 2) == [
+        Move(0, 1, source=1, rank=0, slot=1),
+        Move(0, 0, source=0, rank=1, slot=1),
+        Move(0, 1, source=1, rank=2, slot=1),
+        Move(0, 0, source=2, rank=3, slot=1),
+    ]
+    far = [Placement(3, ((0,), (1,), (0,), (0, 2)))]
+    assert moves([Placement(3, ((0,), (0,), (1,), (2,)))], far, 2)[:2] == [
+        Move(0, 1, source=2, rank=1, slot=0),
+        Move(0, 0, source=0, rank=2, slot=0),
+    ]
+    # Rank 0 has sent once already, so rank 1 sends next.
+    assert moves([Placement(3, ((0,), (0,), (1,), (2,)))], far, 2)[2].source == 1
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(1, 10), st.integers(1, 8), st.integers(0, 6), st.integers(0, 2**32 - 1))
+def test_moves_lead_from_one_placement_to_the_next(num_experts, ep, num_redundant, seed):
+    num_redundant = min(num_redundant, num_experts * (ep - 1))
+    rng = np.random.default_rng(seed)
+    now, then = (
+        plan_placement(rng.integers(0, 50, size=(2, num_experts)), ep, 1, num_redundant)
+        for _ in range(2)
+    )
+    kept = keep_slots(now, then)
+    for one, other in zip(kept, then, strict=True):
+        assert [set(rank) for rank in one.experts_of_rank] == [
+            set(rank) for rank in other.experts_of_rank
+        ]
+    held = [[list(rank) for rank in layer.experts_of_rank] for layer in now]
+    for move in moves(now, kept, 1):
+        assert move.expert in now[move.layer].experts_of_rank[move.source]
+        assert move.source != move.rank  # equal slots: nothing moves within a rank
+        held[move.layer][move.rank][move.slot] = move.expert
+    assert held == [[list(rank) for rank in layer.experts_of_rank] for layer in kept]
+    assert moves(kept, kept, 1) == []
+
+
+GATE = RebalanceGate(
+    pair_s=1e-3,
+    expert_bytes=48_000_000,
+    bytes_per_s=1e9,
+    slice_bytes=32_000_000,
+    slice_stall_s=0.008,
+    num_steps=256,
+)
+NOW = [Placement(4, ((0, 1), (2, 3)))]
+THEN = [Placement(4, ((0, 3), (2, 1)))]
+LOAD = np.array([[30, 20, 10, 4]])
+
+
+def test_gain_and_cost_by_hand():
+    # Fullest: 50 now, 34 then; 16 pairs x 1 ms, seen over 8 steps, for 256.
+    assert GATE.gain_s(LOAD, 8, NOW, THEN) == pytest.approx(16e-3 * 256 / 8)
+    # 96 MB at 1 GB/s, three slices.
+    assert GATE.cost_s(96_000_000) == pytest.approx(0.096 + 3 * 0.008)
+    decision = GATE.decide(LOAD, 8, NOW, THEN, ranks_per_node=2)
+    assert decision.is_worth
+    assert decision.line == (
+        "rebalance: saves 0.512 s over the next 256 steps, costs 0.12 s (96 MB to move): go"
+    )
+
+
+def test_it_stays_where_little_is_gained():
+    assert GATE.decide(LOAD, 256, NOW, THEN, 2).line == (
+        "rebalance: saves 0.016 s over the next 256 steps, costs 0.12 s (96 MB to move): stay"
+    )
+    assert GATE.decide(LOAD, 8, THEN, NOW, 2).gain_s == pytest.approx(-0.512)
+    nothing = GATE.decide(LOAD, 0, NOW, NOW, 2)
+    assert nothing == Decision(gain_s=0.0, cost_s=0.0, num_bytes=0, num_steps=256)
+    assert not nothing.is_worth
+
+
+def test_layers_add_up():
+    two = np.concatenate([LOAD, LOAD])
+    assert GATE.gain_s(two, 8, NOW * 2, THEN * 2) == pytest.approx(
+        2 * GATE.gain_s(LOAD, 8, NOW, THEN)
+    )
+    assert GATE.gain_s(two, 8, NOW * 2, NOW + THEN) == GATE.gain_s(LOAD, 8, NOW, THEN)

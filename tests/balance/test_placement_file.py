@@ -1,0 +1,128 @@
+import json
+
+import pytest
+
+from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import ModelPlacement, read_placement, write_placement
+from expertlane.errors import SpecError, UserError
+
+PLACEMENT = ModelPlacement(
+    "a/model", 3, {4: Placement(3, ((0, 1), (2, 0))), 1: Placement(3, ((2,), (0, 1)))}
+)
+VALID = {
+    "schema_version": 1,
+    "model": "a/model",
+    "num_experts": 3,
+    "ep": 2,
+    "layers": [
+        {"layer": 1, "experts_of_rank": [[2], [0, 1]]},
+        {"layer": 4, "experts_of_rank": [[0, 1], [2, 0]]},
+    ],
+}
+
+
+def test_written_and_read_back(tmp_path):
+    path = tmp_path / "new folder" / "placement.json"
+    write_placement(PLACEMENT, path)
+
+    assert json.loads(path.read_text()) == VALID
+    assert read_placement(path) == PLACEMENT
+    assert list(read_placement(path).layers) == [1, 4]
+    assert [each.name for each in path.parent.iterdir()] == ["placement.json"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^cannot write .*file/placement.json: "):
+        write_placement(PLACEMENT, tmp_path / "file" / "placement.json")
+
+
+def changed(**changes):
+    return json.dumps(VALID | changes)
+
+
+def one_layer(*experts_of_rank, layer=1):
+    return changed(layers=[{"layer": layer, "experts_of_rank": experts_of_rank}])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON: Expecting value at line 1, column 1"),
+        ("{", "is not JSON: "),
+        ("[" * 100_000, "is not a placement file: it is nested too deeply"),
+        ("[]", "not a placement file: it has no schema_version"),
+        ("{}", "not a placement file: it has no schema_version"),
+        (changed(schema_version=2), "schema_version is 2; this expertlane reads 1"),
+        (changed(extra=1), "the file has the unknown key extra; it has"),
+        (json.dumps({"schema_version": 1}), "the file lacks ep"),
+        (changed(model=1), "model is 1; it must be a name"),
+        (changed(num_experts=True), "num_experts is True; it must be a whole number, at least 1"),
+        (changed(num_experts=2), "layer 1: placement: ep rank 0 holds expert 2; there are"),
+        (changed(num_experts=4), "layer 1: placement: no ep rank holds expert 3"),
+        (changed(ep=0), "ep is 0; it must be a whole number, at least 1"),
+        (changed(ep=3), "layer 1 has 2 ranks; ep is 3"),
+        (changed(layers={}), "layers must be a list"),
+        (changed(layers=[]), "placement: there is no layer"),
+        (changed(layers=[1]), "entry 0 of layers must be an object"),
+        (changed(layers=[{}]), "entry 0 of layers lacks experts_of_rank"),
+        (changed(layers=VALID["layers"][:1] * 2), "layer 1 is given twice"),
+        (one_layer([0], [1, 2], layer=-1), "layer is -1; it must be a whole number, at least 0"),
+        (one_layer([0], [1, 2], layer="1"), "layer is '1'; it must be a whole number"),
+        (one_layer([0], [1.5, 2]), "layer 1: experts_of_rank must be a list of lists of whole"),
+        (one_layer([0], 1), "layer 1: experts_of_rank must be a list of lists of whole"),
+        (one_layer([0], [1]), "layer 1: placement: no ep rank holds expert 2"),
+        (one_layer([0, 0], [1, 2]), "layer 1: placement: ep rank 0 holds expert 0 twice"),
+    ],
+)
+def test_a_damaged_file_gives_one_line_that_names_it(tmp_path, text, message):
+    path = tmp_path / "placement.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_placement(path)
+    line = str(caught.value)
+    assert line.startswith(str(path))
+    assert message in line
+    assert "\n" not in line
+
+
+def test_no_file_and_no_text(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot read .*none.json: No such file"):
+        read_placement(tmp_path / "none.json")
+    path = tmp_path / "binary.json"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is damaged: byte 0 is not UTF-8"):
+        read_placement(path)
+
+
+def test_it_fits_its_model():
+    PLACEMENT.check("p.json", num_experts=3, layers=[1, 4])
+    PLACEMENT.check("p.json", num_experts=3, layers=[4, 1], ep=2, num_slots_of_rank=[2, 2])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_experts": 8}, "p.json is a placement of a/model, which has 3 experts a layer; here"),
+        ({"layers": [1]}, r"of 2 MoE layers of a/model; here there are 1 \(it has layer 4\)"),
+        ({"layers": [1, 3, 4]}, r"here there are 3 \(it lacks layer 3\)"),
+        ({"ep": 4}, "p.json is a placement on 2 ep ranks; here there are 4"),
+        (
+            {"num_slots_of_rank": [2, 1]},
+            "in layer 1 ep rank 1 holds 2 experts; it has 1 slots",
+        ),
+    ],
+)
+def test_it_is_for_something_else(other, message):
+    with pytest.raises(UserError, match=message):
+        PLACEMENT.check("p.json", **({"num_experts": 3, "layers": [1, 4], "ep": 2} | other))
+
+
+def test_layers_must_be_alike():
+    one = Placement(3, ((0, 1, 2),))
+    with pytest.raises(SpecError, match="layer 1 has 3 experts; the model has 4"):
+        ModelPlacement("m", 4, {1: one})
+    with pytest.raises(SpecError, match="layer 2 is for 2 ep ranks; the first layer is for 1"):
+        ModelPlacement("m", 3, {1: one, 2: Placement.linear(3, 2)})
+    with pytest.raises(SpecError, match="layer -1; layers are counted from 0"):
+        ModelPlacement("m", 3, {-1: one})

@@ -1,0 +1,190 @@
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.balance.crossing import coactivation, cross_node_copies, spread_sources
+from expertlane.balance.planner import plan_placement
+from expertlane.errors import SpecError
+from expertlane.spec.partition import partition
+
+
+def benchmark(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+yardstick = benchmark("greedy_yardstick")
+routing_traces = benchmark("routing_traces")
+
+
+@st.composite
+def problems(draw):
+    num_experts = draw(st.integers(1, 16))
+    num_nodes, ranks_per_node = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    ep = num_nodes * ranks_per_node
+    num_redundant = draw(st.integers(0, min(num_experts * (ep - 1), 24)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    skew = draw(st.sampled_from([0.0, 0.7, 1.5, 4.0]))
+    popularity = rng.permuted(np.tile(np.arange(1, num_experts + 1.0) ** -skew, (2, 1)), axis=1)
+    load = rng.poisson(draw(st.sampled_from([0, 1, 30, 10_000])) * popularity)
+    return load, ep, ranks_per_node, num_redundant, rng
+
+
+def maxima(placements, load):
+    return [
+        each.rank_loads(of_layer).max() for each, of_layer in zip(placements, load, strict=True)
+    ]
+
+
+def topics(rng, num_experts):
+    together = rng.integers(0, 50, size=(2, num_experts, num_experts))
+    together += np.swapaxes(together, 1, 2)
+    together[:, np.arange(num_experts), np.arange(num_experts)] = 0
+    return together.astype(np.float32)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(problems())
+def test_every_plan_is_a_placement_with_near_equal_slots(problem):
+    load, ep, ranks_per_node, num_redundant, rng = problem
+    num_experts = load.shape[1]
+    num_slots = max(num_experts + num_redundant, ep)
+    for together in (None, topics(rng, num_experts)):
+        plan = plan_placement(load, ep, ranks_per_node, num_redundant, together)
+        assert len(plan) == 2
+        for placement in plan:  # that no expert is missing or twice on a rank, it checks itself
+            slots = list(map(len, placement.experts_of_rank))
+            assert slots == list(map(len, partition(num_slots, ep)))
+            assert max(map(len, placement.ranks_of_experts())) <= ep
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(problems())
+def test_it_is_as_even_as_the_greedy_algorithm_or_more(problem):
+    load, ep, ranks_per_node, num_redundant, rng = problem
+    num_experts = load.shape[1]
+    num_slots = num_experts + num_redundant
+    num_nodes = ep // ranks_per_node
+    if not yardstick.can_run(num_experts, ep, num_slots, 1, 1):
+        return
+    plans = [
+        plan_placement(load, ep, ranks_per_node, num_redundant),
+        plan_placement(load, ep, ranks_per_node, num_redundant, topics(rng, num_experts)),
+    ]
+    for layer, of_layer in enumerate(load.astype(float)):
+        greedy = [yardstick.global_plan(of_layer, ep, num_slots)]
+        if yardstick.can_run(num_experts, ep, num_slots, num_nodes, num_nodes):
+            greedy.append(
+                yardstick.hierarchical_plan(of_layer, ep, num_slots, num_nodes, num_nodes)
+            )
+        reached = [yardstick.slot_max_over_mean(plan, of_layer) for plan in greedy]
+        for plan in plans:
+            loads = plan[layer].rank_loads(of_layer)
+            if loads.any():
+                assert loads.max() / loads.mean() <= min(reached) * (1 + 1e-6)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(problems())
+def test_coactivation_gives_up_no_balance(problem):
+    load, ep, ranks_per_node, num_redundant, rng = problem
+    plain = maxima(plan_placement(load, ep, ranks_per_node, num_redundant), load)
+    together = topics(rng, load.shape[1])
+    local = maxima(plan_placement(load, ep, ranks_per_node, num_redundant, together), load)
+    even = 1.005 * load.sum(axis=1) / ep
+    assert (np.array(local) <= np.maximum(plain, even) * (1 + 1e-6)).all()
+
+
+def test_two_by_hand():
+    # A hot expert on both ranks, the others shared out evenly.
+    (placement,) = plan_placement(
+        np.array([[12, 5, 4, 3, 2]]), ep=2, ranks_per_node=2, num_redundant=1
+    )
+    assert sorted(placement.ranks_of_experts()[0]) == [0, 1]
+    np.testing.assert_array_equal(placement.rank_loads([12, 5, 4, 3, 2]), [13, 13])
+
+
+def test_a_swap_mends_what_greedy_packing_cannot():
+    # Heaviest first gives 8 + 6 + 5 and 7 + 6 + 4 where 18 and 18 can be had: 8 + 6 + 4.
+    load = np.array([[8, 7, 6, 6, 5, 4]])
+    (placement,) = plan_placement(load, ep=2, ranks_per_node=2, num_redundant=0)
+    np.testing.assert_array_equal(placement.rank_loads(load[0]), [18, 18])
+
+
+def test_copies_of_an_expert_spread_over_nodes():
+    load = np.array([[90, 10, 10, 10, 10, 10, 10, 10]])
+    (placement,) = plan_placement(load, ep=8, ranks_per_node=4, num_redundant=8)
+    nodes = [rank // 4 for rank in placement.ranks_of_experts()[0]]
+    assert nodes.count(0) == nodes.count(1)
+
+
+def test_experts_chosen_together_meet_on_a_node():
+    # Tokens choose two even experts or two odd ones; all loads are equal.
+    rng = np.random.default_rng(0)
+    ids = 2 * np.array([rng.permutation(8)[:2] for _ in range(4000)])
+    ids += rng.integers(2, size=(4000, 1))
+    load = np.bincount(ids.ravel(), minlength=16)[None]
+    plain = plan_placement(load, ep=8, ranks_per_node=4, num_redundant=0)
+    local = plan_placement(load, 8, 4, 0, [coactivation(ids, 16)])
+    source = spread_sources(len(ids), 2)
+    crossings = [cross_node_copies(ids, plan[0], 4, source) for plan in (plain, local)]
+    assert crossings[1] < 0.8 * crossings[0]
+    assert maxima(local, load)[0] <= 1.005 * maxima(plain, load)[0]
+
+
+def test_made_up_traces_on_many_ranks():
+    trace = routing_traces.routing_trace(
+        num_layers=2,
+        num_experts=64,
+        num_experts_per_tok=4,
+        num_tokens=4000,
+        skew=1.0,
+        seed=1,
+        num_topics=8,
+    )
+    seen, held_out = routing_traces.halves(trace)
+    together = [coactivation(ids, 64) for ids in seen.topk_ids]
+    plain, local = (plan_placement(seen.load(), 32, 8, 64, known) for known in (None, together))
+    source = spread_sources(held_out.num_tokens, 4)
+    crossings = [
+        sum(
+            cross_node_copies(ids, each, 8, source)
+            for ids, each in zip(held_out.topk_ids, plan, strict=True)
+        )
+        for plan in (plain, local)
+    ]
+    assert crossings[1] < 0.85 * crossings[0]
+    even = np.maximum(maxima(plain, seen.load()), 1.005 * seen.load().sum(axis=1) / 32)
+    assert (maxima(local, seen.load()) <= even * (1 + 1e-6)).all()
+
+
+def test_no_load_no_layer_one_of_each():
+    assert plan_placement(np.zeros((0, 4)), 2, 1, 0) == []
+    for placement in plan_placement(np.zeros((2, 4), dtype=np.int64), 2, 1, 2):
+        assert placement.num_slots == 6
+    (placement,) = plan_placement(np.array([[7]]), ep=1, ranks_per_node=1, num_redundant=0)
+    assert placement.experts_of_rank == ((0,),)
+    (placement,) = plan_placement(np.array([[7, 1]]), ep=6, ranks_per_node=2, num_redundant=0)
+    assert list(map(len, placement.ranks_of_experts())) == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("ep", "ranks_per_node", "num_redundant", "message"),
+    [
+        (4, 3, 0, "4 ep ranks do not fill nodes of 3 ranks"),
+        (4, 0, 0, "4 ep ranks do not fill nodes of 0 ranks"),
+        (2, 2, 5, "9 physical experts on 2 ranks: .* at most 4 can be redundant"),
+        (2, 2, -1, "-1 redundant experts; valid: 0 or more"),
+    ],
+)
+def test_what_cannot_be_planned(ep, ranks_per_node, num_redundant, message):
+    with pytest.raises(SpecError, match=message):
+        plan_placement(np.ones((1, 4)), ep, ranks_per_node, num_redundant)

@@ -1,0 +1,181 @@
+import contextlib
+
+import numpy as np
+import pytest
+
+from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter, read_trace, write_trace
+from expertlane.errors import SpecError, UserError
+
+IDS = np.array([[[0, 1], [2, 1], [3, 0]], [[1, 3], [3, 1], [0, 1]]], dtype=np.int16)
+STEP = np.array([0, 0, 5])
+TRACE = RoutingTrace("m", 4, (0, 2), IDS, STEP)
+
+
+def check_same(one, other):
+    assert (one.model, one.num_experts, one.layers) == (
+        other.model,
+        other.num_experts,
+        other.layers,
+    )
+    np.testing.assert_array_equal(one.topk_ids, other.topk_ids)
+    np.testing.assert_array_equal(one.step, other.step)
+    assert one.topk_ids.dtype == other.topk_ids.dtype
+
+
+def test_written_and_read_back(tmp_path):
+    path = tmp_path / "trace"  # no name is added to
+    write_trace(TRACE, path)
+    check_same(read_trace(path), TRACE)
+    assert [each.name for each in tmp_path.iterdir()] == ["trace"]
+
+
+def test_counts_by_hand():
+    np.testing.assert_array_equal(TRACE.load(), [[2, 2, 1, 1], [1, 3, 0, 2]])
+    assert (TRACE.num_tokens, TRACE.num_experts_per_tok) == (3, 2)
+
+
+def test_gathered_step_by_step(tmp_path):
+    writer = RoutingTraceWriter("m", 4, 2, [0, 2])
+    writer.add(5, 2, IDS[1, 2:])
+    writer.add(5, 0, IDS[0, 2:])
+    writer.add(0, 0, IDS[0, :1].astype(np.int64))  # a step's layer may come in parts
+    writer.add(0, 0, IDS[0, 1:2])
+    writer.add(0, 2, IDS[1, :2])
+    writer.write(tmp_path / "trace.npz")
+    check_same(read_trace(tmp_path / "trace.npz"), TRACE)
+
+
+@pytest.mark.parametrize("steps", [[], [0, 1]])
+def test_no_tokens(tmp_path, steps):
+    writer = RoutingTraceWriter("m", 4, 2, [0, 2])
+    for step in steps:
+        for layer in (0, 2):
+            writer.add(step, layer, np.zeros((0, 2), dtype=np.int64))
+    writer.write(tmp_path / "trace.npz")
+    trace = read_trace(tmp_path / "trace.npz")
+    assert trace.topk_ids.shape == (2, 0, 2)
+    np.testing.assert_array_equal(trace.load(), np.zeros((2, 4)))
+
+
+def test_many_experts_need_wider_ids():
+    writer = RoutingTraceWriter("m", 40_000, 1, [0])
+    writer.add(0, 0, np.array([[39_999]]))
+    assert writer.trace().topk_ids.dtype == np.int32
+    assert writer.trace().load()[0, 39_999] == 1
+
+
+def test_the_layers_of_a_step_must_agree():
+    writer = RoutingTraceWriter("m", 4, 2, [0, 2])
+    writer.add(3, 0, IDS[0])
+    writer.add(3, 2, IDS[1, :1])
+    with pytest.raises(ValueError, match="step 3: layers with 1 and 3 tokens"):
+        writer.trace()
+    with pytest.raises(ValueError, match=r"must be \[num_tokens, 2\]"):
+        writer.add(4, 0, np.zeros((3, 1), dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 3}, "a token chose expert 3; there are experts 0 to 2"),
+        ({"topk_ids": IDS - np.int16(1)}, "a token chose expert -1"),
+        ({"topk_ids": np.zeros_like(IDS)}, "a token chose an expert twice"),
+        ({"topk_ids": IDS[0]}, r"topk_ids is int16 of shape \(3, 2\)"),
+        ({"topk_ids": IDS.astype(np.float32)}, "topk_ids is float32"),
+        ({"topk_ids": IDS[:1]}, "2 layers, but topk_ids of 1"),
+        ({"topk_ids": IDS[:, :, :0]}, "0 experts per token; valid: 1 to 4"),
+        ({"layers": (2, 0)}, "layers must be indices of hidden layers"),
+        ({"layers": (-1, 0)}, "layers must be indices of hidden layers"),
+        ({"layers": ()}, "layers must be indices of hidden layers"),
+        ({"step": STEP[:2]}, "one for each of the 3 tokens"),
+        ({"step": STEP[::-1]}, "step falls"),
+        ({"step": STEP.astype(np.float64)}, "step is float64"),
+        ({"num_experts": 0}, "num_experts is 0"),
+    ],
+)
+def test_what_is_no_trace(tmp_path, changes, message):
+    fields = {"model": "m", "num_experts": 4, "layers": (0, 2), "topk_ids": IDS, "step": STEP}
+    fields |= changes
+    with pytest.raises(SpecError, match=message):
+        RoutingTrace(**fields)
+    path = tmp_path / "trace.npz"
+    np.savez(path, schema_version=1, **fields)
+    with pytest.raises(UserError, match=rf"^{path}: ") as caught:
+        read_trace(path)
+    assert "\n" not in str(caught.value)
+
+
+def saved(**changes):
+    fields = {"schema_version": 1, "model": "m", "num_experts": 4, "layers": [0, 2]}
+    return fields | {"topk_ids": IDS, "step": STEP} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 2}, "has schema_version 2; this expertlane reads 1"),
+        ({"schema_version": "1"}, "has schema_version 1; this"),
+        ({"model": 7}, "model is int64"),
+        ({"num_experts": [4]}, "num_experts is int64 of shape"),
+        ({"num_experts": 4.5}, "num_experts is float64"),
+        ({"layers": 0}, "layers is int64"),
+    ],
+)
+def test_a_file_with_other_values(tmp_path, changes, message):
+    np.savez(tmp_path / "trace.npz", **saved(**changes))
+    with pytest.raises(UserError, match=message):
+        read_trace(tmp_path / "trace.npz")
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "trace.npz"
+    write_trace(TRACE, path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (b"", b"text", whole[:middle], whole[:-1], b"PK\x03\x04" + bytes(50)):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"trace.npz is not a routing trace, or is damaged$"):
+            read_trace(path)
+    with path.open("wb") as file:
+        np.save(file, IDS)
+    with pytest.raises(UserError, match="is not a routing trace: it is a single array"):
+        read_trace(path)
+    np.savez(path, topk_ids=IDS)
+    with pytest.raises(UserError, match="is not a routing trace: it lacks schema_version"):
+        read_trace(path)
+    np.savez(path, **saved(model=np.array([object()])))
+    with pytest.raises(UserError, match="is not a routing trace, or is damaged"):
+        read_trace(path)
+    with pytest.raises(UserError, match=r"^cannot read .*none.npz: No such file"):
+        read_trace(tmp_path / "none.npz")
+    with pytest.raises(UserError, match=r"^cannot read .*: Is a directory"):
+        read_trace(tmp_path)
+
+
+def test_every_flipped_byte_is_found_or_harmless(tmp_path):
+    path = tmp_path / "trace.npz"
+    write_trace(TRACE, path)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        with contextlib.suppress(UserError):  # any other error fails the test
+            read_trace(path)
+
+
+def test_it_is_of_its_model():
+    TRACE.check_model("t.npz", num_experts=4, num_experts_per_tok=2, layers=[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_experts": 8}, "t.npz is a trace of m with 4 experts a layer; here there are 8"),
+        ({"num_experts_per_tok": 1}, "with 2 experts per token; here there are 1"),
+        ({"layers": [0, 1, 2]}, "with 2 MoE layers; here there are 3"),
+        ({"layers": [0, 1]}, "whose layer 2 is an MoE layer; here it is not"),
+    ],
+)
+def test_it_is_of_another_model(other, message):
+    expected = {"num_experts": 4, "num_experts_per_tok": 2, "layers": [0, 2]}
+    with pytest.raises(UserError, match=message):
+        TRACE.check_model("t.npz", **(expected | other))

@@ -1,0 +1,201 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import ModelPlacement, read_placement, write_placement
+from expertlane.balance.trace import RoutingTrace, write_trace
+
+
+def trace_of(num_layers=2, num_experts=8, num_tokens=300, seed=0):
+    rng = np.random.default_rng(seed)
+    noise = rng.gumbel(size=(num_layers, num_tokens, num_experts))
+    scores = noise - np.log(np.arange(1, num_experts + 1))
+    return RoutingTrace(
+        "a/model",
+        num_experts,
+        tuple(range(1, num_layers + 1)),
+        np.argsort(-scores, axis=-1)[..., :2].astype(np.int16),
+        np.zeros(num_tokens, dtype=np.int64),
+    )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    write_trace(trace_of(), Path("trace.npz"))
+    write_placement(placement_of(8, (1, 2)), Path("placement.json"))
+    return tmp_path
+
+
+def placement_of(num_experts, layers, ep=4):
+    each = Placement.round_robin(num_experts, ep, 4)
+    return ModelPlacement("a/model", num_experts, dict.fromkeys(layers, each))
+
+
+def test_a_table_and_a_placement(run):
+    code, out, err = run(
+        *("balance", "trace.npz", "--ranks", "4", "--ranks-per-node", "2"),
+        *("--redundant", "4", "--output", "new/placement.json"),
+    )
+    assert (code, err) == (0, "written: new/placement.json\n")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "a/model, 300 tokens, 2 of 8 experts each, 4 ranks on 2 nodes, 12 slots" in " ".join(
+        out.split()
+    )
+    rows = [line.split() for line in out.splitlines() if line[:3].strip() in ("1", "2", "all")]
+    assert [row[0] for row in rows] == ["1", "2", "all"]
+    for _, before, after, _, crossings, to_move in rows:
+        assert float(before) > float(after) >= 1.0
+        assert 0 < float(crossings) < 1
+        assert int(to_move) > 0
+    placement = read_placement(Path("new/placement.json"))
+    placement.check("new/placement.json", num_experts=8, layers=[1, 2], ep=4)
+    assert placement.layers[1].num_slots == 12
+
+
+def test_json_agrees_with_the_placement_it_wrote(run):
+    code, out, _ = run(
+        "balance", "trace.npz", "--ranks", "4", "--redundant", "4", "--output", "p.json", "--json"
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert (found["model"], found["ep"], found["ranks_per_node"], found["num_slots"]) == (
+        *("a/model", 4),
+        *(4, 12),
+    )
+    assert [each["layer"] for each in found["layers"]] == [1, 2]
+    load = trace_of().load()
+    for each, of_layer, placement in zip(
+        found["layers"], load, read_placement(Path("p.json")).layers.values(), strict=True
+    ):
+        loads = placement.rank_loads(of_layer)
+        assert each["after"]["max_over_mean"] == pytest.approx(loads.max() / loads.mean())
+        assert each["after"]["cross_node_copies"] == 0  # one node
+    assert found["total"]["num_moves"] == sum(each["num_moves"] for each in found["layers"])
+    assert found["total"]["layer"] is None
+
+
+def test_a_placement_is_judged(run):
+    arguments = ("balance", "trace.npz", "--ranks", "4", "--json")
+    _, judged, _ = run(*arguments, "--placement", "placement.json")
+    _, made, _ = run(*arguments, "--method", "round_robin", "--redundant", "4")
+    assert json.loads(judged) == json.loads(made)
+    _, linear, _ = run(*arguments, "--method", "linear")
+    found = json.loads(linear)["total"]
+    assert (found["before"], found["num_moves"]) == (found["after"], 0)
+
+
+def test_coactivation_can_be_left_out(run):
+    # Experts 2i and 2i + 1 go together.
+    first = 2 * np.repeat(np.arange(8), 48)  # each from every node as often
+    ids = np.stack([first, first + 1], axis=1).astype(np.int16)[None]
+    trace = RoutingTrace("m", 16, (0,), ids, np.zeros(384, dtype=np.int64))
+    write_trace(trace, Path("pairs.npz"))
+    arguments = ("balance", "pairs.npz", "--ranks", "4", "--ranks-per-node", "1", "--json")
+    with_it, without = (
+        json.loads(run(*arguments, *more)[1])["total"]["after"]["cross_node_copies"]
+        for more in ((), ("--no-coactivation",))
+    )
+    assert (with_it, without) == (288, 576)  # one node a token, or two; a quarter is at home
+
+
+def test_many_layers_are_summed_up(run):
+    write_trace(trace_of(num_layers=30), Path("deep.npz"))
+    _, out, _ = run("balance", "deep.npz", "--ranks", "4")
+    rows = [line.split()[0] for line in out.splitlines() if line[:2].strip().isdigit()]
+    assert len(rows) == 20
+    assert [int(row) for row in rows] == sorted(map(int, rows))
+    assert "The 20 least even of 30 layers; all stands for all." in out
+
+
+def test_no_tokens(run):
+    write_trace(trace_of(num_tokens=0), Path("empty.npz"))
+    code, out, _ = run("balance", "empty.npz", "--ranks", "4", "--ranks-per-node", "1", "--json")
+    assert code == 0
+    assert json.loads(out)["total"]["after"] == {"max_over_mean": 0.0, "cross_node_copies": 0}
+    assert run("balance", "empty.npz", "--ranks", "4")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["none.npz", "--ranks", "4"], "cannot read none.npz: No such file or directory"),
+        (["text.npz", "--ranks", "4"], "text.npz is not a routing trace, or is damaged"),
+        (["trace.npz", "--ranks", "0"], "--ranks is 0; valid: 1 to 1,024"),
+        (["trace.npz", "--ranks", "99999"], "--ranks is 99999; valid: 1 to 1,024"),
+        (
+            ["trace.npz", "--ranks", "4", "--ranks-per-node", "3"],
+            "--ranks-per-node is 3; it must divide --ranks, which is 4",
+        ),
+        (
+            ["trace.npz", "--ranks", "4", "--redundant", "-1"],
+            "--redundant is -1; valid: 0 or more",
+        ),
+        (
+            ["trace.npz", "--ranks", "4", "--redundant", "5000"],
+            "--redundant is 5000; valid: at most 4,096 physical experts",
+        ),
+        (
+            ["trace.npz", "--ranks", "2", "--redundant", "9"],
+            "--redundant 9, --ranks 2: 17 physical experts on 2 ranks: a rank holds each of the "
+            "8 experts at most once, so at most 8 can be redundant",
+        ),
+        (
+            ["trace.npz", "--ranks", "8", "--placement", "placement.json"],
+            "placement.json is a placement on 4 ep ranks; here there are 8",
+        ),
+        (
+            ["other.npz", "--ranks", "4", "--placement", "placement.json"],
+            "placement.json is a placement of a/model, which has 8 experts a layer; here there "
+            "are 16",
+        ),
+        (
+            ["deep.npz", "--ranks", "4", "--placement", "placement.json"],
+            "placement.json is a placement of 2 MoE layers of a/model; here there are 3 (it lacks "
+            "layer 3)",
+        ),
+        (
+            ["trace.npz", "--ranks", "4", "--placement", "text.json"],
+            "text.json is not JSON: Expecting value at line 1, column 1",
+        ),
+        (
+            ["trace.npz", "--ranks", "4", "--placement", "placement.json", "--redundant", "4"],
+            "--placement judges a placement as it is; valid without --method, --redundant, "
+            "--no-coactivation and --output",
+        ),
+        (
+            ["trace.npz", "--ranks", "4", "--output", "text.json/placement.json"],
+            "cannot write text.json/placement.json: File exists",
+        ),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_mistake_is_one_line(run, arguments, line, more):
+    Path("text.npz").write_text("text")
+    Path("text.json").write_text("text")
+    write_trace(trace_of(num_experts=16), Path("other.npz"))
+    write_trace(trace_of(num_layers=3), Path("deep.npz"))
+    assert run("balance", *arguments, *more) == (2, "", f"expertlane: error: {line}\n")
+
+
+def test_it_never_imports_torch():
+    script = (
+        "import sys; from expertlane.cli.main import app; "
+        "app(['balance', 'trace.npz', '--ranks', '4'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    source = str(Path(__file__).parents[2] / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": source},
+    )
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,0 +1,180 @@
+import io
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+import example_results as example
+from expertlane.report import content, markdown, terminal
+from expertlane.report.comparison import compare
+from expertlane.report.document import Figure, Table
+from expertlane.report.matrix import matrix
+from expertlane.report.traffic import details, hot_spots
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.layout import Layout
+
+
+def shown(results, width):
+    stream = io.StringIO()
+    terminal.show(results, Console(file=stream, width=width), traffic=True)
+    return stream.getvalue()
+
+
+def facts(results, number):
+    section = details(results, compare(results))[number - 1]
+    return dict(section.parts[-1].rows)
+
+
+def test_ranks_stand_apart_by_node():
+    figure = matrix([[0, 1500, 20, 0], [40, 0, 0, 0], [0, 0, 0, 12_000], [0, 0, 999_400, 0]], 2)
+    assert figure == Figure(
+        "Payload in kB, all steps: ranks of the rows send to ranks of the columns",
+        (
+            "      0   1│   2   3",
+            "  0   · 1.5│ <.1   ·",
+            "  1 <.1   ·│   ·   ·",
+            "───────────┼────────",
+            "  2   ·   ·│   ·  12",
+            "  3   ·   ·│ 999   ·",
+        ),
+    )
+
+
+def test_one_node_and_ranks_each_on_its_own_have_no_borders():
+    for ranks_per_node in (1, 8):
+        figure = matrix([[0, 7], [8, 0]], ranks_per_node)
+        assert figure.lines == ("      0   1", "  0   · 7.0", "  1 8.0   ·")
+        assert figure.title.startswith("Payload in B,")
+
+
+def test_many_ranks_are_drawn_by_node():
+    figure = matrix([[1] * 20 for _ in range(20)], 8)  # nodes of 8, 8 and 4 ranks
+    assert figure.title == "Payload in B, all steps: nodes of the rows send to nodes of the columns"
+    assert figure.lines == (
+        "      0   1   2",
+        "  0  64  64  32",
+        "  1  64  64  32",
+        "  2  32  32  16",
+    )
+
+
+def test_what_is_not_drawn():
+    assert matrix([[0]], 8) == "One rank: it sends nothing."
+    assert "17 nodes are too many" in matrix([[1] * 17 for _ in range(17)], 1)
+
+
+def test_nothing_sent_has_no_unit_to_find():
+    assert matrix([[0, 0], [0, 0]], 2).lines == ("      0   1", "  0   ·   ·", "  1   ·   ·")
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(0, 10**15), min_size=4, max_size=4), st.integers(1, 3))
+def test_lines_are_of_one_width(cells, ranks_per_node):
+    figure = matrix([cells[:2], cells[2:]], ranks_per_node)
+    assert len({len(line) for line in figure.lines}) == 1
+
+
+def test_the_widest_matrix_fits_a_piped_console():
+    for ranks_per_node in (1, 2, 8, 16):
+        figure = matrix([[10**9] * 16 for _ in range(16)], ranks_per_node)
+        assert max(map(len, figure.lines)) < 80
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_line_is_wider_than_the_console_and_no_matrix_is_broken(width):
+    results = example.usual()
+    text = shown(results, width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    for section in details(results, compare(results)):
+        for part in section.parts:
+            if isinstance(part, Figure):
+                assert all(f" {line}" in text for line in part.lines)
+
+
+def test_the_short_form_is_always_there_and_the_long_one_if_asked_for():
+    results = example.usual()
+    page, full = markdown.render(results), markdown.render(results, traffic=True)
+    for text in (page, full):
+        assert "\n## Spread and hot spots of decode\n" in text
+    assert "Traffic of #3" not in page
+    assert "\n## Traffic of #3 EP 16, decode\n" in full
+    assert "```text\n      0   1   2   3   4   5   6   7│   8" in full
+
+
+def test_the_short_form_by_hand():
+    # Of four tokens one reaches one rank, three two; one reaches two nodes.
+    section = hot_spots(compare(example.usual()))
+    spread, hottest = (part for part in section.parts if isinstance(part, Table))
+    padding = "0.3%"  # 15 × 5 of 16 × 15 × 108 bytes
+    assert spread.rows[2] == ("3", "EP 16", "1.75", "1.25", "0.500", "0.250", padding)
+    receives = "0 (1.04×)"  # 15 × 113 of 15 × 108 + 75 / 16 in the mean
+    assert hottest.rows[2] == (
+        "3", "EP 16", receives, "0 (1.00×)", "0/0 (6.2%)", "0 (1.00×)", "0 (100%)",
+    )  # fmt: skip
+    assert hottest.rows[0][-1] == "—"  # tensor parallel: no dispatch at which anybody waits
+
+
+def test_the_long_form_by_hand():
+    found = facts(example.usual(), 4)
+    assert found["payload of a step, intra-node"] == "11.2 kB"  # 16 × 7 × 100
+    assert found["payload of a step, inter-node"] == "12.8 kB"
+    assert found["tokens by ranks reached"] == "1: 25%, 2: 75%"
+    copies = "64 with one a rank, 32 with one a node: a copy a node saves 50%"
+    assert found["copies between nodes"] == copies
+    assert found["receives most"] == "rank 0: 3.39 kB, 1.04× the mean"  # two steps of 1,695
+    assert found["exposed communication"].startswith("34.5 ms a round")
+    assert found["hidden communication"] == "87% of what EP 16 exposes"
+    assert found["come last"] == "rank 0 at 100% of 2 dispatches and combines"
+
+
+def test_what_is_hidden_of_nothing():
+    results = example.usual()
+    (pair,) = results.hidden_communication
+
+    def hidden(number, *pairs):
+        return facts(replace(results, hidden_communication=pairs), number)["hidden communication"]
+
+    assert hidden(3, pair) == "— (overlap is off)"
+    assert hidden(4) == "— (no deployment differs from this one in overlap alone)"
+    assert hidden(4, replace(pair, hidden=None)) == "— (EP 16 exposes none)"
+    slower = replace(pair, step_on_s=pair.step_off_s + 0.002, hidden=-0.1)
+    assert hidden(4, slower) == "none: with overlap a step takes 2.00 ms longer than EP 16"
+
+
+def test_steps_that_differ_are_told_by_mean_and_ends():
+    results = example.usual()
+    first = results.deployments[0]
+    phase = compare(results).phase
+    uneven = replace(
+        first.traffic[phase],
+        payload_bytes_of_step={"intra-node": (1000, 2000, 6000), "inter-node": (0, 0, 0)},
+    )
+    changed = replace(first, traffic={phase: uneven})
+    found = facts(replace(results, deployments=(changed, *results.deployments[1:])), 1)
+    assert found["payload of a step, intra-node"] == "3.00 kB in the mean, 1.00 kB to 6.00 kB"
+    assert found["payload of a step, inter-node"] == "0 B"
+
+
+def test_one_rank_alone():
+    alone = example.results([(Deployment("alone", Layout()), 0.1)], output_len=1)
+    assert "One rank: it sends nothing." in shown(alone, 80)
+    assert "Traffic of #1 alone, prefill" in shown(alone, 80)
+
+
+def test_records_without_fan_out_say_nothing_of_it():
+    results = example.usual()
+    phase = compare(results).phase
+    first = results.deployments[0]
+    bare = replace(first.traffic[phase], fan_out=None, receiver=None, busiest=None, expert=None,
+                   layer=None)  # fmt: skip
+    changed = replace(first, traffic={phase: bare})
+    given = replace(results, deployments=(changed, *results.deployments[1:]))
+    found = facts(given, 1)
+    assert "copies between nodes" not in found
+    assert found["receives most"] == found["hottest expert"] == "—"
+    spread = hot_spots(compare(given)).parts[0]
+    assert spread.rows[0][2:6] == ("—",) * 4
+    assert content.sections(given, traffic=True)
