@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 
 from conftest import PoolKeeper
 from distributed.running import deployment
+from expertlane.balance.deployed import placements_of
 from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.rebalancing import RebalancingRunner
 from expertlane.errors import SpecError
 from expertlane.model.draw import uniform_numbers
 from expertlane.model.reference import ReferenceModel, ReferenceRun
@@ -156,6 +158,7 @@ class Case(NamedTuple):
     dispatch: str
     placement: str
     num_redundant: int
+    rebalance_steps: int
     overlap: bool
     num_micro_batches: int
     schedule: str
@@ -192,13 +195,15 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
     def is_small(layout: str) -> bool:
         return deployment(layout).layout.world_size <= max_num_ranks
 
+    small = small_layouts().filter(is_small)
     return st.builds(
         Case,
-        layout=small_layouts().filter(is_small),
+        layout=st.one_of(small.filter(lambda layout: "ep=1" not in layout), small),
         ranks_per_node=st.sampled_from([1, 2, 4, 8]),
         dispatch=st.sampled_from(["hierarchical", "all_gather", "all_to_all"]),
         placement=st.sampled_from(["linear", "round_robin"]),
         num_redundant=st.sampled_from([0, 1, 5, 16]),
+        rebalance_steps=st.sampled_from([0, 1, 3]),
         overlap=st.booleans(),
         num_micro_batches=st.integers(1, 4),
         schedule=st.sampled_from(["drained", "rotating"]),
@@ -256,13 +261,25 @@ class Combination:
         self.runner = ModelRunner(
             ranks, TINY, chosen, limits, seed=0, ranks_per_node=case.ranks_per_node
         )
+        self.rebalancing: RebalancingRunner | None = None
+        if case.rebalance_steps and layout.ep > 1:  # at every chance, whether it pays or not
+            self.rebalancing = self.runner = RebalancingRunner(
+                self.runner,
+                ranks,
+                layout,
+                placements_of(TINY, layout, chosen.options),
+                ranks_per_node=case.ranks_per_node,
+                num_steps=case.rebalance_steps,
+                log=lambda line: None,
+                is_worth=lambda decision: True,
+            )
         self.scheduler = ContinuousScheduler(
             chosen.layout,
             chosen.options,
             limits,
             lookahead=case.lookahead and chosen.layout.pp == 1,
             return_logits=True,
-            record=False,
+            record=self.rebalancing is not None,
         )
         self.requests: list[Request] = []
         self.most_in_flight = 0
@@ -361,6 +378,9 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
         seen["preemptions"] += combination.scheduler.num_preemptions
         if combination.layout.ep > 1:
             seen[f"cases with {combination.dispatch}"] += 1
+        if combination.rebalancing is not None:
+            switched = [each.switched for each in combination.rebalancing.decisions]
+            seen["cases with a rebalance"] += any(step is not None for step in switched)
         seen["cases with preemptions"] += combination.scheduler.num_preemptions > 0
         seen["cases with shared blocks"] += num_hits > 0
         seen["cases with several steps in flight"] += combination.most_in_flight > 1
@@ -371,6 +391,7 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with preemptions"] >= num / 6
     for form in ("all_to_all", "all_gather", "hierarchical"):
         assert seen[f"cases with {form}"] >= num / 25
+    assert seen["cases with a rebalance"] >= num / 10
     assert seen["cases with shared blocks"] >= num / 25
     assert seen["cases with several steps in flight"] >= num / 25
 

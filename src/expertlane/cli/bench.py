@@ -12,6 +12,8 @@ import typer
 from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Oversubscribe
 from expertlane.cli.engine_options import (
     BlockSize,
+    Dispatch,
+    DispatchOption,
     DtypeOption,
     EngineOptions,
     FoundModel,
@@ -25,7 +27,11 @@ from expertlane.cli.engine_options import (
     NumBlocks,
     NumMicroBatches,
     Overlap,
+    PlacementOption,
+    RanksPerNode,
+    Redundant,
     TimeoutS,
+    deployment_options,
     find_model,
 )
 from expertlane.errors import UserError
@@ -103,6 +109,10 @@ def bench(
     overlap: Overlap = False,
     num_micro_batches: NumMicroBatches = 1,
     micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
+    dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
+    placement: PlacementOption = "linear",
+    redundant: Redundant = 0,
+    ranks_per_node: RanksPerNode = 0,
     timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
     oversubscribe: Oversubscribe = False,
 ) -> None:
@@ -136,9 +146,15 @@ def bench(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         prefix_caching=not no_prefix_caching,
-        overlap=overlap,
-        num_micro_batches=num_micro_batches,
-        micro_batch_schedule=micro_batch_schedule,
+        options=deployment_options(
+            overlap=overlap,
+            num_micro_batches=num_micro_batches,
+            micro_batch_schedule=micro_batch_schedule,
+            dispatch=dispatch,
+            placement=placement,
+            redundant=redundant,
+        ),
+        ranks_per_node=ranks_per_node,
         timeout_s=timeout_s,
         oversubscribe=oversubscribe,
     )
@@ -243,6 +259,8 @@ def _check(
 
     for load in loads:
         check_lengths(load, options.max_model_len or found.config.max_position_embeddings)
+    for layout in layouts:
+        found.check(layout, options)
     if len(layouts) > 1 and is_under_torchrun():
         raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
     if out is not None and is_speaker():
@@ -263,7 +281,6 @@ def _run(
     from expertlane.engine.host import ForeignLoad
     from expertlane.experiment.serving_benchmark import describe, run_loads
     from expertlane.experiment.serving_results import Point, ServingResults
-    from expertlane.spec.deployment import Options
 
     points: list[Point] = []
     foreign_cpu_share = 0.0
@@ -280,9 +297,8 @@ def _run(
         versions=versions,
         machine=machine,
         model=found.name,
-        options=Options(
-            options.overlap, options.num_micro_batches, options.micro_batch_schedule.value
-        ),
+        options=options.options,
+        ranks_per_node=options.ranks_per_node,
         seed=seed,
         prompt_len=str(loads[0].prompt_len),
         output_len=str(loads[0].output_len),

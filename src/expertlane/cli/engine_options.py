@@ -1,9 +1,10 @@
 """What `generate` and `bench` share: the engine's options, and how a model is found and loaded."""
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -12,6 +13,7 @@ from expertlane.errors import UserError
 
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
+    from expertlane.spec.deployment import Options
     from expertlane.spec.layout import Layout
     from expertlane.spec.model import ModelConfig
 
@@ -21,6 +23,14 @@ class MicroBatches(StrEnum):
 
     DRAINED = "drained"
     ROTATING = "rotating"
+
+
+class Dispatch(StrEnum):
+    """How tokens travel to experts."""
+
+    ALL_TO_ALL = "all_to_all"
+    ALL_GATHER = "all_gather"
+    HIERARCHICAL = "hierarchical"
 
 
 ModelArgument = Annotated[
@@ -66,6 +76,33 @@ NumMicroBatches = Annotated[
 MicroBatchSchedule = Annotated[
     MicroBatches, typer.Option(help="Whether micro-batches wait for each other after each token.")
 ]
+DispatchOption = Annotated[
+    Dispatch,
+    typer.Option(
+        help="How tokens travel to experts: a copy to each rank reached, all tokens to all ranks, "
+        "or a copy to each node reached, forwarded inside."
+    ),
+]
+PlacementOption = Annotated[
+    str,
+    typer.Option(
+        metavar="linear|round_robin|FILE",
+        help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
+        "by expertlane balance.",
+    ),
+]
+Redundant = Annotated[
+    int,
+    typer.Option(metavar="N", help="Copies of experts beside each MoE layer's own, to share load."),
+]
+RanksPerNode = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Consecutive ranks that count as one node, on one machine too. 0: as they were "
+        "started.",
+    ),
+]
 TimeoutS = Annotated[
     float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
 ]
@@ -86,9 +123,8 @@ class EngineOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     prefix_caching: bool
-    overlap: bool
-    num_micro_batches: int
-    micro_batch_schedule: MicroBatches
+    options: "Options"
+    ranks_per_node: int
     timeout_s: float
     oversubscribe: bool
 
@@ -97,6 +133,44 @@ class EngineOptions:
             raise UserError(
                 f"--timeout-s is {self.timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}"
             )
+
+
+def deployment_options(
+    *,
+    overlap: bool,
+    num_micro_batches: int,
+    micro_batch_schedule: MicroBatches,
+    dispatch: Dispatch,
+    placement: str,
+    redundant: int,
+) -> "Options":
+    """The options of a deployment.
+
+    Args:
+        placement: a method's name, or a file.
+
+    Raises:
+        UserError: a value is not valid, or there is no such file.
+    """
+    from expertlane.spec.deployment import Options, PlacementMethod
+
+    is_method = placement in get_args(PlacementMethod)
+    if not (is_method or os.path.isfile(placement)):
+        raise UserError(
+            f"--placement is {placement!r}, and there is no such file; valid: "
+            f"{', '.join(get_args(PlacementMethod))}, or a file written by expertlane balance"
+        )
+    if redundant and not is_method:
+        raise UserError(f"--redundant is {redundant}, but {placement} says which copies there are")
+    where: dict[str, Any] = {"placement" if is_method else "placement_file": placement}
+    return Options(
+        overlap=overlap,
+        num_micro_batches=num_micro_batches,
+        micro_batch_schedule=micro_batch_schedule.value,
+        dispatch=dispatch.value,
+        num_redundant_experts=redundant,
+        **where,
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +198,21 @@ class FoundModel:
         chosen.check_model(self.config)
         return chosen
 
-    def load(self, layout: "Layout", options: EngineOptions) -> "LLM":
+    def check(self, layout: "Layout", options: EngineOptions) -> None:
+        """Check what can be known before ranks are started.
+
+        Raises:
+            UserError: experts cannot be placed or reached so.
+        """
+        from expertlane.engine.deployment_check import check_deployment
+        from expertlane.spec.deployment import Deployment
+
+        deployment = Deployment(self.name, layout, options.options)
+        check_deployment(self.config, deployment, options.ranks_per_node)
+
+    def load(
+        self, layout: "Layout", options: EngineOptions, *, record_routing: bool = False
+    ) -> "LLM":
         """Start the ranks and load the model, saying so on stderr.
 
         Raises:
@@ -137,7 +225,12 @@ class FoundModel:
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
         with progress_on_stderr() as progress:
             progress.task(f"loading {self.name} on {ranks} ({layout})", 1)
-            llm = LLM(self.folder or self.name, layout=layout, **asdict(options))
+            llm = LLM(
+                self.folder or self.name,
+                layout=layout,
+                record_routing=record_routing,
+                **vars(options),
+            )
             progress.advance()
             progress.done()
         return llm

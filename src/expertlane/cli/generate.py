@@ -2,6 +2,8 @@
 
 import sys
 from collections import deque
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ from expertlane.cli.chat import Chat
 from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Oversubscribe
 from expertlane.cli.engine_options import (
     BlockSize,
+    Dispatch,
+    DispatchOption,
     DtypeOption,
     EngineOptions,
     FoundModel,
@@ -25,15 +29,22 @@ from expertlane.cli.engine_options import (
     NumBlocks,
     NumMicroBatches,
     Overlap,
+    PlacementOption,
+    RanksPerNode,
+    Redundant,
     TimeoutS,
+    deployment_options,
     find_model,
 )
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from expertlane.engine.engine import Prompt
     from expertlane.engine.llm import LLM
     from expertlane.engine.outputs import RequestOutput
+    from expertlane.spec.layout import Layout
     from expertlane.spec.sampling import SamplingParams
 
 _Prompts = Annotated[
@@ -107,6 +118,13 @@ _Logprobs = Annotated[
         help="With --json: log-probabilities of each token and of the N likeliest ones.",
     ),
 ]
+_RecordRouting = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write which experts each token chose to FILE (.npz), for expertlane balance.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt, a line each.")]
 
 
@@ -131,6 +149,7 @@ def generate(
     stop_token_id: _StopTokenId = None,
     ignore_eos: _IgnoreEos = False,
     logprobs: _Logprobs = None,
+    record_routing: _RecordRouting = None,
     layout: _LayoutOption = "tp=1",
     dtype: DtypeOption = None,
     max_model_len: MaxModelLen = None,
@@ -142,6 +161,10 @@ def generate(
     overlap: Overlap = False,
     num_micro_batches: NumMicroBatches = 1,
     micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
+    dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
+    placement: PlacementOption = "linear",
+    redundant: Redundant = 0,
+    ranks_per_node: RanksPerNode = 0,
     timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
     oversubscribe: Oversubscribe = False,
 ) -> None:
@@ -164,6 +187,8 @@ def generate(
       expertlane generate mistralai/Mixtral-8x7B-v0.1 --layout tp=2,ep=2 --file prompts.txt
       expertlane generate ./my-checkpoint --chat --system "Be brief."
       echo "Once upon a time" | expertlane generate ./my-checkpoint --json | jq .text
+      expertlane generate ./my-checkpoint --file prompts.txt --record-routing trace.npz
+          then: expertlane balance trace.npz --ranks 8 --output placement.json
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
@@ -190,9 +215,15 @@ def generate(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         prefix_caching=not no_prefix_caching,
-        overlap=overlap,
-        num_micro_batches=num_micro_batches,
-        micro_batch_schedule=micro_batch_schedule,
+        options=deployment_options(
+            overlap=overlap,
+            num_micro_batches=num_micro_batches,
+            micro_batch_schedule=micro_batch_schedule,
+            dispatch=dispatch,
+            placement=placement,
+            redundant=redundant,
+        ),
+        ranks_per_node=ranks_per_node,
         timeout_s=timeout_s,
         oversubscribe=oversubscribe,
     )
@@ -205,14 +236,16 @@ def generate(
     found = find_model(model)
     chosen = found.lay_out(layout)
     params = sampling_params(found.folder, sampling)
+    if record_routing is not None:
+        _check_file(record_routing)
     if chat:
         conversation = Chat(found, params, system)
-        with found.load(chosen, options) as llm:
+        with _load(found, chosen, options, record_routing) as llm:
             outputs = conversation.hold(llm)
     else:
         given = _gather(prompts or [], file, token_ids or [])
         _check_texts(given, found)
-        with found.load(chosen, options) as llm:
+        with _load(found, chosen, options, record_routing) as llm:
             outputs = _continue(llm, given, params, as_json)
     if outputs:
         print(answers.summary(outputs, params.max_tokens), file=sys.stderr)
@@ -283,6 +316,43 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
     has_tokenizer = found.folder is not None and (found.folder / TOKENIZER).is_file()
     if not has_tokenizer and any(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"{found.name} has no tokenizer; give prompts with --token-ids")
+
+
+def _check_file(path: Path) -> None:
+    """Check, before anything runs, that a trace can be written there.
+
+    Raises:
+        UserError: it is a folder, or its folder is not writable.
+    """
+    from expertlane.cli.output import check_folder, is_speaker
+
+    if path.is_dir():
+        raise UserError(f"--record-routing is {path}, which is a folder; give a file: trace.npz")
+    if is_speaker():
+        check_folder(path.parent)
+
+
+@contextmanager
+def _load(
+    found: FoundModel, layout: "Layout", options: EngineOptions, record_routing: Path | None
+) -> "Iterator[LLM]":
+    """The loaded model; when it is left, however that is, the routing so far is written."""
+    with found.load(layout, options, record_routing=record_routing is not None) as llm:
+        try:
+            yield llm
+        finally:
+            if record_routing is not None:
+                _write_routing(llm, found.name, record_routing)
+
+
+def _write_routing(llm: "LLM", name: str, path: Path) -> None:
+    """Write the routing so far; nothing where no token was computed."""
+    from expertlane.balance.trace import write_trace
+
+    trace = replace(llm.routing_trace(), model=name)
+    if trace.num_tokens:
+        write_trace(trace, path)
+        print(f"written: {path}", file=sys.stderr)
 
 
 def _continue(

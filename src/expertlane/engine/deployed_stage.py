@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertlane.engine import migration
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.worker import RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
@@ -37,6 +38,8 @@ def deploy(
     Args:
         num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
     """
+    if context.deployed is not None:
+        migration.finish(context)  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
     is_hierarchical = options.dispatch == "hierarchical"
     context.meshes.make(spec.layout, spec.ranks_per_node if is_hierarchical else 0)
@@ -44,7 +47,7 @@ def deploy(
     if context.rank >= spec.layout.world_size:
         context.deployed = None
     else:
-        if context.deployed is None or context.deployed.spec != spec:
+        if context.deployed is None or not context.deployed.is_as_at_first(spec):
             context.deployed = None  # frees the old weights before the new ones are drawn
             context.deployed = DeployedStage(context, spec)
         context.deployed.start(options, num_blocks=num_blocks, block_size=block_size)
@@ -90,6 +93,7 @@ class DeployedStage:
             checkpoint = Checkpoint(Path(spec.checkpoint))
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
         self.stage = TransformerStage(model, spec.placements, source, self._mesh, self._recorder)
+        self.migration = migration.Migration()
         self._device = platform.device
         self._sampler = Sampler(model.vocab_size, platform.device)
         self._num_parts = 1
@@ -97,6 +101,13 @@ class DeployedStage:
         self._phase: Phase | None = None
         self._chosen: dict[int, int] = {}  # the last step's tokens, by sequence id
         self._sends: deque[list[Pending]] = deque()
+
+    def is_as_at_first(self, spec: StageSpec) -> bool:
+        """Whether it is what `spec` builds: experts may have moved since."""
+        blocks = self.stage.moe_blocks
+        return self.spec == spec and all(
+            block.placement == spec.placements[layer] for layer, block in blocks.items()
+        )
 
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache, and with two parts of a micro-batch at once or one."""
@@ -113,7 +124,11 @@ class DeployedStage:
         same_phase = plan.phase is self._phase
         self._phase = plan.phase
         recorder.begin_step(
-            plan.step, len(plan.micro_batches), record=plan.record, count_idle=same_phase
+            plan.step,
+            len(plan.micro_batches),
+            record=plan.record,
+            count_idle=same_phase,
+            record_routing=plan.record_routing,
         )
         # A step that far back was collected before this one was submitted: its sends are through.
         while len(self._sends) >= self.spec.layout.pp:

@@ -11,20 +11,25 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from expertlane.balance.deployed import Placements
+from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.hub import resolve_model
 from expertlane.engine.messages import RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.pool import RankPool
+from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
 from expertlane.engine.start import start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import CapacityError, RankError, UserError
 from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import Runner
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment, MicroBatchSchedule, Options
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
@@ -50,7 +55,9 @@ class LLM:
         model: a folder with a checkpoint, a hub id (`org/name`), or the name of a preset, whose
             weights are then random.
         layout: such as `tp=2,ep=2`; one rank by default.
-        overlap, num_micro_batches, micro_batch_schedule: as in `Options`.
+        options: how it runs: dispatch, placement, overlap, micro-batches.
+        ranks_per_node: consecutive ranks that count as one node, for `hierarchical` dispatch and
+            the choice of copies; 0 for as many as the launcher knows of.
         dtype: of weights and activations; the checkpoint's by default, or for one in float16 the
             machine's choice.
         max_model_len: positions a sequence may take; the model's by default.
@@ -64,6 +71,8 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
+        record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
+            every step and memory with every token.
 
     Attributes:
         engine: requests and steps, for those who bring their own loop.
@@ -81,9 +90,8 @@ class LLM:
         model: str | Path,
         *,
         layout: str | Layout = "tp=1",
-        overlap: bool = False,
-        num_micro_batches: int = 1,
-        micro_batch_schedule: MicroBatchSchedule = "drained",
+        options: Options | None = None,
+        ranks_per_node: int = 0,
         dtype: Dtype | None = None,
         max_model_len: int | None = None,
         block_size: int = 16,
@@ -94,12 +102,15 @@ class LLM:
         seed: int = 0,
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
+        record_routing: bool = False,
     ) -> None:
-        options = Options(overlap, num_micro_batches, micro_batch_schedule)
         _check_settings(dtype, seed, timeout_s)
         chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
+        deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = _find_model(model)
-        chosen.check_model(self.model)
+        placements = check_deployment(self.model, deployment, ranks_per_node)
+        if record_routing:
+            moe_layers(self.model)  # refuses a model without
         self._numbers = count()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
         self._chat_template: ChatTemplate | None = None
@@ -124,28 +135,38 @@ class LLM:
         self._pool: RankPool = pool
         try:
             self.machine: tuple[RankMachine, ...] = tuple(pool.call(_DESCRIBE))
-            self.limits = _fit(wanted, num_blocks, self.model, chosen, self.machine)
-            self.engine = self._deploy(Deployment("llm", chosen, options), seed, eos_token_ids)
+            self.limits = _fit(wanted, num_blocks, self.model, chosen, placements, self.machine)
+            runner = self._load(deployment, seed, ranks_per_node)
+            self._routing = RoutingRecorder(runner, self.model) if record_routing else None
+            self.engine = self._put_scheduler_before(
+                self._routing or runner, deployment, eos_token_ids
+            )
         except BaseException:
             pool.close()
             raise
 
-    def _deploy(
-        self, deployment: Deployment, seed: int, eos_token_ids: frozenset[int]
-    ) -> Engine[Any]:
-        """Load the model on the ranks, and put the scheduler before them."""
-        runner = ModelRunner(
+    def _load(self, deployment: Deployment, seed: int, ranks_per_node: int) -> ModelRunner:
+        """Load the model on the ranks."""
+        return ModelRunner(
             self._pool,
             self.model,
             deployment,
             self.limits,
             seed=seed,
-            ranks_per_node=self.machine[0].ranks_per_node,
+            ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
         )
-        layout = deployment.layout
+
+    def _put_scheduler_before(
+        self, runner: Runner[Any], deployment: Deployment, eos_token_ids: frozenset[int]
+    ) -> Engine[Any]:
         scheduler = ContinuousScheduler(
-            layout, deployment.options, self.limits, lookahead=layout.pp == 1, record=False
+            deployment.layout,
+            deployment.options,
+            self.limits,
+            lookahead=deployment.layout.pp == 1,
+            record=False,
+            record_routing=self._routing is not None,
         )
         return Engine(scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer)
 
@@ -163,6 +184,18 @@ class LLM:
     def close(self) -> None:
         """End all ranks; may be called again."""
         self._pool.close()
+
+    def routing_trace(self) -> RoutingTrace:
+        """Which experts each token chose in each MoE layer, of all steps finished so far.
+
+        Prompts and outputs alike; tokens found in the prefix cache were not computed again.
+
+        Raises:
+            UserError: it was not asked for.
+        """
+        if self._routing is None:
+            raise UserError("routing is not recorded; make the LLM with record_routing=True")
+        return self._routing.trace()
 
     def generate(
         self,
@@ -330,6 +363,7 @@ def _fit(
     num_blocks: int | None,
     model: ModelConfig,
     layout: Layout,
+    placements: Placements,
     seen: Sequence[RankMachine],
 ) -> Limits:
     """The limits with a cache that the ranks' memory has room for.
@@ -340,8 +374,8 @@ def _fit(
     if num_blocks is None:
         enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
         wanted = replace(wanted, num_blocks=enough)
-        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE)
-    fitting = fit_to_machine(model, layout, wanted, seen)
+        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
+    fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"

@@ -19,7 +19,9 @@ _DEPLOY = "expertlane.engine.deployed_stage:deploy"
 _RUN_STEP = "expertlane.engine.deployed_stage:run_step"
 
 
-class _Handle:
+class StepHandle:
+    """A step under way."""
+
     def __init__(self, ticket: Ticket, submitted_s: float) -> None:
         self.ticket = ticket
         self.submitted_s = submitted_s
@@ -65,20 +67,20 @@ class ModelRunner:
         held = pool.call(_DEPLOY, spec, options, limits.num_blocks, limits.block_size)
         self.held: list[HeldBytes] = held[: layout.world_size]
 
-    def submit(self, plan: StepPlan) -> _Handle:
+    def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica."""
         ranks = self._layout.ranks_of_replica(plan.replica)
         submitted_s = time.perf_counter()
-        return _Handle(self._pool.submit(_RUN_STEP, plan, ranks=ranks), submitted_s)
+        return StepHandle(self._pool.submit(_RUN_STEP, plan, ranks=ranks), submitted_s)
 
-    def first_done(self, handles: Sequence[_Handle]) -> _Handle:
+    def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
         done = self._pool.first_done([handle.ticket for handle in handles])
         handle = next(handle for handle in handles if handle.ticket is done)
         handle.finished_s = time.perf_counter()
         return handle
 
-    def collect(self, handle: _Handle) -> StepOutcome:
+    def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes: list[RankOutcome] = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()

@@ -103,6 +103,7 @@ class ServingResults:
         created: ISO 8601, UTC.
         model: as the user named it.
         options: of every layout.
+        ranks_per_node: as the user gave it; 0 for as many as were started on each.
         prompt_len, output_len: `32`, or `32:512` for lengths drawn from a range.
         foreign_cpu_share: of the host's cores, what other processes used while it ran.
     """
@@ -115,6 +116,7 @@ class ServingResults:
     machine: ServingMachine
     model: str
     options: Options
+    ranks_per_node: int
     seed: int
     prompt_len: str
     output_len: str

@@ -1,5 +1,7 @@
 """A decoder layer as a generator that yields where it waits for communication."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +16,12 @@ from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import expert_name, layer_name
 from expertlane.model.weight_source import WeightSource
 from expertlane.moe.activation import Activation
-from expertlane.moe.experts import Experts, ExpertWeights
+from expertlane.moe.experts import Expert, Experts
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.moe.router import route
 from expertlane.parallel.interleave import Steps
+from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.deployment import DispatchForm
@@ -51,9 +54,9 @@ class DecoderLayer:
         )
         heads = Attention if model.latent is None else LatentAttention
         self.attention = heads(model, index, source, mesh, rotary, recorder)
-        self._block: MoEBlock | MLP
+        self.block: MoEBlock | MLP
         if placement is None:
-            self._block = MLP(
+            self.block = MLP(
                 source,
                 index,
                 "dense",
@@ -64,12 +67,7 @@ class DecoderLayer:
                 is_gated=model.gated_mlp,
             )
         else:
-            self._block = MoEBlock(model, index, placement, source, mesh, recorder)
-
-    def set_dispatch(self, form: DispatchForm) -> None:
-        """Choose how tokens travel to experts; no matter for a dense layer."""
-        if isinstance(self._block, MoEBlock):
-            self._block.set_dispatch(form)
+            self.block = MoEBlock(model, index, placement, source, mesh, recorder)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Run the layer on the tokens this rank owns.
@@ -83,9 +81,9 @@ class DecoderLayer:
         x = x + (yield from self._attend(x, batch, cache))
         self._recorder.enter(Stage.ROUTER, self._index)
         hidden = rms_norm(x, self._mlp_norm, self._eps)
-        if isinstance(self._block, MLP):
-            return x + (yield from self._block.forward(hidden, batch.tokens_of_tp_rank))
-        return x + (yield from self._block.forward(hidden, batch))
+        if isinstance(self.block, MLP):
+            return x + (yield from self.block.forward(hidden, batch.tokens_of_tp_rank))
+        return x + (yield from self.block.forward(hidden, batch))
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
@@ -108,7 +106,12 @@ def activation_of(model: ModelConfig) -> Activation:
 
 
 class MoEBlock:
-    """Router, dispatch, experts, combine; and the shared expert, if there is one."""
+    """Router, dispatch, experts, combine; and the shared expert, if there is one.
+
+    Attributes:
+        placement: which experts each rank holds now.
+        experts: those of this rank.
+    """
 
     def __init__(
         self,
@@ -124,10 +127,9 @@ class MoEBlock:
         self._recorder = recorder
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
-        self._placement = placement
-        self._choice = ReplicaChoice(mesh, placement, recorder, source.device)
-        self.set_dispatch("all_to_all")
-        self._local = placement.experts_of_rank[mesh.at.ep_rank]
+        self._device = source.device
+        self._form: DispatchForm = "all_to_all"
+        self._place(placement)
 
         def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
             return source.take(layer_name(layer, part), dtype=torch.float32)
@@ -135,7 +137,8 @@ class MoEBlock:
         self._router = take_float32("router")
         self._router_bias = take_float32("router_bias") if routing.router_bias else None
         self._correction = take_float32("correction_bias") if routing.correction_bias else None
-        self._experts = self._build_experts(model, source)
+        held = [self._build_expert(model, source, expert) for expert in self._local]
+        self.experts = Experts(held, activation_of(model))
         self._shared: MLP | None = None
         if model.shared_expert_intermediate_size:
             self._shared = MLP(
@@ -152,41 +155,51 @@ class MoEBlock:
 
     def set_dispatch(self, form: DispatchForm) -> None:
         """Choose how tokens travel to experts from now on."""
-        self._dispatcher = make_dispatcher(form, self._mesh, self._placement, self._choice)
+        self._form = form
+        self._place(self.placement)
 
-    def _build_experts(self, model: ModelConfig, source: WeightSource) -> Experts:
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
+        choice = ReplicaChoice(self._mesh, placement, self._recorder, self._device)
+        self._dispatcher = make_dispatcher(self._form, self._mesh, placement, choice)
+
+    def switch(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
+        """Go over to another placement.
+
+        Args:
+            arrived: by logical expert, those that this rank did not hold so far.
+        """
+        own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
+        held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
+        self._place(placement)
+        self.experts = Experts(held, self.experts.activation)
+
+    def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
         at = self._mesh.at
         inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
 
         def take(part: str, rows: range = inner) -> Tensor:
-            stacked: Tensor | None = None  # one expert more at a time, not all of them twice
-            for index, expert in enumerate(self._local):
-                tensor = source.take(expert_name(self._layer, expert, part), rows)
-                if stacked is None:
-                    stacked = tensor.new_empty((len(self._local), *tensor.shape))
-                stacked[index] = tensor
-            assert stacked is not None, "a rank holds at least one expert"
-            return stacked
+            return source.take(expert_name(self._layer, expert, part), rows)
 
-        def take_if(is_there: bool, part: str, rows: range = inner) -> Tensor | None:
-            return take(part, rows) if is_there else None
+        def linear(part: str) -> Linear:
+            return Linear(take(part), take(f"{part}_bias") if model.expert_bias else None)
 
-        has_bias, is_gated = model.expert_bias, model.gated_mlp
-        weights = ExpertWeights(
-            up=take("up"),
-            down=take("down"),
-            gate=take_if(is_gated, "gate"),
-            up_bias=take_if(has_bias, "up_bias"),
-            gate_bias=take_if(has_bias and is_gated, "gate_bias"),
-            down_bias=take_if(has_bias and at.etp_rank == 0, "down_bias", range(model.hidden_size)),
+        down_bias = None
+        if model.expert_bias and at.etp_rank == 0:
+            down_bias = take("down_bias", range(model.hidden_size))
+        return Expert(
+            gate=linear("gate") if model.gated_mlp else None,
+            up=linear("up"),
+            down=Linear(take("down"), down_bias),
         )
-        return Experts(weights, activation_of(model))
 
     def forward(self, hidden: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
         """Apply to the normed tokens this rank owns, [num_owned, hidden_size]."""
         recorder, layer, router = self._recorder, self._layer, self._router
         logits = F.linear(hidden.float(), router, self._router_bias)
         topk_ids, topk_weights = route(logits, self._top_k, self._routing, self._correction)
+        recorder.record_topk_ids(topk_ids)
         recorder.count_compute(
             2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
         )
@@ -195,8 +208,8 @@ class MoEBlock:
             hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
         )
         recorder.enter(Stage.EXPERTS, layer)
-        results = self._experts.forward(arrived.rows, arrived.num_tokens_per_expert)
-        recorder.count_compute(*self._experts.compute_cost(arrived.num_tokens_per_expert))
+        results = self.experts.forward(arrived.rows, arrived.num_tokens_per_expert)
+        recorder.count_compute(*self.experts.compute_cost(arrived.num_tokens_per_expert))
         if self._mesh.at.etp_rank == 0:
             recorder.count_expert_tokens(self._local, arrived.num_tokens_per_expert)
         recorder.enter(Stage.COMBINE, layer)

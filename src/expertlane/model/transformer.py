@@ -7,7 +7,7 @@ from expertlane.balance.deployed import Placements
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.head import HeadResult, OutputHead
 from expertlane.model.kv_cache import KVCache
-from expertlane.model.layers import DecoderLayer
+from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD
 from expertlane.model.weight_source import WeightSource
@@ -63,8 +63,21 @@ class TransformerStage:
 
     def set_dispatch(self, form: DispatchForm) -> None:
         """Choose how tokens travel to experts from now on."""
-        for layer in self._layers:
-            layer.set_dispatch(form)
+        for block in self.moe_blocks.values():
+            block.set_dispatch(form)
+
+    @property
+    def moe_blocks(self) -> dict[int, MoEBlock]:
+        """The stage's MoE blocks by hidden layer."""
+        blocks = [layer.block for layer in self._layers]
+        first = self.mesh.layout.layers_of_stage(
+            self.model.num_hidden_layers, self.mesh.at.pp_rank
+        ).start
+        return {
+            first + index: block
+            for index, block in enumerate(blocks)
+            if isinstance(block, MoEBlock)
+        }
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""

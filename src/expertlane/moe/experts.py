@@ -14,60 +14,71 @@ from expertlane.parallel.linear import Linear
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertWeights:
-    """`inner` is the rank's slice of moe_intermediate_size.
+class Expert:
+    """One MLP; `inner` is the rank's slice of moe_intermediate_size.
 
     Attributes:
-        up, gate: [num_local_experts, inner, hidden_size]; no gate where MLPs are not gated.
-        down: [num_local_experts, hidden_size, inner].
-        up_bias, gate_bias: [num_local_experts, inner].
-        down_bias: [num_local_experts, hidden_size]; only on the first rank of those whose
-            partial sums are added up.
+        up, gate: [inner, hidden_size]; no gate where MLPs are not gated.
+        down: [hidden_size, inner]; its bias only on the first rank of those whose partial sums are
+            added up.
     """
 
-    up: Tensor
-    down: Tensor
-    gate: Tensor | None = None
-    up_bias: Tensor | None = None
-    gate_bias: Tensor | None = None
-    down_bias: Tensor | None = None
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
+
+    @property
+    def _linears(self) -> list[Linear]:
+        return [linear for linear in (self.gate, self.up, self.down) if linear is not None]
+
+    def tensors(self) -> list[Tensor]:
+        """All that another rank needs to compute the same; `with_tensors` takes it."""
+        return [tensor for linear in self._linears for tensor in linear.tensors()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Expert":
+        """An expert of the same shape with other weights, as `tensors` gave them."""
+        rest = list(tensors)
+
+        def take(linear: Linear) -> Linear:
+            num = len(linear.tensors())
+            given, rest[:] = rest[:num], rest[num:]
+            return linear.with_tensors(given)
+
+        gate = None if self.gate is None else take(self.gate)
+        return Expert(gate=gate, up=take(self.up), down=take(self.down))
 
 
 class Experts:
-    """MLPs side by side."""
+    """MLPs side by side.
 
-    def __init__(self, weights: ExpertWeights, activation: Activation) -> None:
-        def linears(stack: Tensor | None, bias: Tensor | None) -> list[Linear]:
-            if stack is None:
-                return []
-            return [
-                Linear(matrix, None if bias is None else bias[expert])
-                for expert, matrix in enumerate(stack)
-            ]
+    Attributes:
+        held: [num_local_experts].
+    """
 
-        self._activation = activation
-        self._gates = linears(weights.gate, weights.gate_bias)
-        self._ups = linears(weights.up, weights.up_bias)
-        self._downs = linears(weights.down, weights.down_bias)
-        self._inner, hidden_size = weights.up.shape[1:]
-        self._num_weights = self._inner * hidden_size * (2 if weights.gate is None else 3)
-        self._itemsize = weights.up.itemsize
+    def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
+        self.held = list(held)
+        self.activation = activation
+        first = self.held[0]
+        self._inner, hidden_size = first.up.out_features, first.up.in_features
+        self._num_weights = self._inner * hidden_size * (2 if first.gate is None else 3)
+        self._itemsize = first.up.itemsize
         self._kernel = self._own_kernel()
 
     def _own_kernel(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
         """All experts in one call, where our kernels know the model's kind of MLP."""
-        linears = [*self._gates, *self._ups, *self._downs]
-        kernels = self._ups[0].kernels
+        gates = [expert.gate for expert in self.held if expert.gate is not None]
+        ups, downs = [expert.up for expert in self.held], [expert.down for expert in self.held]
+        kernels = ups[0].kernels
         if (
             kernels is None
             or self._inner % 32
-            or any(linear.kernels is None or linear.bias is not None for linear in linears)
-            or not self._activation.is_plain(is_gated=bool(self._gates))
+            or any(each.kernels is None or each.bias is not None for each in gates + ups + downs)
+            or not self.activation.is_plain(is_gated=bool(gates))
         ):
             return None
         gate, up, down = (
             Pointers([linear.packed for linear in of_part]) if of_part else None
-            for of_part in (self._gates, self._ups, self._downs)
+            for of_part in (gates, ups, downs)
         )
         assert up is not None, "there are experts"
         assert down is not None, "there are experts"
@@ -88,16 +99,14 @@ class Experts:
             return self._kernel(rows, ends)
         results = [
             self._apply(expert, rows[end - num_tokens : end])
-            for expert, (end, num_tokens) in enumerate(
-                zip(ends, num_tokens_per_expert, strict=True)
-            )
+            for expert, end, num_tokens in zip(self.held, ends, num_tokens_per_expert, strict=True)
             if num_tokens
         ]
         return torch.cat(results) if results else torch.empty_like(rows)
 
-    def _apply(self, expert: int, rows: Tensor) -> Tensor:
-        gate = self._gates[expert](rows) if self._gates else None
-        return self._downs[expert](self._activation(gate, self._ups[expert](rows)))
+    def _apply(self, expert: Expert, rows: Tensor) -> Tensor:
+        gate = None if expert.gate is None else expert.gate(rows)
+        return expert.down(self.activation(gate, expert.up(rows)))
 
     def compute_cost(self, num_tokens_per_expert: Sequence[int]) -> tuple[int, int]:
         """FLOPs and weight bytes read of one `forward`."""

@@ -6,6 +6,9 @@ torch's own product, packing anew at every call, does not (`docs/log.md`). Elsew
 float32, weights stay as they are.
 """
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +51,21 @@ class Linear:
     def num_bytes(self) -> int:
         """Of the matrix."""
         return self.num_weights * self.itemsize
+
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias in a form that can be sent and given to `with_tensors`."""
+        weight = self.packed.to_dense() if self._is_onednn else self.packed
+        return [weight] if self.bias is None else [weight, self.bias]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Linear":
+        """The same product with other weights of the same shape; they are kept, not copied."""
+        other = copy(self)
+        weight = tensors[0]
+        if self._is_onednn:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        other.packed = weight
+        other.bias = tensors[1] if len(tensors) > 1 else None
+        return other
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_rows, out_features] of [num_rows, in_features]."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from expertlane.parallel.clock import Clock
@@ -46,6 +47,7 @@ class Recorder:
         self.layer = NO_LAYER
         self._last_layer = NO_LAYER
         self._recording = False
+        self._recording_routing = False
         self._micro_batch = 0
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
@@ -70,14 +72,27 @@ class Recorder:
             (2, self._world_size + 1), dtype=np.int64
         )
         self._num_remote_rank_copies = self._num_remote_node_copies = 0
+        self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
 
     def begin_step(
-        self, step: int, num_micro_batches: int, *, record: bool, count_idle: bool
+        self,
+        step: int,
+        num_micro_batches: int,
+        *,
+        record: bool,
+        count_idle: bool,
+        record_routing: bool = False,
     ) -> None:
-        """Start a step's record; the time since the last step counts as idle if asked for."""
+        """Start a step's record.
+
+        Args:
+            count_idle: the time since the last step counts as idle.
+            record_routing: keep the experts that tokens choose; implies `record`.
+        """
         self.progress.set_step(step)
         self._clear(num_micro_batches)
-        self._recording = record
+        self._recording = record or record_routing
+        self._recording_routing = record_routing
         self._micro_batch = 0
         if count_idle:
             self._idle_s = time.perf_counter() - self._ended_s
@@ -152,6 +167,15 @@ class Recorder:
         if self._recording:
             self._tokens[self.layer, list(experts)] += num_tokens
 
+    def record_topk_ids(self, topk_ids: Tensor) -> None:
+        """Keep the experts chosen in the current layer, if the plan asks for routing.
+
+        Args:
+            topk_ids: [T, K]; logical experts of this rank's own tokens.
+        """
+        if self._recording_routing:
+            self._topk_ids[self.layer].append(topk_ids.to("cpu", torch.int32, copy=True))
+
     def count_fan_out(
         self,
         ranks_reached: Tensor,
@@ -177,7 +201,7 @@ class Recorder:
     def end_step(self) -> RankRecord | None:
         """Close the record; None where the plan asked for none."""
         record = self._record() if self._recording else None
-        self._recording = False
+        self._recording = self._recording_routing = False
         self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
         self.layer = NO_LAYER
         self._ended_s = time.perf_counter()
@@ -217,4 +241,5 @@ class Recorder:
             tokens_by_nodes_reached=self._by_nodes_reached,
             num_remote_rank_copies=self._num_remote_rank_copies,
             num_remote_node_copies=self._num_remote_node_copies,
+            topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
         )

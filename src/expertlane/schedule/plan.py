@@ -81,6 +81,7 @@ class StepPlan:
         released: earlier such sequences that do not go on; they come before `admitted`.
         return_logits: send the logits of every sequence's last token back with the outcome.
         record: fill in times and counters.
+        record_routing: keep the experts that each token chose too; implies `record`.
     """
 
     step: int
@@ -91,6 +92,7 @@ class StepPlan:
     released: tuple[int, ...] = ()
     return_logits: bool = False
     record: bool = True
+    record_routing: bool = False
 
 
 @dataclass(frozen=True, eq=False)

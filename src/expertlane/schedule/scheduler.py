@@ -71,6 +71,7 @@ class ContinuousScheduler:
         lookahead: bool = False,
         return_logits: bool = False,
         record: bool = True,
+        record_routing: bool = False,
     ) -> None:
         if lookahead and layout.pp > 1:
             raise ValueError("the first pipeline stage does not learn of the last one's tokens")
@@ -81,7 +82,11 @@ class ContinuousScheduler:
         self.stepped: list[Request] = []
         self.num_preemptions = 0
         self._limits = limits
-        self._flags = {"return_logits": return_logits, "record": record}
+        self._flags = {
+            "return_logits": return_logits,
+            "record": record,
+            "record_routing": record_routing,
+        }
         is_rotating = options.micro_batch_schedule == "rotating"
         self._num_groups = options.num_micro_batches if is_rotating else 1
         self._num_micro_batches = 1 if is_rotating else options.num_micro_batches

@@ -27,6 +27,8 @@ class Options:
             all ranks. With `ep=1` every rank needs all tokens, so that is what happens.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
+        rebalance_steps: experts move while requests run: after so many steps they are placed anew
+            by the load of those steps, if that pays over as many more; 0 for never.
         num_redundant_experts: copies beside each MoE layer's experts, in the placement's order.
 
     Raises:
@@ -42,6 +44,7 @@ class Options:
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
+    rebalance_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.num_micro_batches < 1:
@@ -54,10 +57,9 @@ class Options:
             value = getattr(self, name)
             if value not in valid:
                 raise SpecError(f"{name} is {value!r}; valid: {', '.join(valid)}")
-        if self.num_redundant_experts < 0:
-            raise SpecError(
-                f"num_redundant_experts is {self.num_redundant_experts}; it must be 0 or more"
-            )
+        for name in ("num_redundant_experts", "rebalance_steps"):
+            if getattr(self, name) < 0:
+                raise SpecError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):
@@ -79,6 +81,8 @@ class Options:
             parts.append("placed by file")
         if self.num_redundant_experts:
             parts.append(f"{self.num_redundant_experts} redundant experts")
+        if self.rebalance_steps:
+            parts.append(f"rebalanced every {self.rebalance_steps} steps")
         return ", ".join(parts) or "plain"
 
 

@@ -1,6 +1,6 @@
 """What was measured and counted during one step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ class RankRecord:
         num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
             with one copy a rank.
         num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
+        topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
+            logical experts that its own tokens chose, in the order of computation, which is the
+            same in all layers. Empty unless the plan asked for it.
     """
 
     rank: int
@@ -52,6 +55,7 @@ class RankRecord:
     tokens_by_nodes_reached: npt.NDArray[np.int64]
     num_remote_rank_copies: int
     num_remote_node_copies: int
+    topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

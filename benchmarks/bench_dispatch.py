@@ -1,0 +1,247 @@
+"""Dispatch and combine beside the bare transfers of the same bytes, which are their limit.
+
+Local ranks, one expert-parallel group, no expert computation: what arrives goes back. `bare` are
+the form's own collectives, counts too, on buffers that are there already; `naive` is a flat
+all-to-all with a collective for each tensor and plain torch operations. All take turns over the
+same routing; a time is that of the slowest rank, the median of the rounds. `copies` is the
+processor time of the rank's own thread beyond that of `bare`, on average: packing, gathering rows,
+sums and bookkeeping. `hierarchical` has two nodes of half the ranks. More ranks than cores wait for
+one another more than for bytes: with 16 ranks on a few cores the times are slow and noisy and say
+nothing of a cluster; the ratio is still like against like. Run it with nothing else on the machine:
+
+    python benchmarks/bench_dispatch.py [--ranks 2 8] [--tokens 256 1024] [--top-k 2 4]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from expertlane import __version__
+from expertlane.balance.placement import Placement
+from expertlane.engine.start import start_pool
+from expertlane.engine.worker import RankContext
+from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.replicas import ReplicaChoice
+from expertlane.parallel.clock import HostClock
+from expertlane.parallel.interleave import interleave
+from expertlane.parallel.mesh import ParallelMesh
+from expertlane.parallel.recorder import Recorder
+from expertlane.spec.layout import Layout
+
+HIDDEN_SIZE, NUM_EXPERTS = 1024, 32
+FORMS = ("all_to_all", "all_gather", "hierarchical")
+NUM_ROUNDS, SAMPLE_TOKENS = 7, 1024  # a sample repeats few tokens up to so many
+MOST_TOKENS = 32768  # of all ranks; all_gather holds them on each rank, four times over
+
+
+class Point(NamedTuple):
+    """What is measured; `num_tokens` are those of each rank."""
+
+    num_ranks: int
+    num_tokens: int
+    top_k: int
+
+
+class Inputs(NamedTuple):
+    """x [T, H], topk_ids [T, K], topk_weights [T, K], tokens_of_stage_rank [num_ranks]."""
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    tokens_of_stage_rank: list[int]
+
+
+class Transfer(NamedTuple):
+    """One all-to-all of a form, on buffers of its own."""
+
+    received: Tensor
+    rows: Tensor
+    splits: dict[str, Any]
+
+    def run(self) -> None:
+        """Begin it and wait."""
+        dist.all_to_all_single(self.received, self.rows, **self.splits).wait()
+
+
+def measure(
+    context: RankContext, num_ranks: int, num_tokens: int, top_k: int
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Runs on every rank: wall and thread seconds by form and variant, one pair a round."""
+    random = torch.Generator().manual_seed(context.rank)
+    inputs = Inputs(
+        torch.randn(num_tokens, HIDDEN_SIZE, generator=random).bfloat16(),
+        torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(top_k).indices,
+        torch.rand(num_tokens, top_k, generator=random),
+        [num_tokens] * num_ranks,
+    )
+    layout, per_node = Layout(dp=num_ranks, ep=num_ranks), num_ranks // 2
+    context.meshes.make(layout, per_node)
+    recorder = Recorder(context.rank, 1, 1, context.progress, HostClock(), num_ranks)
+    mesh = ParallelMesh(layout, context.meshes, context.rank, per_node, recorder)
+    placement = Placement.linear(NUM_EXPERTS, num_ranks)
+    choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
+    seconds = {}
+    for form in FORMS:
+        dispatcher = make_dispatcher(form, mesh, placement, choice)
+        with capturing() as transfers:
+            expected = round_trip(dispatcher, inputs)
+        variants = {
+            "form": partial(round_trip, dispatcher, inputs),
+            "bare": lambda transfers=transfers: [transfer.run() for transfer in transfers],
+        }
+        if form == "all_to_all":
+            variants["naive"] = partial(naive, inputs, NUM_EXPERTS // num_ranks)
+            torch.testing.assert_close(variants["naive"](), expected, rtol=0.02, atol=0.02)
+        seconds[form] = take_turns(context, variants, max(1, SAMPLE_TOKENS // num_tokens))
+    return seconds
+
+
+def round_trip(dispatcher: Dispatcher, inputs: Inputs) -> Tensor:
+    arrived, sent = interleave([dispatcher.dispatch(*inputs)])[0]
+    return interleave([dispatcher.combine(sent, arrived.rows)])[0]
+
+
+@contextmanager
+def capturing() -> Iterator[list[Transfer]]:
+    """Collect the all-to-alls that are begun inside, with buffers like theirs."""
+    transfers: list[Transfer] = []
+    original = dist.all_to_all_single
+
+    def all_to_all_single(received: Tensor, rows: Tensor, **splits: Any) -> Any:
+        transfers.append(Transfer(torch.ones_like(received), torch.ones_like(rows), splits))
+        return original(received, rows, **splits)
+
+    dist.all_to_all_single = all_to_all_single
+    try:
+        yield transfers
+    finally:
+        dist.all_to_all_single = original
+
+
+def take_turns(
+    context: RankContext, variants: dict[str, Callable[[], object]], num_repeats: int
+) -> dict[str, list[list[float]]]:
+    seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
+    for number in range(-1, NUM_ROUNDS):  # the first is not counted
+        for name, variant in list(variants.items())[:: 1 if number % 2 else -1]:
+            dist.barrier()
+            began = time.perf_counter(), time.thread_time()
+            for _ in range(num_repeats):
+                variant()
+            ended = time.perf_counter(), time.thread_time()
+            context.progress.touch()
+            if number >= 0:
+                pairs = zip(began, ended, strict=True)
+                seconds[name].append([(end - begin) / num_repeats for begin, end in pairs])
+    return seconds
+
+
+def naive(inputs: Inputs, experts_a_rank: int) -> Tensor:
+    """A flat all-to-all as first written: nothing packed, counts of rows and of pairs apart."""
+    x, topk_ids, weights, _ = inputs
+    size, (num_tokens, top_k) = dist.get_world_size(), topk_ids.shape
+
+    def exchange(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(received, rows, receive, send)
+        return received
+
+    ranks = topk_ids // experts_a_rank
+    reached = torch.zeros(num_tokens, size, dtype=torch.bool).scatter_(1, ranks, True)
+    num_rows, num_pairs = reached.sum(0), torch.bincount(ranks.flatten(), minlength=size)
+    each = [1] * size
+    (rows_to, pairs_to), (rows_from, pairs_from) = zip(
+        *(
+            (counts.tolist(), exchange(counts, each, each).tolist())
+            for counts in (num_rows, num_pairs)
+        ),
+        strict=True,
+    )
+    rank, token = reached.t().nonzero(as_tuple=True)
+    local = torch.where(ranks[token] == rank[:, None], topk_ids[token] % experts_a_rank, -1)
+    ids = exchange(local, rows_to, rows_from)
+    exchange(weights[token], rows_to, rows_from)
+    rows = exchange(x[token], rows_to, rows_from)
+    row, choice = (ids >= 0).nonzero(as_tuple=True)
+    order = torch.argsort(ids[row, choice], stable=True)
+    results = rows[row[order]]  # what experts would take and give
+    back = torch.empty_like(results)
+    back[order] = results
+    back = exchange(back, pairs_from, pairs_to)
+    of_pair = torch.empty_like(back)
+    of_pair[torch.argsort(ranks.flatten(), stable=True)] = back
+    weighted = of_pair.view(num_tokens, top_k, -1).float() * weights[..., None]
+    return weighted.sum(1).to(x.dtype)
+
+
+def summary(point: Point, form: str, by_rank: list[dict[str, list[list[float]]]]) -> dict[str, Any]:
+    """One line of the table: seconds of the slowest rank."""
+    times = {name: torch.tensor([rank[name] for rank in by_rank]) for name in by_rank[0]}
+    walls = {name: statistics.median(of[:, :, 0].amax(0).tolist()) for name, of in times.items()}
+    own = {name: statistics.median(of[:, :, 1].mean(0).tolist()) for name, of in times.items()}
+    return {
+        **point._asdict(),
+        "form": form,
+        **{f"{name}_s": wall for name, wall in walls.items()},
+        "copies_s": own["form"] - own["bare"],
+        "ratio": walls["form"] / walls["bare"],
+    }
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    names = ["ranks", "tokens", "top-k", "form", "ms", "bare ms", "ratio", "copies ms", "naive ms"]
+    table = Table(*names, title=f"dispatch and combine, hidden {HIDDEN_SIZE}, bfloat16")
+    for row in rows:
+        cells = [f"{1e3 * row[name]:.2f}" for name in ("form_s", "bare_s", "copies_s")]
+        naive_s = row.get("naive_s")
+        table.add_row(
+            *(str(row[name]) for name in ("num_ranks", "num_tokens", "top_k", "form")),
+            *(cells[0], cells[1], f"{row['ratio']:.2f}", cells[2]),
+            f"{1e3 * naive_s:.2f} ({naive_s / row['form_s']:.2f} ×)" if naive_s else "",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[2])
+    asked = parser.parse_args()
+    points = [
+        Point(num_ranks, num_tokens, top_k)
+        for num_ranks in asked.ranks
+        for top_k in asked.top_k
+        for num_tokens in asked.tokens
+        if num_ranks * num_tokens <= MOST_TOKENS
+    ]
+    rows, console = [], Console(width=100)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("points", total=len(points))
+        for num_ranks in asked.ranks:
+            with start_pool(num_ranks, timeout_s=60.0, dtype="bfloat16") as pool:
+                for point in points:
+                    if point.num_ranks == num_ranks:
+                        by_rank = pool.call("bench_dispatch:measure", *point)
+                        rows += [summary(point, f, [of[f] for of in by_rank]) for f in FORMS]
+                        progress.advance(task)
+    show(console, rows)
+    line = {"benchmark": "dispatch", "version": __version__, "torch": torch.__version__}
+    console.out(json.dumps(line | {"rows": rows}), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What can be known of a deployment before there are ranks."""
+
+from numbers import Integral
+
+from expertlane.balance.deployed import Placements, placements_of
+from expertlane.errors import UserError
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.model import ModelConfig
+
+
+def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node: int) -> Placements:
+    """Check a deployment; gives the placement that its experts begin with.
+
+    Args:
+        ranks_per_node: 0 where only the launcher will know.
+
+    Raises:
+        UserError: the model cannot be laid out or its experts placed so.
+    """
+    layout, options = deployment.layout, deployment.options
+    layout.check_model(model)
+    if not isinstance(ranks_per_node, Integral) or ranks_per_node < 0:
+        raise UserError(
+            f"ranks_per_node is {ranks_per_node!r}; it must be a whole number, 0 (what the "
+            "launcher knows) or more"
+        )
+    if options.dispatch == "hierarchical" and ranks_per_node:
+        layout.ep_ranks_per_node(ranks_per_node)
+    return placements_of(model, layout, options)

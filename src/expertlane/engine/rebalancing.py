@@ -1,0 +1,199 @@
+"""Online rebalancing: a runner that moves experts between steps when that pays.
+
+It watches the load of the last steps. When a new placement promises to save more time over as many
+coming steps than it costs, its experts are sent a slice after each step, beside the steps
+themselves, and once all are there every rank switches between two steps. No step waits for a
+decision, and none sees half of a placement.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertlane.balance.deployed import Placements
+from expertlane.balance.gain import Decision, RebalanceGate
+from expertlane.balance.moves import Move, keep_slots, moves
+from expertlane.balance.placement import Placement
+from expertlane.balance.planner import plan_placement
+from expertlane.balance.tracker import LoadTracker
+from expertlane.engine.model_runner import ModelRunner, StepHandle
+from expertlane.engine.pool import RankPool
+from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage
+
+_BEGIN = "expertlane.engine.migration:begin"
+_FINISH = "expertlane.engine.migration:finish"
+_SWITCH = "expertlane.engine.migration:switch"
+_TIME_ONE_MOVE = "expertlane.engine.migration:time_one_move"
+SLICE_BYTES = 32_000_000  # moved at once, over all ranks
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """A decision that was taken.
+
+    Attributes:
+        step: the step before which it was taken.
+        switched: the step before which the new placements came into use; None if they did not.
+    """
+
+    replica: int
+    step: int
+    decision: Decision
+    switched: int | None = None
+
+
+class _Replica:
+    """Load, placements and moves of one replica."""
+
+    def __init__(self, placements: Placements, num_steps: int) -> None:
+        self.layers = [layer for layer, placed in enumerate(placements) if placed is not None]
+        self.placements = placements
+        num_experts = self.now[0].num_experts
+        self.tracker = LoadTracker(len(self.layers), num_experts, num_steps)
+        self.num_since = 0  # steps since the last decision
+        self.pairs, self.expert_s = 0, 0.0
+        self.next: Placements | None = None
+        self.slices: list[list[Move]] = []
+        self.under_way = False
+
+    @property
+    def now(self) -> list[Placement]:
+        """[num_moe_layers]."""
+        return [placed for placed in self.placements if placed is not None]
+
+    def with_layers(self, placements: Sequence[Placement]) -> Placements:
+        """[num_hidden_layers] of [num_moe_layers]."""
+        by_layer = dict(zip(self.layers, placements, strict=True))
+        return tuple(by_layer.get(layer) for layer in range(len(self.placements)))
+
+
+class RebalancingRunner:
+    """Implements `schedule.plan.Runner` around a `ModelRunner`; plans must ask for records.
+
+    Args:
+        placements: [num_hidden_layers]; where experts are now. Ranks keep their numbers of slots.
+        num_steps: experts are placed anew by the load of that many steps, at most that often, if
+            it pays over that many more.
+        log: takes the line of each decision.
+
+    Attributes:
+        decisions: all so far, in order.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: RankPool,
+        layout: Layout,
+        placements: Placements,
+        *,
+        ranks_per_node: int,
+        num_steps: int,
+        log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        is_worth: Callable[[Decision], bool] = lambda decision: decision.is_worth,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._layout = layout
+        self._num_steps = num_steps
+        self._log = log
+        self._is_worth = is_worth
+        on_one_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
+        self._ep_per_node = on_one_node if layout.ep % on_one_node == 0 else layout.ep
+        self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
+        self.decisions: list[Rebalance] = []
+        timed = [
+            pool.call(_TIME_ONE_MOVE, ranks=layout.ranks_of_replica(0)) for _ in range(3)
+        ]  # the first opens connections
+        self._expert_bytes = max(num_bytes for num_bytes, _ in timed[-1]) * layout.etp
+        self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Begin a step, after what is to happen before it."""
+        replica = self._replicas[plan.replica]
+        if replica.next is not None:
+            self._move_on(replica, plan)
+        elif replica.num_since >= self._num_steps:
+            self._decide(replica, plan)
+        return self._runner.submit(plan)
+
+    def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
+        """Wait until one of the steps is finished."""
+        return self._runner.first_done(handles)
+
+    def collect(self, handle: StepHandle) -> StepOutcome:
+        """Wait for a step, and take its load into account."""
+        outcome = self._runner.collect(handle)
+        if outcome.records:
+            world = [record.rank for record in outcome.records]
+            replica = self._replicas[self._layout.coordinates(world[0]).replica]
+            load = np.sum([record.num_tokens_per_expert for record in outcome.records], axis=0)
+            replica.tracker.add(load[replica.layers])
+            replica.num_since += 1
+            replica.pairs += int(load.sum()) * self._layout.etp
+            replica.expert_s += sum(
+                float(record.cpu_s[..., Stage.EXPERTS].sum()) for record in outcome.records
+            )
+        return outcome
+
+    def _decide(self, replica: _Replica, plan: StepPlan) -> None:
+        replica.num_since = 0
+        load, now = replica.tracker.load(), replica.now
+        num_redundant = now[0].num_slots - now[0].num_experts
+        then = keep_slots(
+            now, plan_placement(load, self._layout.ep, self._ep_per_node, num_redundant)
+        )
+        decision = self._gate(replica).decide(
+            load, replica.tracker.num_steps, now, then, self._ep_per_node
+        )
+        self.decisions.append(Rebalance(plan.replica, plan.step, decision))
+        self._log(f"step {plan.step}: {decision.line}")
+        if self._is_worth(decision) and then != now:
+            replica.next = replica.with_layers(then)
+            replica.slices = self._slices(replica, moves(now, then, self._ep_per_node))
+            self._move_on(replica, plan)
+
+    def _gate(self, replica: _Replica) -> RebalanceGate:
+        """Costs as measured so far: seconds a pair by the steps' records, moves by a trial."""
+        return RebalanceGate(
+            pair_s=replica.expert_s / max(1, replica.pairs),
+            expert_bytes=self._expert_bytes,
+            bytes_per_s=self._expert_bytes / self._move_s,
+            slice_bytes=SLICE_BYTES,
+            slice_stall_s=self._move_s,
+            num_steps=self._num_steps,
+        )
+
+    def _slices(self, replica: _Replica, needed: Sequence[Move]) -> list[list[Move]]:
+        """The moves between ranks, in slices of at most `SLICE_BYTES`; by hidden layer."""
+        crossing = [
+            Move(replica.layers[m.layer], m.expert, m.source, m.rank, m.slot)
+            for m in needed
+            if m.source != m.rank
+        ]
+        size = max(1, SLICE_BYTES // self._expert_bytes)
+        return [crossing[begin : begin + size] for begin in range(0, len(crossing), size)]
+
+    def _move_on(self, replica: _Replica, plan: StepPlan) -> None:
+        """One slice more; after the last the switch."""
+        ranks = self._layout.ranks_of_replica(plan.replica)
+        if replica.under_way:
+            self._pool.submit(_FINISH, ranks=ranks)
+            replica.under_way = False
+        if replica.slices:
+            self._pool.submit(_BEGIN, replica.slices.pop(0), ranks=ranks)
+            replica.under_way = True
+            return
+        assert replica.next is not None, "moves are for placements to come"
+        self._pool.submit(_SWITCH, replica.next, ranks=ranks)
+        replica.placements, replica.next = replica.next, None
+        replica.tracker = LoadTracker(
+            len(replica.layers), replica.now[0].num_experts, self._num_steps
+        )
+        replica.num_since = 0
+        last = self.decisions[-1]
+        self.decisions[-1] = Rebalance(last.replica, last.step, last.decision, plan.step)
