@@ -6,13 +6,14 @@ themselves, and once all are there every rank switches between two steps. No ste
 decision, and none sees half of a placement.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from expertlane.balance.deployed import Placements
+from expertlane.balance.deployed import Placements, placements_of
 from expertlane.balance.gain import Decision, RebalanceGate
 from expertlane.balance.moves import Move, keep_slots, moves
 from expertlane.balance.placement import Placement
@@ -20,9 +21,13 @@ from expertlane.balance.planner import plan_placement
 from expertlane.balance.tracker import LoadTracker
 from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
+from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.record import RankRecord
 
 _BEGIN = "expertlane.engine.migration:begin"
 _FINISH = "expertlane.engine.migration:finish"
@@ -32,17 +37,37 @@ SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 
 
 @dataclass(frozen=True)
+class StepLoad:
+    """What one step put on the ranks of a replica.
+
+    Attributes:
+        most, mean: token-expert pairs of the fullest rank and of the mean one, summed over layers.
+        experts_s: processor time of the experts of the rank that spent most.
+    """
+
+    replica: int
+    step: int
+    most: int
+    mean: float
+    experts_s: float
+
+
+@dataclass(frozen=True)
 class Rebalance:
     """A decision that was taken.
 
     Attributes:
         step: the step before which it was taken.
+        predicted_before, predicted_after: load of the fullest rank over the mean, summed over
+            layers, if copies shared their expert's load evenly.
         switched: the step before which the new placements came into use; None if they did not.
     """
 
     replica: int
     step: int
     decision: Decision
+    predicted_before: float
+    predicted_after: float
     switched: int | None = None
 
 
@@ -81,7 +106,9 @@ class RebalancingRunner:
         log: takes the line of each decision.
 
     Attributes:
+        held: [world_size]; what each rank has allocated at first.
         decisions: all so far, in order.
+        loads: of all finished steps.
     """
 
     def __init__(
@@ -93,10 +120,11 @@ class RebalancingRunner:
         *,
         ranks_per_node: int,
         num_steps: int,
-        log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        log: Callable[[str], None],
         is_worth: Callable[[Decision], bool] = lambda decision: decision.is_worth,
     ) -> None:
         self._runner = runner
+        self.held = runner.held
         self._pool = pool
         self._layout = layout
         self._num_steps = num_steps
@@ -106,6 +134,8 @@ class RebalancingRunner:
         self._ep_per_node = on_one_node if layout.ep % on_one_node == 0 else layout.ep
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
         self.decisions: list[Rebalance] = []
+        self.loads: list[StepLoad] = []
+        self._steps: dict[StepHandle, int] = {}
         timed = [
             pool.call(_TIME_ONE_MOVE, ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
@@ -119,7 +149,9 @@ class RebalancingRunner:
             self._move_on(replica, plan)
         elif replica.num_since >= self._num_steps:
             self._decide(replica, plan)
-        return self._runner.submit(plan)
+        handle = self._runner.submit(plan)
+        self._steps[handle] = plan.step
+        return handle
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
@@ -128,17 +160,24 @@ class RebalancingRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step, and take its load into account."""
         outcome = self._runner.collect(handle)
+        step = self._steps.pop(handle)
         if outcome.records:
-            world = [record.rank for record in outcome.records]
-            replica = self._replicas[self._layout.coordinates(world[0]).replica]
-            load = np.sum([record.num_tokens_per_expert for record in outcome.records], axis=0)
-            replica.tracker.add(load[replica.layers])
-            replica.num_since += 1
-            replica.pairs += int(load.sum()) * self._layout.etp
-            replica.expert_s += sum(
-                float(record.cpu_s[..., Stage.EXPERTS].sum()) for record in outcome.records
-            )
+            self._take(step, outcome.records)
         return outcome
+
+    def _take(self, step: int, records: Sequence[RankRecord]) -> None:
+        number = self._layout.coordinates(records[0].rank).replica
+        replica = self._replicas[number]
+        of_rank = np.array([record.num_tokens_per_expert for record in records])
+        load = of_rank.sum(axis=0)
+        expert_s = [float(record.cpu_s[..., Stage.EXPERTS].sum()) for record in records]
+        replica.tracker.add(load[replica.layers])
+        replica.num_since += 1
+        replica.pairs += int(load.sum()) * self._layout.etp
+        replica.expert_s += sum(expert_s)
+        most = int(of_rank.sum(axis=2).max(axis=0).sum())
+        mean = float(load.sum()) / self._layout.ep
+        self.loads.append(StepLoad(number, step, most, mean, max(expert_s)))
 
     def _decide(self, replica: _Replica, plan: StepPlan) -> None:
         replica.num_since = 0
@@ -150,7 +189,8 @@ class RebalancingRunner:
         decision = self._gate(replica).decide(
             load, replica.tracker.num_steps, now, then, self._ep_per_node
         )
-        self.decisions.append(Rebalance(plan.replica, plan.step, decision))
+        before, after = (_max_over_mean(load, placements) for placements in (now, then))
+        self.decisions.append(Rebalance(plan.replica, plan.step, decision, before, after))
         self._log(f"step {plan.step}: {decision.line}")
         if self._is_worth(decision) and then != now:
             replica.next = replica.with_layers(then)
@@ -195,5 +235,50 @@ class RebalancingRunner:
             len(replica.layers), replica.now[0].num_experts, self._num_steps
         )
         replica.num_since = 0
-        last = self.decisions[-1]
-        self.decisions[-1] = Rebalance(last.replica, last.step, last.decision, plan.step)
+        latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
+        self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
+
+
+def _max_over_mean(load: npt.NDArray[np.int64], placements: Sequence[Placement]) -> float:
+    of_rank = [placed.rank_loads(each) for each, placed in zip(load, placements, strict=True)]
+    mean = sum(float(each.mean()) for each in of_rank)
+    return sum(float(each.max()) for each in of_rank) / mean if mean else 0.0
+
+
+def runner_for(
+    pool: RankPool,
+    model: ModelConfig,
+    deployment: Deployment,
+    limits: Limits,
+    *,
+    seed: int,
+    ranks_per_node: int,
+    checkpoint: Path | None = None,
+    log: Callable[[str], None],
+) -> ModelRunner | RebalancingRunner:
+    """A deployment's runner; with one expert-parallel rank there is nothing to move.
+
+    Raises:
+        UserError: the model cannot be laid out or its experts placed so.
+    """
+    runner = ModelRunner(
+        pool,
+        model,
+        deployment,
+        limits,
+        seed=seed,
+        ranks_per_node=ranks_per_node,
+        checkpoint=checkpoint,
+    )
+    layout, options = deployment.layout, deployment.options
+    if not options.rebalance_steps or layout.ep == 1:
+        return runner
+    return RebalancingRunner(
+        runner,
+        pool,
+        layout,
+        placements_of(model, layout, options),
+        ranks_per_node=ranks_per_node,
+        num_steps=options.rebalance_steps,
+        log=log,
+    )

@@ -16,6 +16,7 @@ from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.assumptions import assumptions
 from expertlane.experiment.collect_traffic import traffic_bytes, traffic_result
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
+from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import (
     BottleneckResult,
     CriticalPathResult,
@@ -51,6 +52,7 @@ def deployment_result(
     tokens: npt.NDArray[np.int64],
     is_baseline: bool,
     ranks_per_node: int,
+    rebalances: tuple[RebalanceResult, ...] = (),
 ) -> DeploymentResult:
     """The measured row of one deployment.
 
@@ -58,6 +60,7 @@ def deployment_result(
         held: [num_ranks]; what each rank has allocated.
         tokens: [num_sequences, output_len]; all generated tokens.
         ranks_per_node: consecutive ranks that share a node.
+        rebalances: of its last run.
 
     Raises:
         ValueError: `tokens` is not of the workload's shape, or `held` not of the layout's.
@@ -99,6 +102,7 @@ def deployment_result(
             for phase in phases
         },
         traffic={phase.phase: traffic_result(phase.traffic, ranks_per_node) for phase in phases},
+        rebalances=rebalances,
         per_rank=tuple(
             _rank(rank, layout, model, phases, held[rank], placements)
             for rank in range(layout.world_size)

@@ -17,11 +17,14 @@ from expertlane.engine.host import ForeignLoad
 from expertlane.engine.messages import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rebalancing import RebalancingRunner, runner_for
 from expertlane.errors import CapacityError
 from expertlane.experiment.collect import build_results, deployment_result
+from expertlane.experiment.collect_rebalances import rebalance_results
 from expertlane.experiment.progress import Progress
 from expertlane.metrics import summarise
 from expertlane.plan.memory import workload_limits
+from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.limits import Limits
@@ -173,6 +176,7 @@ class _Runs:
         self._decode: dict[str, list[StepRecord]] = defaultdict(list)
         self._tokens: dict[str, npt.NDArray[np.int64]] = {}
         self._held: dict[str, list[HeldBytes]] = {}
+        self._rebalances: dict[str, tuple[RebalanceResult, ...]] = {}
         self._foreign = ForeignLoad()
 
     @property
@@ -186,7 +190,7 @@ class _Runs:
         workload, progress, limits = experiment.workload, self._progress, self.limits[name]
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{name}, again" if run else name, 1 + num_tokens)
-        runner = ModelRunner(
+        runner = runner_for(
             self._pool,
             experiment.model,
             deployment,
@@ -194,6 +198,7 @@ class _Runs:
             seed=experiment.seed,
             ranks_per_node=self._ranks_per_node,
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
+            log=lambda line: None,  # results tell of it
         )
         self._held[name] = runner.held
         self._warm_up(deployment, runner)
@@ -204,6 +209,8 @@ class _Runs:
             steps[name].append(record)
             progress.advance(len(record.seq_ids))
         progress.done()
+        if isinstance(runner, RebalancingRunner):
+            self._rebalances[name] = rebalance_results(runner)
         self._tokens[name] = np.array([request.output_token_ids for request in requests])
 
     def _schedule(
@@ -223,7 +230,7 @@ class _Runs:
             scheduler.add(request)
         return scheduler, requests
 
-    def _warm_up(self, deployment: Deployment, runner: ModelRunner) -> None:
+    def _warm_up(self, deployment: Deployment, runner: ModelRunner | RebalancingRunner) -> None:
         """Short prompts and one decode step, unrecorded."""
         workload = self._experiment.workload
         short = replace(
@@ -253,6 +260,7 @@ class _Runs:
             self._tokens[name],
             is_baseline=deployment.is_baseline,
             ranks_per_node=self._ranks_per_node,
+            rebalances=self._rebalances.get(name, ()),
         )
 
 

@@ -48,7 +48,8 @@ class ReferenceModel:
         self._head = weight(HEAD)
         self._layers: list[dict[str, Tensor]] = []
         for layer in range(model.num_hidden_layers):
-            tensors = {part: weight(layer_name(layer, part)) for part in _LAYER_PARTS}
+            bias = ("router_bias",) if model.routing.router_bias else ()
+            tensors = {part: weight(layer_name(layer, part)) for part in _LAYER_PARTS + bias}
             for part in ("up", "down"):
                 experts = range(model.num_experts)
                 tensors[part] = torch.stack([weight(expert_name(layer, e, part)) for e in experts])
@@ -98,9 +99,10 @@ class ReferenceModel:
         for layer in self._layers:
             x = x + self._attention(layer, _rms_norm(x, layer["attention_norm"], eps))
             flat = _rms_norm(x, layer["moe_norm"], eps).flatten(0, 1)
-            of_layer = router_margin(flat, layer["router"], top_k).view(token_ids.shape)
+            router, bias = layer["router"], layer.get("router_bias")
+            of_layer = router_margin(flat, router, top_k, bias).view(token_ids.shape)
             margin = torch.minimum(margin, of_layer)
-            out = moe_block(flat, layer["router"], layer["up"], layer["down"], top_k)
+            out = moe_block(flat, router, layer["up"], layer["down"], top_k, bias)
             x = x + out.view(x.shape)
         return _rms_norm(x, self._final_norm, eps), margin.cummin(dim=1).values
 

@@ -32,6 +32,9 @@ def draw(
             output features of all others; None for all.
     """
     shape = tensor_shape(model, name)
+    if name.endswith(".router_bias") and model.routing.router_skew:
+        order = np.argsort(_draw_block(seed, name, 0, model.num_experts, 1)[:, 0])
+        return (-model.routing.router_skew * np.log1p(order)).astype(np.float32)
     cut = cut_dim(name)
     part = range(shape[cut]) if part is None else part
     rest = math.prod(shape) // shape[cut]

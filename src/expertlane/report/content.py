@@ -18,6 +18,7 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.paper import paper_sections
+from expertlane.report.rebalance import rebalancing
 from expertlane.report.traffic import details, hot_spots
 from expertlane.report.verdict import foreign_load, oversubscription, verdict
 from expertlane.results.schema import Results
@@ -34,6 +35,7 @@ def title(results: Results) -> str:
 def sections(results: Results, *, traffic: bool = False) -> tuple[Section, ...]:
     """Everything below the heading, in order; with `traffic`, each deployment's in detail."""
     comparison = compare(results)
+    moved = rebalancing(results.deployments)
     notes = filter(None, (oversubscription(results.machine), foreign_load(results)))
     return (
         Section("Verdict", (*verdict(comparison, results.machine), *notes)),
@@ -42,6 +44,7 @@ def sections(results: Results, *, traffic: bool = False) -> tuple[Section, ...]:
         bottlenecks(comparison),
         work_and_traffic(comparison),
         hot_spots(comparison),
+        *([] if moved is None else [moved]),
         *(details(results, comparison) if traffic else ()),
         *goals(results, comparison),
         _assumptions(results),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from expertlane.errors import UserError
+from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.strict import Strict
 from expertlane.results.traffic import TrafficBytes, TrafficResult
 from expertlane.spec.deployment import Options
@@ -236,6 +237,7 @@ class DeploymentResult(Strict):
         breakdown_s: by phase and cause; seconds a round, mean over ranks.
         traffic_bytes: by phase and link.
         traffic: by phase.
+        rebalances: decisions about moving experts, in its last run.
         tokens_sha256: of all generated tokens, to compare runs by.
     """
 
@@ -251,6 +253,7 @@ class DeploymentResult(Strict):
     expert_load: ExpertLoad
     traffic_bytes: dict[Phase, dict[str, TrafficBytes]]
     traffic: dict[Phase, TrafficResult]
+    rebalances: tuple[RebalanceResult, ...]
     per_rank: tuple[RankResult, ...]
     tokens_sha256: str
 

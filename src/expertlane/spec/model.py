@@ -154,6 +154,10 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         routing = self.routing
+        if routing.router_skew < 0:
+            raise SpecError(f"router_skew is {routing.router_skew}; it must be 0 or more")
+        if routing.router_skew and not routing.router_bias:
+            raise SpecError("router_skew is that of the router's bias; set router_bias = true too")
         if routing.n_group < 1 or self.num_experts % routing.n_group:
             raise self._error(
                 f"n_group is {routing.n_group}; it must divide the {self.num_experts} experts"

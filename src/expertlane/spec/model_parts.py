@@ -70,6 +70,9 @@ class Routing:
 
     Attributes:
         router_bias: the logits have a bias.
+        router_skew: how uneven seeded weights make the experts' popularity: their router's bias is
+            -router_skew · ln(1 + place) by the experts' places in an order drawn for each layer, so
+            that the load falls about as a power law. Checkpoints have biases of their own.
         correction_bias: a bias for the choice alone exists.
         group_score: what groups are compared by: their largest, or the sum of their two largest
             scores + correction bias.
@@ -81,6 +84,7 @@ class Routing:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_bias: bool = False
+    router_skew: float = 0.0
     correction_bias: bool = False
     n_group: int = 1
     topk_group: int = 1

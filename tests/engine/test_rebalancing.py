@@ -1,0 +1,100 @@
+"""Experts that move while steps run: the tokens stay the same, and the gate is obeyed."""
+
+import numpy as np
+import pytest
+
+from distributed.running import deployment
+from expertlane.balance.deployed import placements_of
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.rebalancing import RebalancingRunner, runner_for
+from expertlane.experiment.collect_rebalances import rebalance_results
+from expertlane.plan.memory import workload_limits
+from expertlane.schedule.drive import drive
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
+
+TINY = PRESETS["paper-tiny"]
+WORKLOAD = Workload(num_sequences=8, prompt_len=6, output_len=24, seed=3)
+
+
+def run(pools, chosen, is_worth=None, num_steps=4):
+    """Tokens by sequence, and the runner; without `is_worth` nothing is rebalanced."""
+    pool = pools.pool(chosen.layout.world_size)
+    limits = workload_limits(WORKLOAD, TINY, chosen.layout)
+    runner = ModelRunner(pool, TINY, chosen, limits, seed=0, ranks_per_node=2)
+    lines = []
+    if is_worth is not None:
+        runner = RebalancingRunner(
+            runner,
+            pool,
+            chosen.layout,
+            placements_of(TINY, chosen.layout, chosen.options),
+            ranks_per_node=2,
+            num_steps=num_steps,
+            log=lines.append,
+            is_worth=is_worth,
+        )
+    scheduler = ContinuousScheduler(chosen.layout, chosen.options, limits)
+    requests = [
+        Request(str(seq), prompt, max_tokens=WORKLOAD.output_len)
+        for seq, prompt in enumerate(WORKLOAD.prompt_token_ids(TINY.vocab_size))
+    ]
+    for request in requests:
+        scheduler.add(request)
+    for _ in drive(scheduler, runner):
+        pass
+    return np.array([request.output_token_ids for request in requests]), runner, lines
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("dp=2,ep=2", {"num_redundant_experts": 2}),
+        ("dp=4,ep=4", {"dispatch": "hierarchical", "overlap": True}),
+        ("dp=2,tp=2,ep=2", {"num_redundant_experts": 3, "dispatch": "all_gather"}),
+        ("pp=2,dp=2,ep=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),
+        ("replicas=2,dp=2,ep=2", {"num_redundant_experts": 2}),
+    ],
+)
+def test_tokens_stay_the_same_while_experts_move(pools, layout, options):
+    chosen = deployment(layout, **options)
+    tokens, _, _ = run(pools, chosen)
+    moved, runner, lines = run(pools, chosen, is_worth=lambda decision: True)
+    assert moved.tolist() == tokens.tolist()
+    switched = [each for each in runner.decisions if each.switched is not None]
+    assert switched
+    assert len(lines) == len(runner.decisions)
+    assert {each.replica for each in switched} == set(range(chosen.layout.replicas))
+    # A deployment that follows on the same ranks begins with experts where it says.
+    again, _, _ = run(pools, chosen)
+    assert again.tolist() == tokens.tolist()
+
+
+def test_a_gate_that_refuses_moves_nothing(pools):
+    chosen = deployment("dp=2,ep=2", num_redundant_experts=2)
+    _, runner, lines = run(pools, chosen, is_worth=lambda decision: False)
+    assert runner.decisions
+    assert all(each.switched is None for each in runner.decisions)
+    assert all("saves" in line and "costs" in line for line in lines)
+    assert all(result.load_after is None for result in rebalance_results(runner))
+
+
+def test_the_load_after_a_switch_is_more_even_as_predicted(pools):
+    chosen = deployment("dp=4,ep=4", num_redundant_experts=8)
+    _, runner, _ = run(pools, chosen, is_worth=lambda decision: True, num_steps=6)
+    first = rebalance_results(runner)[0]
+    assert first.switched is not None
+    assert first.predicted_after < first.predicted_before
+    assert first.load_after < first.load_before
+    assert first.experts_s_after > 0
+
+
+def test_one_expert_parallel_rank_has_nothing_to_move(pools):
+    chosen = deployment("tp=2", rebalance_steps=1)
+    limits = workload_limits(WORKLOAD, TINY, chosen.layout)
+    runner = runner_for(
+        pools.pool(2), TINY, chosen, limits, seed=0, ranks_per_node=2, log=lambda line: None
+    )
+    assert isinstance(runner, ModelRunner)
