@@ -1,6 +1,6 @@
 """Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
 
-`LLM` and `SamplingParams` are the face to Python; they are imported when they are first asked for.
+`LLM`, its `Options` and `SamplingParams` are the face to Python; they are imported when they are first asked for.
 """
 
 from importlib import import_module
@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
+    from expertlane.spec.deployment import Options
     from expertlane.spec.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Options", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "expertlane.engine.llm", "SamplingParams": "expertlane.spec.sampling"}
+_HOMES = {
+    "LLM": "expertlane.engine.llm",
+    "Options": "expertlane.spec.deployment",
+    "SamplingParams": "expertlane.spec.sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

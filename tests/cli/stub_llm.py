@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.engine import Engine
 from expertlane.engine.messages import RankMachine
 from expertlane.engine.tokenizer import Tokenizer
@@ -37,6 +40,7 @@ class StubLLM:
     Attributes:
         prompts: [num_requests]; the token ids of all that were added.
         before_step: called before each step is given.
+        records_routing: whether it was loaded to do so.
     """
 
     def __init__(self, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
@@ -48,6 +52,8 @@ class StubLLM:
         self.layout: Layout | None = None
         self.options: Any = None
         self.is_open = False
+        self.records_routing = False
+        self.num_tokens = 0
         scheduler = ContinuousScheduler(Layout(), Options(), self.limits, record=False)
         eos = frozenset() if tokenizer is None else tokenizer.eos_token_ids
         self.engine = Engine(scheduler, self, eos_token_ids=eos, tokenizer=tokenizer)
@@ -68,6 +74,12 @@ class StubLLM:
     def __exit__(self, *error: object) -> None:
         self.is_open = False
 
+    def routing_trace(self) -> RoutingTrace:
+        """All tokens computed so far choose experts 3 and 1."""
+        assert self.records_routing
+        ids = np.tile(np.array([3, 1], dtype=np.int16), (1, self.num_tokens, 1))
+        return RoutingTrace("stub", 4, (0,), ids, np.arange(self.num_tokens))
+
     def submit(self, plan: StepPlan) -> StepPlan:
         return plan
 
@@ -79,6 +91,7 @@ class StubLLM:
         self.before_step()
         token_ids: dict[int, int] = {}
         for batch in (batch for micro_batch in plan.micro_batches for batch in micro_batch):
+            self.num_tokens += batch.num_tokens
             lasts = batch.token_ids[batch.num_scheduled_tokens.cumsum() - 1].tolist()
             for seq, last, yields in zip(
                 batch.seq_ids.tolist(), lasts, batch.yields_token.tolist(), strict=True

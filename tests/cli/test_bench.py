@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from cli.stub_llm import StubLLM
+from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import ModelPlacement, write_placement
 from expertlane.cli import bench_table, engine_options
 from expertlane.experiment.serving_results import (
     Point,
@@ -47,6 +49,7 @@ RESULTS = ServingResults(
     machine=ServingMachine("a CPU", "cpu", 2, 10**9, "gloo", "float32", "torch"),
     model="a",
     options=Options(),
+    ranks_per_node=0,
     seed=0,
     prompt_len="2:8",
     output_len="1",
@@ -74,6 +77,8 @@ def stub(monkeypatch):
 
 def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
     arguments = ["--batch", "1,3", "--layout", "tp=1", "--layout", "dp=2,ep=2", "--seed", "5"]
+    arguments += ["--dispatch", "hierarchical", "--ranks-per-node", "1"]
+    arguments += ["--placement", "round_robin"]
     out_folder = str(tmp_path / "new" / "out")
     code, out, err = run("bench", "paper-tiny", *SHORT, *arguments, "--json", "--out", out_folder)
 
@@ -168,6 +173,32 @@ MISTAKES = {
         ["paper-tiny", "--prompt-len", "1:60", "--output-len", "6"],
         "prompts of 60 and outputs of 6 tokens take 65 positions; valid: 64 at most",
     ),
+    "no placement": (
+        ["paper-tiny", "--placement", "even"],
+        "--placement is 'even', and there is no such file; valid: linear, round_robin, or a file",
+    ),
+    "copies": (
+        ["paper-tiny", "--layout", "dp=2,ep=2", "--layout", "tp=1", "--redundant", "3"],
+        "19 physical experts on 1 ranks: a rank holds each of the 16 experts at most once, so at",
+    ),
+    "fewer copies": (
+        ["paper-tiny", "--redundant", "-1"],
+        "num_redundant_experts is -1; it must be 0 or more",
+    ),
+    "nodes": (
+        [
+            "paper-tiny",
+            "--layout",
+            "dp=4,ep=4",
+            "--ranks-per-node",
+            "3",
+            "--dispatch",
+            "hierarchical",
+        ],
+        "layout dp=4,ep=4: hierarchical dispatch needs equally many of the ep=4 ranks on each node",
+    ),
+    "no nodes": (["paper-tiny", "--ranks-per-node", "-1"], "ranks_per_node is -1; it must be a"),
+    "micro-batches": (["paper-tiny", "--num-micro-batches", "0"], "num_micro_batches is 0; it"),
     "seed": (["paper-tiny", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
     "timeout": (["paper-tiny", "--timeout-s", "0"], "--timeout-s is 0; valid: above 0"),
 }
@@ -179,6 +210,47 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(run, stub, arguments, l
     assert (code, out, stub) == (2, "", [])
     assert err.startswith(f"expertlane: error: {line}")
     assert err.count("\n") == 1
+
+
+def placement_file(folder, layers=4, ep=2):
+    """Of a model of 16 experts a layer."""
+    path = folder / "placement.json"
+    linear = Placement.linear(16, ep)
+    write_placement(ModelPlacement("any", 16, dict.fromkeys(range(layers), linear)), path)
+    return str(path)
+
+
+def test_options_are_written_down(run, stub, tmp_path):
+    options = ["--layout", "dp=2,ep=2", "--placement", placement_file(tmp_path)]
+    options += ["--dispatch", "hierarchical", "--ranks-per-node", "1"]
+    code, out, _ = run("bench", "paper-tiny", "--batch", "1", *SHORT, *options, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["ranks_per_node"] == 1
+    assert found["options"]["dispatch"] == "hierarchical"
+    assert found["options"]["placement_file"] == str(tmp_path / "placement.json")
+
+
+def test_a_placement_of_something_else(run, stub, tmp_path):
+    def error(*options):
+        code, _, err = run("bench", "paper-tiny", *options)
+        assert (code, stub, err.count("\n")) == (2, [], 1)
+        return err.removeprefix("expertlane: error: ").removesuffix("\n")
+
+    path = placement_file(tmp_path)
+    both = ["--layout", "dp=2,ep=2", "--layout", "tp=1"]
+    assert error("--placement", path, *both) == (
+        f"{path} is a placement on 2 ep ranks; here there are 1"
+    )
+    assert error("--placement", path, "--redundant", "2") == (
+        f"--redundant is 2, but {path} says which copies there are"
+    )
+    placement_file(tmp_path, layers=3, ep=1)
+    assert error("--placement", path) == (
+        f"{path} is a placement of 3 MoE layers of any; here there are 4 (it lacks layer 3)"
+    )
+    (tmp_path / "placement.json").write_text("{")
+    assert error("--placement", path).startswith(f"{path} is not JSON")
 
 
 def test_a_cache_that_is_too_small(run, stub):

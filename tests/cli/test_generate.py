@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cli.stub_llm import StubLLM
+from expertlane.balance.trace import read_trace
 from expertlane.cli import answers, engine_options
 from expertlane.cli.generate import sampling_params
 from expertlane.engine.tokenizer import Tokenizer
@@ -73,8 +74,8 @@ def stub(monkeypatch, type_in):
             found = engine_options.find_model(str(folder))
             llm = StubLLM(found.config, Tokenizer.from_folder(folder))
 
-        def load(self, layout, options):
-            llm.layout, llm.options = layout, options
+        def load(self, layout, options, *, record_routing):
+            llm.layout, llm.options, llm.records_routing = layout, options, record_routing
             return llm
 
         monkeypatch.setattr(engine_options.FoundModel, "load", load)
@@ -83,8 +84,10 @@ def stub(monkeypatch, type_in):
     return use
 
 
-def test_a_preset_on_real_ranks(run, type_in):
+def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     options = ["--max-tokens", "3", "--temperature", "0", "--logprobs", "1", "--layout", "tp=2"]
+    trace = tmp_path / "trace.npz"
+    options += ["--record-routing", str(trace)]
     code, out, err = run(
         "generate", "paper-tiny", "--token-ids", "1,2", "--token-ids", "1, 2", *options, "--json"
     )
@@ -99,9 +102,15 @@ def test_a_preset_on_real_ranks(run, type_in):
     assert first["e2e_s"] == pytest.approx(first["ttft_s"] + 2 * first["tpot_s"])
     assert [each["token_id"] for each in first["logprobs"]] == first["token_ids"]
     assert first["logprobs"][0]["top"] == [[first["token_ids"][0], first["logprobs"][0]["logprob"]]]
-    loading, speed = err.splitlines()
+    loading, written, speed = err.splitlines()
+    assert written == f"written: {trace}"
     assert re.fullmatch(r"loading paper-tiny on 2 ranks \(tp=2\): done in \d+\.\d s", loading)
     assert re.fullmatch(r"6 tokens in \S+ s, \S+ tokens/s; median TTFT \S+ ms", speed)
+    recorded = read_trace(trace)
+    assert recorded.num_tokens == 2 * (2 + 2)  # the last token of an output is not fed
+    assert recorded.layers == (0, 1, 2, 3)
+    code, out, _ = run("balance", str(trace), "--ranks", "2", "--json")
+    assert (code, json.loads(out)["num_tokens"]) == (0, 8)
 
 
 def test_a_chat_with_a_checkpoint_on_a_real_rank(run, type_in, checkpoint):
@@ -176,28 +185,12 @@ def test_what_the_terminal_cannot_show_is_no_error(monkeypatch):
     assert shown.getvalue() == b"n?"
 
 
-def test_engine_options_are_handed_over(run, stub):
-    llm = stub()
-    options = ["--dtype", "bfloat16", "--max-model-len", "9", "--num-blocks", "8"]
-    options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
-    options += ["--oversubscribe", "--no-prefix-caching", "--overlap", "--num-micro-batches", "2"]
-    options += ["--micro-batch-schedule", "rotating", "--timeout-s", "5", "--layout", "dp=2,ep=2"]
-    assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
-    assert str(llm.layout) == "dp=2,ep=2"
-    assert llm.options == engine_options.EngineOptions(
-        dtype="bfloat16",
-        max_model_len=9,
-        num_blocks=8,
-        block_size=4,
-        max_num_seqs=3,
-        max_num_batched_tokens=7,
-        prefix_caching=False,
-        overlap=True,
-        num_micro_batches=2,
-        micro_batch_schedule="rotating",
-        timeout_s=5.0,
-        oversubscribe=True,
-    )
+def test_routing_of_a_chat(run, stub, checkpoint, type_in, tmp_path):
+    stub(checkpoint)
+    type_in("a\n")
+    code, _, _ = chat(run, checkpoint, "--record-routing", str(tmp_path / "trace.npz"))
+    assert code == 0
+    assert read_trace(tmp_path / "trace.npz").model == str(checkpoint)
 
 
 def test_sampling_is_the_users_then_the_checkpoints_then_the_default(tmp_path):

@@ -10,6 +10,8 @@ import expertlane
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM, _as_list
 from expertlane.errors import UserError
+from expertlane.spec.deployment import Options
+from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams
 
 
@@ -22,8 +24,18 @@ from expertlane.spec.sampling import SamplingParams
         ({"num_blocks": 0}, "num_blocks is 0; it must be a whole number, 1 or more"),
         ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
-        ({"micro_batch_schedule": "x"}, "micro_batch_schedule is 'x'; valid: drained, rotating"),
-        ({"overlap": "yes"}, "overlap is 'yes'; it must be true or false"),
+        ({"ranks_per_node": -1}, "ranks_per_node is -1; it must be a whole number, 0"),
+        ({"ranks_per_node": 1.5}, "ranks_per_node is 1.5; it must be a whole number, 0"),
+        ({"options": Options(num_redundant_experts=1)}, "17 physical experts on 1 ranks"),
+        ({"options": Options(placement_file="no/file")}, "cannot read no/file: No such file"),
+        (
+            {
+                "layout": "dp=4,ep=4",
+                "ranks_per_node": 3,
+                "options": Options(dispatch="hierarchical"),
+            },
+            "needs equally many of the ep=4 ranks on each node, but nodes of 3 hold 3, 1",
+        ),
         ({"seed": -1}, "seed is -1; it must be a whole number"),
         ({"layout": None}, "layout"),
         ({"layout": "tp=3"}, "tp=3"),
@@ -39,6 +51,14 @@ def test_settings_are_checked_before_anything_starts(monkeypatch, settings, mess
         LLM("paper-tiny", **settings)
 
     assert "\n" not in str(caught.value)
+
+
+def test_routing_of_a_dense_model_is_refused_before_anything_starts(monkeypatch):
+    dense = PRESETS["paper-tiny"].with_overrides(dense_layers=(0, 1, 2, 3), intermediate_size=24)
+    monkeypatch.setitem(PRESETS, "dense", dense)
+    monkeypatch.setattr(llm_module, "start_pool", None)
+    with pytest.raises(UserError, match="has no routing to record: all its 4 layers are dense"):
+        LLM("dense", record_routing=True)
 
 
 @pytest.mark.parametrize("prompts", [5, None, {"a": 1}, (i for i in range(2))])

@@ -1,5 +1,7 @@
 """Experts that move while steps run: the tokens stay the same, and the gate is obeyed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,33 +15,35 @@ from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.model import PRESETS
+from expertlane.spec.model_parts import Routing
 from expertlane.spec.workload import Workload
 
 TINY = PRESETS["paper-tiny"]
+SKEWED = replace(TINY, routing=Routing(router_bias=True, router_skew=1.5))
 WORKLOAD = Workload(num_sequences=8, prompt_len=6, output_len=24, seed=3)
 
 
-def run(pools, chosen, is_worth=None, num_steps=4):
-    """Tokens by sequence, and the runner; without `is_worth` nothing is rebalanced."""
+def run(pools, chosen, worth=None, num_steps=4, model=TINY):
+    """Tokens by sequence, and the runner; without `worth` nothing is rebalanced."""
     pool = pools.pool(chosen.layout.world_size)
-    limits = workload_limits(WORKLOAD, TINY, chosen.layout)
-    runner = ModelRunner(pool, TINY, chosen, limits, seed=0, ranks_per_node=2)
+    limits = workload_limits(WORKLOAD, model, chosen.layout)
+    runner = ModelRunner(pool, model, chosen, limits, seed=0, ranks_per_node=2)
     lines = []
-    if is_worth is not None:
+    if worth is not None:
         runner = RebalancingRunner(
             runner,
             pool,
             chosen.layout,
-            placements_of(TINY, chosen.layout, chosen.options),
+            placements_of(model, chosen.layout, chosen.options),
             ranks_per_node=2,
             num_steps=num_steps,
             log=lines.append,
-            is_worth=is_worth,
+            worth=worth,
         )
     scheduler = ContinuousScheduler(chosen.layout, chosen.options, limits)
     requests = [
         Request(str(seq), prompt, max_tokens=WORKLOAD.output_len)
-        for seq, prompt in enumerate(WORKLOAD.prompt_token_ids(TINY.vocab_size))
+        for seq, prompt in enumerate(WORKLOAD.prompt_token_ids(model.vocab_size))
     ]
     for request in requests:
         scheduler.add(request)
@@ -61,7 +65,7 @@ def run(pools, chosen, is_worth=None, num_steps=4):
 def test_tokens_stay_the_same_while_experts_move(pools, layout, options):
     chosen = deployment(layout, **options)
     tokens, _, _ = run(pools, chosen)
-    moved, runner, lines = run(pools, chosen, is_worth=lambda decision: True)
+    moved, runner, lines = run(pools, chosen, worth=lambda decision: decision.num_bytes)
     assert moved.tolist() == tokens.tolist()
     switched = [each for each in runner.decisions if each.switched is not None]
     assert switched
@@ -74,7 +78,7 @@ def test_tokens_stay_the_same_while_experts_move(pools, layout, options):
 
 def test_a_gate_that_refuses_moves_nothing(pools):
     chosen = deployment("dp=2,ep=2", num_redundant_experts=2)
-    _, runner, lines = run(pools, chosen, is_worth=lambda decision: False)
+    _, runner, lines = run(pools, chosen, worth=lambda decision: -1.0)
     assert runner.decisions
     assert all(each.switched is None for each in runner.decisions)
     assert all("saves" in line and "costs" in line for line in lines)
@@ -83,7 +87,9 @@ def test_a_gate_that_refuses_moves_nothing(pools):
 
 def test_the_load_after_a_switch_is_more_even_as_predicted(pools):
     chosen = deployment("dp=4,ep=4", num_redundant_experts=8)
-    _, runner, _ = run(pools, chosen, is_worth=lambda decision: True, num_steps=6)
+    _, runner, _ = run(
+        pools, chosen, worth=lambda decision: decision.gain_s, num_steps=6, model=SKEWED
+    )
     first = rebalance_results(runner)[0]
     assert first.switched is not None
     assert first.predicted_after < first.predicted_before

@@ -212,3 +212,22 @@ def test_without_a_record_only_progress_is_kept(recorder, board):
     position = board.position(0)
     # An idle rank says where it came to, for the launcher to name if it hangs.
     assert (position.step, position.layer, position.stage) == (9, 1, Stage.IDLE)
+
+
+def test_the_choices_of_tokens_are_kept_by_layer(recorder):
+    ids = torch.tensor([[0, 2], [1, 0]])
+    recorder.begin_step(0, 1, record=False, count_idle=False, record_routing=True)
+    for layer, of_layer in [(0, ids), (1, ids[:0]), (0, ids[:1]), (1, ids.flip(0)[:1])]:
+        recorder.enter(Stage.ROUTER, layer)
+        recorder.record_topk_ids(of_layer)
+    ids.fill_(9)  # what is kept is a copy
+    kept = recorder.end_step().topk_ids
+    assert {layer: of_layer.tolist() for layer, of_layer in kept.items()} == {
+        0: [[0, 2], [1, 0], [0, 2]],
+        1: [[1, 0]],
+    }
+    assert {str(of_layer.dtype) for of_layer in kept.values()} == {"int32"}
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    recorder.enter(Stage.ROUTER, 0)
+    recorder.record_topk_ids(ids)
+    assert recorder.end_step().topk_ids == {}

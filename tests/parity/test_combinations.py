@@ -271,7 +271,7 @@ class Combination:
                 ranks_per_node=case.ranks_per_node,
                 num_steps=case.rebalance_steps,
                 log=lambda line: None,
-                is_worth=lambda decision: True,
+                worth=lambda decision: decision.num_bytes,
             )
         self.scheduler = ContinuousScheduler(
             chosen.layout,

@@ -96,16 +96,20 @@ def _balanced(load: Floats, room: Ints) -> tuple[Ints, Ints, Floats]:
     greedy = greedy_maximum(items, load / copies, room)
     slots = lower_maximum(pack(items, load / copies, room), load / copies)
     even = _EVEN * load.sum(axis=1) / ep
-    _search_copies(slots, copies, load, even)
+    search_copies(slots, copies, load, even)
     enough = _EVEN_ENOUGH * load.sum(axis=1) / ep
     return slots, copies, np.minimum(greedy, enough)
 
 
-def _search_copies(slots: Ints, copies: Ints, load: Floats, target: Floats) -> None:
+def search_copies(
+    slots: Ints, copies: Ints, load: Floats, target: Floats, num_swaps: int | None = None
+) -> None:
     """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
 
     Args:
+        slots: [num_layers, ep, most slots]; copies: [num_layers, num_experts].
         target: [num_layers]; a load of the fullest rank that is low enough.
+        num_swaps: at most so many after each shift; None for as many as help.
     """
     highest = rank_loads(slots, load / copies).max(axis=1)
     mean = load.sum(axis=1) / slots.shape[1]
@@ -119,7 +123,10 @@ def _search_copies(slots: Ints, copies: Ints, load: Floats, target: Floats) -> N
         changed = shift_copies(tried, tried_copies, load[active], choice[active])
         active, tried, tried_copies = active[changed], tried[changed], tried_copies[changed]
         per_copy = load[active] / tried_copies
-        tried = lower_maximum(tried, per_copy)
+        if num_swaps is None:
+            tried = lower_maximum(tried, per_copy)
+        else:
+            tried = lower_maximum(tried, per_copy, max_rounds=num_swaps)
         reached = rank_loads(tried, per_copy).max(axis=1)
         better = reached < highest[active] - MIN_GAIN * mean[active]
         choice[active] = np.where(better, 0, choice[active] + 1)
@@ -163,7 +170,7 @@ def _regrouped(
     packed = lower_maximum(packed, weights, np.repeat(limit, num_nodes))
     packed = lower_maximum(packed.reshape(slots.shape), per_copy, limit)
     new_copies = copies.copy()
-    _search_copies(packed, new_copies, load, limit)
+    search_copies(packed, new_copies, load, limit)
     is_fuller = rank_loads(packed, load / new_copies).max(axis=1) > limit * (1 + MIN_GAIN)
     return (
         np.where(is_fuller[:, None, None], slots, packed),

@@ -95,6 +95,14 @@ Redundant = Annotated[
     int,
     typer.Option(metavar="N", help="Copies of experts beside each MoE layer's own, to share load."),
 ]
+Rebalance = Annotated[
+    int,
+    typer.Option(
+        metavar="STEPS",
+        help="Move experts while requests run, by the load of so many steps, where that pays. "
+        "0: never.",
+    ),
+]
 RanksPerNode = Annotated[
     int,
     typer.Option(
@@ -143,6 +151,7 @@ def deployment_options(
     dispatch: Dispatch,
     placement: str,
     redundant: int,
+    rebalance: int,
 ) -> "Options":
     """The options of a deployment.
 
@@ -169,6 +178,7 @@ def deployment_options(
         micro_batch_schedule=micro_batch_schedule.value,
         dispatch=dispatch.value,
         num_redundant_experts=redundant,
+        rebalance_steps=rebalance,
         **where,
     )
 

@@ -1,5 +1,6 @@
 """The offline face of the engine: a model, laid out over ranks, that continues prompts."""
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +20,9 @@ from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.hub import resolve_model
 from expertlane.engine.messages import RankMachine
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rebalancing import runner_for
 from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
 from expertlane.engine.start import start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
@@ -145,9 +146,9 @@ class LLM:
             pool.close()
             raise
 
-    def _load(self, deployment: Deployment, seed: int, ranks_per_node: int) -> ModelRunner:
+    def _load(self, deployment: Deployment, seed: int, ranks_per_node: int) -> Runner[Any]:
         """Load the model on the ranks."""
-        return ModelRunner(
+        return runner_for(
             self._pool,
             self.model,
             deployment,
@@ -155,6 +156,7 @@ class LLM:
             seed=seed,
             ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
+            log=lambda line: print(line, file=sys.stderr),
         )
 
     def _put_scheduler_before(
@@ -165,7 +167,7 @@ class LLM:
             deployment.options,
             self.limits,
             lookahead=deployment.layout.pp == 1,
-            record=False,
+            record=deployment.options.rebalance_steps > 0,
             record_routing=self._routing is not None,
         )
         return Engine(scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer)

@@ -1,9 +1,10 @@
 """Online rebalancing: a runner that moves experts between steps when that pays.
 
-It watches the load of the last steps. When a new placement promises to save more time over as many
-coming steps than it costs, its experts are sent a slice after each step, beside the steps
-themselves, and once all are there every rank switches between two steps. No step waits for a
-decision, and none sees half of a placement.
+It watches the load of the last steps. Of several new placements, near the present one or wholly
+new, it takes the one that promises to save most time over as many coming steps, less what it costs.
+If that pays, experts are sent a slice after each step, beside the steps themselves, and once all
+are there every rank switches between two steps. No step waits for a decision, and none sees half
+of a placement.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from expertlane.balance.deployed import Placements, placements_of
 from expertlane.balance.gain import Decision, RebalanceGate
+from expertlane.balance.incremental import improve_placements
 from expertlane.balance.moves import Move, keep_slots, moves
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
@@ -33,6 +35,7 @@ _BEGIN = "expertlane.engine.migration:begin"
 _FINISH = "expertlane.engine.migration:finish"
 _SWITCH = "expertlane.engine.migration:switch"
 _TIME_ONE_MOVE = "expertlane.engine.migration:time_one_move"
+_EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
 SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 
 
@@ -104,6 +107,7 @@ class RebalancingRunner:
         num_steps: experts are placed anew by the load of that many steps, at most that often, if
             it pays over that many more.
         log: takes the line of each decision.
+        worth: the placement with most of it is taken; above 0 experts move.
 
     Attributes:
         held: [world_size]; what each rank has allocated at first.
@@ -121,7 +125,7 @@ class RebalancingRunner:
         ranks_per_node: int,
         num_steps: int,
         log: Callable[[str], None],
-        is_worth: Callable[[Decision], bool] = lambda decision: decision.is_worth,
+        worth: Callable[[Decision], float] = lambda decision: decision.gain_s - decision.cost_s,
     ) -> None:
         self._runner = runner
         self.held = runner.held
@@ -129,7 +133,7 @@ class RebalancingRunner:
         self._layout = layout
         self._num_steps = num_steps
         self._log = log
-        self._is_worth = is_worth
+        self._worth = worth
         on_one_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._ep_per_node = on_one_node if layout.ep % on_one_node == 0 else layout.ep
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
@@ -183,16 +187,18 @@ class RebalancingRunner:
         replica.num_since = 0
         load, now = replica.tracker.load(), replica.now
         num_redundant = now[0].num_slots - now[0].num_experts
-        then = keep_slots(
-            now, plan_placement(load, self._layout.ep, self._ep_per_node, num_redundant)
-        )
-        decision = self._gate(replica).decide(
-            load, replica.tracker.num_steps, now, then, self._ep_per_node
-        )
+        planned = [improve_placements(load, now, even) for even in _EVEN]
+        planned.append(plan_placement(load, self._layout.ep, self._ep_per_node, num_redundant))
+        gate, num_steps, nodes = self._gate(replica), replica.tracker.num_steps, self._ep_per_node
+        choices = [
+            (gate.decide(load, num_steps, now, then, nodes), then)
+            for then in (keep_slots(now, each) for each in planned)
+        ]
+        decision, then = max(choices, key=lambda each: self._worth(each[0]))
         before, after = (_max_over_mean(load, placements) for placements in (now, then))
         self.decisions.append(Rebalance(plan.replica, plan.step, decision, before, after))
         self._log(f"step {plan.step}: {decision.line}")
-        if self._is_worth(decision) and then != now:
+        if self._worth(decision) > 0 and then != now:
             replica.next = replica.with_layers(then)
             replica.slices = self._slices(replica, moves(now, then, self._ep_per_node))
             self._move_on(replica, plan)

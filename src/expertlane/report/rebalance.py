@@ -21,7 +21,8 @@ def rebalancing(deployments: tuple[DeploymentResult, ...]) -> Section | None:
         number("saves"),
         number("costs"),
         number("to move"),
-        text("decision"),
+        text("done"),
+        number("in use"),
         number("load before"),
         number("after"),
         number("predicted"),
@@ -32,18 +33,16 @@ def rebalancing(deployments: tuple[DeploymentResult, ...]) -> Section | None:
         "Rebalancing",
         (
             Table("", columns, tuple(rows)),
-            "Saves, costs: predicted, over as many steps as the decision was taken by. Load: the "
-            "fullest rank over the mean, all layers, counted in as many steps before the decision "
-            "and after the switch; predicted: after, if copies shared evenly. Experts: processor "
-            "time a step of the rank that spends most on experts.",
+            "Saves, costs: predicted, over as many steps as the decision was taken by. In use: "
+            "from that step on, unless the work ended first. Load: the fullest rank over the "
+            "mean, all layers, counted in as many steps before the decision and after the switch; "
+            "predicted: after, if copies shared evenly. Experts: processor time a step of the "
+            "rank that spends most on experts.",
         ),
     )
 
 
 def _row(place: int, each: RebalanceResult) -> tuple[str, ...]:
-    decision = "go, unfinished" if each.gain_s > each.cost_s else "stay"
-    if each.switched is not None:
-        decision = f"go, in use from {each.switched}"
     after = NONE if each.load_after is None else times(each.load_after)
     experts_s = NONE if each.experts_s_after is None else milliseconds(each.experts_s_after)
     return (
@@ -52,7 +51,8 @@ def _row(place: int, each: RebalanceResult) -> tuple[str, ...]:
         milliseconds(each.gain_s),
         milliseconds(each.cost_s),
         bytes_si(each.num_bytes),
-        decision,
+        "moved" if each.gain_s > each.cost_s else "stayed",
+        NONE if each.switched is None else str(each.switched),
         times(each.load_before),
         after,
         times(each.predicted_after),

@@ -1,0 +1,112 @@
+"""`generate`: options of the engine, and `--record-routing`."""
+
+import pytest
+
+from cli.stub_llm import StubLLM
+from expertlane.balance.trace import read_trace
+from expertlane.cli import engine_options
+from expertlane.spec.deployment import Options
+from expertlane.spec.model import PRESETS
+
+ONE_TOKEN = ["generate", "paper-tiny", "--token-ids", "1"]
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Stands in place of what would be loaded."""
+    llm = StubLLM(PRESETS["paper-tiny"])
+
+    def load(self, layout, options, *, record_routing):
+        llm.layout, llm.options, llm.records_routing = layout, options, record_routing
+        return llm
+
+    monkeypatch.setattr(engine_options.FoundModel, "load", load)
+    return llm
+
+
+def test_engine_options_are_handed_over(run, stub):
+    options = ["--dtype", "bfloat16", "--max-model-len", "9", "--num-blocks", "8"]
+    options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
+    options += ["--oversubscribe", "--no-prefix-caching", "--overlap", "--num-micro-batches", "2"]
+    options += ["--micro-batch-schedule", "rotating", "--timeout-s", "5", "--layout", "dp=2,ep=2"]
+    options += ["--dispatch", "all_gather", "--placement", "round_robin", "--redundant", "4"]
+    options += ["--ranks-per-node", "1"]
+    assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
+    assert str(stub.layout) == "dp=2,ep=2"
+    assert stub.options == engine_options.EngineOptions(
+        dtype="bfloat16",
+        max_model_len=9,
+        num_blocks=8,
+        block_size=4,
+        max_num_seqs=3,
+        max_num_batched_tokens=7,
+        prefix_caching=False,
+        options=Options(
+            overlap=True,
+            num_micro_batches=2,
+            micro_batch_schedule="rotating",
+            dispatch="all_gather",
+            placement="round_robin",
+            num_redundant_experts=4,
+        ),
+        ranks_per_node=1,
+        timeout_s=5.0,
+        oversubscribe=True,
+    )
+    assert not stub.records_routing
+
+
+def test_a_placement_file_is_handed_over(run, stub, tmp_path):
+    (tmp_path / "placed").touch()
+    assert run(*ONE_TOKEN, "--placement", str(tmp_path / "placed"))[0] == 0
+    assert stub.options.options == Options(placement_file=str(tmp_path / "placed"))
+
+
+def test_routing_is_written_at_the_end(run, stub, tmp_path):
+    path = tmp_path / "new" / "trace"  # under exactly this name
+    options = ["--max-tokens", "3", "--record-routing", str(path)]
+    code, out, err = run("generate", "paper-tiny", "--token-ids", "7,8", *options)
+    assert (code, out) == (0, "9,10,11\n")
+    assert err.splitlines()[0] == f"written: {path}"
+    trace = read_trace(path)
+    assert (trace.model, trace.num_tokens) == ("paper-tiny", 4)
+    assert trace.topk_ids[0, 0].tolist() == [3, 1]
+
+
+def test_routing_so_far_is_written_when_interrupted(run, stub, tmp_path):
+    path = tmp_path / "trace.npz"
+
+    def interrupt_third_step():
+        if stub.num_tokens == 2:
+            raise KeyboardInterrupt
+
+    stub.before_step = interrupt_third_step
+    code, _, err = run(*ONE_TOKEN, "--record-routing", str(path))
+    assert code == 130
+    assert err == f"written: {path}\nexpertlane: error: interrupted\n"
+    assert read_trace(path).num_tokens == 2
+    assert not stub.is_open
+
+
+def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
+    path = tmp_path / "trace.npz"
+    code, _, _ = run(*ONE_TOKEN, "--token-ids", "999", "--record-routing", str(path))
+    assert code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_options.FoundModel, "load", None)
+    (tmp_path / "taken").touch()
+    for path, line in [
+        (tmp_path, f"--record-routing is {tmp_path}, which is a folder; give a file: trace.npz"),
+        (
+            tmp_path / "taken" / "trace.npz",
+            f"results cannot go to {tmp_path / 'taken'}: {tmp_path / 'taken'} is not a folder",
+        ),
+    ]:
+        assert run(*ONE_TOKEN, "--record-routing", str(path)) == (
+            2,
+            "",
+            f"expertlane: error: {line}\n",
+        )
