@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,19 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def test_the_skewed_experiment_compares_the_proposal_with_and_without_balancing():
+    experiment = read_experiment(ROOT / "experiments" / "paper-small-skewed.toml")
+    assert experiment.name in shipped_experiments()
+    assert experiment.model.routing.router_skew > 0
+    assert {str(each.layout) for each in experiment.deployments} == {"dp=16,ep=16"}
+    _, copies, balanced, _ = experiment.deployments
+    assert replace(balanced.options, rebalance_steps=0) == copies.options
+
+
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.stem
+    "path",
+    [ROOT / "experiments" / f"{name}.toml" for name in ("paper", "paper-small")],
+    ids=lambda p: p.stem,
 )
 def test_experiments_compare_the_papers_deployments(path: Path):
     experiment = read_experiment(path)

@@ -1,6 +1,7 @@
 """Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
 
-`LLM`, its `Options` and `SamplingParams` are the face to Python; they are imported when they are first asked for.
+`LLM`, its `Options` and `SamplingParams` are the face to Python; they are imported when they are
+first asked for.
 """
 
 from importlib import import_module

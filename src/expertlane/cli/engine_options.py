@@ -31,6 +31,7 @@ class Dispatch(StrEnum):
     ALL_TO_ALL = "all_to_all"
     ALL_GATHER = "all_gather"
     HIERARCHICAL = "hierarchical"
+    AUTO = "auto"
 
 
 ModelArgument = Annotated[
@@ -80,7 +81,8 @@ DispatchOption = Annotated[
     Dispatch,
     typer.Option(
         help="How tokens travel to experts: a copy to each rank reached, all tokens to all ranks, "
-        "or a copy to each node reached, forwarded inside."
+        "a copy to each node reached, forwarded inside, or the fastest for a step's number of "
+        "tokens, timed at the start."
     ),
 ]
 PlacementOption = Annotated[

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from expertlane.engine import migration
+from expertlane.engine.dispatch_timing import forms_of
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.worker import RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
@@ -26,6 +27,7 @@ from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
 from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -41,8 +43,7 @@ def deploy(
     if context.deployed is not None:
         migration.finish(context)  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    is_hierarchical = options.dispatch == "hierarchical"
-    context.meshes.make(spec.layout, spec.ranks_per_node if is_hierarchical else 0)
+    context.meshes.make(spec.layout, _nodes_for(spec, options))
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -55,6 +56,19 @@ def deploy(
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
+
+
+def _nodes_for(spec: StageSpec, options: Options) -> int:
+    """`ranks_per_node` where groups by node are needed, else 0."""
+    is_wanted = options.dispatch == "hierarchical"
+    if options.dispatch == "auto":
+        is_wanted = "hierarchical" in forms_of(spec.layout, spec.ranks_per_node)
+    return spec.ranks_per_node if is_wanted else 0
+
+
+def set_dispatch(context: RankContext, table: DispatchTable) -> None:
+    """Choose how tokens travel to experts from now on."""
+    context.deployed.stage.set_dispatch(table)
 
 
 def run_step(context: RankContext, plan: StepPlan) -> RankOutcome:
@@ -112,7 +126,8 @@ class DeployedStage:
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache, and with two parts of a micro-batch at once or one."""
         self._num_parts = 2 if options.overlap else 1
-        self.stage.set_dispatch(options.dispatch)
+        if options.dispatch != "auto":  # else timed first, then set
+            self.stage.set_dispatch(DispatchTable.fixed(options.dispatch))
         self._block_size = block_size
         self._phase = None
         self._sampler.forget_all()

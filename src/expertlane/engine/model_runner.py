@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from expertlane.balance.deployed import placements_of
+from expertlane.engine.dispatch_timing import forms_of, time_dispatch
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
 
 _DEPLOY = "expertlane.engine.deployed_stage:deploy"
+_SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 _RUN_STEP = "expertlane.engine.deployed_stage:run_step"
 
 
@@ -33,6 +36,7 @@ class ModelRunner:
 
     Attributes:
         held: [world_size]; what each rank has allocated.
+        dispatch_table: as measured for `dispatch = "auto"`, else None.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -66,6 +70,11 @@ class ModelRunner:
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder)
         held = pool.call(_DEPLOY, spec, options, limits.num_blocks, limits.block_size)
         self.held: list[HeldBytes] = held[: layout.world_size]
+        self.dispatch_table: DispatchTable | None = None
+        if options.dispatch == "auto":
+            table = time_dispatch(pool, layout, limits, forms_of(layout, ranks_per_node))
+            pool.call(_SET_DISPATCH, table, ranks=range(layout.world_size))
+            self.dispatch_table = table
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica."""

@@ -110,7 +110,7 @@ class RebalancingRunner:
         worth: the placement with most of it is taken; above 0 experts move.
 
     Attributes:
-        held: [world_size]; what each rank has allocated at first.
+        held, dispatch_table: as of the runner; at first.
         decisions: all so far, in order.
         loads: of all finished steps.
     """
@@ -129,6 +129,7 @@ class RebalancingRunner:
     ) -> None:
         self._runner = runner
         self.held = runner.held
+        self.dispatch_table = runner.dispatch_table
         self._pool = pool
         self._layout = layout
         self._num_steps = num_steps
@@ -276,6 +277,8 @@ def runner_for(
         ranks_per_node=ranks_per_node,
         checkpoint=checkpoint,
     )
+    if runner.dispatch_table is not None:
+        log(f"dispatch: {runner.dispatch_table} (tokens of a rank)")
     layout, options = deployment.layout, deployment.options
     if not options.rebalance_steps or layout.ep == 1:
         return runner

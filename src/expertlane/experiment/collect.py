@@ -36,6 +36,7 @@ from expertlane.results.schema import (
 )
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Deployment
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -53,6 +54,7 @@ def deployment_result(
     is_baseline: bool,
     ranks_per_node: int,
     rebalances: tuple[RebalanceResult, ...] = (),
+    dispatch_table: DispatchTable | None = None,
 ) -> DeploymentResult:
     """The measured row of one deployment.
 
@@ -61,6 +63,7 @@ def deployment_result(
         tokens: [num_sequences, output_len]; all generated tokens.
         ranks_per_node: consecutive ranks that share a node.
         rebalances: of its last run.
+        dispatch_table: of its first run, where `dispatch` is `auto`.
 
     Raises:
         ValueError: `tokens` is not of the workload's shape, or `held` not of the layout's.
@@ -103,6 +106,7 @@ def deployment_result(
         },
         traffic={phase.phase: traffic_result(phase.traffic, ranks_per_node) for phase in phases},
         rebalances=rebalances,
+        dispatch_table=dispatch_table,
         per_rank=tuple(
             _rank(rank, layout, model, phases, held[rank], placements)
             for rank in range(layout.world_size)

@@ -31,6 +31,7 @@ from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Phase
@@ -119,6 +120,8 @@ def deployment_limits(
     model, layout = experiment.model, deployment.layout
     limits = workload_limits(experiment.workload, model, layout)
     placements = placements_of(model, layout, deployment.options)
+    if deployment.options.dispatch == "hierarchical":
+        layout.ep_ranks_per_node(experiment.cluster.ranks_per_node or seen[0].ranks_per_node)
     try:
         return fit_to_machine(model, layout, limits, seen, placements=placements)
     except CapacityError as error:
@@ -176,6 +179,7 @@ class _Runs:
         self._decode: dict[str, list[StepRecord]] = defaultdict(list)
         self._tokens: dict[str, npt.NDArray[np.int64]] = {}
         self._held: dict[str, list[HeldBytes]] = {}
+        self._dispatch: dict[str, DispatchTable | None] = {}
         self._rebalances: dict[str, tuple[RebalanceResult, ...]] = {}
         self._foreign = ForeignLoad()
 
@@ -201,6 +205,7 @@ class _Runs:
             log=lambda line: None,  # results tell of it
         )
         self._held[name] = runner.held
+        self._dispatch.setdefault(name, runner.dispatch_table)
         self._warm_up(deployment, runner)
         progress.advance()
         scheduler, requests = self._schedule(deployment, workload)
@@ -261,6 +266,7 @@ class _Runs:
             is_baseline=deployment.is_baseline,
             ranks_per_node=self._ranks_per_node,
             rebalances=self._rebalances.get(name, ()),
+            dispatch_table=self._dispatch[name],
         )
 
 

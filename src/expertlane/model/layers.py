@@ -24,7 +24,7 @@ from expertlane.parallel.interleave import Steps
 from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -128,7 +128,7 @@ class MoEBlock:
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
         self._device = source.device
-        self._form: DispatchForm = "all_to_all"
+        self._dispatch = DispatchTable.fixed("all_to_all")
         self._place(placement)
 
         def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
@@ -153,16 +153,19 @@ class MoEBlock:
                 is_scaled=model.shared_expert_gate,
             )
 
-    def set_dispatch(self, form: DispatchForm) -> None:
+    def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how tokens travel to experts from now on."""
-        self._form = form
+        self._dispatch = table
         self._place(self.placement)
 
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
         choice = ReplicaChoice(self._mesh, placement, self._recorder, self._device)
-        self._dispatcher = make_dispatcher(self._form, self._mesh, placement, choice)
+        self._dispatchers = {
+            form: make_dispatcher(form, self._mesh, placement, choice)
+            for form in self._dispatch.forms
+        }
 
     def switch(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
         """Go over to another placement.
@@ -204,7 +207,8 @@ class MoEBlock:
             2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
         )
         recorder.enter(Stage.DISPATCH, layer)
-        arrived, sent = yield from self._dispatcher.dispatch(
+        dispatcher = self._dispatchers[self._dispatch.choose(max(batch.tokens_of_stage_rank))]
+        arrived, sent = yield from dispatcher.dispatch(
             hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
         )
         recorder.enter(Stage.EXPERTS, layer)
@@ -213,7 +217,7 @@ class MoEBlock:
         if self._mesh.at.etp_rank == 0:
             recorder.count_expert_tokens(self._local, arrived.num_tokens_per_expert)
         recorder.enter(Stage.COMBINE, layer)
-        combined = yield from self._dispatcher.combine(sent, results)
+        combined = yield from dispatcher.combine(sent, results)
         if self._shared is not None:
             combined = combined + (yield from self._shared.forward(hidden, batch.tokens_of_tp_rank))
         return combined

@@ -14,7 +14,7 @@ from expertlane.model.weight_source import WeightSource
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -61,10 +61,10 @@ class TransformerStage:
         """Bytes of the key/value cache."""
         return sum(cache.num_bytes for cache in self._caches)
 
-    def set_dispatch(self, form: DispatchForm) -> None:
+    def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how tokens travel to experts from now on."""
         for block in self.moe_blocks.values():
-            block.set_dispatch(form)
+            block.set_dispatch(table)
 
     @property
     def moe_blocks(self) -> dict[int, MoEBlock]:

@@ -141,7 +141,7 @@ def rank_memory(
     # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
     num_tokens = limits.max_num_batched_tokens
     num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
-    num_slots = max(placed.num_slots for placed in placements if placed is not None)
+    num_slots = max((placed.num_slots for placed in placements if placed is not None), default=1)
     num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
     if model.latent is None:
         kv_width = 2 * max(model.kv_size // layout.tp, model.head_dim)

@@ -96,6 +96,11 @@ def _deployments(comparison: Comparison, source: str) -> Section:
             f"Factors are of {comparison.phase} TPS, a mean. Runs: the slowest and the fastest "
             "repetition; what is closer together than that is not told apart. TTFT and TPOT are "
             "medians. × best base: against the best baseline.",
+            *(
+                f"#{row.number} dispatches by {table}: tokens of a rank, timed at its start."
+                for row in comparison.rows
+                if (table := row.deployment.dispatch_table) is not None
+            ),
         ),
     )
 

@@ -13,6 +13,7 @@ from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.strict import Strict
 from expertlane.results.traffic import TrafficBytes, TrafficResult
 from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
@@ -237,6 +238,7 @@ class DeploymentResult(Strict):
         breakdown_s: by phase and cause; seconds a round, mean over ranks.
         traffic_bytes: by phase and link.
         traffic: by phase.
+        dispatch_table: by which `dispatch = "auto"` chose.
         rebalances: decisions about moving experts, in its last run.
         tokens_sha256: of all generated tokens, to compare runs by.
     """
@@ -254,6 +256,7 @@ class DeploymentResult(Strict):
     traffic_bytes: dict[Phase, dict[str, TrafficBytes]]
     traffic: dict[Phase, TrafficResult]
     rebalances: tuple[RebalanceResult, ...]
+    dispatch_table: DispatchTable | None
     per_rank: tuple[RankResult, ...]
     tokens_sha256: str
 

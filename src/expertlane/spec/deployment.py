@@ -8,6 +8,7 @@ from expertlane.spec.layout import Layout
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
+DispatchChoice = Literal["all_to_all", "all_gather", "hierarchical", "auto"]
 PlacementMethod = Literal["linear", "round_robin"]
 
 
@@ -24,7 +25,8 @@ class Options:
             last one, so the pipeline never runs empty.
         dispatch: how tokens travel to experts: `all_to_all`: one copy to each rank reached;
             `hierarchical`: one to each node reached, forwarded inside; `all_gather`: all tokens to
-            all ranks. With `ep=1` every rank needs all tokens, so that is what happens.
+            all ranks. With `ep=1` every rank needs all tokens, so that is what happens. `auto`:
+            the fastest for a step's number of tokens, by a table measured once at the start.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         rebalance_steps: experts move while requests run: after so many steps they are placed anew
@@ -40,7 +42,7 @@ class Options:
     overlap: bool = False
     num_micro_batches: int = 1
     micro_batch_schedule: MicroBatchSchedule = "drained"
-    dispatch: DispatchForm = "all_to_all"
+    dispatch: DispatchChoice = "all_to_all"
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
@@ -51,7 +53,7 @@ class Options:
             raise SpecError(f"num_micro_batches is {self.num_micro_batches}; it must be 1 or more")
         for name, valid in (
             ("micro_batch_schedule", get_args(MicroBatchSchedule)),
-            ("dispatch", get_args(DispatchForm)),
+            ("dispatch", get_args(DispatchChoice)),
             ("placement", get_args(PlacementMethod)),
         ):
             value = getattr(self, name)
