@@ -3,11 +3,11 @@
 Local ranks, one expert-parallel group, no expert computation: what arrives goes back. `bare` are
 the form's own collectives, counts too, on buffers that are there already; `naive` is a flat
 all-to-all with a collective for each tensor and plain torch operations. All take turns over the
-same routing; a time is that of the slowest rank, the median of the rounds. `copies` is the
-processor time of the rank's own thread beyond that of `bare`, on average: packing, gathering rows,
-sums and bookkeeping. `hierarchical` has two nodes of half the ranks. More ranks than cores wait for
-one another more than for bytes: with 16 ranks on a few cores the times are slow and noisy and say
-nothing of a cluster; the ratio is still like against like. Run it with nothing else on the machine:
+same routing; a time is that of the slowest rank, the median of the rounds. `cpu` is the ratio of
+the processor time of all ranks, which other programs on the machine disturb less. `hierarchical`
+has two nodes of half the ranks. Sixteen ranks on a few cores are slow and noisy, since they wait
+for one another more than for bytes; that says nothing of a cluster. Run it with nothing else on the
+machine:
 
     python benchmarks/bench_dispatch.py [--ranks 2 8] [--tokens 256 1024] [--top-k 2 4]
 """
@@ -79,7 +79,7 @@ class Transfer(NamedTuple):
 def measure(
     context: RankContext, num_ranks: int, num_tokens: int, top_k: int
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Runs on every rank: wall and thread seconds by form and variant, one pair a round."""
+    """Runs on every rank: wall and processor seconds by form and variant, one pair a round."""
     random = torch.Generator().manual_seed(context.rank)
     inputs = Inputs(
         torch.randn(num_tokens, HIDDEN_SIZE, generator=random).bfloat16(),
@@ -138,10 +138,10 @@ def take_turns(
     for number in range(-1, NUM_ROUNDS):  # the first is not counted
         for name, variant in list(variants.items())[:: 1 if number % 2 else -1]:
             dist.barrier()
-            began = time.perf_counter(), time.thread_time()
+            began = time.perf_counter(), time.process_time()
             for _ in range(num_repeats):
                 variant()
-            ended = time.perf_counter(), time.thread_time()
+            ended = time.perf_counter(), time.process_time()
             context.progress.touch()
             if number >= 0:
                 pairs = zip(began, ended, strict=True)
@@ -191,25 +191,25 @@ def summary(point: Point, form: str, by_rank: list[dict[str, list[list[float]]]]
     """One line of the table: seconds of the slowest rank."""
     times = {name: torch.tensor([rank[name] for rank in by_rank]) for name in by_rank[0]}
     walls = {name: statistics.median(of[:, :, 0].amax(0).tolist()) for name, of in times.items()}
-    own = {name: statistics.median(of[:, :, 1].mean(0).tolist()) for name, of in times.items()}
+    cpu = {name: statistics.median(of[:, :, 1].sum(0).tolist()) for name, of in times.items()}
     return {
         **point._asdict(),
         "form": form,
         **{f"{name}_s": wall for name, wall in walls.items()},
-        "copies_s": own["form"] - own["bare"],
         "ratio": walls["form"] / walls["bare"],
+        "cpu_ratio": cpu["form"] / cpu["bare"],
     }
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    names = ["ranks", "tokens", "top-k", "form", "ms", "bare ms", "ratio", "copies ms", "naive ms"]
+    names = ["ranks", "tokens", "top-k", "form", "ms", "bare ms", "ratio", "cpu", "naive ms"]
     table = Table(*names, title=f"dispatch and combine, hidden {HIDDEN_SIZE}, bfloat16")
     for row in rows:
-        cells = [f"{1e3 * row[name]:.2f}" for name in ("form_s", "bare_s", "copies_s")]
         naive_s = row.get("naive_s")
         table.add_row(
             *(str(row[name]) for name in ("num_ranks", "num_tokens", "top_k", "form")),
-            *(cells[0], cells[1], f"{row['ratio']:.2f}", cells[2]),
+            *(f"{1e3 * row[name]:.2f}" for name in ("form_s", "bare_s")),
+            *(f"{row[name]:.2f}" for name in ("ratio", "cpu_ratio")),
             f"{1e3 * naive_s:.2f} ({naive_s / row['form_s']:.2f} ×)" if naive_s else "",
         )
     console.print(table)

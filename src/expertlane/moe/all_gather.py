@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertlane.balance.placement import Placement
 from expertlane.moe.dispatch import ExpertInput, Pairs, group_by_expert
-from expertlane.moe.packing import pack, unpack
+from expertlane.moe.packing import columns_of, pack, unpack
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
@@ -52,13 +52,12 @@ class AllGatherDispatcher:
         """Gather all tokens of the stage."""
         to = self._choice.destinations(topk_ids)
         physical_ids = (to.ranks * self._num_slots + to.slots).int()
-        columns = [(part.dtype, part.shape[1]) for part in (physical_ids, topk_weights, x)]
         packed = yield self._stage.all_gather(
-            pack([physical_ids, topk_weights, x]),
+            pack([physical_ids, topk_weights], x),
             tokens_of_stage_rank,
             metadata_bytes=topk_ids.shape[1] * (physical_ids.itemsize + topk_weights.itemsize),
         )
-        ids, weights, rows = unpack(packed, columns)
+        ids, weights, rows = unpack(packed, columns_of([physical_ids, topk_weights, x]))
         slots = ids - self._first_id
         slots = torch.where((slots >= 0) & (slots < self._num_slots), slots, -1)
         arrived, pairs = group_by_expert(rows, slots, weights, self._num_local_experts)

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.moe.dispatch import ExpertInput, gather_sum, group_by_expert
-from expertlane.moe.packing import pack, unpack
+from expertlane.moe.dispatch import (
+    ExpertInput,
+    gather_sum,
+    group_by_expert,
+    inverse,
+    stable_order,
+)
+from expertlane.moe.packing import columns_of, pack, unpack
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
@@ -30,7 +36,7 @@ class Exchanged:
 
     Attributes:
         topk_weights: [T, K] float32.
-        order: [P]; which pair, in order of arrival, stands at each place of the experts' input.
+        place_of: [P]; the place in the experts' input of each pair, in order of arrival.
         returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
         pairs_from: [ep]; of this rank's own, how many came from each ep rank.
         pairs_to: [ep]; how many pairs this rank sent to each ep rank.
@@ -38,7 +44,7 @@ class Exchanged:
     """
 
     topk_weights: Tensor
-    order: Tensor
+    place_of: Tensor
     returns_to_etp_rank: list[int]
     pairs_from: list[int]
     pairs_to: list[int]
@@ -61,43 +67,43 @@ class AllToAllDispatcher:
         tokens_of_stage_rank: Sequence[int],
     ) -> Steps[tuple[ExpertInput, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
-        mesh, ep = self._mesh, self._mesh.layout.ep
+        mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
         to = self._choice.destinations(topk_ids)
-        pairs_to = torch.bincount(to.ranks.flatten(), minlength=ep)
+        rank_of_pair = to.ranks.flatten()
+        pairs_to = torch.bincount(rank_of_pair, minlength=ep)
         own_counts = torch.stack([to.reached.sum(0), pairs_to]).view(1, -1)  # rows, then pairs
-        gathered = yield mesh.stage.all_gather(
+        counting = mesh.stage.all_gather(
             own_counts, [1] * mesh.stage.size, metadata_bytes=own_counts.nbytes
         )
-        counts = gathered.view(-1, 2, ep).cpu().numpy()
+        # While the counts travel:
         rank, token = to.reached.t().nonzero(as_tuple=True)  # by rank, then token
-        slots = torch.where(to.ranks[token] == rank[:, None], to.slots[token], -1).int()
-        slots, rows = yield from self._send(slots, x[token], counts)
+        is_theirs = to.ranks.index_select(0, token) == rank[:, None]
+        slots = torch.where(is_theirs, to.slots.index_select(0, token), -1).int()
+        columns, packed = columns_of([slots, x]), pack([slots], x, token)
+        places = inverse(stable_order(rank_of_pair, ep)).view_as(to.ranks)
+        counts = (yield counting).view(-1, 2, ep).cpu().numpy()
+        packed = yield from self._send(packed, counts, slots.shape[1] * slots.itemsize)
+        slots, rows = unpack(packed, columns)
         no_weights = topk_weights.new_empty(0)  # the sum is taken at home
         arrived, pairs = group_by_expert(rows, slots, no_weights, self._num_local_experts)
-        at, etp = mesh.at, mesh.layout.etp
-        sent_order = torch.argsort(to.ranks.flatten(), stable=True)
-        places = torch.empty_like(sent_order)
-        places[sent_order] = torch.arange(len(places), device=places.device)
-        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, etp)
+        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
         return arrived, Exchanged(
             topk_weights=topk_weights,
-            order=pairs.order,
+            place_of=pairs.place_of,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
-            places=places.view_as(to.ranks),
+            places=places,
         )
 
     def _send(
-        self, slots: Tensor, rows: Tensor, counts: npt.NDArray[np.int64]
-    ) -> Steps[tuple[Tensor, Tensor]]:
-        """What arrives here: slots [R, K], and rows [R, H]."""
+        self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int
+    ) -> Steps[Tensor]:
+        """The packed rows that arrive here."""
         mesh, at = self._mesh, self._mesh.at
-        columns = [(part.dtype, part.shape[1]) for part in (slots, rows)]
-        metadata_bytes = slots.shape[1] * slots.itemsize
         arriving = counts[:, _ROWS, at.ep_rank].reshape(mesh.layout.ep, mesh.layout.etp)
         packed = yield mesh.ep.all_to_all(
-            pack([slots, rows]),
+            packed,
             counts[mesh.stage.rank, _ROWS].tolist(),
             arriving[:, at.etp_rank].tolist(),
             metadata_bytes=metadata_bytes,
@@ -106,15 +112,13 @@ class AllToAllDispatcher:
             packed = yield mesh.etp.all_gather(
                 packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata_bytes
             )
-        arrived_slots, arrived_rows = unpack(packed, columns)
-        return arrived_slots, arrived_rows
+        return packed
 
     def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
         """Return a row for every pair, and sum them at home."""
         mesh = self._mesh
-        arrived = torch.empty_like(results)
-        arrived[sent.order] = results
+        returning = results.index_select(0, sent.place_of)
         if mesh.layout.etp > 1:
-            arrived = yield mesh.etp.reduce_scatter(arrived, sent.returns_to_etp_rank)
-        arrived = yield mesh.ep.all_to_all(arrived, sent.pairs_from, sent.pairs_to)
+            returning = yield mesh.etp.reduce_scatter(returning, sent.returns_to_etp_rank)
+        arrived = yield mesh.ep.all_to_all(returning, sent.pairs_from, sent.pairs_to)
         return gather_sum(arrived, sent.places, sent.topk_weights)

@@ -68,12 +68,12 @@ class Pairs:
 
     Attributes:
         weights: [R, K] float32; the router's weights.
-        order: [P]; which pair, by row, then choice, stands at each place of the experts' input.
-        places: [R, K]; the place of each pair, -1 where another rank computes it.
+        place_of: [P]; the place in the experts' input of each pair, by row, then choice.
+        places: [R, K]; the same by row and choice, -1 where another rank computes the pair.
     """
 
     weights: Tensor
-    order: Tensor
+    place_of: Tensor
     places: Tensor
 
     def weighted_sum(self, results: Tensor) -> Tensor:
@@ -87,17 +87,25 @@ def group_by_expert(
     """Put the pairs of rows in the order of their experts.
 
     Args:
-        rows: [R, H].
+        rows: [R, H]; may be apart.
         slots: [R, K]; the local expert of each choice, -1 where it is another rank's.
         weights: [R, K] float32.
     """
-    row, choice = (slots >= 0).nonzero(as_tuple=True)  # by row, then choice
-    order, num_tokens = by_expert(slots[row, choice], num_local_experts)
-    row, choice = row[order], choice[order]
-    places = torch.full(slots.shape, -1, device=slots.device)
-    places[row, choice] = torch.arange(len(row), device=slots.device)
-    arrived = ExpertInput(rows.index_select(0, row), num_tokens)
-    return arrived, Pairs(weights, order, places)
+    slot = slots.flatten()
+    pair = (slot >= 0).nonzero().squeeze(1)  # row · K + choice
+    order, num_tokens = by_expert(slot[pair], num_local_experts)
+    place_of = inverse(order)
+    places = torch.full_like(slot, -1, dtype=torch.int64)
+    places[pair] = place_of
+    arrived = ExpertInput(rows.index_select(0, pair[order] // slots.shape[1]), num_tokens)
+    return arrived, Pairs(weights, place_of, places.view(slots.shape))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """[n]; where each of n things stands in an order of them."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
 
 
 def gather_sum(values: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -144,17 +152,22 @@ class LocalDispatcher:
     def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
         weights, order = sent
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(places), device=order.device)
-        return gather_sum(results, places.view_as(weights), weights)
+        return gather_sum(results, inverse(order).view_as(weights), weights)
         yield
 
 
 def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """The order of pairs by expert, stable, and how many pairs each expert has."""
     if experts.device.type == "cpu":  # numpy takes a tenth of torch's time for the few of a step
-        on_host = experts.numpy()
-        order = torch.from_numpy(np.argsort(on_host, kind="stable"))
-        return order, np.bincount(on_host, minlength=num_experts).tolist()
-    counts: list[int] = torch.bincount(experts, minlength=num_experts).tolist()
-    return torch.argsort(experts, stable=True), counts
+        counts: list[int] = np.bincount(experts.numpy(), minlength=num_experts).tolist()
+    else:
+        counts = torch.bincount(experts, minlength=num_experts).tolist()
+    return stable_order(experts, num_experts), counts
+
+
+def stable_order(values: Tensor, num_values: int) -> Tensor:
+    """[n]; the order of values [n] that are less than `num_values`, equal ones as they stand."""
+    if values.device.type == "cpu":
+        narrow = values.numpy().astype(np.min_scalar_type(num_values))  # numpy then sorts by radix
+        return torch.from_numpy(np.argsort(narrow, kind="stable"))
+    return torch.argsort(values, stable=True)

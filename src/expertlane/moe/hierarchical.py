@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expertlane.balance.placement import Placement
 from expertlane.moe.dispatch import ExpertInput, Pairs, gather_sum, group_by_expert
-from expertlane.moe.packing import pack, unpack
+from expertlane.moe.packing import columns_of, pack, unpack
 from expertlane.moe.replicas import Destinations, ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
@@ -75,88 +75,76 @@ class HierarchicalDispatcher:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
         to = self._choice.destinations(topk_ids)
         on_node = to.reached.view(-1, self._inter.size, self._intra.size).any(dim=2)
-        counts, of_etp_rank = yield from self._exchange_counts(to.reached, on_node)
-        ids, weights, rows, inter = yield from self._to_nodes(x, topk_weights, to, on_node, counts)
-        slots, weights, rows, intra = yield from self._inside(ids, weights, rows, counts)
+        own = torch.cat([to.reached.sum(0), on_node.sum(0)]).view(1, -1)
+        stage = self._mesh.stage
+        counting = stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
+        # While the counts travel:
+        node, token, places = _by_peer(on_node)
+        ids = self._ids_on(node, token, to)
+        parts = columns_of([ids, topk_weights, x])
+        packed = pack([ids, topk_weights.index_select(0, token)], x, token)
+        gathered = yield counting
+        counts, of_etp_rank = self._counts(gathered)
+        metadata_bytes = topk_ids.shape[1] * (ids.itemsize + topk_weights.itemsize)
+        inter = self._inter_hop(places, counts)
+        packed = yield self._inter.all_to_all(packed, inter.send, inter.receive, metadata_bytes)
+        packed, places = self._for_own_node(unpack(packed, parts))
+        intra = self._intra_hop(places, counts)
+        packed = yield self._intra.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
         if self._mesh.layout.etp > 1:
-            slots, weights, rows = yield from self._over_etp(slots, weights, rows, of_etp_rank)
+            packed = yield self._mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
+        slots, weights, rows = unpack(packed, parts)
         arrived, pairs = group_by_expert(rows, slots, weights, self._num_local_experts)
         return arrived, Forwarded(inter, intra, pairs, of_etp_rank)
 
-    def _exchange_counts(
-        self, reached: Tensor, on_node: Tensor
-    ) -> Steps[tuple[npt.NDArray[np.int64], list[int]]]:
+    def _counts(self, gathered: Tensor) -> tuple[npt.NDArray[np.int64], list[int]]:
         """Tokens from each rank at this etp_rank to each rank and node: [N, M, N · M + N].
 
         And the rows that each rank of the etp group is to take in, [etp].
         """
-        stage, layout, at = self._mesh.stage, self._mesh.layout, self._mesh.at
-        own = torch.cat([reached.sum(0), on_node.sum(0)]).view(1, -1)
-        gathered = yield stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
+        layout, at = self._mesh.layout, self._mesh.at
         counts = gathered.cpu().numpy().reshape(layout.ep, layout.etp, -1)
         of_etp_rank: list[int] = counts[:, :, at.ep_rank].sum(axis=0).tolist()
         shape = self._inter.size, self._intra.size, -1
         return counts[:, at.etp_rank].reshape(shape), of_etp_rank
 
-    def _to_nodes(
-        self,
-        x: Tensor,
-        topk_weights: Tensor,
-        to: Destinations,
-        on_node: Tensor,
-        counts: npt.NDArray[np.int64],
-    ) -> Steps[tuple[Tensor, Tensor, Tensor, _Hop]]:
-        """Physical experts in this node [R, K] (-1 in others), weights and rows of what came."""
-        inter, intra, ep = self._inter, self._intra, self._mesh.layout.ep
-        node, token, places = _by_peer(on_node)
-        place_in_node = to.ranks[token] % intra.size
-        is_here = to.ranks[token] // intra.size == node[:, None]
-        ids = torch.where(is_here, place_in_node * self._num_slots + to.slots[token], -1).int()
-        hop = _Hop(
-            send=counts[inter.rank, intra.rank, ep:].tolist(),
-            receive=counts[:, intra.rank, ep + inter.rank].tolist(),
-            places=places,
-        )
-        parts = [ids, topk_weights[token], x[token]]
-        packed = yield inter.all_to_all(
-            pack(parts), hop.send, hop.receive, metadata_bytes=_metadata_bytes(parts)
-        )
-        ids, weights, rows = unpack(packed, _columns(parts))
-        return ids, weights, rows, hop
+    def _ids_on(self, node: Tensor, token: Tensor, to: Destinations) -> Tensor:
+        """[R, K] int32; physical experts within a node that rows go to, -1 in others."""
+        ranks, slots = to.ranks.index_select(0, token), to.slots.index_select(0, token)
+        ids = ranks % self._intra.size * self._num_slots + slots
+        return torch.where(ranks // self._intra.size == node[:, None], ids, -1).int()
 
-    def _inside(
-        self, ids: Tensor, weights: Tensor, rows: Tensor, counts: npt.NDArray[np.int64]
-    ) -> Steps[tuple[Tensor, Tensor, Tensor, _Hop]]:
-        """Local experts [R, K] (-1 for other ranks'), weights and rows of what is for this rank."""
-        inter, intra = self._inter, self._intra
-        rank_in_node = torch.where(ids >= 0, ids // self._num_slots, intra.size).long()
-        reached = torch.zeros(len(ids), intra.size + 1, dtype=torch.bool, device=ids.device)
-        reached = reached.scatter_(1, rank_in_node, True)[:, :-1]
+    def _for_own_node(self, arrived: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows packed for the ranks of this node, and which row each one that arrived is there.
+
+        They hold local experts, -1 for other ranks'.
+        """
+        ids, weights, rows = arrived
+        size = self._intra.size
+        ranks = torch.where(ids >= 0, ids // self._num_slots, size).long()
+        reached = torch.zeros(len(ids), size + 1, dtype=torch.bool, device=ids.device)
+        reached = reached.scatter_(1, ranks, True)[:, :-1]
         peer, row, places = _by_peer(reached)
-        is_theirs = rank_in_node[row] == peer[:, None]
-        slots = torch.where(is_theirs, ids[row] % self._num_slots, -1)
-        first = inter.rank * intra.size
-        hop = _Hop(
-            send=counts[:, intra.rank, first : first + intra.size].sum(axis=0).tolist(),
-            receive=counts[:, :, first + intra.rank].sum(axis=0).tolist(),
+        is_theirs = ranks.index_select(0, row) == peer[:, None]
+        slots = torch.where(is_theirs, ids.index_select(0, row) % self._num_slots, -1)
+        return pack([slots, weights.index_select(0, row)], rows, row), places
+
+    def _inter_hop(self, places: Tensor, counts: npt.NDArray[np.int64]) -> _Hop:
+        node, own, ep = self._inter.rank, self._intra.rank, self._mesh.layout.ep
+        return _Hop(
+            send=counts[node, own, ep:].tolist(),
+            receive=counts[:, own, ep + node].tolist(),
             places=places,
         )
-        parts = [slots, weights[row], rows[row]]
-        packed = yield intra.all_to_all(
-            pack(parts), hop.send, hop.receive, metadata_bytes=_metadata_bytes(parts)
-        )
-        slots, weights, rows = unpack(packed, _columns(parts))
-        return slots, weights, rows, hop
 
-    def _over_etp(
-        self, slots: Tensor, weights: Tensor, rows: Tensor, of_etp_rank: list[int]
-    ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
-        parts = [slots, weights, rows]
-        packed = yield self._mesh.etp.all_gather(
-            pack(parts), of_etp_rank, metadata_bytes=_metadata_bytes(parts)
+    def _intra_hop(self, places: Tensor, counts: npt.NDArray[np.int64]) -> _Hop:
+        own, size = self._intra.rank, self._intra.size
+        first = self._inter.rank * size
+        return _Hop(
+            send=counts[:, own, first : first + size].sum(axis=0).tolist(),
+            receive=counts[:, :, first + own].sum(axis=0).tolist(),
+            places=places,
         )
-        slots, weights, rows = unpack(packed, _columns(parts))
-        return slots, weights, rows
 
     def combine(self, sent: Forwarded, results: Tensor) -> Steps[Tensor]:
         """Sum per rank, then per node, then at home."""
@@ -176,12 +164,3 @@ def _by_peer(reached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     places = torch.full(reached.shape, -1, device=reached.device)
     places[token, peer] = torch.arange(len(token), device=reached.device)
     return peer, token, places
-
-
-def _columns(parts: Sequence[Tensor]) -> list[tuple[torch.dtype, int]]:
-    return [(part.dtype, part.shape[1]) for part in parts]
-
-
-def _metadata_bytes(parts: Sequence[Tensor]) -> int:
-    """Of a row: all but the last part, which is the hidden state."""
-    return sum(part.shape[1] * part.itemsize for part in parts[:-1])
