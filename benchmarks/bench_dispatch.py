@@ -76,6 +76,7 @@ class Transfer(NamedTuple):
         dist.all_to_all_single(self.received, self.rows, **self.splits).wait()
 
 
+@torch.inference_mode()
 def measure(
     context: RankContext, num_ranks: int, num_tokens: int, top_k: int
 ) -> dict[str, dict[str, list[list[float]]]]:
