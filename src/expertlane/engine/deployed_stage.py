@@ -126,6 +126,7 @@ class DeployedStage:
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache, and with two parts of a micro-batch at once or one."""
         self._num_parts = 2 if options.overlap else 1
+        self.migration = migration.Migration()  # what arrived for a switch that never came
         if options.dispatch != "auto":  # else timed first, then set
             self.stage.set_dispatch(DispatchTable.fixed(options.dispatch))
         self._block_size = block_size

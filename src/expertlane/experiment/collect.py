@@ -16,6 +16,7 @@ from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.assumptions import assumptions
 from expertlane.experiment.collect_traffic import traffic_bytes, traffic_result
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
+from expertlane.metrics.bottleneck import Bottleneck
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import (
     BottleneckResult,
@@ -78,7 +79,6 @@ def deployment_result(
     decode = None
     if metrics.decode is not None:
         decode = DecodeResult(**_phase(metrics.decode), tpot_s=_token_latency(metrics.decode))
-    bottleneck = metrics.bottleneck
     load = metrics.num_tokens_per_expert
     return DeploymentResult(
         name=deployment.name,
@@ -89,13 +89,7 @@ def deployment_result(
         prefill=PrefillResult(**_phase(metrics.prefill), ttft_s=_token_latency(metrics.prefill)),
         decode=decode,
         breakdown_s={phase.phase: phase.breakdown_s for phase in phases},
-        bottleneck=BottleneckResult(
-            phase=bottleneck.phase,
-            cause=bottleneck.cause,
-            share=bottleneck.share,
-            straggler=bottleneck.straggler,
-            sentence=bottleneck.sentence,
-        ),
+        bottleneck=_bottleneck(metrics.bottleneck),
         expert_load=ExpertLoad(
             num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in load),
             max_over_mean=tuple(map(float, max_over_mean(load))),
@@ -112,6 +106,16 @@ def deployment_result(
             for rank in range(layout.world_size)
         ),
         tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+    )
+
+
+def _bottleneck(found: Bottleneck) -> BottleneckResult:
+    return BottleneckResult(
+        phase=found.phase,
+        cause=found.cause,
+        share=found.share,
+        straggler=found.straggler,
+        sentence=found.sentence,
     )
 
 

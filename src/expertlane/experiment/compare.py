@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane import __version__
-from expertlane.balance.deployed import placements_of
 from expertlane.engine.cache_size import fit_to_machine
+from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.host import ForeignLoad
 from expertlane.engine.messages import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.collect_rebalances import rebalance_results
 from expertlane.experiment.progress import Progress
@@ -115,13 +115,16 @@ def deployment_limits(
         seen: [num_ranks].
 
     Raises:
+        UserError: its experts cannot be placed or reached so.
         CapacityError: not even one sequence fits, with both numbers.
     """
     model, layout = experiment.model, deployment.layout
     limits = workload_limits(experiment.workload, model, layout)
-    placements = placements_of(model, layout, deployment.options)
-    if deployment.options.dispatch == "hierarchical":
-        layout.ep_ranks_per_node(experiment.cluster.ranks_per_node or seen[0].ranks_per_node)
+    ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
+    try:
+        placements = check_deployment(model, deployment, ranks_per_node)
+    except UserError as error:
+        raise UserError(f"deployment {deployment.name!r}: {error}") from None
     try:
         return fit_to_machine(model, layout, limits, seen, placements=placements)
     except CapacityError as error:
