@@ -86,7 +86,7 @@ def experts(kernels: CpuKernels) -> Iterator[Row]:
         ids = torch.randint(0, NUM_EXPERTS, (2 * num_tokens,))
         counts = torch.bincount(ids, minlength=NUM_EXPERTS).tolist()
         ends = torch.tensor(counts).cumsum(0).tolist()
-        x = random(2 * num_tokens, SIZE)
+        x, at = random(2 * num_tokens, SIZE), torch.arange(2 * num_tokens)
 
         def loop(i: int, x: torch.Tensor = x, counts: list[int] = counts) -> torch.Tensor:
             results, start = [], 0
@@ -102,7 +102,9 @@ def experts(kernels: CpuKernels) -> Iterator[Row]:
         found = seconds(
             {
                 "loop of oneDNN": loop,
-                "ours": lambda i, x=x, ends=ends: kernels.experts(x, ends, *ours[i], SIZE),
+                "ours": lambda i, x=x, at=at, ends=ends: kernels.experts(
+                    x, at, at, ends, *ours[i], SIZE
+                ),
             },
             NUM_LAYERS,
         )

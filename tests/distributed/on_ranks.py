@@ -123,11 +123,13 @@ def dispatch_and_combine(
     arrived, sent = dispatched[0]
     experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
     factors = (experts + 1.0).repeat_interleave(torch.tensor(arrived.num_tokens_per_expert))
-    results = arrived.rows * factors[:, None].to(arrived.rows.dtype) / layout.etp
+    rows = arrived.by_expert()
+    results = torch.empty_like(rows)
+    results[arrived.result_of_pair] = rows * factors[:, None].to(rows.dtype) / layout.etp
     with Recording(recorder, Stage.COMBINE) as combining:
         combined = interleave([dispatcher.combine(sent, results)])[0]
     return MoeResult(
-        arrived.rows.numpy(),
+        rows.numpy(),
         arrived.num_tokens_per_expert,
         combined.numpy(),
         dispatching.record,

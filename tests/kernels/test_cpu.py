@@ -78,7 +78,11 @@ def test_linear_takes_rows_that_are_apart():
     st.booleans(),
 )
 def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
-    rows = random(sum(counts), hidden)
+    """Pairs take their rows from, and give their results to, any places."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    rows = random(7, hidden + 6)[:, 6:]
+    row_of_pair = torch.randint(7, (sum(counts),), generator=generator)
+    result_of_pair = torch.randperm(sum(counts), generator=generator)
 
     def stack(n: int, k: int, seed: int) -> torch.Tensor:
         return random(len(counts), n, k, seed=seed, scale=1 / math.sqrt(k))
@@ -86,15 +90,18 @@ def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
     gate, up, down = stack(inner, hidden, 1), stack(inner, hidden, 2), stack(hidden, inner, 3)
     packed = [Pointers([CpuKernels.pack(w) for w in each]) for each in (gate, up, down)]
     ends = torch.tensor(counts).cumsum(0).tolist()
-    ours = KERNELS.experts(rows, ends, packed[0] if is_gated else None, *packed[1:], inner)
+    ours = KERNELS.experts(
+        *(rows, row_of_pair, result_of_pair, ends),
+        *(packed[0] if is_gated else None, *packed[1:], inner),
+    )
     expected, start = [], 0
     for expert, end in enumerate(ends):
-        x = rows[start:end].float()
+        x = rows[row_of_pair[start:end]].float()
         u = x @ up[expert].float().t()
         h = F.silu(x @ gate[expert].float().t()) * u if is_gated else F.gelu(u)
         expected.append(h.bfloat16().float() @ down[expert].float().t())
         start = end
-    assert_near(ours, torch.cat(expected), steps=3)
+    assert_near(ours[result_of_pair], torch.cat(expected), steps=3)
 
 
 def paged(lengths: list[int], scheduled: list[int], block_size: int, seed: int) -> PagedSequences:
@@ -221,7 +228,16 @@ def test_rms_norm_of_heads_in_place(num_tokens: int):
 def test_weighted_sum(num_tokens: int, top_k: int):
     rows = random(num_tokens * top_k, 32)
     places = torch.randperm(num_tokens * top_k, generator=torch.Generator().manual_seed(1))
+    places = places.view(num_tokens, top_k)
     weights = torch.rand(num_tokens, top_k, generator=torch.Generator().manual_seed(2))
+    of_pair = rows[places].float()
     ours = KERNELS.weighted_sum(rows, places, weights)
-    of_pair = rows[places].float().view(num_tokens, top_k, 32)
     assert_near(ours, (of_pair * weights[..., None]).sum(1), steps=1)
+    assert_near(KERNELS.weighted_sum(rows, places, None), of_pair.sum(1), steps=1)
+
+
+@pytest.mark.parametrize(("num_rows", "size"), [(0, 4), (1, 5), (3, 16), (7, 33)])
+def test_sum_of_parts(num_rows: int, size: int):
+    rows = random(3 * num_rows, size)
+    ours = KERNELS.sum_parts(rows, 3)
+    assert_near(ours, rows.view(3, num_rows, size).float().sum(0), steps=1)

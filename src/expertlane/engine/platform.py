@@ -3,6 +3,8 @@
 The CUDA branch is exercised by tests/gpu/test_cuda.py where there is a GPU.
 """
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,11 @@ import torch
 from expertlane.engine.host import num_cores
 from expertlane.errors import UserError
 from expertlane.kernels.cpu import kernels_for
+from expertlane.kernels.dispatch import load as load_dispatch_kernels
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES = 128 << 20  # at most, on top of a rank's heap
+_LARGEST_KEPT_BYTES = 32 << 20  # glibc's own limit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,9 +54,22 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
         return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name, "torch")
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
+    _keep_freed_memory()
     # No more than OMP_NUM_THREADS either, which torch took at its import.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
-    # Compiles them if need be: a rank is only said to be up afterwards, so no step waits for it.
+    # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
+    load_dispatch_kernels()
     own = kernels_for(torch.empty(1, dtype=dtype, device=device)) is not None
     return Platform(device, "gloo", dtype, "CPU", "expertlane" if own else "torch")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the buffers of one step for the next, in place of fresh pages each time.
+
+    Other C libraries have no `mallopt`, or ignore it.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -1,4 +1,4 @@
-"""Compiles `cpu.cpp` where it is first needed, and keeps the library in the user's cache."""
+"""Compiles the C++ files where they are first needed; the library stays in the user's cache."""
 
 import ctypes
 import fcntl
@@ -8,9 +8,11 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Fast math when compiling only: linking with it would make the whole process flush denormals.
 _COMPILE = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-ffast-math")
 _LINK = ("-shared", "-fopenmp")
@@ -51,7 +53,8 @@ def _library(compiler: list[str]) -> Path:
     info = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     model = [line for line in info.splitlines() if line.startswith(("model name", "flags"))]
     texts = (*compiler, *_COMPILE, *_LINK, *model)
-    key = (_SOURCE.read_bytes(), version, *map(str.encode, texts))
+    contents = (path.read_bytes() for path in (*_SOURCES, *_HEADERS))
+    key = (*contents, version, *map(str.encode, texts))
     name = hashlib.blake2b(b"\0".join(key), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,11 +67,14 @@ def _library(compiler: list[str]) -> Path:
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    made, objects = library.with_suffix(".new"), library.with_suffix(".o")
-    for command in (
-        [*compiler, *_COMPILE, "-c", str(_SOURCE), "-o", str(objects)],
-        [*compiler, *_LINK, str(objects), "-o", str(made)],
-    ):
-        subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_S)
-    objects.unlink()
+    made = library.with_suffix(".new")
+
+    def run(*arguments: str) -> None:
+        subprocess.run(
+            [*compiler, *arguments], capture_output=True, check=True, timeout=_TIMEOUT_S, cwd=folder
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(*_COMPILE, "-c", *map(str, _SOURCES))  # objects go where it runs
+        run(*_LINK, *(f"{source.stem}.o" for source in _SOURCES), "-o", str(made))
     made.replace(library)

@@ -27,20 +27,25 @@ def load() -> "CpuKernels | None":
 
 
 class CpuKernels:
-    """`cpu.cpp`; every tensor is bfloat16 on the CPU and contiguous unless a stride is named."""
+    """`products.cpp`, `attention.cpp` and `rows.cpp`.
+
+    Every tensor is bfloat16, on the CPU, and contiguous unless a stride is named.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
         self._linear, self._experts = library.linear, library.experts
         self._attention, self._rotate = library.attention, library.rotate
-        self._rms_norm, self._weighted_sum = library.rms_norm, library.weighted_sum
+        self._rms_norm = library.rms_norm
+        self._weighted_sum, self._sum_parts = library.weighted_sum, library.sum_parts
         for function, signature in (
             (self._linear, "pnnpnnpp"),
-            (self._experts, "ppnpppnnpp"),
+            (self._experts, "pnpppnpppnnpp"),
             (self._attention, "pnpppnpppnnnnnnfnpp"),
             (self._rotate, "pnnnnnppn"),
             (self._rms_norm, "pnnnnpfpn"),
             (self._weighted_sum, "pppnnnp"),
+            (self._sum_parts, "pnnp"),
         ):
             function.argtypes = [kinds[letter] for letter in signature]  # type: ignore[misc]
             function.restype = None
@@ -74,6 +79,8 @@ class CpuKernels:
     def experts(
         self,
         rows: Tensor,
+        row_of_pair: Tensor,
+        result_of_pair: Tensor,
         ends: Sequence[int],
         gate: "Pointers | None",
         up: "Pointers",
@@ -83,19 +90,22 @@ class CpuKernels:
         """MLPs side by side: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
         Args:
-            rows: [num_rows, hidden_size], grouped by expert.
-            ends: [num_experts]; where each expert's rows end.
+            rows: [num_rows, hidden_size]; may be apart.
+            row_of_pair, result_of_pair: [num_pairs] int64, grouped by expert; the row that each
+                pair takes, and the one that it gives.
+            ends: [num_experts]; where each expert's pairs end.
             gate, up, down: packed matrices of the experts, `inner` a multiple of 32.
 
         Returns:
-            [num_rows, hidden_size].
+            [num_pairs, hidden_size].
         """
-        num_rows, hidden = rows.shape
-        out, scratch = torch.empty_like(rows), rows.new_empty(num_rows, inner)
+        num_pairs, hidden = len(row_of_pair), rows.shape[1]
+        out, scratch = rows.new_empty(num_pairs, hidden), rows.new_empty(num_pairs, inner)
         ends_array = (ctypes.c_int64 * len(ends))(*ends)
-        if num_rows:
+        if num_pairs:
             self._experts(
-                *(rows.data_ptr(), ends_array, len(ends)),
+                *(rows.data_ptr(), rows.stride(0), row_of_pair.data_ptr()),
+                *(result_of_pair.data_ptr(), ends_array, len(ends)),
                 *(None if gate is None else gate.array, up.array, down.array),
                 *(hidden, inner, scratch.data_ptr(), out.data_ptr()),
             )
@@ -183,20 +193,26 @@ class CpuKernels:
             *(weight.data_ptr(), eps, x.data_ptr(), x.stride(0)),
         )
 
-    def weighted_sum(self, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        """[num_tokens, size]; pair token · top_k + choice has the row `places[pair]`.
+    def weighted_sum(self, rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+        """[num_sums, size]; the rows `places` of each sum, times their weights.
 
         Args:
             rows: [num_rows, size], size a multiple of 16.
-            places: [num_tokens · top_k] int64; -1 for a pair that has no row.
-            weights: [num_tokens, top_k] float32.
+            places: [num_sums, most_rows] int64; -1 for none.
+            weights: [num_sums, most_rows] float32; None for ones.
         """
-        num_tokens, top_k = weights.shape
-        out = rows.new_empty(num_tokens, rows.shape[1])
+        num_sums, most_rows = places.shape
+        out = rows.new_empty(num_sums, rows.shape[1])
         self._weighted_sum(
-            *(rows.data_ptr(), places.data_ptr(), weights.data_ptr()),
-            *(num_tokens, top_k, rows.shape[1], out.data_ptr()),
+            *(rows.data_ptr(), places.data_ptr(), None if weights is None else weights.data_ptr()),
+            *(num_sums, most_rows, rows.shape[1], out.data_ptr()),
         )
+        return out
+
+    def sum_parts(self, rows: Tensor, num_parts: int) -> Tensor:
+        """[num_rows / num_parts, size]; the sum of equal parts of rows [num_rows, size]."""
+        out = rows.new_empty(len(rows) // num_parts, rows.shape[1])
+        self._sum_parts(rows.data_ptr(), num_parts, out.numel(), out.data_ptr())
         return out
 
 

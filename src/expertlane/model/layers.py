@@ -212,7 +212,7 @@ class MoEBlock:
             hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
         )
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts.forward(arrived.rows, arrived.num_tokens_per_expert)
+        results = self.experts.forward(arrived)
         recorder.count_compute(*self.experts.compute_cost(arrived.num_tokens_per_expert))
         if self._mesh.at.etp_rank == 0:
             recorder.count_expert_tokens(self._local, arrived.num_tokens_per_expert)

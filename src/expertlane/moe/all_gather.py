@@ -8,11 +8,11 @@ on the routing. Weighted partial sums come back by reduce-scatter, in float32 an
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.moe.dispatch import ExpertInput, Pairs, group_by_expert
+from expertlane.moe.dispatch import ExpertInput
+from expertlane.moe.grouping import gather_sum, group_pairs
 from expertlane.moe.packing import columns_of, pack, unpack
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
@@ -24,11 +24,14 @@ class Gathered:
     """The way back of an all-gather.
 
     Attributes:
-        pairs: of the stage's tokens with this rank's experts.
+        places: [N, K]; the result of each choice of the stage's N tokens, -1 where it is another
+            rank's.
+        weights: [N, K] float32; the router's.
         tokens_of_stage_rank: [dp·tp].
     """
 
-    pairs: Pairs
+    places: Tensor
+    weights: Tensor
     tokens_of_stage_rank: Sequence[int]
 
 
@@ -38,9 +41,8 @@ class AllGatherDispatcher:
     def __init__(self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice) -> None:
         self._stage = mesh.stage
         self._choice = choice
-        self._num_slots = max(map(len, placement.experts_of_rank))
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
-        self._first_id = mesh.at.ep_rank * self._num_slots
+        self._first_id = mesh.at.ep_rank * choice.num_slots
 
     def dispatch(
         self,
@@ -50,20 +52,17 @@ class AllGatherDispatcher:
         tokens_of_stage_rank: Sequence[int],
     ) -> Steps[tuple[ExpertInput, Gathered]]:
         """Gather all tokens of the stage."""
-        to = self._choice.destinations(topk_ids)
-        physical_ids = (to.ranks * self._num_slots + to.slots).int()
+        ids = self._choice.physical_ids(topk_ids)
         packed = yield self._stage.all_gather(
-            pack([physical_ids, topk_weights], x),
+            pack([ids, topk_weights], x),
             tokens_of_stage_rank,
-            metadata_bytes=topk_ids.shape[1] * (physical_ids.itemsize + topk_weights.itemsize),
+            metadata_bytes=topk_ids.shape[1] * (ids.itemsize + topk_weights.itemsize),
         )
-        ids, weights, rows = unpack(packed, columns_of([physical_ids, topk_weights, x]))
-        slots = ids - self._first_id
-        slots = torch.where((slots >= 0) & (slots < self._num_slots), slots, -1)
-        arrived, pairs = group_by_expert(rows, slots, weights, self._num_local_experts)
-        return arrived, Gathered(pairs, tokens_of_stage_rank)
+        ids, weights, rows = unpack(packed, columns_of([ids, topk_weights, x]))
+        pairs = group_pairs(ids, self._first_id, 1, self._num_local_experts)
+        return ExpertInput.of(rows, pairs), Gathered(pairs.numbers, weights, tokens_of_stage_rank)
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
-        partial = sent.pairs.weighted_sum(results)
+        partial = gather_sum(results, sent.places, sent.weights)
         return (yield self._stage.reduce_scatter(partial, sent.tokens_of_stage_rank))

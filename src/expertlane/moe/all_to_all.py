@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.moe.dispatch import (
-    ExpertInput,
-    gather_sum,
-    group_by_expert,
-    inverse,
-    stable_order,
-)
+from expertlane.moe.dispatch import ExpertInput
+from expertlane.moe.grouping import gather_sum, group_pairs, inverse, rows_by_peer
 from expertlane.moe.packing import columns_of, pack, unpack
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
@@ -36,7 +31,6 @@ class Exchanged:
 
     Attributes:
         topk_weights: [T, K] float32.
-        place_of: [P]; the place in the experts' input of each pair, in order of arrival.
         returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
         pairs_from: [ep]; of this rank's own, how many came from each ep rank.
         pairs_to: [ep]; how many pairs this rank sent to each ep rank.
@@ -44,7 +38,6 @@ class Exchanged:
     """
 
     topk_weights: Tensor
-    place_of: Tensor
     returns_to_etp_rank: list[int]
     pairs_from: list[int]
     pairs_to: list[int]
@@ -68,28 +61,22 @@ class AllToAllDispatcher:
     ) -> Steps[tuple[ExpertInput, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
-        to = self._choice.destinations(topk_ids)
-        rank_of_pair = to.ranks.flatten()
-        pairs_to = torch.bincount(rank_of_pair, minlength=ep)
-        own_counts = torch.stack([to.reached.sum(0), pairs_to]).view(1, -1)  # rows, then pairs
+        ids, num_slots = self._choice.physical_ids(topk_ids), self._choice.num_slots
+        to_ranks, by_rank = rows_by_peer(ids, num_slots, ep), group_pairs(ids, 0, num_slots, ep)
+        own_counts = torch.stack([to_ranks.counts, by_rank.counts]).view(1, -1)
         counting = mesh.stage.all_gather(
             own_counts, [1] * mesh.stage.size, metadata_bytes=own_counts.nbytes
         )
         # While the counts travel:
-        rank, token = to.reached.t().nonzero(as_tuple=True)  # by rank, then token
-        is_theirs = to.ranks.index_select(0, token) == rank[:, None]
-        slots = torch.where(is_theirs, to.slots.index_select(0, token), -1).int()
-        columns, packed = columns_of([slots, x]), pack([slots], x, token)
-        places = inverse(stable_order(rank_of_pair, ep)).view_as(to.ranks)
+        columns, packed = columns_of([to_ranks.ids, x]), pack([to_ranks.ids], x, to_ranks.tokens)
+        places = inverse(by_rank.order).view_as(ids)
         counts = (yield counting).view(-1, 2, ep).cpu().numpy()
-        packed = yield from self._send(packed, counts, slots.shape[1] * slots.itemsize)
+        packed = yield from self._send(packed, counts, ids.shape[1] * ids.itemsize)
         slots, rows = unpack(packed, columns)
-        no_weights = topk_weights.new_empty(0)  # the sum is taken at home
-        arrived, pairs = group_by_expert(rows, slots, no_weights, self._num_local_experts)
+        arrived = ExpertInput.of(rows, group_pairs(slots, 0, 1, self._num_local_experts))
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
         return arrived, Exchanged(
             topk_weights=topk_weights,
-            place_of=pairs.place_of,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
@@ -117,8 +104,7 @@ class AllToAllDispatcher:
     def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
         """Return a row for every pair, and sum them at home."""
         mesh = self._mesh
-        returning = results.index_select(0, sent.place_of)
         if mesh.layout.etp > 1:
-            returning = yield mesh.etp.reduce_scatter(returning, sent.returns_to_etp_rank)
-        arrived = yield mesh.ep.all_to_all(returning, sent.pairs_from, sent.pairs_to)
+            results = yield mesh.etp.reduce_scatter(results, sent.returns_to_etp_rank)
+        arrived = yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to)
         return gather_sum(arrived, sent.places, sent.topk_weights)

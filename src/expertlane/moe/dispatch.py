@@ -8,25 +8,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from expertlane.kernels.cpu import kernels_for
+from expertlane.moe.grouping import PairGroups, gather_sum, group_pairs
 from expertlane.parallel.interleave import Steps
 
 
 @dataclass(frozen=True)
 class ExpertInput:
-    """What arrived for the experts of a rank.
+    """What arrived for the experts of a rank; experts read it where it lies.
 
     Attributes:
-        rows: [P, H]; grouped by expert.
+        rows: [R, H]; may be apart.
+        row_of_pair: [P]; the row of each pair, grouped by expert.
+        result_of_pair: [P]; in the same order, the row that the pair's result is to be.
         num_tokens_per_expert: [num_local_experts].
     """
 
     rows: Tensor
+    row_of_pair: Tensor
+    result_of_pair: Tensor
     num_tokens_per_expert: list[int]
+
+    @classmethod
+    def of(cls, rows: Tensor, pairs: PairGroups) -> "ExpertInput":
+        """Rows whose pairs are grouped by expert; results are in order of row, then choice."""
+        return cls(rows, pairs.rows, pairs.order, pairs.counts.tolist())
+
+    def by_expert(self) -> Tensor:
+        """[P, H]; a copy of the pairs' rows, grouped by expert."""
+        return self.rows.index_select(0, self.row_of_pair)
 
 
 class Dispatcher(Protocol):
@@ -54,80 +65,12 @@ class Dispatcher(Protocol):
 
         Args:
             sent: the handle that `dispatch` gave.
-            results: [P, H]; outputs for `ExpertInput.rows`, partial sums under etp.
+            results: [P, H]; in the order of `ExpertInput.result_of_pair`, partial sums under etp.
 
         Returns:
             [T, H] in the dtype of `results`.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Where the results of some rows' token-expert pairs stand.
-
-    Attributes:
-        weights: [R, K] float32; the router's weights.
-        place_of: [P]; the place in the experts' input of each pair, by row, then choice.
-        places: [R, K]; the same by row and choice, -1 where another rank computes the pair.
-    """
-
-    weights: Tensor
-    place_of: Tensor
-    places: Tensor
-
-    def weighted_sum(self, results: Tensor) -> Tensor:
-        """[R, H]; results [P, H] summed by row."""
-        return gather_sum(results, self.places, self.weights)
-
-
-def group_by_expert(
-    rows: Tensor, slots: Tensor, weights: Tensor, num_local_experts: int
-) -> tuple[ExpertInput, Pairs]:
-    """Put the pairs of rows in the order of their experts.
-
-    Args:
-        rows: [R, H]; may be apart.
-        slots: [R, K]; the local expert of each choice, -1 where it is another rank's.
-        weights: [R, K] float32.
-    """
-    slot = slots.flatten()
-    pair = (slot >= 0).nonzero().squeeze(1)  # row · K + choice
-    order, num_tokens = by_expert(slot[pair], num_local_experts)
-    place_of = inverse(order)
-    places = torch.full_like(slot, -1, dtype=torch.int64)
-    places[pair] = place_of
-    arrived = ExpertInput(rows.index_select(0, pair[order] // slots.shape[1]), num_tokens)
-    return arrived, Pairs(weights, place_of, places.view(slots.shape))
-
-
-def inverse(order: Tensor) -> Tensor:
-    """[n]; where each of n things stands in an order of them."""
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return places
-
-
-def gather_sum(values: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Sum some rows of `values`, in float32 and in the order given; nothing where there are none.
-
-    Args:
-        values: [num_values, H].
-        places: [R, M]; the rows that go into each sum, -1 for none.
-        weights: [R, M] float32.
-
-    Returns:
-        [R, H] in the dtype of `values`.
-    """
-    kernels = kernels_for(values) if values.shape[1] % 16 == 0 else None
-    if kernels is not None:
-        return kernels.weighted_sum(values, places.contiguous(), weights.contiguous())
-    total = values.new_zeros((len(places), values.shape[1]), dtype=torch.float32)
-    for column, of_column in zip(places.unbind(1), weights.unbind(1), strict=True):
-        there = (column >= 0).nonzero().squeeze(1)
-        weighted = values[column[there]].float() * of_column[there, None]
-        total.index_add_(0, there, weighted)  # no row twice
-    return total.to(values.dtype)
 
 
 class LocalDispatcher:
@@ -144,30 +87,11 @@ class LocalDispatcher:
         tokens_of_stage_rank: Sequence[int],
     ) -> Steps[tuple[ExpertInput, tuple[Tensor, Tensor]]]:
         """Group tokens by expert."""
-        order, num_tokens = by_expert(topk_ids.flatten(), self._num_experts)
-        rows = x.index_select(0, order // topk_ids.shape[1])
-        return ExpertInput(rows, num_tokens), (topk_weights, order)
+        pairs = group_pairs(topk_ids.int(), 0, 1, self._num_experts)
+        return ExpertInput.of(x, pairs), (pairs.numbers, topk_weights)
         yield  # a generator like the others, though it never waits
 
     def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
-        weights, order = sent
-        return gather_sum(results, inverse(order).view_as(weights), weights)
+        return gather_sum(results, *sent)
         yield
-
-
-def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """The order of pairs by expert, stable, and how many pairs each expert has."""
-    if experts.device.type == "cpu":  # numpy takes a tenth of torch's time for the few of a step
-        counts: list[int] = np.bincount(experts.numpy(), minlength=num_experts).tolist()
-    else:
-        counts = torch.bincount(experts, minlength=num_experts).tolist()
-    return stable_order(experts, num_experts), counts
-
-
-def stable_order(values: Tensor, num_values: int) -> Tensor:
-    """[n]; the order of values [n] that are less than `num_values`, equal ones as they stand."""
-    if values.device.type == "cpu":
-        narrow = values.numpy().astype(np.min_scalar_type(num_values))  # numpy then sorts by radix
-        return torch.from_numpy(np.argsort(narrow, kind="stable"))
-    return torch.argsort(values, stable=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertlane.kernels.cpu import Pointers
 from expertlane.moe.activation import Activation
+from expertlane.moe.dispatch import ExpertInput
 from expertlane.parallel.linear import Linear
 
 
@@ -64,7 +65,7 @@ class Experts:
         self._itemsize = first.up.itemsize
         self._kernel = self._own_kernel()
 
-    def _own_kernel(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+    def _own_kernel(self) -> Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor] | None:
         """All experts in one call, where our kernels know the model's kind of MLP."""
         gates = [expert.gate for expert in self.held if expert.gate is not None]
         ups, downs = [expert.up for expert in self.held], [expert.down for expert in self.held]
@@ -84,25 +85,22 @@ class Experts:
         assert down is not None, "there are experts"
         return partial(kernels.experts, gate=gate, up=up, down=down, inner=self._inner)
 
-    def forward(self, rows: Tensor, num_tokens_per_expert: Sequence[int]) -> Tensor:
-        """Apply each expert to its rows; a partial sum where experts are cut.
-
-        Args:
-            rows: [num_rows, hidden_size], grouped by expert.
-            num_tokens_per_expert: [num_local_experts]; zeros allowed.
+    def forward(self, arrived: ExpertInput) -> Tensor:
+        """Apply each expert to the rows of its pairs; a partial sum where experts are cut.
 
         Returns:
-            [num_rows, hidden_size].
+            [P, hidden_size], in the order of `arrived.result_of_pair`.
         """
-        ends = list(accumulate(num_tokens_per_expert))
+        ends = list(accumulate(arrived.num_tokens_per_expert))
         if self._kernel is not None:
-            return self._kernel(rows, ends)
-        results = [
-            self._apply(expert, rows[end - num_tokens : end])
-            for expert, end, num_tokens in zip(self.held, ends, num_tokens_per_expert, strict=True)
-            if num_tokens
-        ]
-        return torch.cat(results) if results else torch.empty_like(rows)
+            return self._kernel(arrived.rows, arrived.row_of_pair, arrived.result_of_pair, ends)
+        begins, rows = [0, *ends], arrived.by_expert()
+        results = torch.empty_like(rows)
+        for expert, begin, end in zip(self.held, begins, ends, strict=False):
+            if end > begin:
+                places = arrived.result_of_pair[begin:end]
+                results.index_copy_(0, places, self._apply(expert, rows[begin:end]))
+        return results
 
     def _apply(self, expert: Expert, rows: Tensor) -> Tensor:
         gate = None if expert.gate is None else expert.gate(rows)

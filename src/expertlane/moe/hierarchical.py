@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.moe.dispatch import ExpertInput, Pairs, gather_sum, group_by_expert
+from expertlane.moe.dispatch import ExpertInput
+from expertlane.moe.grouping import gather_sum, group_pairs, rows_by_peer
 from expertlane.moe.packing import columns_of, pack, unpack
-from expertlane.moe.replicas import Destinations, ReplicaChoice
+from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 
@@ -44,14 +45,16 @@ class Forwarded:
     """The way back of a hierarchical dispatch.
 
     Attributes:
-        inter, intra: the hop between nodes, and the one inside the node.
-        pairs: of the rows that arrived for this rank's experts.
+        inter, intra: the hop between nodes, and the one inside it; None in a node of one rank.
+        places: [R, K]; the result of each choice of the rows that arrived, -1 for other ranks'.
+        weights: [R, K] float32; the router's.
         rows_of_etp_rank: [etp]; how many of those rows each rank of the etp group took in.
     """
 
     inter: _Hop
-    intra: _Hop
-    pairs: Pairs
+    intra: _Hop | None
+    places: Tensor
+    weights: Tensor
     rows_of_etp_rank: list[int]
 
 
@@ -62,7 +65,7 @@ class HierarchicalDispatcher:
         self._mesh = mesh
         self._choice = choice
         self._inter, self._intra = mesh.ep_inter, mesh.ep_intra
-        self._num_slots = max(map(len, placement.experts_of_rank))
+        self._num_slots = choice.num_slots
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
 
     def dispatch(
@@ -73,29 +76,33 @@ class HierarchicalDispatcher:
         tokens_of_stage_rank: Sequence[int],
     ) -> Steps[tuple[ExpertInput, Forwarded]]:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
-        to = self._choice.destinations(topk_ids)
-        on_node = to.reached.view(-1, self._inter.size, self._intra.size).any(dim=2)
-        own = torch.cat([to.reached.sum(0), on_node.sum(0)]).view(1, -1)
+        ids, num_slots = self._choice.physical_ids(topk_ids), self._num_slots
+        to_nodes = rows_by_peer(ids, self._intra.size * num_slots, self._inter.size)
+        to_ranks = rows_by_peer(ids, num_slots, self._mesh.layout.ep)
+        own = torch.cat([to_ranks.counts, to_nodes.counts]).view(1, -1)
         stage = self._mesh.stage
         counting = stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
         # While the counts travel:
-        node, token, places = _by_peer(on_node)
-        ids = self._ids_on(node, token, to)
         parts = columns_of([ids, topk_weights, x])
-        packed = pack([ids, topk_weights.index_select(0, token)], x, token)
+        packed = _packed([to_nodes.ids, topk_weights, x], to_nodes.tokens)
         gathered = yield counting
         counts, of_etp_rank = self._counts(gathered)
         metadata_bytes = topk_ids.shape[1] * (ids.itemsize + topk_weights.itemsize)
-        inter = self._inter_hop(places, counts)
+        inter = self._inter_hop(to_nodes.places, counts)
         packed = yield self._inter.all_to_all(packed, inter.send, inter.receive, metadata_bytes)
-        packed, places = self._for_own_node(unpack(packed, parts))
-        intra = self._intra_hop(places, counts)
-        packed = yield self._intra.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
+        intra = None
+        if self._intra.size > 1:
+            ids, weights, rows = unpack(packed, parts)
+            inside = rows_by_peer(ids, num_slots, self._intra.size)
+            packed = _packed([inside.ids, weights, rows], inside.tokens)
+            intra = self._intra_hop(inside.places, counts)
+            packed = yield self._intra.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
         if self._mesh.layout.etp > 1:
             packed = yield self._mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
         slots, weights, rows = unpack(packed, parts)
-        arrived, pairs = group_by_expert(rows, slots, weights, self._num_local_experts)
-        return arrived, Forwarded(inter, intra, pairs, of_etp_rank)
+        pairs = group_pairs(slots, 0, 1, self._num_local_experts)
+        sent = Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
+        return ExpertInput.of(rows, pairs), sent
 
     def _counts(self, gathered: Tensor) -> tuple[npt.NDArray[np.int64], list[int]]:
         """Tokens from each rank at this etp_rank to each rank and node: [N, M, N · M + N].
@@ -107,27 +114,6 @@ class HierarchicalDispatcher:
         of_etp_rank: list[int] = counts[:, :, at.ep_rank].sum(axis=0).tolist()
         shape = self._inter.size, self._intra.size, -1
         return counts[:, at.etp_rank].reshape(shape), of_etp_rank
-
-    def _ids_on(self, node: Tensor, token: Tensor, to: Destinations) -> Tensor:
-        """[R, K] int32; physical experts within a node that rows go to, -1 in others."""
-        ranks, slots = to.ranks.index_select(0, token), to.slots.index_select(0, token)
-        ids = ranks % self._intra.size * self._num_slots + slots
-        return torch.where(ranks // self._intra.size == node[:, None], ids, -1).int()
-
-    def _for_own_node(self, arrived: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Rows packed for the ranks of this node, and which row each one that arrived is there.
-
-        They hold local experts, -1 for other ranks'.
-        """
-        ids, weights, rows = arrived
-        size = self._intra.size
-        ranks = torch.where(ids >= 0, ids // self._num_slots, size).long()
-        reached = torch.zeros(len(ids), size + 1, dtype=torch.bool, device=ids.device)
-        reached = reached.scatter_(1, ranks, True)[:, :-1]
-        peer, row, places = _by_peer(reached)
-        is_theirs = ranks.index_select(0, row) == peer[:, None]
-        slots = torch.where(is_theirs, ids.index_select(0, row) % self._num_slots, -1)
-        return pack([slots, weights.index_select(0, row)], rows, row), places
 
     def _inter_hop(self, places: Tensor, counts: npt.NDArray[np.int64]) -> _Hop:
         node, own, ep = self._inter.rank, self._intra.rank, self._mesh.layout.ep
@@ -148,19 +134,17 @@ class HierarchicalDispatcher:
 
     def combine(self, sent: Forwarded, results: Tensor) -> Steps[Tensor]:
         """Sum per rank, then per node, then at home."""
-        partial = sent.pairs.weighted_sum(results)
+        partial = gather_sum(results, sent.places, sent.weights)
         if self._mesh.layout.etp > 1:
             partial = yield self._mesh.etp.reduce_scatter(partial, sent.rows_of_etp_rank)
         for group, hop in ((self._intra, sent.intra), (self._inter, sent.inter)):
-            back = yield group.all_to_all(partial, hop.receive, hop.send)
-            ones = torch.ones(hop.places.shape, dtype=torch.float32, device=back.device)
-            partial = gather_sum(back, hop.places, ones)
+            if hop is not None:
+                back = yield group.all_to_all(partial, hop.receive, hop.send)
+                partial = gather_sum(back, hop.places)
         return partial
 
 
-def _by_peer(reached: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Peers and tokens by peer, then token; and which of those each token and peer is, or -1."""
-    peer, token = reached.t().nonzero(as_tuple=True)
-    places = torch.full(reached.shape, -1, device=reached.device)
-    places[token, peer] = torch.arange(len(token), device=reached.device)
-    return peer, token, places
+def _packed(parts: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    """Rows of ids [R, K], and of the weights [T, K] and hidden states [T, H] of their tokens."""
+    ids, weights, x = parts
+    return pack([ids, weights.index_select(0, tokens)], x, tokens)

@@ -1,0 +1,206 @@
+// Causal attention over a paged cache.
+
+#include <omp.h>
+
+#include <array>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+struct Cache {
+    const bf16 *keys, *values;
+    int64_t key_row, value_row, key_dim, value_stride, block_size;
+};
+
+// Calls with (position, place in the cache) for each position from first to end.
+template <class Visit>
+inline void visit(const int64_t* table, int64_t first, int64_t end, int64_t size, Visit visit) {
+    for (int64_t p = first; p < end;) {
+        const int64_t block = p / size, stop = std::min(end, (block + 1) * size);
+        for (int64_t slot = table[block] * size + p - block * size; p < stop;) visit(p++, slot++);
+    }
+}
+
+struct Shape {
+    int64_t heads, group, value_dim, q_stride;
+    float scale;
+    int64_t window;
+    const float* sinks;
+};
+
+// Logits to weights, in place, with room for a sink's share; gives what is to be divided by.
+float exponentials(float* row, int64_t count, const float* sink) {
+    float most = sink ? *sink : row[0];
+    for (int64_t t = 0; t < count; ++t) most = std::max(most, row[t]);
+    float sum = sink ? std::exp(*sink - most) : 0.0f;
+    for (int64_t t = 0; t < count; ++t) row[t] = std::exp(row[t] - most);
+    for (int64_t t = 0; t < count; ++t) sum += row[t];
+    return sum;
+}
+
+// A sequence's only new token, for some kv heads and the query heads of each.
+void attend_one(const Cache& cache, const Shape& shape, const int64_t* table, int64_t end,
+                const bf16* q, int64_t begin_head, int64_t end_head, std::vector<float>& room,
+                bf16* out) {
+    const int64_t group = shape.group, value_dim = shape.value_dim;
+    const int64_t first = shape.window > 0 ? std::max<int64_t>(0, end - shape.window) : 0;
+    const int64_t count = end - first, begin = begin_head * group, num = end_head * group - begin;
+    room.assign(num * (count + value_dim), 0.0f);
+    float* scores = room.data();
+    float* sums = scores + num * count;
+    visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
+        for (int64_t h = begin; h < begin + num; ++h) {
+            const bf16* key = cache.keys + slot * cache.key_row + h / group * cache.key_dim;
+            const bf16* query = q + h * cache.key_dim;
+            __m512 acc = _mm512_setzero_ps();
+            for (int64_t d = 0; d < cache.key_dim; d += 32) {
+                acc = _mm512_dpbf16_ps(acc, load_pairs(query + d), load_pairs(key + d));
+            }
+            scores[(h - begin) * count + p - first] = shape.scale * _mm512_reduce_add_ps(acc);
+        }
+    });
+    for (int64_t h = 0; h < num; ++h) {
+        float* row = scores + h * count;
+        const float sum =
+            exponentials(row, count, shape.sinks ? shape.sinks + begin + h : nullptr);
+        for (int64_t t = 0; t < count; ++t) row[t] /= sum;
+    }
+    visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
+        for (int64_t h = 0; h < num; ++h) {
+            const bf16* value = cache.values + slot * cache.value_row +
+                                (begin + h) / group * cache.value_stride;
+            const __m512 weight = _mm512_set1_ps(scores[h * count + p - first]);
+            float* sum = sums + h * value_dim;
+            for (int64_t d = 0; d < value_dim; d += kLanes) {
+                const __m512 now = _mm512_loadu_ps(sum + d);
+                _mm512_storeu_ps(sum + d, _mm512_fmadd_ps(weight, widen(value + d), now));
+            }
+        }
+    });
+    for (int64_t i = 0; i < num * value_dim; i += kLanes) {
+        store(out + begin * value_dim + i, _mm512_loadu_ps(sums + i), kLanes);
+    }
+}
+
+// Several new tokens of a sequence, for one kv head and its query heads. Keys and values are
+// packed like weights, so that logits and sums are products of tiles; weights round to bfloat16.
+void attend_many(const Cache& cache, const Shape& shape, const int64_t* table, int64_t end,
+                 int64_t num, const bf16* q, int64_t kv_head, std::vector<float>& room, bf16* out) {
+    const int64_t key_dim = cache.key_dim, value_dim = shape.value_dim;
+    const int64_t start = end - num;  // positions computed before
+    const int64_t first =
+        shape.window > 0 ? std::max<int64_t>(0, start + 1 - shape.window) / 32 * 32 : 0;
+    const int64_t padded = (end - first + 31) / 32 * 32;
+    const int64_t value_blocks = (value_dim + 31) / 32 * 2;
+    room.assign((padded * (key_dim + value_blocks * kLanes) + kRows * padded) / 2 +
+                    kRows * padded, 0.0f);
+    float* scores = room.data();
+    bf16* weights = (bf16*)(scores + kRows * padded);
+    bf16* packed_keys = weights + kRows * padded;
+    bf16* packed_values = packed_keys + padded * key_dim;
+    visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
+        const int64_t t = p - first;
+        const bf16* key = cache.keys + slot * cache.key_row + kv_head * key_dim;
+        bf16* to = packed_keys + t / kLanes * key_dim * kLanes + t % kLanes * 2;
+        for (int64_t d = 0; d < key_dim; d += 2) std::memcpy(to + d * kLanes, key + d, 4);
+        const bf16* value =
+            cache.values + slot * cache.value_row + kv_head * cache.value_stride;
+        bf16* pair = packed_values + t / 2 * 2 * kLanes + t % 2;
+        for (int64_t d = 0; d < value_dim; ++d) {
+            pair[d / kLanes * padded * kLanes + d % kLanes * 2] = value[d];
+        }
+    });
+    __m512 acc[kRows][2];
+    for (int64_t h = kv_head * shape.group; h < (kv_head + 1) * shape.group; ++h) {
+        for (int64_t row = 0; row < num; row += kRows) {
+            const int rows = (int)std::min<int64_t>(kRows, num - row);
+            const int64_t seen = (start + row + rows - first + 31) / 32 * 32;
+            const bf16* query = q + row * shape.q_stride + h * key_dim;
+            for (int64_t t = 0; t < seen; t += 32) {
+                const bf16* block = packed_keys + t * key_dim;
+                tiles(rows, query, shape.q_stride, block, block + key_dim * kLanes, key_dim, acc);
+                for (int r = 0; r < rows; ++r) {
+                    float* to = scores + r * padded + t;
+                    const __m512 scale = _mm512_set1_ps(shape.scale);
+                    _mm512_storeu_ps(to, _mm512_mul_ps(acc[r][0], scale));
+                    _mm512_storeu_ps(to + kLanes, _mm512_mul_ps(acc[r][1], scale));
+                }
+            }
+            float sums[kRows];
+            for (int r = 0; r < rows; ++r) {
+                const int64_t own = start + row + r - first;  // its own place among the keys
+                const int64_t from =
+                    shape.window > 0 ? std::max<int64_t>(0, own + 1 - shape.window) : 0;
+                float* line = scores + r * padded;
+                sums[r] = exponentials(line + from, own + 1 - from,
+                                       shape.sinks ? shape.sinks + h : nullptr);
+                std::fill(line, line + from, 0.0f);
+                std::fill(line + own + 1, line + seen, 0.0f);
+                for (int64_t t = 0; t < seen; t += kLanes) {
+                    store(weights + r * padded + t, _mm512_loadu_ps(line + t), kLanes);
+                }
+            }
+            for (int64_t block = 0; block < value_blocks; block += 2) {
+                const bf16* w = packed_values + block * padded * kLanes;
+                tiles(rows, weights, padded, w, w + padded * kLanes, seen, acc);
+                for (int r = 0; r < rows; ++r) {
+                    bf16* to = out + ((row + r) * shape.heads + h) * value_dim + block * kLanes;
+                    const __m512 norm = _mm512_set1_ps(1.0f / sums[r]);
+                    store(to, _mm512_mul_ps(acc[r][0], norm), kLanes);
+                    if (value_dim > (block + 1) * kLanes) {
+                        store(to + kLanes, _mm512_mul_ps(acc[r][1], norm), kLanes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Causal attention of each sequence's new tokens. q [tokens, heads, key_dim], the new tokens of
+// sequence s from first_token[s] on, scheduled[s] of them, the last at position lengths[s] - 1;
+// keys and values [blocks, block_size, kv_heads, dim], values null where they are the first
+// value_dim of the keys; tables [seqs, width]; sinks [heads] or null; out [tokens, heads,
+// value_dim]. key_dim is a multiple of 32, value_dim of 16.
+void attention(const bf16* q, int64_t q_stride, const bf16* keys, const bf16* values,
+               const int64_t* tables, int64_t width, const int64_t* first_token,
+               const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
+               int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
+               float scale, int64_t window, const float* sinks, bf16* out) {
+    const Cache cache{keys, values ? values : keys, kv_heads * key_dim,
+                      kv_heads * (values ? value_dim : key_dim), key_dim,
+                      values ? value_dim : key_dim, block_size};
+    const Shape shape{heads, heads / kv_heads, value_dim, q_stride, scale, window, sinks};
+    // All heads of a position lie side by side: a decode takes as many as leave work for others.
+    const int64_t threads = omp_get_max_threads();
+    const int64_t parts = std::min<int64_t>(kv_heads, seqs >= 4 * threads ? 1 : 2 * threads);
+    std::vector<std::array<int64_t, 3>> tasks;  // a sequence, and some of its kv heads
+    for (int64_t s = 0; s < seqs; ++s) {
+        const int64_t num = scheduled[s] > 1 ? kv_heads : parts;
+        for (int64_t i = 0; i < num; ++i) {
+            tasks.push_back({s, kv_heads * i / num, kv_heads * (i + 1) / num});
+        }
+    }
+#pragma omp parallel
+    {
+        std::vector<float> room;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t task = 0; task < tasks.size(); ++task) {
+            const auto [s, begin, end] = tasks[task];
+            const int64_t* table = tables + s * width;
+            const bf16* query = q + first_token[s] * q_stride;
+            bf16* to = out + first_token[s] * heads * value_dim;
+            if (scheduled[s] == 1) {
+                attend_one(cache, shape, table, lengths[s], query, begin, end, room, to);
+            } else {
+                attend_many(cache, shape, table, lengths[s], scheduled[s], query, begin, room, to);
+            }
+        }
+    }
+}
+}

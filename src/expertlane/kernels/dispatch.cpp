@@ -1,0 +1,90 @@
+// What dispatch keeps its books with: copies chosen, rows by peer, pairs by expert; in one pass or
+// two over the ids of a batch, where tensor operations take some twenty.
+//
+// A physical id names a slot of a rank, -1 nothing; "top_k" ids stand side by side in a row.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+extern "C" {
+
+// physical[pair] = the copy that a pair goes to: those of expert e stand in table [experts,
+// most_copies], num_copies[e] of them, and take turns from number `first` on.
+void choose_copies(const int64_t* experts, int64_t pairs, const int64_t* table,
+                   int64_t most_copies, const int64_t* num_copies, int64_t num_experts,
+                   int64_t first, int32_t* physical) {
+    std::vector<int64_t> turn(num_experts, first);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        const int64_t expert = experts[pair];
+        const int64_t copy = most_copies > 1 ? turn[expert]++ % num_copies[expert] : 0;
+        physical[pair] = (int32_t)table[expert * most_copies + copy];
+    }
+}
+
+// A row for each token and peer it reaches, by peer, then token. Of an id, id / divisor is the peer
+// and id % divisor what the peer knows it by. counts [peers]; token [rows]; ids_there [rows, top_k],
+// -1 for what is another peer's; place [tokens, peers], the row of a token for a peer or -1.
+int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t top_k,
+                     int32_t divisor, int64_t peers, int64_t* counts, int64_t* token,
+                     int32_t* ids_there, int64_t* place) {
+    std::memset(counts, 0, peers * sizeof(int64_t));
+    std::memset(place, -1, tokens * peers * sizeof(int64_t));
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t k = 0; k < top_k; ++k) {
+            if (ids[t * stride + k] < 0) continue;
+            int64_t& row = place[t * peers + ids[t * stride + k] / divisor];
+            if (row < 0) row = counts[ids[t * stride + k] / divisor]++;
+        }
+    }
+    std::vector<int64_t> begin(peers);
+    int64_t rows = 0;
+    for (int64_t p = 0; p < peers; ++p) begin[p] = rows, rows += counts[p];
+    std::memset(ids_there, -1, rows * top_k * sizeof(int32_t));
+    for (int64_t t = 0; t < tokens; ++t) {
+        int64_t* rows_of = place + t * peers;
+        for (int64_t p = 0; p < peers; ++p) {
+            if (rows_of[p] >= 0) rows_of[p] += begin[p], token[rows_of[p]] = t;
+        }
+        for (int64_t k = 0; k < top_k; ++k) {
+            const int32_t id = ids[t * stride + k];
+            if (id >= 0) ids_there[rows_of[id / divisor] * top_k + k] = id % divisor;
+        }
+    }
+    return rows;
+}
+
+// Pairs in the order of their groups, stable: group g has the ids from first + g * divisor on,
+// others belong to no pair. Pairs are numbered by row, then choice. counts [groups]; row and number
+// [pairs], in the order of groups; numbers [rows, top_k], -1 where there is no pair.
+int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t top_k, int32_t first,
+                    int32_t divisor, int64_t groups, int64_t* counts, int64_t* row,
+                    int64_t* number, int64_t* numbers) {
+    std::memset(counts, 0, groups * sizeof(int64_t));
+    const auto group_of = [=](int64_t r, int64_t k) -> int64_t {
+        const int32_t id = ids[r * stride + k] - first;
+        if (id < 0) return -1;
+        const int64_t group = id / divisor;
+        return group < groups ? group : -1;
+    };
+    int64_t pairs = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < top_k; ++k) {
+            const int64_t group = group_of(r, k);
+            numbers[r * top_k + k] = group < 0 ? -1 : pairs++;
+            if (group >= 0) ++counts[group];
+        }
+    }
+    std::vector<int64_t> next(groups);
+    for (int64_t g = 1; g < groups; ++g) next[g] = next[g - 1] + counts[g - 1];
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < top_k; ++k) {
+            if (numbers[r * top_k + k] < 0) continue;
+            const int64_t at = next[group_of(r, k)]++;
+            row[at] = r;
+            number[at] = numbers[r * top_k + k];
+        }
+    }
+    return pairs;
+}
+}
