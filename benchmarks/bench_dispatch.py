@@ -4,11 +4,11 @@ Local ranks, one expert-parallel group, no expert computation: experts read rows
 and write results where combine wants them, so a form ends where rows and pairs are known, and
 begins again with results that are there. `bare` are the form's own collectives, counts too, on
 buffers that are there already; `naive` is a flat all-to-all with a collective for each tensor and
-plain torch operations, which sorts rows by expert and back. All take turns over the same routing; a time is that of the slowest rank, the median of the rounds. `cpu` is the ratio of
-the processor time of all ranks, which other programs on the machine disturb less. `hierarchical`
-has two nodes of half the ranks. Sixteen ranks on a few cores are slow and noisy, since they wait
-for one another more than for bytes; that says nothing of a cluster. Run it with nothing else on the
-machine:
+plain torch operations, which sorts rows by expert and back. All take turns over the same routing; a
+time is that of the slowest rank, the median of the rounds. `cpu` is the ratio of the processor time
+of all ranks, which other programs on the machine disturb less. `hierarchical` has two nodes of half
+the ranks. Sixteen ranks on a few cores are slow and noisy, since they wait for one another more
+than for bytes; that says nothing of a cluster. Run it with nothing else on the machine:
 
     python benchmarks/bench_dispatch.py [--ranks 2 8] [--tokens 256 1024] [--top-k 2 4]
 """
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
     tokens_of_stage_rank: list[int]
 
 
-class Transfer(NamedTuple):
+class AllToAll(NamedTuple):
     """One all-to-all of a form, on buffers of its own."""
 
     received: Tensor
@@ -75,6 +75,30 @@ class Transfer(NamedTuple):
     def run(self) -> None:
         """Begin it and wait."""
         dist.all_to_all_single(self.received, self.rows, **self.splits).wait()
+
+
+class Sends(NamedTuple):
+    """Sends and receives of a form, on buffers of their own."""
+
+    operations: list[dist.P2POp]
+
+    @classmethod
+    def like(cls, operations: list[dist.P2POp]) -> "Sends":
+        """The same between the same ranks; what is sent more than once stays one buffer."""
+        buffers = {each.tensor.data_ptr(): torch.ones_like(each.tensor) for each in operations}
+        return cls(
+            [
+                dist.P2POp(
+                    each.op, buffers[each.tensor.data_ptr()], each.peer, each.group, each.tag
+                )
+                for each in operations
+            ]
+        )
+
+    def run(self) -> None:
+        """Begin them and wait."""
+        for work in dist.batch_isend_irecv(self.operations):
+            work.wait()
 
 
 @torch.inference_mode()
@@ -120,20 +144,24 @@ def round_trip(dispatcher: Dispatcher, inputs: Inputs, results: Tensor) -> Tenso
 
 
 @contextmanager
-def capturing() -> Iterator[list[Transfer]]:
-    """Collect the all-to-alls that are begun inside, with buffers like theirs."""
-    transfers: list[Transfer] = []
-    original = dist.all_to_all_single
+def capturing() -> Iterator[list[AllToAll | Sends]]:
+    """Collect the transfers that are begun inside, with buffers like theirs."""
+    transfers: list[AllToAll | Sends] = []
+    all_to_all, batch = dist.all_to_all_single, dist.batch_isend_irecv
 
     def all_to_all_single(received: Tensor, rows: Tensor, **splits: Any) -> Any:
-        transfers.append(Transfer(torch.ones_like(received), torch.ones_like(rows), splits))
-        return original(received, rows, **splits)
+        transfers.append(AllToAll(torch.ones_like(received), torch.ones_like(rows), splits))
+        return all_to_all(received, rows, **splits)
 
-    dist.all_to_all_single = all_to_all_single
+    def batch_isend_irecv(operations: list[dist.P2POp]) -> Any:
+        transfers.append(Sends.like(operations))
+        return batch(operations)
+
+    dist.all_to_all_single, dist.batch_isend_irecv = all_to_all_single, batch_isend_irecv
     try:
         yield transfers
     finally:
-        dist.all_to_all_single = original
+        dist.all_to_all_single, dist.batch_isend_irecv = all_to_all, batch
 
 
 def take_turns(

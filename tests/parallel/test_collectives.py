@@ -73,6 +73,20 @@ def test_all_gather_of_uneven_and_empty_parts(pools):
     assert [sent(record, Traffic.PAYLOAD) for record in records] == [16, 0, 8]
 
 
+@pytest.mark.parametrize("counts", [[3000, 0, 1], [2, 2000, 3000]])
+def test_all_gather_of_many_bytes(pools, counts):
+    """By single sends; the same rows, counted alike."""
+    of_rank = [np.full((count, 64), rank, dtype=np.float32) for rank, count in enumerate(counts)]
+    arguments = [(given, counts, 8) for given in of_rank]
+    results, records = run(pools, "dp=3,ep=3", "stage", "all_gather", arguments)
+    for result in results:
+        np.testing.assert_array_equal(result, np.concatenate(of_rank))
+    for record, count in zip(records, counts, strict=True):
+        assert sent(record, Traffic.PAYLOAD) == 2 * count * (64 * 4 - 8)
+        assert sent(record, Traffic.METADATA) == 2 * count * 8
+        assert record.num_collectives[Stage.COLLECTIVES] == 1
+
+
 def test_reduce_scatter_to_uneven_and_empty_parts(pools):
     counts = [2, 0, 1]
     arguments = [(rows(1, 2, 3), counts), (rows(10, 20, 30), counts), (rows(100, 200, 300), counts)]

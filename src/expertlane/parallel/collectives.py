@@ -1,9 +1,10 @@
 """The seam to `torch.distributed`: the only file that starts a transfer.
 
-Everything is built on the uneven all-to-all, because gloo has it uneven, empty and asynchronous,
-and because on few cores it is several times cheaper there than gloo's own all-gather,
+Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
+asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
 reduce-scatter or all-reduce of the same rows (benchmarks/bench_collectives.py). It also leaves
-every sum to us, in float32 and in rank order.
+every sum to us, in float32 and in rank order. Only an all-gather of many bytes goes by single sends
+and receives: an all-to-all would need a copy of the rows for every rank.
 """
 
 import contextlib
@@ -18,6 +19,9 @@ from expertlane.errors import RankError
 from expertlane.kernels.cpu import kernels_for
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.names import Traffic
+
+_MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
+_GATHER_TAG = 1  # keeps its sends apart from others between the same ranks
 
 
 class PeerLostError(RankError):
@@ -37,10 +41,14 @@ class Pending:
     """A transfer in flight. It remembers the stage that began it, for the clock."""
 
     def __init__(
-        self, recorder: Recorder, work: Any, finish: Callable[[], Tensor], keep: Tensor | None
+        self,
+        recorder: Recorder,
+        works: Sequence[Any],
+        finish: Callable[[], Tensor],
+        keep: Tensor | None,
     ) -> None:
         self._recorder = recorder
-        self._work = work
+        self._works = works
         self._finish = finish
         self._keep = keep  # the sent buffer must outlive the transfer
         self._stage, self._layer = recorder.stage, recorder.layer
@@ -52,10 +60,11 @@ class Pending:
             PeerLostError: the other side is gone or did not answer within the group's bound.
         """
         self._recorder.enter(self._stage, self._layer)
-        if self._work is not None:
+        if self._works:
             begin = self._recorder.begin_wait()
             with _blaming_peers():
-                self._work.wait()
+                for work in self._works:
+                    work.wait()
             self._recorder.end_wait(begin)
         self._keep = None
         return self._finish()
@@ -126,7 +135,7 @@ class Group:
                 group=self._process_group,
                 async_op=True,
             )
-        return Pending(self._recorder, work, lambda: finish(received), rows)
+        return Pending(self._recorder, [work], lambda: finish(received), rows)
 
     def all_to_all(
         self,
@@ -149,7 +158,7 @@ class Group:
             [sum(receive), width] when waited for.
         """
         if self.size == 1:
-            return Pending(self._recorder, None, lambda: rows, None)
+            return Pending(self._recorder, (), lambda: rows, None)
         return self._exchange(
             rows, send, receive, metadata_bytes, lambda received: received, padding_rows
         )
@@ -166,11 +175,37 @@ class Group:
             [sum(num_rows_of), width] when waited for.
         """
         if self.size == 1:
-            return Pending(self._recorder, None, lambda: rows, None)
+            return Pending(self._recorder, (), lambda: rows, None)
+        if max(num_rows_of) * rows.shape[1] * rows.itemsize >= _MANY_BYTES:
+            return self._gather_by_sends(rows.contiguous(), num_rows_of, metadata_bytes)
         send = [rows.shape[0]] * self.size
         return self._exchange(
             rows.repeat(self.size, 1), send, num_rows_of, metadata_bytes, lambda received: received
         )
+
+    def _gather_by_sends(
+        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int
+    ) -> Pending:
+        row_bytes = rows.shape[1] * rows.itemsize
+        self._count([len(rows)] * self.size, row_bytes, metadata_bytes, None)
+        received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
+        parts = torch.split(received, list(num_rows_of))
+        operations = []
+        for away in range(1, self.size):  # every rank begins with another
+            to, source = (self.rank + away) % self.size, (self.rank - away) % self.size
+            for operation, part, peer in (
+                (dist.isend, rows, to),
+                (dist.irecv, parts[source], source),
+            ):
+                if len(part):
+                    group = self._process_group
+                    operations.append(
+                        dist.P2POp(operation, part, self.ranks[peer], group, _GATHER_TAG)
+                    )
+        with _blaming_peers():
+            works = dist.batch_isend_irecv(operations)
+        parts[self.rank].copy_(rows)
+        return Pending(self._recorder, works, lambda: received, rows)
 
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
@@ -182,7 +217,7 @@ class Group:
             [num_rows_of[self.rank], width] in the dtype of `rows` when waited for.
         """
         if self.size == 1:
-            return Pending(self._recorder, None, lambda: rows, None)
+            return Pending(self._recorder, (), lambda: rows, None)
         own = num_rows_of[self.rank]
 
         def add_up(received: Tensor) -> Tensor:
@@ -204,12 +239,12 @@ class Group:
         self._recorder.count_sent(Traffic.PAYLOAD, [self.ranks[to]], [rows.shape[0]], row_bytes)
         with _blaming_peers():
             work = dist.isend(rows, dst=self.ranks[to], group=self._process_group)
-        return Pending(self._recorder, work, lambda: rows, rows)
+        return Pending(self._recorder, [work], lambda: rows, rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
         """Begin to fill `rows` from the rank at place `source`."""
-        work = None
+        works = []
         if rows.shape[0]:
             with _blaming_peers():
-                work = dist.irecv(rows, src=self.ranks[source], group=self._process_group)
-        return Pending(self._recorder, work, lambda: rows, None)
+                works = [dist.irecv(rows, src=self.ranks[source], group=self._process_group)]
+        return Pending(self._recorder, works, lambda: rows, None)
