@@ -33,6 +33,7 @@ from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams
@@ -41,6 +42,7 @@ from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
 
 TINY = PRESETS["paper-tiny"]
+SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 MAX_PROMPT_LEN, MAX_OUTPUT_LEN = 20, 16
 MIN_DRAW_MARGIN = 1e-4
 MAX_LOGPROB_ERROR = 1e-4
@@ -147,6 +149,7 @@ class Case(NamedTuple):
 
     Attributes:
         dispatch: hierarchical where nodes hold equally many ranks, else flat.
+        is_switching: by a drawn table, dispatch form and overlap change with the tokens of a step.
         num_redundant: fewer where that is more than a rank can hold.
         lookahead: not with pipeline stages.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
@@ -156,6 +159,7 @@ class Case(NamedTuple):
     layout: str
     ranks_per_node: int
     dispatch: str
+    is_switching: bool
     placement: str
     num_redundant: int
     rebalance_steps: int
@@ -201,6 +205,7 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         layout=st.one_of(small.filter(lambda layout: "ep=1" not in layout), small),
         ranks_per_node=st.sampled_from([1, 2, 4, 8]),
         dispatch=st.sampled_from(["hierarchical", "all_gather", "all_to_all"]),
+        is_switching=st.booleans(),
         placement=st.sampled_from(["linear", "round_robin"]),
         num_redundant=st.sampled_from([0, 1, 5, 16]),
         rebalance_steps=st.sampled_from([0, 1, 3]),
@@ -225,6 +230,16 @@ def spreads_evenly(layout: Layout, case: Case) -> bool:
     return True
 
 
+def draw_table(case: Case, layout: Layout) -> DispatchTable:
+    """Of all forms that the nodes allow, with and without overlap; another at nearly every size."""
+    forms = ["all_to_all", "all_gather", *["hierarchical"] * spreads_evenly(layout, case)]
+    modes = [DispatchMode(form, overlap) for form in forms for overlap in (False, True)]
+    random = np.random.default_rng(case.seed)
+    sizes = [1, 2, 3, 4, 6, 9, 14, 24, 40]
+    rows = [DispatchRow(size, tuple(random.random(len(modes)).tolist())) for size in sizes]
+    return DispatchTable(tuple(modes), tuple(rows))
+
+
 class Combination:
     """One run of a case on real ranks, the reference's tokens fed, and what was seen.
 
@@ -238,9 +253,11 @@ class Combination:
         self.asked = asked
         self.arrivals, num_blocks = case.draw(asked)
         layout = Layout.parse(case.layout)
+        # Groups by node are made at the start, for whatever the table may say.
+        dispatch = "hierarchical" if case.is_switching else case.dispatch
         chosen = deployment(
             case.layout,
-            dispatch=case.dispatch if spreads_evenly(layout, case) else "all_to_all",
+            dispatch=dispatch if spreads_evenly(layout, case) else "all_to_all",
             placement=case.placement,
             num_redundant_experts=min(case.num_redundant, TINY.num_experts * (layout.ep - 1)),
             overlap=case.overlap,
@@ -261,6 +278,11 @@ class Combination:
         self.runner = ModelRunner(
             ranks, TINY, chosen, limits, seed=0, ranks_per_node=case.ranks_per_node
         )
+        self.table: DispatchTable | None = None
+        self.modes: set[DispatchMode] = set()
+        if case.is_switching:
+            self.table = draw_table(case, layout)
+            ranks.call(SET_DISPATCH, self.table, ranks=range(layout.world_size))
         self.rebalancing: RebalancingRunner | None = None
         if case.rebalance_steps and layout.ep > 1:  # at every chance, whether it pays or not
             self.rebalancing = self.runner = RebalancingRunner(
@@ -325,6 +347,9 @@ class Combination:
 
     def _finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
         self.num_steps += 1
+        if self.table is not None:
+            sizes = [max(batch.num_tokens for batch in each) for each in plan.micro_batches]
+            self.modes |= {self.table.choose(-(-size // self.layout.tp)) for size in sizes}
         forced = {}
         for seq, token in outcome.token_ids.items():
             self.tokens[seq].append(token)
@@ -377,7 +402,10 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
         seen["tokens"] += sum(map(len, combination.tokens))
         seen["preemptions"] += combination.scheduler.num_preemptions
         if combination.layout.ep > 1:
-            seen[f"cases with {combination.dispatch}"] += 1
+            if combination.table is None:
+                seen[f"cases with {combination.dispatch}"] += 1
+            else:
+                seen["cases that switch"] += len(combination.modes) > 2
         if combination.rebalancing is not None:
             switched = [each.switched for each in combination.rebalancing.decisions]
             seen["cases with a rebalance"] += any(step is not None for step in switched)
@@ -391,6 +419,7 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with preemptions"] >= num / 6
     for form in ("all_to_all", "all_gather", "hierarchical"):
         assert seen[f"cases with {form}"] >= num / 25
+    assert seen["cases that switch"] >= num / 6
     assert seen["cases with a rebalance"] >= num / 10
     assert seen["cases with shared blocks"] >= num / 25
     assert seen["cases with several steps in flight"] >= num / 25
