@@ -121,8 +121,8 @@ def step_seconds(
     began, number = time.perf_counter(), 0
     while number <= LEAST_ROUNDS or time.perf_counter() - began < s:
         if number > HOPELESS_ROUNDS:
-            hopeful = still_hopeful({name: seconds[name] for name in running})
-            running = [name for name in running if name in hopeful or name == AUTO]
+            fixed = {name: seconds[name] for name in running if name != AUTO}
+            running = [*still_hopeful(fixed), AUTO]
         for name in running[:: 1 if number % 2 else -1]:
             pool.call(SET_DISPATCH, choices[name])
             outcome = run(runner, plan)
