@@ -27,8 +27,16 @@ def stub(monkeypatch):
 def test_engine_options_are_handed_over(run, stub):
     options = ["--dtype", "bfloat16", "--max-model-len", "9", "--num-blocks", "8"]
     options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
-    options += ["--oversubscribe", "--no-prefix-caching", "--overlap", "--num-micro-batches", "2"]
-    options += ["--micro-batch-schedule", "rotating", "--timeout-s", "5", "--layout", "dp=2,ep=2"]
+    options += [
+        "--oversubscribe",
+        "--no-prefix-caching",
+        "--overlap",
+        "on",
+        "--num-micro-batches",
+        "2",
+    ]
+    options += ["--micro-batch-schedule", "rotating"]
+    options += ["--timeout-s", "5", "--layout", "dp=2,ep=2"]
     options += ["--dispatch", "all_gather", "--placement", "round_robin", "--redundant", "4"]
     options += ["--ranks-per-node", "1"]
     assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
@@ -54,6 +62,18 @@ def test_engine_options_are_handed_over(run, stub):
         oversubscribe=True,
     )
     assert not stub.records_routing
+
+
+@pytest.mark.parametrize(("given", "overlap"), [("off", False), ("on", True), ("auto", "auto")])
+def test_overlap(run, stub, given, overlap):
+    assert run(*ONE_TOKEN, "--overlap", given)[0] == 0
+    assert stub.options.options == Options(overlap=overlap)
+
+
+def test_overlap_is_on_off_or_auto(run, stub):
+    code, _, err = run(*ONE_TOKEN, "--overlap", "true")
+    assert code == 2
+    assert "'true' is not one of 'off', 'on', 'auto'" in " ".join(err.split())
 
 
 def test_a_placement_file_is_handed_over(run, stub, tmp_path):

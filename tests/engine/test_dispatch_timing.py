@@ -1,15 +1,20 @@
-"""`auto`: timed once, the same table on all ranks, the same tokens."""
+"""`auto`: timed once, the same table on all ranks and the same choice, the same tokens."""
 
 import pytest
 
 from distributed.running import deployment, run_deployment
 from expertlane.engine import dispatch_timing
-from expertlane.engine.dispatch_timing import forms_of
+from expertlane.engine.dispatch_timing import forms_of, middle_mean, modes_of, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.plan.memory import workload_limits
+from expertlane.schedule.plan import StepPlan
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Phase, Stage
 from expertlane.spec.workload import Workload
+from schedule.handmade import BLOCK_SIZE, paged_batch
 
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=8, prompt_len=20, output_len=4, seed=3)
@@ -28,25 +33,106 @@ def test_forms_that_make_a_difference(layout, ranks_per_node, forms):
     assert forms_of(Layout.parse(layout), ranks_per_node) == forms
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """Also on a busy machine: every size that fits, but no more rounds than need be."""
+    monkeypatch.setattr(dispatch_timing, "_LONG_STEP_S", float("inf"))
+    monkeypatch.setattr(dispatch_timing, "_SIZE_S", 0.0)
+
+
 @pytest.mark.parametrize(
-    "layout", ["dp=4,ep=4", "dp=2,tp=2,ep=2", "pp=2,dp=2,ep=2", "tp=2", "tp=1"]
+    ("layout", "options", "modes"),
+    [
+        ("dp=2,ep=2", {"dispatch": "auto"}, ["all-to-all", "all-gather"]),
+        ("dp=2,ep=2", {"overlap": "auto"}, ["all-to-all", "all-to-all with overlap"]),
+        (
+            "dp=2,ep=2",
+            {"dispatch": "auto", "overlap": True},
+            ["all-to-all with overlap", "all-gather with overlap"],
+        ),
+        (
+            "dp=2,ep=2",
+            {"dispatch": "auto", "overlap": "auto"},
+            ["all-to-all", "all-gather", "all-to-all with overlap", "all-gather with overlap"],
+        ),
+        (
+            "tp=2",
+            {"overlap": "auto", "dispatch": "auto"},
+            ["all-gather", "all-gather with overlap"],
+        ),
+        ("pp=2", {"overlap": "auto"}, ["all-to-all"]),
+    ],
 )
-def test_auto_gives_the_same_tokens(pools, layout):
+def test_modes_to_choose_from(layout, options, modes):
+    assert list(map(str, modes_of(Layout.parse(layout), Options(**options), 2))) == modes
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("dp=4,ep=4", {"dispatch": "auto", "overlap": "auto"}),
+        ("dp=4,ep=4", {"dispatch": "auto"}),
+        ("dp=2,tp=2,ep=2", {"dispatch": "auto", "overlap": True}),
+        ("pp=2,dp=2,ep=2", {"dispatch": "all_gather", "overlap": "auto", "num_micro_batches": 2}),
+        ("tp=2", {"dispatch": "auto", "overlap": "auto"}),
+        ("tp=1", {"dispatch": "auto", "overlap": "auto"}),
+    ],
+)
+def test_auto_gives_the_same_tokens(pools, layout, options):
     pool = pools.pool(Layout.parse(layout).world_size)
     fixed = run_deployment(pool, TINY, deployment(layout), WORKLOAD, ranks_per_node=2)
-    auto = run_deployment(
-        pool, TINY, deployment(layout, dispatch="auto"), WORKLOAD, ranks_per_node=2
-    )
+    auto = run_deployment(pool, TINY, deployment(layout, **options), WORKLOAD, ranks_per_node=2)
     assert auto.tokens.tolist() == fixed.tokens.tolist()
 
 
-def test_the_table_has_what_fits(pools, monkeypatch):
-    monkeypatch.setattr(dispatch_timing, "_LONG_STEP_S", float("inf"))  # on a busy machine too
-    chosen = deployment("dp=4,ep=4", dispatch="auto")
-    limits = workload_limits(WORKLOAD, TINY, chosen.layout)
-    runner = ModelRunner(pools.pool(4), TINY, chosen, limits, seed=0, ranks_per_node=2)
-    assert runner.dispatch_table is not None
-    assert [row.num_tokens for row in runner.dispatch_table.rows] == [1, 4, 16]  # of 40 a step
-    for row in runner.dispatch_table.rows:
-        assert set(row.step_s) == {"all_to_all", "all_gather", "hierarchical"}
-        assert row.fastest == min(row.step_s, key=row.step_s.get)
+def runner_of(pools, layout, **options):
+    chosen = deployment(layout, **options)
+    pool, limits = (
+        pools.pool(chosen.layout.world_size),
+        workload_limits(WORKLOAD, TINY, chosen.layout),
+    )
+    return ModelRunner(pool, TINY, chosen, limits, seed=0, ranks_per_node=2)
+
+
+def test_the_table_has_what_fits(pools):
+    table = runner_of(pools, "dp=4,ep=4", dispatch="auto", overlap="auto").dispatch_table
+    assert table is not None
+    assert [row.num_tokens for row in table.rows] == [1, 4, 16]  # of 40 a step
+    assert [mode.form for mode in table.modes] == ["all_to_all", "all_gather", "hierarchical"] * 2
+    assert [mode.overlap for mode in table.modes] == [False] * 3 + [True] * 3
+    one, four, _ = (row.step_s for row in table.rows)
+    assert one[:3] == one[3:]  # one token is not split
+    assert four[:3] != four[3:]
+
+
+def test_a_stall_does_not_count():
+    assert middle_mean([9.0, 1.0, 2.0, 3.0]) == 2.5
+    assert middle_mean([4.0]) == 4.0
+
+
+def test_what_may_yet_be_the_fastest():
+    assert still_hopeful({"a": [1.0] * 4, "b": [1.4] * 4, "c": [1.6] * 4}) == ["a", "b"]
+    assert still_hopeful({"a": [1.0] * 100, "b": [1.4] * 100}) == ["a"]
+
+
+def test_all_ranks_and_stages_take_the_same_mode(pools):
+    """The larger batch of a stage decides, before it is halved; a batch of one sequence is not."""
+    flat, halves = DispatchMode("all_to_all"), DispatchMode("all_gather", overlap=True)
+    table = DispatchTable((flat, halves), (DispatchRow(1, (1.0, 2.0)), DispatchRow(3, (2.0, 1.0))))
+    runner = runner_of(pools, "pp=2,dp=2,ep=2", dispatch="all_to_all")
+    pools.pool(4).call(dispatch_timing._SET_DISPATCH, table)
+    cases = [([1], [1, 1], flat), ([1], [1, 1, 1], halves), ([], [2, 1], halves), ([1], [3], flat)]
+    for first, second, mode in cases:
+        batches = (batch_of(0, first), batch_of(len(first), second))
+        plan = StepPlan(0, 0, Phase.PREFILL, (batches,))
+        outcome = runner.collect(runner.submit(plan))
+        assert sorted(outcome.token_ids) == list(range(len(first) + len(second)))
+        # Flat: counts, rows and results; all-gather: rows and results, twice for halves.
+        expected = (3 if mode == flat else 4) * TINY.num_hidden_layers // 2
+        for record in outcome.records:
+            assert record.num_collectives[[Stage.DISPATCH, Stage.COMBINE]].sum() == expected
+
+
+def batch_of(first_seq, lengths):
+    parts = [(first_seq + i, i, 0, length) for i, length in enumerate(lengths)]
+    return paged_batch(parts, max_len=BLOCK_SIZE)  # one block each

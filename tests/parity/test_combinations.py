@@ -1,23 +1,15 @@
 """Contract 1 on drawn combinations: layout, schedule, cache, budget, prompts, preemptions, draws.
 
 Requests come from a fixed pool whose outputs the reference computes once. A request's tokens are
-compared everywhere: the pool has no near tie. That is, in float32, at every output position
-
-- the router margin upstream and the gap of the two best scores (logits after penalties, against the
-  largest logit) are those that contract 1 judges, and
-- a drawn token's uniform number is `MIN_DRAW_MARGIN` or more away from the ends of the token's
-  interval in the cumulative distribution. Contract 1's error of the logits moves those by less.
+compared everywhere: the pool has no near tie.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,111 +19,27 @@ from expertlane.balance.deployed import placements_of
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner
 from expertlane.errors import SpecError
-from expertlane.model.draw import uniform_numbers
-from expertlane.model.reference import ReferenceModel, ReferenceRun
+from expertlane.model.reference import ReferenceRun
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.sampling import SamplingParams
-from parity.contract import MIN_ROUTER_MARGIN, MIN_TOP2_GAP, check_contract
+from parity.contract import check_contract
+from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
 from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
 
 TINY = PRESETS["paper-tiny"]
-MAX_PROMPT_LEN, MAX_OUTPUT_LEN = 20, 16
-MIN_DRAW_MARGIN = 1e-4
+SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 MAX_LOGPROB_ERROR = 1e-4
-GREEDY = SamplingParams(temperature=0)
-KINDS = [
-    *[GREEDY] * 4,
-    replace(GREEDY, logprobs=2),
-    replace(GREEDY, repetition_penalty=1.3),
-    SamplingParams(),
-    SamplingParams(temperature=0.6, logprobs=0),
-    SamplingParams(temperature=1.3, presence_penalty=0.7),
-    SamplingParams(frequency_penalty=0.4, repetition_penalty=1.1),
-]
-NUM_PROMPTS = 14
-
-
-class Asked(NamedTuple):
-    """A request of the pool, and what the reference makes of it."""
-
-    prompt: np.ndarray
-    params: SamplingParams
-    run: ReferenceRun
-
-
-def choose(
-    logits: np.ndarray, prompt: np.ndarray, output: Sequence[int], params: SamplingParams
-) -> tuple[int, bool]:
-    """The next token, straight from the definition of `SamplingParams`; whether it is no near tie.
-
-    Args:
-        logits: [vocab_size].
-    """
-    scores = logits.astype(np.float64)
-    seen = np.unique([*prompt, *output])
-    penalty = params.repetition_penalty
-    scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
-    counts = np.bincount(np.array(output, dtype=int), minlength=len(scores))
-    scores -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
-    if params.is_greedy:
-        second, first = np.sort(scores)[-2:]
-        return int(scores.argmax()), first - second > MIN_TOP2_GAP * np.abs(logits).max()
-    weights = np.exp((scores - scores.max()) / params.temperature)
-    ends = np.cumsum(weights) / weights.sum()
-    seeds = np.array([params.seed], dtype=np.uint64)
-    (uniform,) = uniform_numbers(seeds, np.array([len(output)])).tolist()
-    token = int(np.searchsorted(ends, uniform, side="right"))
-    begin = ends[token - 1] if token else 0.0
-    return token, min(uniform - begin, ends[token] - uniform) >= MIN_DRAW_MARGIN
-
-
-def ask(model: ReferenceModel, prompt: np.ndarray, params: SamplingParams) -> Asked | None:
-    """A request of the pool; None if one of its tokens is a near tie."""
-    output: list[int] = []
-    logits, margins = [], []
-    for _ in range(MAX_OUTPUT_LEN):
-        fed = torch.tensor([*prompt.tolist(), *output])[None]
-        all_logits, all_margins = model.forward(fed)
-        logits.append(all_logits[0, -1].numpy())
-        margins.append(float(all_margins[0, -1]))
-        token, is_decided = choose(logits[-1], prompt, output, params)
-        second, first = np.sort(logits[-1])[-2:]
-        is_decided &= first - second > MIN_TOP2_GAP * np.abs(logits[-1]).max()
-        if not is_decided or margins[-1] < MIN_ROUTER_MARGIN:
-            return None
-        output.append(token)
-    run = ReferenceRun(np.array(output), np.stack(logits), np.array(margins, dtype=np.float32))
-    return Asked(prompt, params, run)
 
 
 @pytest.fixture(scope="module")
 def asked(references) -> list[Asked]:
-    """`NUM_PROMPTS` prompts; half of them are of three tokens only and share their beginnings."""
-    random = np.random.default_rng(0)
-    common = random.integers(0, 3, MAX_PROMPT_LEN)
-    found: list[Asked] = []
-    for seed in count():
-        params = KINDS[len(found) % len(KINDS)]
-        if not params.is_greedy:
-            params = replace(params, seed=seed)
-        if len(found) % 2:
-            prompt = random.integers(0, 3, random.integers(1, MAX_PROMPT_LEN + 1))
-            num_common = int(random.integers(0, len(prompt) + 1))
-            prompt[:num_common] = common[:num_common]
-        else:
-            prompt = random.integers(0, TINY.vocab_size, random.integers(1, 7))
-        request = ask(references.model(TINY, 0), prompt, params)
-        if request is not None:
-            found.append(request)
-        if len(found) == NUM_PROMPTS:
-            return found
-    raise AssertionError("unreachable")
+    return requests(references.model(TINY, 0), TINY.vocab_size)
 
 
 class Arrival(NamedTuple):
@@ -147,6 +55,7 @@ class Case(NamedTuple):
 
     Attributes:
         dispatch: hierarchical where nodes hold equally many ranks, else flat.
+        is_switching: by a drawn table, dispatch form and overlap change with the tokens of a step.
         num_redundant: fewer where that is more than a rank can hold.
         lookahead: not with pipeline stages.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
@@ -156,6 +65,7 @@ class Case(NamedTuple):
     layout: str
     ranks_per_node: int
     dispatch: str
+    is_switching: bool
     placement: str
     num_redundant: int
     rebalance_steps: int
@@ -201,6 +111,7 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         layout=st.one_of(small.filter(lambda layout: "ep=1" not in layout), small),
         ranks_per_node=st.sampled_from([1, 2, 4, 8]),
         dispatch=st.sampled_from(["hierarchical", "all_gather", "all_to_all"]),
+        is_switching=st.booleans(),
         placement=st.sampled_from(["linear", "round_robin"]),
         num_redundant=st.sampled_from([0, 1, 5, 16]),
         rebalance_steps=st.sampled_from([0, 1, 3]),
@@ -225,6 +136,16 @@ def spreads_evenly(layout: Layout, case: Case) -> bool:
     return True
 
 
+def draw_table(case: Case, layout: Layout) -> DispatchTable:
+    """Of all forms that the nodes allow, with and without overlap; another at nearly every size."""
+    forms = ["all_to_all", "all_gather", *["hierarchical"] * spreads_evenly(layout, case)]
+    modes = [DispatchMode(form, overlap) for form in forms for overlap in (False, True)]
+    random = np.random.default_rng(case.seed)
+    sizes = [1, 2, 3, 4, 6, 9, 14, 24, 40]
+    rows = [DispatchRow(size, tuple(random.random(len(modes)).tolist())) for size in sizes]
+    return DispatchTable(tuple(modes), tuple(rows))
+
+
 class Combination:
     """One run of a case on real ranks, the reference's tokens fed, and what was seen.
 
@@ -238,9 +159,11 @@ class Combination:
         self.asked = asked
         self.arrivals, num_blocks = case.draw(asked)
         layout = Layout.parse(case.layout)
+        # Groups by node are made at the start, for whatever the table may say.
+        dispatch = "hierarchical" if case.is_switching else case.dispatch
         chosen = deployment(
             case.layout,
-            dispatch=case.dispatch if spreads_evenly(layout, case) else "all_to_all",
+            dispatch=dispatch if spreads_evenly(layout, case) else "all_to_all",
             placement=case.placement,
             num_redundant_experts=min(case.num_redundant, TINY.num_experts * (layout.ep - 1)),
             overlap=case.overlap,
@@ -261,6 +184,11 @@ class Combination:
         self.runner = ModelRunner(
             ranks, TINY, chosen, limits, seed=0, ranks_per_node=case.ranks_per_node
         )
+        self.table: DispatchTable | None = None
+        self.modes: set[DispatchMode] = set()
+        if case.is_switching:
+            self.table = draw_table(case, layout)
+            ranks.call(SET_DISPATCH, self.table, ranks=range(layout.world_size))
         self.rebalancing: RebalancingRunner | None = None
         if case.rebalance_steps and layout.ep > 1:  # at every chance, whether it pays or not
             self.rebalancing = self.runner = RebalancingRunner(
@@ -325,6 +253,9 @@ class Combination:
 
     def _finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
         self.num_steps += 1
+        if self.table is not None:
+            sizes = [max(batch.num_tokens for batch in each) for each in plan.micro_batches]
+            self.modes |= {self.table.choose(-(-size // self.layout.tp)) for size in sizes}
         forced = {}
         for seq, token in outcome.token_ids.items():
             self.tokens[seq].append(token)
@@ -377,7 +308,9 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
         seen["tokens"] += sum(map(len, combination.tokens))
         seen["preemptions"] += combination.scheduler.num_preemptions
         if combination.layout.ep > 1:
-            seen[f"cases with {combination.dispatch}"] += 1
+            forms = {mode.form for mode in combination.modes} or {combination.dispatch}
+            seen.update(f"cases with {form}" for form in forms)
+            seen["cases that switch"] += len(combination.modes) > 2
         if combination.rebalancing is not None:
             switched = [each.switched for each in combination.rebalancing.decisions]
             seen["cases with a rebalance"] += any(step is not None for step in switched)
@@ -391,6 +324,7 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with preemptions"] >= num / 6
     for form in ("all_to_all", "all_gather", "hierarchical"):
         assert seen[f"cases with {form}"] >= num / 25
+    assert seen["cases that switch"] >= num / 10
     assert seen["cases with a rebalance"] >= num / 10
     assert seen["cases with shared blocks"] >= num / 25
     assert seen["cases with several steps in flight"] >= num / 25

@@ -140,8 +140,20 @@ def test_what_is_hidden_of_nothing():
     assert hidden(3, pair) == "— (overlap is off)"
     assert hidden(4) == "— (no deployment differs from this one in overlap alone)"
     assert hidden(4, replace(pair, hidden=None)) == "— (EP 16 exposes none)"
+    *before, last = results.deployments
+    results = replace(
+        results,
+        deployments=(*before, replace(last, options=replace(last.options, overlap="auto"))),
+    )
+    assert hidden(4) == "— (overlap is chosen by the number of tokens)"
+
+
+def test_overlap_that_hides_nothing():
+    results = example.usual()
+    (pair,) = results.hidden_communication
     slower = replace(pair, step_on_s=pair.step_off_s + 0.002, hidden=-0.1)
-    assert hidden(4, slower) == "none: with overlap a step takes 2.00 ms longer than EP 16"
+    found = facts(replace(results, hidden_communication=(slower,)), 4)["hidden communication"]
+    assert found == "none: with overlap a step takes 2.00 ms longer than EP 16"
 
 
 def test_steps_that_differ_are_told_by_mean_and_ends():

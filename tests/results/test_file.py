@@ -8,6 +8,7 @@ import pytest
 import example_results as example
 from expertlane.errors import UserError
 from expertlane.results.file import read, write
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.names import Phase
 
 
@@ -42,9 +43,28 @@ def test_nothing_decoded_and_one_deployment(tmp_path: Path) -> None:
     assert read(write(given, tmp_path)) == given
 
 
+def test_a_dispatch_table_is_kept(tmp_path: Path) -> None:
+    modes = (DispatchMode("all_to_all"), DispatchMode("all_gather", overlap=True))
+    table = DispatchTable(modes, (DispatchRow(1, (0.5, 0.25)), DispatchRow(4, (0.5, 0.75))))
+    given = example.usual()
+    first, *others = given.deployments
+    timed = replace(
+        first,
+        options=replace(first.options, dispatch="auto", overlap="auto"),
+        dispatch_table=table,
+    )
+    given = replace(given, deployments=(timed, *others))
+    path = write(given, tmp_path)
+    assert read(path) == given
+    data = json.loads(path.read_text())
+    data["deployments"][0]["dispatch_table"]["rows"][1]["step_s"] = [0.5]
+    path.write_text(json.dumps(data))
+    assert complaint(path) == "FILE: a dispatch table of 2 modes has rows of 1, 2 times"
+
+
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
-    assert data["schema_version"] == 2
+    assert data["schema_version"] == 3
     deployment = data["deployments"][0]
     assert deployment["layout"] == {
         "replicas": 1, "pp_size": 2, "dp_size": 1, "tp_size": 8, "ep_size": 1,
@@ -100,7 +120,7 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
 
 def test_another_schema_version(written: Path) -> None:
     change(written, schema_version=1)
-    assert complaint(written) == "FILE has schema_version 1; this expertlane reads 2"
+    assert complaint(written) == "FILE has schema_version 1; this expertlane reads 3"
 
 
 def test_unknown_key(written: Path) -> None:

@@ -1,22 +1,73 @@
-"""Which form a step takes."""
+"""How a step runs by its number of tokens, and options that are chosen so."""
 
-from expertlane.spec.dispatch_table import DispatchRow, DispatchTable
+import pytest
 
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+
+FLAT, GATHER = DispatchMode("all_to_all"), DispatchMode("all_gather")
+FLAT_OVERLAP = DispatchMode("all_to_all", overlap=True)
 TABLE = DispatchTable(
+    (FLAT, GATHER, FLAT_OVERLAP),
     (
-        DispatchRow(1, {"all_to_all": 2.0, "all_gather": 1.0}),
-        DispatchRow(16, {"all_to_all": 2.0, "all_gather": 1.5}),
-        DispatchRow(64, {"all_to_all": 2.0, "all_gather": 3.0}),
-    )
+        DispatchRow(1, (2.0, 1.0, 2.0)),
+        DispatchRow(16, (2.0, 1.5, 3.0)),
+        DispatchRow(64, (2.0, 3.0, 1.0)),
+    ),
 )
 
 
-def test_the_first_row_with_so_many_tokens_counts():
-    forms = [TABLE.choose(num_tokens) for num_tokens in (0, 1, 16, 17, 64, 10_000)]
-    assert forms == ["all_gather"] * 3 + ["all_to_all"] * 3
-    assert TABLE.forms == ("all_gather", "all_to_all")
+def test_the_fastest_of_times_between_rows():
+    # On the way from 16 to 64 all-gather takes as long as flat at 32, overlap at 40.
+    chosen = [TABLE.choose(num_tokens) for num_tokens in (0, 1, 16, 31, 33, 40, 41, 64, 10_000)]
+    assert chosen == [GATHER] * 4 + [FLAT] * 2 + [FLAT_OVERLAP] * 3
+    assert set(TABLE.forms) == {"all_gather", "all_to_all"}
+
+
+def test_what_cannot_be_split_takes_a_mode_without_overlap():
+    chosen = [TABLE.choose(num_tokens, can_split=False) for num_tokens in (1, 16, 41, 64)]
+    assert chosen == [GATHER, GATHER, FLAT, FLAT]
+    only = DispatchTable.fixed("hierarchical", overlap=True)
+    assert only.choose(1, can_split=False) == DispatchMode("hierarchical", overlap=True)
+
+
+def test_forms_that_only_an_unsplit_batch_takes_are_made_ready():
+    table = DispatchTable((GATHER, FLAT_OVERLAP), (DispatchRow(1, (2.0, 1.0)),))
+    assert [table.choose(5), table.choose(5, can_split=False)] == [FLAT_OVERLAP, GATHER]
+    assert set(table.forms) == {"all_to_all", "all_gather"}
+
+
+def test_of_equals_the_first():
+    assert DispatchTable((GATHER, FLAT), (DispatchRow(4, (1.0, 1.0)),)).choose(9) == GATHER
 
 
 def test_words():
-    assert str(TABLE) == "all-gather up to 16, then all-to-all"
+    assert str(TABLE) == "all-gather up to 31, all-to-all up to 40, then all-to-all with overlap"
     assert str(DispatchTable.fixed("hierarchical")) == "hierarchical"
+    assert str(DispatchTable.fixed("all_gather", overlap=True)) == "all-gather with overlap"
+
+
+def test_a_row_without_a_time_for_each_mode():
+    with pytest.raises(SpecError, match="a dispatch table of 2 modes has rows of 1, 2 times"):
+        DispatchTable((FLAT, GATHER), (DispatchRow(1, (1.0, 2.0)), DispatchRow(4, (1.0,))))
+    with pytest.raises(SpecError, match="a dispatch table of 1 modes has rows of no times"):
+        DispatchTable((FLAT,), ())
+
+
+@pytest.mark.parametrize("overlap", ["on", 1, None])
+def test_overlap_is_a_truth_or_auto(overlap):
+    with pytest.raises(SpecError, match=f"overlap is {overlap!r}; it must be true, false or 'aut"):
+        Options(overlap=overlap)
+
+
+def test_options_in_words():
+    assert str(Options(overlap=True)) == "overlap"
+    assert str(Options(overlap="auto", dispatch="auto")) == "auto overlap, auto dispatch"
+    assert str(Options(dispatch="all_gather", overlap="auto")) == "auto overlap, all-gather"
+
+
+def test_what_is_timed():
+    assert not Options(overlap=True, dispatch="hierarchical").is_timed
+    assert Options(overlap="auto").is_timed
+    assert Options(dispatch="auto").is_timed

@@ -217,7 +217,10 @@ WRONG_VALUES = {
         "valid tp: 1, 2, 4, 8, 16"
     ),
     ('"tp=1"', '"tp=1"\noverlap = 1'): (
-        "[[deployments]] 1: overlap is 1; it must be true or false"
+        "[[deployments]] 1: overlap is 1; it must be true or false or 'auto'"
+    ),
+    ('"tp=1"', '"tp=1"\noverlap = "on"'): (
+        "[[deployments]] 1: overlap is \"on\"; it must be true or false or 'auto'"
     ),
     ('"tp=1"', '"tp=1"\nnum_micro_batches = 0'): (
         "[[deployments]] 1: num_micro_batches is 0; it must be 1 or more"

@@ -34,6 +34,14 @@ class Dispatch(StrEnum):
     AUTO = "auto"
 
 
+class Overlaps(StrEnum):
+    """Whether one half of a batch computes while the other half travels."""
+
+    OFF = "off"
+    ON = "on"
+    AUTO = "auto"
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -67,9 +75,12 @@ MaxNumBatchedTokens = Annotated[
 NoPrefixCaching = Annotated[
     bool, typer.Option("--no-prefix-caching", help="Compute equal beginnings of prompts anew.")
 ]
-Overlap = Annotated[
-    bool,
-    typer.Option("--overlap", help="One half of a batch computes while the other half travels."),
+OverlapOption = Annotated[
+    Overlaps,
+    typer.Option(
+        help="Whether one half of a batch computes while the other half travels; auto: where that "
+        "is faster for a step's number of tokens, timed at the start."
+    ),
 ]
 NumMicroBatches = Annotated[
     int, typer.Option(metavar="N", help="Parts a batch is cut into for the pipeline.")
@@ -147,7 +158,7 @@ class EngineOptions:
 
 def deployment_options(
     *,
-    overlap: bool,
+    overlap: Overlaps,
     num_micro_batches: int,
     micro_batch_schedule: MicroBatches,
     dispatch: Dispatch,
@@ -175,7 +186,7 @@ def deployment_options(
         raise UserError(f"--redundant is {redundant}, but {placement} says which copies there are")
     where: dict[str, Any] = {"placement" if is_method else "placement_file": placement}
     return Options(
-        overlap=overlap,
+        overlap="auto" if overlap is Overlaps.AUTO else overlap is Overlaps.ON,
         num_micro_batches=num_micro_batches,
         micro_batch_schedule=micro_batch_schedule.value,
         dispatch=dispatch.value,

@@ -27,7 +27,7 @@ from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
 from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.dispatch_table import DispatchMode, DispatchTable
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -67,8 +67,8 @@ def _nodes_for(spec: StageSpec, options: Options) -> int:
 
 
 def set_dispatch(context: RankContext, table: DispatchTable) -> None:
-    """Choose how tokens travel to experts from now on."""
-    context.deployed.stage.set_dispatch(table)
+    """Choose how steps run from now on: dispatch forms and overlap, by a table."""
+    context.deployed.set_dispatch(table)
 
 
 def run_step(context: RankContext, plan: StepPlan) -> RankOutcome:
@@ -110,7 +110,7 @@ class DeployedStage:
         self.migration = migration.Migration()
         self._device = platform.device
         self._sampler = Sampler(model.vocab_size, platform.device)
-        self._num_parts = 1
+        self._dispatch = DispatchTable.fixed("all_to_all")
         self._block_size = 1
         self._phase: Phase | None = None
         self._chosen: dict[int, int] = {}  # the last step's tokens, by sequence id
@@ -124,15 +124,19 @@ class DeployedStage:
         )
 
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
-        """Begin with an empty cache, and with two parts of a micro-batch at once or one."""
-        self._num_parts = 2 if options.overlap else 1
+        """Begin with an empty cache; what is `auto` is timed first, then set."""
         self.migration = migration.Migration()  # what arrived for a switch that never came
-        if options.dispatch != "auto":  # else timed first, then set
-            self.stage.set_dispatch(DispatchTable.fixed(options.dispatch))
+        if options.dispatch != "auto" and options.overlap != "auto":
+            self.set_dispatch(DispatchTable.fixed(options.dispatch, options.overlap))
         self._block_size = block_size
         self._phase = None
         self._sampler.forget_all()
         self.stage.allocate_cache(num_blocks, block_size)
+
+    def set_dispatch(self, table: DispatchTable) -> None:
+        """Choose how steps run from now on."""
+        self._dispatch = table
+        self.stage.set_forms(table.forms)
 
     def run(self, plan: StepPlan) -> RankOutcome:
         """Take the plan's micro-batches through this stage, one after the other."""
@@ -202,13 +206,13 @@ class DeployedStage:
         mesh = self._mesh
         first = mesh.is_first_stage
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
-        own = mesh.at.dp_rank
+        own, mode = mesh.at.dp_rank, self._choose(micro_batch)
         by_dp_rank = [
-            (self._with_chosen(batch) if dp_rank == own else batch).split(self._num_parts)
+            (self._with_chosen(batch) if dp_rank == own else batch).split(1 + mode.overlap)
             for dp_rank, batch in enumerate(micro_batch)
         ]
         parts = [
-            ForwardBatch(batches, mesh.layout, mesh.at, self._device, self._block_size)
+            ForwardBatch(batches, mesh.layout, mesh.at, self._device, self._block_size, mode.form)
             for batches in zip(*by_dp_rank, strict=True)
             if any(batch.num_tokens for batch in batches)
         ]
@@ -216,6 +220,12 @@ class DeployedStage:
             return parts, None
         room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
         return parts, mesh.pp.receive(room, mesh.at.pp_rank - 1)
+
+    def _choose(self, micro_batch: Sequence[Batch]) -> DispatchMode:
+        """By what all ranks of all stages see alike, before the batch is split."""
+        most = max(batch.num_tokens for batch in micro_batch)
+        can_split = any(batch.num_seqs > 1 for batch in micro_batch)
+        return self._dispatch.choose(-(-most // self.spec.layout.tp), can_split)
 
     def _run_micro_batch(
         self, parts: list[ForwardBatch], arriving: Pending | None

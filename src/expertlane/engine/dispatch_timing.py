@@ -1,7 +1,9 @@
-"""`dispatch = "auto"`: every form is timed once on this deployment's own layers."""
+"""What is `auto`, dispatch form or overlap, is timed once on this deployment's own layers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,16 +11,20 @@ from expertlane.engine.pool import RankPool
 from expertlane.errors import SpecError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.deployment import DispatchForm
-from expertlane.spec.dispatch_table import DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchForm, Options
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+
+ModeT = TypeVar("ModeT")
 
 _RUN_STEP = "expertlane.engine.deployed_stage:run_step"
 _SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
-NUM_ROUNDS = 3
-_LONG_STEP_S = 0.3  # no larger size is timed: starting must not take minutes
+# Starting must not take minutes: with these and six modes it is half of one at most.
+_LONG_STEP_S = 0.1  # no larger size is timed: its steps would take four times as long
+_SIZE_S = 3.0  # of a size, after the least rounds
+_LEAST_ROUNDS, _MOST_ROUNDS = 4, 200
 
 
 def forms_of(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
@@ -32,39 +38,90 @@ def forms_of(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
     return ("all_to_all", "all_gather", *(("hierarchical",) if has_hierarchy else ()))
 
 
-def time_dispatch(
-    pool: RankPool, layout: Layout, limits: Limits, forms: Sequence[DispatchForm]
-) -> DispatchTable:
-    """Time a prefill step of the first replica with each form and several numbers of tokens.
+def modes_of(layout: Layout, options: Options, ranks_per_node: int) -> tuple[DispatchMode, ...]:
+    """What is to be chosen from; without overlap first. One rank alone has nothing to overlap."""
+    forms: tuple[DispatchForm, ...] = (
+        forms_of(layout, ranks_per_node) if options.dispatch == "auto" else (options.dispatch,)
+    )
+    overlaps: tuple[bool, ...] = (False, True) if layout.stage_size > 1 else (False,)
+    if options.overlap != "auto":
+        overlaps = (options.overlap,)
+    return tuple(DispatchMode(form, overlap) for overlap in overlaps for form in forms)
 
-    Forms alternate; the least time of the rounds counts, since others only ever add to it.
-    """
-    if len(forms) == 1:
-        return DispatchTable.fixed(forms[0])
-    ranks = layout.ranks_of_replica(0)
+
+def time_dispatch(
+    pool: RankPool, layout: Layout, limits: Limits, modes: Sequence[DispatchMode]
+) -> DispatchTable:
+    """Time steps of the first replica in each mode and with several numbers of tokens."""
+    if len(modes) == 1:
+        return DispatchTable.fixed(modes[0].form, modes[0].overlap)
     rows = []
     for size in SIZES:
         num_tokens = size * layout.tp  # of a data-parallel rank
         fits = limits.num_blocks * limits.block_size >= num_tokens
         if size > 1 and not (fits and num_tokens <= limits.max_num_batched_tokens):
             break
-        plan = _plan(layout, limits, num_tokens)
-        least: dict[DispatchForm, float] = dict.fromkeys(forms, float("inf"))
-        for _ in range(NUM_ROUNDS + 1):  # the first round warms up
-            for form in forms:
-                pool.call(_SET_DISPATCH, DispatchTable.fixed(form), ranks=ranks)
-                began_s = time.perf_counter()
-                pool.call(_RUN_STEP, plan, ranks=ranks)
-                least[form] = min(least[form], time.perf_counter() - began_s)
-        rows.append(DispatchRow(size, least))
-        if min(least.values()) > _LONG_STEP_S:
+        step_s = _step_s(pool, layout, _plan(layout, limits, num_tokens), modes)
+        rows.append(DispatchRow(size, step_s))
+        if min(step_s) > _LONG_STEP_S:
             break
-    return DispatchTable(tuple(rows))
+    return DispatchTable(tuple(modes), tuple(rows))
+
+
+def _step_s(
+    pool: RankPool, layout: Layout, plan: StepPlan, modes: Sequence[DispatchMode]
+) -> tuple[float, ...]:
+    """[num_modes]; seconds of the plan's step in each mode, which take turns.
+
+    What cannot be split takes as long with overlap as without. Some modes are soon hopeless and
+    timed no further.
+    """
+    ranks = layout.ranks_of_replica(0)
+    can_split = any(batch.num_seqs > 1 for batch in plan.micro_batches[0])
+    as_run = [mode if can_split else DispatchMode(mode.form) for mode in modes]
+    seconds: dict[DispatchMode, list[float]] = {mode: [] for mode in as_run}
+    timed = list(seconds)
+    began_s = time.perf_counter()
+    for number in range(1 + _MOST_ROUNDS):  # the first warms up
+        if number > _LEAST_ROUNDS and time.perf_counter() - began_s > _SIZE_S:
+            break
+        if number > 2 * _LEAST_ROUNDS:
+            timed = still_hopeful({mode: seconds[mode] for mode in timed})
+            if len(timed) == 1:
+                break
+        for mode in timed[:: 1 if number % 2 else -1]:
+            pool.call(_SET_DISPATCH, DispatchTable.fixed(mode.form, mode.overlap), ranks=ranks)
+            submitted_s = time.perf_counter()
+            pool.call(_RUN_STEP, plan, ranks=ranks)
+            if number:
+                seconds[mode].append(time.perf_counter() - submitted_s)
+    return tuple(middle_mean(seconds[mode]) for mode in as_run)
+
+
+def still_hopeful(seconds: Mapping[ModeT, Sequence[float]]) -> list[ModeT]:
+    """The modes that may yet prove the fastest; all have been timed equally often.
+
+    Where ranks wait for each other, single steps scatter by about 0.35 of their mean, so that two
+    standard errors of a ratio of means of n are about 1 / sqrt(n).
+    """
+    means = {mode: middle_mean(of) for mode, of in seconds.items()}
+    least = min(means.values())
+    return [mode for mode, of in seconds.items() if means[mode] <= least * (1 + len(of) ** -0.5)]
+
+
+def middle_mean(values: Sequence[float]) -> float:
+    """The mean of the middle half: a stall does not count, and it scatters less than a median."""
+    cut = len(values) // 4
+    return mean(sorted(values)[cut : len(values) - cut])
 
 
 def _plan(layout: Layout, limits: Limits, num_tokens: int) -> StepPlan:
-    """A prompt's chunk of different tokens on every data-parallel rank; nothing comes of it."""
-    length = min(num_tokens, limits.max_model_len)
+    """A step of different tokens on every data-parallel rank; nothing comes of it.
+
+    As many tokens as sequences may run are those of a decode step, more those of prompts.
+    """
+    most_seqs = min(limits.max_num_seqs, limits.num_blocks)
+    length = 1 if num_tokens <= most_seqs else min(-(-num_tokens // 2), limits.max_model_len)
     blocks = -(-length // limits.block_size)
     num_seqs = max(1, min(num_tokens // length, limits.num_blocks // blocks))
     tables = np.arange(num_seqs * blocks, dtype=np.int32).reshape(num_seqs, blocks)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from expertlane.balance.deployed import placements_of
-from expertlane.engine.dispatch_timing import forms_of, time_dispatch
+from expertlane.engine.dispatch_timing import modes_of, time_dispatch
 from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.schedule.limits import Limits
@@ -36,7 +36,7 @@ class ModelRunner:
 
     Attributes:
         held: [world_size]; what each rank has allocated.
-        dispatch_table: as measured for `dispatch = "auto"`, else None.
+        dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -71,8 +71,9 @@ class ModelRunner:
         held = pool.call(_DEPLOY, spec, options, limits.num_blocks, limits.block_size)
         self.held: list[HeldBytes] = held[: layout.world_size]
         self.dispatch_table: DispatchTable | None = None
-        if options.dispatch == "auto":
-            table = time_dispatch(pool, layout, limits, forms_of(layout, ranks_per_node))
+        if options.is_timed:
+            modes = modes_of(layout, options, ranks_per_node)
+            table = time_dispatch(pool, layout, limits, modes)
             pool.call(_SET_DISPATCH, table, ranks=range(layout.world_size))
             self.dispatch_table = table
 

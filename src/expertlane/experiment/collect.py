@@ -64,7 +64,7 @@ def deployment_result(
         tokens: [num_sequences, output_len]; all generated tokens.
         ranks_per_node: consecutive ranks that share a node.
         rebalances: of its last run.
-        dispatch_table: of its first run, where `dispatch` is `auto`.
+        dispatch_table: of its first run, where `dispatch` or `overlap` is `auto`.
 
     Raises:
         ValueError: `tokens` is not of the workload's shape, or `held` not of the layout's.
@@ -158,7 +158,7 @@ def hidden_by_overlap(deployments: Sequence[DeploymentResult]) -> tuple[HiddenCo
         for off in deployments
         for on in deployments
         if off.layout == on.layout
-        and on.options.overlap
+        and on.options.overlap is True
         and off.options == replace(on.options, overlap=False)
     )
     return tuple(

@@ -16,6 +16,7 @@ from expertlane.kernels.cpu import PagedSequences
 from expertlane.model.attention_group import AttentionGroup, attention_groups
 from expertlane.model.rotary import RotaryEmbedding, Rotation
 from expertlane.schedule.plan import Batch
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout
 from expertlane.spec.partition import partition
 
@@ -27,6 +28,7 @@ class ForwardBatch:
         batches: [dp]; the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
         block_size: positions a block of the paged cache.
+        dispatch_form: how its tokens travel to experts; the same on all ranks of the stage.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class ForwardBatch:
         at: Coordinates,
         device: torch.device,
         block_size: int,
+        dispatch_form: DispatchForm = "all_to_all",
     ) -> None:
+        self.dispatch_form = dispatch_form
         self.batch = batches[at.dp_rank]
         self._device = device
         self._at = at

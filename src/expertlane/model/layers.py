@@ -1,6 +1,6 @@
 """A decoder layer as a generator that yields where it waits for communication."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from expertlane.parallel.interleave import Steps
 from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -128,7 +128,7 @@ class MoEBlock:
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
         self._device = source.device
-        self._dispatch = DispatchTable.fixed("all_to_all")
+        self._forms: Sequence[DispatchForm] = ("all_to_all",)
         self._place(placement)
 
         def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
@@ -153,9 +153,9 @@ class MoEBlock:
                 is_scaled=model.shared_expert_gate,
             )
 
-    def set_dispatch(self, table: DispatchTable) -> None:
-        """Choose how tokens travel to experts from now on."""
-        self._dispatch = table
+    def set_forms(self, forms: Sequence[DispatchForm]) -> None:
+        """Make ready for batches that use these dispatch forms, and no others."""
+        self._forms = forms
         self._place(self.placement)
 
     def _place(self, placement: Placement) -> None:
@@ -163,8 +163,7 @@ class MoEBlock:
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
         choice = ReplicaChoice(self._mesh, placement, self._recorder, self._device)
         self._dispatchers = {
-            form: make_dispatcher(form, self._mesh, placement, choice)
-            for form in self._dispatch.forms
+            form: make_dispatcher(form, self._mesh, placement, choice) for form in self._forms
         }
 
     def switch(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
@@ -207,7 +206,7 @@ class MoEBlock:
             2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
         )
         recorder.enter(Stage.DISPATCH, layer)
-        dispatcher = self._dispatchers[self._dispatch.choose(max(batch.tokens_of_stage_rank))]
+        dispatcher = self._dispatchers[batch.dispatch_form]
         arrived, sent = yield from dispatcher.dispatch(
             hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
         )

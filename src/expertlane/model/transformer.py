@@ -1,5 +1,7 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from expertlane.model.weight_source import WeightSource
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -61,10 +63,10 @@ class TransformerStage:
         """Bytes of the key/value cache."""
         return sum(cache.num_bytes for cache in self._caches)
 
-    def set_dispatch(self, table: DispatchTable) -> None:
-        """Choose how tokens travel to experts from now on."""
+    def set_forms(self, forms: Sequence[DispatchForm]) -> None:
+        """Make ready for batches that use these dispatch forms, and no others."""
         for block in self.moe_blocks.values():
-            block.set_dispatch(table)
+            block.set_forms(forms)
 
     @property
     def moe_blocks(self) -> dict[int, MoEBlock]:

@@ -97,7 +97,8 @@ def _deployments(comparison: Comparison, source: str) -> Section:
             "repetition; what is closer together than that is not told apart. TTFT and TPOT are "
             "medians. × best base: against the best baseline.",
             *(
-                f"#{row.number} dispatches by {table}: tokens of a rank, timed at its start."
+                f"#{row.number} dispatches by {table}: tokens of a rank in a micro-batch, timed at "
+                "its start."
                 for row in comparison.rows
                 if (table := row.deployment.dispatch_table) is not None
             ),

@@ -13,6 +13,7 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.results.schema import HiddenCommunication, Results, ScalingPoint
+from expertlane.spec.deployment import OverlapChoice
 from expertlane.spec.names import Cause
 
 _COMMUNICATION = (
@@ -22,6 +23,7 @@ _COMMUNICATION = (
     Cause.WAITING,
     Cause.PIPELINE_BUBBLE,
 )
+_OVERLAP: dict[OverlapChoice, str] = {False: "off", True: "on", "auto": "auto"}
 
 
 def goals(results: Results, comparison: Comparison) -> tuple[Section, ...]:
@@ -145,7 +147,7 @@ def _overlap(results: Results, comparison: Comparison) -> Section:
             (
                 str(row.number),
                 row.deployment.name,
-                "on" if row.deployment.options.overlap else "off",
+                _OVERLAP[row.deployment.options.overlap],
                 milliseconds(row.phase.exposed_s),
                 percent(sum(shares[cause] for cause in _COMMUNICATION)),
                 NONE if hidden is None else percent(hidden),

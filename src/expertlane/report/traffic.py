@@ -204,6 +204,8 @@ def _rank(hot: HottestRankResult | None, amount: Callable[[int], str]) -> str:
 def _hidden(row: Row, pair: HiddenCommunication | None) -> str:
     if not row.deployment.options.overlap:
         return f"{NONE} (overlap is off)"
+    if row.deployment.options.overlap == "auto":
+        return f"{NONE} (overlap is chosen by the number of tokens)"
     if pair is None:
         return f"{NONE} (no deployment differs from this one in overlap alone)"
     if pair.hidden is None:

@@ -18,7 +18,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Source = Literal["measured", "projected", "reported"]
 
@@ -238,7 +238,7 @@ class DeploymentResult(Strict):
         breakdown_s: by phase and cause; seconds a round, mean over ranks.
         traffic_bytes: by phase and link.
         traffic: by phase.
-        dispatch_table: by which `dispatch = "auto"` chose.
+        dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         rebalances: decisions about moving experts, in its last run.
         tokens_sha256: of all generated tokens, to compare runs by.
     """

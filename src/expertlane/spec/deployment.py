@@ -9,6 +9,7 @@ from expertlane.spec.layout import Layout
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
 DispatchChoice = Literal["all_to_all", "all_gather", "hierarchical", "auto"]
+OverlapChoice = bool | Literal["auto"]
 PlacementMethod = Literal["linear", "round_robin"]
 
 
@@ -18,7 +19,7 @@ class Options:
 
     Attributes:
         overlap: two-batch overlap: a rank's batch is split in two, and one half computes while
-            the other half's tokens travel.
+            the other half's tokens travel. `auto`: where that is faster, as `dispatch`'s.
         num_micro_batches: parts a step's batch is cut into for the pipeline.
         micro_batch_schedule: `drained`: a step's micro-batches all finish before the next step
             begins; `rotating`: each micro-batch starts its next token as soon as it has the
@@ -39,7 +40,7 @@ class Options:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
-    overlap: bool = False
+    overlap: OverlapChoice = False
     num_micro_batches: int = 1
     micro_batch_schedule: MicroBatchSchedule = "drained"
     dispatch: DispatchChoice = "all_to_all"
@@ -66,17 +67,23 @@ class Options:
             self.num_redundant_experts or self.placement != "linear"
         ):
             raise SpecError("a placement_file says it all; give no placement or redundant experts")
-        if not isinstance(self.overlap, bool):
-            raise SpecError(f"overlap is {self.overlap!r}; it must be true or false")
+        if not isinstance(self.overlap, bool) and self.overlap != "auto":
+            raise SpecError(f"overlap is {self.overlap!r}; it must be true, false or 'auto'")
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether anything is chosen by a table timed at the start."""
+        return "auto" in (self.dispatch, self.overlap)
 
     def __str__(self) -> str:
         parts = []
         if self.num_micro_batches > 1:
             parts.append(f"{self.num_micro_batches} micro-batches {self.micro_batch_schedule}")
         if self.overlap:
-            parts.append("overlap")
+            parts.append("auto overlap" if self.overlap == "auto" else "overlap")
         if self.dispatch != "all_to_all":
-            parts.append(self.dispatch.replace("_", "-"))
+            name = "auto dispatch" if self.dispatch == "auto" else self.dispatch
+            parts.append(name.replace("_", "-"))
         if self.placement != "linear":
             parts.append(self.placement.replace("_", "-"))
         if self.placement_file is not None:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -249,13 +249,16 @@ def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise SpecError(f"{prefix}{', '.join(missing)} {verb} missing")
-    problem = problems[0]
-    key = str(problem["loc"][0])
-    if problem["type"] == "literal_error":
-        wanted = problem["ctx"]["expected"]
-    else:
-        wanted = _WANTED.get(problem["type"].partition("_")[0], "a table of known keys")
+    key = str(problems[0]["loc"][0])
+    of_key = [problem for problem in problems if problem["loc"][0] == key]
+    wanted = " or ".join(dict.fromkeys(map(_wanted, of_key)))  # several where types are a union
     raise SpecError(f"{prefix}{key} is {_shown(table[key])}; it must be {wanted}")
+
+
+def _wanted(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "literal_error":
+        return str(problem["ctx"]["expected"])
+    return _WANTED.get(problem["type"].partition("_")[0], "a table of known keys")
 
 
 def _field_names(kind: type[Any]) -> list[str]:
