@@ -35,6 +35,7 @@ from expertlane.engine.start import start_pool
 from expertlane.engine.worker import RankContext
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.payload import Payload
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.clock import HostClock
 from expertlane.parallel.interleave import interleave
@@ -121,7 +122,7 @@ def measure(
     choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
     seconds, expected = {}, naive(inputs, NUM_EXPERTS // num_ranks)
     for form in FORMS:
-        dispatcher = make_dispatcher(form, mesh, placement, choice)
+        dispatcher = make_dispatcher(form, mesh, placement, choice, Payload("model", recorder))
         with capturing() as transfers:
             arrived, sent = interleave([dispatcher.dispatch(*inputs)])[0]
             rows = arrived.by_expert()

@@ -10,12 +10,13 @@ from expertlane.balance.placement import Placement
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
 from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.payload import Payload
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.clock import HostClock
 from expertlane.parallel.interleave import interleave
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.record import RankRecord
@@ -105,6 +106,7 @@ def dispatch_and_combine(
     placement: Placement,
     form: DispatchForm,
     inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    payload: PayloadType = "model",
 ) -> MoeResult | None:
     """Experts that multiply by their number plus one, each of a group doing an equal part of it.
 
@@ -115,7 +117,7 @@ def dispatch_and_combine(
         return None
     mesh, recorder = joined
     choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
-    dispatcher = make_dispatcher(form, mesh, placement, choice)
+    dispatcher = make_dispatcher(form, mesh, placement, choice, Payload(payload, recorder))
     x, topk_ids, topk_weights = (torch.from_numpy(array) for array in inputs[context.rank])
     num_tokens = [len(of_rank[0]) for of_rank in inputs]
     with Recording(recorder, Stage.DISPATCH) as dispatching:

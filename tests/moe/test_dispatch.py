@@ -19,12 +19,22 @@ def own(tokens=(), topk_ids=(), topk_weights=None, *, top_k=2):
     return np.array(tokens, dtype=np.float32).reshape(-1, 2), ids, weights.astype(np.float32)
 
 
-def run(pools, layout, num_experts, inputs, ranks_per_node=8, *, form="all_to_all", placed=None):
+def run(
+    pools,
+    layout,
+    num_experts,
+    inputs,
+    ranks_per_node=8,
+    *,
+    form="all_to_all",
+    placed=None,
+    payload="model",
+):
     layout = Layout.parse(layout)
     pool = pools.pool(layout.world_size)
     placement = placed or Placement.linear(num_experts, layout.ep)
     function = "distributed.on_ranks:dispatch_and_combine"
-    results = pool.call(function, layout, ranks_per_node, placement, form, inputs)
+    results = pool.call(function, layout, ranks_per_node, placement, form, inputs, payload)
     return results[: layout.world_size]
 
 

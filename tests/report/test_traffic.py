@@ -190,3 +190,19 @@ def test_records_without_fan_out_say_nothing_of_it():
     spread = hot_spots(compare(given)).parts[0]
     assert spread.rows[0][2:6] == ("—",) * 4
     assert content.sections(given, traffic=True)
+
+
+def test_a_narrower_payload_says_what_it_changes():
+    results = example.usual()
+    phase = compare(results).phase
+    first = results.deployments[0]
+    rounded = replace(
+        first,
+        options=replace(first.options, payload="float8"),
+        traffic={phase: replace(first.traffic[phase], payload_error=0.0263)},
+    )
+    given = replace(results, deployments=(rounded, *results.deployments[1:]))
+    line = "#1 sends hidden states as float8: they change by 2.63% (root mean square)."
+    assert hot_spots(compare(given)).parts[-1] == line
+    assert facts(given, 1)["payload rounded"] == "2.63% (root mean square)"
+    assert "payload rounded" not in facts(given, 2)

@@ -65,6 +65,12 @@ def test_options_in_words():
     assert str(Options(overlap=True)) == "overlap"
     assert str(Options(overlap="auto", dispatch="auto")) == "auto overlap, auto dispatch"
     assert str(Options(dispatch="all_gather", overlap="auto")) == "auto overlap, all-gather"
+    assert str(Options(payload="float8")) == "payload float8"
+
+
+def test_payload_is_one_of_three_types():
+    with pytest.raises(SpecError, match="payload is 'int8'; valid: model, bfloat16, float8"):
+        Options(payload="int8")
 
 
 def test_what_is_timed():

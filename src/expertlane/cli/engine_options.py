@@ -34,6 +34,14 @@ class Dispatch(StrEnum):
     AUTO = "auto"
 
 
+class PayloadTypes(StrEnum):
+    """The type in which hidden states travel to experts."""
+
+    MODEL = "model"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
+
+
 class Overlaps(StrEnum):
     """Whether one half of a batch computes while the other half travels."""
 
@@ -94,6 +102,13 @@ DispatchOption = Annotated[
         help="How tokens travel to experts: a copy to each rank reached, all tokens to all ranks, "
         "a copy to each node reached, forwarded inside, or the fastest for a step's number of "
         "tokens, timed at the start."
+    ),
+]
+PayloadOption = Annotated[
+    PayloadTypes,
+    typer.Option(
+        help="The type in which hidden states travel to experts; a narrower one than the model's "
+        "rounds them. How much that changes, expertlane compare measures."
     ),
 ]
 PlacementOption = Annotated[
@@ -162,6 +177,7 @@ def deployment_options(
     num_micro_batches: int,
     micro_batch_schedule: MicroBatches,
     dispatch: Dispatch,
+    payload: PayloadTypes,
     placement: str,
     redundant: int,
     rebalance: int,
@@ -190,6 +206,7 @@ def deployment_options(
         num_micro_batches=num_micro_batches,
         micro_batch_schedule=micro_batch_schedule.value,
         dispatch=dispatch.value,
+        payload=payload.value,
         num_redundant_experts=redundant,
         rebalance_steps=rebalance,
         **where,

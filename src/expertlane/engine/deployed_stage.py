@@ -26,7 +26,7 @@ from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.progress import NO_LAYER
 from expertlane.parallel.recorder import Recorder
 from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import Options, PayloadType
 from expertlane.spec.dispatch_table import DispatchMode, DispatchTable
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
@@ -111,6 +111,7 @@ class DeployedStage:
         self._device = platform.device
         self._sampler = Sampler(model.vocab_size, platform.device)
         self._dispatch = DispatchTable.fixed("all_to_all")
+        self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
         self._chosen: dict[int, int] = {}  # the last step's tokens, by sequence id
@@ -126,6 +127,7 @@ class DeployedStage:
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache; what is `auto` is timed first, then set."""
         self.migration = migration.Migration()  # what arrived for a switch that never came
+        self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
             self.set_dispatch(DispatchTable.fixed(options.dispatch, options.overlap))
         self._block_size = block_size
@@ -136,7 +138,7 @@ class DeployedStage:
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
         self._dispatch = table
-        self.stage.set_forms(table.forms)
+        self.stage.set_forms(table.forms, self._payload)
 
     def run(self, plan: StepPlan) -> RankOutcome:
         """Take the plan's micro-batches through this stage, one after the other."""

@@ -26,4 +26,8 @@ def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node:
         )
     if options.dispatch == "hierarchical" and ranks_per_node:
         layout.ep_ranks_per_node(ranks_per_node)
+    if options.payload == "float8" and model.hidden_size % 4:
+        raise UserError(
+            f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
+        )
     return placements_of(model, layout, options)

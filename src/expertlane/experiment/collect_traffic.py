@@ -40,6 +40,7 @@ def traffic_result(seen: TrafficMetrics, ranks_per_node: int) -> TrafficResult:
             if seen.sent_bytes[stage].any()
         },
         payload_bytes_of_step={link.label: _counts(payload_of_step[:, link]) for link in Link},
+        payload_error=seen.payload_error,
         fan_out=None if seen.fan_out is None else _fan_out(seen.fan_out),
         receiver=None if seen.receiver is None else HottestRankResult(**asdict(seen.receiver)),
         busiest=None if seen.busiest is None else HottestRankResult(**asdict(seen.busiest)),

@@ -84,6 +84,8 @@ class TrafficMetrics:
     Attributes:
         sent_bytes: [num_stages, num_kinds_of_traffic, source, destination]; global ranks.
         sent_bytes_of_step: [num_steps, num_kinds_of_traffic, 2 kinds of link].
+        payload_error: root mean square of what rounding to a narrower payload changed, over that
+            of the hidden states; None where nothing was rounded.
         fan_out: None where no dispatch counted any token.
         receiver: the rank to which most bytes of all kinds are sent; None where none are.
         busiest: the rank with most token-expert pairs, among those that report any of their
@@ -94,6 +96,7 @@ class TrafficMetrics:
 
     sent_bytes: _Counts
     sent_bytes_of_step: _Counts
+    payload_error: float | None
     fan_out: FanOut | None
     receiver: HottestRank | None
     busiest: HottestRank | None
@@ -127,6 +130,7 @@ def summarise_traffic(
     return TrafficMetrics(
         sent_bytes=sent_bytes,
         sent_bytes_of_step=np.stack(of_steps),
+        payload_error=_payload_error(records),
         fan_out=_fan_out(records, int(num_tokens.sum())),
         receiver=_hottest_rank(sent_bytes.sum(axis=(0, 1, 2)), range(layout.world_size)),
         busiest=_hottest_rank(of_rank, reporting),
@@ -171,6 +175,11 @@ def _fan_out(records: Sequence[RankRecord], num_pairs: int) -> FanOut | None:
         num_remote_rank_copies=sum(record.num_remote_rank_copies for record in records),
         num_remote_node_copies=sum(record.num_remote_node_copies for record in records),
     )
+
+
+def _payload_error(records: Sequence[RankRecord]) -> float | None:
+    error_squares, squares = np.sum([record.payload_squares for record in records], axis=0)
+    return float(np.sqrt(error_squares / squares)) if squares else None
 
 
 def _hottest_rank(amounts: _Counts, ranks: Sequence[int]) -> HottestRank | None:

@@ -18,13 +18,14 @@ from expertlane.model.weight_source import WeightSource
 from expertlane.moe.activation import Activation
 from expertlane.moe.experts import Expert, Experts
 from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.payload import Payload
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.moe.router import route
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -129,6 +130,7 @@ class MoEBlock:
         self._routing = routing = model.routing
         self._device = source.device
         self._forms: Sequence[DispatchForm] = ("all_to_all",)
+        self._payload = Payload("model", recorder)
         self._place(placement)
 
         def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
@@ -153,9 +155,9 @@ class MoEBlock:
                 is_scaled=model.shared_expert_gate,
             )
 
-    def set_forms(self, forms: Sequence[DispatchForm]) -> None:
+    def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
         """Make ready for batches that use these dispatch forms, and no others."""
-        self._forms = forms
+        self._forms, self._payload = forms, Payload(payload, self._recorder)
         self._place(self.placement)
 
     def _place(self, placement: Placement) -> None:
@@ -163,7 +165,8 @@ class MoEBlock:
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
         choice = ReplicaChoice(self._mesh, placement, self._recorder, self._device)
         self._dispatchers = {
-            form: make_dispatcher(form, self._mesh, placement, choice) for form in self._forms
+            form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
+            for form in self._forms
         }
 
     def switch(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:

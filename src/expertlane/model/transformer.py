@@ -16,7 +16,7 @@ from expertlane.model.weight_source import WeightSource
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.partition import partition
@@ -63,10 +63,10 @@ class TransformerStage:
         """Bytes of the key/value cache."""
         return sum(cache.num_bytes for cache in self._caches)
 
-    def set_forms(self, forms: Sequence[DispatchForm]) -> None:
+    def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
         """Make ready for batches that use these dispatch forms, and no others."""
         for block in self.moe_blocks.values():
-            block.set_forms(forms)
+            block.set_forms(forms, payload)
 
     @property
     def moe_blocks(self) -> dict[int, MoEBlock]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.moe.dispatch import ExpertInput
 from expertlane.moe.grouping import gather_sum, group_pairs
-from expertlane.moe.packing import columns_of, pack, unpack
+from expertlane.moe.packing import bytes_of, columns_of, pack_all, unpack
+from expertlane.moe.payload import Payload
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
@@ -38,7 +39,10 @@ class Gathered:
 class AllGatherDispatcher:
     """Implements `moe.dispatch.Dispatcher`."""
 
-    def __init__(self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice) -> None:
+    def __init__(
+        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
+    ) -> None:
+        self._payload = payload
         self._stage = mesh.stage
         self._choice = choice
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
@@ -53,12 +57,13 @@ class AllGatherDispatcher:
     ) -> Steps[tuple[ExpertInput, Gathered]]:
         """Gather all tokens of the stage."""
         ids = self._choice.physical_ids(topk_ids)
+        parts = [ids, topk_weights, *self._payload.encode(x)]
+        columns = columns_of(parts)
         packed = yield self._stage.all_gather(
-            pack([ids, topk_weights], x),
-            tokens_of_stage_rank,
-            metadata_bytes=topk_ids.shape[1] * (ids.itemsize + topk_weights.itemsize),
+            pack_all(parts), tokens_of_stage_rank, metadata_bytes=bytes_of(columns[:-1])
         )
-        ids, weights, rows = unpack(packed, columns_of([ids, topk_weights, x]))
+        ids, weights, *hidden = unpack(packed, columns)
+        rows = self._payload.decode(hidden, x.dtype)
         pairs = group_pairs(ids, self._first_id, 1, self._num_local_experts)
         return ExpertInput.of(rows, pairs), Gathered(pairs.numbers, weights, tokens_of_stage_rank)
 

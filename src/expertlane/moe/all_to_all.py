@@ -17,7 +17,8 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.moe.dispatch import ExpertInput
 from expertlane.moe.grouping import gather_sum, group_pairs, inverse, rows_by_peer
-from expertlane.moe.packing import columns_of, pack, unpack
+from expertlane.moe.packing import bytes_of, columns_of, pack, unpack
+from expertlane.moe.payload import Payload
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
@@ -47,7 +48,10 @@ class Exchanged:
 class AllToAllDispatcher:
     """Implements `moe.dispatch.Dispatcher`."""
 
-    def __init__(self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice) -> None:
+    def __init__(
+        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
+    ) -> None:
+        self._payload = payload
         self._mesh = mesh
         self._choice = choice
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
@@ -68,11 +72,14 @@ class AllToAllDispatcher:
             own_counts, [1] * mesh.stage.size, metadata_bytes=own_counts.nbytes
         )
         # While the counts travel:
-        columns, packed = columns_of([to_ranks.ids, x]), pack([to_ranks.ids], x, to_ranks.tokens)
+        hidden = self._payload.encode(x)
+        columns = columns_of([to_ranks.ids, *hidden])
+        packed = pack([to_ranks.ids], hidden, to_ranks.tokens)
         places = inverse(by_rank.order).view_as(ids)
         counts = (yield counting).view(-1, 2, ep).cpu().numpy()
-        packed = yield from self._send(packed, counts, ids.shape[1] * ids.itemsize)
-        slots, rows = unpack(packed, columns)
+        packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
+        slots, *hidden = unpack(packed, columns)
+        rows = self._payload.decode(hidden, x.dtype)
         arrived = ExpertInput.of(rows, group_pairs(slots, 0, 1, self._num_local_experts))
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
         return arrived, Exchanged(

@@ -20,7 +20,8 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.moe.dispatch import ExpertInput
 from expertlane.moe.grouping import gather_sum, group_pairs, rows_by_peer
-from expertlane.moe.packing import columns_of, pack, unpack
+from expertlane.moe.packing import bytes_of, columns_of, pack, unpack
+from expertlane.moe.payload import Payload
 from expertlane.moe.replicas import ReplicaChoice
 from expertlane.parallel.interleave import Steps
 from expertlane.parallel.mesh import ParallelMesh
@@ -61,7 +62,10 @@ class Forwarded:
 class HierarchicalDispatcher:
     """Implements `moe.dispatch.Dispatcher`."""
 
-    def __init__(self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice) -> None:
+    def __init__(
+        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
+    ) -> None:
+        self._payload = payload
         self._mesh = mesh
         self._choice = choice
         self._inter, self._intra = mesh.ep_inter, mesh.ep_intra
@@ -83,23 +87,25 @@ class HierarchicalDispatcher:
         stage = self._mesh.stage
         counting = stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
         # While the counts travel:
-        parts = columns_of([ids, topk_weights, x])
-        packed = _packed([to_nodes.ids, topk_weights, x], to_nodes.tokens)
+        travelling = [topk_weights, *self._payload.encode(x)]
+        columns = columns_of([to_nodes.ids, *travelling])
+        packed = pack([to_nodes.ids], travelling, to_nodes.tokens)
         gathered = yield counting
         counts, of_etp_rank = self._counts(gathered)
-        metadata_bytes = topk_ids.shape[1] * (ids.itemsize + topk_weights.itemsize)
+        metadata_bytes = bytes_of(columns[:-1])
         inter = self._inter_hop(to_nodes.places, counts)
         packed = yield self._inter.all_to_all(packed, inter.send, inter.receive, metadata_bytes)
         intra = None
         if self._intra.size > 1:
-            ids, weights, rows = unpack(packed, parts)
+            ids, *arrived = unpack(packed, columns)
             inside = rows_by_peer(ids, num_slots, self._intra.size)
-            packed = _packed([inside.ids, weights, rows], inside.tokens)
+            packed = pack([inside.ids], arrived, inside.tokens)
             intra = self._intra_hop(inside.places, counts)
             packed = yield self._intra.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
         if self._mesh.layout.etp > 1:
             packed = yield self._mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
-        slots, weights, rows = unpack(packed, parts)
+        slots, weights, *hidden = unpack(packed, columns)
+        rows = self._payload.decode(hidden, x.dtype)
         pairs = group_pairs(slots, 0, 1, self._num_local_experts)
         sent = Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
         return ExpertInput.of(rows, pairs), sent
@@ -142,9 +148,3 @@ class HierarchicalDispatcher:
                 back = yield group.all_to_all(partial, hop.receive, hop.send)
                 partial = gather_sum(back, hop.places)
         return partial
-
-
-def _packed(parts: Sequence[Tensor], tokens: Tensor) -> Tensor:
-    """Rows of ids [R, K], and of the weights [T, K] and hidden states [T, H] of their tokens."""
-    ids, weights, x = parts
-    return pack([ids, weights.index_select(0, tokens)], x, tokens)

@@ -72,6 +72,7 @@ class Recorder:
             (2, self._world_size + 1), dtype=np.int64
         )
         self._num_remote_rank_copies = self._num_remote_node_copies = 0
+        self._payload_squares = np.zeros(2)
         self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
 
     def begin_step(
@@ -198,6 +199,16 @@ class Recorder:
             self._num_remote_rank_copies += num_remote_rank_copies
             self._num_remote_node_copies += num_remote_node_copies
 
+    def count_payload_error(self, error_squares: float, squares: float) -> None:
+        """Add hidden states that are sent in a narrower type.
+
+        Args:
+            error_squares: the sum of the squares of what rounding changed.
+            squares: the sum of the squares of the hidden states.
+        """
+        if self._recording:
+            self._payload_squares += (error_squares, squares)
+
     def end_step(self) -> RankRecord | None:
         """Close the record; None where the plan asked for none."""
         record = self._record() if self._recording else None
@@ -241,5 +252,6 @@ class Recorder:
             tokens_by_nodes_reached=self._by_nodes_reached,
             num_remote_rank_copies=self._num_remote_rank_copies,
             num_remote_node_copies=self._num_remote_node_copies,
+            payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
         )

@@ -15,6 +15,12 @@ _NUM_LAST_NAMED = 3
 
 def hot_spots(comparison: Comparison) -> Section:
     """The short form: one line a deployment and table."""
+    errors = tuple(
+        f"#{row.number} sends hidden states as {row.deployment.options.payload}: they change by "
+        f"{_error(row.deployment.traffic[comparison.phase])}."
+        for row in comparison.rows
+        if row.deployment.traffic[comparison.phase].payload_error is not None
+    )
     return Section(
         f"Spread and hot spots of {comparison.phase}",
         (
@@ -50,6 +56,7 @@ def hot_spots(comparison: Comparison) -> Section:
             "rank, its bytes or token-expert pairs over the mean. Expert: layer/expert, share of "
             "its layer's pairs. Layer: fullest expert over the mean. Comes last: the rank, at "
             "which share of the dispatches and combines of its pipeline stage.",
+            *errors,
         ),
     )
 
@@ -135,6 +142,7 @@ def _facts(row: Row, phase: Phase, pair: HiddenCommunication | None) -> Table:
     rows = [
         *((f"payload of a step, {link.label}", _of_steps(seen, link)) for link in Link),
         *(_fan_out_rows(seen.fan_out) if seen.fan_out else ()),
+        *((("payload rounded", _error(seen)),) if seen.payload_error is not None else ()),
         ("receives most", _rank(seen.receiver, bytes_si)),
         ("computes most", _rank(seen.busiest, lambda amount: f"{amount:,} token-expert pairs")),
         (
@@ -158,6 +166,11 @@ def _facts(row: Row, phase: Phase, pair: HiddenCommunication | None) -> Table:
         ("come last", _last(seen)),
     ]
     return Table("", (text("what"), text("value")), tuple(rows))
+
+
+def _error(seen: TrafficResult) -> str:
+    assert seen.payload_error is not None, "something was rounded"
+    return f"{figures(100 * seen.payload_error)}% (root mean square)"
 
 
 def _of_steps(seen: TrafficResult, link: Link) -> str:

@@ -74,6 +74,8 @@ class TrafficResult(Strict):
         sent_bytes: by kind of traffic; [source][destination], global ranks.
         by_stage: by stage and link; the stages that sent anything.
         payload_bytes_of_step: by link; [num_steps].
+        payload_error: root mean square of what rounding to a narrower payload changed, over that
+            of the hidden states; None where nothing was rounded.
         fan_out: None where no dispatch counted any token.
         receiver: the rank to which most bytes are sent; None where none are.
         busiest: the rank with most token-expert pairs; None where there are none.
@@ -86,6 +88,7 @@ class TrafficResult(Strict):
     sent_bytes: dict[str, tuple[tuple[int, ...], ...]]
     by_stage: dict[str, dict[str, TrafficBytes]]
     payload_bytes_of_step: dict[str, tuple[int, ...]]
+    payload_error: float | None
     fan_out: FanOutResult | None
     receiver: HottestRankResult | None
     busiest: HottestRankResult | None

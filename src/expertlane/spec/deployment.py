@@ -10,6 +10,7 @@ MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
 DispatchChoice = Literal["all_to_all", "all_gather", "hierarchical", "auto"]
 OverlapChoice = bool | Literal["auto"]
+PayloadType = Literal["model", "bfloat16", "float8"]
 PlacementMethod = Literal["linear", "round_robin"]
 
 
@@ -28,6 +29,9 @@ class Options:
             `hierarchical`: one to each node reached, forwarded inside; `all_gather`: all tokens to
             all ranks. With `ep=1` every rank needs all tokens, so that is what happens. `auto`:
             the fastest for a step's number of tokens, by a table measured once at the start.
+        payload: the type in which hidden states travel to experts: `model`: the model's own;
+            `bfloat16`; `float8`: eight bits with a scale for every 128 values. Results come back in
+            the model's. Rounding changes what a deployment computes, by an error that is measured.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         rebalance_steps: experts move while requests run: after so many steps they are placed anew
@@ -44,6 +48,7 @@ class Options:
     num_micro_batches: int = 1
     micro_batch_schedule: MicroBatchSchedule = "drained"
     dispatch: DispatchChoice = "all_to_all"
+    payload: PayloadType = "model"
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
@@ -55,6 +60,7 @@ class Options:
         for name, valid in (
             ("micro_batch_schedule", get_args(MicroBatchSchedule)),
             ("dispatch", get_args(DispatchChoice)),
+            ("payload", get_args(PayloadType)),
             ("placement", get_args(PlacementMethod)),
         ):
             value = getattr(self, name)
@@ -84,6 +90,8 @@ class Options:
         if self.dispatch != "all_to_all":
             name = "auto dispatch" if self.dispatch == "auto" else self.dispatch
             parts.append(name.replace("_", "-"))
+        if self.payload != "model":
+            parts.append(f"payload {self.payload}")
         if self.placement != "linear":
             parts.append(self.placement.replace("_", "-"))
         if self.placement_file is not None:

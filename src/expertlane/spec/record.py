@@ -35,6 +35,8 @@ class RankRecord:
         num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
             with one copy a rank.
         num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
+        payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
+            squares of what rounding changed, and of the hidden states themselves.
         topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
             logical experts that its own tokens chose, in the order of computation, which is the
             same in all layers. Empty unless the plan asked for it.
@@ -55,6 +57,7 @@ class RankRecord:
     tokens_by_nodes_reached: npt.NDArray[np.int64]
     num_remote_rank_copies: int
     num_remote_node_copies: int
+    payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
 
 

@@ -1,0 +1,75 @@
+"""Hidden states as they travel to experts: in the model's dtype, or rounded to a narrower one.
+
+Only the way out is narrowed; results come back in the model's dtype, as in DeepSeek-V3
+(arXiv:2412.19437, section 3.3.2), which also scales float8 by blocks of 128 values.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertlane.parallel.recorder import Recorder
+from expertlane.spec.deployment import PayloadType
+
+_BLOCK = 128  # values with one scale
+_FLOAT8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(_FLOAT8).max
+
+
+class Payload:
+    """Rounds hidden states [num_tokens, hidden_size], and counts by how much.
+
+    Args:
+        kind: no effect where the model's dtype is as narrow already.
+    """
+
+    def __init__(self, kind: PayloadType, recorder: Recorder) -> None:
+        self._kind = kind
+        self._recorder = recorder
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """What travels: the values as the last part, [num_tokens, columns] each; float8 as bytes.
+
+        float8 values have a scale for each block: [num_tokens, blocks] float32, before them.
+        """
+        if not self._narrows(x.dtype):
+            return [x]
+        parts = _to_float8(x) if self._kind == "float8" else [x.bfloat16()]
+        if self._recorder.is_recording:
+            exact = x.double()
+            error = self.decode(parts, torch.float32) - exact
+            squares = (float(each.square().sum()) for each in (error, exact))
+            self._recorder.count_payload_error(*squares)
+        return parts
+
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """[num_rows, hidden_size] of what `encode` gave for them, perhaps apart.
+
+        Args:
+            dtype: the model's.
+        """
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        scales, values = parts
+        blocks = _in_blocks(values.view(_FLOAT8).float())
+        return (blocks * scales[:, :, None]).flatten(1)[:, : values.shape[1]].to(dtype)
+
+    def _narrows(self, dtype: torch.dtype) -> bool:
+        itemsize = {"model": dtype.itemsize, "bfloat16": 2, "float8": 1}[self._kind]
+        return itemsize < dtype.itemsize
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """[num_rows, blocks, 128] of [num_rows, columns], zeros after the last."""
+    padded = F.pad(x, (0, -x.shape[1] % _BLOCK))
+    return padded.view(len(x), padded.shape[1] // _BLOCK, _BLOCK)
+
+
+def _to_float8(x: Tensor) -> list[Tensor]:
+    blocks = _in_blocks(x.float())
+    scales = blocks.abs().amax(dim=2) / _LARGEST
+    scales = scales.where(scales > 0, 1.0)
+    values = (blocks / scales[:, :, None]).flatten(1)[:, : x.shape[1]]
+    return [scales, values.to(_FLOAT8).view(torch.uint8)]
