@@ -148,8 +148,9 @@ def is_decided(reference):
     )
 
 
-def small_layouts():
-    sizes = [1, 2, 3, 4, 8]
+def small_layouts(least: int = 1, most: int = 8):
+    """All layouts of so many ranks, with few values for each size."""
+    sizes = [1, 2, 3, 4, 8, 16]
     return st.sampled_from(
         [
             f"replicas={replicas},pp={pp},dp={dp},tp={tp},ep={ep}"
@@ -158,7 +159,7 @@ def small_layouts():
             for dp in sizes
             for tp in (1, 2, 4, 8)
             for ep in sizes
-            if replicas * pp * dp * tp <= 8 and dp * tp % ep == 0
+            if least <= replicas * pp * dp * tp <= most and dp * tp % ep == 0
         ]
     )
 
