@@ -27,8 +27,7 @@ def share_of_ranks(is_held: Bools, ranks_per_node: int) -> Floats:
     first = np.arange(0, is_held.shape[-1], ranks_per_node)
     sizes = np.diff(first, append=is_held.shape[-1])
     per_copy = _share_per_copy(np.add.reduceat(is_held.astype(np.int64), first, axis=-1), sizes)
-    share: Floats = is_held * np.repeat(per_copy, sizes, axis=-1)
-    return share
+    return np.where(is_held, np.repeat(per_copy, sizes, axis=-1), 0.0)
 
 
 def _share_per_copy(num_on_node: Ints, sizes: Ints) -> Floats:
