@@ -76,3 +76,26 @@ def slot_max_over_mean(plan: list[list[int]], load: Floats) -> float:
     per_copy = load / np.maximum(np.bincount(flat, minlength=len(load)), 1)
     loads = np.array([per_copy[rank].sum() for rank in plan])
     return float(loads.max() / loads.mean()) if loads.mean() else 0.0
+
+
+def sender_max_over_mean(plan: list[list[int]], load: Floats, ranks_per_node: int) -> float:
+    """Of rank loads as the engine's senders choose copies, tokens spread evenly over ranks.
+
+    Of two copies on one rank either each takes its turn, or the rank keeps one: the reading that
+    is kinder to the plan.
+    """
+    counts = np.zeros((len(plan) // ranks_per_node, ranks_per_node, len(load)))
+    for rank, experts in enumerate(plan):
+        np.add.at(counts, (*divmod(rank, ranks_per_node), experts), 1)
+    return min(_sender_max_over_mean(each, load) for each in (counts, np.minimum(counts, 1)))
+
+
+def _sender_max_over_mean(counts: npt.NDArray[np.float64], load: Floats) -> float:
+    """`counts`: [num_nodes, ranks_per_node, num_experts]; copies."""
+    has_own = counts > 0
+    on_node = counts.sum(axis=1, keepdims=True)
+    near = (~has_own).sum(axis=1, keepdims=True) / np.maximum(on_node, 1)  # ranks for a copy there
+    num_far = (on_node == 0).sum(axis=0, keepdims=True) * counts.shape[1]
+    share = has_own + counts * (near + num_far / np.maximum(on_node.sum(axis=0), 1))
+    loads = share @ load
+    return float(loads.max() / loads.mean()) if loads.mean() else 0.0

@@ -84,7 +84,7 @@ LOAD = np.array([[30, 20, 10, 4]])
 
 def test_gain_and_cost_by_hand():
     # Fullest: 50 now, 34 then; 16 pairs x 1 ms, seen over 8 steps, for 256.
-    assert GATE.gain_s(LOAD, 8, NOW, THEN) == pytest.approx(16e-3 * 256 / 8)
+    assert GATE.gain_s(LOAD, 8, NOW, THEN, 2) == pytest.approx(16e-3 * 256 / 8)
     # 96 MB at 1 GB/s, three slices.
     assert GATE.cost_s(96_000_000) == pytest.approx(0.096 + 3 * 0.008)
     decision = GATE.decide(LOAD, 8, NOW, THEN, ranks_per_node=2)
@@ -106,7 +106,7 @@ def test_it_stays_where_little_is_gained():
 
 def test_layers_add_up():
     two = np.concatenate([LOAD, LOAD])
-    assert GATE.gain_s(two, 8, NOW * 2, THEN * 2) == pytest.approx(
-        2 * GATE.gain_s(LOAD, 8, NOW, THEN)
+    assert GATE.gain_s(two, 8, NOW * 2, THEN * 2, 2) == pytest.approx(
+        2 * GATE.gain_s(LOAD, 8, NOW, THEN, 2)
     )
-    assert GATE.gain_s(two, 8, NOW * 2, NOW + THEN) == GATE.gain_s(LOAD, 8, NOW, THEN)
+    assert GATE.gain_s(two, 8, NOW * 2, NOW + THEN, 2) == GATE.gain_s(LOAD, 8, NOW, THEN, 2)

@@ -62,12 +62,6 @@ def test_tables_by_hand():
     np.testing.assert_array_equal(placement.slots(), [[1, -1, 0], [-1, 0, -1], [0, 1, -1]])
 
 
-def test_copies_share_a_load_evenly():
-    placement = Placement(3, ((2, 0), (1,), (0, 1)))
-    np.testing.assert_array_equal(placement.rank_loads([4, 6, 1]), [3.0, 3.0, 5.0])
-    np.testing.assert_array_equal(placement.rank_loads(np.zeros(3)), [0.0, 0.0, 0.0])
-
-
 @pytest.mark.parametrize(
     ("experts_of_rank", "message"),
     [

@@ -74,7 +74,7 @@ def test_json_agrees_with_the_placement_it_wrote(run):
     for each, of_layer, placement in zip(
         found["layers"], load, read_placement(Path("p.json")).layers.values(), strict=True
     ):
-        loads = placement.rank_loads(of_layer)
+        loads = placement.rank_loads(of_layer, 4)
         assert each["after"]["max_over_mean"] == pytest.approx(loads.max() / loads.mean())
         assert each["after"]["cross_node_copies"] == 0  # one node
     assert found["total"]["num_moves"] == sum(each["num_moves"] for each in found["layers"])

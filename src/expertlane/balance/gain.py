@@ -37,22 +37,29 @@ class RebalanceGate:
         num_steps_tracked: int,
         now: Sequence[Placement],
         then: Sequence[Placement],
+        ranks_per_node: int,
     ) -> float:
         """Seconds saved over the coming window, if the load stays as it was; may be negative.
 
         The critical path of a layer is its fullest rank:
         sum over layers of (fullest now - fullest then) x pair_s x num_steps / num_steps_tracked.
+        Loads of ranks are those of `Placement.rank_loads`.
 
         Args:
             load: [num_layers, num_experts], of the steps tracked.
             now, then: [num_layers].
+            ranks_per_node: consecutive ranks that share a node.
         """
         if not num_steps_tracked:
             return 0.0
-        pairs = sum(
-            float(before.rank_loads(of_layer).max() - after.rank_loads(of_layer).max())
-            for of_layer, before, after in zip(load, now, then, strict=True)
+        fullest_now, fullest_then = (
+            sum(
+                float(placed.rank_loads(of_layer, ranks_per_node).max())
+                for of_layer, placed in zip(load, placements, strict=True)
+            )
+            for placements in (now, then)
         )
+        pairs = fullest_now - fullest_then
         return pairs * self.pair_s * self.num_steps / num_steps_tracked
 
     def cost_s(self, num_bytes: int) -> float:
@@ -72,7 +79,7 @@ class RebalanceGate:
         needed = moves(now, then, ranks_per_node)
         num_bytes = sum(move.source != move.rank for move in needed) * self.expert_bytes
         return Decision(
-            gain_s=self.gain_s(load, num_steps_tracked, now, then),
+            gain_s=self.gain_s(load, num_steps_tracked, now, then, ranks_per_node),
             cost_s=self.cost_s(num_bytes),
             num_bytes=num_bytes,
             num_steps=self.num_steps,

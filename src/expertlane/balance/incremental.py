@@ -12,15 +12,17 @@ from expertlane.balance.refine import lower_maximum
 
 
 def improve_placements(
-    load: npt.NDArray[np.integer], now: Sequence[Placement], even: float
+    load: npt.NDArray[np.integer], now: Sequence[Placement], ranks_per_node: int, even: float
 ) -> list[Placement]:
     """Change copies and swap experts of the fullest ranks until all are even enough.
 
-    A copy that changes its expert moves one expert, a swap two. Nodes are not looked at.
+    A copy that changes its expert moves one expert, a swap two. Loads are those of
+    `Placement.rank_loads`; crossings between nodes are not looked at.
 
     Args:
         load: [num_layers, num_experts].
         now: [num_layers]; ranks keep their numbers of slots.
+        ranks_per_node: consecutive ranks that share a node; it divides `ep`.
         even: a fullest rank at most this many times the mean is even enough.
     """
     loads = load.astype(np.float64)
@@ -30,10 +32,11 @@ def improve_placements(
     for layer, placed in enumerate(now):
         for rank, experts in enumerate(placed.experts_of_rank):
             slots[layer, rank, : len(experts)] = experts
-    copies = np.array([(placed.slots() >= 0).sum(axis=0) for placed in now])
-    search_copies(slots, copies, loads, target, num_swaps=0)
-    slots = lower_maximum(slots, loads / copies, target)
-    search_copies(slots, copies, loads, target)
+    num_nodes = now[0].ep // ranks_per_node
+    search_copies(slots, loads, num_nodes, target, num_swaps=0)
+    slots = lower_maximum(slots, loads, num_nodes, target)
+    search_copies(slots, loads, num_nodes, target)
+    search_copies(slots, loads, num_nodes, target, keeps_even=False)
     return [
         Placement(
             placed.num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in of_layer)

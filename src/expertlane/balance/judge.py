@@ -17,8 +17,8 @@ class Judged:
     """A placement of one layer, or of all, on a trace.
 
     Attributes:
-        max_over_mean: of rank loads; for all layers, the sum of their fullest ranks over the sum
-            of their means. 0 without tokens.
+        max_over_mean: of rank loads, as `Placement.rank_loads` gives them; for all layers, the sum
+            of their fullest ranks over the sum of their means. 0 without tokens.
         cross_node_copies: copies of tokens sent to another node.
     """
 
@@ -74,7 +74,10 @@ def _judge(
 ) -> list[Judged]:
     """Of each layer, then of all."""
     loads = np.stack(
-        [each.rank_loads(load) for each, load in zip(placements, trace.load(), strict=True)]
+        [
+            each.rank_loads(load, ranks_per_node)
+            for each, load in zip(placements, trace.load(), strict=True)
+        ]
     )
     num_nodes = placements[0].ep // ranks_per_node
     source_node = spread_sources(trace.num_tokens, num_nodes)

@@ -33,6 +33,7 @@ class Items:
     def of(
         cls,
         experts: Ints,
+        weight: Floats,
         load: Floats,
         coactivation: npt.NDArray[np.floating] | None,
         num_nodes: int,
@@ -43,7 +44,7 @@ class Items:
         and goes to a given one of its copies in 1/c of the other cases.
 
         Args:
-            experts: [num_items].
+            experts, weight: [num_items].
             load: [num_experts].
             coactivation: [num_experts, num_experts], or None to know of no pairs.
         """
@@ -55,7 +56,7 @@ class Items:
             bonds[experts[:, None] == experts] = 0.0
         return cls(
             experts,
-            load[experts] / copies,
+            weight,
             bonds,
             (load[experts] / num_nodes).astype(np.float32),
         )
@@ -99,7 +100,9 @@ def _gains(items: Items, node_of: Ints, num_nodes: int) -> npt.NDArray[np.float3
     # Moving to a node without the expert saves its share there, and loses it here if the last.
     move = bond - bond[at_home][:, None]
     move += (items.spread * (num_there[at_home] > 1))[:, None]
-    move[num_there > 0] = -np.inf
+    # Elsewhere a move would leave unlike numbers of copies on nodes, and with them unlike loads.
+    may_move = (num_there.max(axis=1) == 1) | (num_there.sum(axis=1) == 2)
+    move[(num_there > 0) | ~may_move[:, None]] = -np.inf
     gain = move[:, node_of]
     gain = gain + gain.T
     gain -= 2 * items.bonds

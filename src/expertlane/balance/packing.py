@@ -12,37 +12,52 @@ Floats = npt.NDArray[np.float64]
 EMPTY = -1  # in a table of slots or items: there is none
 
 
-def num_copies(load: Floats, num_slots: int, ep: int) -> Ints:
-    """[num_layers, num_experts]; each extra copy goes to the expert with most load per copy.
+def num_copies(load: Floats, num_slots: int, valid: Ints) -> Ints:
+    """[num_layers, num_experts]; extra copies go to the expert with most load per copy.
 
-    No expert gets more copies than there are ranks.
+    It gets as many at once as it takes to the next valid number. Where too few are left for
+    that, others get them; if that is so for all, numbers are valid that were not.
 
     Args:
         load: [num_layers, num_experts].
         num_slots: copies of all experts of a layer, num_experts to num_experts x ep.
+        valid: numbers of copies, from 1 to ep, rising.
     """
-    num_layers, num_experts = load.shape
+    rows = np.arange(len(load))
     copies = np.ones(load.shape, dtype=np.int64)
-    per_copy = np.where(copies < ep, load, -np.inf)
-    rows = np.arange(num_layers)
-    for _ in range(num_slots - num_experts):
-        chosen = per_copy.argmax(axis=1)
-        copies[rows, chosen] += 1
+    per_copy = load.copy()
+    left = np.full(len(load), num_slots - load.shape[1])
+    most = int(valid[-1])
+    ahead = valid[np.searchsorted(valid, np.arange(most) + 1)] - np.arange(most)
+    ahead = np.append(ahead, num_slots + 1)  # nothing comes after the last
+    steps = ahead[copies]
+    while left.any():
+        can = steps <= left[:, None]
+        is_stuck = ~can.any(axis=1)
+        can[is_stuck] = copies[is_stuck] < most
+        chosen = np.where(can, per_copy, -np.inf).argmax(axis=1)
+        more = np.minimum(np.where(is_stuck, 1, steps[rows, chosen]), left)
+        copies[rows, chosen] += more
+        left -= more
         count = copies[rows, chosen]
-        per_copy[rows, chosen] = np.where(count < ep, load[rows, chosen] / count, -np.inf)
+        per_copy[rows, chosen] = load[rows, chosen] / count
+        steps[rows, chosen] = ahead[count]
     return copies
 
 
-def pack(items: Ints, per_copy: Floats, room: Ints) -> Ints:
+def pack(items: Ints, per_copy: Floats, room: Ints, num_nodes: int = 1) -> Ints:
     """Heaviest first into the least loaded rank that has room and lacks the expert.
 
-    This is the longest-processing-time rule (R. L. Graham, 1969) under a count of slots.
+    This is the longest-processing-time rule (R. L. Graham, 1969) under a count of slots. Where
+    there is room, each expert has equally many copies on all nodes that hold it, and as many such
+    nodes as that allows.
 
     Args:
         items: [num_layers, num_items]; the expert of each copy; EMPTY at the end of shorter rows.
         per_copy: [num_layers, num_experts]; the load of each copy of an expert.
         room: [num_layers, num_ranks]; the slots of each rank, in all as many as there are items,
             differing within a layer by at most one; no expert has more copies than ranks.
+        num_nodes: equal numbers of consecutive ranks.
 
     Returns:
         [num_layers, num_ranks, most slots]; experts, then EMPTY.
@@ -55,8 +70,16 @@ def pack(items: Ints, per_copy: Floats, room: Ints) -> Ints:
     holds = np.zeros((num_layers, num_ranks, per_copy.shape[1]), dtype=bool)
     num_held = np.zeros_like(room)
     loads = np.zeros(room.shape)
+    wanted_nodes = nodes_of_copies(num_nodes, num_ranks // num_nodes)
+    copies = np.zeros(per_copy.shape, dtype=np.int64)
+    np.add.at(copies, (rows[:, None], items), items != EMPTY)
     for expert in items.T:
         fits = (num_held < room) & ~holds[rows, :, expert]
+        if num_nodes > 1:
+            on_node = holds[rows, :, expert].reshape(num_layers, num_nodes, -1).sum(axis=2)
+            fits = _where_shares_stay_even(
+                fits, on_node, copies[rows, expert], wanted_nodes[copies[rows, expert]]
+            )
         rank = np.where(fits, loads, np.inf).argmin(axis=1)
         placed = fits[rows, rank]
         for row in np.nonzero(~placed & (expert != EMPTY))[0]:
@@ -69,6 +92,31 @@ def pack(items: Ints, per_copy: Floats, room: Ints) -> Ints:
         num_held[at, rank[at]] += 1
         loads[at, rank[at]] += per_copy[at, expert[at]]
     return slots
+
+
+def nodes_of_copies(num_nodes: int, ranks_per_node: int) -> Ints:
+    """[ep + 1]; the most nodes that can hold equally many of so many copies; 0 for none."""
+    counts, nodes = np.arange(num_nodes * ranks_per_node + 1)[:, None], np.arange(1, num_nodes + 1)
+    can = (counts % nodes == 0) & (counts // nodes <= ranks_per_node)
+    most: Ints = np.where(can, nodes, 0).max(axis=1)
+    return most
+
+
+def _where_shares_stay_even(
+    fits: npt.NDArray[np.bool_], on_node: Ints, copies: Ints, num_nodes: Ints
+) -> npt.NDArray[np.bool_]:
+    """[num_layers, num_ranks]; of the ranks that fit those on nodes short of copies, if any.
+
+    Args:
+        on_node: [num_layers, num_nodes]; copies there already, of `copies` in all.
+        num_nodes: [num_layers]; on so many they belong; 0 for all.
+    """
+    num_nodes = np.where(num_nodes, num_nodes, on_node.shape[1])[:, None]
+    has_begun = on_node > 0
+    is_short = on_node < -(-copies[:, None] // num_nodes)
+    is_short &= has_begun | (has_begun.sum(axis=1, keepdims=True) < num_nodes)
+    wanted = fits & np.repeat(is_short, fits.shape[1] // on_node.shape[1], axis=1)
+    return np.where(wanted.any(axis=1, keepdims=True), wanted, fits)
 
 
 def greedy_maximum(items: Ints, per_copy: Floats, room: Ints) -> Floats:

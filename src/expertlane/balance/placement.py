@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.packing import EMPTY, pack
+from expertlane.balance.sharing import share_of_ranks
 from expertlane.errors import SpecError
 from expertlane.spec.partition import partition
 
@@ -112,16 +113,19 @@ class Placement:
         return ranks
 
     def rank_loads(
-        self, load: Sequence[float] | npt.NDArray[np.floating]
+        self, load: Sequence[float] | npt.NDArray[np.number], ranks_per_node: int
     ) -> npt.NDArray[np.float64]:
-        """[ep]; the load of each rank if an expert's load is shared evenly by its copies.
+        """[ep]; the load of each rank if tokens are spread evenly over the ranks that send them.
+
+        Senders choose among copies as the engine's do: see `balance.sharing`. Of an expert with
+        few pairs in a batch, the copies that come first in turn get more than is told here.
 
         Args:
             load: [num_experts].
+            ranks_per_node: consecutive ranks that share a node; the last node may have fewer.
         """
-        is_held = self.slots() >= 0
-        each = np.asarray(load, dtype=np.float64) / is_held.sum(axis=0)
-        loads: npt.NDArray[np.float64] = is_held @ each
+        share = share_of_ranks(self.slots().T >= 0, ranks_per_node)
+        loads: npt.NDArray[np.float64] = np.asarray(load, dtype=np.float64) @ share
         return loads
 
 

@@ -6,10 +6,19 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.locality import Items, swap_between_nodes
-from expertlane.balance.packing import EMPTY, Floats, Ints, greedy_maximum, num_copies, pack
+from expertlane.balance.packing import (
+    EMPTY,
+    Floats,
+    Ints,
+    greedy_maximum,
+    nodes_of_copies,
+    num_copies,
+    pack,
+)
 from expertlane.balance.placement import Placement, check_num_slots
 from expertlane.balance.recopy import shift_copies
-from expertlane.balance.refine import MIN_GAIN, lower_maximum, rank_loads
+from expertlane.balance.refine import MIN_GAIN, lower_maximum, rank_loads, weights_of_slots
+from expertlane.balance.sharing import CopiesOnNodes
 from expertlane.errors import SpecError
 from expertlane.spec.partition import partition
 
@@ -34,7 +43,9 @@ def plan_placement(
 
     Copies go to the experts with most load per copy and are packed heaviest first; then the
     fullest rank swaps with others, and single copies change their expert, while that helps. Ranks
-    get the same near-equal numbers of slots in every layer, the longer ones first.
+    get the same near-equal numbers of slots in every layer, the longer ones first. Loads are those
+    of `Placement.rank_loads`: an expert has a copy a node or equally many on all nodes, so that
+    they share its load evenly; in a layer where that is not even enough, other numbers are tried.
 
     With several nodes, experts are then exchanged between them, so that fewer tokens cross: copies
     of one expert spread over nodes, the fullest rank never made fuller. With `coactivation`
@@ -57,13 +68,13 @@ def plan_placement(
         return []
     loads = load.astype(np.float64)
     loads[loads.sum(axis=1) == 0] = 1.0  # without tokens all experts count alike
-    slots, copies, limit = _balanced(loads, room)
     num_nodes = ep // ranks_per_node
+    slots, limit = _balanced(loads, room, num_nodes)
     if num_nodes > 1 and coactivation is not None:
-        slots, copies = _regrouped(slots, loads, copies, room, limit, coactivation, num_nodes)
-        slots = _exchanged(slots, loads, copies, limit, coactivation, num_nodes)
+        slots = _regrouped(slots, loads, room, limit, coactivation, num_nodes)
+        slots = _exchanged(slots, loads, limit, coactivation, num_nodes)
     elif num_nodes > 1:
-        slots = _exchanged(slots, loads, copies, np.zeros(num_layers), None, num_nodes)
+        slots = _exchanged(slots, loads, np.zeros(num_layers), None, num_nodes)
     return [
         Placement(num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in layer))
         for layer in slots
@@ -83,35 +94,72 @@ def _room(
     return np.tile([len(slots) for slots in partition(num_slots, ep)], (num_layers, 1))
 
 
-def _balanced(load: Floats, room: Ints) -> tuple[Ints, Ints, Floats]:
-    """The most even slots, the copies of each expert, and what is as good as even.
+def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
+    """The most even slots, and what is as good as even.
 
     Returns:
-        [num_layers, ep, most slots], [num_layers, num_experts], and [num_layers]: a load that any
-        rank may have, no more than greedy packing leaves on the fullest.
+        [num_layers, ep, most slots], and [num_layers]: a load that any rank may have, no more than
+        greedy packing leaves on the fullest if its copies shared evenly.
     """
-    num_experts, ep = load.shape[1], room.shape[1]
-    copies = num_copies(load, int(room[0].sum()), ep)
-    items = np.array([np.repeat(np.arange(num_experts), each) for each in copies], dtype=np.int64)
-    greedy = greedy_maximum(items, load / copies, room)
-    slots = lower_maximum(pack(items, load / copies, room), load / copies)
-    even = _EVEN * load.sum(axis=1) / ep
-    search_copies(slots, copies, load, even)
-    enough = _EVEN_ENOUGH * load.sum(axis=1) / ep
-    return slots, copies, np.minimum(greedy, enough)
+    ep = room.shape[1]
+    counts = np.arange(1, ep + 1)
+    # Copies on all nodes or one a node spare most crossings; then any that nodes can share evenly.
+    is_spread = (counts <= num_nodes) | (counts % num_nodes == 0)
+    is_even = nodes_of_copies(num_nodes, ep // num_nodes)[1:] > 0
+    slots = np.full((*room.shape, int(room.max())), EMPTY, dtype=np.int64)
+    mean = load.sum(axis=1) / ep
+    highest = np.full(len(load), np.inf)
+    for valid in (counts[is_spread], counts[is_even], counts):
+        hard = np.nonzero(highest > _EVEN * mean)[0]
+        if not len(hard):
+            break
+        tried = _packed(load[hard], room[hard], num_nodes, valid)
+        reached = rank_loads(tried, load[hard], num_nodes).max(axis=1)
+        better = reached < highest[hard]
+        slots[hard[better]], highest[hard[better]] = tried[better], reached[better]
+    return slots, np.minimum(_greedy(load, room), _EVEN_ENOUGH * mean)
+
+
+def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Ints:
+    """[num_layers, ep, most slots]; numbers of copies are valid ones, where slots allow."""
+    copies = num_copies(load, int(room[0].sum()), valid)
+    slots = pack(_items(copies), load / copies, room, num_nodes)
+    slots = lower_maximum(slots, load, num_nodes)
+    search_copies(slots, load, num_nodes, _EVEN * load.sum(axis=1) / room.shape[1])
+    return slots
+
+
+def _greedy(load: Floats, room: Ints) -> Floats:
+    """[num_layers]; what greedy packing leaves on the fullest rank, all copies taken as alike."""
+    copies = num_copies(load, int(room[0].sum()), np.arange(1, room.shape[1] + 1))
+    return greedy_maximum(_items(copies), load / copies, room)
+
+
+def _items(copies: Ints) -> Ints:
+    """[num_layers, num_slots]; each expert as often as it has copies."""
+    experts = np.arange(copies.shape[1])
+    return np.array([np.repeat(experts, each) for each in copies], dtype=np.int64)
 
 
 def search_copies(
-    slots: Ints, copies: Ints, load: Floats, target: Floats, num_swaps: int | None = None
+    slots: Ints,
+    load: Floats,
+    num_nodes: int,
+    target: Floats,
+    num_swaps: int | None = None,
+    keeps_even: bool = True,
 ) -> None:
     """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
 
     Args:
-        slots: [num_layers, ep, most slots]; copies: [num_layers, num_experts].
+        slots: [num_layers, ep, most slots].
+        load: [num_layers, num_experts].
+        num_nodes: equal numbers of consecutive ranks.
         target: [num_layers]; a load of the fullest rank that is low enough.
         num_swaps: at most so many after each shift; None for as many as help.
+        keeps_even: no shift makes the copies of an expert share its load unevenly.
     """
-    highest = rank_loads(slots, load / copies).max(axis=1)
+    highest = rank_loads(slots, load, num_nodes).max(axis=1)
     mean = load.sum(axis=1) / slots.shape[1]
     choice = np.zeros(len(slots), dtype=np.int64)
     active = np.arange(len(slots))
@@ -119,69 +167,65 @@ def search_copies(
         active = active[(highest[active] > target[active]) & (choice[active] < _NUM_CHOICES)]
         if not len(active):
             break
-        tried, tried_copies = slots[active], copies[active]
-        changed = shift_copies(tried, tried_copies, load[active], choice[active])
-        active, tried, tried_copies = active[changed], tried[changed], tried_copies[changed]
-        per_copy = load[active] / tried_copies
+        tried = slots[active]
+        changed = shift_copies(tried, load[active], num_nodes, choice[active], keeps_even)
+        active, tried = active[changed], tried[changed]
         if num_swaps is None:
-            tried = lower_maximum(tried, per_copy)
+            tried = lower_maximum(tried, load[active], num_nodes)
         else:
-            tried = lower_maximum(tried, per_copy, max_rounds=num_swaps)
-        reached = rank_loads(tried, per_copy).max(axis=1)
+            tried = lower_maximum(tried, load[active], num_nodes, max_rounds=num_swaps)
+        reached = rank_loads(tried, load[active], num_nodes).max(axis=1)
         better = reached < highest[active] - MIN_GAIN * mean[active]
         choice[active] = np.where(better, 0, choice[active] + 1)
         at = active[better]
-        slots[at], copies[at], highest[at] = tried[better], tried_copies[better], reached[better]
+        slots[at], highest[at] = tried[better], reached[better]
 
 
 def _regrouped(
     slots: Ints,
     load: Floats,
-    copies: Ints,
     room: Ints,
     limit: Floats,
     coactivation: Coactivation,
     num_nodes: int,
-) -> tuple[Ints, Ints]:
+) -> Ints:
     """Experts that go together moved to one node, then packed anew inside each node.
 
     A layer stays as it is where the new packing leaves some rank fuller than `limit` and than
     the fullest was.
-
-    Returns:
-        Slots and copies.
     """
     num_layers, ep, num_slots = slots.shape
-    per_copy = load / copies
-    limit = np.maximum(rank_loads(slots, per_copy).max(axis=1), limit)
+    per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
+    weights = weights_of_slots(slots, per_copy)
+    limit = np.maximum(weights.sum(axis=2).max(axis=1), limit)
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
     by_node = np.full((num_layers, num_nodes, num_slots * ep // num_nodes), EMPTY, dtype=np.int64)
     for layer, of_layer in enumerate(slots):
         rank, slot = np.nonzero(of_layer != EMPTY)
-        items = Items.of(of_layer[rank, slot], load[layer], coactivation[layer], num_nodes)
+        items = Items.of(
+            of_layer[rank, slot],
+            weights[layer, rank, slot],
+            load[layer],
+            coactivation[layer],
+            num_nodes,
+        )
         of_node = np.full(num_nodes, limit[layer] * ep / num_nodes)
         node = node_of_rank[rank]
         node = swap_between_nodes(items, node, np.arange(num_nodes), of_node, _NODE_ROUNDS)
         by_node[layer] = _table(items.experts, node, by_node[layer].shape)
     # Each node packed like a layer of its own; then all ranks of a layer where that was too coarse.
     num_packed = num_layers * num_nodes
-    weights = np.repeat(per_copy, num_nodes, axis=0)
-    packed = pack(by_node.reshape(num_packed, -1), weights, room.reshape(num_packed, -1))
-    packed = lower_maximum(packed, weights, np.repeat(limit, num_nodes))
-    packed = lower_maximum(packed.reshape(slots.shape), per_copy, limit)
-    new_copies = copies.copy()
-    search_copies(packed, new_copies, load, limit)
-    is_fuller = rank_loads(packed, load / new_copies).max(axis=1) > limit * (1 + MIN_GAIN)
-    return (
-        np.where(is_fuller[:, None, None], slots, packed),
-        np.where(is_fuller[:, None], copies, new_copies),
-    )
+    per_copy = per_copy.swapaxes(1, 2).reshape(num_packed, -1)
+    packed = pack(by_node.reshape(num_packed, -1), per_copy, room.reshape(num_packed, -1))
+    packed = lower_maximum(packed.reshape(slots.shape), load, num_nodes, limit)
+    search_copies(packed, load, num_nodes, limit)
+    is_fuller = rank_loads(packed, load, num_nodes).max(axis=1) > limit * (1 + MIN_GAIN)
+    return np.where(is_fuller[:, None, None], slots, packed)
 
 
 def _exchanged(
     slots: Ints,
     load: Floats,
-    copies: Ints,
     limit: Floats,
     coactivation: Coactivation | None,
     num_nodes: int,
@@ -189,12 +233,16 @@ def _exchanged(
     """Single experts exchanged between ranks of different nodes, no maximum raised over `limit`."""
     ep = slots.shape[1]
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
-    limit = np.maximum(rank_loads(slots, load / copies).max(axis=1), limit)
+    per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
+    weights = weights_of_slots(slots, per_copy)
+    limit = np.maximum(weights.sum(axis=2).max(axis=1), limit)
     exchanged = np.empty_like(slots)
     for layer, of_layer in enumerate(slots):
         rank, slot = np.nonzero(of_layer != EMPTY)
         known = None if coactivation is None else coactivation[layer]
-        items = Items.of(of_layer[rank, slot], load[layer], known, num_nodes)
+        items = Items.of(
+            of_layer[rank, slot], weights[layer, rank, slot], load[layer], known, num_nodes
+        )
         of_rank = np.full(ep, limit[layer])
         rank = swap_between_nodes(items, rank, node_of_rank, of_rank, _RANK_ROUNDS)
         exchanged[layer] = _table(items.experts, rank, of_layer.shape)

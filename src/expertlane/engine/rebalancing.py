@@ -62,7 +62,7 @@ class Rebalance:
     Attributes:
         step: the step before which it was taken.
         predicted_before, predicted_after: load of the fullest rank over the mean, summed over
-            layers, if copies shared their expert's load evenly.
+            layers, if tokens came evenly from all ranks.
         switched: the step before which the new placements came into use; None if they did not.
     """
 
@@ -135,8 +135,7 @@ class RebalancingRunner:
         self._num_steps = num_steps
         self._log = log
         self._worth = worth
-        on_one_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
-        self._ep_per_node = on_one_node if layout.ep % on_one_node == 0 else layout.ep
+        self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
         self.decisions: list[Rebalance] = []
         self.loads: list[StepLoad] = []
@@ -188,20 +187,22 @@ class RebalancingRunner:
         replica.num_since = 0
         load, now = replica.tracker.load(), replica.now
         num_redundant = now[0].num_slots - now[0].num_experts
-        planned = [improve_placements(load, now, even) for even in _EVEN]
-        planned.append(plan_placement(load, self._layout.ep, self._ep_per_node, num_redundant))
-        gate, num_steps, nodes = self._gate(replica), replica.tracker.num_steps, self._ep_per_node
+        nodes, ep = self._ep_per_node, self._layout.ep
+        full = nodes if ep % nodes == 0 else ep  # plans are for full nodes; loads are told for any
+        planned = [improve_placements(load, now, full, even) for even in _EVEN]
+        planned.append(plan_placement(load, ep, full, num_redundant))
+        gate, num_steps = self._gate(replica), replica.tracker.num_steps
         choices = [
             (gate.decide(load, num_steps, now, then, nodes), then)
             for then in (keep_slots(now, each) for each in planned)
         ]
         decision, then = max(choices, key=lambda each: self._worth(each[0]))
-        before, after = (_max_over_mean(load, placements) for placements in (now, then))
+        before, after = (_max_over_mean(load, placements, nodes) for placements in (now, then))
         self.decisions.append(Rebalance(plan.replica, plan.step, decision, before, after))
         self._log(f"step {plan.step}: {decision.line}")
         if self._worth(decision) > 0 and then != now:
             replica.next = replica.with_layers(then)
-            replica.slices = self._slices(replica, moves(now, then, self._ep_per_node))
+            replica.slices = self._slices(replica, moves(now, then, nodes))
             self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:
@@ -246,8 +247,13 @@ class RebalancingRunner:
         self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
 
 
-def _max_over_mean(load: npt.NDArray[np.int64], placements: Sequence[Placement]) -> float:
-    of_rank = [placed.rank_loads(each) for each, placed in zip(load, placements, strict=True)]
+def _max_over_mean(
+    load: npt.NDArray[np.int64], placements: Sequence[Placement], ranks_per_node: int
+) -> float:
+    of_rank = [
+        placed.rank_loads(each, ranks_per_node)
+        for each, placed in zip(load, placements, strict=True)
+    ]
     mean = sum(float(each.mean()) for each in of_rank)
     return sum(float(each.max()) for each in of_rank) / mean if mean else 0.0
 

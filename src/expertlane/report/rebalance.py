@@ -36,8 +36,8 @@ def rebalancing(deployments: tuple[DeploymentResult, ...]) -> Section | None:
             "Saves, costs: predicted, over as many steps as the decision was taken by. In use: "
             "from that step on, unless the work ended first. Load: the fullest rank over the "
             "mean, all layers, counted in as many steps before the decision and after the switch; "
-            "predicted: after, if copies shared evenly. Experts: processor time a step of the "
-            "rank that spends most on experts.",
+            "predicted: after, if tokens came evenly from all ranks. Experts: processor time a "
+            "step of the rank that spends most on experts.",
         ),
     )
 

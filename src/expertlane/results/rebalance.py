@@ -19,7 +19,7 @@ class RebalanceResult(Strict):
             or the work ended first.
         gain_s, cost_s: predicted, over as many steps as the decision was taken by.
         num_bytes: of weights to move.
-        predicted_before, predicted_after: load, if copies shared their expert's load evenly.
+        predicted_before, predicted_after: load, if tokens came evenly from all ranks.
         load_before, load_after: as counted; None after where nothing was switched.
         experts_s_before, experts_s_after: a step.
     """

@@ -1,0 +1,129 @@
+"""Loads of ranks against the engine's own choice among copies."""
+
+from math import lcm
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.balance.packing import EMPTY
+from expertlane.balance.placement import Placement
+from expertlane.balance.sharing import CopiesOnNodes
+from expertlane.moe.replicas import ReplicaChoice
+from expertlane.parallel.mesh import ParallelMesh
+from expertlane.spec.layout import Layout
+
+SILENT = SimpleNamespace(is_recording=False)
+NO_GROUPS = SimpleNamespace(process_group=lambda ranks: None)
+
+
+def chosen_loads(layout, ranks_per_node, placement, num_pairs):
+    """[ep]; pairs that the choice of every rank sends to each, `num_pairs` [num_experts] a rank."""
+    rng = np.random.default_rng(0)
+    loads = np.zeros(layout.ep)
+    ids = np.repeat(np.arange(placement.num_experts), num_pairs)
+    for rank in range(layout.world_size):
+        mesh = ParallelMesh(layout, NO_GROUPS, rank, ranks_per_node, SILENT)
+        choice = ReplicaChoice(mesh, placement, SILENT, torch.device("cpu"))
+        batch = torch.from_numpy(rng.permutation(ids))[:, None]
+        loads += np.bincount(choice.destinations(batch).ranks.flatten(), minlength=layout.ep)
+    return loads
+
+
+@st.composite
+def placements(draw):
+    ep, num_experts = draw(st.integers(1, 8)), draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    holds = rng.random((ep, num_experts)) < draw(st.sampled_from([0.0, 0.3, 0.6, 0.9]))
+    holds[rng.integers(ep, size=num_experts), np.arange(num_experts)] = True
+    holds[np.arange(ep), rng.integers(num_experts, size=ep)] = True
+    return Placement(num_experts, tuple(tuple(np.nonzero(rank)[0].tolist()) for rank in holds))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@given(placements(), st.integers(1, 9), st.integers(1, 2), st.integers(0, 2**32 - 1))
+def test_as_the_engine_chooses(placement, ep_per_node, etp, seed):
+    # Numbers of pairs at which every rank's turns come out even.
+    turns = lcm(*range(1, max(map(len, placement.ranks_of_experts())) + 1))
+    num_pairs = turns * np.random.default_rng(seed).integers(0, 3, size=placement.num_experts)
+    layout = Layout(dp=placement.ep * etp, ep=placement.ep)
+    loads = chosen_loads(layout, ep_per_node * etp, placement, num_pairs)
+    load = num_pairs * layout.world_size
+    np.testing.assert_allclose(placement.rank_loads(load, ep_per_node), loads)
+
+
+def test_as_the_engine_chooses_in_any_batch():
+    placement = Placement(4, ((0, 1), (0, 2), (0, 3), (3, 1)))
+    num_pairs = np.array([4001, 1003, 499, 2010])
+    loads = chosen_loads(Layout(dp=4, ep=4), 2, placement, num_pairs)
+    np.testing.assert_allclose(placement.rank_loads(4 * num_pairs, 2), loads, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "loads"),
+    [
+        (6, [6, 6, 6, 4, 0, 2]),  # one node: all copies are as near
+        (1, [6, 6, 6, 4, 0, 2]),  # the own rank's share and one of what is left: the same
+        # Two on node 0, one on node 1, none on node 2, whose third goes to all.
+        (2, [5, 5, 8, 4, 0, 2]),
+        (3, [6, 6, 6, 4, 0, 2]),
+        # Nodes of 4 ranks and of 2: they take 4/3 + 2/3 of 6 sixths.
+        (4, [6, 6, 6, 4, 0, 2]),
+        (5, [6, 6, 6, 4, 0, 2]),
+    ],
+)
+def test_by_hand(ranks_per_node, loads):
+    placement = Placement(4, ((0,), (0,), (0,), (1,), (2,), (3,)))
+    np.testing.assert_allclose(placement.rank_loads([18, 4, 0, 2], ranks_per_node), loads)
+    assert not placement.rank_loads(np.zeros(4), ranks_per_node).any()
+
+
+def test_nodes_of_unlike_size_by_hand():
+    placement = Placement(1, ((0,), (0,), (0,)))
+    np.testing.assert_allclose(placement.rank_loads([6], 2), [2, 2, 2])
+    placement = Placement(2, ((0,), (1,), (0,)))
+    # Rank 1 sends to its node's copy.
+    np.testing.assert_allclose(placement.rank_loads([6, 1], 2), [4, 1, 2])
+
+
+@st.composite
+def tables(draw):
+    """Slots of full nodes, experts of which some are nowhere."""
+    num_nodes, ranks_per_node = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    holds = rng.random((num_nodes * ranks_per_node, 4)) < draw(st.sampled_from([0.4, 0.7]))
+    holds[rng.integers(len(holds), size=4), np.arange(4)] = True
+    return np.where(holds, np.arange(4), EMPTY)[None], num_nodes
+
+
+def has_even_shares(slots, num_nodes, expert):
+    is_held = (slots == expert).any(axis=1)
+    loads = CopiesOnNodes.of(slots[None], 4, num_nodes).per_copy(np.ones((1, 4)))[0, expert]
+    of_copies = np.repeat(loads, len(slots) // num_nodes)[is_held]
+    return np.ptp(of_copies) < 1e-9
+
+
+@settings(derandomize=True, deadline=None, max_examples=150, database=None)
+@given(tables())
+def test_which_changes_leave_shares_even(table):
+    slots, num_nodes = table
+    copies = CopiesOnNodes.of(slots, 4, num_nodes)
+    gain, lose, move = copies.may_gain()[0], copies.may_lose()[0], copies.may_move_to()[0]
+    node_of = np.arange(slots.shape[1]) * num_nodes // slots.shape[1]
+    for expert in range(4):
+        held = slots[0, :, expert] == expert
+        for rank in range(len(held)):
+            changed = slots[0].copy()
+            changed[rank, expert] = EMPTY if held[rank] else expert
+            may = (lose if held[rank] else gain)[expert, node_of[rank]]
+            if held.sum() > 1 or not held[rank]:
+                assert may == has_even_shares(changed, num_nodes, expert)
+            for to in np.nonzero(~held)[0] if held[rank] else []:
+                if node_of[to] != node_of[rank] and move[expert, node_of[to]]:
+                    changed = slots[0].copy()
+                    changed[[rank, to], expert] = EMPTY, expert
+                    assert has_even_shares(slots[0], num_nodes, expert)
+                    assert has_even_shares(changed, num_nodes, expert)
