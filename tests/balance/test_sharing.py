@@ -29,7 +29,8 @@ def chosen_loads(layout, ranks_per_node, placement, num_pairs):
         mesh = ParallelMesh(layout, NO_GROUPS, rank, ranks_per_node, SILENT)
         choice = ReplicaChoice(mesh, placement, SILENT, torch.device("cpu"))
         batch = torch.from_numpy(rng.permutation(ids))[:, None]
-        loads += np.bincount(choice.destinations(batch).ranks.flatten(), minlength=layout.ep)
+        ranks = choice.physical_ids(batch).flatten() // choice.num_slots
+        loads += np.bincount(ranks, minlength=layout.ep)
     return loads
 
 
