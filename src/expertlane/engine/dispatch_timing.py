@@ -22,10 +22,10 @@ ModeT = TypeVar("ModeT")
 _RUN_STEP = "expertlane.engine.deployed_stage:run_step"
 _SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
-# Starting must not take minutes: with these and six modes it is one at most.
-_LONG_STEP_S = 0.1  # no larger size is timed: its steps would take four times as long
+# With these and six modes starting takes half a minute, or one and a half where steps are long.
+_LONG_STEP_S = 0.6  # no larger size is timed: its steps would take four times as long
 _SIZE_S = 5.0  # of a size, after the least rounds
-_LEAST_ROUNDS, _MOST_ROUNDS = 4, 200
+_LEAST_ROUNDS, _JUDGED_ROUNDS, _MOST_ROUNDS = 2, 8, 200
 
 
 def forms_of(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
@@ -86,7 +86,7 @@ def _step_s(
     for number in range(1 + _MOST_ROUNDS):  # the first warms up
         if number > _LEAST_ROUNDS and time.perf_counter() - began_s > _SIZE_S:
             break
-        if number > 2 * _LEAST_ROUNDS:
+        if number > _JUDGED_ROUNDS:
             timed = still_hopeful({mode: seconds[mode] for mode in timed})
             if len(timed) == 1:
                 break
