@@ -111,8 +111,11 @@ def test_a_stall_does_not_count():
 
 
 def test_what_may_yet_be_the_fastest():
-    assert still_hopeful({"a": [1.0] * 4, "b": [1.4] * 4, "c": [1.6] * 4}) == ["a", "b"]
-    assert still_hopeful({"a": [1.0] * 100, "b": [1.4] * 100}) == ["a"]
+    scattered = [1.0, 1.2, 0.8, 1.1, 0.9, 1.3, 0.7, 1.0]
+    later, much_later = ([value + by for value in scattered] for by in (0.3, 0.6))
+    timed = {"a": scattered, "b": later, "c": much_later}
+    assert still_hopeful(timed) == ["a", "b"]
+    assert still_hopeful({name: of * 9 for name, of in timed.items()}) == ["a"]
 
 
 def test_all_ranks_and_stages_take_the_same_mode(pools):

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from math import hypot, sqrt
+from statistics import mean, quantiles
 from typing import TypeVar
 
 import numpy as np
@@ -21,10 +22,10 @@ ModeT = TypeVar("ModeT")
 _RUN_STEP = "expertlane.engine.deployed_stage:run_step"
 _SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
-# Starting must not take minutes: with these and six modes it is half of one at most.
-_LONG_STEP_S = 0.1  # no larger size is timed: its steps would take four times as long
-_SIZE_S = 3.0  # of a size, after the least rounds
-_LEAST_ROUNDS, _MOST_ROUNDS = 4, 200
+# With these and six modes starting takes half a minute, or one and a half where steps are long.
+_LONG_STEP_S = 0.6  # no larger size is timed: its steps would take four times as long
+_SIZE_S = 5.0  # of a size, after the least rounds
+_LEAST_ROUNDS, _JUDGED_ROUNDS, _MOST_ROUNDS = 2, 8, 200
 
 
 def forms_of(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
@@ -85,7 +86,7 @@ def _step_s(
     for number in range(1 + _MOST_ROUNDS):  # the first warms up
         if number > _LEAST_ROUNDS and time.perf_counter() - began_s > _SIZE_S:
             break
-        if number > 2 * _LEAST_ROUNDS:
+        if number > _JUDGED_ROUNDS:
             timed = still_hopeful({mode: seconds[mode] for mode in timed})
             if len(timed) == 1:
                 break
@@ -99,14 +100,24 @@ def _step_s(
 
 
 def still_hopeful(seconds: Mapping[ModeT, Sequence[float]]) -> list[ModeT]:
-    """The modes that may yet prove the fastest; all have been timed equally often.
+    """The modes that may yet prove the fastest: within three standard errors of the fastest mean.
 
-    Where ranks wait for each other, single steps scatter by about 0.35 of their mean, so that two
-    standard errors of a ratio of means of n are about 1 / sqrt(n).
+    All have been timed equally often, eight times or more.
     """
     means = {mode: middle_mean(of) for mode, of in seconds.items()}
-    least = min(means.values())
-    return [mode for mode, of in seconds.items() if means[mode] <= least * (1 + len(of) ** -0.5)]
+    errors = {mode: _standard_error(of) for mode, of in seconds.items()}
+    best = min(means, key=means.__getitem__)
+    return [
+        mode
+        for mode, of_mode in means.items()
+        if of_mode - means[best] <= 3 * hypot(errors[mode], errors[best])
+    ]
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of a mean, by the middle half, which is 1.35 standard deviations wide in a normal one."""
+    low, _, high = quantiles(values, n=4)
+    return (high - low) / 1.35 / sqrt(len(values))
 
 
 def middle_mean(values: Sequence[float]) -> float:
@@ -116,7 +127,7 @@ def middle_mean(values: Sequence[float]) -> float:
 
 
 def _plan(layout: Layout, limits: Limits, num_tokens: int) -> StepPlan:
-    """A step of different tokens on every data-parallel rank; nothing comes of it.
+    """A step of different tokens on every data-parallel rank; its outcome is not used.
 
     As many tokens as sequences may run are those of a decode step, more those of prompts.
     """
@@ -133,7 +144,7 @@ def _plan(layout: Layout, limits: Limits, num_tokens: int) -> StepPlan:
             num_computed_tokens=np.zeros(num_seqs, dtype=np.int64),
             token_ids=of_rank,
             block_tables=tables,
-            yields_token=np.zeros(num_seqs, dtype=np.bool_),
+            yields_token=np.ones(num_seqs, dtype=np.bool_),  # two halves read the head twice
         )
         for of_rank in tokens
     )
