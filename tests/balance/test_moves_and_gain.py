@@ -72,9 +72,8 @@ def test_moves_lead_from_one_placement_to_the_next(num_experts, ep, num_redundan
 GATE = RebalanceGate(
     pair_s=1e-3,
     expert_bytes=48_000_000,
-    bytes_per_s=1e9,
-    slice_bytes=32_000_000,
-    slice_stall_s=0.008,
+    move_s=0.03,
+    slice_bytes=100_000_000,
     num_steps=256,
 )
 NOW = [Placement(4, ((0, 1), (2, 3)))]
@@ -85,23 +84,33 @@ LOAD = np.array([[30, 20, 10, 4]])
 def test_gain_and_cost_by_hand():
     # Fullest: 50 now, 34 then; 16 pairs x 1 ms, seen over 8 steps, for 256.
     assert GATE.gain_s(LOAD, 8, NOW, THEN, 2) == pytest.approx(16e-3 * 256 / 8)
-    # 96 MB at 1 GB/s, three slices.
-    assert GATE.cost_s(96_000_000) == pytest.approx(0.096 + 3 * 0.008)
+    # Both ranks send one and receive one, in one slice; then a stall.
+    (both,) = GATE.slices(moves(NOW, THEN, 2))
+    assert GATE.cost_s([both]) == pytest.approx((1 + 1) * 0.03)
+    assert GATE.cost_s([]) == 0
     decision = GATE.decide(LOAD, 8, NOW, THEN, ranks_per_node=2)
     assert decision.is_worth
     assert decision.line == (
-        "rebalance: saves 0.512 s over the next 256 steps, costs 0.12 s (96 MB to move): go"
+        "rebalance: saves 0.512 s over the next 256 steps, costs 0.06 s (96 MB to move): go"
     )
 
 
 def test_it_stays_where_little_is_gained():
     assert GATE.decide(LOAD, 256, NOW, THEN, 2).line == (
-        "rebalance: saves 0.016 s over the next 256 steps, costs 0.12 s (96 MB to move): stay"
+        "rebalance: saves 0.016 s over the next 256 steps, costs 0.06 s (96 MB to move): stay"
     )
     assert GATE.decide(LOAD, 8, THEN, NOW, 2).gain_s == pytest.approx(-0.512)
     nothing = GATE.decide(LOAD, 0, NOW, NOW, 2)
     assert nothing == Decision(gain_s=0.0, cost_s=0.0, num_bytes=0, num_steps=256)
     assert not nothing.is_worth
+
+
+def test_a_slice_takes_as_long_as_its_busiest_rank():
+    # Rank 0 sends two experts, to ranks 1 and 2; a slice holds two.
+    moved = [Move(0, 0, 0, 1, 0), Move(0, 1, 0, 2, 0), Move(1, 0, 2, 2, 1), Move(1, 0, 1, 0, 0)]
+    slices = GATE.slices(moved)
+    assert slices == [moved[:2], moved[3:]]  # the third only changes its slot
+    assert GATE.cost_s(slices) == pytest.approx((2 + 1 + 1 + 1) * 0.03)
 
 
 def test_layers_add_up():

@@ -1,13 +1,13 @@
 """Whether a rebalance pays: the seconds it saves against the seconds it costs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import moves
+from expertlane.balance.moves import Move, moves
 from expertlane.balance.placement import Placement
 
 
@@ -16,19 +16,17 @@ class RebalanceGate:
     """The cost model, and the decision it gives.
 
     Attributes:
-        pair_s: seconds of a rank for each token-expert pair of a layer.
+        pair_s: seconds of a rank for each token-expert pair more.
         expert_bytes: of one expert's weights in one layer.
-        bytes_per_s: at which weights move, all transfers together.
+        move_s: in which every rank sends an expert and receives one, all at once.
         slice_bytes: weights move in slices of this size, one after a step.
-        slice_stall_s: for which all ranks wait at each slice.
         num_steps: of the coming window, over which a placement is to pay.
     """
 
     pair_s: float
     expert_bytes: int
-    bytes_per_s: float
+    move_s: float
     slice_bytes: int
-    slice_stall_s: float
     num_steps: int
 
     def gain_s(
@@ -62,10 +60,15 @@ class RebalanceGate:
         pairs = fullest_now - fullest_then
         return pairs * self.pair_s * self.num_steps / num_steps_tracked
 
-    def cost_s(self, num_bytes: int) -> float:
-        """Seconds that it costs to move so many bytes: the transfer, and a stall for each slice."""
-        num_slices = ceil(num_bytes / self.slice_bytes)
-        return num_bytes / self.bytes_per_s + self.slice_stall_s * num_slices
+    def slices(self, needed: Sequence[Move]) -> list[list[Move]]:
+        """The moves between ranks, in the order given."""
+        crossing = [move for move in needed if move.source != move.rank]
+        size = max(1, self.slice_bytes // self.expert_bytes)
+        return [crossing[begin : begin + size] for begin in range(0, len(crossing), size)]
+
+    def cost_s(self, slices: Sequence[Sequence[Move]]) -> float:
+        """Seconds that it costs: for each slice its busiest rank's transfers, and a stall."""
+        return sum(_most_of_a_rank(each) + 1 for each in slices) * self.move_s
 
     def decide(
         self,
@@ -76,14 +79,20 @@ class RebalanceGate:
         ranks_per_node: int,
     ) -> "Decision":
         """Weigh `then` against `now`; the arguments are those of `gain_s` and of `moves`."""
-        needed = moves(now, then, ranks_per_node)
-        num_bytes = sum(move.source != move.rank for move in needed) * self.expert_bytes
+        slices = self.slices(moves(now, then, ranks_per_node))
         return Decision(
             gain_s=self.gain_s(load, num_steps_tracked, now, then, ranks_per_node),
-            cost_s=self.cost_s(num_bytes),
-            num_bytes=num_bytes,
+            cost_s=self.cost_s(slices),
+            num_bytes=sum(map(len, slices)) * self.expert_bytes,
             num_steps=self.num_steps,
         )
+
+
+def _most_of_a_rank(needed: Sequence[Move]) -> int:
+    """Experts that the busiest rank sends or receives."""
+    sent = Counter(move.source for move in needed)
+    received = Counter(move.rank for move in needed)
+    return max(*sent.values(), *received.values())
 
 
 @dataclass(frozen=True)

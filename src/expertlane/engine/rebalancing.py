@@ -18,6 +18,7 @@ from expertlane.balance.deployed import Placements, placements_of
 from expertlane.balance.gain import Decision, RebalanceGate
 from expertlane.balance.incremental import improve_placements
 from expertlane.balance.moves import Move, keep_slots, moves
+from expertlane.balance.pair_cost import PairCost
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.tracker import LoadTracker
@@ -83,7 +84,7 @@ class _Replica:
         num_experts = self.now[0].num_experts
         self.tracker = LoadTracker(len(self.layers), num_experts, num_steps)
         self.num_since = 0  # steps since the last decision
-        self.pairs, self.expert_s = 0, 0.0
+        self.pair_cost = PairCost()
         self.next: Placements | None = None
         self.slices: list[list[Move]] = []
         self.under_way = False
@@ -174,14 +175,14 @@ class RebalancingRunner:
         replica = self._replicas[number]
         of_rank = np.array([record.num_tokens_per_expert for record in records])
         load = of_rank.sum(axis=0)
-        expert_s = [float(record.cpu_s[..., Stage.EXPERTS].sum()) for record in records]
+        expert_s = np.array([record.cpu_s[..., Stage.EXPERTS].sum() for record in records])
+        reporting = [not self._layout.coordinates(record.rank).etp_rank for record in records]
         replica.tracker.add(load[replica.layers])
         replica.num_since += 1
-        replica.pairs += int(load.sum()) * self._layout.etp
-        replica.expert_s += sum(expert_s)
+        replica.pair_cost.add(of_rank.sum(axis=(1, 2))[reporting], expert_s[reporting])
         most = int(of_rank.sum(axis=2).max(axis=0).sum())
         mean = float(load.sum()) / self._layout.ep
-        self.loads.append(StepLoad(number, step, most, mean, max(expert_s)))
+        self.loads.append(StepLoad(number, step, most, mean, float(expert_s.max())))
 
     def _decide(self, replica: _Replica, plan: StepPlan) -> None:
         replica.num_since = 0
@@ -202,29 +203,21 @@ class RebalancingRunner:
         self._log(f"step {plan.step}: {decision.line}")
         if self._worth(decision) > 0 and then != now:
             replica.next = replica.with_layers(then)
-            replica.slices = self._slices(replica, moves(now, then, nodes))
+            replica.slices = [
+                [replace(move, layer=replica.layers[move.layer]) for move in of_slice]
+                for of_slice in gate.slices(moves(now, then, nodes))
+            ]
             self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:
         """Costs as measured so far: seconds a pair by the steps' records, moves by a trial."""
         return RebalanceGate(
-            pair_s=replica.expert_s / max(1, replica.pairs),
+            pair_s=replica.pair_cost.pair_s,
             expert_bytes=self._expert_bytes,
-            bytes_per_s=self._expert_bytes / self._move_s,
+            move_s=self._move_s,
             slice_bytes=SLICE_BYTES,
-            slice_stall_s=self._move_s,
             num_steps=self._num_steps,
         )
-
-    def _slices(self, replica: _Replica, needed: Sequence[Move]) -> list[list[Move]]:
-        """The moves between ranks, in slices of at most `SLICE_BYTES`; by hidden layer."""
-        crossing = [
-            Move(replica.layers[m.layer], m.expert, m.source, m.rank, m.slot)
-            for m in needed
-            if m.source != m.rank
-        ]
-        size = max(1, SLICE_BYTES // self._expert_bytes)
-        return [crossing[begin : begin + size] for begin in range(0, len(crossing), size)]
 
     def _move_on(self, replica: _Replica, plan: StepPlan) -> None:
         """One slice more; after the last the switch."""
