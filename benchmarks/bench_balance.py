@@ -13,6 +13,7 @@ say what placement can gain, not what a given model's will.
     python benchmarks/bench_balance.py
 """
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -248,6 +249,9 @@ def saved(rows: list[Row]) -> np.ndarray:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     even, crossed = list(evenness()), list(crossings())
     console = Console(width=100)
     console.print(evenness_table(even))

@@ -1,6 +1,7 @@
 """Run a deployment on a pool the way a comparison does, and keep all it gives."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -36,6 +37,15 @@ class Run(NamedTuple):
 def deployment(layout: str, **options: object) -> Deployment:
     """A deployment named after its layout."""
     return Deployment(layout, Layout.parse(layout), Options(**options))  # type: ignore[arg-type]
+
+
+class Inline(Executor):
+    """Runs what is submitted at once, so that it is done at the same step in every run."""
+
+    def submit(self, function, /, *args, **kwargs):
+        future = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
 
 
 def run_deployment(

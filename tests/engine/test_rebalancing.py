@@ -1,11 +1,13 @@
 """Experts that move while steps run: the tokens stay the same, and the gate is obeyed."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
 
-from distributed.running import deployment
+from distributed.running import Inline, deployment
 from expertlane.balance.deployed import placements_of
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
@@ -20,10 +22,11 @@ from expertlane.spec.workload import Workload
 
 TINY = PRESETS["paper-tiny"]
 SKEWED = replace(TINY, routing=Routing(router_bias=True, router_skew=1.5))
+INLINE = Inline()
 WORKLOAD = Workload(num_sequences=8, prompt_len=6, output_len=24, seed=3)
 
 
-def run(pools, chosen, worth=None, num_steps=4, model=TINY):
+def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
     """Tokens by sequence, and the runner; without `worth` nothing is rebalanced."""
     pool = pools.pool(chosen.layout.world_size)
     limits = workload_limits(WORKLOAD, model, chosen.layout)
@@ -39,6 +42,7 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY):
             num_steps=num_steps,
             log=lines.append,
             worth=worth,
+            executor=executor,
         )
     scheduler = ContinuousScheduler(chosen.layout, chosen.options, limits)
     requests = [
@@ -95,6 +99,35 @@ def test_the_load_after_a_switch_is_more_even_as_predicted(pools):
     assert first.predicted_after < first.predicted_before
     assert first.load_after < first.load_before
     assert first.experts_s_after > 0
+
+
+class Slow(ThreadPoolExecutor):
+    """Is done with what is submitted only when it is told to."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.may_go = Event()
+
+    def submit(self, function, /, *args, **kwargs):
+        def wait_and_plan():
+            assert self.may_go.wait(60)
+            return function(*args, **kwargs)
+
+        return super().submit(wait_and_plan)
+
+
+def test_no_step_waits_for_a_plan(pools):
+    chosen = deployment("dp=2,ep=2", num_redundant_experts=2)
+    tokens, _, _ = run(pools, chosen)
+    with Slow() as executor:
+        moved, runner, lines = run(
+            pools, chosen, worth=lambda decision: decision.num_bytes, executor=executor
+        )
+        assert moved.tolist() == tokens.tolist()
+        assert runner.loads
+        assert not runner.decisions
+        assert not lines
+        executor.may_go.set()
 
 
 def test_one_expert_parallel_rank_has_nothing_to_move(pools):

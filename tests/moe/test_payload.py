@@ -63,6 +63,12 @@ def test_zeros_and_no_token(kind):
     assert payload.decode(payload.encode(torch.empty(0, 8)), torch.float32).shape == (0, 8)
 
 
+def test_the_smallest_numbers_stay_finite():
+    payload = Payload("float8", recording())
+    tiny = torch.tensor([[1e-44, 5e-43, -3e-42, 0]])
+    assert bool(payload.decode(payload.encode(tiny), torch.float32).isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("model", torch.float32), ("bfloat16", torch.bfloat16), ("bfloat16", torch.float16)],

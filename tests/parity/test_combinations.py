@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import PoolKeeper
-from distributed.running import deployment
+from distributed.running import Inline, deployment
 from expertlane.balance.deployed import placements_of
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner
@@ -201,6 +201,7 @@ class Combination:
                 num_steps=case.rebalance_steps,
                 log=lambda line: None,
                 worth=lambda decision: decision.num_bytes,
+                executor=Inline(),
             )
         self.scheduler = ContinuousScheduler(
             chosen.layout,

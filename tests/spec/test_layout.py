@@ -233,3 +233,11 @@ def test_what_the_model_cannot_take(text, message):
 )
 def test_what_the_model_can_take(text):
     Layout.parse(text).check_model(TINY)
+
+
+def test_ranks_of_a_node_are_counted_over_all_stages():
+    assert Layout.parse("pp=3,dp=2,ep=2").ep_ranks_per_node(2) == 2
+    assert Layout.parse("pp=3,dp=2,ep=2").ep_ranks_per_node(1) == 1
+    # Ranks 2 and 3, the second stage, lie on two nodes.
+    with pytest.raises(SpecError, match="nodes of 3 hold 1, 1, and 2 in another stage or replica"):
+        Layout.parse("pp=3,dp=2,ep=2").ep_ranks_per_node(3)

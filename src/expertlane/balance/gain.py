@@ -50,14 +50,7 @@ class RebalanceGate:
         """
         if not num_steps_tracked:
             return 0.0
-        fullest_now, fullest_then = (
-            sum(
-                float(placed.rank_loads(of_layer, ranks_per_node).max())
-                for of_layer, placed in zip(load, placements, strict=True)
-            )
-            for placements in (now, then)
-        )
-        pairs = fullest_now - fullest_then
+        pairs = self._fullest(load, now, ranks_per_node) - self._fullest(load, then, ranks_per_node)
         return pairs * self.pair_s * self.num_steps / num_steps_tracked
 
     def slices(self, needed: Sequence[Move]) -> list[list[Move]]:
@@ -69,6 +62,36 @@ class RebalanceGate:
     def cost_s(self, slices: Sequence[Sequence[Move]]) -> float:
         """Seconds that it costs: for each slice its busiest rank's transfers, and a stall."""
         return sum(_most_of_a_rank(each) + 1 for each in slices) * self.move_s
+
+    def at_best(
+        self,
+        load: npt.NDArray[np.integer],
+        num_steps_tracked: int,
+        now: Sequence[Placement],
+        ranks_per_node: int,
+    ) -> "Decision":
+        """All ranks alike, for one expert moved: no placement can bring more, or cost less."""
+        fullest = self._fullest(load, now, ranks_per_node)
+        pairs = fullest - float(load.sum()) / now[0].ep
+        window = self.num_steps / max(1, num_steps_tracked)
+        return Decision(
+            gain_s=pairs * self.pair_s * window,
+            cost_s=2 * self.move_s,
+            num_bytes=self.expert_bytes,
+            num_steps=self.num_steps,
+        )
+
+    def _fullest(
+        self,
+        load: npt.NDArray[np.integer],
+        placements: Sequence[Placement],
+        ranks_per_node: int,
+    ) -> float:
+        """Load of the fullest rank, summed over layers."""
+        return sum(
+            float(placed.rank_loads(of_layer, ranks_per_node).max())
+            for of_layer, placed in zip(load, placements, strict=True)
+        )
 
     def decide(
         self,

@@ -3,24 +3,24 @@
 It watches the load of the last steps. Of several new placements, near the present one or wholly
 new, it takes the one that promises to save most time over as many coming steps, less what it costs.
 If that pays, experts are sent a slice after each step, beside the steps themselves, and once all
-are there every rank switches between two steps. No step waits for a decision, and none sees half
-of a placement.
+are there every rank switches between two steps. Placements are planned in a thread, since that
+takes seconds for many layers of many experts: no step waits for a decision, and none sees half of
+a placement.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.balance.deployed import Placements, placements_of
 from expertlane.balance.gain import Decision, RebalanceGate
-from expertlane.balance.incremental import improve_placements
-from expertlane.balance.moves import Move, keep_slots, moves
+from expertlane.balance.moves import Move, moves
 from expertlane.balance.pair_cost import PairCost
 from expertlane.balance.placement import Placement
-from expertlane.balance.planner import plan_placement
+from expertlane.balance.rebalance import Proposal, propose
 from expertlane.balance.tracker import LoadTracker
 from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
@@ -36,7 +36,6 @@ _BEGIN = "expertlane.engine.migration:begin"
 _FINISH = "expertlane.engine.migration:finish"
 _SWITCH = "expertlane.engine.migration:switch"
 _TIME_ONE_MOVE = "expertlane.engine.migration:time_one_move"
-_EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
 SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 
 
@@ -85,6 +84,8 @@ class _Replica:
         self.tracker = LoadTracker(len(self.layers), num_experts, num_steps)
         self.num_since = 0  # steps since the last decision
         self.pair_cost = PairCost()
+        self.gate: RebalanceGate
+        self.planning: Future[Proposal] | None = None
         self.next: Placements | None = None
         self.slices: list[list[Move]] = []
         self.under_way = False
@@ -109,6 +110,7 @@ class RebalancingRunner:
             it pays over that many more.
         log: takes the line of each decision.
         worth: the placement with most of it is taken; above 0 experts move.
+        executor: plans placements; a thread of its own by default.
 
     Attributes:
         held, dispatch_table: as of the runner; at first.
@@ -127,6 +129,7 @@ class RebalancingRunner:
         num_steps: int,
         log: Callable[[str], None],
         worth: Callable[[Decision], float] = lambda decision: decision.gain_s - decision.cost_s,
+        executor: Executor | None = None,
     ) -> None:
         self._runner = runner
         self.held = runner.held
@@ -136,6 +139,7 @@ class RebalancingRunner:
         self._num_steps = num_steps
         self._log = log
         self._worth = worth
+        self._executor = executor or ThreadPoolExecutor(1, "rebalance")
         self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
         self.decisions: list[Rebalance] = []
@@ -152,8 +156,11 @@ class RebalancingRunner:
         replica = self._replicas[plan.replica]
         if replica.next is not None:
             self._move_on(replica, plan)
-        elif replica.num_since >= self._num_steps:
-            self._decide(replica, plan)
+        elif replica.planning is None and replica.num_since >= self._num_steps:
+            self._begin_planning(replica)
+        if replica.planning is not None and replica.planning.done():
+            proposal, replica.planning = replica.planning.result(), None
+            self._decide(replica, proposal, plan)
         handle = self._runner.submit(plan)
         self._steps[handle] = plan.step
         return handle
@@ -176,36 +183,42 @@ class RebalancingRunner:
         of_rank = np.array([record.num_tokens_per_expert for record in records])
         load = of_rank.sum(axis=0)
         expert_s = np.array([record.cpu_s[..., Stage.EXPERTS].sum() for record in records])
-        reporting = [not self._layout.coordinates(record.rank).etp_rank for record in records]
+        at = [self._layout.coordinates(record.rank) for record in records]
         replica.tracker.add(load[replica.layers])
         replica.num_since += 1
-        replica.pair_cost.add(of_rank.sum(axis=(1, 2))[reporting], expert_s[reporting])
+        for stage in range(self._layout.pp):  # stages may have other numbers of layers
+            own = [each.pp_rank == stage and not each.etp_rank for each in at]
+            replica.pair_cost.add(of_rank[own].sum(axis=(1, 2)), expert_s[own])
         most = int(of_rank.sum(axis=2).max(axis=0).sum())
         mean = float(load.sum()) / self._layout.ep
         self.loads.append(StepLoad(number, step, most, mean, float(expert_s.max())))
 
-    def _decide(self, replica: _Replica, plan: StepPlan) -> None:
+    def _begin_planning(self, replica: _Replica) -> None:
         replica.num_since = 0
-        load, now = replica.tracker.load(), replica.now
-        num_redundant = now[0].num_slots - now[0].num_experts
-        nodes, ep = self._ep_per_node, self._layout.ep
-        full = nodes if ep % nodes == 0 else ep  # plans are for full nodes; loads are told for any
-        planned = [improve_placements(load, now, full, even) for even in _EVEN]
-        planned.append(plan_placement(load, ep, full, num_redundant))
-        gate, num_steps = self._gate(replica), replica.tracker.num_steps
-        choices = [
-            (gate.decide(load, num_steps, now, then, nodes), then)
-            for then in (keep_slots(now, each) for each in planned)
-        ]
-        decision, then = max(choices, key=lambda each: self._worth(each[0]))
-        before, after = (_max_over_mean(load, placements, nodes) for placements in (now, then))
-        self.decisions.append(Rebalance(plan.replica, plan.step, decision, before, after))
-        self._log(f"step {plan.step}: {decision.line}")
+        tracker = replica.tracker
+        replica.gate = self._gate(replica)
+        replica.planning = self._executor.submit(
+            propose,
+            tracker.load(),
+            tracker.num_steps,
+            replica.now,
+            self._ep_per_node,
+            replica.gate,
+            self._worth,
+        )
+
+    def _decide(self, replica: _Replica, proposal: Proposal, plan: StepPlan) -> None:
+        decision, now, then = proposal.decision, replica.now, proposal.then
+        self.decisions.append(
+            Rebalance(plan.replica, plan.step, decision, proposal.before, proposal.after)
+        )
+        whose = f"replica {plan.replica}, " if len(self._replicas) > 1 else ""
+        self._log(f"{whose}step {plan.step}: {decision.line}")
         if self._worth(decision) > 0 and then != now:
             replica.next = replica.with_layers(then)
             replica.slices = [
                 [replace(move, layer=replica.layers[move.layer]) for move in of_slice]
-                for of_slice in gate.slices(moves(now, then, nodes))
+                for of_slice in replica.gate.slices(moves(now, then, self._ep_per_node))
             ]
             self._move_on(replica, plan)
 
@@ -238,17 +251,6 @@ class RebalancingRunner:
         replica.num_since = 0
         latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
         self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
-
-
-def _max_over_mean(
-    load: npt.NDArray[np.int64], placements: Sequence[Placement], ranks_per_node: int
-) -> float:
-    of_rank = [
-        placed.rank_loads(each, ranks_per_node)
-        for each, placed in zip(load, placements, strict=True)
-    ]
-    mean = sum(float(each.mean()) for each in of_rank)
-    return sum(float(each.max()) for each in of_rank) / mean if mean else 0.0
 
 
 def runner_for(

@@ -72,4 +72,5 @@ def _to_float8(x: Tensor) -> list[Tensor]:
     scales = blocks.abs().amax(dim=2) / _LARGEST
     scales = scales.where(scales > 0, 1.0)
     values = (blocks / scales[:, :, None]).flatten(1)[:, : x.shape[1]]
+    values = values.clamp(-_LARGEST, _LARGEST)  # a subnormal scale rounds down
     return [scales, values.to(_FLOAT8).view(torch.uint8)]

@@ -106,7 +106,7 @@ class Layout:
         return self.stage_size // self.ep
 
     def ep_ranks_per_node(self, ranks_per_node: int) -> int:
-        """How many ranks of an `ep` group share a node.
+        """How many ranks of an `ep` group share a node, of any group alike.
 
         Args:
             ranks_per_node: consecutive ranks on one node.
@@ -114,17 +114,21 @@ class Layout:
         Raises:
             SpecError: not equally many on each node.
         """
+        counts: set[int] = set()
         for first in range(0, self.world_size, self.stage_size):
             for etp_rank in range(self.etp):
                 ranks = range(first + etp_rank, first + self.stage_size, self.etp)
                 on_nodes = Counter(rank // ranks_per_node for rank in ranks)
-                if len(set(on_nodes.values())) > 1:
+                counts.update(on_nodes.values())
+                if len(counts) > 1:
+                    other = counts - set(on_nodes.values())
+                    elsewhere = f", and {min(other)} in another stage or replica" if other else ""
                     raise SpecError(
                         f"layout {self}: hierarchical dispatch needs equally many of the "
                         f"ep={self.ep} ranks on each node, but nodes of {ranks_per_node} hold "
-                        f"{_listed(list(on_nodes.values()))}"
+                        f"{_listed(list(on_nodes.values()))}{elsewhere}"
                     )
-        return next(iter(on_nodes.values()))
+        return counts.pop()
 
     def coordinates(self, rank: int) -> Coordinates:
         """Where `rank` sits."""

@@ -1,0 +1,78 @@
+"""The placement to go over to, near the present one or wholly new, and what it brings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.gain import Decision, RebalanceGate
+from expertlane.balance.incremental import improve_placements
+from expertlane.balance.moves import keep_slots
+from expertlane.balance.placement import Placement
+from expertlane.balance.planner import plan_placement
+
+_EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a rebalance would be.
+
+    Attributes:
+        then: [num_layers]; the placements that it leads to.
+        before, after: load of the fullest rank over the mean, summed over layers, if tokens came
+            evenly from all ranks.
+    """
+
+    decision: Decision
+    then: list[Placement]
+    before: float
+    after: float
+
+
+def propose(
+    load: npt.NDArray[np.int64],
+    num_steps_tracked: int,
+    now: list[Placement],
+    ranks_per_node: int,
+    gate: RebalanceGate,
+    worth: Callable[[Decision], float],
+) -> Proposal:
+    """Plan several placements and weigh them; the one with most worth.
+
+    Where not even the most that any placement could save is worth moving a single expert, nothing
+    is planned.
+
+    Args:
+        load: [num_layers, num_experts], of the steps tracked.
+        now: [num_layers].
+        ranks_per_node: consecutive expert-parallel ranks that share a node; loads are told for
+            any, plans are made for full nodes.
+    """
+    before = max_over_mean(load, now, ranks_per_node)
+    at_best = gate.at_best(load, num_steps_tracked, now, ranks_per_node)
+    if worth(at_best) <= 0:
+        return Proposal(at_best, now, before, before)
+    ep, num_redundant = now[0].ep, now[0].num_slots - now[0].num_experts
+    full = ranks_per_node if ep % ranks_per_node == 0 else ep
+    planned = [improve_placements(load, now, full, even) for even in _EVEN]
+    planned.append(plan_placement(load, ep, full, num_redundant))
+    choices = [
+        (gate.decide(load, num_steps_tracked, now, then, ranks_per_node), then)
+        for then in (keep_slots(now, each) for each in planned)
+    ]
+    decision, then = max(choices, key=lambda each: worth(each[0]))
+    return Proposal(decision, then, before, max_over_mean(load, then, ranks_per_node))
+
+
+def max_over_mean(
+    load: npt.NDArray[np.int64], placements: Sequence[Placement], ranks_per_node: int
+) -> float:
+    """Sum over layers of the fullest ranks over the sum of the means; 0 without tokens."""
+    of_rank = [
+        placed.rank_loads(each, ranks_per_node)
+        for each, placed in zip(load, placements, strict=True)
+    ]
+    mean = sum(float(each.mean()) for each in of_rank)
+    return sum(float(each.max()) for each in of_rank) / mean if mean else 0.0
