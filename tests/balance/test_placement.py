@@ -77,6 +77,13 @@ def test_what_is_no_placement(experts_of_rank, message):
         Placement(2, experts_of_rank)
 
 
+@pytest.mark.parametrize(("num_experts", "shown"), [(4, "4"), (10**15, "1,000,000,000,000,000")])
+def test_more_experts_than_slots(num_experts, shown):
+    line = f"placement: {shown} experts, but 3 slots on 2 ep ranks; each expert needs one"
+    with pytest.raises(SpecError, match=f"^{line}$"):
+        Placement(num_experts, ((0, 1), (2,)))
+
+
 @pytest.mark.parametrize("make", [Placement.linear, Placement.round_robin])
 def test_too_many_copies(make):
     with pytest.raises(

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,12 +55,20 @@ def one_layer(*experts_of_rank, layer=1):
         ("[]", "not a placement file: it has no schema_version"),
         ("{}", "not a placement file: it has no schema_version"),
         (changed(schema_version=2), "schema_version is 2; this expertlane reads 1"),
+        (changed(schema_version=True), "schema_version is True; this expertlane reads 1"),
+        (changed(schema_version=1.0), "schema_version is 1.0; this expertlane reads 1"),
         (changed(extra=1), "the file has the unknown key extra; it has"),
         (json.dumps({"schema_version": 1}), "the file lacks ep"),
-        (changed(model=1), "model is 1; it must be a name"),
+        (changed(model=1), "model is 1; it must be a name, one line of text"),
+        (changed(model="a\nb"), r"model is 'a\nb'; it must be a name, one line of text"),
+        (changed(model="\ud800"), r"model is '\ud800'; it must be a name, one line of text"),
         (changed(num_experts=True), "num_experts is True; it must be a whole number, at least 1"),
         (changed(num_experts=2), "layer 1: placement: ep rank 0 holds expert 2; there are"),
-        (changed(num_experts=4), "layer 1: placement: no ep rank holds expert 3"),
+        (changed(num_experts=4), "layer 1: placement: 4 experts, but 3 slots on 2 ep ranks; each"),
+        (changed(num_experts=10**9), "layer 1: placement: 1,000,000,000 experts, but 3 slots on"),
+        (changed(num_experts=-(10**9)), "num_experts is -1000000000; it must be a whole number"),
+        (changed(num_experts=0).replace("0", "9" * 5000, 1), "a number has 5,000 digits; valid"),
+        (changed(num_experts="x" * 99), f"num_experts is '{'x' * 59}…; it must be a whole number"),
         (changed(ep=0), "ep is 0; it must be a whole number, at least 1"),
         (changed(ep=3), "layer 1 has 2 ranks; ep is 3"),
         (changed(layers={}), "layers must be a list"),
@@ -71,7 +80,7 @@ def one_layer(*experts_of_rank, layer=1):
         (one_layer([0], [1, 2], layer="1"), "layer is '1'; it must be a whole number"),
         (one_layer([0], [1.5, 2]), "layer 1: experts_of_rank must be a list of lists of whole"),
         (one_layer([0], 1), "layer 1: experts_of_rank must be a list of lists of whole"),
-        (one_layer([0], [1]), "layer 1: placement: no ep rank holds expert 2"),
+        (one_layer([0], [1, 0]), "layer 1: placement: no ep rank holds expert 2"),
         (one_layer([0, 0], [1, 2]), "layer 1: placement: ep rank 0 holds expert 0 twice"),
     ],
 )
@@ -95,9 +104,20 @@ def test_no_file_and_no_text(tmp_path):
         read_placement(path)
 
 
-def test_it_fits_its_model():
-    PLACEMENT.check("p.json", num_experts=3, layers=[1, 4])
-    PLACEMENT.check("p.json", num_experts=3, layers=[4, 1], ep=2, num_slots_of_rank=[2, 2])
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "placement.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(VALID).encode())
+    assert read_placement(path) == PLACEMENT
+
+
+def test_a_path_that_is_none():
+    with pytest.raises(UserError, match=r"^cannot read 'a\\x00b': embedded null byte$"):
+        read_placement(Path("a\0b"))
+
+
+@pytest.mark.parametrize("model", [None, "a/model", "/checkpoints/model/", "model"])
+def test_it_fits_its_model(model):
+    PLACEMENT.check("p.json", num_experts=3, layers=[4, 1], ep=2, model=model)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +127,7 @@ def test_it_fits_its_model():
         ({"layers": [1]}, r"of 2 MoE layers of a/model; here there are 1 \(it has layer 4\)"),
         ({"layers": [1, 3, 4]}, r"here there are 3 \(it lacks layer 3\)"),
         ({"ep": 4}, "p.json is a placement on 2 ep ranks; here there are 4"),
-        (
-            {"num_slots_of_rank": [2, 1]},
-            "in layer 1 ep rank 1 holds 2 experts; it has 1 slots",
-        ),
+        ({"model": "a/nother"}, "p.json is a placement of a/model; here the model is a/nother"),
     ],
 )
 def test_it_is_for_something_else(other, message):

@@ -45,9 +45,11 @@ def test_a_table_and_a_placement(run):
     )
     assert (code, err) == (0, "written: new/placement.json\n")
     assert max(map(len, out.splitlines())) <= 80
-    assert "a/model, 300 tokens, 2 of 8 experts each, 4 ranks on 2 nodes, 12 slots" in " ".join(
-        out.split()
-    )
+    assert out.splitlines()[:3] == [
+        "expertlane balance: a/model",
+        "300 tokens, 2 of 8 experts each",
+        "4 ranks on 2 nodes, 12 slots a layer",
+    ]
     rows = [line.split() for line in out.splitlines() if line[:3].strip() in ("1", "2", "all")]
     assert [row[0] for row in rows] == ["1", "2", "all"]
     for _, before, after, _, crossings, to_move in rows:
@@ -105,10 +107,43 @@ def test_coactivation_can_be_left_out(run):
     assert (with_it, without) == (288, 576)  # one node a token, or two; a quarter is at home
 
 
+def test_one_node_has_no_plural(run):
+    assert (
+        "\n4 ranks on 1 node, 8 slots a layer\n" in run("balance", "trace.npz", "--ranks", "4")[1]
+    )
+
+
+def test_more_crossings_are_told_with_what_they_bought(run):
+    # In order, each pair of experts is on one node, and the popular pairs are on the first.
+    ids = np.array([[0, 2]] * 90 + [[1, 3]] * 30 + [[4, 6]] * 10 + [[5, 7]] * 6, dtype=np.int16)
+    trace = RoutingTrace("m", 8, (0,), ids[None], np.zeros(len(ids), dtype=np.int64))
+    write_trace(trace, Path("pairs.npz"))
+    arguments = ("balance", "pairs.npz", "--ranks", "4", "--ranks-per-node", "2")
+    lines = run(*arguments, "--method", "round_robin")[1].splitlines()
+    before, after = next(line.split()[3:5] for line in lines if line.startswith("all "))
+    assert float(before) < float(after)
+    assert lines[-1] == (
+        f"Crossings rose from {before} to {after}: load was evened out at their expense."
+    )
+    assert "rose" not in run(*arguments, "--method", "linear")[1]
+
+
+def test_more_crossings_for_nothing(run):
+    ids = np.array([[0, 2], [1, 3], [4, 6], [5, 7]] * 8, dtype=np.int16)
+    trace = RoutingTrace("m", 8, (0,), ids[None], np.zeros(len(ids), dtype=np.int64))
+    write_trace(trace, Path("even.npz"))
+    arguments = ("--ranks", "4", "--ranks-per-node", "2", "--method", "round_robin")
+    assert (
+        run("balance", "even.npz", *arguments)[1]
+        .splitlines()[-1]
+        .endswith(", and load is no more even.")
+    )
+
+
 def test_many_layers_are_summed_up(run):
     write_trace(trace_of(num_layers=30), Path("deep.npz"))
     _, out, _ = run("balance", "deep.npz", "--ranks", "4")
-    rows = [line.split()[0] for line in out.splitlines() if line[:2].strip().isdigit()]
+    rows = [line.split()[0] for line in out.splitlines()[4:] if line[:2].strip().isdigit()]
     assert len(rows) == 20
     assert [int(row) for row in rows] == sorted(map(int, rows))
     assert "The 20 least even of 30 layers; all stands for all." in out

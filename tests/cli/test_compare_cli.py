@@ -255,6 +255,12 @@ finally:
     return set(finished.stderr.split())
 
 
+def test_help_names_every_shipped_experiment(run):
+    _, out, _ = run("compare", "--help")
+    words = re.findall(r"[a-z-]+", " ".join(out.split()))
+    assert set(shipped_experiments()) <= {*words}
+
+
 def test_help_imports_nothing_heavy():
     assert not imported_by("--help") & {"torch", "numpy", "pydantic", "rich"}
     assert not imported_by("compare", "--help") & {"torch", "numpy", "rich"}

@@ -30,7 +30,18 @@ def test_no_deployment_rebalances():
 def test_what_was_done_and_what_came_of_it():
     first, *others = usual().deployments
     section = rebalancing((first, replace(others[0], rebalances=(MOVED, STAYED))))
-    moved, stayed = section.parts[0].rows
-    assert moved[:7] == ("2", "8", "500", "250", "6.00 MB", "moved", "11")
-    assert moved[7:] == ("1.75×", "1.25×", "1.20×", "20.0", "10.0")
-    assert stayed[5:9] == ("stayed", "—", "1.75×", "—")
+    decisions, effects, _ = section.parts
+    assert decisions.rows == (
+        ("2", "8", "500", "250", "6.00 MB", "moved", "11"),
+        ("2", "19", "100", "250", "6.00 MB", "stayed", "—"),
+    )
+    assert effects.rows == (
+        ("2", "8", "1.75×", "1.25×", "1.20×", "20.0", "10.0"),
+        ("2", "19", "1.75×", "—", "1.20×", "20.0", "—"),
+    )
+
+
+def test_moves_that_the_work_did_not_wait_for():
+    too_late = replace(MOVED, switched=None, load_after=None, experts_s_after=None)
+    section = rebalancing((replace(usual().deployments[0], rebalances=(too_late,)),))
+    assert section.parts[0].rows[0][5:] == ("too late", "—")

@@ -2,15 +2,22 @@ import io
 from dataclasses import replace
 
 import pytest
+from rich.box import Box
 from rich.cells import cell_len
 from rich.console import Console
 
 import example_results as example
 from expertlane.report import content, markdown, terminal
 from expertlane.report.document import Table
+from expertlane.report.rounding import same_tokens
+from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
+
+# The report's own box, with borders that can be seen; the line below the headings has none.
+_WITH_BORDERS = Box("    \n  │ \n ── \n  │ \n    \n    \n  │ \n    \n")
 
 
 def many() -> Results:
@@ -51,6 +58,51 @@ def test_no_number_is_cut(width: int) -> None:
                 for column, cell in zip(table.columns, row, strict=True):
                     assert not column.is_number or cell in text
     assert "…" not in text
+
+
+def rebalanced() -> Results:
+    """Decisions with large numbers."""
+    taken = RebalanceResult(
+        replica=0,
+        step=123_456,
+        switched=123_789,
+        gain_s=1234.5,
+        cost_s=5432.1,
+        num_bytes=987_000_000,
+        predicted_before=12.3,
+        predicted_after=10.1,
+        load_before=12.3,
+        load_after=10.2,
+        experts_s_before=1234.5,
+        experts_s_after=1111.1,
+    )
+    given = example.usual()
+    *others, last = given.deployments
+    late = replace(taken, switched=None, gain_s=9999.9, load_after=None, experts_s_after=None)
+    return replace(given, deployments=(*others, replace(last, rebalances=(taken, late))))
+
+
+def columns_as_drawn(table: Table, width: int) -> list[str]:
+    """Of each column its heading and cells one after another, without any space."""
+    drawn = terminal._table(table)
+    drawn.box = _WITH_BORDERS
+    stream = io.StringIO()
+    Console(file=stream, width=width - 1).print(drawn)  # the report is one column to the right
+    lines = [line.split("│") for line in stream.getvalue().splitlines() if "│" in line]
+    return ["".join("".join(column).split()) for column in zip(*lines, strict=True)]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("make", [example.usual, many, alone, rebalanced])
+def test_no_heading_and_no_cell_vanishes(make, width: int) -> None:
+    for section in content.sections(make(), traffic=True):
+        for table in (part for part in section.parts if isinstance(part, Table)):
+            headings = (column.heading for column in table.columns)
+            expected = [
+                "".join("".join(column).split())
+                for column in zip(headings, *table.rows, strict=True)
+            ]
+            assert columns_as_drawn(table, width) == expected
 
 
 def test_both_renderers_hold_every_part() -> None:
@@ -115,7 +167,39 @@ def test_other_tokens_are_told() -> None:
     other = replace(given.deployments[2], tokens_sha256="0" * 64)
     changed = replace(given, deployments=(*given.deployments[:2], other, given.deployments[3]))
     assert "identical in all 4 deployments" in markdown.render(given)
-    assert "identical to the first deployment's in 3 of 4" in markdown.render(changed)
+    assert "identical to the first deployment's in 3 of 4; others with #3 (nothing is rounded)" in (
+        markdown.render(changed).replace("\\", "")
+    )
+
+
+def test_other_tokens_of_deployments_that_round_are_told_so() -> None:
+    def of(*changes: tuple[bool, bool]) -> str:
+        """Of three deployments; which round, and whose tokens are others."""
+        exact = example.usual().deployments[0]
+        (phase,) = {*exact.traffic} - {Phase.PREFILL}
+        rounded = {phase: replace(exact.traffic[phase], payload_error=0.002)}
+        return same_tokens(
+            [
+                replace(
+                    exact,
+                    traffic=rounded if rounds else exact.traffic,
+                    tokens_sha256="1" * 64 if is_other else "0" * 64,
+                )
+                for rounds, is_other in changes
+            ]
+        )
+
+    equal = "identical to the first deployment's in 1 of 3; others with "
+    assert of((False, False), (True, True), (True, True)) == (
+        f"{equal}#2, #3 (hidden states are rounded)"
+    )
+    assert of((False, False), (False, True), (True, True)) == (
+        f"{equal}#3 (hidden states are rounded) and with #2 (nothing is rounded)"
+    )
+    assert of((True, False), (False, True), (False, True)) == (
+        f"{equal}#2, #3: the first rounds hidden states"
+    )
+    assert of((True, False), (True, False), (True, False)).startswith("identical in all 3 ")
 
 
 def test_gains_against_the_best_baseline_stand_apart_where_it_is_not_the_first() -> None:

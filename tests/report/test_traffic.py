@@ -31,7 +31,7 @@ def facts(results, number):
 def test_ranks_stand_apart_by_node():
     figure = matrix([[0, 1500, 20, 0], [40, 0, 0, 0], [0, 0, 0, 12_000], [0, 0, 999_400, 0]], 2)
     assert figure == Figure(
-        "Payload in kB, all steps: ranks of the rows send to ranks of the columns",
+        "Payload in kB, all repetitions: ranks of the rows send to ranks of the columns",
         (
             "      0   1│   2   3",
             "  0   · 1.5│ <.1   ·",
@@ -52,7 +52,10 @@ def test_one_node_and_ranks_each_on_its_own_have_no_borders():
 
 def test_many_ranks_are_drawn_by_node():
     figure = matrix([[1] * 20 for _ in range(20)], 8)  # nodes of 8, 8 and 4 ranks
-    assert figure.title == "Payload in B, all steps: nodes of the rows send to nodes of the columns"
+    assert (
+        figure.title
+        == "Payload in B, all repetitions: nodes of the rows send to nodes of the columns"
+    )
     assert figure.lines == (
         "      0   1   2",
         "  0  64  64  32",
@@ -174,6 +177,17 @@ def test_one_rank_alone():
     alone = example.results([(Deployment("alone", Layout()), 0.1)], output_len=1)
     assert "One rank: it sends nothing." in shown(alone, 80)
     assert "Traffic of #1 alone, prefill" in shown(alone, 80)
+
+
+def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
+    results = example.usual()
+    page = " ".join(markdown.render(results).split())
+    assert "Over all steps of all repetitions." in page
+    assert "expert-parallel ones; where an expert is cut over ranks, it goes to all" in page
+    assert "prefill and decode counted together, in the layer where that is most" in page
+    assert "its fullest expert over the mean, decode alone; load max/mean, above, counts" in page
+    *_, stages, values = details(results, compare(results))[0].parts
+    assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")
 
 
 def test_records_without_fan_out_say_nothing_of_it():

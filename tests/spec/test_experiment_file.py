@@ -228,6 +228,12 @@ WRONG_VALUES = {
     ('"tp=1"', '"tp=1"\nmicro_batch_schedule = "drain"'): (
         "[[deployments]] 1: micro_batch_schedule is \"drain\"; it must be 'drained' or 'rotating'"
     ),
+    ('"tp=1"', '"tp=1"\nplacement_file = ""'): (
+        '[[deployments]] 1: placement_file is ""; it must be a path'
+    ),
+    ('"tp=1"', '"tp=1"\nplacement_file = "a\\u0000b"'): (
+        '[[deployments]] 1: placement_file is "a\\u0000b"; it must be a path'
+    ),
     ('"tp=1"', '"tp=1"\nbaseline = false'): (
         "[[deployments]] 1: baseline is false, but the first deployment is always one"
     ),

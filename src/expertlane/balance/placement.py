@@ -31,6 +31,11 @@ class Placement:
     experts_of_rank: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
+        if self.num_experts > self.num_slots:  # first: below, `num_experts` costs memory
+            raise SpecError(
+                f"placement: {self.num_experts:,} experts, but {self.num_slots:,} slots on "
+                f"{self.ep} ep ranks; each expert needs one"
+            )
         held: set[int] = set()
         for rank, experts in enumerate(self.experts_of_rank):
             if not experts:

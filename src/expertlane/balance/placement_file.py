@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from expertlane.balance.atomic_file import write_whole
@@ -11,6 +11,8 @@ from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
 
 SCHEMA_VERSION = 1
+_MAX_DIGITS = 18  # of a number; far beyond any model
+_SHOWN_LENGTH = 60  # of a wrong value, in a message
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class ModelPlacement:
         *,
         num_experts: int,
         layers: Iterable[int],
-        ep: int | None = None,
-        num_slots_of_rank: Iterable[int] | None = None,
+        ep: int,
+        model: str | None = None,
     ) -> None:
         """Check that it is for a certain model and number of ranks.
 
@@ -68,11 +70,14 @@ class ModelPlacement:
             where: the file it came from, for the message.
             num_experts, layers: of the model; the indices of its MoE layers.
             ep: ranks that will hold it.
-            num_slots_of_rank: [ep]; the slots each of them has room for.
+            model: its name. Only the last part counts, since a checkpoint's path can be spelled
+                in several ways. None does not compare.
 
         Raises:
             UserError: it is not.
         """
+        if model is not None and PurePath(self.model).name != PurePath(model).name:
+            raise UserError(f"{where} is a placement of {self.model}; here the model is {model}")
         if self.num_experts != num_experts:
             raise UserError(
                 f"{where} is a placement of {self.model}, which has {self.num_experts} experts a "
@@ -86,20 +91,8 @@ class ModelPlacement:
                 f"{where} is a placement of {len(self.layers)} MoE layers of {self.model}; here "
                 f"there are {len(wanted)} (it {which} layer {difference})"
             )
-        if ep is not None and self.ep != ep:
+        if self.ep != ep:
             raise UserError(f"{where} is a placement on {self.ep} ep ranks; here there are {ep}")
-        if num_slots_of_rank is not None:
-            self._check_slots(where, list(num_slots_of_rank))
-
-    def _check_slots(self, where: Path | str, num_slots_of_rank: list[int]) -> None:
-        for layer, placement in self.layers.items():
-            held = map(len, placement.experts_of_rank)
-            for rank, (num_held, room) in enumerate(zip(held, num_slots_of_rank, strict=True)):
-                if num_held > room:
-                    raise UserError(
-                        f"{where}: in layer {layer} ep rank {rank} holds {num_held} experts; "
-                        f"it has {room} slots"
-                    )
 
 
 def write_placement(placement: ModelPlacement, path: Path) -> None:
@@ -135,37 +128,47 @@ def read_placement(path: Path) -> ModelPlacement:
             a placement; one line that names the file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # editors may begin it with a byte order mark
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+    except ValueError as error:  # a null byte in the path
+        raise UserError(f"cannot read {str(path)!r}: {error}") from error
+    try:
+        return _parse(json.loads(text, parse_int=_parse_int))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
     except RecursionError as error:
         raise UserError(f"{path} is not a placement file: it is nested too deeply") from error
-    try:
-        return _parse(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _parse_int(text: str) -> int:
+    num_digits = len(text.removeprefix("-"))
+    if num_digits > _MAX_DIGITS:
+        raise UserError(f"a number has {num_digits:,} digits; valid: at most {_MAX_DIGITS}")
+    return int(text)
 
 
 def _parse(data: object) -> ModelPlacement:
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UserError("not a placement file: it has no schema_version")
-    if data["schema_version"] != SCHEMA_VERSION:
+    version = data["schema_version"]
+    if not _is_int(version) or version != SCHEMA_VERSION:
         raise UserError(
-            f"schema_version is {data['schema_version']!r}; this expertlane reads {SCHEMA_VERSION}"
+            f"schema_version is {_shown(version)}; this expertlane reads {SCHEMA_VERSION}"
         )
     _check_keys("the file", data, {"schema_version", "model", "num_experts", "ep", "layers"})
     num_experts, ep = data["num_experts"], data["ep"]
-    if not isinstance(data["model"], str):
-        raise UserError(f"model is {data['model']!r}; it must be a name")
+    if not isinstance(data["model"], str) or not data["model"].isprintable():
+        raise UserError(f"model is {_shown(data['model'])}; it must be a name, one line of text")
     for name, value in (("num_experts", num_experts), ("ep", ep)):
         if not _is_int(value) or value < 1:
-            raise UserError(f"{name} is {value!r}; it must be a whole number, at least 1")
+            raise UserError(f"{name} is {_shown(value)}; it must be a whole number, at least 1")
     if not isinstance(data["layers"], list):
         raise UserError("layers must be a list")
     layers: dict[int, Placement] = {}
@@ -188,7 +191,7 @@ def _parse_layer(position: int, entry: object) -> tuple[int, tuple[tuple[int, ..
     _check_keys(f"entry {position} of layers", entry, {"layer", "experts_of_rank"})
     layer, ranks = entry["layer"], entry["experts_of_rank"]
     if not _is_int(layer) or layer < 0:
-        raise UserError(f"layer is {layer!r}; it must be a whole number, at least 0")
+        raise UserError(f"layer is {_shown(layer)}; it must be a whole number, at least 0")
     if not (
         isinstance(ranks, list)
         and all(isinstance(experts, list) and all(map(_is_int, experts)) for experts in ranks)
@@ -204,6 +207,12 @@ def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
         raise UserError(f"{what} lacks {min(missing)}")
     if unknown := data.keys() - keys:
         raise UserError(f"{what} has the unknown key {min(unknown)}; it has {sorted(keys)}")
+
+
+def _shown(value: object) -> str:
+    """A value on one line, cut when long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
 
 
 def _is_int(value: object) -> bool:

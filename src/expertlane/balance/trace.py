@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from expertlane.errors import SpecError, UserError
 
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "model", "num_experts", "layers", "topk_ids", "step")
+_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, MemoryError)
+_SHOWN_LENGTH = 60  # of a wrong name, in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,38 +96,6 @@ class RoutingTrace:
         return np.stack(
             [np.bincount(ids.ravel(), minlength=self.num_experts) for ids in self.topk_ids]
         )
-
-    def check_model(
-        self,
-        where: Path | str,
-        *,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layers: Iterable[int],
-    ) -> None:
-        """Check that it is a trace of such a model.
-
-        Args:
-            where: the file it came from, for the message.
-            num_experts, num_experts_per_tok, layers: of the model; its MoE layers' indices.
-
-        Raises:
-            UserError: it is not.
-        """
-        for what, own, other in (
-            ("experts a layer", self.num_experts, num_experts),
-            ("experts per token", self.num_experts_per_tok, num_experts_per_tok),
-            ("MoE layers", len(self.layers), len(tuple(layers))),
-        ):
-            if own != other:
-                raise UserError(
-                    f"{where} is a trace of {self.model} with {own} {what}; here there are {other}"
-                )
-        if different := set(self.layers) - set(layers):
-            raise UserError(
-                f"{where} is a trace of {self.model}, whose layer {min(different)} is an MoE "
-                "layer; here it is not"
-            )
 
 
 class RoutingTraceWriter:
@@ -223,28 +194,37 @@ def read_trace(path: Path) -> RoutingTrace:
             if missing := [key for key in _KEYS if key not in arrays.files]:
                 raise UserError(f"{path} is not a routing trace: it lacks {missing[0]}")
             found = {key: arrays[key] for key in _KEYS}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path} is not a routing trace, or is damaged") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    version, model, num_experts, layers = (found[key] for key in _KEYS[:4])
-    if version.shape or version.dtype.kind != "i" or version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {version}; this expertlane reads {SCHEMA_VERSION}"
-        )
-    for key, kind, num_dims in (("model", "U", 0), ("num_experts", "i", 0), ("layers", "i", 1)):
-        if found[key].dtype.kind != kind or found[key].ndim != num_dims:
-            raise UserError(
-                f"{path}: {key} is {found[key].dtype} of shape {found[key].shape}, not what a "
-                "routing trace has"
-            )
     try:
-        return RoutingTrace(
-            str(model),
-            int(num_experts),
-            tuple(layers.tolist()),
-            found["topk_ids"],
-            found["step"],
-        )
-    except SpecError as error:
+        return _parse(found)
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _parse(found: dict[str, npt.NDArray[Any]]) -> RoutingTrace:
+    _check_kind(found, "schema_version", "i", 0)
+    if (version := int(found["schema_version"])) != SCHEMA_VERSION:
+        raise UserError(f"schema_version is {version}; this expertlane reads {SCHEMA_VERSION}")
+    for key, kind, num_dims in (("model", "U", 0), ("num_experts", "i", 0), ("layers", "i", 1)):
+        _check_kind(found, key, kind, num_dims)
+    model = str(found["model"])
+    if not model.isprintable():
+        raise UserError(f"model is {model[:_SHOWN_LENGTH]!r}; it must be a name, one line of text")
+    return RoutingTrace(
+        model,
+        int(found["num_experts"]),
+        tuple(found["layers"].tolist()),
+        found["topk_ids"],
+        found["step"],
+    )
+
+
+def _check_kind(found: dict[str, npt.NDArray[Any]], key: str, kind: str, num_dims: int) -> None:
+    array = found[key]
+    if array.dtype.kind != kind or array.ndim != num_dims:
+        raise UserError(
+            f"{key} is {array.dtype} of shape {array.shape}, not what a routing trace has"
+        )

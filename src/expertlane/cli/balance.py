@@ -14,7 +14,7 @@ from expertlane.errors import SpecError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from expertlane.balance.judge import Comparison
+    from expertlane.balance.judge import Comparison, Judged
     from expertlane.balance.placement import Placement
     from expertlane.balance.placement_file import ModelPlacement
     from expertlane.balance.trace import RoutingTrace
@@ -33,12 +33,18 @@ class Method(StrEnum):
 
 
 _Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).", show_default=False)]
-_Ranks = Annotated[int, typer.Option(metavar="N", help="Expert-parallel ranks.")]
+_Ranks = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="Expert-parallel ranks: those that an expert is cut over count as one."
+    ),
+]
 _RanksPerNode = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Consecutive ranks that share a node. Default: all, one node.",
+        help="Consecutive expert-parallel ranks on a node, counted as --ranks. Default: all, one "
+        "node.",
         show_default=False,
     ),
 ]
@@ -117,6 +123,10 @@ def balance(
     from expertlane.balance.trace import read_trace
 
     read = read_trace(trace)
+    if read.num_experts > MAX_SLOTS:
+        raise UserError(
+            f"{trace} has {read.num_experts:,} experts a layer; valid: at most {MAX_SLOTS:,}"
+        )
     if redundant + read.num_experts > MAX_SLOTS:
         raise UserError(
             f"--redundant is {redundant}; valid: at most {MAX_SLOTS:,} physical experts"
@@ -181,7 +191,9 @@ def _read(path: Path, trace: "RoutingTrace", ranks: int) -> "list[Placement]":
     from expertlane.balance.placement_file import read_placement
 
     found = read_placement(path)
-    found.check(path, num_experts=trace.num_experts, layers=trace.layers, ep=ranks)
+    found.check(
+        path, model=trace.model, num_experts=trace.num_experts, layers=trace.layers, ep=ranks
+    )
     return list(found.layers.values())
 
 
@@ -202,14 +214,13 @@ def _publish(
     compared = compare(trace, before, after, ranks_per_node)
     if output is not None:
         write_placement(_of_model(trace, after), output)
-    ep = before[0].ep
     if as_json:
         shown = {
             "model": trace.model,
             "num_experts": trace.num_experts,
             "num_experts_per_tok": trace.num_experts_per_tok,
             "num_tokens": trace.num_tokens,
-            "ep": ep,
+            "ep": before[0].ep,
             "ranks_per_node": ranks_per_node,
             "num_slots": max(each.num_slots for each in after),
             "layers": [asdict(each) for each in compared[:-1]],
@@ -217,14 +228,24 @@ def _publish(
         }
         print(json.dumps(shown))
     else:
-        title = (
-            f"expertlane balance: {trace.model}, {trace.num_tokens:,} tokens, "
-            f"{trace.num_experts_per_tok} of {trace.num_experts} experts each, {ep} ranks on "
-            f"{ep // ranks_per_node} nodes, {max(each.num_slots for each in after)} slots a layer"
-        )
+        title = _title(trace, after, ranks_per_node)
         _show(title, compared, trace.num_tokens, stdout_console())
     if output is not None:
         print(f"written: {output}", file=sys.stderr)
+
+
+def _title(trace: "RoutingTrace", placements: "list[Placement]", ranks_per_node: int) -> str:
+    """Three lines, each short enough for a narrow terminal."""
+    from expertlane.report.numbers import counted
+
+    ep, num_slots = placements[0].ep, max(each.num_slots for each in placements)
+    return (
+        f"expertlane balance: {trace.model}\n"
+        f"{counted(trace.num_tokens, 'token')}, {trace.num_experts_per_tok} of "
+        f"{trace.num_experts} experts each\n"
+        f"{counted(ep, 'rank')} on {counted(ep // ranks_per_node, 'node')}, "
+        f"{num_slots:,} slots a layer"
+    )
 
 
 def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "Console") -> None:
@@ -251,6 +272,25 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
     console.print(
         "Before: experts in order. Crossings: copies to other nodes, per token and layer."
     )
+    if (line := _more_crossings(total, num_tokens * len(layers))) is not None:
+        console.print(line)
+
+
+def _more_crossings(total: "Comparison", num_tokens: int) -> str | None:
+    """That crossings rose, and what for; None where they did not.
+
+    Args:
+        num_tokens: counted once a layer.
+    """
+    before, after = total.before, total.after
+    if after.cross_node_copies <= before.cross_node_copies:
+        return None
+    rose = (
+        f"Crossings rose from {_crossings(before, num_tokens)} to {_crossings(after, num_tokens)}"
+    )
+    if after.max_over_mean < before.max_over_mean:
+        return f"{rose}: load was evened out at their expense."
+    return f"{rose}, and load is no more even."
 
 
 def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:
@@ -259,10 +299,14 @@ def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:
         name,
         f"{before.max_over_mean:.3f}",
         f"{after.max_over_mean:.3f}",
-        f"{before.cross_node_copies / max(num_tokens, 1):.3f}",
-        f"{after.cross_node_copies / max(num_tokens, 1):.3f}",
+        _crossings(before, num_tokens),
+        _crossings(after, num_tokens),
         f"{each.num_moves:,}",
     ]
+
+
+def _crossings(judged: "Judged", num_tokens: int) -> str:
+    return f"{judged.cross_node_copies / max(num_tokens, 1):.3f}"
 
 
 def _of_model(trace: "RoutingTrace", placements: "list[Placement]") -> "ModelPlacement":

@@ -37,7 +37,8 @@ _ExperimentArgument = Annotated[
     str,
     typer.Argument(
         help="A TOML file, or the name of an experiment that comes with expertlane: "
-        "paper-small (laptop), paper (full size)."
+        "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
+        "load balanced), paper (full size)."
     ),
 ]
 _ModelOption = Annotated[
@@ -122,8 +123,11 @@ def compare(
         raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
     comparisons = _comparisons(experiment, model, top_k, out)
     from expertlane.cli.output import check_folder, is_speaker, progress_on_stderr, stdout_console
+    from expertlane.engine.deployment_check import check_experiment
     from expertlane.experiment.compare import check_memory, run_comparison
 
+    for each, _ in comparisons:
+        check_experiment(each)
     if is_speaker():
         for _, folder in comparisons:
             check_folder(folder)

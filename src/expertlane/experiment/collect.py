@@ -76,24 +76,17 @@ def deployment_result(
         raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
     placements = placements_of(model, layout, deployment.options)
     phases = [phase for phase in (metrics.prefill, metrics.decode) if phase is not None]
-    decode = None
-    if metrics.decode is not None:
-        decode = DecodeResult(**_phase(metrics.decode), tpot_s=_token_latency(metrics.decode))
-    load = metrics.num_tokens_per_expert
     return DeploymentResult(
         name=deployment.name,
         layout=LayoutSizes.of(layout),
         options=deployment.options,
         source="measured",
         is_baseline=is_baseline,
-        prefill=PrefillResult(**_phase(metrics.prefill), ttft_s=_token_latency(metrics.prefill)),
-        decode=decode,
+        prefill=_prefill(metrics.prefill),
+        decode=None if metrics.decode is None else _decode(metrics.decode),
         breakdown_s={phase.phase: phase.breakdown_s for phase in phases},
         bottleneck=_bottleneck(metrics.bottleneck),
-        expert_load=ExpertLoad(
-            num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in load),
-            max_over_mean=tuple(map(float, max_over_mean(load))),
-        ),
+        expert_load=_expert_load(metrics.num_tokens_per_expert),
         traffic_bytes={
             phase.phase: traffic_bytes(phase.traffic.sent_bytes.sum(axis=0), ranks_per_node)
             for phase in phases
@@ -106,6 +99,22 @@ def deployment_result(
             for rank in range(layout.world_size)
         ),
         tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+    )
+
+
+def _prefill(phase: PhaseMetrics) -> PrefillResult:
+    return PrefillResult(**_phase(phase), ttft_s=_token_latency(phase))
+
+
+def _decode(phase: PhaseMetrics) -> DecodeResult:
+    return DecodeResult(**_phase(phase), tpot_s=_token_latency(phase))
+
+
+def _expert_load(num_tokens: npt.NDArray[np.int64]) -> ExpertLoad:
+    """From token-expert pairs [num_layers, num_experts]."""
+    return ExpertLoad(
+        num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in num_tokens),
+        max_over_mean=tuple(map(float, max_over_mean(num_tokens))),
     )
 
 

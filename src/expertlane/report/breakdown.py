@@ -89,7 +89,8 @@ def work_and_traffic(comparison: Comparison) -> Section:
             ),
             "Critical path: per stage the largest CPU time among ranks, chained through the "
             "pipeline; transfers and other threads left out. Load: token-expert pairs of the "
-            "fullest expert over the mean, in the least even layer, both phases.",
+            "fullest expert over the mean, prefill and decode counted together, in the layer "
+            "where that is most.",
         ),
     )
 

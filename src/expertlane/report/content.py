@@ -19,6 +19,7 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.paper import paper_sections
 from expertlane.report.rebalance import rebalancing
+from expertlane.report.rounding import same_tokens
 from expertlane.report.traffic import details, hot_spots
 from expertlane.report.verdict import foreign_load, oversubscription, verdict
 from expertlane.results.schema import Results
@@ -227,7 +228,7 @@ def _controlled(results: Results) -> Section:
             f"expertlane {versions.expertlane}, torch {versions.torch}, Python {versions.python}",
         ),
         ("run", f"{results.command}, {results.created}"),
-        ("generated tokens", _same_tokens(results)),
+        ("generated tokens", same_tokens(results.deployments)),
     )
     return Section(
         "Controlled variables (the same for every deployment)",
@@ -242,12 +243,3 @@ def _weights(experiment: dict[str, Any]) -> str:
 
 def _listed(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
-
-
-def _same_tokens(results: Results) -> str:
-    first = results.deployments[0].tokens_sha256
-    num_equal = sum(each.tokens_sha256 == first for each in results.deployments)
-    num_all = len(results.deployments)
-    if num_equal == num_all:
-        return f"identical in all {num_all} deployments (SHA-256 {first[:12]})"
-    return f"identical to the first deployment's in {num_equal} of {num_all}"

@@ -45,8 +45,8 @@ def _drawn(what: str, cells: Sequence[Sequence[int]], num_together: int) -> Figu
             rule = _line("", ["─" * _CELL] * size, num_together, "┼")
             lines.append("─" * _LABEL + rule[_LABEL:])
         lines.append(_line(str(place), [_cell(value / scale) for value in row], num_together))
-    title = f"Payload in {unit}, all steps: {what}s of the rows send to {what}s of the columns"
-    return Figure(title, tuple(lines))
+    who = f"{what}s of the rows send to {what}s of the columns"
+    return Figure(f"Payload in {unit}, all repetitions: {who}", tuple(lines))
 
 
 def _line(label: str, cells: Sequence[str], num_together: int, border: str = "│") -> str:

@@ -6,6 +6,7 @@ from expertlane.report.comparison import Comparison, Row
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.matrix import matrix
 from expertlane.report.numbers import NONE, bytes_si, figures, milliseconds, percent, times
+from expertlane.report.rounding import error_in_words
 from expertlane.results.schema import HiddenCommunication, Results
 from expertlane.results.traffic import FanOutResult, HottestRankResult, TrafficResult
 from expertlane.spec.names import Link, Phase, Traffic
@@ -17,9 +18,9 @@ def hot_spots(comparison: Comparison) -> Section:
     """The short form: one line a deployment and table."""
     errors = tuple(
         f"#{row.number} sends hidden states as {row.deployment.options.payload}: they change by "
-        f"{_error(row.deployment.traffic[comparison.phase])}."
+        f"{error_in_words(error)}."
         for row in comparison.rows
-        if row.deployment.traffic[comparison.phase].payload_error is not None
+        if (error := row.deployment.traffic[comparison.phase].payload_error) is not None
     )
     return Section(
         f"Spread and hot spots of {comparison.phase}",
@@ -50,12 +51,15 @@ def hot_spots(comparison: Comparison) -> Section:
                 ),
                 tuple(_hottest(row, comparison.phase) for row in comparison.rows),
             ),
-            "A token counts once a layer. Copies between nodes: with one copy to each rank "
-            "reached; with one a node, what a hierarchical dispatch would send; the rest is "
-            "saved. Padding: share of bytes that only fill static shapes. Receives, computes: "
-            "rank, its bytes or token-expert pairs over the mean. Expert: layer/expert, share of "
-            "its layer's pairs. Layer: fullest expert over the mean. Comes last: the rank, at "
-            "which share of the dispatches and combines of its pipeline stage.",
+            "Over all steps of all repetitions. A token counts once a layer. Ranks per token: "
+            "expert-parallel ones; where an expert is cut over ranks, it goes to all of them. "
+            "Copies between nodes: with one copy to each such rank reached; with one a node, what "
+            "a hierarchical dispatch would send; the rest is saved. Padding: share of bytes that "
+            "only fill static shapes. Receives, computes: rank, its bytes or token-expert pairs "
+            "over the mean. Expert: layer/expert, share of its layer's pairs. Least even layer: "
+            f"its fullest expert over the mean, {comparison.phase} alone; load max/mean, above, "
+            "counts both phases. Comes last: the rank, at which share of the dispatches and "
+            "combines of its pipeline stage.",
             *errors,
         ),
     )
@@ -116,7 +120,7 @@ def details(results: Results, comparison: Comparison) -> tuple[Section, ...]:
 def _bytes(row: Row, phase: Phase) -> Table:
     seen = row.deployment.traffic[phase]
     return Table(
-        "Sent by stage",
+        "Sent by stage, all repetitions",
         (
             text("stage"),
             text("link"),
@@ -138,11 +142,11 @@ def _bytes(row: Row, phase: Phase) -> Table:
 
 def _facts(row: Row, phase: Phase, pair: HiddenCommunication | None) -> Table:
     seen = row.deployment.traffic[phase]
-    expert, layer = seen.expert, seen.layer
+    expert, layer, error = seen.expert, seen.layer, seen.payload_error
     rows = [
         *((f"payload of a step, {link.label}", _of_steps(seen, link)) for link in Link),
         *(_fan_out_rows(seen.fan_out) if seen.fan_out else ()),
-        *((("payload rounded", _error(seen)),) if seen.payload_error is not None else ()),
+        *((("payload rounded", error_in_words(error)),) if error is not None else ()),
         ("receives most", _rank(seen.receiver, bytes_si)),
         ("computes most", _rank(seen.busiest, lambda amount: f"{amount:,} token-expert pairs")),
         (
@@ -165,12 +169,7 @@ def _facts(row: Row, phase: Phase, pair: HiddenCommunication | None) -> Table:
         ("hidden communication", _hidden(row, pair)),
         ("come last", _last(seen)),
     ]
-    return Table("", (text("what"), text("value")), tuple(rows))
-
-
-def _error(seen: TrafficResult) -> str:
-    assert seen.payload_error is not None, "something was rounded"
-    return f"{figures(100 * seen.payload_error)}% (root mean square)"
+    return Table("All repetitions", (text("what"), text("value")), tuple(rows))
 
 
 def _of_steps(seen: TrafficResult, link: Link) -> str:

@@ -2,6 +2,7 @@
 
 from expertlane.report.comparison import Comparison, Row, gain
 from expertlane.report.numbers import figures, milliseconds, percent, times
+from expertlane.report.rounding import caveats
 from expertlane.results.schema import Machine, Results
 from expertlane.spec.names import Cause, Phase
 
@@ -22,9 +23,14 @@ def verdict(comparison: Comparison, machine: Machine) -> tuple[str, ...]:
         )
     faster, slower = pair
     sentences = [_which(comparison, faster, slower), _why(comparison, faster, slower)]
-    if machine.is_oversubscribed:
-        sentences.append(_by_critical_path(comparison))
-    return tuple(filter(None, sentences))
+    named = [comparison.rows[0], faster, slower]
+    by_critical_path = _pair_by_critical_path(comparison)
+    if machine.is_oversubscribed and by_critical_path is not None:
+        sentences.append(_by_critical_path(*by_critical_path))
+        named += by_critical_path
+    numbers = {row.number for row in named}
+    rows = [row for row in comparison.rows if row.number in numbers]
+    return (*filter(None, sentences), *caveats(rows, comparison.phase))
 
 
 def oversubscription(machine: Machine) -> str | None:
@@ -138,8 +144,8 @@ def _part(row: Row, phase: Phase, cause: Cause) -> str:
     return f"{milliseconds(seconds)} ms ({percent(row.deployment.cause_shares(phase)[cause])})"
 
 
-def _by_critical_path(comparison: Comparison) -> str:
-    """The best proposal and the best baseline by that measure, whichever they are by wall time."""
+def _pair_by_critical_path(comparison: Comparison) -> tuple[Row, Row] | None:
+    """The best proposal and the best baseline by that measure, the one ahead first."""
 
     def tps(row: Row) -> float:
         return row.phase.critical_path.tps
@@ -147,13 +153,17 @@ def _by_critical_path(comparison: Comparison) -> str:
     baselines = [row for row in comparison.rows if row.deployment.is_baseline]
     proposals = [row for row in comparison.rows if not row.deployment.is_baseline]
     if not baselines or not proposals:
-        return ""
+        return None
     best = max(baselines, key=tps), max(proposals, key=tps)
     ahead, behind = sorted(best, key=tps, reverse=True)
-    if not tps(behind):
-        return ""
-    rates = f"{figures(tps(ahead))} against {figures(tps(behind))} TPS"
-    factor = tps(ahead) / tps(behind)
+    return (ahead, behind) if tps(behind) else None
+
+
+def _by_critical_path(ahead: Row, behind: Row) -> str:
+    """The same two deployments or others, whichever they are by wall time."""
+    tps, tps_behind = ahead.phase.critical_path.tps, behind.phase.critical_path.tps
+    rates = f"{figures(tps)} against {figures(tps_behind)} TPS"
+    factor = tps / tps_behind
     if factor < 1 + _EVEN:
         outcome = f"{ahead.deployment.name} and {behind.deployment.name} are even: {rates}"
     else:

@@ -221,13 +221,19 @@ def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deploy
             head = _build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
             options = _build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
             if options.placement_file is not None:
-                path = os.path.abspath(base / options.placement_file)
-                options = replace(options, placement_file=path)
+                path = _path("placement_file", options.placement_file)
+                options = replace(options, placement_file=os.path.abspath(base / path))
             layout = Layout.parse(head.layout)
             deployments.append(Deployment(head.name, layout, options, head.baseline))
         except SpecError as error:
             raise SpecError(f"{where}: {error}") from None
     return tuple(deployments)
+
+
+def _path(key: str, value: str) -> str:
+    if not value or "\0" in value:
+        raise SpecError(f"{key} is {_shown(value)}; it must be a path")
+    return value
 
 
 def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
