@@ -279,7 +279,8 @@ def runner_for(
         checkpoint=checkpoint,
     )
     if runner.dispatch_table is not None:
-        log(f"dispatch: {runner.dispatch_table} (tokens of a rank)")
+        text = str(runner.dispatch_table)
+        log(f"dispatch: {text}{' (tokens of a rank)' if ' up to ' in text else ' for all steps'}")
     layout, options = deployment.layout, deployment.options
     if not options.rebalance_steps or layout.ep == 1:
         return runner
