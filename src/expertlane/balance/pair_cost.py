@@ -1,11 +1,11 @@
-"""What one token-expert pair more costs a rank, from what ranks of the same step took."""
+"""What one token-expert pair more costs a rank, from what ranks of one step and stage took."""
 
 import numpy as np
 import numpy.typing as npt
 
 
 class PairCost:
-    """The slope of seconds over pairs, by least squares over ranks within steps.
+    """The slope of seconds over pairs, by least squares over the ranks of a step and stage.
 
     The mean, seconds of all over pairs of all, would promise too much: part of what a rank takes it
     takes for its experts' weights, whatever their tokens.
@@ -15,7 +15,7 @@ class PairCost:
         self._products = self._squares = 0.0
 
     def add(self, num_pairs: npt.NDArray[np.integer], seconds: npt.NDArray[np.floating]) -> None:
-        """Take in a step.
+        """Take in a pipeline stage's ranks of a step.
 
         Args:
             num_pairs, seconds: [num_ranks]; of each rank's experts, all layers together.
