@@ -1,0 +1,169 @@
+"""What a pipeline stage computes and sends in a step, as numbers: operations and transfers.
+
+All ranks of a stage run the same sequence and differ in sizes alone, so an operation is one entry
+with an array over ranks. R = ranks of the stage, `dp · tp`, in rank order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.spec.names import Stage
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+OUTSIDE = -1  # in place of a layer: embedding, head, hand-over
+
+
+class Kind(StrEnum):
+    """Kinds of operation; each has its own law of time."""
+
+    GEMM = "gemm"
+    EXPERTS = "experts"  # grouped products of a rank's experts, with what is between and around
+    PREFILL_ATTENTION = "prefill_attention"
+    DECODE_ATTENTION = "decode_attention"  # one new token a sequence
+    LATENT_PREFILL = "latent_prefill"
+    LATENT_DECODE = "latent_decode"
+    MEMORY = "memory"  # norms, rotation, packing, sums: bytes moved
+
+
+SIZES: dict[Kind, tuple[str, ...]] = {
+    Kind.GEMM: ("m", "n", "k"),
+    # token-expert pairs, experts with any, width in and out, inner width, matrices (3 if gated)
+    Kind.EXPERTS: ("pairs", "active", "hidden", "inner", "matrices"),
+    # sequences, query-key pairs of one head, new tokens, positions read; all summed over sequences
+    Kind.PREFILL_ATTENTION: (
+        "seqs",
+        "query_key_pairs",
+        "tokens",
+        "positions",
+        "heads",
+        "kv_heads",
+        "head_dim",
+    ),
+    Kind.DECODE_ATTENTION: ("seqs", "positions", "heads", "kv_heads", "head_dim"),
+    # the same in the latent: key_dim = rank + rope, value_dim = rank
+    Kind.LATENT_PREFILL: (
+        "seqs",
+        "query_key_pairs",
+        "tokens",
+        "positions",
+        "heads",
+        "key_dim",
+        "value_dim",
+    ),
+    Kind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
+    Kind.MEMORY: ("bytes",),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One computation of every rank of a stage.
+
+    Attributes:
+        layer: hidden layer, or `OUTSIDE`.
+        sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
+        flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them.
+        num_kernels: launches where nothing is captured in a graph.
+    """
+
+    kind: Kind
+    stage: Stage
+    layer: int
+    sizes: Mapping[str, Floats | float]
+    flops: Ints
+    weight_bytes: Ints
+    kv_bytes: Ints
+    num_kernels: int = 1
+
+
+class TransferKind(StrEnum):
+    """Kinds of transfer; each has its own law of time."""
+
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_REDUCE = "all_reduce"
+    ALL_TO_ALL = "all_to_all"
+    SEND = "send"  # point to point
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """One collective of every rank of a stage, in disjoint groups that cover the stage.
+
+    Attributes:
+        stage: DISPATCH, COMBINE or COLLECTIVES.
+        layer: hidden layer, or `OUTSIDE`.
+        group: [R]; equal numbers are one group.
+        node: [R]; the node of each rank.
+        sent_bytes: [num_kinds_of_traffic, R, R]; source, destination; zero on the diagonals.
+        num_kernels: launches where nothing is captured in a graph.
+    """
+
+    kind: TransferKind
+    stage: Stage
+    layer: int
+    group: Ints
+    node: Ints
+    sent_bytes: Ints
+    num_kernels: int = 1
+
+    @cached_property
+    def load(self) -> "LinkLoad":
+        """What every rank sends and receives over each kind of link."""
+        return LinkLoad.of(self.sent_bytes.sum(axis=0), self.group, self.node)
+
+
+@dataclass(frozen=True, eq=False)
+class LinkLoad:
+    """A transfer as the links see it.
+
+    Attributes:
+        out_bytes, in_bytes: [2, R]; by `Link`.
+        num_peers: [2, R]; other ranks of the group, by `Link`.
+        group_size: [R].
+        num_nodes: [R]; nodes that the rank's group is on.
+    """
+
+    out_bytes: Floats
+    in_bytes: Floats
+    num_peers: Ints
+    group_size: Ints
+    num_nodes: Ints
+
+    @classmethod
+    def of(cls, sent_bytes: Ints, group: Ints, node: Ints) -> "LinkLoad":
+        """From bytes [R, R] by source and destination."""
+        is_near = node[:, None] == node
+        is_peer = (group[:, None] == group) & ~np.eye(len(group), dtype=bool)
+        by_link = np.stack([np.where(is_near, sent_bytes, 0), np.where(is_near, 0, sent_bytes)])
+        peers = np.stack([is_peer & is_near, is_peer & ~is_near]).sum(axis=2)
+        return cls(
+            out_bytes=by_link.sum(axis=2).astype(np.float64),
+            in_bytes=by_link.sum(axis=1).astype(np.float64),
+            num_peers=peers,
+            group_size=is_peer.sum(axis=1) + 1,
+            num_nodes=np.array([len(set(node[group == each])) for each in group.tolist()]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HandOver:
+    """Hidden states that go to the same place of the next pipeline stage.
+
+    Attributes:
+        sent_bytes: [R].
+        is_remote: [R]; whether the next stage's rank is on another node.
+    """
+
+    sent_bytes: Ints
+    is_remote: npt.NDArray[np.bool_]
+
+
+Step = Operation | Transfer

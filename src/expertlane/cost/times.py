@@ -1,0 +1,39 @@
+"""Modelled seconds, with bounds and where they come from."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+class Basis(IntEnum):
+    """What a modelled number rests on, the firmest first."""
+
+    MEASURED = 0  # on the machine that is modelled
+    FITTED = 1  # to measurements published by others
+    BOUND = 2  # a datasheet's roofline, or an assumption
+
+    @property
+    def label(self) -> str:
+        """The name as a user reads it."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """Seconds of one operation or transfer on every rank.
+
+    Attributes:
+        seconds, low, high: [R]; low ≤ seconds ≤ high.
+        basis: of all of them.
+        is_extrapolated: [R]; a size lies outside what the law was fitted to, so bounds are wider.
+    """
+
+    seconds: Floats
+    low: Floats
+    high: Floats
+    basis: Basis
+    is_extrapolated: npt.NDArray[np.bool_]
