@@ -24,7 +24,6 @@ MACHINE = RankMachine(
     device="cpu",
     backend="gloo",
     dtype="float32",
-    itemsize=4,
     kernels="torch",
     torch_version="2",
     memory_bytes=10**9,

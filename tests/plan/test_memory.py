@@ -5,6 +5,7 @@ from expertlane.plan.memory import RankMemory, fit_cache, rank_memory, workload_
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.precision import Precision
 from expertlane.spec.workload import Workload
 
 PAPER = PRESETS["paper"]
@@ -14,15 +15,15 @@ TINY = PRESETS["paper-tiny"]
 
 
 def memory_of(
-    layout: str, positions: int, rank: int, model=TINY, itemsize=4, num_tokens=1
+    layout: str, positions: int, rank: int, model=TINY, dtype="float32", num_tokens=1
 ) -> RankMemory:
     """With a cache of `positions` in blocks of one, and `num_tokens` in a step."""
     limits = Limits(model.vocab_size, 1, positions, 1, num_tokens)
-    return rank_memory(model, Layout.parse(layout), limits, rank, itemsize)
+    return rank_memory(model, Layout.parse(layout), limits, rank, Precision(dtype))
 
 
 def test_the_paper_s_proposal_by_hand():
-    memory = memory_of("dp=16,ep=16", 640_000, 5, PAPER, 2, num_tokens=1024)
+    memory = memory_of("dp=16,ep=16", 640_000, 5, PAPER, "float16", num_tokens=1024)
     attention = 4 * 8192 * 8192
     expert = 2 * 8192 * 32_768
     layer = attention + expert + 16 * 8192 + 2 * 8192
@@ -38,17 +39,17 @@ def test_the_paper_s_proposal_by_hand():
 
 def test_loading_needs_the_largest_matrix_in_float32_beside_the_weights():
     """Before there is a cache or a batch: the embedding, drawn in float32, then converted."""
-    memory = memory_of("tp=1", 1, 0, itemsize=2)
+    memory = memory_of("tp=1", 1, 0, dtype="float16")
     assert memory.loading_bytes == 257 * 64 * (4 + 2)
     assert memory.total_bytes == memory.weight_bytes + memory.loading_bytes
-    assert memory_of("pp=2", 1, 1, itemsize=2).loading_bytes == 257 * 64 * 6
-    assert memory_of("pp=4", 1, 1, itemsize=2).loading_bytes == 64 * 128 * 6
+    assert memory_of("pp=2", 1, 1, dtype="float16").loading_bytes == 257 * 64 * 6
+    assert memory_of("pp=4", 1, 1, dtype="float16").loading_bytes == 64 * 128 * 6
 
 
 @pytest.mark.parametrize(("rank", "outside"), [(3, 32_768 * 8192), (11, 4096 * 8192 + 8192)])
 def test_the_paper_s_baseline_by_hand(rank, outside):
     """The first stage has the embedding, the last an eighth of the head and the final norm."""
-    memory = memory_of("tp=8,pp=2", 10_240_000, rank, PAPER, 2)
+    memory = memory_of("tp=8,pp=2", 10_240_000, rank, PAPER, "float16")
     layer = 4 * 8192 * 1024 + 16 * 2 * 8192 * 4096 + 16 * 8192 + 2 * 8192
     assert memory.weight_bytes == 2 * (2 * layer + outside)
     # 1024 sequences × 10,000 positions × 2 layers × 2 × 1024 values of 2 bytes.
@@ -56,7 +57,7 @@ def test_the_paper_s_baseline_by_hand(rank, outside):
 
 
 def test_the_literal_reading_holds_eighths_of_eight_experts():
-    memory = memory_of("dp=2,tp=8,ep=2", 5_120_000, 0, PAPER, 2)
+    memory = memory_of("dp=2,tp=8,ep=2", 5_120_000, 0, PAPER, "float16")
     layer = 4 * 8192 * 1024 + 8 * 2 * 8192 * 4096 + 16 * 8192 + 2 * 8192
     outside = 32_768 * 8192 + 4096 * 8192 + 8192
     assert memory.weight_bytes == 2 * (4 * layer + outside)
@@ -116,21 +117,21 @@ def test_a_cache_takes_what_memory_there_is():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     assert limits.num_blocks == 64 * 626
-    fitted = fit_cache(PAPER, layout, limits, 2, 80e9)
-    need = rank_memory(PAPER, layout, fitted, 0, 2)
+    fitted = fit_cache(PAPER, layout, limits, Precision("float16"), 80e9)
+    need = rank_memory(PAPER, layout, fitted, 0, Precision("float16"))
     assert need.total_bytes <= 80e9 < need.total_bytes + 16 * 131_072
     assert fitted.num_blocks < 64 * 625
-    half = fit_cache(PAPER, layout, limits, 2, 80e9, cache_share=0.5)
+    half = fit_cache(PAPER, layout, limits, Precision("float16"), 80e9, cache_share=0.5)
     assert half.num_blocks == fitted.num_blocks // 2
-    assert fit_cache(PAPER, layout, limits, 2, 800e9) == limits
+    assert fit_cache(PAPER, layout, limits, Precision("float16"), 800e9) == limits
 
 
 def test_one_sequence_must_fit():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     with pytest.raises(CapacityError, match=r"needs 9.16 GB on a rank .* but 9 GB of memory"):
-        fit_cache(PAPER, layout, limits, 2, 9e9)
-    assert fit_cache(PAPER, layout, limits, 2, 9.2e9).num_blocks == 642
+        fit_cache(PAPER, layout, limits, Precision("float16"), 9e9)
+    assert fit_cache(PAPER, layout, limits, Precision("float16"), 9.2e9).num_blocks == 642
 
 
 def test_dense_layers_and_shared_experts_count():

@@ -8,6 +8,7 @@ from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.precision import Precision
 
 _FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
 
@@ -34,4 +35,6 @@ def fit_to_machine(
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
     free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
-    return fit_cache(model, layout, limits, tightest.itemsize, free_bytes, share, placements)
+    return fit_cache(
+        model, layout, limits, Precision(tightest.dtype), free_bytes, share, placements
+    )

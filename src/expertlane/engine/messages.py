@@ -133,7 +133,6 @@ class RankMachine:
     """What a rank sees of its machine.
 
     Attributes:
-        itemsize: bytes of a value of `dtype`.
         kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
@@ -145,7 +144,6 @@ class RankMachine:
     device: str
     backend: str
     dtype: str
-    itemsize: int
     kernels: str
     torch_version: str
     memory_bytes: int

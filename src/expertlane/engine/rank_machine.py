@@ -26,7 +26,6 @@ def describe(context: RankContext) -> RankMachine:
         device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
         backend=chosen.backend,
         dtype=chosen.dtype_name,
-        itemsize=chosen.dtype.itemsize,
         kernels=chosen.kernels,
         torch_version=str(torch.__version__),  # its own class would bring torch along
         memory_bytes=memory_bytes,

@@ -1,5 +1,6 @@
 """How many bytes a rank needs, before anything is allocated."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -10,6 +11,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
+from expertlane.spec.precision import Precision
 from expertlane.spec.workload import Workload
 
 BLOCK_SIZE = 16
@@ -66,7 +68,7 @@ def fit_cache(
     model: ModelConfig,
     layout: Layout,
     limits: Limits,
-    itemsize: int,
+    precision: Precision,
     free_bytes: float,
     cache_share: float = 1.0,
     placements: Placements | None = None,
@@ -85,7 +87,7 @@ def fit_cache(
     smallest = replace(limits, num_blocks=fewest)
     num_blocks = limits.num_blocks
     for rank in range(layout.pp * layout.dp * layout.tp):  # replicas are alike
-        need = rank_memory(model, layout, smallest, rank, itemsize, placements)
+        need = rank_memory(model, layout, smallest, rank, precision, placements)
         if need.total_bytes > free_bytes:
             raise CapacityError(
                 f"{model.name} as {layout} needs {size_text(need.total_bytes)} on a rank (weights "
@@ -109,7 +111,7 @@ def rank_memory(
     layout: Layout,
     limits: Limits,
     rank: int,
-    itemsize: int,
+    precision: Precision,
     placements: Placements | None = None,
 ) -> RankMemory:
     """What `rank` holds: weights, the whole cache, and the activations of the largest step.
@@ -117,7 +119,6 @@ def rank_memory(
     Activations are those of an even routing; the shares of a skewed one are not known beforehand.
 
     Args:
-        itemsize: bytes of a weight or of a cached value.
         placements: [num_hidden_layers]; linear ones without copies if not given.
     """
     placements = placements or placements_of(model, layout, Options())
@@ -128,7 +129,11 @@ def rank_memory(
         for layer in range(model.num_hidden_layers)
     ]
     inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
-    params = sum(_layer_params(model, layout, layer, of_layer[layer], inner) for layer in layers)
+    kinds = Counter((model.is_dense(layer), of_layer[layer]) for layer in layers)
+    params = sum(
+        count * _layer_params(model, layout, is_dense, num_experts, inner)
+        for (is_dense, num_experts), count in kinds.items()
+    )
     largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
     if at.pp_rank == 0:
         embedding = model.vocab_size * model.hidden_size
@@ -150,20 +155,21 @@ def rank_memory(
     # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
     num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
     num_values += num_pairs * (2 * model.hidden_size + inner)
+    num_positions = limits.num_blocks * limits.block_size
     return RankMemory(
-        weight_bytes=params * itemsize,
-        kv_bytes=len(layers) * limits.num_blocks * limits.block_size * kv_width * itemsize,
-        activation_bytes=num_values * itemsize,
-        loading_bytes=largest_matrix * (_FLOAT32_BYTES + itemsize),
+        weight_bytes=params * precision.weight_itemsize,
+        kv_bytes=len(layers) * num_positions * kv_width * precision.kv_itemsize,
+        activation_bytes=num_values * precision.activation_itemsize,
+        loading_bytes=largest_matrix * (_FLOAT32_BYTES + precision.weight_itemsize),
     )
 
 
 def _layer_params(
-    model: ModelConfig, layout: Layout, layer: int, num_experts: int, inner: int
+    model: ModelConfig, layout: Layout, is_dense: bool, num_experts: int, inner: int
 ) -> int:
     """Of a layer on a rank with `num_experts` experts of inner width `inner`."""
     params = model.num_attention_params // layout.tp + 2 * model.hidden_size
-    if model.is_dense(layer):
+    if is_dense:
         return params + model.num_mlp_params(model.intermediate_size) // layout.tp
     return (
         params

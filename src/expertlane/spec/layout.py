@@ -52,7 +52,7 @@ class Layout:
         if self.stage_size % self.ep:
             raise SpecError(
                 f"layout {self}: ep={self.ep} does not divide dp × tp = {self.stage_size}; "
-                f"valid ep: {_listed(_divisors(self.stage_size))}"
+                f"valid ep: {_listed(divisors(self.stage_size))}"
             )
 
     @classmethod
@@ -156,7 +156,7 @@ class Layout:
         if heads % self.tp:
             raise SpecError(
                 f"layout {self}: tp={self.tp} does not divide the {heads} attention heads of "
-                f"{model.name}; valid tp: {_listed(_divisors(heads))}"
+                f"{model.name}; valid tp: {_listed(divisors(heads))}"
             )
         kv_heads = model.num_kv_heads
         if model.latent is None and kv_heads % self.tp and self.tp % kv_heads:
@@ -171,7 +171,8 @@ class Layout:
             )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 

@@ -1,0 +1,104 @@
+"""Every deployment that a model and a number of devices allow."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import DispatchForm, MicroBatchSchedule, Options, PayloadType
+from expertlane.spec.layout import Layout, divisors
+from expertlane.spec.model import ModelConfig
+
+FORMS: tuple[DispatchForm, ...] = ("all_to_all", "all_gather", "hierarchical")
+_PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
+    (1, "drained"),
+    (2, "drained"),
+    (4, "drained"),
+    (2, "rotating"),
+    (4, "rotating"),
+)
+
+
+class Candidate(NamedTuple):
+    """One deployment, not yet named."""
+
+    layout: Layout
+    options: Options
+
+    def __str__(self) -> str:
+        return f"{self.layout}; {self.options}"
+
+
+def valid_layouts(model: ModelConfig, num_devices: int) -> list[Layout]:
+    """All layouts that use all devices and that the model can be laid out as.
+
+    Without expert parallelism `ep` is 1, and it goes up to all ranks of a stage, also where there
+    are fewer experts: copies then fill the ranks.
+    """
+    layouts = []
+    for replicas in divisors(num_devices):
+        of_replica = num_devices // replicas
+        for pp in divisors(of_replica):
+            for tp in divisors(of_replica // pp):
+                dp = of_replica // pp // tp
+                for ep in divisors(dp * tp):
+                    layout = Layout(replicas, pp, dp, tp, ep)
+                    if _fits(layout, model):
+                        layouts.append(layout)
+    return layouts
+
+
+def candidates_of(
+    layout: Layout, model: ModelConfig, ranks_per_node: int, payload: PayloadType = "model"
+) -> Iterator[Candidate]:
+    """A layout with every dispatch form × overlap × micro-batches × redundancy that it takes.
+
+    Redundancy is none, or one slot more on every rank; a form that comes down to another one on
+    this layout is left out.
+    """
+    for form in _forms(layout, ranks_per_node):
+        for num_redundant in _redundancies(layout, model):
+            for num_micro_batches, schedule in _PIPELINES if layout.pp > 1 else _PIPELINES[:1]:
+                for overlap in (False, True) if layout.stage_size > 1 else (False,):
+                    yield Candidate(
+                        layout,
+                        Options(
+                            overlap=overlap,
+                            num_micro_batches=num_micro_batches,
+                            micro_batch_schedule=schedule,
+                            dispatch=form,
+                            payload=payload if layout.ep > 1 else "model",
+                            num_redundant_experts=num_redundant,
+                        ),
+                    )
+
+
+def _fits(layout: Layout, model: ModelConfig) -> bool:
+    try:
+        layout.check_model(model)
+    except SpecError:
+        return False
+    return True
+
+
+def _forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
+    if layout.ep == 1:  # every form is the all-gather then; the default's name is plainest
+        return ("all_to_all",)
+    if not _spans_nodes(layout, ranks_per_node):
+        return FORMS[:2]
+    return FORMS
+
+
+def _spans_nodes(layout: Layout, ranks_per_node: int) -> bool:
+    """Whether hierarchical dispatch differs from the flat one, and can be."""
+    try:
+        on_node = layout.ep_ranks_per_node(ranks_per_node)
+    except SpecError:
+        return False
+    return 1 < on_node < layout.ep
+
+
+def _redundancies(layout: Layout, model: ModelConfig) -> tuple[int, ...]:
+    per_rank = -(-model.num_experts // layout.ep)  # slots without redundancy
+    if layout.ep == 1 or per_rank + 1 > model.num_experts:
+        return (0,)
+    return (0, layout.ep * (per_rank + 1) - model.num_experts)

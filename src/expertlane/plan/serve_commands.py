@@ -1,0 +1,124 @@
+"""A deployment as the command lines of vLLM and SGLang, where they can express it.
+
+Options as documented for vLLM 0.14 (docs.vllm.ai, "Expert Parallel Deployment") and SGLang
+(docs.sglang.io, "Expert Parallelism"). Replicas are servers of their own; each command is for one.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+
+from expertlane.plan.candidates import Candidate
+from expertlane.spec.precision import Precision
+
+_VLLM_ALL_TO_ALL = {
+    "all_gather": "allgather_reducescatter",
+    "all_to_all": "deepep_low_latency",
+    "hierarchical": "deepep_high_throughput",
+}
+_SGLANG_MODE = {"all_to_all": "low_latency", "hierarchical": "normal"}
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """One server's command.
+
+    Attributes:
+        command: None where the system cannot express the deployment.
+        note: what differs from the deployment, or why there is no command; may be empty.
+    """
+
+    system: str
+    command: str | None
+    note: str
+
+
+def serve_commands(
+    candidate: Candidate, model: str, precision: Precision, max_model_len: int, nodes: int
+) -> list[ServeCommand]:
+    """The commands of both systems for one replica.
+
+    Args:
+        model: what they shall load: a hub id or a folder.
+        nodes: that a replica spans.
+    """
+    return [
+        _vllm(candidate, model, precision, max_model_len, nodes),
+        _sglang(candidate, model, precision, max_model_len, nodes),
+    ]
+
+
+def _vllm(
+    candidate: Candidate, model: str, precision: Precision, max_model_len: int, nodes: int
+) -> ServeCommand:
+    layout, options = candidate
+    if layout.ep > 1 and layout.etp > 1:
+        why = (
+            f"vLLM spreads experts over all dp × tp = {layout.stage_size} ranks; ep={layout.ep} "
+            f"with experts cut in {layout.etp} cannot be said"
+        )
+        return ServeCommand("vLLM", None, why)
+    words = ["vllm", "serve", model, "--tensor-parallel-size", str(layout.tp)]
+    if layout.dp > 1:
+        words += ["--data-parallel-size", str(layout.dp)]
+    if layout.pp > 1:
+        words += ["--pipeline-parallel-size", str(layout.pp)]
+    if layout.ep > 1:
+        words += ["--enable-expert-parallel", "--all2all-backend"]
+        words += [_VLLM_ALL_TO_ALL[options.dispatch]]
+        if options.num_redundant_experts:
+            config = json.dumps({"num_redundant_experts": options.num_redundant_experts})
+            words += ["--enable-eplb", "--eplb-config", config]
+        if options.overlap:
+            words += ["--enable-dbo"]
+    words += [*_vllm_types(precision), "--max-model-len", str(max_model_len)]
+    notes = []
+    if nodes > 1 and layout.dp > 1:
+        notes.append(
+            f"on {nodes} nodes: add --data-parallel-size-local, --data-parallel-address and, on "
+            "all but the first, --headless with --data-parallel-start-rank"
+        )
+    elif nodes > 1:
+        notes.append(f"on {nodes} nodes: start it inside a Ray cluster or with --nnodes")
+    if options.overlap and layout.ep == 1:
+        notes.append("it overlaps two batches under expert parallelism alone")
+    return ServeCommand("vLLM", shlex.join(words), "; ".join(notes))
+
+
+def _vllm_types(precision: Precision) -> list[str]:
+    words = [] if precision.weights == "float8" else ["--dtype", precision.weights]
+    return [*words, "--kv-cache-dtype", "fp8"] if precision.kv == "float8" else words
+
+
+def _sglang(
+    candidate: Candidate, model: str, precision: Precision, max_model_len: int, nodes: int
+) -> ServeCommand:
+    layout, options = candidate
+    is_deepep = layout.ep > 1 and options.dispatch in _SGLANG_MODE
+    if is_deepep and layout.etp > 1:
+        why = f"with DeepEP, SGLang's ep is all of its ranks; ep={layout.ep} of {layout.stage_size}"
+        return ServeCommand("SGLang", None, f"{why} cannot be said")
+    words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    words += ["--tp-size", str(layout.stage_size)]  # its tp is all ranks; attention's is tp / dp
+    if layout.dp > 1:
+        words += ["--dp-size", str(layout.dp), "--enable-dp-attention"]
+    if layout.pp > 1:
+        words += ["--pp-size", str(layout.pp)]
+    if layout.ep > 1:
+        words += ["--ep-size", str(layout.ep)]
+    if is_deepep:
+        words += ["--moe-a2a-backend", "deepep", "--deepep-mode", _SGLANG_MODE[options.dispatch]]
+        if options.num_redundant_experts:
+            words += ["--ep-num-redundant-experts", str(options.num_redundant_experts)]
+        if options.overlap:
+            words += ["--enable-two-batch-overlap"]
+    if precision.weights != "float8":
+        words += ["--dtype", precision.weights]
+    if precision.kv == "float8":
+        words += ["--kv-cache-dtype", "fp8_e4m3"]
+    words += ["--context-length", str(max_model_len)]
+    note = ""
+    if nodes > 1:
+        words += ["--nnodes", str(nodes), "--node-rank", "N", "--dist-init-addr", "HOST:PORT"]
+        note = f"once on each node, with N from 0 to {nodes - 1}"
+    return ServeCommand("SGLang", shlex.join(words), note)
