@@ -18,7 +18,8 @@ from expertlane.experiment.serving_results import (
     Spread,
     to_json,
 )
-from expertlane.results.schema import LayoutSizes, Versions
+from expertlane.results.layout_sizes import LayoutSizes
+from expertlane.results.schema import Versions
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 

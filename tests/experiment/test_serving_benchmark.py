@@ -20,7 +20,7 @@ from expertlane.experiment.serving_benchmark import (
     serve,
 )
 from expertlane.experiment.serving_results import Spread
-from expertlane.results.schema import LayoutSizes
+from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.layout import Layout
 

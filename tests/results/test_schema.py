@@ -4,7 +4,7 @@ import pytest
 
 import example_results as example
 from expertlane.errors import UserError
-from expertlane.results.schema import LayoutSizes
+from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 

@@ -17,6 +17,7 @@ from expertlane.experiment.assumptions import assumptions
 from expertlane.experiment.collect_traffic import traffic_bytes, traffic_result
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication
 from expertlane.metrics.bottleneck import Bottleneck
+from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import (
     BottleneckResult,
@@ -25,7 +26,6 @@ from expertlane.results.schema import (
     DeploymentResult,
     ExpertLoad,
     HiddenCommunication,
-    LayoutSizes,
     Machine,
     PrefillResult,
     Quantiles,

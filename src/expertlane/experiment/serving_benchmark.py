@@ -20,7 +20,8 @@ from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress
 from expertlane.experiment.serving_results import Point, ServingMachine, Spread
-from expertlane.results.schema import LayoutSizes, Versions
+from expertlane.results.layout_sizes import LayoutSizes
+from expertlane.results.schema import Versions
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 

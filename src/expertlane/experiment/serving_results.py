@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from expertlane.results.file import write_text
-from expertlane.results.schema import LayoutSizes, Versions
+from expertlane.results.layout_sizes import LayoutSizes
+from expertlane.results.schema import Versions
 from expertlane.spec.deployment import Options
 
 SCHEMA_VERSION = 1

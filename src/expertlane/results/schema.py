@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from expertlane.errors import UserError
+from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.strict import Strict
 from expertlane.results.traffic import TrafficBytes, TrafficResult
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch_table import DispatchTable
-from expertlane.spec.layout import Layout
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
 
@@ -76,34 +76,6 @@ class Assumption(Strict):
     name: str
     value: str
     why: str
-
-
-@dataclass(frozen=True)
-class LayoutSizes(Strict):
-    """A layout as the file spells it.
-
-    Raises:
-        SpecError: the sizes break a layout's rules.
-    """
-
-    replicas: int
-    pp_size: int
-    dp_size: int
-    tp_size: int
-    ep_size: int
-
-    def __post_init__(self) -> None:
-        _ = self.layout
-
-    @classmethod
-    def of(cls, layout: Layout) -> "LayoutSizes":
-        """The sizes of `layout`."""
-        return cls(layout.replicas, layout.pp, layout.dp, layout.tp, layout.ep)
-
-    @property
-    def layout(self) -> Layout:
-        """Back again."""
-        return Layout(self.replicas, self.pp_size, self.dp_size, self.tp_size, self.ep_size)
 
 
 @dataclass(frozen=True)
