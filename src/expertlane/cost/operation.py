@@ -104,6 +104,8 @@ class Transfer:
         node: [R]; the node of each rank.
         sent_bytes: [num_kinds_of_traffic, R, R]; source, destination; zero on the diagonals.
         num_kernels: launches where nothing is captured in a graph.
+        syncs_host: the host needs its result, as counts that size what comes next, so it can
+            launch nothing beyond it.
     """
 
     kind: TransferKind
@@ -113,6 +115,7 @@ class Transfer:
     node: Ints
     sent_bytes: Ints
     num_kernels: int = 1
+    syncs_host: bool = False
 
     @cached_property
     def load(self) -> "LinkLoad":
