@@ -1,4 +1,4 @@
-"""How work gets onto a device: what a launch costs, and what computing beside a transfer costs."""
+"""How work gets onto a device, and what each launch and each step costs."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +14,6 @@ Floats = npt.NDArray[np.float64]
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
 
-CONTENTION = "contention"
 DRIVER_S = "driver_s"
 GRAPH_LAUNCH_S = "graph_launch_s"
 LAUNCH_S = "launch_s"
@@ -35,14 +34,11 @@ class Terms:
 
     Attributes:
         launch_s: of a kernel, of a whole graph, or of a call in series, by `execution`.
-        contention: the share of compute that a transfer in flight takes away; 0 is perfect hiding
-            and 1 is none, so those are its bounds.
         driver_s: between steps: scheduling a step and sending it to the ranks.
     """
 
     execution: Execution
     launch_s: Floats
-    contention: Floats
     driver_s: Floats
 
     @classmethod
@@ -62,15 +58,14 @@ class Terms:
         return cls(
             execution=execution,
             launch_s=_bounds(_term(profile, name)),
-            contention=np.array([0.0, _term(profile, CONTENTION).value, 1.0]),
             driver_s=_bounds(_term(profile, DRIVER_S)),
         )
 
     @classmethod
-    def free(cls, contention: float = 0.0) -> "Terms":
+    def free(cls) -> "Terms":
         """Launches and driver that take no time."""
         none = np.zeros(len(BOUNDS))
-        return cls(Execution.SERIAL, none, np.array([0.0, contention, 1.0]), none)
+        return cls(Execution.SERIAL, none, none)
 
 
 def _term(profile: Profile, name: str) -> Term:

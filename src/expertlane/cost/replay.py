@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.execution import Terms
+from expertlane.cost.operation import Transfer
 from expertlane.cost.work import Block, Compiler, Entry
 
 Floats = npt.NDArray[np.float64]
@@ -85,6 +85,8 @@ class Log:
 
 class _Pending(NamedTuple):
     entry: Entry
+    num_steps_before_wait: int
+    syncs_host: bool
     layers: Sequence[int]
     place: int
     begin: Floats
@@ -130,19 +132,16 @@ class Replay:
     """Runs the parts of a micro-batch; each up to its next transfer in turn, as the engine does.
 
     A transfer begins when the last member of its group has posted it and has no earlier one under
-    way; it ends for all of them after the longest of their times. While another part's transfer is
-    in flight, a share of the compute (`Terms.contention`) is lost.
+    way; it ends for all of them after the longest of their times. Of what a rank computes while a
+    transfer of its own is in flight, a share is lost (`TimedStep.contention`).
 
     Args:
         may_jump: a block's layers that go exactly like the two before are not run one by one.
     """
 
-    def __init__(
-        self, terms: Terms, compiler: Compiler, clocks: Clocks, *, may_jump: bool = True
-    ) -> None:
+    def __init__(self, compiler: Compiler, clocks: Clocks, *, may_jump: bool = True) -> None:
         self.clocks = clocks
         self.log = Log()
-        self._contention = terms.contention[:, None]
         self._compiler = compiler
         self._may_jump = may_jump
         self._period = _Period()
@@ -159,13 +158,17 @@ class Replay:
             cursor, pending = queue.popleft()
             if pending is not None:
                 self._wait(cursor, pending)
-            others = queue[-1][1] if queue else None  # the one posted last ends last
-            busy_until = None if others is None else others.done
+            in_flight = queue[-1][1] if queue else None  # of several, the last posted ends last
             while (entry := cursor.next()) is not None:
-                if entry.groups is not None:
-                    queue.append((cursor, self._post(cursor, entry)))
-                    break
-                self._compute(cursor, entry, busy_until)
+                if entry.groups is None:
+                    self._compute(cursor, entry, in_flight)
+                    continue
+                posted = self._post(cursor, entry)
+                for _ in range(posted.num_steps_before_wait):
+                    if (beside := cursor.next()) is not None:
+                        self._compute(cursor, beside, posted)
+                queue.append((cursor, posted))
+                break
         return self.log
 
     def _launch(self, entry: Entry) -> Floats:
@@ -176,36 +179,39 @@ class Replay:
         clocks.host = clocks.host + entry.launch_s
         return np.maximum(clocks.compute, clocks.host)
 
-    def _compute(self, cursor: _Cursor, entry: Entry, busy_until: Floats | None) -> None:
+    def _compute(self, cursor: _Cursor, entry: Entry, in_flight: _Pending | None) -> None:
         begin = self.clocks.compute
         start = self._launch(entry)
         end = start + entry.seconds
-        if busy_until is not None:
-            lost = self._contention * np.maximum(busy_until - start, 0.0)
-            end = np.minimum(end + lost, start + entry.slowed)
+        if in_flight is not None:
+            beside = in_flight.entry
+            lost = beside.lost_share * np.maximum(in_flight.done - start, 0.0)
+            end = np.minimum(end + lost, start + entry.seconds * beside.stretch)
         self.clocks.compute = end
         at = (entry, cursor.part, cursor.layers, cursor.place)
         self.log.ran.append(Ran(*at, begin, start, start, start, end, end))
 
     def _post(self, cursor: _Cursor, entry: Entry) -> _Pending:
-        clocks, groups = self.clocks, entry.groups
+        clocks, groups, step = self.clocks, entry.groups, entry.step
         assert groups is not None
+        assert isinstance(step, Transfer)
         begin = clocks.compute
         posted = clocks.compute = self._launch(entry) + entry.overhead_s
         met = groups.largest(np.maximum(posted, clocks.network))
         done = clocks.network = met + entry.seconds
-        return _Pending(entry, cursor.layers, cursor.place, begin, posted, met, done)
+        num_before = step.num_steps_before_wait
+        at = (entry, num_before, step.syncs_host, cursor.layers, cursor.place)
+        return _Pending(*at, begin, posted, met, done)
 
     def _wait(self, cursor: _Cursor, pending: _Pending) -> None:
         clocks, done = self.clocks, pending.done
         wait = clocks.compute
         end = clocks.compute = np.maximum(wait, done)
-        if pending.entry.syncs_host:
+        if pending.syncs_host:
             clocks.host = np.maximum(clocks.host, end)
-        entry, layers, place, begin, posted, met, _ = pending
-        self.log.ran.append(
-            Ran(entry, cursor.part, layers, place, begin, posted, met, wait, end, done)
-        )
+        at = (pending.entry, cursor.part, pending.layers, pending.place)
+        moments = (pending.begin, pending.posted, pending.met, wait, end, done)
+        self.log.ran.append(Ran(*at, *moments))
 
     def _skip_layers(self, queue: deque[tuple[_Cursor, _Pending | None]]) -> None:
         """Where two layers of a block took equally long on every rank, so do the rest of it."""

@@ -110,7 +110,7 @@ class Timeline:
             clocks.host = clocks.host + self._terms.launch_s[:, None]
             clocks.compute = np.maximum(arrived, clocks.host)
         launched = clocks.compute
-        replay = Replay(self._terms, compiler, clocks, may_jump=self._may_jump)
+        replay = Replay(compiler, clocks, may_jump=self._may_jump)
         log = replay.run(work.parts)
         end = sending = sent = clocks.compute
         if work.hand_over is None:

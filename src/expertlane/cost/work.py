@@ -16,13 +16,21 @@ from expertlane.cost.times import Times
 
 Floats = npt.NDArray[np.float64]
 
+_NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
+
 
 @dataclass(frozen=True, eq=False)
 class TimedStep:
-    """An operation or a transfer, and the seconds that each rank's own share of it takes."""
+    """An operation or a transfer.
+
+    Attributes:
+        times: what each rank's own share of it takes.
+        contention: of a transfer, the share of compute that is lost while it is in flight.
+    """
 
     step: Step
     times: Times
+    contention: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,20 +120,20 @@ class Entry(NamedTuple):
     Attributes:
         seconds: [B, R]; of a transfer, the longest of each group; of an operation, overhead in
             series included.
-        slowed: [B, R]; of an operation, while a transfer is in flight all the time.
         launch_s: [B, 1]; of a host that runs ahead; None where none does.
         overhead_s: [B, 1]; of posting a transfer in series.
         groups: None of an operation.
-        syncs_host: as a `Transfer`'s.
+        lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
+            many times as long it takes.
     """
 
     step: Step
     seconds: Floats
-    slowed: Floats
     launch_s: Floats | None
     overhead_s: Floats
     groups: Groups | None
-    syncs_host: bool
+    lost_share: Floats
+    stretch: Floats
 
 
 class Compiler:
@@ -135,6 +143,7 @@ class Compiler:
         self._terms = terms
         self._blocks: dict[int, tuple[Block, list[Entry]]] = {}
         self._groups: dict[bytes, Groups] = {}
+        self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
     def entries(self, block: Block) -> list[Entry]:
         """The block's steps."""
@@ -151,10 +160,6 @@ class Compiler:
         is_serial = self._terms.execution is Execution.SERIAL
         overhead_s = launch_s if is_serial else np.zeros_like(launch_s)
         work_s = seconds + overhead_s
-        left = (1 - self._terms.contention)[:, None]
-        # A transfer that leaves nothing of the device stops all but what has nothing to do.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slowed = np.where(work_s > 0, work_s / left, 0.0)
         is_eager = self._terms.execution is Execution.EAGER
         entries = []
         for place, step in enumerate(steps):
@@ -165,11 +170,10 @@ class Compiler:
                 Entry(
                     step,
                     work_s[place],
-                    slowed[place],
                     launch_s[place] if is_eager else None,
                     overhead_s[place],
                     groups,
-                    isinstance(step, Transfer) and step.syncs_host,
+                    *self._contention(block.steps[place].contention),
                 )
             )
         return entries
@@ -179,3 +183,11 @@ class Compiler:
         if key not in self._groups:
             self._groups[key] = Groups(step.group)
         return self._groups[key]
+
+    def _contention(self, share: float) -> tuple[Floats, Floats]:
+        """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
+        if share not in self._contentions:
+            lost_share = np.array([0.0, share, 1.0])[:, None]
+            stretch = 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
+            self._contentions[share] = lost_share, stretch
+        return self._contentions[share]
