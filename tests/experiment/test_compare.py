@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from distributed.running import deployment, run_deployment
+from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.errors import CapacityError
 from expertlane.experiment import compare as compare_module
@@ -22,7 +23,6 @@ from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
-from expertlane.spec.precision import Precision
 from expertlane.spec.workload import Workload
 
 ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
@@ -131,7 +131,9 @@ def test_what_ranks_hold_is_what_was_predicted(results):
         assert [rank.rank for rank in each.per_rank] == list(range(4))
         for rank in each.per_rank:
             limits = workload_limits(EXPERIMENT.workload, EXPERIMENT.model, layout)
-            need = rank_memory(EXPERIMENT.model, layout, limits, rank.rank, Precision("float32"))
+            need = rank_memory(
+                EXPERIMENT.model, layout, limits, rank.rank, NumberTypes.all_of("float32")
+            )
             assert rank.weight_bytes == need.weight_bytes
             assert rank.kv_bytes == need.kv_bytes
 

@@ -1,11 +1,11 @@
 import pytest
 
+from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import CapacityError
 from expertlane.plan.memory import RankMemory, fit_cache, rank_memory, workload_limits
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.precision import Precision
 from expertlane.spec.workload import Workload
 
 PAPER = PRESETS["paper"]
@@ -19,7 +19,7 @@ def memory_of(
 ) -> RankMemory:
     """With a cache of `positions` in blocks of one, and `num_tokens` in a step."""
     limits = Limits(model.vocab_size, 1, positions, 1, num_tokens)
-    return rank_memory(model, Layout.parse(layout), limits, rank, Precision(dtype))
+    return rank_memory(model, Layout.parse(layout), limits, rank, NumberTypes.all_of(dtype))
 
 
 def test_the_paper_s_proposal_by_hand():
@@ -117,21 +117,21 @@ def test_a_cache_takes_what_memory_there_is():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     assert limits.num_blocks == 64 * 626
-    fitted = fit_cache(PAPER, layout, limits, Precision("float16"), 80e9)
-    need = rank_memory(PAPER, layout, fitted, 0, Precision("float16"))
+    fitted = fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 80e9)
+    need = rank_memory(PAPER, layout, fitted, 0, NumberTypes.all_of("float16"))
     assert need.total_bytes <= 80e9 < need.total_bytes + 16 * 131_072
     assert fitted.num_blocks < 64 * 625
-    half = fit_cache(PAPER, layout, limits, Precision("float16"), 80e9, cache_share=0.5)
+    half = fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 80e9, cache_share=0.5)
     assert half.num_blocks == fitted.num_blocks // 2
-    assert fit_cache(PAPER, layout, limits, Precision("float16"), 800e9) == limits
+    assert fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 800e9) == limits
 
 
 def test_one_sequence_must_fit():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     with pytest.raises(CapacityError, match=r"needs 9.16 GB on a rank .* but 9 GB of memory"):
-        fit_cache(PAPER, layout, limits, Precision("float16"), 9e9)
-    assert fit_cache(PAPER, layout, limits, Precision("float16"), 9.2e9).num_blocks == 642
+        fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9e9)
+    assert fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9.2e9).num_blocks == 642
 
 
 def test_dense_layers_and_shared_experts_count():

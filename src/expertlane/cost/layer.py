@@ -8,7 +8,7 @@ from expertlane.cost.dispatch_counts import DispatchCounts
 from expertlane.cost.dispatch_steps import ExpertSteps
 from expertlane.cost.mlp_steps import mlp_steps, tp_shares
 from expertlane.cost.number_types import NumberTypes, PayloadBytes
-from expertlane.cost.operation import OUTSIDE, Step
+from expertlane.cost.operation import Step
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.cost.step_list import StepList
 from expertlane.spec.deployment import DispatchForm, PayloadType
@@ -39,21 +39,33 @@ def layer_steps(
     """
     out = StepList(mesh, types, layer)
     attention_steps(out, model, model.window_of_layer(layer), part)
-    hidden_bytes = model.hidden_size * types.activation_bytes
-    out.memory(Stage.ROUTER, 5 * part.owned * hidden_bytes, 1 + out.norm_kernels)
     if counts is None:
+        norm_steps(out, model, part)
         mlp_steps(out, model, model.intermediate_size, part)
         return tuple(out.steps)
-    _route(out, model, part)
+    router_steps(out, model, part)
     width = PayloadBytes.of(payload, types.activation_bytes, model.hidden_size)
     ExpertSteps(out, model, part, counts, form, width).put_down()
-    if model.shared_expert_intermediate_size:
-        inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
-        mlp_steps(out, model, inner, part, is_scaled=is_scaled)
+    shared_expert_steps(out, model, part)
     return tuple(out.steps)
 
 
-def _route(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+def shared_expert_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+    """The expert that every token takes, if there is one."""
+    if model.shared_expert_intermediate_size:
+        inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
+        mlp_steps(out, model, inner, part, is_scaled=is_scaled)
+
+
+def norm_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+    """The residual of attention, and the norm before MLP or router."""
+    hidden_bytes = model.hidden_size * out.types.activation_bytes
+    out.memory(Stage.ROUTER, 5 * part.owned * hidden_bytes, 1 + out.norm_kernels)
+
+
+def router_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+    """That norm, and the choice of experts."""
+    norm_steps(out, model, part)
     routing, owned = model.routing, part.owned
     widened = 1 if out.types.activations != _ROUTER_TYPE else 0
     out.gemm(
@@ -73,21 +85,15 @@ def _route(out: StepList, model: ModelConfig, part: PartSizes) -> None:
     out.memory(Stage.ROUTER, num_bytes, num_kernels)
 
 
-def embedding_steps(
-    model: ModelConfig, types: NumberTypes, mesh: StageMesh, part: PartSizes
-) -> tuple[Step, ...]:
+def embedding_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
     """The hidden states of the tokens each rank owns."""
-    out = StepList(mesh, types, OUTSIDE)
-    moved = 2 * part.owned * (model.hidden_size * types.activation_bytes)
+    moved = 2 * part.owned * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, _EMBED_KERNELS)
-    return tuple(out.steps)
 
 
-def head_steps(
-    model: ModelConfig, types: NumberTypes, mesh: StageMesh, part: PartSizes
-) -> tuple[Step, ...]:
+def head_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
     """The next tokens of all sequences that yield one."""
-    out = StepList(mesh, types, OUTSIDE)
+    types, mesh = out.types, out.mesh
     hidden_bytes = model.hidden_size * types.activation_bytes
     num_seqs = part.num_yielding
     kernels = out.norm_kernels + _LAST_KERNELS
@@ -109,4 +115,3 @@ def head_steps(
     if mesh.layout.tp > 1:
         gathered = np.where(needs_logits, model.vocab_size * _LOGIT_BYTES, _CANDIDATE_BYTES)
         out.memory(Stage.HEAD, num_seqs * gathered, _BEST_KERNELS)
-    return tuple(out.steps)

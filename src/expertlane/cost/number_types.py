@@ -1,12 +1,9 @@
 """The number types a projected deployment computes, stores and sends in."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import PayloadType
-
-NumberType = Literal["float32", "float16", "bfloat16", "float8"]
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 _SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
@@ -24,28 +21,43 @@ class NumberTypes:
         SpecError: an unknown type, or float8 activations.
     """
 
-    weights: NumberType = "bfloat16"
-    activations: NumberType = "bfloat16"
-    kv: NumberType = "bfloat16"
+    weights: str = "bfloat16"
+    activations: str = "bfloat16"
+    kv: str = "bfloat16"
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "kv"):
             value = getattr(self, name)
             if value not in ITEM_BYTES:
-                valid = ", ".join(get_args(NumberType))
+                valid = ", ".join(ITEM_BYTES)
                 raise SpecError(f"type of {name} is {value!r}; valid: {valid}")
         if self.activations == "float8":
             raise SpecError("activations in float8 are no type of a whole model; use bfloat16")
 
     @classmethod
-    def all_of(cls, number_type: NumberType) -> "NumberTypes":
+    def asked(cls, weights: str, kv: str | None = None) -> "NumberTypes":
+        """As a user names them: hidden states are bfloat16 beside float8 weights.
+
+        Args:
+            kv: that of hidden states if not given.
+        """
+        activations = "bfloat16" if weights == "float8" else weights
+        return cls(weights, activations, kv or activations)
+
+    @classmethod
+    def all_of(cls, number_type: str) -> "NumberTypes":
         """One type for everything, as the engine has it."""
         return cls(number_type, number_type, number_type)
 
     @property
-    def kept(self) -> NumberType:
+    def kept(self) -> str:
         """The type of weights that are not quantised to float8."""
         return self.activations if self.weights == "float8" else self.weights
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight; scales of float8 are not counted."""
+        return ITEM_BYTES[self.weights]
 
     @property
     def activation_bytes(self) -> int:
@@ -56,6 +68,10 @@ class NumberTypes:
     def kv_bytes(self) -> int:
         """Of one value in the cache."""
         return ITEM_BYTES[self.kv]
+
+    def __str__(self) -> str:
+        kv = f", keys and values {self.kv}" if self.kv != self.activations else ""
+        return self.weights + kv
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.operation import OUTSIDE, HandOver, Ints, Step
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.stage_mesh import StageMesh
+from expertlane.cost.step_list import StepList
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.dispatch_table import DispatchMode, DispatchTable
@@ -202,7 +203,9 @@ class ProgramBuilder:
         pp_rank = mesh.first_rank % layout.replica_size // layout.stage_size
         sections = []
         if pp_rank == 0:
-            sections.append(Section(OUTSIDE, embedding_steps(model, types, mesh, sizes)))
+            out = StepList(mesh, types, OUTSIDE)
+            embedding_steps(out, model, sizes)
+            sections.append(Section(OUTSIDE, tuple(out.steps)))
         built: dict[object, Section] = {}
         for layer in layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self._placements[layer]
@@ -223,7 +226,9 @@ class ProgramBuilder:
                 built[key] = Section(layer, steps, counts)
             sections.append(replace(built[key], layer=layer))
         if pp_rank == layout.pp - 1:
-            sections.append(Section(OUTSIDE, head_steps(model, types, mesh, sizes)))
+            out = StepList(mesh, types, OUTSIDE)
+            head_steps(out, model, sizes)
+            sections.append(Section(OUTSIDE, tuple(out.steps)))
         return PartProgram(tuple(sections))
 
 

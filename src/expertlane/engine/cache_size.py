@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from expertlane.balance.deployed import Placements
+from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.messages import RankMachine
 from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.precision import Precision
 
 _FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
 
@@ -36,5 +36,5 @@ def fit_to_machine(
     free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
     return fit_cache(
-        model, layout, limits, Precision(tightest.dtype), free_bytes, share, placements
+        model, layout, limits, NumberTypes.all_of(tightest.dtype), free_bytes, share, placements
     )

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from expertlane.balance.deployed import Placements, placements_of
+from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import CapacityError
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
-from expertlane.spec.precision import Precision
 from expertlane.spec.workload import Workload
 
 BLOCK_SIZE = 16
@@ -68,7 +68,7 @@ def fit_cache(
     model: ModelConfig,
     layout: Layout,
     limits: Limits,
-    precision: Precision,
+    types: NumberTypes,
     free_bytes: float,
     cache_share: float = 1.0,
     placements: Placements | None = None,
@@ -87,7 +87,7 @@ def fit_cache(
     smallest = replace(limits, num_blocks=fewest)
     num_blocks = limits.num_blocks
     for rank in range(layout.pp * layout.dp * layout.tp):  # replicas are alike
-        need = rank_memory(model, layout, smallest, rank, precision, placements)
+        need = rank_memory(model, layout, smallest, rank, types, placements)
         if need.total_bytes > free_bytes:
             raise CapacityError(
                 f"{model.name} as {layout} needs {size_text(need.total_bytes)} on a rank (weights "
@@ -111,7 +111,7 @@ def rank_memory(
     layout: Layout,
     limits: Limits,
     rank: int,
-    precision: Precision,
+    types: NumberTypes,
     placements: Placements | None = None,
 ) -> RankMemory:
     """What `rank` holds: weights, the whole cache, and the activations of the largest step.
@@ -157,10 +157,10 @@ def rank_memory(
     num_values += num_pairs * (2 * model.hidden_size + inner)
     num_positions = limits.num_blocks * limits.block_size
     return RankMemory(
-        weight_bytes=params * precision.weight_itemsize,
-        kv_bytes=len(layers) * num_positions * kv_width * precision.kv_itemsize,
-        activation_bytes=num_values * precision.activation_itemsize,
-        loading_bytes=largest_matrix * (_FLOAT32_BYTES + precision.weight_itemsize),
+        weight_bytes=params * types.weight_bytes,
+        kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
+        activation_bytes=num_values * types.activation_bytes,
+        loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
     )
 
 

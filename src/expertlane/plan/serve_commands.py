@@ -8,8 +8,8 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
-from expertlane.spec.precision import Precision
 
 _VLLM_ALL_TO_ALL = {
     "all_gather": "allgather_reducescatter",
@@ -34,7 +34,7 @@ class ServeCommand:
 
 
 def serve_commands(
-    candidate: Candidate, model: str, precision: Precision, max_model_len: int, nodes: int
+    candidate: Candidate, model: str, types: NumberTypes, max_model_len: int, nodes: int
 ) -> list[ServeCommand]:
     """The commands of both systems for one replica.
 
@@ -43,13 +43,13 @@ def serve_commands(
         nodes: that a replica spans.
     """
     return [
-        _vllm(candidate, model, precision, max_model_len, nodes),
-        _sglang(candidate, model, precision, max_model_len, nodes),
+        _vllm(candidate, model, types, max_model_len, nodes),
+        _sglang(candidate, model, types, max_model_len, nodes),
     ]
 
 
 def _vllm(
-    candidate: Candidate, model: str, precision: Precision, max_model_len: int, nodes: int
+    candidate: Candidate, model: str, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
     if layout.ep > 1 and layout.etp > 1:
@@ -71,7 +71,7 @@ def _vllm(
             words += ["--enable-eplb", "--eplb-config", config]
         if options.overlap:
             words += ["--enable-dbo"]
-    words += [*_vllm_types(precision), "--max-model-len", str(max_model_len)]
+    words += [*_vllm_types(types), "--max-model-len", str(max_model_len)]
     notes = []
     if nodes > 1 and layout.dp > 1:
         notes.append(
@@ -85,13 +85,13 @@ def _vllm(
     return ServeCommand("vLLM", shlex.join(words), "; ".join(notes))
 
 
-def _vllm_types(precision: Precision) -> list[str]:
-    words = [] if precision.weights == "float8" else ["--dtype", precision.weights]
-    return [*words, "--kv-cache-dtype", "fp8"] if precision.kv == "float8" else words
+def _vllm_types(types: NumberTypes) -> list[str]:
+    words = [] if types.weights == "float8" else ["--dtype", types.weights]
+    return [*words, "--kv-cache-dtype", "fp8"] if types.kv == "float8" else words
 
 
 def _sglang(
-    candidate: Candidate, model: str, precision: Precision, max_model_len: int, nodes: int
+    candidate: Candidate, model: str, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
     is_deepep = layout.ep > 1 and options.dispatch in _SGLANG_MODE
@@ -112,9 +112,9 @@ def _sglang(
             words += ["--ep-num-redundant-experts", str(options.num_redundant_experts)]
         if options.overlap:
             words += ["--enable-two-batch-overlap"]
-    if precision.weights != "float8":
-        words += ["--dtype", precision.weights]
-    if precision.kv == "float8":
+    if types.weights != "float8":
+        words += ["--dtype", types.weights]
+    if types.kv == "float8":
         words += ["--kv-cache-dtype", "fp8_e4m3"]
     words += ["--context-length", str(max_model_len)]
     note = ""
