@@ -1,8 +1,8 @@
 """Attention of one layer as steps: norm, projections, the core over the cache, the output."""
 
-from expertlane.cost.batch_sizes import AttentionSizes, PartSizes
+from expertlane.cost.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.operation import Ints, Kind
-from expertlane.cost.step_list import StepList
+from expertlane.cost.step_list import StepWriter
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import LatentAttention
 from expertlane.spec.names import Stage
@@ -15,7 +15,9 @@ _WRITE_KERNELS = 4  # to the cache
 _DECODE_KERNELS, _PREFILL_KERNELS = 8, 6  # of a group: gather, mask, attend, put in place
 
 
-def attention_steps(out: StepList, model: ModelConfig, window: int | None, part: PartSizes) -> None:
+def attention_steps(
+    out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
+) -> None:
     """From the hidden states a rank owns to attention's sum for them."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.memory(Stage.ATTENTION, 2 * part.owned * hidden_bytes, out.norm_kernels)
@@ -27,7 +29,9 @@ def attention_steps(out: StepList, model: ModelConfig, window: int | None, part:
     out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
 
 
-def _grouped_query(out: StepList, model: ModelConfig, window: int | None, part: PartSizes) -> None:
+def _grouped_query(
+    out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
+) -> None:
     tp, dim, item = out.mesh.layout.tp, model.head_dim, out.types.activation_bytes
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
     width = (heads + 2 * kv_heads) * dim
@@ -53,7 +57,7 @@ def _grouped_query(out: StepList, model: ModelConfig, window: int | None, part: 
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
 
 
-def _latent(out: StepList, model: ModelConfig, latent: LatentAttention, part: PartSizes) -> None:
+def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
     types, tokens = out.types, part.tokens
     item, heads = types.activation_bytes, model.num_attention_heads // out.mesh.layout.tp
     rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
@@ -82,7 +86,7 @@ def _latent(out: StepList, model: ModelConfig, latent: LatentAttention, part: Pa
 
 
 def _core(
-    out: StepList,
+    out: StepWriter,
     sizes: AttentionSizes,
     kinds: tuple[Kind, Kind],
     widths: dict[str, Ints | int],

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,39 @@ class AttentionSizes:
     prefill_positions: Ints
     num_decode_groups: int
     num_prefill_groups: int
+
+
+class TokenSizes(Protocol):
+    """What steps ask of a part of a micro-batch; arrays as long as there are ranks."""
+
+    @property
+    def tokens(self) -> Ints:
+        """[R]; new tokens of each rank's data-parallel rank."""
+        ...
+
+    @property
+    def owned(self) -> Ints:
+        """[R]; those that a rank owns between attention and the next attention."""
+        ...
+
+    @property
+    def num_yielding(self) -> Ints:
+        """[R]; sequences of a rank's data-parallel rank that get a next token."""
+        ...
+
+    @property
+    def owned_yielding(self) -> Ints:
+        """[R]; how many of the tokens that a rank owns yield a next one."""
+        ...
+
+    @property
+    def asks_logits(self) -> npt.NDArray[np.bool_]:
+        """[R]; whether a rank's sequences ask for more than the likeliest token."""
+        ...
+
+    def attention(self, window: int | None) -> AttentionSizes:
+        """Sizes under a window: how many latest positions a token sees; None for all."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +156,11 @@ class PartSizes:
         """[dp]."""
         return self._sum(self.num_new)
 
+    @property
+    def asks_logits(self) -> npt.NDArray[np.bool_]:
+        """[R]; `needs_logits` of each rank's data-parallel rank."""
+        return self.needs_logits.repeat(self.tp)
+
     @cached_property
     def tokens(self) -> Ints:
         """[R]; new tokens of each rank's data-parallel rank."""
@@ -164,7 +203,7 @@ class PartSizes:
 
     def _attention(self, window: int | None) -> AttentionSizes:
         after = self.num_cached + self.num_new
-        pairs = _pairs_up_to(after, window) - _pairs_up_to(self.num_cached, window)
+        pairs = pairs_up_to(after, window) - pairs_up_to(self.num_cached, window)
         positions = after if window is None else np.minimum(after, self.num_new + window - 1)
         is_decode = self.num_new == 1
         is_prefill = ~is_decode
@@ -196,7 +235,7 @@ def _most_equal(values: Ints) -> int:
     return int(np.bincount(values).max()) if len(values) else 0
 
 
-def _pairs_up_to(length: Ints, window: int | None) -> Ints:
+def pairs_up_to(length: Ints, window: int | None) -> Ints:
     """[S]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
     if window is None:
         return length * (length + 1) // 2

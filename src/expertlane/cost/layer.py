@@ -3,14 +3,14 @@
 import numpy as np
 
 from expertlane.cost.attention_steps import attention_steps
-from expertlane.cost.batch_sizes import PartSizes
+from expertlane.cost.batch_sizes import PartSizes, TokenSizes
 from expertlane.cost.dispatch_counts import DispatchCounts
 from expertlane.cost.dispatch_steps import ExpertSteps
 from expertlane.cost.mlp_steps import mlp_steps, tp_shares
 from expertlane.cost.number_types import NumberTypes, PayloadBytes
 from expertlane.cost.operation import Step
 from expertlane.cost.stage_mesh import StageMesh
-from expertlane.cost.step_list import StepList
+from expertlane.cost.step_list import StepList, StepWriter
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
@@ -50,20 +50,20 @@ def layer_steps(
     return tuple(out.steps)
 
 
-def shared_expert_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+def shared_expert_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The expert that every token takes, if there is one."""
     if model.shared_expert_intermediate_size:
         inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
         mlp_steps(out, model, inner, part, is_scaled=is_scaled)
 
 
-def norm_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+def norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The residual of attention, and the norm before MLP or router."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.memory(Stage.ROUTER, 5 * part.owned * hidden_bytes, 1 + out.norm_kernels)
 
 
-def router_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """That norm, and the choice of experts."""
     norm_steps(out, model, part)
     routing, owned = model.routing, part.owned
@@ -85,13 +85,13 @@ def router_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
     out.memory(Stage.ROUTER, num_bytes, num_kernels)
 
 
-def embedding_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The hidden states of the tokens each rank owns."""
     moved = 2 * part.owned * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, _EMBED_KERNELS)
 
 
-def head_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
+def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The next tokens of all sequences that yield one."""
     types, mesh = out.types, out.mesh
     hidden_bytes = model.hidden_size * types.activation_bytes
@@ -101,7 +101,7 @@ def head_steps(out: StepList, model: ModelConfig, part: PartSizes) -> None:
     out.all_gather(Stage.COLLECTIVES, "tp", part.owned_yielding, hidden_bytes)
     vocab = tp_shares(model.vocab_size, mesh)
     out.gemm(Stage.HEAD, num_seqs, vocab, model.hidden_size, dtype=types.kept)
-    needs_logits = part.needs_logits.repeat(mesh.layout.tp)
+    needs_logits = part.asks_logits
     logits_bytes = num_seqs * vocab * (_LOGIT_BYTES + types.activation_bytes)
     out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, _ARGMAX_KERNELS)
     # Of all logits the vocabulary is the rows; of candidates the sequences are.

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from expertlane.cost.batch_sizes import PartSizes
+from expertlane.cost.batch_sizes import TokenSizes
 from expertlane.cost.operation import Ints
-from expertlane.cost.stage_mesh import StageMesh
-from expertlane.cost.step_list import StepList
+from expertlane.cost.step_list import RankArrays, StepWriter
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
@@ -14,7 +13,7 @@ _SCALE_KERNELS = 3
 
 
 def mlp_steps(
-    out: StepList, model: ModelConfig, inner: int, part: PartSizes, *, is_scaled: bool = False
+    out: StepWriter, model: ModelConfig, inner: int, part: TokenSizes, *, is_scaled: bool = False
 ) -> None:
     """Gathered over tp, cut in its inner width, scattered; then added to the residual.
 
@@ -37,7 +36,7 @@ def mlp_steps(
     out.memory(Stage.EXPERTS, part.owned * (num_rows * hidden * item), num_kernels)
 
 
-def tp_shares(total: int, mesh: StageMesh) -> Ints:
+def tp_shares(total: int, mesh: RankArrays) -> Ints:
     """[R]; each rank's part of what is cut near-equally over tp."""
     return shares(total, mesh.layout.tp, mesh.tp_rank)
 

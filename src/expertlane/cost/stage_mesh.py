@@ -137,3 +137,18 @@ class StageMesh:
         by_etp_rank = self.node.reshape(layout.ep, layout.etp).T
         nodes: Ints = by_etp_rank[self.etp_rank]
         return nodes
+
+    @cached_property
+    def _links(self) -> dict[Axis, tuple[int, int, int]]:
+        return {}
+
+    def peers_by_link(self, axis: Axis) -> tuple[int, int, int]:
+        """Of the rank with most peers on other nodes: peers on its own, on others, and nodes."""
+        if axis not in self._links:
+            is_near = self.node[:, None] == self.node
+            peers = self.peers(axis) > 0
+            rank = int((peers & ~is_near).sum(axis=1).argmax())
+            near, far = (int((peers[rank] & each[rank]).sum()) for each in (is_near, ~is_near))
+            nodes = self.node[self.group(axis) == self.group(axis)[rank]]
+            self._links[axis] = near, far, len(set(nodes.tolist()))
+        return self._links[axis]

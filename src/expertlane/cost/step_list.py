@@ -1,14 +1,18 @@
 """Steps of a layer, put down one after the other with their counts."""
 
+from abc import ABC, abstractmethod
+from typing import Protocol
+
 import numpy as np
 
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.cost.operation import Floats, Ints, Kind, Operation, Step, Transfer, TransferKind
 from expertlane.cost.stage_mesh import Axis, StageMesh
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Traffic
 
 # Launches of one transfer, with what gathers its rows before or adds them up after.
-_KERNELS = {
+KERNELS = {
     TransferKind.ALL_GATHER: 2,
     TransferKind.REDUCE_SCATTER: 2,
     TransferKind.ALL_TO_ALL: 1,
@@ -16,16 +20,33 @@ _KERNELS = {
 _FUSED_NORM, _NORM = 1, 3  # launches of a norm in float32, and in a type to be widened first
 
 
-class StepList:
-    """What the ranks of a stage do in turn.
+class RankArrays(Protocol):
+    """What operations ask of where ranks sit."""
 
-    Transfers within groups of one rank are left out, as the engine's are.
+    @property
+    def layout(self) -> Layout:
+        """Of the deployment."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Length of all arrays, R."""
+        ...
+
+    @property
+    def tp_rank(self) -> Ints:
+        """[R]."""
+        ...
+
+
+class StepWriter(ABC):
+    """Puts down operations; how transfers look is its subclasses' matter.
 
     Attributes:
         steps: so far.
     """
 
-    def __init__(self, mesh: StageMesh, types: NumberTypes, layer: int) -> None:
+    def __init__(self, mesh: RankArrays, types: NumberTypes, layer: int) -> None:
         self.mesh = mesh
         self.types = types
         self.steps: list[Step] = []
@@ -102,6 +123,7 @@ class StepList:
             )
         )
 
+    @abstractmethod
     def all_gather(
         self,
         stage: Stage,
@@ -117,6 +139,34 @@ class StepList:
         Args:
             payload, metadata: bytes of a row; [R] or one number.
         """
+
+    @abstractmethod
+    def reduce_scatter(self, stage: Stage, axis: Axis, rows: Ints, payload: int) -> None:
+        """Every rank gets, and adds up, its `rows` [R] of all of its group."""
+
+
+class StepList(StepWriter):
+    """What the ranks of a stage do in turn.
+
+    Transfers within groups of one rank are left out, as the engine's are.
+    """
+
+    mesh: StageMesh
+
+    def __init__(self, mesh: StageMesh, types: NumberTypes, layer: int) -> None:
+        super().__init__(mesh, types, layer)
+
+    def all_gather(
+        self,
+        stage: Stage,
+        axis: Axis,
+        rows: Ints,
+        payload: Ints | int,
+        metadata: Ints | int = 0,
+        *,
+        num_steps_before_wait: int = 0,
+    ) -> None:
+        """As `StepWriter.all_gather`."""
         self.transfer(
             TransferKind.ALL_GATHER,
             stage,
@@ -128,7 +178,7 @@ class StepList:
         )
 
     def reduce_scatter(self, stage: Stage, axis: Axis, rows: Ints, payload: int) -> None:
-        """Every rank gets, and adds up, its `rows` [R] of all of its group."""
+        """As `StepWriter.reduce_scatter`."""
         self.transfer(TransferKind.REDUCE_SCATTER, stage, axis, rows[None], payload)
 
     def all_to_all(
@@ -164,7 +214,7 @@ class StepList:
                 group=mesh.group(axis),
                 node=mesh.node,
                 sent_bytes=sent,
-                num_kernels=_KERNELS[kind],
+                num_kernels=KERNELS[kind],
                 num_steps_before_wait=num_steps_before_wait,
             )
         )
