@@ -254,6 +254,15 @@ def doubled(of: Transfer) -> Transfer:
     return Transfer(of.kind, of.stage, of.layer, of.group, of.node, of.sent_bytes * 2)
 
 
+@given(st.lists(loads(), max_size=4))
+def test_many_at_once_are_as_one_by_one(transfers: list[Transfer]) -> None:
+    model = LinkModel(profile())
+    for at_once, each in zip(model.times_of(transfers), transfers, strict=True):
+        alone = model.times(each)
+        assert at_once.seconds == pytest.approx(alone.seconds)
+        assert at_once.high == pytest.approx(alone.high)
+
+
 @given(loads())
 def test_times_are_finite_ordered_and_rise_with_bytes(load: Transfer) -> None:
     model = LinkModel(profile())
