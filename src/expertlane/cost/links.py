@@ -33,6 +33,7 @@ The terms `contention.<kind of transfer>` and `contention.low_latency` are share
 slows while such a transfer runs beside it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -56,26 +57,43 @@ class LinkModel:
 
     def times(self, transfer: Transfer) -> Times:
         """Seconds of every rank for its own load; 0 in groups of one."""
-        load = transfer.load
+        return self._times(transfer.kind, transfer.stage, transfer.load)
+
+    def times_of(self, transfers: Sequence[Transfer]) -> list[Times]:
+        """The same of many at once, in their order; far cheaper than one by one."""
+        alike: dict[tuple[TransferKind, Stage, bool], list[int]] = {}
+        for index, each in enumerate(transfers):
+            key = each.kind, each.stage, bool((each.load.num_nodes > 1).any())
+            alike.setdefault(key, []).append(index)
+        found: dict[int, Times] = {}
+        for (kind, stage, _), indices in alike.items():
+            loads = [transfers[index].load for index in indices]
+            ends = np.cumsum([len(load.group_size) for load in loads])
+            whole = self._times(kind, stage, _joined(loads))
+            for index, begin, end in zip(indices, [0, *ends[:-1]], ends, strict=True):
+                found[index] = _part(whole, slice(begin, end))
+        return [found[index] for index in range(len(transfers))]
+
+    def _times(self, kind: TransferKind, stage: Stage, load: LinkLoad) -> Times:
         carried = np.maximum(load.out_bytes, load.in_bytes)
-        if transfer.kind is TransferKind.SEND:
+        if kind is TransferKind.SEND:
             is_sending = carried.sum(axis=0) > 0
             return _where(is_sending, self._send(carried), _nothing(len(is_sending)))
         in_group = load.group_size > 1
         if not in_group.any():
             return _nothing(len(in_group))
         together = self._surface_times(
-            f"{transfer.kind}.all_links", carried.sum(axis=0), load.group_size, load.num_nodes
+            f"{kind}.all_links", carried.sum(axis=0), load.group_size, load.num_nodes
         )
         if together is None:
             spans = load.num_nodes > 1
             if not spans.any():
-                together = self._inside(transfer.kind, transfer.stage, load, carried)
+                together = self._inside(kind, stage, load, carried)
             elif spans[in_group].all():
-                together = self._across(transfer.kind, transfer.stage, load, carried)
+                together = self._across(kind, stage, load, carried)
             else:
-                inside = self._inside(transfer.kind, transfer.stage, load, carried)
-                across = self._across(transfer.kind, transfer.stage, load, carried)
+                inside = self._inside(kind, stage, load, carried)
+                across = self._across(kind, stage, load, carried)
                 together = _where(spans, across, inside)
         return _where(in_group, together, _nothing(len(in_group)))
 
@@ -288,6 +306,27 @@ def _over_all_nics(carried: Floats, load: LinkLoad) -> Floats:
     num_near = load.num_peers[Link.INTRA_NODE] + 1
     nic = carried[Link.INTER_NODE] / num_near
     return np.stack([carried[Link.INTRA_NODE] + nic * (num_near - 1), nic])
+
+
+def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
+    """Ranks of one after those of another."""
+    return LinkLoad(
+        out_bytes=np.concatenate([each.out_bytes for each in loads], axis=1),
+        in_bytes=np.concatenate([each.in_bytes for each in loads], axis=1),
+        num_peers=np.concatenate([each.num_peers for each in loads], axis=1),
+        group_size=np.concatenate([each.group_size for each in loads]),
+        num_nodes=np.concatenate([each.num_nodes for each in loads]),
+    )
+
+
+def _part(times: Times, ranks: slice) -> Times:
+    return Times(
+        seconds=times.seconds[ranks],
+        low=times.low[ranks],
+        high=times.high[ranks],
+        basis=times.basis,
+        is_extrapolated=times.is_extrapolated[ranks],
+    )
 
 
 def _nothing(num_ranks: int) -> Times:
