@@ -14,7 +14,7 @@ from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.step_log import stage_seconds
 from expertlane.cost.timeline import Timeline
 from expertlane.cost.times import Basis
-from expertlane.cost.work import Block, StageWork, TimedStep, blocks_of
+from expertlane.cost.work import Block, StageWork, blocks_of
 from expertlane.errors import UserError
 from expertlane.spec.names import Stage
 
@@ -256,20 +256,34 @@ def test_layers_that_repeat_are_not_run_one_by_one():
             np.testing.assert_allclose(fast.blocked_s, slow.blocked_s, atol=1e-9)
 
 
-def test_layers_that_share_their_times_become_one_block():
-    first, second = compute(1.0, layer=0), send(1.0, layer=0)
+def test_layers_that_do_the_same_or_alternate_become_one_block():
+    outside, even, odd, other = ([compute(float(each))] for each in range(4))
+    sections = [(OUTSIDE, outside), *((layer, (even, odd)[layer % 2]) for layer in range(5))]
+    sections += [(5, other), (6, other), (7, other), (OUTSIDE, outside)]
+    blocks = blocks_of(sections)
+    found = [
+        (list(block.layers), [(each.times.seconds[0], each.offset) for each in block.steps])
+        for block in blocks
+    ]
+    assert found == [
+        ([OUTSIDE], [(0.0, 0)]),
+        ([0, 2], [(1.0, 0), (2.0, 1)]),
+        ([4], [(1.0, 0)]),
+        ([5, 6, 7], [(3.0, 0)]),
+        ([OUTSIDE], [(0.0, 0)]),
+    ]
 
-    def again(layer):
-        return [
-            TimedStep(compute(1.0, layer=layer).step, first.times),
-            TimedStep(send(1.0, layer=layer).step, second.times),
-        ]
 
-    other = compute(1.0, layer=3)
-    outside = compute(1.0, layer=OUTSIDE)
-    blocks = blocks_of([outside, first, second, *again(1), *again(2), other, outside])
-    layers = [tuple(block.layers) for block in blocks]
-    assert layers == [(OUTSIDE,), (0, 1, 2), (3,), (OUTSIDE,)]
+def test_layers_that_alternate_are_not_run_one_by_one():
+    even = [compute(1.0, 3.0), send(2.0, 1.0)]
+    odd = [compute(2.0, 1.0), send(1.0, 1.0), compute(1.0, 1.0)]
+    parts = [blocks_of([(layer, (even, odd)[layer % 2]) for layer in range(41)])]
+    seconds_of = {}
+    for may_jump in (True, False):
+        times = Timeline(Terms.free(), 1, 2, may_jump=may_jump).run([[StageWork(parts)]], 0.0)
+        (seconds_of[may_jump],) = stage_seconds(times, 41, count_idle=False)
+        assert (len(times.spans[0][0].log.ran) < 30) == may_jump
+    np.testing.assert_allclose(seconds_of[True].wall_s, seconds_of[False].wall_s, atol=1e-9)
 
 
 durations = st.floats(0.0, 10.0, allow_subnormal=False)

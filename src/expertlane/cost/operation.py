@@ -71,6 +71,7 @@ class Operation:
         sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
         flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them.
         num_kernels: launches where nothing is captured in a graph.
+        dtype: of its numbers, where it is not that of the weights: the router's is float32.
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Operation:
     weight_bytes: Ints
     kv_bytes: Ints
     num_kernels: int = 1
+    dtype: str | None = None
 
 
 class TransferKind(StrEnum):
@@ -149,12 +151,14 @@ class LinkLoad:
         is_peer = (group[:, None] == group) & ~np.eye(len(group), dtype=bool)
         by_link = np.stack([np.where(is_near, sent_bytes, 0), np.where(is_near, 0, sent_bytes)])
         peers = np.stack([is_peer & is_near, is_peer & ~is_near]).sum(axis=2)
+        in_group = (group[:, None] == group).astype(np.int64)
+        is_on_node = (node[:, None] == np.unique(node)).astype(np.int64)
         return cls(
             out_bytes=by_link.sum(axis=2).astype(np.float64),
             in_bytes=by_link.sum(axis=1).astype(np.float64),
             num_peers=peers,
             group_size=is_peer.sum(axis=1) + 1,
-            num_nodes=np.array([len(set(node[group == each])) for each in group.tolist()]),
+            num_nodes=(in_group @ is_on_node > 0).sum(axis=1),
         )
 
 
