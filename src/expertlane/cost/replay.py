@@ -46,7 +46,7 @@ class Ran(NamedTuple):
     """An operation that ran, or a transfer that was posted and waited for.
 
     Attributes:
-        layers, place: `layers[place]` is its hidden layer.
+        layers, place: of its block, and which of them.
         begin: the rank came to it.
         start: it could begin: launched by the host, and of a transfer, posted.
         met: of a transfer, its group's last member had posted and was free; else `start`.
@@ -66,9 +66,18 @@ class Ran(NamedTuple):
     end: Floats
     done: Floats
 
+    @property
+    def layer(self) -> int:
+        """Its hidden layer, or `OUTSIDE`."""
+        return self.layer_after(0)
+
+    def layer_after(self, times: int) -> int:
+        """The layer of the same step when its block was repeated so often."""
+        return self.layers[self.place + times] + self.entry.offset
+
 
 class Jump(NamedTuple):
-    """Layers that went like the one before: `times` more of the log's `first` to `last`."""
+    """Layers that went like those before: `times` more of the log's `first` to `last`."""
 
     first: int
     last: int

@@ -39,11 +39,10 @@ class LogTable:
         self.rows, self.layers = _expanded(log)
 
     def column(self, name: str) -> Floats:
-        """One of the moments of a `Ran`."""
+        """One of the moments of a `Ran`, other than `met`."""
         if not self._log.ran:
             return np.zeros(self._shape)
-        moments = [getattr(ran, name)[LIKELY] for ran in self._log.ran]
-        return np.array([np.broadcast_to(moment, self._shape[1:]) for moment in moments])
+        return np.array([getattr(ran, name)[LIKELY] for ran in self._log.ran])
 
     @cached_property
     def times(self) -> Ints:
@@ -65,11 +64,11 @@ class LogTable:
 
 def _expanded(log: Log) -> tuple[Ints, Ints]:
     rows = [np.arange(len(log.ran))]
-    layers = [[ran.layers[ran.place] for ran in log.ran]]
+    layers = [[ran.layer for ran in log.ran]]
     for first, last, times in log.jumps:
         for further in range(1, times + 1):
             rows.append(np.arange(first, last))
-            layers.append([ran.layers[ran.place + further] for ran in log.ran[first:last]])
+            layers.append([ran.layer_after(further) for ran in log.ran[first:last]])
     return np.concatenate(rows), np.concatenate(layers).astype(np.int64)
 
 
@@ -155,7 +154,7 @@ def events(times: StepTimes) -> Iterator[Event]:
                     Track.NETWORK if is_transfer else Track.COMPUTE,
                     step.stage,
                     pp_rank,
-                    ran.layers[ran.place],
+                    ran.layer,
                     micro_batch,
                     ran.part,
                     step,

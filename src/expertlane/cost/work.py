@@ -4,7 +4,7 @@ B = 3 bounds (low, likely, high), the first axis of all times; R = ranks of a st
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,19 +26,23 @@ class TimedStep:
     Attributes:
         times: what each rank's own share of it takes.
         contention: of a transfer, the share of compute that is lost while it is in flight.
+        offset: in a block of several layers, how many before its own.
     """
 
     step: Step
     times: Times
     contention: float = 0.0
+    offset: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Layers in a row that run the same steps in the same times; often a single one.
+    """Layers in a row that repeat the same steps in the same times; often a single layer.
 
     Attributes:
-        layers: hidden layers, or `(OUTSIDE,)`; in place of the steps' own.
+        steps: of a layer, or of a few that differ and repeat together.
+        layers: hidden layers that each repetition begins with, or `(OUTSIDE,)`; they stand in
+            place of the steps' own.
     """
 
     steps: Sequence[TimedStep]
@@ -59,37 +63,43 @@ class StageWork:
     hand_over: Times | None = None
 
 
-def blocks_of(steps: Sequence[TimedStep]) -> list[Block]:
-    """Cut a part's steps where the layer changes; layers that share all their times are one block.
+_LONGEST_PERIOD = 8  # layers that repeat together
 
-    Sharing is by identity: of `TimedStep.times`, and of kind and stage.
+
+def blocks_of(sections: Sequence[tuple[int, Sequence[TimedStep]]]) -> list[Block]:
+    """The blocks of a part.
+
+    Args:
+        sections: hidden layer or `OUTSIDE`, and its steps. Layers that do the same, or that
+            alternate, are found by the identity of their steps.
     """
     blocks: list[Block] = []
-    for run in _runs(steps):
-        layer = run[0].step.layer
-        last = blocks[-1] if blocks else None
-        if last and last.layers[-1] + 1 == layer and layer > 0 and _is_same(last.steps, run):
-            blocks[-1] = Block(last.steps, (*last.layers, layer))
-        else:
-            blocks.append(Block(run, (layer,)))
+    ids = [id(steps) for _, steps in sections]
+    place = 0
+    while place < len(sections):
+        period, times = _repetition(ids, place)
+        layer = sections[place][0]
+        steps = [
+            replace(each, offset=offset) if offset else each
+            for offset, (_, of_layer) in enumerate(sections[place : place + period])
+            for each in of_layer
+        ]
+        blocks.append(Block(steps, range(layer, layer + period * times, period)))
+        place += period * times
     return blocks
 
 
-def _runs(steps: Sequence[TimedStep]) -> list[list[TimedStep]]:
-    runs: list[list[TimedStep]] = []
-    for each in steps:
-        if runs and runs[-1][0].step.layer == each.step.layer:
-            runs[-1].append(each)
-        else:
-            runs.append([each])
-    return runs
-
-
-def _is_same(first: Sequence[TimedStep], second: Sequence[TimedStep]) -> bool:
-    return len(first) == len(second) and all(
-        a.times is b.times and a.step.kind is b.step.kind and a.step.stage is b.step.stage
-        for a, b in zip(first, second, strict=True)
-    )
+def _repetition(ids: Sequence[int], place: int) -> tuple[int, int]:
+    """The period that covers most from `place` on, and how often it comes."""
+    best = 1, 1
+    for period in range(1, min(_LONGEST_PERIOD, (len(ids) - place) // 2) + 1):
+        times = 1
+        first = ids[place : place + period]
+        while ids[place + times * period : place + (times + 1) * period] == first:
+            times += 1
+        if times > 1 and period * times > best[0] * best[1]:
+            best = period, times
+    return best
 
 
 class Groups:
@@ -123,6 +133,7 @@ class Entry(NamedTuple):
         launch_s: [B, 1]; of a host that runs ahead; None where none does.
         overhead_s: [B, 1]; of posting a transfer in series.
         groups: None of an operation.
+        offset: as a `TimedStep`'s.
         lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
             many times as long it takes.
     """
@@ -132,6 +143,7 @@ class Entry(NamedTuple):
     launch_s: Floats | None
     overhead_s: Floats
     groups: Groups | None
+    offset: int
     lost_share: Floats
     stretch: Floats
 
@@ -173,6 +185,7 @@ class Compiler:
                     launch_s[place] if is_eager else None,
                     overhead_s[place],
                     groups,
+                    block.steps[place].offset,
                     *self._contention(block.steps[place].contention),
                 )
             )
