@@ -35,12 +35,13 @@ slows while such a transfer runs beside it.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.link_bounds import bound_times, term_of
-from expertlane.cost.operation import HandOver, Ints, LinkLoad, Transfer, TransferKind
+from expertlane.cost.operation import HandOver, Ints, LinkLoad, TransferKind
 from expertlane.cost.profile import Profile, Term
 from expertlane.cost.surface import Floats, Surface
 from expertlane.cost.times import Basis, Times
@@ -49,17 +50,36 @@ from expertlane.spec.names import Link, Stage
 _DISPATCHING = {Stage.DISPATCH: "dispatch", Stage.COMBINE: "combine"}
 
 
+class Loaded(Protocol):
+    """What prices of a transfer turn on: a `Transfer`, or its load alone."""
+
+    @property
+    def kind(self) -> TransferKind:
+        """Its law."""
+        ...
+
+    @property
+    def stage(self) -> Stage:
+        """DISPATCH and COMBINE have laws of their own."""
+        ...
+
+    @property
+    def load(self) -> LinkLoad:
+        """What every rank sends and receives."""
+        ...
+
+
 class LinkModel:
     """Prices transfers by a profile."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
 
-    def times(self, transfer: Transfer) -> Times:
+    def times(self, transfer: Loaded) -> Times:
         """Seconds of every rank for its own load; 0 in groups of one."""
         return self._times(transfer.kind, transfer.stage, transfer.load)
 
-    def times_of(self, transfers: Sequence[Transfer]) -> list[Times]:
+    def times_of(self, transfers: Sequence[Loaded]) -> list[Times]:
         """The same of many at once, in their order; far cheaper than one by one."""
         alike: dict[tuple[TransferKind, Stage, bool], list[int]] = {}
         for index, each in enumerate(transfers):
@@ -97,7 +117,7 @@ class LinkModel:
                 together = _where(spans, across, inside)
         return _where(in_group, together, _nothing(len(in_group)))
 
-    def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
+    def forwarded(self, between: Loaded, inside: Loaded) -> tuple[Times, Times]:
         """Both hops of a hierarchical dispatch or combine, if forwarding begins as copies arrive.
 
         Args:
@@ -157,7 +177,7 @@ class LinkModel:
         carried[link] = max(sent_bytes.max(initial=0), received_bytes.max(initial=0))
         return _where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
 
-    def contention(self, transfer: Transfer) -> Term:
+    def contention(self, transfer: Loaded) -> Term:
         """By what share compute slows while the transfer runs beside it."""
         name = f"contention.{transfer.kind}"
         law = self._profile.surfaces.get(

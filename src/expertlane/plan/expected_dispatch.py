@@ -7,7 +7,7 @@ from expertlane.cost.mlp_steps import shares
 from expertlane.cost.number_types import PayloadBytes
 from expertlane.cost.operation import Floats, Ints, TransferKind
 from expertlane.cost.stage_mesh import Axis
-from expertlane.plan.scenario import Scenarios, ScenarioSteps
+from expertlane.plan.scenario import Reals, Scenarios, ScenarioSteps
 from expertlane.plan.spread import Spread, busiest_of, largest_normal
 from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.model import ModelConfig
@@ -159,6 +159,6 @@ def _active(chosen: Floats, stage_tokens: Ints, ep: int) -> tuple[Floats, Floats
     return mean, most
 
 
-def _whole(amount: Floats) -> Ints:
+def _whole(amount: Reals) -> Ints:
     """[S]; rounded up, as nothing comes in parts."""
     return np.ceil(amount).astype(np.int64)

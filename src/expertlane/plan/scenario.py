@@ -5,17 +5,20 @@ instead of ranks, with expected traffic and the busiest rank's experts. S = scen
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.batch_sizes import AttentionSizes, pairs_up_to
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import Floats, Ints, LinkLoad, TransferKind
+from expertlane.cost.operation import Ints, LinkLoad, TransferKind
 from expertlane.cost.stage_mesh import Axis, StageMesh
 from expertlane.cost.step_list import KERNELS, StepWriter
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
+
+Reals = npt.NDArray[np.floating[Any]] | Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +145,7 @@ class ScenarioSteps(StepWriter):
         self.exchange(kind, stage, axis, num_bytes * near, num_bytes * far)
 
     def exchange(
-        self, kind: TransferKind, stage: Stage, axis: Axis, near: Ints | Floats, far: Ints | Floats
+        self, kind: TransferKind, stage: Stage, axis: Axis, near: Reals, far: Reals
     ) -> None:
         """Bytes [S] that the busiest rank sends or receives, by link; nothing in groups of one."""
         size = self.stage.group_size(axis)

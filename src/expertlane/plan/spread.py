@@ -18,6 +18,7 @@ from expertlane.cost.operation import Floats
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.errors import SpecError
+from expertlane.plan.scenario import Reals
 
 _SAMPLE_TOKENS = 2048
 
@@ -78,7 +79,7 @@ def spread_of(mesh: StageMesh, placement: Placement, routing: RoutingSource, lay
     )
 
 
-def busiest_of(mean: Floats, num_ranks: int) -> Floats:
+def busiest_of(mean: Reals, num_ranks: int) -> Reals:
     """What the busiest of ranks has if each has `mean` things on average, by chance alone."""
     return mean + largest_normal(num_ranks) * np.sqrt(mean)
 

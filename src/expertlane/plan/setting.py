@@ -1,0 +1,60 @@
+"""What a plan is made for, beside model and cluster."""
+
+from dataclasses import dataclass
+
+from expertlane.cost.execution import Execution
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import RoutingSource
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import PayloadType
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Sequences that are served without end, `num_sequences` of them at once where they fit.
+
+    Raises:
+        SpecError: a number under 1.
+    """
+
+    num_sequences: int
+    prompt_len: int
+    output_len: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_sequences", "prompt_len", "output_len"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"workload: {name} is {getattr(self, name)}; it must be 1 or more")
+
+    @property
+    def full_len(self) -> int:
+        """Positions a sequence takes in the end: its last output token is never fed back."""
+        return self.prompt_len + self.output_len - 1
+
+    @property
+    def mean_context(self) -> int:
+        """Positions cached before a decode step, on average."""
+        return self.prompt_len + (self.output_len - 1) // 2
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Limits that a deployment must keep; None for no limit."""
+
+    max_tpot_s: float | None = None
+    max_ttft_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all deployments of a plan share.
+
+    Attributes:
+        routing: which experts tokens choose.
+        payload: in which hidden states are dispatched.
+    """
+
+    types: NumberTypes
+    execution: Execution
+    routing: RoutingSource
+    payload: PayloadType = "model"
