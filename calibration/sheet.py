@@ -54,5 +54,12 @@ H100 = Profile(
             Basis.BOUND,
             _ASSUMED + "one launch of a captured graph, however many kernels it has",
         ),
+        "driver_s": Term(
+            200e-6,
+            50e-6,
+            1000e-6,
+            Basis.BOUND,
+            _ASSUMED + "between steps: a step is planned and sent to the ranks, tokens come back",
+        ),
     },
 )

@@ -1,8 +1,6 @@
 """Every candidate deployment priced at once, from expected traffic and one rank of each stage."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,17 +9,16 @@ from expertlane.balance.placement import Placement
 from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import Terms
 from expertlane.cost.links import LinkModel
-from expertlane.cost.operation import Floats, HandOver, Ints
+from expertlane.cost.operation import Ints
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.capacity import Capacity, capacity
-from expertlane.plan.prices import Priced, price
-from expertlane.plan.scenario import Scenarios, ScenarioSteps
+from expertlane.plan.capacity import capacity
+from expertlane.plan.prices import price
 from expertlane.plan.setting import Setting, Traffic
 from expertlane.plan.spread import Spread, spread_of
 from expertlane.plan.stage_cost import StagePlan
-from expertlane.plan.step_time import Pipelining, StepEstimates, step_estimates
-from expertlane.spec.deployment import DispatchForm
+from expertlane.plan.structure import Screened, Structure
+from expertlane.spec.deployment import DispatchChoice
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
@@ -29,20 +26,95 @@ _PREFILL_TOKENS = 8192  # of a data-parallel rank's prefill step, if prompts all
 _MOST_BATCHES = 12  # numbers of sequences that are tried
 
 
-@dataclass(frozen=True, eq=False)
-class Screened:
-    """A candidate's steps.
+class Screen:
+    """Prices candidates of one model on one cluster."""
 
-    Attributes:
-        capacity: what memory allows; a candidate that does not fit has no estimates.
-        num_seqs: [N]; sequences of a data-parallel rank in decode steps, ascending.
-        decode: [N]; None where it does not fit.
-        prefill: one step, of `prefill_tokens` new tokens on each data-parallel rank.
-    """
+    def __init__(
+        self, model: ModelConfig, cluster: ModelledCluster, traffic: Traffic, setting: Setting
+    ) -> None:
+        self._model = model
+        self._cluster = cluster
+        self._traffic = traffic
+        self._setting = setting
+        self._profile = cluster.profile
+        self._links = LinkModel(cluster.profile)
+        self._terms = Terms.of(cluster.profile, setting.execution)
+        self._spreads: dict[tuple[object, ...], Spread] = {}
+        self._moe_layer = next(
+            (layer for layer in range(model.num_hidden_layers) if not model.is_dense(layer)), None
+        )
 
-    candidate: Candidate
-    capacity: Capacity
-    num_seqs: Ints
-    decode: StepEstimates | None
-    prefill: StepEstimates | None
-    prefill_tokens: int
+    def run(self, candidates: Iterable[Candidate]) -> list[Screened]:
+        """All of them, in order of structure: those with the same steps after each other."""
+        structures: dict[tuple[Layout, DispatchChoice, int], Structure] = {}
+        for candidate in candidates:
+            layout, options = candidate
+            key = layout, options.dispatch, options.num_redundant_experts
+            if key not in structures:
+                structures[key] = self._structure(candidate)
+            structures[key].candidates.append(candidate)
+        fitting = [each for each in structures.values() if each.fits]
+        lists = [steps for each in fitting for steps in each.lists()]
+        priced = iter(price(self._profile, self._setting.types, lists))
+        for each in fitting:
+            each.take_prices(priced)
+        return [
+            screened
+            for each in structures.values()
+            for screened in each.results(self._links, self._terms)
+        ]
+
+    def placement(self, layout: Layout, num_redundant: int) -> Placement:
+        """Of every MoE layer."""
+        return Placement.linear(self._model.num_experts, layout.ep, num_redundant)
+
+    def _structure(self, candidate: Candidate) -> Structure:
+        model, layout, setting = self._model, candidate.layout, self._setting
+        placement = self.placement(layout, candidate.options.num_redundant_experts)
+        placements: Placements = tuple(
+            None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
+        )
+        form = candidate.options.dispatch
+        assert form != "auto", "candidates name their form"
+        prefill_tokens = min(_PREFILL_TOKENS, self._traffic.prompt_len * self._wanted(layout))
+        room = capacity(
+            model,
+            layout,
+            placements,
+            setting.types,
+            self._profile.device.memory_bytes,
+            self._traffic.full_len,
+            prefill_tokens,
+        )
+        mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
+        plan = StagePlan(
+            model,
+            setting.types,
+            mesh,
+            self._spread(mesh, placement, candidate.options.num_redundant_experts),
+            form,
+            candidate.options.payload,
+        )
+        num_seqs = _numbers_up_to(min(room.max_seqs, self._wanted(layout)))
+        return Structure(plan, mesh, self._traffic, room, num_seqs, prefill_tokens)
+
+    def _wanted(self, layout: Layout) -> int:
+        """Sequences of a data-parallel rank if all are running."""
+        return -(-self._traffic.num_sequences // (layout.replicas * layout.dp))
+
+    def _spread(self, mesh: StageMesh, placement: Placement, num_redundant: int) -> Spread:
+        layout = mesh.layout
+        key = layout.dp * layout.tp, layout.ep, num_redundant
+        if key not in self._spreads:
+            layer = 0 if self._moe_layer is None else self._moe_layer
+            self._spreads[key] = spread_of(mesh, placement, self._setting.routing, layer)
+        return self._spreads[key]
+
+
+def _numbers_up_to(most: int) -> Ints:
+    """Descending by halves, at most `_MOST_BATCHES`; returned ascending."""
+    numbers: list[int] = []
+    while most >= 1 and len(numbers) < _MOST_BATCHES:
+        numbers.append(most)
+        most //= 2
+    return np.array(numbers[::-1], dtype=np.int64)

@@ -61,6 +61,21 @@ class StagePlan:
         kinds = (kind for of_stage in self._kinds_of_stage for kind in of_stage)
         self._kinds: list[_LayerKind] = list(dict.fromkeys(kinds))
 
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks."""
+        return self._mesh.layout.tp
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self._model.num_hidden_layers
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a hidden state."""
+        return self._model.hidden_size * self._types.activation_bytes
+
     def lists(self, part: Scenarios) -> list[ScenarioSteps]:
         """Embedding, head, each kind of layer, and a mean rank's experts; to be priced."""
         outside = [ScenarioSteps(self._mesh, part.size, self._types, OUTSIDE) for _ in range(2)]
