@@ -102,7 +102,7 @@ class Counting:
     def check(self, plan, sampled=()):
         """Records of a step, after comparing them to what is counted."""
         records = self._runner.collect(self._runner.submit(plan)).records
-        routing = GivenRouting([record.topk_ids for record in records], self._layout.stage_size)
+        routing = GivenRouting([record.topk_ids for record in records])
         program = self._builder.build(plan, routing, sampled=sampled)
         counted = count(program, self._model.num_hidden_layers, self._model.num_experts)
         assert len(counted) == len(records)

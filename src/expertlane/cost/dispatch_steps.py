@@ -16,12 +16,6 @@ from expertlane.spec.names import Stage
 _ID_BYTES, _WEIGHT_BYTES, _COUNT_BYTES = 4, 4, 8
 _BOOKKEEPING_BYTES = 40  # read and written for a token-expert pair to be put in its place
 
-# Launches of tensor operations that sort tokens by peer or expert, and of rows put side by side.
-_CHOOSE_KERNELS, _BY_PEER_KERNELS, _GROUP_KERNELS = 3, 18, 20
-_PACK_KERNELS, _ENCODE_KERNELS, _DECODE_KERNELS = 4, 9, 4
-_SUM_KERNELS = 9  # for a term of every sum
-_EXPERT_KERNELS = 4  # as one grouped product, as measured tables have it: see `ExpertWriter`
-
 
 class ExpertWriter:
     """What all dispatch forms put down.
@@ -34,6 +28,7 @@ class ExpertWriter:
         self, out: StepWriter, model: ModelConfig, owned: Ints, payload: PayloadBytes
     ) -> None:
         self._out = out
+        self.launches = out.launches
         self._model = model
         self._owned = owned
         self.payload = payload
@@ -51,23 +46,23 @@ class ExpertWriter:
 
     def pack(self, rows: Ints, metadata: int) -> None:
         """Rows [R] put together to be sent; encoded first where they are narrowed."""
-        num_bytes, num_kernels = 2 * rows * (self.payload.values + metadata), _PACK_KERNELS
+        num_bytes, num_kernels = 2 * rows * (self.payload.values + metadata), self.launches.pack
         if self.payload.is_narrowed:
             encoded = self.row_bytes + self.payload.values + self.payload.scales
             num_bytes = num_bytes + self._owned * encoded
-            num_kernels += _ENCODE_KERNELS
+            num_kernels += self.launches.narrow
         self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def arrive(self, rows: Ints) -> None:
         """Rows [R] whose pairs are sorted by expert, decoded where they were narrowed."""
-        num_bytes, num_kernels = rows * (self.top_k * _BOOKKEEPING_BYTES), _GROUP_KERNELS
+        num_bytes, num_kernels = rows * (self.top_k * _BOOKKEEPING_BYTES), self.launches.by_expert
         if self.payload.is_narrowed:
             num_bytes = num_bytes + rows * (self.payload.values + self.row_bytes)
-            num_kernels += _DECODE_KERNELS
+            num_kernels += self.launches.widen
         self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def experts(self, pairs: Ints, active: Ints, inner: Ints) -> None:
-        """The products, grouped: where the engine calls one kernel for each expert, it is slower.
+        """The products.
 
         Args:
             pairs, active: [R]; token-expert pairs, and experts with any.
@@ -76,6 +71,8 @@ class ExpertWriter:
         model, out = self._model, self._out
         matrices = 3 if model.gated_mlp else 2
         num_weights = inner * (model.hidden_size * matrices)
+        launches = self.launches
+        of_expert = launches.expert + matrices * launches.expert_product
         out.operation(
             Kind.EXPERTS,
             Stage.EXPERTS,
@@ -88,7 +85,7 @@ class ExpertWriter:
             },
             flops=2 * pairs * num_weights,
             weight_bytes=active * num_weights * out.weight_item,
-            num_kernels=matrices + _EXPERT_KERNELS,
+            num_kernels=launches.experts_once + int(active.max()) * of_expert,
         )
 
     def sum(self, terms: Ints, sums: Ints, most: int, *, is_last: bool) -> None:
@@ -97,7 +94,8 @@ class ExpertWriter:
         Args:
             most: terms of a sum.
         """
-        num_rows, num_kernels = terms + sums, _SUM_KERNELS * most + 2
+        launches = self.launches
+        num_rows, num_kernels = terms + sums, launches.sum_term * most + launches.sum_once
         if is_last:
             num_rows, num_kernels = num_rows + 3 * sums, num_kernels + 1
         self._out.memory(Stage.COMBINE, num_rows * self.row_bytes, num_kernels)
@@ -146,14 +144,14 @@ class ExpertSteps(ExpertWriter):
 
     def _local(self) -> None:
         owned = self._owned
-        self.bookkeeping(owned, _GROUP_KERNELS)
+        self.bookkeeping(owned, self.launches.by_expert)
         self._own_experts()
         self.sum(owned * self.top_k, owned, self.top_k, is_last=True)
 
     def _all_gather(self) -> None:
         out, owned = self._transfers, self._owned
         metadata = self.top_k * (_ID_BYTES + _WEIGHT_BYTES) + self.payload.scales
-        self.bookkeeping(owned, _CHOOSE_KERNELS)
+        self.bookkeeping(owned, self.launches.choose)
         self.pack(owned, metadata)
         out.all_gather(Stage.DISPATCH, "stage", owned, self.payload.values, metadata)
         everywhere = np.full_like(owned, owned.sum())
@@ -168,7 +166,8 @@ class ExpertSteps(ExpertWriter):
         out, counts, owned = self._transfers, self._counts, self._owned
         layout = out.mesh.layout
         metadata = self.top_k * _ID_BYTES + self.payload.scales
-        self.bookkeeping(owned, _CHOOSE_KERNELS + _BY_PEER_KERNELS + _GROUP_KERNELS)
+        launches = self.launches
+        self.bookkeeping(owned, launches.choose + launches.by_peer + launches.by_expert)
         self._exchange_counts(2 * layout.ep)
         self.pack(counts.rows.sum(axis=1), metadata)
         out.all_to_all(
@@ -189,7 +188,7 @@ class ExpertSteps(ExpertWriter):
         size, num_nodes = mesh.ep_per_node, mesh.num_ep_nodes
         assert counts.node_rows is not None, "counted for this form"
         metadata = self.top_k * (_ID_BYTES + _WEIGHT_BYTES) + self.payload.scales
-        self.bookkeeping(owned, _CHOOSE_KERNELS + 2 * _BY_PEER_KERNELS)
+        self.bookkeeping(owned, self.launches.choose + 2 * self.launches.by_peer)
         self._exchange_counts(mesh.layout.ep + num_nodes)
         self.pack(counts.node_rows.sum(axis=1), metadata)
         between = counts.node_rows[:, self._ep_rank // size]
@@ -203,9 +202,9 @@ class ExpertSteps(ExpertWriter):
         arriving = self._arriving(counts.rows)
         if size > 1:
             came = _came_to_node(counts.node_rows, shape)
-            self.bookkeeping(came, _BY_PEER_KERNELS)
+            self.bookkeeping(came, self.launches.by_peer)
             moved = 2 * forwarded * (self.payload.values + metadata)
-            out.memory(Stage.DISPATCH, moved, _PACK_KERNELS)
+            out.memory(Stage.DISPATCH, moved, self.launches.pack)
             out.all_to_all(Stage.DISPATCH, "ep_intra", inside, self.payload.values, metadata)
         out.all_gather(Stage.DISPATCH, "etp", arriving, self.payload.values, metadata)
         rows_there = counts.rows.sum(axis=0)[self._ep_rank]

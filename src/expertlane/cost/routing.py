@@ -141,15 +141,11 @@ class GivenRouting:
     """What the ranks of a replica chose in a step, as their records have it.
 
     Args:
-        of_rank: by rank of the replica, by layer, [T, K].
-        stage_size: ranks of a pipeline stage.
+        of_rank: by rank of the replica, by layer of the rank's stage, [T, K].
     """
 
-    def __init__(
-        self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]], stage_size: int
-    ) -> None:
+    def __init__(self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]]) -> None:
         self._of_rank = of_rank
-        self._stage_size = stage_size
 
     def sample_of(self, layer: int) -> Hashable:
         """All layers differ."""

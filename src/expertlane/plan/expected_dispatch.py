@@ -74,14 +74,14 @@ class ExpectedDispatch(ExpertWriter):
         self.experts(_whole(self._pairs), _whole(self._active), self.inner)
 
     def _local(self) -> None:
-        self.bookkeeping(self._owned, 0)
+        self.bookkeeping(self._owned, self.launches.choose)
         self._experts()
         self.sum(self._owned * self.top_k, self._owned, self.top_k, is_last=True)
 
     def _all_gather(self) -> None:
         out, everywhere = self._scenarios, self._everywhere
         metadata = self.top_k * (_ID_BYTES + _WEIGHT_BYTES) + self.payload.scales
-        self.bookkeeping(self._owned, 0)
+        self.bookkeeping(self._owned, self.launches.choose)
         self.pack(self._owned, metadata)
         out.all_gather(Stage.DISPATCH, "stage", self._owned, self.payload.values, metadata)
         self.arrive(everywhere)
@@ -93,7 +93,7 @@ class ExpectedDispatch(ExpertWriter):
     def _all_to_all(self) -> None:
         out, spread, owned = self._scenarios, self._spread, self._owned
         metadata = self.top_k * _ID_BYTES + self.payload.scales
-        self.bookkeeping(owned, 0)
+        self.bookkeeping(owned, self.launches.choose + self.launches.by_peer)
         self._exchange_counts(2 * self._layout.ep)
         self.pack(_whole(owned * spread.reached), metadata)
         self._exchange(Stage.DISPATCH, "ep", self.payload.values + metadata, 1.0)
@@ -112,7 +112,7 @@ class ExpectedDispatch(ExpertWriter):
         size, num_nodes = stage.ep_per_node, stage.num_ep_nodes
         metadata = self.top_k * (_ID_BYTES + _WEIGHT_BYTES) + self.payload.scales
         row = self.payload.values + metadata
-        self.bookkeeping(owned, 0)
+        self.bookkeeping(owned, self.launches.choose + self.launches.by_peer)
         self._exchange_counts(self._layout.ep + num_nodes)
         nodes_reached = spread.other_nodes + spread.own_node
         self.pack(_whole(owned * nodes_reached), metadata)
@@ -123,8 +123,8 @@ class ExpectedDispatch(ExpertWriter):
         arriving = self._rows_here / self._layout.etp
         near = arriving * ((size - 1) / size)
         if size > 1:
-            self.bookkeeping(came, 0)
-            out.memory(Stage.DISPATCH, _whole(2 * arriving * row))
+            self.bookkeeping(came, self.launches.by_peer)
+            out.memory(Stage.DISPATCH, _whole(2 * arriving * row), self.launches.pack)
             out.exchange(TransferKind.ALL_TO_ALL, Stage.DISPATCH, "ep_intra", near * row, none)
         out.all_gather(Stage.DISPATCH, "etp", _whole(arriving), self.payload.values, metadata)
         self.arrive(_whole(self._rows_here))

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.batch_sizes import AttentionSizes, pairs_up_to
+from expertlane.cost.launches import FUSED
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.operation import Ints, LinkLoad, TransferKind
 from expertlane.cost.stage_mesh import Axis, StageMesh
-from expertlane.cost.step_list import KERNELS, StepWriter
+from expertlane.cost.step_list import StepWriter
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
@@ -119,7 +120,7 @@ class ScenarioSteps(StepWriter):
     def __init__(
         self, stage: StageMesh, num_scenarios: int, types: NumberTypes, layer: int = 0
     ) -> None:
-        super().__init__(ScenarioArrays(stage.layout, num_scenarios), types, layer)
+        super().__init__(ScenarioArrays(stage.layout, num_scenarios), types, layer, FUSED)
         self.stage = stage
         self.transfers: list[LoadedTransfer] = []
 
@@ -161,4 +162,4 @@ class ScenarioSteps(StepWriter):
             group_size=np.full(num, size),
             num_nodes=np.full(num, num_nodes),
         )
-        self.transfers.append(LoadedTransfer(kind, stage, load, KERNELS[kind]))
+        self.transfers.append(LoadedTransfer(kind, stage, load, self.transfer_kernels[kind]))
