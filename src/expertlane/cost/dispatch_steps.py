@@ -168,7 +168,8 @@ class ExpertSteps(ExpertWriter):
         metadata = self.top_k * _ID_BYTES + self.payload.scales
         launches = self.launches
         self.bookkeeping(owned, launches.choose + launches.by_peer + launches.by_expert)
-        self._exchange_counts(2 * layout.ep)
+        if launches.counts_first:
+            self._exchange_counts(2 * layout.ep)
         self.pack(counts.rows.sum(axis=1), metadata)
         out.all_to_all(
             Stage.DISPATCH, "ep", counts.rows[:, self._ep_rank], self.payload.values, metadata

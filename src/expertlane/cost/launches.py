@@ -23,6 +23,8 @@ class Launches:
         expert_product: of an active expert.
         embed, last, argmax, best: at the model's two ends.
         gathered, reduced: of a collective, what puts rows together and adds them up.
+        counts_first: flat dispatch tells numbers of rows before it sends any; kernels with buffers
+            of a static size need not, and can be captured in a graph.
     """
 
     norm: int = 1
@@ -57,6 +59,7 @@ class Launches:
     best: int = 4
     gathered: int = 2
     reduced: int = 2
+    counts_first: bool = True
 
 
 EAGER = Launches()
@@ -113,4 +116,5 @@ FUSED = Launches(
     best=1,
     gathered=1,
     reduced=1,
+    counts_first=False,
 )

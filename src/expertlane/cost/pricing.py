@@ -21,6 +21,13 @@ _READ_THE_CACHE = (
 )
 
 
+def law_dtype(types: NumberTypes, operation: Operation) -> str:
+    """The type that an operation's law is for."""
+    if operation.kind in _READ_THE_CACHE:
+        return types.kv
+    return operation.dtype or types.weights
+
+
 class Pricing:
     """Gives each step of a program its times; layers that share their steps are priced once.
 
@@ -48,9 +55,7 @@ class Pricing:
 
     def dtype(self, operation: Operation) -> str:
         """The type that an operation's law is for."""
-        if operation.kind in _READ_THE_CACHE:
-            return self.types.kv
-        return operation.dtype or self.types.weights
+        return law_dtype(self.types, operation)
 
     def _part(self, part: PartProgram, num_ranks: int) -> list[Block]:
         priced: dict[int, Sequence[TimedStep]] = {}

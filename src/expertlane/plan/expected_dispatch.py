@@ -94,7 +94,8 @@ class ExpectedDispatch(ExpertWriter):
         out, spread, owned = self._scenarios, self._spread, self._owned
         metadata = self.top_k * _ID_BYTES + self.payload.scales
         self.bookkeeping(owned, self.launches.choose + self.launches.by_peer)
-        self._exchange_counts(2 * self._layout.ep)
+        if self.launches.counts_first:
+            self._exchange_counts(2 * self._layout.ep)
         self.pack(_whole(owned * spread.reached), metadata)
         self._exchange(Stage.DISPATCH, "ep", self.payload.values + metadata, 1.0)
         arriving = _whole(self._rows_here / self._layout.etp)

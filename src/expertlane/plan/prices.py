@@ -11,17 +11,12 @@ from expertlane.cost.device import DeviceModel
 from expertlane.cost.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.operation import SIZES, Floats, Kind, Operation, TransferKind
+from expertlane.cost.pricing import law_dtype
 from expertlane.cost.profile import Device, Profile
 from expertlane.cost.times import Basis, Times
 from expertlane.plan.scenario import ScenarioSteps
 from expertlane.spec.names import ProjectedCause, Stage
 
-_READ_THE_CACHE = (
-    Kind.PREFILL_ATTENTION,
-    Kind.DECODE_ATTENTION,
-    Kind.LATENT_PREFILL,
-    Kind.LATENT_DECODE,
-)
 _PLACE = {cause: place for place, cause in enumerate(ProjectedCause)}
 _CAUSE_OF_STAGE = {
     Stage.DISPATCH: ProjectedCause.DISPATCH_COMBINE,
@@ -166,13 +161,6 @@ def _causes(
         (ProjectedCause.KV_READS, of_cache),
         (cause, (~is_reading).astype(np.float64)),
     ]
-
-
-def law_dtype(types: NumberTypes, operation: Operation) -> str:
-    """The type that an operation's law is for."""
-    if operation.kind in _READ_THE_CACHE:
-        return types.kv
-    return operation.dtype or types.weights
 
 
 def _part(times: Times, places: slice) -> Times:

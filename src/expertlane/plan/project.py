@@ -1,0 +1,197 @@
+"""What a cluster model says of one deployment: steps of given sizes, memory, and why.
+
+Every rank's own counts are priced and replayed on a virtual clock, so this is the model in full,
+where `plan.screen` has one rank stand for all.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from expertlane.balance.deployed import Placements, placements_of
+from expertlane.cost.batch_sizes import PartSizes
+from expertlane.cost.cluster import ModelledCluster
+from expertlane.cost.execution import BOUNDS, Terms
+from expertlane.cost.launches import FUSED
+from expertlane.cost.operation import Floats, Operation
+from expertlane.cost.pricing import Pricing
+from expertlane.cost.program import ProgramBuilder, StageProgram, StepProgram
+from expertlane.cost.timeline import Timeline
+from expertlane.cost.times import Basis
+from expertlane.cost.why import Why, WhyTable
+from expertlane.cost.work import StageWork
+from expertlane.plan.setting import Setting
+from expertlane.results.projection import Estimate, StepProjection
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.partition import partition
+
+_ROUNDS = 3  # of rotating micro-batches; the last one counts
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A step of alike sequences, over the whole system.
+
+    Attributes:
+        num_seqs: sequences that take part.
+        num_new, num_cached: new tokens of each, and positions cached before.
+        fits: whether there is memory for it.
+    """
+
+    num_seqs: int
+    num_new: int
+    num_cached: int
+    fits: bool = True
+
+
+class Projector:
+    """Projects steps of one deployment on one cluster.
+
+    Args:
+        placements: [num_hidden_layers]; the options' own if not given.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layout: Layout,
+        options: Options,
+        cluster: ModelledCluster,
+        setting: Setting,
+        placements: Placements | None = None,
+    ) -> None:
+        self._layout = layout
+        self._options = options
+        self._setting = setting
+        self._device = cluster.profile.device
+        self._terms = Terms.of(cluster.profile, setting.execution)
+        self._pricing = Pricing(cluster.profile, setting.types)
+        self._builder = ProgramBuilder(
+            model,
+            layout,
+            placements_of(model, layout, options) if placements is None else placements,
+            types=setting.types,
+            payload=options.payload,
+            ranks_per_node=cluster.profile.ranks_per_node,
+            launches=FUSED,
+        )
+
+    def step(self, size: StepSize) -> StepProjection:
+        """One step; of rotating micro-batches, a round."""
+        groups = self._groups(size)
+        programs = [self._program(group, size) for group in groups]
+        works = [self._pricing.work(program) for program in programs]
+        seconds, why = self._run(works)
+        num_tokens = size.num_seqs * size.num_new
+        by_basis, extrapolated = _basis_shares(works)
+        low, likely, high = (float(each) for each in seconds)
+        return StepProjection(
+            context=size.num_cached,
+            num_tokens=num_tokens,
+            step_s=Estimate(likely, low, high),
+            tps=Estimate(num_tokens / likely, num_tokens / high, num_tokens / low),
+            shares={str(cause): float(share) for cause, share in why.shares.items()},
+            floor_s=self._floor_s(programs),
+            flops_utilisation=float(why.flops_utilisation),
+            read_utilisation=float(why.bytes_utilisation),
+            basis_shares=by_basis,
+            extrapolated_share=extrapolated,
+            fits=size.fits,
+        )
+
+    def _groups(self, size: StepSize) -> list[list[list[int]]]:
+        """[steps in flight][micro-batches][dp]; sequences of the fullest replica."""
+        layout, options = self._layout, self._options
+        of_replica = len(partition(size.num_seqs, layout.replicas)[0])
+        of_rank = [len(part) for part in partition(of_replica, layout.dp)]
+        m = options.num_micro_batches
+        cut = [[len(partition(num, m)[place]) for num in of_rank] for place in range(m)]
+        if options.micro_batch_schedule == "rotating":
+            return [[part] for part in cut if any(part)]
+        return [[part for part in cut if any(part)]]
+
+    def _program(self, micro_batches: list[list[int]], size: StepSize) -> StepProgram:
+        form = self._options.dispatch
+        assert form != "auto", "a projection names its form"
+        cut = [(form, self._halves(num_seqs, size)) for num_seqs in micro_batches]
+        return self._builder.build_sized(cut, self._setting.routing)
+
+    def _halves(self, num_seqs: list[int], size: StepSize) -> list[PartSizes]:
+        num_parts = 2 if self._options.overlap and max(num_seqs) > 1 else 1
+        halves = [
+            [len(partition(num, num_parts)[place]) for num in num_seqs]
+            for place in range(num_parts)
+        ]
+        layout = self._layout
+        return [
+            PartSizes.even(layout.dp, layout.tp, half, size.num_new, size.num_cached)
+            for half in halves
+            if any(half)
+        ]
+
+    def _run(self, works: list[list[list[StageWork]]]) -> tuple[Floats, Why]:
+        """[3]; seconds of a round in the steady state, and where they go."""
+        layout, driver_s = self._layout, self._terms.driver_s
+        timeline = Timeline(self._terms, layout.pp, layout.stage_size)
+        ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
+        rounds = []
+        why = WhyTable(self._device, self._setting.types.weights, self._pricing.dtype)
+        for number in range(_ROUNDS if len(works) > 1 else 2):
+            for place, work in enumerate(works):
+                times = timeline.run(work, ends[place] + driver_s)
+                ends[place] = times.end_s
+                if number:
+                    why.add(times)
+            rounds.append(ends[-1].copy())
+        last = [after - before for before, after in pairwise([np.zeros(len(BOUNDS)), *rounds])]
+        return last[-1], why.result()
+
+    def _floor_s(self, programs: list[StepProgram]) -> float:
+        """The way of a micro-batch through all stages, or all micro-batches on the busiest stage."""
+        least = np.array(
+            [
+                [
+                    self._least_s(of_stage)
+                    for program in programs
+                    for of_stage in program.stages[place]
+                ]
+                for place in range(self._layout.pp)
+            ]
+        )  # [pp, micro-batches]
+        return float(max(least.sum(axis=0).max(), least.sum(axis=1).max()))
+
+    def _least_s(self, program: StageProgram) -> float:
+        """Of its busiest rank, the larger of bytes over bandwidth and FLOPs over peak."""
+        reading, computing = np.zeros((2, program.mesh.size))
+        device = self._device
+        for part in program.parts:
+            times = Counter(id(section.steps) for section in part.sections)
+            for section in part.sections:
+                num = times.pop(id(section.steps), 0)
+                for step in section.steps if num else ():
+                    if isinstance(step, Operation):
+                        dtype = step.dtype or self._setting.types.weights
+                        computing += num * step.flops / device.flops_per_s[dtype]
+                        read = step.weight_bytes + step.kv_bytes
+                        reading += num * read / device.memory_bytes_per_s
+        return float(np.maximum(reading, computing).max())
+
+
+def _basis_shares(works: list[list[list[StageWork]]]) -> tuple[dict[str, float], float]:
+    """Of all likely seconds of operations and transfers, by basis; and those extrapolated."""
+    by_basis = dict.fromkeys(Basis, 0.0)
+    outside = 0.0
+    for work in works:
+        for stage in (each for of_stage in work for each in of_stage):
+            for block in (block for part in stage.parts for block in part):
+                for timed in block.steps:
+                    seconds = timed.times.seconds * len(block.layers)
+                    by_basis[timed.times.basis] += float(seconds.mean())
+                    outside += float((seconds * timed.times.is_extrapolated).mean())
+    total = sum(by_basis.values()) or 1.0
+    shares = {basis.label: seconds / total for basis, seconds in by_basis.items() if seconds}
+    return shares, outside / total
