@@ -89,7 +89,7 @@ def _read_file(table: Table, part: Part) -> Columns:
         for field in schema
         if types.is_integer(field.type) or types.is_floating(field.type)
     ]
-    data = parquet.read_table(path, columns=numbers, filters=filters)
+    data = parquet.read_table(path, columns=numbers, filters=filters or None)
     return {name: data.column(name).to_numpy().astype(np.float64) for name in numbers}
 
 
