@@ -2,6 +2,7 @@
 
 import numpy as np
 from compute import Law, Sizes, Source, fitter
+from skew import busiest_rank
 from tables import Array, Columns, Table
 
 from expertlane.cost.operation import Kind
@@ -28,9 +29,13 @@ def _pairs(c: Columns) -> Array:
 
 
 def _expert_sizes(c: Columns) -> Sizes:
+    pairs = _pairs(c)
+    active = np.minimum(c["num_experts"] / c["moe_ep_size"], pairs)
+    if "alpha" in c:
+        pairs, active = busiest_rank(c)
     return {
-        "pairs": _pairs(c),
-        "active": np.minimum(c["num_experts"] / c["moe_ep_size"], _pairs(c)),
+        "pairs": pairs,
+        "active": active,
         "hidden": c["hidden_size"],
         "inner": c["inter_size"] / c["moe_tp_size"],
         "matrices": 3.0,
