@@ -1,5 +1,6 @@
 """What the ranks do when, against times worked out by hand."""
 
+import time
 from itertools import accumulate
 
 import numpy as np
@@ -358,3 +359,22 @@ def test_terms_come_from_the_profile():
     assert cpu.execution is Execution.SERIAL
     with pytest.raises(UserError, match=r"profile mine has no term 'driver_s'; it has: overhead_s"):
         Terms.of(profile(overhead_s=1.0), Execution.EAGER)
+
+
+def test_a_large_step_is_quick():
+    num_ranks, rng = 64, np.random.default_rng(0)
+    group = [rank // 8 for rank in range(num_ranks)]
+
+    def layer(number):
+        steps = [compute(*rng.random(num_ranks), layer=number) for _ in range(14)]
+        for place in (2, 8, 9, 13):
+            steps.insert(place, send(*rng.random(num_ranks), layer=number))
+        return [*steps, send(*rng.random(num_ranks), group=group), compute(*rng.random(num_ranks))]
+
+    work = one_stage([Block(layer(number), (number,)) for number in range(94)])
+    seconds_of = []
+    for _ in range(5):
+        began = time.perf_counter()
+        Timeline(terms(Execution.EAGER, 0.1), 1, num_ranks).run(work, 0.0)
+        seconds_of.append(time.perf_counter() - began)
+    assert min(seconds_of) < 0.1
