@@ -151,16 +151,13 @@ class Projector:
         return last[-1], why.result()
 
     def _floor_s(self, programs: list[StepProgram]) -> float:
-        """The way of a micro-batch through all stages, or all micro-batches on the busiest stage."""
-        least = np.array(
+        """A micro-batch's way through all stages, or all micro-batches on the busiest stage."""
+        least = np.concatenate(
             [
-                [
-                    self._least_s(of_stage)
-                    for program in programs
-                    for of_stage in program.stages[place]
-                ]
-                for place in range(self._layout.pp)
-            ]
+                [[self._least_s(each) for each in of_stage] for of_stage in program.stages]
+                for program in programs
+            ],
+            axis=1,
         )  # [pp, micro-batches]
         return float(max(least.sum(axis=0).max(), least.sum(axis=1).max()))
 

@@ -20,6 +20,26 @@ from expertlane.plan.stage_cost import StagePlan
 from expertlane.plan.step_time import Pipelining, StepEstimates, step_estimates
 
 
+class Prompts(NamedTuple):
+    """What a data-parallel rank computes in a prefill step, or a round of rotating ones.
+
+    Attributes:
+        num_seqs: prompts, or one chunk of one in each step in flight.
+        num_new, num_cached: tokens of each, and those before them.
+        num_steps: that a prompt takes.
+    """
+
+    num_seqs: int
+    num_new: int
+    num_cached: int
+    num_steps: int
+
+    @property
+    def num_tokens(self) -> int:
+        """New ones."""
+        return self.num_seqs * self.num_new
+
+
 @dataclass(frozen=True, eq=False)
 class Screened:
     """A candidate's steps; N numbers of sequences.
@@ -29,8 +49,7 @@ class Screened:
         num_seqs: [N]; sequences of a data-parallel rank in a decode step, ascending.
         decode: None where it does not fit.
         prefill: one step, or round of rotating ones; None where it does not fit.
-        prefill_tokens: new tokens of that step on a data-parallel rank.
-        num_prompt_steps: steps that a prompt takes.
+        prompts: of that step.
     """
 
     candidate: Candidate
@@ -38,8 +57,7 @@ class Screened:
     num_seqs: Ints
     decode: StepEstimates | None = None
     prefill: StepEstimates | None = None
-    prefill_tokens: int = 0
-    num_prompt_steps: int = 1
+    prompts: Prompts | None = None
 
 
 class _Part(NamedTuple):
@@ -130,7 +148,7 @@ class Structure:
         decode, prefill = self._phases
         for candidate in self.candidates:
             how = how_of(candidate)
-            part, how_prefill, tokens = self._prefill_part(how)
+            part, how_prefill, prompts = self._prefill_part(how)
             decoding, prefilling = (
                 step_estimates(
                     phase.stages,
@@ -146,18 +164,14 @@ class Structure:
                     (prefill, hand_overs[1], [part], how_prefill),
                 )
             )
-            chunk = part.num_new * part.num_seqs * (1 + how_prefill.overlap)
-            steps = -(-self._traffic.prompt_len // chunk) if part.num_seqs == 1 else 1
-            yield Screened(
-                candidate, self._room, self._num_seqs, decoding, prefilling, tokens, steps
-            )
+            yield Screened(candidate, self._room, self._num_seqs, decoding, prefilling, prompts)
 
     def _decode_parts(self, how: Pipelining) -> list[_Part]:
         context = self._traffic.mean_context
         return [_Part(-(-num // how.num_parts), 1, context) for num in self._num_seqs.tolist()]
 
-    def _prefill_part(self, how: Pipelining) -> tuple[_Part, Pipelining, int]:
-        """A part of a prefill step, how the step is cut, and its tokens on a data-parallel rank.
+    def _prefill_part(self, how: Pipelining) -> tuple[_Part, Pipelining, Prompts]:
+        """A part of a prefill step, how the step is cut, and the whole of it.
 
         Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
         micro-batches are whole steps, in flight together.
@@ -169,12 +183,14 @@ class Structure:
             new = min(prompt, most)
             cached = (prompt - new) // 2  # on average over a prompt's chunks
             whole = Pipelining(False, in_flight, how.schedule)
-            return _Part(1, new, cached), whole, new * in_flight
+            num_steps = -(-prompt // new)
+            return _Part(1, new, cached), whole, Prompts(in_flight, new, cached, num_steps)
         num_parts = how.num_parts // in_flight
         if num_parts > seqs:
             how, num_parts = Pipelining(False, in_flight, how.schedule), 1
         part = _Part(-(-seqs // num_parts), prompt, 0)
-        return part, how, part.num_seqs * num_parts * prompt * in_flight
+        num_seqs = part.num_seqs * num_parts * in_flight
+        return part, how, Prompts(num_seqs, prompt, 0, 1)
 
     def _hand_over_s(self, links: LinkModel, phase: _Phase) -> Floats:
         """[3, S]; to the next stage, over the slowest link that any rank uses."""

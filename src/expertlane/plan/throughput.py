@@ -1,7 +1,7 @@
 """From steps to what a user sees: tokens a second, TPOT and TTFT of a deployment under traffic.
 
 Sequences are served without end: as soon as one is finished another begins. In one pool a token of
-every running sequence costs a decode step and its share of the prefills that go on meanwhile; in
+every running sequence costs a decode step and its share of the prefills that go on meanwhile. In
 two pools both run side by side, and the slower one sets the pace.
 """
 
@@ -11,71 +11,118 @@ import numpy as np
 
 from expertlane.cost.operation import Floats, Ints
 from expertlane.plan.setting import Goals, Traffic
-from expertlane.plan.structure import Screened
+from expertlane.plan.structure import Prompts
+from expertlane.spec.layout import Layout
 
-_LIKELY = 1
+LIKELY = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """A deployment's steps; bounds: low, likely, high.
+
+    Attributes:
+        num_seqs: [N]; sequences in a decode step, over the whole system.
+        decode_s: [3, N].
+        prefill_s: [3]; one step, of `prompts` on each data-parallel rank.
+    """
+
+    layout: Layout
+    num_seqs: Ints
+    decode_s: Floats
+    prefill_s: Floats
+    prompts: Prompts
+
+    @property
+    def num_caches(self) -> int:
+        """Data-parallel ranks."""
+        return self.layout.replicas * self.layout.dp
+
+    @property
+    def prefill_tps(self) -> Floats:
+        """[3]; prompt tokens a second while nothing is decoded; of the low time first."""
+        tps: Floats = self.prompts.num_tokens * self.num_caches / self.prefill_s
+        return tps
 
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """A deployment at N numbers of running sequences; bounds: low, likely, high.
+    """A deployment under traffic, at N numbers of running sequences; bounds: low, likely, high.
 
     Attributes:
         num_seqs: [N]; over the whole system.
-        tps: [3, N]; output tokens a second over the whole system, low the fewest.
+        tps: [3, N]; output tokens a second over the whole system.
         tpot_s: [3, N]; a running sequence's mean time of a token, others' prefills included.
         ttft_s: [3, N]; of a prompt that arrives, with its wait in the queue; infinite where
             prefill takes all of the time.
-        step_s: [3, N]; a decode step alone.
-        prefill_tps: [3]; prompt tokens a second while nothing is decoded.
     """
 
     num_seqs: Ints
     tps: Floats
     tpot_s: Floats
     ttft_s: Floats
-    step_s: Floats
-    prefill_tps: Floats
 
     def best(self, goals: Goals) -> int | None:
         """The place with most tokens a second among those that keep the goals; None if none."""
         keeps = self.breach(goals) <= 1
         if not keeps.any():
             return None
-        return int(np.where(keeps, self.tps[_LIKELY], -1).argmax())
+        return int(np.where(keeps, self.tps[LIKELY], -1).argmax())
 
     def breach(self, goals: Goals) -> Floats:
         """[N]; by what factor the worse limit is missed; 1 or less where both are kept."""
         worst = np.zeros(len(self.num_seqs))
         for limit, value in ((goals.max_tpot_s, self.tpot_s), (goals.max_ttft_s, self.ttft_s)):
             if limit is not None:
-                worst = np.maximum(worst, value[_LIKELY] / limit)
+                worst = np.maximum(worst, value[LIKELY] / limit)
         return worst
 
 
-def served(screened: Screened, traffic: Traffic) -> Served:
-    """One pool that does both."""
-    assert screened.decode is not None, "it fits"
-    assert screened.prefill is not None, "it fits"
-    layout = screened.candidate.layout
-    num_caches = layout.replicas * layout.dp
-    num_seqs = np.minimum(screened.num_seqs * num_caches, max(traffic.num_sequences, num_caches))
-    step_s, prefill_s = screened.decode.seconds, screened.prefill.seconds[:, 0]
-    prefill_tps = screened.prefill_tokens * num_caches / prefill_s  # [3]; of the low time first
-    prefill_share_s = traffic.prompt_len / traffic.output_len / prefill_tps[:, None]
-    tpot_s = step_s + num_seqs * prefill_share_s
-    tps = num_seqs / tpot_s
-    # Of a server whose prompts wait for each other (M/D/1), and for the step under way.
-    busy = np.minimum(num_seqs * prefill_share_s / tpot_s, 1)
-    alone_s = screened.num_prompt_steps * prefill_s[:, None]
-    own_s = traffic.prompt_len * num_caches / prefill_tps[:, None]
-    with np.errstate(divide="ignore"):
-        wait_s = np.where(busy < 1, busy / (2 * np.maximum(1 - busy, 1e-9)) * own_s, np.inf)
+def one_pool(steps: Steps, traffic: Traffic) -> Served:
+    """A pool that does both."""
+    per_token = traffic.prompt_len / traffic.output_len
+    prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
+    tpot_s = steps.decode_s + steps.num_seqs * prefill_s
+    busy = steps.num_seqs * prefill_s / tpot_s
     return Served(
-        num_seqs=num_seqs,
-        tps=tps[::-1],
+        num_seqs=steps.num_seqs,
+        tps=(steps.num_seqs / tpot_s)[::-1],
         tpot_s=tpot_s,
-        ttft_s=step_s + wait_s + alone_s,
-        step_s=step_s,
-        prefill_tps=prefill_tps[::-1],
+        ttft_s=steps.decode_s + _prompt_s(steps, traffic, busy),
     )
+
+
+def two_pools(prefill: Steps, decode: Steps, transfer_s: Floats, traffic: Traffic) -> Served:
+    """A pool for prompts, and one for the rest.
+
+    Args:
+        transfer_s: [3]; of a prompt's keys and values.
+    """
+    could_tps = decode.num_seqs / decode.decode_s
+    fed_tps = prefill.prefill_tps[:, None] / traffic.prompt_len * traffic.output_len
+    tps = np.minimum(could_tps, fed_tps)
+    # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
+    busy = tps / fed_tps
+    first_s = transfer_s[:, None] + decode.decode_s
+    return Served(
+        num_seqs=decode.num_seqs,
+        tps=tps[::-1],
+        tpot_s=decode.decode_s,
+        ttft_s=first_s + _prompt_s(prefill, traffic, np.minimum(busy, _MOST_BUSY)),
+    )
+
+
+_MOST_BUSY = 0.95  # a queue that is never empty has no mean wait; admission keeps it short
+
+
+def _prompt_s(steps: Steps, traffic: Traffic, busy: Floats) -> Floats:
+    """[3, N]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
+
+    Args:
+        busy: [3, N]; the share of the time in which prompts are computed.
+    """
+    own_s = traffic.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
+    with np.errstate(divide="ignore"):
+        wait_s = np.where(busy < 1, own_s * busy / (2 * (1 - busy)), np.inf)
+    whole: Floats = wait_s + steps.prompts.num_steps * steps.prefill_s[:, None]
+    return whole
