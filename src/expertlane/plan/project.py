@@ -5,6 +5,7 @@ where `plan.screen` has one rank stand for all.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,8 +84,12 @@ class Projector:
     def step(self, size: StepSize) -> StepProjection:
         """One step; of rotating micro-batches, a round."""
         groups = self._groups(size)
-        programs = [self._program(group, size) for group in groups]
-        works = [self._pricing.work(program) for program in programs]
+        alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
+        for group in groups:  # of equal sizes one stands for all
+            if str(group) not in alike:
+                program = self._program(group, size)
+                alike[str(group)] = program, self._pricing.work(program)
+        programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
         seconds, why = self._run(works)
         num_tokens = size.num_seqs * size.num_new
         by_basis, extrapolated = _basis_shares(works)
@@ -133,7 +138,7 @@ class Projector:
             if any(half)
         ]
 
-    def _run(self, works: list[list[list[StageWork]]]) -> tuple[Floats, Why]:
+    def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Why]:
         """[3]; seconds of a round in the steady state, and where they go."""
         layout, driver_s = self._layout, self._terms.driver_s
         timeline = Timeline(self._terms, layout.pp, layout.stage_size)
@@ -150,7 +155,7 @@ class Projector:
         last = [after - before for before, after in pairwise([np.zeros(len(BOUNDS)), *rounds])]
         return last[-1], why.result()
 
-    def _floor_s(self, programs: list[StepProgram]) -> float:
+    def _floor_s(self, programs: Sequence[StepProgram]) -> float:
         """A micro-batch's way through all stages, or all micro-batches on the busiest stage."""
         least = np.concatenate(
             [
@@ -178,7 +183,7 @@ class Projector:
         return float(np.maximum(reading, computing).max())
 
 
-def _basis_shares(works: list[list[list[StageWork]]]) -> tuple[dict[str, float], float]:
+def _basis_shares(works: Sequence[list[list[StageWork]]]) -> tuple[dict[str, float], float]:
     """Of all likely seconds of operations and transfers, by basis; and those extrapolated."""
     by_basis = dict.fromkeys(Basis, 0.0)
     outside = 0.0

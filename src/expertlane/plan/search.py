@@ -18,8 +18,8 @@ from expertlane.plan.throughput import LIKELY, Served, Steps, one_pool
 from expertlane.results.projection import StepProjection
 from expertlane.spec.model import ModelConfig
 
-_NUM_FINALISTS = 24
-_MOST_OF_LAYOUT = 3  # finalists
+_NUM_FINALISTS = 12
+_MOST_OF_LAYOUT = 2  # finalists
 
 
 @dataclass(frozen=True, eq=False)
