@@ -2,6 +2,7 @@
 
 A process for every rank, with a row for each `Track`. Measured steps show a rank's own work on the
 compute row and its waits for others on the network row; modelled ones show the transfers there.
+Ranks of one host share a clock; those of other hosts stand where their own clock puts them.
 """
 
 import json

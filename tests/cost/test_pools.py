@@ -111,6 +111,17 @@ def test_transfers_follow_one_another():
     assert second[1] - first[1] == pytest.approx(10.0, rel=0.01)
 
 
+def test_each_data_parallel_rank_sends_by_itself():
+    prefill = pool("dp=2,ep=2")
+    served = serve_apart(prefill, pool(), FixedTransfers(10.0), requests(0.0, 0.0, 0.0, 0.0))
+    begins = sorted(each.moved_s[0][LIKELY] for each in served)
+    assert begins[0] == begins[1]
+    assert begins[2] == begins[3] == pytest.approx(begins[0] + 10.0)
+    for each in served:
+        assert (each.moved_s[1] > each.moved_s[0]).all()
+        assert each.token_times_s[1][LIKELY] > each.moved_s[1][LIKELY]
+
+
 def test_prompts_do_not_hold_up_decodes_in_another_pool():
     many = requests(*np.arange(20) * 2 * DRIVER_S, prompt_len=40, output_len=9)
     sizes = {"max_num_batched_tokens": 40, "num_blocks": 512}

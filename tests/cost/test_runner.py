@@ -1,5 +1,6 @@
 """Step plans on the virtual clock: times, records, and the loop around them."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Phase, Stage, Track
+from expertlane.trace import to_json
 
 PEAK = MachinePeak(1e12, 1e9, 1, "GPU", "bfloat16")
 ROTATING = Options(num_micro_batches=2, micro_batch_schedule="rotating")
@@ -160,3 +162,20 @@ def test_more_launches_take_longer():
         steps = list(drive(make_scheduler(num_requests=1), runner))
         ends[num_kernels_s] = steps[-1].outcome.finished_s
     assert ends[1e-3] > ends[1e-6] + 2.5e-3  # three steps
+
+
+def test_a_projected_trace_has_the_rows_of_a_measured_one():
+    _, steps = project("dp=2,ep=2", Options(overlap=True), flags={"record_events": True})
+    events = json.loads(to_json(list(step_records(steps))))["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert rows == {"compute", "network", "copy"}
+    for rank in range(2):
+        for row in range(2):
+            of_row = [
+                (event["ts"], event["ts"] + event["dur"])
+                for event in events
+                if event["ph"] == "X" and (event["pid"], event["tid"]) == (rank, row)
+            ]
+            assert of_row
+            for (_, end), (begin, _) in pairwise(sorted(of_row)):
+                assert begin >= end - 2e-3  # rounded

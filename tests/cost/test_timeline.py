@@ -301,16 +301,20 @@ def halves(draw):
     groups = draw(st.sampled_from([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 2]]))
     contention = draw(st.floats(0.0, 1.0))
     low, high = draw(st.floats(0.1, 1.0)), draw(st.floats(1.0, 5.0))
+    size = len(is_transfer)
+    num_kernels = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
+    syncs_host = draw(st.booleans())
     parts = []
     for _ in range(draw(st.integers(1, 2))):
         steps = []
-        for each in is_transfer:
+        for each, num in zip(is_transfer, num_kernels, strict=True):
             values = [draw(durations) for _ in range(3)]
-            bounds = {"low": low, "high": high}
+            flags = {"low": low, "high": high, "num_kernels": num}
             if each:
-                steps.append(send(*values, group=groups, contention=contention, **bounds))
+                flags |= {"contention": contention, "syncs_host": syncs_host}
+                steps.append(send(*values, group=groups, **flags))
             else:
-                steps.append(compute(*values, **bounds))
+                steps.append(compute(*values, **flags))
         parts.append(part(*steps))
     return parts
 
@@ -414,3 +418,28 @@ def test_metrics_see_what_was_put_in():
         Cause.ATTENTION: 3.0,
         Cause.HEAD: 0.5,
     }
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=halves(),
+    execution=st.sampled_from(Execution),
+    launch_s=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    num_layers=st.integers(3, 40),
+)
+def test_jumps_are_exact(parts, execution, launch_s, num_layers):
+    parts = [
+        [Block([timed for block in blocks for timed in block.steps], range(num_layers))]
+        for blocks in parts
+    ]
+    given_terms = Terms(execution, launch_s * np.array([0.5, 1.0, 2.0]), np.zeros(3))
+    fast, slow = (
+        Timeline(given_terms, 1, 3).run(one_stage(*parts), 0.0, may_jump=may_jump)
+        for may_jump in (True, False)
+    )
+    np.testing.assert_allclose(fast.spans[0][0].end, slow.spans[0][0].end, rtol=1e-7)
+    (of_fast,), (of_slow,) = (
+        stage_seconds(times, num_layers, count_idle=False) for times in (fast, slow)
+    )
+    np.testing.assert_allclose(of_fast.wall_s, of_slow.wall_s, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(of_fast.blocked_s, of_slow.blocked_s, rtol=1e-6, atol=1e-6)
