@@ -142,6 +142,16 @@ def residuals(rows: Rows, axes: Mapping[str, Sequence[float]], correction: Float
     return np.log(rows.seconds / rows.roofline_s) - predicted
 
 
+def knots_of(values: Floats, most: int) -> tuple[float, ...]:
+    """At most `most` knots from the least to the largest value, each at a value that occurs."""
+    distinct = np.unique(values)
+    if len(distinct) <= most:
+        return tuple(distinct.tolist())
+    wanted = np.geomspace(distinct[0], distinct[-1], most)
+    nearest = np.abs(np.log(distinct[:, None] / wanted)).argmin(axis=0)
+    return tuple(distinct[np.unique(nearest)].tolist())
+
+
 def _stretched(knots: Sequence[float], values: Floats) -> tuple[float, ...]:
     """Knots that end where the values do, so that a law knows where it has to guess."""
     least, most = float(values.min()), float(values.max())
