@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import CapacityError, SpecError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from expertlane.engine.pool import RankPool
+    from expertlane.experiment.projection import ExperimentProjector
+    from expertlane.results.projection import Projection
     from expertlane.results.schema import Results
     from expertlane.spec.experiment import Experiment
     from expertlane.spec.record import StepRecord
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_EXPERIMENT = "paper-small"
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 1e6
+DEFAULT_PROFILE = "h100"
+DEFAULT_SKEW = 1.0
+MAX_SKEW = 10.0
 
 
 class Dtype(StrEnum):
@@ -84,6 +89,30 @@ _Trace = Annotated[
         "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
     ),
 ]
+_Project = Annotated[
+    bool,
+    typer.Option(
+        "--project",
+        help="Also show what a cluster model says of the same deployments, in tables of its own; "
+        "alone where this machine is too small to run them.",
+    ),
+]
+_Cluster = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROFILExN",
+        help="The modelled cluster for --project: so many devices of a profile (h100, h200, b200, "
+        "a100, or a TOML file of expertlane calibrate). Default: as many h100 as ranks.",
+    ),
+]
+_Skew = Annotated[
+    float,
+    typer.Option(
+        metavar="ALPHA",
+        help="For --project: beside balanced routing, one where experts' popularity falls with "
+        "their rank to the power of -ALPHA.",
+    ),
+]
 Oversubscribe = Annotated[
     bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
 ]
@@ -106,6 +135,9 @@ def compare(
     oversubscribe: Oversubscribe = False,
     timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
     dtype: _Dtype = None,
+    project: _Project = False,
+    cluster: _Cluster = None,
+    skew: _Skew = DEFAULT_SKEW,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
@@ -127,6 +159,8 @@ def compare(
           who sends how much to whom, and which rank, expert and layer are hottest
       expertlane compare --trace
           what every rank does when, step by step
+      expertlane compare paper --project
+          the paper's experiment on a modelled cluster of 16 H100, judged
       expertlane compare --json | jq '.deployments[].decode.tps'
           for other programs
       torchrun --nproc-per-node 16 -m expertlane compare
@@ -135,20 +169,50 @@ def compare(
     if not (0 < timeout_s <= MAX_TIMEOUT_S):
         raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
     comparisons = _comparisons(experiment, model, top_k, out)
-    from expertlane.cli.output import check_folder, is_speaker, progress_on_stderr, stdout_console
+    from expertlane.cli.output import check_folder, is_speaker
     from expertlane.engine.deployment_check import check_experiment
-    from expertlane.experiment.compare import check_memory, run_comparison
 
     for each, _ in comparisons:
         check_experiment(each)
+    number_type = _dtype_of(comparisons, dtype)
+    projectors = _projectors(comparisons, project, cluster, skew, number_type)
     if is_speaker():
         for _, folder in comparisons:
             check_folder(folder)
+    shown = _Shown(projectors, as_json=as_json, traffic=traffic)
+    reason = _shortage(comparisons, number_type) if projectors else None
+    if reason is None:
+        try:
+            _measure(comparisons, shown, timeout_s, number_type, oversubscribe, trace)
+            return
+        except CapacityError as error:
+            if not projectors or shown.num_published:
+                raise
+            reason = str(error)
+    for each, folder in comparisons:
+        shown.publish_projection(each, folder, reason)
+
+
+def _measure(
+    comparisons: "list[tuple[Experiment, Path]]",
+    shown: "_Shown",
+    timeout_s: float,
+    dtype: str | None,
+    oversubscribe: bool,
+    trace: bool,
+) -> None:
+    """Run all on the same ranks.
+
+    Raises:
+        CapacityError: one of them does not fit; raised before the first is run.
+    """
+    from expertlane.cli.output import progress_on_stderr
+    from expertlane.experiment.compare import check_memory, run_comparison
+
     num_ranks = max(each.num_ranks for each, _ in comparisons)
-    pool = _start(num_ranks, timeout_s, _dtype_of(comparisons, dtype), oversubscribe)
+    pool = _start(num_ranks, timeout_s, dtype, oversubscribe)
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
-    command = shlex.join(["expertlane", *sys.argv[1:]])
     with pool:
         for each, _ in comparisons:
             check_memory(each, pool)
@@ -156,8 +220,97 @@ def compare(
             traces: dict[str, list[StepRecord]] = {}
             on_trace = traces.__setitem__ if trace else None
             with progress_on_stderr() as progress:
-                results = run_comparison(each, pool, progress, command=command, on_trace=on_trace)
-            _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
+                results = run_comparison(
+                    each, pool, progress, command=_command(), on_trace=on_trace
+                )
+            shown.publish(results, each, folder, traces)
+
+
+class _Shown:
+    """Prints and writes what was found, with a projection beside it if asked for.
+
+    Attributes:
+        num_published: comparisons so far.
+    """
+
+    def __init__(
+        self, projectors: "dict[int, ExperimentProjector]", *, as_json: bool, traffic: bool
+    ) -> None:
+        self._projectors = projectors
+        self._as_json = as_json
+        self._traffic = traffic
+        self.num_published = 0
+
+    def publish(
+        self,
+        results: "Results",
+        experiment: "Experiment",
+        folder: Path,
+        traces: "Mapping[str, Sequence[StepRecord]]",
+    ) -> None:
+        """What was measured."""
+        from expertlane.cli.output import stdout_console
+
+        if self._projectors:
+            results = replace(results, projection=self._project(experiment, None))
+        self.num_published += 1
+        as_json, traffic = self._as_json, self._traffic
+        _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
+
+    def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
+        """A projection alone, and why nothing was measured."""
+        from expertlane.cli.output import stdout_console
+        from expertlane.experiment.projected_results import projected_results
+
+        print(f"expertlane: nothing is measured here: {reason}", file=sys.stderr)
+        projection = self._project(experiment, reason)
+        results = projected_results(experiment, projection, _command())
+        _publish(results, folder, stdout_console(), {}, as_json=self._as_json, traffic=False)
+
+    def _project(self, experiment: "Experiment", reason: str | None) -> "Projection":
+        from expertlane.cli.output import progress_on_stderr
+
+        with progress_on_stderr() as progress:
+            return self._projectors[id(experiment)].run(progress, reason)
+
+
+def _command() -> str:
+    return shlex.join(["expertlane", *sys.argv[1:]])
+
+
+def _projectors(
+    comparisons: "list[tuple[Experiment, Path]]",
+    project: bool,
+    cluster: str | None,
+    skew: float,
+    dtype: str | None,
+) -> "dict[int, ExperimentProjector]":
+    """One for each experiment, by its id; none if no projection was asked for."""
+    if not project:
+        if cluster is not None or skew != DEFAULT_SKEW:
+            option = "--skew" if cluster is None else "--cluster"
+            raise UserError(f"{option} is of a projection; add --project")
+        return {}
+    if not 0 <= skew <= MAX_SKEW:
+        raise UserError(f"--skew is {skew:g}; valid: 0 to {MAX_SKEW:g}")
+    from expertlane.cost.cluster import parse_cluster
+    from expertlane.experiment.projection import ExperimentProjector, usual_number_type
+
+    found = {}
+    for experiment, _ in comparisons:
+        name = f"{DEFAULT_PROFILE}x{experiment.num_ranks}" if cluster is None else cluster
+        modelled = parse_cluster(name)
+        number_type = dtype or usual_number_type(modelled)
+        found[id(experiment)] = ExperimentProjector(experiment, modelled, number_type, skew)
+    return found
+
+
+def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:
+    """Why one of them can't be run here, if that is known before any rank is started."""
+    from expertlane.experiment.local_memory import memory_shortage
+
+    reasons = (memory_shortage(each, dtype) for each, _ in comparisons)
+    return next(filter(None, reasons), None)
 
 
 def _comparisons(
