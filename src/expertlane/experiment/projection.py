@@ -1,7 +1,7 @@
 """An experiment's deployments on a modelled cluster: what `compare --project` adds."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from expertlane.balance.deployed import placements_of
@@ -131,7 +131,7 @@ class ExperimentProjector:
         experiment = self._experiment
         own = (experiment.model.num_experts_per_tok,)
         layouts = {each.layout for each in experiment.deployments}
-        if is_papers_model(experiment.model) and set(LAYOUTS) <= layouts:
+        if is_papers_model(asdict(experiment.model)) and set(LAYOUTS) <= layouts:
             return tuple(dict.fromkeys((*own, *TOP_KS)))
         return own
 

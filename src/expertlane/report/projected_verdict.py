@@ -1,0 +1,139 @@
+"""The top of a projection: its few most important numbers, and what to make of them."""
+
+from expertlane.report.document import Section, Table, number, text
+from expertlane.report.numbers import figures, milliseconds, percent, times
+from expertlane.report.projected_rows import (
+    at_context,
+    baselines,
+    bounds,
+    conditions_in_words,
+    fastest,
+    proposals,
+)
+from expertlane.results.projection import ProjectedDeployment, Projection
+
+_FULL = 0.995
+
+
+def verdict(projection: Projection, reported: tuple[str, ...]) -> Section:
+    """Baseline, best baseline, best proposal and the planner's best at one context.
+
+    Args:
+        reported: what to say of a paper's own numbers.
+    """
+    tables = tuple(_table(projection, top_k) for top_k in projection.top_ks)
+    nothing = (
+        (f"Nothing was measured here: {projection.not_measured}.",)
+        if projection.not_measured
+        else ()
+    )
+    return Section(
+        f"Projected: verdict ({projection.cluster}, nothing here was measured)",
+        (
+            *nothing,
+            f"Decode steps of {projection.num_sequences:,} sequences at {projection.context:,} "
+            f"tokens of context, {projection.types}; likely values with their bounds:",
+            *tables,
+            *(_sentence(projection, top_k) for top_k in projection.top_ks),
+            *reported,
+            _firmness(projection),
+        ),
+    )
+
+
+def _cast(projection: Projection, top_k: int) -> list[tuple[str, ProjectedDeployment]]:
+    """Who plays which part."""
+    rows = projection.usual(top_k)
+    cast = [("baseline", rows[0]), ("best baseline", fastest(projection, baselines(rows)))]
+    if proposals(rows):
+        cast.append(("best proposal", fastest(projection, proposals(rows))))
+    planned = next((each for each in projection.planned if each.top_k == top_k), None)
+    if planned is not None and planned.decode is not None:
+        cast.append(("planner's best", planned.decode))
+    return cast
+
+
+def _table(projection: Projection, top_k: int) -> Table:
+    cast = _cast(projection, top_k)
+    first, best = (at_context(projection, row).tps.value for _, row in cast[:2])
+    rows = []
+    for part, row in cast:
+        step = at_context(projection, row)
+        rows.append(
+            (
+                part,
+                row.name,
+                figures(step.tps.value),
+                bounds(step.tps),
+                milliseconds(step.step_s.value),
+                bounds(step.step_s, 1e3),
+                figures(step.tps.value / first),
+                figures(step.tps.value / best),
+            )
+        )
+    conditions = conditions_in_words(cast[0][1].conditions)
+    return Table(
+        conditions,
+        (
+            text("part"),
+            text("deployment"),
+            number("decode TPS"),
+            number("low–high"),
+            number("TPOT ms"),
+            number("low–high"),
+            number("× first"),
+            number("× best base"),
+        ),
+        tuple(rows),
+    )
+
+
+def _sentence(projection: Projection, top_k: int) -> str:
+    """What the proposal gains, at every context."""
+    rows = projection.usual(top_k)
+    if not proposals(rows):
+        return f"Top-{top_k}: no deployment is a proposal; all are baselines."
+    first, best = rows[0], fastest(projection, baselines(rows))
+    proposal = fastest(projection, proposals(rows))
+    against_first = _factors(projection, proposal, first)
+    against_best = _factors(projection, proposal, best)
+    contexts = projection.contexts
+    between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
+    if len(contexts) == 1:
+        between = f"at {contexts[0]:,} tokens of context"
+    return (
+        f"Top-{top_k}: {proposal.name} has {_span(against_first)} the decode TPS of the first "
+        f"baseline, {first.name}, and {_span(against_best)} that of the best one, {best.name}, "
+        f"{between}."
+    )
+
+
+def _factors(
+    projection: Projection, row: ProjectedDeployment, other: ProjectedDeployment
+) -> list[float]:
+    found = []
+    for context in projection.contexts:
+        own = row.decode_of(context, projection.num_sequences)
+        others = other.decode_of(context, projection.num_sequences)
+        if own is not None and others is not None:
+            found.append(own.tps.value / others.tps.value)
+    return found
+
+
+def _span(factors: list[float]) -> str:
+    least, most = times(min(factors)), times(max(factors))
+    return least if least == most else f"{figures(min(factors))} to {most}"
+
+
+def _firmness(projection: Projection) -> str:
+    steps = [at_context(projection, row) for row in projection.usual(projection.top_ks[0])]
+    shares = [step.extrapolated_share for step in steps]
+    low, high = min(shares), max(shares)
+    if high == 0:
+        return "All of it lies within the sizes that the profile's laws were fitted to."
+    span = percent(low) if percent(low) == percent(high) else f"{percent(low)} to {percent(high)}"
+    words = "Most" if low > 0.5 else "Part"
+    return (
+        f"{words} of it is extrapolated: {span} of these steps' time lies outside the sizes that "
+        "were ever measured (see the assumptions), so trust orders and factors more than digits."
+    )
