@@ -76,7 +76,7 @@ def _fastest(
     own: Sequence[ProjectedDeployment],
     row_of: Callable[[Deployment], ProjectedDeployment],
 ) -> ProjectedDeployment | None:
-    finalists = [] if found is None else [each for each in found.finalists]
+    finalists = [] if found is None else found.finalists
     rows = list(own)
     for finalist in [each for each in finalists if each.num_seqs >= num_seqs][:_NUM_IN_FULL]:
         layout, options = finalist.option.candidate

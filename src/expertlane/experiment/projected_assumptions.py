@@ -67,19 +67,16 @@ def projected_assumptions(
         *_of_sizes(experiment),
     ]
     if any(each.options.rebalance_steps for each in experiment.deployments):
-        rows.append(
-            Assumption("rebalancing", "none", "no option; experts stay where they begin")
-        )
+        rows.append(Assumption("rebalancing", "none", "no option; experts stay where they begin"))
     return tuple(rows)
 
 
 def _of_cluster(cluster: ModelledCluster) -> list[Assumption]:
     profile, device = cluster.profile, cluster.profile.device
-    bases = sorted({each.basis for each in (*profile.surfaces.values(), *profile.terms.values())})
+    bases = {each.basis for each in profile.surfaces.values()}
+    bases |= {each.basis for each in profile.terms.values()}
     near, far = (
-        f"{profile.links[link].bytes_per_s / 1e9:g} GB/s"
-        if link in profile.links
-        else "no figure"
+        f"{profile.links[link].bytes_per_s / 1e9:g} GB/s" if link in profile.links else "no figure"
         for link in (Link.INTRA_NODE, Link.INTER_NODE)
     )
     return [
@@ -91,7 +88,7 @@ def _of_cluster(cluster: ModelledCluster) -> list[Assumption]:
         ),
         Assumption(
             "profile",
-            f"{profile.name}: {', '.join(each.label for each in bases)}",
+            f"{profile.name}: {', '.join(each.label for each in sorted(bases))}",
             "--cluster; measured: on the machine itself; fitted: to published measurements; "
             "bound: a datasheet's limit or an assumption, with wide bounds",
         ),

@@ -98,10 +98,8 @@ class ExperimentProjector:
         rows = self._rows(progress)
         context = self._context(rows)
         scaling = self._scaling(context, progress)
-        planned = []
         progress.task("looking for better layouts", 2 * len(self.top_ks))
-        for top_k in self.top_ks:
-            planned.append(self._planned(top_k, context, rows, progress))
+        planned = [self._planned(top_k, context, rows, progress) for top_k in self.top_ks]
         progress.done()
         device = cluster.profile.device
         return Projection(

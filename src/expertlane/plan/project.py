@@ -188,13 +188,13 @@ def _most_weight_bytes(programs: Sequence[StepProgram]) -> int:
     """What the rank that reads most weights reads of them, in all micro-batches."""
     most = 0.0
     for stage in range(len(programs[0].stages)):
-        of_rank: Floats | float = 0.0
+        of_rank = np.zeros(programs[0].stages[stage][0].mesh.size)
         for each in (each for program in programs for each in program.stages[stage]):
             for section in (section for part in each.parts for section in part.sections):
                 for step in section.steps:
                     if isinstance(step, Operation):
-                        of_rank = of_rank + step.weight_bytes
-        most = max(most, float(np.max(of_rank)))
+                        of_rank += step.weight_bytes
+        most = max(most, float(of_rank.max()))
     return int(most)
 
 

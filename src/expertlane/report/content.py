@@ -51,7 +51,7 @@ def sections(results: Results, *, traffic: bool = False) -> tuple[Section, ...]:
         work_and_traffic(comparison),
         hot_spots(comparison),
         *([] if moved is None else [moved]),
-        *(details(results, comparison) if traffic else ()),
+        *(details(results, comparison, machine) if traffic else ()),
         *goals(results, comparison, machine),
         *projected,
         _assumptions(results),

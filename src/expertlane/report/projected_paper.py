@@ -16,7 +16,7 @@ from expertlane.report.projected_rows import (
 from expertlane.results.projection import ProjectedDeployment, Projection, StepProjection
 
 REPORTED_FACTOR = ROWS[1].tps / ROWS[0].tps
-_NUM_SHOWN = 8
+_NUM_SHOWN = 6
 _NUM_NEAREST = 20
 _SHARED = 0.8
 
@@ -122,9 +122,9 @@ def _factor(projection: Projection) -> Section:
     found = combinations(projection)
     reaching = [each for each in found if each.factor >= REPORTED_FACTOR]
     in_bounds = [each for each in found if each.low <= REPORTED_FACTOR <= each.high]
-    nearest = sorted(found, key=lambda each: each.distance)
+    nearest = _nearest(found)
     best = against_best(found)
-    best_nearest = sorted(best, key=lambda each: each.distance)
+    best_nearest = _nearest(best)
     best_reaching = sum(each.factor >= REPORTED_FACTOR for each in best)
     best_in_bounds = sum(each.low <= REPORTED_FACTOR <= each.high for each in best)
     dimensions = " × ".join(
@@ -157,6 +157,16 @@ def _factor(projection: Projection) -> Section:
             _table("The nearest against the best baseline", best_nearest[:_NUM_SHOWN]),
         ),
     )
+
+
+def _nearest(found: Iterable[Combination]) -> list[Combination]:
+    """Nearest to the reported factor first; of those that differ in execution alone, one."""
+    different: dict[tuple[object, ...], Combination] = {}
+    for each in sorted(found, key=lambda each: each.distance):
+        top_k, _, routing = each.baseline.conditions
+        key = each.baseline.name, each.proposal.name, top_k, routing, each.below.context
+        different.setdefault(key, each)
+    return list(different.values())
 
 
 def _table(title: str, rows: Sequence[Combination]) -> Table:
@@ -218,8 +228,8 @@ def _within(projection: Projection, reported: ReportedRow, part: str) -> str:
     highest = max(each[1].tps.high for each in steps)
     return (
         f"{reported.name}, {reported.tps:,} TPS: within the bounds of {len(inside):,} of "
-        f"{len(steps):,} projected {part} steps. The nearest is {row.name} at {step.context:,} "
-        f"tokens of context ({conditions_in_words(row.conditions)}): {figures(step.tps.value)} TPS "
+        f"{len(steps):,} projected {part} steps. The nearest is {row.name} at "
+        f"{counted(step.context, 'token')} of context ({conditions_in_words(row.conditions)}): {figures(step.tps.value)} TPS "
         f"({figures(step.tps.low)}–{figures(step.tps.high)}), {milliseconds(step.step_s.value)} "
         f"ms. The fastest is {top_row.name} at {top.context:,} "
         f"({conditions_in_words(top_row.conditions)}): {figures(top.tps.value)}; no bound is above "
@@ -236,7 +246,8 @@ def _floor(projection: Projection) -> str:
     least_s = decode_step(projection, row, near).floor_s
     most_s = decode_step(projection, row, far).floor_s
     head = (
-        f"The floor of {row.name} is {milliseconds(least_s)} ms at {near:,} token of context and "
+        f"The floor of {row.name} is {milliseconds(least_s)} ms at {counted(near, 'token')} of "
+        f"context and "
         f"{milliseconds(most_s)} ms at {far:,}, by bytes over bandwidth alone. The reported "
         f"{ROWS[1].tpot_ms} ms"
     )

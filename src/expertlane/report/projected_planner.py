@@ -8,9 +8,9 @@ from expertlane.results.projection import Planned, Projection
 
 def planner(projection: Projection) -> Section:
     """For the decode step that is spoken of, and for the whole workload."""
-    parts: list[str | Table] = []
-    for planned in projection.planned:
-        parts.append(_decode_sentence(projection, planned))
+    parts: list[str | Table] = [
+        _decode_sentence(projection, planned) for planned in projection.planned
+    ]
     for planned in projection.planned:
         if planned.served:
             parts.append(_served_sentence(planned))
@@ -25,7 +25,7 @@ def planner(projection: Projection) -> Section:
 def _decode_sentence(projection: Projection, planned: Planned) -> str:
     head = (
         f"Top-{planned.top_k}, decode at {projection.context:,}: of {planned.num_candidates:,} "
-        f"deployments ({planned.num_too_large:,} do not fit)"
+        f"deployments ({planned.num_too_large:,} too large)"
     )
     best = planned.decode
     if best is None:
@@ -51,8 +51,7 @@ def _served_sentence(planned: Planned) -> str:
     first, fastest = own[0], max(own, key=lambda each: each.tps.value)
     return (
         f"{head}, with {times(best.tps.value / first.tps.value)} the output of {first.name} and "
-        f"{times(best.tps.value / fastest.tps.value)} that of the experiment's best, "
-        f"{fastest.name}."
+        f"{times(best.tps.value / fastest.tps.value)} that of {fastest.name}, the experiment's best."
     )
 
 

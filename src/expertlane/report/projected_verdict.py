@@ -1,5 +1,7 @@
 """The top of a projection: its few most important numbers, and what to make of them."""
 
+from collections.abc import Sequence
+
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import figures, milliseconds, percent, times
 from expertlane.report.projected_rows import (
@@ -11,8 +13,6 @@ from expertlane.report.projected_rows import (
     proposals,
 )
 from expertlane.results.projection import ProjectedDeployment, Projection
-
-_FULL = 0.995
 
 
 def verdict(projection: Projection, reported: tuple[str, ...]) -> Section:
@@ -61,24 +61,21 @@ def _table(projection: Projection, top_k: int) -> Table:
         step = at_context(projection, row)
         rows.append(
             (
-                part,
-                row.name,
+                f"{part}: {row.name}",
                 figures(step.tps.value),
-                bounds(step.tps),
+                bounds(step.tps, 1e-3),
                 milliseconds(step.step_s.value),
                 bounds(step.step_s, 1e3),
                 figures(step.tps.value / first),
                 figures(step.tps.value / best),
             )
         )
-    conditions = conditions_in_words(cast[0][1].conditions)
     return Table(
-        conditions,
+        conditions_in_words(cast[0][1].conditions),
         (
-            text("part"),
             text("deployment"),
             number("decode TPS"),
-            number("low–high"),
+            number("low–high, 1000 TPS"),
             number("TPOT ms"),
             number("low–high"),
             number("× first"),
@@ -89,7 +86,7 @@ def _table(projection: Projection, top_k: int) -> Table:
 
 
 def _sentence(projection: Projection, top_k: int) -> str:
-    """What the proposal gains, at every context."""
+    """What the proposal gains: at every context, in prefill, and under skewed routing."""
     rows = projection.usual(top_k)
     if not proposals(rows):
         return f"Top-{top_k}: no deployment is a proposal; all are baselines."
@@ -98,14 +95,44 @@ def _sentence(projection: Projection, top_k: int) -> str:
     against_first = _factors(projection, proposal, first)
     against_best = _factors(projection, proposal, best)
     contexts = projection.contexts
-    between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
-    if len(contexts) == 1:
-        between = f"at {contexts[0]:,} tokens of context"
+    between = f"at {contexts[0]:,} tokens of context"
+    if len(contexts) > 1:
+        between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
     return (
         f"Top-{top_k}: {proposal.name} has {_span(against_first)} the decode TPS of the first "
-        f"baseline, {first.name}, and {_span(against_best)} that of the best one, {best.name}, "
-        f"{between}."
+        f"baseline, {first.name}, and {_span(against_best)} that of {best.name}, {between}."
+        f"{_prefill(rows)}{_skewed(projection, top_k)}"
     )
+
+
+def _prefill(rows: Sequence[ProjectedDeployment]) -> str:
+    known = [(row, row.prefill.tps.value) for row in rows if row.prefill]
+    of_baselines = [each for each in known if each[0].is_baseline]
+    of_proposals = [each for each in known if not each[0].is_baseline]
+    if not of_baselines or not of_proposals:
+        return ""
+    best, proposal = (max(some, key=lambda each: each[1]) for some in (of_baselines, of_proposals))
+    return (
+        f" Prefill: {figures(proposal[1])} TPS with {proposal[0].name}, {figures(best[1])} with "
+        f"{best[0].name} ({times(proposal[1] / best[1])})."
+    )
+
+
+def _skewed(projection: Projection, top_k: int) -> str:
+    found = next((each for each in projection.conditions if _is_skewed(each, top_k)), None)
+    if found is None:
+        return ""
+    rows = projection.rows(found)
+    best, proposal = fastest(projection, baselines(rows)), fastest(projection, proposals(rows))
+    factor = at_context(projection, proposal).tps.value / at_context(projection, best).tps.value
+    return (
+        f" With skewed routing the best proposal, {proposal.name}, has {times(factor)} the decode "
+        f"TPS of the best baseline, {best.name}, at {projection.context:,}."
+    )
+
+
+def _is_skewed(conditions: tuple[int, str, str], top_k: int) -> bool:
+    return conditions[0] == top_k and conditions[2] == "skewed"
 
 
 def _factors(

@@ -15,6 +15,7 @@ from expertlane.report.projected_rows import (
 from expertlane.results.projection import ProjectedDeployment, Projection
 
 _MOST_COLUMNS = 8
+_LEAST_SHARE = 5e-4  # of the step; a cause below it everywhere has no row
 
 
 def why(projection: Projection) -> Section:
@@ -38,12 +39,11 @@ def why(projection: Projection) -> Section:
 def _table(projection: Projection, rows: Sequence[ProjectedDeployment]) -> Table:
     place = numbers(projection)
     steps = [at_context(projection, row) for row in rows]
-    causes = [
-        cause for cause in steps[0].shares if any(step.shares.get(cause, 0) > 5e-4 for step in steps)
-    ]
+    shares = {cause: [step.shares.get(cause, 0.0) for step in steps] for cause in steps[0].shares}
     cells = [
-        (cause, *(percent(share) if (share := step.shares.get(cause, 0)) else NONE for step in steps))
-        for cause in causes
+        (cause, *(percent(share) if share else NONE for share in of_cause))
+        for cause, of_cause in shares.items()
+        if max(of_cause) > _LEAST_SHARE
     ]
     cells.append(("ms in all", *(milliseconds(step.step_s.value) for step in steps)))
     return Table(
