@@ -2,9 +2,6 @@
 
 import os
 import re
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,24 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertlane.cli.compare_output import (
+    DEFAULT_SKEW,
+    Shown,
+    command_line,
+    projections_of,
+    projectors_of,
+)
 from expertlane.errors import CapacityError, SpecError, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from expertlane.engine.pool import RankPool
-    from expertlane.experiment.projection import ExperimentProjector
-    from expertlane.results.projection import Projection
-    from expertlane.results.schema import Results
     from expertlane.spec.experiment import Experiment
     from expertlane.spec.record import StepRecord
 
 DEFAULT_EXPERIMENT = "paper-small"
 DEFAULT_TIMEOUT_S = 60.0
 MAX_TIMEOUT_S = 1e6
-DEFAULT_PROFILE = "h100"
-DEFAULT_SKEW = 1.0
-MAX_SKEW = 10.0
 
 
 class Dtype(StrEnum):
@@ -175,11 +171,12 @@ def compare(
     for each, _ in comparisons:
         check_experiment(each)
     number_type = _dtype_of(comparisons, dtype)
-    projectors = _projectors(comparisons, project, cluster, skew, number_type)
+    projectors = projectors_of(comparisons, project, cluster, skew, number_type)
     if is_speaker():
         for _, folder in comparisons:
             check_folder(folder)
-    shown = _Shown(projectors, as_json=as_json, traffic=traffic)
+    projections = projections_of(projectors) if is_speaker() else {}
+    shown = Shown(projections, as_json=as_json, traffic=traffic)
     reason = _shortage(comparisons, number_type) if projectors else None
     if reason is None:
         try:
@@ -195,7 +192,7 @@ def compare(
 
 def _measure(
     comparisons: "list[tuple[Experiment, Path]]",
-    shown: "_Shown",
+    shown: Shown,
     timeout_s: float,
     dtype: str | None,
     oversubscribe: bool,
@@ -221,88 +218,9 @@ def _measure(
             on_trace = traces.__setitem__ if trace else None
             with progress_on_stderr() as progress:
                 results = run_comparison(
-                    each, pool, progress, command=_command(), on_trace=on_trace
+                    each, pool, progress, command=command_line(), on_trace=on_trace
                 )
             shown.publish(results, each, folder, traces)
-
-
-class _Shown:
-    """Prints and writes what was found, with a projection beside it if asked for.
-
-    Attributes:
-        num_published: comparisons so far.
-    """
-
-    def __init__(
-        self, projectors: "dict[int, ExperimentProjector]", *, as_json: bool, traffic: bool
-    ) -> None:
-        self._projectors = projectors
-        self._as_json = as_json
-        self._traffic = traffic
-        self.num_published = 0
-
-    def publish(
-        self,
-        results: "Results",
-        experiment: "Experiment",
-        folder: Path,
-        traces: "Mapping[str, Sequence[StepRecord]]",
-    ) -> None:
-        """What was measured."""
-        from expertlane.cli.output import stdout_console
-
-        if self._projectors:
-            results = replace(results, projection=self._project(experiment, None))
-        self.num_published += 1
-        as_json, traffic = self._as_json, self._traffic
-        _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
-
-    def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
-        """A projection alone, and why nothing was measured."""
-        from expertlane.cli.output import stdout_console
-        from expertlane.experiment.projected_results import projected_results
-
-        print(f"expertlane: nothing is measured here: {reason}", file=sys.stderr)
-        projection = self._project(experiment, reason)
-        results = projected_results(experiment, projection, _command())
-        _publish(results, folder, stdout_console(), {}, as_json=self._as_json, traffic=False)
-
-    def _project(self, experiment: "Experiment", reason: str | None) -> "Projection":
-        from expertlane.cli.output import progress_on_stderr
-
-        with progress_on_stderr() as progress:
-            return self._projectors[id(experiment)].run(progress, reason)
-
-
-def _command() -> str:
-    return shlex.join(["expertlane", *sys.argv[1:]])
-
-
-def _projectors(
-    comparisons: "list[tuple[Experiment, Path]]",
-    project: bool,
-    cluster: str | None,
-    skew: float,
-    dtype: str | None,
-) -> "dict[int, ExperimentProjector]":
-    """One for each experiment, by its id; none if no projection was asked for."""
-    if not project:
-        if cluster is not None or skew != DEFAULT_SKEW:
-            option = "--skew" if cluster is None else "--cluster"
-            raise UserError(f"{option} is of a projection; add --project")
-        return {}
-    if not 0 <= skew <= MAX_SKEW:
-        raise UserError(f"--skew is {skew:g}; valid: 0 to {MAX_SKEW:g}")
-    from expertlane.cost.cluster import parse_cluster
-    from expertlane.experiment.projection import ExperimentProjector, usual_number_type
-
-    found = {}
-    for experiment, _ in comparisons:
-        name = f"{DEFAULT_PROFILE}x{experiment.num_ranks}" if cluster is None else cluster
-        modelled = parse_cluster(name)
-        number_type = dtype or usual_number_type(modelled)
-        found[id(experiment)] = ExperimentProjector(experiment, modelled, number_type, skew)
-    return found
 
 
 def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:
@@ -394,27 +312,3 @@ def _start(
         progress.advance()
         progress.done()
     return pool
-
-
-def _publish(
-    results: "Results",
-    folder: Path,
-    console: "Console",
-    traces: "Mapping[str, Sequence[StepRecord]]",
-    *,
-    as_json: bool,
-    traffic: bool,
-) -> None:
-    from expertlane.report import markdown, terminal
-    from expertlane.results.file import to_json, write, write_text
-    from expertlane.trace import trace_names, write_trace
-
-    if as_json:
-        console.out(to_json(results), highlight=False, end="")
-    else:
-        terminal.show(results, console, traffic=traffic)
-    page = markdown.render(results, traffic=traffic)
-    written = [write(results, folder), write_text(folder / "report.md", page)]
-    names = trace_names(traces)
-    written += [write_trace(folder / names[each], steps) for each, steps in traces.items()]
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

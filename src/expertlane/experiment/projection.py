@@ -88,12 +88,8 @@ class ExperimentProjector:
                     f"{self._cluster} has {self._cluster.num_devices}; take {name}x{needed} or more"
                 )
 
-    def run(self, progress: Progress, not_measured: str | None = None) -> Projection:
-        """Everything.
-
-        Args:
-            not_measured: why nothing was measured beside it.
-        """
+    def run(self, progress: Progress) -> Projection:
+        """Everything."""
         experiment, cluster = self._experiment, self._cluster
         rows = self._rows(progress)
         context = self._context(rows)
@@ -120,7 +116,6 @@ class ExperimentProjector:
             assumptions=projected_assumptions(
                 experiment, cluster, self._types, self._skew, self._executions, self._prefill_size
             ),
-            not_measured=not_measured,
         )
 
     @property

@@ -229,7 +229,8 @@ def _within(projection: Projection, reported: ReportedRow, part: str) -> str:
     return (
         f"{reported.name}, {reported.tps:,} TPS: within the bounds of {len(inside):,} of "
         f"{len(steps):,} projected {part} steps. The nearest is {row.name} at "
-        f"{counted(step.context, 'token')} of context ({conditions_in_words(row.conditions)}): {figures(step.tps.value)} TPS "
+        f"{counted(step.context, 'token')} of context ({conditions_in_words(row.conditions)}): "
+        f"{figures(step.tps.value)} TPS "
         f"({figures(step.tps.low)}–{figures(step.tps.high)}), {milliseconds(step.step_s.value)} "
         f"ms. The fastest is {top_row.name} at {top.context:,} "
         f"({conditions_in_words(top_row.conditions)}): {figures(top.tps.value)}; no bound is above "

@@ -51,7 +51,8 @@ def _served_sentence(planned: Planned) -> str:
     first, fastest = own[0], max(own, key=lambda each: each.tps.value)
     return (
         f"{head}, with {times(best.tps.value / first.tps.value)} the output of {first.name} and "
-        f"{times(best.tps.value / fastest.tps.value)} that of {fastest.name}, the experiment's best."
+        f"{times(best.tps.value / fastest.tps.value)} that of {fastest.name}, the experiment's "
+        "best."
     )
 
 

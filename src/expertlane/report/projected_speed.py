@@ -130,8 +130,8 @@ def conditions(projection: Projection) -> Section:
     ]
     parts += _graph_against_eager(projection)
     parts.append(
-        f"Skewed: a power law of popularity, alpha {projection.skew:g}. Layouts with ep=1 cut every "
-        "expert over all ranks of a stage: no routing makes one of them late."
+        f"Skewed: a power law of popularity, alpha {projection.skew:g}. Layouts with ep=1 cut "
+        "every expert over all ranks of a stage: no routing makes one of them late."
     )
     return Section("Projected: routing and execution", tuple(parts))
 

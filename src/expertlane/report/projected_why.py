@@ -24,8 +24,10 @@ def why(projection: Projection) -> Section:
     for top_k in projection.top_ks:
         rows = projection.usual(top_k)
         for some in (baselines(rows), proposals(rows)):
-            for first in range(0, len(some), _MOST_COLUMNS):
-                parts.append(_table(projection, some[first : first + _MOST_COLUMNS]))
+            parts += [
+                _table(projection, some[first : first + _MOST_COLUMNS])
+                for first in range(0, len(some), _MOST_COLUMNS)
+            ]
     parts.append(
         "Mean over ranks; the last row is a step in which every sequence goes one token on. Reads "
         "are of operations that memory bandwidth bounds. A transfer counts where it is waited for."
