@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import NONE, bytes_si, counted, figures, milliseconds, percent, times
-from expertlane.report.projected_rows import BEYOND, at_context, numbers, tps
+from expertlane.report.projected_rows import BEYOND, at_context, bounds, numbers, tps
 from expertlane.results.projection import ProjectedDeployment, ProjectedScaling, Projection
 from expertlane.spec.names import ProjectedCause
 
@@ -174,13 +174,18 @@ def _scaling(projection: Projection) -> Section:
                 for each in points
             ),
         ),
-        "Low to high of TPS: "
-        + "; ".join(
-            f"ep={each.layout.ep_size} {figures(each.same_work.tps.low)}–"
-            f"{figures(each.same_work.tps.high)}"
-            for each in points
-        )
-        + ".",
+        Table(
+            "Low to high, 1000 TPS",
+            (number("ep"), number("same work"), number("same share")),
+            tuple(
+                (
+                    str(each.layout.ep_size),
+                    bounds(each.same_work.tps, 1e-3),
+                    bounds(each.same_share.tps, 1e-3),
+                )
+                for each in points
+            ),
+        ),
     ]
     if too_large:
         names = ", ".join(f"ep={each.layout.ep_size}" for each in too_large)

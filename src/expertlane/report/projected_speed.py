@@ -124,9 +124,10 @@ def _bounds(projection: Projection, rows: tuple[ProjectedDeployment, ...]) -> Ta
 def conditions(projection: Projection) -> Section:
     """Balanced and skewed, in graphs and eager: the step that is spoken of, and prefill."""
     parts: list[str | Table] = [
-        _by_condition(projection, top_k, is_prefill=is_prefill)
+        table
         for is_prefill in (False, True)
         for top_k in projection.top_ks
+        for table in _by_condition(projection, top_k, is_prefill=is_prefill)
     ]
     parts += _graph_against_eager(projection)
     parts.append(
@@ -158,31 +159,32 @@ def _graph_against_eager(projection: Projection) -> list[str]:
     ]
 
 
-def _by_condition(projection: Projection, top_k: int, *, is_prefill: bool) -> Table:
-    place = numbers(projection)
+def _by_condition(projection: Projection, top_k: int, *, is_prefill: bool) -> list[Table]:
+    """Likely values, and their bounds."""
     all_conditions = [each for each in projection.conditions if each[0] == top_k]
     by_name = {(row.name, row.conditions): row for row in projection.deployments}
-    context = projection.context
-    what = "Prefill TPS" if is_prefill else f"TPOT in ms at {context:,} tokens of context"
-    cells = []
-    for name, number_ in place.items():
-        values = []
-        for each in all_conditions:
-            row = by_name[name, each]
-            if is_prefill:
-                values.append(figures(row.prefill.tps.value) if row.prefill else NONE)
-            else:
-                values.append(tpot(at_context(projection, row)))
-        cells.append((str(number_), name, *values))
-    return Table(
-        f"{what}, top-{top_k}",
-        (
-            text("#"),
-            text("deployment"),
-            *(number(f"{execution}, {routing}") for _, execution, routing in all_conditions),
-        ),
-        tuple(cells),
-    )
+    likely, low_to_high = [], []
+    for name, place in numbers(projection).items():
+        rows = [by_name[name, each] for each in all_conditions]
+        if is_prefill:
+            steps = [row.prefill for row in rows]
+            values = [figures(step.tps.value) if step else NONE for step in steps]
+            spans = [bounds(step.tps, 1e-3) if step else NONE for step in steps]
+        else:
+            decodes = [at_context(projection, row) for row in rows]
+            values = list(map(tpot, decodes))
+            spans = [bounds(step.step_s, 1e3) for step in decodes]
+        likely.append((str(place), name, *values))
+        low_to_high.append((str(place), *spans))
+    what = f"TPOT in ms at {projection.context:,} tokens of context"
+    of_bounds = "low to high"
+    if is_prefill:
+        what, of_bounds = "Prefill TPS", "low to high in thousands"
+    headings = [number(f"{execution}, {routing}") for _, execution, routing in all_conditions]
+    return [
+        Table(f"{what}, top-{top_k}", (text("#"), text("deployment"), *headings), tuple(likely)),
+        Table(f"{what}, top-{top_k}, {of_bounds}", (text("#"), *headings), tuple(low_to_high)),
+    ]
 
 
 def memory(projection: Projection) -> Section:

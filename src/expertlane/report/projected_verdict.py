@@ -44,7 +44,12 @@ def verdict(projection: Projection, reported: tuple[str, ...]) -> Section:
 def _cast(projection: Projection, top_k: int) -> list[tuple[str, ProjectedDeployment]]:
     """Who plays which part."""
     rows = projection.usual(top_k)
-    cast = [("baseline", rows[0]), ("best baseline", fastest(projection, baselines(rows)))]
+    best = fastest(projection, baselines(rows))
+    cast = [("baseline", rows[0])]
+    if best is rows[0]:
+        cast = [("baseline, also the best", best)]
+    else:
+        cast.append(("best baseline", best))
     if proposals(rows):
         cast.append(("best proposal", fastest(projection, proposals(rows))))
     planned = next((each for each in projection.planned if each.top_k == top_k), None)
@@ -55,7 +60,9 @@ def _cast(projection: Projection, top_k: int) -> list[tuple[str, ProjectedDeploy
 
 def _table(projection: Projection, top_k: int) -> Table:
     cast = _cast(projection, top_k)
-    first, best = (at_context(projection, row).tps.value for _, row in cast[:2])
+    own = projection.usual(top_k)
+    first = at_context(projection, own[0]).tps.value
+    best = at_context(projection, fastest(projection, baselines(own))).tps.value
     rows = []
     for part, row in cast:
         step = at_context(projection, row)
@@ -92,15 +99,16 @@ def _sentence(projection: Projection, top_k: int) -> str:
         return f"Top-{top_k}: no deployment is a proposal; all are baselines."
     first, best = rows[0], fastest(projection, baselines(rows))
     proposal = fastest(projection, proposals(rows))
-    against_first = _factors(projection, proposal, first)
-    against_best = _factors(projection, proposal, best)
+    against_first = _span(_factors(projection, proposal, first))
+    against_best = _span(_factors(projection, proposal, best))
+    also = "" if best is first else f", and {against_best} that of {best.name}"
     contexts = projection.contexts
     between = f"at {contexts[0]:,} tokens of context"
     if len(contexts) > 1:
         between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
     return (
-        f"Top-{top_k}: {proposal.name} has {_span(against_first)} the decode TPS of the first "
-        f"baseline, {first.name}, and {_span(against_best)} that of {best.name}, {between}."
+        f"Top-{top_k}: {proposal.name} has {against_first} the decode TPS of the first "
+        f"baseline, {first.name}{also}, {between}."
         f"{_prefill(rows)}{_skewed(projection, top_k)}"
     )
 
