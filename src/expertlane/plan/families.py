@@ -7,19 +7,13 @@ from expertlane.spec.layout import Layout
 
 
 def family_of(layout: Layout) -> str:
-    """In a few words."""
-    parts = []
-    if layout.replicas > 1:
-        parts.append("replicas")
+    """In a few words; how attention is cut is left to the layout."""
+    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
     if layout.pp > 1:
         parts.append("pipeline")
-    if layout.ep > 1:
-        parts.append("expert parallel")
-    elif layout.stage_size > 1:
-        parts.append("experts cut")
-    if layout.tp > 1:
-        parts.append("tensor-parallel attention" if layout.dp > 1 or layout.ep > 1 else "tensor")
-    return " + ".join(parts) or "one device"
+    if layout.replicas > 1:
+        parts.append("replicas")
+    return ", ".join(parts)
 
 
 def best_of_families(options: Sequence[Option]) -> dict[str, Option]:

@@ -28,20 +28,22 @@ def time_by_cause(option: Option, traffic: Traffic) -> dict[str, float]:
 
 
 def why_it_loses(winner: Option, loser: Option, traffic: Traffic) -> str:
-    """For example `2.1× the time a token: weight reads in decode +12 µs, …; 316 sequences fit`."""
+    """For example `µs a token: weight reads in decode +12; memory for 316 sequences`."""
+    if winner is loser:
+        return ""
     mine, best = (time_by_cause(each, traffic) for each in (loser, winner))
     total, least = sum(mine.values()), sum(best.values())
     more = {cause: mine[cause] - best[cause] for cause in mine}
     growth = sum(value for value in more.values() if value > 0)
     named = sorted(more, key=lambda cause: -more[cause])[:_NAMED]
     parts = [
-        f"{cause} +{1e6 * more[cause]:.3g} µs a token"
+        f"{cause} +{1e6 * more[cause]:.3g}"
         for cause in named
         if growth > 0 and more[cause] > _LEAST * growth
     ]
     if total <= least:
         return "as fast by this count"
-    text = ", ".join(parts) or "a little more of everything"
+    text = f"µs a token: {', '.join(parts)}" if parts else "a little more of everything"
     most = np.minimum(traffic.num_sequences, winner.steps.num_seqs.max())
     if loser.steps.num_seqs.max() < most:
         text += f"; memory for {loser.steps.num_seqs.max():,} sequences"

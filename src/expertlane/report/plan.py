@@ -228,8 +228,8 @@ def _assumptions(plan: PlanResults) -> Section:
 
 
 def _named(each: PlannedDeployment) -> str:
-    options = str(each.options)
-    return str(each.layout.layout) + ("" if options == "plain" else f"; {options}")
+    layout, options = str(each.layout.layout).replace(",", ", "), str(each.options)
+    return layout + ("" if options == "plain" else f"; {options}")
 
 
 def _span(estimate: Estimate) -> str:
