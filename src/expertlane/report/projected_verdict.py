@@ -12,7 +12,7 @@ from expertlane.report.projected_rows import (
     fastest,
     proposals,
 )
-from expertlane.results.projection import ProjectedDeployment, Projection
+from expertlane.results.projection import ProjectedDeployment, Projection, StepProjection
 
 
 def verdict(projection: Projection, reported: tuple[str, ...]) -> Section:
@@ -108,9 +108,27 @@ def _sentence(projection: Projection, top_k: int) -> str:
         between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
     return (
         f"Top-{top_k}: {proposal.name} has {against_first} the decode TPS of the first "
-        f"baseline, {first.name}{also}, {between}."
+        f"baseline, {first.name}{also}, {between}.{_why(projection, proposal, first)}"
         f"{_prefill(rows)}{_skewed(projection, top_k)}"
     )
+
+
+def _why(projection: Projection, row: ProjectedDeployment, other: ProjectedDeployment) -> str:
+    """The cause that costs the slower of two most more."""
+    fast, slow = at_context(projection, row), at_context(projection, other)
+    if fast.step_s.value > slow.step_s.value:
+        row, other, fast, slow = other, row, slow, fast
+    excess_s = {cause: _seconds(slow, cause) - _seconds(fast, cause) for cause in slow.shares}
+    main = max(excess_s, key=lambda cause: excess_s[cause])
+    return (
+        f" The largest difference, at {projection.context:,}, is {main}: "
+        f"{milliseconds(_seconds(slow, main))} ms of a step with {other.name}, "
+        f"{milliseconds(_seconds(fast, main))} with {row.name}."
+    )
+
+
+def _seconds(step: StepProjection, cause: str) -> float:
+    return step.shares.get(cause, 0.0) * step.step_s.value
 
 
 def _prefill(rows: Sequence[ProjectedDeployment]) -> str:
