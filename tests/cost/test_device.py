@@ -201,3 +201,17 @@ def test_an_axis_that_a_kind_lacks_is_one_clear_line():
     profile = replace(_TOY, surfaces={"gemm.float32": surface})
     with pytest.raises(SpecError, match="profile toy looks gemm up by rows; it has m, n, k"):
         DeviceModel(profile).times(Kind.GEMM, "float32", _ONE_OF_EACH[Kind.GEMM])
+
+
+def test_what_was_measured_in_caches_is_no_faster_than_the_peak():
+    surface = Surface({}, np.array(-0.5), 0.9, 1.1, Basis.FITTED, "made up")
+    profile = replace(read_profile("h100"), surfaces={"memory": surface}, terms={})
+    bandwidth = profile.device.memory_bytes_per_s
+    sizes = {"bytes": np.array([1e-5, 1e-3]) * bandwidth}
+    published = DeviceModel(profile).times(Kind.MEMORY, "bfloat16", sizes)
+    assert published.seconds == pytest.approx([1e-5 * np.exp(-0.5), 1e-3])
+    assert published.low == pytest.approx([0.9e-5 * np.exp(-0.5), 1e-3])
+    assert published.high == pytest.approx([1.1e-5 * np.exp(-0.5), 1e-3])
+    own = replace(profile, surfaces={"memory": replace(surface, basis=Basis.MEASURED)})
+    measured = DeviceModel(own).times(Kind.MEMORY, "bfloat16", sizes)
+    assert measured.seconds == pytest.approx(np.array([1e-5, 1e-3]) * np.exp(-0.5))

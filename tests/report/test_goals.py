@@ -10,7 +10,7 @@ from expertlane.spec.layout import Layout
 
 
 def goals_of(results: Results) -> tuple[Section, ...]:
-    return goals(results, compare(results))
+    return goals(results, compare(results), results.machine)
 
 
 def tables(section: Section) -> list[Table]:

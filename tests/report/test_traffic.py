@@ -24,7 +24,7 @@ def shown(results, width):
 
 
 def facts(results, number):
-    section = details(results, compare(results))[number - 1]
+    section = details(results, compare(results), results.machine)[number - 1]
     return dict(section.parts[-1].rows)
 
 
@@ -91,7 +91,7 @@ def test_no_line_is_wider_than_the_console_and_no_matrix_is_broken(width):
     results = example.usual()
     text = shown(results, width)
     assert max(map(cell_len, text.splitlines())) <= width
-    for section in details(results, compare(results)):
+    for section in details(results, compare(results), results.machine):
         for part in section.parts:
             if isinstance(part, Figure):
                 assert all(f" {line}" in text for line in part.lines)
@@ -186,7 +186,7 @@ def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
     assert "expert-parallel ones; where an expert is cut over ranks, it goes to all" in page
     assert "prefill and decode counted together, in the layer where that is most" in page
     assert "its fullest expert over the mean, decode alone; load max/mean, above, counts" in page
-    *_, stages, values = details(results, compare(results))[0].parts
+    *_, stages, values = details(results, compare(results), results.machine)[0].parts
     assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")
 
 

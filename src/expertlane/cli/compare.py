@@ -2,9 +2,6 @@
 
 import os
 import re
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane.errors import SpecError, UserError
+from expertlane.cli.compare_output import (
+    DEFAULT_SKEW,
+    Shown,
+    command_line,
+    projections_of,
+    projectors_of,
+)
+from expertlane.errors import CapacityError, SpecError, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from expertlane.engine.pool import RankPool
-    from expertlane.results.schema import Results
     from expertlane.spec.experiment import Experiment
     from expertlane.spec.record import StepRecord
 
@@ -84,6 +85,30 @@ _Trace = Annotated[
         "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
     ),
 ]
+_Project = Annotated[
+    bool,
+    typer.Option(
+        "--project",
+        help="Also show what a cluster model says of the same deployments, in tables of its own; "
+        "alone where this machine is too small to run them.",
+    ),
+]
+_Cluster = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROFILExN",
+        help="The modelled cluster for --project: so many devices of a profile (h100, h200, b200, "
+        "a100, or a TOML file of expertlane calibrate). Default: as many h100 as ranks.",
+    ),
+]
+_Skew = Annotated[
+    float,
+    typer.Option(
+        metavar="ALPHA",
+        help="For --project: beside balanced routing, one where experts' popularity falls with "
+        "their rank to the power of -ALPHA.",
+    ),
+]
 Oversubscribe = Annotated[
     bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
 ]
@@ -106,6 +131,9 @@ def compare(
     oversubscribe: Oversubscribe = False,
     timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
     dtype: _Dtype = None,
+    project: _Project = False,
+    cluster: _Cluster = None,
+    skew: _Skew = DEFAULT_SKEW,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
@@ -127,6 +155,8 @@ def compare(
           who sends how much to whom, and which rank, expert and layer are hottest
       expertlane compare --trace
           what every rank does when, step by step
+      expertlane compare paper --project
+          the paper's experiment on a modelled cluster of 16 H100, judged
       expertlane compare --json | jq '.deployments[].decode.tps'
           for other programs
       torchrun --nproc-per-node 16 -m expertlane compare
@@ -135,20 +165,51 @@ def compare(
     if not (0 < timeout_s <= MAX_TIMEOUT_S):
         raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
     comparisons = _comparisons(experiment, model, top_k, out)
-    from expertlane.cli.output import check_folder, is_speaker, progress_on_stderr, stdout_console
+    from expertlane.cli.output import check_folder, is_speaker
     from expertlane.engine.deployment_check import check_experiment
-    from expertlane.experiment.compare import check_memory, run_comparison
 
     for each, _ in comparisons:
         check_experiment(each)
+    number_type = _dtype_of(comparisons, dtype)
+    projectors = projectors_of(comparisons, project, cluster, skew, number_type)
     if is_speaker():
         for _, folder in comparisons:
             check_folder(folder)
+    projections = projections_of(projectors) if is_speaker() else {}
+    shown = Shown(projections, as_json=as_json, traffic=traffic)
+    reason = _shortage(comparisons, number_type) if projectors else None
+    if reason is None:
+        try:
+            _measure(comparisons, shown, timeout_s, number_type, oversubscribe, trace)
+            return
+        except CapacityError as error:
+            if not projectors or shown.num_published:
+                raise
+            reason = str(error)
+    for each, folder in comparisons:
+        shown.publish_projection(each, folder, reason)
+
+
+def _measure(
+    comparisons: "list[tuple[Experiment, Path]]",
+    shown: Shown,
+    timeout_s: float,
+    dtype: str | None,
+    oversubscribe: bool,
+    trace: bool,
+) -> None:
+    """Run all on the same ranks.
+
+    Raises:
+        CapacityError: one of them does not fit; raised before the first is run.
+    """
+    from expertlane.cli.output import progress_on_stderr
+    from expertlane.experiment.compare import check_memory, run_comparison
+
     num_ranks = max(each.num_ranks for each, _ in comparisons)
-    pool = _start(num_ranks, timeout_s, _dtype_of(comparisons, dtype), oversubscribe)
+    pool = _start(num_ranks, timeout_s, dtype, oversubscribe)
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
-    command = shlex.join(["expertlane", *sys.argv[1:]])
     with pool:
         for each, _ in comparisons:
             check_memory(each, pool)
@@ -156,8 +217,18 @@ def compare(
             traces: dict[str, list[StepRecord]] = {}
             on_trace = traces.__setitem__ if trace else None
             with progress_on_stderr() as progress:
-                results = run_comparison(each, pool, progress, command=command, on_trace=on_trace)
-            _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
+                results = run_comparison(
+                    each, pool, progress, command=command_line(), on_trace=on_trace
+                )
+            shown.publish(results, each, folder, traces)
+
+
+def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:
+    """Why one of them can't be run here, if that is known before any rank is started."""
+    from expertlane.experiment.local_memory import memory_shortage
+
+    reasons = (memory_shortage(each, dtype) for each, _ in comparisons)
+    return next(filter(None, reasons), None)
 
 
 def _comparisons(
@@ -241,27 +312,3 @@ def _start(
         progress.advance()
         progress.done()
     return pool
-
-
-def _publish(
-    results: "Results",
-    folder: Path,
-    console: "Console",
-    traces: "Mapping[str, Sequence[StepRecord]]",
-    *,
-    as_json: bool,
-    traffic: bool,
-) -> None:
-    from expertlane.report import markdown, terminal
-    from expertlane.results.file import to_json, write, write_text
-    from expertlane.trace import trace_names, write_trace
-
-    if as_json:
-        console.out(to_json(results), highlight=False, end="")
-    else:
-        terminal.show(results, console, traffic=traffic)
-    page = markdown.render(results, traffic=traffic)
-    written = [write(results, folder), write_text(folder / "report.md", page)]
-    names = trace_names(traces)
-    written += [write_trace(folder / names[each], steps) for each, steps in traces.items()]
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

@@ -24,6 +24,7 @@ _WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type sta
 # Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
 _EFFICIENCY = 0.6
 _LEAST_EFFICIENCY = 0.2
+_OUT_OF_CACHES_S = 1e-4  # of a roofline; so long no operation lives on what caches hold
 
 
 class DeviceModel:
@@ -51,6 +52,8 @@ class DeviceModel:
         surface, floor_s = law
         base = roofline(self._profile.device, kind, dtype, sizes, floor_s)
         times = surface.times(base.seconds, base.at)
+        if surface.basis is not Basis.MEASURED:
+            times = _no_faster_than_peak(times, base.seconds - floor_s)
         if base.seconds.all():
             return times
         return replace(times, is_extrapolated=times.is_extrapolated & (base.seconds > 0))
@@ -101,3 +104,22 @@ class DeviceModel:
             basis=Basis.BOUND,
             origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
         )
+
+
+def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
+    """Times that keep to the datasheet.
+
+    Published tables have long operations above the peak, measured on data that was in caches.
+
+    Args:
+        peak_s: [R]; bytes over bandwidth or FLOPs over peak.
+    """
+    least_s = np.where(peak_s > _OUT_OF_CACHES_S, peak_s, 0.0)
+    if not least_s.any():
+        return times
+    return replace(
+        times,
+        seconds=np.maximum(times.seconds, least_s),
+        low=np.maximum(times.low, least_s),
+        high=np.maximum(times.high, least_s),
+    )

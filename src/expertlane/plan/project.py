@@ -105,6 +105,7 @@ class Projector:
             read_utilisation=float(why.bytes_utilisation),
             basis_shares=by_basis,
             extrapolated_share=extrapolated,
+            weight_bytes=_most_weight_bytes(programs),
             fits=size.fits,
         )
 
@@ -180,6 +181,20 @@ class Projector:
                         read = step.weight_bytes + step.kv_bytes
                         reading += num * read / device.memory_bytes_per_s
         return float(np.maximum(reading, computing).max())
+
+
+def _most_weight_bytes(programs: Sequence[StepProgram]) -> int:
+    """What the rank that reads most weights reads of them, in all micro-batches."""
+    most = 0.0
+    for stage in range(len(programs[0].stages)):
+        of_rank = np.zeros(programs[0].stages[stage][0].mesh.size)
+        for each in (each for program in programs for each in program.stages[stage]):
+            for section in (section for part in each.parts for section in part.sections):
+                for step in section.steps:
+                    if isinstance(step, Operation):
+                        of_rank += step.weight_bytes
+        most = max(most, float(of_rank.max()))
+    return int(most)
 
 
 def _basis_shares(works: Sequence[list[list[StageWork]]]) -> tuple[dict[str, float], float]:

@@ -18,11 +18,12 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.paper import paper_sections
+from expertlane.report.projected import projected_sections
 from expertlane.report.rebalance import rebalancing
 from expertlane.report.rounding import same_tokens
 from expertlane.report.traffic import details, hot_spots
 from expertlane.report.verdict import foreign_load, oversubscription, verdict
-from expertlane.results.schema import Results
+from expertlane.results.schema import Machine, Results
 
 
 def title(results: Results) -> str:
@@ -35,19 +36,24 @@ def title(results: Results) -> str:
 
 def sections(results: Results, *, traffic: bool = False) -> tuple[Section, ...]:
     """Everything below the heading, in order; with `traffic`, each deployment's in detail."""
+    projected = projected_sections(results)
+    machine = results.machine
+    if machine is None:  # nothing was measured
+        return (*projected, _controlled(results))
     comparison = compare(results)
     moved = rebalancing(results.deployments)
-    notes = filter(None, (oversubscription(results.machine), foreign_load(results)))
+    notes = filter(None, (oversubscription(machine), foreign_load(results)))
     return (
-        Section("Verdict", (*verdict(comparison, results.machine), *notes)),
+        Section("Verdict", (*verdict(comparison, machine), *notes)),
         _deployments(comparison, results.deployments[0].source),
         _gains(comparison),
         bottlenecks(comparison),
         work_and_traffic(comparison),
         hot_spots(comparison),
         *([] if moved is None else [moved]),
-        *(details(results, comparison) if traffic else ()),
-        *goals(results, comparison),
+        *(details(results, comparison, machine) if traffic else ()),
+        *goals(results, comparison, machine),
+        *projected,
         _assumptions(results),
         _controlled(results),
         *paper_sections(results),
@@ -206,6 +212,22 @@ def _controlled(results: Results) -> Section:
         ("model", _listed(experiment.get("model", {}))),
         ("workload", _listed(experiment.get("workload", {}))),
         ("weights", _weights(experiment)),
+        *([] if machine is None else _of_machine(machine)),
+        (
+            "software",
+            f"expertlane {versions.expertlane}, torch {versions.torch}, Python {versions.python}",
+        ),
+        ("run", f"{results.command}, {results.created}"),
+        *([("generated tokens", same_tokens(results.deployments))] if results.deployments else []),
+    )
+    return Section(
+        "Controlled variables (the same for every deployment)",
+        (Table("", (text("what"), text("value")), rows),),
+    )
+
+
+def _of_machine(machine: Machine) -> list[tuple[str, str]]:
+    return [
         (
             "machine",
             f"{machine.cpu_name}, {machine.num_cores} cores, {bytes_si(machine.memory_bytes)}, "
@@ -223,17 +245,7 @@ def _controlled(results: Results) -> Section:
             f"{machine.num_ranks}, {figures(machine.ranks_per_core)} a core, "
             f"{machine.ranks_per_node} a node for the traffic counters",
         ),
-        (
-            "software",
-            f"expertlane {versions.expertlane}, torch {versions.torch}, Python {versions.python}",
-        ),
-        ("run", f"{results.command}, {results.created}"),
-        ("generated tokens", same_tokens(results.deployments)),
-    )
-    return Section(
-        "Controlled variables (the same for every deployment)",
-        (Table("", (text("what"), text("value")), rows),),
-    )
+    ]
 
 
 def _weights(experiment: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from expertlane.report.numbers import (
     span,
     times,
 )
-from expertlane.results.schema import HiddenCommunication, Results, ScalingPoint
+from expertlane.results.schema import HiddenCommunication, Machine, Results, ScalingPoint
 from expertlane.spec.deployment import OverlapChoice
 from expertlane.spec.names import Cause
 
@@ -26,13 +26,13 @@ _COMMUNICATION = (
 _OVERLAP: dict[OverlapChoice, str] = {False: "off", True: "on", "auto": "auto"}
 
 
-def goals(results: Results, comparison: Comparison) -> tuple[Section, ...]:
+def goals(results: Results, comparison: Comparison, machine: Machine) -> tuple[Section, ...]:
     """One section a goal."""
     return (
         _parallelism(comparison),
         _no_contention(comparison),
         _overlap(results, comparison),
-        _scaling(results, comparison),
+        _scaling(results, comparison, machine),
     )
 
 
@@ -185,16 +185,16 @@ def _hidden_sentence(pair: HiddenCommunication) -> str:
     return f"Overlap hides {percent(pair.hidden)}: {steps}."
 
 
-def _scaling(results: Results, comparison: Comparison) -> Section:
+def _scaling(results: Results, comparison: Comparison, machine: Machine) -> Section:
     parts: list[str | Table] = []
     if results.scaling:
         parts += [_scaling_sentence(results.scaling), _scaling_table(results.scaling)]
     else:
         parts.append("This experiment runs no layouts of growing ep.")
-    if results.machine.is_oversubscribed:
+    if machine.is_oversubscribed:
         parts.append(
-            f"TPS per rank must fall where {results.machine.num_ranks} ranks share "
-            f"{counted(results.machine.num_cores, 'core')}: read the critical path instead."
+            f"TPS per rank must fall where {machine.num_ranks} ranks share "
+            f"{counted(machine.num_cores, 'core')}: read the critical path instead."
         )
     parts.append(
         Table(

@@ -6,7 +6,7 @@ from typing import Literal
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import figures, times
 from expertlane.results.schema import Results
-from expertlane.spec.layout import Layout
+from expertlane.spec.paper import LAYOUTS, is_papers_model
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class ReportedRow:
     source: Literal["reported"] = "reported"
 
 
-_LAYOUTS = (Layout(tp=8, pp=2), Layout(dp=16, ep=16))
 HARDWARE = "16 NVIDIA H100 in two nodes of 8, FP16, 1024 sequences of 10,000 tokens"
 
 ROWS = (
@@ -31,38 +30,51 @@ ROWS = (
 def paper_sections(results: Results) -> tuple[Section, ...]:
     """The reported values beside results of the paper's two layouts; nothing beside others."""
     layouts = {each.layout.layout for each in results.deployments}
-    return (paper_section(),) if set(_LAYOUTS) <= layouts else ()
+    return (paper_section(),) if set(LAYOUTS) <= layouts else ()
+
+
+def is_papers_experiment(results: Results) -> bool:
+    """Whether a projection is of the paper's model and layouts, so that its numbers compare."""
+    if results.projection is None:
+        return False
+    layouts = {each.layout.layout for each in results.projection.deployments}
+    return set(LAYOUTS) <= layouts and is_papers_model(results.experiment.get("model", {}))
 
 
 def paper_section() -> Section:
     """The reported values, labelled as such."""
-    first = ROWS[0]
     return Section(
         "The paper's table (reported, other hardware)",
         (
             f"Reported by the paper for {HARDWARE}; nothing here was measured or checked, and "
             "none of it compares with the numbers above.",
-            Table(
-                "",
-                (
-                    text("deployment"),
-                    text("source"),
-                    number("TPS"),
-                    number("TPOT ms"),
-                    number("throughput"),
-                    number("latency"),
-                ),
-                tuple(
-                    (
-                        row.name,
-                        row.source,
-                        figures(row.tps),
-                        f"{row.tpot_ms:.1f}",
-                        times(row.tps / first.tps),
-                        times(first.tpot_ms / row.tpot_ms),
-                    )
-                    for row in ROWS
-                ),
-            ),
+            reported_table(),
+        ),
+    )
+
+
+def reported_table() -> Table:
+    """Both rows, and what the second gains."""
+    first = ROWS[0]
+    return Table(
+        "",
+        (
+            text("deployment"),
+            text("source"),
+            number("TPS"),
+            number("TPOT ms"),
+            number("throughput"),
+            number("latency"),
+        ),
+        tuple(
+            (
+                row.name,
+                row.source,
+                figures(row.tps),
+                f"{row.tpot_ms:.1f}",
+                times(row.tps / first.tps),
+                times(first.tpot_ms / row.tpot_ms),
+            )
+            for row in ROWS
         ),
     )

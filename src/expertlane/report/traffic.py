@@ -7,7 +7,7 @@ from expertlane.report.document import Section, Table, number, text
 from expertlane.report.matrix import matrix
 from expertlane.report.numbers import NONE, bytes_si, figures, milliseconds, percent, times
 from expertlane.report.rounding import error_in_words
-from expertlane.results.schema import HiddenCommunication, Results
+from expertlane.results.schema import HiddenCommunication, Machine, Results
 from expertlane.results.traffic import FanOutResult, HottestRankResult, TrafficResult
 from expertlane.spec.names import Link, Phase, Traffic
 
@@ -98,7 +98,7 @@ def _hottest(row: Row, phase: Phase) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def details(results: Results, comparison: Comparison) -> tuple[Section, ...]:
+def details(results: Results, comparison: Comparison, machine: Machine) -> tuple[Section, ...]:
     """The long form: a section a deployment, with the matrix of who sent how much to whom."""
     pairs = {pair.on: pair for pair in results.hidden_communication}
     return tuple(
@@ -107,7 +107,7 @@ def details(results: Results, comparison: Comparison) -> tuple[Section, ...]:
             (
                 matrix(
                     row.deployment.traffic[comparison.phase].sent_bytes[Traffic.PAYLOAD.label],
-                    results.machine.ranks_per_node,
+                    machine.ranks_per_node,
                 ),
                 _bytes(row, comparison.phase),
                 _facts(row, comparison.phase, pairs.get(row.deployment.name)),

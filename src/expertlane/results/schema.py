@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from expertlane.errors import UserError
+from expertlane.results.assumption import Assumption as Assumption
 from expertlane.results.layout_sizes import LayoutSizes
+from expertlane.results.projection import Projection
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.strict import Strict
 from expertlane.results.traffic import TrafficBytes, TrafficResult
@@ -18,7 +20,7 @@ from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 Source = Literal["measured", "projected", "reported"]
 
@@ -67,15 +69,6 @@ class Machine(Strict):
     def is_oversubscribed(self) -> bool:
         """Whether ranks share cores that each of them needs for its computations."""
         return self.device == "cpu" and self.num_ranks > self.num_cores
-
-
-@dataclass(frozen=True)
-class Assumption(Strict):
-    """A choice the experiment's source leaves open, and why it was made so."""
-
-    name: str
-    value: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -283,28 +276,34 @@ class Results(Strict):
 
     Attributes:
         created: ISO 8601, UTC.
+        machine: where it was measured; None where nothing was.
         experiment: model, workload, seed, cluster and deployments as asked for.
+        projection: what a cluster model says of the same deployments, if that was asked for.
         foreign_cpu_share: of the host's cores, what other processes used while it ran.
 
     Raises:
-        UserError: no deployment, one name twice, or sources mixed.
+        UserError: no deployment and no projection, deployments without a machine, one name twice,
+            or sources mixed.
     """
 
     schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
     command: str
     created: str
     versions: Versions
-    machine: Machine
+    machine: Machine | None
     experiment: dict[str, Any]
     assumptions: tuple[Assumption, ...]
     deployments: tuple[DeploymentResult, ...]
     hidden_communication: tuple[HiddenCommunication, ...]
     scaling: tuple[ScalingPoint, ...]
     foreign_cpu_share: float = 0.0
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
-        if not self.deployments:
+        if not self.deployments and self.projection is None:
             raise UserError("results without a deployment")
+        if self.deployments and self.machine is None:
+            raise UserError("results that were measured, without the machine")
         names = [deployment.name for deployment in self.deployments]
         if len(set(names)) < len(names):
             raise UserError(f"results with one deployment twice: {', '.join(names)}")

@@ -1,0 +1,140 @@
+"""What `expertlane compare` prints and writes, with a projection beside it if asked for."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertlane.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from expertlane.experiment.projection import ExperimentProjector
+    from expertlane.results.projection import Projection
+    from expertlane.results.schema import Results
+    from expertlane.spec.experiment import Experiment
+    from expertlane.spec.record import StepRecord
+
+DEFAULT_PROFILE = "h100"
+DEFAULT_SKEW = 1.0
+MAX_SKEW = 10.0
+
+
+class Shown:
+    """Prints and writes what was found, with a projection beside it if asked for.
+
+    Args:
+        projections: by the id of an experiment.
+
+    Attributes:
+        num_published: comparisons so far.
+    """
+
+    def __init__(
+        self, projections: "Mapping[int, Projection]", *, as_json: bool, traffic: bool
+    ) -> None:
+        self._projections = projections
+        self._as_json = as_json
+        self._traffic = traffic
+        self.num_published = 0
+
+    def publish(
+        self,
+        results: "Results",
+        experiment: "Experiment",
+        folder: Path,
+        traces: "Mapping[str, Sequence[StepRecord]]",
+    ) -> None:
+        """What was measured."""
+        from expertlane.cli.output import stdout_console
+
+        if id(experiment) in self._projections:
+            results = replace(results, projection=self._projections[id(experiment)])
+        self.num_published += 1
+        as_json, traffic = self._as_json, self._traffic
+        _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
+
+    def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
+        """A projection alone, and why nothing was measured."""
+        from expertlane.cli.output import stdout_console
+        from expertlane.experiment.projected_results import projected_results
+
+        print(f"expertlane: nothing is measured here: {reason}", file=sys.stderr)
+        projection = replace(self._projections[id(experiment)], not_measured=reason)
+        results = projected_results(experiment, projection, command_line())
+        _publish(results, folder, stdout_console(), {}, as_json=self._as_json, traffic=False)
+
+
+def command_line() -> str:
+    """How a user repeats this."""
+    return shlex.join(["expertlane", *sys.argv[1:]])
+
+
+def projectors_of(
+    comparisons: "list[tuple[Experiment, Path]]",
+    project: bool,
+    cluster: str | None,
+    skew: float,
+    dtype: str | None,
+) -> "dict[int, ExperimentProjector]":
+    """One for each experiment, by its id; none if no projection was asked for.
+
+    Raises:
+        UserError: an option of projections without one, an unknown cluster, or one with too few
+            devices.
+    """
+    if not project:
+        if cluster is not None or skew != DEFAULT_SKEW:
+            option = "--skew" if cluster is None else "--cluster"
+            raise UserError(f"{option} is of a projection; add --project")
+        return {}
+    if not 0 <= skew <= MAX_SKEW:
+        raise UserError(f"--skew is {skew:g}; valid: 0 to {MAX_SKEW:g}")
+    from expertlane.cost.cluster import parse_cluster
+    from expertlane.experiment.projection import ExperimentProjector, usual_number_type
+
+    found = {}
+    for experiment, _ in comparisons:
+        name = f"{DEFAULT_PROFILE}x{experiment.num_ranks}" if cluster is None else cluster
+        modelled = parse_cluster(name)
+        number_type = dtype or usual_number_type(modelled)
+        found[id(experiment)] = ExperimentProjector(experiment, modelled, number_type, skew)
+    return found
+
+
+def projections_of(projectors: "Mapping[int, ExperimentProjector]") -> "dict[int, Projection]":
+    """All of them, before anything is measured: what fails does so early."""
+    from expertlane.cli.output import progress_on_stderr
+
+    projections = {}
+    for experiment, projector in projectors.items():
+        with progress_on_stderr() as progress:
+            projections[experiment] = projector.run(progress)
+    return projections
+
+
+def _publish(
+    results: "Results",
+    folder: Path,
+    console: "Console",
+    traces: "Mapping[str, Sequence[StepRecord]]",
+    *,
+    as_json: bool,
+    traffic: bool,
+) -> None:
+    from expertlane.report import markdown, terminal
+    from expertlane.results.file import to_json, write, write_text
+    from expertlane.trace import trace_names, write_trace
+
+    if as_json:
+        console.out(to_json(results), highlight=False, end="")
+    else:
+        terminal.show(results, console, traffic=traffic)
+    page = markdown.render(results, traffic=traffic)
+    written = [write(results, folder), write_text(folder / "report.md", page)]
+    names = trace_names(traces)
+    written += [write_trace(folder / names[each], steps) for each, steps in traces.items()]
+    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

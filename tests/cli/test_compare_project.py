@@ -1,0 +1,135 @@
+"""`expertlane compare --project` from the command line to the files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from expertlane.results.file import read
+from expertlane.spec.layout import Layout
+
+SHORT = """
+name = "short"
+[model]
+preset = "paper"
+num_experts_per_tok = 2
+[workload]
+num_sequences = 64
+prompt_len = 128
+output_len = 8
+[[deployments]]
+name = "TP 8 × PP 2"
+layout = "tp=8,pp=2"
+[[deployments]]
+name = "EP 16"
+layout = "dp=16,ep=16"
+[[scaling]]
+name = "EP 8"
+layout = "dp=8,ep=8"
+"""
+
+
+def few_layouts(model, num_devices):
+    """Some layouts of all devices, the experiment's own among them."""
+    return [
+        Layout(pp=2, tp=num_devices // 2),
+        Layout(dp=num_devices, ep=num_devices),
+        Layout(dp=num_devices // 4, tp=4, ep=num_devices),
+    ]
+
+
+@pytest.fixture
+def too_small(tmp_path, monkeypatch):
+    """A machine whose memory holds none of it, an empty folder, and a planner that tries little."""
+    monkeypatch.setattr("expertlane.plan.search.valid_layouts", few_layouts)
+    monkeypatch.setattr("expertlane.experiment.local_memory._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.engine.host.memory_bytes", lambda: (10**9, 2 * 10**9))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text(SHORT, encoding="utf-8")
+
+
+def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
+    code, out, err = run("compare", "short.toml", "--project")
+
+    assert code == 0
+    assert any(
+        line.startswith("expertlane: nothing is measured here: ")
+        and " needs " in line
+        and "are free for it" in line
+        for line in err.splitlines()
+    )
+    assert "Projected: verdict (h100x16, nothing here was measured)" in out
+    assert "Nothing was measured here: deployment 'TP 8 × PP 2'" in " ".join(out.split())
+    assert "Projected: where 3.75× would come from" in out
+    assert "reported, not projected" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+    results = read(Path("results/short/results.json"))
+    assert results.deployments == ()
+    assert results.machine is None
+    assert results.projection is not None
+    assert results.projection.top_ks == (2, 1)
+    assert "starting" not in err  # no rank
+    assert "Projected: verdict" in Path("results/short/report.md").read_text(encoding="utf-8")
+
+
+def test_another_cluster_and_json(too_small, run):
+    code, out, _ = run(
+        "compare", "short.toml", "--project", "--json", "--cluster", "h200x16", "--skew", "0.5"
+    )
+    assert code == 0
+    projection = json.loads(out)["projection"]
+    assert (projection["cluster"], projection["skew"]) == ("h200x16", 0.5)
+
+
+@pytest.mark.full
+def test_the_papers_experiment_at_full_size(too_small, run):
+    code, out, _ = run("compare", "paper", "--project")
+    assert code == 0
+    assert "TPOT at" in out
+    results = read(Path("results/paper/results.json"))
+    assert results.projection is not None
+    assert results.projection.contexts == (1, 128, 1024, 10_000)
+    assert [each.layout.ep_size for each in results.projection.scaling][-1] == 64
+
+
+def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run):
+    from expertlane.errors import CapacityError
+
+    comparison.too_large = CapacityError("too large")
+    code, out, err = run("compare", "short.toml")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "expertlane: error: too large"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--project", "--cluster", "h100"],
+            "cluster 'h100' is not PROFILExCOUNT, for example h100x16; profiles: a100, b200, "
+            "h100, h200, or a TOML file of expertlane calibrate",
+        ),
+        (
+            ["--project", "--cluster", "h100x8"],
+            "deployment 'TP 8 × PP 2' needs 16 devices but cluster h100x8 has 8; take h100x16 or "
+            "more",
+        ),
+        (["--cluster", "h100x16"], "--cluster is of a projection; add --project"),
+        (["--skew", "2"], "--skew is of a projection; add --project"),
+        (["--project", "--skew", "-1"], "--skew is -1; valid: 0 to 10"),
+        (["--project", "--skew", "nan"], "--skew is nan; valid: 0 to 10"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(too_small, run, arguments, line):
+    before = sorted(Path.cwd().iterdir())
+    assert run("compare", "short.toml", *arguments) == (2, "", f"expertlane: error: {line}\n")
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+def test_an_unknown_profile(too_small, run):
+    code, out, err = run("compare", "short.toml", "--project", "--cluster", "h900x16")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "h900" in err
