@@ -91,7 +91,10 @@ def _core(
     flops_per_pair: int,
     position_bytes: int,
 ) -> None:
-    """Prefill and decode apart, each where any rank has one."""
+    """Prefill and decode apart, each where any rank has one.
+
+    Several queries of a decode read the cache once, as more heads would.
+    """
     prefill, decode = kinds
     launches = out.launches
     if sizes.num_prefill_groups:
@@ -113,8 +116,13 @@ def _core(
         out.operation(
             decode,
             Stage.ATTENTION,
-            {"seqs": sizes.decode_seqs, "positions": sizes.decode_positions, **widths},
-            flops=sizes.decode_positions * flops_per_pair,
+            {
+                "seqs": sizes.decode_seqs,
+                "positions": sizes.decode_positions,
+                **widths,
+                "heads": sizes.num_queries * widths["heads"],
+            },
+            flops=sizes.decode_positions * (sizes.num_queries * flops_per_pair),
             kv_bytes=sizes.decode_positions * position_bytes,
             num_kernels=_calls(sizes.num_decode_groups, launches) * launches.decode_group,
         )

@@ -5,7 +5,7 @@ the pool that decodes. Each pool has its own scheduler, driver and ranks; all sh
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,15 +102,20 @@ class Pool:
 
 
 def serve(
-    pool: Pool, requests: Iterable[TimedRequest], max_unfinished: int | None = None
+    pool: Pool,
+    requests: Iterable[TimedRequest],
+    max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
 ) -> list[Served]:
-    """Serve requests to their whole lengths.
+    """Serve requests to their whole lengths; gives them in the order of `requests`.
 
     Args:
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
+        on_finished: called for each request that is done.
     """
-    return _Serving(pool, pool, None, max_unfinished).run(requests)
+    return _Serving(pool, pool, None, max_unfinished, on_finished).run(requests)
 
 
 def serve_apart(
@@ -119,6 +124,8 @@ def serve_apart(
     transfers: KVTransfers,
     requests: Iterable[TimedRequest],
     max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
 ) -> list[Served]:
     """Serve requests with prompts in one pool and further tokens in another.
 
@@ -126,7 +133,7 @@ def serve_apart(
     request after the other from each data-parallel rank; until the decoding pool has room they are
     taken to have a place to be. A request preempted there computes its prompt there.
     """
-    return _Serving(prefill, decode, transfers, max_unfinished).run(requests)
+    return _Serving(prefill, decode, transfers, max_unfinished, on_finished).run(requests)
 
 
 class _Serving:
@@ -138,11 +145,13 @@ class _Serving:
         decode: Pool,
         transfers: KVTransfers | None,
         max_unfinished: int | None,
+        on_finished: Callable[[], None],
     ) -> None:
         self._prefill = prefill
         self._decode = decode
         self._transfers = transfers
         self._max_unfinished = max_unfinished
+        self._on_finished = on_finished
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
         self._served: dict[str, Served] = {}
         self._wanted: dict[str, TimedRequest] = {}
@@ -186,6 +195,7 @@ class _Serving:
         if len(served.token_times_s) == wanted.output_len:
             served.num_preemptions += request.num_preemptions
             self._num_unfinished -= 1
+            self._on_finished()
         elif is_first and self._transfers is not None:
             served.num_preemptions += request.num_preemptions
             self._move(request, wanted, at_s)

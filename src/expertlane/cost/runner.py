@@ -1,6 +1,6 @@
 """The runner on a virtual clock: prices step plans in place of executing them; without torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from expertlane.cost.counts import count
 from expertlane.cost.execution import BOUNDS, LIKELY, Terms
+from expertlane.cost.multi_token import Stretch
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import ProgramBuilder, StepProgram
 from expertlane.cost.rank_events import rank_events
@@ -36,6 +37,21 @@ class StepHandle:
     submitted_s: Floats
     finished_s: Floats
     records: tuple[RankRecord, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PricedStep:
+    """A step as an observer sees it.
+
+    Attributes:
+        plan: as the ranks take it; `program` and `work` may be another step's (see `CostRunner`).
+        work: [num_stages][num_micro_batches].
+    """
+
+    plan: StepPlan
+    program: StepProgram
+    work: Sequence[Sequence[StageWork]]
+    times: StepTimes
 
 
 @dataclass(eq=False)
@@ -67,6 +83,8 @@ class CostRunner:
 
     Args:
         explain: keep `why` tables.
+        observe: told of every step.
+        stretch: of multi-token prediction; decode steps then go further than their plans say.
     """
 
     def __init__(
@@ -80,6 +98,8 @@ class CostRunner:
         *,
         context_step: int = 1,
         explain: bool = False,
+        observe: Callable[[PricedStep], None] | None = None,
+        stretch: Stretch | None = None,
     ) -> None:
         self.now_s: Floats = np.zeros(len(BOUNDS))
         self.bounds: dict[int, tuple[Floats, Floats]] = {}
@@ -91,6 +111,8 @@ class CostRunner:
         self._terms = terms
         self._context_step = context_step
         self._explain = explain
+        self._observe = observe
+        self._stretch = stretch
         self._num_tokens = 0
         self._replicas = [
             _Replica(Timeline(terms, layout.pp, layout.stage_size)) for _ in range(layout.replicas)
@@ -105,6 +127,8 @@ class CostRunner:
         """Begin a step."""
         submitted_s = self.now_s
         self.now_s = submitted_s + self._terms.driver_s
+        if self._stretch is not None:
+            plan = self._stretch.of(plan)
         program, work = self._work(plan)
         replica = self._replicas[plan.replica]
         may_jump = not plan.record_events
@@ -112,6 +136,8 @@ class CostRunner:
         same_phase, replica.phase = replica.phase is plan.phase, plan.phase
         if self._explain:
             self._add_why(replica, plan.phase, times, is_new=not same_phase)
+        if self._observe is not None:
+            self._observe(PricedStep(plan, program, work, times))
         records: tuple[RankRecord, ...] = ()
         if plan.record or plan.record_events:
             records = self._records(plan, program, times, count_idle=same_phase)
