@@ -1,6 +1,7 @@
 """A report as tables in a terminal."""
 
 import textwrap
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from expertlane.report import content
-from expertlane.report.document import Figure, Table
+from expertlane.report.document import Figure, Section, Table
 from expertlane.results.schema import Results
 
 # Headings of number columns are broken to this width, so that words have the room.
@@ -19,8 +20,13 @@ _NUM_HEADING_COLUMNS = 8
 
 def show(results: Results, console: Console, *, traffic: bool = False) -> None:
     """Print the whole report, no wider than the console; with `traffic`, every matrix too."""
-    console.print(Rule(Text(content.title(results), style="bold"), characters="═"))
-    for section in content.sections(results, traffic=traffic):
+    show_document(content.title(results), content.sections(results, traffic=traffic), console)
+
+
+def show_document(title: str, sections: Sequence[Section], console: Console) -> None:
+    """Print a heading and sections, no wider than the console."""
+    console.print(Rule(Text(title, style="bold"), characters="═"))
+    for section in sections:
         console.print()
         console.print(Text(section.heading, style="bold cyan"))
         for position, part in enumerate(section.parts):
