@@ -11,6 +11,7 @@ from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
+from expertlane.cli.simulate import simulate
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
 app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
 app.command(short_help="Put load on a model; show throughput and latency.")(bench)
+app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
 app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
 
 
@@ -47,6 +49,8 @@ def _expertlane(
       expertlane compare                        the paper's deployments, on this machine
       expertlane generate CHECKPOINT "Hello"    continue a text
       expertlane bench CHECKPOINT               throughput and latency, by batch size
+      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
+                                                the same on 16 GPUs, modelled
       expertlane compare --help                 everything about a command
     """
     if context.invoked_subcommand is None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from expertlane.results.file import FILE_NAME, load, validated, write_text
 from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.schema import Assumption
 from expertlane.results.strict import Strict
 from expertlane.results.traffic import TrafficBytes
 from expertlane.spec.deployment import Options
@@ -51,6 +50,20 @@ class SoftwareVersions(Strict):
     expertlane: str
     python: str
     numpy: str
+
+
+@dataclass(frozen=True)
+class SimulationAssumption(Strict):
+    """What the numbers take for granted.
+
+    Attributes:
+        option: what changes it; empty where nothing does.
+    """
+
+    name: str
+    value: str
+    option: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +234,6 @@ class Simulation(Strict):
     Attributes:
         created: ISO 8601, UTC.
         model: its sizes under their own names.
-        limit: what limits the deployment, and by how much; a few sentences.
         pools: one, or the one that prefills and the one that decodes.
         expert_load: [num_layers]; the fullest expert over the mean, all steps together.
     """
@@ -235,8 +247,7 @@ class Simulation(Strict):
     cluster: SimulatedCluster
     deployment: SimulatedDeployment
     workload: SimulatedLoad
-    assumptions: tuple[Assumption, ...]
-    limit: str
+    assumptions: tuple[SimulationAssumption, ...]
     service: Service
     pools: tuple[PoolSimulation, ...]
     expert_load: tuple[float, ...]
