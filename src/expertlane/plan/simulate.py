@@ -44,6 +44,9 @@ class ServingSetup:
         prefill_layout: of a pool for prompts alone, on devices of its own.
         routing: which experts tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
+
+    Raises:
+        SpecError: one of the sizes is under 1.
     """
 
     layout: Layout
@@ -56,6 +59,11 @@ class ServingSetup:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}; it must be 1 or more")
 
     @property
     def layouts(self) -> list[Layout]:
@@ -197,7 +205,8 @@ class Simulator:
         scheduler = ContinuousScheduler(
             layout, self._setup.options, self._scheduled(limits), record=False
         )
-        tally = Tally(self._model, self._pricing, lambda: scheduler.num_running)
+        num_drafts = self._setup.multi_token.num_drafts
+        tally = Tally(self._model, self._pricing, lambda: scheduler.num_running, num_drafts)
         blocks = ceil(limits.max_model_len / limits.block_size)
         of_rank = min(limits.num_blocks // blocks, limits.max_num_seqs)
         return SimulatedPool(

@@ -6,7 +6,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from expertlane.cost.execution import LIKELY
 from expertlane.cost.operation import Floats, Ints
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import StepProgram
@@ -28,7 +27,7 @@ class PhaseTally:
 
     Attributes:
         step_s: [3] each step: low, likely, high.
-        num_tokens, num_seqs: computed, and sequences that took part.
+        num_tokens, num_seqs: computed, drafts among them, and sequences that took part.
         why_s: by cause, of the steps that were explained; [num_causes].
         explained_s, flops_s, read_s: of those, their time, and that times utilisation.
         rank_pairs: `StepFacts`'.
@@ -50,10 +49,13 @@ class PhaseTally:
     largest: StepPlan | None = None
     largest_size: int = 0
 
-    def add(self, plan: StepPlan, facts: StepFacts, seconds: Floats) -> None:
+    def add(self, plan: StepPlan, facts: StepFacts, seconds: Floats, num_drafts: int) -> None:
         """One more step."""
         batches = [batch for part in plan.micro_batches for batch in part]
         num_tokens = sum(batch.num_tokens for batch in batches)
+        if num_drafts:
+            is_decode = [batch.yields_token & (batch.num_scheduled_tokens == 1) for batch in batches]
+            num_tokens += num_drafts * sum(int(each.sum()) for each in is_decode)
         self.step_s.append(seconds)
         self.num_tokens += num_tokens
         self.num_seqs += sum(batch.num_seqs for batch in batches)
@@ -86,10 +88,15 @@ class Tally:
 
     Args:
         num_running: how many do now.
+        num_drafts: that go through the model with every decode.
     """
 
     def __init__(
-        self, model: ModelConfig, pricing: Pricing, num_running: Callable[[], int]
+        self,
+        model: ModelConfig,
+        pricing: Pricing,
+        num_running: Callable[[], int],
+        num_drafts: int = 0,
     ) -> None:
         self.phases: dict[Phase, PhaseTally] = {}
         shape = model.num_hidden_layers, model.num_experts
@@ -98,6 +105,7 @@ class Tally:
         self._model = model
         self._pricing = pricing
         self._num_running = num_running
+        self._num_drafts = num_drafts
         self._facts: WeakKeyDictionary[StepProgram, StepFacts] = WeakKeyDictionary()
         self._table: WhyTable | None = None
         self._explained: Phase | None = None
@@ -110,7 +118,7 @@ class Tally:
             facts = StepFacts.of(step.program, step.work, device, types, self._model)
             self._facts[step.program] = facts
         tally = self.phases.setdefault(step.plan.phase, PhaseTally())
-        tally.add(step.plan, facts, _seconds(step))
+        tally.add(step.plan, facts, _seconds(step), self._num_drafts)
         self.num_tokens_per_expert += facts.num_tokens_per_expert
         self.most_running = max(self.most_running, self._num_running())
         if step.plan.replica == 0:
@@ -143,8 +151,3 @@ def _seconds(step: PricedStep) -> Floats:
     begin_s = step.times.spans[0][0].begin.min(axis=1)
     seconds: Floats = step.times.end_s - begin_s
     return seconds
-
-
-def likely(seconds: list[Floats]) -> float:
-    """Their sum."""
-    return float(sum(each[LIKELY] for each in seconds))

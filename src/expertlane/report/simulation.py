@@ -227,31 +227,34 @@ def _why(simulation: Simulation) -> Section:
 
 
 def _memory(simulation: Simulation) -> Section:
-    def row(pool: PoolSimulation) -> tuple[str, ...]:
-        memory = pool.memory
-        return (
-            str(pool.layout.layout) + ("" if pool.role == "both" else f", {pool.role}"),
-            bytes_si(memory.weight_bytes),
-            bytes_si(memory.kv_bytes),
-            bytes_si(memory.activation_bytes),
-            bytes_si(memory.allowed_bytes),
-            f"{memory.num_resident:,}",
-            f"{pool.most_running:,}",
-            f"{pool.num_preemptions:,}",
-        )
-
-    headings = ("weights", "cache", "activations", "allowed", "fit at full length", "most at once")
+    pools = simulation.pools
+    rows = (
+        ("weights", [bytes_si(pool.memory.weight_bytes) for pool in pools]),
+        ("key/value cache", [bytes_si(pool.memory.kv_bytes) for pool in pools]),
+        ("activations of the largest step", [_activations(pool) for pool in pools]),
+        ("allowed in all", [bytes_si(pool.memory.allowed_bytes) for pool in pools]),
+        ("sequences of full length that fit", [f"{pool.memory.num_resident:,}" for pool in pools]),
+        ("most sequences at once", [f"{pool.most_running:,}" for pool in pools]),
+        ("preemptions", [f"{pool.num_preemptions:,}" for pool in pools]),
+    )
+    names = [
+        "" if pool.role == "both" else f"{pool.role} ({pool.layout.layout})" for pool in pools
+    ]
     return Section(
         "Memory of the fullest rank",
         (
             Table(
                 "",
-                (text("pool"), *map(number, (*headings, "preemptions"))),
-                tuple(map(row, simulation.pools)),
+                (text(""), *map(number, names)),
+                tuple((row, *cells) for row, cells in rows),
             ),
             "Sequences are of the whole pool. The cache is no larger than this load could use.",
         ),
     )
+
+
+def _activations(pool: PoolSimulation) -> str:
+    return bytes_si(pool.memory.activation_bytes)
 
 
 def _experts(simulation: Simulation) -> Section:
@@ -301,9 +304,9 @@ def _assumptions(simulation: Simulation) -> Section:
         (
             Table(
                 "",
-                (text("what"), text("here"), text("option"), text("why")),
+                (text("what"), text("here"), text("why, and what changes it")),
                 tuple(
-                    (each.name, each.value, each.option or NONE, each.why)
+                    (each.name, each.value, each.why + (f" ({each.option})" if each.option else ""))
                     for each in simulation.assumptions
                 ),
             ),
