@@ -65,7 +65,7 @@ class Pool:
 
     def deliver(self, request: Request, at_s: Floats) -> None:
         """A request arrives at a moment [B]; it is added then, or when the step then ends."""
-        entry = (float(at_s[LIKELY]), self._num_arrivals, at_s, request)
+        entry = (float(at_s[self.runner.lead]), self._num_arrivals, at_s, request)
         heapq.heappush(self._inbox, entry)
         self._num_arrivals += 1
 
@@ -73,7 +73,7 @@ class Pool:
     def next_s(self) -> float | None:
         """When something happens next; None if nothing will without a delivery."""
         if self._in_flight:
-            return min(float(handle.finished_s[LIKELY]) for handle in self._in_flight)
+            return min(float(handle.finished_s[self.runner.lead]) for handle in self._in_flight)
         return self._inbox[0][0] if self._inbox else None
 
     def advance(self) -> list[tuple[Request, Floats]]:
@@ -95,7 +95,7 @@ class Pool:
             self._in_flight[self.runner.submit(plan)] = plan
 
     def _take_in(self) -> None:
-        while self._inbox and self._inbox[0][0] <= self.runner.now_s[LIKELY]:
+        while self._inbox and self._inbox[0][0] <= self.runner.now_s[self.runner.lead]:
             _, _, at_s, request = heapq.heappop(self._inbox)
             self.runner.wait_until(at_s)  # by another hand of the clock it may come later
             self.scheduler.add(request)

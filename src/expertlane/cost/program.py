@@ -156,9 +156,7 @@ class ProgramBuilder:
             mode = self.mode(micro_batch)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
-                PartSizes.of(
-                    batches, self._layout.tp, sampled, self._block_size, self._num_drafts
-                )
+                PartSizes.of(batches, self._layout.tp, sampled, self._block_size, self._num_drafts)
                 for batches in zip(*by_dp_rank, strict=True)
                 if any(batch.num_tokens for batch in batches)
             ]

@@ -64,8 +64,8 @@ class _Replica:
 class CostRunner:
     """Executes step plans on a virtual clock; implements `schedule.plan.Runner`.
 
-    The clock has three hands, B: low, likely and high. What is scheduled when follows from the
-    likely one, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
+    The clock has three hands, B: low, likely and high. What is scheduled when follows from one of
+    them, `lead`, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
 
     A step takes the driver `Terms.driver_s` before the ranks have its plan; several replicas share
     the driver.
@@ -80,6 +80,7 @@ class CostRunner:
         now_s: [B].
         bounds: by step, when it was submitted and finished: [B] each.
         num_priced: steps that were counted and priced.
+        lead: place in `BOUNDS`.
 
     Args:
         explain: keep `why` tables.
@@ -100,7 +101,9 @@ class CostRunner:
         explain: bool = False,
         observe: Callable[[PricedStep], None] | None = None,
         stretch: Stretch | None = None,
+        lead: int = LIKELY,
     ) -> None:
+        self.lead = lead
         self.now_s: Floats = np.zeros(len(BOUNDS))
         self.bounds: dict[int, tuple[Floats, Floats]] = {}
         self.num_priced = 0
@@ -146,7 +149,7 @@ class CostRunner:
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Let time pass until one of the steps is finished, and say which."""
-        first = min(handles, key=lambda handle: float(handle.finished_s[LIKELY]))
+        first = min(handles, key=lambda handle: float(handle.finished_s[self.lead]))
         self.wait_until(first.finished_s)
         return first
 
@@ -159,8 +162,8 @@ class CostRunner:
             token_ids=dict.fromkeys(seq_ids, MADE_UP_TOKEN),
             logits={},
             records=handle.records,
-            submitted_s=float(handle.submitted_s[LIKELY]),
-            finished_s=float(handle.finished_s[LIKELY]),
+            submitted_s=float(handle.submitted_s[self.lead]),
+            finished_s=float(handle.finished_s[self.lead]),
         )
 
     def at_bound(self, steps: Iterable[FinishedStep], bound: int) -> list[FinishedStep]:

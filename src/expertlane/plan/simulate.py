@@ -124,7 +124,9 @@ class Simulator:
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
         self._placements = [placements_of(model, each, setup.options) for each in setup.layouts]
-        lengths = [load.max_len] if len(setup.layouts) == 1 else [load.prompt_len.high, load.max_len]
+        lengths = (
+            [load.max_len] if len(setup.layouts) == 1 else [load.prompt_len.high, load.max_len]
+        )
         self._limits = [
             self._fitted(layout, placements, length)
             for layout, placements, length in zip(
@@ -241,9 +243,7 @@ class Simulator:
             return CostRunner(*parts)
         stretch = Stretch(setup.multi_token) if drafts else None
         context_step = min(max(self._load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
-        return CostRunner(
-            *parts, context_step=context_step, observe=tally.observe, stretch=stretch
-        )
+        return CostRunner(*parts, context_step=context_step, observe=tally.observe, stretch=stretch)
 
     def _fitted(self, layout: Layout, placements: Placements, max_len: int) -> Limits:
         """Limits with the blocks that there is memory for, as many as the load could use."""
@@ -260,7 +260,12 @@ class Simulator:
         )
         free_bytes = FREE_SHARE * self._cluster.profile.device.memory_bytes
         return fit_cache(
-            self._held, layout, limits, setup.types, free_bytes, placements=self._held_on(placements)
+            self._held,
+            layout,
+            limits,
+            setup.types,
+            free_bytes,
+            placements=self._held_on(placements),
         )
 
     @property

@@ -18,7 +18,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
 
 _WINDOW = 16  # steps explained in a row
-_MOST_EXPLAINED = 512  # steps of a phase, about; explaining takes as long as pricing
+_MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pricing
 
 
 @dataclass(eq=False)
@@ -54,7 +54,9 @@ class PhaseTally:
         batches = [batch for part in plan.micro_batches for batch in part]
         num_tokens = sum(batch.num_tokens for batch in batches)
         if num_drafts:
-            is_decode = [batch.yields_token & (batch.num_scheduled_tokens == 1) for batch in batches]
+            is_decode = [
+                batch.yields_token & (batch.num_scheduled_tokens == 1) for batch in batches
+            ]
             num_tokens += num_drafts * sum(int(each.sum()) for each in is_decode)
         self.step_s.append(seconds)
         self.num_tokens += num_tokens

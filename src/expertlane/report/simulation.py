@@ -32,7 +32,9 @@ def title(simulation: Simulation) -> str:
     layout = str(deployment.layout.layout)
     if prefill is not None:
         layout = f"{prefill.layout} + {layout}"
-    return f"expertlane simulate: {simulation.model['name']} as {layout} on {simulation.cluster.name}"
+    return (
+        f"expertlane simulate: {simulation.model['name']} as {layout} on {simulation.cluster.name}"
+    )
 
 
 def sections(simulation: Simulation) -> tuple[Section, ...]:
@@ -237,9 +239,7 @@ def _memory(simulation: Simulation) -> Section:
         ("most sequences at once", [f"{pool.most_running:,}" for pool in pools]),
         ("preemptions", [f"{pool.num_preemptions:,}" for pool in pools]),
     )
-    names = [
-        "" if pool.role == "both" else f"{pool.role} ({pool.layout.layout})" for pool in pools
-    ]
+    names = ["" if pool.role == "both" else f"{pool.role} ({pool.layout.layout})" for pool in pools]
     return Section(
         "Memory of the fullest rank",
         (
@@ -259,7 +259,9 @@ def _activations(pool: PoolSimulation) -> str:
 
 def _experts(simulation: Simulation) -> Section:
     phases = _phases(simulation)
-    rows = [("busiest rank's pairs over the mean", [figures(each.rank_pairs) for _, each in phases])]
+    rows = [
+        ("busiest rank's pairs over the mean", [figures(each.rank_pairs) for _, each in phases])
+    ]
     links = list(phases[0][1].traffic_bytes)
     for link in links:
         for kind in Traffic:
