@@ -296,7 +296,11 @@ def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
     from expertlane.cli.output import progress_on_stderr
 
     with progress_on_stderr() as progress:
-        progress.task(f"simulating {load.num_requests:,} requests", load.num_requests)
+        num_runs = simulator.num_runs
+        times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
+        progress.task(
+            f"simulating {load.num_requests:,} requests{times}", num_runs * load.num_requests
+        )
         outcome = simulator.run(seed, progress.advance)
         progress.done()
     return outcome
@@ -339,7 +343,9 @@ def _results(
         ),
         deployment=results.SimulatedDeployment(
             layout=LayoutSizes.of(setup.layout),
-            prefill_layout=setup.prefill_layout and LayoutSizes.of(setup.prefill_layout),
+            prefill_layout=None
+            if setup.prefill_layout is None
+            else LayoutSizes.of(setup.prefill_layout),
             options=setup.options,
             dtype=setup.types.weights,
             kv_dtype=setup.types.kv,

@@ -1,12 +1,14 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
+import numpy as np
+
 from expertlane.balance.deployed import Placements, placements_of
 from expertlane.cost.cluster import ModelledCluster
-from expertlane.cost.execution import OVERHEAD_S, Execution, Terms
+from expertlane.cost.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution, Terms
 from expertlane.cost.kv_transfer import ModelledKVTransfers
 from expertlane.cost.launches import EAGER, FUSED
 from expertlane.cost.links import LinkModel
@@ -139,19 +141,39 @@ class Simulator:
         """How work gets onto the devices: a CPU's profile has one way alone."""
         return self._terms.execution
 
+    @property
+    def num_runs(self) -> int:
+        """How often the load is served to know the bounds.
+
+        Where requests arrive by themselves, slower steps have more of them wait and run together,
+        so that each hand of the clock needs a schedule of its own.
+        """
+        return 1 if self._load.rate is None else len(BOUNDS)
+
     def run(self, seed: int, on_finished: Callable[[], None] = lambda: None) -> Outcome:
-        """Serve the whole load.
+        """Serve the whole load, `num_runs` times.
 
         Args:
             on_finished: called for each request that is done.
         """
+        outcome = self._run(seed, LIKELY, on_finished)
+        if self.num_runs == 1:
+            return outcome
+        runs = [
+            outcome if hand == LIKELY else self._run(seed, hand, on_finished)
+            for hand in range(len(BOUNDS))
+        ]
+        served = [_merged(of_hands) for of_hands in zip(*(run.served for run in runs), strict=True)]
+        return replace(outcome, served=served)
+
+    def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
         load, setup = self._load, self._setup
         requests = draw_requests(load, self._model.vocab_size, [seed], blank=True)
         shortened = [
             replace(each, output_len=setup.multi_token.num_steps(each.output_len))
             for each in requests
         ]
-        pools = tuple(map(self._pool, range(len(setup.layouts))))
+        pools = tuple(self._pool(place, lead) for place in range(len(setup.layouts)))
         if len(pools) == 1:
             served = serve(pools[0].pool, shortened, load.batch, on_finished=on_finished)
         else:
@@ -202,7 +224,7 @@ class Simulator:
             ),
         )
 
-    def _pool(self, place: int) -> SimulatedPool:
+    def _pool(self, place: int, lead: int) -> SimulatedPool:
         layout, limits = self._setup.layouts[place], self._limits[place]
         scheduler = ContinuousScheduler(
             layout, self._setup.options, self._scheduled(limits), record=False
@@ -216,11 +238,11 @@ class Simulator:
             memory=self._memory(place),
             limits=limits,
             num_resident=of_rank * layout.dp * layout.replicas,
-            pool=Pool(scheduler, self._runner(place, tally)),
+            pool=Pool(scheduler, self._runner(place, tally, lead)),
             tally=tally,
         )
 
-    def _runner(self, place: int, tally: Tally | None = None) -> CostRunner:
+    def _runner(self, place: int, tally: Tally | None = None, lead: int = LIKELY) -> CostRunner:
         """Of a pool; without a tally for single steps as they are planned."""
         setup, profile = self._setup, self._cluster.profile
         layout, drafts = setup.layouts[place], setup.multi_token.num_drafts
@@ -243,7 +265,13 @@ class Simulator:
             return CostRunner(*parts)
         stretch = Stretch(setup.multi_token) if drafts else None
         context_step = min(max(self._load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
-        return CostRunner(*parts, context_step=context_step, observe=tally.observe, stretch=stretch)
+        return CostRunner(
+            *parts,
+            context_step=context_step,
+            observe=tally.observe if lead == LIKELY else None,
+            stretch=stretch,
+            lead=lead,
+        )
 
     def _fitted(self, layout: Layout, placements: Placements, max_len: int) -> Limits:
         """Limits with the blocks that there is memory for, as many as the load could use."""
@@ -298,6 +326,20 @@ class Simulator:
         longest = load.prompt_len.high + multi_token.num_steps(load.output_len.high)
         least = ceil(longest / limits.block_size) + 1
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
+
+
+def _merged(of_hands: Sequence[Served]) -> Served:
+    """A request as each hand of the clock saw it in the run that it led."""
+    likely = of_hands[LIKELY]
+    hands = range(len(BOUNDS))
+    times = zip(*(each.token_times_s for each in of_hands), strict=True)
+    return replace(
+        likely,
+        due_s=np.array([of_hands[hand].due_s[hand] for hand in hands]),
+        token_times_s=[
+            np.array([of_hand[hand] for hand, of_hand in enumerate(each)]) for each in times
+        ],
+    )
 
 
 def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:

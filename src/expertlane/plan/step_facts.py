@@ -1,4 +1,4 @@
-"""What a priced step tells beside its time: its floor, what it rests on, its traffic and balance."""
+"""What a priced step tells beside its time: floor, what it rests on, traffic and balance."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -104,7 +104,7 @@ def _least_s(program: StageProgram, device: Device, types: NumberTypes) -> float
 
 
 def basis_seconds(works: Sequence[Work]) -> tuple[Floats, float]:
-    """[num_bases] likely seconds of operations and transfers, mean over ranks; extrapolated ones."""
+    """[num_bases] likely seconds of operations and transfers, rank mean; extrapolated ones."""
     by_basis, outside = np.zeros(len(Basis)), 0.0
     for work in works:
         for stage in (each for of_stage in work for each in of_stage):

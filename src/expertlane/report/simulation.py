@@ -61,8 +61,8 @@ def limits(simulation: Simulation) -> Iterator[str]:
         cause, share = phase.largest
         step_s, above = phase.step_s.mean.value, phase.step_s.mean.value / phase.floor_s
         yield (
-            f"{name.capitalize()} is limited by {cause}: {percent(share)} of the time. A step takes "
-            f"{_with_bounds(phase.step_s.mean)} ms on average, {times(above)} its floor of "
+            f"{name.capitalize()} is limited by {cause}: {percent(share)} of the time. A step "
+            f"takes {_with_bounds(phase.step_s.mean)} ms on average, {times(above)} its floor of "
             f"{milliseconds(phase.floor_s)} ms"
             + (
                 f"; without {cause} it would take {milliseconds(step_s * (1 - share))} ms."
