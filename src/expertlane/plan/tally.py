@@ -119,12 +119,13 @@ class Tally:
             device, types = self._pricing.profile.device, self._pricing.types
             facts = StepFacts.of(step.program, step.work, device, types, self._model)
             self._facts[step.program] = facts
-        tally = self.phases.setdefault(step.plan.phase, PhaseTally())
+        phase = _phase(step.plan)
+        tally = self.phases.setdefault(phase, PhaseTally())
         tally.add(step.plan, facts, _seconds(step), self._num_drafts)
         self.num_tokens_per_expert += facts.num_tokens_per_expert
         self.most_running = max(self.most_running, self._num_running())
         if step.plan.replica == 0:
-            self._explain(step, tally)
+            self._explain(step, phase, tally)
 
     def close(self) -> None:
         """No step comes any more."""
@@ -132,20 +133,27 @@ class Tally:
             self.phases[self._explained].explain(self._table)
         self._table = None
 
-    def _explain(self, step: PricedStep, tally: PhaseTally) -> None:
+    def _explain(self, step: PricedStep, phase: Phase, tally: PhaseTally) -> None:
         number = len(tally.step_s) - 1
         window = number // _WINDOW
         stride = 1 + number // _MOST_EXPLAINED
         is_watched = window % stride == 0
-        if self._explained is not step.plan.phase or not is_watched:
+        if self._explained is not phase or not is_watched:
             self.close()
-        self._explained = step.plan.phase
+        self._explained = phase
         if not is_watched:
             return
         if self._table is None:
             pricing = self._pricing
             self._table = WhyTable(pricing.profile.device, pricing.types.weights, pricing.dtype)
         self._table.add(step.times)
+
+
+def _phase(plan: StepPlan) -> Phase:
+    """Prefill if it computes any prompt; a sequence that came with its keys and values has none."""
+    batches = [batch for part in plan.micro_batches for batch in part]
+    is_decode = all((batch.num_scheduled_tokens == 1).all() for batch in batches)
+    return Phase.DECODE if is_decode else Phase.PREFILL
 
 
 def _seconds(step: PricedStep) -> Floats:

@@ -83,17 +83,16 @@ def limits(simulation: Simulation) -> Iterator[str]:
 
 
 def _held_back(simulation: Simulation) -> Iterator[str]:
-    wanted = simulation.workload.batch
+    wanted, setup = simulation.workload.batch, simulation.deployment
     for pool in simulation.pools:
         if pool.role != "prefill" and wanted is not None and pool.most_running < wanted:
-            setup = simulation.deployment
-            ranks = pool.layout.layout.dp * pool.layout.layout.replicas
-            slots = ranks * setup.max_num_seqs
-            reason = "memory" if pool.memory.num_resident < min(wanted, slots) else "steps' size"
-            if pool.num_preemptions or reason == "memory" or slots < wanted:
+            layout = pool.layout.layout
+            slots = layout.dp * layout.replicas * setup.max_num_seqs
+            if pool.memory.num_resident < min(wanted, slots) or slots < wanted:
+                room = "room (--max-num-seqs)" if slots <= pool.memory.num_resident else "memory"
                 yield (
                     f"At most {counted(pool.most_running, 'sequence')} of {wanted:,} ran at once, "
-                    f"for want of {'memory' if reason == 'memory' else 'room (--max-num-seqs)'}."
+                    f"for want of {room}."
                 )
         if pool.num_preemptions:
             yield (
