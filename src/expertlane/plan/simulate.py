@@ -202,7 +202,8 @@ class Simulator:
             for phase in (Phase.PREFILL, Phase.DECODE):
                 tally = pool.tally.phases.get(phase)
                 if tally is not None and tally.largest is not None:
-                    steps.append(self._traced(place, tally.largest, first_rank))
+                    plan = replace(tally.largest, phase=phase)
+                    steps.append(self._traced(place, plan, first_rank))
             first_rank += pool.layout.world_size
         prefills = [step for step in steps if step.phase is Phase.PREFILL][:1]
         return prefills + [step for step in steps if step.phase is Phase.DECODE][-1:]
