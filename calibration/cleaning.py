@@ -10,7 +10,7 @@ _OVER = 1.25  # times the median of the next larger sizes
 _NUM_NEXT = 3
 
 
-def without_spikes(columns: Columns, along: Sequence[str]) -> tuple[Columns, int]:
+def without_spikes(columns: Columns, *along: str) -> tuple[Columns, int]:
     """Drop rows that took over 25 % longer than the median of the next three larger sizes.
 
     Args:

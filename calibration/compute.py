@@ -69,7 +69,7 @@ def fitter(law: Law) -> Fitter:
     def fit(sheet: Profile, with_judging: bool) -> Fitted:
         parts, num_cleaned = [], 0
         for source in law.sources:
-            columns, dropped = without_spikes(read(source.table, Part.FITTED), source.along)
+            columns, dropped = without_spikes(read(source.table, Part.FITTED), *source.along)
             num_cleaned += dropped
             parts.append(_rows(law, source, columns, sheet))
         rows = _joined(parts)

@@ -144,7 +144,7 @@ def _both_latent_prefills(cache: str) -> tuple[Source, ...]:
     )
 
 
-_MEMORY_AXES = {"bytes": (1e3, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9)}
+_MEMORY_AXES = {"bytes": (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 4e7, 5e7, 1e9)}
 # The first and last knots become the tables' extremes.
 _GEMM_AXES = {
     "m": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4352, 32768),

@@ -21,7 +21,7 @@ from links_tables import COUNTS, Loads, Source, far_sources_of_laws, read_loads,
 from quality import Quality
 from tables import SOURCE, Array, Part
 
-from expertlane.cost.fitting import Rows, fit_surface, held_out_errors, knots_of
+from expertlane.cost.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.link_bounds import ASSUMED_TERMS
 from expertlane.cost.links import law_times, roofline_s
 from expertlane.cost.profile import Profile, Term
@@ -53,7 +53,7 @@ def fit_links(sheet: Profile, with_judging: bool) -> Fitted:
         if law == COUNTS:
             continue
         rows, axes = _rows(law, loads, profile), _axes(law, loads, profile)
-        surface = fit_surface(
+        surface, held_out = fit_surface(
             rows,
             axes,
             basis=Basis.FITTED,
@@ -68,7 +68,7 @@ def fit_links(sheet: Profile, with_judging: bool) -> Fitted:
                 source=sources[law][0].table.path,
                 num_fitted=len(rows),
                 num_cleaned=num_spikes,
-                held_out=held_out_errors(rows, axes, _SMOOTHNESS),
+                held_out=held_out,
                 judged=judged,
             )
         )

@@ -26,8 +26,8 @@ Columns = dict[str, Array]
 class Part(Enum):
     """Which rows of a table."""
 
-    FITTED = "balanced, without the largest tenth"
-    LARGEST = "balanced, the largest tenth"
+    FITTED = "fitted"
+    LARGEST = "largest tenth"
     SKEWED = "skewed routing"
 
 

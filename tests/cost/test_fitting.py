@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from expertlane.cost.fitting import Rows, fit_correction, fit_surface, held_out_errors, residuals
+from expertlane.cost.fitting import (
+    Rows,
+    fit_correction,
+    fit_surface,
+    held_out_errors,
+    knots_of,
+    residuals,
+)
 from expertlane.cost.times import Basis
 
 _AXES = {"m": (1, 8, 64, 512, 4096), "n": (16, 256, 4096)}
@@ -105,3 +112,8 @@ def test_residuals_are_measured_over_predicted():
     )
     errors = residuals(rows, {"m": (1, 4)}, np.log([2.0, 1.5]))
     assert errors == pytest.approx(np.log([1.0, 2.0]))
+
+
+def test_knots_are_values_that_occur():
+    assert knots_of(np.array([4.0, 1.0, 2.0, 2.0]), 3) == (1, 2, 4)
+    assert knots_of(2.0 ** np.arange(11), 3) == (1, 32, 1024)

@@ -11,6 +11,7 @@ from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
+from expertlane.cli.plan import plan
 from expertlane.cli.simulate import simulate
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )  # plain help: quick to start, and the same in a pipe
 app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
+app.command(short_help="Say which deployment of a model to choose on a cluster, and why.")(plan)
 app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
 app.command(short_help="Put load on a model; show throughput and latency.")(bench)
 app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
@@ -47,10 +49,12 @@ def _expertlane(
     \b
     Examples:
       expertlane compare                        the paper's deployments, on this machine
+      expertlane plan CHECKPOINT --cluster h100x16
+                                                which deployment to choose, without a GPU
       expertlane generate CHECKPOINT "Hello"    continue a text
       expertlane bench CHECKPOINT               throughput and latency, by batch size
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
-                                                the same on 16 GPUs, modelled
+                                                one deployment there, in detail
       expertlane compare --help                 everything about a command
     """
     if context.invoked_subcommand is None:

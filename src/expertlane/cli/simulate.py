@@ -384,8 +384,8 @@ def _publish(results: "Simulation", out: Path | None, as_json: bool) -> None:
     else:
         from expertlane.cli.output import stdout_console
         from expertlane.report.simulation import sections, title
-        from expertlane.report.terminal import show_document
+        from expertlane.report.terminal import show_sections
 
-        show_document(title(results), sections(results), stdout_console())
+        show_sections(title(results), sections(results), stdout_console())
     if out is not None:
         print(f"written: {write(results, out)}", file=sys.stderr)

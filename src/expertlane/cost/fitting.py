@@ -14,7 +14,7 @@ Ints = npt.NDArray[np.int64]
 
 _HUBER = 1.5  # of the residuals' robust deviation, from where on a row weighs less
 _NUM_ROUNDS = 5
-_FLATNESS = 0.02  # of the smoothness; without it empty cells would follow a slope for ever
+_FLATNESS = 0.1  # of the smoothness; without it empty cells would follow a slope for ever
 _NUM_FOLDS = 5
 _HELD_OUT = 10, 90  # percentiles between which bounds lie
 _UNKNOWN = 0.5, 2.0  # bounds where there is but one shape, so that none can be left out
@@ -78,7 +78,9 @@ def fit_correction(
         residual = np.abs(target - (flat[index] * weight).sum(axis=0))
         deviation = max(1.4826 * float(np.median(residual)), 1e-3)
         importance = np.minimum(1, _HUBER * deviation / np.maximum(residual, 1e-12))
-    return flat.reshape(shape)
+    # Where no row is near, a slope must not lead below the roofline.
+    is_empty = np.bincount(index.ravel(), weight.ravel(), len(flat)) < 1
+    return np.where(is_empty, np.maximum(flat, 0), flat).reshape(shape)
 
 
 def fit_surface(
@@ -138,6 +140,16 @@ def residuals(rows: Rows, axes: Mapping[str, Sequence[float]], correction: Float
     for index, weight in corner_weights(correction.shape, before, fractions):
         predicted = predicted + flat[index] * weight
     return np.log(rows.seconds / rows.roofline_s) - predicted
+
+
+def knots_of(values: Floats, most: int) -> tuple[float, ...]:
+    """At most `most` knots from the least to the largest value, each at a value that occurs."""
+    distinct = np.unique(values)
+    if len(distinct) <= most:
+        return tuple(distinct.tolist())
+    wanted = np.geomspace(distinct[0], distinct[-1], most)
+    nearest = np.abs(np.log(distinct[:, None] / wanted)).argmin(axis=0)
+    return tuple(distinct[np.unique(nearest)].tolist())
 
 
 def _stretched(knots: Sequence[float], values: Floats) -> tuple[float, ...]:

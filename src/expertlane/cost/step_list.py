@@ -220,6 +220,7 @@ class StepList(StepWriter):
                 sent_bytes=sent,
                 num_kernels=self.transfer_kernels[kind],
                 num_steps_before_wait=num_steps_before_wait,
+                syncs_host=num_steps_before_wait > 0,  # counts, which size what comes next
                 neighbours=mesh.neighbours(axis),
             )
         )

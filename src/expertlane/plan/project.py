@@ -144,12 +144,11 @@ class Projector:
         ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
         rounds = []
         why = WhyTable(self._device, self._setting.types.weights, self._pricing.dtype)
-        for number in range(_ROUNDS if len(works) > 1 else 2):
+        for _ in range(_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
                 times = timeline.run(work, ends[place] + driver_s)
                 ends[place] = times.end_s
-                if number:
-                    why.add(times)
+                why.add(times)
             rounds.append(ends[-1].copy())
         last = [after - before for before, after in pairwise([np.zeros(len(BOUNDS)), *rounds])]
         return last[-1], why.result()

@@ -51,12 +51,13 @@ class Finalist:
     """An option projected in full.
 
     Attributes:
-        served: at its one best number of sequences.
+        steps, served: at its one best number of sequences.
     """
 
     option: Option
     decode: StepProjection
     prefill: StepProjection
+    steps: Steps
     served: Served
 
     @property
@@ -78,7 +79,6 @@ class OnePool:
         options: all that fit, in the order of candidates.
         finalists: by tokens a second, the best first; all keep the limits.
         num_candidates, num_too_large: of all, and those that do not fit.
-        least_need: bytes a rank of the smallest that does not fit, where none fits.
     """
 
     options: Sequence[Option]
@@ -121,7 +121,7 @@ class Search:
                 nearest deployment.
         """
         screened = self.screen(self._cluster)
-        options = [self._option(each) for each in screened if each.decode is not None]
+        options = self.options(screened)
         if not options:
             raise UserError(self._too_large(screened))
         kept = [option for option in options if option.place is not None]
@@ -150,6 +150,10 @@ class Search:
                 f"{self._model.num_hidden_layers} layers, and tp must divide the heads"
             )
         return Screen(self._model, cluster, self._traffic, self._setting).run(candidates)
+
+    def options(self, screened: Iterable[Screened]) -> list[Option]:
+        """Those that fit."""
+        return [self._option(each) for each in screened if each.decode is not None]
 
     def _option(self, screened: Screened) -> Option:
         assert screened.decode is not None, "it fits"
@@ -186,7 +190,7 @@ class Search:
             decode_s=_bounds(decode)[:, None],
             prefill_s=_bounds(prefill),
         )
-        return Finalist(option, decode, prefill, one_pool(steps, self._traffic))
+        return Finalist(option, decode, prefill, steps, one_pool(steps, self._traffic))
 
     def _too_large(self, screened: Iterable[Screened]) -> str:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)

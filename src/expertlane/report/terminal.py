@@ -20,11 +20,11 @@ _NUM_HEADING_COLUMNS = 8
 
 def show(results: Results, console: Console, *, traffic: bool = False) -> None:
     """Print the whole report, no wider than the console; with `traffic`, every matrix too."""
-    show_document(content.title(results), content.sections(results, traffic=traffic), console)
+    show_sections(content.title(results), content.sections(results, traffic=traffic), console)
 
 
-def show_document(title: str, sections: Sequence[Section], console: Console) -> None:
-    """Print a heading and sections, no wider than the console."""
+def show_sections(title: str, sections: Sequence[Section], console: Console) -> None:
+    """Print any report."""
     console.print(Rule(Text(title, style="bold"), characters="═"))
     for section in sections:
         console.print()

@@ -16,7 +16,12 @@ T = TypeVar("T")
 
 def to_json(results: Results) -> str:
     """The text of `results.json`."""
-    return json.dumps(asdict(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return record_json(results)
+
+
+def record_json(record: Any) -> str:
+    """The text of a file that holds a dataclass of results."""
+    return json.dumps(asdict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write(results: Results, folder: Path) -> Path:

@@ -1,0 +1,275 @@
+"""`expertlane plan`: which deployment of a model to choose on a cluster, and why."""
+
+import math
+import os
+import re
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertlane import __version__
+from expertlane.errors import UserError
+
+if TYPE_CHECKING:
+    from expertlane.cli.engine_options import FoundModel
+    from expertlane.cost.routing import RoutingSource
+    from expertlane.plan.setting import Goals, Setting, Traffic
+    from expertlane.results.plan import PlanResults
+    from expertlane.spec.deployment import PayloadType
+    from expertlane.spec.model import ModelConfig
+
+_EXPERIMENT = "experiment.toml"
+_WORKLOAD_KEYS = ("num_sequences", "prompt_len", "output_len")
+_MAX_DIGITS = 9
+_MAX_SKEW = 10.0
+
+DEFAULT_WORKLOAD = "num_sequences=256,prompt_len=1024,output_len=256"
+
+
+class NumberType(StrEnum):
+    """What values are held in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
+
+
+class Executions(StrEnum):
+    """How work gets onto a device."""
+
+    GRAPH = "graph"
+    EAGER = "eager"
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint's folder (its config.json is enough), a hub id (org/name), or a preset: "
+        "paper-tiny, paper-small, paper."
+    ),
+]
+_Cluster = Annotated[
+    str,
+    typer.Option(
+        metavar="PROFILExN",
+        help="The cluster: so many devices of a profile (h100, h200, b200, a100, or a TOML file "
+        "of expertlane calibrate).",
+    ),
+]
+_Workload = Annotated[
+    str,
+    typer.Option(
+        metavar="KEY=N,…",
+        help="num_sequences: how many are to be served at once; prompt_len, output_len: tokens of "
+        "each.",
+    ),
+]
+_MaxTpotMs = Annotated[
+    float | None,
+    typer.Option(metavar="MS", help="Longest mean time of an output token."),
+]
+_MaxTtftMs = Annotated[
+    float | None,
+    typer.Option(metavar="MS", help="Longest mean time from a prompt's arrival to a first token."),
+]
+_RoutingTrace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Which experts tokens choose, as recorded by expertlane generate --record-routing.",
+    ),
+]
+_Skew = Annotated[
+    float,
+    typer.Option(
+        metavar="ALPHA",
+        help="Without a trace: experts' popularity falls with their rank to the power of -ALPHA; "
+        "0 for experts alike.",
+    ),
+]
+_Dtype = Annotated[
+    NumberType | None,
+    typer.Option(help="Of weights. Default: the checkpoint's, float16 for a preset."),
+]
+_KvDtype = Annotated[
+    NumberType | None,
+    typer.Option(help="Of cached keys and values. Default: that of hidden states."),
+]
+_Execution = Annotated[
+    Executions,
+    typer.Option(help="Whether a step is captured as a CUDA graph or launched kernel by kernel."),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder for results.json, report.md and the winner as experiment.toml. Default: "
+        "results/plan-MODEL-CLUSTER.",
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+
+
+def plan(
+    model: _Model,
+    cluster: _Cluster = "h100x16",
+    workload: _Workload = DEFAULT_WORKLOAD,
+    max_tpot_ms: _MaxTpotMs = None,
+    max_ttft_ms: _MaxTtftMs = None,
+    routing_trace: _RoutingTrace = None,
+    skew: _Skew = 0.0,
+    dtype: _Dtype = None,
+    kv_dtype: _KvDtype = None,
+    execution: _Execution = Executions.GRAPH,
+    out: _Out = None,
+    as_json: _Json = False,
+) -> None:
+    """Find the deployment that serves most tokens a second on a cluster, within limits.
+
+    Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
+    in one pool and with prefill and decode apart; projects each with a cost model calibrated on
+    public measurements. Needs no GPU, loads no weights. Says why the others lose, and writes the
+    winner as an experiment for expertlane compare, and as vLLM and SGLang command lines.
+
+    \b
+    Examples:
+      expertlane plan paper
+          the paper's model on its cluster, 16 H100
+      expertlane plan ./my-checkpoint --cluster h100x32 --max-tpot-ms 50 \\
+          --workload num_sequences=1024,prompt_len=2000,output_len=500
+          the most tokens a second with at most 50 ms a token
+      expertlane plan org/model --dtype float8 --routing-trace trace.npz
+          by the experts that your own traffic chooses
+      expertlane plan mine --cluster machine.tomlx2
+          on a machine that expertlane calibrate measured
+      expertlane plan paper --json | jq '.best[0].layout'
+          for other programs
+    """
+    from expertlane.cli.engine_options import find_model
+    from expertlane.cli.output import check_folder, progress_on_stderr
+    from expertlane.cost.cluster import parse_cluster
+    from expertlane.plan.make import Plan
+
+    found, devices = find_model(model), parse_cluster(cluster)
+    goals = _goals(max_tpot_ms, max_ttft_ms)
+    traffic = _traffic(workload, found.config)
+    setting, routing = _setting(found, dtype, kv_dtype, execution, routing_trace, skew)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"plan-{found.config.name}-{devices}")
+    folder = out or Path("results", name)
+    check_folder(folder)
+    plan = Plan(found.config, devices, traffic, goals, setting, routing)
+    with progress_on_stderr() as progress:
+        progress.task("one pool: every layout and option", 1)
+        plan.search()
+        progress.advance()
+        progress.done()
+        progress.task("prefill and decode apart", 1)
+        results = plan.results(
+            command=shlex.join(["expertlane", *sys.argv[1:]]),
+            version=__version__,
+            served_as=str(found.folder or "MODEL"),
+            experiment=str(folder / _EXPERIMENT),
+        )
+        progress.advance()
+        progress.done()
+    checkpoint = os.path.abspath(found.folder) if found.folder else None
+    text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
+    _publish(results, text, folder, as_json=as_json)
+
+
+def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
+    from expertlane.plan.setting import Goals
+
+    for option, value in (("--max-tpot-ms", max_tpot_ms), ("--max-ttft-ms", max_ttft_ms)):
+        if value is not None and not (0 < value < math.inf):
+            raise UserError(f"{option} is {value:g}; it must be a positive number of milliseconds")
+    seconds = [None if value is None else value / 1e3 for value in (max_tpot_ms, max_ttft_ms)]
+    return Goals(*seconds)
+
+
+def _traffic(text: str, model: "ModelConfig") -> "Traffic":
+    """Read `num_sequences=256,prompt_len=1024,output_len=256`; what is left out is the default."""
+    from expertlane.plan.setting import Traffic
+    from expertlane.spec.workload import Workload
+
+    values: dict[str, int] = {}
+    for part in f"{DEFAULT_WORKLOAD},{text}".split(","):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in _WORKLOAD_KEYS:
+            raise UserError(
+                f"--workload has {part.strip()!r}; it takes {', '.join(_WORKLOAD_KEYS)}, for "
+                f"example {DEFAULT_WORKLOAD}"
+            )
+        if not (value.isascii() and value.isdigit() and 0 < len(value) <= _MAX_DIGITS):
+            raise UserError(f"--workload: {key} is {value!r}; it must be a whole number, 1 or more")
+        values[key] = int(value)
+    Workload(**values).check_model(model)
+    return Traffic(**values)
+
+
+def _setting(
+    found: "FoundModel",
+    dtype: NumberType | None,
+    kv_dtype: NumberType | None,
+    execution: Executions,
+    routing_trace: Path | None,
+    skew: float,
+) -> "tuple[Setting, str]":
+    """And the routing in words."""
+    from expertlane.cost.execution import Execution
+    from expertlane.cost.number_types import NumberTypes
+    from expertlane.plan.setting import Setting
+
+    own = found.config.dtype if found.folder else "float16"
+    types = NumberTypes.asked(dtype or own, kv_dtype)
+    payload: PayloadType = "float8" if types.weights == "float8" else "model"
+    source, words = _routing(found.config, routing_trace, skew)
+    return Setting(types, Execution(execution.value), source, payload), words
+
+
+def _routing(model: "ModelConfig", path: Path | None, skew: float) -> "tuple[RoutingSource, str]":
+    from expertlane.balance.trace import read_trace
+    from expertlane.cost.routing import PowerLawRouting, TraceRouting
+
+    if not 0 <= skew <= _MAX_SKEW:
+        raise UserError(f"--skew is {skew:g}; it must be from 0 to {_MAX_SKEW:g}")
+    if path is None:
+        words = f"popularity falls with rank to the power of -{skew:g}" if skew else "all alike"
+        return PowerLawRouting.of(model, skew, num_sampled_layers=2), f"experts drawn, {words}"
+    if skew:
+        raise UserError("--routing-trace and --skew exclude each other")
+    trace = read_trace(path)
+    sizes = (trace.num_experts, trace.num_experts_per_tok)
+    if sizes != (model.num_experts, model.num_experts_per_tok):
+        raise UserError(
+            f"{path} is of {sizes[1]} of {sizes[0]} experts a token; {model.name} has "
+            f"{model.num_experts_per_tok} of {model.num_experts}"
+        )
+    if not trace.num_tokens:
+        raise UserError(f"{path} holds no token")
+    return TraceRouting(trace), f"{trace.num_tokens:,} recorded tokens of {path}"
+
+
+def _publish(results: "PlanResults", experiment: str, folder: Path, *, as_json: bool) -> None:
+    from expertlane.cli.output import stdout_console
+    from expertlane.report import markdown, terminal
+    from expertlane.report import plan as report
+    from expertlane.results.file import FILE_NAME, record_json, write_text
+
+    title, sections, text = report.title(results), report.sections(results), record_json(results)
+    console = stdout_console()
+    if as_json:
+        console.out(text, highlight=False, end="")
+    else:
+        terminal.show_sections(title, sections, console)
+    written = (
+        write_text(folder / FILE_NAME, text),
+        write_text(folder / "report.md", markdown.render_sections(title, sections)),
+        write_text(folder / _EXPERIMENT, experiment),
+    )
+    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

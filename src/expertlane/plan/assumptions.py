@@ -1,0 +1,69 @@
+"""What a plan takes for granted, each with what changes it."""
+
+from expertlane.cost.cluster import ModelledCluster
+from expertlane.cost.execution import Execution
+from expertlane.plan.capacity import FREE_SHARE
+from expertlane.plan.setting import Setting, Traffic
+from expertlane.results.plan import PlanAssumption
+
+_FIXED = "not an option"
+
+
+def plan_assumptions(
+    cluster: ModelledCluster, traffic: Traffic, setting: Setting, routing: str
+) -> tuple[PlanAssumption, ...]:
+    """In the order of their weight.
+
+    Args:
+        routing: which experts tokens choose, in words.
+    """
+    graph = setting.execution is Execution.GRAPH
+    return tuple(
+        PlanAssumption(*each)
+        for each in (
+            (
+                "workload",
+                f"served without end, {traffic.num_sequences:,} sequences at once where they fit: "
+                f"{traffic.prompt_len:,} prompt + {traffic.output_len:,} output tokens",
+                "--workload",
+            ),
+            ("routing", routing, "--routing-trace, --skew"),
+            ("types", f"weights in {setting.types}", "--dtype, --kv-dtype"),
+            (
+                "execution",
+                "a step is captured as a CUDA graph" if graph else "launched kernel by kernel",
+                "--execution",
+            ),
+            (
+                "kernels",
+                "as fused as libraries have them; flat dispatch without an exchange of counts",
+                _FIXED,
+            ),
+            (
+                "TPOT",
+                "mean, others' prefills between decode steps included (one pool)",
+                "two pools keep them apart",
+            ),
+            (
+                "TTFT",
+                "a prompt's own steps and its mean wait in the queue (M/D/1)",
+                _FIXED,
+            ),
+            (
+                "memory",
+                f"{FREE_SHARE:.0%} of a device's {cluster.profile.device.memory_bytes / 1e9:.0f} "
+                "GB; whole sequences in the cache",
+                _FIXED,
+            ),
+            (
+                "profile",
+                f"{cluster.profile.name}: {cluster.profile.device.origin}",
+                "--cluster",
+            ),
+            (
+                "bounds",
+                "all terms low together, all high together: wider than independent errors",
+                _FIXED,
+            ),
+        )
+    )

@@ -1,0 +1,127 @@
+"""A whole plan: search, explain, and put it into results."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+from expertlane.cost.cluster import ModelledCluster
+from expertlane.plan.assumptions import plan_assumptions
+from expertlane.plan.candidates import Candidate
+from expertlane.plan.experiment_text import experiment_text
+from expertlane.plan.families import best_of_families
+from expertlane.plan.outcome import best_deployments, families, pareto_front, pools
+from expertlane.plan.search import OnePool, Search
+from expertlane.plan.serve_commands import serve_commands
+from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.two_pools import search_two_pools
+from expertlane.results.plan import PlanResults, ServeCommandResult
+from expertlane.spec.model import ModelConfig
+
+
+class Plan:
+    """The question, and what is found of it step by step."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        cluster: ModelledCluster,
+        traffic: Traffic,
+        goals: Goals,
+        setting: Setting,
+        routing: str,
+    ) -> None:
+        self._model = model
+        self._cluster = cluster
+        self._traffic = traffic
+        self._goals = goals
+        self._setting = setting
+        self._routing = routing
+        self._found: OnePool | None = None
+
+    def search(self) -> None:
+        """One pool of all devices.
+
+        Raises:
+            UserError: no layout is valid, nothing fits, or nothing keeps the limits.
+        """
+        question = self._model, self._cluster, self._traffic, self._goals, self._setting
+        self._found = Search(*question).one_pool()
+
+    @property
+    def found(self) -> OnePool:
+        """Of one pool; after `search`."""
+        assert self._found is not None, "searched before"
+        return self._found
+
+    def results(
+        self, *, command: str, version: str, served_as: str, experiment: str | None
+    ) -> PlanResults:
+        """Two pools too, and all that is shown.
+
+        Args:
+            version: of expertlane.
+            served_as: what other systems are to load.
+            experiment: the path of the file with `experiment`.
+        """
+        found, traffic, goals, setting = self.found, self._traffic, self._goals, self._setting
+        two, num_pool_candidates = search_two_pools(
+            self._model, self._cluster, traffic, goals, setting
+        )
+        winner = found.finalists[0].option.candidate
+        return PlanResults(
+            command=command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=version,
+            model=asdict(self._model),
+            cluster=str(self._cluster),
+            device=self._cluster.profile.device.name,
+            num_sequences=traffic.num_sequences,
+            prompt_len=traffic.prompt_len,
+            output_len=traffic.output_len,
+            max_tpot_s=goals.max_tpot_s,
+            max_ttft_s=goals.max_ttft_s,
+            best=best_deployments(found, traffic),
+            families=families(found, traffic),
+            pareto=pareto_front(found),
+            two_pools=None if two is None else pools(two),
+            num_candidates=found.num_candidates,
+            num_too_large=found.num_too_large,
+            num_over_limits=sum(option.place is None for option in found.options),
+            num_pool_candidates=num_pool_candidates,
+            commands=self._commands(winner, served_as),
+            experiment=experiment,
+            assumptions=plan_assumptions(self._cluster, traffic, setting, self._routing),
+        )
+
+    def _commands(self, winner: Candidate, served_as: str) -> tuple[ServeCommandResult, ...]:
+        per_node = self._cluster.profile.ranks_per_node
+        nodes = -(-winner.layout.replica_size // per_node)
+        commands = serve_commands(
+            winner, served_as, self._setting.types, self._traffic.full_len + 1, nodes
+        )
+        return tuple(ServeCommandResult(**asdict(each)) for each in commands)
+
+    def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
+        """The winner and what it is to be held against, as TOML.
+
+        Args:
+            checkpoint: the model's folder, if it has one.
+        """
+        return experiment_text(
+            name,
+            self._model,
+            checkpoint,
+            self._traffic,
+            self._cluster.profile.ranks_per_node,
+            self._compared(),
+            comment,
+        )
+
+    def _compared(self) -> Sequence[tuple[str, Candidate]]:
+        """The best without expert parallelism as the baseline, then the winner."""
+        winner = self.found.finalists[0].option.candidate
+        kinds = best_of_families(self.found.options).values()
+        plain = [option.candidate for option in kinds if option.candidate.layout.ep == 1]
+        others = [each for each in plain if each != winner]
+        baseline = [("best without EP", others[0])] if others else []
+        return [*baseline, ("planned", winner)]

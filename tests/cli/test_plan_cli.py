@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+
+from expertlane.balance.trace import RoutingTrace, write_trace
+from expertlane.results.plan import PlanResults
+from expertlane.spec.experiment_file import read_experiment
+
+TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
+WORKLOAD = "num_sequences=8,prompt_len=16,output_len=16"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_plan_is_printed_and_written(run, here):
+    code, out, err = run(*TINY, "--workload", WORKLOAD)
+    assert code == 0, err
+    assert all(len(line) <= 80 for line in out.splitlines())
+    for heading in ("Verdict", "Best deployments", "Pareto front", "Run it", "Assumptions"):
+        assert heading in out
+    folder = here / "results" / "plan-paper-tiny-h100x2"
+    assert {each.name for each in folder.iterdir()} == {
+        "results.json",
+        "report.md",
+        "experiment.toml",
+    }
+    experiment = read_experiment(folder / "experiment.toml")
+    assert experiment.model.name == "paper-tiny"
+    assert experiment.workload.num_sequences == 8
+    data = json.loads((folder / "results.json").read_text())
+    best = data["best"][0]
+    planned = experiment.deployments[-1]
+    assert planned.layout.dp == best["layout"]["dp_size"]
+    assert planned.options.dispatch == best["options"]["dispatch"]
+
+
+def test_json_is_the_file_and_reads_back(run, here):
+    from pydantic import TypeAdapter
+
+    code, out, err = run(*TINY, "--workload", WORKLOAD, "--json", "--out", "mine")
+    assert code == 0, err
+    assert (here / "mine" / "results.json").read_text() == out
+    results = TypeAdapter(PlanResults).validate_json(out)
+    assert results.num_candidates > 5
+    assert results.best[0].why == ""
+    assert results.best[0].tps.low <= results.best[0].tps.value <= results.best[0].tps.high
+
+
+def test_a_checkpoint_needs_only_its_configuration(run, here):
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "torch_dtype": "bfloat16",
+    }
+    (here / "mine").mkdir()
+    (here / "mine" / "config.json").write_text(json.dumps(config))
+    code, out, err = run(
+        "plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD, "--out", "there"
+    )
+    assert code == 0, err
+    assert "vllm serve" in " ".join(out.split())
+    written = tomllib.loads((here / "there" / "experiment.toml").read_text())
+    assert written["model"] == {"checkpoint": str(here / "mine")}
+
+
+def test_a_trace_says_which_experts_tokens_choose(run, here):
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((4, 256, 16)), axis=2)[..., :2].astype(np.int16)
+    trace = RoutingTrace("paper-tiny", 16, (0, 1, 2, 3), ids, np.arange(256))
+    write_trace(trace, here / "trace.npz")
+    asked = (*TINY, "--workload", WORKLOAD, "--routing-trace", "trace.npz")
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert "256 recorded tokens" in " ".join(out.split())
+    assert run(*asked, "--skew", "1")[2].endswith("--routing-trace and --skew exclude each other\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("paper-tiny", "--cluster", "h999x16"), "h999"),
+        (("paper-tiny", "--cluster", "h100"), "cluster 'h100' is not PROFILExCOUNT"),
+        (("paper-tiny", "--cluster", "h100x0"), "cluster 'h100x0' is not PROFILExCOUNT"),
+        (("paper-tiny", "--max-tpot-ms", "0"), "--max-tpot-ms is 0; it must be a positive"),
+        (("paper-tiny", "--max-ttft-ms", "nan"), "--max-ttft-ms is nan; it must be a positive"),
+        (("paper-tiny", "--workload", "prompts=3"), "--workload has 'prompts=3'; it takes"),
+        (("paper-tiny", "--workload", "prompt_len=x"), "prompt_len is 'x'; it must be a whole"),
+        (("paper-tiny", "--workload", "prompt_len=0"), "prompt_len is 0; it must be 1 or more"),
+        (("paper-tiny", "--workload", "prompt_len=9999"), "positions but paper-tiny has 64"),
+        (("paper-tiny", "--skew", "-1"), "--skew is -1; it must be from 0 to 10"),
+        (("paper-tiny", "--routing-trace", "none.npz"), "none.npz"),
+        (("./nowhere",), "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(run, here, words, line):
+    model, *rest = words
+    small = () if "--workload" in rest else ("--workload", WORKLOAD)
+    code, out, err = run("plan", model, *rest, *small)
+    assert (code, out) == (2, "")
+    assert line in err
+    assert len(err.splitlines()) == 1
+    assert not (here / "results").exists()
+
+
+def test_a_folder_without_a_configuration_is_one_line(run, here):
+    (here / "empty").mkdir()
+    code, out, err = run("plan", "./empty", "--workload", WORKLOAD)
+    assert (code, out) == (2, "")
+    assert "config.json" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
+    code, out, err = run(*TINY, "--workload", WORKLOAD, "--max-tpot-ms", "0.0001")
+    assert (code, out) == (2, "")
+    assert "no deployment on h100x2 keeps the limits; the nearest" in err
+    assert not (here / "results").exists()
+
+
+def test_torch_is_not_imported(here):
+    program = (
+        "import sys\n"
+        "from expertlane.cli.main import app\n"
+        f"app({[*TINY, '--workload', WORKLOAD]}, standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,90 @@
+import pytest
+
+from expertlane.errors import UserError
+from expertlane.plan.families import best_of_families, family_of, pareto
+from expertlane.plan.losing import why_it_loses
+from expertlane.plan.setting import Goals, Traffic
+from expertlane.plan.two_pools import search_two_pools
+from expertlane.spec.layout import Layout
+from plan.questions import MIXED, PAPER, TRAFFIC, cluster_of, search_of, setting_of
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search_of().one_pool()
+
+
+def test_the_best_comes_first_and_is_projected_in_full(found):
+    tps = [each.tps for each in found.finalists]
+    assert tps == sorted(tps, reverse=True)
+    best = found.finalists[0]
+    assert best.decode.num_tokens == best.num_seqs
+    assert best.decode.step_s.low <= best.decode.step_s.value <= best.decode.step_s.high
+    assert sum(best.decode.shares.values()) == pytest.approx(1)
+    assert best.tps == pytest.approx(max(option.tps for option in found.options), rel=0.1)
+
+
+def test_no_option_beats_the_pareto_front(found):
+    front = [
+        (option.served.tpot_s[1, place], option.served.tps[1, place])
+        for option, place in pareto(found.options)
+    ]
+    assert front == sorted(front)
+    for option in found.options:
+        for tpot, tps in zip(option.served.tpot_s[1], option.served.tps[1], strict=True):
+            assert any(a <= tpot and b >= tps for a, b in front)
+
+
+def test_each_family_has_one_best(found):
+    families = best_of_families(found.options)
+    assert next(iter(families.values())).tps == max(option.tps for option in found.options)
+    assert family_of(Layout.parse("replicas=2,pp=2,dp=2,ep=2")) == (
+        "expert parallel, pipeline, replicas"
+    )
+    assert family_of(Layout.parse("tp=8")) == "no expert parallelism"
+
+
+def test_losers_are_told_why(found):
+    winner = found.finalists[0].option
+    assert why_it_loses(winner, winner, TRAFFIC) == ""
+    slow = min(found.options, key=lambda option: option.tps)
+    assert why_it_loses(winner, slow, TRAFFIC).startswith("µs a token: ")
+
+
+def test_a_tighter_limit_never_serves_more():
+    free = search_of().one_pool().finalists[0]
+    limit = 0.9 * free.served.tpot_s[1, 0]
+    kept = search_of(goals=Goals(max_tpot_s=limit)).one_pool().finalists[0]
+    assert kept.tps <= free.tps
+    assert kept.option.served.tpot_s[1, kept.option.place] <= limit
+
+
+def test_a_limit_that_nothing_keeps_names_the_nearest():
+    with pytest.raises(
+        UserError, match="no deployment on h100x4 keeps the limits; the nearest"
+    ) as e:
+        search_of(goals=Goals(max_tpot_s=1e-6)).one_pool()
+    assert "misses the TPOT limit of 0.001 ms with " in str(e.value)
+
+
+def test_a_model_that_fits_nowhere_says_by_how_much():
+    huge = PAPER.with_overrides(num_hidden_layers=64)
+    with pytest.raises(UserError, match=r"fits no deployment on h100x4: the smallest, .* needs"):
+        search_of(huge).one_pool()
+
+
+def test_a_number_of_devices_that_no_layout_takes():
+    odd = MIXED.with_overrides(num_hidden_layers=1, sliding_window=(), dense_layers=())
+    layouts = [str(each.candidate.layout) for each in search_of(odd, 3).screen(cluster_of(3))]
+    assert set(layouts) == {"replicas=3", "dp=3", "dp=3,ep=3"}  # attention is never cut in three
+
+
+def test_two_pools_share_the_devices():
+    traffic = Traffic(256, 2048, 64)
+    pools, num_tried = search_two_pools(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED))
+    assert pools is not None
+    assert num_tried > 10
+    sizes = [each.steps.layout.world_size for each in (pools.prefill, pools.decode)]
+    assert sum(sizes) == 4
+    assert pools.transfer_s[1] > 0
+    assert pools.tps <= pools.decode.steps.num_seqs[0] / pools.decode.steps.decode_s[1, 0] * 1.001
