@@ -71,6 +71,7 @@ class Operation:
         sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
         flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them.
         num_kernels: launches where nothing is captured in a graph.
+        dtype: of its numbers, where it is not that of the weights: the router's is float32.
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Operation:
     weight_bytes: Ints
     kv_bytes: Ints
     num_kernels: int = 1
+    dtype: str | None = None
 
 
 class TransferKind(StrEnum):
@@ -104,6 +106,7 @@ class Transfer:
         node: [R]; the node of each rank.
         sent_bytes: [num_kinds_of_traffic, R, R]; source, destination; zero on the diagonals.
         num_kernels: launches where nothing is captured in a graph.
+        num_steps_before_wait: how many of the steps that follow run while it is under way.
     """
 
     kind: TransferKind
@@ -113,6 +116,7 @@ class Transfer:
     node: Ints
     sent_bytes: Ints
     num_kernels: int = 1
+    num_steps_before_wait: int = 0
 
     @cached_property
     def load(self) -> "LinkLoad":

@@ -1,0 +1,82 @@
+"""The number types a projected deployment computes, stores and sends in."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import PayloadType
+
+NumberType = Literal["float32", "float16", "bfloat16", "float8"]
+
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+_SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
+
+
+@dataclass(frozen=True)
+class NumberTypes:
+    """Of weights, of hidden states, and of keys and values.
+
+    The engine has one for all. Where weights are float8, embedding, output head and the absorbed
+    products of latent attention stay in the type of activations, as in checkpoints so quantised;
+    router weights are always float32.
+
+    Raises:
+        SpecError: an unknown type, or float8 activations.
+    """
+
+    weights: NumberType = "bfloat16"
+    activations: NumberType = "bfloat16"
+    kv: NumberType = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "kv"):
+            value = getattr(self, name)
+            if value not in ITEM_BYTES:
+                valid = ", ".join(get_args(NumberType))
+                raise SpecError(f"type of {name} is {value!r}; valid: {valid}")
+        if self.activations == "float8":
+            raise SpecError("activations in float8 are no type of a whole model; use bfloat16")
+
+    @classmethod
+    def all_of(cls, number_type: NumberType) -> "NumberTypes":
+        """One type for everything, as the engine has it."""
+        return cls(number_type, number_type, number_type)
+
+    @property
+    def kept(self) -> NumberType:
+        """The type of weights that are not quantised to float8."""
+        return self.activations if self.weights == "float8" else self.weights
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one value of a hidden state."""
+        return ITEM_BYTES[self.activations]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one value in the cache."""
+        return ITEM_BYTES[self.kv]
+
+
+@dataclass(frozen=True)
+class PayloadBytes:
+    """A hidden state as it is dispatched.
+
+    Attributes:
+        values: bytes of the values: payload.
+        scales: bytes of their scales: metadata.
+        is_narrowed: whether it is rounded before and widened after.
+    """
+
+    values: int
+    scales: int
+    is_narrowed: bool
+
+    @classmethod
+    def of(cls, payload: PayloadType, activation_bytes: int, hidden_size: int) -> "PayloadBytes":
+        """No effect where activations are as narrow already."""
+        item = {"model": activation_bytes, "bfloat16": 2, "float8": 1}[payload]
+        if item >= activation_bytes:
+            return cls(hidden_size * activation_bytes, 0, False)
+        blocks = -(-hidden_size // _SCALED_VALUES) if payload == "float8" else 0
+        return cls(hidden_size * item, 4 * blocks, True)

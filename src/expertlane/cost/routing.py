@@ -1,0 +1,169 @@
+"""Sources of the experts that tokens choose: drawn, from a trace, or given."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.trace import RoutingTrace
+from expertlane.cost.operation import Floats, Ints
+from expertlane.spec.model import ModelConfig
+
+_DRAWN_TOGETHER = 1024  # tokens
+_MOST_DRAWN = 16_384  # tokens of a layer before they come again
+
+
+class RoutingSource(Protocol):
+    """Says which experts the tokens of a step choose."""
+
+    def sample_of(self, layer: int) -> Hashable:
+        """Layers with the same sample give all tokens the same choices."""
+        ...
+
+    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+        """The choices of a part of a micro-batch in one layer.
+
+        Args:
+            first: tokens computed before this step; where sources with an order go on.
+            before: [R]; tokens that each rank of the stage had in this step before this part.
+            owned: [R]; those it has in this part.
+
+        Returns:
+            [owned.sum(), K] int64; logical experts, rank after rank.
+        """
+        ...
+
+
+class PowerLawRouting:
+    """Experts of unequal popularity, drawn without replacement.
+
+    The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha; as
+    engine and router skew have it, the K best of the logarithms of weights plus Gumbel noise are
+    chosen. Groups of experts that a router may be limited to are not modelled. Tokens are drawn
+    once and taken in turn.
+
+    Args:
+        alpha: 0 for experts alike.
+        num_sampled_layers: layers take turns with so many samples.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        alpha: float,
+        seed: int = 0,
+        num_sampled_layers: int = 4,
+    ) -> None:
+        self._num_experts = num_experts
+        self._top_k = top_k
+        self._alpha = alpha
+        self._seed = seed
+        self._num_samples = num_sampled_layers
+        self._drawn: dict[int, Ints] = {}
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, alpha: float, seed: int = 0, num_sampled_layers: int = 4
+    ) -> "PowerLawRouting":
+        """For a model's experts."""
+        return cls(model.num_experts, model.num_experts_per_tok, alpha, seed, num_sampled_layers)
+
+    def sample_of(self, layer: int) -> Hashable:
+        """Layers take turns."""
+        return layer % self._num_samples
+
+    def popularity(self, layer: int) -> Floats:
+        """[num_experts]; the weights that a layer's experts are drawn by."""
+        weights: Floats = np.exp(self._log_popularity(layer % self._num_samples))
+        return weights / weights.sum()
+
+    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+        """As the protocol says; ranks' tokens follow each other in those drawn."""
+        first, num = first + int(before.sum()), int(owned.sum())
+        tokens = self._tokens(layer % self._num_samples, min(first + num, _MOST_DRAWN))
+        return _in_turn(tokens, first, num)
+
+    def _log_popularity(self, sample: int) -> Floats:
+        places = np.random.default_rng((self._seed, sample)).permutation(self._num_experts)
+        return -self._alpha * np.log1p(places)
+
+    def _tokens(self, sample: int, at_least: int) -> Ints:
+        drawn = self._drawn.get(sample, np.empty((0, self._top_k), dtype=np.int64))
+        blocks = [drawn]
+        for block in range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER)):
+            rng = np.random.default_rng((self._seed, sample, block + 1))
+            noise = rng.standard_exponential((_DRAWN_TOGETHER, self._num_experts), np.float32)
+            np.log(noise, out=noise)  # the negative of Gumbel noise
+            keys = noise - self._log_popularity(sample).astype(np.float32)
+            blocks.append(np.argpartition(keys, self._top_k - 1, axis=1)[:, : self._top_k])
+        if len(blocks) > 1:
+            self._drawn[sample] = drawn = np.concatenate(blocks)
+        return drawn
+
+
+class UniformRouting(PowerLawRouting):
+    """Experts that are all as popular."""
+
+    def __init__(
+        self, num_experts: int, top_k: int, seed: int = 0, num_sampled_layers: int = 4
+    ) -> None:
+        super().__init__(num_experts, top_k, 0.0, seed, num_sampled_layers)
+
+
+class TraceRouting:
+    """The tokens of a trace in turn, over and over; layers that it lacks take those it has."""
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        if not trace.num_tokens:
+            raise ValueError("a trace without tokens")
+        self._layers = trace.layers
+        self._topk_ids = trace.topk_ids
+
+    def sample_of(self, layer: int) -> Hashable:
+        """Every layer of a trace is its own."""
+        place = np.searchsorted(self._layers, layer)
+        if place < len(self._layers) and self._layers[place] == layer:
+            return int(place)
+        return layer % len(self._layers)
+
+    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+        """As the protocol says."""
+        tokens = self._topk_ids[self.sample_of(layer)]
+        return _in_turn(tokens, first + int(before.sum()), int(owned.sum())).astype(np.int64)
+
+
+class GivenRouting:
+    """What the ranks of a replica chose in a step, as their records have it.
+
+    Args:
+        of_rank: by rank of the replica, by layer, [T, K].
+        stage_size: ranks of a pipeline stage.
+    """
+
+    def __init__(
+        self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]], stage_size: int
+    ) -> None:
+        self._of_rank = of_rank
+        self._stage_size = stage_size
+
+    def sample_of(self, layer: int) -> Hashable:
+        """All layers differ."""
+        return layer
+
+    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+        """As the protocol says, `first` apart."""
+        of_ranks = [ids[layer] for ids in self._of_rank if layer in ids]
+        slices = zip(of_ranks, before.tolist(), owned.tolist(), strict=True)
+        return np.concatenate([ids[begin : begin + num] for ids, begin, num in slices]).astype(
+            np.int64
+        )
+
+
+def _in_turn(tokens: npt.NDArray[np.integer], first: int, num: int) -> npt.NDArray[np.integer]:
+    """[num, K]; rows from `first` on, beginning anew after the last."""
+    begin = first % len(tokens)
+    if begin + num <= len(tokens):
+        return tokens[begin : begin + num]
+    return tokens[np.arange(begin, begin + num) % len(tokens)]

@@ -1,0 +1,174 @@
+"""Steps of a layer, put down one after the other with their counts."""
+
+import numpy as np
+
+from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
+from expertlane.cost.operation import Floats, Ints, Kind, Operation, Step, Transfer, TransferKind
+from expertlane.cost.stage_mesh import Axis, StageMesh
+from expertlane.spec.names import Stage, Traffic
+
+# Launches of one transfer, with what gathers its rows before or adds them up after.
+_KERNELS = {
+    TransferKind.ALL_GATHER: 2,
+    TransferKind.REDUCE_SCATTER: 2,
+    TransferKind.ALL_TO_ALL: 1,
+}
+_FUSED_NORM, _NORM = 1, 3  # launches of a norm in float32, and in a type to be widened first
+
+
+class StepList:
+    """What the ranks of a stage do in turn.
+
+    Transfers within groups of one rank are left out, as the engine's are.
+
+    Attributes:
+        steps: so far.
+    """
+
+    def __init__(self, mesh: StageMesh, types: NumberTypes, layer: int) -> None:
+        self.mesh = mesh
+        self.types = types
+        self.steps: list[Step] = []
+        self._layer = layer
+        self._none: Ints = np.zeros(mesh.size, dtype=np.int64)
+
+    @property
+    def weight_item(self) -> int:
+        """Bytes of a weight."""
+        return ITEM_BYTES[self.types.weights]
+
+    @property
+    def norm_kernels(self) -> int:
+        """Launches of one norm of hidden states."""
+        return _FUSED_NORM if self.types.activations == "float32" else _NORM
+
+    def gemm(
+        self,
+        stage: Stage,
+        m: Ints,
+        n: Ints | int,
+        k: Ints | int,
+        *,
+        dtype: str | None = None,
+        num_kernels: int = 1,
+    ) -> None:
+        """A product [m, k] · [k, n]; sizes of all ranks, [R] or one number.
+
+        Args:
+            dtype: of the weights, if not the deployment's.
+        """
+        num_weights = np.asarray(n) * np.asarray(k)
+        item = ITEM_BYTES[dtype] if dtype else self.weight_item
+        self.steps.append(
+            Operation(
+                kind=Kind.GEMM,
+                stage=stage,
+                layer=self._layer,
+                sizes={"m": _floats(m), "n": _floats(n), "k": _floats(k)},
+                flops=2 * m * num_weights,
+                weight_bytes=(m > 0) * (num_weights * item),
+                kv_bytes=self._none,
+                num_kernels=num_kernels,
+                dtype=dtype,
+            )
+        )
+
+    def memory(self, stage: Stage, num_bytes: Ints, num_kernels: int = 1) -> None:
+        """Bytes [R] read and written, with nothing that is counted."""
+        self.operation(Kind.MEMORY, stage, {"bytes": num_bytes}, num_kernels=num_kernels)
+
+    def operation(
+        self,
+        kind: Kind,
+        stage: Stage,
+        sizes: dict[str, Ints | int],
+        *,
+        flops: Ints | None = None,
+        weight_bytes: Ints | None = None,
+        kv_bytes: Ints | None = None,
+        num_kernels: int = 1,
+    ) -> None:
+        """Any other operation; counts left out are zeros."""
+        self.steps.append(
+            Operation(
+                kind=kind,
+                stage=stage,
+                layer=self._layer,
+                sizes={name: _floats(size) for name, size in sizes.items()},
+                flops=self._none if flops is None else flops,
+                weight_bytes=self._none if weight_bytes is None else weight_bytes,
+                kv_bytes=self._none if kv_bytes is None else kv_bytes,
+                num_kernels=num_kernels,
+            )
+        )
+
+    def all_gather(
+        self,
+        stage: Stage,
+        axis: Axis,
+        rows: Ints,
+        payload: Ints | int,
+        metadata: Ints | int = 0,
+        *,
+        num_steps_before_wait: int = 0,
+    ) -> None:
+        """Every rank sends its `rows` [R] to all of its group.
+
+        Args:
+            payload, metadata: bytes of a row; [R] or one number.
+        """
+        self.transfer(
+            TransferKind.ALL_GATHER,
+            stage,
+            axis,
+            rows[:, None],
+            np.reshape(payload, (-1, 1)),
+            np.reshape(metadata, (-1, 1)),
+            num_steps_before_wait=num_steps_before_wait,
+        )
+
+    def reduce_scatter(self, stage: Stage, axis: Axis, rows: Ints, payload: int) -> None:
+        """Every rank gets, and adds up, its `rows` [R] of all of its group."""
+        self.transfer(TransferKind.REDUCE_SCATTER, stage, axis, rows[None], payload)
+
+    def all_to_all(
+        self, stage: Stage, axis: Axis, rows: Ints, payload: int, metadata: int = 0
+    ) -> None:
+        """Rows [R, R] by source and destination; those outside the groups do not count."""
+        self.transfer(TransferKind.ALL_TO_ALL, stage, axis, rows, payload, metadata)
+
+    def transfer(
+        self,
+        kind: TransferKind,
+        stage: Stage,
+        axis: Axis,
+        rows: Ints,
+        payload: Ints | int,
+        metadata: Ints | int = 0,
+        *,
+        num_steps_before_wait: int = 0,
+    ) -> None:
+        """Rows and bytes that broadcast to [R, R]; nothing in groups of one."""
+        mesh = self.mesh
+        if mesh.group_size(axis) == 1:
+            return
+        rows = rows * mesh.peers(axis)
+        sent = np.zeros((len(Traffic), mesh.size, mesh.size), dtype=np.int64)
+        sent[Traffic.PAYLOAD] = rows * payload
+        sent[Traffic.METADATA] = rows * metadata
+        self.steps.append(
+            Transfer(
+                kind=kind,
+                stage=stage,
+                layer=self._layer,
+                group=mesh.group(axis),
+                node=mesh.node,
+                sent_bytes=sent,
+                num_kernels=_KERNELS[kind],
+                num_steps_before_wait=num_steps_before_wait,
+            )
+        )
+
+
+def _floats(size: Ints | int) -> Floats | float:
+    return size.astype(np.float64) if isinstance(size, np.ndarray) else float(size)
