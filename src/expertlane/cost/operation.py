@@ -107,6 +107,8 @@ class Transfer:
         sent_bytes: [num_kinds_of_traffic, R, R]; source, destination; zero on the diagonals.
         num_kernels: launches where nothing is captured in a graph.
         num_steps_before_wait: how many of the steps that follow run while it is under way.
+        syncs_host: the host needs its result, as counts that size what comes next, so it can
+            launch nothing beyond it.
     """
 
     kind: TransferKind
@@ -117,6 +119,7 @@ class Transfer:
     sent_bytes: Ints
     num_kernels: int = 1
     num_steps_before_wait: int = 0
+    syncs_host: bool = False
 
     @cached_property
     def load(self) -> "LinkLoad":

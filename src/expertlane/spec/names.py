@@ -27,6 +27,14 @@ class Stage(IntEnum):
 COMMUNICATION_STAGES = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES, Stage.HAND_OVER)
 
 
+class Track(StrEnum):
+    """What of a rank is busy; the rows of a trace."""
+
+    COMPUTE = "compute"
+    NETWORK = "network"
+    COPY = "copy"  # keys and values, or weights, that move in the background
+
+
 class Phase(StrEnum):
     """Which half of the work a step does."""
 

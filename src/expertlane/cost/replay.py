@@ -1,0 +1,297 @@
+"""One micro-batch on one pipeline stage, on a virtual clock, in the engine's order.
+
+All clocks are [B, R]: three bounds (low, likely, high) by the ranks of the stage. They go side by
+side, each with its own times. The low one hides transfers perfectly, the high one not at all.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.operation import Transfer
+from expertlane.cost.work import Block, Compiler, Entry
+
+Floats = npt.NDArray[np.float64]
+
+_MIN_REPEATS = 3  # layers of a block below which looking for a period does not pay
+_ROUNDING = 1e-9
+
+
+@dataclass(eq=False)
+class Clocks:
+    """How far the ranks of a stage are; [B, R] each.
+
+    Attributes:
+        compute: when the rank is free.
+        network: when its last transfer is through.
+        host: when the host is done with launching, where it runs ahead.
+    """
+
+    compute: Floats
+    network: Floats
+    host: Floats
+
+    @classmethod
+    def zero(cls, num_bounds: int, num_ranks: int) -> "Clocks":
+        """The start."""
+        compute, network, host = np.zeros((3, num_bounds, num_ranks))
+        return cls(compute, network, host)
+
+
+class Ran(NamedTuple):
+    """An operation that ran, or a transfer that was posted and waited for.
+
+    Attributes:
+        layers, place: of its block, and which of them.
+        begin: the rank came to it.
+        start: it could begin: launched by the host, and of a transfer, posted.
+        met: of a transfer, its group's last member had posted and was free; else `start`.
+        wait: of a transfer, the rank began to wait for it; else `start`.
+        end: it was done; of a transfer, not before `wait`.
+        done: of a transfer, when it was through; else `end`.
+    """
+
+    entry: Entry
+    part: int
+    layers: Sequence[int]
+    place: int
+    begin: Floats
+    start: Floats
+    met: Floats
+    wait: Floats
+    end: Floats
+    done: Floats
+
+    @property
+    def layer(self) -> int:
+        """Its hidden layer, or `OUTSIDE`."""
+        return self.layer_after(0)
+
+    def layer_after(self, times: int) -> int:
+        """The layer of the same step when its block was repeated so often."""
+        return self.layers[self.place + times] + self.entry.offset
+
+
+class Jump(NamedTuple):
+    """Layers that went like those before: `times` more of the log's `first` to `last`."""
+
+    first: int
+    last: int
+    times: int
+
+
+@dataclass(eq=False)
+class Log:
+    """What ran, in the order of each rank."""
+
+    ran: list[Ran] = field(default_factory=list)
+    jumps: list[Jump] = field(default_factory=list)
+
+
+class _Pending(NamedTuple):
+    entry: Entry
+    num_steps_before_wait: int
+    syncs_host: bool
+    layers: Sequence[int]
+    place: int
+    begin: Floats
+    posted: Floats
+    met: Floats
+    done: Floats
+
+
+class _Cursor:
+    """A part's place in its blocks."""
+
+    def __init__(self, part: int, blocks: Sequence[Block], compiler: Compiler) -> None:
+        self.part = part
+        self._blocks = [(compiler.entries(block), block.layers) for block in blocks if block.steps]
+        self.block = -1
+        self.entries: list[Entry] = []
+        self.layers: Sequence[int] = ()
+        self.place = self.step = 0
+
+    def next(self) -> Entry | None:
+        """The next step; None at the end."""
+        if self.step == len(self.entries):
+            if self.place + 1 < len(self.layers):
+                self.place += 1
+            elif self.block + 1 < len(self._blocks):
+                self.block += 1
+                self.entries, self.layers = self._blocks[self.block]
+                self.place = 0
+            else:
+                return None
+            self.step = 0
+        entry = self.entries[self.step]
+        self.step += 1
+        return entry
+
+    @property
+    def num_left(self) -> int:
+        """Layers of its block after the present one."""
+        return len(self.layers) - 1 - self.place
+
+
+class Replay:
+    """Runs the parts of a micro-batch; each up to its next transfer in turn, as the engine does.
+
+    A transfer begins when the last member of its group has posted it and has no earlier one under
+    way; it ends for all of them after the longest of their times. Of what a rank computes while a
+    transfer of its own is in flight, a share is lost (`TimedStep.contention`).
+
+    Args:
+        may_jump: a block's layers that go exactly like the two before are not run one by one.
+    """
+
+    def __init__(self, compiler: Compiler, clocks: Clocks, *, may_jump: bool = True) -> None:
+        self.clocks = clocks
+        self.log = Log()
+        self._compiler = compiler
+        self._may_jump = may_jump
+        self._period = _Period()
+
+    def run(self, parts: Sequence[Sequence[Block]]) -> Log:
+        """Run all parts to their ends; `clocks` go on."""
+        cursors = [
+            _Cursor(part, blocks, self._compiler) for part, blocks in enumerate(parts) if blocks
+        ]
+        queue: deque[tuple[_Cursor, _Pending | None]] = deque((each, None) for each in cursors)
+        while queue:
+            if self._may_jump and queue[0][0] is cursors[0]:
+                self._skip_layers(queue)
+            cursor, pending = queue.popleft()
+            if pending is not None:
+                self._wait(cursor, pending)
+            in_flight = queue[-1][1] if queue else None  # of several, the last posted ends last
+            while (entry := cursor.next()) is not None:
+                if entry.groups is None:
+                    self._compute(cursor, entry, in_flight)
+                    continue
+                posted = self._post(cursor, entry)
+                for _ in range(posted.num_steps_before_wait):
+                    if (beside := cursor.next()) is not None:
+                        self._compute(cursor, beside, posted)
+                queue.append((cursor, posted))
+                break
+        return self.log
+
+    def _launch(self, entry: Entry) -> Floats:
+        """When a step can begin on the rank."""
+        clocks = self.clocks
+        if entry.launch_s is None:
+            return clocks.compute
+        clocks.host = clocks.host + entry.launch_s
+        return np.maximum(clocks.compute, clocks.host)
+
+    def _compute(self, cursor: _Cursor, entry: Entry, in_flight: _Pending | None) -> None:
+        begin = self.clocks.compute
+        start = self._launch(entry)
+        end = start + entry.seconds
+        if in_flight is not None:
+            beside = in_flight.entry
+            lost = beside.lost_share * np.maximum(in_flight.done - start, 0.0)
+            end = np.minimum(end + lost, start + entry.seconds * beside.stretch)
+        self.clocks.compute = end
+        at = (entry, cursor.part, cursor.layers, cursor.place)
+        self.log.ran.append(Ran(*at, begin, start, start, start, end, end))
+
+    def _post(self, cursor: _Cursor, entry: Entry) -> _Pending:
+        clocks, groups, step = self.clocks, entry.groups, entry.step
+        assert groups is not None
+        assert isinstance(step, Transfer)
+        begin = clocks.compute
+        posted = clocks.compute = self._launch(entry) + entry.overhead_s
+        met = groups.largest(np.maximum(posted, clocks.network))
+        done = clocks.network = met + entry.seconds
+        num_before = step.num_steps_before_wait
+        at = (entry, num_before, step.syncs_host, cursor.layers, cursor.place)
+        return _Pending(*at, begin, posted, met, done)
+
+    def _wait(self, cursor: _Cursor, pending: _Pending) -> None:
+        clocks, done = self.clocks, pending.done
+        wait = clocks.compute
+        end = clocks.compute = np.maximum(wait, done)
+        if pending.syncs_host:
+            clocks.host = np.maximum(clocks.host, end)
+        at = (pending.entry, cursor.part, pending.layers, pending.place)
+        moments = (pending.begin, pending.posted, pending.met, wait, end, done)
+        self.log.ran.append(Ran(*at, *moments))
+
+    def _skip_layers(self, queue: deque[tuple[_Cursor, _Pending | None]]) -> None:
+        """Where two layers of a block took equally long on every rank, so do the rest of it."""
+        first = queue[0][0]
+        if len(first.layers) < _MIN_REPEATS or not self._period.is_new_layer(first):
+            return
+        clocks = self.clocks
+        pendings = [pending for _, pending in queue if pending is not None]
+        state = np.stack(
+            [clocks.compute, clocks.network, clocks.host, *(each.done for each in pendings)]
+        )
+        places = [
+            (cursor.block, cursor.step, cursor.place - first.place, pending is None)
+            for cursor, pending in queue
+        ]
+        step_s = self._period.step(places, state, len(self.log.ran))
+        times = min(cursor.num_left for cursor, _ in queue)
+        if step_s is None or times < 1:
+            return
+        self.log.jumps.append(Jump(self._period.first, self._period.last, times))
+        clocks.compute, clocks.network, clocks.host, *dones = state + times * step_s
+        shifted = iter(zip(dones, step_s[3:], strict=True))
+        for number, (cursor, pending) in enumerate(queue):
+            cursor.place += times
+            if pending is not None:
+                done, of_layer = next(shifted)
+                ahead = times * of_layer
+                queue[number] = (
+                    cursor,
+                    pending._replace(
+                        place=pending.place + times,
+                        begin=pending.begin + ahead,
+                        posted=pending.posted + ahead,
+                        met=pending.met + ahead,
+                        done=done,
+                    ),
+                )
+        self._period = _Period()
+
+
+class _Period:
+    """Looks for two layers in a row that took equally long on every rank.
+
+    Attributes:
+        first, last: of the log, what the last layer added.
+    """
+
+    def __init__(self) -> None:
+        self.first = self.last = 0
+        self._layer = (-1, -1)
+        self._places: list[tuple[int, int, int, bool]] = []
+        self._state: Floats | None = None
+        self._step_s: Floats | None = None
+
+    def is_new_layer(self, cursor: _Cursor) -> bool:
+        """Whether the first part has come to another layer."""
+        layer = (cursor.block, cursor.place)
+        is_new, self._layer = layer != self._layer, layer
+        return is_new
+
+    def step(
+        self, places: list[tuple[int, int, int, bool]], state: Floats, num_ran: int
+    ) -> Floats | None:
+        """What each layer adds to the state, or None as long as layers differ."""
+        before, before_s = self._state, self._step_s
+        is_alike = places == self._places and before is not None and before.shape == state.shape
+        self._places, self._state = places, state
+        self.first, self.last = self.last, num_ran
+        self._step_s = state - before if is_alike and before is not None else None
+        if self._step_s is None or before_s is None or before_s.shape != self._step_s.shape:
+            return None
+        if np.abs(self._step_s - before_s).max() > _ROUNDING * np.abs(self._step_s).max():
+            return None
+        return self._step_s

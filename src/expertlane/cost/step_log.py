@@ -1,0 +1,175 @@
+"""What a step's replay says, in the shapes that records and traces want."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.execution import LIKELY
+from expertlane.cost.operation import OUTSIDE, Step
+from expertlane.cost.replay import Log
+from expertlane.cost.timeline import Span, StepTimes
+from expertlane.spec.names import Stage, Track
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class LogTable:
+    """A log as columns: a row for every step that was run, all likely times [num_rows, R].
+
+    Attributes:
+        steps: [num_rows].
+        part: [num_rows].
+        is_transfer: [num_rows].
+        rows, layers: [num_steps]; with layers that were not run one by one, the row that each
+            went like, and its layer.
+    """
+
+    def __init__(self, log: Log, num_ranks: int) -> None:
+        self._log = log
+        self._shape = (len(log.ran), num_ranks)
+        self.steps: list[Step] = [ran.entry.step for ran in log.ran]
+        self.part = np.array([ran.part for ran in log.ran], dtype=np.int64)
+        self.is_transfer = np.array([ran.entry.groups is not None for ran in log.ran], dtype=bool)
+        self.stages = np.array([step.stage for step in self.steps], dtype=np.int64)
+        self.rows, self.layers = _expanded(log)
+
+    def column(self, name: str) -> Floats:
+        """One of the moments of a `Ran`, other than `met`."""
+        if not self._log.ran:
+            return np.zeros(self._shape)
+        return np.array([getattr(ran, name)[LIKELY] for ran in self._log.ran])
+
+    @cached_property
+    def times(self) -> Ints:
+        """[num_rows]; how many layers went like each row."""
+        return np.bincount(self.rows, minlength=len(self.steps))
+
+    @cached_property
+    def blocked_s(self) -> Floats:
+        """The wait for each transfer."""
+        return self.column("end") - self.column("wait")
+
+    @cached_property
+    def wall_s(self) -> Floats:
+        """What each step took of its rank's time."""
+        of_compute = self.column("end") - self.column("begin")
+        of_transfer = self.column("start") - self.column("begin") + self.blocked_s
+        return np.where(self.is_transfer[:, None], of_transfer, of_compute)
+
+
+def _expanded(log: Log) -> tuple[Ints, Ints]:
+    rows = [np.arange(len(log.ran))]
+    layers = [[ran.layer for ran in log.ran]]
+    for first, last, times in log.jumps:
+        for further in range(1, times + 1):
+            rows.append(np.arange(first, last))
+            layers.append([ran.layer_after(further) for ran in log.ran[first:last]])
+    return np.concatenate(rows), np.concatenate(layers).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class StageSeconds:
+    """Of the ranks of a pipeline stage, as in their records.
+
+    Attributes:
+        wall_s, blocked_s: [R, num_micro_batches, num_layers + 1, num_stages].
+    """
+
+    wall_s: Floats
+    blocked_s: Floats
+
+
+def stage_seconds(times: StepTimes, num_layers: int, *, count_idle: bool) -> list[StageSeconds]:
+    """By pipeline stage.
+
+    Args:
+        num_layers: of the model.
+        count_idle: the time since the last step counts as idle, as in the engine.
+    """
+    return [
+        _of_stage(spans, idle_s[LIKELY], num_layers, count_idle)
+        for spans, idle_s in zip(times.spans, times.idle_s, strict=True)
+    ]
+
+
+def _of_stage(
+    spans: Sequence[Span], idle_s: Floats, num_layers: int, count_idle: bool
+) -> StageSeconds:
+    num_ranks, num_cells = len(idle_s), (num_layers + 1) * len(Stage)
+    seconds = np.zeros((2, len(spans), num_cells, num_ranks))
+    for (wall_s, blocked_s), span in zip(seconds.swapaxes(0, 1), spans, strict=True):
+        table = LogTable(span.log, num_ranks)
+        slots = np.where(table.layers == OUTSIDE, num_layers, table.layers)
+        cells = slots * len(Stage) + table.stages[table.rows]
+        np.add.at(wall_s, cells, table.wall_s[table.rows])
+        is_transfer = table.is_transfer[table.rows]
+        np.add.at(blocked_s, cells[is_transfer], table.blocked_s[table.rows[is_transfer]])
+        outside = num_layers * len(Stage)
+        arriving_s = (span.arrived - span.begin)[LIKELY]
+        for of_kind in (wall_s, blocked_s):
+            of_kind[outside + Stage.HAND_OVER] += arriving_s
+        wall_s[outside + Stage.EMBED] += (span.launched - span.arrived)[LIKELY]
+    if count_idle:
+        seconds[:, 0, num_layers * len(Stage) + Stage.IDLE] += idle_s
+    shape = (2, len(spans), num_layers + 1, len(Stage), num_ranks)
+    wall_s, blocked_s = np.moveaxis(seconds.reshape(shape), -1, 1)
+    return StageSeconds(wall_s, blocked_s)
+
+
+class Event(NamedTuple):
+    """One stretch of time of all ranks of a pipeline stage.
+
+    Attributes:
+        pp_rank: the pipeline stage.
+        layer: hidden layer, or `OUTSIDE`.
+        part: which half, where two are interleaved.
+        step: None of a hand-over.
+        begin_s, end_s: [R].
+    """
+
+    track: Track
+    stage: Stage
+    pp_rank: int
+    layer: int
+    micro_batch: int
+    part: int
+    step: Step | None
+    begin_s: Floats
+    end_s: Floats
+
+
+def events(times: StepTimes) -> Iterator[Event]:
+    """Every operation, transfer and hand-over of a step run without jumps."""
+    for pp_rank, spans in enumerate(times.spans):
+        for micro_batch, span in enumerate(spans):
+            for ran in span.log.ran:
+                step, is_transfer = ran.entry.step, ran.entry.groups is not None
+                begin, end = (ran.met, ran.done) if is_transfer else (ran.start, ran.end)
+                yield Event(
+                    Track.NETWORK if is_transfer else Track.COMPUTE,
+                    step.stage,
+                    pp_rank,
+                    ran.layer,
+                    micro_batch,
+                    ran.part,
+                    step,
+                    np.broadcast_to(begin[LIKELY], end[LIKELY].shape),
+                    end[LIKELY],
+                )
+            if pp_rank + 1 < len(times.spans):
+                yield Event(
+                    Track.NETWORK,
+                    Stage.HAND_OVER,
+                    pp_rank,
+                    OUTSIDE,
+                    micro_batch,
+                    0,
+                    None,
+                    span.sending[LIKELY],
+                    span.sent[LIKELY],
+                )

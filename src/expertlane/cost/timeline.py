@@ -1,0 +1,126 @@
+"""The virtual clock of one replica: its pipeline stages, ranks and streams, across steps.
+
+A rank has a compute and a network stream; its clock goes on from step to step, so steps in flight
+share the stages as the engine's do: each stage takes steps in the order of their submission, and
+the micro-batches of a step one after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.execution import BOUNDS, Execution, Terms
+from expertlane.cost.replay import Clocks, Log, Replay
+from expertlane.cost.times import Times
+from expertlane.cost.work import Compiler, StageWork
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """One micro-batch on one pipeline stage; all [B, R].
+
+    Attributes:
+        begin: the ranks turned to it.
+        arrived: hidden states of the stage before were there too; equal to `begin` on the first.
+        launched: its graph was launched, where there is one; else `arrived`.
+        end: all its parts were done.
+        sending, sent: its hidden states began to travel, and were at the next stage; both `end`
+            on the last stage.
+        log: what ran in between.
+    """
+
+    begin: Floats
+    arrived: Floats
+    launched: Floats
+    end: Floats
+    sending: Floats
+    sent: Floats
+    log: Log
+
+
+@dataclass(frozen=True, eq=False)
+class StepTimes:
+    """One step on the virtual clock.
+
+    Attributes:
+        spans: [num_stages][num_micro_batches].
+        idle_s: [num_stages], [B, R] each; from the end of a rank's step before to this one's
+            begin.
+        end_s: [B]; when the last rank was done.
+    """
+
+    spans: Sequence[Sequence[Span]]
+    idle_s: Sequence[Floats]
+    end_s: Floats
+
+
+class Timeline:
+    """Keeps the ranks' clocks over the steps of a replica.
+
+    Args:
+        num_stages: pipeline stages.
+        num_ranks: of each of them.
+        may_jump: layers that repeat exactly are not run one by one (`Replay`); no single events.
+    """
+
+    def __init__(
+        self, terms: Terms, num_stages: int, num_ranks: int, *, may_jump: bool = True
+    ) -> None:
+        self._terms = terms
+        self._may_jump = may_jump
+        self._stages = [Clocks.zero(len(BOUNDS), num_ranks) for _ in range(num_stages)]
+
+    def run(self, work: Sequence[Sequence[StageWork]], plan_s: Floats | float) -> StepTimes:
+        """Take a step through all stages.
+
+        Args:
+            work: [num_stages][num_micro_batches].
+            plan_s: [B], or one for all; when the plan reaches the ranks.
+        """
+        compiler = Compiler(self._terms)
+        plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (len(BOUNDS),))[:, None]
+        spans: list[list[Span]] = []
+        idle_s = []
+        for clocks, of_stage in zip(self._stages, work, strict=True):
+            ended = clocks.compute
+            clocks.compute = np.maximum(ended, plan)
+            clocks.host = np.maximum(clocks.host, clocks.compute)  # a rank ends a step for good
+            idle_s.append(clocks.compute - ended)
+            arrivals = [span.sent for span in spans[-1]] if spans else [None] * len(of_stage)
+            spans.append(
+                [
+                    self._micro_batch(clocks, of_micro_batch, arrival, compiler)
+                    for of_micro_batch, arrival in zip(of_stage, arrivals, strict=True)
+                ]
+            )
+        end_s = np.max([clocks.compute.max(axis=1) for clocks in self._stages], axis=0)
+        return StepTimes(spans, idle_s, end_s)
+
+    def _micro_batch(
+        self, clocks: Clocks, work: StageWork, arrival: Floats | None, compiler: Compiler
+    ) -> Span:
+        begin = clocks.compute
+        arrived = begin if arrival is None else np.maximum(begin, arrival)
+        clocks.compute = arrived
+        if self._terms.execution is Execution.GRAPH:
+            clocks.host = clocks.host + self._terms.launch_s[:, None]
+            clocks.compute = np.maximum(arrived, clocks.host)
+        launched = clocks.compute
+        replay = Replay(compiler, clocks, may_jump=self._may_jump)
+        log = replay.run(work.parts)
+        end = sending = sent = clocks.compute
+        if work.hand_over is None:
+            clocks.host = np.maximum(clocks.host, end)  # it reads the tokens
+        else:
+            sending = np.maximum(end, clocks.network)
+            sent = clocks.network = sending + bounds_of(work.hand_over)
+        return Span(begin, arrived, launched, end, sending, sent, log)
+
+
+def bounds_of(times: Times) -> Floats:
+    """[B, R]."""
+    return np.array([times.low, times.seconds, times.high])

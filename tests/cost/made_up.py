@@ -1,0 +1,103 @@
+"""Made-up work for a timeline, with times that a reader can follow by hand."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from expertlane.cost.execution import Execution, Terms
+from expertlane.cost.operation import OUTSIDE, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.step_log import events
+from expertlane.cost.timeline import StepTimes, Timeline
+from expertlane.cost.times import Basis, Times
+from expertlane.cost.work import Block, StageWork, TimedStep
+from expertlane.spec.names import Stage, Traffic
+
+
+def seconds(values: Sequence[float], low: float = 1.0, high: float = 1.0) -> Times:
+    """Bounds as factors."""
+    likely = np.array(values, dtype=np.float64)
+    return Times(likely, likely * low, likely * high, Basis.BOUND, np.zeros(len(likely), bool))
+
+
+def compute(
+    *values: float,
+    stage: Stage = Stage.EXPERTS,
+    layer: int = 0,
+    num_kernels: int = 1,
+    flops: int = 0,
+    weight_bytes: int = 0,
+    kv_bytes: int = 0,
+    low: float = 1.0,
+    high: float = 1.0,
+) -> TimedStep:
+    """An operation that takes each rank so long."""
+    num_ranks = len(values)
+    operation = Operation(
+        Kind.GEMM,
+        stage,
+        layer,
+        {},
+        np.full(num_ranks, flops),
+        np.full(num_ranks, weight_bytes),
+        np.full(num_ranks, kv_bytes),
+        num_kernels,
+    )
+    return TimedStep(operation, seconds(values, low, high))
+
+
+def send(
+    *values: float,
+    stage: Stage = Stage.DISPATCH,
+    layer: int = 0,
+    group: Sequence[int] | None = None,
+    contention: float = 0.0,
+    num_kernels: int = 1,
+    low: float = 1.0,
+    high: float = 1.0,
+    **flags,
+) -> TimedStep:
+    """A transfer; all ranks in one group unless said otherwise."""
+    num_ranks = len(values)
+    transfer = Transfer(
+        TransferKind.ALL_TO_ALL,
+        stage,
+        layer,
+        np.array(group or [0] * num_ranks),
+        np.zeros(num_ranks, dtype=np.int64),
+        np.zeros((len(Traffic), num_ranks, num_ranks), dtype=np.int64),
+        num_kernels,
+        **flags,
+    )
+    return TimedStep(transfer, seconds(values, low, high), contention)
+
+
+def part(*steps: TimedStep) -> list[Block]:
+    """A block for every step, of the step's own layer."""
+    return [Block([each], (each.step.layer,)) for each in steps]
+
+
+def one_stage(*parts: list[Block]) -> list[list[StageWork]]:
+    """A micro-batch on a single pipeline stage."""
+    return [[StageWork(parts)]]
+
+
+def run(
+    work: list[list[StageWork]], num_ranks: int, terms: Terms | None = None, plan_s: float = 0.0
+) -> StepTimes:
+    """A step on clocks at zero."""
+    return Timeline(terms or Terms.free(), len(work), num_ranks, may_jump=False).run(work, plan_s)
+
+
+def terms(execution: Execution, launch_s: float) -> Terms:
+    """The same launch at best and at worst."""
+    return Terms(execution, np.full(3, launch_s), np.zeros(3))
+
+
+def log(times: StepTimes, rank: int = 0) -> list[str]:
+    """What a rank did: `track stage[.part] begin-end`, in order of begin."""
+    lines = []
+    for each in sorted(events(times), key=lambda each: (each.begin_s[rank], each.track)):
+        place = f"{each.layer}" if each.layer != OUTSIDE else "-"
+        name = f"{each.track} {each.stage.label} {place}{'ab'[each.part]}"
+        lines.append(f"{name} {each.begin_s[rank]:g}-{each.end_s[rank]:g}")
+    return lines

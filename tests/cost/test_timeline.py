@@ -1,0 +1,360 @@
+"""What the ranks do when, against times worked out by hand."""
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost.made_up import compute, log, one_stage, part, run, seconds, send, terms
+from expertlane.cost.execution import LIKELY, Execution, Terms
+from expertlane.cost.operation import OUTSIDE
+from expertlane.cost.profile import Device, Profile, Term
+from expertlane.cost.step_log import stage_seconds
+from expertlane.cost.timeline import Timeline
+from expertlane.cost.times import Basis
+from expertlane.cost.work import Block, StageWork, blocks_of
+from expertlane.errors import UserError
+from expertlane.spec.names import Stage
+
+
+def ends(times):
+    return times.end_s.tolist()
+
+
+def test_one_part_is_in_sequence():
+    work = one_stage(part(compute(2.0, 2.0), send(3.0, 3.0), compute(1.0, 1.0), send(1.0, 1.0)))
+    times = run(work, 2, plan_s=10.0)
+    assert log(times) == [
+        "compute experts 0a 10-12",
+        "network dispatch 0a 12-15",
+        "compute experts 0a 15-16",
+        "network dispatch 0a 16-17",
+    ]
+    assert ends(times) == [17.0] * 3
+    assert times.idle_s[0].tolist() == [[10.0, 10.0]] * 3
+
+
+def test_a_group_waits_for_its_last_member_and_its_longest_transfer():
+    work = one_stage(part(compute(1.0, 4.0, 2.0), send(2.0, 1.0, 5.0, group=[0, 0, 1])))
+    times = run(work, 3)
+    assert log(times, 0) == ["compute experts 0a 0-1", "network dispatch 0a 4-6"]
+    assert log(times, 2) == ["compute experts 0a 0-2", "network dispatch 0a 2-7"]
+    (of_stage,) = stage_seconds(times, 1, count_idle=False)
+    assert of_stage.blocked_s[:, 0, 0, Stage.DISPATCH].tolist() == [5.0, 2.0, 5.0]
+    assert of_stage.wall_s[:, 0, 0, Stage.EXPERTS].tolist() == [1.0, 4.0, 2.0]
+
+
+def test_overlap_hides_a_short_transfer():
+    half = part(compute(4.0), send(3.0), compute(4.0))
+    times = run(one_stage(half, half), 1)
+    assert log(times) == [
+        "compute experts 0a 0-4",
+        "compute experts 0b 4-8",
+        "network dispatch 0a 4-7",
+        "compute experts 0a 8-12",
+        "network dispatch 0b 8-11",
+        "compute experts 0b 12-16",
+    ]
+    assert ends(times) == [16.0, 16.0, 4 * 4 + 2 * 3.0]  # at worst nothing is hidden
+
+
+def test_overlap_hides_nothing_where_a_transfer_takes_the_whole_device():
+    half = part(compute(4.0), send(3.0, contention=1.0), compute(4.0))
+    assert ends(run(one_stage(half, half), 1)) == [16.0, 22.0, 22.0]
+
+
+def test_overlap_hides_part_of_a_long_transfer():
+    half = part(compute(4.0), send(6.0), compute(4.0))
+    times = run(one_stage(half, half), 1)
+    assert log(times) == [
+        "compute experts 0a 0-4",
+        "compute experts 0b 4-8",
+        "network dispatch 0a 4-10",
+        "compute experts 0a 10-14",
+        "network dispatch 0b 10-16",  # posted at 8, behind the other half's
+        "compute experts 0b 16-20",
+    ]
+    (of_stage,) = stage_seconds(times, 1, count_idle=False)
+    assert of_stage.blocked_s[0, 0, 0, Stage.DISPATCH] == 2.0 + 2.0
+    # Without overlap: the whole of the work, then the whole of the transfers.
+    assert ends(times) == [20.0, 20.0, 4 * 4 + 2 * 6.0]
+
+
+def test_contention_slows_what_computes_beside_a_transfer():
+    a = part(compute(4.0), send(6.0, contention=0.25), compute(1.0))
+    b = part(compute(3.0), send(0.0), compute(0.0))
+    times = run(one_stage(a, b), 1)
+    # b's 3 s take 4 s at three quarters of the pace; then a waits for 2 more.
+    assert log(times)[:4] == [
+        "compute experts 0a 0-4",
+        "compute experts 0b 4-8",
+        "network dispatch 0a 4-10",
+        "compute experts 0a 10-11",
+    ]
+    longer = part(compute(6.0), send(0.0), compute(0.0))
+    times = run(one_stage(a, longer), 1)
+    # In the 6 s of the transfer 4.5 s of work get done, the other 1.5 s after it.
+    assert "compute experts 0b 4-11.5" in log(times)
+
+
+def test_steps_before_a_wait_run_beside_their_own_transfer():
+    work = part(
+        send(3.0, num_steps_before_wait=2, contention=0.5),
+        compute(1.0),
+        compute(0.25),
+        compute(1.0),
+    )
+    assert log(run(one_stage(work), 1)) == [
+        "compute experts 0a 0-2",
+        "network dispatch 0a 0-3",
+        "compute experts 0a 2-2.5",
+        "compute experts 0a 3-4",
+    ]
+
+
+def test_a_network_takes_one_transfer_after_the_other():
+    a = part(send(5.0), compute(1.0))
+    b = part(compute(1.0), send(5.0), compute(1.0))
+    assert [line for line in log(run(one_stage(a, b), 1)) if "network" in line] == [
+        "network dispatch 0a 0-5",
+        "network dispatch 0b 5-10",
+    ]
+
+
+def test_parts_without_tokens_are_left_out():
+    half = part(compute(2.0), send(1.0))
+    assert ends(run(one_stage(half, []), 1)) == ends(run(one_stage(half), 1)) == [3.0] * 3
+    assert ends(run(one_stage(), 1, plan_s=4.0)) == [4.0] * 3
+    no_token_here = part(compute(0.0, 2.0), send(0.0, 1.0))
+    times = run(one_stage(no_token_here), 2)
+    assert times.spans[0][0].end[LIKELY].tolist() == [3.0, 3.0]
+
+
+def test_eager_launches_bound_small_kernels():
+    work = one_stage(part(compute(1.0), compute(1.0, num_kernels=2), compute(10.0)))
+    times = run(work, 1, terms(Execution.EAGER, 3.0))
+    assert log(times) == [
+        "compute experts 0a 3-4",
+        "compute experts 0a 9-10",
+        "compute experts 0a 12-22",
+    ]
+    (of_stage,) = stage_seconds(times, 1, count_idle=False)
+    assert of_stage.wall_s.sum() == 22.0
+
+
+def test_the_host_runs_ahead_of_the_device():
+    work = one_stage(part(compute(10.0), compute(1.0), compute(1.0)))
+    assert ends(run(work, 1, terms(Execution.EAGER, 3.0))) == [15.0] * 3
+
+
+def test_a_host_that_needs_a_result_waits_for_it():
+    work = one_stage(part(compute(10.0), send(1.0, syncs_host=True), compute(1.0)))
+    assert ends(run(work, 1, terms(Execution.EAGER, 3.0))) == [3 + 10 + 1 + 3 + 1.0] * 3
+
+
+def test_a_graph_is_one_launch():
+    work = one_stage(part(compute(1.0), compute(1.0, num_kernels=2), compute(10.0)))
+    assert ends(run(work, 1, terms(Execution.GRAPH, 3.0))) == [15.0] * 3
+
+
+def test_on_a_cpu_every_call_costs_its_overhead():
+    work = one_stage(part(compute(1.0), send(2.0, num_kernels=2), compute(1.0)))
+    assert ends(run(work, 1, terms(Execution.SERIAL, 0.5))) == [0.5 + 1 + 1 + 2 + 0.5 + 1] * 3
+
+
+STAGE_S = [[2.0, 3.0], [1.0, 4.0]]  # [stage][micro-batch]
+HAND_OVER_S = 0.5
+
+
+def pipeline(stage_s=STAGE_S):
+    last = len(stage_s) - 1
+    return [
+        [
+            StageWork(
+                [part(compute(each, layer=stage))],
+                None if stage == last else seconds([HAND_OVER_S]),
+            )
+            for each in of_stage
+        ]
+        for stage, of_stage in enumerate(stage_s)
+    ]
+
+
+def recurrence(free, begin, stage_s=STAGE_S):
+    """finish[m, s] = max(finish[m - 1, s], arrival[m, s]) + t[m, s]; changes `free`."""
+    for of_micro_batch in zip(*stage_s, strict=True):
+        arrival = begin
+        for stage, each in enumerate(of_micro_batch):
+            free[stage] = max(free[stage], arrival, begin) + each
+            arrival = free[stage] + HAND_OVER_S
+    return free[-1]
+
+
+def test_a_drained_pipeline():
+    times = run(pipeline(), 1)
+    assert log(times) == [
+        "compute experts 0a 0-2",
+        "compute experts 0a 2-5",
+        "network hand-over -a 2-2.5",
+        "compute experts 1a 2.5-3.5",
+        "network hand-over -a 5-5.5",
+        "compute experts 1a 5.5-9.5",
+    ]
+    first, second = stage_seconds(times, 2, count_idle=False)
+    assert second.blocked_s[0, :, 2, Stage.HAND_OVER].tolist() == [2.5, 2.0]
+    assert first.blocked_s.sum() == 0.0
+    timeline, free, clock = Timeline(Terms.free(), 2, 1), [0.0, 0.0], 0.0
+    for _ in range(3):
+        finished = timeline.run(pipeline(), clock).end_s[LIKELY]
+        assert finished == recurrence(free, clock)
+        clock = finished  # the next begins when this one has ended
+
+
+def test_a_rotating_pipeline_runs_full():
+    timeline, free = Timeline(Terms.free(), 2, 1), [0.0, 0.0]
+    groups = [[[2.0], [1.0]], [[3.0], [4.0]]]  # a step of each group: [stage][its micro-batch]
+    ready = [0.0, 0.0]
+    for step in range(6):
+        group = step % 2
+        times = timeline.run(pipeline(groups[group]), ready[group])
+        ready[group] = recurrence(free, ready[group], groups[group])
+        assert times.end_s[LIKELY] == ready[group]
+
+
+def test_idle_time_between_steps_counts_if_asked_for():
+    timeline = Timeline(Terms.free(), 1, 2)
+    work = one_stage(part(compute(1.0, 2.0)))
+    timeline.run(work, 0.0)
+    times = timeline.run(work, 5.0)
+    for count_idle, expected in ((True, [4.0, 3.0]), (False, [0.0, 0.0])):
+        (of_stage,) = stage_seconds(times, 1, count_idle=count_idle)
+        assert of_stage.wall_s[:, 0, 1, Stage.IDLE].tolist() == expected
+        assert of_stage.blocked_s[:, 0, 1, Stage.IDLE].tolist() == expected
+
+
+def test_layers_that_repeat_are_not_run_one_by_one():
+    steps = [
+        compute(1.0, 3.0),
+        send(2.0, 1.0),
+        compute(2.0, 1.0),
+        send(1.0, 1.0),
+        compute(1.0, 1.0),
+    ]
+    outside = Block([compute(1.0, 1.0, layer=OUTSIDE)], (OUTSIDE,))
+    blocks = [outside, Block(steps, range(3)), Block(steps[::-1], range(3, 40)), outside]
+    for parts in ([blocks], [blocks, blocks]):
+        for execution in Execution:
+            given = terms(execution, 0.75)
+            jumping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0)
+            stepping = Timeline(given, 1, 2, may_jump=False).run([[StageWork(parts)]], 0.0)
+            assert len(jumping.spans[0][0].log.ran) < len(stepping.spans[0][0].log.ran) / 3
+            np.testing.assert_allclose(jumping.spans[0][0].end, stepping.spans[0][0].end)
+            (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
+            np.testing.assert_allclose(fast.wall_s, slow.wall_s, atol=1e-9)
+            np.testing.assert_allclose(fast.blocked_s, slow.blocked_s, atol=1e-9)
+
+
+def test_layers_that_do_the_same_or_alternate_become_one_block():
+    outside, even, odd, other = ([compute(float(each))] for each in range(4))
+    sections = [(OUTSIDE, outside), *((layer, (even, odd)[layer % 2]) for layer in range(5))]
+    sections += [(5, other), (6, other), (7, other), (OUTSIDE, outside)]
+    blocks = blocks_of(sections)
+    found = [
+        (list(block.layers), [(each.times.seconds[0], each.offset) for each in block.steps])
+        for block in blocks
+    ]
+    assert found == [
+        ([OUTSIDE], [(0.0, 0)]),
+        ([0, 2], [(1.0, 0), (2.0, 1)]),
+        ([4], [(1.0, 0)]),
+        ([5, 6, 7], [(3.0, 0)]),
+        ([OUTSIDE], [(0.0, 0)]),
+    ]
+
+
+def test_layers_that_alternate_are_not_run_one_by_one():
+    even = [compute(1.0, 3.0), send(2.0, 1.0)]
+    odd = [compute(2.0, 1.0), send(1.0, 1.0), compute(1.0, 1.0)]
+    parts = [blocks_of([(layer, (even, odd)[layer % 2]) for layer in range(41)])]
+    seconds_of = {}
+    for may_jump in (True, False):
+        times = Timeline(Terms.free(), 1, 2, may_jump=may_jump).run([[StageWork(parts)]], 0.0)
+        (seconds_of[may_jump],) = stage_seconds(times, 41, count_idle=False)
+        assert (len(times.spans[0][0].log.ran) < 30) == may_jump
+    np.testing.assert_allclose(seconds_of[True].wall_s, seconds_of[False].wall_s, atol=1e-9)
+
+
+durations = st.floats(0.0, 10.0, allow_subnormal=False)
+
+
+@st.composite
+def halves(draw):
+    """Two parts of equal structure on three ranks, with bounds and contention."""
+    is_transfer = draw(st.lists(st.booleans(), min_size=1, max_size=8))
+    groups = draw(st.sampled_from([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 2]]))
+    contention = draw(st.floats(0.0, 1.0))
+    low, high = draw(st.floats(0.1, 1.0)), draw(st.floats(1.0, 5.0))
+    parts = []
+    for _ in range(draw(st.integers(1, 2))):
+        steps = []
+        for each in is_transfer:
+            values = [draw(durations) for _ in range(3)]
+            bounds = {"low": low, "high": high}
+            if each:
+                steps.append(send(*values, group=groups, contention=contention, **bounds))
+            else:
+                steps.append(compute(*values, **bounds))
+        parts.append(part(*steps))
+    return parts
+
+
+@settings(max_examples=150, deadline=None)
+@given(parts=halves(), execution=st.sampled_from(Execution), launch_s=st.floats(0.0, 2.0))
+def test_bounds_and_conservation(parts, execution, launch_s):
+    given_terms = Terms(execution, launch_s * np.array([0.5, 1.0, 2.0]), np.zeros(3))
+    times = run(one_stage(*parts), 3, given_terms, plan_s=1.0)
+    low, likely, high = times.spans[0][0].end
+    assert (low <= likely * (1 + 1e-9)).all()
+    assert (likely <= high * (1 + 1e-9)).all()
+    (of_stage,) = stage_seconds(times, 1, count_idle=False)
+    assert (of_stage.blocked_s <= of_stage.wall_s + 1e-9).all()
+    # All of a rank's time is in its record.
+    np.testing.assert_allclose(of_stage.wall_s.sum(axis=(1, 2, 3)), likely - 1.0, atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=halves())
+def test_overlap_lies_between_the_larger_and_the_sum(parts):
+    times = run(one_stage(*parts), 3)
+    steps = [timed for blocks in parts for block in blocks for timed in block.steps]
+    computing = [t.times.seconds for t in steps if t.step.stage is Stage.EXPERTS]
+    sending = [t.times.seconds for t in steps if t.step.stage is Stage.DISPATCH]
+    least = max(np.sum(each, axis=0).max() if each else 0.0 for each in (computing, sending))
+    most = sum(each.max() for each in (*computing, *sending))
+    assert least - 1e-9 <= times.end_s[LIKELY] <= most + 1e-9
+
+
+def test_long_sequences_add_up():
+    values = [0.5, 1.5, 2.5]
+    work = one_stage(part(*(compute(each) for each in values)))
+    end = list(accumulate(values))[-1]
+    assert ends(run(work, 1)) == [end] * 3
+
+
+def profile(**values):
+    made = {name: Term(each, each / 2, each * 2, Basis.BOUND, "") for name, each in values.items()}
+    return Profile("mine", Device("it", 1.0, 1.0, {}, ""), 8, {}, terms=made)
+
+
+def test_terms_come_from_the_profile():
+    gpu = profile(launch_s=1.0, graph_launch_s=2.0, driver_s=3.0)
+    eager, graph = (Terms.of(gpu, each) for each in (Execution.EAGER, Execution.GRAPH))
+    assert eager.launch_s.tolist() == [0.5, 1.0, 2.0]
+    assert graph.launch_s.tolist() == [1.0, 2.0, 4.0]
+    assert eager.driver_s.tolist() == [1.5, 3.0, 6.0]
+    cpu = Terms.of(profile(overhead_s=1.0, driver_s=1.0), Execution.GRAPH)
+    assert cpu.execution is Execution.SERIAL
+    with pytest.raises(UserError, match=r"profile mine has no term 'driver_s'; it has: overhead_s"):
+        Terms.of(profile(overhead_s=1.0), Execution.EAGER)
