@@ -1,0 +1,141 @@
+"""Laws of computation, fitted: GEMM, experts, attention, latent attention, memory.
+
+Every law is fitted to one table of one framework, so that it is one implementation's law; latent
+prefill has two forms, each with its own `key_dim`, and so two tables.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cleaning import group_numbers, without_spikes
+from fitted import Fitted, Fitter
+from quality import Quality
+from tables import SOURCE, Array, Columns, Part, Table, read
+
+from expertlane.cost.device import DeviceModel
+from expertlane.cost.fitting import Rows, fit_surface, held_out_errors
+from expertlane.cost.operation import Kind
+from expertlane.cost.profile import Profile
+from expertlane.cost.roofline import roofline
+from expertlane.cost.surface import Surface
+from expertlane.cost.times import Basis
+
+Sizes = Mapping[str, Array | float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table as rows of a kind of operation.
+
+    Attributes:
+        sizes: those that `SIZES` names for the kind.
+        shape: columns by which rows are left out together.
+        along: the column along which time must not fall.
+    """
+
+    table: Table
+    sizes: Callable[[Columns], Sizes]
+    shape: tuple[str, ...]
+    along: str
+
+
+@dataclass(frozen=True)
+class Law:
+    """What is fitted.
+
+    Attributes:
+        axes: by name, knots.
+        what: which kernels the rows timed.
+    """
+
+    kind: Kind
+    dtype: str
+    sources: tuple[Source, ...]
+    axes: Mapping[str, Sequence[float]]
+    what: str
+
+    @property
+    def name(self) -> str:
+        """Of its surface."""
+        return f"{self.kind}.{self.dtype}"
+
+
+def fitter(law: Law) -> Fitter:
+    """The fitter of a law."""
+
+    def fit(sheet: Profile, with_judging: bool) -> Fitted:
+        parts, num_cleaned = [], 0
+        for source in law.sources:
+            columns, dropped = without_spikes(read(source.table, Part.FITTED), source.along)
+            num_cleaned += dropped
+            parts.append(_rows(law, source, columns, sheet))
+        rows = _joined(parts)
+        path = " and ".join(source.table.path for source in law.sources)
+        surface = fit_surface(
+            rows,
+            law.axes,
+            basis=Basis.FITTED,
+            origin=f"{SOURCE}, {path}: {law.what}; {num_cleaned} spikes left out",
+        )
+        judged = _judge(law, surface, sheet) if with_judging else {}
+        quality = Quality(
+            name=law.name,
+            source=path,
+            num_fitted=len(rows),
+            num_cleaned=num_cleaned,
+            held_out=held_out_errors(rows, law.axes),
+            judged=judged,
+        )
+        return Fitted(surfaces={law.name: surface}, qualities=[quality])
+
+    return fit
+
+
+def _rows(law: Law, source: Source, columns: Columns, sheet: Profile) -> Rows:
+    floor_s = sheet.terms[f"{law.kind}_floor_s"].value
+    base = roofline(sheet.device, law.kind, law.dtype, source.sizes(columns), floor_s)
+    others = tuple(name for name in columns if name not in source.shape)
+    seconds = columns["seconds"]
+    return Rows(
+        at={axis: np.broadcast_to(base.at[axis], seconds.shape) for axis in law.axes},
+        roofline_s=base.seconds,
+        seconds=seconds,
+        shape=group_numbers(columns, without=others),
+    )
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    shapes, before = [], 0
+    for part in parts:
+        shapes.append(part.shape + before)
+        before += int(part.shape.max()) + 1
+    return Rows(
+        at={axis: np.concatenate([part.at[axis] for part in parts]) for axis in parts[0].at},
+        roofline_s=np.concatenate([part.roofline_s for part in parts]),
+        seconds=np.concatenate([part.seconds for part in parts]),
+        shape=np.concatenate(shapes),
+    )
+
+
+def _judge(law: Law, surface: Surface, sheet: Profile) -> dict[str, Array]:
+    """Logarithms of measured over predicted of rows that no fit has seen, by what they are."""
+    profile = Profile(
+        name=sheet.name,
+        device=sheet.device,
+        ranks_per_node=sheet.ranks_per_node,
+        links=sheet.links,
+        surfaces={law.name: surface},
+        terms=sheet.terms,
+    )
+    model = DeviceModel(profile)
+    parts = [Part.LARGEST] + ([Part.SKEWED] if law.kind is Kind.EXPERTS else [])
+    judged = {}
+    for part in parts:
+        errors = []
+        for source in law.sources:
+            columns = read(source.table, part)
+            times = model.times(law.kind, law.dtype, source.sizes(columns))
+            errors.append(np.log(columns["seconds"] / times.seconds))
+        judged[part.value] = np.concatenate(errors)
+    return judged

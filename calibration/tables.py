@@ -1,0 +1,104 @@
+"""The measured tables of aiconfigurator-core: found, read, and divided before anyone sees them.
+
+Rows are for fitting or for judging, never both. The largest tenth of every table (by what its
+reader calls size) and routing that is not balanced are for judging alone: `read` drops them unless
+it is asked for them by name.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+VERSION = "0.12.0"
+SOURCE = f"aiconfigurator-core {VERSION}"
+_FOLDER = Path("systems/data/h100_sxm")
+_LARGEST = 0.9  # the quantile of size from where on rows are for judging
+
+Array = npt.NDArray[np.float64]
+Columns = dict[str, Array]
+
+
+class Part(Enum):
+    """Which rows of a table."""
+
+    FITTED = "balanced, without the largest tenth"
+    LARGEST = "balanced, the largest tenth"
+    SKEWED = "skewed routing"
+
+
+class MissingTablesError(Exception):
+    """What must be installed; one line."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows of one Parquet file.
+
+    Attributes:
+        path: below the folder of the H100.
+        where: by column, the value, or the values, of the rows that are meant.
+        size: of every row; FLOPs or bytes, whatever orders rows by how much they do.
+        unit_s: seconds of one unit of `latency`.
+        latency: name of the column with times.
+    """
+
+    path: str
+    where: Mapping[str, object]
+    size: Callable[[Columns], Array]
+    unit_s: float = 1e-3
+    latency: str = "latency"
+
+
+def read(table: Table, part: Part) -> Columns:
+    """The columns with numbers of one part of a table, and `seconds`; each [N].
+
+    Raises:
+        MissingTablesError: pyarrow or the package is not installed.
+    """
+    columns = _read_file(table, part)
+    seconds = columns.pop(table.latency) * table.unit_s
+    if part is not Part.SKEWED:
+        size = table.size(columns)
+        is_largest = size > np.quantile(size, _LARGEST)
+        keep = is_largest if part is Part.LARGEST else ~is_largest
+        columns = {name: values[keep] for name, values in columns.items()}
+        seconds = seconds[keep]
+    return {**columns, "seconds": seconds}
+
+
+def _read_file(table: Table, part: Part) -> Columns:
+    try:
+        from pyarrow import parquet, types
+    except ImportError:
+        raise MissingTablesError(_how_to_install("pyarrow")) from None
+    path = _root() / table.path
+    schema = parquet.read_schema(path)
+    filters = [
+        (column, "in", value) if isinstance(value, tuple) else (column, "=", value)
+        for column, value in table.where.items()
+    ]
+    if "distribution" in schema.names:
+        filters.append(("distribution", "!=" if part is Part.SKEWED else "=", "balanced"))
+    numbers = [
+        field.name
+        for field in schema
+        if types.is_integer(field.type) or types.is_floating(field.type)
+    ]
+    data = parquet.read_table(path, columns=numbers, filters=filters)
+    return {name: data.column(name).to_numpy().astype(np.float64) for name in numbers}
+
+
+def _root() -> Path:
+    found = importlib.util.find_spec("aiconfigurator_core")
+    if found is None or not found.submodule_search_locations:
+        raise MissingTablesError(_how_to_install("aiconfigurator-core"))
+    return Path(next(iter(found.submodule_search_locations))) / _FOLDER
+
+
+def _how_to_install(what: str) -> str:
+    return f"{what} is not installed; pip install 'expertlane[calibration]' brings it"

@@ -1,0 +1,96 @@
+"""Times of operations on one device: rooflines, corrected where measurements are known.
+
+A profile's surface `gemm.bfloat16` holds for that kind and type, `memory` for all types; the term
+`gemm_floor_s` is what an operation of the kind takes beside its roofline, however small it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.operation import Kind
+from expertlane.cost.profile import Profile
+from expertlane.cost.roofline import ITEM_BYTES, peak_flops_per_s, roofline
+from expertlane.cost.surface import Surface
+from expertlane.cost.times import Basis, Times
+from expertlane.errors import SpecError
+
+Floats = npt.NDArray[np.float64]
+
+_SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
+_WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type stands in
+# Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
+_EFFICIENCY = 0.6
+_LEAST_EFFICIENCY = 0.2
+
+
+class DeviceModel:
+    """What operations take on the device of a profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._laws: dict[tuple[Kind, str], tuple[Surface, float]] = {}
+
+    def times(self, kind: Kind, dtype: str, sizes: Mapping[str, Floats | float]) -> Times:
+        """Seconds with bounds, without launch overheads.
+
+        Args:
+            dtype: of weights; of the cache for attention; `float32`, `float16`, `bfloat16` or
+                `float8`. Activations are at least 16 bits wide.
+            sizes: those that `SIZES` names for the kind; each [R] or one for all. Nothing to do
+                (no rows, pairs, tokens or bytes) takes no time.
+
+        Raises:
+            SpecError: the profile has no figure for the type.
+        """
+        law = self._laws.get((kind, dtype))
+        if law is None:
+            law = self._laws[kind, dtype] = self._law(kind, dtype)
+        surface, floor_s = law
+        base = roofline(self._profile.device, kind, dtype, sizes, floor_s)
+        times = surface.times(base.seconds, base.at)
+        if base.seconds.all():
+            return times
+        return replace(times, is_extrapolated=times.is_extrapolated & (base.seconds > 0))
+
+    def law(self, kind: Kind, dtype: str) -> Surface:
+        """The correction that `times` uses, with its bounds and origin.
+
+        Raises:
+            SpecError: the profile has no figure for the type.
+        """
+        return self._law(kind, dtype)[0]
+
+    def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
+        if dtype not in ITEM_BYTES:
+            raise SpecError(f"{dtype} is not priced; known types are {', '.join(ITEM_BYTES)}")
+        if kind is not Kind.MEMORY:
+            peak_flops_per_s(self._profile.device, kind, dtype)  # raises where there is none
+        floor = self._profile.terms.get(f"{kind}_floor_s")
+        return self._surface(kind, dtype), floor.value if floor else 0.0
+
+    def _surface(self, kind: Kind, dtype: str) -> Surface:
+        surfaces = self._profile.surfaces
+        for name in (f"{kind}.{dtype}", str(kind)):
+            if name in surfaces:
+                return surfaces[name]
+        twin = f"{kind}.{_SAME_WIDTH.get(dtype, '')}"
+        if twin in surfaces:
+            known = surfaces[twin]
+            return replace(
+                known,
+                low=known.low / _WIDER_FOR_TWIN,
+                high=known.high * _WIDER_FOR_TWIN,
+                basis=Basis.BOUND,
+                origin=f"as {twin}: {known.origin}",
+            )
+        return Surface(
+            axes={},
+            correction=np.array(-np.log(_EFFICIENCY)),
+            low=_EFFICIENCY,
+            high=_EFFICIENCY / _LEAST_EFFICIENCY,
+            basis=Basis.BOUND,
+            origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
+        )
