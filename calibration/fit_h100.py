@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fitted import Fitted, Fitter
 from laws import FITTERS as COMPUTE
+from links import FITTERS as LINKS
 from quality import markdown
 from sheet import H100
 from tables import MissingTablesError
@@ -19,7 +20,7 @@ from tables import MissingTablesError
 from expertlane.cost.profile_file import write_profile
 
 _PROFILE = Path(__file__).parent.parent / "src/expertlane/cost/profiles/h100.toml"
-_FITTERS: list[Fitter] = [*COMPUTE]
+_FITTERS: list[Fitter] = [*COMPUTE, *LINKS]
 
 
 def main() -> int:

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.links import LinkModel
+from expertlane.cost.links import LinkModel, law_times
 from expertlane.cost.operation import HandOver, Transfer, TransferKind
 from expertlane.cost.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.profile_file import read_profile
 from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis
 from expertlane.spec.names import Link, Stage
@@ -263,12 +264,45 @@ def test_many_at_once_are_as_one_by_one(transfers: list[Transfer]) -> None:
         assert at_once.high == pytest.approx(alone.high)
 
 
-@given(loads())
-def test_times_are_finite_ordered_and_rise_with_bytes(load: Transfer) -> None:
-    model = LinkModel(profile())
-    times = model.times(load)
-    assert np.isfinite(times.high).all()
-    assert (times.low >= 0).all()
-    assert (times.low <= times.seconds).all()
-    assert (times.seconds <= times.high).all()
-    assert (model.times(doubled(load)).seconds >= times.seconds * (1 - 1e-9)).all()
+@pytest.fixture(scope="module")
+def h100() -> Profile:
+    return read_profile("h100")
+
+
+@given(load=loads())
+def test_times_are_finite_ordered_and_rise_with_bytes(h100: Profile, load: Transfer) -> None:
+    for each in (profile(), h100):
+        model = LinkModel(each)
+        times = model.times(load)
+        assert np.isfinite(times.high).all()
+        assert (times.low >= 0).all()
+        assert (times.low <= times.seconds).all()
+        assert (times.seconds <= times.high).all()
+        # Tables are rounded to thousandths.
+        assert (model.times(doubled(load)).seconds >= times.seconds * 0.999).all()
+
+
+def test_h100_rises_at_every_size(h100: Profile) -> None:
+    sizes = np.geomspace(100, 1e10, 500)
+    for name, surface in h100.surfaces.items():
+        if name.endswith("_node"):
+            link = Link.INTER_NODE if name.endswith("inter_node") else Link.INTRA_NODE
+            for ranks in (2, 3, 8, 16):
+                number = np.full_like(sizes, ranks)
+                seconds = law_times(h100, name, surface, link, sizes, number, number).seconds
+                assert (seconds[1:] >= seconds[:-1] * 0.999).all()
+
+
+def test_h100_over_nodes_is_near_deepep(h100: Profile) -> None:
+    """128 tokens a rank, 8 experts each, over 2 nodes: about 100 µs out and 190 µs back."""
+    model = LinkModel(h100)
+    node = np.repeat([0, 1], 8).tolist()
+    for stage, row_bytes, expected in (
+        (Stage.DISPATCH, 7408, 102e-6),
+        (Stage.COMBINE, 14336, 188e-6),
+    ):
+        sent = evenly(16, 128 * 8 // 16 * row_bytes)
+        times = model.times(transfer(TransferKind.ALL_TO_ALL, sent, node, stage=stage))
+        assert times.seconds == pytest.approx([expected] * 16, rel=0.1)
+        assert times.basis is Basis.FITTED
+        assert not times.is_extrapolated.any()
