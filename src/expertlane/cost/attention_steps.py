@@ -1,6 +1,7 @@
 """Attention of one layer as steps: norm, projections, the core over the cache, the output."""
 
 from expertlane.cost.batch_sizes import AttentionSizes, PartSizes
+from expertlane.cost.launches import Launches
 from expertlane.cost.operation import Ints, Kind
 from expertlane.cost.step_list import StepList
 from expertlane.spec.model import ModelConfig
@@ -8,11 +9,6 @@ from expertlane.spec.model_parts import LatentAttention
 from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
-_ROTATE_KERNELS = 7
-_HEAD_NORM_KERNELS = 4
-_SQUARES_KERNELS, _SCALE_KERNELS = 8, 12  # of a norm over the heads of all ranks
-_WRITE_KERNELS = 4  # to the cache
-_DECODE_KERNELS, _PREFILL_KERNELS = 8, 6  # of a group: gather, mask, attend, put in place
 
 
 def attention_steps(out: StepList, model: ModelConfig, window: int | None, part: PartSizes) -> None:
@@ -33,13 +29,14 @@ def _grouped_query(out: StepList, model: ModelConfig, window: int | None, part: 
     width = (heads + 2 * kv_heads) * dim
     out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
     turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
-    num_passes, num_kernels = 2, _ROTATE_KERNELS + _WRITE_KERNELS
+    launches = out.launches
+    num_passes, num_kernels = 2, launches.rotate + launches.write
     if model.qk_norm == "full":
-        out.memory(Stage.ATTENTION, turned_bytes, _SQUARES_KERNELS)
+        out.memory(Stage.ATTENTION, turned_bytes, launches.squares)
         out.all_gather(Stage.COLLECTIVES, "tp", part.tokens, 0, _SQUARES_BYTES)
-        num_passes, num_kernels = num_passes + 2, num_kernels + _SCALE_KERNELS
+        num_passes, num_kernels = num_passes + 2, num_kernels + launches.scale
     elif model.qk_norm == "head":
-        num_passes, num_kernels = num_passes + 2, num_kernels + _HEAD_NORM_KERNELS
+        num_passes, num_kernels = num_passes + 2, num_kernels + launches.head_norm
     stored_bytes = part.tokens * (2 * kv_heads * dim * (item + out.types.kv_bytes))
     out.memory(Stage.ATTENTION, num_passes * turned_bytes + stored_bytes, num_kernels)
     _core(
@@ -66,7 +63,7 @@ def _latent(out: StepList, model: ModelConfig, latent: LatentAttention, part: Pa
     out.gemm(Stage.ATTENTION, tokens, rank + rope, model.hidden_size)
     # Queries are turned and put together with their part in the latent; so is the one key.
     moved = 2 * heads * (model.head_dim + rank + rope) * item + 4 * (rank + rope) * item
-    num_kernels = 2 * _ROTATE_KERNELS + out.norm_kernels + _WRITE_KERNELS
+    num_kernels = 2 * out.launches.rotate + out.norm_kernels + out.launches.write
     out.memory(Stage.ATTENTION, tokens * (moved + (rank + rope) * types.kv_bytes), num_kernels)
     out.gemm(Stage.ATTENTION, tokens, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
     _core(
@@ -92,6 +89,7 @@ def _core(
 ) -> None:
     """Prefill and decode apart, each where any rank has one."""
     prefill, decode = kinds
+    launches = out.launches
     if sizes.num_prefill_groups:
         out.operation(
             prefill,
@@ -105,7 +103,7 @@ def _core(
             },
             flops=sizes.prefill_pairs * flops_per_pair,
             kv_bytes=sizes.prefill_positions * position_bytes,
-            num_kernels=sizes.num_prefill_groups * _PREFILL_KERNELS,
+            num_kernels=_calls(sizes.num_prefill_groups, launches) * launches.prefill_group,
         )
     if sizes.num_decode_groups:
         out.operation(
@@ -114,5 +112,9 @@ def _core(
             {"seqs": sizes.decode_seqs, "positions": sizes.decode_positions, **widths},
             flops=sizes.decode_positions * flops_per_pair,
             kv_bytes=sizes.decode_positions * position_bytes,
-            num_kernels=sizes.num_decode_groups * _DECODE_KERNELS,
+            num_kernels=_calls(sizes.num_decode_groups, launches) * launches.decode_group,
         )
+
+
+def _calls(num_groups: int, launches: Launches) -> int:
+    return num_groups if launches.is_grouped else 1

@@ -88,8 +88,8 @@ def count_dispatch(
     reached[np.arange(len(rank))[:, None], ep_ranks] = True
     node_rows = None
     if by_node:
-        of_nodes = reached.reshape(len(rank), mesh.num_ep_nodes, mesh.ep_per_node).any(axis=2)
-        node_rows = _sum_of_rank(of_nodes, owned)
+        of_nodes = reached.reshape(len(rank), mesh.num_ep_nodes, mesh.ep_per_node)
+        node_rows = _sum_of_rank(np.logical_or.reduce(of_nodes, axis=2), owned)
     return DispatchCounts(
         rows=_sum_of_rank(reached, owned),
         pairs=pairs,

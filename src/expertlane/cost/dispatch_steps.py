@@ -15,12 +15,6 @@ from expertlane.spec.names import Stage
 _ID_BYTES, _WEIGHT_BYTES, _COUNT_BYTES = 4, 4, 8
 _BOOKKEEPING_BYTES = 40  # read and written for a token-expert pair to be put in its place
 
-# Launches of tensor operations that sort tokens by peer or expert, and of rows put side by side.
-_CHOOSE_KERNELS, _BY_PEER_KERNELS, _GROUP_KERNELS = 3, 18, 20
-_PACK_KERNELS, _ENCODE_KERNELS, _DECODE_KERNELS = 4, 9, 4
-_SUM_KERNELS = 9  # for a term of every sum
-_EXPERT_KERNELS = 3  # beside the products: rows sliced, activation, results put in place
-
 
 class ExpertSteps:
     """Puts down how a layer's tokens get to their experts and back.
@@ -39,6 +33,7 @@ class ExpertSteps:
         payload: PayloadBytes,
     ) -> None:
         self._out = out
+        self._launches = out.launches
         self._model = model
         self._part = part
         self._counts = counts
@@ -70,19 +65,19 @@ class ExpertSteps:
 
     def _pack(self, rows: Ints, metadata: int) -> None:
         """Rows [R] put together to be sent; encoded first where they are narrowed."""
-        num_bytes, num_kernels = 2 * rows * (self._payload.values + metadata), _PACK_KERNELS
+        num_bytes, num_kernels = 2 * rows * (self._payload.values + metadata), self._launches.pack
         if self._payload.is_narrowed:
             encoded = self._row_bytes + self._payload.values + self._payload.scales
             num_bytes = num_bytes + self._part.owned * encoded
-            num_kernels += _ENCODE_KERNELS
+            num_kernels += self._launches.narrow
         self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def _arrive(self, rows: Ints) -> None:
         """Rows [R] whose pairs are sorted by expert, decoded where they were narrowed."""
-        num_bytes, num_kernels = rows * (self._top_k * _BOOKKEEPING_BYTES), _GROUP_KERNELS
+        num_bytes, num_kernels = rows * (self._top_k * _BOOKKEEPING_BYTES), self._launches.by_expert
         if self._payload.is_narrowed:
             num_bytes = num_bytes + rows * (self._payload.values + self._row_bytes)
-            num_kernels += _DECODE_KERNELS
+            num_kernels += self._launches.widen
         self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def _experts(self) -> None:
@@ -92,6 +87,8 @@ class ExpertSteps:
         matrices = 3 if model.gated_mlp else 2
         inner = shares(model.moe_intermediate_size, self._etp, out.mesh.etp_rank)
         num_weights = inner * (model.hidden_size * matrices)
+        launches = self._launches
+        of_expert = launches.expert + matrices * launches.expert_product
         out.operation(
             Kind.EXPERTS,
             Stage.EXPERTS,
@@ -104,7 +101,7 @@ class ExpertSteps:
             },
             flops=2 * pairs * num_weights,
             weight_bytes=active * num_weights * out.weight_item,
-            num_kernels=1 + int(active.max()) * (matrices + _EXPERT_KERNELS),
+            num_kernels=launches.experts_once + int(active.max()) * of_expert,
         )
 
     def _sum(self, terms: Ints, sums: Ints, most: int, *, is_last: bool) -> None:
@@ -113,21 +110,22 @@ class ExpertSteps:
         Args:
             most: terms of a sum.
         """
-        num_rows, num_kernels = terms + sums, _SUM_KERNELS * most + 2
+        launches = self._launches
+        num_rows, num_kernels = terms + sums, launches.sum_term * most + launches.sum_once
         if is_last:
             num_rows, num_kernels = num_rows + 3 * sums, num_kernels + 1
         self._out.memory(Stage.COMBINE, num_rows * self._row_bytes, num_kernels)
 
     def _local(self) -> None:
         owned = self._part.owned
-        self._bookkeeping(owned, _GROUP_KERNELS)
+        self._bookkeeping(owned, self._launches.by_expert)
         self._experts()
         self._sum(owned * self._top_k, owned, self._top_k, is_last=True)
 
     def _all_gather(self) -> None:
         out, owned = self._out, self._part.owned
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
-        self._bookkeeping(owned, _CHOOSE_KERNELS)
+        self._bookkeeping(owned, self._launches.choose)
         self._pack(owned, metadata)
         out.all_gather(Stage.DISPATCH, "stage", owned, self._payload.values, metadata)
         everywhere = np.full_like(owned, owned.sum())
@@ -142,7 +140,8 @@ class ExpertSteps:
         out, counts, owned = self._out, self._counts, self._part.owned
         layout = out.mesh.layout
         metadata = self._top_k * _ID_BYTES + self._payload.scales
-        self._bookkeeping(owned, _CHOOSE_KERNELS + _BY_PEER_KERNELS + _GROUP_KERNELS)
+        launches = self._launches
+        self._bookkeeping(owned, launches.choose + launches.by_peer + launches.by_expert)
         self._exchange_counts(2 * layout.ep)
         self._pack(counts.rows.sum(axis=1), metadata)
         out.all_to_all(
@@ -163,7 +162,7 @@ class ExpertSteps:
         size, num_nodes = mesh.ep_per_node, mesh.num_ep_nodes
         assert counts.node_rows is not None, "counted for this form"
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
-        self._bookkeeping(owned, _CHOOSE_KERNELS + 2 * _BY_PEER_KERNELS)
+        self._bookkeeping(owned, self._launches.choose + 2 * self._launches.by_peer)
         self._exchange_counts(mesh.layout.ep + num_nodes)
         self._pack(counts.node_rows.sum(axis=1), metadata)
         between = counts.node_rows[:, self._ep_rank // size]
@@ -177,9 +176,9 @@ class ExpertSteps:
         arriving = self._arriving(counts.rows)
         if size > 1:
             came = _came_to_node(counts.node_rows, shape)
-            self._bookkeeping(came, _BY_PEER_KERNELS)
+            self._bookkeeping(came, self._launches.by_peer)
             moved = 2 * forwarded * (self._payload.values + metadata)
-            out.memory(Stage.DISPATCH, moved, _PACK_KERNELS)
+            out.memory(Stage.DISPATCH, moved, self._launches.pack)
             out.all_to_all(Stage.DISPATCH, "ep_intra", inside, self._payload.values, metadata)
         out.all_gather(Stage.DISPATCH, "etp", arriving, self._payload.values, metadata)
         rows_there = counts.rows.sum(axis=0)[self._ep_rank]

@@ -6,6 +6,7 @@ from expertlane.cost.attention_steps import attention_steps
 from expertlane.cost.batch_sizes import PartSizes
 from expertlane.cost.dispatch_counts import DispatchCounts
 from expertlane.cost.dispatch_steps import ExpertSteps
+from expertlane.cost.launches import EAGER, Launches
 from expertlane.cost.mlp_steps import mlp_steps, tp_shares
 from expertlane.cost.number_types import NumberTypes, PayloadBytes
 from expertlane.cost.operation import OUTSIDE, Step
@@ -17,8 +18,6 @@ from expertlane.spec.names import Stage
 
 _ROUTER_TYPE = "float32"
 _LOGIT_BYTES, _CANDIDATE_BYTES = 4, 16  # a float32; value and id of the likeliest token
-_PLAIN_ROUTE_KERNELS, _ROUTE_KERNELS, _GROUP_ROUTE_KERNELS = 4, 6, 8
-_EMBED_KERNELS, _LAST_KERNELS, _ARGMAX_KERNELS, _BEST_KERNELS = 2, 2, 4, 4
 
 
 def layer_steps(
@@ -30,6 +29,7 @@ def layer_steps(
     counts: DispatchCounts | None,
     form: DispatchForm,
     payload: PayloadType,
+    launches: Launches = EAGER,
 ) -> tuple[Step, ...]:
     """A decoder layer, from hidden states to hidden states of the tokens each rank owns.
 
@@ -37,7 +37,7 @@ def layer_steps(
         layer: its number says its window.
         counts: of its tokens; None for a dense layer.
     """
-    out = StepList(mesh, types, layer)
+    out = StepList(mesh, types, layer, launches)
     attention_steps(out, model, model.window_of_layer(layer), part)
     hidden_bytes = model.hidden_size * types.activation_bytes
     out.memory(Stage.ROUTER, 5 * part.owned * hidden_bytes, 1 + out.norm_kernels)
@@ -64,40 +64,48 @@ def _route(out: StepList, model: ModelConfig, part: PartSizes) -> None:
         dtype=_ROUTER_TYPE,
         num_kernels=1 + widened,
     )
-    num_kernels, num_passes = _PLAIN_ROUTE_KERNELS, 1
+    num_kernels, num_passes = out.launches.route, 1
     if routing.scoring_func != "softmax" or not routing.norm_topk_prob or routing.correction_bias:
-        num_kernels, num_passes = _ROUTE_KERNELS, 4
+        num_kernels, num_passes = out.launches.scored_route, 4
     if routing.n_group > 1:
-        num_kernels, num_passes = _ROUTE_KERNELS + _GROUP_ROUTE_KERNELS, 7
+        num_kernels, num_passes = out.launches.grouped_route, 7
     num_bytes = owned * (num_passes * model.num_experts * _LOGIT_BYTES)
     out.memory(Stage.ROUTER, num_bytes, num_kernels)
 
 
 def embedding_steps(
-    model: ModelConfig, types: NumberTypes, mesh: StageMesh, part: PartSizes
+    model: ModelConfig,
+    types: NumberTypes,
+    mesh: StageMesh,
+    part: PartSizes,
+    launches: Launches = EAGER,
 ) -> tuple[Step, ...]:
     """The hidden states of the tokens each rank owns."""
-    out = StepList(mesh, types, OUTSIDE)
+    out = StepList(mesh, types, OUTSIDE, launches)
     moved = 2 * part.owned * (model.hidden_size * types.activation_bytes)
-    out.memory(Stage.EMBED, moved, _EMBED_KERNELS)
+    out.memory(Stage.EMBED, moved, out.launches.embed)
     return tuple(out.steps)
 
 
 def head_steps(
-    model: ModelConfig, types: NumberTypes, mesh: StageMesh, part: PartSizes
+    model: ModelConfig,
+    types: NumberTypes,
+    mesh: StageMesh,
+    part: PartSizes,
+    launches: Launches = EAGER,
 ) -> tuple[Step, ...]:
     """The next tokens of all sequences that yield one."""
-    out = StepList(mesh, types, OUTSIDE)
+    out = StepList(mesh, types, OUTSIDE, launches)
     hidden_bytes = model.hidden_size * types.activation_bytes
     num_seqs = part.num_yielding
-    kernels = out.norm_kernels + _LAST_KERNELS
+    kernels = out.norm_kernels + out.launches.last
     out.memory(Stage.HEAD, 4 * part.owned_yielding * hidden_bytes, kernels)
     out.all_gather(Stage.COLLECTIVES, "tp", part.owned_yielding, hidden_bytes)
     vocab = tp_shares(model.vocab_size, mesh)
     out.gemm(Stage.HEAD, num_seqs, vocab, model.hidden_size, dtype=types.kept)
     needs_logits = part.needs_logits.repeat(mesh.layout.tp)
     logits_bytes = num_seqs * vocab * (_LOGIT_BYTES + types.activation_bytes)
-    out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, _ARGMAX_KERNELS)
+    out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, out.launches.argmax)
     # Of all logits the vocabulary is the rows; of candidates the sequences are.
     out.all_gather(
         Stage.COLLECTIVES,
@@ -108,5 +116,5 @@ def head_steps(
     )
     if mesh.layout.tp > 1:
         gathered = np.where(needs_logits, model.vocab_size * _LOGIT_BYTES, _CANDIDATE_BYTES)
-        out.memory(Stage.HEAD, num_seqs * gathered, _BEST_KERNELS)
+        out.memory(Stage.HEAD, num_seqs * gathered, out.launches.best)
     return tuple(out.steps)

@@ -9,9 +9,6 @@ from expertlane.cost.step_list import StepList
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
-_ACTIVATION_KERNELS = 2
-_SCALE_KERNELS = 3
-
 
 def mlp_steps(
     out: StepList, model: ModelConfig, inner: int, part: PartSizes, *, is_scaled: bool = False
@@ -29,11 +26,11 @@ def mlp_steps(
     for _ in range(num_inner):
         out.gemm(Stage.EXPERTS, part.tokens, own, hidden)
     moved = part.tokens * own * ((num_inner + 1) * item)
-    out.memory(Stage.EXPERTS, moved, _ACTIVATION_KERNELS)
+    out.memory(Stage.EXPERTS, moved, out.launches.activation)
     out.gemm(Stage.EXPERTS, part.tokens, hidden, own)
     out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden * item)
     num_rows = 6 if is_scaled else 3
-    num_kernels = 1 + (_SCALE_KERNELS if is_scaled else 0)
+    num_kernels = 1 + (out.launches.gate if is_scaled else 0)
     out.memory(Stage.EXPERTS, part.owned * (num_rows * hidden * item), num_kernels)
 
 

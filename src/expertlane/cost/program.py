@@ -1,18 +1,18 @@
 """A step plan as programs: what every pipeline stage does with every part of a micro-batch."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from expertlane.balance.deployed import Placements
-from expertlane.balance.placement import Placement
 from expertlane.cost.batch_sizes import PartSizes
-from expertlane.cost.copies import CopyChoice
-from expertlane.cost.dispatch_counts import DispatchCounts, count_dispatch
+from expertlane.cost.dispatch_counter import DispatchCounter, PartRouting
+from expertlane.cost.dispatch_counts import DispatchCounts
+from expertlane.cost.launches import EAGER, Launches
 from expertlane.cost.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import OUTSIDE, HandOver, Ints, Step
+from expertlane.cost.operation import OUTSIDE, HandOver, Step
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.schedule.plan import Batch, StepPlan
@@ -83,6 +83,8 @@ class ProgramBuilder:
         placements: [num_hidden_layers]; None for a dense layer.
         dispatch: form and overlap by the number of tokens.
         block_size: positions of a block of the paged cache.
+        launches: the engine's, where no graph is captured.
+        counter: of tokens by rank; builders may share one.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class ProgramBuilder:
         payload: PayloadType = "model",
         ranks_per_node: int = 8,
         block_size: int = 16,
+        launches: Launches = EAGER,
+        counter: DispatchCounter | None = None,
     ) -> None:
         layout.check_model(model)
         self._model = model
@@ -105,13 +109,14 @@ class ProgramBuilder:
         self._payload = payload
         self._ranks_per_node = ranks_per_node
         self._block_size = block_size
+        self._launches = launches
+        self._counter = DispatchCounter() if counter is None else counter
         self._meshes: dict[tuple[int, int], StageMesh] = {}
-        self.place(placements)
+        self._placements = placements
 
     def place(self, placements: Placements) -> None:
         """Go over to other placements of the experts."""
         self._placements = placements
-        self._choices: dict[tuple[int, int], CopyChoice] = {}  # by placement and stage
 
     def mesh(self, replica: int, pp_rank: int) -> StageMesh:
         """A pipeline stage of a replica."""
@@ -119,13 +124,6 @@ class ProgramBuilder:
         if key not in self._meshes:
             self._meshes[key] = StageMesh.of(self._layout, *key, self._ranks_per_node)
         return self._meshes[key]
-
-    def choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
-        """How a stage's ranks choose among copies."""
-        key = id(placement), mesh.first_rank
-        if key not in self._choices:
-            self._choices[key] = CopyChoice(placement, mesh)
-        return self._choices[key]
 
     def mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
         """How a micro-batch runs; all ranks choose alike."""
@@ -147,95 +145,102 @@ class ProgramBuilder:
             first_token: tokens computed before, where the routing goes on.
             sampled: sequences that ask for more than their likeliest token, at this step.
         """
-        by_micro_batch = []
-        before = np.zeros(self._layout.stage_size, dtype=np.int64)
+        by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
         for micro_batch in plan.micro_batches:
             mode = self.mode(micro_batch)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
-            parts = []
-            for batches in zip(*by_dp_rank, strict=True):
-                if any(batch.num_tokens for batch in batches):
-                    sizes = PartSizes.of(batches, self._layout.tp, sampled, self._block_size)
-                    chosen = _Chosen(routing, first_token, before, sizes.owned)
-                    parts.append((sizes, chosen))
-                    before = before + sizes.owned
+            parts = [
+                PartSizes.of(batches, self._layout.tp, sampled, self._block_size)
+                for batches in zip(*by_dp_rank, strict=True)
+                if any(batch.num_tokens for batch in batches)
+            ]
             by_micro_batch.append((mode.form, parts))
-        return StepProgram(
-            tuple(
-                tuple(
-                    self._stage(self.mesh(plan.replica, pp_rank), number, form, parts, plan.record)
-                    for number, (form, parts) in enumerate(by_micro_batch)
-                )
-                for pp_rank in range(self._layout.pp)
-            )
+        return self.build_sized(
+            by_micro_batch,
+            routing,
+            replica=plan.replica,
+            first_token=first_token,
+            record=plan.record,
         )
 
-    def _stage(
+    def build_sized(
         self,
-        mesh: StageMesh,
-        micro_batch: int,
-        form: DispatchForm,
-        parts: "list[tuple[PartSizes, _Chosen]]",
-        record: bool,
-    ) -> StageProgram:
-        programs = tuple(self._part(mesh, form, *part, record=record) for part in parts)
-        pp_rank = mesh.first_rank % self._layout.replica_size // self._layout.stage_size
-        hand_over = None
-        if parts and pp_rank < self._layout.pp - 1:
-            owned = np.sum([sizes.owned for sizes, _ in parts], axis=0)
-            row_bytes = self._model.hidden_size * self._types.activation_bytes
-            ranks = mesh.first_rank + mesh.size + np.arange(mesh.size)
-            there = ranks // self._ranks_per_node
-            hand_over = HandOver(owned * row_bytes, there != mesh.node)
-        return StageProgram(mesh, micro_batch, programs, hand_over)
+        micro_batches: Sequence[tuple[DispatchForm, Sequence[PartSizes]]],
+        routing: RoutingSource,
+        *,
+        replica: int = 0,
+        first_token: int = 0,
+        record: bool = False,
+    ) -> StepProgram:
+        """The programs of a step of which only sizes are known.
 
-    def _part(
+        Args:
+            micro_batches: of each, the dispatch form and its parts: two with overlap.
+            record: count what only a record tells, how far tokens spread.
+        """
+        before = np.zeros(self._layout.stage_size, dtype=np.int64)
+        routed: list[list[PartRouting]] = []
+        for _, parts in micro_batches:
+            routed.append([])
+            for part in parts:
+                routed[-1].append(PartRouting(routing, first_token, before, part.owned))
+                before = before + part.owned
+        stages = []
+        for pp_rank in range(self._layout.pp):
+            mesh = self.mesh(replica, pp_rank)
+            programs = []
+            for number, (form, parts) in enumerate(micro_batches):
+                of_parts = tuple(
+                    self.part(pp_rank, form, part, tokens, replica=replica, record=record)
+                    for part, tokens in zip(parts, routed[number], strict=True)
+                )
+                hand_over = self._hand_over(mesh, pp_rank, parts)
+                programs.append(StageProgram(mesh, number, of_parts, hand_over))
+            stages.append(tuple(programs))
+        return StepProgram(tuple(stages))
+
+    def _hand_over(
+        self, mesh: StageMesh, pp_rank: int, parts: Sequence[PartSizes]
+    ) -> HandOver | None:
+        if not parts or pp_rank == self._layout.pp - 1:
+            return None
+        owned = np.sum([part.owned for part in parts], axis=0)
+        there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self._ranks_per_node
+        row_bytes = self._model.hidden_size * self._types.activation_bytes
+        return HandOver(owned * row_bytes, there != mesh.node)
+
+    def part(
         self,
-        mesh: StageMesh,
+        pp_rank: int,
         form: DispatchForm,
         sizes: PartSizes,
-        chosen: "_Chosen",
+        routing: PartRouting,
         *,
-        record: bool,
+        replica: int = 0,
+        record: bool = False,
     ) -> PartProgram:
-        model, types, layout = self._model, self._types, self._layout
-        pp_rank = mesh.first_rank % layout.replica_size // layout.stage_size
+        """A part of a micro-batch on one pipeline stage; arguments as `build_sized`'s."""
+        model, layout, mesh = self._model, self._layout, self.mesh(replica, pp_rank)
+        common = model, self._types, mesh, sizes
+        by_node = form == "hierarchical" and layout.ep > 1
         sections = []
         if pp_rank == 0:
-            sections.append(Section(OUTSIDE, embedding_steps(model, types, mesh, sizes)))
+            sections.append(Section(OUTSIDE, embedding_steps(*common, self._launches)))
         built: dict[object, Section] = {}
         for layer in layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self._placements[layer]
-            sample = None if placement is None else (id(placement), chosen.routing.sample_of(layer))
-            key = model.window_of_layer(layer), sample
+            key: object = model.window_of_layer(layer)
+            if placement is not None:
+                key = key, id(placement), routing.source.sample_of(layer)
             if key not in built:
                 counts = None
                 if placement is not None:
-                    counts = count_dispatch(
-                        chosen.topk_ids(layer),
-                        sizes.owned,
-                        self.choice(placement, mesh),
-                        mesh,
-                        by_node=form == "hierarchical" and layout.ep > 1,
-                        fan_out=record,
+                    counts = self._counter.count(
+                        layer, placement, mesh, routing, by_node=by_node, fan_out=record
                     )
-                steps = layer_steps(model, types, mesh, sizes, layer, counts, form, self._payload)
+                steps = layer_steps(*common, layer, counts, form, self._payload, self._launches)
                 built[key] = Section(layer, steps, counts)
             sections.append(replace(built[key], layer=layer))
         if pp_rank == layout.pp - 1:
-            sections.append(Section(OUTSIDE, head_steps(model, types, mesh, sizes)))
+            sections.append(Section(OUTSIDE, head_steps(*common, self._launches)))
         return PartProgram(tuple(sections))
-
-
-@dataclass(frozen=True, eq=False)
-class _Chosen:
-    """The experts of a part's tokens; arguments as `RoutingSource.topk_ids`'s."""
-
-    routing: RoutingSource
-    first: int
-    before: Ints
-    owned: Ints
-
-    def topk_ids(self, layer: int) -> Ints:
-        """[T, K]."""
-        return self.routing.topk_ids(layer, self.first, self.before, self.owned)

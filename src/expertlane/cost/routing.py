@@ -38,10 +38,10 @@ class RoutingSource(Protocol):
 class PowerLawRouting:
     """Experts of unequal popularity, drawn without replacement.
 
-    The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha; as
-    engine and router skew have it, the K best of the logarithms of weights plus Gumbel noise are
-    chosen. Groups of experts that a router may be limited to are not modelled. Tokens are drawn
-    once and taken in turn.
+    The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha, as the
+    router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Groups
+    of experts that a router may be limited to are not modelled. Tokens are drawn once and taken in
+    turn.
 
     Args:
         alpha: 0 for experts alike.
@@ -70,34 +70,38 @@ class PowerLawRouting:
         """For a model's experts."""
         return cls(model.num_experts, model.num_experts_per_tok, alpha, seed, num_sampled_layers)
 
-    def sample_of(self, layer: int) -> Hashable:
+    def sample_of(self, layer: int) -> int:
         """Layers take turns."""
         return layer % self._num_samples
 
     def popularity(self, layer: int) -> Floats:
-        """[num_experts]; the weights that a layer's experts are drawn by."""
-        weights: Floats = np.exp(self._log_popularity(layer % self._num_samples))
-        return weights / weights.sum()
+        """[num_experts]; the weights that a layer's experts are drawn by, 1 in all."""
+        weights = 1 / self._rarity(self.sample_of(layer))
+        popularity: Floats = weights / weights.sum()
+        return popularity
 
     def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
         """As the protocol says; ranks' tokens follow each other in those drawn."""
         first, num = first + int(before.sum()), int(owned.sum())
-        tokens = self._tokens(layer % self._num_samples, min(first + num, _MOST_DRAWN))
-        return _in_turn(tokens, first, num)
+        tokens = self._tokens(self.sample_of(layer), min(first + num, _MOST_DRAWN))
+        return tokens[_in_turn(len(tokens), first, num)]
 
-    def _log_popularity(self, sample: int) -> Floats:
+    def _rarity(self, sample: int) -> Floats:
+        """[num_experts]; the inverse of the weights."""
         places = np.random.default_rng((self._seed, sample)).permutation(self._num_experts)
-        return -self._alpha * np.log1p(places)
+        rarity: Floats = np.power(1.0 + places, self._alpha, dtype=np.float64)
+        return rarity
 
     def _tokens(self, sample: int, at_least: int) -> Ints:
+        """[n, K]; those drawn so far, at least so many."""
         drawn = self._drawn.get(sample, np.empty((0, self._top_k), dtype=np.int64))
         blocks = [drawn]
         for block in range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER)):
             rng = np.random.default_rng((self._seed, sample, block + 1))
-            noise = rng.standard_exponential((_DRAWN_TOGETHER, self._num_experts), np.float32)
-            np.log(noise, out=noise)  # the negative of Gumbel noise
-            keys = noise - self._log_popularity(sample).astype(np.float32)
-            blocks.append(np.argpartition(keys, self._top_k - 1, axis=1)[:, : self._top_k])
+            # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
+            arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self._num_experts), np.float32)
+            arrivals *= self._rarity(sample).astype(np.float32)
+            blocks.append(np.argpartition(arrivals, self._top_k - 1, axis=1)[:, : self._top_k])
         if len(blocks) > 1:
             self._drawn[sample] = drawn = np.concatenate(blocks)
         return drawn
@@ -121,32 +125,27 @@ class TraceRouting:
         self._layers = trace.layers
         self._topk_ids = trace.topk_ids
 
-    def sample_of(self, layer: int) -> Hashable:
+    def sample_of(self, layer: int) -> int:
         """Every layer of a trace is its own."""
-        place = np.searchsorted(self._layers, layer)
-        if place < len(self._layers) and self._layers[place] == layer:
-            return int(place)
-        return layer % len(self._layers)
+        return self._layers.index(layer) if layer in self._layers else layer % len(self._layers)
 
     def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
-        """As the protocol says."""
+        """As the protocol says; ranks' tokens follow each other in the trace."""
         tokens = self._topk_ids[self.sample_of(layer)]
-        return _in_turn(tokens, first + int(before.sum()), int(owned.sum())).astype(np.int64)
+        taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
+        topk_ids: Ints = tokens[taken].astype(np.int64)
+        return topk_ids
 
 
 class GivenRouting:
     """What the ranks of a replica chose in a step, as their records have it.
 
     Args:
-        of_rank: by rank of the replica, by layer, [T, K].
-        stage_size: ranks of a pipeline stage.
+        of_rank: by rank of the replica, by layer of the rank's stage, [T, K].
     """
 
-    def __init__(
-        self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]], stage_size: int
-    ) -> None:
+    def __init__(self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]]) -> None:
         self._of_rank = of_rank
-        self._stage_size = stage_size
 
     def sample_of(self, layer: int) -> Hashable:
         """All layers differ."""
@@ -156,14 +155,13 @@ class GivenRouting:
         """As the protocol says, `first` apart."""
         of_ranks = [ids[layer] for ids in self._of_rank if layer in ids]
         slices = zip(of_ranks, before.tolist(), owned.tolist(), strict=True)
-        return np.concatenate([ids[begin : begin + num] for ids, begin, num in slices]).astype(
-            np.int64
-        )
+        parts = [ids[begin : begin + num] for ids, begin, num in slices]
+        return np.concatenate(parts).astype(np.int64)
 
 
-def _in_turn(tokens: npt.NDArray[np.integer], first: int, num: int) -> npt.NDArray[np.integer]:
-    """[num, K]; rows from `first` on, beginning anew after the last."""
-    begin = first % len(tokens)
-    if begin + num <= len(tokens):
-        return tokens[begin : begin + num]
-    return tokens[np.arange(begin, begin + num) % len(tokens)]
+def _in_turn(num_tokens: int, first: int, num: int) -> slice | Ints:
+    """Which `num` of some tokens come from `first` on, beginning anew after the last."""
+    begin = first % num_tokens
+    if begin + num <= num_tokens:
+        return slice(begin, begin + num)
+    return np.arange(begin, begin + num) % num_tokens

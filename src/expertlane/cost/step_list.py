@@ -2,18 +2,11 @@
 
 import numpy as np
 
+from expertlane.cost.launches import EAGER, Launches
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.cost.operation import Floats, Ints, Kind, Operation, Step, Transfer, TransferKind
 from expertlane.cost.stage_mesh import Axis, StageMesh
 from expertlane.spec.names import Stage, Traffic
-
-# Launches of one transfer, with what gathers its rows before or adds them up after.
-_KERNELS = {
-    TransferKind.ALL_GATHER: 2,
-    TransferKind.REDUCE_SCATTER: 2,
-    TransferKind.ALL_TO_ALL: 1,
-}
-_FUSED_NORM, _NORM = 1, 3  # launches of a norm in float32, and in a type to be widened first
 
 
 class StepList:
@@ -25,11 +18,19 @@ class StepList:
         steps: so far.
     """
 
-    def __init__(self, mesh: StageMesh, types: NumberTypes, layer: int) -> None:
+    def __init__(
+        self, mesh: StageMesh, types: NumberTypes, layer: int, launches: Launches = EAGER
+    ) -> None:
         self.mesh = mesh
         self.types = types
+        self.launches = launches
         self.steps: list[Step] = []
         self._layer = layer
+        self._transfer_kernels = {
+            TransferKind.ALL_GATHER: launches.gathered,
+            TransferKind.REDUCE_SCATTER: launches.reduced,
+            TransferKind.ALL_TO_ALL: 1,
+        }
         self._none: Ints = np.zeros(mesh.size, dtype=np.int64)
 
     @property
@@ -40,7 +41,8 @@ class StepList:
     @property
     def norm_kernels(self) -> int:
         """Launches of one norm of hidden states."""
-        return _FUSED_NORM if self.types.activations == "float32" else _NORM
+        is_wide = self.types.activations == "float32"
+        return self.launches.norm if is_wide else self.launches.widened_norm
 
     def gemm(
         self,
@@ -164,7 +166,7 @@ class StepList:
                 group=mesh.group(axis),
                 node=mesh.node,
                 sent_bytes=sent,
-                num_kernels=_KERNELS[kind],
+                num_kernels=self._transfer_kernels[kind],
                 num_steps_before_wait=num_steps_before_wait,
             )
         )

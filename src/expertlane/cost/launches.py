@@ -1,0 +1,81 @@
+"""How many kernels the engine launches for what it does, where nothing is captured in a graph."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Numbers of launches; read off the engine's tensor operations.
+
+    Attributes:
+        norm, widened_norm: a norm in float32, and in a type that is widened for it.
+        rotate, write: rotation of queries and keys; new keys and values to the cache.
+        head_norm: of queries and keys, each head by itself.
+        squares, scale: the two halves of a norm over the heads of all ranks.
+        decode_group, prefill_group: attention of sequences taken as one: gather, mask, attend.
+        is_grouped: attention is called for each such group, not once for all.
+        activation, gate: of an MLP; of a shared expert's gate.
+        route, scored_route, grouped_route: top-k of logits; with scores; with groups of experts.
+        choose, by_peer, by_expert: copies chosen; rows sorted by peer; pairs sorted by expert.
+        pack, narrow, widen: rows put together to be sent, and their payload rounded and restored.
+        sum_term, sum_once: of a sum of rows, for every term of a sum, and beside that.
+        expert, experts_once: an active expert beside its products, and all of them together.
+        expert_product: of an active expert.
+        embed, last, argmax, best: at the model's two ends.
+        gathered, reduced: of a collective, what puts rows together and adds them up.
+    """
+
+    norm: int = 1
+    widened_norm: int = 3
+    rotate: int = 7
+    write: int = 4
+    head_norm: int = 4
+    squares: int = 8
+    scale: int = 12
+    decode_group: int = 8
+    prefill_group: int = 6
+    is_grouped: bool = True
+    activation: int = 2
+    gate: int = 3
+    route: int = 4
+    scored_route: int = 6
+    grouped_route: int = 14
+    choose: int = 3
+    by_peer: int = 18
+    by_expert: int = 20
+    pack: int = 4
+    narrow: int = 9
+    widen: int = 4
+    sum_term: int = 9
+    sum_once: int = 2
+    expert: int = 3
+    expert_product: int = 1
+    experts_once: int = 1
+    embed: int = 2
+    last: int = 2
+    argmax: int = 4
+    best: int = 4
+    gathered: int = 2
+    reduced: int = 2
+
+
+EAGER = Launches()
+
+# On a CPU in bfloat16, where the engine has kernels of its own for most of it.
+OWN_KERNELS = Launches(
+    widened_norm=1,
+    rotate=1,
+    write=2,
+    head_norm=1,
+    decode_group=1,
+    prefill_group=1,
+    is_grouped=False,
+    choose=1,
+    by_peer=1,
+    by_expert=1,
+    sum_term=0,
+    sum_once=1,
+    expert=0,
+    expert_product=0,
+    experts_once=1,
+)

@@ -1,0 +1,238 @@
+"""Contract 8: programs add up to what real ranks count of the same step, exactly."""
+
+from dataclasses import fields, replace
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from cost.plans import (
+    BLOCK_SIZE,
+    CHUNKS,
+    DECODE,
+    MAX_POSITIONS,
+    MAX_SEQS,
+    PREFILL,
+    random_plan,
+)
+from cost.tiny_models import MODELS
+from expertlane.balance.deployed import placements_of
+from expertlane.cost.counts import RankCounts, count
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.program import ProgramBuilder
+from expertlane.cost.routing import GivenRouting
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage, Traffic
+from expertlane.spec.sampling import SamplingParams, SamplingState
+
+FORMS = ("all_to_all", "all_gather", "hierarchical")
+PHASES = (PREFILL, PREFILL + CHUNKS + DECODE, DECODE)
+MOST_RANKS = 8
+
+
+class Case(NamedTuple):
+    """A layout on nodes.
+
+    Attributes:
+        redundant: copies of experts.
+        is_even: equally many ranks of an `ep` group on each node.
+    """
+
+    layout: str
+    ranks_per_node: int
+    redundant: int = 0
+    is_even: bool = True
+
+
+CASES = (
+    Case("tp=1", 8),
+    Case("tp=2", 1),
+    Case("dp=2", 8),
+    Case("dp=2,ep=2", 1),
+    Case("tp=4,ep=4", 2, redundant=5),
+    Case("dp=4,ep=4", 2, redundant=3),
+    Case("tp=4,ep=2", 2),
+    Case("dp=2,tp=2,ep=4", 2, redundant=2),
+    Case("dp=2,tp=2,ep=2", 4, redundant=1),
+    Case("pp=2,dp=2,ep=2", 2, redundant=2),
+    Case("pp=3,tp=2", 2),
+    Case("dp=4,tp=2,ep=4", 4, redundant=6),
+    Case("dp=8,ep=8", 4, redundant=8),
+    Case("replicas=2,dp=2,ep=2", 2),
+    Case("pp=2,dp=2,tp=2,ep=4", 4),
+    Case("dp=3,ep=3", 3),
+    Case("dp=2,tp=4,ep=8", 3, redundant=16, is_even=False),
+    Case("dp=2,tp=2,ep=2", 3, redundant=4, is_even=False),
+)
+
+
+class Counting:
+    """Runs plans on ranks and counts them without."""
+
+    def __init__(self, pools, model, case, options, dtype="float32", table=None):
+        layout = Layout.parse(case.layout)
+        num_ranks = MOST_RANKS if dtype == "float32" else layout.world_size
+        pool = pools.pool(num_ranks, dtype)
+        limits = Limits(
+            model.vocab_size, MAX_POSITIONS, MAX_SEQS * MAX_POSITIONS // BLOCK_SIZE, BLOCK_SIZE
+        )
+        deployment = Deployment("case", layout, options)
+        self._runner = ModelRunner(
+            pool, model, deployment, limits, seed=0, ranks_per_node=case.ranks_per_node
+        )
+        if table is not None:
+            ranks = range(layout.world_size)
+            pool.call("expertlane.engine.deployed_stage:set_dispatch", table, ranks=ranks)
+        self._model, self._layout = model, layout
+        self._builder = ProgramBuilder(
+            model,
+            layout,
+            placements_of(model, layout, options),
+            types=NumberTypes.all_of(dtype),
+            dispatch=table or DispatchTable.fixed(options.dispatch, options.overlap),
+            payload=options.payload,
+            ranks_per_node=case.ranks_per_node,
+        )
+
+    def check(self, plan, sampled=()):
+        """Records of a step, after comparing them to what is counted."""
+        records = self._runner.collect(self._runner.submit(plan)).records
+        routing = GivenRouting([record.topk_ids for record in records])
+        program = self._builder.build(plan, routing, sampled=sampled)
+        counted = count(program, self._model.num_hidden_layers, self._model.num_experts)
+        assert len(counted) == len(records)
+        for expected, of_rank in zip(records, counted, strict=True):
+            for name in (field.name for field in fields(RankCounts)):
+                np.testing.assert_array_equal(
+                    getattr(of_rank, name),
+                    getattr(expected, name),
+                    f"{name} of rank {expected.rank}",
+                    strict=True,
+                )
+        return records
+
+
+def options_of(case, form, overlap, payload="model"):
+    """Options; a placement that is not the plain one where there are copies."""
+    return Options(
+        dispatch=form,
+        overlap=overlap,
+        num_redundant_experts=case.redundant,
+        placement="round_robin" if case.redundant % 2 else "linear",
+        payload=payload,
+    )
+
+
+def check_case(pools, model, case, form, overlap, seed):
+    layout = Layout.parse(case.layout)
+    counting = Counting(pools, model, case, options_of(case, form, overlap))
+    rng = np.random.default_rng(seed)
+    for step, kinds in enumerate(PHASES):
+        num_micro_batches = int(rng.integers(1, 4))
+        plan = random_plan(rng, layout.dp, num_micro_batches, model.vocab_size, kinds, step=step)
+        counting.check(replace(plan, replica=step % layout.replicas))
+
+
+def _cases():
+    for number, (case, form) in enumerate(product(CASES, FORMS)):
+        if case.is_even or form != "hierarchical":
+            yield number, case, form
+
+
+@pytest.mark.parametrize(
+    ("number", "case", "form"),
+    [
+        pytest.param(*each, id=f"{each[1].layout}-{each[1].ranks_per_node}-{each[2]}")
+        for each in _cases()
+    ],
+)
+def test_layouts_and_forms(pools, number, case, form):
+    """Families take turns; every layout sees three, each with overlap and without."""
+    names = list(MODELS)
+    for overlap in (False, True):
+        model = MODELS[names[(number + number // 3 + 3 * overlap) % len(names)]]
+        check_case(pools, model, case, form, overlap, seed=number)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_whole_product(pools, case, family):
+    for number, (form, overlap) in enumerate(product(FORMS, (False, True))):
+        if case.is_even or form != "hierarchical":
+            check_case(pools, MODELS[family], case, form, overlap, seed=100 + number)
+
+
+@pytest.mark.parametrize("payload", ["bfloat16", "float8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_narrow_payloads(pools, form, payload):
+    case = Case("dp=4,tp=2,ep=4", 4, redundant=2)
+    model = MODELS["plain"].with_overrides(name="wide", hidden_size=160)
+    counting = Counting(pools, model, case, options_of(case, form, False, payload))
+    plan = random_plan(np.random.default_rng(1), 4, 1, model.vocab_size, PREFILL)
+    records = counting.check(plan)
+    assert sum(record.payload_squares[1] for record in records) > 0
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_bfloat16(pools, family):
+    """Half as wide; bfloat16 as the payload is then no narrower."""
+    case = Case("dp=2,tp=2,ep=4", 2)
+    rng = np.random.default_rng(2)
+    for payload in ("bfloat16", "float8"):
+        options = options_of(case, "hierarchical", True, payload)
+        counting = Counting(pools, MODELS[family], case, options, dtype="bfloat16")
+        counting.check(random_plan(rng, 2, 1, MODELS[family].vocab_size, PREFILL))
+
+
+def test_steps_without_tokens(pools):
+    """A part, or a whole micro-batch, that is empty on all ranks of a stage is left out."""
+    case, rng = Case("pp=2,dp=2,ep=2", 2), np.random.default_rng(3)
+    counting = Counting(pools, MODELS["plain"], case, options_of(case, "all_to_all", True))
+    vocab_size = MODELS["plain"].vocab_size
+    full = random_plan(rng, 2, 1, vocab_size, DECODE, share_empty=0.0)
+    empty = random_plan(rng, 2, 1, vocab_size, DECODE, share_empty=1.0)
+    for micro_batches in (
+        empty.micro_batches,
+        empty.micro_batches + full.micro_batches + empty.micro_batches,
+    ):
+        records = counting.check(replace(full, micro_batches=micro_batches))
+    assert sum(record.num_collectives.sum() for record in records) > 0
+
+
+def test_sampled_sequences_gather_all_logits(pools):
+    """Only the data-parallel rank that has one; the other exchanges candidates."""
+    case, model = Case("dp=2,tp=4,ep=2", 8), MODELS["plain"]
+    counting = Counting(pools, model, case, options_of(case, "all_to_all", False))
+    plan = random_plan(np.random.default_rng(4), 2, 1, model.vocab_size, PREFILL, share_empty=0.0)
+    batches = tuple(
+        replace(batch, yields_token=np.ones(batch.num_seqs, dtype=bool))
+        for batch in plan.micro_batches[0]
+    )
+    sampled = int(batches[1].seq_ids[0])
+    nothing = np.zeros(1, dtype=np.int64)
+    state = SamplingState(SamplingParams(temperature=1.0), 0, nothing, nothing[:0])
+    plan = replace(plan, micro_batches=(batches,), admitted={sampled: state})
+    records = counting.check(plan, sampled={sampled})
+    metadata = [record.sent_bytes[Stage.COLLECTIVES, Traffic.METADATA].sum() for record in records]
+    assert all(metadata[:4])
+    assert not any(metadata[4:])
+
+
+def test_modes_by_number_of_tokens(pools):
+    """A measured table picks form and overlap for every micro-batch."""
+    case, model = Case("dp=2,tp=2,ep=2", 2), MODELS["plain"]
+    table = DispatchTable(
+        (DispatchMode("all_gather"), DispatchMode("hierarchical", True)),
+        (DispatchRow(4, (1.0, 2.0)), DispatchRow(20, (2.0, 1.0))),
+    )
+    options = Options(dispatch="hierarchical")  # for its groups
+    counting = Counting(pools, model, case, options, table=table)
+    rng = np.random.default_rng(5)
+    for kinds in (PREFILL, DECODE, PHASES[1]):
+        counting.check(random_plan(rng, 2, 3, model.vocab_size, kinds))

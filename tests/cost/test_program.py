@@ -1,0 +1,263 @@
+"""Programs as such: order, sharing, sizes by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cost.plans import DECODE, PREFILL, random_plan
+from cost.tiny_models import MODELS
+from expertlane.balance.deployed import placements_of
+from expertlane.balance.placement import Placement
+from expertlane.cost.batch_sizes import PartSizes
+from expertlane.cost.counts import count
+from expertlane.cost.dispatch_counter import DispatchCounter
+from expertlane.cost.launches import OWN_KERNELS
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.program import ProgramBuilder
+from expertlane.cost.routing import GivenRouting, UniformRouting
+from expertlane.errors import SpecError
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Stage, Traffic
+
+# 2 layers, hidden size 8, 2 heads of 4, 4 experts of inner size 6, vocabulary 12.
+MODEL = PRESETS["paper-tiny"].with_overrides(
+    name="countable",
+    num_hidden_layers=2,
+    hidden_size=8,
+    num_attention_heads=2,
+    head_dim=4,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=6,
+    vocab_size=12,
+)
+FLOAT32 = NumberTypes.all_of("float32")
+
+
+def builder(model=MODEL, layout="dp=2,ep=2", types=FLOAT32, **more):
+    parsed = Layout.parse(layout)
+    options = Options(num_redundant_experts=more.pop("redundant", 0))
+    return ProgramBuilder(model, parsed, placements_of(model, parsed, options), types=types, **more)
+
+
+def given(topk_ids):
+    """Choices by rank, the same in all layers."""
+    ids = [np.array(each, dtype=np.int32).reshape(-1, 2) for each in topk_ids]
+    return GivenRouting([{0: each, 1: each} for each in ids])
+
+
+def test_by_hand():
+    """Rank 0 has one sequence of 3 new tokens after 4; rank 1 one of 1 token after 9."""
+    part = PartSizes(
+        dp=2,
+        tp=1,
+        num_new=np.array([3, 1]),
+        num_cached=np.array([4, 9]),
+        dp_rank=np.array([0, 1]),
+        yields=np.array([True, False]),
+        needs_logits=np.zeros(2, dtype=bool),
+    )
+    # Experts 0 and 1 are rank 0's. Of rank 0's tokens one stays, two go to rank 1, one of them
+    # with both choices; rank 1's token goes to both.
+    routing = given([[[0, 1], [0, 2], [2, 3]], [[1, 2]]])
+    program = builder().build_sized([("all_to_all", [part])], routing, record=True)
+    zero, one = count(program, 2, 4)
+    layers = 2
+    # Attention: 4 matrices of 64; rank 0 has 5 + 6 + 7 pairs and reads 7 positions, rank 1 10.
+    assert zero.flops[Stage.ATTENTION] == layers * (2 * 3 * 256 + 4 * 18 * 8)
+    assert one.flops[Stage.ATTENTION] == layers * (2 * 1 * 256 + 4 * 10 * 8)
+    assert (zero.kv_bytes, one.kv_bytes) == (layers * 2 * 7 * 32, layers * 2 * 10 * 32)
+    # Experts: up and down of 48. Rank 0 computes 4 pairs of 2 experts, rank 1 4 of 2.
+    assert zero.flops[Stage.EXPERTS] == one.flops[Stage.EXPERTS] == layers * 4 * 2 * 96
+    assert zero.weight_bytes[Stage.EXPERTS] == layers * 2 * 96 * 4
+    assert zero.num_tokens_per_expert.tolist() == [[2, 2, 0, 0]] * layers
+    assert one.num_tokens_per_expert.tolist() == [[0, 0, 3, 1]] * layers
+    # Two tokens go from 0 to 1 as rows of 32 bytes, and come back as 3 pairs; one the other way.
+    payload = [each.sent_bytes[:, Traffic.PAYLOAD] for each in (zero, one)]
+    assert payload[0][Stage.DISPATCH].tolist() == [0, layers * 2 * 32]
+    assert payload[1][Stage.DISPATCH].tolist() == [layers * 32, 0]
+    assert payload[0][Stage.COMBINE].tolist() == [0, layers * 32]
+    assert payload[1][Stage.COMBINE].tolist() == [layers * 3 * 32, 0]
+    # Counts of 2 ranks, rows and pairs; with every row 2 ids.
+    assert zero.sent_bytes[Stage.DISPATCH, Traffic.METADATA, 1] == layers * (32 + 2 * 8)
+    assert zero.num_collectives.sum() == layers * 3
+    assert zero.tokens_by_ranks_reached.tolist() == [0, layers * 2, layers * 1]
+    # The head takes the one sequence that goes on.
+    assert (zero.flops[Stage.HEAD], one.flops[Stage.HEAD]) == (2 * 8 * 12, 0)
+
+
+def program_of(form="all_to_all", layout="dp=2,ep=2", model=MODEL, **more):
+    parsed = Layout.parse(layout)
+    part = PartSizes.even(parsed.dp, parsed.tp, 4, num_cached=10)
+    routing = UniformRouting(model.num_experts, model.num_experts_per_tok, num_sampled_layers=1)
+    return builder(model, layout, **more).build_sized([(form, [part])], routing)
+
+
+def names(section):
+    return [(step.stage.label, str(step.kind)) for step in section.steps]
+
+
+def test_order_of_a_layer():
+    program = program_of()
+    embed, first, second, head = program.stages[0][0].parts[0].sections
+    assert (embed.layer, first.layer, second.layer, head.layer) == (OUTSIDE, 0, 1, OUTSIDE)
+    assert names(first) == [
+        ("attention", "memory"),
+        ("attention", "gemm"),
+        ("attention", "memory"),
+        ("attention", "decode_attention"),
+        ("attention", "gemm"),
+        ("router", "memory"),
+        ("router", "gemm"),
+        ("router", "memory"),
+        ("dispatch", "memory"),
+        ("dispatch", "all_gather"),
+        ("dispatch", "memory"),
+        ("dispatch", "all_to_all"),
+        ("dispatch", "memory"),
+        ("experts", "experts"),
+        ("combine", "all_to_all"),
+        ("combine", "memory"),
+    ]
+    counts = first.steps[9]
+    assert isinstance(counts, Transfer)
+    assert counts.num_steps_before_wait == 1  # rows are packed while counts travel
+    assert names(embed) == [("embed", "memory")]
+    assert names(head) == [("head", "memory"), ("head", "gemm"), ("head", "memory")]
+
+
+def test_tensor_parallel_layers_gather_and_scatter():
+    (program,) = program_of(layout="tp=2,ep=2").stages[0]
+    transfers = [
+        (step.stage, step.kind)
+        for step in program.parts[0].sections[1].steps
+        if isinstance(step, Transfer)
+    ]
+    assert transfers[0] == (Stage.COLLECTIVES, TransferKind.ALL_GATHER)
+    assert transfers[1] == (Stage.COLLECTIVES, TransferKind.REDUCE_SCATTER)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("form", ["all_to_all", "all_gather", "hierarchical"])
+def test_sizes_are_those_of_the_kind(family, form):
+    """And are told for every rank or for all; operations' counts are [R] whole numbers."""
+    layout, model = Layout.parse("dp=2,tp=2,ep=4"), MODELS[family]
+    plan = random_plan(np.random.default_rng(0), 2, 2, model.vocab_size, PREFILL + DECODE)
+    routing = UniformRouting(model.num_experts, model.num_experts_per_tok)
+    made = builder(model, str(layout), ranks_per_node=2)
+    program = made.build(replace(plan, replica=0), routing)
+    for stage in program.stages[0]:
+        for step in (step for part in stage.parts for step in part.steps()):
+            if isinstance(step, Operation):
+                assert set(step.sizes) == set(SIZES[step.kind])
+                for count_of in (step.flops, step.weight_bytes, step.kv_bytes):
+                    assert count_of.shape == (4,)
+                    assert count_of.dtype == np.int64
+                for size in step.sizes.values():
+                    assert np.shape(size) in ((), (4,))
+            else:
+                assert step.sent_bytes.shape == (3, 4, 4)
+                assert not step.sent_bytes.diagonal(axis1=1, axis2=2).any()
+
+
+def test_flops_follow_from_sizes():
+    for section in program_of(layout="dp=2,tp=2,ep=2").stages[0][0].parts[0].sections:
+        for step in section.steps:
+            if isinstance(step, Operation) and step.kind is Kind.GEMM:
+                m, n, k = (step.sizes[name] for name in "mnk")
+                np.testing.assert_array_equal(step.flops, 2 * np.multiply(m, n) * k)
+            if isinstance(step, Operation) and step.kind is Kind.EXPERTS:
+                of_pair = np.multiply(step.sizes["inner"], step.sizes["hidden"])
+                flops = 2 * step.sizes["pairs"] * of_pair * step.sizes["matrices"]
+                np.testing.assert_array_equal(step.flops, flops)
+
+
+def test_layers_that_do_the_same_share_steps():
+    """94 layers of one kind and one sample are built once; the program names each."""
+    model = MODEL.with_overrides(num_hidden_layers=94, dense_layers=(0, 1), intermediate_size=16)
+    sections = program_of(model=model).stages[0][0].parts[0].sections
+    assert [section.layer for section in sections] == [OUTSIDE, *range(94), OUTSIDE]
+    assert len({id(section.steps) for section in sections}) == 4
+    steps = list(program_of(model=model).stages[0][0].parts[0].steps())
+    assert {step.layer for step in steps} == {OUTSIDE, *range(94)}
+
+
+def test_windows_keep_layers_apart():
+    sections = program_of(model=MODELS["windows"]).stages[0][0].parts[0].sections
+    assert len({id(section.steps) for section in sections}) == 5
+
+
+def test_a_shared_counter_gives_the_same():
+    counter = DispatchCounter(num_kept=2)
+    plan = random_plan(np.random.default_rng(5), 2, 2, MODEL.vocab_size, PREFILL)
+    routing = UniformRouting(4, 2, num_sampled_layers=1)
+    alone = count(builder().build(plan, routing), 2, 4)
+    for _ in range(2):
+        shared = count(builder(counter=counter).build(plan, routing), 2, 4)
+        for one, other in zip(alone, shared, strict=True):
+            np.testing.assert_array_equal(one.sent_bytes, other.sent_bytes)
+            np.testing.assert_array_equal(one.num_tokens_per_expert, other.num_tokens_per_expert)
+    of_layer = [
+        section.counts for section in program_of(counter=counter).stages[0][0].parts[0].sections
+    ]
+    again = [
+        section.counts for section in program_of(counter=counter).stages[0][0].parts[0].sections
+    ]
+    assert of_layer[1] is not again[1]  # another source of routing
+
+
+def test_other_placements():
+    made = builder()
+    made.place((Placement(4, ((2, 3), (0, 1))),) * 2)
+    part = PartSizes.even(2, 1, 1)
+    program = made.build_sized([("all_to_all", [part])], given([[[0, 1]], [[0, 1]]]))
+    zero, one = count(program, 2, 4)
+    assert zero.flops[Stage.EXPERTS] == 0
+    assert one.num_tokens_per_expert[0].tolist() == [2, 2, 0, 0]
+
+
+def test_float8_weights():
+    """Router in float32, head and embedding in bfloat16, all else one byte a weight."""
+    types = NumberTypes("float8", "bfloat16", "float8")
+    wide = count(program_of(), 2, 4)[0]
+    narrow = count(program_of(types=types), 2, 4)[0]
+    for stage, factor in (
+        (Stage.ATTENTION, 4),
+        (Stage.EXPERTS, 4),
+        (Stage.HEAD, 2),
+        (Stage.ROUTER, 1),
+    ):
+        assert narrow.weight_bytes[stage] * factor == wide.weight_bytes[stage] > 0
+    assert narrow.kv_bytes * 4 == wide.kv_bytes
+    np.testing.assert_array_equal(narrow.flops, wide.flops)
+    payload = [each.sent_bytes[Stage.DISPATCH, Traffic.PAYLOAD].sum() for each in (wide, narrow)]
+    assert payload[0] == 2 * payload[1]
+
+
+def test_own_kernels_launch_less():
+    def launches(**more):
+        sections = program_of(**more).stages[0][0].parts[0].sections
+        return sum(step.num_kernels for step in sections[1].steps)
+
+    assert launches(types=NumberTypes(), launches=OWN_KERNELS) < launches(types=NumberTypes()) / 3
+
+
+def test_hand_over_between_nodes():
+    program = program_of(layout="pp=2,dp=2,ep=2", ranks_per_node=2)
+    (first,), (last,) = program.stages
+    assert first.hand_over.sent_bytes.tolist() == [4 * 32, 4 * 32]
+    assert first.hand_over.is_remote.tolist() == [True, True]
+    assert last.hand_over is None
+    assert [section.layer for section in first.parts[0].sections] == [OUTSIDE, 0]
+    assert [section.layer for section in last.parts[0].sections] == [1, OUTSIDE]
+
+
+def test_types_that_are_none():
+    with pytest.raises(SpecError, match="type of weights is 'int4'"):
+        NumberTypes("int4")
+    with pytest.raises(SpecError, match="float8"):
+        NumberTypes.all_of("float8")

@@ -1,0 +1,89 @@
+"""Sources of routing: what they give, and that they give it again."""
+
+import numpy as np
+import pytest
+
+from expertlane.balance.trace import RoutingTrace
+from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting, UniformRouting
+
+NOTHING = np.zeros(2, dtype=np.int64)
+
+
+def some(source, num, first=0, layer=0):
+    return source.topk_ids(layer, first, NOTHING, np.array([num, 0]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
+def test_no_expert_twice(alpha):
+    ids = some(PowerLawRouting(16, 5, alpha), 3000)
+    assert ids.shape == (3000, 5)
+    assert ids.dtype == np.int64
+    assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all()
+    assert ids.min() == 0
+    assert ids.max() == 15
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.2])
+def test_shares_follow_the_power_law(alpha):
+    """With one expert a token, shares are the weights (1 + place)^-alpha over their sum."""
+    source = PowerLawRouting(12, 1, alpha, seed=3)
+    num = 16_384
+    share = np.bincount(some(source, num).ravel(), minlength=12) / num
+    weights = (1.0 + np.arange(12)) ** -alpha
+    expected = weights / weights.sum()
+    np.testing.assert_allclose(np.sort(source.popularity(0))[::-1], expected)
+    np.testing.assert_allclose(share, source.popularity(0), atol=5 * np.sqrt(0.25 / num))
+
+
+def test_second_choices_are_drawn_from_the_rest():
+    """P(i and j) = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j), as draws without replacement."""
+    source = PowerLawRouting(3, 2, 1.0, seed=1)
+    ids, p = some(source, 16_384), source.popularity(0)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        both = ((ids == i).any(axis=1) & (ids == j).any(axis=1)).mean()
+        assert both == pytest.approx(p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])), abs=0.02)
+
+
+def test_same_seed_same_choices_whatever_was_asked_before():
+    one, two, other = (PowerLawRouting(16, 4, 0.5, seed) for seed in (7, 7, 8))
+    some(one, 10), some(one, 5000, first=3)
+    for first in (0, 900, 5000, 20_000):
+        np.testing.assert_array_equal(some(one, 700, first), some(two, 700, first))
+    assert (some(two, 100) != some(other, 100)).any()
+
+
+def test_layers_take_turns_with_samples():
+    source = UniformRouting(16, 4, num_sampled_layers=3)
+    assert source.sample_of(1) == source.sample_of(4) != source.sample_of(2)
+    np.testing.assert_array_equal(some(source, 50, layer=1), some(source, 50, layer=4))
+    assert (some(source, 50, layer=1) != some(source, 50, layer=2)).any()
+
+
+def test_parts_of_a_step_go_on_where_others_end():
+    source = UniformRouting(16, 4)
+    whole = some(source, 30)
+    second = source.topk_ids(0, 0, np.array([7, 5]), np.array([10, 8]))
+    np.testing.assert_array_equal(second, whole[12:30])
+
+
+def test_a_trace_s_tokens_come_in_turn():
+    topk_ids = np.arange(12, dtype=np.int16).reshape(2, 3, 2)
+    source = TraceRouting(RoutingTrace("m", 12, (1, 3), topk_ids, np.zeros(3, dtype=np.int64)))
+    assert some(source, 4, first=2, layer=1).tolist() == [[4, 5], [0, 1], [2, 3], [4, 5]]
+    assert some(source, 1, layer=3).tolist() == [[6, 7]]
+    assert some(source, 1, layer=2).tolist() == [[0, 1]]  # the trace has no layer 2
+    assert source.sample_of(2) == source.sample_of(1)
+
+
+def test_a_trace_without_tokens_is_refused():
+    empty = np.zeros((1, 0, 2), dtype=np.int16)
+    with pytest.raises(ValueError, match="without tokens"):
+        TraceRouting(RoutingTrace("m", 4, (0,), empty, np.zeros(0, dtype=np.int64)))
+
+
+def test_given_choices_by_rank():
+    """Ranks 2 and 3 hold layer 1; each part takes up where the rank's part before ended."""
+    ids = np.arange(8, dtype=np.int32).reshape(4, 2)
+    source = GivenRouting([{0: ids}, {0: ids}, {1: ids}, {1: ids + 10}])
+    taken = source.topk_ids(1, 99, np.array([1, 0]), np.array([2, 1]))
+    assert taken.tolist() == [[2, 3], [4, 5], [10, 11]]
