@@ -85,7 +85,7 @@ def run(
     work: list[list[StageWork]], num_ranks: int, terms: Terms | None = None, plan_s: float = 0.0
 ) -> StepTimes:
     """A step on clocks at zero."""
-    return Timeline(terms or Terms.free(), len(work), num_ranks, may_jump=False).run(work, plan_s)
+    return Timeline(terms or Terms.free(), len(work), num_ranks).run(work, plan_s, may_jump=False)
 
 
 def terms(execution: Execution, launch_s: float) -> Terms:

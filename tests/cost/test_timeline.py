@@ -248,7 +248,7 @@ def test_layers_that_repeat_are_not_run_one_by_one():
         for execution in Execution:
             given = terms(execution, 0.75)
             jumping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0)
-            stepping = Timeline(given, 1, 2, may_jump=False).run([[StageWork(parts)]], 0.0)
+            stepping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0, may_jump=False)
             assert len(jumping.spans[0][0].log.ran) < len(stepping.spans[0][0].log.ran) / 3
             np.testing.assert_allclose(jumping.spans[0][0].end, stepping.spans[0][0].end)
             (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
@@ -280,7 +280,7 @@ def test_layers_that_alternate_are_not_run_one_by_one():
     parts = [blocks_of([(layer, (even, odd)[layer % 2]) for layer in range(41)])]
     seconds_of = {}
     for may_jump in (True, False):
-        times = Timeline(Terms.free(), 1, 2, may_jump=may_jump).run([[StageWork(parts)]], 0.0)
+        times = Timeline(Terms.free(), 1, 2).run([[StageWork(parts)]], 0.0, may_jump=may_jump)
         (seconds_of[may_jump],) = stage_seconds(times, 41, count_idle=False)
         assert (len(times.spans[0][0].log.ran) < 30) == may_jump
     np.testing.assert_allclose(seconds_of[True].wall_s, seconds_of[False].wall_s, atol=1e-9)

@@ -41,9 +41,9 @@ from expertlane.cli.engine_options import (
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.experiment.serving_benchmark import LengthRange, Load
     from expertlane.experiment.serving_results import ServingResults
     from expertlane.spec.layout import Layout
+    from expertlane.spec.load import LengthRange, Load
 
 _DEFAULT_BATCH = "1,8,32"
 _DEFAULT_NUM_REQUESTS = 100
@@ -190,7 +190,7 @@ def _loads(
     Raises:
         UserError: it is not clear what.
     """
-    from expertlane.experiment.serving_benchmark import Load
+    from expertlane.spec.load import Load
 
     if batch is not None and rate is not None:
         raise UserError("--batch and --rate exclude each other; run one, then the other")
@@ -212,7 +212,7 @@ def _loads(
 
 
 def _length(name: str, text: str) -> "LengthRange":
-    from expertlane.experiment.serving_benchmark import LengthRange
+    from expertlane.spec.load import LengthRange
 
     ends = [_whole(part) for part in text.split(":")]
     low, high = ends[0], ends[-1]

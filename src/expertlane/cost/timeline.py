@@ -64,22 +64,26 @@ class Timeline:
     Args:
         num_stages: pipeline stages.
         num_ranks: of each of them.
-        may_jump: layers that repeat exactly are not run one by one (`Replay`); no single events.
     """
 
-    def __init__(
-        self, terms: Terms, num_stages: int, num_ranks: int, *, may_jump: bool = True
-    ) -> None:
+    def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:
         self._terms = terms
-        self._may_jump = may_jump
         self._stages = [Clocks.zero(len(BOUNDS), num_ranks) for _ in range(num_stages)]
 
-    def run(self, work: Sequence[Sequence[StageWork]], plan_s: Floats | float) -> StepTimes:
+    def run(
+        self,
+        work: Sequence[Sequence[StageWork]],
+        plan_s: Floats | float,
+        *,
+        may_jump: bool = True,
+    ) -> StepTimes:
         """Take a step through all stages.
 
         Args:
             work: [num_stages][num_micro_batches].
             plan_s: [B], or one for all; when the plan reaches the ranks.
+            may_jump: layers that repeat exactly are not run one by one (`Replay`), so that not
+                all of them are in the logs.
         """
         compiler = Compiler(self._terms)
         plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (len(BOUNDS),))[:, None]
@@ -93,7 +97,9 @@ class Timeline:
             arrivals = [span.sent for span in spans[-1]] if spans else [None] * len(of_stage)
             spans.append(
                 [
-                    self._micro_batch(clocks, of_micro_batch, arrival, compiler)
+                    self._micro_batch(
+                        clocks, of_micro_batch, arrival, Replay(compiler, clocks, may_jump=may_jump)
+                    )
                     for of_micro_batch, arrival in zip(of_stage, arrivals, strict=True)
                 ]
             )
@@ -101,7 +107,7 @@ class Timeline:
         return StepTimes(spans, idle_s, end_s)
 
     def _micro_batch(
-        self, clocks: Clocks, work: StageWork, arrival: Floats | None, compiler: Compiler
+        self, clocks: Clocks, work: StageWork, arrival: Floats | None, replay: Replay
     ) -> Span:
         begin = clocks.compute
         arrived = begin if arrival is None else np.maximum(begin, arrival)
@@ -110,7 +116,6 @@ class Timeline:
             clocks.host = clocks.host + self._terms.launch_s[:, None]
             clocks.compute = np.maximum(arrived, clocks.host)
         launched = clocks.compute
-        replay = Replay(compiler, clocks, may_jump=self._may_jump)
         log = replay.run(work.parts)
         end = sending = sent = clocks.compute
         if work.hand_over is None:

@@ -2,7 +2,7 @@
 
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from expertlane.metrics import summarise
 from expertlane.plan.memory import workload_limits
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
-from expertlane.schedule.drive import FinishedStep, drive
+from expertlane.schedule.drive import drive, step_records
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -270,27 +270,4 @@ class _Runs:
             ranks_per_node=self._ranks_per_node,
             rebalances=self._rebalances.get(name, ()),
             dispatch_table=self._dispatch[name],
-        )
-
-
-def step_records(steps: Iterable[FinishedStep], run: int) -> Iterator[StepRecord]:
-    """What metrics see of steps; a spell ends where the phase changes."""
-    spell, phase = -1, None
-    for plan, outcome in steps:
-        if plan.phase is not phase:
-            spell, phase = spell + 1, plan.phase
-        batches = [batch for micro_batch in plan.micro_batches for batch in micro_batch]
-        yield StepRecord(
-            phase=plan.phase,
-            replica=plan.replica,
-            num_micro_batches=len(plan.micro_batches),
-            seq_ids=tuple(
-                seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()
-            ),
-            num_tokens=sum(batch.num_tokens for batch in batches),
-            submitted_s=outcome.submitted_s,
-            finished_s=outcome.finished_s,
-            records=outcome.records,
-            run=run,
-            spell=spell,
         )

@@ -1,9 +1,10 @@
 """The loop between a scheduler and a runner; the same for real ranks and for a cost model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from expertlane.schedule.plan import HandleT, Runner, Scheduler, StepOutcome, StepPlan
+from expertlane.spec.record import StepRecord
 
 
 class FinishedStep(NamedTuple):
@@ -26,3 +27,26 @@ def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedSte
         outcome = runner.collect(handle)
         scheduler.finish(plan, outcome)
         yield FinishedStep(plan, outcome)
+
+
+def step_records(steps: Iterable[FinishedStep], run: int = 0) -> Iterator[StepRecord]:
+    """What metrics see of steps; a spell ends where the phase changes."""
+    spell, phase = -1, None
+    for plan, outcome in steps:
+        if plan.phase is not phase:
+            spell, phase = spell + 1, plan.phase
+        batches = [batch for micro_batch in plan.micro_batches for batch in micro_batch]
+        yield StepRecord(
+            phase=plan.phase,
+            replica=plan.replica,
+            num_micro_batches=len(plan.micro_batches),
+            seq_ids=tuple(
+                seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()
+            ),
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            submitted_s=outcome.submitted_s,
+            finished_s=outcome.finished_s,
+            records=outcome.records,
+            run=run,
+            spell=spell,
+        )

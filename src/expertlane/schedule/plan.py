@@ -82,6 +82,7 @@ class StepPlan:
         return_logits: send the logits of every sequence's last token back with the outcome.
         record: fill in times and counters.
         record_routing: keep the experts that each token chose too; implies `record`.
+        record_events: keep when each rank did what too; implies `record`.
     """
 
     step: int
@@ -93,6 +94,7 @@ class StepPlan:
     return_logits: bool = False
     record: bool = True
     record_routing: bool = False
+    record_events: bool = False
 
 
 @dataclass(frozen=True, eq=False)

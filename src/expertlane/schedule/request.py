@@ -38,6 +38,8 @@ class Request:
         priority: lower goes first.
         sampling: how its tokens are chosen; None where the likeliest is taken.
         sampling_seed: of its random numbers.
+        num_arrived_tokens: of the prompt, how many positions come with keys and values that were
+            computed elsewhere; forgotten if it loses its blocks. The last token's never count.
         output_token_ids: the tokens generated so far.
         seq_id: the number under which plans carry the request; the order of arrival.
         order: who goes first where not all can; set on arrival and never changed.
@@ -60,6 +62,7 @@ class Request:
         priority: int = 0,
         sampling: SamplingParams | None = None,
         sampling_seed: int = 0,
+        num_arrived_tokens: int = 0,
     ) -> None:
         self.request_id = request_id
         try:
@@ -73,6 +76,7 @@ class Request:
         self.priority = priority
         self.sampling = sampling
         self.sampling_seed = sampling_seed
+        self.num_arrived_tokens = num_arrived_tokens
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
         self.output_token_ids: list[int] = []

@@ -114,7 +114,8 @@ class RunningTable:
         self._is_used[row] = True
         self.seq_ids[row] = request.seq_id
         self.num_tokens[row] = num_tokens
-        self.num_computed[row] = len(cached) * self._limits.block_size
+        num_arrived = min(request.num_arrived_tokens, num_tokens - 1)
+        self.num_computed[row] = max(len(cached) * self._limits.block_size, num_arrived)
         self.last_token[row] = request.tokens(num_tokens - 1, num_tokens)[0]
         self.num_blocks[row] = len(blocks)
         self.block_tables[row, : len(blocks)] = blocks

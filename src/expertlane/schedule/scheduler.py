@@ -229,6 +229,7 @@ class ContinuousScheduler:
             for request in draft.add_decodes(self._num_groups):
                 request.state = RequestState.WAITING
                 request.num_preemptions += 1
+                request.num_arrived_tokens = 0
                 self.num_preemptions += 1
                 self._release(request)
                 self._enqueue(request)

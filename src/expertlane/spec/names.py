@@ -57,6 +57,27 @@ class Cause(StrEnum):
     ENGINE = "between steps"
 
 
+class ProjectedCause(StrEnum):
+    """Where a modelled step's time goes.
+
+    Unlike `Cause`, which has what a rank's clock can tell apart: a model knows why an operation
+    takes its time, too, and what launches and contention add to it.
+    """
+
+    EXPERT_COMPUTE = "expert compute"
+    OTHER_COMPUTE = "other compute"
+    WEIGHT_READS = "weight reads"
+    KV_READS = "key/value reads"
+    DISPATCH_COMBINE = "exposed dispatch and combine"
+    TP_COLLECTIVES = "tensor-parallel collectives"
+    CONTENTION = "compute slowed by transfers"
+    HAND_OVER = "hand-over"
+    PIPELINE_BUBBLE = "pipeline bubble"
+    IMBALANCE = "waiting for slower ranks"
+    LAUNCH = "launch"
+    ENGINE = "between steps"
+
+
 class Traffic(IntEnum):
     """What a byte on a link is."""
 

@@ -9,6 +9,32 @@ from expertlane.spec.names import Phase
 
 
 @dataclass(frozen=True, eq=False)
+class RankEvents:
+    """Single stretches of one rank's time in a step, N of them.
+
+    Attributes:
+        start_s: what the times count from, on a clock that ranks of one host share.
+        track: [N]; places in `list(Track)`.
+        stage: [N].
+        layer: [N]; hidden layer, -1 outside of any.
+        micro_batch: [N].
+        begin_s, end_s: [N]; from `start_s`.
+        flops, num_bytes: [N]; where they are known for each stretch, else empty. Bytes are sent
+            on the network, read on the others.
+    """
+
+    start_s: float
+    track: npt.NDArray[np.int64]
+    stage: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+    micro_batch: npt.NDArray[np.int64]
+    begin_s: npt.NDArray[np.float64]
+    end_s: npt.NDArray[np.float64]
+    flops: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    num_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
 class RankRecord:
     """Times and counters of one rank over one step.
 
@@ -40,6 +66,7 @@ class RankRecord:
         topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
             logical experts that its own tokens chose, in the order of computation, which is the
             same in all layers. Empty unless the plan asked for it.
+        events: what it did when; None unless the plan asked for it.
     """
 
     rank: int
@@ -59,6 +86,7 @@ class RankRecord:
     num_remote_node_copies: int
     payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    events: RankEvents | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,76 @@
+"""Keys and values on their way from the pool that prefilled to the one that decodes."""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.links import LinkModel
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.timeline import bounds_of
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+
+Floats = npt.NDArray[np.float64]
+
+
+class KVTransfers(Protocol):
+    """How long a request's keys and values travel from one pool to the other."""
+
+    def seconds(self, num_tokens: int) -> Floats:
+        """[B]; of a prompt of so many tokens."""
+        ...
+
+
+class ModelledKVTransfers:
+    """By the links of a profile.
+
+    The ranks of the data-parallel rank that prefilled send equal parts of what each pipeline stage
+    holds; each rank that will decode gets all that it has to hold, copies of shared heads too.
+
+    Args:
+        prefill, decode: the layouts of the two pools.
+        remote: the pools are on different nodes.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        types: NumberTypes,
+        prefill: Layout,
+        decode: Layout,
+        links: LinkModel,
+        *,
+        remote: bool = True,
+    ) -> None:
+        self._links = links
+        self._remote = remote
+        whole = sum(_widths(model)) * types.kv_bytes
+        held = _held_width(model, decode.tp) * types.kv_bytes
+        self._sent_bytes = np.repeat(_num_layers(model, prefill) * whole / prefill.tp, prefill.tp)
+        self._received_bytes = np.repeat(_num_layers(model, decode) * held, decode.tp)
+
+    def seconds(self, num_tokens: int) -> Floats:
+        """[B]; of a prompt of so many tokens."""
+        sent, received = num_tokens * self._sent_bytes, num_tokens * self._received_bytes
+        return bounds_of(self._links.kv_transfer(sent, received, self._remote))[:, 0]
+
+
+def _num_layers(model: ModelConfig, layout: Layout) -> Floats:
+    """[pp]."""
+    layers = [layout.layers_of_stage(model.num_hidden_layers, rank) for rank in range(layout.pp)]
+    return np.array([len(each) for each in layers], dtype=np.float64)
+
+
+def _widths(model: ModelConfig) -> tuple[int, int]:
+    """Of a position in a layer's cache: keys and values, or latent and rotated part."""
+    if model.latent is None:
+        return model.kv_size, model.kv_size
+    return model.latent.kv_lora_rank, model.latent.qk_rope_head_dim
+
+
+def _held_width(model: ModelConfig, tp: int) -> int:
+    """What a rank holds of it: at least one head, and all of a latent."""
+    if model.latent is not None:
+        return sum(_widths(model))
+    return 2 * max(1, model.num_kv_heads // tp) * model.head_dim

@@ -1,0 +1,226 @@
+"""The runner on a virtual clock: prices step plans in place of executing them; without torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.counts import count
+from expertlane.cost.execution import BOUNDS, LIKELY, Terms
+from expertlane.cost.pricing import Pricing
+from expertlane.cost.program import ProgramBuilder, StepProgram
+from expertlane.cost.rank_events import rank_events
+from expertlane.cost.routing import RoutingSource
+from expertlane.cost.step_log import stage_seconds
+from expertlane.cost.timeline import StepTimes, Timeline
+from expertlane.cost.why import Why, WhyTable
+from expertlane.cost.work import StageWork
+from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
+from expertlane.spec.record import RankRecord
+
+Floats = npt.NDArray[np.float64]
+
+MADE_UP_TOKEN = 0
+
+
+@dataclass(frozen=True, eq=False)
+class StepHandle:
+    """A step under way; times [B]."""
+
+    plan: StepPlan
+    submitted_s: Floats
+    finished_s: Floats
+    records: tuple[RankRecord, ...]
+
+
+@dataclass(eq=False)
+class _Replica:
+    timeline: Timeline
+    phase: Phase | None = None
+    why: dict[Phase, WhyTable] = field(default_factory=dict)
+
+
+class CostRunner:
+    """Executes step plans on a virtual clock; implements `schedule.plan.Runner`.
+
+    The clock has three hands, B: low, likely and high. What is scheduled when follows from the
+    likely one, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
+
+    A step takes the driver `Terms.driver_s` before the ranks have its plan; several replicas share
+    the driver.
+
+    **Sharing.** By default every step is counted and priced for itself. With `context_step` above
+    1, a decode step takes the work of an earlier one with as many sequences on every data-parallel
+    rank and micro-batch, whose positions, summed up on each, round to the same multiple of
+    `context_step` positions a sequence; so it also takes that step's routing, a sample of the same
+    distribution. Its counters are then those of the other step. Clocks are always its own.
+
+    Attributes:
+        now_s: [B].
+        bounds: by step, when it was submitted and finished: [B] each.
+        num_priced: steps that were counted and priced.
+
+    Args:
+        explain: keep `why` tables.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layout: Layout,
+        builder: ProgramBuilder,
+        routing: RoutingSource,
+        pricing: Pricing,
+        terms: Terms,
+        *,
+        context_step: int = 1,
+        explain: bool = False,
+    ) -> None:
+        self.now_s: Floats = np.zeros(len(BOUNDS))
+        self.bounds: dict[int, tuple[Floats, Floats]] = {}
+        self.num_priced = 0
+        self._model = model
+        self._builder = builder
+        self._routing = routing
+        self._pricing = pricing
+        self._terms = terms
+        self._context_step = context_step
+        self._explain = explain
+        self._num_tokens = 0
+        self._replicas = [
+            _Replica(Timeline(terms, layout.pp, layout.stage_size)) for _ in range(layout.replicas)
+        ]
+        self._known: dict[object, tuple[StepProgram, list[list[StageWork]]]] = {}
+
+    def wait_until(self, due_s: Floats | float) -> None:
+        """Let time pass up to a moment, [B] or one for all; none if it is over."""
+        self.now_s = np.maximum(self.now_s, due_s)
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Begin a step."""
+        submitted_s = self.now_s
+        self.now_s = submitted_s + self._terms.driver_s
+        program, work = self._work(plan)
+        replica = self._replicas[plan.replica]
+        may_jump = not plan.record_events
+        times = replica.timeline.run(work, self.now_s, may_jump=may_jump)
+        same_phase, replica.phase = replica.phase is plan.phase, plan.phase
+        if self._explain:
+            self._add_why(replica, plan.phase, times, is_new=not same_phase)
+        records: tuple[RankRecord, ...] = ()
+        if plan.record or plan.record_events:
+            records = self._records(plan, program, times, count_idle=same_phase)
+        self.bounds[plan.step] = submitted_s, times.end_s
+        return StepHandle(plan, submitted_s, times.end_s, records)
+
+    def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
+        """Let time pass until one of the steps is finished, and say which."""
+        first = min(handles, key=lambda handle: float(handle.finished_s[LIKELY]))
+        self.wait_until(first.finished_s)
+        return first
+
+    def collect(self, handle: StepHandle) -> StepOutcome:
+        """Let time pass until a step is finished, and take its outcome."""
+        self.wait_until(handle.finished_s)
+        batches = [batch for part in handle.plan.micro_batches for batch in part]
+        seq_ids = [seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()]
+        return StepOutcome(
+            token_ids=dict.fromkeys(seq_ids, MADE_UP_TOKEN),
+            logits={},
+            records=handle.records,
+            submitted_s=float(handle.submitted_s[LIKELY]),
+            finished_s=float(handle.finished_s[LIKELY]),
+        )
+
+    def at_bound(self, steps: Iterable[FinishedStep], bound: int) -> list[FinishedStep]:
+        """The same steps, without records, as one hand of the clock saw them.
+
+        Args:
+            bound: place in `BOUNDS`.
+        """
+        return [
+            FinishedStep(
+                plan,
+                replace(
+                    outcome,
+                    records=(),
+                    submitted_s=float(self.bounds[plan.step][0][bound]),
+                    finished_s=float(self.bounds[plan.step][1][bound]),
+                ),
+            )
+            for plan, outcome in steps
+        ]
+
+    def why(self, phase: Phase, replica: int = 0) -> Why | None:
+        """Where the time of the last spell of a phase went; None if there was none.
+
+        Raises:
+            ValueError: the runner was not told to explain.
+        """
+        if not self._explain:
+            raise ValueError("why tables were not asked for")
+        table = self._replicas[replica].why.get(phase)
+        return table.result() if table else None
+
+    def _add_why(self, replica: _Replica, phase: Phase, times: StepTimes, *, is_new: bool) -> None:
+        if is_new:
+            pricing = self._pricing
+            replica.why[phase] = WhyTable(
+                pricing.profile.device, pricing.types.weights, pricing.dtype
+            )
+        replica.why[phase].add(times)
+
+    def _work(self, plan: StepPlan) -> tuple[StepProgram, list[list[StageWork]]]:
+        key = self._key(plan)
+        known = None if key is None else self._known.get(key)
+        if known is None:
+            program = self._builder.build(plan, self._routing, first_token=self._num_tokens)
+            known = program, self._pricing.work(program)
+            self.num_priced += 1
+            if key is not None:
+                self._known[key] = known
+        self._num_tokens += sum(batch.num_tokens for part in plan.micro_batches for batch in part)
+        return known
+
+    def _key(self, plan: StepPlan) -> object:
+        """What steps that share their work have in common; None where a step shares with none."""
+        if self._context_step == 1 or plan.phase is not Phase.DECODE:
+            return None
+        return plan.replica, tuple(
+            tuple((batch.num_seqs, self._context(batch)) for batch in part)
+            for part in plan.micro_batches
+        )
+
+    def _context(self, batch: Batch) -> int:
+        """Positions a sequence, rounded."""
+        num_positions = int(batch.num_computed_tokens.sum())
+        return round(num_positions / max(batch.num_seqs, 1) / self._context_step)
+
+    def _records(
+        self, plan: StepPlan, program: StepProgram, times: StepTimes, *, count_idle: bool
+    ) -> tuple[RankRecord, ...]:
+        num_layers = self._model.num_hidden_layers
+        counts = iter(count(program, num_layers, self._model.num_experts))
+        of_stages = stage_seconds(times, num_layers, count_idle=count_idle)
+        events = rank_events(times) if plan.record_events else {}
+        records = []
+        for pp_rank, of_stage in enumerate(of_stages):
+            for place, (wall_s, blocked_s) in enumerate(
+                zip(of_stage.wall_s, of_stage.blocked_s, strict=True)
+            ):
+                records.append(
+                    RankRecord(
+                        **vars(next(counts)),
+                        wall_s=wall_s,
+                        cpu_s=np.zeros_like(wall_s),
+                        blocked_s=blocked_s,
+                        process_cpu_s=0.0,
+                        events=events.get((pp_rank, place)),
+                    )
+                )
+        return tuple(records)
