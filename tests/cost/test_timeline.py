@@ -1,5 +1,6 @@
 """What the ranks do when, against times worked out by hand."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.made_up import compute, log, one_stage, part, run, seconds, send, terms
-from expertlane.cost.execution import LIKELY, Execution, Terms
+from expertlane.cost.execution import LIKELY, OF_TRANSFERS, Execution, Terms
 from expertlane.cost.operation import OUTSIDE
 from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.step_log import stage_seconds
@@ -159,9 +160,13 @@ def test_a_graph_is_one_launch():
     assert ends(run(work, 1, terms(Execution.GRAPH, 3.0))) == [15.0] * 3
 
 
-def test_on_a_cpu_every_call_costs_its_overhead():
+def test_on_a_cpu_every_operation_costs_its_overhead():
     work = one_stage(part(compute(1.0), send(2.0, num_kernels=2), compute(1.0)))
-    assert ends(run(work, 1, terms(Execution.SERIAL, 0.5))) == [0.5 + 1 + 1 + 2 + 0.5 + 1] * 3
+    flat = terms(Execution.SERIAL, 0.5)
+    assert ends(run(work, 1, flat)) == [0.5 + 1 + 0.5 + 2 + 0.5 + 1] * 3
+    of_places = {Stage.EXPERTS.label: np.full(3, 0.25), OF_TRANSFERS: np.full(3, 3.0)}
+    by_place = replace(flat, in_series=of_places)
+    assert ends(run(work, 1, by_place)) == [0.25 + 1 + 3 + 2 + 0.25 + 1] * 3
 
 
 STAGE_S = [[2.0, 3.0], [1.0, 4.0]]  # [stage][micro-batch]

@@ -148,7 +148,8 @@ class LinkLoad:
     def of(cls, sent_bytes: Ints, group: Ints, node: Ints) -> "LinkLoad":
         """From bytes [R, R] by source and destination."""
         is_near = node[:, None] == node
-        is_peer = (group[:, None] == group) & ~np.eye(len(group), dtype=bool)
+        is_member = group[:, None] == group
+        is_peer = is_member & ~np.eye(len(group), dtype=bool)
         by_link = np.stack([np.where(is_near, sent_bytes, 0), np.where(is_near, 0, sent_bytes)])
         peers = np.stack([is_peer & is_near, is_peer & ~is_near]).sum(axis=2)
         return cls(
@@ -156,7 +157,7 @@ class LinkLoad:
             in_bytes=by_link.sum(axis=1).astype(np.float64),
             num_peers=peers,
             group_size=is_peer.sum(axis=1) + 1,
-            num_nodes=np.array([len(set(node[group == each])) for each in group.tolist()]),
+            num_nodes=(is_member @ (node[:, None] == np.unique(node))).sum(axis=1),
         )
 
 

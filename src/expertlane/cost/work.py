@@ -169,8 +169,9 @@ class Compiler:
         seconds = np.array([(t.low, t.seconds, t.high) for t in (s.times for s in block.steps)])
         num_kernels = np.array([step.num_kernels for step in steps])
         launch_s = num_kernels[:, None, None] * self._terms.launch_s[:, None]
-        is_serial = self._terms.execution is Execution.SERIAL
-        overhead_s = launch_s if is_serial else np.zeros_like(launch_s)
+        overhead_s = np.zeros_like(launch_s)
+        if self._terms.execution is Execution.SERIAL:
+            overhead_s = np.array([self._terms.overhead_s(step) for step in steps])[..., None]
         work_s = seconds + overhead_s
         is_eager = self._terms.execution is Execution.EAGER
         entries = []

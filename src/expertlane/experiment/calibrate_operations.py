@@ -1,9 +1,11 @@
 """Run on ranks by `expertlane calibrate`: seconds of single operations, as the engine does them."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -37,10 +39,10 @@ ItemT = TypeVar("ItemT")
 
 _COLD_BYTES = 192 << 20  # of weights or cache, used in turn: more than caches hold
 _GPU_COLD_BYTES = 1 << 30
-_LEAST, _MOST = 3, 40  # repetitions of an operation in a round
+_MOST = 40  # repetitions of an operation in a round
 _BURST = 20  # operations queued at once where a GPU's own time is wanted
 _BLOCK_SIZE = 16
-_MOST_SETS = 64  # of weights or blocks used in turn
+_MOST_SETS, _MOST_CACHES = 64, 16  # of weights, and of blocks, used in turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ def measure_operations(
     All ranks begin each of them together, since they share the memory's bandwidth.
 
     Args:
-        point_s: at most, for an operation, unless the least repetitions take longer.
+        point_s: for an operation's repetitions; it is done once at least.
         num_ranks: the first ranks measure; the others wait.
     """
     layout = Layout(dp=num_ranks)
@@ -94,6 +96,22 @@ def measure_operations(
     return seconds
 
 
+def pin_to_core(context: RankContext) -> int | None:
+    """Put all of this rank's threads on a core of its own, if there are as many cores as ranks.
+
+    Returns:
+        Which; None where ranks stay where they are.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    rank, num_ranks = context.settings.local_rank, context.settings.num_local_ranks
+    if context.platform.device.type == "cuda" or num_ranks > len(cores):
+        return None
+    threads = Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.exists() else ():
+        os.sched_setaffinity(int(thread.name), {cores[rank]})
+    return cores[rank]
+
+
 def meet(mesh: ParallelMesh, device: torch.device) -> None:
     """Wait until all ranks are here."""
     token = torch.zeros(1, 1, device=device)
@@ -109,11 +127,13 @@ def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> f
     work()
     seconds: list[float] = []
     until = time.perf_counter() + most_s
-    while len(seconds) < _LEAST or (len(seconds) < _MOST and seconds[-1] + now < until):
+    while True:
         began = time.perf_counter()
         work()
         now = time.perf_counter()
         seconds.append(now - began)
+        if len(seconds) == _MOST or now + seconds[-1] > until:
+            break
     context.progress.touch()
     return median(seconds)
 
@@ -124,7 +144,7 @@ def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float)
     work()
     seconds: list[float] = []
     until = time.perf_counter() + most_s
-    while len(seconds) < _LEAST or time.perf_counter() < until:
+    while not seconds or time.perf_counter() < until:
         begin = clock.mark()
         for _ in range(_BURST):
             work()
@@ -133,6 +153,31 @@ def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float)
         seconds.append(clock.seconds(begin, end) / _BURST)
     context.progress.touch()
     return median(seconds)
+
+
+def measure_launches(context: RankContext) -> tuple[float, float]:
+    """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
+    device = context.platform.device
+    x = torch.zeros(16, device=device)
+    graph = torch.cuda.CUDAGraph()
+    x.add_(1)
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        for _ in range(_BURST):
+            x.add_(1)
+
+    def host_s(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(_BURST):
+            began = time.perf_counter()
+            for _ in range(_BURST):
+                work()
+            seconds.append((time.perf_counter() - began) / _BURST)
+            torch.cuda.synchronize(device)
+        return median(seconds)
+
+    context.progress.touch()
+    return host_s(lambda: x.add_(1)), host_s(graph.replay)
 
 
 def _gemm(bench: _Bench, point: Point) -> Callable[[], object]:
@@ -199,37 +244,66 @@ def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
     seqs, tokens = at["seqs"], at.get("tokens", at["seqs"])
     length, num_new = at["positions"] // seqs, tokens // seqs
     paged = _paged_heads(bench, heads, key_dim, value_dim, length)
-    cached_value_dim = 0 if is_latent else value_dim
-    position_bytes = kv_heads * (key_dim + cached_value_dim) * dtype.itemsize
-    width = -(-length // _BLOCK_SIZE)
-    blocks = seqs * width
-    num_bytes = blocks * _BLOCK_SIZE * position_bytes
-    num_sets = max(1, min(_MOST_SETS // 4, _COLD_BYTES // num_bytes))
-    cache = KVCache(
-        blocks * num_sets, _BLOCK_SIZE, kv_heads, key_dim, cached_value_dim, dtype, device
-    )
-    cache.keys.fill_(0.01)
-    cache.values.fill_(0.01)
-    at_rank = Coordinates(0, 0, 0, 0, 0, 0)
-    batches = []
-    for each in range(num_sets):
-        tables = np.arange(blocks, dtype=np.int32).reshape(seqs, width) + each * blocks
-        batch = Batch(
-            seq_ids=np.arange(seqs),
-            num_scheduled_tokens=np.full(seqs, num_new),
-            num_computed_tokens=np.full(seqs, length - num_new),
-            token_ids=np.zeros(tokens, dtype=np.int64),
-            block_tables=tables,
-            yields_token=np.ones(seqs, dtype=np.bool_),
-        )
-        batches.append(ForwardBatch([batch], Layout(), at_rank, device, _BLOCK_SIZE))
+    cache, num_blocks, num_sets = _cache(bench, point, length, key_dim, value_dim)
+    batches = [
+        _batch(seqs, num_new, length, each * num_blocks, device) for each in range(num_sets)
+    ]
     turns = cycle(batches)
     query = torch.full((tokens, heads, key_dim), 0.1, dtype=dtype, device=device)
     key = torch.full((tokens, kv_heads, key_dim), 0.1, dtype=dtype, device=device)
-    value = torch.full((tokens, kv_heads, cached_value_dim), 0.1, dtype=dtype, device=device)
-    for each_batch in batches:  # what a batch makes once for all layers
-        paged.attend_paged(each_batch, cache, query, key, value)
+    value = torch.full(
+        (tokens, kv_heads, cache.values.shape[-1]), 0.1, dtype=dtype, device=device
+    )
     return lambda: paged.attend_paged(next(turns), cache, query, key, value)
+
+
+def _cache(
+    bench: _Bench, point: Point, length: int, key_dim: int, value_dim: int
+) -> tuple[KVCache, int, int]:
+    """A cache that lies in the cold values where it fits; blocks of a set, and sets in it.
+
+    Decoding takes another set of blocks each time; new prompts' keys have just been written.
+    """
+    at, dtype = point.by_name, DTYPES[point.dtype]
+    kv_heads, stored_dim = at.get("kv_heads", 1), value_dim if "kv_heads" in at else 0
+    num_blocks = at["seqs"] * -(-length // _BLOCK_SIZE)
+    block_values = _BLOCK_SIZE * kv_heads * (key_dim + stored_dim)
+    cold = bench.cold[point.dtype]
+    num_sets = 1
+    if "tokens" not in at:
+        num_sets = max(1, min(_MOST_CACHES, len(cold) // (num_blocks * block_values)))
+    device = bench.context.platform.device
+    sizes = num_blocks * num_sets, _BLOCK_SIZE, kv_heads, key_dim, stored_dim
+    cache = KVCache(*sizes, dtype, device)
+    if num_blocks * num_sets * block_values <= len(cold):
+        keys, values = torch.split(
+            cold[: cache.keys.numel() + cache.values.numel()],
+            [cache.keys.numel(), cache.values.numel()],
+        )
+        cache.keys, cache.values = keys.view(cache.keys.shape), values.view(cache.values.shape)
+    return cache, num_blocks, num_sets
+
+
+def _batch(
+    seqs: int, num_new: int, length: int, first_block: int, device: torch.device
+) -> ForwardBatch:
+    """Equal sequences, with all that is made once for all layers."""
+    width = -(-length // _BLOCK_SIZE)
+    tables = np.arange(seqs * width, dtype=np.int32).reshape(seqs, width) + first_block
+    batch = Batch(
+        seq_ids=np.arange(seqs),
+        num_scheduled_tokens=np.full(seqs, num_new),
+        num_computed_tokens=np.full(seqs, length - num_new),
+        token_ids=np.zeros(seqs * num_new, dtype=np.int64),
+        block_tables=tables,
+        yields_token=np.ones(seqs, dtype=np.bool_),
+    )
+    made = ForwardBatch([batch], Layout(), Coordinates(0, 0, 0, 0, 0, 0), device, _BLOCK_SIZE)
+    assert len(made.slots), "made once"
+    if device.type == "cpu":
+        assert len(made.paged_sequences.lengths), "made once"
+    assert made.attention_groups, "made once"
+    return made
 
 
 def _paged_heads(

@@ -1,12 +1,17 @@
 """What `expertlane calibrate` measures: sizes of operations and transfers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from expertlane.cost.operation import SIZES, Kind, TransferKind
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TRANSFERS = (  # the engine has no all-reduce
+    TransferKind.ALL_GATHER,
+    TransferKind.REDUCE_SCATTER,
+    TransferKind.ALL_TO_ALL,
+    TransferKind.SEND,
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,15 @@ class Grid:
         expert_shapes: (hidden, inner) of experts, each by tokens for an expert × experts.
         memory_bytes: moved by small operations.
         heads: (query heads, key/value heads, head_dim).
-        latent_heads: (query heads, key_dim, value_dim).
+        latent_heads: (query heads, key_dim, value_dim), for decodes of `latent_seqs`.
         decode_seqs, decode_positions: sequences, and positions of each.
         prefill_seqs, prefill_tokens: sequences, and new tokens of each.
         transfer_bytes: to each other rank.
+        contended_bytes: of transfers that computing goes on beside.
         most_flops: no operation that takes more is measured.
         num_rounds: repetitions, in turn with all else.
-        point_s: at most, for an operation in a round, unless it takes longer once.
-        step_layers: numbers of layers of the small model whose steps give the overheads.
+        point_s: for the repetitions of one of them in a round.
+        step_seqs: sequences of a rank in the small model's steps, which give the overheads.
     """
 
     gemm_m: tuple[int, ...]
@@ -71,14 +77,17 @@ class Grid:
     memory_bytes: tuple[int, ...]
     heads: tuple[tuple[int, int, int], ...]
     latent_heads: tuple[tuple[int, int, int], ...]
+    latent_seqs: tuple[int, ...]
     decode_seqs: tuple[int, ...]
     decode_positions: tuple[int, ...]
     prefill_seqs: tuple[int, ...]
     prefill_tokens: tuple[int, ...]
     transfer_bytes: tuple[int, ...]
+    contended_bytes: tuple[int, ...]
     most_flops: float
     num_rounds: int
     point_s: float
+    step_seqs: tuple[int, ...]
 
     def points(self, dtype: str) -> list[Point]:
         """All operations whose FLOPs are few enough."""
@@ -103,7 +112,7 @@ class Grid:
             positions = seqs * length
             for heads in self.heads:
                 yield Point(Kind.DECODE_ATTENTION, dtype, (seqs, positions, *heads))
-            for heads in self.latent_heads:
+            for heads in self.latent_heads if seqs in self.latent_seqs else ():
                 yield Point(Kind.LATENT_DECODE, dtype, (seqs, positions, *heads))
         for seqs, length in product(self.prefill_seqs, self.prefill_tokens):
             sizes = (seqs, seqs * length * (length + 1) // 2, seqs * length, seqs * length)
@@ -114,12 +123,12 @@ class Grid:
 
     def transfers(self, num_ranks: int) -> list[TransferPoint]:
         """All transfers, over 2, 4, 8 … ranks up to `num_ranks`, and over so many."""
-        counts = sorted({2**i for i in range(1, num_ranks.bit_length())} | {num_ranks}) or []
+        counts = sorted({2**i for i in range(1, num_ranks.bit_length())} | {num_ranks})
         return [
             TransferPoint(kind, count, size)
             for count in counts
             if 1 < count <= num_ranks
-            for kind in TransferKind
+            for kind in _TRANSFERS
             for size in self.transfer_bytes
             if kind is not TransferKind.SEND or count == 2
         ]
@@ -155,12 +164,30 @@ CPU_GRID = Grid(
     memory_bytes=tuple(4**i for i in range(4, 13)),
     heads=((4, 4, 64), (16, 16, 64), (16, 4, 64), (32, 8, 128)),
     latent_heads=((4, 576, 512), (16, 576, 512)),
+    latent_seqs=(1, 16, 64),
     decode_seqs=(1, 4, 16, 64, 128),
     decode_positions=(16, 64, 256, 1024),
     prefill_seqs=(1, 4, 16),
     prefill_tokens=(16, 64, 256, 1024),
     transfer_bytes=tuple(4**i for i in range(3, 13)),
+    contended_bytes=(4096, 65536, 1 << 20),
     most_flops=1e10,
     num_rounds=5,
     point_s=0.004,
+    step_seqs=(2, 8, 32),
+)
+GPU_GRID = replace(
+    CPU_GRID,
+    gemm_m=(1, 8, 64, 512, 4096),
+    gemm_nk=((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096), (16384, 4096)),
+    router_nk=((8, 2048), (8, 8192), (256, 2048), (256, 8192)),
+    expert_tokens=(1, 16, 128, 1024),
+    expert_counts=(1, 8, 32),
+    expert_shapes=((1024, 512), (4096, 1024), (4096, 2048)),
+    memory_bytes=tuple(4**i for i in range(4, 15)),
+    decode_positions=(64, 512, 4096),
+    prefill_tokens=(64, 512, 4096),
+    transfer_bytes=tuple(4**i for i in range(3, 14)),
+    most_flops=2e13,
+    point_s=0.01,
 )
