@@ -14,7 +14,7 @@ from quality import Quality
 from tables import SOURCE, Array, Columns, Part, Table, read
 
 from expertlane.cost.device import DeviceModel
-from expertlane.cost.fitting import Rows, fit_surface, held_out_errors
+from expertlane.cost.fitting import Rows, fit_surface
 from expertlane.cost.operation import Kind
 from expertlane.cost.profile import Profile
 from expertlane.cost.roofline import roofline
@@ -31,13 +31,13 @@ class Source:
     Attributes:
         sizes: those that `SIZES` names for the kind.
         shape: columns by which rows are left out together.
-        along: the column along which time must not fall.
+        along: columns along which time must not fall, or, with a minus, must not rise.
     """
 
     table: Table
     sizes: Callable[[Columns], Sizes]
     shape: tuple[str, ...]
-    along: str
+    along: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Law:
     Attributes:
         axes: by name, knots.
         what: which kernels the rows timed.
+        smoothness: as `fit_correction` has it.
     """
 
     kind: Kind
@@ -54,11 +55,12 @@ class Law:
     sources: tuple[Source, ...]
     axes: Mapping[str, Sequence[float]]
     what: str
+    smoothness: float = 0.3
 
     @property
     def name(self) -> str:
         """Of its surface."""
-        return f"{self.kind}.{self.dtype}"
+        return str(self.kind) if self.kind is Kind.MEMORY else f"{self.kind}.{self.dtype}"
 
 
 def fitter(law: Law) -> Fitter:
@@ -72,11 +74,12 @@ def fitter(law: Law) -> Fitter:
             parts.append(_rows(law, source, columns, sheet))
         rows = _joined(parts)
         path = " and ".join(source.table.path for source in law.sources)
-        surface = fit_surface(
+        surface, held_out = fit_surface(
             rows,
             law.axes,
             basis=Basis.FITTED,
             origin=f"{SOURCE}, {path}: {law.what}; {num_cleaned} spikes left out",
+            smoothness=law.smoothness,
         )
         judged = _judge(law, surface, sheet) if with_judging else {}
         quality = Quality(
@@ -84,7 +87,7 @@ def fitter(law: Law) -> Fitter:
             source=path,
             num_fitted=len(rows),
             num_cleaned=num_cleaned,
-            held_out=held_out_errors(rows, law.axes),
+            held_out=held_out,
             judged=judged,
         )
         return Fitted(surfaces={law.name: surface}, qualities=[quality])

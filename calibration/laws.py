@@ -2,6 +2,7 @@
 
 import numpy as np
 from compute import Law, Sizes, Source, fitter
+from skew import busiest_rank
 from tables import Array, Columns, Table
 
 from expertlane.cost.operation import Kind
@@ -18,7 +19,7 @@ def _gemm(path: str, where: dict[str, object]) -> Source:
         Table(path, where, lambda c: c["m"] * c["n"] * c["k"]),
         lambda c: {"m": c["m"], "n": c["n"], "k": c["k"]},
         shape=("n", "k"),
-        along="m",
+        along=("m",),
     )
 
 
@@ -28,9 +29,13 @@ def _pairs(c: Columns) -> Array:
 
 
 def _expert_sizes(c: Columns) -> Sizes:
+    pairs = _pairs(c)
+    active = np.minimum(c["num_experts"] / c["moe_ep_size"], pairs)
+    if "alpha" in c:
+        pairs, active = busiest_rank(c)
     return {
-        "pairs": _pairs(c),
-        "active": np.minimum(c["num_experts"] / c["moe_ep_size"], _pairs(c)),
+        "pairs": pairs,
+        "active": active,
         "hidden": c["hidden_size"],
         "inner": c["inter_size"] / c["moe_tp_size"],
         "matrices": 3.0,
@@ -44,7 +49,7 @@ def _experts(path: str, where: dict[str, object]) -> Source:
         ),
         _expert_sizes,
         shape=("hidden_size", "inter_size", "topk", "num_experts"),
-        along="num_tokens",
+        along=("num_tokens", "-moe_tp_size"),
     )
 
 
@@ -80,7 +85,7 @@ def _prefill(cache: str) -> Source:
         ),
         lambda c: {**_causal(c), **_grouped(c)},
         shape=_HEADS,
-        along="isl",
+        along=("isl",),
     )
 
 
@@ -93,7 +98,7 @@ def _decode(cache: str) -> Source:
         ),
         lambda c: {**_one_token(c), **_grouped(c)},
         shape=_HEADS,
-        along="step",
+        along=("step",),
     )
 
 
@@ -106,7 +111,7 @@ def _latent_prefill(path: str, cache: str, dims: dict[str, float]) -> Source:
         ),
         lambda c: {**_causal(c), **dims},
         shape=("num_heads", "batch_size"),
-        along="isl",
+        along=("isl",),
     )
 
 
@@ -119,7 +124,16 @@ def _latent_decode(cache: str) -> Source:
         ),
         lambda c: {**_one_token(c), **_LATENT},
         shape=("num_heads", "batch_size"),
-        along="step",
+        along=("step",),
+    )
+
+
+def _scaling(path: str) -> Source:
+    return Source(
+        Table(path, {}, lambda c: c["m"] * c["k"]),
+        lambda c: {"bytes": 3 * c["m"] * c["k"]},
+        shape=("k",),
+        along=("m",),
     )
 
 
@@ -130,32 +144,34 @@ def _both_latent_prefills(cache: str) -> tuple[Source, ...]:
     )
 
 
+_MEMORY_AXES = {"bytes": (1e3, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9)}
+# The first and last knots become the tables' extremes.
 _GEMM_AXES = {
-    "m": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4352),
+    "m": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4352, 32768),
     "n": (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536),
     "k": (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536),
 }
 _EXPERT_AXES = {
-    "pairs_per_expert": (1, 4, 16, 64, 256, 1024, 4096),
-    "active": (1, 4, 16, 64, 256),
+    "pairs_per_expert": (1, 2, 8, 32, 128, 512, 4096),
+    "active": (1, 4, 16, 64, 512),
     "hidden": (2048, 4096, 7168),
-    "inner": (64, 256, 1024, 4096),
+    "inner": (16, 128, 512, 1024, 4096, 16384),
 }
 _PREFILL_AXES = {
-    "keys_per_query": (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-    "query_heads": (16, 128, 1024, 8192, 65536, 524288, 4194304),
-    "group": (1, 4, 16),
+    "keys_per_query": (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384),
+    "query_heads": (16, 128, 1024, 8192, 65536, 524288, 8388608),
+    "group": (1, 4, 16, 64),
     "head_dim": (64, 128, 256),
 }
 _DECODE_AXES = {
     "positions_per_seq": (2, 64, 256, 1024, 4096, 16384, 131072),
     "seq_kv_heads": (1, 8, 64, 256, 1024, 4096, 16384),
-    "group": (1, 4, 8, 16, 32),
+    "group": (1, 4, 8, 16, 64),
     "head_dim": (64, 128, 256),
 }
 _LATENT_PREFILL_AXES = {
-    "keys_per_query": (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-    "query_heads": (16, 128, 1024, 8192, 65536, 524288, 4194304),
+    "keys_per_query": (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384),
+    "query_heads": (16, 128, 1024, 8192, 65536, 524288, 8388608),
     "key_dim": (192, 576),
 }
 _LATENT_DECODE_AXES = {
@@ -183,9 +199,9 @@ LAWS = (
     Law(
         Kind.GEMM,
         "float8",
-        (_gemm("gemm/sglang/0.5.14/gemm_perf.parquet", {"gemm_dtype": "fp8_block"}),),
+        (_gemm("gemm/trtllm/1.3.0rc20/gemm_perf.parquet", {"gemm_dtype": "fp8_block"}),),
         _GEMM_AXES,
-        "DeepGEMM, scales by block",
+        "TensorRT-LLM, scales by block",
     ),
     Law(
         Kind.EXPERTS,
@@ -193,6 +209,7 @@ LAWS = (
         (_experts(_TRTLLM_EXPERTS, {**_UP_TO_64, "moe_dtype": "bfloat16"}),),
         _EXPERT_AXES,
         "CUTLASS grouped GEMM with routing around, balanced",
+        smoothness=1.0,
     ),
     Law(
         Kind.EXPERTS,
@@ -200,6 +217,14 @@ LAWS = (
         (_experts(_TRTLLM_EXPERTS, {**_UP_TO_64, "moe_dtype": "fp8_block"}),),
         _EXPERT_AXES,
         "CUTLASS grouped GEMM with routing around, scales by block, balanced",
+        smoothness=1.0,
+    ),
+    Law(
+        Kind.MEMORY,
+        "bfloat16",
+        (_scaling("quantize/trtllm/1.3.0rc20/scale_matrix_perf.parquet"),),
+        _MEMORY_AXES,
+        "rows read as bfloat16 and written as float8, up to 50 MB from the cache",
     ),
     Law(
         Kind.PREFILL_ATTENTION,

@@ -57,6 +57,8 @@ class Table:
 def read(table: Table, part: Part) -> Columns:
     """The columns with numbers of one part of a table, and `seconds`; each [N].
 
+    Skewed rows have a column more, `alpha`, their power law's.
+
     Raises:
         MissingTablesError: pyarrow or the package is not installed.
     """
@@ -89,8 +91,14 @@ def _read_file(table: Table, part: Part) -> Columns:
         for field in schema
         if types.is_integer(field.type) or types.is_floating(field.type)
     ]
-    data = parquet.read_table(path, columns=numbers, filters=filters)
-    return {name: data.column(name).to_numpy().astype(np.float64) for name in numbers}
+    is_skewed = part is Part.SKEWED
+    names = [*numbers, "distribution"] if is_skewed else numbers
+    data = parquet.read_table(path, columns=names, filters=filters or None)
+    columns = {name: data.column(name).to_numpy().astype(np.float64) for name in numbers}
+    if is_skewed:
+        laws = data.column("distribution").to_pylist()
+        columns["alpha"] = np.array([float(law.removeprefix("power_law_")) for law in laws])
+    return columns
 
 
 def _root() -> Path:

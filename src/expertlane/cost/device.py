@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.operation import Kind
+from expertlane.cost.operation import SIZES, Kind
 from expertlane.cost.profile import Profile
-from expertlane.cost.roofline import ITEM_BYTES, peak_flops_per_s, roofline
+from expertlane.cost.roofline import ITEM_BYTES, roofline
 from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis, Times
 from expertlane.errors import SpecError
@@ -66,10 +66,17 @@ class DeviceModel:
     def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
         if dtype not in ITEM_BYTES:
             raise SpecError(f"{dtype} is not priced; known types are {', '.join(ITEM_BYTES)}")
-        if kind is not Kind.MEMORY:
-            peak_flops_per_s(self._profile.device, kind, dtype)  # raises where there is none
+        device = self._profile.device
+        known = roofline(device, kind, dtype, dict.fromkeys(SIZES[kind], 1.0)).at
+        surface = self._surface(kind, dtype)
+        for axis in surface.axes:
+            if axis not in known:
+                raise SpecError(
+                    f"profile {self._profile.name} looks {kind} up by {axis}; "
+                    f"it has {', '.join(known)}"
+                )
         floor = self._profile.terms.get(f"{kind}_floor_s")
-        return self._surface(kind, dtype), floor.value if floor else 0.0
+        return surface, floor.value if floor else 0.0
 
     def _surface(self, kind: Kind, dtype: str) -> Surface:
         surfaces = self._profile.surfaces

@@ -17,6 +17,7 @@ _NUM_ROUNDS = 5
 _FLATNESS = 0.02  # of the smoothness; without it empty cells would follow a slope for ever
 _NUM_FOLDS = 5
 _HELD_OUT = 10, 90  # percentiles between which bounds lie
+_UNKNOWN = 0.5, 2.0  # bounds where there is but one shape, so that none can be left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ def fit_correction(
     importance = np.ones_like(target)
     flat: Floats = np.zeros(penalty.shape[0])
     for _ in range(_NUM_ROUNDS):
-        flat = np.linalg.solve(*_normal_equations(index, weight, target, importance, penalty))
+        equations = _normal_equations(index, weight, target, importance, penalty)
+        flat = np.linalg.solve(*equations).astype(np.float64)
         residual = np.abs(target - (flat[index] * weight).sum(axis=0))
         deviation = max(1.4826 * float(np.median(residual)), 1e-3)
         importance = np.minimum(1, _HUBER * deviation / np.maximum(residual, 1e-12))
@@ -86,22 +88,28 @@ def fit_surface(
     basis: Basis,
     origin: str,
     smoothness: float = 0.3,
-) -> Surface:
+) -> tuple[Surface, Floats]:
     """Fit all rows; bounds are those of rows left out by whole shapes.
 
     Args:
+        axes: by name, rising knots; the first and last become the rows' extremes.
         origin: what the rows are; how many they are is added.
+
+    Returns:
+        The law, and the errors of rows left out, as `held_out_errors` has them.
     """
-    errors = held_out_errors(rows, axes, smoothness)
-    low, high = np.exp(np.percentile(errors, _HELD_OUT)) if len(errors) else (0.5, 2.0)
-    return Surface(
-        axes={axis: tuple(map(float, knots)) for axis, knots in axes.items()},
-        correction=fit_correction(rows, axes, smoothness),
+    knots = {axis: _stretched(each, rows.at[axis]) for axis, each in axes.items()}
+    errors = held_out_errors(rows, knots, smoothness)
+    low, high = np.exp(np.percentile(errors, _HELD_OUT)) if len(errors) else _UNKNOWN
+    surface = Surface(
+        axes=knots,
+        correction=fit_correction(rows, knots, smoothness),
         low=min(float(low), 1.0),
         high=max(float(high), 1.0),
         basis=basis,
         origin=f"{origin}; {len(rows)} rows",
     )
+    return surface, errors
 
 
 def held_out_errors(
@@ -132,19 +140,18 @@ def residuals(rows: Rows, axes: Mapping[str, Sequence[float]], correction: Float
     return np.log(rows.seconds / rows.roofline_s) - predicted
 
 
-def knots_of(values: Floats, most: int) -> tuple[float, ...]:
-    """At most `most` knots from the least to the largest value, each near values that occur."""
-    distinct = np.unique(values)
-    if len(distinct) <= most:
-        return tuple(distinct.tolist())
-    wanted = np.geomspace(distinct[0], distinct[-1], most)
-    nearest = np.abs(np.log(distinct[:, None] / wanted)).argmin(axis=0)
-    return tuple(distinct[np.unique(nearest)].tolist())
+def _stretched(knots: Sequence[float], values: Floats) -> tuple[float, ...]:
+    """Knots that end where the values do, so that a law knows where it has to guess."""
+    least, most = float(values.min()), float(values.max())
+    inner = [float(knot) for knot in knots if least < knot < most]
+    return (least, *inner, most) if most > least else (least,)
 
 
 def _folds(shape: Ints) -> Ints:
     """[N]; the fold of each row, the same on every run: a hash of its shape."""
-    _, rank = np.unique(shape, return_inverse=True)
+    distinct, rank = np.unique(shape, return_inverse=True)
+    if len(distinct) <= _NUM_FOLDS:
+        return rank.astype(np.int64)
     mixed = (rank.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
     return (mixed % np.uint64(_NUM_FOLDS)).astype(np.int64)
 

@@ -1,0 +1,203 @@
+"""Times of operations on one device."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from expertlane.cost.device import DeviceModel
+from expertlane.cost.operation import SIZES, Kind
+from expertlane.cost.profile import Device, Profile, Term
+from expertlane.cost.profile_file import read_profile, shipped_profiles
+from expertlane.cost.surface import Surface
+from expertlane.cost.times import Basis
+from expertlane.errors import SpecError
+
+_DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")
+_TOY = Profile("toy", _DEVICE, 1, {})
+
+_ONE_OF_EACH = {
+    Kind.GEMM: {"m": 64.0, "n": 4096.0, "k": 2048.0},
+    Kind.EXPERTS: {
+        "pairs": 256.0,
+        "active": 8.0,
+        "hidden": 4096.0,
+        "inner": 1536.0,
+        "matrices": 3.0,
+    },
+    Kind.PREFILL_ATTENTION: {
+        "seqs": 2.0,
+        "query_key_pairs": 2 * 512 * 513 / 2,
+        "tokens": 1024.0,
+        "positions": 1024.0,
+        "heads": 32.0,
+        "kv_heads": 4.0,
+        "head_dim": 128.0,
+    },
+    Kind.DECODE_ATTENTION: {
+        "seqs": 8.0,
+        "positions": 8000.0,
+        "heads": 32.0,
+        "kv_heads": 4.0,
+        "head_dim": 128.0,
+    },
+    Kind.LATENT_PREFILL: {
+        "seqs": 2.0,
+        "query_key_pairs": 2 * 512 * 513 / 2,
+        "tokens": 1024.0,
+        "positions": 1024.0,
+        "heads": 16.0,
+        "key_dim": 576.0,
+        "value_dim": 512.0,
+    },
+    Kind.LATENT_DECODE: {
+        "seqs": 8.0,
+        "positions": 8000.0,
+        "heads": 16.0,
+        "key_dim": 576.0,
+        "value_dim": 512.0,
+    },
+    Kind.MEMORY: {"bytes": 1e6},
+}
+# What there is none of, by kind, where a rank has nothing to do.
+_EMPTY = {
+    Kind.GEMM: ("m",),
+    Kind.EXPERTS: ("pairs", "active"),
+    Kind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
+    Kind.DECODE_ATTENTION: ("seqs", "positions"),
+    Kind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
+    Kind.LATENT_DECODE: ("seqs", "positions"),
+    Kind.MEMORY: ("bytes",),
+}
+
+
+@pytest.fixture(scope="module")
+def h100():
+    return DeviceModel(read_profile("h100"))
+
+
+def test_sizes_of_the_examples_are_those_of_the_contract():
+    assert {kind: set(sizes) for kind, sizes in _ONE_OF_EACH.items()} == {
+        kind: set(names) for kind, names in SIZES.items()
+    }
+
+
+def test_without_measurements_a_range_of_the_roofline_holds():
+    # 2 · 1000³ FLOPs over 1 TFLOP/s are 2 ms; 12 MB over 1 GB/s are 12 ms.
+    times = DeviceModel(_TOY).times(Kind.GEMM, "float32", {"m": 1e3, "n": 1e3, "k": 1e3})
+    assert times.low == pytest.approx(12e-3)
+    assert times.seconds == pytest.approx(20e-3)
+    assert times.high == pytest.approx(60e-3)
+    assert times.basis is Basis.BOUND
+
+
+def test_a_surface_and_a_floor_are_applied():
+    surface = Surface({"m": (1.0, 10.0)}, np.log([2.0, 2.0]), 0.5, 3.0, Basis.MEASURED, "by hand")
+    floor = Term(1e-3, 1e-3, 1e-3, Basis.MEASURED, "by hand")
+    profile = replace(_TOY, surfaces={"gemm.float32": surface}, terms={"gemm_floor_s": floor})
+    sizes = {"m": np.array([0.0, 10.0, 1000.0]), "n": 1e3, "k": 1e3}
+    times = DeviceModel(profile).times(Kind.GEMM, "float32", sizes)
+    # 10 rows: 4 MB of weights and 0.08 MB of rows over 1 GB/s.
+    assert times.seconds == pytest.approx([0, 2 * 5.08e-3, 2 * 13e-3])
+    assert times.low[1] == pytest.approx(5.08e-3)
+    assert times.high[1] == pytest.approx(6 * 5.08e-3)
+    assert times.is_extrapolated.tolist() == [False, False, True]
+    assert times.basis is Basis.MEASURED
+
+
+def test_rooflines_count_flops_and_bytes_as_the_engine_does():
+    ranges = {
+        # bfloat16: 4 · 8000 · 32 · 128 FLOPs; keys and values of 4 heads, queries and results.
+        Kind.DECODE_ATTENTION: max(131.072e6 / 2e12, 2 * 2 * 128 * (8000 * 4 + 8 * 32) / 1e9),
+        Kind.LATENT_DECODE: max(
+            2 * 8000 * 16 * 1088 / 2e12, 2 * (8000 * 576 + 8 * 16 * 1088) / 1e9
+        ),
+        Kind.EXPERTS: 2 * (8 * 3 * 4096 * 1536 + 256 * (2 * 4096 + 3 * 1536)) / 1e9,
+        Kind.MEMORY: 1e-3,
+    }
+    for kind, seconds in ranges.items():
+        times = DeviceModel(_TOY).times(kind, "bfloat16", _ONE_OF_EACH[kind])
+        assert times.low == pytest.approx(seconds), kind
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8"])
+@pytest.mark.parametrize("kind", list(Kind))
+def test_nothing_to_do_takes_no_time(h100, kind, dtype):
+    nothing = dict.fromkeys(_EMPTY[kind], np.array([0.0, 0.0]))
+    times = h100.times(kind, dtype, {**_ONE_OF_EACH[kind], **nothing})
+    assert times.seconds.tolist() == times.low.tolist() == times.high.tolist() == [0, 0]
+    assert not times.is_extrapolated.any()
+    mixed = {
+        name: np.array([0.0, size]) if name in _EMPTY[kind] else size
+        for name, size in _ONE_OF_EACH[kind].items()
+    }
+    some = h100.times(kind, dtype, mixed)
+    assert some.seconds[0] == 0
+    assert some.seconds[1] > 1e-6
+    alone = h100.times(kind, dtype, _ONE_OF_EACH[kind])
+    assert some.seconds[1] == pytest.approx(float(alone.seconds))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.MEMORY])
+def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
+    known = h100.times(kind, "bfloat16", _ONE_OF_EACH[kind])
+    other = h100.times(kind, "float16", _ONE_OF_EACH[kind])
+    assert known.basis is Basis.FITTED
+    assert other.basis is Basis.BOUND
+    assert other.seconds == pytest.approx(known.seconds)
+    assert other.low < known.low
+    assert other.high > known.high
+    assert "bfloat16" in h100.law(kind, "float16").origin
+
+
+@pytest.mark.parametrize("name", sorted(shipped_profiles()))
+@pytest.mark.parametrize("kind", list(Kind))
+def test_times_of_every_shipped_profile_are_between_bounds_and_no_faster_than_light(name, kind):
+    profile = read_profile(name)
+    model = DeviceModel(profile)
+    for dtype in profile.device.flops_per_s:
+        times = model.times(kind, dtype, _ONE_OF_EACH[kind])
+        assert 0 < times.low <= times.seconds <= times.high < 10e-3
+
+
+_GROWING = {
+    Kind.GEMM: ("m",),
+    Kind.EXPERTS: ("pairs",),
+    Kind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
+    Kind.DECODE_ATTENTION: ("seqs", "positions"),
+    Kind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
+    Kind.LATENT_DECODE: ("seqs", "positions"),
+    Kind.MEMORY: ("bytes",),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+@pytest.mark.parametrize("kind", list(Kind))
+def test_more_work_is_never_much_faster(h100, kind, dtype):
+    times = 2.0 ** np.arange(-3, 9)
+    grown = {
+        name: size * times if name in _GROWING[kind] else size
+        for name, size in _ONE_OF_EACH[kind].items()
+    }
+    seconds = h100.times(kind, dtype, grown).seconds
+    assert np.all(seconds[1:] > 0.85 * seconds[:-1])
+
+
+def test_a_type_without_a_figure_is_one_clear_line():
+    with pytest.raises(SpecError, match=r"^NVIDIA A100 SXM 80 GB has no peak for float8, only"):
+        DeviceModel(read_profile("a100")).times(Kind.GEMM, "float8", _ONE_OF_EACH[Kind.GEMM])
+    with pytest.raises(SpecError, match="float64 is not priced"):
+        DeviceModel(_TOY).times(Kind.GEMM, "float64", _ONE_OF_EACH[Kind.GEMM])
+
+
+def test_a_float8_cache_needs_no_float8_peak():
+    sizes = _ONE_OF_EACH[Kind.DECODE_ATTENTION]
+    times = DeviceModel(read_profile("a100")).times(Kind.DECODE_ATTENTION, "float8", sizes)
+    assert times.basis is Basis.BOUND
+
+
+def test_an_axis_that_a_kind_lacks_is_one_clear_line():
+    surface = Surface({"rows": (1.0, 2.0)}, np.zeros(2), 0.5, 2.0, Basis.FITTED, "by hand")
+    profile = replace(_TOY, surfaces={"gemm.float32": surface})
+    with pytest.raises(SpecError, match="profile toy looks gemm up by rows; it has m, n, k"):
+        DeviceModel(profile).times(Kind.GEMM, "float32", _ONE_OF_EACH[Kind.GEMM])

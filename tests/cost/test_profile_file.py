@@ -1,0 +1,150 @@
+"""Profiles in TOML: what is written is read, and what is wrong is named in one line."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from expertlane.cost.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.profile_file import read_profile, shipped_profiles, to_toml, write_profile
+from expertlane.cost.surface import Surface
+from expertlane.cost.times import Basis
+from expertlane.errors import SpecError, UserError
+from expertlane.spec.names import Link
+
+_PROFILE = Profile(
+    name="toy",
+    device=Device("Toy", 1e9, 2e9, {"float32": 1e12, "bfloat16": 3e12}, 'a "sheet"'),
+    ranks_per_node=4,
+    links={Link.INTRA_NODE: LinkSheet(5e9, "sheet"), Link.INTER_NODE: LinkSheet(1e9, "sheet")},
+    surfaces={
+        "gemm.float32": Surface(
+            {"m": (1.0, 2.5, 1e6), "n": (16.0, 32.0)},
+            np.array([[0.001, -1.234], [0.0, 2.0], [0.5, 0.25]]),
+            0.75,
+            1.25,
+            Basis.MEASURED,
+            "here; 12 rows",
+        ),
+        "memory": Surface({"bytes": (1.0,)}, np.array([0.1]), 0.9, 1.1, Basis.FITTED, "there"),
+    },
+    terms={"launch_s": Term(5e-6, 0.0, 1e-5, Basis.BOUND, "assumed")},
+)
+
+
+def _assert_same(one, other):
+    assert (one.name, one.device, one.ranks_per_node, one.links, one.terms) == (
+        other.name,
+        other.device,
+        other.ranks_per_node,
+        other.links,
+        other.terms,
+    )
+    assert list(one.surfaces) == list(other.surfaces)
+    for name, surface in one.surfaces.items():
+        twin = other.surfaces[name]
+        assert surface.correction == pytest.approx(twin.correction, abs=5e-4)
+        fields = [(s.axes, s.low, s.high, s.basis, s.origin) for s in (surface, twin)]
+        assert fields[0] == fields[1]
+
+
+def test_round_trip(tmp_path):
+    path = write_profile(_PROFILE, tmp_path / "new" / "toy.toml")
+    read = read_profile(path)
+    _assert_same(read, _PROFILE)
+    assert to_toml(read) == path.read_text()
+    assert [each.name for each in path.parent.iterdir()] == ["toy.toml"]
+
+
+def test_without_laws(tmp_path):
+    bare = replace(_PROFILE, surfaces={}, terms={})
+    _assert_same(read_profile(write_profile(bare, tmp_path / "bare.toml")), bare)
+
+
+@pytest.mark.parametrize("name", ["a100", "b200", "h100", "h200"])
+def test_shipped_profiles_are_small_and_complete(name):
+    path = shipped_profiles()[name]
+    assert path.stat().st_size <= 50_000
+    profile = read_profile(name)
+    assert profile.name == name
+    assert set(profile.links) == set(Link)
+    assert {"launch_s", "graph_launch_s"} <= set(profile.terms)
+    assert "gemm.bfloat16" in profile.surfaces
+    for each in [*profile.surfaces.values(), *profile.terms.values()]:
+        assert each.origin
+        assert (each.basis is Basis.BOUND) or name == "h100"
+
+
+def test_laws_taken_over_are_wider_bounds():
+    h100, h200 = read_profile("h100"), read_profile("h200")
+    for name, surface in h200.surfaces.items():
+        known = h100.surfaces[name]
+        assert surface.low == pytest.approx(known.low / 1.2)
+        assert surface.high == pytest.approx(known.high * 1.2)
+        assert surface.origin.startswith("as h100, over this datasheet's roofline: ")
+
+
+_TEXT = to_toml(_PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "toy"\n', "", "name is missing"),
+        ('name = "toy"', "name = 3", "name must be text, not 3"),
+        ("ranks_per_node = 4", "ranks_per_node = 4.5", "ranks_per_node must be a whole number"),
+        ("ranks_per_node = 4", "ranks_per_node = 0", "ranks_per_node must be a number above 0"),
+        ("ranks_per_node = 4", "ranks_per_node = true", "a number above 0, not True"),
+        ("ranks_per_node = 4", "ranks_per_node = 4\ncolour = 1", "colour is an unknown key"),
+        ("memory_bytes = 1", "memory_bytes = -1", "device.memory_bytes must be a number above 0"),
+        ("bfloat16 = 3", "int4 = 3", "device.flops_per_s.int4 is an unknown key"),
+        ("[links.inter_node]", "[links.wifi]", "links.wifi must be one of intra_node, inter_node"),
+        ("value = 5e-06", "value = 5", "terms.launch_s.value must lie between low and high"),
+        ("value = 5e-06", "value = nan", "terms.launch_s.value must be a number 0 or more"),
+        ('basis = "bound"', 'basis = "hope"', "must be one of measured, fitted, bound, not hope"),
+        ("low = 0.75", "low = 1.5", "surfaces.gemm.float32.low and high must lie on both sides"),
+        ("m = [1, 2.5, 1e+06]", "m = [1, 2.5, 2]", "surfaces.gemm.float32.axes.m must rise"),
+        ("m = [1, 2.5, 1e+06]", "m = []", "axes.m must be a list of knots"),
+        ("m = [1, 2.5, 1e+06]", "m = [0, 1, 2]", "axes.m must be a number above 0, not 0"),
+        ("1 -1234", "1", "has 5 numbers; the axes need 6"),
+        ("1 -1234", "1 x", "must hold whole numbers"),
+        ("1 -1234", "1 -99999", "has a number beyond ±20000"),
+        ("[device]", "[device", "is no TOML"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(tmp_path, old, new, said):
+    assert old in _TEXT
+    path = tmp_path / "bad.toml"
+    path.write_text(_TEXT.replace(old, new, 1))
+    with pytest.raises(SpecError) as raised:
+        read_profile(path)
+    text = str(raised.value)
+    assert said in text
+    assert text.startswith(str(path))
+    assert "\n" not in text
+
+
+def test_like_must_name_another_profile(tmp_path):
+    path = tmp_path / "bad.toml"
+    for like, said in [
+        ('{ profile = "toy", wider = 2 }', "like.profile is this profile itself"),
+        ('{ profile = "h100", wider = 0.5 }', "like.wider must be 1 or more"),
+        ('{ profile = "h101", wider = 2 }', "no cluster profile is called h101"),
+    ]:
+        path.write_text(f"like = {like}\n{_TEXT}")
+        with pytest.raises(SpecError, match=said):
+            read_profile(path)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(SpecError, match=r"no cluster profile is called h101; there are a100, b200"):
+        read_profile("h101")
+    with pytest.raises(SpecError, match=r"cannot read .*none\.toml: No such file"):
+        read_profile(tmp_path / "none.toml")
+    path = tmp_path / "bytes.toml"
+    path.write_bytes(b'name = "\xff"')
+    with pytest.raises(SpecError, match=r"bytes\.toml is damaged: byte 8 is not UTF-8"):
+        read_profile(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_profile(_PROFILE, tmp_path / "file" / "toy.toml")
