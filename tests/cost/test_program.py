@@ -261,3 +261,26 @@ def test_types_that_are_none():
         NumberTypes("int4")
     with pytest.raises(SpecError, match="float8"):
         NumberTypes.all_of("float8")
+
+
+def test_links_of_a_transfer():
+    """4 ranks on 2 nodes; two groups, each with a rank on both."""
+    program = program_of(layout="dp=4,ep=4", form="hierarchical", ranks_per_node=2)
+    transfers = [
+        step
+        for step in program.stages[0][0].parts[0].sections[1].steps
+        if isinstance(step, Transfer) and step.kind is TransferKind.ALL_TO_ALL
+    ]
+    between, inside = transfers[:2]
+    assert between.group.tolist() == [0, 1, 0, 1]
+    assert inside.group.tolist() == [0, 0, 1, 1]
+    assert between.load.num_peers.tolist() == [[0] * 4, [1] * 4]
+    assert inside.load.num_peers.tolist() == [[1] * 4, [0] * 4]
+    assert between.load.num_nodes.tolist() == [2] * 4
+    assert inside.load.num_nodes.tolist() == [1] * 4
+    assert inside.load.group_size.tolist() == [2] * 4
+    sent = between.sent_bytes.sum(axis=0)
+    assert between.load.out_bytes[1].tolist() == sent.sum(axis=1).tolist()
+    assert between.load.in_bytes[1].tolist() == sent.sum(axis=0).tolist()
+    assert not between.load.out_bytes[0].any()
+    assert not inside.load.out_bytes[1].any()

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from expertlane.cost.operation import Ints
 from expertlane.schedule.plan import Batch
 
+_POSITION_BITS = 22  # of a number of positions
 _FEW_BLOCKS = 8  # narrower block tables are not kept apart by the engine
 
 
@@ -186,14 +187,17 @@ class PartSizes:
         is_decode = self.num_new == 1
         width = np.maximum(self.num_cached // self.block_size + 1, _FEW_BLOCKS)
         bucket = np.ceil(np.log2(width)).astype(np.int64)
-        decodes = np.unique(self.dp_rank[is_decode] * 64 + bucket[is_decode]) // 64
-        rest = np.stack([self.dp_rank, self.num_new, self.num_cached])[:, ~is_decode]
-        chunks = np.unique(rest, axis=1)[0] if rest.size else rest[0]
-        return _most_equal(decodes), _most_equal(chunks)
+        chunk = self.num_new * (1 << _POSITION_BITS) + self.num_cached
+        decodes = _most_kinds(self.dp_rank[is_decode], bucket[is_decode])
+        return decodes, _most_kinds(self.dp_rank[~is_decode], chunk[~is_decode])
 
 
-def _most_equal(values: Ints) -> int:
-    return int(np.bincount(values).max()) if len(values) else 0
+def _most_kinds(dp_rank: Ints, kind: Ints) -> int:
+    """The most different kinds [n] that any rank [n] has."""
+    if not len(kind):
+        return 0
+    distinct = np.unique(dp_rank * (1 << 2 * _POSITION_BITS) + kind)
+    return int(np.bincount(distinct >> 2 * _POSITION_BITS).max())
 
 
 def _pairs_up_to(length: Ints, window: int | None) -> Ints:

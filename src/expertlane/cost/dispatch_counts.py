@@ -111,16 +111,16 @@ def _sum_of_rank(values: npt.NDArray[np.bool_], owned: Ints) -> Ints:
 
 def _fan_out(reached: npt.NDArray[np.bool_], rank: Ints, mesh: StageMesh) -> FanOut:
     ep, num_ranks = mesh.layout.ep, mesh.size
-    _, node = np.unique(mesh.nodes_of_ep_group, return_inverse=True)
-    node = node.reshape(num_ranks, ep)  # numbered from 0
-    is_on_node = node[..., None] == np.arange(node.max() + 1)  # [R, ep, nodes]
-    there = np.zeros((len(rank), is_on_node.shape[2]), dtype=np.int64)  # ranks reached on each
+    ranks, nodes, here = np.zeros((3, len(rank)), dtype=np.int64)
     for etp_rank in range(mesh.layout.etp):  # their ep groups may lie on nodes differently
-        tokens = mesh.etp_rank[rank] == etp_rank
-        there[tokens] = reached[tokens].astype(np.int64) @ is_on_node[etp_rank].astype(np.int64)
-    own_node = node[np.arange(num_ranks), mesh.ep_rank]
-    here = there[np.arange(len(rank)), own_node[rank]]
-    ranks, nodes = there.sum(axis=1), (there > 0).sum(axis=1)
+        starts_node = np.diff(mesh.nodes_of_ep_group[etp_rank], prepend=-1) > 0  # [ep]
+        own = (np.cumsum(starts_node) - 1)[mesh.ep_rank[rank]]
+        tokens = np.flatnonzero(mesh.etp_rank[rank] == etp_rank)
+        there = np.add.reduceat(  # ranks reached on each node
+            reached[tokens], np.flatnonzero(starts_node), axis=1, dtype=np.int64
+        )
+        ranks[tokens], nodes[tokens] = there.sum(axis=1), np.count_nonzero(there, axis=1)
+        here[tokens] = there[np.arange(len(tokens)), own[tokens]]
 
     def histogram(values: Ints) -> Ints:
         at = rank * (ep + 1) + values

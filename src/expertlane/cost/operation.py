@@ -109,6 +109,7 @@ class Transfer:
         num_steps_before_wait: how many of the steps that follow run while it is under way.
         syncs_host: the host needs its result, as counts that size what comes next, so it can
             launch nothing beyond it.
+        neighbours: what follows from `group` and `node`, where transfers share it.
     """
 
     kind: TransferKind
@@ -120,11 +121,64 @@ class Transfer:
     num_kernels: int = 1
     num_steps_before_wait: int = 0
     syncs_host: bool = False
+    neighbours: "Neighbours | None" = None
 
     @cached_property
     def load(self) -> "LinkLoad":
         """What every rank sends and receives over each kind of link."""
-        return LinkLoad.of(self.sent_bytes.sum(axis=0), self.group, self.node)
+        neighbours = self.neighbours or Neighbours(self.group, self.node)
+        return neighbours.load(self.sent_bytes.sum(axis=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Groups and nodes of a transfer, and what follows from them whatever is sent.
+
+    Attributes:
+        group, node: [R]; as a transfer's.
+    """
+
+    group: Ints
+    node: Ints
+
+    @cached_property
+    def is_near(self) -> npt.NDArray[np.bool_]:
+        """[R, R]; whether two ranks share a node."""
+        is_near: npt.NDArray[np.bool_] = self.node[:, None] == self.node
+        return is_near
+
+    @cached_property
+    def num_peers(self) -> Ints:
+        """[2, R]; other ranks of the group, by `Link`."""
+        is_peer = (self.group[:, None] == self.group) & ~np.eye(len(self.group), dtype=bool)
+        peers: Ints = np.stack([is_peer & self.is_near, is_peer & ~self.is_near]).sum(axis=2)
+        return peers
+
+    @cached_property
+    def num_nodes(self) -> Ints:
+        """[R]; nodes that a rank's group is on."""
+        in_group = (self.group[:, None] == self.group).astype(np.int64)
+        is_on_node = (self.node[:, None] == np.unique(self.node)).astype(np.int64)
+        num: Ints = np.count_nonzero(in_group @ is_on_node, axis=1)
+        return num
+
+    @cached_property
+    def group_size(self) -> Ints:
+        """[R]."""
+        size: Ints = self.num_peers.sum(axis=0) + 1
+        return size
+
+    def load(self, sent_bytes: Ints) -> "LinkLoad":
+        """Of bytes [R, R] by source and destination."""
+        near = sent_bytes * self.is_near
+        far = sent_bytes - near
+        return LinkLoad(
+            out_bytes=np.array([near.sum(axis=1), far.sum(axis=1)], dtype=np.float64),
+            in_bytes=np.array([near.sum(axis=0), far.sum(axis=0)], dtype=np.float64),
+            num_peers=self.num_peers,
+            group_size=self.group_size,
+            num_nodes=self.num_nodes,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +201,7 @@ class LinkLoad:
     @classmethod
     def of(cls, sent_bytes: Ints, group: Ints, node: Ints) -> "LinkLoad":
         """From bytes [R, R] by source and destination."""
-        is_near = node[:, None] == node
-        is_member = group[:, None] == group
-        is_peer = is_member & ~np.eye(len(group), dtype=bool)
-        by_link = np.stack([np.where(is_near, sent_bytes, 0), np.where(is_near, 0, sent_bytes)])
-        peers = np.stack([is_peer & is_near, is_peer & ~is_near]).sum(axis=2)
-        return cls(
-            out_bytes=by_link.sum(axis=2).astype(np.float64),
-            in_bytes=by_link.sum(axis=1).astype(np.float64),
-            num_peers=peers,
-            group_size=is_peer.sum(axis=1) + 1,
-            num_nodes=(is_member @ (node[:, None] == np.unique(node))).sum(axis=1),
-        )
+        return Neighbours(group, node).load(sent_bytes)
 
 
 @dataclass(frozen=True, eq=False)

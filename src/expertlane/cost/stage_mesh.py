@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from expertlane.cost.operation import Ints
+from expertlane.cost.operation import Ints, Neighbours
 from expertlane.spec.layout import Layout
 
 Axis = Literal["tp", "ep", "etp", "stage", "ep_inter", "ep_intra"]
@@ -129,6 +129,16 @@ class StageMesh:
             np.fill_diagonal(peers, 0)
             self._peers[axis] = peers
         return self._peers[axis]
+
+    @cached_property
+    def _neighbours(self) -> dict[Axis, Neighbours]:
+        return {}
+
+    def neighbours(self, axis: Axis) -> Neighbours:
+        """What transfers over an axis have in common."""
+        if axis not in self._neighbours:
+            self._neighbours[axis] = Neighbours(self.group(axis), self.node)
+        return self._neighbours[axis]
 
     @cached_property
     def nodes_of_ep_group(self) -> Ints:

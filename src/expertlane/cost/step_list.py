@@ -168,6 +168,7 @@ class StepList:
                 sent_bytes=sent,
                 num_kernels=self._transfer_kernels[kind],
                 num_steps_before_wait=num_steps_before_wait,
+                neighbours=mesh.neighbours(axis),
             )
         )
 

@@ -151,7 +151,8 @@ def _solve(samples: Sequence[StepSample], profile: Profile, dtype: str) -> dict[
     extra_s, num_steps = np.zeros(len(Stage)), np.zeros(len(Stage))
     for sample in alone:
         priced = _Priced(sample, profile, dtype, {})
-        extra_s += sample.stage_s - priced.stage_s
+        busy = np.arange(len(Stage)) != Stage.IDLE
+        extra_s += np.where(busy, sample.stage_s - priced.stage_s, 0.0)
         num_steps += priced.num_steps
     found = {
         f"{OVERHEAD_S}.{stage.label}": max(0.0, float(extra_s[stage] / num_steps[stage]))
