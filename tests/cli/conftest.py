@@ -38,8 +38,13 @@ class FakeComparison:
         if self.too_large is not None:
             raise self.too_large
 
-    def run_comparison(self, experiment: Any, pool: Any, progress: Any, *, command: str) -> Any:
+    def run_comparison(
+        self, experiment: Any, pool: Any, progress: Any, *, command: str, on_trace: Any
+    ) -> Any:
         self.calls.append({"experiment": experiment, "command": command})
+        if on_trace is not None:
+            for name in ("EP 16", "EP/16"):
+                on_trace(name, [])
         progress.task("EP 16", 2)
         progress.advance()
         if self.error is not None and len(self.calls) == self.fails_at:

@@ -41,6 +41,17 @@ def test_traffic_is_shown_in_both_forms(comparison, run):
     assert Path("results/paper-small/report.md").read_text() == "# results ×\nwho sent what\n"
 
 
+def test_traces_are_written_if_asked_for(comparison, run):
+    code, _, err = run("compare", "--trace")
+
+    assert code == 0
+    names = ["results.json", "report.md", "trace-EP-16.json", "trace-EP-16-2.json"]
+    folder = Path("results/paper-small")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert err.splitlines()[-1] == "written: " + ", ".join(f"{folder}/{name}" for name in names)
+    assert json.loads((folder / "trace-EP-16.json").read_text())["traceEvents"] == []
+
+
 def test_options_are_handed_over(comparison, run):
     code, _, _ = run(
         "compare", "paper", "--dtype", "bfloat16", "--oversubscribe", "--timeout-s", "2.5"

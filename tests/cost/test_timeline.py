@@ -1,5 +1,6 @@
 """What the ranks do when, against times worked out by hand."""
 
+import time
 from dataclasses import replace
 from itertools import accumulate
 
@@ -17,7 +18,10 @@ from expertlane.cost.timeline import Timeline
 from expertlane.cost.times import Basis
 from expertlane.cost.work import Block, StageWork, blocks_of
 from expertlane.errors import UserError
-from expertlane.spec.names import Stage
+from expertlane.metrics import stage_time
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Cause, Stage
+from records import rank_record, step_record
 
 
 def ends(times):
@@ -301,16 +305,20 @@ def halves(draw):
     groups = draw(st.sampled_from([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 2]]))
     contention = draw(st.floats(0.0, 1.0))
     low, high = draw(st.floats(0.1, 1.0)), draw(st.floats(1.0, 5.0))
+    size = len(is_transfer)
+    num_kernels = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
+    syncs_host = draw(st.booleans())
     parts = []
     for _ in range(draw(st.integers(1, 2))):
         steps = []
-        for each in is_transfer:
+        for each, num in zip(is_transfer, num_kernels, strict=True):
             values = [draw(durations) for _ in range(3)]
-            bounds = {"low": low, "high": high}
+            flags = {"low": low, "high": high, "num_kernels": num}
             if each:
-                steps.append(send(*values, group=groups, contention=contention, **bounds))
+                flags |= {"contention": contention, "syncs_host": syncs_host}
+                steps.append(send(*values, group=groups, **flags))
             else:
-                steps.append(compute(*values, **bounds))
+                steps.append(compute(*values, **flags))
         parts.append(part(*steps))
     return parts
 
@@ -363,3 +371,79 @@ def test_terms_come_from_the_profile():
     assert cpu.execution is Execution.SERIAL
     with pytest.raises(UserError, match=r"profile mine has no term 'driver_s'; it has: overhead_s"):
         Terms.of(profile(overhead_s=1.0), Execution.EAGER)
+
+
+def test_a_large_step_is_quick():
+    num_ranks, rng = 64, np.random.default_rng(0)
+    group = [rank // 8 for rank in range(num_ranks)]
+
+    def layer(number):
+        steps = [compute(*rng.random(num_ranks), layer=number) for _ in range(14)]
+        for place in (2, 8, 9, 13):
+            steps.insert(place, send(*rng.random(num_ranks), layer=number))
+        return [*steps, send(*rng.random(num_ranks), group=group), compute(*rng.random(num_ranks))]
+
+    work = one_stage([Block(layer(number), (number,)) for number in range(94)])
+    seconds_of = []
+    for _ in range(5):
+        began = time.perf_counter()
+        Timeline(terms(Execution.EAGER, 0.1), 1, num_ranks).run(work, 0.0)
+        seconds_of.append(time.perf_counter() - began)
+    assert min(seconds_of) < 0.1
+
+
+def test_metrics_see_what_was_put_in():
+    steps = part(
+        compute(1.0, 4.0),
+        send(2.0, 2.0),
+        compute(3.0, 3.0, stage=Stage.ATTENTION),
+        send(1.0, 1.0, stage=Stage.COMBINE),
+        compute(0.5, 0.5, stage=Stage.HEAD, layer=OUTSIDE),
+    )
+    times = run(one_stage(steps), 2)
+    (of_stage,) = stage_seconds(times, 1, count_idle=False)
+    records = []
+    for rank in range(2):
+        made = rank_record(rank, world_size=2)
+        records.append(
+            replace(made, wall_s=of_stage.wall_s[rank], blocked_s=of_stage.blocked_s[rank])
+        )
+    wall_s = float(times.end_s[LIKELY])
+    steps_seen = [step_record(0.0, wall_s, [0], records)]
+    seen = stage_time(Layout(dp=2, ep=2), steps_seen)
+    assert wall_s == 10.5
+    assert seen.waiting_s.tolist() == [3.0, 0.0]
+    assert seen.exposed_s == (5.0 + 2.0) / 2 + 1.0
+    breakdown_s = {cause: s for cause, s in seen.breakdown_s(wall_s, 1).items() if s}
+    assert breakdown_s == {
+        Cause.EXPERTS: 2.5,
+        Cause.WAITING: 1.5,
+        Cause.DISPATCH_COMBINE: 3.0,
+        Cause.ATTENTION: 3.0,
+        Cause.HEAD: 0.5,
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=halves(),
+    execution=st.sampled_from(Execution),
+    launch_s=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    num_layers=st.integers(3, 40),
+)
+def test_jumps_are_exact(parts, execution, launch_s, num_layers):
+    parts = [
+        [Block([timed for block in blocks for timed in block.steps], range(num_layers))]
+        for blocks in parts
+    ]
+    given_terms = Terms(execution, launch_s * np.array([0.5, 1.0, 2.0]), np.zeros(3))
+    fast, slow = (
+        Timeline(given_terms, 1, 3).run(one_stage(*parts), 0.0, may_jump=may_jump)
+        for may_jump in (True, False)
+    )
+    np.testing.assert_allclose(fast.spans[0][0].end, slow.spans[0][0].end, rtol=1e-7)
+    (of_fast,), (of_slow,) = (
+        stage_seconds(times, num_layers, count_idle=False) for times in (fast, slow)
+    )
+    np.testing.assert_allclose(of_fast.wall_s, of_slow.wall_s, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(of_fast.blocked_s, of_slow.blocked_s, rtol=1e-6, atol=1e-6)

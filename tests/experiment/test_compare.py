@@ -21,7 +21,7 @@ from expertlane.results.file import read, write
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.model import PRESETS
-from expertlane.spec.names import Phase
+from expertlane.spec.names import Phase, Stage, Track
 from expertlane.spec.precision import Precision
 from expertlane.spec.workload import Workload
 
@@ -63,15 +63,38 @@ class CountingProgress:
 
 @pytest.fixture(scope="module")
 def compared(pools):
-    """Results and progress of the experiment."""
-    progress = CountingProgress()
+    """Results, progress and traces of the experiment."""
+    progress, traces = CountingProgress(), {}
     command = "expertlane compare four.toml"
-    return run_comparison(EXPERIMENT, pools.pool(4), progress, command=command), progress
+    results = run_comparison(
+        EXPERIMENT, pools.pool(4), progress, command=command, on_trace=traces.__setitem__
+    )
+    return results, progress, traces
 
 
 @pytest.fixture
 def results(compared):
     return compared[0]
+
+
+def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
+    traces = compared[2]
+    assert list(traces) == [each.name for each in EXPERIMENT.deployments]
+    for steps in traces.values():
+        assert [step.phase for step in steps] == [Phase.PREFILL, Phase.DECODE]
+        for step in steps:
+            assert len(step.records) == 4
+            for record in step.records:
+                events = record.events
+                assert (events.end_s > events.begin_s).all()
+                assert (events.begin_s[1:] >= events.end_s[:-1]).all()  # one thread
+                seconds_s = (events.end_s - events.begin_s).sum()
+                idle_s = record.wall_s[..., Stage.IDLE].sum()
+                assert seconds_s == pytest.approx(record.wall_s.sum() - idle_s)
+                is_wait = events.track == list(Track).index(Track.NETWORK)
+                waited_s = (events.end_s - events.begin_s)[is_wait].sum()
+                blocked_s = record.blocked_s.sum() - record.blocked_s[..., Stage.IDLE].sum()
+                assert waited_s == pytest.approx(blocked_s)
 
 
 def test_every_deployment_is_there_and_measured(results):
@@ -150,7 +173,7 @@ def test_results_are_read_back_as_written(results, tmp_path):
 
 
 def test_progress_is_told_of_every_deployment(compared):
-    _, progress = compared
+    _, progress, _ = compared
     assert {each.name for each in EXPERIMENT.deployments + EXPERIMENT.scaling} < {*progress.tasks}
     assert all(num_parts == total for num_parts, total in progress.tasks.values())
 

@@ -8,7 +8,7 @@ import torch
 from expertlane.parallel import recorder as module
 from expertlane.parallel.progress import ProgressBoard
 from expertlane.parallel.recorder import Recorder
-from expertlane.spec.names import Stage, Traffic
+from expertlane.spec.names import Stage, Track, Traffic
 
 OUTSIDE = 2  # the slot after the model's two layers
 
@@ -231,3 +231,59 @@ def test_the_choices_of_tokens_are_kept_by_layer(recorder):
     recorder.enter(Stage.ROUTER, 0)
     recorder.record_topk_ids(ids)
     assert recorder.end_step().topk_ids == {}
+
+
+def events(record):
+    """Track, stage, layer, micro-batch, begin and end of each."""
+    kept = record.events
+    columns = (kept.track, kept.stage, kept.layer, kept.micro_batch, kept.begin_s, kept.end_s)
+    return [
+        (list(Track)[track].value, Stage(stage), layer, micro_batch, begin_s, end_s)
+        for track, stage, layer, micro_batch, begin_s, end_s in zip(*columns, strict=True)
+    ]
+
+
+def test_events_are_kept_if_asked_for(recorder, clock):
+    recorder.begin_step(0, 2, record=False, count_idle=False, record_events=True)
+    clock.advance(1)  # idle is no event
+    recorder.enter(Stage.EMBED)
+    clock.advance(2)
+    recorder.set_micro_batch(1)
+    recorder.enter(Stage.DISPATCH, 1)
+    clock.advance(4)  # packing
+    recorder.enter(Stage.DISPATCH, 1)
+    began = recorder.begin_wait()
+    clock.advance(8)
+    recorder.end_wait(began)
+    began = recorder.begin_wait()
+    clock.advance(16)
+    recorder.end_wait(began)
+    clock.advance(32)  # unpacking
+    recorder.enter(Stage.EXPERTS, 1)
+    record = recorder.end_step()
+    assert record.events.start_s == 100.0
+    assert events(record) == [
+        ("compute", Stage.EMBED, -1, 0, 1, 3),
+        ("compute", Stage.DISPATCH, 1, 1, 3, 7),
+        ("network", Stage.DISPATCH, 1, 1, 7, 15),
+        ("network", Stage.DISPATCH, 1, 1, 15, 31),
+        ("compute", Stage.DISPATCH, 1, 1, 31, 63),
+    ]
+    assert record.wall_s.sum() == 63  # a record it is as well
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    assert recorder.end_step().events is None
+
+
+def test_a_wait_that_ends_with_its_interval(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False, record_events=True)
+    recorder.enter(Stage.HAND_OVER)
+    began = recorder.begin_wait()
+    clock.advance(3)
+    recorder.end_wait(began)
+    recorder.enter(Stage.ATTENTION, 0)
+    recorder.end_wait(recorder.begin_wait())  # of no length
+    clock.advance(1)
+    assert events(recorder.end_step()) == [
+        ("network", Stage.HAND_OVER, -1, 0, 0, 3),
+        ("compute", Stage.ATTENTION, 0, 0, 3, 4),
+    ]

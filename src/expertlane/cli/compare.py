@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from expertlane.engine.pool import RankPool
     from expertlane.results.schema import Results
     from expertlane.spec.experiment import Experiment
+    from expertlane.spec.record import StepRecord
 
 DEFAULT_EXPERIMENT = "paper-small"
 DEFAULT_TIMEOUT_S = 60.0
@@ -74,6 +76,14 @@ _Traffic = Annotated[
         "what is hottest, who comes last.",
     ),
 ]
+_Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace",
+        help="Also write trace-NAME.json of each deployment: what every rank did when, in one "
+        "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
+    ),
+]
 Oversubscribe = Annotated[
     bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
 ]
@@ -92,6 +102,7 @@ def compare(
     out: _Out = None,
     as_json: _Json = False,
     traffic: _Traffic = False,
+    trace: _Trace = False,
     oversubscribe: Oversubscribe = False,
     timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
     dtype: _Dtype = None,
@@ -114,6 +125,8 @@ def compare(
           your own experiment; start from experiments/paper-small.toml
       expertlane compare --traffic
           who sends how much to whom, and which rank, expert and layer are hottest
+      expertlane compare --trace
+          what every rank does when, step by step
       expertlane compare --json | jq '.deployments[].decode.tps'
           for other programs
       torchrun --nproc-per-node 16 -m expertlane compare
@@ -140,9 +153,11 @@ def compare(
         for each, _ in comparisons:
             check_memory(each, pool)
         for each, folder in comparisons:
+            traces: dict[str, list[StepRecord]] = {}
+            on_trace = traces.__setitem__ if trace else None
             with progress_on_stderr() as progress:
-                results = run_comparison(each, pool, progress, command=command)
-            _publish(results, folder, stdout_console(), as_json=as_json, traffic=traffic)
+                results = run_comparison(each, pool, progress, command=command, on_trace=on_trace)
+            _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
 
 
 def _comparisons(
@@ -229,15 +244,24 @@ def _start(
 
 
 def _publish(
-    results: "Results", folder: Path, console: "Console", *, as_json: bool, traffic: bool
+    results: "Results",
+    folder: Path,
+    console: "Console",
+    traces: "Mapping[str, Sequence[StepRecord]]",
+    *,
+    as_json: bool,
+    traffic: bool,
 ) -> None:
     from expertlane.report import markdown, terminal
     from expertlane.results.file import to_json, write, write_text
+    from expertlane.trace import trace_names, write_trace
 
     if as_json:
         console.out(to_json(results), highlight=False, end="")
     else:
         terminal.show(results, console, traffic=traffic)
     page = markdown.render(results, traffic=traffic)
-    written = write(results, folder), write_text(folder / "report.md", page)
-    print(f"written: {written[0]}, {written[1]}", file=sys.stderr)
+    written = [write(results, folder), write_text(folder / "report.md", page)]
+    names = trace_names(traces)
+    written += [write_trace(folder / names[each], steps) for each, steps in traces.items()]
+    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

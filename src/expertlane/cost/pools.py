@@ -29,12 +29,14 @@ class Served:
     Attributes:
         due_s: when it arrived; in a closed loop, when there was room for it.
         token_times_s: one entry a token.
+        moved_s: when its keys and values began to travel to another pool, and were there.
     """
 
     prompt_len: int
     due_s: Floats
     token_times_s: list[Floats] = field(default_factory=list)
     num_preemptions: int = 0
+    moved_s: tuple[Floats, Floats] | None = None
 
     @property
     def ttft_s(self) -> Floats:
@@ -120,9 +122,9 @@ def serve_apart(
 ) -> list[Served]:
     """Serve requests with prompts in one pool and further tokens in another.
 
-    Keys and values of a request travel on the network beside the pools' own work, one request
-    after the other, when its prompt is done; until then, and until the decoding pool has room,
-    they are taken to have a place to be. A request preempted there computes its prompt there.
+    Keys and values of a request travel beside the pools' own work when its prompt is done, one
+    request after the other from each data-parallel rank; until the decoding pool has room they are
+    taken to have a place to be. A request preempted there computes its prompt there.
     """
     return _Serving(prefill, decode, transfers, max_unfinished).run(requests)
 
@@ -141,7 +143,7 @@ class _Serving:
         self._decode = decode
         self._transfers = transfers
         self._max_unfinished = max_unfinished
-        self._link_free_s: Floats = np.zeros(len(BOUNDS))
+        self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
         self._served: dict[str, Served] = {}
         self._wanted: dict[str, TimedRequest] = {}
         self._num_unfinished = 0
@@ -192,15 +194,17 @@ class _Serving:
         """Send keys and values to the pool that decodes, and the request with them."""
         assert self._transfers is not None
         prompt_len = len(request.prompt_token_ids)
-        begin_s = np.maximum(at_s, self._link_free_s)
-        self._link_free_s = begin_s + self._transfers.seconds(prompt_len)
+        sender = request.replica, request.dp_rank
+        begin_s = np.maximum(at_s, self._free_s.get(sender, 0.0))
+        there_s = self._free_s[sender] = begin_s + self._transfers.seconds(prompt_len)
+        self._served[request.request_id].moved_s = begin_s, there_s
         moved = Request(
             request.request_id,
             np.concatenate((request.prompt_token_ids, request.output_token_ids)).astype(np.int64),
             max_tokens=wanted.output_len - 1,
             num_arrived_tokens=prompt_len,
         )
-        self._decode.deliver(moved, self._link_free_s)
+        self._decode.deliver(moved, there_s)
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ class Replay:
         ]
         step_s = self._period.step(places, state, len(self.log.ran))
         times = min(cursor.num_left for cursor, _ in queue)
-        if step_s is None or times < 1:
+        if step_s is None or times < 1 or not self._is_in_step(step_s):
             return
         self.log.jumps.append(Jump(self._period.first, self._period.last, times))
         clocks.compute, clocks.network, clocks.host, *dones = state + times * step_s
@@ -259,6 +259,26 @@ class Replay:
                     ),
                 )
         self._period = _Period()
+
+    def _is_in_step(self, step_s: Floats) -> bool:
+        """Whether all that depend on each other go on equally fast, so that they will for ever.
+
+        Two layers may take equally long while one rank's slack still shrinks. A host may go on
+        faster than its device, if the device did not have to wait for it.
+        """
+        of_device, of_host = step_s[0], step_s[2]
+        tolerance = _ROUNDING * np.abs(of_device).max()
+        if np.abs(step_s[[1, *range(3, len(step_s))]] - of_device).max() > tolerance:
+            return False
+        ran = self.log.ran[self._period.first : self._period.last]
+        for groups in {each.entry.groups for each in ran if each.entry.groups is not None}:
+            if (groups.largest(of_device) - of_device > tolerance).any():
+                return False
+        if all(each.entry.launch_s is None for each in ran):
+            return True
+        is_apart = np.abs(of_host - of_device) > tolerance
+        is_late = np.any([each.start > each.begin for each in ran], axis=0)
+        return not (is_apart & (is_late | (of_host > of_device))).any()
 
 
 class _Period:

@@ -151,6 +151,7 @@ class DeployedStage:
             record=plan.record,
             count_idle=same_phase,
             record_routing=plan.record_routing,
+            record_events=plan.record_events,
         )
         # A step that far back was collected before this one was submitted: its sends are through.
         while len(self._sends) >= self.spec.layout.pp:

@@ -2,7 +2,7 @@
 
 import platform
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,16 +43,24 @@ if TYPE_CHECKING:
 
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
 _WARM_UP_LEN = 4
+_TRACED_LEN = 3
 _MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
 
 
 def run_comparison(
-    experiment: Experiment, pool: RankPool, progress: Progress, *, command: str
+    experiment: Experiment,
+    pool: RankPool,
+    progress: Progress,
+    *,
+    command: str,
+    on_trace: Callable[[str, list[StepRecord]], None] | None = None,
 ) -> Results:
     """Measure every deployment of the experiment on the ranks of `pool`.
 
     Args:
         command: how a user repeats it; kept in the results.
+        on_trace: gets each deployment's name, and a prefill and a decode step of it with events,
+            from a short run that is not measured.
 
     Raises:
         RankError: a rank died, hung or failed.
@@ -67,7 +75,9 @@ def run_comparison(
     # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
     for run, order in enumerate((experiment.deployments, experiment.deployments[::-1])):
         for deployment in order:
-            runs.measure(deployment, run)
+            runner = runs.measure(deployment, run)
+            if on_trace is not None and run == 0:
+                on_trace(deployment.name, runs.traced(deployment, runner))
     for deployment in experiment.scaling:
         runs.measure(deployment, 0)
     hosts = {each.host: each for each in seen}.values()
@@ -191,8 +201,8 @@ class _Runs:
         """Of this host's cores, since the first run."""
         return self._foreign.share()
 
-    def measure(self, deployment: Deployment, run: int) -> None:
-        """Deploy, warm up, and run the workload once."""
+    def measure(self, deployment: Deployment, run: int) -> ModelRunner | RebalancingRunner:
+        """Deploy, warm up, and run the workload once; gives what ran it."""
         experiment, name = self._experiment, deployment.name
         workload, progress, limits = experiment.workload, self._progress, self.limits[name]
         num_tokens = workload.num_sequences * workload.output_len
@@ -220,14 +230,34 @@ class _Runs:
         if isinstance(runner, RebalancingRunner):
             self._rebalances[name] = rebalance_results(runner)
         self._tokens[name] = np.array([request.output_token_ids for request in requests])
+        return runner
+
+    def traced(
+        self, deployment: Deployment, runner: ModelRunner | RebalancingRunner
+    ) -> list[StepRecord]:
+        """The last prefill and the last decode step of the workload with short outputs."""
+        workload = self._experiment.workload
+        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
+        scheduler, _ = self._schedule(deployment, short, record_events=True)
+        last = {record.phase: record for record in step_records(drive(scheduler, runner))}
+        return list(last.values())
 
     def _schedule(
-        self, deployment: Deployment, workload: Workload, *, record: bool = True
+        self,
+        deployment: Deployment,
+        workload: Workload,
+        *,
+        record: bool = True,
+        record_events: bool = False,
     ) -> tuple[ContinuousScheduler, list[Request]]:
         """A scheduler with the whole workload queued."""
         limits = self.limits[deployment.name]
         scheduler = ContinuousScheduler(
-            deployment.layout, deployment.options, limits, record=record
+            deployment.layout,
+            deployment.options,
+            limits,
+            record=record,
+            record_events=record_events,
         )
         prompts = self._prompts[:, : workload.prompt_len]
         requests = [

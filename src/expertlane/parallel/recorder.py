@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from expertlane.parallel.clock import Clock
 from expertlane.parallel.progress import NO_LAYER, ProgressReporter
-from expertlane.spec.names import Stage, Traffic
-from expertlane.spec.record import RankRecord
+from expertlane.spec.names import Stage, Track, Traffic
+from expertlane.spec.record import RankEvents, RankRecord
 
 _NUM_STAGES = len(Stage)
+_TRACKS = list(Track)
 
 
 class Recorder:
@@ -48,6 +50,8 @@ class Recorder:
         self._last_layer = NO_LAYER
         self._recording = False
         self._recording_routing = False
+        self._recording_events = False
+        self._started_s = 0.0
         self._micro_batch = 0
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
@@ -83,22 +87,26 @@ class Recorder:
         record: bool,
         count_idle: bool,
         record_routing: bool = False,
+        record_events: bool = False,
     ) -> None:
         """Start a step's record.
 
         Args:
             count_idle: the time since the last step counts as idle.
             record_routing: keep the experts that tokens choose; implies `record`.
+            record_events: keep every stretch of time; implies `record`.
         """
         self.progress.set_step(step)
         self._clear(num_micro_batches)
-        self._recording = record or record_routing
+        self._recording = record or record_routing or record_events
         self._recording_routing = record_routing
+        self._recording_events = record_events
         self._micro_batch = 0
         if count_idle:
             self._idle_s = time.perf_counter() - self._ended_s
         else:
             self._process_cpu_s = time.process_time()
+        self._started_s = time.perf_counter()
         self.enter(Stage.IDLE)
 
     def set_micro_batch(self, micro_batch: int) -> None:
@@ -212,7 +220,7 @@ class Recorder:
     def end_step(self) -> RankRecord | None:
         """Close the record; None where the plan asked for none."""
         record = self._record() if self._recording else None
-        self._recording = self._recording_routing = False
+        self._recording = self._recording_routing = self._recording_events = False
         self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
         self.layer = NO_LAYER
         self._ended_s = time.perf_counter()
@@ -254,4 +262,34 @@ class Recorder:
             num_remote_node_copies=self._num_remote_node_copies,
             payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
+            events=self._events() if self._recording_events else None,
+        )
+
+    def _events(self) -> RankEvents:
+        """Every interval without its waits, and every wait."""
+        clock, first = self._clock, self._marks[0]
+        marks_s = [clock.seconds(first, mark) for mark in self._marks]
+        waits = iter([*self._waits, None])
+        rows: list[tuple[Track, int, float, float]] = []
+        wait = next(waits)
+        for cell, (begin_s, end_s) in zip(self._cells, pairwise(marks_s), strict=True):
+            # A wait begins and ends within an interval of its own cell.
+            while wait is not None and (waited_s := clock.seconds(first, wait[1])) < end_s:
+                over_s = clock.seconds(first, wait[2])
+                rows.append((Track.COMPUTE, cell, begin_s, waited_s))
+                rows.append((Track.NETWORK, cell, waited_s, over_s))
+                begin_s, wait = over_s, next(waits)
+            rows.append((Track.COMPUTE, cell, begin_s, end_s))
+        kept = [row for row in rows if row[3] > row[2] and row[1] % _NUM_STAGES != Stage.IDLE]
+        cells = np.array([cell for _, cell, _, _ in kept], dtype=np.int64)
+        slots, stage = np.divmod(cells, _NUM_STAGES)
+        micro_batch, slot = np.divmod(slots, self._num_layers + 1)
+        return RankEvents(
+            start_s=self._started_s,
+            track=np.array([_TRACKS.index(track) for track, *_ in kept], dtype=np.int64),
+            stage=stage,
+            layer=np.where(slot == self._num_layers, NO_LAYER, slot),
+            micro_batch=micro_batch,
+            begin_s=np.array([begin_s for _, _, begin_s, _ in kept]),
+            end_s=np.array([end_s for *_, end_s in kept]),
         )

@@ -72,6 +72,7 @@ class ContinuousScheduler:
         return_logits: bool = False,
         record: bool = True,
         record_routing: bool = False,
+        record_events: bool = False,
     ) -> None:
         if lookahead and layout.pp > 1:
             raise ValueError("the first pipeline stage does not learn of the last one's tokens")
@@ -86,6 +87,7 @@ class ContinuousScheduler:
             "return_logits": return_logits,
             "record": record,
             "record_routing": record_routing,
+            "record_events": record_events,
         }
         is_rotating = options.micro_batch_schedule == "rotating"
         self._num_groups = options.num_micro_batches if is_rotating else 1

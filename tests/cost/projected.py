@@ -1,0 +1,74 @@
+"""A made-up cluster and what runs on it, put together for tests of runners and pools."""
+
+from expertlane.balance.deployed import placements_of
+from expertlane.cost.execution import Execution, Terms
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.pricing import Pricing
+from expertlane.cost.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.program import ProgramBuilder
+from expertlane.cost.routing import UniformRouting
+from expertlane.cost.runner import CostRunner
+from expertlane.cost.times import Basis
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Link
+
+MODEL = PRESETS["paper-tiny"]
+TYPES = NumberTypes()
+DRIVER_S = 1e-3
+
+
+def term(value):
+    return Term(value, value / 2, value * 2, Basis.BOUND, "made up")
+
+
+PROFILE = Profile(
+    "made-up",
+    Device("made up", 1e9, 1e9, {"bfloat16": 1e12, "float32": 1e11}, "made up"),
+    4,
+    {Link.INTRA_NODE: LinkSheet(1e9, "made up"), Link.INTER_NODE: LinkSheet(1e8, "made up")},
+    terms={
+        "launch_s": term(1e-6),
+        "graph_launch_s": term(5e-6),
+        "driver_s": term(DRIVER_S),
+    },
+)
+
+
+def make_runner(layout="tp=1", options=None, execution=Execution.GRAPH, **flags):
+    layout, options = Layout.parse(layout), options or Options()
+    builder = ProgramBuilder(
+        MODEL,
+        layout,
+        placements_of(MODEL, layout, options),
+        types=TYPES,
+        dispatch=DispatchTable.fixed(options.dispatch, bool(options.overlap)),
+        ranks_per_node=4,
+    )
+    return CostRunner(
+        MODEL,
+        layout,
+        builder,
+        UniformRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
+        Pricing(PROFILE, TYPES),
+        Terms.of(PROFILE, execution),
+        **flags,
+    )
+
+
+def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, **sizes):
+    """With requests of 5 tokens and 3 more to generate."""
+    limits = Limits(
+        **{"max_model_len": 64, "num_blocks": 64, "block_size": 4} | sizes, vocab_size=97
+    )
+    scheduler = ContinuousScheduler(
+        Layout.parse(layout), options or Options(), limits, **(flags or {})
+    )
+    for number in range(num_requests):
+        scheduler.add(Request(str(number), [1 + number] * 5, max_tokens=3))
+    return scheduler

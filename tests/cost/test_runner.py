@@ -1,0 +1,181 @@
+"""Step plans on the virtual clock: times, records, and the loop around them."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from cost.projected import DRIVER_S, MODEL, make_runner, make_scheduler
+from expertlane.cost.execution import BOUNDS, LIKELY
+from expertlane.cost.runner import MADE_UP_TOKEN
+from expertlane.metrics import latency, summarise
+from expertlane.schedule.drive import drive, step_records
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.machine import MachinePeak
+from expertlane.spec.names import Phase, Stage, Track
+from expertlane.trace import to_json
+
+PEAK = MachinePeak(1e12, 1e9, 1, "GPU", "bfloat16")
+ROTATING = Options(num_micro_batches=2, micro_batch_schedule="rotating")
+DEPLOYMENTS = [
+    ("tp=1", Options()),
+    ("tp=2,pp=2", Options(num_micro_batches=2)),
+    ("tp=2,pp=2", ROTATING),
+    ("dp=4,ep=4", Options(overlap=True)),
+    ("dp=8,ep=8", Options(dispatch="hierarchical")),
+    ("replicas=2,dp=2,ep=2", Options()),
+]
+
+
+def project(layout, options, *, num_requests=8, flags=None, runner_flags=None, **sizes):
+    """Runner and finished steps."""
+    runner = make_runner(layout, options, **(runner_flags or {}))
+    sizes = {"phases_apart": True, "prefix_caching": False} | sizes
+    scheduler = make_scheduler(layout, options, num_requests=num_requests, flags=flags, **sizes)
+    steps = list(drive(scheduler, runner))
+    assert not scheduler.has_unfinished
+    return runner, steps
+
+
+@pytest.mark.parametrize(("layout", "options"), DEPLOYMENTS, ids=str)
+def test_metrics_take_what_it_gives(layout, options):
+    _, steps = project(layout, options)
+    records = list(step_records(steps))
+    of_phase = {phase: [record for record in records if record.phase is phase] for phase in Phase}
+    layout = Layout.parse(layout)
+    metrics = summarise(layout, *of_phase.values(), PEAK, ranks_per_node=4)
+    for phase in (metrics.prefill, metrics.decode):
+        round_s = phase.latency.wall_s / phase.latency.num_rounds
+        assert sum(phase.breakdown_s.values()) == pytest.approx(round_s)
+        assert phase.latency.tps > 0
+    assert metrics.decode.latency.num_tokens == 8 * 2
+    assert metrics.prefill.latency.num_tokens == 8 * 5
+    for record in records:
+        assert len(record.records) == layout.replica_size
+        for rank in record.records:
+            assert rank.wall_s.shape[1:] == (MODEL.num_hidden_layers + 1, len(Stage))
+            assert (rank.blocked_s <= rank.wall_s + 1e-15).all()
+            assert rank.events is None
+
+
+def test_records_are_what_the_clock_says():
+    runner, steps = project("tp=2", Options(), num_requests=3)
+    for _, outcome in steps:
+        begin_s = outcome.submitted_s + DRIVER_S
+        assert outcome.finished_s > begin_s
+        for record in outcome.records:
+            wall_s = record.wall_s.copy()
+            wall_s[..., Stage.IDLE] = 0.0
+            assert wall_s.sum() == pytest.approx(outcome.finished_s - begin_s)
+        assert set(outcome.token_ids.values()) == {MADE_UP_TOKEN}
+    assert runner.now_s[LIKELY] == steps[-1].outcome.finished_s
+    # Drained, the next step is submitted when this one has finished.
+    for before, after in pairwise(steps):
+        assert after.outcome.submitted_s == before.outcome.finished_s
+
+
+def test_rotating_steps_are_in_flight_together():
+    _, steps = project("tp=2,pp=2", ROTATING)
+    outcomes = [outcome for plan, outcome in steps if plan.phase is Phase.DECODE]
+    assert len(outcomes) == 4  # two groups, two tokens each
+    assert outcomes[1].submitted_s < outcomes[0].finished_s
+
+
+@pytest.mark.parametrize(("layout", "options"), DEPLOYMENTS, ids=str)
+def test_bounds(layout, options):
+    runner, steps = project(layout, options)
+    found = [latency(list(step_records(runner.at_bound(steps, b)))) for b in range(len(BOUNDS))]
+    walls = [each.wall_s for each in found]
+    assert walls == sorted(walls)
+    assert walls[0] < walls[2]
+    assert walls[LIKELY] == pytest.approx(latency(list(step_records(steps))).wall_s)
+
+
+def test_memory_bounds_admission():
+    # 8 blocks of 4 hold two sequences of 5 + 3 tokens with a block in reserve for each.
+    _, steps = project("tp=1", Options(), num_requests=6, num_blocks=8)
+    decodes = [plan for plan, _ in steps if plan.phase is Phase.DECODE]
+    prefills = [plan for plan, _ in steps if plan.phase is Phase.PREFILL]
+    assert max(batch.num_seqs for plan in decodes for (batch,) in plan.micro_batches) <= 3
+    assert len(prefills) >= 2
+    assert sum(len(outcome.token_ids) for _, outcome in steps) == 6 * 3
+
+
+def test_records_only_where_asked_for():
+    _, steps = project("tp=2", Options(), flags={"record": False})
+    assert all(outcome.records == () for _, outcome in steps)
+
+
+def test_events_where_asked_for():
+    _, steps = project("tp=2,pp=2", Options(), flags={"record_events": True})
+    for _, outcome in steps:
+        tracks = set()
+        for record in outcome.records:
+            events = record.events
+            assert (events.end_s > events.begin_s).all()
+            assert len(events.flops) == len(events.num_bytes) == len(events.begin_s)
+            is_compute = events.track == list(Track).index(Track.COMPUTE)
+            assert events.flops[is_compute].sum() == record.flops.sum()
+            assert set(events.layer.tolist()) <= {-1, *range(MODEL.num_hidden_layers)}
+            tracks |= set(events.track.tolist())
+        assert tracks == {0, 1}
+
+
+def test_steps_may_share_their_work():
+    apart, all_steps = project("tp=1", Options(), max_num_seqs=8)
+    sharing, steps = project("tp=1", Options(), runner_flags={"context_step": 64})
+    assert apart.num_priced == len(all_steps) == len(steps)
+    assert sharing.num_priced == len(steps) - 1  # both decode steps are one
+    assert steps[-1].outcome.finished_s == pytest.approx(all_steps[-1].outcome.finished_s, rel=0.05)
+
+
+def test_why():
+    runner, _ = project("dp=2,ep=2", Options(), runner_flags={"explain": True})
+    for phase in Phase:
+        table = runner.why(phase)
+        assert sum(table.shares.values()) == pytest.approx(1.0)
+        assert 0 < table.bytes_utilisation < 1
+    with pytest.raises(ValueError, match="not asked for"):
+        project("tp=1", Options())[0].why(Phase.DECODE)
+    assert make_runner(explain=True).why(Phase.DECODE) is None
+
+
+def test_time_passes_until_a_moment():
+    runner = make_runner()
+    runner.wait_until(2.0)
+    runner.wait_until(1.0)
+    assert runner.now_s.tolist() == [2.0] * 3
+    runner.wait_until(np.array([1.0, 3.0, 4.0]))
+    assert runner.now_s.tolist() == [2.0, 3.0, 4.0]
+
+
+def test_more_launches_take_longer():
+    ends = {}
+    for num_kernels_s in (1e-6, 1e-3):
+        runner = make_runner()
+        runner._terms = replace(runner._terms, launch_s=np.full(3, num_kernels_s))
+        for replica in runner._replicas:
+            replica.timeline._terms = runner._terms
+        steps = list(drive(make_scheduler(num_requests=1), runner))
+        ends[num_kernels_s] = steps[-1].outcome.finished_s
+    assert ends[1e-3] > ends[1e-6] + 2.5e-3  # three steps
+
+
+def test_a_projected_trace_has_the_rows_of_a_measured_one():
+    _, steps = project("dp=2,ep=2", Options(overlap=True), flags={"record_events": True})
+    events = json.loads(to_json(list(step_records(steps))))["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert rows == {"compute", "network", "copy"}
+    for rank in range(2):
+        for row in range(2):
+            of_row = [
+                (event["ts"], event["ts"] + event["dur"])
+                for event in events
+                if event["ph"] == "X" and (event["pid"], event["tid"]) == (rank, row)
+            ]
+            assert of_row
+            for (_, end), (begin, _) in pairwise(sorted(of_row)):
+                assert begin >= end - 2e-3  # rounded
