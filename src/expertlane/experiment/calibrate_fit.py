@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.fitting import Rows, fit_surface, knots_of
+from expertlane.cost.fitting import Rows, fit_surface
 from expertlane.cost.links import roofline_s
 from expertlane.cost.operation import Kind
 from expertlane.cost.profile import Device, LinkSheet, Profile, Term
@@ -85,12 +85,21 @@ def _rows(points: Sequence[Point], seconds: Floats, device: Device, floor_s: flo
 
 
 def _surface(rows: Rows, origin: str) -> Surface:
-    axes = {
-        axis: knots_of(np.round(values, 6), _MOST_KNOTS) for axis, values in rows.at.items()
-    }
-    return fit_surface(
+    axes = {axis: _knots(np.round(values, 6)) for axis, values in rows.at.items()}
+    surface, _ = fit_surface(
         rows, axes, basis=Basis.MEASURED, origin=origin, smoothness=_SMOOTHNESS
     )
+    return surface
+
+
+def _knots(values: Floats) -> tuple[float, ...]:
+    """At most `_MOST_KNOTS` of the values that occur, spread evenly over their logarithms."""
+    distinct = np.unique(values)
+    if len(distinct) > _MOST_KNOTS:
+        wanted = np.geomspace(distinct[0], distinct[-1], _MOST_KNOTS)
+        nearest = np.abs(np.log(distinct[:, None] / wanted)).argmin(axis=0)
+        distinct = distinct[np.unique(nearest)]
+    return tuple(distinct.tolist())
 
 
 def transfer_laws(
