@@ -3,8 +3,8 @@
 Rounds in turn: one of `expertlane calibrate`, then every deployment on real ranks, since a machine's
 speed moves; the profile and a deployment's times are medians over the rounds. Ranks have one thread
 and a core of their own. A projection is `CostRunner` driven by the same scheduler over the same
-requests, with experts drawn uniformly: it knows the profile, and nothing of what was measured of
-any deployment. Layouts are of 1 and 2 ranks, with all that makes a difference there: dispatch
+requests, with the experts of a routing trace, recorded on one rank: it knows the profile and the
+trace, and no time of any deployment. What other processes disturbed is measured again, up to three times. Layouts are of 1 and 2 ranks, with all that makes a difference there: dispatch
 forms, overlap, micro-batches. Run it with nothing else on the machine:
 
     python benchmarks/bench_projection.py [--hidden 768] [--layers 4] [--rounds 5] [--profile FILE]
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections import defaultdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -26,19 +27,19 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.balance.deployed import placements_of
+from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.profile import Profile
 from expertlane.cost.profile_file import read_profile
 from expertlane.cost.program import ProgramBuilder
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import TraceRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.engine.host import ForeignLoad
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
-from expertlane.experiment.calibrate import Calibration
+from expertlane.experiment.calibrate import Calibration, quietest
 from expertlane.experiment.timed_phases import (
     BLOCK_SIZE,
     PhaseTimes,
@@ -112,8 +113,9 @@ def limits_of(case: Case, model: ModelConfig) -> Any:
 
 def measure_round(
     pool: RankPool, model: ModelConfig, cases: list[Case], times: dict[Case, list[PhaseTimes]]
-) -> None:
-    """Each case once; those of a layout follow each other, since they share its weights."""
+) -> float:
+    """Each case once; the most that other processes took of the cores meanwhile."""
+    shares = []
     largest: dict[Deployment, Case] = {}
     for case in cases:
         known = largest.get(case.deployment, case)
@@ -122,13 +124,18 @@ def measure_round(
     for deployment, most in largest.items():
         limits = limits_of(most, model)
         runner = ModelRunner(pool, model, deployment, limits, seed=0, ranks_per_node=NUM_RANKS)
-        for case in cases:
-            if case.deployment is deployment:
-                times[case].append(measure(runner, case, model))
+        own = [case for case in cases if case.deployment is deployment]
+        found, share = quietest(partial(measure, runner, own, model))
+        for case, seconds in zip(own, found, strict=True):
+            times[case].append(seconds)
+        shares.append(share)
+    return max(shares)
 
 
-def measure(runner: ModelRunner, case: Case, model: ModelConfig, **flags: bool) -> PhaseTimes:
-    return phase_times(steps_of(runner, case, model, **flags))
+def measure(runner: ModelRunner, cases: list[Case], model: ModelConfig) -> list[PhaseTimes]:
+    """The first of them twice, since that warms up."""
+    steps_of(runner, cases[0], model)
+    return [phase_times(steps_of(runner, case, model)) for case in cases]
 
 
 def steps_of(runner: Any, case: Case, model: ModelConfig, **flags: bool) -> list[Any]:
@@ -138,7 +145,23 @@ def steps_of(runner: Any, case: Case, model: ModelConfig, **flags: bool) -> list
     )
 
 
-def cost_runner(case: Case, model: ModelConfig, profile: Profile) -> CostRunner:
+def trace_of(pool: RankPool, case: Case, model: ModelConfig) -> RoutingTrace:
+    """The experts that the requests' tokens choose, whatever the deployment."""
+    alone = case._replace(deployment=DEPLOYMENTS[0])
+    limits = limits_of(alone, model)
+    runner = ModelRunner(pool, model, alone.deployment, limits, seed=0, ranks_per_node=NUM_RANKS)
+    steps = steps_of(runner, alone, model, record_routing=True)
+    records = [step.outcome.records[0] for step in steps]
+    layers = tuple(range(model.num_hidden_layers))
+    ids = [np.concatenate([record.topk_ids[layer] for record in records]) for layer in layers]
+    num_tokens = [len(record.topk_ids[0]) for record in records]
+    step = np.repeat(np.arange(len(steps)), num_tokens)
+    return RoutingTrace(model.name, model.num_experts, layers, np.stack(ids), step)
+
+
+def cost_runner(
+    case: Case, model: ModelConfig, profile: Profile, trace: RoutingTrace
+) -> CostRunner:
     deployment, types = case.deployment, NumberTypes.all_of(DTYPE)
     options, layout = deployment.options, deployment.layout
     builder = ProgramBuilder(
@@ -150,14 +173,16 @@ def cost_runner(case: Case, model: ModelConfig, profile: Profile) -> CostRunner:
         ranks_per_node=NUM_RANKS,
         block_size=BLOCK_SIZE,
     )
-    routing = UniformRouting(model.num_experts, model.num_experts_per_tok)
+    routing = TraceRouting(trace)
     terms = Terms.of(profile, Execution.SERIAL)
     return CostRunner(model, layout, builder, routing, Pricing(profile, types), terms)
 
 
-def project(case: Case, model: ModelConfig, profile: Profile) -> list[PhaseTimes]:
+def project(
+    case: Case, model: ModelConfig, profile: Profile, trace: RoutingTrace
+) -> list[PhaseTimes]:
     """By bound: low, likely, high."""
-    runner = cost_runner(case, model, profile)
+    runner = cost_runner(case, model, profile, trace)
     steps = steps_of(runner, case, model)
     return [phase_times(runner.at_bound(steps, bound)) for bound in range(len(BOUNDS))]
 
@@ -175,7 +200,7 @@ def kendall_tau(projected: list[float], measured: list[float]) -> tuple[float, i
 
 
 def stages_of(
-    pool: RankPool, model: ModelConfig, case: Case, profile: Profile
+    pool: RankPool, model: ModelConfig, case: Case, profile: Profile, trace: RoutingTrace
 ) -> dict[str, dict[str, list[float]]]:
     """By phase and stage, milliseconds of the first rank's steps: measured, then projected."""
     runner = ModelRunner(
@@ -183,7 +208,7 @@ def stages_of(
     )
     steps_of(runner, case, model)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for source in (runner, cost_runner(case, model, profile)):
+    for source in (runner, cost_runner(case, model, profile, trace)):
         steps = steps_of(source, case, model, record=True)
         for phase in Phase:
             wall_s = [
@@ -197,11 +222,15 @@ def stages_of(
 
 
 def rows_of(
-    cases: list[Case], times: dict[Case, list[PhaseTimes]], model: ModelConfig, profile: Profile
+    cases: list[Case],
+    times: dict[Case, list[PhaseTimes]],
+    model: ModelConfig,
+    profile: Profile,
+    traces: dict[tuple[int, int], RoutingTrace],
 ) -> list[dict[str, Any]]:
     rows = []
     for case in cases:
-        projected = project(case, model, profile)
+        projected = project(case, model, profile, traces[case[1:]])
         row: dict[str, Any] = {
             "deployment": case.deployment.name,
             "num_requests": case.num_requests,
@@ -281,26 +310,26 @@ def main() -> None:
     cases = [Case(each, *load) for each in DEPLOYMENTS for load in LOADS]
     times: dict[Case, list[PhaseTimes]] = defaultdict(list)
     with start_pool(NUM_RANKS, timeout_s=60.0, dtype=DTYPE) as pool:
-        calibration, foreign = Calibration(pool, NUM_RANKS), ForeignLoad()
+        calibration, share = Calibration(pool, NUM_RANKS), 0.0
         with Progress(transient=True) as progress:
             task = progress.add_task("rounds", total=2 * asked.rounds)
             for _ in range(asked.rounds):
                 if asked.profile is None:
                     calibration.measure_round()
                 progress.advance(task)
-                measure_round(pool, model, cases, times)
+                share = max(share, measure_round(pool, model, cases, times))
                 progress.advance(task)
-        share = foreign.share()
         if asked.profile is None:
             profile = calibration.profile("this-machine")
         else:
             profile = read_profile(asked.profile)
+        traces = {load: trace_of(pool, Case(DEPLOYMENTS[0], *load), model) for load in LOADS}
         stages = {}
         if asked.stages:
             for case in cases:
                 name = f"{case.deployment.name}, {case.num_requests} × {case.prompt_len}"
-                stages[name] = stages_of(pool, model, case, profile)
-    rows = rows_of(cases, times, model, profile)
+                stages[name] = stages_of(pool, model, case, profile, traces[case[1:]])
+    rows = rows_of(cases, times, model, profile, traces)
     summary = summary_of(rows)
     console = Console(width=120)
     show(console, rows, summary)
@@ -310,7 +339,7 @@ def main() -> None:
         "cores": calibration.cores,
         "cpus": os.cpu_count(),
         "model": {"hidden": asked.hidden, "layers": asked.layers, "experts": asked.experts},
-        "foreign_cpu_share": share,
+        "foreign_cpu_share": {"calibration": calibration.foreign_cpu_share, "steps": share},
         "bound": BOUNDS[LIKELY],
         "summary": summary,
         "rows": rows,

@@ -18,6 +18,7 @@ BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
 
 DRIVER_S = "driver_s"
+DRIVER_PER_RANK_S = "driver_per_rank_s"
 GRAPH_LAUNCH_S = "graph_launch_s"
 LAUNCH_S = "launch_s"
 OVERHEAD_S = "overhead_s"
@@ -41,12 +42,18 @@ class Terms:
         driver_s: between steps: scheduling a step and sending it to the ranks.
         in_series: where all is in series, of operations by stage and of transfers, in place of
             `launch_s`; from the profile's terms `overhead_s.<stage>` and `overhead_s.transfer`.
+        driver_per_rank_s: for every rank of a replica after the first.
     """
 
     execution: Execution
     launch_s: Floats
     driver_s: Floats
     in_series: Mapping[str, Floats] = field(default_factory=dict)
+    driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+
+    def step_s(self, num_ranks: int) -> Floats:
+        """[3]; the driver's part of a step of a replica of so many ranks."""
+        return self.driver_s + (num_ranks - 1) * self.driver_per_rank_s
 
     def overhead_s(self, step: Step) -> Floats:
         """[3]; of a step in series, beside what its law says: the engine's own work around it."""
@@ -76,6 +83,9 @@ class Terms:
                 for place in (*(stage.label for stage in Stage), OF_TRANSFERS)
                 if f"{OVERHEAD_S}.{place}" in profile.terms
             },
+            driver_per_rank_s=_bounds(profile.terms[DRIVER_PER_RANK_S])
+            if DRIVER_PER_RANK_S in profile.terms
+            else np.zeros(len(BOUNDS)),
         )
 
     @classmethod

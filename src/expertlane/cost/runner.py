@@ -51,7 +51,7 @@ class CostRunner:
     The clock has three hands, B: low, likely and high. What is scheduled when follows from the
     likely one, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
 
-    A step takes the driver `Terms.driver_s` before the ranks have its plan; several replicas share
+    A step takes the driver `Terms.step_s` before the ranks have its plan; several replicas share
     the driver.
 
     **Sharing.** By default every step is counted and priced for itself. With `context_step` above
@@ -89,6 +89,7 @@ class CostRunner:
         self._routing = routing
         self._pricing = pricing
         self._terms = terms
+        self._num_ranks = layout.replica_size
         self._context_step = context_step
         self._explain = explain
         self._num_tokens = 0
@@ -104,7 +105,7 @@ class CostRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begin a step."""
         submitted_s = self.now_s
-        self.now_s = submitted_s + self._terms.driver_s
+        self.now_s = submitted_s + self._terms.step_s(self._num_ranks)
         program, work = self._work(plan)
         replica = self._replicas[plan.replica]
         may_jump = not plan.record_events
