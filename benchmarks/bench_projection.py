@@ -4,7 +4,7 @@ Rounds in turn: one of `expertlane calibrate`, then every deployment on real ran
 speed moves; the profile and a deployment's times are medians over the rounds. Ranks have one thread
 and a core of their own. A projection is `CostRunner` driven by the same scheduler over the same
 requests, with the experts of a routing trace, recorded on one rank: it knows the profile and the
-trace, and no time of any deployment. What other processes disturbed is measured again, up to three times. Layouts are of 1 and 2 ranks, with all that makes a difference there: dispatch
+trace, and no time of any deployment. What other processes disturbed is measured once more. Layouts are of 1 and 2 ranks, with all that makes a difference there: dispatch
 forms, overlap, micro-batches. Run it with nothing else on the machine:
 
     python benchmarks/bench_projection.py [--hidden 768] [--layers 4] [--rounds 5] [--profile FILE]
@@ -63,9 +63,7 @@ DEPLOYMENTS = (
     Deployment("dp=2,ep=2", EP),
     Deployment("dp=2,ep=2 all-gather", EP, Options(dispatch="all_gather")),
     Deployment("dp=2,ep=2 overlap", EP, Options(overlap=True)),
-    Deployment(
-        "dp=2,ep=2 all-gather overlap", EP, Options(dispatch="all_gather", overlap=True)
-    ),
+    Deployment("dp=2,ep=2 all-gather overlap", EP, Options(dispatch="all_gather", overlap=True)),
     Deployment("pp=2", Layout(pp=2)),
     Deployment("pp=2, 2 micro-batches", Layout(pp=2), Options(num_micro_batches=2)),
 )
@@ -140,9 +138,7 @@ def measure(runner: ModelRunner, cases: list[Case], model: ModelConfig) -> list[
 
 def steps_of(runner: Any, case: Case, model: ModelConfig, **flags: bool) -> list[Any]:
     prompts = prompts_of(case, model)
-    return run_batch(
-        runner, case.deployment, limits_of(case, model), prompts, OUTPUT_LEN, **flags
-    )
+    return run_batch(runner, case.deployment, limits_of(case, model), prompts, OUTPUT_LEN, **flags)
 
 
 def trace_of(pool: RankPool, case: Case, model: ModelConfig) -> RoutingTrace:

@@ -173,6 +173,18 @@ def test_on_a_cpu_every_operation_costs_its_overhead():
     assert ends(run(work, 1, by_place)) == [0.25 + 1 + 3 + 2 + 0.25 + 1] * 3
 
 
+def test_what_a_transfer_adds_on_a_cpu_takes_nothing_from_what_computes_meanwhile():
+    by_place = replace(terms(Execution.SERIAL, 0.0), in_series={OF_TRANSFERS: np.full(3, 3.0)})
+    parts = [part(send(1.0, contention=1.0)), part(compute(10.0))]
+    # In flight from 0 to 4; a quarter of the time, the transfer's own, is lost.
+    assert ends(run([[StageWork(parts)]], 1, by_place))[LIKELY] == 11.0
+
+
+def test_a_driver_takes_longer_with_every_rank():
+    given = replace(Terms.free(), driver_s=np.full(3, 1.0), driver_per_rank_s=np.full(3, 0.5))
+    assert given.step_s(4).tolist() == [2.5] * 3
+
+
 STAGE_S = [[2.0, 3.0], [1.0, 4.0]]  # [stage][micro-batch]
 HAND_OVER_S = 0.5
 

@@ -23,7 +23,9 @@ app.command(short_help="Run deployments side by side; say which is faster, and w
 app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
 app.command(short_help="Put load on a model; show throughput and latency.")(bench)
 app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
-app.command(short_help="Measure this machine, so that deployments on it can be projected.")(calibrate)
+app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
+    calibrate
+)
 
 
 def _print_version(wanted: bool) -> None:

@@ -35,7 +35,7 @@ ResultT = TypeVar("ResultT")
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
 _OPERATIONS = "expertlane.experiment.calibrate_operations"
 _TRANSFERS = "expertlane.experiment.calibrate_transfers"
-_QUIET, _MOST_TRIES = 0.04, 3  # share of the cores that other processes may take
+_QUIET, _MOST_TRIES = 0.05, 2  # share of the cores that other processes may take
 _PARTS = 3  # of a round, as progress counts them; without transfers 2
 
 
@@ -120,9 +120,7 @@ class Calibration:
             (launches,) = self._pool.call(f"{_OPERATIONS}:measure_launches", ranks=[0])
             found.launches.append(launches)
         found.steps.append(
-            self._quietly(
-                lambda: measure_steps(self._pool, self._num_ranks, self.grid.step_seqs)
-            )
+            self._quietly(lambda: measure_steps(self._pool, self._num_ranks, self.grid.step_seqs))
         )
         progress.advance()
 
@@ -142,9 +140,7 @@ class Calibration:
     def _transfers(self) -> Floats:
         """[num_points]; the mean over the ranks that take part."""
         points = self._transfer_points
-        seconds = self._pool.call(
-            f"{_TRANSFERS}:measure_transfers", points, self.grid.point_s
-        )
+        seconds = self._pool.call(f"{_TRANSFERS}:measure_transfers", points, self.grid.point_s)
         return np.array(
             [
                 np.mean([of_rank[place] for of_rank in seconds[: point.num_ranks]])

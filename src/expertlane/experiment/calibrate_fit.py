@@ -63,8 +63,12 @@ def operation_laws(
         terms[f"{kind}_floor_s"] = term_of(seconds[:, least], origin)
         for dtype in sorted({points[place].dtype for place in places}):
             chosen = [place for place in places if points[place].dtype == dtype]
-            rows = _rows([points[p] for p in chosen], np.median(seconds[:, chosen], axis=0), device,
-                         terms[f"{kind}_floor_s"].value)
+            rows = _rows(
+                [points[p] for p in chosen],
+                np.median(seconds[:, chosen], axis=0),
+                device,
+                terms[f"{kind}_floor_s"].value,
+            )
             name = str(kind) if kind is Kind.MEMORY else f"{kind}.{dtype}"
             surfaces[name] = _surface(rows, origin)
     return surfaces, terms
@@ -122,7 +126,12 @@ def transfer_laws(
         floor = term_of(seconds[:, places[int(np.argmin(took))]], origin)
         terms[f"floor_s.{name}"] = floor
         with_floor = Profile(
-            sheet.name, sheet.device, sheet.ranks_per_node, sheet.links, {}, {f"floor_s.{name}": floor}
+            sheet.name,
+            sheet.device,
+            sheet.ranks_per_node,
+            sheet.links,
+            {},
+            {f"floor_s.{name}": floor},
         )
         base = roofline_s(with_floor, name, Link.INTRA_NODE, carried, ranks, np.ones_like(ranks))
         rows = Rows(
@@ -148,9 +157,7 @@ def link_sheets(
     Args:
         seconds: [num_points].
     """
-    rates = [
-        _carried(point) / took for point, took in zip(points, seconds.tolist(), strict=True)
-    ]
+    rates = [_carried(point) / took for point, took in zip(points, seconds.tolist(), strict=True)]
     return {link: LinkSheet(max(rates), origin) for link in Link} if rates else {}
 
 
@@ -165,8 +172,8 @@ def read_bytes_per_s(points: Sequence[Point], seconds: Floats) -> float:
     rates = [
         point.by_name["n"] * point.by_name["k"] * ITEM_BYTES[point.dtype] / took
         for point, took in zip(points, seconds.tolist(), strict=True)
-        if point.kind is Kind.GEMM and point.by_name["m"] == min(
-            each.by_name["m"] for each in points if each.kind is Kind.GEMM
-        )
+        if point.kind is Kind.GEMM
+        and point.by_name["m"]
+        == min(each.by_name["m"] for each in points if each.kind is Kind.GEMM)
     ]
     return max(rates)

@@ -17,7 +17,6 @@ from expertlane.cost.operation import Kind
 from expertlane.engine.platform import DTYPES
 from expertlane.engine.worker import RankContext
 from expertlane.experiment.calibrate_points import Point
-from expertlane.kernels.cpu import kernels_for
 from expertlane.model.attention import PagedHeads
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
@@ -245,15 +244,11 @@ def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
     length, num_new = at["positions"] // seqs, tokens // seqs
     paged = _paged_heads(bench, heads, key_dim, value_dim, length)
     cache, num_blocks, num_sets = _cache(bench, point, length, key_dim, value_dim)
-    batches = [
-        _batch(seqs, num_new, length, each * num_blocks, device) for each in range(num_sets)
-    ]
+    batches = [_batch(seqs, num_new, length, each * num_blocks, device) for each in range(num_sets)]
     turns = cycle(batches)
     query = torch.full((tokens, heads, key_dim), 0.1, dtype=dtype, device=device)
     key = torch.full((tokens, kv_heads, key_dim), 0.1, dtype=dtype, device=device)
-    value = torch.full(
-        (tokens, kv_heads, cache.values.shape[-1]), 0.1, dtype=dtype, device=device
-    )
+    value = torch.full((tokens, kv_heads, cache.values.shape[-1]), 0.1, dtype=dtype, device=device)
     return lambda: paged.attend_paged(next(turns), cache, query, key, value)
 
 

@@ -159,6 +159,7 @@ def _work(group: Group, point: TransferPoint, device: torch.device) -> Callable[
         return lambda: group.all_to_all(every, of_all, of_all).wait()
     if point.kind is TransferKind.REDUCE_SCATTER:
         return lambda: group.reduce_scatter(every, of_all).wait()
+
     def there_and_back() -> None:  # two sends, each begun when the last one has come
         for sender in (0, 1):
             if group.rank == sender:
