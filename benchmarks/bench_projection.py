@@ -1,11 +1,12 @@
 """Steps as the cluster model projects them beside steps as measured, on this machine.
 
-Rounds in turn: one of `expertlane calibrate`, then every deployment on real ranks, since a machine's
+Rounds in turn: one of `expertlane calibrate`, then all deployments on real ranks, since a machine's
 speed moves; the profile and a deployment's times are medians over the rounds. Ranks have one thread
 and a core of their own. A projection is `CostRunner` driven by the same scheduler over the same
 requests, with the experts of a routing trace, recorded on one rank: it knows the profile and the
-trace, and no time of any deployment. What other processes disturbed is measured once more. Layouts are of 1 and 2 ranks, with all that makes a difference there: dispatch
-forms, overlap, micro-batches. Run it with nothing else on the machine:
+trace, and no time of any deployment. What other processes disturbed is measured once more. Layouts
+are of 1 and 2 ranks, with all that makes a difference there: dispatch forms, overlap,
+micro-batches. Run it with nothing else on the machine:
 
     python benchmarks/bench_projection.py [--hidden 768] [--layers 4] [--rounds 5] [--profile FILE]
 """
@@ -80,6 +81,7 @@ class Case(NamedTuple):
 
     @property
     def num_positions(self) -> int:
+        """Of a sequence at its end."""
         return self.prompt_len + OUTPUT_LEN
 
 

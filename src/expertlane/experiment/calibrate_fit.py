@@ -176,4 +176,4 @@ def read_bytes_per_s(points: Sequence[Point], seconds: Floats) -> float:
         and point.by_name["m"]
         == min(each.by_name["m"] for each in points if each.kind is Kind.GEMM)
     ]
-    return max(rates)
+    return float(max(rates))

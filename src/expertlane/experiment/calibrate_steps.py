@@ -188,7 +188,7 @@ def _solve(samples: Sequence[StepSample], priced: "Sequence[_Priced]") -> dict[s
     }
     found[OVERHEAD_S] = float((of_stage * num_steps).sum() / num_steps.sum())
     found[DRIVER_S] = max(0.0, median(driver_s))
-    rest_s = {}
+    rest_s: dict[tuple[str, int], list[tuple[int, float, int]]] = {}
     for sample, known in zip(samples, priced, strict=True):
         layout = sample.deployment.layout
         if layout.world_size > 1:

@@ -1,4 +1,4 @@
-"""Run on ranks by `expertlane calibrate`: seconds of transfers, as the engine's `Group` does them."""
+"""Run on ranks by `expertlane calibrate`: seconds of transfers, as the engine makes them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -126,7 +126,12 @@ def _contention(context: RankContext, group: Group, num_bytes: int, point_s: flo
 
     num = _agreed_number(group, transfer, point_s, device)
     alone_s = timed(transfer, num)
-    once = torch.tensor([[timed(lambda: (linear(x), finish()), num), alone_s]], device=device)
+
+    def product() -> None:
+        linear(x)
+        finish()
+
+    once = torch.tensor([[timed(product, num), alone_s]], device=device)
     once_s, alone_s = group.all_gather(once, [1] * size).wait().amax(dim=0).tolist()
     times = max(1, round(2 * alone_s / once_s))
 
@@ -143,7 +148,7 @@ def _contention(context: RankContext, group: Group, num_bytes: int, point_s: flo
 
     lost_s = timed(both, num) - timed(compute, num)
     context.progress.touch()
-    return min(1.0, max(0.0, lost_s / alone_s))
+    return float(min(1.0, max(0.0, lost_s / alone_s)))
 
 
 def _work(group: Group, point: TransferPoint, device: torch.device) -> Callable[[], object]:
