@@ -120,7 +120,11 @@ class Calibration:
             (launches,) = self._pool.call(f"{_OPERATIONS}:measure_launches", ranks=[0])
             found.launches.append(launches)
         found.steps.append(
-            self._quietly(lambda: measure_steps(self._pool, self._num_ranks, self.grid.step_seqs))
+            self._quietly(
+                lambda: measure_steps(
+                    self._pool, self._num_ranks, self.grid.step_seqs, self.grid.step_layers
+                )
+            )
         )
         progress.advance()
 

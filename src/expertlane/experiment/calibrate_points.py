@@ -66,6 +66,7 @@ class Grid:
         num_rounds: repetitions, in turn with all else.
         point_s: for the repetitions of one of them in a round.
         step_seqs: sequences of a rank in the small model's steps, which give the overheads.
+        step_layers: few and many; of the small model.
     """
 
     gemm_m: tuple[int, ...]
@@ -88,6 +89,7 @@ class Grid:
     num_rounds: int
     point_s: float
     step_seqs: tuple[int, ...]
+    step_layers: tuple[int, int]
 
     def points(self, dtype: str) -> list[Point]:
         """All operations whose FLOPs are few enough."""
@@ -175,6 +177,7 @@ CPU_GRID = Grid(
     num_rounds=5,
     point_s=0.004,
     step_seqs=(2, 8, 32),
+    step_layers=(2, 5),
 )
 GPU_GRID = replace(
     CPU_GRID,

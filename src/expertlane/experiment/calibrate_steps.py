@@ -46,10 +46,9 @@ Floats = npt.NDArray[np.float64]
 
 _PROMPT_LEN, _OUTPUT_LEN = 48, 16
 _SPREAD = 10, 90  # percentiles of the rounds that are a term's bounds
-_FEW_LAYERS, _MANY_LAYERS = 2, 5
 _MODEL = ModelConfig(
     name="calibrate",
-    num_hidden_layers=_FEW_LAYERS,
+    num_hidden_layers=1,
     hidden_size=512,
     num_attention_heads=8,
     head_dim=64,
@@ -91,12 +90,14 @@ def deployments_for(num_ranks: int) -> list[Deployment]:
     return found
 
 
-def measure_steps(pool: RankPool, num_ranks: int, step_seqs: Sequence[int]) -> list[StepSample]:
+def measure_steps(
+    pool: RankPool, num_ranks: int, step_seqs: Sequence[int], step_layers: tuple[int, int]
+) -> list[StepSample]:
     """One round: the steps of every deployment, with each number of sequences a rank."""
     samples = []
     for deployment in deployments_for(num_ranks):
         limits = _limits(deployment, max(step_seqs))
-        for model, num_seqs in product(_models(deployment), step_seqs):
+        for model, num_seqs in product(_models(deployment, step_layers), step_seqs):
             runner = ModelRunner(pool, model, deployment, limits, seed=0, ranks_per_node=num_ranks)
             _run(runner, deployment, num_seqs)  # warms up
             step_s = phase_times(_run(runner, deployment, num_seqs)).decode_s
@@ -114,11 +115,11 @@ def measure_steps(pool: RankPool, num_ranks: int, step_seqs: Sequence[int]) -> l
     return samples
 
 
-def _models(deployment: Deployment) -> list[ModelConfig]:
+def _models(deployment: Deployment, step_layers: tuple[int, int]) -> list[ModelConfig]:
     """Several ranks take two, to tell what a transfer adds from what a step adds."""
     if deployment.layout.world_size == 1:
-        return [replace(_MODEL, num_hidden_layers=_MANY_LAYERS)]
-    return [replace(_MODEL, num_hidden_layers=num) for num in (_FEW_LAYERS, _MANY_LAYERS)]
+        return [replace(_MODEL, num_hidden_layers=step_layers[1])]
+    return [replace(_MODEL, num_hidden_layers=num) for num in step_layers]
 
 
 def _limits(deployment: Deployment, num_seqs: int) -> Limits:
