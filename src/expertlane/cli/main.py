@@ -9,6 +9,7 @@ import typer
 from expertlane import __version__
 from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
+from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
 from expertlane.cli.plan import plan
@@ -26,6 +27,9 @@ app.command(short_help="Continue prompts with a model, or talk to it.")(generate
 app.command(short_help="Put load on a model; show throughput and latency.")(bench)
 app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
 app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
+app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
+    calibrate
+)
 
 
 def _print_version(wanted: bool) -> None:

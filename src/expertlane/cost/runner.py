@@ -67,7 +67,7 @@ class CostRunner:
     The clock has three hands, B: low, likely and high. What is scheduled when follows from one of
     them, `lead`, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
 
-    A step takes the driver `Terms.driver_s` before the ranks have its plan; several replicas share
+    A step takes the driver `Terms.step_s` before the ranks have its plan; several replicas share
     the driver.
 
     **Sharing.** By default every step is counted and priced for itself. With `context_step` above
@@ -112,6 +112,7 @@ class CostRunner:
         self._routing = routing
         self._pricing = pricing
         self._terms = terms
+        self._num_ranks = layout.replica_size
         self._context_step = context_step
         self._explain = explain
         self._observe = observe
@@ -129,7 +130,7 @@ class CostRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begin a step."""
         submitted_s = self.now_s
-        self.now_s = submitted_s + self._terms.driver_s
+        self.now_s = submitted_s + self._terms.step_s(self._num_ranks)
         if self._stretch is not None:
             plan = self._stretch.of(plan)
         program, work = self._work(plan)

@@ -140,7 +140,8 @@ class Projector:
 
     def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Why]:
         """[3]; seconds of a round in the steady state, and where they go."""
-        layout, driver_s = self._layout, self._terms.driver_s
+        layout = self._layout
+        driver_s = self._terms.step_s(layout.replica_size)
         timeline = Timeline(self._terms, layout.pp, layout.stage_size)
         ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
         rounds = []
