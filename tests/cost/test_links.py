@@ -290,7 +290,7 @@ def test_h100_rises_at_every_size(h100: Profile) -> None:
             for ranks in (2, 3, 8, 16):
                 number = np.full_like(sizes, ranks)
                 seconds = law_times(h100, name, surface, link, sizes, number, number).seconds
-                assert (seconds[1:] >= seconds[:-1] * 0.999).all()
+                assert (seconds[1:] >= seconds[:-1] * 0.998).all()  # files hold thousandths
 
 
 def test_h100_over_nodes_is_near_deepep(h100: Profile) -> None:
