@@ -321,7 +321,7 @@ def law_times(
     roofline = roofline_s(profile, name, link, link_bytes, at["ranks"], at["nodes"])
     times = surface.times(roofline, at)
     if ".forwarded." in name and "nodes" in surface.axes:
-        # Twice the nodes that were fitted took 1.5 to 1.6 times as long as said: docs/validation.md.
+        # Twice the nodes fitted took 1.5 to 1.6 times as long as said (docs/validation.md).
         beyond = np.maximum(np.log2(at["nodes"] / surface.axes["nodes"][-1]), 0)
         times = replace(times, high=times.high * _WIDER_FOR_TWICE_THE_NODES**beyond)
     return times
