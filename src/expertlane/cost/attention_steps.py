@@ -1,5 +1,7 @@
 """Attention of one layer as steps: norm, projections, the core over the cache, the output."""
 
+from dataclasses import replace
+
 from expertlane.cost.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.launches import Launches
 from expertlane.cost.operation import Ints, Kind
@@ -69,17 +71,43 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     moved = 2 * heads * (model.head_dim + rank + rope) * item + 4 * (rank + rope) * item
     num_kernels = 2 * out.launches.rotate + out.norm_kernels + out.launches.write
     out.memory(Stage.ATTENTION, tokens * (moved + (rank + rope) * types.kv_bytes), num_kernels)
-    out.gemm(Stage.ATTENTION, tokens, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
+    sizes, absorbed = part.attention(None), tokens
+    if out.launches.expands_latent and sizes.num_prefill_groups:
+        _expanded(out, model, latent, heads, sizes)
+        sizes, absorbed = replace(sizes, num_prefill_groups=0), sizes.decode_seqs
+    if not out.launches.expands_latent or sizes.num_decode_groups:
+        out.gemm(Stage.ATTENTION, absorbed, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
+        _core(
+            out,
+            sizes,
+            (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
+            {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
+            flops_per_pair=2 * heads * (2 * rank + rope),
+            position_bytes=(rank + rope) * types.kv_bytes,
+        )
+        out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
+    out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
+
+
+def _expanded(
+    out: StepWriter,
+    model: ModelConfig,
+    latent: LatentAttention,
+    heads: int,
+    sizes: AttentionSizes,
+) -> None:
+    """Prompts with keys and values of each head, made from the latent of every position."""
+    width = heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    positions = sizes.prefill_positions
+    out.gemm(Stage.ATTENTION, positions, width, latent.kv_lora_rank, dtype=out.types.kept)
     _core(
         out,
-        part.attention(None),
+        replace(sizes, num_decode_groups=0),
         (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
-        {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
-        flops_per_pair=2 * heads * (2 * rank + rope),
-        position_bytes=(rank + rope) * types.kv_bytes,
+        {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
+        flops_per_pair=2 * heads * (model.head_dim + latent.v_head_dim),
+        position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
     )
-    out.gemm(Stage.ATTENTION, tokens, heads * latent.v_head_dim, rank, dtype=types.kept)
-    out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
 
 
 def _core(

@@ -15,6 +15,7 @@ Ints = npt.NDArray[np.int64]
 _HUBER = 1.5  # of the residuals' robust deviation, from where on a row weighs less
 _NUM_ROUNDS = 5
 _FLATNESS = 0.1  # of the smoothness; without it empty cells would follow a slope for ever
+_APART = 1.01  # knots are at least so far from the ends: files hold four digits
 _NUM_FOLDS = 5
 _HELD_OUT = 10, 90  # percentiles between which bounds lie
 _UNKNOWN = 0.5, 2.0  # bounds where there is but one shape, so that none can be left out
@@ -155,7 +156,7 @@ def knots_of(values: Floats, most: int) -> tuple[float, ...]:
 def _stretched(knots: Sequence[float], values: Floats) -> tuple[float, ...]:
     """Knots that end where the values do, so that a law knows where it has to guess."""
     least, most = float(values.min()), float(values.max())
-    inner = [float(knot) for knot in knots if least < knot < most]
+    inner = [float(knot) for knot in knots if _APART * least < knot < most / _APART]
     return (least, *inner, most) if most > least else (least,)
 
 

@@ -25,6 +25,8 @@ class Launches:
         gathered, reduced: of a collective, what puts rows together and adds them up.
         counts_first: flat dispatch tells numbers of rows before it sends any; kernels with buffers
             of a static size need not, and can be captured in a graph.
+        expands_latent: prompts attend to keys and values of each head, made from the latent; else
+            all tokens attend in the latent.
     """
 
     norm: int = 1
@@ -60,6 +62,7 @@ class Launches:
     gathered: int = 2
     reduced: int = 2
     counts_first: bool = True
+    expands_latent: bool = False
 
 
 EAGER = Launches()
@@ -117,4 +120,5 @@ FUSED = Launches(
     gathered=1,
     reduced=1,
     counts_first=False,
+    expands_latent=True,
 )
