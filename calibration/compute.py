@@ -48,6 +48,7 @@ class Law:
         axes: by name, knots.
         what: which kernels the rows timed.
         smoothness: as `fit_correction` has it.
+        library: of a law beside the usual one of its kind and type.
     """
 
     kind: Kind
@@ -56,11 +57,14 @@ class Law:
     axes: Mapping[str, Sequence[float]]
     what: str
     smoothness: float = 0.3
+    library: str = ""
 
     @property
     def name(self) -> str:
         """Of its surface."""
-        return str(self.kind) if self.kind is Kind.MEMORY else f"{self.kind}.{self.dtype}"
+        if self.kind is Kind.MEMORY:
+            return str(self.kind)
+        return f"{self.kind}.{self.dtype}{f'.{self.library}' if self.library else ''}"
 
 
 def fitter(law: Law) -> Fitter:

@@ -42,13 +42,17 @@ def _expert_sizes(c: Columns) -> Sizes:
     }
 
 
-def _experts(path: str, where: dict[str, object]) -> Source:
+def _experts(
+    path: str,
+    where: dict[str, object],
+    shape: tuple[str, ...] = ("hidden_size", "inter_size", "topk", "num_experts"),
+) -> Source:
     return Source(
         Table(
             path, where, lambda c: _pairs(c) * c["hidden_size"] * c["inter_size"] / c["moe_tp_size"]
         ),
         _expert_sizes,
-        shape=("hidden_size", "inter_size", "topk", "num_experts"),
+        shape=shape,
         along=("num_tokens", "-moe_tp_size"),
     )
 
@@ -182,6 +186,7 @@ _LATENT_DECODE_AXES = {
 }
 
 _TRTLLM_EXPERTS = "moe/trtllm/1.3.0rc20/moe_perf.parquet"
+_DEEPGEMM_EXPERTS = "moe/sglang/0.5.10/wideep_context_moe_perf.parquet"
 _UP_TO_64 = {
     "kernel_source": "moe_torch_flow_cutlass",
     # Beyond, time goes to tokens of other ranks, which a dispatch does not bring.
@@ -218,6 +223,15 @@ LAWS = (
         _EXPERT_AXES,
         "CUTLASS grouped GEMM with routing around, scales by block, balanced",
         smoothness=1.0,
+    ),
+    Law(
+        Kind.EXPERTS,
+        "float8",
+        (_experts(_DEEPGEMM_EXPERTS, {}, shape=("moe_ep_size",)),),
+        {**_EXPERT_AXES, "hidden": (7168,), "inner": (2048,)},
+        "DeepGEMM's contiguous grouped GEMM with sorting around, scales by block, uniform",
+        smoothness=0.3,
+        library="deepgemm",
     ),
     Law(
         Kind.MEMORY,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 VERSION = "0.12.0"
 SOURCE = f"aiconfigurator-core {VERSION}"
 _FOLDER = Path("systems/data/h100_sxm")
+_BALANCED = ("balanced", "uniform")  # as tables call it
 _LARGEST = 0.9  # the quantile of size from where on rows are for judging
 
 Array = npt.NDArray[np.float64]
@@ -85,7 +86,7 @@ def _read_file(table: Table, part: Part) -> Columns:
         for column, value in table.where.items()
     ]
     if "distribution" in schema.names:
-        filters.append(("distribution", "!=" if part is Part.SKEWED else "=", "balanced"))
+        filters.append(("distribution", "not in" if part is Part.SKEWED else "in", _BALANCED))
     numbers = [
         field.name
         for field in schema

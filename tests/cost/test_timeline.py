@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.made_up import compute, log, one_stage, part, run, seconds, send, terms
-from expertlane.cost.execution import LIKELY, Execution, Terms
+from expertlane.cost.execution import LIKELY, OF_TRANSFERS, Execution, Terms
 from expertlane.cost.operation import OUTSIDE
 from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.step_log import stage_seconds
@@ -164,9 +164,25 @@ def test_a_graph_is_one_launch():
     assert ends(run(work, 1, terms(Execution.GRAPH, 3.0))) == [15.0] * 3
 
 
-def test_on_a_cpu_every_call_costs_its_overhead():
+def test_on_a_cpu_every_operation_costs_its_overhead():
     work = one_stage(part(compute(1.0), send(2.0, num_kernels=2), compute(1.0)))
-    assert ends(run(work, 1, terms(Execution.SERIAL, 0.5))) == [0.5 + 1 + 1 + 2 + 0.5 + 1] * 3
+    flat = terms(Execution.SERIAL, 0.5)
+    assert ends(run(work, 1, flat)) == [0.5 + 1 + 0.5 + 2 + 0.5 + 1] * 3
+    of_places = {Stage.EXPERTS.label: np.full(3, 0.25), OF_TRANSFERS: np.full(3, 3.0)}
+    by_place = replace(flat, in_series=of_places)
+    assert ends(run(work, 1, by_place)) == [0.25 + 1 + 3 + 2 + 0.25 + 1] * 3
+
+
+def test_what_a_transfer_adds_on_a_cpu_takes_nothing_from_what_computes_meanwhile():
+    by_place = replace(terms(Execution.SERIAL, 0.0), in_series={OF_TRANSFERS: np.full(3, 3.0)})
+    parts = [part(send(1.0, contention=1.0)), part(compute(10.0))]
+    # In flight from 0 to 4; a quarter of the time, the transfer's own, is lost.
+    assert ends(run([[StageWork(parts)]], 1, by_place))[LIKELY] == 11.0
+
+
+def test_a_driver_takes_longer_with_every_rank():
+    given = replace(Terms.free(), driver_s=np.full(3, 1.0), driver_per_rank_s=np.full(3, 0.5))
+    assert given.step_s(4).tolist() == [2.5] * 3
 
 
 STAGE_S = [[2.0, 3.0], [1.0, 4.0]]  # [stage][micro-batch]

@@ -13,7 +13,6 @@ from expertlane.experiment.serving_benchmark import (
     Load,
     Served,
     TimedRequest,
-    check_lengths,
     draw_requests,
     measure,
     run_loads,
@@ -23,6 +22,7 @@ from expertlane.experiment.serving_results import Spread
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.layout import Layout
+from expertlane.spec.load import check_lengths
 
 FOUR = LengthRange(4, 4)
 

@@ -1,11 +1,9 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
-import math
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -38,46 +36,23 @@ from expertlane.cli.engine_options import (
     deployment_options,
     find_model,
 )
+from expertlane.cli.load_options import (
+    Batch,
+    NumRequests,
+    OutputLen,
+    PromptLen,
+    Rate,
+    Seed,
+    check_seed,
+    parse_loads,
+)
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
     from expertlane.experiment.serving_results import ServingResults
     from expertlane.spec.layout import Layout
-    from expertlane.spec.load import LengthRange, Load
+    from expertlane.spec.load import Load
 
-_DEFAULT_BATCH = "1,8,32"
-_DEFAULT_NUM_REQUESTS = 100
-_MAX_DIGITS = 7
-
-_Number = TypeVar("_Number", int, float)
-
-_Batch = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N[,N…]",
-        help="Closed loop: keep N requests unfinished; with several, one point each. "
-        f"Default: {_DEFAULT_BATCH}.",
-    ),
-]
-_Rate = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R[,R…]",
-        help="Open loop in place of --batch: R requests a second arrive at random times.",
-    ),
-]
-_NumRequests = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help=f"Of a point. Default: the batch; with --rate {_DEFAULT_NUM_REQUESTS}."
-    ),
-]
-_PromptLen = Annotated[
-    str, typer.Option(metavar="N[:N]", help="Tokens of a prompt; of a range, drawn uniformly.")
-]
-_OutputLen = Annotated[
-    str, typer.Option(metavar="N[:N]", help="Tokens of an output; of a range, drawn uniformly.")
-]
 _Layouts = Annotated[
     list[str] | None,
     typer.Option(
@@ -87,20 +62,19 @@ _Layouts = Annotated[
         "requests, one after the other. Default: tp=1.",
     ),
 ]
-_Seed = Annotated[int, typer.Option(metavar="N", help="Of prompts, lengths and arrivals.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")]
 _Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write bench.json to.")]
 
 
 def bench(
     model: ModelArgument,
-    batch: _Batch = None,
-    rate: _Rate = None,
-    num_requests: _NumRequests = None,
-    prompt_len: _PromptLen = "32",
-    output_len: _OutputLen = "32",
+    batch: Batch = None,
+    rate: Rate = None,
+    num_requests: NumRequests = None,
+    prompt_len: PromptLen = "32",
+    output_len: OutputLen = "32",
     layout: _Layouts = None,
-    seed: _Seed = 0,
+    seed: Seed = 0,
     as_json: _Json = False,
     out: _Out = None,
     dtype: DtypeOption = None,
@@ -166,87 +140,13 @@ def bench(
         timeout_s=timeout_s,
         oversubscribe=oversubscribe,
     )
-    loads = _loads(
-        batch, rate, num_requests, _length("prompt", prompt_len), _length("output", output_len)
-    )
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; it must be 0 or more")
+    loads = parse_loads(batch, rate, num_requests, prompt_len, output_len)
+    check_seed(seed)
     found = find_model(model)
     layouts = [found.lay_out(each) for each in layout or ["tp=1"]]
     _check(found, options, loads, layouts, out)
     results = _run(found, options, loads, layouts, seed)
     _publish(results, out, as_json)
-
-
-def _loads(
-    batch: str | None,
-    rate: str | None,
-    num_requests: int | None,
-    prompt_len: "LengthRange",
-    output_len: "LengthRange",
-) -> "list[Load]":
-    """What to measure, a point each.
-
-    Raises:
-        UserError: it is not clear what.
-    """
-    from expertlane.spec.load import Load
-
-    if batch is not None and rate is not None:
-        raise UserError("--batch and --rate exclude each other; run one, then the other")
-    if num_requests is not None and num_requests < 1:
-        raise UserError(f"--num-requests is {num_requests}; it must be 1 or more")
-    if rate is not None:
-        size = num_requests or _DEFAULT_NUM_REQUESTS
-        rates = _parse_list("--rate", rate, _rate, "numbers above 0 with commas between: 2,5")
-        return [Load(size, prompt_len, output_len, rate=each) for each in rates]
-    batches = _parse_list(
-        "--batch", batch or _DEFAULT_BATCH, _whole, "whole numbers with commas between: 1,8,32"
-    )
-    if num_requests is not None and num_requests < max(batches):
-        raise UserError(
-            f"--num-requests is {num_requests} but --batch has {max(batches)}; it must be as many "
-            "or more"
-        )
-    return [Load(num_requests or each, prompt_len, output_len, batch=each) for each in batches]
-
-
-def _length(name: str, text: str) -> "LengthRange":
-    from expertlane.spec.load import LengthRange
-
-    ends = [_whole(part) for part in text.split(":")]
-    low, high = ends[0], ends[-1]
-    if low is None or high is None or len(ends) > 2 or low > high:
-        raise UserError(
-            f"--{name}-len is {text!r}; it must be a whole number, 1 or more, or a range: 32:512"
-        )
-    return LengthRange(low, high)
-
-
-def _parse_list(
-    option: str, text: str, parse: Callable[[str], _Number | None], valid: str
-) -> list[_Number]:
-    numbers = []
-    for part in text.split(","):
-        number = parse(part)
-        if number is None:
-            raise UserError(f"{option} is {text!r}; it must be {valid}")
-        numbers.append(number)
-    return numbers
-
-
-def _whole(text: str) -> int | None:
-    text = text.strip()
-    is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
-    return int(text) or None if is_number else None
-
-
-def _rate(text: str) -> float | None:
-    try:
-        rate = float(text)
-    except ValueError:
-        return None
-    return rate if 0 < rate < math.inf else None
 
 
 def _check(
@@ -263,7 +163,7 @@ def _check(
     """
     from expertlane.cli.output import check_folder, is_speaker
     from expertlane.engine.torchrun import is_under_torchrun
-    from expertlane.experiment.serving_benchmark import check_lengths
+    from expertlane.spec.load import check_lengths
 
     for load in loads:
         check_lengths(load, options.max_model_len or found.config.max_position_embeddings)

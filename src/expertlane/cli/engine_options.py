@@ -276,8 +276,11 @@ class FoundModel:
         return llm
 
 
-def find_model(name: str) -> FoundModel:
+def find_model(name: str, *, weights: bool = True) -> FoundModel:
     """Find a preset or a checkpoint, downloaded first if need be.
+
+    Args:
+        weights: else a checkpoint's configuration is all that is needed.
 
     Raises:
         UserError: there is none, or its configuration cannot be read.
@@ -288,5 +291,5 @@ def find_model(name: str) -> FoundModel:
 
     if name in PRESETS:
         return FoundModel(name, PRESETS[name], None)
-    folder = resolve_model(name)
+    folder = resolve_model(name, weights=weights)
     return FoundModel(name, read_model(folder, name), folder)

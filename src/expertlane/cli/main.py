@@ -9,9 +9,11 @@ import typer
 from expertlane import __version__
 from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
+from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
 from expertlane.cli.plan import plan
+from expertlane.cli.simulate import simulate
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -23,7 +25,11 @@ app.command(short_help="Run deployments side by side; say which is faster, and w
 app.command(short_help="Say which deployment of a model to choose on a cluster, and why.")(plan)
 app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
 app.command(short_help="Put load on a model; show throughput and latency.")(bench)
+app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
 app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
+app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
+    calibrate
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,6 +57,8 @@ def _expertlane(
                                                 which deployment to choose, without a GPU
       expertlane generate CHECKPOINT "Hello"    continue a text
       expertlane bench CHECKPOINT               throughput and latency, by batch size
+      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
+                                                one deployment there, in detail
       expertlane compare --help                 everything about a command
     """
     if context.invoked_subcommand is None:

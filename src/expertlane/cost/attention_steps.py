@@ -68,7 +68,8 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
     out.gemm(Stage.ATTENTION, tokens, rank + rope, model.hidden_size)
     # Queries are turned and put together with their part in the latent; so is the one key.
-    moved = 2 * heads * (model.head_dim + rank + rope) * item + 4 * (rank + rope) * item
+    in_latent = 0 if out.launches.expands_latent else rank + rope
+    moved = 2 * heads * (model.head_dim + in_latent) * item + 4 * (rank + rope) * item
     num_kernels = 2 * out.launches.rotate + out.norm_kernels + out.launches.write
     out.memory(Stage.ATTENTION, tokens * (moved + (rank + rope) * types.kv_bytes), num_kernels)
     sizes, absorbed = part.attention(None), tokens
@@ -119,7 +120,10 @@ def _core(
     flops_per_pair: int,
     position_bytes: int,
 ) -> None:
-    """Prefill and decode apart, each where any rank has one."""
+    """Prefill and decode apart, each where any rank has one.
+
+    Several queries of a decode read the cache once, as more heads would.
+    """
     prefill, decode = kinds
     launches = out.launches
     if sizes.num_prefill_groups:
@@ -141,8 +145,13 @@ def _core(
         out.operation(
             decode,
             Stage.ATTENTION,
-            {"seqs": sizes.decode_seqs, "positions": sizes.decode_positions, **widths},
-            flops=sizes.decode_positions * flops_per_pair,
+            {
+                "seqs": sizes.decode_seqs,
+                "positions": sizes.decode_positions,
+                **widths,
+                "heads": sizes.num_queries * widths["heads"],
+            },
+            flops=sizes.decode_positions * (sizes.num_queries * flops_per_pair),
             kv_bytes=sizes.decode_positions * position_bytes,
             num_kernels=_calls(sizes.num_decode_groups, launches) * launches.decode_group,
         )

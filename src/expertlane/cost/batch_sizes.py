@@ -25,6 +25,8 @@ class AttentionSizes:
         prefill_seqs, prefill_tokens: the other sequences and their new tokens.
         prefill_pairs, prefill_positions: query-key pairs of one head, and positions seen by any.
         num_decode_groups, num_prefill_groups: calls that the engine makes of each, at most.
+        num_queries: new tokens of a decoding sequence, above 1 where drafts are verified; a
+            decode's query-key pairs are so many times its positions.
     """
 
     decode_seqs: Ints
@@ -35,6 +37,7 @@ class AttentionSizes:
     prefill_positions: Ints
     num_decode_groups: int
     num_prefill_groups: int
+    num_queries: int = 1
 
 
 class TokenSizes(Protocol):
@@ -79,6 +82,8 @@ class PartSizes:
         dp_rank: [S].
         yields: [S]; whether a next token is chosen for the sequence.
         needs_logits: [dp]; whether a rank's sequences ask for more than the likeliest token.
+        num_drafts: of each decoding sequence, tokens beside its last one that were guessed and
+            go through the model to be verified; they are in `num_new`.
     """
 
     dp: int
@@ -89,6 +94,7 @@ class PartSizes:
     yields: npt.NDArray[np.bool_]
     needs_logits: npt.NDArray[np.bool_]
     block_size: int = 16
+    num_drafts: int = 0
 
     @classmethod
     def of(
@@ -97,26 +103,31 @@ class PartSizes:
         tp: int,
         sampled: Collection[int] = (),
         block_size: int = 16,
+        num_drafts: int = 0,
     ) -> "PartSizes":
         """Of the same part of every data-parallel rank's batch, [dp].
 
         Args:
             sampled: sequences that ask for more than their likeliest token.
+            num_drafts: that come to every decode, beside what the batches have.
         """
         needs = [
             bool(sampled)
             and not set(sampled).isdisjoint(batch.seq_ids[batch.yields_token].tolist())
             for batch in batches
         ]
+        num_new = np.concatenate([batch.num_scheduled_tokens for batch in batches])
+        yields = np.concatenate([batch.yields_token for batch in batches])
         return cls(
             dp=len(batches),
             tp=tp,
-            num_new=np.concatenate([batch.num_scheduled_tokens for batch in batches]),
+            num_new=num_new + num_drafts * ((num_new == 1) & yields),
             num_cached=np.concatenate([batch.num_computed_tokens for batch in batches]),
             dp_rank=np.repeat(np.arange(len(batches)), [batch.num_seqs for batch in batches]),
-            yields=np.concatenate([batch.yields_token for batch in batches]),
+            yields=yields,
             needs_logits=np.array(needs),
             block_size=block_size,
+            num_drafts=num_drafts,
         )
 
     @classmethod
@@ -176,15 +187,19 @@ class PartSizes:
 
     @cached_property
     def num_yielding(self) -> Ints:
-        """[R]; sequences of a rank's data-parallel rank that get a next token."""
-        return self._for_ranks(self._sum(self.yields))
+        """[R]; tokens of a rank's data-parallel rank that a next one is chosen for."""
+        return self._for_ranks(self._sum(self.yields * self._num_queries))
 
     @cached_property
     def owned_yielding(self) -> Ints:
         """[R]; how many of the tokens that a rank owns yield a next one."""
         starts = np.cumsum(self._tokens) - self._tokens
-        dp_rank = self.dp_rank[self.yields]
-        place = np.cumsum(self.num_new)[self.yields] - 1 - starts[dp_rank]
+        num_queries = self._num_queries[self.yields]
+        dp_rank = self.dp_rank[self.yields].repeat(num_queries)
+        ends = np.cumsum(self.num_new)[self.yields].repeat(num_queries)
+        first = np.cumsum(num_queries) - num_queries
+        back = 1 + np.arange(len(ends)) - first.repeat(num_queries)
+        place = ends - back - starts[dp_rank]
         size, num_longer = (each[dp_rank] for each in np.divmod(self._tokens, self.tp))
         after = place - num_longer * (size + 1)
         tp_rank = np.where(
@@ -202,11 +217,22 @@ class PartSizes:
             self._by_window[window] = self._attention(window)
         return self._by_window[window]
 
+    @cached_property
+    def _is_decode(self) -> npt.NDArray[np.bool_]:
+        """[S]."""
+        is_decode: npt.NDArray[np.bool_] = self.num_new == 1 + self.num_drafts
+        return is_decode & self.yields if self.num_drafts else is_decode
+
+    @cached_property
+    def _num_queries(self) -> Ints:
+        """[S]; of its new tokens, those that a next one is chosen for, if it yields any."""
+        return 1 + self.num_drafts * self._is_decode
+
     def _attention(self, window: int | None) -> AttentionSizes:
         after = self.num_cached + self.num_new
         pairs = pairs_up_to(after, window) - pairs_up_to(self.num_cached, window)
         positions = after if window is None else np.minimum(after, self.num_new + window - 1)
-        is_decode = self.num_new == 1
+        is_decode = self._is_decode
         is_prefill = ~is_decode
         decode_groups, prefill_groups = self._num_groups
         return AttentionSizes(
@@ -218,12 +244,13 @@ class PartSizes:
             prefill_positions=self._for_ranks(self._sum(positions * is_prefill)),
             num_decode_groups=decode_groups,
             num_prefill_groups=prefill_groups,
+            num_queries=1 + self.num_drafts,
         )
 
     @cached_property
     def _num_groups(self) -> tuple[int, int]:
         """Calls of attention that the engine makes for decodes and for the rest, at most."""
-        is_decode = self.num_new == 1
+        is_decode = self._is_decode
         width = np.maximum(self.num_cached // self.block_size + 1, _FEW_BLOCKS)
         bucket = np.ceil(np.log2(width)).astype(np.int64)
         chunk = self.num_new * (1 << _POSITION_BITS) + self.num_cached

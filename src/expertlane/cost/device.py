@@ -2,6 +2,7 @@
 
 A profile's surface `gemm.bfloat16` holds for that kind and type, `memory` for all types; the term
 `gemm_floor_s` is what an operation of the kind takes beside its roofline, however small it is.
+Where `gemm.bfloat16.<library>` holds too, and is faster, a deployment is taken to use that library.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from expertlane.cost.operation import SIZES, Kind
 from expertlane.cost.profile import Profile
-from expertlane.cost.roofline import ITEM_BYTES, roofline
+from expertlane.cost.roofline import ITEM_BYTES, Roofline, roofline
 from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis, Times
 from expertlane.errors import SpecError
@@ -24,6 +25,7 @@ _WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type sta
 # Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
 _EFFICIENCY = 0.6
 _LEAST_EFFICIENCY = 0.2
+_KNOWN_DOUBLINGS = 1.0  # of sizes outside a library's law, up to which it may be the faster one
 _OUT_OF_CACHES_S = 1e-4  # of a roofline; so long no operation lives on what caches hold
 
 
@@ -52,6 +54,8 @@ class DeviceModel:
         surface, floor_s = law
         base = roofline(self._profile.device, kind, dtype, sizes, floor_s)
         times = surface.times(base.seconds, base.at)
+        for other in self._others(kind, dtype):
+            times = _faster(times, other, base)
         if surface.basis is not Basis.MEASURED:
             times = _no_faster_than_peak(times, base.seconds - floor_s)
         if base.seconds.all():
@@ -65,6 +69,11 @@ class DeviceModel:
             SpecError: the profile has no figure for the type.
         """
         return self._law(kind, dtype)[0]
+
+    def _others(self, kind: Kind, dtype: str) -> list[Surface]:
+        """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
+        begin = f"{kind}.{dtype}."
+        return [law for name, law in self._profile.surfaces.items() if name.startswith(begin)]
 
     def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
         if dtype not in ITEM_BYTES:
@@ -122,4 +131,20 @@ def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
         seconds=np.maximum(times.seconds, least_s),
         low=np.maximum(times.low, least_s),
         high=np.maximum(times.high, least_s),
+    )
+
+
+def _faster(times: Times, other: Surface, base: Roofline) -> Times:
+    """The times, but another law's where it is faster and knows of such sizes."""
+    found = other.times(base.seconds, base.at)
+    _, doublings = other.look_up(base.at)
+    is_faster = (found.seconds < times.seconds) & (doublings <= _KNOWN_DOUBLINGS)
+    if not is_faster.any():
+        return times
+    return Times(
+        seconds=np.where(is_faster, found.seconds, times.seconds),
+        low=np.where(is_faster, found.low, times.low),
+        high=np.where(is_faster, found.high, times.high),
+        basis=max(times.basis, found.basis),
+        is_extrapolated=np.where(is_faster, found.is_extrapolated, times.is_extrapolated),
     )

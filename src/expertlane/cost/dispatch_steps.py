@@ -41,11 +41,15 @@ class ExpertWriter:
 
     def bookkeeping(self, tokens: Ints, num_kernels: int) -> None:
         """Pairs of tokens [R] put in order."""
+        if self.launches.kernels_move:
+            return
         num_bytes = tokens * (self.top_k * _BOOKKEEPING_BYTES)
         self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def pack(self, rows: Ints, metadata: int) -> None:
         """Rows [R] put together to be sent; encoded first where they are narrowed."""
+        if self.launches.kernels_move:
+            return
         num_bytes, num_kernels = 2 * rows * (self.payload.values + metadata), self.launches.pack
         if self.payload.is_narrowed:
             encoded = self.row_bytes + self.payload.values + self.payload.scales
@@ -55,6 +59,8 @@ class ExpertWriter:
 
     def arrive(self, rows: Ints) -> None:
         """Rows [R] whose pairs are sorted by expert, decoded where they were narrowed."""
+        if self.launches.kernels_move:
+            return
         num_bytes, num_kernels = rows * (self.top_k * _BOOKKEEPING_BYTES), self.launches.by_expert
         if self.payload.is_narrowed:
             num_bytes = num_bytes + rows * (self.payload.values + self.row_bytes)
@@ -95,6 +101,10 @@ class ExpertWriter:
             most: terms of a sum.
         """
         launches = self.launches
+        if launches.kernels_move:
+            if is_last:
+                self._out.memory(Stage.COMBINE, 3 * sums * self.row_bytes)
+            return
         num_rows, num_kernels = terms + sums, launches.sum_term * most + launches.sum_once
         if is_last:
             num_rows, num_kernels = num_rows + 3 * sums, num_kernels + 1
@@ -205,7 +215,8 @@ class ExpertSteps(ExpertWriter):
             came = _came_to_node(counts.node_rows, shape)
             self.bookkeeping(came, self.launches.by_peer)
             moved = 2 * forwarded * (self.payload.values + metadata)
-            out.memory(Stage.DISPATCH, moved, self.launches.pack)
+            if not self.launches.kernels_move:
+                out.memory(Stage.DISPATCH, moved, self.launches.pack)
             out.all_to_all(Stage.DISPATCH, "ep_intra", inside, self.payload.values, metadata)
         out.all_gather(Stage.DISPATCH, "etp", arriving, self.payload.values, metadata)
         rows_there = counts.rows.sum(axis=0)[self._ep_rank]

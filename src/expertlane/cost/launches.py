@@ -25,6 +25,8 @@ class Launches:
         gathered, reduced: of a collective, what puts rows together and adds them up.
         counts_first: flat dispatch tells numbers of rows before it sends any; kernels with buffers
             of a static size need not, and can be captured in a graph.
+        kernels_move: dispatch and combine, and the experts' products, pack, sort and sum rows
+            themselves, in the times that they were measured with.
         expands_latent: prompts attend to keys and values of each head, made from the latent; else
             all tokens attend in the latent.
     """
@@ -62,6 +64,7 @@ class Launches:
     gathered: int = 2
     reduced: int = 2
     counts_first: bool = True
+    kernels_move: bool = False
     expands_latent: bool = False
 
 
@@ -120,5 +123,6 @@ FUSED = Launches(
     gathered=1,
     reduced=1,
     counts_first=False,
+    kernels_move=True,
     expands_latent=True,
 )

@@ -5,7 +5,7 @@ the pool that decodes. Each pool has its own scheduler, driver and ranks; all sh
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,7 +65,7 @@ class Pool:
 
     def deliver(self, request: Request, at_s: Floats) -> None:
         """A request arrives at a moment [B]; it is added then, or when the step then ends."""
-        entry = (float(at_s[LIKELY]), self._num_arrivals, at_s, request)
+        entry = (float(at_s[self.runner.lead]), self._num_arrivals, at_s, request)
         heapq.heappush(self._inbox, entry)
         self._num_arrivals += 1
 
@@ -73,7 +73,7 @@ class Pool:
     def next_s(self) -> float | None:
         """When something happens next; None if nothing will without a delivery."""
         if self._in_flight:
-            return min(float(handle.finished_s[LIKELY]) for handle in self._in_flight)
+            return min(float(handle.finished_s[self.runner.lead]) for handle in self._in_flight)
         return self._inbox[0][0] if self._inbox else None
 
     def advance(self) -> list[tuple[Request, Floats]]:
@@ -95,22 +95,27 @@ class Pool:
             self._in_flight[self.runner.submit(plan)] = plan
 
     def _take_in(self) -> None:
-        while self._inbox and self._inbox[0][0] <= self.runner.now_s[LIKELY]:
+        while self._inbox and self._inbox[0][0] <= self.runner.now_s[self.runner.lead]:
             _, _, at_s, request = heapq.heappop(self._inbox)
             self.runner.wait_until(at_s)  # by another hand of the clock it may come later
             self.scheduler.add(request)
 
 
 def serve(
-    pool: Pool, requests: Iterable[TimedRequest], max_unfinished: int | None = None
+    pool: Pool,
+    requests: Iterable[TimedRequest],
+    max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
 ) -> list[Served]:
-    """Serve requests to their whole lengths.
+    """Serve requests to their whole lengths; gives them in the order of `requests`.
 
     Args:
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
+        on_finished: called for each request that is done.
     """
-    return _Serving(pool, pool, None, max_unfinished).run(requests)
+    return _Serving(pool, pool, None, max_unfinished, on_finished).run(requests)
 
 
 def serve_apart(
@@ -119,6 +124,8 @@ def serve_apart(
     transfers: KVTransfers,
     requests: Iterable[TimedRequest],
     max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
 ) -> list[Served]:
     """Serve requests with prompts in one pool and further tokens in another.
 
@@ -126,7 +133,7 @@ def serve_apart(
     request after the other from each data-parallel rank; until the decoding pool has room they are
     taken to have a place to be. A request preempted there computes its prompt there.
     """
-    return _Serving(prefill, decode, transfers, max_unfinished).run(requests)
+    return _Serving(prefill, decode, transfers, max_unfinished, on_finished).run(requests)
 
 
 class _Serving:
@@ -138,11 +145,13 @@ class _Serving:
         decode: Pool,
         transfers: KVTransfers | None,
         max_unfinished: int | None,
+        on_finished: Callable[[], None],
     ) -> None:
         self._prefill = prefill
         self._decode = decode
         self._transfers = transfers
         self._max_unfinished = max_unfinished
+        self._on_finished = on_finished
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
         self._served: dict[str, Served] = {}
         self._wanted: dict[str, TimedRequest] = {}
@@ -186,6 +195,7 @@ class _Serving:
         if len(served.token_times_s) == wanted.output_len:
             served.num_preemptions += request.num_preemptions
             self._num_unfinished -= 1
+            self._on_finished()
         elif is_first and self._transfers is not None:
             served.num_preemptions += request.num_preemptions
             self._move(request, wanted, at_s)

@@ -11,6 +11,7 @@ from expertlane.cost.dispatch_counter import DispatchCounter, PartRouting
 from expertlane.cost.dispatch_counts import DispatchCounts
 from expertlane.cost.launches import EAGER, Launches
 from expertlane.cost.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.multi_token import further_drafts, projection_steps
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.operation import OUTSIDE, HandOver, Step
 from expertlane.cost.routing import RoutingSource
@@ -86,6 +87,8 @@ class ProgramBuilder:
         block_size: positions of a block of the paged cache.
         launches: the engine's, where no graph is captured.
         counter: of tokens by rank; builders may share one.
+        num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
+            more layer that the last stage holds, and verified in the next step (`multi_token`).
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class ProgramBuilder:
         block_size: int = 16,
         launches: Launches = EAGER,
         counter: DispatchCounter | None = None,
+        num_drafts: int = 0,
     ) -> None:
         layout.check_model(model)
         self._model = model
@@ -111,6 +115,7 @@ class ProgramBuilder:
         self._ranks_per_node = ranks_per_node
         self._block_size = block_size
         self._launches = launches
+        self._num_drafts = num_drafts
         self._counter = DispatchCounter() if counter is None else counter
         self._meshes: dict[tuple[int, int], StageMesh] = {}
         self._placements = placements
@@ -151,7 +156,7 @@ class ProgramBuilder:
             mode = self.mode(micro_batch)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
-                PartSizes.of(batches, self._layout.tp, sampled, self._block_size)
+                PartSizes.of(batches, self._layout.tp, sampled, self._block_size, self._num_drafts)
                 for batches in zip(*by_dp_rank, strict=True)
                 if any(batch.num_tokens for batch in batches)
             ]
@@ -244,7 +249,33 @@ class ProgramBuilder:
             sections.append(replace(built[key], layer=layer))
         if pp_rank == layout.pp - 1:
             sections.append(self._outside(head_steps, mesh, sizes))
+            sections += self._drafts(form, sizes, routing, replica)
         return PartProgram(tuple(sections))
+
+    def _drafts(
+        self, form: DispatchForm, sizes: PartSizes, routing: PartRouting, replica: int
+    ) -> Iterator[Section]:
+        """The guesses for the next step, on the last stage: a pass each of a layer and the head.
+
+        The first takes all tokens of the step, so that the layer has their keys and values.
+        """
+        last, mesh = self._model.num_hidden_layers - 1, self.mesh(replica, self._layout.pp - 1)
+        placement, by_node = self._placements[last], form == "hierarchical" and self._layout.ep > 1
+        for draft in range(self._num_drafts):
+            of_pass = further_drafts(sizes, draft) if draft else sizes
+            if not of_pass.num_new.size:
+                return
+            counts = None
+            if placement is not None:
+                tokens = replace(routing, owned=of_pass.owned) if draft else routing
+                counts = self._counter.count(
+                    last, placement, mesh, tokens, by_node=by_node, fan_out=False
+                )
+            yield self._outside(projection_steps, mesh, of_pass)
+            common = self._model, self._types, mesh, of_pass, last, counts
+            steps = layer_steps(*common, form, self._payload, self._launches)
+            yield Section(last, steps, counts)
+            yield self._outside(head_steps, mesh, further_drafts(sizes, draft))
 
     def _outside(
         self,

@@ -1,6 +1,6 @@
 """The runner on a virtual clock: prices step plans in place of executing them; without torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from expertlane.cost.counts import count
 from expertlane.cost.execution import BOUNDS, LIKELY, Terms
+from expertlane.cost.multi_token import Stretch
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import ProgramBuilder, StepProgram
 from expertlane.cost.rank_events import rank_events
@@ -38,6 +39,21 @@ class StepHandle:
     records: tuple[RankRecord, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class PricedStep:
+    """A step as an observer sees it.
+
+    Attributes:
+        plan: as the ranks take it; `program` and `work` may be another step's (see `CostRunner`).
+        work: [num_stages][num_micro_batches].
+    """
+
+    plan: StepPlan
+    program: StepProgram
+    work: Sequence[Sequence[StageWork]]
+    times: StepTimes
+
+
 @dataclass(eq=False)
 class _Replica:
     timeline: Timeline
@@ -48,10 +64,10 @@ class _Replica:
 class CostRunner:
     """Executes step plans on a virtual clock; implements `schedule.plan.Runner`.
 
-    The clock has three hands, B: low, likely and high. What is scheduled when follows from the
-    likely one, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
+    The clock has three hands, B: low, likely and high. What is scheduled when follows from one of
+    them, `lead`, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
 
-    A step takes the driver `Terms.driver_s` before the ranks have its plan; several replicas share
+    A step takes the driver `Terms.step_s` before the ranks have its plan; several replicas share
     the driver.
 
     **Sharing.** By default every step is counted and priced for itself. With `context_step` above
@@ -64,9 +80,12 @@ class CostRunner:
         now_s: [B].
         bounds: by step, when it was submitted and finished: [B] each.
         num_priced: steps that were counted and priced.
+        lead: place in `BOUNDS`.
 
     Args:
         explain: keep `why` tables.
+        observe: told of every step.
+        stretch: of multi-token prediction; decode steps then go further than their plans say.
     """
 
     def __init__(
@@ -80,7 +99,11 @@ class CostRunner:
         *,
         context_step: int = 1,
         explain: bool = False,
+        observe: Callable[[PricedStep], None] | None = None,
+        stretch: Stretch | None = None,
+        lead: int = LIKELY,
     ) -> None:
+        self.lead = lead
         self.now_s: Floats = np.zeros(len(BOUNDS))
         self.bounds: dict[int, tuple[Floats, Floats]] = {}
         self.num_priced = 0
@@ -89,8 +112,11 @@ class CostRunner:
         self._routing = routing
         self._pricing = pricing
         self._terms = terms
+        self._num_ranks = layout.replica_size
         self._context_step = context_step
         self._explain = explain
+        self._observe = observe
+        self._stretch = stretch
         self._num_tokens = 0
         self._replicas = [
             _Replica(Timeline(terms, layout.pp, layout.stage_size)) for _ in range(layout.replicas)
@@ -104,7 +130,9 @@ class CostRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begin a step."""
         submitted_s = self.now_s
-        self.now_s = submitted_s + self._terms.driver_s
+        self.now_s = submitted_s + self._terms.step_s(self._num_ranks)
+        if self._stretch is not None:
+            plan = self._stretch.of(plan)
         program, work = self._work(plan)
         replica = self._replicas[plan.replica]
         may_jump = not plan.record_events
@@ -112,6 +140,8 @@ class CostRunner:
         same_phase, replica.phase = replica.phase is plan.phase, plan.phase
         if self._explain:
             self._add_why(replica, plan.phase, times, is_new=not same_phase)
+        if self._observe is not None:
+            self._observe(PricedStep(plan, program, work, times))
         records: tuple[RankRecord, ...] = ()
         if plan.record or plan.record_events:
             records = self._records(plan, program, times, count_idle=same_phase)
@@ -120,7 +150,7 @@ class CostRunner:
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Let time pass until one of the steps is finished, and say which."""
-        first = min(handles, key=lambda handle: float(handle.finished_s[LIKELY]))
+        first = min(handles, key=lambda handle: float(handle.finished_s[self.lead]))
         self.wait_until(first.finished_s)
         return first
 
@@ -133,8 +163,8 @@ class CostRunner:
             token_ids=dict.fromkeys(seq_ids, MADE_UP_TOKEN),
             logits={},
             records=handle.records,
-            submitted_s=float(handle.submitted_s[LIKELY]),
-            finished_s=float(handle.finished_s[LIKELY]),
+            submitted_s=float(handle.submitted_s[self.lead]),
+            finished_s=float(handle.finished_s[self.lead]),
         )
 
     def at_bound(self, steps: Iterable[FinishedStep], bound: int) -> list[FinishedStep]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.execution import Execution, Terms
+from expertlane.cost.execution import LIKELY, Execution, Terms
 from expertlane.cost.operation import Ints, Step, Transfer
 from expertlane.cost.times import Times
 
@@ -128,10 +128,9 @@ class Entry(NamedTuple):
     """A step as the replay reads it.
 
     Attributes:
-        seconds: [B, R]; of a transfer, the longest of each group; of an operation, overhead in
-            series included.
+        seconds: [B, R]; of a transfer, the longest of each group; overhead in series included.
         launch_s: [B, 1]; of a host that runs ahead; None where none does.
-        overhead_s: [B, 1]; of posting a transfer in series.
+        overhead_s: [B, 1]; of posting a transfer.
         groups: None of an operation.
         offset: as a `TimedStep`'s.
         lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
@@ -169,15 +168,23 @@ class Compiler:
         seconds = np.array([(t.low, t.seconds, t.high) for t in (s.times for s in block.steps)])
         num_kernels = np.array([step.num_kernels for step in steps])
         launch_s = num_kernels[:, None, None] * self._terms.launch_s[:, None]
+        overhead_s = np.zeros_like(launch_s)
         is_serial = self._terms.execution is Execution.SERIAL
-        overhead_s = launch_s if is_serial else np.zeros_like(launch_s)
+        if is_serial:
+            overhead_s = np.array([self._terms.overhead_s(step) for step in steps])[..., None]
         work_s = seconds + overhead_s
         is_eager = self._terms.execution is Execution.EAGER
         entries = []
         for place, step in enumerate(steps):
             groups = self._groups_of(step) if isinstance(step, Transfer) else None
+            contention = block.steps[place].contention
             if groups is not None:
                 work_s[place] = groups.largest(seconds[place])
+                if is_serial:  # a blocked rank wakes late: no loss to what computes meanwhile
+                    busy_s = work_s[place].max(axis=-1)[LIKELY]
+                    work_s[place] = work_s[place] + overhead_s[place]
+                    contention *= float(busy_s / max(busy_s + overhead_s[place][LIKELY, 0], 1e-30))
+                    overhead_s[place] = 0.0
             entries.append(
                 Entry(
                     step,
@@ -186,7 +193,7 @@ class Compiler:
                     overhead_s[place],
                     groups,
                     block.steps[place].offset,
-                    *self._contention(block.steps[place].contention),
+                    *self._contention(contention),
                 )
             )
         return entries

@@ -11,7 +11,7 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.tiktoken")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
-def resolve_model(model: str, base: Path = Path()) -> Path:
+def resolve_model(model: str, base: Path = Path(), *, weights: bool = True) -> Path:
     """The folder of a model, downloaded first if it is a hub id that is not in the cache.
 
     Without a network, or with `HF_HUB_OFFLINE` set, the cache (below `HF_HOME`) is all there is.
@@ -19,6 +19,7 @@ def resolve_model(model: str, base: Path = Path()) -> Path:
     Args:
         model: a folder with a `config.json`, or a hub id, `organisation/name`.
         base: the folder that a relative one is looked for in.
+        weights: else only the configuration is downloaded.
 
     Raises:
         UserError: there is no such folder or model, or it cannot be had.
@@ -34,7 +35,7 @@ def resolve_model(model: str, base: Path = Path()) -> Path:
             f"model {model!r}: there is no such folder, and it is no hub id such as "
             "'mistralai/Mixtral-8x7B-v0.1'"
         )
-    return _checked(model, _download(model))
+    return _checked(model, _download(model, _FILES if weights else (_CONFIG,)))
 
 
 def _checked(model: str, folder: Path) -> Path:
@@ -43,7 +44,7 @@ def _checked(model: str, folder: Path) -> Path:
     return folder
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: tuple[str, ...]) -> Path:
     # Slow to import, and only needed for what is no folder.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -54,7 +55,7 @@ def _download(model: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except HFValidationError as error:
         reason = f"it is no folder and no hub id: {error}"
     except GatedRepoError:  # a RepositoryNotFoundError too

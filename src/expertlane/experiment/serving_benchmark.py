@@ -17,13 +17,18 @@ import numpy as np
 from expertlane import __version__
 from expertlane.engine.llm import LLM
 from expertlane.engine.outputs import Chunk, RequestOutput
-from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress
 from expertlane.experiment.serving_results import Point, ServingMachine, Spread
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.schema import Versions
 from expertlane.spec.layout import Layout
-from expertlane.spec.load import LengthRange, Load, TimedRequest, draw_requests
+from expertlane.spec.load import (
+    LengthRange,
+    Load,
+    TimedRequest,
+    check_lengths,
+    draw_requests,
+)
 from expertlane.spec.sampling import SamplingParams
 
 _WARM_UP_LEN = 2  # output tokens: a prefill and a decode
@@ -53,23 +58,6 @@ class Serving(Protocol):
     def step(self) -> list[Chunk]:
         """Wait for one step."""
         ...
-
-
-def check_lengths(load: Load, max_positions: int) -> None:
-    """Check that all requests of a load can have their whole output.
-
-    Args:
-        max_positions: that a sequence can take.
-
-    Raises:
-        UserError: the longest ones cannot.
-    """
-    num_positions = load.prompt_len.high + load.output_len.high - 1  # the last is not fed back
-    if num_positions > max_positions:
-        raise UserError(
-            f"prompts of {load.prompt_len.high} and outputs of {load.output_len.high} tokens take "
-            f"{num_positions} positions; valid: {max_positions} at most"
-        )
 
 
 def serve(

@@ -70,7 +70,7 @@ def attend(
     return weights.to(values.dtype) @ values
 
 
-class _Heads:
+class PagedHeads:
     """What both kinds share: groups of a batch, and the counters."""
 
     def __init__(
@@ -81,7 +81,7 @@ class _Heads:
         self._rotary = rotary
         self._recorder = recorder
 
-    def _attend_groups(
+    def attend_paged(
         self,
         batch: ForwardBatch,
         cache: KVCache,
@@ -98,7 +98,7 @@ class _Heads:
                 cache.keys,
                 cache.values if cache.values.numel() else None,
                 batch.paged_sequences,
-                value_dim=self._value_dim,
+                value_dim=self.value_dim,
                 scale=self._scale,
                 window=self._window,
                 sinks=sinks,
@@ -106,7 +106,7 @@ class _Heads:
         groups = batch.attention_groups
         if len(groups) == 1:  # all tokens, in their order
             return self._attend_group(groups[0], cache, query, key, value, sinks=sinks)
-        out = query.new_empty((*query.shape[:2], self._value_dim))
+        out = query.new_empty((*query.shape[:2], self.value_dim))
         for group in groups:
             of_group = [x.index_select(0, group.tokens) for x in (query, key, value)]
             out[group.tokens] = self._attend_group(group, cache, *of_group, sinks=sinks)
@@ -130,7 +130,7 @@ class _Heads:
         else:
             keys, values = cache.read(group.block_tables, group.num_positions)
         if values.shape[-1] == 0:  # the latent is both
-            values = keys[..., : self._value_dim]
+            values = keys[..., : self.value_dim]
         is_causal = group.is_causal(self._window)
         out = attend(
             by_head(query),
@@ -143,7 +143,7 @@ class _Heads:
         )
         return out.transpose(1, 2).flatten(0, 1)
 
-    _value_dim: int
+    value_dim: int
 
     def _count(
         self,
@@ -156,7 +156,7 @@ class _Heads:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
         num_tokens = batch.batch.num_tokens
         pairs = batch.num_query_key_pairs(self._window)
-        widths = cache.keys.shape[-1] + self._value_dim
+        widths = cache.keys.shape[-1] + self.value_dim
         num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
         self._recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * num_heads * widths,
@@ -165,7 +165,7 @@ class _Heads:
         )
 
 
-class Attention(_Heads):
+class Attention(PagedHeads):
     """Multi-head or grouped-query attention; key/value heads fewer than `tp` are replicated."""
 
     def __init__(
@@ -180,7 +180,7 @@ class Attention(_Heads):
         super().__init__(model, layer, rotary, recorder)
         tp, tp_rank, dim = mesh.layout.tp, mesh.at.tp_rank, model.head_dim
         self._mesh = mesh
-        self._value_dim = self._head_dim = dim
+        self.value_dim = self._head_dim = dim
         self.num_heads = model.num_attention_heads // tp
         self.num_kv_heads = max(1, model.num_kv_heads // tp)
         self._kv_copies = max(1, tp // model.num_kv_heads)  # ranks that hold the same kv head
@@ -241,7 +241,7 @@ class Attention(_Heads):
             query_key = rms_norm_heads_(query_key, self._head_norms, self._eps)
         query_key = self._rotary.rotate_(query_key, batch.rotation(self._rotary))
         query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
-        attended = self._attend_groups(batch, cache, query, key, value, self._sinks)
+        attended = self.attend_paged(batch, cache, query, key, value, self._sinks)
         self._count(batch, cache, (self._query_key_value, self._output), self.num_heads)
         return self._output(attended.flatten(1))
 
@@ -267,7 +267,7 @@ class Attention(_Heads):
         return torch.cat([query, key], dim=1).to(query_key.dtype).view(query_key.shape)
 
 
-class LatentAttention(_Heads):
+class LatentAttention(PagedHeads):
     """Latent attention; the latent, which all heads share, is replicated over `tp`."""
 
     def __init__(
@@ -283,7 +283,7 @@ class LatentAttention(_Heads):
         latent = model.latent
         assert latent is not None, "the model has latent attention"
         self._latent = latent
-        self._value_dim = latent.kv_lora_rank
+        self.value_dim = latent.kv_lora_rank
         self._head_dim = model.head_dim
         self.num_heads = model.num_attention_heads // mesh.layout.tp
         own = range(mesh.at.tp_rank * self.num_heads, (mesh.at.tp_rank + 1) * self.num_heads)
@@ -336,7 +336,7 @@ class LatentAttention(_Heads):
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
         query = torch.cat([in_latent, rope], dim=-1)
-        attended = self._attend_groups(batch, cache, query, key, key[..., :0])
+        attended = self.attend_paged(batch, cache, query, key, key[..., :0])
         out = torch.einsum("thr,hvr->thv", attended, self._value_b)
         num_weights = self._key_b.numel() + self._value_b.numel()
         self._count(batch, cache, linears, self.num_heads, num_weights)

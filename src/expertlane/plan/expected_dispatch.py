@@ -125,7 +125,8 @@ class ExpectedDispatch(ExpertWriter):
         near = arriving * ((size - 1) / size)
         if size > 1:
             self.bookkeeping(came, self.launches.by_peer)
-            out.memory(Stage.DISPATCH, _whole(2 * arriving * row), self.launches.pack)
+            if not self.launches.kernels_move:
+                out.memory(Stage.DISPATCH, _whole(2 * arriving * row), self.launches.pack)
             out.exchange(TransferKind.ALL_TO_ALL, Stage.DISPATCH, "ep_intra", near * row, none)
         out.all_gather(Stage.DISPATCH, "etp", _whole(arriving), self.payload.values, metadata)
         self.arrive(_whole(self._rows_here))

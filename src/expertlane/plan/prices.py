@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.cost.device import DeviceModel
+from expertlane.cost.execution import Execution, Terms
 from expertlane.cost.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.operation import SIZES, Floats, Kind, Operation, TransferKind
@@ -35,6 +36,7 @@ class Priced:
         experts_s: [S]; likely time of the grouped products of experts.
         bound_s: [S]; of the likely time, what rests on bounds alone.
         num_kernels: launches where nothing is captured in a graph.
+        in_series_s: [3]; the engine's own work around steps, where all is in series.
     """
 
     compute_s: Floats
@@ -43,6 +45,7 @@ class Priced:
     experts_s: Floats
     bound_s: Floats
     num_kernels: int
+    in_series_s: Floats
 
     @classmethod
     def sum(cls, parts: Iterable[tuple[int, "Priced"]]) -> "Priced":
@@ -64,7 +67,9 @@ class _Entry(NamedTuple):
     of_step: int
 
 
-def price(profile: Profile, types: NumberTypes, lists: Sequence[ScenarioSteps]) -> list[Priced]:
+def price(
+    profile: Profile, types: NumberTypes, terms: Terms, lists: Sequence[ScenarioSteps]
+) -> list[Priced]:
     """Prices of each list of steps, in order."""
     links = LinkModel(profile)
     operations = _price_operations(DeviceModel(profile), types, lists)
@@ -89,7 +94,11 @@ def price(profile: Profile, types: NumberTypes, lists: Sequence[ScenarioSteps]) 
             slowed += seconds[1] * links.contention(transfer).value
             bound += seconds[1] * (times.basis is Basis.BOUND)
         num_kernels = sum(each.num_kernels for each in (*steps.steps, *steps.transfers))
-        priced.append(Priced(compute, moved, slowed, experts, bound, num_kernels))
+        in_series = np.zeros(3)
+        if terms.execution is Execution.SERIAL:
+            in_series = sum((terms.overhead_s(each) for each in steps.steps), in_series)
+            in_series = in_series + len(steps.transfers) * terms.of_transfers_s
+        priced.append(Priced(compute, moved, slowed, experts, bound, num_kernels, in_series))
     return priced
 
 

@@ -4,7 +4,6 @@ Every rank's own counts are priced and replayed on a virtual clock, so this is t
 where `plan.screen` has one rank stand for all.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,14 +15,14 @@ from expertlane.cost.batch_sizes import PartSizes
 from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import BOUNDS, Terms
 from expertlane.cost.launches import FUSED
-from expertlane.cost.operation import Floats, Operation
+from expertlane.cost.operation import Floats
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.program import ProgramBuilder, StageProgram, StepProgram
+from expertlane.cost.program import ProgramBuilder, StepProgram
 from expertlane.cost.timeline import Timeline
-from expertlane.cost.times import Basis
 from expertlane.cost.why import Why, WhyTable
 from expertlane.cost.work import StageWork
 from expertlane.plan.setting import Setting
+from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
 from expertlane.results.projection import Estimate, StepProjection
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -92,7 +91,7 @@ class Projector:
         programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
         seconds, why = self._run(works)
         num_tokens = size.num_seqs * size.num_new
-        by_basis, extrapolated = _basis_shares(works)
+        by_basis, extrapolated = basis_shares(works)
         low, likely, high = (float(each) for each in seconds)
         return StepProjection(
             context=size.num_cached,
@@ -100,12 +99,12 @@ class Projector:
             step_s=Estimate(likely, low, high),
             tps=Estimate(num_tokens / likely, num_tokens / high, num_tokens / low),
             shares={str(cause): float(share) for cause, share in why.shares.items()},
-            floor_s=self._floor_s(programs),
+            floor_s=floor_s(programs, self._device, self._setting.types),
             flops_utilisation=float(why.flops_utilisation),
             read_utilisation=float(why.bytes_utilisation),
             basis_shares=by_basis,
             extrapolated_share=extrapolated,
-            weight_bytes=_most_weight_bytes(programs),
+            weight_bytes=most_weight_bytes(programs),
             fits=size.fits,
         )
 
@@ -141,7 +140,8 @@ class Projector:
 
     def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Why]:
         """[3]; seconds of a round in the steady state, and where they go."""
-        layout, driver_s = self._layout, self._terms.driver_s
+        layout = self._layout
+        driver_s = self._terms.step_s(layout.replica_size)
         timeline = Timeline(self._terms, layout.pp, layout.stage_size)
         ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
         rounds = []
@@ -154,60 +154,3 @@ class Projector:
             rounds.append(ends[-1].copy())
         last = [after - before for before, after in pairwise([np.zeros(len(BOUNDS)), *rounds])]
         return last[-1], why.result()
-
-    def _floor_s(self, programs: Sequence[StepProgram]) -> float:
-        """A micro-batch's way through all stages, or all micro-batches on the busiest stage."""
-        least = np.concatenate(
-            [
-                [[self._least_s(each) for each in of_stage] for of_stage in program.stages]
-                for program in programs
-            ],
-            axis=1,
-        )  # [pp, micro-batches]
-        return float(max(least.sum(axis=0).max(), least.sum(axis=1).max()))
-
-    def _least_s(self, program: StageProgram) -> float:
-        """Of its busiest rank, the larger of bytes over bandwidth and FLOPs over peak."""
-        reading, computing = np.zeros((2, program.mesh.size))
-        device = self._device
-        for part in program.parts:
-            times = Counter(id(section.steps) for section in part.sections)
-            for section in part.sections:
-                num = times.pop(id(section.steps), 0)
-                for step in section.steps if num else ():
-                    if isinstance(step, Operation):
-                        dtype = step.dtype or self._setting.types.weights
-                        computing += num * step.flops / device.flops_per_s[dtype]
-                        read = step.weight_bytes + step.kv_bytes
-                        reading += num * read / device.memory_bytes_per_s
-        return float(np.maximum(reading, computing).max())
-
-
-def _most_weight_bytes(programs: Sequence[StepProgram]) -> int:
-    """What the rank that reads most weights reads of them, in all micro-batches."""
-    most = 0.0
-    for stage in range(len(programs[0].stages)):
-        of_rank = np.zeros(programs[0].stages[stage][0].mesh.size)
-        for each in (each for program in programs for each in program.stages[stage]):
-            for section in (section for part in each.parts for section in part.sections):
-                for step in section.steps:
-                    if isinstance(step, Operation):
-                        of_rank += step.weight_bytes
-        most = max(most, float(of_rank.max()))
-    return int(most)
-
-
-def _basis_shares(works: Sequence[list[list[StageWork]]]) -> tuple[dict[str, float], float]:
-    """Of all likely seconds of operations and transfers, by basis; and those extrapolated."""
-    by_basis = dict.fromkeys(Basis, 0.0)
-    outside = 0.0
-    for work in works:
-        for stage in (each for of_stage in work for each in of_stage):
-            for block in (block for part in stage.parts for block in part):
-                for timed in block.steps:
-                    seconds = timed.times.seconds * len(block.layers)
-                    by_basis[timed.times.basis] += float(seconds.mean())
-                    outside += float((seconds * timed.times.is_extrapolated).mean())
-    total = sum(by_basis.values()) or 1.0
-    shares = {basis.label: seconds / total for basis, seconds in by_basis.items() if seconds}
-    return shares, outside / total

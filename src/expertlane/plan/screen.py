@@ -55,7 +55,7 @@ class Screen:
             structures[key].candidates.append(candidate)
         fitting = [each for each in structures.values() if each.fits]
         lists = [steps for each in fitting for steps in each.lists()]
-        priced = iter(price(self._profile, self._setting.types, lists))
+        priced = iter(price(self._profile, self._setting.types, self._terms, lists))
         for each in fitting:
             each.take_prices(priced)
         return [

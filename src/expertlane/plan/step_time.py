@@ -60,6 +60,7 @@ def step_estimates(
     terms: Terms,
     how: Pipelining,
     num_layers: int,
+    num_ranks: int,
 ) -> StepEstimates:
     """Put steps together.
 
@@ -72,6 +73,7 @@ def step_estimates(
         hand_over_s: [3, S]; of a part, to the next stage.
         places: [N]; the scenario of each size's parts.
         num_layers: of the model.
+        num_ranks: of a replica.
     """
     num_stages, m = len(stages), how.num_micro_batches
     batches = [
@@ -81,13 +83,13 @@ def step_estimates(
     seconds = np.stack([each.seconds for each in batches])  # [pp, 3, N]
     sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
     through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
-    driver_s = terms.driver_s[:, None]
+    driver_s = terms.step_s(num_ranks)[:, None]
     if how.schedule == "rotating":
         total = np.maximum(m * slowest, through) + driver_s
     else:
         total = through + (m - 1) * slowest + driver_s
     by_cause = (m / num_stages) * np.sum([each.by_cause_s for each in batches], axis=0)
-    by_cause[_CAUSES.index(ProjectedCause.ENGINE)] += terms.driver_s[LIKELY]
+    by_cause[_CAUSES.index(ProjectedCause.ENGINE)] += driver_s[LIKELY]
     if num_stages > 1:
         waits = total[LIKELY] - by_cause.sum(axis=0)
         own = np.minimum(waits, sent_s[LIKELY] * m / num_stages)
@@ -126,7 +128,7 @@ def _micro_batch(
     by_cause = by_cause + transfer[:, LIKELY] * (exposed / np.maximum(moving[LIKELY], 1e-12))
     by_cause[_CAUSES.index(ProjectedCause.CONTENTION)] += slowed
     _move_to_imbalance(by_cause, halves * imbalance_s)
-    launched = _launched(seconds, halves * priced.num_kernels, terms)
+    launched = _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
     launch = launched[LIKELY] - by_cause.sum(axis=0)
     by_cause[_CAUSES.index(ProjectedCause.LAUNCH)] += np.maximum(launch, 0)
     return StepEstimates(launched, by_cause, halves * priced.bound_s[places])
@@ -140,7 +142,7 @@ def _move_to_imbalance(by_cause: Floats, seconds: Floats) -> None:
     by_cause[_EXPERTS] *= 1 - share
 
 
-def _launched(seconds: Floats, num_kernels: int, terms: Terms) -> Floats:
+def _launched(seconds: Floats, num_kernels: int, in_series_s: Floats, terms: Terms) -> Floats:
     """[3, N]; with what getting the work onto the device takes."""
     launch_s = terms.launch_s[:, None]
     match terms.execution:
@@ -149,4 +151,4 @@ def _launched(seconds: Floats, num_kernels: int, terms: Terms) -> Floats:
         case Execution.GRAPH:
             return seconds + launch_s
         case Execution.SERIAL:
-            return seconds + num_kernels * launch_s
+            return seconds + in_series_s[:, None]

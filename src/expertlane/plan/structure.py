@@ -158,6 +158,7 @@ class Structure:
                     terms,
                     of_phase,
                     self._plan.num_layers,
+                    self._mesh.layout.replica_size,
                 )
                 for phase, hand_over_s, parts, of_phase in (
                     (decode, hand_overs[0], self._decode_parts(how), how),

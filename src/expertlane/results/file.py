@@ -4,12 +4,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from expertlane.errors import UserError
 from expertlane.results.schema import SCHEMA_VERSION, Results
 
 FILE_NAME = "results.json"
+
+T = TypeVar("T")
 
 
 def to_json(results: Results) -> str:
@@ -57,6 +59,18 @@ def read(path: Path) -> Results:
         UserError: the file is missing or damaged, of another schema version, or a key is
             unknown, missing or of another type; one line that names the place.
     """
+    return validated(Results, load(path, SCHEMA_VERSION), path)
+
+
+def load(path: Path, schema_version: int, kind: str | None = None) -> dict[str, Any]:
+    """What a results file says, not checked any further.
+
+    Args:
+        kind: what the file must say under that key; None for files that have none.
+
+    Raises:
+        UserError: the file is missing or damaged, or of another kind or schema version.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -69,19 +83,26 @@ def read(path: Path) -> Results:
         ) from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UserError(f"{path} is not a results file: it has no schema_version")
-    if data["schema_version"] != SCHEMA_VERSION:
+    if kind is not None and data.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind}: its kind is {data.get('kind')!r}")
+    if data["schema_version"] != schema_version:
         raise UserError(
             f"{path} has schema_version {data['schema_version']!r}; "
-            f"this expertlane reads {SCHEMA_VERSION}"
+            f"this expertlane reads {schema_version}"
         )
-    return _validated(data, path)
+    return data
 
 
-def _validated(data: dict[str, Any], path: Path) -> Results:
+def validated(as_type: type[T], data: dict[str, Any], path: Path) -> T:
+    """What a file says as typed values.
+
+    Raises:
+        UserError: a key is unknown, missing or of another type; one line that names the place.
+    """
     from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
 
     try:
-        return TypeAdapter(Results).validate_json(json.dumps(data))
+        return TypeAdapter(as_type).validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

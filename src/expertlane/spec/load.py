@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from expertlane.errors import UserError
+
 
 @dataclass(frozen=True)
 class LengthRange:
@@ -32,6 +34,11 @@ class Load:
     batch: int | None = None
     rate: float | None = None
 
+    @property
+    def max_len(self) -> int:
+        """Positions of the longest sequence; its last token is not fed back."""
+        return self.prompt_len.high + self.output_len.high - 1
+
     def __str__(self) -> str:
         return f"{self.rate:g} req/s" if self.batch is None else f"batch {self.batch}"
 
@@ -49,11 +56,31 @@ class TimedRequest:
     due_s: float
 
 
-def draw_requests(load: Load, vocab_size: int, seed: Sequence[int]) -> list[TimedRequest]:
+def check_lengths(load: Load, max_positions: int) -> None:
+    """Check that all requests of a load can have their whole output.
+
+    Args:
+        max_positions: that a sequence can take.
+
+    Raises:
+        UserError: the longest ones cannot.
+    """
+    num_positions = load.max_len
+    if num_positions > max_positions:
+        raise UserError(
+            f"prompts of {load.prompt_len.high} and outputs of {load.output_len.high} tokens take "
+            f"{num_positions} positions; valid: {max_positions} at most"
+        )
+
+
+def draw_requests(
+    load: Load, vocab_size: int, seed: Sequence[int], *, blank: bool = False
+) -> list[TimedRequest]:
     """Random prompts, lengths and, in an open loop, arrivals; the first is due at once.
 
     Args:
         seed: equal ones give equal requests.
+        blank: prompts that nobody reads; lengths and arrivals are the same.
     """
     generator = np.random.default_rng(seed)
     size = load.num_requests
@@ -62,8 +89,12 @@ def draw_requests(load: Load, vocab_size: int, seed: Sequence[int]) -> list[Time
     due_s = np.zeros(size)
     if load.rate is not None:
         due_s[1:] = np.cumsum(generator.exponential(1 / load.rate, size - 1))
+
+    def prompt(length: int) -> list[int]:
+        return [0] * length if blank else generator.integers(vocab_size, size=length).tolist()
+
     return [
-        TimedRequest(generator.integers(vocab_size, size=prompt_len).tolist(), output_len, due)
+        TimedRequest(prompt(prompt_len), output_len, due)
         for prompt_len, output_len, due in zip(
             prompt_lens.tolist(), output_lens.tolist(), due_s.tolist(), strict=True
         )

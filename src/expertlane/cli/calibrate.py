@@ -1,0 +1,192 @@
+"""`expertlane calibrate`: measure this machine, and write what the cluster model needs of it."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertlane.cli.compare import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Dtype
+from expertlane.errors import UserError
+
+if TYPE_CHECKING:
+    from expertlane.cost.profile import Profile
+    from expertlane.experiment.calibrate import Calibration
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_RANKS = 1024
+_LOUD = 0.05  # share of the cores that other processes may take before it is said
+
+_NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="What the machine shall be called.")
+]
+_Ranks = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Ranks that measure, all at once. Default: as many as there are GPUs, else cores.",
+        show_default=False,
+    ),
+]
+_Dtype = Annotated[
+    Dtype | None, typer.Option(help="Of weights and activations. Default: the machine's choice.")
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="The profile to write (.toml). Default: NAME.toml.", show_default=False
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_TimeoutS = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
+]
+
+
+def calibrate(
+    name: _NameArgument = "this-machine",
+    ranks: _Ranks = None,
+    dtype: _Dtype = None,
+    out: _Out = None,
+    as_json: _Json = False,
+    timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Measure this machine, so that deployments on it can be projected.
+
+    Times products, experts, attention, small operations, collectives over 2, 4, 8 … ranks, and
+    whole steps of a small model, in rounds; takes up to three minutes on two cores. Every rank
+    measures at once, since they share memory; where there are enough cores each has its own. What
+    other programs disturb is measured again, but a busy machine still gives a poor profile.
+
+    The profile is a TOML file, in the format of those that come with expertlane. It holds for
+    one number of ranks and one dtype: calibrate again for others, and for other hardware.
+
+    \b
+    Examples:
+      expertlane calibrate
+          all cores or GPUs; writes this-machine.toml
+      expertlane calibrate laptop --dtype bfloat16 --out profiles/laptop.toml
+          in the type that models run in
+      expertlane calibrate --ranks 1 --json | jq '.memory_bytes_per_s'
+          one rank alone; for other programs
+    """
+    path = _checked(name, ranks, out, timeout_s)
+    from expertlane.cost.profile_file import write_profile
+
+    calibration, profile = _measure(name, ranks, dtype, timeout_s)
+    write_profile(profile, path)
+    if as_json:
+        print(json.dumps(_summary(profile, calibration, path)))
+    else:
+        _show(profile, calibration)
+    print(f"written: {path}", file=sys.stderr)
+
+
+def _checked(name: str, ranks: int | None, out: Path | None, timeout_s: float) -> Path:
+    """Where to write, once all that can be known before measuring is known to be right."""
+    from expertlane.cli.output import check_folder
+    from expertlane.engine.torchrun import is_under_torchrun
+
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"NAME is {name!r}; it must be up to 64 letters, digits, dots, dashes and underscores"
+        )
+    if ranks is not None and not 1 <= ranks <= _MAX_RANKS:
+        raise UserError(f"--ranks is {ranks}; valid: 1 to {_MAX_RANKS:,}")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, up to {MAX_TIMEOUT_S:g}")
+    path = Path(f"{name}.toml") if out is None else out
+    if path.suffix != ".toml":
+        raise UserError(f"--out is {path}; a profile's file must end in .toml")
+    if path.is_dir():
+        raise UserError(f"--out is {path}, which is a folder; give a file that ends in .toml")
+    if is_under_torchrun():
+        raise UserError("calibrate measures one machine and starts its own ranks; no torchrun")
+    check_folder(path.parent)
+    return path
+
+
+def _measure(
+    name: str, ranks: int | None, dtype: Dtype | None, timeout_s: float
+) -> "tuple[Calibration, Profile]":
+    from expertlane.cli.output import progress_on_stderr
+    from expertlane.engine.start import start_pool
+    from expertlane.experiment.calibrate import Calibration, num_devices
+
+    num_ranks = ranks or num_devices()
+    dtype_name = None if dtype is None else dtype.value
+    pool = start_pool(num_ranks, timeout_s=timeout_s, dtype=dtype_name)
+    assert pool is not None, "not under torchrun"
+    with pool:
+        calibration = Calibration(pool, num_ranks)
+        with progress_on_stderr() as progress:
+            calibration.run(progress)
+        return calibration, calibration.profile(name)
+
+
+def _summary(profile: "Profile", calibration: "Calibration", path: Path) -> dict[str, object]:
+    device = profile.device
+    return {
+        "name": profile.name,
+        "file": str(path),
+        "device": device.name,
+        "num_ranks": profile.ranks_per_node,
+        "dtype": calibration.machine.dtype,
+        "cores": calibration.cores,
+        "memory_bytes": device.memory_bytes,
+        "memory_bytes_per_s": device.memory_bytes_per_s,
+        "flops_per_s": dict(device.flops_per_s),
+        "link_bytes_per_s": max((link.bytes_per_s for link in profile.links.values()), default=0),
+        "surfaces": {
+            name: {"low": surface.low, "high": surface.high, "origin": surface.origin}
+            for name, surface in profile.surfaces.items()
+        },
+        "terms": {
+            name: {"value": term.value, "low": term.low, "high": term.high}
+            for name, term in profile.terms.items()
+        },
+        "foreign_cpu_share": calibration.foreign_cpu_share,
+    }
+
+
+def _show(profile: "Profile", calibration: "Calibration") -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from expertlane.cli.output import stdout_console
+
+    console, device = stdout_console(), profile.device
+    console.print(Text(f"expertlane calibrate: {profile.name}", style="bold"))
+    console.print(f"{profile.ranks_per_node} × {device.name}, {calibration.machine.dtype}")
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in ("a rank's", "value", "low", "high"):
+        table.add_column(heading, justify="left" if heading == "a rank's" else "right")
+    for dtype, rate in device.flops_per_s.items():
+        table.add_row(f"product in {dtype}", f"{rate / 1e9:,.1f} GFLOP/s", "", "")
+    table.add_row("reading memory", f"{device.memory_bytes_per_s / 1e9:,.1f} GB/s", "", "")
+    for link in list(profile.links.values())[:1]:
+        table.add_row("sending to a rank", f"{link.bytes_per_s / 1e9:,.2f} GB/s", "", "")
+    for label, name in (
+        ("step's driver", "driver_s"),
+        ("operation's overhead", "overhead_s"),
+        ("transfer's overhead", "overhead_s.transfer"),
+        ("least all-to-all", "floor_s.all_to_all.all_links"),
+        ("launch", "launch_s"),
+    ):
+        term = profile.terms.get(name)
+        if term is not None:
+            values = (f"{1e6 * value:,.0f} µs" for value in (term.value, term.low, term.high))
+            table.add_row(label, *values)
+    console.print(table)
+    console.print()
+    laws = ", ".join(sorted({name.partition(".")[0] for name in profile.surfaces}))
+    console.print(f"Laws of time: {laws}.", highlight=False)
+    if calibration.foreign_cpu_share > _LOUD:
+        console.print(
+            f"Other programs took up to {calibration.foreign_cpu_share:.0%} of the cores; "
+            "calibrate again on a quiet machine."
+        )

@@ -1,0 +1,391 @@
+"""`expertlane simulate`: one deployment on a modelled cluster, on a virtual clock."""
+
+import shlex
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertlane.cli.engine_options import (
+    BlockSize,
+    Dispatch,
+    DispatchOption,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    MicroBatches,
+    MicroBatchSchedule,
+    ModelArgument,
+    NumMicroBatches,
+    OverlapOption,
+    Overlaps,
+    PayloadOption,
+    PayloadTypes,
+    PlacementOption,
+    Redundant,
+    deployment_options,
+    find_model,
+)
+from expertlane.cli.load_options import (
+    NumRequests,
+    OutputLen,
+    PromptLen,
+    Seed,
+    check_seed,
+    parse_loads,
+)
+from expertlane.errors import SpecError, UserError
+
+if TYPE_CHECKING:
+    from expertlane.cost.cluster import ModelledCluster
+    from expertlane.cost.multi_token import MultiToken
+    from expertlane.plan.simulate import Outcome, ServingSetup, Simulator
+    from expertlane.results.simulation import Simulation
+    from expertlane.spec.load import Load
+    from expertlane.spec.model import ModelConfig
+
+_DEFAULT_BATCH = "64"
+
+
+class Types(StrEnum):
+    """What weights, or keys and values, are held in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
+
+
+class Executions(StrEnum):
+    """How kernels get onto a device."""
+
+    GRAPH = "graph"
+    EAGER = "eager"
+
+
+Cluster = Annotated[
+    str,
+    typer.Option(
+        metavar="PROFILExN",
+        help="So many devices of a profile, h100x16 for example; h100, h200, b200, a100, or a "
+        "TOML file.",
+    ),
+]
+_Layout = Annotated[
+    str, typer.Option(metavar="LAYOUT", help="How ranks are arranged, dp=16,ep=16 for example.")
+]
+_PrefillLayout = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYOUT",
+        help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
+        "and values travel between them.",
+    ),
+]
+_Batch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help=f"Closed loop: keep N requests unfinished. Default: {_DEFAULT_BATCH}."
+    ),
+]
+_Rate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R",
+        help="Open loop in place of --batch: R requests a second arrive at random times.",
+    ),
+]
+_Dtype = Annotated[
+    Types | None,
+    typer.Option(help="Of weights. Default: the checkpoint's; bfloat16 in place of float32."),
+]
+_KVDtype = Annotated[
+    Types | None, typer.Option(help="Of keys and values. Default: that of hidden states.")
+]
+_Execution = Annotated[
+    Executions, typer.Option(help="Whether kernels are launched as graphs or one by one.")
+]
+RoutingOption = Annotated[
+    str,
+    typer.Option(
+        metavar="uniform|power:ALPHA|TRACE",
+        help="Which experts tokens choose: all as popular, by a power law, or those of a trace "
+        "of generate --record-routing.",
+    ),
+]
+_Mtp = Annotated[
+    int, typer.Option(metavar="N", help="Multi-token prediction: N tokens guessed a step.")
+]
+_MtpAcceptance = Annotated[
+    float | None,
+    typer.Option(metavar="P", help="How often a guess is right, 0 to 1; needed with --mtp."),
+]
+_Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write what every rank does when, in one prefill and one decode step; open it "
+        "in ui.perfetto.dev or chrome://tracing.",
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+_Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write results.json to.")]
+
+
+def simulate(
+    model: ModelArgument,
+    layout: _Layout,
+    cluster: Cluster,
+    prefill_layout: _PrefillLayout = None,
+    batch: _Batch = None,
+    rate: _Rate = None,
+    num_requests: NumRequests = None,
+    prompt_len: PromptLen = "1024",
+    output_len: OutputLen = "128",
+    seed: Seed = 0,
+    dtype: _Dtype = None,
+    kv_dtype: _KVDtype = None,
+    execution: _Execution = Executions.GRAPH,
+    routing: RoutingOption = "uniform",
+    dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
+    overlap: OverlapOption = Overlaps.OFF,
+    num_micro_batches: NumMicroBatches = 1,
+    micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
+    payload: PayloadOption = PayloadTypes.MODEL,
+    placement: PlacementOption = "linear",
+    redundant: Redundant = 0,
+    mtp: _Mtp = 0,
+    mtp_acceptance: _MtpAcceptance = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    block_size: BlockSize = 16,
+    trace: _Trace = None,
+    as_json: _Json = False,
+    out: _Out = None,
+) -> None:
+    """Project what a deployment would do on a cluster that is not here.
+
+    The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
+    to published measurements or made by expertlane calibrate. Says what limits the deployment,
+    and where every number comes from. Needs no GPU and no weights.
+
+    \b
+    Examples:
+      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
+      expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 --dtype float8 --batch 256
+      expertlane simulate ./my-checkpoint --layout dp=16,ep=16 --cluster h100x16 --rate 20
+          --prompt-len 512:2048 --output-len 64:512 --routing power:0.6 --redundant 16
+      expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
+          --cluster h100x16 --trace step.json
+    """
+    from expertlane.cost.execution import Execution
+
+    load = _load(batch, rate, num_requests, prompt_len, output_len)
+    check_seed(seed)
+    for name, choice in (("dispatch", dispatch), ("overlap", overlap)):
+        if choice.value == "auto":
+            raise UserError(
+                f"--{name} auto is timed on real ranks; simulate each of the others, or let "
+                "expertlane plan choose"
+            )
+    options = deployment_options(
+        overlap=overlap,
+        num_micro_batches=num_micro_batches,
+        micro_batch_schedule=micro_batch_schedule,
+        dispatch=dispatch,
+        payload=payload,
+        placement=placement,
+        redundant=redundant,
+        rebalance=0,
+    )
+    multi_token = _multi_token(mtp, mtp_acceptance)
+    found_model = find_model(model, weights=False)
+
+    from expertlane.cost.cluster import parse_cluster
+    from expertlane.cost.number_types import NumberTypes
+    from expertlane.cost.routing_choice import choose_routing
+    from expertlane.plan.simulate import ServingSetup, Simulator
+    from expertlane.spec.load import check_lengths
+
+    config = found_model.config
+    modelled = parse_cluster(cluster)
+    own_type = "bfloat16" if config.dtype == "float32" else config.dtype
+    setup = ServingSetup(
+        layout=found_model.lay_out(layout),
+        prefill_layout=None if prefill_layout is None else found_model.lay_out(prefill_layout),
+        options=options,
+        types=NumberTypes.asked(dtype.value if dtype else own_type, kv_dtype and kv_dtype.value),
+        execution=Execution(execution.value),
+        routing=choose_routing(routing, config, seed),
+        multi_token=multi_token,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+    )
+    check_lengths(load, config.max_position_embeddings)
+    _check(config, modelled, setup, out, trace)
+    simulator = Simulator(config, modelled, setup, load)
+    outcome = _run(simulator, load, seed)
+    results = _results(config, modelled, setup, simulator, load, seed, outcome, routing)
+    _publish(results, out, as_json)
+    if trace is not None:
+        from expertlane.trace import write_trace
+
+        print(f"written: {write_trace(trace, simulator.trace(outcome))}", file=sys.stderr)
+
+
+def _load(
+    batch: str | None, rate: str | None, num_requests: int | None, prompt_len: str, output_len: str
+) -> "Load":
+    if rate is None:
+        batch = _DEFAULT_BATCH if batch is None else batch
+    loads = parse_loads(batch, rate, num_requests, prompt_len, output_len)
+    if len(loads) > 1:
+        given = f"--batch {batch}" if rate is None else f"--rate {rate}"
+        raise UserError(f"{given} is {len(loads)} loads; simulate takes one a run")
+    return loads[0]
+
+
+def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
+    from expertlane.cost.multi_token import MultiToken
+
+    if (acceptance is None) == (num_drafts > 0):
+        raise UserError(
+            f"--mtp is {num_drafts} and --mtp-acceptance "
+            + ("not given" if acceptance is None else f"{acceptance:g}")
+            + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
+        )
+    try:
+        return MultiToken(num_drafts, acceptance or 0.0)
+    except SpecError as error:
+        raise SpecError(f"--mtp: {error}") from None
+
+
+def _check(
+    config: "ModelConfig",
+    cluster: "ModelledCluster",
+    setup: "ServingSetup",
+    out: Path | None,
+    trace: Path | None,
+) -> None:
+    """What can be known before anything is simulated.
+
+    Raises:
+        UserError: it could not be run to its end.
+    """
+    from expertlane.cli.output import check_folder
+    from expertlane.engine.deployment_check import check_deployment
+    from expertlane.plan.simulate import check_devices
+    from expertlane.spec.deployment import Deployment
+
+    check_devices(cluster, setup)
+    for layout in setup.layouts:
+        check_deployment(
+            config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
+        )
+    for folder in (out, None if trace is None else trace.absolute().parent):
+        if folder is not None:
+            check_folder(folder)
+    if trace is not None and trace.is_dir():
+        raise UserError(f"--trace is {trace}, a folder; give a file: {trace / 'step.json'}")
+
+
+def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
+    from expertlane.cli.output import progress_on_stderr
+
+    with progress_on_stderr() as progress:
+        num_runs = simulator.num_runs
+        times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
+        progress.task(
+            f"simulating {load.num_requests:,} requests{times}", num_runs * load.num_requests
+        )
+        outcome = simulator.run(seed, progress.advance)
+        progress.done()
+    return outcome
+
+
+def _results(
+    config: "ModelConfig",
+    cluster: "ModelledCluster",
+    setup: "ServingSetup",
+    simulator: "Simulator",
+    load: "Load",
+    seed: int,
+    outcome: "Outcome",
+    routing: str,
+) -> "Simulation":
+    import platform
+    from datetime import UTC, datetime
+
+    import numpy as np
+
+    from expertlane import __version__
+    from expertlane.plan import simulation_results
+    from expertlane.plan.simulation_assumptions import assumptions
+    from expertlane.results import simulation as results
+    from expertlane.results.layout_sizes import LayoutSizes
+
+    device = cluster.profile.device
+    num_used = sum(layout.world_size for layout in setup.layouts)
+    return results.Simulation(
+        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=results.SoftwareVersions(__version__, platform.python_version(), np.__version__),
+        model=asdict(config),
+        cluster=results.SimulatedCluster(
+            name=str(cluster),
+            device=device.name,
+            num_devices=cluster.num_devices,
+            ranks_per_node=cluster.profile.ranks_per_node,
+            num_idle=cluster.num_devices - num_used,
+        ),
+        deployment=results.SimulatedDeployment(
+            layout=LayoutSizes.of(setup.layout),
+            prefill_layout=None
+            if setup.prefill_layout is None
+            else LayoutSizes.of(setup.prefill_layout),
+            options=setup.options,
+            dtype=setup.types.weights,
+            kv_dtype=setup.types.kv,
+            execution=simulator.execution.value,
+            routing=routing,
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            block_size=setup.block_size,
+            mtp=setup.multi_token.num_drafts,
+            mtp_acceptance=setup.multi_token.acceptance,
+        ),
+        workload=results.SimulatedLoad(
+            batch=load.batch,
+            rate=load.rate,
+            num_requests=load.num_requests,
+            prompt_len=str(load.prompt_len),
+            output_len=str(load.output_len),
+            seed=seed,
+            num_prompt_tokens=sum(each.prompt_len for each in outcome.served),
+            num_output_tokens=sum(each.output_len for each in outcome.requests),
+        ),
+        assumptions=assumptions(setup, cluster, simulator.execution, routing),
+        service=simulation_results.service(outcome),
+        pools=simulation_results.pools(outcome, device.memory_bytes),
+        expert_load=simulation_results.expert_load(outcome),
+    )
+
+
+def _publish(results: "Simulation", out: Path | None, as_json: bool) -> None:
+    from expertlane.results.simulation import to_json, write
+
+    if as_json:
+        from expertlane.cli import answers
+
+        answers.write(to_json(results))
+    else:
+        from expertlane.cli.output import stdout_console
+        from expertlane.report.simulation import sections, title
+        from expertlane.report.terminal import show_sections
+
+        show_sections(title(results), sections(results), stdout_console())
+    if out is not None:
+        print(f"written: {write(results, out)}", file=sys.stderr)

@@ -1,0 +1,110 @@
+"""Multi-token prediction: several tokens a step, guessed by one more layer and then verified.
+
+With N drafts a decode step takes 1 + N tokens of a sequence through the model and the head: its
+last token and what was guessed to follow. Then N passes of one more layer, as wide as the model's
+last, and of the head guess anew, each from the one before; the first of them takes all of the
+step's tokens. Guesses are right with the same probability P each, and count up to the first wrong
+one, so that a step yields 1 + P + P² + … + P^N tokens on average.
+
+How many tokens a step yields is taken as that average, for every sequence in every step: what
+chance does to single steps is not modelled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+
+from expertlane.cost.batch_sizes import PartSizes, TokenSizes
+from expertlane.cost.operation import Floats
+from expertlane.cost.step_list import StepWriter
+from expertlane.errors import SpecError
+from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Stage
+
+_MOST_DRAFTS = 16
+
+
+@dataclass(frozen=True)
+class MultiToken:
+    """How many tokens are guessed, and how often a guess is right.
+
+    Raises:
+        SpecError: no such number or probability.
+    """
+
+    num_drafts: int = 0
+    acceptance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_drafts <= _MOST_DRAFTS:
+            raise SpecError(f"{self.num_drafts} drafts a step; valid: 0 to {_MOST_DRAFTS}")
+        if not 0 <= self.acceptance <= 1:  # NaN neither
+            raise SpecError(f"an acceptance of {self.acceptance:g}; valid: 0 to 1")
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of a decoding sequence, on average; 1 without drafts."""
+        return sum(self.acceptance**place for place in range(self.num_drafts + 1))
+
+    def num_steps(self, output_len: int) -> int:
+        """Steps that give a sequence a token, the one that ends its prompt among them."""
+        return 1 + ceil(round((output_len - 1) / self.tokens_per_step, 6))
+
+
+class Stretch:
+    """Lets the positions of sequences grow by more than the one a step that plans know of."""
+
+    def __init__(self, multi_token: MultiToken) -> None:
+        self._extra = multi_token.tokens_per_step - 1
+        self._num_decodes: Floats = np.zeros(1024)  # by sequence
+
+    def of(self, plan: StepPlan) -> StepPlan:
+        """The plan with decodes where they stand."""
+        parts = tuple(tuple(map(self._batch, part)) for part in plan.micro_batches)
+        return replace(plan, micro_batches=parts)
+
+    def _batch(self, batch: Batch) -> Batch:
+        if not batch.num_seqs:
+            return batch
+        most = int(batch.seq_ids.max())
+        if most >= len(self._num_decodes):
+            self._num_decodes = np.concatenate([self._num_decodes, np.zeros(most + 1)])
+        is_decode = batch.yields_token & (batch.num_scheduled_tokens == 1)
+        further = np.round(self._extra * self._num_decodes[batch.seq_ids]) * is_decode
+        self._num_decodes[batch.seq_ids[is_decode]] += 1
+        return replace(batch, num_computed_tokens=batch.num_computed_tokens + further.astype(int))
+
+
+def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
+    """One token of every sequence that yields one, after so many passes."""
+    yields = sizes.yields
+    return replace(
+        sizes,
+        num_new=np.ones(int(yields.sum()), dtype=np.int64),
+        num_cached=(sizes.num_cached + sizes.num_new)[yields] + num_before,
+        dp_rank=sizes.dp_rank[yields],
+        yields=yields[yields],
+        num_drafts=0,
+    )
+
+
+def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+    """Hidden states and the embeddings of what followed, normed, and made one."""
+    moved = 6 * part.owned * (model.hidden_size * out.types.activation_bytes)
+    out.memory(Stage.EMBED, moved, out.launches.embed + 2 * out.norm_kernels)
+    out.gemm(Stage.EMBED, part.owned, model.hidden_size, 2 * model.hidden_size)
+
+
+def with_drafting_layer(model: ModelConfig, multi_token: MultiToken) -> ModelConfig:
+    """The model whose ranks hold as much as those with the layer that guesses."""
+    if not multi_token.num_drafts:
+        return model
+    window: Sequence[int | None] = model.sliding_window[-1:]
+    return replace(
+        model,
+        num_hidden_layers=model.num_hidden_layers + 1,
+        sliding_window=(*model.sliding_window, *window),
+    )

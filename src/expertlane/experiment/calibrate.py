@@ -1,0 +1,230 @@
+"""Measure the machine at hand: rounds of everything in turn, then a profile of the medians."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane import __version__
+from expertlane.cost.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
+from expertlane.cost.operation import TransferKind
+from expertlane.cost.profile import Device, Profile, Term
+from expertlane.cost.surface import Surface
+from expertlane.engine.host import ForeignLoad, num_cores
+from expertlane.engine.messages import RankMachine
+from expertlane.engine.pool import RankPool
+from expertlane.experiment.calibrate_fit import (
+    link_sheets,
+    operation_laws,
+    peak_flops_per_s,
+    read_bytes_per_s,
+    term_of,
+    transfer_laws,
+)
+from expertlane.experiment.calibrate_points import CPU_GRID, GPU_GRID, Grid
+from expertlane.experiment.calibrate_steps import StepSample, measure_steps, overhead_terms
+from expertlane.experiment.progress import Progress, Silent
+
+Floats = npt.NDArray[np.float64]
+ResultT = TypeVar("ResultT")
+
+_DESCRIBE = "expertlane.engine.rank_machine:describe"
+_OPERATIONS = "expertlane.experiment.calibrate_operations"
+_TRANSFERS = "expertlane.experiment.calibrate_transfers"
+_QUIET, _MOST_TRIES = 0.05, 2  # share of the cores that other processes may take
+_PARTS = 3  # of a round, as progress counts them; without transfers 2
+
+
+def num_devices() -> int:
+    """GPUs of this machine, else cores."""
+    import torch
+
+    return torch.cuda.device_count() or num_cores()
+
+
+@dataclass(eq=False)
+class Measured:
+    """What the rounds gave so far.
+
+    Attributes:
+        operations, transfers: [rounds][num_points]; seconds.
+        contention: [rounds]; a share.
+        launches: [rounds]; seconds of a kernel's launch and a graph's; empty but on a GPU.
+        steps: [rounds][num_samples].
+    """
+
+    operations: list[Floats] = field(default_factory=list)
+    transfers: list[Floats] = field(default_factory=list)
+    contention: list[float] = field(default_factory=list)
+    launches: list[tuple[float, float]] = field(default_factory=list)
+    steps: list[list[StepSample]] = field(default_factory=list)
+
+
+def quietest(measure: Callable[[], ResultT]) -> tuple[ResultT, float]:
+    """A measurement during which other processes took next to nothing of the cores, if it can be.
+
+    Returns:
+        That of few tries which they disturbed least, and the share of all cores that they took.
+    """
+    tries = []
+    for _ in range(_MOST_TRIES):
+        foreign = ForeignLoad()
+        result = measure()
+        tries.append((result, foreign.share()))
+        if tries[-1][1] <= _QUIET:
+            break
+    return min(tries, key=lambda each: each[1])
+
+
+class Calibration:
+    """Rounds of measuring on a pool's ranks, which may take turns with other work.
+
+    Args:
+        num_ranks: the first ranks of the pool measure, all at once.
+        grid: sizes; None for those that suit the machine.
+
+    Attributes:
+        machine: what the first rank sees of it.
+        cores: of each rank, where it is pinned to one.
+        foreign_cpu_share: the most that other processes took of all cores during what was kept.
+    """
+
+    def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
+        self._pool = pool
+        self._num_ranks = num_ranks
+        self.machine: RankMachine = pool.call(_DESCRIBE)[0]
+        self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
+        self.cores: list[int | None] = pool.call(f"{_OPERATIONS}:pin_to_core")
+        self._points = self.grid.points(self.machine.dtype)
+        self._transfer_points = self.grid.transfers(num_ranks)
+        self.measured = Measured()
+        self.foreign_cpu_share = 0.0
+
+    def run(self, progress: Progress | None = None) -> None:
+        """All rounds."""
+        progress = progress or Silent()
+        parts = _PARTS if self._num_ranks > 1 else 2
+        progress.task("measuring", parts * self.grid.num_rounds)
+        for _ in range(self.grid.num_rounds):
+            self.measure_round(progress)
+        progress.done()
+
+    def measure_round(self, progress: Progress | None = None) -> None:
+        """Everything once; what other processes disturbed is measured again."""
+        progress = progress or Silent()
+        found = self.measured
+        found.operations.append(self._quietly(self._operations))
+        progress.advance()
+        if self._num_ranks > 1:
+            found.transfers.append(self._quietly(self._transfers))
+            progress.advance()
+            found.contention.append(self._quietly(self._contention))
+        if self.machine.on_gpu:
+            (launches,) = self._pool.call(f"{_OPERATIONS}:measure_launches", ranks=[0])
+            found.launches.append(launches)
+        found.steps.append(
+            self._quietly(
+                lambda: measure_steps(
+                    self._pool, self._num_ranks, self.grid.step_seqs, self.grid.step_layers
+                )
+            )
+        )
+        progress.advance()
+
+    def _quietly(self, measure: Callable[[], ResultT]) -> ResultT:
+        result, share = quietest(measure)
+        self.foreign_cpu_share = max(self.foreign_cpu_share, share)
+        return result
+
+    def _operations(self) -> Floats:
+        """[num_points]; the mean over ranks."""
+        seconds = self._pool.call(
+            f"{_OPERATIONS}:measure_operations", self._points, self.grid.point_s, self._num_ranks
+        )
+        mean: Floats = np.mean(seconds[: self._num_ranks], axis=0)
+        return mean
+
+    def _transfers(self) -> Floats:
+        """[num_points]; the mean over the ranks that take part."""
+        points = self._transfer_points
+        seconds = self._pool.call(f"{_TRANSFERS}:measure_transfers", points, self.grid.point_s)
+        return np.array(
+            [
+                np.mean([of_rank[place] for of_rank in seconds[: point.num_ranks]])
+                for place, point in enumerate(points)
+            ]
+        )
+
+    def _contention(self) -> float:
+        """The median over ranks and sizes."""
+        shares = self._pool.call(
+            f"{_TRANSFERS}:measure_contention",
+            self._num_ranks,
+            self.grid.contended_bytes,
+            self.grid.point_s,
+        )
+        return float(np.median(shares[: self._num_ranks]))
+
+    def profile(self, name: str) -> Profile:
+        """The medians of all rounds so far as a profile."""
+        found, origin = self.measured, self._origin()
+        operations = np.array(found.operations)
+        likely = np.median(operations, axis=0)
+        machine, num_ranks = self.machine, self._num_ranks
+        device = Device(
+            name=f"{machine.device} rank of {machine.cpu_name}"
+            if not machine.on_gpu
+            else machine.device,
+            memory_bytes=float(
+                machine.memory_bytes if machine.on_gpu else machine.memory_bytes // num_ranks
+            ),
+            memory_bytes_per_s=read_bytes_per_s(self._points, likely),
+            flops_per_s=peak_flops_per_s(self._points, likely),
+            origin=f"highest rates of any product: {origin}",
+        )
+        surfaces, terms = operation_laws(self._points, operations, device, origin)
+        links, transfers = {}, np.array(found.transfers)
+        if transfers.size:
+            links = link_sheets(self._transfer_points, np.median(transfers, axis=0), origin)
+        profile = Profile(name, device, num_ranks, links, surfaces, terms)
+        if transfers.size:
+            of_links = transfer_laws(self._transfer_points, transfers, profile, origin)
+            profile = _with(profile, *of_links)
+            share = term_of(np.array(found.contention), origin)
+            profile = _with(profile, {}, {f"contention.{kind}": share for kind in TransferKind})
+        return _with(profile, {}, self._overheads(profile, origin))
+
+    def _overheads(self, profile: Profile, origin: str) -> dict[str, Term]:
+        found = overhead_terms(self.measured.steps, profile, self.machine.dtype, origin)
+        if not self.machine.on_gpu:
+            return found
+        launch_s, graph_launch_s = np.array(self.measured.launches).T
+        return {
+            DRIVER_S: found[DRIVER_S],
+            LAUNCH_S: term_of(launch_s, origin),
+            GRAPH_LAUNCH_S: term_of(graph_launch_s, origin),
+        }
+
+    def _origin(self) -> str:
+        machine, ranks = self.machine, self._num_ranks
+        what = machine.device if machine.on_gpu else machine.cpu_name
+        pinned = ", each on a core of its own" if None not in self.cores else ""
+        rounds = len(self.measured.operations)
+        return (
+            f"expertlane calibrate {__version__}, {datetime.now(UTC).date()}: {what}, "
+            f"{ranks} rank{'s' if ranks > 1 else ''} at once{pinned}, {machine.dtype}, "
+            f"{machine.kernels} kernels, {machine.backend}, torch {machine.torch_version}, "
+            f"Python {platform.python_version()}, median of {rounds} rounds"
+        )
+
+
+def _with(profile: Profile, surfaces: dict[str, Surface], terms: dict[str, Term]) -> Profile:
+    return replace(
+        profile,
+        surfaces={**profile.surfaces, **surfaces},
+        terms={**profile.terms, **terms},
+    )

@@ -1,0 +1,334 @@
+"""Run on ranks by `expertlane calibrate`: seconds of single operations, as the engine does them."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.cost.operation import Kind
+from expertlane.engine.platform import DTYPES
+from expertlane.engine.worker import RankContext
+from expertlane.experiment.calibrate_points import Point
+from expertlane.model.attention import PagedHeads
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.kv_cache import KVCache
+from expertlane.model.norm import rms_norm
+from expertlane.model.rotary import RotaryEmbedding
+from expertlane.moe.activation import Activation
+from expertlane.moe.dispatch import ExpertInput
+from expertlane.moe.experts import Expert, Experts
+from expertlane.moe.grouping import group_pairs
+from expertlane.parallel.clock import clock_for
+from expertlane.parallel.linear import Linear
+from expertlane.parallel.mesh import ParallelMesh
+from expertlane.parallel.recorder import Recorder
+from expertlane.schedule.plan import Batch
+from expertlane.spec.layout import Coordinates, Layout
+from expertlane.spec.model import ModelConfig
+
+ItemT = TypeVar("ItemT")
+
+_COLD_BYTES = 192 << 20  # of weights or cache, used in turn: more than caches hold
+_GPU_COLD_BYTES = 1 << 30
+_MOST = 40  # repetitions of an operation in a round
+_BURST = 20  # operations queued at once where a GPU's own time is wanted
+_BLOCK_SIZE = 16
+_MOST_SETS, _MOST_CACHES = 64, 16  # of weights, and of blocks, used in turn
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """What a rank measures with.
+
+    Attributes:
+        cold: [n] values of the model's type, more than caches hold.
+    """
+
+    context: RankContext
+    group: ParallelMesh
+    cold: dict[str, Tensor]
+
+    def turns(self, shape: tuple[int, ...], dtype: str) -> Iterator[Tensor]:
+        """Views of this shape into the cold values, one after the other for ever."""
+        values, size = self.cold[dtype], int(np.prod(shape))
+        starts = range(0, max(1, len(values) - size + 1), max(size, 1))
+        return cycle([values[start : start + size].view(shape) for start in starts])
+
+
+def measure_operations(
+    context: RankContext, points: Sequence[Point], point_s: float, num_ranks: int
+) -> list[float]:
+    """Seconds of each operation, [num_points]; the median of one round's repetitions.
+
+    All ranks begin each of them together, since they share the memory's bandwidth.
+
+    Args:
+        point_s: for an operation's repetitions; it is done once at least.
+        num_ranks: the first ranks measure; the others wait.
+    """
+    layout = Layout(dp=num_ranks)
+    context.meshes.make(layout)
+    if context.rank >= num_ranks:
+        return []
+    device = context.platform.device
+    recorder = Recorder(context.rank, 1, 1, context.progress, clock_for(device), num_ranks)
+    mesh = ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
+    num_bytes = _GPU_COLD_BYTES if device.type == "cuda" else _COLD_BYTES
+    cold = {}
+    for name in {point.dtype for point in points}:
+        dtype = DTYPES[name]
+        cold[name] = torch.full((num_bytes // dtype.itemsize,), 0.01, dtype=dtype, device=device)
+    bench, seconds = _Bench(context, mesh, cold), []
+    with torch.inference_mode():
+        for point in points:
+            work = _WORK[point.kind](bench, point)
+            meet(mesh, device)
+            seconds.append(time_s(context, work, point_s))
+    return seconds
+
+
+def pin_to_core(context: RankContext) -> int | None:
+    """Put all of this rank's threads on a core of its own, if there are as many cores as ranks.
+
+    Returns:
+        Which; None where ranks stay where they are.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    rank, num_ranks = context.settings.local_rank, context.settings.num_local_ranks
+    if context.platform.device.type == "cuda" or num_ranks > len(cores):
+        return None
+    threads = Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.exists() else ():
+        os.sched_setaffinity(int(thread.name), {cores[rank]})
+    return cores[rank]
+
+
+def meet(mesh: ParallelMesh, device: torch.device) -> None:
+    """Wait until all ranks are here."""
+    token = torch.zeros(1, 1, device=device)
+    mesh.stage.all_gather(token, [1] * mesh.stage.size).wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
+    """The median time of some repetitions."""
+    if context.platform.device.type == "cuda":
+        return _gpu_time_s(context, work, most_s)
+    work()
+    seconds: list[float] = []
+    until = time.perf_counter() + most_s
+    while True:
+        began = time.perf_counter()
+        work()
+        now = time.perf_counter()
+        seconds.append(now - began)
+        if len(seconds) == _MOST or now + seconds[-1] > until:
+            break
+    context.progress.touch()
+    return median(seconds)
+
+
+def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
+    """Of operations queued in bursts, so that launches hide behind the device's work."""
+    clock = clock_for(context.platform.device)
+    work()
+    seconds: list[float] = []
+    until = time.perf_counter() + most_s
+    while not seconds or time.perf_counter() < until:
+        begin = clock.mark()
+        for _ in range(_BURST):
+            work()
+        end = clock.mark()
+        clock.settle()
+        seconds.append(clock.seconds(begin, end) / _BURST)
+    context.progress.touch()
+    return median(seconds)
+
+
+def measure_launches(context: RankContext) -> tuple[float, float]:
+    """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
+    device = context.platform.device
+    x = torch.zeros(16, device=device)
+    graph = torch.cuda.CUDAGraph()
+    x.add_(1)
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        for _ in range(_BURST):
+            x.add_(1)
+
+    def host_s(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(_BURST):
+            began = time.perf_counter()
+            for _ in range(_BURST):
+                work()
+            seconds.append((time.perf_counter() - began) / _BURST)
+            torch.cuda.synchronize(device)
+        return median(seconds)
+
+    context.progress.touch()
+    return host_s(lambda: x.add_(1)), host_s(graph.replay)
+
+
+def _gemm(bench: _Bench, point: Point) -> Callable[[], object]:
+    at = point.by_name
+    m, n, k = at["m"], at["n"], at["k"]
+    linears = _linears(bench, point.dtype, n, k)
+    x = torch.full((m, k), 0.5, dtype=DTYPES[point.dtype], device=bench.context.platform.device)
+    return lambda: next(linears)(x)
+
+
+def _linears(bench: _Bench, dtype: str, n: int, k: int) -> Iterator[Linear]:
+    """Products [n, k] whose weights are used in turn."""
+    device = bench.context.platform.device
+    first = Linear(torch.zeros(n, k, dtype=DTYPES[dtype], device=device))
+    views = bench.turns(tuple(first.tensors()[0].shape), dtype)
+    size = first.num_bytes
+    num = min(_MOST_SETS, max(1, len(bench.cold[dtype]) * first.itemsize // size))
+    return cycle([first.with_tensors([next(views)]) for _ in range(num)])
+
+
+def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
+    at = point.by_name
+    device, dtype = bench.context.platform.device, DTYPES[point.dtype]
+    hidden, inner, active = at["hidden"], at["inner"], at["active"]
+    ups = _linears(bench, point.dtype, inner, hidden)
+    downs = _linears(bench, point.dtype, hidden, inner)
+
+    def expert() -> Expert:
+        gate = next(ups) if at["matrices"] == 3 else None
+        return Expert(up=next(ups), down=next(downs), gate=gate)
+
+    activation = Activation("silu" if at["matrices"] == 3 else "gelu")
+    weights = at["matrices"] * hidden * inner * dtype.itemsize
+    cold_bytes = bench.cold[point.dtype].nbytes
+    num_sets = max(1, min(_MOST_SETS // active, cold_bytes // (weights * active)))
+    sets = cycle([Experts([expert() for _ in range(active)], activation) for _ in range(num_sets)])
+    pairs = at["pairs"]
+    rows = torch.full((pairs, hidden), 0.5, dtype=dtype, device=device)
+    ids = (torch.arange(pairs, device=device) % active).int()[:, None]
+    arrived = ExpertInput.of(rows, group_pairs(ids, 0, 1, active))
+    return lambda: next(sets).forward(arrived)
+
+
+def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
+    """A norm of rows: each value is read once and written once."""
+    dtype = DTYPES[point.dtype]
+    size = 64
+    while size < 1024 and size * size * dtype.itemsize * 8 < point.by_name["bytes"]:
+        size *= 2
+    num_rows = max(1, point.by_name["bytes"] // (2 * size * dtype.itemsize))
+    device = bench.context.platform.device
+    x = torch.full((num_rows, size), 0.5, dtype=dtype, device=device)
+    weight = torch.ones(size, device=device)
+    return lambda: rms_norm(x, weight, 1e-6)
+
+
+def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
+    at = point.by_name
+    context, is_latent = bench.context, "key_dim" in at
+    device, dtype = context.platform.device, DTYPES[point.dtype]
+    heads, kv_heads = at["heads"], at.get("kv_heads", 1)
+    key_dim = at["key_dim"] if is_latent else at["head_dim"]
+    value_dim = at["value_dim"] if is_latent else key_dim
+    seqs, tokens = at["seqs"], at.get("tokens", at["seqs"])
+    length, num_new = at["positions"] // seqs, tokens // seqs
+    paged = _paged_heads(bench, heads, key_dim, value_dim, length)
+    cache, num_blocks, num_sets = _cache(bench, point, length, key_dim, value_dim)
+    batches = [_batch(seqs, num_new, length, each * num_blocks, device) for each in range(num_sets)]
+    turns = cycle(batches)
+    query = torch.full((tokens, heads, key_dim), 0.1, dtype=dtype, device=device)
+    key = torch.full((tokens, kv_heads, key_dim), 0.1, dtype=dtype, device=device)
+    value = torch.full((tokens, kv_heads, cache.values.shape[-1]), 0.1, dtype=dtype, device=device)
+    return lambda: paged.attend_paged(next(turns), cache, query, key, value)
+
+
+def _cache(
+    bench: _Bench, point: Point, length: int, key_dim: int, value_dim: int
+) -> tuple[KVCache, int, int]:
+    """A cache that lies in the cold values where it fits; blocks of a set, and sets in it.
+
+    Decoding takes another set of blocks each time; new prompts' keys have just been written.
+    """
+    at, dtype = point.by_name, DTYPES[point.dtype]
+    kv_heads, stored_dim = at.get("kv_heads", 1), value_dim if "kv_heads" in at else 0
+    num_blocks = at["seqs"] * -(-length // _BLOCK_SIZE)
+    block_values = _BLOCK_SIZE * kv_heads * (key_dim + stored_dim)
+    cold = bench.cold[point.dtype]
+    num_sets = 1
+    if "tokens" not in at:
+        num_sets = max(1, min(_MOST_CACHES, len(cold) // (num_blocks * block_values)))
+    device = bench.context.platform.device
+    sizes = num_blocks * num_sets, _BLOCK_SIZE, kv_heads, key_dim, stored_dim
+    cache = KVCache(*sizes, dtype, device)
+    if num_blocks * num_sets * block_values <= len(cold):
+        keys, values = torch.split(
+            cold[: cache.keys.numel() + cache.values.numel()],
+            [cache.keys.numel(), cache.values.numel()],
+        )
+        cache.keys, cache.values = keys.view(cache.keys.shape), values.view(cache.values.shape)
+    return cache, num_blocks, num_sets
+
+
+def _batch(
+    seqs: int, num_new: int, length: int, first_block: int, device: torch.device
+) -> ForwardBatch:
+    """Equal sequences, with all that is made once for all layers."""
+    width = -(-length // _BLOCK_SIZE)
+    tables = np.arange(seqs * width, dtype=np.int32).reshape(seqs, width) + first_block
+    batch = Batch(
+        seq_ids=np.arange(seqs),
+        num_scheduled_tokens=np.full(seqs, num_new),
+        num_computed_tokens=np.full(seqs, length - num_new),
+        token_ids=np.zeros(seqs * num_new, dtype=np.int64),
+        block_tables=tables,
+        yields_token=np.ones(seqs, dtype=np.bool_),
+    )
+    made = ForwardBatch([batch], Layout(), Coordinates(0, 0, 0, 0, 0, 0), device, _BLOCK_SIZE)
+    assert len(made.slots), "made once"
+    if device.type == "cpu":
+        assert len(made.paged_sequences.lengths), "made once"
+    assert made.attention_groups, "made once"
+    return made
+
+
+def _paged_heads(
+    bench: _Bench, heads: int, key_dim: int, value_dim: int, length: int
+) -> PagedHeads:
+    model = ModelConfig(
+        name="calibrate",
+        num_hidden_layers=1,
+        hidden_size=64,
+        num_attention_heads=heads,
+        head_dim=key_dim,
+        num_experts=1,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        vocab_size=64,
+        max_position_embeddings=length,
+    )
+    device = bench.context.platform.device
+    recorder = Recorder(0, 1, 1, bench.context.progress, clock_for(device), 1)
+    paged = PagedHeads(model, 0, RotaryEmbedding(model, device), recorder)
+    paged.value_dim = value_dim
+    return paged
+
+
+_WORK: dict[Kind, Callable[[_Bench, Point], Callable[[], object]]] = {
+    Kind.GEMM: _gemm,
+    Kind.EXPERTS: _experts,
+    Kind.MEMORY: _memory,
+    Kind.DECODE_ATTENTION: _attention,
+    Kind.PREFILL_ATTENTION: _attention,
+    Kind.LATENT_DECODE: _attention,
+    Kind.LATENT_PREFILL: _attention,
+}

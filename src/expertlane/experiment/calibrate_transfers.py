@@ -1,0 +1,177 @@
+"""Run on ranks by `expertlane calibrate`: seconds of transfers, as the engine makes them."""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from expertlane.cost.operation import TransferKind
+from expertlane.engine.worker import RankContext
+from expertlane.experiment.calibrate_operations import meet
+from expertlane.experiment.calibrate_points import TransferPoint
+from expertlane.parallel.clock import clock_for
+from expertlane.parallel.collectives import Group
+from expertlane.parallel.linear import Linear
+from expertlane.parallel.mesh import ParallelMesh
+from expertlane.parallel.recorder import Recorder
+from expertlane.spec.layout import Layout
+
+_LEAST, _MOST = 5, 60  # repetitions in a round
+_ROW_BYTES = 64
+
+
+def measure_transfers(
+    context: RankContext, points: Sequence[TransferPoint], point_s: float
+) -> list[float]:
+    """Seconds of each transfer, [num_points]; 0 on ranks that take no part.
+
+    Repetitions follow on each other, so all ranks begin each at about the same time.
+    """
+    seconds = []
+    for point in points:
+        layout = Layout(dp=point.num_ranks)
+        context.meshes.make(layout)
+        if context.rank < point.num_ranks:
+            seconds.append(_measure(context, layout, point, point_s))
+        else:
+            seconds.append(0.0)
+    return seconds
+
+
+def _measure(context: RankContext, layout: Layout, point: TransferPoint, point_s: float) -> float:
+    device = context.platform.device
+    size = point.num_ranks
+    recorder = Recorder(context.rank, 1, 1, context.progress, clock_for(device), size)
+    mesh = ParallelMesh(layout, context.meshes, context.rank, size, recorder)
+    with torch.inference_mode():
+        work = _work(mesh.stage, point, device)
+        meet(mesh, device)
+        work()
+        num = _agreed_number(mesh.stage, work, point_s, device)
+        seconds = []
+        for _ in range(num):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+    context.progress.touch()
+    return median(seconds) / (2 if point.kind is TransferKind.SEND else 1)
+
+
+def _agreed_number(
+    group: Group, work: Callable[[], object], point_s: float, device: torch.device
+) -> int:
+    """Repetitions that fit, the same on all ranks."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    took = torch.tensor([[time.perf_counter() - began]], dtype=torch.float64, device=device)
+    slowest = float(group.all_gather(took, [1] * group.size).wait().max())
+    return min(_MOST, max(_LEAST, int(point_s / slowest)))
+
+
+def measure_contention(
+    context: RankContext, num_ranks: int, sizes: Sequence[int], point_s: float
+) -> list[float]:
+    """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1.
+
+    A product that takes longer than the transfer is timed without and with it.
+
+    Args:
+        num_ranks: the first ranks take part, 2 or more.
+        sizes: bytes to each other rank.
+    """
+    layout = Layout(dp=num_ranks)
+    context.meshes.make(layout)
+    if context.rank >= num_ranks:
+        return []
+    device = context.platform.device
+    recorder = Recorder(context.rank, 1, 1, context.progress, clock_for(device), num_ranks)
+    mesh = ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
+    shares = []
+    with torch.inference_mode():
+        for num_bytes in sizes:
+            meet(mesh, device)
+            shares.append(_contention(context, mesh.stage, num_bytes, point_s))
+    return shares
+
+
+def _contention(context: RankContext, group: Group, num_bytes: int, point_s: float) -> float:
+    device, size = context.platform.device, group.size
+    rows = torch.zeros(size * max(1, num_bytes // _ROW_BYTES), _ROW_BYTES, device=device)
+    rows = rows.to(torch.uint8)
+    of_all = [len(rows) // size] * size
+    linear = Linear(torch.zeros(512, 512, dtype=context.platform.dtype, device=device))
+    x = torch.zeros(64, 512, dtype=context.platform.dtype, device=device)
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def transfer() -> None:
+        group.all_to_all(rows, of_all, of_all).wait()
+        finish()
+
+    def timed(work: Callable[[], object], num: int) -> float:
+        seconds = []
+        for _ in range(num):
+            transfer()  # so that ranks begin together
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+        return median(seconds)
+
+    num = _agreed_number(group, transfer, point_s, device)
+    alone_s = timed(transfer, num)
+
+    def product() -> None:
+        linear(x)
+        finish()
+
+    once = torch.tensor([[timed(product, num), alone_s]], device=device)
+    once_s, alone_s = group.all_gather(once, [1] * size).wait().amax(dim=0).tolist()
+    times = max(1, round(2 * alone_s / once_s))
+
+    def compute() -> None:
+        for _ in range(times):
+            linear(x)
+        finish()
+
+    def both() -> None:
+        pending = group.all_to_all(rows, of_all, of_all)
+        compute()
+        pending.wait()
+        finish()
+
+    lost_s = timed(both, num) - timed(compute, num)
+    context.progress.touch()
+    return float(min(1.0, max(0.0, lost_s / alone_s)))
+
+
+def _work(group: Group, point: TransferPoint, device: torch.device) -> Callable[[], object]:
+    size, num_rows = group.size, max(1, point.num_bytes // point.row_bytes)
+    dtype = torch.bfloat16
+    width = point.row_bytes // dtype.itemsize
+    rows = torch.zeros(num_rows, width, dtype=dtype, device=device)
+    of_all = [num_rows] * size
+    if point.kind is TransferKind.ALL_GATHER:
+        return lambda: group.all_gather(rows, of_all).wait()
+    every = rows.repeat(size, 1)
+    if point.kind is TransferKind.ALL_TO_ALL:
+        return lambda: group.all_to_all(every, of_all, of_all).wait()
+    if point.kind is TransferKind.REDUCE_SCATTER:
+        return lambda: group.reduce_scatter(every, of_all).wait()
+
+    def there_and_back() -> None:  # two sends, each begun when the last one has come
+        for sender in (0, 1):
+            if group.rank == sender:
+                sent = group.send(rows, 1 - sender)
+                assert sent is not None, "there are rows"
+                sent.wait()
+            else:
+                group.receive(rows, sender).wait()
+
+    return there_and_back

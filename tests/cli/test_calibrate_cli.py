@@ -1,0 +1,50 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MISTAKES = [
+    (["--ranks", "0"], "--ranks is 0; valid: 1 to 1,024"),
+    (
+        ["my/laptop"],
+        "NAME is 'my/laptop'; it must be up to 64 letters, digits, dots, dashes and underscores",
+    ),
+    (["--out", "profile.json"], "--out is profile.json; a profile's file must end in .toml"),
+    (["--timeout-s", "0"], "--timeout-s is 0; valid: above 0, up to 1e+06"),
+    (
+        ["--out", "folder.toml"],
+        "--out is folder.toml, which is a folder; give a file that ends in .toml",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES)
+def test_mistakes_get_one_line(run, arguments, line):
+    Path("folder.toml").mkdir(exist_ok=True)
+    assert run("calibrate", *arguments) == (2, "", f"expertlane: error: {line}\n")
+
+
+def test_it_starts_its_own_ranks(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, out, err = run("calibrate")
+    assert (code, out) == (2, "")
+    assert "no torchrun" in err
+
+
+def test_its_help_needs_no_torch():
+    script = (
+        "import sys; from expertlane.cli.main import app; "
+        "app(['calibrate', '--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    source = str(Path(__file__).parents[2] / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": source},
+    )
+    assert "Measure this machine" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,0 +1,213 @@
+"""`expertlane simulate`: what it prints, writes and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertlane.results.simulation import read
+
+LOAD = ["--batch", "8", "--prompt-len", "4:16", "--output-len", "2:6"]
+EP16 = ["--layout", "dp=16,ep=16", "--cluster", "h100x16"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def simulate(run, *arguments, model="paper-tiny"):
+    code, out, err = run("simulate", model, *arguments)
+    assert code == 0, err
+    return out, err
+
+
+def as_json(run, *arguments, **model):
+    return json.loads(simulate(run, *arguments, "--json", **model)[0])
+
+
+def test_a_report_says_what_limits_the_deployment(run, tmp_path):
+    out, err = simulate(run, *EP16, *LOAD, "--out", str(tmp_path / "new"))
+    assert all(len(line) <= 80 for line in out.splitlines())
+    title, _, heading, first, *_ = out.splitlines()
+    assert "paper-tiny as dp=16,ep=16 on h100x16" in title
+    assert heading == "What limits it"
+    assert "is limited by" in first
+    for part in ("low–high", "TTFT", "floor", "weight reads", "fitted", "--routing", "inter-node"):
+        assert part in out
+    assert "simulating 8 requests: done" in err
+    found = read(tmp_path / "new" / "results.json")
+    assert found.deployment.num_ranks == 16
+    assert found.cluster.num_idle == 0
+    assert found.workload.num_output_tokens >= 8 * 2
+    for phase in (found.pools[0].prefill, found.pools[0].decode):
+        assert phase is not None
+        assert sum(phase.shares.values()) == pytest.approx(1)
+        assert sum(phase.basis_shares.values()) == pytest.approx(1)
+        assert phase.step_s.mean.low <= phase.step_s.mean.value <= phase.step_s.mean.high
+        assert phase.floor_s < phase.step_s.mean.low
+    assert found.service.output_tps.low < found.service.output_tps.value
+
+
+def test_the_same_load_gives_the_same_numbers(run):
+    first, again = (as_json(run, *EP16, *LOAD) for _ in range(2))
+    assert first["service"] == again["service"]
+    other = as_json(run, *EP16, *LOAD, "--seed", "1")
+    assert other["service"] != first["service"]
+
+
+def test_arrivals_have_bounds_of_their_own(run):
+    opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
+    out, err = simulate(run, *EP16, *opened)
+    assert "simulating 6 requests 3 times" in err
+    assert "200 requests/s: 6 requests" in out
+
+
+def test_two_pools(run):
+    layouts = ["--layout", "dp=4,ep=4", "--prefill-layout", "tp=2", "--cluster", "h100x8"]
+    found = as_json(run, *layouts, *LOAD)
+    prefill, decode = found["pools"]
+    assert (prefill["role"], prefill["decode"]) == ("prefill", None)
+    assert (decode["role"], decode["prefill"]) == ("decode", None)
+    assert found["cluster"]["num_idle"] == 2
+    out, _ = simulate(run, *layouts, *LOAD)
+    assert "2 devices of the cluster stay idle." in out
+    assert "tp=2 + dp=4,ep=4" in out
+
+
+def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
+    load = ["--batch", "8", "--prompt-len", "8", "--output-len", "31"]
+    plain, wrong, right = (
+        as_json(run, *EP16, *load, *options)
+        for options in (
+            [],
+            ["--mtp", "1", "--mtp-acceptance", "0"],
+            ["--mtp", "1", "--mtp-acceptance", "1"],
+        )
+    )
+    tpot_s = [each["service"]["tpot_s"]["mean"]["value"] for each in (plain, wrong, right)]
+    assert tpot_s[2] < tpot_s[0] < tpot_s[1]
+    steps = [each["pools"][0]["decode"]["num_steps"] for each in (plain, wrong, right)]
+    assert steps == [30, 30, 15]
+    weights = [each["pools"][0]["memory"]["weight_bytes"] for each in (plain, wrong)]
+    assert weights[0] < weights[1]
+
+
+def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
+    path = tmp_path / "deep" / "step.json"
+    simulate(run, "--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD, "--trace", str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    timed = [event for event in events if event["ph"] == "X"]
+    assert {event["args"]["phase"] for event in timed} == {"prefill", "decode"}
+    assert {event["pid"] for event in timed} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dispatch", "hierarchical", "--overlap", "on", "--redundant", "16"],
+        ["--dtype", "float8", "--kv-dtype", "float8", "--execution", "eager"],
+        ["--routing", "power:0.9", "--payload", "float8", "--placement", "round_robin"],
+    ],
+    ids=" ".join,
+)
+def test_options_of_a_deployment(run, options):
+    found = as_json(run, *EP16, *LOAD, *options)
+    assert found["service"]["output_tps"]["value"] > 0
+
+
+def test_skewed_routing_loads_ranks_unevenly(run):
+    even, skewed = (
+        as_json(run, *EP16, *LOAD, "--routing", routing) for routing in ("uniform", "power:1.5")
+    )
+    assert max(skewed["expert_load"]) > max(even["expert_load"])
+
+
+def test_sequences_that_wait_for_room(run):
+    out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
+    assert "want of" not in out  # one on each of 16 ranks is enough for 8
+    load = ["--batch", "8", "--prompt-len", "4", "--output-len", "4", "--max-num-seqs", "3"]
+    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load)
+    assert "At most 3 sequences of 8 ran at once, for want of room (--max-num-seqs)." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--cluster", "z9x16"], ["no cluster profile is called z9", "h100"]),
+        (["--cluster", "h100"], ["not PROFILExCOUNT", "h100x16"]),
+        (["--cluster", "h100x8"], ["needs 16 devices", "h100x8 has 8"]),
+        (["--prefill-layout", "tp=2"], ["needs 18 devices", "h100x16 has 16"]),
+        (["--layout", "dp=16,ep=3"], ["ep=3 does not divide", "valid ep"]),
+        (
+            ["--layout", "dp=8,ep=8", "--dispatch", "hierarchical"],
+            ["ep=8 is on one node of 8", "all_to_all"],
+        ),
+        (["--rate", "2", "--batch", "4"], ["--batch and --rate exclude each other"]),
+        (["--batch", "1,2"], ["simulate takes one"]),
+        (["--dispatch", "auto"], ["--dispatch auto is timed on real ranks"]),
+        (["--overlap", "auto"], ["--overlap auto is timed on real ranks"]),
+        (["--prompt-len", "60", "--output-len", "8"], ["67 positions", "valid: 64"]),
+        (["--mtp", "1"], ["--mtp is 1", "not given"]),
+        (["--mtp-acceptance", "0.5"], ["--mtp is 0"]),
+        (["--mtp", "1", "--mtp-acceptance", "1.5"], ["acceptance of 1.5", "0 to 1"]),
+        (["--mtp", "99", "--mtp-acceptance", "0.5"], ["99 drafts", "0 to 16"]),
+        (["--routing", "power:x"], ["ALPHA must be a number"]),
+        (["--routing", "no.npz"], ["no such file", "uniform, power:ALPHA"]),
+        (["--block-size", "0"], ["block_size is 0"]),
+        (["--max-num-seqs", "0"], ["max_num_seqs is 0"]),
+        (["--seed", "-1"], ["--seed is -1"]),
+        (["--cluster", "a100x16", "--dtype", "float8"], ["float8", "bfloat16"]),
+        (["--redundant", "999"], ["at most 240 can be redundant"]),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given[0], str) else "",
+)
+def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
+    used = [*EP16, *arguments, "--out", str(tmp_path / "out")]
+    if "--cluster" in arguments or "--layout" in arguments:  # the last one given counts
+        used = [*arguments, *EP16, *arguments, "--out", str(tmp_path / "out")]
+    if not {"--prompt-len", "--batch", "--rate"} & set(arguments):
+        used = [*LOAD, *used]
+    code, out, err = run("simulate", "paper-tiny", *used)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_configuration(run, tmp_path):
+    code, _, err = run("simulate", str(tmp_path), *EP16)
+    assert code == 2
+    assert "there is no config.json" in err
+
+
+def test_a_model_that_does_not_fit(run):
+    code, _, err = run("simulate", "paper", "--layout", "tp=1", "--cluster", "h100x1")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "needs" in line
+    assert "72 GB of memory are free" in line
+
+
+def test_no_torch_and_quick_help(tmp_path):
+    script = (
+        "import sys; from expertlane.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules, 'torch'\n"
+    )
+    for arguments in (["--help"], ["simulate", "--help"], ["simulate", "paper-tiny", *EP16, *LOAD]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "simulate" in done.stdout
