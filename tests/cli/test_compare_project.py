@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import example_results
+from expertlane.errors import CapacityError
+from expertlane.experiment import local_memory
 from expertlane.results.file import read
 from expertlane.spec.layout import Layout
 
@@ -83,6 +86,29 @@ def test_another_cluster_and_json(too_small, run):
     assert (projection["cluster"], projection["skew"]) == ("h200x16", 0.5)
 
 
+def test_what_fits_is_measured_with_the_projection_beside_it(
+    too_small, comparison, run, monkeypatch
+):
+    monkeypatch.setattr(local_memory, "memory_shortage", lambda experiment, dtype: None)
+    comparison.answer = example_results.usual()
+    code, out, err = run("compare", "short.toml", "--project")
+    assert code == 0
+    assert len(comparison.calls) == 1
+    assert "projection=Projection(cluster='h100x16'" in out
+    assert err.index("projecting on h100x16") < err.index("starting 16 ranks")
+    assert "nothing is measured" not in err
+
+
+def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypatch):
+    monkeypatch.setattr(local_memory, "memory_shortage", lambda experiment, dtype: None)
+    comparison.too_large = CapacityError("needs 2 GB but 1 GB is free")
+    code, out, err = run("compare", "short.toml", "--project")
+    assert code == 0
+    assert "not_measured='needs 2 GB but 1 GB is free'" in out
+    assert "expertlane: nothing is measured here: needs 2 GB but 1 GB is free" in err
+    assert comparison.calls == []
+
+
 @pytest.mark.full
 def test_the_papers_experiment_at_full_size(too_small, run):
     code, out, _ = run("compare", "paper", "--project")
@@ -95,8 +121,6 @@ def test_the_papers_experiment_at_full_size(too_small, run):
 
 
 def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run):
-    from expertlane.errors import CapacityError
-
     comparison.too_large = CapacityError("too large")
     code, out, err = run("compare", "short.toml")
     assert (code, out) == (2, "")

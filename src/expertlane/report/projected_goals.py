@@ -190,9 +190,9 @@ def _scaling(projection: Projection) -> Section:
     if too_large:
         names = ", ".join(f"ep={each.layout.ep_size}" for each in too_large)
         parts.append(
-            f"{BEYOND} does not fit, as if it did: {names}; ep={too_large[0].layout.ep_size} holds "
-            f"{bytes_si(too_large[0].weight_bytes)} of weights a GPU where "
-            f"{bytes_si(too_large[0].device_bytes)} may be taken."
+            f"{BEYOND} Not all sequences fit beside the weights, as if they did: {names}; "
+            f"ep={too_large[0].layout.ep_size} has {bytes_si(too_large[0].weight_bytes)} of "
+            f"weights on a GPU where {bytes_si(too_large[0].device_bytes)} may be taken."
         )
     if any(each.num_slots_per_rank * each.layout.ep_size > _num_experts(points) for each in points):
         parts.append("Beyond one expert a GPU, GPUs are filled with copies of experts.")

@@ -143,7 +143,7 @@ def _factor(projection: Projection) -> Section:
     else:
         shared = (
             f"None reaches it. The {_NUM_NEAREST} that come nearest share: "
-            f"{_shared(nearest[:_NUM_NEAREST])}."
+            f"{_shared(sorted(found, key=lambda each: each.distance)[:_NUM_NEAREST])}."
         )
     return Section(
         f"Projected: where {times(REPORTED_FACTOR)} would come from",
