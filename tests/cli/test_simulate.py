@@ -110,7 +110,7 @@ def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
     [
         ["--dispatch", "hierarchical", "--overlap", "on", "--redundant", "16"],
         ["--dtype", "float8", "--kv-dtype", "float8", "--execution", "eager"],
-        ["--routing", "power:0.9", "--payload", "float8", "--placement", "round_robin"],
+        ["--skew", "0.9", "--payload", "float8", "--placement", "round_robin"],
     ],
     ids=" ".join,
 )
@@ -120,9 +120,7 @@ def test_options_of_a_deployment(run, options):
 
 
 def test_skewed_routing_loads_ranks_unevenly(run):
-    even, skewed = (
-        as_json(run, *EP16, *LOAD, "--routing", routing) for routing in ("uniform", "power:1.5")
-    )
+    even, skewed = (as_json(run, *EP16, *LOAD, "--skew", skew) for skew in ("0", "1.5"))
     assert max(skewed["expert_load"]) > max(even["expert_load"])
 
 
@@ -155,8 +153,8 @@ def test_sequences_that_wait_for_room(run):
         (["--mtp-acceptance", "0.5"], ["--mtp is 0"]),
         (["--mtp", "1", "--mtp-acceptance", "1.5"], ["acceptance of 1.5", "0 to 1"]),
         (["--mtp", "99", "--mtp-acceptance", "0.5"], ["99 drafts", "0 to 16"]),
-        (["--routing", "power:x"], ["ALPHA must be a number"]),
-        (["--routing", "no.npz"], ["no such file", "uniform, power:ALPHA"]),
+        (["--skew", "11"], ["--skew is 11", "0 to 10"]),
+        (["--routing-trace", "no.npz"], ["no.npz"]),
         (["--block-size", "0"], ["block_size is 0"]),
         (["--max-num-seqs", "0"], ["max_num_seqs is 0"]),
         (["--seed", "-1"], ["--seed is -1"]),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from hypothesis import strategies as st
 
 from expertlane.cost.execution import Execution, Terms
 from expertlane.cost.operation import OUTSIDE, Kind, Operation, Transfer, TransferKind
@@ -101,3 +102,31 @@ def log(times: StepTimes, rank: int = 0) -> list[str]:
         name = f"{each.track} {each.stage.label} {place}{'ab'[each.part]}"
         lines.append(f"{name} {each.begin_s[rank]:g}-{each.end_s[rank]:g}")
     return lines
+
+
+durations = st.floats(0.0, 10.0, allow_subnormal=False)
+
+
+@st.composite
+def halves(draw):
+    """Two parts of equal structure on three ranks, with bounds and contention."""
+    is_transfer = draw(st.lists(st.booleans(), min_size=1, max_size=8))
+    groups = draw(st.sampled_from([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 2]]))
+    contention = draw(st.floats(0.0, 1.0))
+    low, high = draw(st.floats(0.1, 1.0)), draw(st.floats(1.0, 5.0))
+    size = len(is_transfer)
+    num_kernels = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
+    syncs_host = draw(st.booleans())
+    parts = []
+    for _ in range(draw(st.integers(1, 2))):
+        steps = []
+        for each, num in zip(is_transfer, num_kernels, strict=True):
+            values = [draw(durations) for _ in range(3)]
+            flags = {"low": low, "high": high, "num_kernels": num}
+            if each:
+                flags |= {"contention": contention, "syncs_host": syncs_host}
+                steps.append(send(*values, group=groups, **flags))
+            else:
+                steps.append(compute(*values, **flags))
+        parts.append(part(*steps))
+    return parts

@@ -1,6 +1,5 @@
 """What the ranks do when, against times worked out by hand."""
 
-import time
 from dataclasses import replace
 from itertools import accumulate
 
@@ -9,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost.made_up import compute, log, one_stage, part, run, seconds, send, terms
+from cost.made_up import compute, halves, log, one_stage, part, run, seconds, send, terms
 from expertlane.cost.execution import LIKELY, OF_TRANSFERS, Execution, Terms
 from expertlane.cost.operation import OUTSIDE
 from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.step_log import stage_seconds
 from expertlane.cost.timeline import Timeline
 from expertlane.cost.times import Basis
-from expertlane.cost.work import Block, StageWork, blocks_of
+from expertlane.cost.work import StageWork
 from expertlane.errors import UserError
 from expertlane.metrics import stage_time
 from expertlane.spec.layout import Layout
@@ -255,86 +254,6 @@ def test_idle_time_between_steps_counts_if_asked_for():
         assert of_stage.blocked_s[:, 0, 1, Stage.IDLE].tolist() == expected
 
 
-def test_layers_that_repeat_are_not_run_one_by_one():
-    steps = [
-        compute(1.0, 3.0),
-        send(2.0, 1.0),
-        compute(2.0, 1.0),
-        send(1.0, 1.0),
-        compute(1.0, 1.0),
-    ]
-    outside = Block([compute(1.0, 1.0, layer=OUTSIDE)], (OUTSIDE,))
-    blocks = [outside, Block(steps, range(3)), Block(steps[::-1], range(3, 40)), outside]
-    for parts in ([blocks], [blocks, blocks]):
-        for execution in Execution:
-            given = terms(execution, 0.75)
-            jumping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0)
-            stepping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0, may_jump=False)
-            assert len(jumping.spans[0][0].log.ran) < len(stepping.spans[0][0].log.ran) / 3
-            np.testing.assert_allclose(jumping.spans[0][0].end, stepping.spans[0][0].end)
-            (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
-            np.testing.assert_allclose(fast.wall_s, slow.wall_s, atol=1e-9)
-            np.testing.assert_allclose(fast.blocked_s, slow.blocked_s, atol=1e-9)
-
-
-def test_layers_that_do_the_same_or_alternate_become_one_block():
-    outside, even, odd, other = ([compute(float(each))] for each in range(4))
-    sections = [(OUTSIDE, outside), *((layer, (even, odd)[layer % 2]) for layer in range(5))]
-    sections += [(5, other), (6, other), (7, other), (OUTSIDE, outside)]
-    blocks = blocks_of(sections)
-    found = [
-        (list(block.layers), [(each.times.seconds[0], each.offset) for each in block.steps])
-        for block in blocks
-    ]
-    assert found == [
-        ([OUTSIDE], [(0.0, 0)]),
-        ([0, 2], [(1.0, 0), (2.0, 1)]),
-        ([4], [(1.0, 0)]),
-        ([5, 6, 7], [(3.0, 0)]),
-        ([OUTSIDE], [(0.0, 0)]),
-    ]
-
-
-def test_layers_that_alternate_are_not_run_one_by_one():
-    even = [compute(1.0, 3.0), send(2.0, 1.0)]
-    odd = [compute(2.0, 1.0), send(1.0, 1.0), compute(1.0, 1.0)]
-    parts = [blocks_of([(layer, (even, odd)[layer % 2]) for layer in range(41)])]
-    seconds_of = {}
-    for may_jump in (True, False):
-        times = Timeline(Terms.free(), 1, 2).run([[StageWork(parts)]], 0.0, may_jump=may_jump)
-        (seconds_of[may_jump],) = stage_seconds(times, 41, count_idle=False)
-        assert (len(times.spans[0][0].log.ran) < 30) == may_jump
-    np.testing.assert_allclose(seconds_of[True].wall_s, seconds_of[False].wall_s, atol=1e-9)
-
-
-durations = st.floats(0.0, 10.0, allow_subnormal=False)
-
-
-@st.composite
-def halves(draw):
-    """Two parts of equal structure on three ranks, with bounds and contention."""
-    is_transfer = draw(st.lists(st.booleans(), min_size=1, max_size=8))
-    groups = draw(st.sampled_from([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 2]]))
-    contention = draw(st.floats(0.0, 1.0))
-    low, high = draw(st.floats(0.1, 1.0)), draw(st.floats(1.0, 5.0))
-    size = len(is_transfer)
-    num_kernels = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
-    syncs_host = draw(st.booleans())
-    parts = []
-    for _ in range(draw(st.integers(1, 2))):
-        steps = []
-        for each, num in zip(is_transfer, num_kernels, strict=True):
-            values = [draw(durations) for _ in range(3)]
-            flags = {"low": low, "high": high, "num_kernels": num}
-            if each:
-                flags |= {"contention": contention, "syncs_host": syncs_host}
-                steps.append(send(*values, group=groups, **flags))
-            else:
-                steps.append(compute(*values, **flags))
-        parts.append(part(*steps))
-    return parts
-
-
 @settings(max_examples=150, deadline=None)
 @given(parts=halves(), execution=st.sampled_from(Execution), launch_s=st.floats(0.0, 2.0))
 def test_bounds_and_conservation(parts, execution, launch_s):
@@ -385,25 +304,6 @@ def test_terms_come_from_the_profile():
         Terms.of(profile(overhead_s=1.0), Execution.EAGER)
 
 
-def test_a_large_step_is_quick():
-    num_ranks, rng = 64, np.random.default_rng(0)
-    group = [rank // 8 for rank in range(num_ranks)]
-
-    def layer(number):
-        steps = [compute(*rng.random(num_ranks), layer=number) for _ in range(14)]
-        for place in (2, 8, 9, 13):
-            steps.insert(place, send(*rng.random(num_ranks), layer=number))
-        return [*steps, send(*rng.random(num_ranks), group=group), compute(*rng.random(num_ranks))]
-
-    work = one_stage([Block(layer(number), (number,)) for number in range(94)])
-    seconds_of = []
-    for _ in range(5):
-        began = time.perf_counter()
-        Timeline(terms(Execution.EAGER, 0.1), 1, num_ranks).run(work, 0.0)
-        seconds_of.append(time.perf_counter() - began)
-    assert min(seconds_of) < 0.1
-
-
 def test_metrics_see_what_was_put_in():
     steps = part(
         compute(1.0, 4.0),
@@ -434,28 +334,3 @@ def test_metrics_see_what_was_put_in():
         Cause.ATTENTION: 3.0,
         Cause.HEAD: 0.5,
     }
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    parts=halves(),
-    execution=st.sampled_from(Execution),
-    launch_s=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
-    num_layers=st.integers(3, 40),
-)
-def test_jumps_are_exact(parts, execution, launch_s, num_layers):
-    parts = [
-        [Block([timed for block in blocks for timed in block.steps], range(num_layers))]
-        for blocks in parts
-    ]
-    given_terms = Terms(execution, launch_s * np.array([0.5, 1.0, 2.0]), np.zeros(3))
-    fast, slow = (
-        Timeline(given_terms, 1, 3).run(one_stage(*parts), 0.0, may_jump=may_jump)
-        for may_jump in (True, False)
-    )
-    np.testing.assert_allclose(fast.spans[0][0].end, slow.spans[0][0].end, rtol=1e-7)
-    (of_fast,), (of_slow,) = (
-        stage_seconds(times, num_layers, count_idle=False) for times in (fast, slow)
-    )
-    np.testing.assert_allclose(of_fast.wall_s, of_slow.wall_s, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(of_fast.blocked_s, of_slow.blocked_s, rtol=1e-6, atol=1e-6)

@@ -5,19 +5,26 @@ import os
 import re
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertlane import __version__
+from expertlane.cli.projection_options import (
+    ClusterOption,
+    ExecutionOption,
+    Executions,
+    KvTypeOption,
+    NumberTypeOption,
+    RoutingTraceOption,
+    SkewOption,
+    number_types,
+)
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.cli.engine_options import FoundModel
-    from expertlane.cost.routing import RoutingSource
-    from expertlane.plan.setting import Goals, Setting, Traffic
+    from expertlane.plan.setting import Goals, Traffic
     from expertlane.results.plan import PlanResults
     from expertlane.spec.deployment import PayloadType
     from expertlane.spec.model import ModelConfig
@@ -25,25 +32,8 @@ if TYPE_CHECKING:
 _EXPERIMENT = "experiment.toml"
 _WORKLOAD_KEYS = ("num_sequences", "prompt_len", "output_len")
 _MAX_DIGITS = 9
-_MAX_SKEW = 10.0
 
 DEFAULT_WORKLOAD = "num_sequences=256,prompt_len=1024,output_len=256"
-
-
-class NumberType(StrEnum):
-    """What values are held in."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT8 = "float8"
-
-
-class Executions(StrEnum):
-    """How work gets onto a device."""
-
-    GRAPH = "graph"
-    EAGER = "eager"
 
 
 _Model = Annotated[
@@ -51,14 +41,6 @@ _Model = Annotated[
     typer.Argument(
         help="A checkpoint's folder (its config.json is enough), a hub id (org/name), or a preset: "
         "paper-tiny, paper-small, paper."
-    ),
-]
-_Cluster = Annotated[
-    str,
-    typer.Option(
-        metavar="PROFILExN",
-        help="The cluster: so many devices of a profile (h100, h200, b200, a100, or a TOML file "
-        "of expertlane calibrate).",
     ),
 ]
 _Workload = Annotated[
@@ -77,33 +59,6 @@ _MaxTtftMs = Annotated[
     float | None,
     typer.Option(metavar="MS", help="Longest mean time from a prompt's arrival to a first token."),
 ]
-_RoutingTrace = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Which experts tokens choose, as recorded by expertlane generate --record-routing.",
-    ),
-]
-_Skew = Annotated[
-    float,
-    typer.Option(
-        metavar="ALPHA",
-        help="Without a trace: experts' popularity falls with their rank to the power of -ALPHA; "
-        "0 for experts alike.",
-    ),
-]
-_Dtype = Annotated[
-    NumberType | None,
-    typer.Option(help="Of weights. Default: the checkpoint's, float16 for a preset."),
-]
-_KvDtype = Annotated[
-    NumberType | None,
-    typer.Option(help="Of cached keys and values. Default: that of hidden states."),
-]
-_Execution = Annotated[
-    Executions,
-    typer.Option(help="Whether a step is captured as a CUDA graph or launched kernel by kernel."),
-]
 _Out = Annotated[
     Path | None,
     typer.Option(
@@ -117,15 +72,15 @@ _Json = Annotated[bool, typer.Option("--json", help="Print results.json instead 
 
 def plan(
     model: _Model,
-    cluster: _Cluster = "h100x16",
+    cluster: ClusterOption = "h100x16",
     workload: _Workload = DEFAULT_WORKLOAD,
     max_tpot_ms: _MaxTpotMs = None,
     max_ttft_ms: _MaxTtftMs = None,
-    routing_trace: _RoutingTrace = None,
-    skew: _Skew = 0.0,
-    dtype: _Dtype = None,
-    kv_dtype: _KvDtype = None,
-    execution: _Execution = Executions.GRAPH,
+    routing_trace: RoutingTraceOption = None,
+    skew: SkewOption = 0.0,
+    dtype: NumberTypeOption = None,
+    kv_dtype: KvTypeOption = None,
+    execution: ExecutionOption = Executions.GRAPH,
     out: _Out = None,
     as_json: _Json = False,
 ) -> None:
@@ -153,16 +108,22 @@ def plan(
     from expertlane.cli.engine_options import find_model
     from expertlane.cli.output import check_folder, progress_on_stderr
     from expertlane.cost.cluster import parse_cluster
+    from expertlane.cost.execution import Execution
+    from expertlane.cost.routing_choice import choose_routing
     from expertlane.plan.make import Plan
+    from expertlane.plan.setting import Setting
 
-    found, devices = find_model(model), parse_cluster(cluster)
+    found, devices = find_model(model, weights=False), parse_cluster(cluster)
     goals = _goals(max_tpot_ms, max_ttft_ms)
     traffic = _traffic(workload, found.config)
-    setting, routing = _setting(found, dtype, kv_dtype, execution, routing_trace, skew)
+    routing = choose_routing(found.config, routing_trace, skew, num_sampled_layers=2)
+    types = number_types(found, dtype, kv_dtype)
+    payload: PayloadType = "float8" if types.weights == "float8" else "model"
+    setting = Setting(types, Execution(execution.value), routing.source, payload)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"plan-{found.config.name}-{devices}")
     folder = out or Path("results", name)
     check_folder(folder)
-    plan = Plan(found.config, devices, traffic, goals, setting, routing)
+    plan = Plan(found.config, devices, traffic, goals, setting, routing.words)
     with progress_on_stderr() as progress:
         progress.task("one pool: every layout and option", 1)
         plan.search()
@@ -210,49 +171,6 @@ def _traffic(text: str, model: "ModelConfig") -> "Traffic":
         values[key] = int(value)
     Workload(**values).check_model(model)
     return Traffic(**values)
-
-
-def _setting(
-    found: "FoundModel",
-    dtype: NumberType | None,
-    kv_dtype: NumberType | None,
-    execution: Executions,
-    routing_trace: Path | None,
-    skew: float,
-) -> "tuple[Setting, str]":
-    """And the routing in words."""
-    from expertlane.cost.execution import Execution
-    from expertlane.cost.number_types import NumberTypes
-    from expertlane.plan.setting import Setting
-
-    own = found.config.dtype if found.folder else "float16"
-    types = NumberTypes.asked(dtype or own, kv_dtype)
-    payload: PayloadType = "float8" if types.weights == "float8" else "model"
-    source, words = _routing(found.config, routing_trace, skew)
-    return Setting(types, Execution(execution.value), source, payload), words
-
-
-def _routing(model: "ModelConfig", path: Path | None, skew: float) -> "tuple[RoutingSource, str]":
-    from expertlane.balance.trace import read_trace
-    from expertlane.cost.routing import PowerLawRouting, TraceRouting
-
-    if not 0 <= skew <= _MAX_SKEW:
-        raise UserError(f"--skew is {skew:g}; it must be from 0 to {_MAX_SKEW:g}")
-    if path is None:
-        words = f"popularity falls with rank to the power of -{skew:g}" if skew else "all alike"
-        return PowerLawRouting.of(model, skew, num_sampled_layers=2), f"experts drawn, {words}"
-    if skew:
-        raise UserError("--routing-trace and --skew exclude each other")
-    trace = read_trace(path)
-    sizes = (trace.num_experts, trace.num_experts_per_tok)
-    if sizes != (model.num_experts, model.num_experts_per_tok):
-        raise UserError(
-            f"{path} is of {sizes[1]} of {sizes[0]} experts a token; {model.name} has "
-            f"{model.num_experts_per_tok} of {model.num_experts}"
-        )
-    if not trace.num_tokens:
-        raise UserError(f"{path} holds no token")
-    return TraceRouting(trace), f"{trace.num_tokens:,} recorded tokens of {path}"
 
 
 def _publish(results: "PlanResults", experiment: str, folder: Path, *, as_json: bool) -> None:

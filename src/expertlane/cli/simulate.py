@@ -3,7 +3,6 @@
 import shlex
 import sys
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,11 +35,22 @@ from expertlane.cli.load_options import (
     check_seed,
     parse_loads,
 )
+from expertlane.cli.projection_options import (
+    ClusterOption,
+    ExecutionOption,
+    Executions,
+    KvTypeOption,
+    NumberTypeOption,
+    RoutingTraceOption,
+    SkewOption,
+    number_types,
+)
 from expertlane.errors import SpecError, UserError
 
 if TYPE_CHECKING:
     from expertlane.cost.cluster import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
+    from expertlane.cost.routing_choice import RoutingChoice
     from expertlane.plan.simulate import Outcome, ServingSetup, Simulator
     from expertlane.results.simulation import Simulation
     from expertlane.spec.load import Load
@@ -49,30 +59,6 @@ if TYPE_CHECKING:
 _DEFAULT_BATCH = "64"
 
 
-class Types(StrEnum):
-    """What weights, or keys and values, are held in."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT8 = "float8"
-
-
-class Executions(StrEnum):
-    """How kernels get onto a device."""
-
-    GRAPH = "graph"
-    EAGER = "eager"
-
-
-Cluster = Annotated[
-    str,
-    typer.Option(
-        metavar="PROFILExN",
-        help="So many devices of a profile, h100x16 for example; h100, h200, b200, a100, or a "
-        "TOML file.",
-    ),
-]
 _Layout = Annotated[
     str, typer.Option(metavar="LAYOUT", help="How ranks are arranged, dp=16,ep=16 for example.")
 ]
@@ -97,24 +83,6 @@ _Rate = Annotated[
         help="Open loop in place of --batch: R requests a second arrive at random times.",
     ),
 ]
-_Dtype = Annotated[
-    Types | None,
-    typer.Option(help="Of weights. Default: the checkpoint's; bfloat16 in place of float32."),
-]
-_KVDtype = Annotated[
-    Types | None, typer.Option(help="Of keys and values. Default: that of hidden states.")
-]
-_Execution = Annotated[
-    Executions, typer.Option(help="Whether kernels are launched as graphs or one by one.")
-]
-RoutingOption = Annotated[
-    str,
-    typer.Option(
-        metavar="uniform|power:ALPHA|TRACE",
-        help="Which experts tokens choose: all as popular, by a power law, or those of a trace "
-        "of generate --record-routing.",
-    ),
-]
 _Mtp = Annotated[
     int, typer.Option(metavar="N", help="Multi-token prediction: N tokens guessed a step.")
 ]
@@ -137,7 +105,7 @@ _Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write 
 def simulate(
     model: ModelArgument,
     layout: _Layout,
-    cluster: Cluster,
+    cluster: ClusterOption,
     prefill_layout: _PrefillLayout = None,
     batch: _Batch = None,
     rate: _Rate = None,
@@ -145,10 +113,11 @@ def simulate(
     prompt_len: PromptLen = "1024",
     output_len: OutputLen = "128",
     seed: Seed = 0,
-    dtype: _Dtype = None,
-    kv_dtype: _KVDtype = None,
-    execution: _Execution = Executions.GRAPH,
-    routing: RoutingOption = "uniform",
+    dtype: NumberTypeOption = None,
+    kv_dtype: KvTypeOption = None,
+    execution: ExecutionOption = Executions.GRAPH,
+    routing_trace: RoutingTraceOption = None,
+    skew: SkewOption = 0.0,
     dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
     overlap: OverlapOption = Overlaps.OFF,
     num_micro_batches: NumMicroBatches = 1,
@@ -176,7 +145,7 @@ def simulate(
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
       expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 --dtype float8 --batch 256
       expertlane simulate ./my-checkpoint --layout dp=16,ep=16 --cluster h100x16 --rate 20
-          --prompt-len 512:2048 --output-len 64:512 --routing power:0.6 --redundant 16
+          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --redundant 16
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
           --cluster h100x16 --trace step.json
     """
@@ -204,21 +173,20 @@ def simulate(
     found_model = find_model(model, weights=False)
 
     from expertlane.cost.cluster import parse_cluster
-    from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing_choice import choose_routing
     from expertlane.plan.simulate import ServingSetup, Simulator
     from expertlane.spec.load import check_lengths
 
     config = found_model.config
     modelled = parse_cluster(cluster)
-    own_type = "bfloat16" if config.dtype == "float32" else config.dtype
+    routing = choose_routing(config, routing_trace, skew, seed)
     setup = ServingSetup(
         layout=found_model.lay_out(layout),
         prefill_layout=None if prefill_layout is None else found_model.lay_out(prefill_layout),
         options=options,
-        types=NumberTypes.asked(dtype.value if dtype else own_type, kv_dtype and kv_dtype.value),
+        types=number_types(found_model, dtype, kv_dtype),
         execution=Execution(execution.value),
-        routing=choose_routing(routing, config, seed),
+        routing=routing.source,
         multi_token=multi_token,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -314,7 +282,7 @@ def _results(
     load: "Load",
     seed: int,
     outcome: "Outcome",
-    routing: str,
+    routing: "RoutingChoice",
 ) -> "Simulation":
     import platform
     from datetime import UTC, datetime
@@ -350,7 +318,7 @@ def _results(
             dtype=setup.types.weights,
             kv_dtype=setup.types.kv,
             execution=simulator.execution.value,
-            routing=routing,
+            routing=routing.option,
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             block_size=setup.block_size,

@@ -1,7 +1,6 @@
-"""The routing that a user names: `uniform`, `power:0.6`, or a trace."""
+"""The routing that a user asks for: a trace, or a power law of popularity."""
 
-import math
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from expertlane.balance.trace import read_trace
@@ -9,45 +8,59 @@ from expertlane.cost.routing import PowerLawRouting, RoutingSource, TraceRouting
 from expertlane.errors import UserError
 from expertlane.spec.model import ModelConfig
 
-_UNIFORM = "uniform"
-_POWER = "power:"
+_MAX_SKEW = 10.0
 
 
-def choose_routing(text: str, model: ModelConfig, seed: int = 0) -> RoutingSource:
+@dataclass(frozen=True)
+class RoutingChoice:
     """Where the experts that tokens choose come from.
 
-    Raises:
-        UserError: it is none of the three, or the trace is damaged, empty or of another model.
+    Args:
+        option: what was asked for, as a user would ask again.
+        words: for a list of assumptions.
     """
-    text = text.strip()
-    if text == _UNIFORM:
-        return PowerLawRouting.of(model, 0.0, seed)
-    if text.startswith(_POWER):
-        return PowerLawRouting.of(model, _alpha(text), seed)
-    if not os.path.isfile(text):
-        raise UserError(
-            f"--routing is {text!r}, and there is no such file; valid: uniform, power:ALPHA, or a "
-            "trace of expertlane generate --record-routing"
+
+    source: RoutingSource
+    option: str
+    words: str
+
+
+def choose_routing(
+    model: ModelConfig,
+    trace: Path | None,
+    skew: float,
+    seed: int = 0,
+    num_sampled_layers: int = 4,
+) -> RoutingChoice:
+    """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
+
+    Args:
+        num_sampled_layers: for a power law; see `PowerLawRouting.of`.
+
+    Raises:
+        UserError: both are given, or the trace is damaged, empty or of other sizes.
+    """
+    if not 0 <= skew <= _MAX_SKEW:
+        raise UserError(f"--skew is {skew:g}; it must be from 0 to {_MAX_SKEW:g}")
+    if trace is None:
+        source = PowerLawRouting.of(model, skew, seed, num_sampled_layers)
+        words = (
+            f"popularity falls by an expert's rank to the power of -{skew:g}, in an order drawn "
+            "by layer"
+            if skew
+            else "every expert is as popular; real traffic is not, so this is the best case"
         )
-    trace = read_trace(Path(text))
-    if not trace.num_tokens:
-        raise UserError(f"{text}: the trace has no tokens")
-    for name, theirs, ours in (
-        ("experts", trace.num_experts, model.num_experts),
-        ("experts per token", trace.num_experts_per_tok, model.num_experts_per_tok),
-    ):
-        if theirs != ours:
-            raise UserError(
-                f"{text} is of {trace.model} with {theirs} {name}; {model.name} has {ours}"
-            )
-    return TraceRouting(trace)
-
-
-def _alpha(text: str) -> float:
-    try:
-        alpha = float(text.removeprefix(_POWER))
-    except ValueError:
-        alpha = math.nan
-    if not 0 <= alpha < math.inf:
-        raise UserError(f"--routing is {text!r}; ALPHA must be a number, 0 or more: power:0.6")
-    return alpha
+        return RoutingChoice(source, f"--skew {skew:g}", words)
+    if skew:
+        raise UserError("--routing-trace and --skew exclude each other")
+    read = read_trace(trace)
+    if not read.num_tokens:
+        raise UserError(f"{trace}: the trace has no tokens")
+    sizes = (read.num_experts, read.num_experts_per_tok)
+    if sizes != (model.num_experts, model.num_experts_per_tok):
+        raise UserError(
+            f"{trace} is of {sizes[1]} of {sizes[0]} experts a token; {model.name} has "
+            f"{model.num_experts_per_tok} of {model.num_experts}"
+        )
+    words = f"{read.num_tokens:,} recorded tokens in turn, over and over"
+    return RoutingChoice(TraceRouting(read), f"--routing-trace {trace}", words)

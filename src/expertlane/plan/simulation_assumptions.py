@@ -2,6 +2,7 @@
 
 from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import DRIVER_S, OVERHEAD_S, Execution
+from expertlane.cost.routing_choice import RoutingChoice
 from expertlane.plan.capacity import FREE_SHARE
 from expertlane.plan.simulate import ServingSetup, are_apart
 from expertlane.results.simulation import SimulationAssumption
@@ -14,14 +15,14 @@ _HOW = {
 
 
 def assumptions(
-    setup: ServingSetup, cluster: ModelledCluster, execution: Execution, routing: str
+    setup: ServingSetup, cluster: ModelledCluster, execution: Execution, routing: RoutingChoice
 ) -> tuple[SimulationAssumption, ...]:
     """In the order in which a reader would ask."""
     rows = [
         ("weights", setup.types.weights, "--dtype", "hidden states are bfloat16 beside float8"),
         ("keys and values", setup.types.kv, "--kv-dtype", "as hidden states, if not said"),
         ("execution", execution.value, "--execution", _HOW[execution]),
-        ("routing", routing, "--routing", _routing(routing)),
+        ("routing", routing.option, "--routing-trace, --skew", routing.words),
         (
             "step",
             f"{setup.max_num_batched_tokens} tokens, {setup.max_num_seqs} sequences",
@@ -55,14 +56,6 @@ def assumptions(
         )
     rows += _pools(setup, cluster) + _multi_token(setup)
     return tuple(SimulationAssumption(*row) for row in rows)
-
-
-def _routing(routing: str) -> str:
-    if routing == "uniform":
-        return "every expert is as popular; real traffic is not, so this is the best case"
-    if routing.startswith("power:"):
-        return "popularity falls by a power of an expert's rank, in an order drawn by layer"
-    return "the trace's tokens in turn, over and over"
 
 
 def _pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, str, str, str]]:

@@ -89,7 +89,7 @@ class SimulatedDeployment(Strict):
     Attributes:
         prefill_layout: of the pool that computes prompts; None where `layout` does both.
         execution: `graph`, `eager`, or `serial` on a CPU.
-        routing: as `--routing` takes it.
+        routing: as a user asks for it, `--skew 0.8`.
         mtp, mtp_acceptance: drafts a step, and how often one is right.
     """
 

@@ -1,0 +1,89 @@
+"""Layers that repeat are not run one by one, and nothing of a step is lost by it."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost.made_up import compute, halves, one_stage, send, terms
+from expertlane.cost.execution import Execution, Terms
+from expertlane.cost.operation import OUTSIDE
+from expertlane.cost.step_log import stage_seconds
+from expertlane.cost.timeline import Timeline
+from expertlane.cost.work import Block, StageWork, blocks_of
+
+
+def test_layers_that_repeat_are_not_run_one_by_one():
+    steps = [
+        compute(1.0, 3.0),
+        send(2.0, 1.0),
+        compute(2.0, 1.0),
+        send(1.0, 1.0),
+        compute(1.0, 1.0),
+    ]
+    outside = Block([compute(1.0, 1.0, layer=OUTSIDE)], (OUTSIDE,))
+    blocks = [outside, Block(steps, range(3)), Block(steps[::-1], range(3, 40)), outside]
+    for parts in ([blocks], [blocks, blocks]):
+        for execution in Execution:
+            given = terms(execution, 0.75)
+            jumping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0)
+            stepping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0, may_jump=False)
+            assert len(jumping.spans[0][0].log.ran) < len(stepping.spans[0][0].log.ran) / 3
+            np.testing.assert_allclose(jumping.spans[0][0].end, stepping.spans[0][0].end)
+            (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
+            np.testing.assert_allclose(fast.wall_s, slow.wall_s, atol=1e-9)
+            np.testing.assert_allclose(fast.blocked_s, slow.blocked_s, atol=1e-9)
+
+
+def test_layers_that_do_the_same_or_alternate_become_one_block():
+    outside, even, odd, other = ([compute(float(each))] for each in range(4))
+    sections = [(OUTSIDE, outside), *((layer, (even, odd)[layer % 2]) for layer in range(5))]
+    sections += [(5, other), (6, other), (7, other), (OUTSIDE, outside)]
+    blocks = blocks_of(sections)
+    found = [
+        (list(block.layers), [(each.times.seconds[0], each.offset) for each in block.steps])
+        for block in blocks
+    ]
+    assert found == [
+        ([OUTSIDE], [(0.0, 0)]),
+        ([0, 2], [(1.0, 0), (2.0, 1)]),
+        ([4], [(1.0, 0)]),
+        ([5, 6, 7], [(3.0, 0)]),
+        ([OUTSIDE], [(0.0, 0)]),
+    ]
+
+
+def test_layers_that_alternate_are_not_run_one_by_one():
+    even = [compute(1.0, 3.0), send(2.0, 1.0)]
+    odd = [compute(2.0, 1.0), send(1.0, 1.0), compute(1.0, 1.0)]
+    parts = [blocks_of([(layer, (even, odd)[layer % 2]) for layer in range(41)])]
+    seconds_of = {}
+    for may_jump in (True, False):
+        times = Timeline(Terms.free(), 1, 2).run([[StageWork(parts)]], 0.0, may_jump=may_jump)
+        (seconds_of[may_jump],) = stage_seconds(times, 41, count_idle=False)
+        assert (len(times.spans[0][0].log.ran) < 30) == may_jump
+    np.testing.assert_allclose(seconds_of[True].wall_s, seconds_of[False].wall_s, atol=1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=halves(),
+    execution=st.sampled_from(Execution),
+    launch_s=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    num_layers=st.integers(3, 40),
+)
+def test_jumps_are_exact(parts, execution, launch_s, num_layers):
+    parts = [
+        [Block([timed for block in blocks for timed in block.steps], range(num_layers))]
+        for blocks in parts
+    ]
+    given_terms = Terms(execution, launch_s * np.array([0.5, 1.0, 2.0]), np.zeros(3))
+    fast, slow = (
+        Timeline(given_terms, 1, 3).run(one_stage(*parts), 0.0, may_jump=may_jump)
+        for may_jump in (True, False)
+    )
+    np.testing.assert_allclose(fast.spans[0][0].end, slow.spans[0][0].end, rtol=1e-7)
+    (of_fast,), (of_slow,) = (
+        stage_seconds(times, num_layers, count_idle=False) for times in (fast, slow)
+    )
+    np.testing.assert_allclose(of_fast.wall_s, of_slow.wall_s, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(of_fast.blocked_s, of_slow.blocked_s, rtol=1e-6, atol=1e-6)
