@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.stub_llm import MACHINE
 from engine.stub_runner import VOCAB_SIZE, StubRunner, expected
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
-from expertlane.engine.messages import RankMachine
 from expertlane.errors import CapacityError, RankError, UserError
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.model import PRESETS
@@ -31,10 +31,7 @@ class StubPool:
     is_closed = False
 
     def call(self, function):
-        machine = RankMachine(
-            "host", 1, "cpu", "cpu", "gloo", "float32", 4, "torch", "2", 1 << 30, 1 << 30, 1, 0
-        )
-        return [machine]
+        return [MACHINE]
 
     def close(self):
         self.is_closed = True
