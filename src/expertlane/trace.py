@@ -6,13 +6,12 @@ Ranks of one host share a clock; those of other hosts stand where their own cloc
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertlane.errors import UserError
+from expertlane.spec.atomic_file import write_text
 from expertlane.spec.names import Stage, Track
 from expertlane.spec.record import RankEvents, StepRecord
 
@@ -40,17 +39,7 @@ def write_trace(path: Path, steps: Sequence[StepRecord]) -> Path:
     Raises:
         UserError: its folder can't be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(to_json(steps), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    return path
+    return write_text(path, to_json(steps))
 
 
 def to_json(steps: Sequence[StepRecord]) -> str:

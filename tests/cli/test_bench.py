@@ -11,7 +11,7 @@ from cli.stub_llm import StubLLM
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, write_placement
 from expertlane.cli import bench_table, engine_options
-from expertlane.experiment.serving_results import (
+from expertlane.results.serving import (
     Point,
     ServingMachine,
     ServingResults,

@@ -18,7 +18,7 @@ from expertlane.experiment.serving_benchmark import (
     run_loads,
     serve,
 )
-from expertlane.experiment.serving_results import Spread
+from expertlane.results.serving import Spread
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.layout import Layout

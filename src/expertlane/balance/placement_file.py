@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from expertlane.balance.atomic_file import write_whole
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.atomic_file import write_whole
 
 SCHEMA_VERSION = 1
 _MAX_DIGITS = 18  # of a number; far beyond any model

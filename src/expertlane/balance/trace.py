@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.atomic_file import write_whole
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.atomic_file import write_whole
 
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "model", "num_experts", "layers", "topk_ids", "step")

@@ -46,10 +46,11 @@ from expertlane.cli.load_options import (
     check_seed,
     parse_loads,
 )
+from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.experiment.serving_results import ServingResults
+    from expertlane.results.serving import ServingResults
     from expertlane.spec.layout import Layout
     from expertlane.spec.load import Load
 
@@ -62,8 +63,11 @@ _Layouts = Annotated[
         "requests, one after the other. Default: tp=1.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")]
-_Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write bench.json to.")]
+_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
+_Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help=f"Folder for {FILES}. Default: results/bench-MODEL."),
+]
 
 
 def bench(
@@ -144,9 +148,10 @@ def bench(
     check_seed(seed)
     found = find_model(model)
     layouts = [found.lay_out(each) for each in layout or ["tp=1"]]
-    _check(found, options, loads, layouts, out)
+    _check(found, options, loads, layouts)
+    folder = results_folder(out, slug("bench", found.config.name))
     results = _run(found, options, loads, layouts, seed)
-    _publish(results, out, as_json)
+    publish(results, folder, as_json=as_json)
 
 
 def _check(
@@ -154,14 +159,12 @@ def _check(
     options: EngineOptions,
     loads: "list[Load]",
     layouts: "list[Layout]",
-    out: Path | None,
 ) -> None:
     """What can be known before anything is loaded.
 
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.cli.output import check_folder, is_speaker
     from expertlane.engine.torchrun import is_under_torchrun
     from expertlane.spec.load import check_lengths
 
@@ -171,8 +174,6 @@ def _check(
         found.check(layout, options)
     if len(layouts) > 1 and is_under_torchrun():
         raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
-    if out is not None and is_speaker():
-        check_folder(out)
 
 
 def _run(
@@ -188,7 +189,7 @@ def _run(
     from expertlane.cli.output import progress_on_stderr
     from expertlane.engine.host import ForeignLoad
     from expertlane.experiment.serving_benchmark import describe, run_loads
-    from expertlane.experiment.serving_results import Point, ServingResults
+    from expertlane.results.serving import Point, ServingResults
 
     points: list[Point] = []
     foreign_cpu_share = 0.0
@@ -200,7 +201,7 @@ def _run(
                 points += run_loads(llm, layout, loads, seed, progress)
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
     return ServingResults(
-        command_line=shlex.join(["expertlane", *sys.argv[1:]]),
+        command=shlex.join(["expertlane", *sys.argv[1:]]),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions,
         machine=machine,
@@ -213,18 +214,3 @@ def _run(
         points=tuple(points),
         foreign_cpu_share=foreign_cpu_share,
     )
-
-
-def _publish(results: "ServingResults", out: Path | None, as_json: bool) -> None:
-    from expertlane.cli.answers import write
-    from expertlane.experiment import serving_results
-
-    if as_json:
-        write(serving_results.to_json(results))
-    else:
-        from expertlane.cli.bench_table import show
-        from expertlane.cli.output import stdout_console
-
-        show(results, stdout_console())
-    if out is not None:
-        print(f"written: {serving_results.write(results, out)}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-import re
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +15,7 @@ from expertlane.cli.compare_output import (
     projections_of,
     projectors_of,
 )
+from expertlane.cli.publish import FILES, JSON_HELP, slug
 from expertlane.errors import CapacityError, SpecError, UserError
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ _Out = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Folder for results.json and report.md (with several K, its subfolders topK). "
+        help=f"Folder for {FILES} (with several K, its subfolders topK). "
         "Default: results/NAME, with -MODEL and -topK added where those options are given.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 _Traffic = Annotated[
     bool,
     typer.Option(
@@ -139,7 +139,7 @@ def compare(
 
     Says which deployment was faster here and why: tokens per second, time per output token, where
     each step's time goes, and how the experts were loaded. Starts its own local ranks, or uses
-    those of torchrun. Writes results.json and report.md.
+    those of torchrun. Writes results.json, report.md and report.html.
 
     \b
     Examples:
@@ -266,7 +266,7 @@ def _with_model(experiment: "Experiment", model_name: str) -> "Experiment":
     try:
         return replace(
             experiment,
-            name=re.sub(r"[^A-Za-z0-9._-]+", "-", f"{experiment.name}-{found.config.name}"),
+            name=slug(experiment.name, found.config.name),
             model=found.config,
             checkpoint=os.path.abspath(found.folder) if found.folder else None,
         )

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertlane.cli.publish import publish
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from expertlane.experiment.projection import ExperimentProjector
     from expertlane.results.projection import Projection
     from expertlane.results.schema import Results
@@ -49,23 +48,23 @@ class Shown:
         traces: "Mapping[str, Sequence[StepRecord]]",
     ) -> None:
         """What was measured."""
-        from expertlane.cli.output import stdout_console
+        from expertlane.trace import trace_names, write_trace
 
         if id(experiment) in self._projections:
             results = replace(results, projection=self._projections[id(experiment)])
         self.num_published += 1
-        as_json, traffic = self._as_json, self._traffic
-        _publish(results, folder, stdout_console(), traces, as_json=as_json, traffic=traffic)
+        names = trace_names(traces)
+        also = [write_trace(folder / names[each], steps) for each, steps in traces.items()]
+        publish(results, folder, as_json=self._as_json, traffic=self._traffic, also=also)
 
     def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""
-        from expertlane.cli.output import stdout_console
         from expertlane.experiment.projected_results import projected_results
 
         print(f"expertlane: nothing is measured here: {reason}", file=sys.stderr)
         projection = replace(self._projections[id(experiment)], not_measured=reason)
         results = projected_results(experiment, projection, command_line())
-        _publish(results, folder, stdout_console(), {}, as_json=self._as_json, traffic=False)
+        publish(results, folder, as_json=self._as_json)
 
 
 def command_line() -> str:
@@ -114,27 +113,3 @@ def projections_of(projectors: "Mapping[int, ExperimentProjector]") -> "dict[int
         with progress_on_stderr() as progress:
             projections[experiment] = projector.run(progress)
     return projections
-
-
-def _publish(
-    results: "Results",
-    folder: Path,
-    console: "Console",
-    traces: "Mapping[str, Sequence[StepRecord]]",
-    *,
-    as_json: bool,
-    traffic: bool,
-) -> None:
-    from expertlane.report import markdown, terminal
-    from expertlane.results.file import to_json, write, write_text
-    from expertlane.trace import trace_names, write_trace
-
-    if as_json:
-        console.out(to_json(results), highlight=False, end="")
-    else:
-        terminal.show(results, console, traffic=traffic)
-    page = markdown.render(results, traffic=traffic)
-    written = [write(results, folder), write_text(folder / "report.md", page)]
-    names = trace_names(traces)
-    written += [write_trace(folder / names[each], steps) for each, steps in traces.items()]
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

@@ -13,6 +13,7 @@ from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
 from expertlane.cli.plan import plan
+from expertlane.cli.report import report
 from expertlane.cli.simulate import simulate
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError
 
@@ -30,6 +31,7 @@ app.command(short_help="Spread experts over ranks by the load of a routing trace
 app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
     calibrate
 )
+app.command(short_help="Make the reports of kept results again.")(report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,11 +20,11 @@ from expertlane.cli.projection_options import (
     SkewOption,
     number_types,
 )
+from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
     from expertlane.plan.setting import Goals, Traffic
-    from expertlane.results.plan import PlanResults
     from expertlane.spec.deployment import PayloadType
     from expertlane.spec.model import ModelConfig
 
@@ -63,11 +62,11 @@ _Out = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Folder for results.json, report.md and the winner as experiment.toml. Default: "
+        help=f"Folder for {FILES}, and the winner as experiment.toml. Default: "
         "results/plan-MODEL-CLUSTER.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
+_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 
 
 def plan(
@@ -106,12 +105,13 @@ def plan(
           for other programs
     """
     from expertlane.cli.engine_options import find_model
-    from expertlane.cli.output import check_folder, progress_on_stderr
+    from expertlane.cli.output import progress_on_stderr
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.execution import Execution
     from expertlane.cost.routing_choice import choose_routing
     from expertlane.plan.make import Plan
     from expertlane.plan.setting import Setting
+    from expertlane.spec.atomic_file import write_text
 
     found, devices = find_model(model, weights=False), parse_cluster(cluster)
     goals = _goals(max_tpot_ms, max_ttft_ms)
@@ -120,9 +120,8 @@ def plan(
     types = number_types(found, dtype, kv_dtype)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(execution.value), routing.source, payload)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"plan-{found.config.name}-{devices}")
-    folder = out or Path("results", name)
-    check_folder(folder)
+    name = slug("plan", found.config.name, devices)
+    folder = results_folder(out, name)
     plan = Plan(found.config, devices, traffic, goals, setting, routing.words)
     with progress_on_stderr() as progress:
         progress.task("one pool: every layout and option", 1)
@@ -140,7 +139,7 @@ def plan(
         progress.done()
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    _publish(results, text, folder, as_json=as_json)
+    publish(results, folder, as_json=as_json, also=[write_text(folder / _EXPERIMENT, text)])
 
 
 def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
@@ -171,23 +170,3 @@ def _traffic(text: str, model: "ModelConfig") -> "Traffic":
         values[key] = int(value)
     Workload(**values).check_model(model)
     return Traffic(**values)
-
-
-def _publish(results: "PlanResults", experiment: str, folder: Path, *, as_json: bool) -> None:
-    from expertlane.cli.output import stdout_console
-    from expertlane.report import markdown, terminal
-    from expertlane.report import plan as report
-    from expertlane.results.file import FILE_NAME, record_json, write_text
-
-    title, sections, text = report.title(results), report.sections(results), record_json(results)
-    console = stdout_console()
-    if as_json:
-        console.out(text, highlight=False, end="")
-    else:
-        terminal.show_sections(title, sections, console)
-    written = (
-        write_text(folder / FILE_NAME, text),
-        write_text(folder / "report.md", markdown.render_sections(title, sections)),
-        write_text(folder / _EXPERIMENT, experiment),
-    )
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,14 +44,13 @@ from expertlane.cli.projection_options import (
     SkewOption,
     number_types,
 )
+from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import SpecError, UserError
 
 if TYPE_CHECKING:
     from expertlane.cost.cluster import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.cost.routing_choice import RoutingChoice
     from expertlane.plan.simulate import Outcome, ServingSetup, Simulator
-    from expertlane.results.simulation import Simulation
     from expertlane.spec.load import Load
     from expertlane.spec.model import ModelConfig
 
@@ -98,8 +96,13 @@ _Trace = Annotated[
         "in ui.perfetto.dev or chrome://tracing.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")]
-_Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write results.json to.")]
+_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help=f"Folder for {FILES}. Default: results/simulate-MODEL-CLUSTER."
+    ),
+]
 
 
 def simulate(
@@ -175,7 +178,9 @@ def simulate(
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.routing_choice import choose_routing
     from expertlane.plan.simulate import ServingSetup, Simulator
+    from expertlane.plan.simulation_results import simulation
     from expertlane.spec.load import check_lengths
+    from expertlane.trace import write_trace
 
     config = found_model.config
     modelled = parse_cluster(cluster)
@@ -193,15 +198,15 @@ def simulate(
         block_size=block_size,
     )
     check_lengths(load, config.max_position_embeddings)
-    _check(config, modelled, setup, out, trace)
+    _check(config, modelled, setup, trace)
+    folder = results_folder(out, slug("simulate", config.name, cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
-    results = _results(config, modelled, setup, simulator, load, seed, outcome, routing)
-    _publish(results, out, as_json)
-    if trace is not None:
-        from expertlane.trace import write_trace
-
-        print(f"written: {write_trace(trace, simulator.trace(outcome))}", file=sys.stderr)
+    results = simulation(
+        simulator, outcome, routing, seed, command=shlex.join(["expertlane", *sys.argv[1:]])
+    )
+    also = [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
+    publish(results, folder, as_json=as_json, also=also)
 
 
 def _load(
@@ -235,7 +240,6 @@ def _check(
     config: "ModelConfig",
     cluster: "ModelledCluster",
     setup: "ServingSetup",
-    out: Path | None,
     trace: Path | None,
 ) -> None:
     """What can be known before anything is simulated.
@@ -253,11 +257,10 @@ def _check(
         check_deployment(
             config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
         )
-    for folder in (out, None if trace is None else trace.absolute().parent):
-        if folder is not None:
-            check_folder(folder)
-    if trace is not None and trace.is_dir():
-        raise UserError(f"--trace is {trace}, a folder; give a file: {trace / 'step.json'}")
+    if trace is not None:
+        check_folder(trace.absolute().parent)
+        if trace.is_dir():
+            raise UserError(f"--trace is {trace}, a folder; give a file: {trace / 'step.json'}")
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
@@ -272,88 +275,3 @@ def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
         outcome = simulator.run(seed, progress.advance)
         progress.done()
     return outcome
-
-
-def _results(
-    config: "ModelConfig",
-    cluster: "ModelledCluster",
-    setup: "ServingSetup",
-    simulator: "Simulator",
-    load: "Load",
-    seed: int,
-    outcome: "Outcome",
-    routing: "RoutingChoice",
-) -> "Simulation":
-    import platform
-    from datetime import UTC, datetime
-
-    import numpy as np
-
-    from expertlane import __version__
-    from expertlane.plan import simulation_results
-    from expertlane.plan.simulation_assumptions import assumptions
-    from expertlane.results import simulation as results
-    from expertlane.results.layout_sizes import LayoutSizes
-
-    device = cluster.profile.device
-    num_used = sum(layout.world_size for layout in setup.layouts)
-    return results.Simulation(
-        command=shlex.join(["expertlane", *sys.argv[1:]]),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=results.SoftwareVersions(__version__, platform.python_version(), np.__version__),
-        model=asdict(config),
-        cluster=results.SimulatedCluster(
-            name=str(cluster),
-            device=device.name,
-            num_devices=cluster.num_devices,
-            ranks_per_node=cluster.profile.ranks_per_node,
-            num_idle=cluster.num_devices - num_used,
-        ),
-        deployment=results.SimulatedDeployment(
-            layout=LayoutSizes.of(setup.layout),
-            prefill_layout=None
-            if setup.prefill_layout is None
-            else LayoutSizes.of(setup.prefill_layout),
-            options=setup.options,
-            dtype=setup.types.weights,
-            kv_dtype=setup.types.kv,
-            execution=simulator.execution.value,
-            routing=routing.option,
-            max_num_seqs=setup.max_num_seqs,
-            max_num_batched_tokens=setup.max_num_batched_tokens,
-            block_size=setup.block_size,
-            mtp=setup.multi_token.num_drafts,
-            mtp_acceptance=setup.multi_token.acceptance,
-        ),
-        workload=results.SimulatedLoad(
-            batch=load.batch,
-            rate=load.rate,
-            num_requests=load.num_requests,
-            prompt_len=str(load.prompt_len),
-            output_len=str(load.output_len),
-            seed=seed,
-            num_prompt_tokens=sum(each.prompt_len for each in outcome.served),
-            num_output_tokens=sum(each.output_len for each in outcome.requests),
-        ),
-        assumptions=assumptions(setup, cluster, simulator.execution, routing),
-        service=simulation_results.service(outcome),
-        pools=simulation_results.pools(outcome, device.memory_bytes),
-        expert_load=simulation_results.expert_load(outcome),
-    )
-
-
-def _publish(results: "Simulation", out: Path | None, as_json: bool) -> None:
-    from expertlane.results.simulation import to_json, write
-
-    if as_json:
-        from expertlane.cli import answers
-
-        answers.write(to_json(results))
-    else:
-        from expertlane.cli.output import stdout_console
-        from expertlane.report.simulation import sections, title
-        from expertlane.report.terminal import show_sections
-
-        show_sections(title(results), sections(results), stdout_console())
-    if out is not None:
-        print(f"written: {write(results, out)}", file=sys.stderr)

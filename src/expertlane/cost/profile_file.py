@@ -19,7 +19,7 @@ from expertlane.cost.roofline import ITEM_BYTES
 from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis
 from expertlane.errors import SpecError
-from expertlane.results.file import write_text
+from expertlane.spec.atomic_file import write_text
 from expertlane.spec.names import Link
 
 _PER_LOGARITHM = 1000  # of a table's numbers

@@ -8,8 +8,10 @@ from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.operation import Floats
 from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress
-from expertlane.plan.search import Finalist, OnePool, Search
+from expertlane.plan.families import pareto
+from expertlane.plan.search import Finalist, OnePool, Option, Search
 from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.throughput import Served
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import (
     Estimate,
@@ -21,6 +23,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
+_NUM_PARETO = 24
 _NUM_IN_FULL = 4  # finalists whose decode steps are projected at every context
 
 
@@ -57,6 +60,7 @@ def plan_beside(
         num_too_large=found.num_too_large if found else 0,
         decode=_fastest(decoding, context, num_seqs, own, row_of),
         served=_served(search, found, own) if found else (),
+        pareto=_pareto(found) if found else (),
     )
 
 
@@ -104,15 +108,29 @@ def _served(
     return tuple(rows)
 
 
+def _pareto(found: OnePool) -> tuple[ServedDeployment, ...]:
+    front = pareto(found.options)
+    places = np.unique(np.linspace(0, len(front) - 1, _NUM_PARETO).round().astype(int))
+    return tuple(
+        _served_at(str(option.candidate), option, option.served, place)
+        for option, place in (front[each] for each in places)
+    )
+
+
 def _of_finalist(name: str, finalist: Finalist) -> ServedDeployment:
-    layout, options = finalist.option.candidate
+    return _served_at(name, finalist.option, finalist.served, 0)
+
+
+def _served_at(name: str, option: Option, served: Served, place: int) -> ServedDeployment:
+    """At one of its numbers of sequences."""
+    layout, options = option.candidate
     return ServedDeployment(
         name=name,
         layout=LayoutSizes.of(layout),
         options=options,
-        num_seqs=finalist.num_seqs,
-        tps=_estimate(finalist.served.tps[:, 0]),
-        tpot_s=_estimate(finalist.served.tpot_s[:, 0]),
+        num_seqs=int(served.num_seqs[place]),
+        tps=_estimate(served.tps[:, place]),
+        tpot_s=_estimate(served.tpot_s[:, place]),
     )
 
 

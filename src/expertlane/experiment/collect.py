@@ -35,13 +35,14 @@ from expertlane.results.schema import (
     UtilisationResult,
     Versions,
 )
+from expertlane.results.timeline import StepTimeline
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Stage
+from expertlane.spec.names import Phase, Stage
 from expertlane.spec.workload import Workload
 
 
@@ -54,6 +55,7 @@ def deployment_result(
     tokens: npt.NDArray[np.int64],
     is_baseline: bool,
     ranks_per_node: int,
+    timelines: Mapping[Phase, StepTimeline],
     rebalances: tuple[RebalanceResult, ...] = (),
     dispatch_table: DispatchTable | None = None,
 ) -> DeploymentResult:
@@ -63,6 +65,7 @@ def deployment_result(
         held: [num_ranks]; what each rank has allocated.
         tokens: [num_sequences, output_len]; all generated tokens.
         ranks_per_node: consecutive ranks that share a node.
+        timelines: one step of each phase.
         rebalances: of its last run.
         dispatch_table: of its first run, where `dispatch` or `overlap` is `auto`.
 
@@ -98,6 +101,7 @@ def deployment_result(
             _rank(rank, layout, model, phases, held[rank], placements)
             for rank in range(layout.world_size)
         ),
+        timelines=dict(timelines),
         tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
     )
 

@@ -1,7 +1,7 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 import platform
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from expertlane.metrics import summarise
 from expertlane.plan.memory import workload_limits
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
+from expertlane.results.timeline import StepTimeline, timelines_of
 from expertlane.schedule.drive import drive, step_records
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
@@ -76,8 +77,10 @@ def run_comparison(
     for run, order in enumerate((experiment.deployments, experiment.deployments[::-1])):
         for deployment in order:
             runner = runs.measure(deployment, run)
-            if on_trace is not None and run == 0:
-                on_trace(deployment.name, runs.traced(deployment, runner))
+            if run == 0:
+                traced = runs.trace(deployment, runner)
+                if on_trace is not None:
+                    on_trace(deployment.name, traced)
     for deployment in experiment.scaling:
         runs.measure(deployment, 0)
     hosts = {each.host: each for each in seen}.values()
@@ -194,6 +197,7 @@ class _Runs:
         self._held: dict[str, list[HeldBytes]] = {}
         self._dispatch: dict[str, DispatchTable | None] = {}
         self._rebalances: dict[str, tuple[RebalanceResult, ...]] = {}
+        self._timelines: dict[str, dict[Phase, StepTimeline]] = {}
         self._foreign = ForeignLoad()
 
     @property
@@ -232,15 +236,25 @@ class _Runs:
         self._tokens[name] = np.array([request.output_token_ids for request in requests])
         return runner
 
-    def traced(
+    def trace(
         self, deployment: Deployment, runner: ModelRunner | RebalancingRunner
     ) -> list[StepRecord]:
-        """The last prefill and the last decode step of the workload with short outputs."""
+        """The last prefill and the last decode step of the workload with short outputs.
+
+        Of micro-batches that rotate, as many steps of each as make a round.
+        """
         workload = self._experiment.workload
         short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
         scheduler, _ = self._schedule(deployment, short, record_events=True)
-        last = {record.phase: record for record in step_records(drive(scheduler, runner))}
-        return list(last.values())
+        options = deployment.options
+        is_rotating = options.micro_batch_schedule == "rotating"
+        num_kept = options.num_micro_batches if is_rotating else 1
+        last: dict[Phase, deque[StepRecord]] = {}
+        for record in step_records(drive(scheduler, runner)):
+            last.setdefault(record.phase, deque(maxlen=num_kept)).append(record)
+        kept = [record for of_phase in last.values() for record in of_phase]
+        self._timelines[deployment.name] = timelines_of(kept)
+        return kept
 
     def _schedule(
         self,
@@ -298,6 +312,7 @@ class _Runs:
             self._tokens[name],
             is_baseline=deployment.is_baseline,
             ranks_per_node=self._ranks_per_node,
+            timelines=self._timelines.get(name, {}),
             rebalances=self._rebalances.get(name, ()),
             dispatch_table=self._dispatch[name],
         )

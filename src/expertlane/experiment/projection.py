@@ -28,15 +28,18 @@ from expertlane.results.projection import (
     Projection,
     StepProjection,
 )
+from expertlane.results.timeline import StepTimeline
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 from expertlane.spec.paper import LAYOUTS, TOP_KS, is_papers_model
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
 _MOST_SCALED = 64
+_BATCH_FACTOR = 4  # from one batch size to the next
 
 
 def usual_number_type(cluster: ModelledCluster) -> str:
@@ -93,6 +96,7 @@ class ExperimentProjector:
         experiment, cluster = self._experiment, self._cluster
         rows = self._rows(progress)
         context = self._context(rows)
+        rows = self._seen_closer(rows, context, progress)
         scaling = self._scaling(context, progress)
         progress.task("looking for better layouts", 2 * len(self.top_ks))
         planned = [self._planned(top_k, context, rows, progress) for top_k in self.top_ks]
@@ -170,6 +174,32 @@ class ExperimentProjector:
                 progress.advance()
         progress.done()
         return rows
+
+    def _seen_closer(
+        self, rows: list[ProjectedDeployment], context: int, progress: Progress
+    ) -> list[ProjectedDeployment]:
+        """With steps of other batch sizes and timelines, under the usual conditions."""
+        usual = Conditions(self.top_ks[0], self._executions[0], "balanced")
+        deployments = self._experiment.deployments
+        progress.task("batch sizes and timelines", len(deployments))
+        closer = list(rows)
+        for place, deployment in enumerate(deployments):
+            model = self._model(usual.top_k)
+            steps = _Steps(model, deployment, self._cluster, self._setting(usual))
+            assert rows[place].name == deployment.name, "usual conditions come first"
+            resident = self._resident(model, deployment, context)
+            num_all = self._experiment.workload.num_sequences
+            batches = [*_batches(num_all), num_all]
+            sizes = [StepSize(num, 1, context, fits=resident >= num) for num in batches]
+            timelines = {Phase.DECODE: steps.timeline(sizes[-1])}
+            if rows[place].prefill is not None:
+                timelines[Phase.PREFILL] = steps.timeline(self._prefill_size)
+            closer[place] = replace(
+                rows[place], by_batch=tuple(map(steps.step, sizes)), timelines=timelines
+            )
+            progress.advance()
+        progress.done()
+        return closer
 
     def _row(
         self, deployment: Deployment, at: Conditions, before: list[ProjectedDeployment]
@@ -311,6 +341,21 @@ class _Steps:
         return min(
             (each.step(size) for each in self._projectors), key=lambda step: step.step_s.value
         )
+
+    def timeline(self, size: StepSize) -> StepTimeline:
+        """What every rank does when in the same step."""
+        if len(self._projectors) == 1:
+            return self._projectors[0].timeline(size)
+        fastest = min(self._projectors, key=lambda each: each.step(size).step_s.value)
+        return fastest.timeline(size)
+
+
+def _batches(num_all: int) -> list[int]:
+    """Fewer sequences than all: 1, 4, 16 …"""
+    batches = [1]
+    while batches[-1] * _BATCH_FACTOR < num_all:
+        batches.append(batches[-1] * _BATCH_FACTOR)
+    return [each for each in batches if each < num_all]
 
 
 def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterator[Options]:

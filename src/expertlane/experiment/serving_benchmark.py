@@ -18,9 +18,9 @@ from expertlane import __version__
 from expertlane.engine.llm import LLM
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.experiment.progress import Progress
-from expertlane.experiment.serving_results import Point, ServingMachine, Spread
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.schema import Versions
+from expertlane.results.serving import Point, ServingMachine, Spread
 from expertlane.spec.layout import Layout
 from expertlane.spec.load import (
     LengthRange,

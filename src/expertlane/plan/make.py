@@ -1,5 +1,6 @@
 """A whole plan: search, explain, and put it into results."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from expertlane.plan.assumptions import plan_assumptions
 from expertlane.plan.candidates import Candidate
 from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.families import best_of_families
-from expertlane.plan.outcome import best_deployments, families, pareto_front, pools
+from expertlane.plan.outcome import best_deployments, families, papers, pareto_front, pools
 from expertlane.plan.search import OnePool, Search
 from expertlane.plan.serve_commands import serve_commands
 from expertlane.plan.setting import Goals, Setting, Traffic
@@ -36,6 +37,7 @@ class Plan:
         self._goals = goals
         self._setting = setting
         self._routing = routing
+        self._search = Search(model, cluster, traffic, goals, setting)
         self._found: OnePool | None = None
 
     def search(self) -> None:
@@ -44,8 +46,7 @@ class Plan:
         Raises:
             UserError: no layout is valid, nothing fits, or nothing keeps the limits.
         """
-        question = self._model, self._cluster, self._traffic, self._goals, self._setting
-        self._found = Search(*question).one_pool()
+        self._found = self._search.one_pool()
 
     @property
     def found(self) -> OnePool:
@@ -72,7 +73,7 @@ class Plan:
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             version=version,
-            model=asdict(self._model),
+            model=json.loads(json.dumps(asdict(self._model))),  # lists, as they are read back
             cluster=str(self._cluster),
             device=self._cluster.profile.device.name,
             num_sequences=traffic.num_sequences,
@@ -80,9 +81,10 @@ class Plan:
             output_len=traffic.output_len,
             max_tpot_s=goals.max_tpot_s,
             max_ttft_s=goals.max_ttft_s,
-            best=best_deployments(found, traffic),
+            best=best_deployments(found, traffic, self._search),
             families=families(found, traffic),
             pareto=pareto_front(found),
+            papers=papers(found, traffic, self._search, self._model),
             two_pools=None if two is None else pools(two),
             num_candidates=found.num_candidates,
             num_too_large=found.num_too_large,

@@ -1,31 +1,59 @@
 """From a search to what is shown and kept."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from expertlane.cost.operation import Floats
 from expertlane.plan.families import best_of_families, pareto
 from expertlane.plan.losing import why_it_loses
-from expertlane.plan.search import Finalist, OnePool, Option
+from expertlane.plan.search import Finalist, OnePool, Option, Search
 from expertlane.plan.setting import Traffic
 from expertlane.plan.throughput import LIKELY, Served, Steps
 from expertlane.plan.two_pools import TwoPools
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.plan import PlannedDeployment, PlannedPools
 from expertlane.results.projection import Estimate, StepProjection
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.paper import LAYOUTS, is_papers_model
 
 _NUM_BEST = 8
+_NUM_TIMELINES = 3
+_PAPERS = ("the paper's baseline", "the paper's proposal")
 _NUM_PARETO = 12
 
 
-def best_deployments(found: OnePool, traffic: Traffic) -> tuple[PlannedDeployment, ...]:
-    """The finalists, the best first."""
+def best_deployments(
+    found: OnePool, traffic: Traffic, search: Search
+) -> tuple[PlannedDeployment, ...]:
+    """The finalists, the best first; the first few with their timelines."""
     winner = found.finalists[0].option
-    return tuple(
-        _of_finalist(each, why_it_loses(winner, each.option, traffic) if place else "")
-        for place, each in enumerate(found.finalists[:_NUM_BEST])
-    )
+    rows = []
+    for place, each in enumerate(found.finalists[:_NUM_BEST]):
+        row = _of_finalist(each, why_it_loses(winner, each.option, traffic) if place else "")
+        if place < _NUM_TIMELINES:
+            row = replace(row, timelines=search.timelines(each))
+        rows.append(row)
+    return tuple(rows)
+
+
+def papers(
+    found: OnePool, traffic: Traffic, search: Search, model: ModelConfig
+) -> dict[str, PlannedDeployment]:
+    """The paper's two layouts, each with its best options, in full where they keep the limits."""
+    if not is_papers_model(asdict(model)):
+        return {}
+    winner = found.finalists[0].option
+    rows = {}
+    for name, layout in zip(_PAPERS, LAYOUTS, strict=True):
+        options = [option for option in found.options if option.candidate.layout == layout]
+        best = max(options, key=lambda option: option.tps, default=None)
+        if best is not None and best.place is not None:
+            why = why_it_loses(winner, best, traffic) if best is not winner else ""
+            finalist = search.finish(best)
+            rows[name] = replace(_of_finalist(finalist, why), timelines=search.timelines(finalist))
+    return rows
 
 
 def families(found: OnePool, traffic: Traffic) -> dict[str, PlannedDeployment]:

@@ -6,7 +6,6 @@ where `plan.screen` has one rank stand for all.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -18,16 +17,19 @@ from expertlane.cost.launches import FUSED
 from expertlane.cost.operation import Floats
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import ProgramBuilder, StepProgram
-from expertlane.cost.timeline import Timeline
+from expertlane.cost.rank_events import rank_events
+from expertlane.cost.timeline import StepTimes, Timeline
 from expertlane.cost.why import Why, WhyTable
 from expertlane.cost.work import StageWork
 from expertlane.plan.setting import Setting
 from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
 from expertlane.results.projection import Estimate, StepProjection
+from expertlane.results.timeline import StepTimeline, timeline_of
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
+from expertlane.spec.record import RankEvents
 
 _ROUNDS = 3  # of rotating micro-batches; the last one counts
 
@@ -82,13 +84,7 @@ class Projector:
 
     def step(self, size: StepSize) -> StepProjection:
         """One step; of rotating micro-batches, a round."""
-        groups = self._groups(size)
-        alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
-        for group in groups:  # of equal sizes one stands for all
-            if str(group) not in alike:
-                program = self._program(group, size)
-                alike[str(group)] = program, self._pricing.work(program)
-        programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
+        programs, works = self._priced(size)
         seconds, why = self._run(works)
         num_tokens = size.num_seqs * size.num_new
         by_basis, extrapolated = basis_shares(works)
@@ -107,6 +103,33 @@ class Projector:
             weight_bytes=most_weight_bytes(programs),
             fits=size.fits,
         )
+
+    def timeline(self, size: StepSize) -> StepTimeline:
+        """What every rank of a replica does when in such a step, or round."""
+        _, works = self._priced(size)
+        layout = self._layout
+        timeline = Timeline(self._terms, layout.pp, layout.stage_size)
+        events: list[tuple[int, int, RankEvents]] = []
+        for times, place in self._rounds(works, timeline, may_jump=False)[-len(works) :]:
+            events += [
+                (pp_rank * layout.stage_size + of_stage, place, of_rank)
+                for (pp_rank, of_stage), of_rank in rank_events(times).items()
+                if len(of_rank.begin_s)
+            ]
+        num_tokens = size.num_seqs * size.num_new
+        return timeline_of(events, num_tokens=num_tokens, num_seqs=size.num_seqs)
+
+    def _priced(
+        self, size: StepSize
+    ) -> tuple[Sequence[StepProgram], Sequence[list[list[StageWork]]]]:
+        groups = self._groups(size)
+        alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
+        for group in groups:  # of equal sizes one stands for all
+            if str(group) not in alike:
+                program = self._program(group, size)
+                alike[str(group)] = program, self._pricing.work(program)
+        programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
+        return programs, works
 
     def _groups(self, size: StepSize) -> list[list[list[int]]]:
         """[steps in flight][micro-batches][dp]; sequences of the fullest replica."""
@@ -140,17 +163,24 @@ class Projector:
 
     def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Why]:
         """[3]; seconds of a round in the steady state, and where they go."""
-        layout = self._layout
-        driver_s = self._terms.step_s(layout.replica_size)
-        timeline = Timeline(self._terms, layout.pp, layout.stage_size)
-        ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
-        rounds = []
+        timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
         why = WhyTable(self._device, self._setting.types.weights, self._pricing.dtype)
+        ran = self._rounds(works, timeline)
+        for times, _ in ran:
+            why.add(times)
+        before, after = (ran[place][0].end_s for place in (-1 - len(works), -1))
+        return after - before, why.result()
+
+    def _rounds(
+        self, works: Sequence[list[list[StageWork]]], timeline: Timeline, *, may_jump: bool = True
+    ) -> list[tuple[StepTimes, int]]:
+        """Steps up to the steady state, each with its group; the last round is in it."""
+        driver_s = self._terms.step_s(self._layout.replica_size)
+        ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
+        ran = []
         for _ in range(_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
-                times = timeline.run(work, ends[place] + driver_s)
+                times = timeline.run(work, ends[place] + driver_s, may_jump=may_jump)
                 ends[place] = times.end_s
-                why.add(times)
-            rounds.append(ends[-1].copy())
-        last = [after - before for before, after in pairwise([np.zeros(len(BOUNDS)), *rounds])]
-        return last[-1], why.result()
+                ran.append((times, place))
+        return ran

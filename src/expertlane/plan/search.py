@@ -16,7 +16,9 @@ from expertlane.plan.setting import Goals, Setting, Traffic
 from expertlane.plan.structure import Screened
 from expertlane.plan.throughput import LIKELY, Served, Steps, one_pool
 from expertlane.results.projection import StepProjection
+from expertlane.results.timeline import StepTimeline
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 
 _NUM_FINALISTS = 12
 _MOST_OF_LAYOUT = 2  # finalists
@@ -175,15 +177,10 @@ class Search:
     def finish(self, option: Option) -> Finalist:
         """An option in full, at its best number of sequences."""
         assert option.place is not None, "it keeps the limits"
-        layout, options = option.candidate
-        projector = Projector(self._model, layout, options, self._cluster, self._setting)
+        projector = self._projector(option)
         num_seqs = option.steps.num_seqs[option.place]
-        decode = projector.step(StepSize(int(num_seqs), 1, self._traffic.mean_context))
-        prompts = option.steps.prompts
-        size = StepSize(
-            prompts.num_seqs * option.steps.num_caches, prompts.num_new, prompts.num_cached
-        )
-        prefill = projector.step(size)
+        sizes = self._sizes(option, int(num_seqs))
+        decode, prefill = projector.step(sizes[Phase.DECODE]), projector.step(sizes[Phase.PREFILL])
         steps = replace(
             option.steps,
             num_seqs=np.array([num_seqs]),
@@ -191,6 +188,24 @@ class Search:
             prefill_s=_bounds(prefill),
         )
         return Finalist(option, decode, prefill, steps, one_pool(steps, self._traffic))
+
+    def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
+        """What every rank does when, in the steps that it was projected by."""
+        projector = self._projector(finalist.option)
+        sizes = self._sizes(finalist.option, finalist.num_seqs)
+        return {phase: projector.timeline(size) for phase, size in sizes.items()}
+
+    def _projector(self, option: Option) -> Projector:
+        layout, options = option.candidate
+        return Projector(self._model, layout, options, self._cluster, self._setting)
+
+    def _sizes(self, option: Option, num_seqs: int) -> dict[Phase, StepSize]:
+        prompts = option.steps.prompts
+        num_prompts = prompts.num_seqs * option.steps.num_caches
+        return {
+            Phase.PREFILL: StepSize(num_prompts, prompts.num_new, prompts.num_cached),
+            Phase.DECODE: StepSize(num_seqs, 1, self._traffic.mean_context),
+        }
 
     def _too_large(self, screened: Iterable[Screened]) -> str:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Literal
 
 import numpy as np
 
@@ -108,6 +109,18 @@ class Outcome:
     pools: tuple[SimulatedPool, ...]
 
 
+def roles(outcome: Outcome) -> tuple[Literal["both", "prefill", "decode"], ...]:
+    """What each pool is for."""
+    return ("both",) if len(outcome.pools) == 1 else ("prefill", "decode")
+
+
+def _renumbered(step: StepRecord, first_rank: int) -> StepRecord:
+    return replace(
+        step,
+        records=tuple(replace(each, rank=first_rank + each.rank) for each in step.records),
+    )
+
+
 class Simulator:
     """Simulates one deployment.
 
@@ -119,10 +132,10 @@ class Simulator:
         self, model: ModelConfig, cluster: ModelledCluster, setup: ServingSetup, load: Load
     ) -> None:
         check_devices(cluster, setup)
-        self._model = model
-        self._cluster = cluster
-        self._setup = setup
-        self._load = load
+        self.model = model
+        self.cluster = cluster
+        self.setup = setup
+        self.load = load
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
         self._placements = [placements_of(model, each, setup.options) for each in setup.layouts]
@@ -148,7 +161,7 @@ class Simulator:
         Where requests arrive by themselves, slower steps have more of them wait and run together,
         so that each hand of the clock needs a schedule of its own.
         """
-        return 1 if self._load.rate is None else len(BOUNDS)
+        return 1 if self.load.rate is None else len(BOUNDS)
 
     def run(self, seed: int, on_finished: Callable[[], None] = lambda: None) -> Outcome:
         """Serve the whole load, `num_runs` times.
@@ -167,8 +180,8 @@ class Simulator:
         return replace(outcome, served=served)
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
-        load, setup = self._load, self._setup
-        requests = draw_requests(load, self._model.vocab_size, [seed], blank=True)
+        load, setup = self.load, self.setup
+        requests = draw_requests(load, self.model.vocab_size, [seed], blank=True)
         shortened = [
             replace(each, output_len=setup.multi_token.num_steps(each.output_len))
             for each in requests
@@ -179,12 +192,12 @@ class Simulator:
         else:
             prefill, decode = pools
             transfers = ModelledKVTransfers(
-                self._model,
+                self.model,
                 setup.types,
                 prefill.layout,
                 decode.layout,
-                LinkModel(self._cluster.profile),
-                remote=are_apart(self._cluster, setup),
+                LinkModel(self.cluster.profile),
+                remote=are_apart(self.cluster, setup),
             )
             served = serve_apart(
                 *(prefill.pool, decode.pool, transfers, shortened, load.batch),
@@ -195,20 +208,33 @@ class Simulator:
         return Outcome(requests, served, pools)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
-        """The largest prefill and the largest decode step, each by itself, with events."""
-        steps = []
-        first_rank = 0
-        for place, pool in enumerate(outcome.pools):
-            for phase in (Phase.PREFILL, Phase.DECODE):
-                tally = pool.tally.phases.get(phase)
-                if tally is not None and tally.largest is not None:
-                    plan = replace(tally.largest, phase=phase)
-                    steps.append(self._traced(place, plan, first_rank))
-            first_rank += pool.layout.world_size
-        prefills = [step for step in steps if step.phase is Phase.PREFILL][:1]
-        return prefills + [step for step in steps if step.phase is Phase.DECODE][-1:]
+        """The largest prefill and the largest decode step, each by itself, with events.
 
-    def _traced(self, place: int, plan: StepPlan, first_rank: int) -> StepRecord:
+        Ranks are numbered over all pools.
+        """
+        steps: dict[Phase, StepRecord] = {}
+        first_rank = 0
+        for role, pool, of_pool in zip(
+            roles(outcome), outcome.pools, self.largest_steps(outcome), strict=True
+        ):
+            for phase, step in of_pool.items():
+                if role in ("both", phase.value):
+                    steps[phase] = _renumbered(step, first_rank)
+            first_rank += pool.layout.world_size
+        return list(steps.values())
+
+    def largest_steps(self, outcome: Outcome) -> list[dict[Phase, StepRecord]]:
+        """By pool and phase, with events; ranks are the pool's."""
+        return [
+            {
+                phase: self._traced(place, replace(tally.largest, phase=phase))
+                for phase in Phase
+                if (tally := pool.tally.phases.get(phase)) is not None and tally.largest is not None
+            }
+            for place, pool in enumerate(outcome.pools)
+        ]
+
+    def _traced(self, place: int, plan: StepPlan) -> StepRecord:
         runner = self._runner(place)
         done = runner.collect(runner.submit(replace(plan, record=True, record_events=True)))
         batches = [batch for part in plan.micro_batches for batch in part]
@@ -220,18 +246,16 @@ class Simulator:
             num_tokens=sum(batch.num_tokens for batch in batches),
             submitted_s=done.submitted_s,
             finished_s=done.finished_s,
-            records=tuple(
-                replace(record, rank=first_rank + record.rank) for record in done.records
-            ),
+            records=done.records,
         )
 
     def _pool(self, place: int, lead: int) -> SimulatedPool:
-        layout, limits = self._setup.layouts[place], self._limits[place]
+        layout, limits = self.setup.layouts[place], self._limits[place]
         scheduler = ContinuousScheduler(
-            layout, self._setup.options, self._scheduled(limits), record=False
+            layout, self.setup.options, self._scheduled(limits), record=False
         )
-        num_drafts = self._setup.multi_token.num_drafts
-        tally = Tally(self._model, self._pricing, lambda: scheduler.num_running, num_drafts)
+        num_drafts = self.setup.multi_token.num_drafts
+        tally = Tally(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
         blocks = ceil(limits.max_model_len / limits.block_size)
         of_rank = min(limits.num_blocks // blocks, limits.max_num_seqs)
         return SimulatedPool(
@@ -245,12 +269,12 @@ class Simulator:
 
     def _runner(self, place: int, tally: Tally | None = None, lead: int = LIKELY) -> CostRunner:
         """Of a pool; without a tally for single steps as they are planned."""
-        setup, profile = self._setup, self._cluster.profile
+        setup, profile = self.setup, self.cluster.profile
         layout, drafts = setup.layouts[place], setup.multi_token.num_drafts
         form = setup.options.dispatch
         assert form != "auto", "checked before"
         builder = ProgramBuilder(
-            self._model,
+            self.model,
             layout,
             self._placements[place],
             types=setup.types,
@@ -261,11 +285,11 @@ class Simulator:
             launches=EAGER if OVERHEAD_S in profile.terms else FUSED,
             num_drafts=drafts,
         )
-        parts = self._model, layout, builder, setup.routing, self._pricing, self._terms
+        parts = self.model, layout, builder, setup.routing, self._pricing, self._terms
         if tally is None:
             return CostRunner(*parts)
         stretch = Stretch(setup.multi_token) if drafts else None
-        context_step = min(max(self._load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
+        context_step = min(max(self.load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
         return CostRunner(
             *parts,
             context_step=context_step,
@@ -276,10 +300,10 @@ class Simulator:
 
     def _fitted(self, layout: Layout, placements: Placements, max_len: int) -> Limits:
         """Limits with the blocks that there is memory for, as many as the load could use."""
-        setup = self._setup
-        most_seqs = min(setup.max_num_seqs, self._load.num_requests)
+        setup = self.setup
+        most_seqs = min(setup.max_num_seqs, self.load.num_requests)
         limits = Limits(
-            vocab_size=self._model.vocab_size,
+            vocab_size=self.model.vocab_size,
             max_model_len=max_len,
             num_blocks=most_seqs * (ceil(max_len / setup.block_size) + 1),
             block_size=setup.block_size,
@@ -287,7 +311,7 @@ class Simulator:
             max_num_seqs=setup.max_num_seqs,
             prefix_caching=False,
         )
-        free_bytes = FREE_SHARE * self._cluster.profile.device.memory_bytes
+        free_bytes = FREE_SHARE * self.cluster.profile.device.memory_bytes
         return fit_cache(
             self._held,
             layout,
@@ -300,25 +324,25 @@ class Simulator:
     @property
     def _held(self) -> ModelConfig:
         """What ranks hold: the layer that guesses counts."""
-        return with_drafting_layer(self._model, self._setup.multi_token)
+        return with_drafting_layer(self.model, self.setup.multi_token)
 
     def _held_on(self, placements: Placements) -> Placements:
-        return placements + placements[-1:] * bool(self._setup.multi_token.num_drafts)
+        return placements + placements[-1:] * bool(self.setup.multi_token.num_drafts)
 
     def _memory(self, place: int) -> RankMemory:
         """Of the fullest rank."""
-        layout, limits = self._setup.layouts[place], self._limits[place]
+        layout, limits = self.setup.layouts[place], self._limits[place]
         placements = self._held_on(self._placements[place])
         ranks = range(0, layout.replica_size, layout.stage_size)
         needs = [
-            rank_memory(self._held, layout, limits, rank, self._setup.types, placements)
+            rank_memory(self._held, layout, limits, rank, self.setup.types, placements)
             for rank in ranks
         ]
         return max(needs, key=lambda need: need.total_bytes)
 
     def _scheduled(self, limits: Limits) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""
-        load, multi_token = self._load, self._setup.multi_token
+        load, multi_token = self.load, self.setup.multi_token
         if not multi_token.num_drafts:
             return limits
         prompt = (load.prompt_len.low + load.prompt_len.high) / 2

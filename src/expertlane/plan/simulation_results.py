@@ -1,15 +1,24 @@
 """From a simulated load to the numbers that results keep."""
 
-from collections.abc import Callable, Sequence
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.execution import BOUNDS, LIKELY
+from expertlane import __version__
+from expertlane.cost.cluster import ModelledCluster
+from expertlane.cost.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.operation import Floats
+from expertlane.cost.routing_choice import RoutingChoice
 from expertlane.cost.times import Basis
 from expertlane.plan.capacity import FREE_SHARE
-from expertlane.plan.simulate import Outcome, SimulatedPool
+from expertlane.plan.simulate import Outcome, ServingSetup, SimulatedPool, Simulator, roles
+from expertlane.plan.simulation_assumptions import assumptions
 from expertlane.plan.step_facts import shares_of
 from expertlane.plan.tally import PhaseTally
 from expertlane.results.layout_sizes import LayoutSizes
@@ -19,12 +28,89 @@ from expertlane.results.simulation import (
     PoolSimulation,
     RankMemoryResult,
     Service,
+    SimulatedCluster,
+    SimulatedDeployment,
+    SimulatedLoad,
+    Simulation,
+    SoftwareVersions,
     Spread,
 )
+from expertlane.results.timeline import StepTimeline, timelines_of
 from expertlane.results.traffic import TrafficBytes
-from expertlane.spec.names import Link, Phase, ProjectedCause
+from expertlane.spec.load import Load
+from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
+from expertlane.spec.record import StepRecord
 
 _P95 = 95
+
+
+def simulation(
+    simulator: Simulator, outcome: Outcome, routing: RoutingChoice, seed: int, *, command: str
+) -> Simulation:
+    """All of `results.json`.
+
+    Args:
+        command: how a user repeats it.
+    """
+    tokens = np.sum([pool.tally.num_tokens_per_expert for pool in outcome.pools], axis=0)
+    cluster, setup = simulator.cluster, simulator.setup
+    return Simulation(
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=SoftwareVersions(__version__, platform.python_version(), np.__version__),
+        model=json.loads(json.dumps(asdict(simulator.model))),  # lists, as they are read back
+        cluster=_cluster(cluster, setup),
+        deployment=_deployment(setup, simulator.execution, routing),
+        workload=_load(simulator.load, seed, outcome),
+        assumptions=assumptions(setup, cluster, simulator.execution, routing),
+        service=service(outcome),
+        pools=_pools(simulator, outcome),
+        num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in tokens),
+    )
+
+
+def _cluster(cluster: ModelledCluster, setup: ServingSetup) -> SimulatedCluster:
+    num_used = sum(layout.world_size for layout in setup.layouts)
+    return SimulatedCluster(
+        name=str(cluster),
+        device=cluster.profile.device.name,
+        num_devices=cluster.num_devices,
+        ranks_per_node=cluster.profile.ranks_per_node,
+        num_idle=cluster.num_devices - num_used,
+    )
+
+
+def _deployment(
+    setup: ServingSetup, execution: Execution, routing: RoutingChoice
+) -> SimulatedDeployment:
+    prefill = setup.prefill_layout
+    return SimulatedDeployment(
+        layout=LayoutSizes.of(setup.layout),
+        prefill_layout=None if prefill is None else LayoutSizes.of(prefill),
+        options=setup.options,
+        dtype=setup.types.weights,
+        kv_dtype=setup.types.kv,
+        execution=execution.value,
+        routing=routing.option,
+        max_num_seqs=setup.max_num_seqs,
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        block_size=setup.block_size,
+        mtp=setup.multi_token.num_drafts,
+        mtp_acceptance=setup.multi_token.acceptance,
+    )
+
+
+def _load(load: Load, seed: int, outcome: Outcome) -> SimulatedLoad:
+    return SimulatedLoad(
+        batch=load.batch,
+        rate=load.rate,
+        num_requests=load.num_requests,
+        prompt_len=str(load.prompt_len),
+        output_len=str(load.output_len),
+        seed=seed,
+        num_prompt_tokens=sum(each.prompt_len for each in outcome.served),
+        num_output_tokens=sum(each.output_len for each in outcome.requests),
+    )
 
 
 def main_basis(outcome: Outcome) -> str:
@@ -56,26 +142,25 @@ def service(outcome: Outcome) -> Service:
     )
 
 
-def pools(outcome: Outcome, device_bytes: float) -> tuple[PoolSimulation, ...]:
+def _pools(simulator: Simulator, outcome: Outcome) -> tuple[PoolSimulation, ...]:
     """What each pool did."""
-    roles = ("both",) if len(outcome.pools) == 1 else ("prefill", "decode")
-    return tuple(
-        _pool(pool, role, device_bytes) for pool, role in zip(outcome.pools, roles, strict=True)
-    )
+    device_bytes = simulator.cluster.profile.device.memory_bytes
+    of_pools = zip(outcome.pools, roles(outcome), simulator.largest_steps(outcome), strict=True)
+    return tuple(_pool(pool, role, device_bytes, largest) for pool, role, largest in of_pools)
 
 
-def expert_load(outcome: Outcome) -> tuple[float, ...]:
-    """[num_layers]; the fullest expert over the mean; 0 in a dense layer."""
-    tokens = np.sum([pool.tally.num_tokens_per_expert for pool in outcome.pools], axis=0)
-    mean = tokens.mean(axis=1)
-    most = tokens.max(axis=1) / np.where(mean > 0, mean, 1)
-    return tuple(most.tolist())
-
-
-def _pool(pool: SimulatedPool, role: str, device_bytes: float) -> PoolSimulation:
-    memory, phases = pool.memory, pool.tally.phases
+def _pool(
+    pool: SimulatedPool,
+    role: Literal["both", "prefill", "decode"],
+    device_bytes: float,
+    largest: Mapping[Phase, StepRecord],
+) -> PoolSimulation:
+    memory = pool.memory
+    phases = {
+        phase: _phase(tally, largest.get(phase)) for phase, tally in pool.tally.phases.items()
+    }
     return PoolSimulation(
-        role=role,  # type: ignore[arg-type]
+        role=role,
         layout=LayoutSizes.of(pool.layout),
         memory=RankMemoryResult(
             weight_bytes=memory.weight_bytes,
@@ -87,12 +172,12 @@ def _pool(pool: SimulatedPool, role: str, device_bytes: float) -> PoolSimulation
         ),
         most_running=pool.tally.most_running,
         num_preemptions=pool.pool.scheduler.num_preemptions,
-        prefill=_phase(phases[Phase.PREFILL]) if Phase.PREFILL in phases else None,
-        decode=_phase(phases[Phase.DECODE]) if Phase.DECODE in phases else None,
+        prefill=phases.get(Phase.PREFILL),
+        decode=phases.get(Phase.DECODE),
     )
 
 
-def _phase(tally: PhaseTally) -> PhaseSimulation:
+def _phase(tally: PhaseTally, largest: StepRecord | None) -> PhaseSimulation:
     num, basis = len(tally.step_s), _main(tally.basis_s)
     basis_shares, extrapolated = shares_of(tally.basis_s, tally.extrapolated_s)
     why = tally.why_s / (tally.why_s.sum() or 1.0)
@@ -114,8 +199,30 @@ def _phase(tally: PhaseTally) -> PhaseSimulation:
             link.label: TrafficBytes(*(round(each / num) for each in tally.sent_bytes[link]))
             for link in Link
         },
+        sent_bytes=_sent_bytes(largest),
+        tokens_by_ranks_reached=_reached(largest),
         rank_pairs=tally.rank_pairs / num,
+        timeline=_timeline(largest),
     )
+
+
+def _timeline(step: StepRecord | None) -> StepTimeline | None:
+    return None if step is None else timelines_of([step]).get(step.phase)
+
+
+def _sent_bytes(step: StepRecord | None) -> tuple[tuple[int, ...], ...]:
+    """[source][destination]; payload of a step."""
+    records = [] if step is None else sorted(step.records, key=lambda record: record.rank)
+    return tuple(
+        tuple(record.sent_bytes[:, Traffic.PAYLOAD].sum(axis=0).tolist()) for record in records
+    )
+
+
+def _reached(step: StepRecord | None) -> tuple[int, ...]:
+    if step is None:
+        return ()
+    tokens = np.sum([record.tokens_by_ranks_reached for record in step.records], axis=0)
+    return tuple(np.trim_zeros(tokens, "b").tolist())
 
 
 def _main(basis_s: Floats) -> str:

@@ -44,7 +44,7 @@ def sections(results: Results, *, traffic: bool = False) -> tuple[Section, ...]:
     moved = rebalancing(results.deployments)
     notes = filter(None, (oversubscription(machine), foreign_load(results)))
     return (
-        Section("Verdict", (*verdict(comparison, machine), *notes)),
+        Section("Verdict", (*verdict(comparison, machine), *notes), leads=True),
         _deployments(comparison, results.deployments[0].source),
         _gains(comparison),
         bottlenecks(comparison),
@@ -110,6 +110,7 @@ def _deployments(comparison: Comparison, source: str) -> Section:
                 if (table := row.deployment.dispatch_table) is not None
             ),
         ),
+        leads=True,
     )
 
 

@@ -1,6 +1,7 @@
 """The shape of a report, the same for the terminal and for Markdown."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, then paragraphs, tables and figures in order."""
+    """A heading, then paragraphs, tables and figures in order.
+
+    Attributes:
+        leads: whether it belongs on top of a page.
+    """
 
     heading: str
     parts: tuple[str | Table | Figure, ...]
+    leads: bool = False
 
 
 def text(heading: str) -> Column:
@@ -49,3 +55,58 @@ def text(heading: str) -> Column:
 def number(heading: str) -> Column:
     """A column of numbers."""
     return Column(heading)
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What a colour stands for; `colour` is a variable of the page's style sheet, `--blue`."""
+
+    label: str
+    colour: str
+    shape: str = "square"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot of a page, with the numbers in it as a table.
+
+    Attributes:
+        words: what it shows, for who can't see it.
+        spec: Vega-Lite; colours may be variables of the page's style sheet.
+        table: all that is plotted, or, of very many values, what matters of them.
+        note: how to read it; may be empty.
+        data: of a timeline, what the page's script draws; None of other plots.
+    """
+
+    title: str
+    words: str
+    spec: dict[str, Any]
+    table: Table
+    legend: tuple[Legend, ...] = ()
+    note: str = ""
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Tabs:
+    """Plots of which one is shown at a time, by what they are called."""
+
+    title: str
+    charts: tuple[tuple[str, Chart], ...]
+
+
+@dataclass(frozen=True)
+class Timelines:
+    """Plots under each other on one time axis, by what they are called; `open` are seen at once."""
+
+    title: str
+    charts: tuple[tuple[str, Chart], ...]
+    open: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """A part of a page, with plots among its words and tables."""
+
+    heading: str
+    parts: tuple[str | Table | Figure | Chart | Tabs | Timelines, ...]

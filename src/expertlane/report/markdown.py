@@ -1,21 +1,14 @@
 """A report as Markdown: `report.md`."""
 
-from collections.abc import Sequence
-
-from expertlane.report import content
-from expertlane.report.document import Figure, Section, Table
-from expertlane.results.schema import Results
+from expertlane.report import kinds
+from expertlane.report.document import Figure, Table
+from expertlane.results.file import AnyResults
 
 
-def render(results: Results, *, traffic: bool = False) -> str:
+def render(results: AnyResults, *, traffic: bool = False) -> str:
     """The whole report; with `traffic`, who sent what to whom in every deployment."""
-    return render_sections(content.title(results), content.sections(results, traffic=traffic))
-
-
-def render_sections(title: str, sections: Sequence[Section]) -> str:
-    """Any report."""
-    blocks = [f"# {_escaped(title)}"]
-    for section in sections:
+    blocks = [f"# {_escaped(kinds.title(results))}"]
+    for section in kinds.sections(results, traffic=traffic):
         blocks.append(f"## {_escaped(section.heading)}")
         blocks += map(_part, section.parts)
     return "\n\n".join(blocks) + "\n"

@@ -50,6 +50,7 @@ def paper_section() -> Section:
             "none of it compares with the numbers above.",
             reported_table(),
         ),
+        leads=True,
     )
 
 

@@ -19,7 +19,7 @@ def title(plan: PlanResults) -> str:
 def sections(plan: PlanResults) -> tuple[Section, ...]:
     """Everything below the heading."""
     return (
-        Section("Verdict", _verdict(plan)),
+        Section("Verdict", verdict(plan), leads=True),
         _best(plan),
         _families(plan),
         _pareto(plan),
@@ -29,10 +29,11 @@ def sections(plan: PlanResults) -> tuple[Section, ...]:
     )
 
 
-def _verdict(plan: PlanResults) -> tuple[str, ...]:
+def verdict(plan: PlanResults) -> tuple[str, ...]:
+    """What to run, what comes next, and what else was tried."""
     best = plan.best[0]
     lines = [
-        f"Run {_named(best)}: {_span(best.tps)} output tokens/s with {best.num_sequences:,} "
+        f"Run {named(best)}: {_span(best.tps)} output tokens/s with {best.num_sequences:,} "
         f"sequences at once, TPOT {_ms_span(best.tpot_s)} ms, TTFT {_ms_or_never(best.ttft_s)} ms. "
         "Projected, low to high in brackets; nothing was run."
     ]
@@ -40,7 +41,7 @@ def _verdict(plan: PlanResults) -> tuple[str, ...]:
         second = plan.best[1]
         close = second.tps.high > best.tps.low
         lines.append(
-            f"Next: {_named(second)} at {percent(second.tps.value / best.tps.value)} of its tokens "
+            f"Next: {named(second)} at {percent(second.tps.value / best.tps.value)} of its tokens "
             f"a second{', within the bounds: too close to tell' if close else ''}."
         )
     lines.append(_pools(plan))
@@ -59,8 +60,8 @@ def _pools(plan: PlanResults) -> str:
     factor = pools.tps.value / best.tps.value
     comparison = "faster than one pool" if factor > 1 else "of one pool's"
     return (
-        f"Two pools: prefill on {pools.num_prefill_devices} ({_named(pools.prefill)}), decode on "
-        f"{pools.num_decode_devices} ({_named(pools.decode)}): {_span(pools.tps)} tokens/s, "
+        f"Two pools: prefill on {pools.num_prefill_devices} ({named(pools.prefill)}), decode on "
+        f"{pools.num_decode_devices} ({named(pools.decode)}): {_span(pools.tps)} tokens/s, "
         f"{figures(factor)}× {comparison}, TPOT {_ms_span(pools.tpot_s)} ms, TTFT "
         f"{_ms_or_never(pools.ttft_s)} ms, of which keys and values travel "
         f"{milliseconds(pools.transfer_s.value)}."
@@ -90,7 +91,7 @@ def _best(plan: PlanResults) -> Section:
     rows = tuple(
         (
             str(place),
-            _named(each),
+            named(each),
             f"{each.num_sequences:,}",
             figures(each.tps.value),
             figures(each.tps.low),
@@ -104,7 +105,7 @@ def _best(plan: PlanResults) -> Section:
     parts: list[str | Table] = [Table("", columns, rows)]
     if loses:
         parts.append(Table("Why they lose to the first", (text("#"), text("why")), loses))
-    return Section("Best deployments (projected in full)", tuple(parts))
+    return Section("Best deployments (projected in full)", tuple(parts), leads=True)
 
 
 def _families(plan: PlanResults) -> Section:
@@ -124,7 +125,7 @@ def _families(plan: PlanResults) -> Section:
                 tuple(
                     (
                         family,
-                        _named(each),
+                        named(each),
                         f"{each.num_sequences:,}",
                         figures(each.tps.value),
                         milliseconds(each.tpot_s.value),
@@ -162,7 +163,7 @@ def _pareto(plan: PlanResults) -> Section:
                         figures(each.tps.low),
                         figures(each.tps.high),
                         f"{each.num_sequences:,}",
-                        _named(each),
+                        named(each),
                     )
                     for each in plan.pareto
                 ),
@@ -227,7 +228,8 @@ def _assumptions(plan: PlanResults) -> Section:
     return Section("Assumptions", (Table("", columns, rows),))
 
 
-def _named(each: PlannedDeployment) -> str:
+def named(each: PlannedDeployment) -> str:
+    """`dp=8, tp=2, ep=16; overlap`."""
     layout, options = str(each.layout.layout).replace(",", ", "), str(each.options)
     return layout + ("" if options == "plain" else f"; {options}")
 

@@ -114,6 +114,7 @@ def judged(projection: Projection) -> tuple[Section, ...]:
         Section(
             "The paper's table (reported, not projected)",
             ("Nothing here was measured, projected or checked.", reported_table()),
+            leads=True,
         ),
     )
 

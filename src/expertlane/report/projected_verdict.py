@@ -38,6 +38,7 @@ def verdict(projection: Projection, reported: tuple[str, ...]) -> Section:
             *reported,
             _firmness(projection),
         ),
+        leads=True,
     )
 
 
@@ -92,8 +93,8 @@ def _table(projection: Projection, top_k: int) -> Table:
     )
 
 
-def _sentence(projection: Projection, top_k: int) -> str:
-    """What the proposal gains: at every context, in prefill, and under skewed routing."""
+def headline(projection: Projection, top_k: int) -> str:
+    """What the proposal gains in decoding, in a sentence."""
     rows = projection.usual(top_k)
     if not proposals(rows):
         return f"Top-{top_k}: no deployment is a proposal; all are baselines."
@@ -108,7 +109,18 @@ def _sentence(projection: Projection, top_k: int) -> str:
         between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
     return (
         f"Top-{top_k}: {proposal.name} has {against_first} the decode TPS of the first "
-        f"baseline, {first.name}{also}, {between}.{_why(projection, proposal, first)}"
+        f"baseline, {first.name}{also}, {between}."
+    )
+
+
+def _sentence(projection: Projection, top_k: int) -> str:
+    """What the proposal gains: at every context, in prefill, and under skewed routing."""
+    rows = projection.usual(top_k)
+    if not proposals(rows):
+        return headline(projection, top_k)
+    proposal = fastest(projection, proposals(rows))
+    return (
+        f"{headline(projection, top_k)}{_why(projection, proposal, rows[0])}"
         f"{_prefill(rows)}{_skewed(projection, top_k)}"
     )
 

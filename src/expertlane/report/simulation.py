@@ -40,7 +40,7 @@ def title(simulation: Simulation) -> str:
 def sections(simulation: Simulation) -> tuple[Section, ...]:
     """Everything below the heading, in order."""
     return (
-        Section("What limits it", tuple(limits(simulation))),
+        Section("What limits it", tuple(limits(simulation)), leads=True),
         _service(simulation),
         _steps(simulation),
         _why(simulation),
@@ -54,7 +54,7 @@ def sections(simulation: Simulation) -> tuple[Section, ...]:
 
 def limits(simulation: Simulation) -> Iterator[str]:
     """What holds the deployment back, and by how much; the main thing first."""
-    phases = _phases(simulation)
+    phases = phases_of(simulation)
     total_s = sum(phase.seconds.value for _, phase in phases)
     busiest = max(phases, key=lambda named: named[1].seconds.value)
     for name, phase in sorted(phases, key=lambda named: named is not busiest):
@@ -103,7 +103,8 @@ def _held_back(simulation: Simulation) -> Iterator[str]:
         yield f"{counted(simulation.cluster.num_idle, 'device')} of the cluster stay idle."
 
 
-def _phases(simulation: Simulation) -> list[tuple[str, PhaseSimulation]]:
+def phases_of(simulation: Simulation) -> list[tuple[str, PhaseSimulation]]:
+    """What each phase was in the pool that is for it, by its name."""
     found = []
     for pool in simulation.pools:
         if pool.role != "decode" and pool.prefill is not None:
@@ -141,6 +142,7 @@ def _service(simulation: Simulation) -> Section:
             latency,
             throughput,
         ),
+        leads=True,
     )
 
 
@@ -169,7 +171,7 @@ def _with_bounds(value: Number) -> str:
 
 
 def _steps(simulation: Simulation) -> Section:
-    phases = _phases(simulation)
+    phases = phases_of(simulation)
     rows = (
         ("steps", [f"{phase.num_steps:,}" for _, phase in phases]),
         ("tokens a step", [figures(phase.num_tokens) for _, phase in phases]),
@@ -204,7 +206,7 @@ def _by_phase(
 
 
 def _why(simulation: Simulation) -> Section:
-    phases = _phases(simulation)
+    phases = phases_of(simulation)
     causes = [
         cause.value
         for cause in ProjectedCause
@@ -257,7 +259,7 @@ def _activations(pool: PoolSimulation) -> str:
 
 
 def _experts(simulation: Simulation) -> Section:
-    phases = _phases(simulation)
+    phases = phases_of(simulation)
     rows = [
         ("busiest rank's pairs over the mean", [figures(each.rank_pairs) for _, each in phases])
     ]
@@ -271,7 +273,11 @@ def _experts(simulation: Simulation) -> Section:
                     for each, (_, phase) in zip(sent, phases, strict=True)
                 ]
                 rows.append((f"{link} {kind.label} a token", cells))
-    loads = [load for load in simulation.expert_load if load]
+    loads = [
+        max(layer) * len(layer) / sum(layer)
+        for layer in simulation.num_tokens_per_expert
+        if any(layer)
+    ]
     parts: tuple[str | Table, ...] = (_by_phase("", phases, tuple(rows)),)
     if loads:
         fullest = f"Fullest expert over the mean, all steps together: {figures(max(loads))} in the "
@@ -282,7 +288,7 @@ def _experts(simulation: Simulation) -> Section:
 
 
 def _basis(simulation: Simulation) -> Section:
-    phases = _phases(simulation)
+    phases = phases_of(simulation)
     bases = dict.fromkeys(basis for _, phase in phases for basis in phase.basis_shares)
     rows = [
         (basis, [percent(phase.basis_shares.get(basis, 0.0)) for _, phase in phases])

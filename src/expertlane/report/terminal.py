@@ -1,7 +1,6 @@
 """A report as tables in a terminal."""
 
 import textwrap
-from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,23 +9,18 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from expertlane.report import content
-from expertlane.report.document import Figure, Section, Table
-from expertlane.results.schema import Results
+from expertlane.report import kinds
+from expertlane.report.document import Figure, Table
+from expertlane.results.file import AnyResults
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
 
 
-def show(results: Results, console: Console, *, traffic: bool = False) -> None:
+def show(results: AnyResults, console: Console, *, traffic: bool = False) -> None:
     """Print the whole report, no wider than the console; with `traffic`, every matrix too."""
-    show_sections(content.title(results), content.sections(results, traffic=traffic), console)
-
-
-def show_sections(title: str, sections: Sequence[Section], console: Console) -> None:
-    """Print any report."""
-    console.print(Rule(Text(title, style="bold"), characters="═"))
-    for section in sections:
+    console.print(Rule(Text(kinds.title(results), style="bold"), characters="═"))
+    for section in kinds.sections(results, traffic=traffic):
         console.print()
         console.print(Text(section.heading, style="bold cyan"))
         for position, part in enumerate(section.parts):

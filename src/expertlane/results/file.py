@@ -1,30 +1,40 @@
-"""`results.json`: written whole or not at all, and read back strictly."""
+"""`results.json` of every kind: written whole or not at all, and read back strictly."""
 
 import json
-import os
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from expertlane.errors import UserError
-from expertlane.results.schema import SCHEMA_VERSION, Results
+from expertlane.results import plan, schema, serving, simulation
+from expertlane.results.plan import PlanResults
+from expertlane.results.schema import Results
+from expertlane.results.serving import ServingResults
+from expertlane.results.simulation import Simulation
+from expertlane.spec.atomic_file import write_text
 
 FILE_NAME = "results.json"
 
-T = TypeVar("T")
+AnyResults = Results | Simulation | PlanResults | ServingResults
+
+_KINDS: dict[str, tuple[type[AnyResults], int]] = {
+    schema.KIND: (Results, schema.SCHEMA_VERSION),
+    simulation.KIND: (Simulation, simulation.SCHEMA_VERSION),
+    plan.KIND: (PlanResults, plan.SCHEMA_VERSION),
+    serving.KIND: (ServingResults, serving.SCHEMA_VERSION),
+}
+# Rows of numbers stay on a line, so that files with matrices remain readable.
+_NUMBERS = re.compile(r"\[\s+(-?[\d.][-+\d.eE]*(?:,\s+-?[\d.][-+\d.eE]*)*)\s+\]")
 
 
-def to_json(results: Results) -> str:
+def to_json(results: AnyResults) -> str:
     """The text of `results.json`."""
-    return record_json(results)
+    text = json.dumps(asdict(results), indent=2, allow_nan=False, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
-def record_json(record: Any) -> str:
-    """The text of a file that holds a dataclass of results."""
-    return json.dumps(asdict(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def write(results: Results, folder: Path) -> Path:
+def write(results: AnyResults, folder: Path) -> Path:
     """Write `results.json` into `folder`, made if need be; return its path.
 
     Raises:
@@ -33,74 +43,17 @@ def write(results: Results, folder: Path) -> Path:
     return write_text(folder / FILE_NAME, to_json(results))
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all, under a temporary name first; return its path.
+def read_any(path: Path) -> AnyResults:
+    """Read a `results.json` of any kind.
 
     Raises:
-        UserError: its folder can't be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    return path
-
-
-def read(path: Path) -> Results:
-    """Read a `results.json`.
-
-    Raises:
-        UserError: the file is missing or damaged, of another schema version, or a key is
-            unknown, missing or of another type; one line that names the place.
-    """
-    return validated(Results, load(path, SCHEMA_VERSION), path)
-
-
-def load(path: Path, schema_version: int, kind: str | None = None) -> dict[str, Any]:
-    """What a results file says, not checked any further.
-
-    Args:
-        kind: what the file must say under that key; None for files that have none.
-
-    Raises:
-        UserError: the file is missing or damaged, or of another kind or schema version.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is damaged: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    if not isinstance(data, dict) or "schema_version" not in data:
-        raise UserError(f"{path} is not a results file: it has no schema_version")
-    if kind is not None and data.get("kind") != kind:
-        raise UserError(f"{path} is not a {kind}: its kind is {data.get('kind')!r}")
-    if data["schema_version"] != schema_version:
-        raise UserError(
-            f"{path} has schema_version {data['schema_version']!r}; "
-            f"this expertlane reads {schema_version}"
-        )
-    return data
-
-
-def validated(as_type: type[T], data: dict[str, Any], path: Path) -> T:
-    """What a file says as typed values.
-
-    Raises:
-        UserError: a key is unknown, missing or of another type; one line that names the place.
+        UserError: the file is missing or damaged, of no known kind or another schema version, or
+            a key is unknown, missing or of another type; one line that names the place.
     """
     from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
 
+    data = _load(path)
+    as_type, _ = _KINDS[data["kind"]]
     try:
         return TypeAdapter(as_type).validate_json(json.dumps(data))
     except ValidationError as error:
@@ -110,3 +63,44 @@ def validated(as_type: type[T], data: dict[str, Any], path: Path) -> T:
         raise UserError(f"{path}: {place} {what.get(first['type'], first['msg'])}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read(path: Path) -> Results:
+    """Read a comparison.
+
+    Raises:
+        UserError: as `read_any`, or it is of another kind.
+    """
+    results = read_any(path)
+    if not isinstance(results, Results):
+        raise UserError(f"{path} holds no comparison: its kind is {results.kind!r}")
+    return results
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """What a results file says, its kind and version checked and nothing else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = (
+            f"{error.msg} at line {error.lineno}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else "it is nested too deeply"
+        )
+        raise UserError(f"{path} is damaged: {where}") from error
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise UserError(f"{path} is not a results file: it has no schema_version")
+    kind = data.setdefault("kind", schema.KIND)  # comparisons had none before version 5
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UserError(f"{path} is of unknown kind {kind!r}; known: {', '.join(_KINDS)}")
+    _, known = _KINDS[kind]
+    if data["schema_version"] != known:
+        raise UserError(
+            f"{path} has schema_version {data['schema_version']!r} of a {kind}; this expertlane "
+            f"reads {known}: repeat the command that wrote it"
+        )
+    return data

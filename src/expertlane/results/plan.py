@@ -6,9 +6,12 @@ from typing import Any, Literal
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import Estimate, StepProjection
 from expertlane.results.strict import Strict
+from expertlane.results.timeline import StepTimeline
 from expertlane.spec.deployment import Options
+from expertlane.spec.names import Phase
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+KIND = "plan"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class PlannedDeployment(Strict):
         decode, prefill: projected in full; None where it was screened only.
         weight_bytes, activation_bytes, sequence_bytes: of the fullest rank; a sequence at its full
             length.
+        timelines: of the steps above, where they were kept.
     """
 
     layout: LayoutSizes
@@ -39,6 +43,7 @@ class PlannedDeployment(Strict):
     weight_bytes: int
     activation_bytes: int
     sequence_bytes: int
+    timelines: dict[Phase, StepTimeline] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class PlanResults(Strict):
         best: projected in full, by tokens a second.
         families: the best of each kind of deployment, as screened, with why it loses.
         pareto: as screened, by TPOT: none has both more tokens a second and a lower TPOT.
+        papers: the two deployments of the paper, by name, where the model is the paper's and they
+            are among the candidates.
         two_pools: the best, None where none keeps the limits.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: deployments tried for two pools.
@@ -108,6 +115,7 @@ class PlanResults(Strict):
     best: tuple[PlannedDeployment, ...]
     families: dict[str, PlannedDeployment]
     pareto: tuple[PlannedDeployment, ...]
+    papers: dict[str, PlannedDeployment]
     two_pools: PlannedPools | None
     num_candidates: int
     num_too_large: int

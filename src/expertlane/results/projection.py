@@ -1,14 +1,16 @@
 """What a cluster model says of deployments: projected values, never beside measured ones."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from expertlane.errors import UserError
 from expertlane.results.assumption import Assumption
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.strict import Strict
+from expertlane.results.timeline import StepTimeline
 from expertlane.spec.deployment import Options
+from expertlane.spec.names import Phase
 
 T = TypeVar("T")
 
@@ -85,6 +87,9 @@ class ProjectedDeployment(Strict):
         routing: which experts tokens are taken to choose: `balanced` or `skewed`.
         prefill: None where it does not fit.
         decode: by context; of all sequences, and where they do not fit also of as many as do.
+        by_batch: decode steps of fewer sequences, and of all, at the context that is spoken of;
+            empty but under the usual conditions.
+        timelines: of a prefill and of a decode step; empty but under the usual conditions.
     """
 
     name: str
@@ -97,6 +102,8 @@ class ProjectedDeployment(Strict):
     memory: ProjectedMemory
     prefill: StepProjection | None
     decode: tuple[StepProjection, ...]
+    by_batch: tuple[StepProjection, ...] = ()
+    timelines: dict[Phase, StepTimeline] = field(default_factory=dict)
 
     @property
     def conditions(self) -> tuple[int, str, str]:
@@ -160,6 +167,7 @@ class Planned(Strict):
             experiment's own deployments take part. None where no deployment holds them all.
         served: the whole workload; the planner's best first, then the experiment's deployments
             that fit.
+        pareto: by TPOT; none has both more tokens a second and a lower TPOT.
     """
 
     top_k: int
@@ -167,6 +175,7 @@ class Planned(Strict):
     num_too_large: int
     decode: ProjectedDeployment | None
     served: tuple[ServedDeployment, ...]
+    pareto: tuple[ServedDeployment, ...] = ()
 
 
 @dataclass(frozen=True)

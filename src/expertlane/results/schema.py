@@ -14,13 +14,15 @@ from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import Projection
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.strict import Strict
+from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficBytes, TrafficResult
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+KIND = "comparison"
 
 Source = Literal["measured", "projected", "reported"]
 
@@ -205,6 +207,7 @@ class DeploymentResult(Strict):
         traffic: by phase.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         rebalances: decisions about moving experts, in its last run.
+        timelines: one step of each phase, from a short run that was not measured.
         tokens_sha256: of all generated tokens, to compare runs by.
     """
 
@@ -223,6 +226,7 @@ class DeploymentResult(Strict):
     rebalances: tuple[RebalanceResult, ...]
     dispatch_table: DispatchTable | None
     per_rank: tuple[RankResult, ...]
+    timelines: dict[Phase, StepTimeline]
     tokens_sha256: str
 
     @property
@@ -287,6 +291,7 @@ class Results(Strict):
     """
 
     schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+    kind: Literal["comparison"] = field(default="comparison", kw_only=True)
     command: str
     created: str
     versions: Versions

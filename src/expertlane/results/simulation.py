@@ -4,18 +4,16 @@ One deployment on a modelled cluster; all numbers are projected, and none stands
 one. Dictionaries are keyed by the words of `spec.names`.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from expertlane.results.file import FILE_NAME, load, validated, write_text
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.strict import Strict
+from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficBytes
 from expertlane.spec.deployment import Options
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "simulation"
 
 
@@ -167,7 +165,11 @@ class PhaseSimulation(Strict):
         basis_shares: of the time of operations and transfers by what it rests on.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
         traffic_bytes: to other ranks, of one step; by link.
+        sent_bytes: payload to each rank, of one step; [source][destination], ranks of the pool.
+        tokens_by_ranks_reached: [ep_size + 1]; of one step, tokens that reached 0, 1, 2 … ranks, a
+            token counted once a layer; empty without expert parallelism.
         rank_pairs: token-expert pairs of a layer's busiest rank over the mean.
+        timeline: of the largest step.
     """
 
     num_steps: int
@@ -182,7 +184,10 @@ class PhaseSimulation(Strict):
     basis_shares: dict[str, float]
     extrapolated_share: float
     traffic_bytes: dict[str, TrafficBytes]
+    sent_bytes: tuple[tuple[int, ...], ...]
+    tokens_by_ranks_reached: tuple[int, ...]
     rank_pairs: float
+    timeline: StepTimeline | None
 
     @property
     def largest(self) -> tuple[str, float]:
@@ -235,7 +240,7 @@ class Simulation(Strict):
         created: ISO 8601, UTC.
         model: its sizes under their own names.
         pools: one, or the one that prefills and the one that decodes.
-        expert_load: [num_layers]; the fullest expert over the mean, all steps together.
+        num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps.
     """
 
     schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
@@ -250,28 +255,4 @@ class Simulation(Strict):
     assumptions: tuple[SimulationAssumption, ...]
     service: Service
     pools: tuple[PoolSimulation, ...]
-    expert_load: tuple[float, ...]
-
-
-def to_json(simulation: Simulation) -> str:
-    """The text of the file."""
-    return json.dumps(asdict(simulation), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def write(simulation: Simulation, folder: Path) -> Path:
-    """Write `results.json` into `folder`, made if need be; return its path.
-
-    Raises:
-        UserError: the folder can't be written to.
-    """
-    return write_text(folder / FILE_NAME, to_json(simulation))
-
-
-def read(path: Path) -> Simulation:
-    """Read what `write` wrote.
-
-    Raises:
-        UserError: the file is missing or damaged, of another kind or schema version, or a key is
-            unknown, missing or of another type; one line that names the place.
-    """
-    return validated(Simulation, load(path, SCHEMA_VERSION, KIND), path)
+    num_tokens_per_expert: tuple[tuple[int, ...], ...]

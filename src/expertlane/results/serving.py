@@ -1,27 +1,26 @@
-"""`bench.json`: what a load on an engine gave, as typed values.
+"""What a load on an engine gave, as typed values: the `results.json` of `expertlane bench`.
 
-Apart from `results.json`, whose deployments have phases, causes and traffic that nobody records
+Apart from a comparison, whose deployments have phases, causes and traffic that nobody records
 under an open load.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from expertlane.results.file import write_text
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.schema import Versions
+from expertlane.results.strict import Strict
 from expertlane.spec.deployment import Options
 
-SCHEMA_VERSION = 1
-FILE_NAME = "bench.json"
+SCHEMA_VERSION = 2
+KIND = "bench"
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Strict):
     """Of many values."""
 
     mean: float
@@ -38,7 +37,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Strict):
     """What was measured under one load.
 
     Attributes:
@@ -71,7 +70,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class ServingMachine:
+class ServingMachine(Strict):
     """Where it ran.
 
     Attributes:
@@ -96,11 +95,11 @@ class ServingMachine:
 
 
 @dataclass(frozen=True)
-class ServingResults:
+class ServingResults(Strict):
     """All of one file.
 
     Attributes:
-        command_line: how a user repeats it.
+        command: how a user repeats it.
         created: ISO 8601, UTC.
         model: as the user named it.
         options: of every layout.
@@ -110,8 +109,8 @@ class ServingResults:
     """
 
     schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
-    command: str = field(default="bench", kw_only=True)
-    command_line: str
+    kind: Literal["bench"] = field(default="bench", kw_only=True)
+    command: str
     created: str
     versions: Versions
     machine: ServingMachine
@@ -123,17 +122,3 @@ class ServingResults:
     output_len: str
     points: tuple[Point, ...]
     foreign_cpu_share: float
-
-
-def to_json(results: ServingResults) -> str:
-    """The text of `bench.json`."""
-    return json.dumps(asdict(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def write(results: ServingResults, folder: Path) -> Path:
-    """Write `bench.json` into `folder`, made if need be; return its path.
-
-    Raises:
-        UserError: the folder can't be written to.
-    """
-    return write_text(folder / FILE_NAME, to_json(results))

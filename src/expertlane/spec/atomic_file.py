@@ -8,7 +8,7 @@ from typing import BinaryIO
 from expertlane.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file under a temporary name beside `path`, then rename it.
 
     Raises:
@@ -25,3 +25,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all; return its path.
+
+    Raises:
+        UserError: its folder can't be written to.
+    """
+    write_whole(path, lambda file: file.write(text.encode()))
+    return path

@@ -1,0 +1,77 @@
+"""How every command shows and keeps its results: tables or JSON, and three files."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertlane.results.file import AnyResults
+
+JSON_HELP = "Print results.json instead of tables."
+FILES = "results.json, report.md and report.html"
+
+
+def slug(*names: object) -> str:
+    """Names with hyphens between, as a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(map(str, names)))
+
+
+def results_folder(out: Path | None, name: str) -> Path:
+    """Where results go: `out` if given, else `results/NAME`.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    from expertlane.cli.output import check_folder, is_speaker
+
+    folder = out or Path("results", name)
+    if is_speaker():
+        check_folder(folder)
+    return folder
+
+
+def publish(
+    results: "AnyResults",
+    folder: Path,
+    *,
+    as_json: bool,
+    traffic: bool = False,
+    also: Sequence[Path] = (),
+) -> None:
+    """Print results, write them and their reports, and say on stderr what was written.
+
+    Args:
+        traffic: of a comparison, who sent what to whom.
+        also: files of the command's own.
+    """
+    from expertlane.cli.output import stdout_console
+    from expertlane.report import terminal
+    from expertlane.results.file import to_json, write
+
+    if as_json:
+        from expertlane.cli import answers
+
+        answers.write(to_json(results))
+    else:
+        terminal.show(results, stdout_console(), traffic=traffic)
+    written = [write(results, folder), *write_reports(results, folder, traffic=traffic), *also]
+    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
+
+
+def write_reports(
+    results: "AnyResults", folder: Path, *, traffic: bool = False
+) -> tuple[Path, ...]:
+    """Write report.md and report.html; return their paths.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    from expertlane.report import html, markdown
+    from expertlane.spec.atomic_file import write_text
+
+    return (
+        write_text(folder / "report.md", markdown.render(results, traffic=traffic)),
+        write_text(folder / "report.html", html.render(results)),
+    )

@@ -1,0 +1,46 @@
+"""`expertlane report`: make the reports of kept results again."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_Results = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RESULTS",
+        help="A results.json of compare, plan, simulate or bench, or the folder it is in.",
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder for report.md and report.html. Default: beside it."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the paths of what was written.")]
+
+
+def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
+    """Make report.html and report.md again from kept results; runs nothing.
+
+    report.html is one file that opens offline: the verdict, where the time goes, every rank's
+    time in a step, experts and traffic, and all tables. Send it to whoever should see it.
+
+    \b
+    Examples:
+      expertlane report results/paper-small
+      expertlane report results/paper-small/results.json --out shared
+    """
+    from expertlane.cli.output import check_folder
+    from expertlane.cli.publish import write_reports
+    from expertlane.results.file import FILE_NAME, read_any
+
+    path = results / FILE_NAME if results.is_dir() else results
+    read = read_any(path)
+    folder = out or path.parent
+    check_folder(folder)
+    written = [str(each) for each in write_reports(read, folder)]
+    if as_json:
+        print(json.dumps({"written": written}))
+    else:
+        print("\n".join(written))

@@ -1,0 +1,242 @@
+"""Coloured squares: how the experts of every layer were loaded, and who sent how much to whom."""
+
+from collections.abc import Mapping, Sequence
+
+from expertlane.report.charts.encoding import Spec, nominal, quantity, tooltip
+from expertlane.report.document import Chart, Table, number, text
+from expertlane.report.numbers import bytes_si, counted, figures, percent, times
+
+_CELL_PX, _LEAST_CELL_PX = 18, 3
+_MOST_PX = 420
+_MOST_IN_TABLE = 1024  # cells; of more the table has what matters
+_MOST_RANKS = 32
+_SCALE = "cividis"  # Nuñez, Anderton and Renslow (2018): even for all kinds of colour vision
+
+
+def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart:
+    """Layers down, experts across; 1 is an expert's even share of its layer.
+
+    Args:
+        num_tokens: [num_layers][num_experts]; token-expert pairs; layers without any are left out.
+    """
+    layers = [(layer, list(tokens)) for layer, tokens in enumerate(num_tokens) if any(tokens)]
+    values: list[Spec] = [
+        {
+            "layer": layer,
+            "expert": expert,
+            "load": num * len(tokens) / sum(tokens),
+            "pairs": f"{num:,}",
+            "shown": f"{times(num * len(tokens) / sum(tokens))} the mean",
+        }
+        for layer, tokens in layers
+        for expert, num in enumerate(tokens)
+    ]
+    hottest = max(values, key=lambda value: value["load"])
+    step = max(_LEAST_CELL_PX, min(_CELL_PX, _MOST_PX // max(1, len(layers))))
+    return Chart(
+        title,
+        f"A square for each expert of {counted(len(layers), 'layer')}, the brighter the fuller. "
+        f"The fullest is expert {hottest['expert']} of layer {hottest['layer']}, {hottest['shown']}.",
+        {
+            "data": {"values": values},
+            "height": {"step": step},
+            "mark": {"type": "rect"},
+            "encoding": {
+                "x": _thinned("expert", len(layers[0][1])),
+                "y": _thinned("layer", len(layers)),
+                "color": {
+                    "field": "load",
+                    "type": "quantitative",
+                    "title": "times the mean",
+                    "scale": {"scheme": _SCALE, "domainMin": 0},
+                },
+                "tooltip": tooltip(layer="layer", expert="expert", pairs="pairs", shown="load"),
+            },
+        },
+        _load_table(title, layers),
+        note="Token-expert pairs over the mean of the layer's experts; 1 is even.",
+    )
+
+
+def _thinned(field: str, num: int) -> Spec:
+    """Labels not closer than there is room for."""
+    every = max(1, num // 16)
+    axis = {"labelAngle": 0, "values": list(range(0, num, every)), "ticks": False}
+    return nominal(field, field) | {"axis": axis, "sort": "ascending"}
+
+
+def _load_table(title: str, layers: Sequence[tuple[int, Sequence[int]]]) -> Table:
+    num_experts = len(layers[0][1])
+    if len(layers) * num_experts > _MOST_IN_TABLE:
+        return Table(
+            f"{title}: each layer's fullest expert",
+            (number("layer"), number("expert"), number("share"), number("over the mean")),
+            tuple(
+                (
+                    str(layer),
+                    str(max(range(num_experts), key=tokens.__getitem__)),
+                    percent(max(tokens) / sum(tokens)),
+                    times(max(tokens) * num_experts / sum(tokens)),
+                )
+                for layer, tokens in layers
+            ),
+        )
+    return Table(
+        f"{title}: token-expert pairs",
+        (number("layer"), *(number(f"expert {expert}") for expert in range(num_experts))),
+        tuple((str(layer), *(f"{num:,}" for num in tokens)) for layer, tokens in layers),
+    )
+
+
+def traffic_chart(
+    title: str, sent_bytes: Sequence[Sequence[int]], ranks_per_node: int
+) -> Chart | None:
+    """Sources down, destinations across, a line between nodes; None where nothing is sent.
+
+    Args:
+        sent_bytes: [source][destination]; of more than 32 ranks nodes are drawn.
+    """
+    cells, what, together = _cells(sent_bytes, ranks_per_node)
+    largest = max(map(max, cells)) if cells else 0
+    if not largest:
+        return None
+    size = len(cells)
+    values: list[Spec] = [
+        {
+            "source": source,
+            "destination": to,
+            "left": to - 0.5,
+            "right": to + 0.5,
+            "top": source - 0.5,
+            "bottom": source + 0.5,
+            "bytes": num,
+            "shown": bytes_si(num),
+        }
+        for source, row in enumerate(cells)
+        for to, num in enumerate(row)
+    ]
+    borders = [{"at": place - 0.5} for place in range(together, size, together)]
+    domain = [-0.5, size - 0.5]
+    axis = {"values": list(range(0, size, max(1, size // 16))), "grid": False, "ticks": False}
+    x = quantity("left", f"to {what}", domain=domain, nice=False) | {"axis": axis}
+    y = quantity("top", f"from {what}", domain=domain, nice=False, reverse=True) | {"axis": axis}
+    squares: Spec = {
+        "mark": {"type": "rect", "stroke": "--card", "strokeWidth": 0.5},
+        "encoding": {
+            "x": x,
+            "x2": {"field": "right"},
+            "y": y,
+            "y2": {"field": "bottom"},
+            "color": {
+                "field": "bytes",
+                "type": "quantitative",
+                "title": "bytes",
+                "scale": {"scheme": _SCALE, "domainMin": 0},
+                "legend": {"format": "~s"},
+            },
+            "tooltip": tooltip(source=f"from {what}", destination=f"to {what}", shown="payload"),
+        },
+    }
+    rules: list[Spec] = [
+        {
+            "data": {"values": borders},
+            "mark": {"type": "rule", "color": "--vermillion", "strokeWidth": 2},
+            "encoding": {side: quantity("at", None, domain=domain, nice=False)},
+        }
+        for side in ("x", "y")
+        if borders
+    ]
+    busiest = max(values, key=lambda value: value["bytes"])
+    return Chart(
+        title,
+        f"A square for each pair of {what}s, the brighter the more bytes. Most go from {what} "
+        f"{busiest['source']} to {busiest['destination']}: {busiest['shown']}.",
+        {
+            "data": {"values": values},
+            "height": min(_MOST_PX, max(120, 24 * size)),
+            "layer": [squares, *rules],
+        },
+        Table(
+            f"{title}: {what}s of the rows send to {what}s of the columns",
+            (number("from"), *(number(f"to {place}") for place in range(size))),
+            tuple((str(source), *map(bytes_si, row)) for source, row in enumerate(cells)),
+        ),
+        note="Payload bytes." + (" The lines are the borders between nodes." if borders else ""),
+    )
+
+
+def _cells(
+    sent_bytes: Sequence[Sequence[int]], ranks_per_node: int
+) -> tuple[list[list[int]], str, int]:
+    """What to draw, of what, and how many of them share a node."""
+    num_ranks = len(sent_bytes)
+    if num_ranks <= _MOST_RANKS:
+        return [list(row) for row in sent_bytes], "rank", ranks_per_node
+    nodes = [
+        range(first, min(first + ranks_per_node, num_ranks))
+        for first in range(0, num_ranks, ranks_per_node)
+    ]
+    summed = [
+        [sum(sent_bytes[source][to] for source in sources for to in receivers)
+         for receivers in nodes]
+        for sources in nodes
+    ]  # fmt: skip
+    return summed, "node", len(nodes)
+
+
+def fan_out_chart(title: str, tokens: Mapping[str, Sequence[int]]) -> Chart | None:
+    """How many ranks the experts of a token are on; None where nothing was counted.
+
+    Args:
+        tokens: by deployment, [num_ranks + 1]; tokens that reached 0, 1, 2 … ranks.
+    """
+    shares = {name: [num / sum(each) for num in each] for name, each in tokens.items() if any(each)}
+    if not shares:
+        return None
+    most = max(place for each in shares.values() for place, share in enumerate(each) if share)
+    values = [
+        {
+            "deployment": name,
+            "ranks": place,
+            "share": share,
+            "shown": percent(share),
+        }
+        for name, each in shares.items()
+        for place, share in enumerate(each[: most + 1])
+    ]
+    return Chart(
+        title,
+        "Shares of tokens by how many ranks they reach: "
+        + "; ".join(
+            f"{name} {figures(sum(place * share for place, share in enumerate(each)))} in the mean"
+            for name, each in shares.items()
+        )
+        + ".",
+        {
+            "data": {"values": values},
+            "height": {"step": 20},
+            "mark": {"type": "rect", "stroke": "--card"},
+            "encoding": {
+                "y": nominal("deployment"),
+                "x": {"field": "ranks", "type": "ordinal", "title": "ranks reached by a token"}
+                | {"axis": {"labelAngle": 0, "ticks": False}},
+                "color": {
+                    "field": "share",
+                    "type": "quantitative",
+                    "title": "share of tokens",
+                    "scale": {"scheme": _SCALE, "domain": [0, 1]},
+                    "legend": {"format": "%"},
+                },
+                "tooltip": tooltip(deployment="deployment", ranks="ranks", shown="tokens"),
+            },
+        },
+        Table(
+            title,
+            (text("deployment"), *(number(str(place)) for place in range(most + 1))),
+            tuple(
+                (name, *(percent(share) for share in (*each, *[0.0] * most)[: most + 1]))
+                for name, each in shares.items()
+            ),
+        ),
+        note="A token counts once a layer; its own rank counts if it has one of its experts.",
+    )

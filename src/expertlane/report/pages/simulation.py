@@ -1,0 +1,56 @@
+"""The plots of a simulated deployment."""
+
+from expertlane.report.charts.bars import causes_chart
+from expertlane.report.charts.squares import fan_out_chart, load_chart, traffic_chart
+from expertlane.report.charts.timeline import timelines_chart
+from expertlane.report.document import Chart, PageSection, Tabs, Timelines
+from expertlane.report.simulation import limits, phases_of
+from expertlane.results.simulation import Simulation
+
+
+def headline(simulation: Simulation) -> str:
+    """What limits it, in a sentence."""
+    return next(iter(limits(simulation)))
+
+
+def sections(simulation: Simulation) -> tuple[PageSection, ...]:
+    """All plots."""
+    phases = phases_of(simulation)
+    seconds = {
+        name: {cause: share * phase.step_s.mean.value for cause, share in phase.shares.items()}
+        for name, phase in phases
+    }
+    steps = {name: phase.timeline for name, phase in phases if phase.timeline is not None}
+    causes = causes_chart("Time of a mean step by cause", seconds, note="Mean over ranks.")
+    timelines: tuple[str | Timelines, ...] = ()
+    if steps:
+        timelines = (
+            "The largest step of each phase by itself, on the same time axis. Upper half of a row: "
+            "what the rank computes; lower half: its transfers. Gaps are idle.",
+            timelines_chart("One step of each phase", steps, steps),
+        )
+    parts = (
+        PageSection("Where the time goes, projected", (causes,)),
+        PageSection("One step, rank by rank, projected", timelines),
+        PageSection("Experts and traffic, projected", _squares(simulation)),
+    )
+    return tuple(part for part in parts if part.parts)
+
+
+def _squares(simulation: Simulation) -> tuple[Chart | Tabs, ...]:
+    parts: list[Chart | Tabs] = []
+    if any(map(any, simulation.num_tokens_per_expert)):
+        parts.append(load_chart("Load of the experts", simulation.num_tokens_per_expert))
+    phases = phases_of(simulation)
+    matrices = [
+        (name, traffic_chart(f"A {name} step", phase.sent_bytes, simulation.cluster.ranks_per_node))
+        for name, phase in phases
+    ]
+    drawn = tuple((name, chart) for name, chart in matrices if chart is not None)
+    if drawn:
+        parts.append(Tabs("Who sends to whom in the largest step", drawn))
+    fan_out = fan_out_chart(
+        "Ranks that a token reaches",
+        {name: phase.tokens_by_ranks_reached for name, phase in phases},
+    )
+    return (*parts, *([] if fan_out is None else [fan_out]))

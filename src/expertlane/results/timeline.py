@@ -1,0 +1,158 @@
+"""What every rank did when in one step: the data of a report's timelines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.results.strict import Strict
+from expertlane.spec.names import Phase, Stage, Track
+from expertlane.spec.record import RankEvents, StepRecord
+
+MOST_RANKS = 32
+MOST_EVENTS = 4000  # of a step; what begins later is left out, and said so
+
+_TRACKS = [track.value for track in Track]
+_US_PER_S = 1e6
+_DIGITS = 1  # of microseconds
+
+
+@dataclass(frozen=True)
+class RankTimeline(Strict):
+    """One rank's stretches of time, N of them, by when they begin.
+
+    Attributes:
+        track, stage: [N]; places in `tracks` and `stages` of the step.
+        layer: [N]; -1 outside of any.
+        micro_batch: [N].
+        begin_us, duration_us: [N]; from the step's first event on any rank.
+    """
+
+    rank: int
+    track: tuple[int, ...]
+    stage: tuple[int, ...]
+    layer: tuple[int, ...]
+    micro_batch: tuple[int, ...]
+    begin_us: tuple[float, ...]
+    duration_us: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StepTimeline(Strict):
+    """One step.
+
+    Attributes:
+        end_us: of the last event, those left out among them.
+        shown_us: until when events are kept; `end_us` where all are.
+        num_ranks: that took part; `ranks` may be some of them, spread evenly.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    end_us: float
+    shown_us: float
+    num_ranks: int
+    tracks: tuple[str, ...]
+    stages: tuple[str, ...]
+    ranks: tuple[RankTimeline, ...]
+
+
+def timelines_of(steps: Sequence[StepRecord]) -> dict[Phase, StepTimeline]:
+    """By phase; steps of one phase go on one time axis, each as a micro-batch of its own.
+
+    Phases without events are left out.
+    """
+    found = {}
+    for phase in Phase:
+        of_phase = [step for step in steps if step.phase is phase]
+        events = [
+            (record.rank, micro_batch, record.events)
+            for micro_batch, step in enumerate(of_phase)
+            for record in step.records
+            if record.events is not None and len(record.events.begin_s)
+        ]
+        if events:
+            found[phase] = timeline_of(
+                events,
+                num_tokens=sum(step.num_tokens for step in of_phase),
+                num_seqs=sum(len(step.seq_ids) for step in of_phase),
+            )
+    return found
+
+
+def timeline_of(
+    events: Sequence[tuple[int, int, RankEvents]], *, num_tokens: int, num_seqs: int
+) -> StepTimeline:
+    """Events of ranks on one time axis.
+
+    Args:
+        events: rank, a number to add to the micro-batches', and what happened then; at least one.
+    """
+    zero_s = min(each.start_s + float(each.begin_s.min()) for _, _, each in events)
+    end_us = _US_PER_S * max(
+        each.start_s - zero_s + float(each.end_s.max()) for _, _, each in events
+    )
+    ranks = sorted({rank for rank, _, _ in events})
+    places = np.unique(np.linspace(0, len(ranks) - 1, MOST_RANKS).round().astype(int))
+    columns = [
+        _columns([(first, each) for rank, first, each in events if rank == ranks[place]], zero_s)
+        for place in places
+    ]
+    begins_us = np.sort(np.concatenate([of_rank.begin_us for of_rank in columns]))
+    cut_us = float(begins_us[MOST_EVENTS]) if len(begins_us) > MOST_EVENTS else np.inf
+    return StepTimeline(
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        end_us=round(end_us, _DIGITS),
+        shown_us=round(min(end_us, cut_us), _DIGITS),
+        num_ranks=len(ranks),
+        tracks=tuple(_TRACKS),
+        stages=tuple(stage.label for stage in Stage),
+        ranks=tuple(
+            of_rank.timeline(ranks[place], cut_us)
+            for place, of_rank in zip(places, columns, strict=True)
+        ),
+    )
+
+
+class _Columns(NamedTuple):
+    """Of one rank, [N], by when they begin."""
+
+    track: npt.NDArray[np.int64]
+    stage: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+    micro_batch: npt.NDArray[np.int64]
+    begin_us: npt.NDArray[np.float64]
+    duration_us: npt.NDArray[np.float64]
+
+    def timeline(self, rank: int, cut_us: float) -> RankTimeline:
+        """What begins before `cut_us`."""
+        num = int(np.searchsorted(self.begin_us, cut_us))
+        return RankTimeline(
+            rank=rank,
+            track=tuple(self.track[:num].tolist()),
+            stage=tuple(self.stage[:num].tolist()),
+            layer=tuple(self.layer[:num].tolist()),
+            micro_batch=tuple(self.micro_batch[:num].tolist()),
+            begin_us=tuple(self.begin_us[:num].round(_DIGITS).tolist()),
+            duration_us=tuple(self.duration_us[:num].round(_DIGITS).tolist()),
+        )
+
+
+def _columns(of_rank: Sequence[tuple[int, RankEvents]], zero_s: float) -> _Columns:
+    parts = [
+        (
+            each.track,
+            each.stage,
+            each.layer,
+            each.micro_batch + first,
+            _US_PER_S * (each.start_s - zero_s + each.begin_s),
+            _US_PER_S * (each.end_s - each.begin_s),
+        )
+        for first, each in of_rank
+    ]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    order = np.argsort(columns[-2], kind="stable")
+    return _Columns(*(column[order] for column in columns))
