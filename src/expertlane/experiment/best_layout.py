@@ -60,7 +60,7 @@ def plan_beside(
         num_too_large=found.num_too_large if found else 0,
         decode=_fastest(decoding, context, num_seqs, own, row_of),
         served=_served(search, found, own) if found else (),
-        pareto=_pareto(found) if found else (),
+        pareto=_pareto(decoding) if decoding else (),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -44,7 +45,7 @@ def render(results: AnyResults) -> str:
         title=kinds.title(results),
         headline=headline,
         source=kinds.source(results),
-        created=results.created,
+        created=_moment(results.created),
         command=results.command,
         version=__version__,
         lead=shown[:num_first],
@@ -55,6 +56,11 @@ def render(results: AnyResults) -> str:
         library=Markup(_library()),
         charts=Markup(charts.json()),
     )
+
+
+def _moment(created: str) -> str:
+    """`2026-11-25 10:32 UTC`."""
+    return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class _Charts:

@@ -167,7 +167,8 @@ class Planned(Strict):
             experiment's own deployments take part. None where no deployment holds them all.
         served: the whole workload; the planner's best first, then the experiment's deployments
             that fit.
-        pareto: by TPOT; none has both more tokens a second and a lower TPOT.
+        pareto: of decoding alone around the projection's context, by TPOT; none has both more
+            tokens a second and a lower TPOT.
     """
 
     top_k: int

@@ -21,14 +21,15 @@
     const muted = fixed ? value("--axis") : "var(--muted)";
     const line = fixed ? value("--line") : "var(--line)";
     const font = getComputedStyle(document.body).fontFamily;
-    const labelLimit = Math.min(260, Math.round(width * 0.36));
-    const words = { labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500 };
+    const labelLimit = Math.min(260, Math.round(width * 0.45));
+    const words = { labelFont: font, titleFont: font, labelFontSize: width < 500 ? 10.5 : 12, titleFontSize: 12, titleFontWeight: 500 };
     return {
       font,
       background: "transparent",
       view: { stroke: null },
       axis: { ...words, labelColor: ink, titleColor: muted, domainColor: line, tickColor: line, gridColor: line,
         labelLimit },
+      axisX: { tickCount: Math.max(3, Math.round(width / 120)) },
       axisY: { labelPadding: 6 },
       legend: { ...words, labelColor: ink, titleColor: muted, orient: "bottom", gradientLength: Math.min(220, width / 2) },
       scale: { bandPaddingInner: 0.25 },
@@ -79,6 +80,7 @@
     const { view } = await vegaEmbed(plot, spec, {
       mode: "vega-lite",
       actions: false,
+      ast: true, // no code made from strings: the page forbids it
       renderer: fixed ? "canvas" : "svg",
       config: config(plot.clientWidth, fixed),
       tooltip: { disableDefaultStyle: true },
@@ -253,6 +255,9 @@
       URL.revokeObjectURL(link.href);
     });
   }
+
+  // On a narrow screen the contents would push the content away.
+  if (window.innerWidth < 1100) document.querySelector(".nav details").open = false;
 
   // On paper everything is open.
   window.addEventListener("beforeprint", () => {

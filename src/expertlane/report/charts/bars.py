@@ -9,7 +9,7 @@ from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import NONE, figures, milliseconds, percent
 
 _BAR_PX = 26
-_KINDS = (("baseline", "--grey"), ("proposal", "--blue"))
+_COLOURS = ("--grey", "--blue")
 _SEEN = 0.0005  # of a bar's length; less is left out
 
 
@@ -31,11 +31,19 @@ class Bar:
         return f"{figures(self.low)}–{figures(self.high)}"
 
 
-def speed_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> Chart:
+def speed_chart(
+    title: str,
+    unit: str,
+    bars: Sequence[Bar],
+    *,
+    between: str,
+    kinds: tuple[str, str] = ("baseline", "proposal"),
+) -> Chart:
     """One bar a deployment.
 
     Args:
         between: what the range of a bar is of, for example `slowest and fastest run`.
+        kinds: what baselines and the others are called.
     """
     values = [
         {
@@ -43,13 +51,17 @@ def speed_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> 
             "value": bar.value,
             "low": bar.low,
             "high": bar.high,
-            "kind": _KINDS[not bar.is_baseline][0],
+            "kind": kinds[not bar.is_baseline],
             "shown": figures(bar.value),
             "between": bar.between,
         }
         for bar in bars
     ]
-    shown = [kind for kind in _KINDS if any(value["kind"] == kind[0] for value in values)]
+    shown = [
+        kind
+        for kind in zip(kinds, _COLOURS, strict=True)
+        if any(value["kind"] == kind[0] for value in values)
+    ]
     y = nominal("deployment")
     hover = tooltip(deployment="deployment", kind="kind", shown=unit, between=between)
     layers: list[Spec] = [
@@ -80,12 +92,12 @@ def speed_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> 
         title,
         f"Bars of {unit} of {len(bars)} deployments; the longest is {fastest.name}'s, "
         f"{figures(fastest.value)}.",
-        {"data": {"values": values}, "height": {"step": _BAR_PX}, "layer": layers},
+        {"data": {"values": values}, "height": _BAR_PX * len(bars), "layer": layers},
         Table(
             title,
             (text("deployment"), text("kind"), number(unit), number(between)),
             tuple(
-                (bar.name, _KINDS[not bar.is_baseline][0], figures(bar.value), bar.between)
+                (bar.name, kinds[not bar.is_baseline], figures(bar.value), bar.between)
                 for bar in bars
             ),
         ),
@@ -124,7 +136,7 @@ def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note
         + " ".join(_largest(name, each) for name, each in seconds.items()),
         {
             "data": {"values": values},
-            "height": {"step": _BAR_PX},
+            "height": _BAR_PX * len(seconds),
             "mark": {"type": "bar", "stroke": "--card", "strokeWidth": 0.7},
             "encoding": {
                 "y": nominal("deployment"),

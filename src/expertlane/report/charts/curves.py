@@ -89,15 +89,19 @@ def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note:
             "encoding": position,
         },
         {
-            "transform": [{"filter": "isValid(datum.low)"}],
-            "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.6},
-            "encoding": position | {"y": y.encoding("low"), "y2": {"field": "high"}},
-        },
-        {
             "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
             "encoding": position | {"shape": shape, "tooltip": tooltip(**titles)},
         },
     ]
+    if any(point.low is not None for curve in curves for point in curve.points):
+        layers.insert(
+            1,
+            {
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.6},
+                "encoding": position | {"y": y.encoding("low"), "y2": {"field": "high"}},
+            },
+        )
     return Chart(
         title,
         f"{y.name} against {x.name}, {len(curves)} of them: {', '.join(names)}.",

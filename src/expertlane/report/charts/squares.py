@@ -1,15 +1,16 @@
 """Coloured squares: how the experts of every layer were loaded, and who sent how much to whom."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from expertlane.report.charts.encoding import Spec, nominal, quantity, tooltip
-from expertlane.report.document import Chart, Table, number, text
-from expertlane.report.numbers import bytes_si, counted, figures, percent, times
+from expertlane.report.document import Chart, Table, number
+from expertlane.report.numbers import bytes_si, counted, percent, times
 
 _CELL_PX, _LEAST_CELL_PX = 18, 3
 _MOST_PX = 420
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
 _MOST_RANKS = 32
+_EVEN_IS_HALF = 2.0  # least end of the scale, so that an even load looks like one
 _SCALE = "cividis"  # Nuñez, Anderton and Renslow (2018): even for all kinds of colour vision
 
 
@@ -36,10 +37,11 @@ def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart:
     return Chart(
         title,
         f"A square for each expert of {counted(len(layers), 'layer')}, the brighter the fuller. "
-        f"The fullest is expert {hottest['expert']} of layer {hottest['layer']}, {hottest['shown']}.",
+        f"The fullest is expert {hottest['expert']} of layer {hottest['layer']}: "
+        f"{hottest['shown']}.",
         {
             "data": {"values": values},
-            "height": {"step": step},
+            "height": step * len(layers),
             "mark": {"type": "rect"},
             "encoding": {
                 "x": _thinned("expert", len(layers[0][1])),
@@ -48,7 +50,7 @@ def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart:
                     "field": "load",
                     "type": "quantitative",
                     "title": "times the mean",
-                    "scale": {"scheme": _SCALE, "domainMin": 0},
+                    "scale": {"scheme": _SCALE, "domain": [0, max(_EVEN_IS_HALF, hottest["load"])]},
                 },
                 "tooltip": tooltip(layer="layer", expert="expert", pairs="pairs", shown="load"),
             },
@@ -62,7 +64,8 @@ def _thinned(field: str, num: int) -> Spec:
     """Labels not closer than there is room for."""
     every = max(1, num // 16)
     axis = {"labelAngle": 0, "values": list(range(0, num, every)), "ticks": False}
-    return nominal(field, field) | {"axis": axis, "sort": "ascending"}
+    scale = {"paddingInner": 0.04, "paddingOuter": 0}
+    return nominal(field, field) | {"axis": axis, "sort": "ascending", "scale": scale}
 
 
 def _load_table(title: str, layers: Sequence[tuple[int, Sequence[int]]]) -> Table:
@@ -117,7 +120,12 @@ def traffic_chart(
     ]
     borders = [{"at": place - 0.5} for place in range(together, size, together)]
     domain = [-0.5, size - 0.5]
-    axis = {"values": list(range(0, size, max(1, size // 16))), "grid": False, "ticks": False}
+    axis = {
+        "values": list(range(0, size, max(1, size // 16))),
+        "grid": False,
+        "ticks": False,
+        "format": "d",
+    }
     x = quantity("left", f"to {what}", domain=domain, nice=False) | {"axis": axis}
     y = quantity("top", f"from {what}", domain=domain, nice=False, reverse=True) | {"axis": axis}
     squares: Spec = {
@@ -182,61 +190,3 @@ def _cells(
         for sources in nodes
     ]  # fmt: skip
     return summed, "node", len(nodes)
-
-
-def fan_out_chart(title: str, tokens: Mapping[str, Sequence[int]]) -> Chart | None:
-    """How many ranks the experts of a token are on; None where nothing was counted.
-
-    Args:
-        tokens: by deployment, [num_ranks + 1]; tokens that reached 0, 1, 2 … ranks.
-    """
-    shares = {name: [num / sum(each) for num in each] for name, each in tokens.items() if any(each)}
-    if not shares:
-        return None
-    most = max(place for each in shares.values() for place, share in enumerate(each) if share)
-    values = [
-        {
-            "deployment": name,
-            "ranks": place,
-            "share": share,
-            "shown": percent(share),
-        }
-        for name, each in shares.items()
-        for place, share in enumerate(each[: most + 1])
-    ]
-    return Chart(
-        title,
-        "Shares of tokens by how many ranks they reach: "
-        + "; ".join(
-            f"{name} {figures(sum(place * share for place, share in enumerate(each)))} in the mean"
-            for name, each in shares.items()
-        )
-        + ".",
-        {
-            "data": {"values": values},
-            "height": {"step": 20},
-            "mark": {"type": "rect", "stroke": "--card"},
-            "encoding": {
-                "y": nominal("deployment"),
-                "x": {"field": "ranks", "type": "ordinal", "title": "ranks reached by a token"}
-                | {"axis": {"labelAngle": 0, "ticks": False}},
-                "color": {
-                    "field": "share",
-                    "type": "quantitative",
-                    "title": "share of tokens",
-                    "scale": {"scheme": _SCALE, "domain": [0, 1]},
-                    "legend": {"format": "%"},
-                },
-                "tooltip": tooltip(deployment="deployment", ranks="ranks", shown="tokens"),
-            },
-        },
-        Table(
-            title,
-            (text("deployment"), *(number(str(place)) for place in range(most + 1))),
-            tuple(
-                (name, *(percent(share) for share in (*each, *[0.0] * most)[: most + 1]))
-                for name, each in shares.items()
-            ),
-        ),
-        note="A token counts once a layer; its own rank counts if it has one of its experts.",
-    )

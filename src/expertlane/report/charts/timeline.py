@@ -10,7 +10,7 @@ from expertlane.report.numbers import counted, milliseconds, percent
 from expertlane.results.timeline import RankTimeline, StepTimeline
 from expertlane.spec.names import Track
 
-_LANE_PX = 7
+_LANE_PX, _LEAST_PX = 7, 36
 _NUM_OPEN = 3
 _US_PER_MS = 1e3
 _US_PER_S = 1e6
@@ -50,7 +50,7 @@ def _chart(name: str, step: StepTimeline, until_ms: float) -> Chart:
         f"A row for each of {counted(len(step.ranks), 'rank')}: what it computed above, what it "
         f"sent or waited for below, over {milliseconds(step.end_us / _US_PER_S)} ms. "
         + _extremes(step),
-        _spec(stages, tracks),
+        _spec(stages, tracks, len(step.ranks)),
         _table(name, step),
         legend=tuple(Legend(stage, OF_STAGE[stage]) for stage in stages),
         note=_note(step),
@@ -63,10 +63,10 @@ def _chart(name: str, step: StepTimeline, until_ms: float) -> Chart:
     )
 
 
-def _spec(stages: list[str], tracks: list[str]) -> Spec:
+def _spec(stages: list[str], tracks: list[str], num_ranks: int) -> Spec:
     return {
         "data": {"name": "events"},
-        "height": {"step": _LANE_PX, "for": "offset"},
+        "height": max(_LEAST_PX, _LANE_PX * len(tracks) * num_ranks),
         "params": [{"name": "from_ms", "value": 0}, {"name": "to_ms", "value": 1}],
         "mark": {"type": "rect", "clip": True},
         "encoding": {

@@ -2,9 +2,10 @@
 
 from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
-from expertlane.report.charts.squares import fan_out_chart, load_chart, traffic_chart
+from expertlane.report.charts.fan_out import fan_out_chart
+from expertlane.report.charts.squares import load_chart, traffic_chart
 from expertlane.report.charts.timeline import timelines_chart
-from expertlane.report.comparison import Comparison, compare
+from expertlane.report.comparison import Comparison, Row, compare
 from expertlane.report.document import Chart, PageSection, Tabs, Timelines
 from expertlane.report.pages import projection as projected
 from expertlane.report.verdict import verdict
@@ -31,10 +32,9 @@ def sections(results: Results) -> tuple[PageSection, ...]:
 
 def _measured(results: Results, machine: Machine) -> tuple[PageSection, ...]:
     comparison = compare(results)
-    why = verdict(comparison, machine)[1:]
     parts = (
         PageSection("Speed, measured", _speed(comparison)),
-        PageSection("Where the time goes, measured", (*why, *_causes(results))),
+        PageSection("Where the time goes, measured", (*_why(comparison), *_causes(results))),
         PageSection("One step, rank by rank, measured", _timelines(results, comparison)),
         PageSection("Experts and traffic, measured", _squares(results, machine)),
         PageSection("Scaling, measured", _scaling(results)),
@@ -58,6 +58,22 @@ def _speed(comparison: Comparison) -> tuple[Chart, ...]:
     return (speed_chart(title, unit, bars, between="slowest–fastest run"),)
 
 
+def _why(comparison: Comparison) -> tuple[str, ...]:
+    """What takes most of the time, of those that the verdict speaks of."""
+    return tuple(
+        dict.fromkeys(
+            f"Most of {row.deployment.name} is {row.deployment.bottleneck.sentence}."
+            for row in _cast(comparison)
+        )
+    )
+
+
+def _cast(comparison: Comparison) -> list[Row]:
+    """The first, the best baseline and the best proposal."""
+    cast = (comparison.rows[0], comparison.best_baseline, comparison.best_proposal)
+    return [row for row in cast if row is not None]
+
+
 def _causes(results: Results) -> tuple[Tabs, ...]:
     charts = []
     for phase in (Phase.DECODE, Phase.PREFILL):
@@ -76,8 +92,7 @@ def _causes(results: Results) -> tuple[Tabs, ...]:
 
 
 def _timelines(results: Results, comparison: Comparison) -> tuple[Timelines | str, ...]:
-    cast = (comparison.rows[0], comparison.best_baseline, comparison.best_proposal)
-    first = {row.deployment.name for row in cast if row is not None}
+    first = {row.deployment.name for row in _cast(comparison)}
     parts: list[Timelines | str] = []
     for phase in (Phase.DECODE, Phase.PREFILL):
         steps = {
@@ -91,7 +106,8 @@ def _timelines(results: Results, comparison: Comparison) -> tuple[Timelines | st
         parts.insert(
             0,
             "A step of each deployment from a short run of its own, all on the same time axis. "
-            "Upper half of a row: what the rank computes; lower half: what it waits for. Gaps are idle.",
+            "Upper half of a row: what the rank computes; lower half: what it waits for. Gaps are "
+            "idle.",
         )
     return tuple(parts)
 

@@ -78,7 +78,13 @@ def _speed(plan: PlanResults) -> Chart:
         Bar(f"{name}, {named(each)}", each.tps.value, True, each.tps.low, each.tps.high)
         for name, each in plan.papers.items()
     ]
-    return speed_chart("Output tokens a second", "output tokens/s", bars, between="low–high")
+    return speed_chart(
+        "Output tokens a second",
+        "output tokens/s",
+        bars,
+        between="low–high",
+        kinds=("the paper's", "the planner's"),
+    )
 
 
 def _causes(plan: PlanResults) -> tuple[Tabs, ...]:
@@ -104,6 +110,8 @@ def _causes(plan: PlanResults) -> tuple[Tabs, ...]:
 
 def _timelines(plan: PlanResults) -> tuple[Timelines, ...]:
     rows = _closer(plan)
+    first = [name for place, name in enumerate(rows) if not place or place >= _NUM_EXPLAINED]
+    first = first if plan.papers else []
     by_phase = {
         phase: {
             name: each.timelines[phase] for name, each in rows.items() if phase in each.timelines
@@ -111,7 +119,7 @@ def _timelines(plan: PlanResults) -> tuple[Timelines, ...]:
         for phase in (Phase.DECODE, Phase.PREFILL)
     }
     return tuple(
-        timelines_chart(f"One {phase} step", steps, ())
+        timelines_chart(f"One {phase} step", steps, first)
         for phase, steps in by_phase.items()
         if steps
     )

@@ -50,7 +50,7 @@ def sections(results: Results) -> tuple[PageSection, ...]:
         PageSection(
             f"Throughput against latency, {what}",
             tuple(
-                _pareto(planned, is_papers=is_papers_experiment(results))
+                _pareto(projection, planned, is_papers=is_papers_experiment(results))
                 for planned in projection.planned
                 if planned.pareto
             ),
@@ -203,41 +203,39 @@ def _fit(step: StepProjection) -> str:
     return "" if step.fits else "does not fit"
 
 
-def _pareto(planned: Planned, *, is_papers: bool) -> Chart:
+def _pareto(projection: Projection, planned: Planned, *, is_papers: bool) -> Chart:
     curves = [
         Curve(
             "the planner's front",
             tuple(
                 point(
-                    _MS_PER_S * each.tpot_s.value, each.tps, words=f"{each.name}, {each.num_seqs:,}"
+                    _MS_PER_S * each.tpot_s.value,
+                    each.tps,
+                    words=f"{each.name}, {each.num_seqs:,} at once",
                 )
                 for each in planned.pareto
             ),
-        ),
-        *(
-            Curve(
-                each.name,
-                (
-                    point(
-                        _MS_PER_S * each.tpot_s.value, each.tps, words=f"{each.num_seqs:,} at once"
-                    ),
-                ),
-                is_joined=False,
-            )
-            for each in planned.served
-        ),
+        )
     ]
-    note = "The whole workload, prompts included; no deployment is above and left of the front."
+    for row in projection.usual(planned.top_k):
+        step = at_context(projection, row)
+        at = point(_MS_PER_S * step.step_s.value, step.tps, words=_fit(step))
+        curves.append(Curve(row.name, (at,), is_joined=False))
+    note = (
+        f"Decoding alone, at {projection.context:,} tokens of context. No deployment of one pool is "
+        "above and left of the front, which is screened. The experiment's own have all "
+        f"{projection.num_sequences:,} sequences."
+    )
     if is_papers:
         curves += [
             Curve(f"reported: {row.name}", (Point(row.tpot_ms, row.tps),), is_joined=False)
             for row in ROWS
         ]
-        note += " The paper's two points are reported ones, of decoding alone."
+        note += " The paper's two points are reported, not projected."
     return curves_chart(
-        f"Tokens a second against TPOT, top-{planned.top_k}",
+        f"Decode tokens a second against TPOT, top-{planned.top_k}",
         Axis("TPOT, ms", "log"),
-        Axis("output tokens/s", "log"),
+        Axis("decode tokens/s", "log"),
         curves,
         note=note,
     )

@@ -1,9 +1,10 @@
 """The plots of a simulated deployment."""
 
 from expertlane.report.charts.bars import causes_chart
-from expertlane.report.charts.squares import fan_out_chart, load_chart, traffic_chart
+from expertlane.report.charts.fan_out import fan_out_chart
+from expertlane.report.charts.squares import load_chart, traffic_chart
 from expertlane.report.charts.timeline import timelines_chart
-from expertlane.report.document import Chart, PageSection, Tabs, Timelines
+from expertlane.report.document import Chart, PageSection, Tabs
 from expertlane.report.simulation import limits, phases_of
 from expertlane.results.simulation import Simulation
 
@@ -20,18 +21,19 @@ def sections(simulation: Simulation) -> tuple[PageSection, ...]:
         name: {cause: share * phase.step_s.mean.value for cause, share in phase.shares.items()}
         for name, phase in phases
     }
-    steps = {name: phase.timeline for name, phase in phases if phase.timeline is not None}
     causes = causes_chart("Time of a mean step by cause", seconds, note="Mean over ranks.")
-    timelines: tuple[str | Timelines, ...] = ()
-    if steps:
-        timelines = (
-            "The largest step of each phase by itself, on the same time axis. Upper half of a row: "
-            "what the rank computes; lower half: its transfers. Gaps are idle.",
-            timelines_chart("One step of each phase", steps, steps),
-        )
+    timelines = [
+        timelines_chart(f"The largest {name} step", {name: phase.timeline}, (name,))
+        for name, phase in phases
+        if phase.timeline is not None
+    ]
+    words = (
+        "A step by itself. Upper half of a row: what the rank computes; lower half: its transfers. "
+        "Gaps are idle."
+    )
     parts = (
         PageSection("Where the time goes, projected", (causes,)),
-        PageSection("One step, rank by rank, projected", timelines),
+        PageSection("One step, rank by rank, projected", (words, *timelines) if timelines else ()),
         PageSection("Experts and traffic, projected", _squares(simulation)),
     )
     return tuple(part for part in parts if part.parts)
