@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+import example_timelines
 from expertlane.engine.messages import HeldBytes
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.metrics import MachinePeak, summarise
@@ -114,6 +115,10 @@ def result(deployment: Deployment, step_s: float, *, output_len: int = 3) -> Dep
         np.zeros((workload.num_sequences, output_len), dtype=np.int64),
         deployment.is_baseline,
         RANKS_PER_NODE,
+        {
+            phase: example_timelines.timeline(layout.world_size, times * step_s)
+            for phase, times in ((Phase.PREFILL, 10), (Phase.DECODE, 1))
+        },
     )
 
 

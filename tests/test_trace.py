@@ -82,7 +82,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, steps, monkeypatch):
     def fail(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
         write_trace(tmp_path / "other" / "trace.json", steps)
     assert list((tmp_path / "other").iterdir()) == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import expertlane.engine
+import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.experiment
 import expertlane.report
 import expertlane.results.file
@@ -89,6 +90,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     monkeypatch.setattr(expertlane.results.file, "write", write)
     install(expertlane.report, "markdown", render=render)
     install(expertlane.report, "terminal", show=show)
+    install(expertlane.report, "html", render=lambda results: f"<title>{results} ×</title>\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)

@@ -8,55 +8,14 @@ import pytest
 from rich.console import Console
 
 from cli.stub_llm import StubLLM
+from example_serving import POINT, RESULTS
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, write_placement
-from expertlane.cli import bench_table, engine_options
-from expertlane.results.serving import (
-    Point,
-    ServingMachine,
-    ServingResults,
-    Spread,
-    to_json,
-)
-from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.schema import Versions
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
+from expertlane.cli import engine_options
+from expertlane.report import terminal
+from expertlane.results.file import to_json
 
 SHORT = ["--prompt-len", "2:8", "--output-len", "1:3"]
-SPREAD = Spread(123.456, 123.456, 1234.5, 12345.6)
-POINT = Point(
-    layout=LayoutSizes.of(Layout(replicas=2, pp=2, dp=16, tp=8, ep=32)),
-    batch=None,
-    rate=0.125,
-    num_requests=10_000,
-    num_prompt_tokens=10**7,
-    num_output_tokens=10**7,
-    num_preemptions=0,
-    wall_s=1.0,
-    ttft_s=SPREAD,
-    tpot_s=SPREAD,
-    itl_s=SPREAD,
-    e2e_s=SPREAD,
-    output_tps=1_234_567.8,
-    total_tps=12_345_678.9,
-    requests_per_s=1234.5,
-    prefill_tps=None,
-)
-RESULTS = ServingResults(
-    command_line="expertlane bench a",
-    created="2026-01-01T00:00:00+00:00",
-    versions=Versions("0", "3", "2"),
-    machine=ServingMachine("a CPU", "cpu", 2, 10**9, "gloo", "float32", "torch"),
-    model="a",
-    options=Options(),
-    ranks_per_node=0,
-    seed=0,
-    prompt_len="2:8",
-    output_len="1",
-    points=(POINT,),
-    foreign_cpu_share=0.0,
-)
 
 
 @pytest.fixture
@@ -84,10 +43,10 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
     code, out, err = run("bench", "paper-tiny", *SHORT, *arguments, "--json", "--out", out_folder)
 
     assert code == 0
-    assert Path(out_folder, "bench.json").read_text(encoding="utf-8") == out
+    assert Path(out_folder, "results.json").read_text(encoding="utf-8") == out
     found = json.loads(out)
-    assert (found["schema_version"], found["command"], found["model"]) == (1, "bench", "paper-tiny")
-    assert found["command_line"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
+    assert (found["schema_version"], found["kind"], found["model"]) == (2, "bench", "paper-tiny")
+    assert found["command"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
     assert (found["seed"], found["prompt_len"], found["output_len"]) == (5, "2:8", "1:3")
     assert found["machine"]["device"]
     assert found["machine"]["num_cores"] >= 1
@@ -128,7 +87,11 @@ def test_a_rate_and_its_table(run, stub):
     assert "2000 req/s" in out
     assert "10000 req/s" in out
     assert max(map(len, out.splitlines())) <= 80
-    assert [word for word in out.split() if word in ("TTFT", "TPOT", "ITL", "E2E")] == [
+    assert [
+        word
+        for word in out.partition("Latency")[2].split()
+        if word in ("TTFT", "TPOT", "ITL", "E2E")
+    ] == [
         "TTFT",
         "TPOT",
         "ITL",
@@ -286,7 +249,7 @@ def test_one_layout_a_run_of_torchrun(run, stub, monkeypatch):
 
 def shown(results, width):
     stream = io.StringIO()
-    bench_table.show(results, Console(file=stream, width=width))
+    terminal.show(results, Console(file=stream, width=width))
     return stream.getvalue()
 
 

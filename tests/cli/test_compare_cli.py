@@ -25,13 +25,15 @@ def test_the_default_runs_shows_and_writes(comparison, run):
     assert comparison.calls == [{"experiment": SMALL, "command": "expertlane compare"}]
     assert Path("results/paper-small/report.md").read_text() == "# results ×\n"
     assert sorted(path.name for path in Path("results/paper-small").iterdir()) == [
+        "report.html",
         "report.md",
         "results.json",
     ]
     started, progress, written = err.splitlines()
     assert re.fullmatch(r"starting 16 ranks: done in \d+\.\d s", started)
     assert re.fullmatch(r"EP 16: done in \d+\.\d s", progress)
-    assert written == "written: results/paper-small/results.json, results/paper-small/report.md"
+    names = ("results.json", "report.md", "report.html")
+    assert written == "written: " + ", ".join(f"results/paper-small/{name}" for name in names)
 
 
 def test_traffic_is_shown_in_both_forms(comparison, run):
@@ -45,7 +47,7 @@ def test_traces_are_written_if_asked_for(comparison, run):
     code, _, err = run("compare", "--trace")
 
     assert code == 0
-    names = ["results.json", "report.md", "trace-EP-16.json", "trace-EP-16-2.json"]
+    names = ["results.json", "report.md", "report.html", "trace-EP-16.json", "trace-EP-16-2.json"]
     folder = Path("results/paper-small")
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert err.splitlines()[-1] == "written: " + ", ".join(f"{folder}/{name}" for name in names)

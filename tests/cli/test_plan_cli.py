@@ -29,6 +29,7 @@ def test_a_plan_is_printed_and_written(run, here):
     folder = here / "results" / "plan-paper-tiny-h100x2"
     assert {each.name for each in folder.iterdir()} == {
         "results.json",
+        "report.html",
         "report.md",
         "experiment.toml",
     }

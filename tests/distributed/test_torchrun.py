@@ -61,7 +61,8 @@ def test_it_ends_well_and_one_rank_speaks(under_torchrun):
     assert code == 0, err
     assert json.loads(out)["machine"]["num_ranks"] == 4
     assert err.count("written: ") == 1
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["report.md", "results.json"]
+    written = sorted(path.name for path in (folder / "out").iterdir())
+    assert written == ["report.html", "report.md", "results.json"]
 
 
 def test_tokens_and_counters_are_those_of_local_ranks(under_torchrun, tmp_path):

@@ -68,11 +68,19 @@ def test_tokens_and_memory_must_fit() -> None:
     memory = [HeldBytes(1000, 100)]
     with pytest.raises(ValueError, match="tokens of shape"):
         deployment_result(
-            deployment, example.MODEL, workload, metrics, memory, np.zeros((16, 2), int), False, 8
+            deployment,
+            example.MODEL,
+            workload,
+            metrics,
+            memory,
+            np.zeros((16, 2), int),
+            False,
+            8,
+            {},
         )
     with pytest.raises(ValueError, match="memory of 0 ranks"):
         deployment_result(
-            deployment, example.MODEL, workload, metrics, [], np.zeros((16, 3), int), False, 8
+            deployment, example.MODEL, workload, metrics, [], np.zeros((16, 3), int), False, 8, {}
         )
 
 

@@ -80,8 +80,13 @@ def results(compared):
 def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
     traces = compared[2]
     assert list(traces) == [each.name for each in EXPERIMENT.deployments]
-    for steps in traces.values():
-        assert [step.phase for step in steps] == [Phase.PREFILL, Phase.DECODE]
+    for each in EXPERIMENT.deployments:
+        steps, options = traces[each.name], each.options
+        num_kept = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
+        assert [step.phase for step in steps] == [
+            *[Phase.PREFILL] * num_kept,
+            *[Phase.DECODE] * num_kept,
+        ]
         for step in steps:
             assert len(step.records) == 4
             for record in step.records:

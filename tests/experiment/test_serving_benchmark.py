@@ -18,8 +18,8 @@ from expertlane.experiment.serving_benchmark import (
     run_loads,
     serve,
 )
-from expertlane.results.serving import Spread
 from expertlane.results.layout_sizes import LayoutSizes
+from expertlane.results.serving import Spread
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.layout import Layout
 from expertlane.spec.load import check_lengths

@@ -64,7 +64,7 @@ def test_a_dispatch_table_is_kept(tmp_path: Path) -> None:
 
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
-    assert data["schema_version"] == 4
+    assert data["schema_version"] == 5
     deployment = data["deployments"][0]
     assert deployment["layout"] == {
         "replicas": 1, "pp_size": 2, "dp_size": 1, "tp_size": 8, "ep_size": 1,
@@ -120,7 +120,10 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
 
 def test_another_schema_version(written: Path) -> None:
     change(written, schema_version=1)
-    assert complaint(written) == "FILE has schema_version 1; this expertlane reads 4"
+    assert complaint(written) == (
+        "FILE has schema_version 1 of a comparison; this expertlane reads 5: repeat the command "
+        "that wrote it"
+    )
 
 
 def test_unknown_key(written: Path) -> None:

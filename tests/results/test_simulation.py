@@ -6,80 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from example_simulation import SIMULATION
 from expertlane.errors import UserError
+from expertlane.results.file import read_any, write
 from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.simulation import (
-    Number,
-    PhaseSimulation,
-    PoolSimulation,
-    RankMemoryResult,
-    Service,
-    SimulatedCluster,
-    SimulatedDeployment,
-    SimulatedLoad,
-    Simulation,
-    SimulationAssumption,
-    SoftwareVersions,
-    Spread,
-    read,
-    write,
-)
-from expertlane.results.traffic import TrafficBytes
-from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Link
-
-NUMBER = Number(2.0, 1.0, 4.0, "fitted")
-SPREAD = Spread(NUMBER, NUMBER, NUMBER)
-SIZES = LayoutSizes.of(Layout(dp=16, ep=16))
-PHASE = PhaseSimulation(
-    num_steps=3,
-    num_tokens=5.5,
-    num_seqs=2.0,
-    seconds=NUMBER,
-    step_s=SPREAD,
-    shares={"weight reads": 0.75, "launch": 0.25},
-    floor_s=0.5,
-    flops_utilisation=0.1,
-    read_utilisation=0.2,
-    basis_shares={"fitted": 1.0},
-    extrapolated_share=0.0,
-    traffic_bytes={link.label: TrafficBytes(3, 2, 1) for link in Link},
-    rank_pairs=1.5,
-)
-SIMULATION = Simulation(
-    command="expertlane simulate paper",
-    created="2026-01-01T00:00:00+00:00",
-    versions=SoftwareVersions("0", "3", "2"),
-    model={"name": "paper", "sliding_window": []},
-    cluster=SimulatedCluster("h100x16", "a GPU", 16, 8, 0),
-    deployment=SimulatedDeployment(
-        layout=SIZES,
-        prefill_layout=None,
-        options=Options(),
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        execution="graph",
-        routing="uniform",
-        max_num_seqs=256,
-        max_num_batched_tokens=2048,
-        block_size=16,
-        mtp=0,
-        mtp_acceptance=0.0,
-    ),
-    workload=SimulatedLoad(8, None, 8, "32", "4:8", 0, 256, 48),
-    assumptions=(SimulationAssumption("routing", "uniform", "--routing", "the best case"),),
-    service=Service(SPREAD, None, SPREAD, NUMBER, NUMBER, NUMBER, NUMBER),
-    pools=(PoolSimulation("both", SIZES, RankMemoryResult(1, 2, 3, 9, 10, 4), 4, 0, PHASE, None),),
-    expert_load=(0.0, 1.25),
-)
 
 
 @pytest.mark.parametrize("prefill", [None, LayoutSizes.of(Layout(tp=8))])
 def test_what_is_read_is_what_was_written(tmp_path, prefill):
     given = replace(SIMULATION, deployment=replace(SIMULATION.deployment, prefill_layout=prefill))
     path = write(given, tmp_path / "new")
-    assert read(path) == given
+    assert read_any(path) == given
     assert os.listdir(tmp_path / "new") == ["results.json"]
     assert json.loads(path.read_text())["kind"] == "simulation"
 
@@ -87,7 +25,9 @@ def test_what_is_read_is_what_was_written(tmp_path, prefill):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"kind": "plan"}, "not a simulation: its kind is 'plan'"),
+        ({"kind": "plan", "schema_version": 1}, "schema_version 1 of a plan; .* reads 2"),
+        ({"kind": "poem"}, "of unknown kind 'poem'; known: comparison, simulation, plan, bench"),
+        ({"kind": 3}, "of unknown kind 3"),
         ({"schema_version": 99}, "schema_version 99"),
         ({"more": 1}, "more is an unknown key"),
         ({"created": 3}, "created"),
@@ -98,4 +38,4 @@ def test_reading_is_strict(tmp_path, change, part):
     path = write(SIMULATION, tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=part):
-        read(path)
+        read_any(path)

@@ -95,7 +95,7 @@
   }
 
   function isSeen(plot) {
-    return plot.clientWidth > 0;
+    return plot.checkVisibility() && plot.clientWidth > 0;
   }
 
   // Plots are drawn when they come near the window, the others while nothing else is to do.
@@ -169,6 +169,8 @@
     const length = Math.min(Math.max(to - from, until / 5000), until);
     const begin = Math.min(Math.max(from, 0), until - length);
     stretches.set(group.id, [begin, begin + length]);
+    group.dataset.fromMs = begin;
+    group.dataset.toMs = begin + length;
     for (const plot of group.querySelectorAll(".plot")) {
       if (!drawn.has(plot.id)) continue;
       const view = await drawn.get(plot.id);

@@ -222,8 +222,8 @@ def _pareto(projection: Projection, planned: Planned, *, is_papers: bool) -> Cha
         at = point(_MS_PER_S * step.step_s.value, step.tps, words=_fit(step))
         curves.append(Curve(row.name, (at,), is_joined=False))
     note = (
-        f"Decoding alone, at {projection.context:,} tokens of context. No deployment of one pool is "
-        "above and left of the front, which is screened. The experiment's own have all "
+        f"Decoding alone, at {projection.context:,} tokens of context. No deployment of one pool "
+        "is above and left of the front, which is screened. The experiment's own have all "
         f"{projection.num_sequences:,} sequences."
     )
     if is_papers:

@@ -1,0 +1,71 @@
+"""`expertlane report`: kept results of every kind, and files that are none."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import example_pages
+from expertlane.results.file import to_json, write
+
+
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_reports_are_made_again(run, tmp_path, make):
+    path = write(make(), tmp_path / "kept")
+    code, out, err = run("report", str(path))
+    assert (code, err) == (0, "")
+    made = [path.with_name("report.md"), path.with_name("report.html")]
+    assert out.splitlines() == [str(each) for each in made]
+    assert made[0].read_text(encoding="utf-8").startswith("# expertlane")
+    assert made[1].read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_folder_another_place_and_json(run, tmp_path):
+    write(example_pages.serving(), tmp_path / "kept")
+    there = tmp_path / "new" / "place"
+    code, out, _ = run("report", str(tmp_path / "kept"), "--out", str(there), "--json")
+    assert code == 0
+    assert json.loads(out) == {"written": [str(there / "report.md"), str(there / "report.html")]}
+    assert sorted(each.name for each in there.iterdir()) == ["report.html", "report.md"]
+    assert [each.name for each in (tmp_path / "kept").iterdir()] == ["results.json"]
+
+
+OLD = {"schema_version": 4, "command": "expertlane compare", "deployments": []}
+MISTAKES = {
+    "missing": (None, "cannot read FILE: No such file or directory"),
+    "cut off": ("whole"[:3], "FILE is damaged: Expecting value at line 1, column 1"),
+    "of an older version": (
+        json.dumps(OLD),
+        "FILE has schema_version 4 of a comparison; this expertlane reads 5: repeat the command "
+        "that wrote it",
+    ),
+    "another file": ('{"name": "x"}', "FILE is not a results file: it has no schema_version"),
+    "unknown kind": (
+        '{"schema_version": 1, "kind": "x"}',
+        "FILE is of unknown kind 'x'; known: comparison, simulation, plan, bench",
+    ),
+    "nested": ("[" * 100_000, "FILE is damaged: it is nested too deeply"),
+    "changed": (
+        to_json(example_pages.serving()).replace('"batch": 8', '"batch": "eight"'),
+        "FILE: points.1.batch Input should be a valid integer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(run, tmp_path, text, line):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    before = sorted(Path(tmp_path).iterdir())
+    code, out, err = run("report", str(path))
+    assert (code, out) == (2, "")
+    assert err == f"expertlane: error: {line.replace('FILE', str(path))}\n"
+    assert sorted(Path(tmp_path).iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written_to(run, tmp_path):
+    path = write(example_pages.serving(), tmp_path)
+    code, _, err = run("report", str(path), "--out", str(path / "below"))
+    assert code == 2
+    assert err.endswith(f"{path} is not a folder\n")

@@ -1,0 +1,231 @@
+"""report.html in a real browser: headless Chromium, driven by Playwright."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import example_pages
+import example_results
+from expertlane.report import html
+from expertlane.report.numbers import figures, milliseconds
+from expertlane.results.file import to_json
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine: install Debian's chromium to run these"
+)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, tmp_path: Path):
+    """Opens a page; at the end nothing may have been said on the console or asked for."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_page(results, width: int = 1280, scheme: str = "light") -> Page:
+        path = tmp_path / "report.html"
+        path.write_text(html.render(results), encoding="utf-8")
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "request",
+            lambda asked: asked.url == path.as_uri() or complaints.append(asked.url[:100]),
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [each for each in complaints if not each.startswith(("data:", "blob:"))] == []
+
+
+def draw_all(page: Page) -> None:
+    """Wait for all plots that can be seen."""
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.plot')]"
+        ".every(plot => !plot.checkVisibility() || plot.dataset.drawn)"
+    )
+
+
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_every_plot_is_drawn_without_an_error(opened, make):
+    page = opened(make())
+    draw_all(page)
+    assert page.locator(".plot[data-drawn]").count() > 0
+    assert page.locator("h1").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_nothing_is_wider_than_a_phone(opened, make, scheme):
+    page = opened(make(), 390, scheme)
+    draw_all(page)
+    for each in page.locator("details").all():
+        each.evaluate("each => { each.open = true; }")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def timelines(page: Page):
+    group = page.locator(".timelines").first
+    group.scroll_into_view_if_needed()
+    draw_all(page)
+    return group
+
+
+def stretch(group) -> tuple[float, float]:
+    return tuple(float(group.get_attribute(name)) for name in ("data-from-ms", "data-to-ms"))
+
+
+def test_timelines_zoom_together_by_buttons_keys_and_wheel(opened):
+    results = example_results.usual()
+    page = opened(results)
+    group = timelines(page)
+    plots = group.locator(".plot[data-drawn]")
+    assert plots.count() >= 2
+    before = [plot.screenshot() for plot in plots.all()]
+    until = max(each.timelines["decode"].shown_us for each in results.deployments) / 1e3
+
+    group.get_by_role("button", name="Zoom in").click()
+    assert stretch(group) == pytest.approx((until / 4, 3 * until / 4))
+    page.wait_for_timeout(300)
+    for plot, old in zip(plots.all(), before, strict=True):
+        assert plot.screenshot() != old
+    plots.first.focus()
+    page.keyboard.press("ArrowRight")
+    assert stretch(group) == pytest.approx((3 * until / 8, 7 * until / 8))
+    page.keyboard.press("0")
+    assert stretch(group) == pytest.approx((0, until))
+    handle = group.element_handle()
+    handle.evaluate("group => { group.dataset.was = group.dataset.toMs; }")
+    plots.first.hover()
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    page.wait_for_function("group => group.dataset.toMs < 0.9 * group.dataset.was", arg=handle)
+    group.get_by_role("button", name="All").click()
+    assert stretch(group) == pytest.approx((0, until))
+
+
+def test_hovering_over_a_timeline_tells_its_event(opened):
+    results = example_results.usual()
+    page = opened(results)
+    group = timelines(page)
+    plot = group.locator(".plot[data-drawn]").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    seen = set()
+    for share in (0.12, 0.2, 0.3, 0.4, 0.5):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 10)
+        page.wait_for_timeout(60)
+        if tooltip.count():
+            seen.add(tooltip.inner_text())
+    assert seen
+    step = results.deployments[0].timelines["decode"]
+    first = step.ranks[0]
+    for words in seen:
+        told = dict(re.split(r"[:\s]*\t", line, maxsplit=1) for line in words.splitlines() if line)
+        stage = step.stages.index(told["stage"])
+        place = first.stage.index(stage)
+        assert told["rank"] == f"rank {first.rank}"
+        assert float(told["takes"].removesuffix(" ms")) == pytest.approx(
+            first.duration_us[place] / 1e3, rel=1e-3
+        )
+        assert float(told["begins at"].removesuffix(" ms")) == pytest.approx(
+            first.begin_us[place] / 1e3, rel=1e-3
+        )
+
+
+def test_hovering_over_a_bar_tells_its_value(opened):
+    results = example_results.usual()
+    page = opened(results)
+    draw_all(page)
+    plot = page.locator("section", has_text="Speed, measured").last.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    bars = plot.locator("path[aria-roledescription=bar]")
+    assert bars.count() == len(results.deployments)
+    for bar, deployment in zip(bars.all(), results.deployments, strict=True):
+        bar.hover()
+        expect(page.locator("#vg-tooltip-element.visible")).to_contain_text(deployment.name)
+        words = page.locator("#vg-tooltip-element").inner_text()
+        assert figures(deployment.decode.tps) in words
+
+
+def cells(table) -> list[list[str]]:
+    return table.evaluate(
+        "table => [...table.tBodies[0].rows].map(row => [...row.cells].map(c => c.textContent))"
+    )
+
+
+def test_tables_equal_results_json(opened):
+    given = json.loads(to_json(example_results.usual()))
+    page = opened(example_results.usual())
+    speed = page.locator("table", has_text="decode TPS").first
+    for row, deployment in zip(cells(speed), given["deployments"], strict=True):
+        assert row[1:4] == [
+            deployment["name"],
+            figures(deployment["prefill"]["tps"]),
+            milliseconds(deployment["prefill"]["ttft_s"]["median"]),
+        ]
+        assert row[4] == figures(deployment["decode"]["tps"])
+        assert row[6] == milliseconds(deployment["decode"]["tpot_s"]["median"])
+    causes = page.locator("table", has=page.locator("caption", has_text="Time of decode by cause"))
+    for row in cells(causes.first)[:-1]:
+        for cell, deployment in zip(row[1:], given["deployments"], strict=True):
+            assert cell == milliseconds(deployment["breakdown_s"]["decode"][row[0]])
+
+
+def test_tabs_by_keyboard(opened):
+    page = opened(example_results.usual())
+    tabs = page.get_by_role("tablist").first.get_by_role("tab")
+    tabs.first.focus()
+    page.keyboard.press("ArrowRight")
+    assert tabs.nth(1).get_attribute("aria-selected") == "true"
+    panel = page.locator("#" + tabs.nth(1).get_attribute("aria-controls"))
+    expect(panel).to_be_visible()
+    expect(page.locator("#" + tabs.first.get_attribute("aria-controls"))).to_be_hidden()
+    draw_all(page)
+    assert panel.locator(".plot").get_attribute("data-drawn") == "yes"
+
+
+def test_a_timeline_is_saved_as_a_chrome_trace(opened, tmp_path):
+    results = example_results.usual()
+    page = opened(results)
+    group = timelines(page)
+    group.locator("summary", has_text="Numbers and trace").first.click()
+    with page.expect_download() as saved:
+        group.get_by_role("button", name="Save as Chrome trace").first.click()
+    saved.value.save_as(tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    step = results.deployments[0].timelines["decode"]
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert len(events) == sum(len(rank.stage) for rank in step.ranks)
+    assert {event["pid"] for event in events} == {rank.rank for rank in step.ranks}
+    assert saved.value.suggested_filename.startswith("trace-")
+
+
+def test_on_paper_everything_is_open(opened, tmp_path):
+    page = opened(example_results.usual())
+    draw_all(page)
+    page.pdf(path=tmp_path / "report.pdf")
+    assert page.locator("details:not([open])").count() == 0
+    assert (tmp_path / "report.pdf").stat().st_size > 10_000
