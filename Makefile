@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-full check
+.PHONY: help compare test test-full check docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ check: $(VENV)/.dev ## Lint, formatting, types, and which room imports which
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+docs: $(VENV)/.docs ## Build the documentation into docs/_build/html
+	@$(BIN)/sphinx-build -b html -W --keep-going -n -q docs docs/_build/html
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.12 …"; \
@@ -31,7 +34,7 @@ $(BIN)/python:
 	@echo "Making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# Stamps: an install is repeated when pyproject.toml is newer. The dev install covers both.
+# Stamps: an install is repeated when pyproject.toml is newer. Each of the last two covers the first.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 	@echo "Installing expertlane into $(VENV) (the first time brings PyTorch: some minutes)"
 	@$(PIP) install --editable .
@@ -40,4 +43,9 @@ $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing expertlane and its test tools into $(VENV) (the first time: some minutes)"
 	@$(PIP) install --editable '.[dev]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "Installing what builds the documentation into $(VENV)"
+	@$(PIP) install --editable '.[docs]'
 	@touch $(VENV)/.runtime $@

@@ -12,7 +12,11 @@ from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *(each for each in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in each.parts),
+]
 
 
 def test_the_skewed_experiment_compares_the_proposal_with_and_without_balancing():

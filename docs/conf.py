@@ -1,0 +1,23 @@
+"""How Sphinx builds the documentation: `make docs`, without a look at the network."""
+
+import re
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1] / "src" / "expertlane" / "__init__.py"
+
+project = "expertlane"
+author = "the expertlane authors"
+release = re.findall(r'__version__ = "(.+)"', _PACKAGE.read_text(encoding="utf-8"))[0]
+version = release
+
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3  # links to headings, as GitHub has them
+
+html_theme = "furo"
+html_title = "expertlane"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
