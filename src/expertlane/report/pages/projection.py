@@ -30,9 +30,8 @@ _MS_PER_S = 1e3
 
 def headline(projection: Projection) -> str:
     """The verdict in a sentence."""
-    return f"Projected for {projection.cluster}, " + first_sentence(
-        projection, projection.top_ks[0]
-    )
+    sentence = first_sentence(projection, projection.top_ks[0])
+    return f"Projected for {projection.cluster}, {sentence[0].lower()}{sentence[1:]}"
 
 
 def sections(results: Results) -> tuple[PageSection, ...]:
