@@ -223,9 +223,10 @@ def test_a_timeline_is_saved_as_a_chrome_trace(opened, tmp_path):
     assert saved.value.suggested_filename.startswith("trace-")
 
 
-def test_on_paper_everything_is_open(opened, tmp_path):
+def test_on_paper_all_tables_are_open(opened, tmp_path):
     page = opened(example_results.usual())
     draw_all(page)
     page.pdf(path=tmp_path / "report.pdf")
-    assert page.locator("details:not([open])").count() == 0
+    assert page.locator("details.tables").count() > 0
+    assert page.locator("details.tables:not([open])").count() == 0
     assert (tmp_path / "report.pdf").stat().st_size > 10_000

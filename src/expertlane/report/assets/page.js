@@ -261,8 +261,8 @@
   // On a narrow screen the contents would push the content away.
   if (window.innerWidth < 1100) document.querySelector(".nav details").open = false;
 
-  // On paper everything is open.
+  // On paper all tables are open, and plots as the reader left them.
   window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((each) => { each.open = true; });
+    document.querySelectorAll("details.tables").forEach((each) => { each.open = true; });
   });
 })();

@@ -10,6 +10,7 @@ from expertlane.report.numbers import NONE, figures, milliseconds, percent
 
 _BAR_PX = 26
 _COLOURS = ("--grey", "--blue")
+_LEAST_S = 1e-9  # less is a rounding's rest
 _SEEN = 0.0005  # of a bar's length; less is left out
 
 
@@ -112,6 +113,10 @@ def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note
     Args:
         seconds: by deployment and cause, in the order in which they are stacked.
     """
+    seconds = {
+        name: {cause: s if s > _LEAST_S else 0.0 for cause, s in each.items()}
+        for name, each in seconds.items()
+    }
     longest_s = max(sum(each.values()) for each in seconds.values())
     causes = [
         cause
