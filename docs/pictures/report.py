@@ -30,11 +30,13 @@ PARTS = {
 
 
 def part(page: Page, heading: str, selector: str) -> Locator:
+    """Of the section whose heading has these words."""
     section = page.locator("section", has=page.locator("h2", has_text=heading)).first
     return section.locator(selector).first
 
 
 def main() -> None:
+    """Draw all of them."""
     report = Path(sys.argv[1]) / "report.html"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertlane import __version__
 from expertlane.cli.engine_options import (
     BlockSize,
     Dispatch,
@@ -202,9 +203,8 @@ def simulate(
     folder = results_folder(out, slug("simulate", config.name, cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
-    results = simulation(
-        simulator, outcome, routing, seed, command=shlex.join(["expertlane", *sys.argv[1:]])
-    )
+    command = shlex.join(["expertlane", *sys.argv[1:]])
+    results = simulation(simulator, outcome, routing, seed, command=command, version=__version__)
     also = [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
     publish(results, folder, as_json=as_json, also=also)
 

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from expertlane import __version__
 from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.operation import Floats
@@ -45,19 +44,26 @@ _P95 = 95
 
 
 def simulation(
-    simulator: Simulator, outcome: Outcome, routing: RoutingChoice, seed: int, *, command: str
+    simulator: Simulator,
+    outcome: Outcome,
+    routing: RoutingChoice,
+    seed: int,
+    *,
+    command: str,
+    version: str,
 ) -> Simulation:
     """All of `results.json`.
 
     Args:
         command: how a user repeats it.
+        version: of expertlane.
     """
     tokens = np.sum([pool.tally.num_tokens_per_expert for pool in outcome.pools], axis=0)
     cluster, setup = simulator.cluster, simulator.setup
     return Simulation(
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=SoftwareVersions(__version__, platform.python_version(), np.__version__),
+        versions=SoftwareVersions(version, platform.python_version(), np.__version__),
         model=json.loads(json.dumps(asdict(simulator.model))),  # lists, as they are read back
         cluster=_cluster(cluster, setup),
         deployment=_deployment(setup, simulator.execution, routing),

@@ -1,4 +1,6 @@
-"""A report of any kind of results: its heading and its sections."""
+"""A report of any kind of results: its heading, its sections, and the plots of its page."""
+
+from types import ModuleType
 
 from expertlane.report import content, plan, serving, simulation
 from expertlane.report.document import PageSection, Section
@@ -9,59 +11,42 @@ from expertlane.report.pages import simulation as simulation_page
 from expertlane.results.file import AnyResults
 from expertlane.results.plan import PlanResults
 from expertlane.results.schema import Results
+from expertlane.results.serving import ServingResults
 from expertlane.results.simulation import Simulation
+
+# Of each kind, what makes its words and tables, and what makes its plots.
+_MAKERS: dict[type, tuple[ModuleType, ModuleType]] = {
+    Results: (content, comparison_page),
+    PlanResults: (plan, plan_page),
+    Simulation: (simulation, simulation_page),
+    ServingResults: (serving, serving_page),
+}
 
 
 def title(results: AnyResults) -> str:
     """The report's heading."""
-    match results:
-        case Results():
-            return content.title(results)
-        case PlanResults():
-            return plan.title(results)
-        case Simulation():
-            return simulation.title(results)
-        case _:
-            return serving.title(results)
+    text: str = _MAKERS[type(results)][0].title(results)
+    return text
 
 
 def sections(results: AnyResults, *, traffic: bool = False) -> tuple[Section, ...]:
     """Everything below the heading; with `traffic`, a comparison's in detail."""
-    match results:
-        case Results():
-            return content.sections(results, traffic=traffic)
-        case PlanResults():
-            return plan.sections(results)
-        case Simulation():
-            return simulation.sections(results)
-        case _:
-            return serving.sections(results)
+    if isinstance(results, Results):
+        return content.sections(results, traffic=traffic)
+    found: tuple[Section, ...] = _MAKERS[type(results)][0].sections(results)
+    return found
 
 
 def headline(results: AnyResults) -> str:
     """What was found, in a sentence or two."""
-    match results:
-        case Results():
-            return comparison_page.headline(results)
-        case PlanResults():
-            return plan_page.headline(results)
-        case Simulation():
-            return simulation_page.headline(results)
-        case _:
-            return serving_page.headline(results)
+    text: str = _MAKERS[type(results)][1].headline(results)
+    return text
 
 
 def page_sections(results: AnyResults) -> tuple[PageSection, ...]:
     """The plots of a page."""
-    match results:
-        case Results():
-            return comparison_page.sections(results)
-        case PlanResults():
-            return plan_page.sections(results)
-        case Simulation():
-            return simulation_page.sections(results)
-        case _:
-            return serving_page.sections(results)
+    found: tuple[PageSection, ...] = _MAKERS[type(results)][1].sections(results)
+    return found
 
 
 def source(results: AnyResults) -> str:
@@ -69,9 +54,7 @@ def source(results: AnyResults) -> str:
     match results:
         case Results(machine=None) | PlanResults() | Simulation():
             return "projected"
-        case Results(projection=None):
+        case Results(projection=None) | ServingResults():
             return "measured"
         case Results():
             return "measured, and projected apart"
-        case _:
-            return "measured"

@@ -23,16 +23,21 @@ def matrix(payload_bytes: Sequence[Sequence[int]], ranks_per_node: int) -> str |
         return _drawn("rank", payload_bytes, ranks_per_node if ranks_per_node > 1 else num_ranks)
     if num_nodes > _NUM_DRAWN:
         return f"{num_nodes} nodes are too many to draw: results.json has who sent what to whom."
+    return _drawn("node", between_nodes(payload_bytes, ranks_per_node), num_nodes)
+
+
+def between_nodes(payload_bytes: Sequence[Sequence[int]], ranks_per_node: int) -> list[list[int]]:
+    """[source node][destination node], from [source][destination] of ranks."""
+    num_ranks = len(payload_bytes)
     nodes = [
         range(first, min(first + ranks_per_node, num_ranks))
         for first in range(0, num_ranks, ranks_per_node)
     ]
-    summed = [
+    return [
         [sum(payload_bytes[source][to] for source in senders for to in receivers)
          for receivers in nodes]
         for senders in nodes
     ]  # fmt: skip
-    return _drawn("node", summed, num_nodes)
 
 
 def _drawn(what: str, cells: Sequence[Sequence[int]], num_together: int) -> Figure:

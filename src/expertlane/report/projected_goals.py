@@ -146,6 +146,25 @@ def _scaling(projection: Projection) -> Section:
         f"sequences TPS per GPU goes to {times(_per_gpu(last) / _per_gpu(first))}; with as many "
         f"sequences on each GPU to {times(_share_per_gpu(last) / _share_per_gpu(first))}, since a "
         "GPU that holds fewer experts reads fewer weights; linear would be 1.00×.",
+        *_scaling_tables(projection),
+    ]
+    if too_large:
+        names = ", ".join(f"ep={each.layout.ep_size}" for each in too_large)
+        parts.append(
+            f"{BEYOND} Not all sequences fit beside the weights, as if they did: {names}; "
+            f"ep={too_large[0].layout.ep_size} has {bytes_si(too_large[0].weight_bytes)} of "
+            f"weights on a GPU where {bytes_si(too_large[0].device_bytes)} may be taken."
+        )
+    if any(each.num_slots_per_rank * each.layout.ep_size > _num_experts(points) for each in points):
+        parts.append("Beyond one expert a GPU, GPUs are filled with copies of experts.")
+    return Section(heading, tuple(parts))
+
+
+def _scaling_tables(projection: Projection) -> tuple[Table, Table]:
+    """Likely values, and their bounds."""
+    points = projection.scaling
+    first = points[0]
+    return (
         Table(
             f"Decode TPS, top-{projection.top_ks[0]}",
             (
@@ -186,17 +205,7 @@ def _scaling(projection: Projection) -> Section:
                 for each in points
             ),
         ),
-    ]
-    if too_large:
-        names = ", ".join(f"ep={each.layout.ep_size}" for each in too_large)
-        parts.append(
-            f"{BEYOND} Not all sequences fit beside the weights, as if they did: {names}; "
-            f"ep={too_large[0].layout.ep_size} has {bytes_si(too_large[0].weight_bytes)} of "
-            f"weights on a GPU where {bytes_si(too_large[0].device_bytes)} may be taken."
-        )
-    if any(each.num_slots_per_rank * each.layout.ep_size > _num_experts(points) for each in points):
-        parts.append("Beyond one expert a GPU, GPUs are filled with copies of experts.")
-    return Section(heading, tuple(parts))
+    )
 
 
 def _num_experts(points: tuple[ProjectedScaling, ...]) -> int:

@@ -46,6 +46,40 @@ def speed_chart(
         between: what the range of a bar is of, for example `slowest and fastest run`.
         kinds: what baselines and the others are called.
     """
+    shown = [
+        kind
+        for place, kind in enumerate(zip(kinds, _COLOURS, strict=True))
+        if any(bar.is_baseline is not bool(place) for bar in bars)
+    ]
+    has_ranges = any(bar.low is not None for bar in bars)
+    fastest = max(bars, key=lambda bar: bar.value)
+    return Chart(
+        title,
+        f"Bars of {unit} of {len(bars)} deployments; the longest is {fastest.name}'s, "
+        f"{figures(fastest.value)}.",
+        _speed_spec(unit, bars, between, kinds, shown, has_ranges=has_ranges),
+        Table(
+            title,
+            (text("deployment"), text("kind"), number(unit), number(between)),
+            tuple(
+                (bar.name, kinds[not bar.is_baseline], figures(bar.value), bar.between)
+                for bar in bars
+            ),
+        ),
+        legend=tuple(Legend(*kind) for kind in shown) if len(shown) > 1 else (),
+        note=f"The line over a bar: {between}." if has_ranges else "",
+    )
+
+
+def _speed_spec(
+    unit: str,
+    bars: Sequence[Bar],
+    between: str,
+    kinds: tuple[str, str],
+    shown: Sequence[tuple[str, str]],
+    *,
+    has_ranges: bool,
+) -> Spec:
     values = [
         {
             "deployment": bar.name,
@@ -58,53 +92,25 @@ def speed_chart(
         }
         for bar in bars
     ]
-    shown = [
-        kind
-        for kind in zip(kinds, _COLOURS, strict=True)
-        if any(value["kind"] == kind[0] for value in values)
-    ]
     y = nominal("deployment")
     hover = tooltip(deployment="deployment", kind="kind", shown=unit, between=between)
+    colouring = colour("kind", [name for name, _ in shown], [each for _, each in shown])
     layers: list[Spec] = [
         {
             "mark": {"type": "bar", "cornerRadiusEnd": 2},
-            "encoding": {
-                "y": y,
-                "x": quantity("value", unit),
-                "color": colour("kind", *zip(*shown, strict=True)),
-                "tooltip": hover,
-            },
+            "encoding": {"y": y, "x": quantity("value", unit), "color": colouring}
+            | {"tooltip": hover},
         }
     ]
-    if any(bar.low is not None for bar in bars):
+    if has_ranges:
+        x = {"x": quantity("low", unit), "x2": {"field": "high"}}
         layers.append(
             {
                 "mark": {"type": "rule", "strokeWidth": 2, "color": "--ink"},
-                "encoding": {
-                    "y": y,
-                    "x": quantity("low", unit),
-                    "x2": {"field": "high"},
-                    "tooltip": hover,
-                },
+                "encoding": x | {"y": y, "tooltip": hover},
             }
         )
-    fastest = max(bars, key=lambda bar: bar.value)
-    return Chart(
-        title,
-        f"Bars of {unit} of {len(bars)} deployments; the longest is {fastest.name}'s, "
-        f"{figures(fastest.value)}.",
-        {"data": {"values": values}, "height": _BAR_PX * len(bars), "layer": layers},
-        Table(
-            title,
-            (text("deployment"), text("kind"), number(unit), number(between)),
-            tuple(
-                (bar.name, kinds[not bar.is_baseline], figures(bar.value), bar.between)
-                for bar in bars
-            ),
-        ),
-        legend=tuple(Legend(*kind) for kind in shown) if len(shown) > 1 else (),
-        note=f"The line over a bar: {between}." if len(layers) > 1 else "",
-    )
+    return {"data": {"values": values}, "height": _BAR_PX * len(bars), "layer": layers}
 
 
 def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note: str) -> Chart:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from expertlane.report.charts.encoding import Spec, nominal, quantity, tooltip
 from expertlane.report.document import Chart, Table, number
+from expertlane.report.matrix import between_nodes
 from expertlane.report.numbers import bytes_si, counted, percent, times
 
 _CELL_PX, _LEAST_CELL_PX = 18, 3
-_MOST_PX = 420
+_LEAST_PX, _ROW_PX, _MOST_PX = 120, 24, 420
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
 _MOST_RANKS = 32
 _EVEN_IS_HALF = 2.0  # least end of the scale, so that an even load looks like one
@@ -99,12 +100,37 @@ def traffic_chart(
     Args:
         sent_bytes: [source][destination]; of more than 32 ranks nodes are drawn.
     """
-    cells, what, together = _cells(sent_bytes, ranks_per_node)
-    largest = max(map(max, cells)) if cells else 0
-    if not largest:
+    what, together = "rank", ranks_per_node
+    cells: Sequence[Sequence[int]] = sent_bytes
+    if len(sent_bytes) > _MOST_RANKS:
+        cells = between_nodes(sent_bytes, ranks_per_node)
+        what, together = "node", len(cells)
+    if not any(map(any, cells)):
         return None
     size = len(cells)
-    values: list[Spec] = [
+    borders = [place - 0.5 for place in range(together, size, together)]
+    source, to = max(
+        ((source, to) for source in range(size) for to in range(size)),
+        key=lambda place: cells[place[0]][place[1]],
+    )
+    return Chart(
+        title,
+        f"A square for each pair of {what}s, the brighter the more bytes. Most go from {what} "
+        f"{source} to {to}: {bytes_si(cells[source][to])}.",
+        _traffic_spec(cells, what, borders),
+        Table(
+            f"{title}: {what}s of the rows send to {what}s of the columns",
+            (number("from"), *(number(f"to {place}") for place in range(size))),
+            tuple((str(place), *map(bytes_si, row)) for place, row in enumerate(cells)),
+        ),
+        note="Payload bytes." + (" The lines are the borders between nodes." if borders else ""),
+    )
+
+
+def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[float]) -> Spec:
+    """Squares around whole numbers, so that a border is half way between two."""
+    size = len(cells)
+    values = [
         {
             "source": source,
             "destination": to,
@@ -118,75 +144,30 @@ def traffic_chart(
         for source, row in enumerate(cells)
         for to, num in enumerate(row)
     ]
-    borders = [{"at": place - 0.5} for place in range(together, size, together)]
     domain = [-0.5, size - 0.5]
-    axis = {
-        "values": list(range(0, size, max(1, size // 16))),
-        "grid": False,
-        "ticks": False,
-        "format": "d",
-    }
-    x = quantity("left", f"to {what}", domain=domain, nice=False) | {"axis": axis}
-    y = quantity("top", f"from {what}", domain=domain, nice=False, reverse=True) | {"axis": axis}
+    labels = list(range(0, size, max(1, size // 16)))
+    axis = {"values": labels, "grid": False, "ticks": False, "format": "d"}
+    colouring = quantity("bytes", "bytes", scheme=_SCALE, domainMin=0)
     squares: Spec = {
         "mark": {"type": "rect", "stroke": "--card", "strokeWidth": 0.5},
         "encoding": {
-            "x": x,
+            "x": quantity("left", f"to {what}", domain=domain, nice=False) | {"axis": axis},
             "x2": {"field": "right"},
-            "y": y,
+            "y": quantity("top", f"from {what}", domain=domain, nice=False, reverse=True)
+            | {"axis": axis},
             "y2": {"field": "bottom"},
-            "color": {
-                "field": "bytes",
-                "type": "quantitative",
-                "title": "bytes",
-                "scale": {"scheme": _SCALE, "domainMin": 0},
-                "legend": {"format": "~s"},
-            },
+            "color": colouring | {"legend": {"format": "~s"}},
             "tooltip": tooltip(source=f"from {what}", destination=f"to {what}", shown="payload"),
         },
     }
     rules: list[Spec] = [
         {
-            "data": {"values": borders},
+            "data": {"values": [{"at": border} for border in borders]},
             "mark": {"type": "rule", "color": "--vermillion", "strokeWidth": 2},
             "encoding": {side: quantity("at", None, domain=domain, nice=False)},
         }
         for side in ("x", "y")
         if borders
     ]
-    busiest = max(values, key=lambda value: value["bytes"])
-    return Chart(
-        title,
-        f"A square for each pair of {what}s, the brighter the more bytes. Most go from {what} "
-        f"{busiest['source']} to {busiest['destination']}: {busiest['shown']}.",
-        {
-            "data": {"values": values},
-            "height": min(_MOST_PX, max(120, 24 * size)),
-            "layer": [squares, *rules],
-        },
-        Table(
-            f"{title}: {what}s of the rows send to {what}s of the columns",
-            (number("from"), *(number(f"to {place}") for place in range(size))),
-            tuple((str(source), *map(bytes_si, row)) for source, row in enumerate(cells)),
-        ),
-        note="Payload bytes." + (" The lines are the borders between nodes." if borders else ""),
-    )
-
-
-def _cells(
-    sent_bytes: Sequence[Sequence[int]], ranks_per_node: int
-) -> tuple[list[list[int]], str, int]:
-    """What to draw, of what, and how many of them share a node."""
-    num_ranks = len(sent_bytes)
-    if num_ranks <= _MOST_RANKS:
-        return [list(row) for row in sent_bytes], "rank", ranks_per_node
-    nodes = [
-        range(first, min(first + ranks_per_node, num_ranks))
-        for first in range(0, num_ranks, ranks_per_node)
-    ]
-    summed = [
-        [sum(sent_bytes[source][to] for source in sources for to in receivers)
-         for receivers in nodes]
-        for sources in nodes
-    ]  # fmt: skip
-    return summed, "node", len(nodes)
+    height = min(_MOST_PX, max(_LEAST_PX, _ROW_PX * size))
+    return {"data": {"values": values}, "height": height, "layer": [squares, *rules]}
