@@ -10,6 +10,7 @@ import pytest
 from cost.projected import DRIVER_S, MODEL, make_runner, make_scheduler
 from expertlane.cost.execution import BOUNDS, LIKELY
 from expertlane.cost.runner import MADE_UP_TOKEN
+from expertlane.cost.sharing import StepSharing
 from expertlane.metrics import latency, summarise
 from expertlane.schedule.drive import drive, step_records
 from expertlane.spec.deployment import Options
@@ -126,7 +127,7 @@ def test_events_where_asked_for():
 
 def test_steps_may_share_their_work():
     apart, all_steps = project("tp=1", Options(), max_num_seqs=8)
-    sharing, steps = project("tp=1", Options(), runner_flags={"context_step": 64})
+    sharing, steps = project("tp=1", Options(), runner_flags={"sharing": StepSharing(64, 1)})
     assert apart.num_priced == len(all_steps) == len(steps)
     assert sharing.num_priced == len(steps) - 1  # both decode steps are one
     assert steps[-1].outcome.finished_s == pytest.approx(all_steps[-1].outcome.finished_s, rel=0.05)

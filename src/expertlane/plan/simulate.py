@@ -20,6 +20,7 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import ProgramBuilder
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.runner import CostRunner
+from expertlane.cost.sharing import StepSharing
 from expertlane.errors import SpecError
 from expertlane.plan.capacity import FREE_SHARE
 from expertlane.plan.memory import RankMemory, fit_cache, rank_memory
@@ -35,7 +36,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.record import StepRecord
 
-_CONTEXTS_APART = 32  # a decode step's work is priced for so many different mean contexts
+_CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
 
 
@@ -139,6 +140,8 @@ class Simulator:
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
         self._placements = [placements_of(model, each, setup.options) for each in setup.layouts]
+        context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
+        self._sharing = [StepSharing(context_step, each.replica_size) for each in setup.layouts]
         lengths = (
             [load.max_len] if len(setup.layouts) == 1 else [load.prompt_len.high, load.max_len]
         )
@@ -289,10 +292,9 @@ class Simulator:
         if tally is None:
             return CostRunner(*parts)
         stretch = Stretch(setup.multi_token) if drafts else None
-        context_step = min(max(self.load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
         return CostRunner(
             *parts,
-            context_step=context_step,
+            sharing=self._sharing[place],
             observe=tally.observe if lead == LIKELY else None,
             stretch=stretch,
             lead=lead,
