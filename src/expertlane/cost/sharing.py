@@ -32,16 +32,19 @@ class StepSharing:
 
     A step takes the work of an earlier one whose sequences are as many on every data-parallel rank
     and micro-batch, and about as long: of those with one new token, the positions of a rank,
-    summed up, round to the same multiple of `context_step` a sequence; of the others, new and
-    cached positions of each. So it also takes that step's routing, a sample of the same
-    distribution, and its counters. The steps used least lately are forgotten.
+    summed up, round to the same multiple of `context_step` a sequence, or of `few_positions` where
+    that is more; of the others, new and cached positions of each to one of `context_step`. So it
+    also takes that step's routing, a sample of the same distribution, and its counters. The steps
+    used least lately are forgotten.
 
     Args:
         num_ranks: of a replica.
+        few_positions: of a rank, which take next to no time beside the rest of a step.
     """
 
-    def __init__(self, context_step: int, num_ranks: int) -> None:
+    def __init__(self, context_step: int, num_ranks: int, few_positions: int = 1) -> None:
         self._context_step = context_step
+        self._few_positions = few_positions
         self._most_kept = max(_FEWEST_KEPT, _KEPT_RANKS // num_ranks)
         self._known: OrderedDict[object, KnownWork] = OrderedDict()
 
@@ -79,5 +82,5 @@ class StepSharing:
             )
             num_chunks, num_computed = len(chunks), num_computed[~is_chunk]
         num_decodes = batch.num_seqs - num_chunks
-        context = round(int(num_computed.sum()) / max(num_decodes, 1) / step)
-        return num_decodes, context, chunks
+        alike = max(num_decodes * step, self._few_positions)
+        return num_decodes, round(int(num_computed.sum()) / alike), chunks

@@ -4,7 +4,7 @@ from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import DRIVER_S, OVERHEAD_S, Execution
 from expertlane.cost.routing_choice import RoutingChoice
 from expertlane.plan.capacity import FREE_SHARE
-from expertlane.plan.simulate import ServingSetup, are_apart
+from expertlane.plan.serving_setup import ServingSetup, are_apart
 from expertlane.results.simulation import SimulationAssumption
 
 _HOW = {
