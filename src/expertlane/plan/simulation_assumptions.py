@@ -73,7 +73,8 @@ def _pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, str
             "key/value transfer",
             where,
             "--prefill-layout",
-            "after the prompt, one request after the other, beside both pools' own work",
+            "after the prompt and its first token (TTFT ends there, TPOT has the transfer), one "
+            "request after the other, beside both pools' own work",
         ),
     ]
 
