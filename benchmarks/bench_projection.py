@@ -40,7 +40,8 @@ from expertlane.cost.runner import CostRunner
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
-from expertlane.experiment.calibrate import Calibration, quietest
+from expertlane.experiment.calibrate import Calibration
+from expertlane.experiment.quiet import quietest
 from expertlane.experiment.timed_phases import (
     BLOCK_SIZE,
     PhaseTimes,
@@ -337,7 +338,7 @@ def main() -> None:
         "cores": calibration.cores,
         "cpus": os.cpu_count(),
         "model": {"hidden": asked.hidden, "layers": asked.layers, "experts": asked.experts},
-        "foreign_cpu_share": {"calibration": calibration.foreign_cpu_share, "steps": share},
+        "foreign_cpu_share": {"calibration": calibration.quiet.foreign_cpu_share, "steps": share},
         "bound": BOUNDS[LIKELY],
         "summary": summary,
         "rows": rows,

@@ -101,6 +101,7 @@ def test_two_pools_and_the_transfer_between_them():
     step_s = likely(together.token_times_s)[1] - likely(together.token_times_s)[0]
     assert (second - first)[LIKELY] == pytest.approx(10.0 + step_s)
     assert (third - second)[LIKELY] == pytest.approx(step_s, rel=0.01)
+    assert apart.tpot_s[LIKELY] == pytest.approx(step_s + 10.0 / 2, rel=0.01)
     assert (second - first)[0] < 10.0 < 20.0 < (second - first)[2]
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cost.projected import DRIVER_S, MODEL, make_runner, make_scheduler
-from expertlane.cost.execution import BOUNDS, LIKELY
+from expertlane.cost.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN
+from expertlane.cost.sharing import KnownWork, StepSharing
 from expertlane.metrics import latency, summarise
 from expertlane.schedule.drive import drive, step_records
 from expertlane.spec.deployment import Options
@@ -126,10 +127,62 @@ def test_events_where_asked_for():
 
 def test_steps_may_share_their_work():
     apart, all_steps = project("tp=1", Options(), max_num_seqs=8)
-    sharing, steps = project("tp=1", Options(), runner_flags={"context_step": 64})
+    sharing, steps = project("tp=1", Options(), runner_flags={"sharing": StepSharing(64, 1)})
     assert apart.num_priced == len(all_steps) == len(steps)
     assert sharing.num_priced == len(steps) - 1  # both decode steps are one
     assert steps[-1].outcome.finished_s == pytest.approx(all_steps[-1].outcome.finished_s, rel=0.05)
+
+
+def test_prompts_share_their_work_too():
+    sharing, steps = project(
+        "dp=2,ep=2",
+        Options(),
+        num_requests=12,
+        max_num_seqs=2,
+        runner_flags={"sharing": StepSharing(64, 2)},
+    )
+    assert sum(plan.phase is Phase.PREFILL for plan, _ in steps) == 3
+    assert sharing.num_priced == 2  # prompts, and decodes
+
+
+def test_steps_used_least_lately_are_forgotten():
+    sharing = StepSharing(1, num_ranks=1 << 20)
+    plans = [plan for plan, _ in project("tp=1", Options(), max_num_seqs=1, num_requests=70)[1]]
+    assert len(plans) == 70 * 3
+    made = []
+    for plan in plans[:3] * 2:
+        sharing.find(plan, lambda: made.append(1) or KnownWork(None, []))
+    assert len(made) == 3
+    for number in range(64):
+        sharing.find(replace(plans[0], replica=number + 1), lambda: KnownWork(None, []))
+    sharing.find(plans[0], lambda: made.append(1) or KnownWork(None, []))
+    assert len(made) == 4
+
+
+class NoneAlike(StepSharing):
+    """Every step has routing of its own."""
+
+    def find(self, plan, make):
+        return make()
+
+
+@pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
+@pytest.mark.parametrize(("layout", "options"), DEPLOYMENTS, ids=str)
+def test_a_step_from_rest_goes_as_it_would_at_its_own_time(layout, options, execution):
+    flags = {"execution": execution, "explain": True}
+    as_it_comes, steps = project(layout, options, runner_flags=flags)
+    flags["sharing"] = NoneAlike(1, 1)
+    repeated, again = project(layout, options, runner_flags=flags)
+    for (_, one), (_, other) in zip(steps, again, strict=True):
+        assert other.submitted_s == pytest.approx(one.submitted_s, rel=1e-12)
+        assert other.finished_s == pytest.approx(one.finished_s, rel=1e-12)
+        for mine, its in zip(one.records, other.records, strict=True):
+            np.testing.assert_allclose(its.wall_s, mine.wall_s, atol=1e-15)
+            np.testing.assert_allclose(its.blocked_s, mine.blocked_s, atol=1e-15)
+    for phase in Phase:
+        mine, its = as_it_comes.why(phase), repeated.why(phase)
+        assert its.seconds == pytest.approx(mine.seconds)
+        assert its.shares == pytest.approx(mine.shares, abs=1e-9)
 
 
 def test_why():

@@ -20,7 +20,7 @@ from expertlane.cost.runner import CostRunner
 from expertlane.cost.times import Basis
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
-from expertlane.experiment import calibrate
+from expertlane.experiment import calibrate, quiet
 from expertlane.experiment.calibrate_points import CPU_GRID, GPU_GRID, flops_of
 from expertlane.experiment.timed_phases import limits_for, phase_times, run_batch
 from expertlane.spec.deployment import Deployment, Options
@@ -55,11 +55,13 @@ TINY = replace(
 MODEL = PRESETS["paper-tiny"]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("float32", marks=pytest.mark.full), "bfloat16"]
+)
 def profile(request, tmp_path_factory):
     """As read from the file that a calibration wrote."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "_MOST_TRIES", 1)
+        patch.setattr(quiet, "_MOST_TRIES", 1)
         with RankPool(LocalRanks(2, 60.0, request.param), 60.0) as pool:
             calibration = calibrate.Calibration(pool, 2, TINY)
             calibration.run()
@@ -145,15 +147,3 @@ def test_grids_are_of_sizes_that_fit():
     counts = {point.num_ranks for point in CPU_GRID.transfers(6)}
     assert counts == {2, 4, 6}
     assert CPU_GRID.transfers(1) == []
-
-
-def test_the_least_disturbed_measurement_is_kept(monkeypatch):
-    shares = iter([0.5, 0.1, 0.3])
-
-    class Foreign:
-        def share(self):
-            return next(shares)
-
-    monkeypatch.setattr(calibrate, "ForeignLoad", Foreign)
-    results = iter("abc")
-    assert calibrate.quietest(lambda: next(results)) == ("b", 0.1)

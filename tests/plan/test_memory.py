@@ -1,9 +1,18 @@
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from cost.tiny_models import MODELS
+from expertlane.balance.deployed import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import CapacityError
+from expertlane.model.transformer import TransformerStage
+from expertlane.model.weights import SeededWeights
+from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
 from expertlane.plan.memory import RankMemory, fit_cache, rank_memory, workload_limits
 from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -22,19 +31,36 @@ def memory_of(
     return rank_memory(model, Layout.parse(layout), limits, rank, NumberTypes.all_of(dtype))
 
 
+class NoGroups(DeviceMeshes):
+    """For ranks that are built and never talk."""
+
+    def process_group(self, ranks):
+        return None
+
+
+def held_by_engine(model, layout, rank, dtype) -> TransformerStage:
+    """What the engine builds for a rank, with one position of cache."""
+    recorder = SimpleNamespace()
+    mesh = ParallelMesh(layout, NoGroups("cpu"), rank, 8, recorder)
+    source = SeededWeights(model, 0, getattr(torch, dtype), torch.device("cpu"), touch=lambda: None)
+    placements = placements_of(model, layout, Options())
+    stage = TransformerStage(model, placements, source, mesh, recorder)
+    stage.allocate_cache(1, 1)
+    return stage
+
+
 def test_the_paper_s_proposal_by_hand():
     memory = memory_of("dp=16,ep=16", 640_000, 5, PAPER, "float16", num_tokens=1024)
     attention = 4 * 8192 * 8192
     expert = 2 * 8192 * 32_768
-    layer = attention + expert + 16 * 8192 + 2 * 8192
-    assert 2 * 4 * layer == 6_443_630_592  # the 6.4 GB a GPU of the paper's reading
-    outside = 2 * 32_768 * 8192 + 8192  # embedding and head, final norm
-    assert memory.weight_bytes == 2 * (4 * layer + outside) == 7_517_388_800
+    matrices = 4 * (attention + expert) + 2 * 32_768 * 8192  # embedding and head
+    wide = 4 * (16 * 8192 + 2 * 8192) + 8192  # routers and norms are float32
+    assert memory.weight_bytes == 2 * matrices + 4 * wide == 7_518_584_832
     # 131,072 bytes a token × 64 sequences × 10,000 positions.
     assert memory.kv_bytes == 83_886_080_000
     # 1024 tokens × 8 × 8192 values; an even share of 32,768 pairs × (2 × 8192 + 32768).
     assert memory.activation_bytes == 2 * (1024 * 65_536 + 2048 * 49_152) == 335_544_320
-    assert memory.total_bytes == 7_517_388_800 + 83_886_080_000 + 335_544_320
+    assert memory.total_bytes == 7_518_584_832 + 83_886_080_000 + 335_544_320
 
 
 def test_loading_needs_the_largest_matrix_in_float32_beside_the_weights():
@@ -46,21 +72,23 @@ def test_loading_needs_the_largest_matrix_in_float32_beside_the_weights():
     assert memory_of("pp=4", 1, 1, dtype="float16").loading_bytes == 64 * 128 * 6
 
 
-@pytest.mark.parametrize(("rank", "outside"), [(3, 32_768 * 8192), (11, 4096 * 8192 + 8192)])
+@pytest.mark.parametrize(("rank", "outside"), [(3, 32_768 * 8192), (11, 4096 * 8192)])
 def test_the_paper_s_baseline_by_hand(rank, outside):
     """The first stage has the embedding, the last an eighth of the head and the final norm."""
     memory = memory_of("tp=8,pp=2", 10_240_000, rank, PAPER, "float16")
-    layer = 4 * 8192 * 1024 + 16 * 2 * 8192 * 4096 + 16 * 8192 + 2 * 8192
-    assert memory.weight_bytes == 2 * (2 * layer + outside)
+    layer = 4 * 8192 * 1024 + 16 * 2 * 8192 * 4096
+    wide = 2 * (16 * 8192 + 2 * 8192) + (8192 if rank == 11 else 0)
+    assert memory.weight_bytes == 2 * (2 * layer + outside) + 4 * wide
     # 1024 sequences × 10,000 positions × 2 layers × 2 × 1024 values of 2 bytes.
     assert memory.kv_bytes == 83_886_080_000
 
 
 def test_the_literal_reading_holds_eighths_of_eight_experts():
     memory = memory_of("dp=2,tp=8,ep=2", 5_120_000, 0, PAPER, "float16")
-    layer = 4 * 8192 * 1024 + 8 * 2 * 8192 * 4096 + 16 * 8192 + 2 * 8192
-    outside = 32_768 * 8192 + 4096 * 8192 + 8192
-    assert memory.weight_bytes == 2 * (4 * layer + outside)
+    layer = 4 * 8192 * 1024 + 8 * 2 * 8192 * 4096
+    outside = 32_768 * 8192 + 4096 * 8192
+    wide = 4 * (16 * 8192 + 2 * 8192) + 8192
+    assert memory.weight_bytes == 2 * (4 * layer + outside) + 4 * wide
     assert memory.kv_bytes == 512 * 10_000 * 4 * 2 * 1024 * 2
 
 
@@ -131,7 +159,7 @@ def test_one_sequence_must_fit():
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     with pytest.raises(CapacityError, match=r"needs 9.16 GB on a rank .* but 9 GB of memory"):
         fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9e9)
-    assert fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9.2e9).num_blocks == 642
+    assert fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9.2e9).num_blocks == 641
 
 
 def test_dense_layers_and_shared_experts_count():
@@ -149,3 +177,48 @@ def test_dense_layers_and_shared_experts_count():
     added = 3 * 64 * (96 + 3 * 32)
     assert more("tp=1") == 4 * (added - 16 * (64 + per_expert))
     assert more("tp=2") == 4 * (added // 2 - 16 * 64 - 16 * per_expert // 2)
+
+
+def test_float8_weights_leave_embedding_head_norms_and_router_as_they_were():
+    layout, limits = Layout.parse("tp=2"), Limits(257, 1, 1, 1, 1)
+    model = TINY.with_overrides(qkv_bias=True)
+    memory = rank_memory(model, layout, limits, 0, NumberTypes.asked("float8"))
+    one_byte = 4 * (8192 + 16 * 2 * 64 * 64)
+    two_bytes = 4 * 3 * 32 + 257 * 64 + 129 * 64  # biases; embedding; half of the head
+    four_bytes = 4 * (16 * 64 + 2 * 64) + 64  # routers and norms
+    assert memory.weight_bytes == one_byte + 2 * two_bytes + 4 * four_bytes
+
+
+def test_latent_attention_holds_its_projections_down_on_every_rank():
+    """Ranks of queries and of keys and values 10 and 12; of 4 heads, two are here."""
+    limits = Limits(31, 1, 1, 1, 1)
+    types = NumberTypes.asked("float8")
+    model = MODELS["latent"].with_overrides(shared_expert_intermediate_size=0)
+    memory = rank_memory(model, Layout.parse("tp=2"), limits, 0, types)
+    down = 32 * 10 + 32 * (12 + 4)
+    cut = 10 * 2 * 10 + 2 * 5 * 32
+    absorbed = 12 * 2 * (6 + 5)
+    mlps = 3 * 32 * 13 + 2 * 8 * 3 * 32 * 9
+    one_byte, two_bytes = 3 * (down + cut) + mlps, 3 * absorbed + 31 * 32 + 16 * 32
+    four_bytes = 3 * (10 + 12 + 2 * 32) + 2 * 8 * (32 + 1) + 32
+    assert memory.weight_bytes == one_byte + 2 * two_bytes + 4 * four_bytes
+
+
+def test_key_value_heads_fewer_than_ranks_are_held_by_several():
+    one_head = TINY.with_overrides(num_key_value_heads=1)
+    layer = 64 * (4 * 4 + 2 * 4) + 64 * 16 + 16 * 2 * 64 * 32  # 4 of 16 query heads
+    memory = memory_of("tp=4", 1, 3, one_head)
+    wide = 4 * (16 * 64 + 2 * 64) + 64
+    assert memory.weight_bytes == 4 * (4 * layer + 257 * 64 + 64 * 64 + wide)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4,ep=4", "tp=4,pp=3", "dp=3,ep=3,tp=2"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_every_rank_of_the_engine_holds_as_much(model, layout, dtype):
+    layout = Layout.parse(layout)
+    limits, types = Limits(model.vocab_size, 1, 1, 1, 1), NumberTypes.all_of(dtype)
+    for rank in range(layout.world_size):
+        held = held_by_engine(model, layout, rank, dtype)
+        need = rank_memory(model, layout, limits, rank, types)
+        assert (need.weight_bytes, need.kv_bytes) == (held.weight_bytes, held.kv_bytes)

@@ -51,7 +51,17 @@ def test_in_two_pools_the_slower_sets_the_pace():
     slow, fast = steps(prefill_ms=1000.0), steps(prefill_ms=1.0)
     fed = two_pools(fast, steps(), np.full(3, 0.001), TRAFFIC)
     assert fed.tps[1] == pytest.approx([400, 400])  # 4 in 10 ms, 8 in 20 ms
-    assert fed.tpot_s[1] == pytest.approx([0.010, 0.020])
     starved = two_pools(slow, steps(), np.zeros(3), TRAFFIC)
     assert starved.tps[1] == pytest.approx([20, 20])  # 200 prompt tokens a second
     assert starved.ttft_s[1, 0] > 10 * fed.ttft_s[1, 0]
+
+
+def test_the_transfer_between_two_pools_delays_the_second_token():
+    """The first is there when the prompt is: 9 of 10 tokens share the transfer's millisecond."""
+    near, far = (two_pools(steps(), steps(), np.full(3, s), TRAFFIC) for s in (0.0, 0.001))
+    np.testing.assert_array_equal(far.ttft_s, near.ttft_s)
+    assert near.tpot_s[1] == pytest.approx([0.010, 0.020])
+    assert far.tpot_s[1] == pytest.approx([0.010 + 0.001 / 9, 0.020 + 0.001 / 9])
+    busy = 400 / 2000  # tokens a second, of those that prefill could feed
+    own = 0.010 + 0.010 * busy / (2 * (1 - busy))
+    assert far.ttft_s[1, 0] == pytest.approx(own)

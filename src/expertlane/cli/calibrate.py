@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_RANKS = 1024
-_LOUD = 0.05  # share of the cores that other processes may take before it is said
 
 _NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="What the machine shall be called.")
@@ -56,9 +55,10 @@ def calibrate(
     """Measure this machine, so that deployments on it can be projected.
 
     Times products, experts, attention, small operations, collectives over 2, 4, 8 … ranks, and
-    whole steps of a small model, in rounds; takes up to three minutes on two cores. Every rank
-    measures at once, since they share memory; where there are enough cores each has its own. What
-    other programs disturb is measured again, but a busy machine still gives a poor profile.
+    whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
+    else uses. Every rank measures at once, since they share memory; where there are enough cores
+    each has its own. What other programs disturb is measured again, for a minute in all, and there
+    are fewer rounds where they take long; the profile says what share was disturbed all the same.
 
     The profile is a TOML file, in the format of those that come with expertlane. It holds for
     one number of ranks and one dtype: calibrate again for others, and for other hardware.
@@ -147,7 +147,10 @@ def _summary(profile: "Profile", calibration: "Calibration", path: Path) -> dict
             name: {"value": term.value, "low": term.low, "high": term.high}
             for name, term in profile.terms.items()
         },
-        "foreign_cpu_share": calibration.foreign_cpu_share,
+        "num_rounds": len(calibration.measured.operations),
+        "disturbed_share": calibration.quiet.disturbed_share,
+        "measured_again_s": calibration.quiet.again_s,
+        "foreign_cpu_share": calibration.quiet.foreign_cpu_share,
     }
 
 
@@ -185,8 +188,16 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     console.print()
     laws = ", ".join(sorted({name.partition(".")[0] for name in profile.surfaces}))
     console.print(f"Laws of time: {laws}.", highlight=False)
-    if calibration.foreign_cpu_share > _LOUD:
+    quiet, num_rounds = calibration.quiet, len(calibration.measured.operations)
+    if num_rounds < calibration.grid.num_rounds:
         console.print(
-            f"Other programs took up to {calibration.foreign_cpu_share:.0%} of the cores; "
-            "calibrate again on a quiet machine."
+            f"{num_rounds} rounds of {calibration.grid.num_rounds}: they took too long for more."
+        )
+    if quiet.num_disturbed:
+        console.print(
+            f"Disturbed: {quiet.num_disturbed} of {quiet.num_kept} measurements "
+            f"({quiet.disturbed_share:.0%}), although {quiet.again_s:.0f} s went into measuring "
+            f"again. Other programs took up to {quiet.foreign_cpu_share:.0%} of the cores; "
+            "calibrate again on a quiet machine.",
+            highlight=False,
         )

@@ -51,7 +51,8 @@ from expertlane.errors import SpecError, UserError
 if TYPE_CHECKING:
     from expertlane.cost.cluster import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.plan.simulate import Outcome, ServingSetup, Simulator
+    from expertlane.plan.serving_setup import ServingSetup
+    from expertlane.plan.simulate import Outcome, Simulator
     from expertlane.spec.load import Load
     from expertlane.spec.model import ModelConfig
 
@@ -178,7 +179,8 @@ def simulate(
 
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.routing_choice import choose_routing
-    from expertlane.plan.simulate import ServingSetup, Simulator
+    from expertlane.plan.serving_setup import ServingSetup
+    from expertlane.plan.simulate import Simulator
     from expertlane.plan.simulation_results import simulation
     from expertlane.spec.load import check_lengths
     from expertlane.trace import write_trace
@@ -249,7 +251,7 @@ def _check(
     """
     from expertlane.cli.output import check_folder
     from expertlane.engine.deployment_check import check_deployment
-    from expertlane.plan.simulate import check_devices
+    from expertlane.plan.serving_setup import check_devices
     from expertlane.spec.deployment import Deployment
 
     check_devices(cluster, setup)

@@ -40,7 +40,10 @@ class Served:
 
     @property
     def ttft_s(self) -> Floats:
-        """From when it was due to its first token."""
+        """From when it was due to its first token, which its prompt's last step computes.
+
+        Where another pool decodes, keys and values travel afterwards: that delays the second token.
+        """
         return self.token_times_s[0] - self.due_s
 
     @property

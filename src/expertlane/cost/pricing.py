@@ -1,6 +1,7 @@
 """From a step's program to work with times: what the device and the links say of each step."""
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from expertlane.cost.profile import Profile
 from expertlane.cost.program import PartProgram, Section, StepProgram
 from expertlane.cost.times import Times
 from expertlane.cost.work import Block, StageWork, TimedStep, blocks_of
+from expertlane.spec.names import Stage
+
+_MOST_KNOWN = 4096
 
 _READ_THE_CACHE = (
     Kind.PREFILL_ATTENTION,
@@ -31,6 +35,7 @@ def law_dtype(types: NumberTypes, operation: Operation) -> str:
 class Pricing:
     """Gives each step of a program its times; layers that share their steps are priced once.
 
+    So are steps of the same sizes in different layers, and operations in different programs.
     Both hops of a hierarchical dispatch or combine are priced together (`LinkModel.forwarded`).
     """
 
@@ -39,6 +44,7 @@ class Pricing:
         self.types = types
         self._device = DeviceModel(profile)
         self._links = LinkModel(profile)
+        self._known: OrderedDict[Hashable, Times] = OrderedDict()  # operations
 
     def work(self, program: StepProgram) -> list[list[StageWork]]:
         """[num_stages][num_micro_batches]."""
@@ -59,22 +65,47 @@ class Pricing:
 
     def _part(self, part: PartProgram, num_ranks: int) -> list[Block]:
         priced: dict[int, Sequence[TimedStep]] = {}
+        transfers: dict[Hashable, Times] = {}
         for section in part.sections:
             if id(section.steps) not in priced:
-                priced[id(section.steps)] = self._section(section, num_ranks)
+                priced[id(section.steps)] = self._section(section, num_ranks, transfers)
         return blocks_of([(each.layer, priced[id(each.steps)]) for each in part.sections])
 
-    def _section(self, section: Section, num_ranks: int) -> list[TimedStep]:
+    def _section(
+        self, section: Section, num_ranks: int, transfers: dict[Hashable, Times]
+    ) -> list[TimedStep]:
         forwarded = self._forwarded(section.steps)
         timed = []
         for step in section.steps:
             if isinstance(step, Operation):
-                times = self._device.times(step.kind, self.dtype(step), step.sizes)
-                timed.append(TimedStep(step, _of_ranks(times, num_ranks)))
+                timed.append(TimedStep(step, self._operation(step, num_ranks)))
             else:
-                times = forwarded.get(id(step)) or self._links.times(step)
+                times = forwarded.get(id(step)) or self._transfer(step, transfers)
                 timed.append(TimedStep(step, times, self._links.contention(step).value))
         return timed
+
+    def _operation(self, step: Operation, num_ranks: int) -> Times:
+        dtype = self.dtype(step)
+        sizes = [
+            size.tobytes() if isinstance(size, np.ndarray) else size for size in step.sizes.values()
+        ]
+        key = step.kind, dtype, num_ranks, *step.sizes, *sizes
+        times = self._known.get(key)
+        if times is None:
+            times = _of_ranks(self._device.times(step.kind, dtype, step.sizes), num_ranks)
+            self._known[key] = times
+            if len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+        return times
+
+    def _transfer(self, step: Transfer, known: dict[Hashable, Times]) -> Times:
+        """Of a part's transfers those of tensor-parallel groups are alike in all layers."""
+        if step.stage is not Stage.COLLECTIVES:
+            return self._links.times(step)
+        key = step.kind, step.group.tobytes(), step.sent_bytes.tobytes()
+        if key not in known:
+            known[key] = self._links.times(step)
+        return known[key]
 
     def _forwarded(self, steps: Sequence[Step]) -> dict[int, Times]:
         """Times of pairs of all-to-alls in one stage, one over nodes and one inside, by id."""

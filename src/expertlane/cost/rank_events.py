@@ -14,18 +14,19 @@ _TRACKS = list(Track)
 
 def rank_events(times: StepTimes) -> dict[tuple[int, int], RankEvents]:
     """By pipeline stage and place in it; of a step that was run without jumps."""
-    start_s = float(min(spans[0].begin[LIKELY].min() for spans in times.spans))
+    begin_s = float(min(spans[0].begin[LIKELY].min() for spans in times.spans))
+    start_s = float(times.origin_s[LIKELY]) + begin_s
     of_stage: list[list[Event]] = [[] for _ in times.spans]
     for event in events(times):
         of_stage[event.pp_rank].append(event)
     return {
-        (pp_rank, place): _of_rank(of_one, place, start_s)
+        (pp_rank, place): _of_rank(of_one, place, begin_s, start_s)
         for pp_rank, of_one in enumerate(of_stage)
         for place in range(times.idle_s[pp_rank].shape[1])
     }
 
 
-def _of_rank(of_stage: list[Event], place: int, start_s: float) -> RankEvents:
+def _of_rank(of_stage: list[Event], place: int, begin_s: float, start_s: float) -> RankEvents:
     kept = [each for each in of_stage if each.end_s[place] > each.begin_s[place]]
 
     def ints(values: list[int]) -> Ints:
@@ -37,8 +38,8 @@ def _of_rank(of_stage: list[Event], place: int, start_s: float) -> RankEvents:
         stage=ints([each.stage for each in kept]),
         layer=ints([each.layer for each in kept]),
         micro_batch=ints([each.micro_batch for each in kept]),
-        begin_s=np.array([each.begin_s[place] for each in kept]) - start_s,
-        end_s=np.array([each.end_s[place] for each in kept]) - start_s,
+        begin_s=np.array([each.begin_s[place] for each in kept]) - begin_s,
+        end_s=np.array([each.end_s[place] for each in kept]) - begin_s,
         flops=ints([_flops(each, place) for each in kept]),
         num_bytes=ints([_num_bytes(each, place) for each in kept]),
     )

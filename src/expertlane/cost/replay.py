@@ -41,6 +41,11 @@ class Clocks:
         compute, network, host = np.zeros((3, num_bounds, num_ranks))
         return cls(compute, network, host)
 
+    def later(self, seconds: Floats) -> "Clocks":
+        """The same after so many seconds, [B]."""
+        by = seconds[:, None]
+        return Clocks(self.compute + by, self.network + by, self.host + by)
+
 
 class Ran(NamedTuple):
     """An operation that ran, or a transfer that was posted and waited for.

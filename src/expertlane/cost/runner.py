@@ -13,12 +13,13 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import ProgramBuilder, StepProgram
 from expertlane.cost.rank_events import rank_events
 from expertlane.cost.routing import RoutingSource
+from expertlane.cost.sharing import KnownWork, StepSharing
 from expertlane.cost.step_log import stage_seconds
 from expertlane.cost.timeline import StepTimes, Timeline
 from expertlane.cost.why import Why, WhyTable
 from expertlane.cost.work import StageWork
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
+from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -44,7 +45,7 @@ class PricedStep:
     """A step as an observer sees it.
 
     Attributes:
-        plan: as the ranks take it; `program` and `work` may be another step's (see `CostRunner`).
+        plan: as the ranks take it; `program` and `work` may be another step's (`StepSharing`).
         work: [num_stages][num_micro_batches].
     """
 
@@ -70,12 +71,6 @@ class CostRunner:
     A step takes the driver `Terms.step_s` before the ranks have its plan; several replicas share
     the driver.
 
-    **Sharing.** By default every step is counted and priced for itself. With `context_step` above
-    1, a decode step takes the work of an earlier one with as many sequences on every data-parallel
-    rank and micro-batch, whose positions, summed up on each, round to the same multiple of
-    `context_step` positions a sequence; so it also takes that step's routing, a sample of the same
-    distribution. Its counters are then those of the other step. Clocks are always its own.
-
     Attributes:
         now_s: [B].
         bounds: by step, when it was submitted and finished: [B] each.
@@ -83,6 +78,7 @@ class CostRunner:
         lead: place in `BOUNDS`.
 
     Args:
+        sharing: of steps that are alike; None to count and price every step for itself.
         explain: keep `why` tables.
         observe: told of every step.
         stretch: of multi-token prediction; decode steps then go further than their plans say.
@@ -97,7 +93,7 @@ class CostRunner:
         pricing: Pricing,
         terms: Terms,
         *,
-        context_step: int = 1,
+        sharing: StepSharing | None = None,
         explain: bool = False,
         observe: Callable[[PricedStep], None] | None = None,
         stretch: Stretch | None = None,
@@ -113,7 +109,7 @@ class CostRunner:
         self._pricing = pricing
         self._terms = terms
         self._num_ranks = layout.replica_size
-        self._context_step = context_step
+        self._sharing = sharing
         self._explain = explain
         self._observe = observe
         self._stretch = stretch
@@ -121,7 +117,6 @@ class CostRunner:
         self._replicas = [
             _Replica(Timeline(terms, layout.pp, layout.stage_size)) for _ in range(layout.replicas)
         ]
-        self._known: dict[object, tuple[StepProgram, list[list[StageWork]]]] = {}
 
     def wait_until(self, due_s: Floats | float) -> None:
         """Let time pass up to a moment, [B] or one for all; none if it is over."""
@@ -133,18 +128,17 @@ class CostRunner:
         self.now_s = submitted_s + self._terms.step_s(self._num_ranks)
         if self._stretch is not None:
             plan = self._stretch.of(plan)
-        program, work = self._work(plan)
+        known = self._work(plan)
         replica = self._replicas[plan.replica]
-        may_jump = not plan.record_events
-        times = replica.timeline.run(work, self.now_s, may_jump=may_jump)
+        times = self._run(replica.timeline, known, plan)
         same_phase, replica.phase = replica.phase is plan.phase, plan.phase
         if self._explain:
             self._add_why(replica, plan.phase, times, is_new=not same_phase)
         if self._observe is not None:
-            self._observe(PricedStep(plan, program, work, times))
+            self._observe(PricedStep(plan, known.program, known.work, times))
         records: tuple[RankRecord, ...] = ()
         if plan.record or plan.record_events:
-            records = self._records(plan, program, times, count_idle=same_phase)
+            records = self._records(plan, known.program, times, count_idle=same_phase)
         self.bounds[plan.step] = submitted_s, times.end_s
         return StepHandle(plan, submitted_s, times.end_s, records)
 
@@ -205,31 +199,23 @@ class CostRunner:
             )
         replica.why[phase].add(times)
 
-    def _work(self, plan: StepPlan) -> tuple[StepProgram, list[list[StageWork]]]:
-        key = self._key(plan)
-        known = None if key is None else self._known.get(key)
-        if known is None:
+    def _work(self, plan: StepPlan) -> KnownWork:
+        def make() -> KnownWork:
             program = self._builder.build(plan, self._routing, first_token=self._num_tokens)
-            known = program, self._pricing.work(program)
             self.num_priced += 1
-            if key is not None:
-                self._known[key] = known
+            return KnownWork(program, self._pricing.work(program))
+
+        known = make() if self._sharing is None else self._sharing.find(plan, make)
         self._num_tokens += sum(batch.num_tokens for part in plan.micro_batches for batch in part)
         return known
 
-    def _key(self, plan: StepPlan) -> object:
-        """What steps that share their work have in common; None where a step shares with none."""
-        if self._context_step == 1 or plan.phase is not Phase.DECODE:
-            return None
-        return plan.replica, tuple(
-            tuple((batch.num_seqs, self._context(batch)) for batch in part)
-            for part in plan.micro_batches
-        )
-
-    def _context(self, batch: Batch) -> int:
-        """Positions a sequence, rounded."""
-        num_positions = int(batch.num_computed_tokens.sum())
-        return round(num_positions / max(batch.num_seqs, 1) / self._context_step)
+    def _run(self, timeline: Timeline, known: KnownWork, plan: StepPlan) -> StepTimes:
+        may_jump = not plan.record_events
+        if self._sharing is None or not may_jump or not timeline.is_at_rest(self.now_s):
+            return timeline.run(known.work, self.now_s, may_jump=may_jump)
+        if known.from_rest is None:
+            known.from_rest = timeline.from_rest(known.work)
+        return timeline.repeat(known.from_rest, self.now_s)
 
     def _records(
         self, plan: StepPlan, program: StepProgram, times: StepTimes, *, count_idle: bool

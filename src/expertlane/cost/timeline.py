@@ -6,7 +6,7 @@ the micro-batches of a step one after the other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +47,29 @@ class StepTimes:
     """One step on the virtual clock.
 
     Attributes:
-        spans: [num_stages][num_micro_batches].
+        spans: [num_stages][num_micro_batches]; their times count from `origin_s`.
         idle_s: [num_stages], [B, R] each; from the end of a rank's step before to this one's
             begin.
         end_s: [B]; when the last rank was done.
+        origin_s: [B].
     """
 
     spans: Sequence[Sequence[Span]]
     idle_s: Sequence[Floats]
     end_s: Floats
+    origin_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+
+
+@dataclass(frozen=True, eq=False)
+class FromRest:
+    """A step that began at zero with all ranks at rest; it goes alike whenever they are.
+
+    Attributes:
+        stages: the clocks after it, [num_stages].
+    """
+
+    times: StepTimes
+    stages: Sequence[Clocks]
 
 
 class Timeline:
@@ -68,6 +82,8 @@ class Timeline:
 
     def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:
         self._terms = terms
+        self._compiler = Compiler(terms)
+        self._num_ranks = num_ranks
         self._stages = [Clocks.zero(len(BOUNDS), num_ranks) for _ in range(num_stages)]
 
     def run(
@@ -85,7 +101,7 @@ class Timeline:
             may_jump: layers that repeat exactly are not run one by one (`Replay`), so that not
                 all of them are in the logs.
         """
-        compiler = Compiler(self._terms)
+        compiler = self._compiler
         plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (len(BOUNDS),))[:, None]
         spans: list[list[Span]] = []
         idle_s = []
@@ -105,6 +121,26 @@ class Timeline:
             )
         end_s = np.max([clocks.compute.max(axis=1) for clocks in self._stages], axis=0)
         return StepTimes(spans, idle_s, end_s)
+
+    def is_at_rest(self, plan_s: Floats) -> bool:
+        """Whether all ranks have done all they had to do when a plan reaches them, at [B]."""
+        plan = plan_s[:, None]
+        return all(
+            bool((each <= plan).all())
+            for clocks in self._stages
+            for each in (clocks.compute, clocks.network, clocks.host)
+        )
+
+    def from_rest(self, work: Sequence[Sequence[StageWork]]) -> FromRest:
+        """How a step goes that begins at zero; this timeline stays as it is."""
+        other = Timeline(self._terms, len(self._stages), self._num_ranks)
+        return FromRest(other.run(work, 0.0), other._stages)
+
+    def repeat(self, known: FromRest, plan_s: Floats) -> StepTimes:
+        """Take a step through all stages whose ranks are at rest; as `run` would."""
+        idle_s = [plan_s[:, None] - clocks.compute for clocks in self._stages]
+        self._stages = [clocks.later(plan_s) for clocks in known.stages]
+        return StepTimes(known.times.spans, idle_s, known.times.end_s + plan_s, plan_s)
 
     def _micro_batch(
         self, clocks: Clocks, work: StageWork, arrival: Floats | None, replay: Replay

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +43,14 @@ class Why:
     bytes_utilisation: float
 
 
+class _SpanCauses(NamedTuple):
+    """Of a micro-batch on a stage; spent_s [num_causes, R]."""
+
+    spent_s: Floats
+    flops: float
+    num_bytes: float
+
+
 class WhyTable:
     """Adds up steps of one phase that follow each other on a `Timeline`.
 
@@ -66,20 +76,33 @@ class WhyTable:
         self._begin_s: float | None = None
         self._last: StepTimes | None = None
         self._flops = self._bytes = 0.0
+        self._known: WeakKeyDictionary[Span, _SpanCauses] = WeakKeyDictionary()
+
+    def cleared(self) -> "WhyTable":
+        """An empty table, quicker with what this one has seen before."""
+        table = WhyTable(self._device, self._dtype, self._dtype_of)
+        table._known = self._known
+        return table
 
     def add(self, times: StepTimes) -> None:
         """The next step."""
         if self._begin_s is None:
-            self._begin_s = float(min(of_stage[0].begin[LIKELY].min() for of_stage in times.spans))
+            first = float(min(of_stage[0].begin[LIKELY].min() for of_stage in times.spans))
+            self._begin_s = float(times.origin_s[LIKELY]) + first
             self._of_stage = [np.zeros((len(_CAUSES), idle.shape[1])) for idle in times.idle_s]
-            ahead = [of_stage[0].begin[LIKELY] - self._begin_s for of_stage in times.spans]
+            ahead = [of_stage[0].begin[LIKELY] - first for of_stage in times.spans]
             self._add_idle(ahead)
         else:
             self._add_idle([idle[LIKELY] for idle in times.idle_s])
         for place, of_micro_batches in enumerate(times.spans):
             before = times.spans[place - 1] if place else [None] * len(of_micro_batches)
             for span, source in zip(of_micro_batches, before, strict=True):
-                self._add_span(self._of_stage[place], span, source)
+                causes = self._known.get(span)
+                if causes is None:
+                    causes = self._known[span] = self._of_span(span, source)
+                self._of_stage[place] += causes.spent_s
+                self._flops += causes.flops
+                self._bytes += causes.num_bytes
         self._last = times
 
     def result(self) -> Why:
@@ -92,7 +115,8 @@ class WhyTable:
             raise ValueError("no step to explain")
         end_s = float(self._last.end_s[LIKELY])
         spent = [each.copy() for each in self._of_stage]
-        rest = [end_s - of_stage[-1].end[LIKELY] for of_stage in self._last.spans]
+        from_origin = end_s - float(self._last.origin_s[LIKELY])
+        rest = [from_origin - of_stage[-1].end[LIKELY] for of_stage in self._last.spans]
         _split_idle(spent, rest)
         by_rank = np.concatenate(spent, axis=1)
         seconds, num_ranks = end_s - self._begin_s, by_rank.shape[1]
@@ -108,19 +132,23 @@ class WhyTable:
     def _add_idle(self, idle: list[Floats]) -> None:
         _split_idle(self._of_stage, idle)
 
-    def _add_span(self, spent: Floats, span: Span, source: Span | None) -> None:
+    def _of_span(self, span: Span, source: Span | None) -> "_SpanCauses":
+        """Of one micro-batch on one stage, `source` on the stage before."""
+        num_ranks = span.end.shape[1]
+        spent = np.zeros((len(_CAUSES), num_ranks))
         waited_s = (span.arrived - span.begin)[LIKELY]
         if source is not None:
             travelled_s = np.minimum(waited_s, (source.sent - source.sending)[LIKELY])
             spent[_INDEX[ProjectedCause.HAND_OVER]] += travelled_s
             spent[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += waited_s - travelled_s
         spent[_INDEX[ProjectedCause.LAUNCH]] += (span.launched - span.arrived)[LIKELY]
-        table = LogTable(span.log, spent.shape[1])
-        self._add_launches(spent, span, table)
+        table = LogTable(span.log, num_ranks)
+        self._add_launches(spent, table)
         self._add_transfers(spent, span, table)
-        self._add_operations(spent, span, table)
+        flops, num_bytes = self._add_operations(spent, span, table)
+        return _SpanCauses(spent, flops, num_bytes)
 
-    def _add_launches(self, spent: Floats, span: Span, table: LogTable) -> None:
+    def _add_launches(self, spent: Floats, table: LogTable) -> None:
         """Until a step could begin; a call's overhead in series is in an operation's seconds."""
         launch_s = table.column("start") - table.column("begin")
         spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
@@ -136,7 +164,9 @@ class WhyTable:
             cause = _CAUSE_OF_TRANSFER[ran.entry.step.stage]
             spent[_INDEX[cause]] += times * (blocked_s - imbalance_s)
 
-    def _add_operations(self, spent: Floats, span: Span, table: LogTable) -> None:
+    def _add_operations(self, spent: Floats, span: Span, table: LogTable) -> tuple[float, float]:
+        """FLOPs and bytes read of all ranks."""
+        flops = num_bytes = 0.0
         took_s = table.column("end") - table.column("start")
         for ran, of_rank_s, times in zip(span.log.ran, took_s, table.times, strict=True):
             entry = ran.entry
@@ -148,9 +178,10 @@ class WhyTable:
             lost_s = np.maximum(of_rank_s - entry.seconds[LIKELY], 0.0)  # rounding
             spent[_INDEX[ProjectedCause.CONTENTION]] += times * lost_s
             self._add_work(spent, entry.step, times * work_s)
-            self._flops += times * float(entry.step.flops.sum())
+            flops += times * float(entry.step.flops.sum())
             read = entry.step.weight_bytes.sum() + entry.step.kv_bytes.sum()
-            self._bytes += times * float(read)
+            num_bytes += times * float(read)
+        return flops, num_bytes
 
     def _add_work(self, spent: Floats, step: Operation, work_s: Floats) -> None:
         dtype = self._dtype_of(step)

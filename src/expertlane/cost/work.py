@@ -6,6 +6,7 @@ B = 3 bounds (low, likely, high), the first axis of all times; R = ranks of a st
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -148,20 +149,20 @@ class Entry(NamedTuple):
 
 
 class Compiler:
-    """Makes entries of blocks, once for each block."""
+    """Makes entries of blocks, once for each block, and keeps them as long as the block is."""
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self._blocks: dict[int, tuple[Block, list[Entry]]] = {}
+        self._blocks: WeakKeyDictionary[Block, list[Entry]] = WeakKeyDictionary()
         self._groups: dict[bytes, Groups] = {}
         self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
     def entries(self, block: Block) -> list[Entry]:
         """The block's steps."""
-        known = self._blocks.get(id(block))
-        if known is None:  # the block is kept beside, so that its id stays its own
-            known = self._blocks[id(block)] = block, self._compile(block)
-        return known[1]
+        known = self._blocks.get(block)
+        if known is None:
+            known = self._blocks[block] = self._compile(block)
+        return known
 
     def _compile(self, block: Block) -> list[Entry]:
         steps = [timed.step for timed in block.steps]

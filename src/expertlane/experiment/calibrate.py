@@ -1,10 +1,8 @@
 """Measure the machine at hand: rounds of everything in turn, then a profile of the medians."""
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +12,7 @@ from expertlane.cost.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
 from expertlane.cost.operation import TransferKind
 from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.surface import Surface
-from expertlane.engine.host import ForeignLoad, num_cores
+from expertlane.engine.host import num_cores
 from expertlane.engine.messages import RankMachine
 from expertlane.engine.pool import RankPool
 from expertlane.experiment.calibrate_fit import (
@@ -28,14 +26,13 @@ from expertlane.experiment.calibrate_fit import (
 from expertlane.experiment.calibrate_points import CPU_GRID, GPU_GRID, Grid
 from expertlane.experiment.calibrate_steps import StepSample, measure_steps, overhead_terms
 from expertlane.experiment.progress import Progress, Silent
+from expertlane.experiment.quiet import QuietMeasuring, rounds_in_time
 
 Floats = npt.NDArray[np.float64]
-ResultT = TypeVar("ResultT")
 
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
 _OPERATIONS = "expertlane.experiment.calibrate_operations"
 _TRANSFERS = "expertlane.experiment.calibrate_transfers"
-_QUIET, _MOST_TRIES = 0.05, 2  # share of the cores that other processes may take
 _PARTS = 3  # of a round, as progress counts them; without transfers 2
 
 
@@ -64,22 +61,6 @@ class Measured:
     steps: list[list[StepSample]] = field(default_factory=list)
 
 
-def quietest(measure: Callable[[], ResultT]) -> tuple[ResultT, float]:
-    """A measurement during which other processes took next to nothing of the cores, if it can be.
-
-    Returns:
-        That of few tries which they disturbed least, and the share of all cores that they took.
-    """
-    tries = []
-    for _ in range(_MOST_TRIES):
-        foreign = ForeignLoad()
-        result = measure()
-        tries.append((result, foreign.share()))
-        if tries[-1][1] <= _QUIET:
-            break
-    return min(tries, key=lambda each: each[1])
-
-
 class Calibration:
     """Rounds of measuring on a pool's ranks, which may take turns with other work.
 
@@ -90,7 +71,7 @@ class Calibration:
     Attributes:
         machine: what the first rank sees of it.
         cores: of each rank, where it is pinned to one.
-        foreign_cpu_share: the most that other processes took of all cores during what was kept.
+        quiet: what other processes disturbed.
     """
 
     def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
@@ -102,43 +83,38 @@ class Calibration:
         self._points = self.grid.points(self.machine.dtype)
         self._transfer_points = self.grid.transfers(num_ranks)
         self.measured = Measured()
-        self.foreign_cpu_share = 0.0
+        self.quiet = QuietMeasuring()
 
     def run(self, progress: Progress | None = None) -> None:
-        """All rounds."""
+        """All rounds, or as many as there is time for on a machine that others keep busy."""
         progress = progress or Silent()
         parts = _PARTS if self._num_ranks > 1 else 2
         progress.task("measuring", parts * self.grid.num_rounds)
-        for _ in range(self.grid.num_rounds):
+        for _ in rounds_in_time(self.grid.num_rounds):
             self.measure_round(progress)
         progress.done()
 
     def measure_round(self, progress: Progress | None = None) -> None:
-        """Everything once; what other processes disturbed is measured again."""
+        """Everything once; what other processes disturbed is measured again, within bounds."""
         progress = progress or Silent()
         found = self.measured
-        found.operations.append(self._quietly(self._operations))
+        found.operations.append(self.quiet.measure(self._operations))
         progress.advance()
         if self._num_ranks > 1:
-            found.transfers.append(self._quietly(self._transfers))
+            found.transfers.append(self.quiet.measure(self._transfers))
             progress.advance()
-            found.contention.append(self._quietly(self._contention))
+            found.contention.append(self.quiet.measure(self._contention))
         if self.machine.on_gpu:
             (launches,) = self._pool.call(f"{_OPERATIONS}:measure_launches", ranks=[0])
             found.launches.append(launches)
         found.steps.append(
-            self._quietly(
+            self.quiet.measure(
                 lambda: measure_steps(
                     self._pool, self._num_ranks, self.grid.step_seqs, self.grid.step_layers
                 )
             )
         )
         progress.advance()
-
-    def _quietly(self, measure: Callable[[], ResultT]) -> ResultT:
-        result, share = quietest(measure)
-        self.foreign_cpu_share = max(self.foreign_cpu_share, share)
-        return result
 
     def _operations(self) -> Floats:
         """[num_points]; the mean over ranks."""
@@ -213,12 +189,19 @@ class Calibration:
         machine, ranks = self.machine, self._num_ranks
         what = machine.device if machine.on_gpu else machine.cpu_name
         pinned = ", each on a core of its own" if None not in self.cores else ""
-        rounds = len(self.measured.operations)
+        rounds, quiet = len(self.measured.operations), self.quiet
+        disturbed = ""
+        if quiet.num_disturbed:
+            disturbed = (
+                f", {quiet.disturbed_share:.0%} of the measurements disturbed by other programs, "
+                f"which took up to {quiet.foreign_cpu_share:.0%} of the cores"
+            )
         return (
             f"expertlane calibrate {__version__}, {datetime.now(UTC).date()}: {what}, "
             f"{ranks} rank{'s' if ranks > 1 else ''} at once{pinned}, {machine.dtype}, "
             f"{machine.kernels} kernels, {machine.backend}, torch {machine.torch_version}, "
-            f"Python {platform.python_version()}, median of {rounds} rounds"
+            f"Python {platform.python_version()}, "
+            f"median of {rounds} round{'s' if rounds > 1 else ''}{disturbed}"
         )
 
 

@@ -41,12 +41,14 @@ def plan_assumptions(
             ),
             (
                 "TPOT",
-                "mean, others' prefills between decode steps included (one pool)",
-                "two pools keep them apart",
+                "mean; of one pool, others' prefills between decode steps included; of two, the "
+                "transfer of keys and values",
+                "one pool or two",
             ),
             (
                 "TTFT",
-                "a prompt's own steps and its mean wait in the queue (M/D/1)",
+                "to the end of a prompt's last step, which computes the first token; its mean wait "
+                "in the queue (M/D/1) included",
                 _FIXED,
             ),
             (

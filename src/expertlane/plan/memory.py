@@ -7,6 +7,7 @@ from math import ceil
 from expertlane.balance.deployed import Placements, placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import CapacityError
+from expertlane.plan.held_weights import Params, embedding_params, head_params, layer_params
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -130,19 +131,19 @@ def rank_memory(
     ]
     inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
     kinds = Counter((model.is_dense(layer), of_layer[layer]) for layer in layers)
-    params = sum(
-        count * _layer_params(model, layout, is_dense, num_experts, inner)
-        for (is_dense, num_experts), count in kinds.items()
-    )
+    params = Params()
+    for (is_dense, num_experts), count in kinds.items():
+        of_layer_kind = layer_params(model, layout, at, is_dense=is_dense, num_experts=num_experts)
+        params += of_layer_kind * count
     largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
     if at.pp_rank == 0:
-        embedding = model.vocab_size * model.hidden_size
+        embedding = embedding_params(model)
         params += embedding
-        largest_matrix = max(largest_matrix, embedding)
+        largest_matrix = max(largest_matrix, embedding.kept)
     if at.pp_rank == layout.pp - 1:
-        head = len(partition(model.vocab_size, layout.tp)[at.tp_rank]) * model.hidden_size
-        params += head + model.hidden_size
-        largest_matrix = max(largest_matrix, head)
+        head = head_params(model, layout, at)
+        params += head
+        largest_matrix = max(largest_matrix, head.kept)
     # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
     num_tokens = limits.max_num_batched_tokens
     num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
@@ -157,23 +158,8 @@ def rank_memory(
     num_values += num_pairs * (2 * model.hidden_size + inner)
     num_positions = limits.num_blocks * limits.block_size
     return RankMemory(
-        weight_bytes=params * types.weight_bytes,
+        weight_bytes=params.num_bytes(types),
         kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
         activation_bytes=num_values * types.activation_bytes,
         loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
-    )
-
-
-def _layer_params(
-    model: ModelConfig, layout: Layout, is_dense: bool, num_experts: int, inner: int
-) -> int:
-    """Of a layer on a rank with `num_experts` experts of inner width `inner`."""
-    params = model.num_attention_params // layout.tp + 2 * model.hidden_size
-    if is_dense:
-        return params + model.num_mlp_params(model.intermediate_size) // layout.tp
-    return (
-        params
-        + model.num_experts * model.hidden_size
-        + model.num_mlp_params(model.shared_expert_intermediate_size) // layout.tp
-        + num_experts * model.num_expert_params * inner // model.moe_intermediate_size
     )

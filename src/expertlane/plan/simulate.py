@@ -1,7 +1,7 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -13,21 +13,19 @@ from expertlane.cost.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution, Ter
 from expertlane.cost.kv_transfer import ModelledKVTransfers
 from expertlane.cost.launches import EAGER, FUSED
 from expertlane.cost.links import LinkModel
-from expertlane.cost.multi_token import MultiToken, Stretch, with_drafting_layer
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.multi_token import Stretch, with_drafting_layer
 from expertlane.cost.pools import Pool, Served, serve, serve_apart
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.program import ProgramBuilder
-from expertlane.cost.routing import RoutingSource
 from expertlane.cost.runner import CostRunner
-from expertlane.errors import SpecError
+from expertlane.cost.sharing import StepSharing
 from expertlane.plan.capacity import FREE_SHARE
 from expertlane.plan.memory import RankMemory, fit_cache, rank_memory
+from expertlane.plan.serving_setup import ServingSetup, are_apart, check_devices
 from expertlane.plan.tally import Tally
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.load import Load, TimedRequest, draw_requests
@@ -35,44 +33,9 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.record import StepRecord
 
-_CONTEXTS_APART = 32  # a decode step's work is priced for so many different mean contexts
+_CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
-
-
-@dataclass(frozen=True)
-class ServingSetup:
-    """How a model is served.
-
-    Attributes:
-        prefill_layout: of a pool for prompts alone, on devices of its own.
-        routing: which experts tokens choose.
-        max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
-
-    Raises:
-        SpecError: one of the sizes is under 1.
-    """
-
-    layout: Layout
-    prefill_layout: Layout | None
-    options: Options
-    types: NumberTypes
-    execution: Execution
-    routing: RoutingSource
-    multi_token: MultiToken = field(default_factory=MultiToken)
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    block_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-
-    @property
-    def layouts(self) -> list[Layout]:
-        """Of all pools, the one that prefills first."""
-        first = [] if self.prefill_layout is None else [self.prefill_layout]
-        return [*first, self.layout]
+_SHARE_ALIKE = 1 / 256  # of reading all weights: reading so many cached positions more is no matter
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +77,20 @@ def roles(outcome: Outcome) -> tuple[Literal["both", "prefill", "decode"], ...]:
     return ("both",) if len(outcome.pools) == 1 else ("prefill", "decode")
 
 
-def _renumbered(step: StepRecord, first_rank: int) -> StepRecord:
+def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
+    """The same step on other ranks, submitted at another time."""
+    later_s = begin_s - step.submitted_s
+    records = []
+    for each in step.records:
+        events = each.events
+        assert events is not None, "asked for"
+        events = replace(events, start_s=events.start_s + later_s)
+        records.append(replace(each, rank=first_rank + each.rank, events=events))
     return replace(
         step,
-        records=tuple(replace(each, rank=first_rank + each.rank) for each in step.records),
+        submitted_s=begin_s,
+        finished_s=step.finished_s + later_s,
+        records=tuple(records),
     )
 
 
@@ -148,6 +121,8 @@ class Simulator:
                 setup.layouts, self._placements, lengths, strict=True
             )
         ]
+
+        self._sharing = [self._step_sharing(place) for place in range(len(setup.layouts))]
 
     @property
     def execution(self) -> Execution:
@@ -208,20 +183,22 @@ class Simulator:
         return Outcome(requests, served, pools)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
-        """The largest prefill and the largest decode step, each by itself, with events.
+        """The largest prefill and the largest decode step, one after the other, with events.
 
+        Each was replayed by itself: it begins when the one before is done, with all ranks at rest.
         Ranks are numbered over all pools.
         """
-        steps: dict[Phase, StepRecord] = {}
-        first_rank = 0
+        steps: list[StepRecord] = []
+        first_rank, begin_s = 0, 0.0
         for role, pool, of_pool in zip(
             roles(outcome), outcome.pools, self.largest_steps(outcome), strict=True
         ):
             for phase, step in of_pool.items():
                 if role in ("both", phase.value):
-                    steps[phase] = _renumbered(step, first_rank)
+                    steps.append(_moved(step, first_rank, begin_s))
+                    begin_s = steps[-1].finished_s
             first_rank += pool.layout.world_size
-        return list(steps.values())
+        return steps
 
     def largest_steps(self, outcome: Outcome) -> list[dict[Phase, StepRecord]]:
         """By pool and phase, with events; ranks are the pool's."""
@@ -289,10 +266,9 @@ class Simulator:
         if tally is None:
             return CostRunner(*parts)
         stretch = Stretch(setup.multi_token) if drafts else None
-        context_step = min(max(self.load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
         return CostRunner(
             *parts,
-            context_step=context_step,
+            sharing=self._sharing[place],
             observe=tally.observe if lead == LIKELY else None,
             stretch=stretch,
             lead=lead,
@@ -340,6 +316,13 @@ class Simulator:
         ]
         return max(needs, key=lambda need: need.total_bytes)
 
+    def _step_sharing(self, place: int) -> StepSharing:
+        context_step = min(max(self.load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
+        memory, limits = self._memory(place), self._limits[place]
+        num_positions = limits.num_blocks * limits.block_size
+        few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
+        return StepSharing(context_step, self.setup.layouts[place].replica_size, max(few, 1))
+
     def _scheduled(self, limits: Limits) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""
         load, multi_token = self.load, self.setup.multi_token
@@ -365,33 +348,3 @@ def _merged(of_hands: Sequence[Served]) -> Served:
             np.array([of_hand[hand] for hand, of_hand in enumerate(each)]) for each in times
         ],
     )
-
-
-def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:
-    """Check that a cluster has the devices, and the nodes that hierarchical dispatch is for.
-
-    Raises:
-        SpecError: it has too few.
-    """
-    needed = sum(layout.world_size for layout in setup.layouts)
-    if needed > cluster.num_devices:
-        each = " and ".join(f"{layout} ({layout.world_size})" for layout in setup.layouts)
-        raise SpecError(
-            f"layout {each} needs {needed} devices but {cluster} has {cluster.num_devices}"
-        )
-    if setup.options.dispatch != "hierarchical":
-        return
-    per_node = cluster.profile.ranks_per_node
-    for layout in setup.layouts:
-        if layout.ep_ranks_per_node(per_node) == layout.ep:
-            raise SpecError(
-                f"layout {layout}: hierarchical dispatch is for experts on several nodes, but each "
-                f"group of ep={layout.ep} is on one node of {per_node}; valid: all_to_all, "
-                "all_gather"
-            )
-
-
-def are_apart(cluster: ModelledCluster, setup: ServingSetup) -> bool:
-    """Whether two pools are on different nodes."""
-    needed = sum(layout.world_size for layout in setup.layouts)
-    return needed > cluster.profile.ranks_per_node

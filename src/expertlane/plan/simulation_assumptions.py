@@ -4,7 +4,7 @@ from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import DRIVER_S, OVERHEAD_S, Execution
 from expertlane.cost.routing_choice import RoutingChoice
 from expertlane.plan.capacity import FREE_SHARE
-from expertlane.plan.simulate import ServingSetup, are_apart
+from expertlane.plan.serving_setup import ServingSetup, are_apart
 from expertlane.results.simulation import SimulationAssumption
 
 _HOW = {
@@ -73,7 +73,8 @@ def _pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, str
             "key/value transfer",
             where,
             "--prefill-layout",
-            "after the prompt, one request after the other, beside both pools' own work",
+            "after the prompt and its first token (TTFT ends there, TPOT has the transfer), one "
+            "request after the other, beside both pools' own work",
         ),
     ]
 

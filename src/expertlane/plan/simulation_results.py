@@ -16,7 +16,8 @@ from expertlane.cost.operation import Floats
 from expertlane.cost.routing_choice import RoutingChoice
 from expertlane.cost.times import Basis
 from expertlane.plan.capacity import FREE_SHARE
-from expertlane.plan.simulate import Outcome, ServingSetup, SimulatedPool, Simulator, roles
+from expertlane.plan.serving_setup import ServingSetup
+from expertlane.plan.simulate import Outcome, SimulatedPool, Simulator, roles
 from expertlane.plan.simulation_assumptions import assumptions
 from expertlane.plan.step_facts import shares_of
 from expertlane.plan.tally import PhaseTally

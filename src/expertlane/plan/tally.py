@@ -109,6 +109,8 @@ class Tally:
         self._num_running = num_running
         self._num_drafts = num_drafts
         self._facts: WeakKeyDictionary[StepProgram, StepFacts] = WeakKeyDictionary()
+        device, types = pricing.profile.device, pricing.types
+        self._empty = WhyTable(device, types.weights, pricing.dtype)
         self._table: WhyTable | None = None
         self._explained: Phase | None = None
 
@@ -144,8 +146,7 @@ class Tally:
         if not is_watched:
             return
         if self._table is None:
-            pricing = self._pricing
-            self._table = WhyTable(pricing.profile.device, pricing.types.weights, pricing.dtype)
+            self._table = self._empty.cleared()
         self._table.add(step.times)
 
 
@@ -159,5 +160,5 @@ def _phase(plan: StepPlan) -> Phase:
 def _seconds(step: PricedStep) -> Floats:
     """[3]; from when the first rank turned to it until the last one was done."""
     begin_s = step.times.spans[0][0].begin.min(axis=1)
-    seconds: Floats = step.times.end_s - begin_s
+    seconds: Floats = step.times.end_s - step.times.origin_s - begin_s
     return seconds

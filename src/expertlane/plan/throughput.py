@@ -3,6 +3,9 @@
 Sequences are served without end: as soon as one is finished another begins. In one pool a token of
 every running sequence costs a decode step and its share of the prefills that go on meanwhile. In
 two pools both run side by side, and the slower one sets the pace.
+
+The first token is computed by the last step of a prompt, so TTFT ends there; in two pools its keys
+and values travel after that, which delays the second token and counts in TPOT.
 """
 
 from dataclasses import dataclass
@@ -52,9 +55,10 @@ class Served:
     Attributes:
         num_seqs: [N]; over the whole system.
         tps: [3, N]; output tokens a second over the whole system.
-        tpot_s: [3, N]; a running sequence's mean time of a token, others' prefills included.
-        ttft_s: [3, N]; of a prompt that arrives, with its wait in the queue; infinite where
-            prefill takes all of the time.
+        tpot_s: [3, N]; mean time of a sequence's tokens after the first, others' prefills, or the
+            transfer from another pool, included.
+        ttft_s: [3, N]; from a prompt's arrival to its last step's end, with its wait in the queue;
+            infinite where prefill takes all of the time.
     """
 
     num_seqs: Ints
@@ -103,12 +107,12 @@ def two_pools(prefill: Steps, decode: Steps, transfer_s: Floats, traffic: Traffi
     tps = np.minimum(could_tps, fed_tps)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
     busy = tps / fed_tps
-    first_s = transfer_s[:, None] + decode.decode_s
+    num_later = max(traffic.output_len - 1, 1)
     return Served(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
-        tpot_s=decode.decode_s,
-        ttft_s=first_s + _prompt_s(prefill, traffic, np.minimum(busy, _MOST_BUSY)),
+        tpot_s=decode.decode_s + transfer_s[:, None] / num_later,
+        ttft_s=_prompt_s(prefill, traffic, np.minimum(busy, _MOST_BUSY)),
     )
 
 

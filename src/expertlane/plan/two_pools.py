@@ -1,6 +1,6 @@
 """Prefill and decode on disjoint devices: how to part them, and what each pool should run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from expertlane.errors import UserError
 from expertlane.plan.search import Finalist, Option, Search
 from expertlane.plan.setting import Goals, Setting, Traffic
 from expertlane.plan.throughput import LIKELY, Served, two_pools
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
 _PARTS = 4  # the devices are cut into so many parts, of which some prefill
@@ -60,6 +61,13 @@ def search_two_pools(
 ) -> tuple[TwoPools | None, int]:
     """The best two pools, if any keep the limits; and how many deployments were tried."""
     links = LinkModel(cluster.profile)
+
+    def transfer_s(prefill: Layout, decode: Layout) -> Floats:
+        transfers = ModelledKVTransfers(
+            model, setting.types, prefill, decode, links, remote=cluster.num_nodes > 1
+        )
+        return transfers.seconds(traffic.prompt_len)
+
     sizes = sorted({part * cluster.num_devices // _PARTS for part in range(1, _PARTS)} - {0})
     of_size: dict[int, list[Option]] = {}
     num_candidates = 0
@@ -75,7 +83,8 @@ def search_two_pools(
     for size, options in of_size.items():
         rest = of_size.get(cluster.num_devices - size)
         if options and rest:
-            pairs += _pairs((size, cluster.num_devices - size), options, rest, goals, traffic)
+            devices = size, cluster.num_devices - size
+            pairs += _pairs(devices, options, rest, goals, traffic, transfer_s)
     if not pairs:
         return None, num_candidates
     best = max(pairs, key=lambda pair: pair.tps)
@@ -85,19 +94,11 @@ def search_two_pools(
         place = best.place if option is best.decode else len(option.steps.num_seqs) - 1
         finalists.append(search.finish(replace(option, place=place)))
     prefill, decode = finalists
-    transfers = ModelledKVTransfers(
-        model,
-        setting.types,
-        prefill.option.candidate.layout,
-        decode.option.candidate.layout,
-        links,
-        remote=cluster.num_nodes > 1,
-    )
-    transfer_s = transfers.seconds(traffic.prompt_len)
-    served = two_pools(prefill.steps, decode.steps, transfer_s, traffic)
+    moved_s = transfer_s(prefill.option.candidate.layout, decode.option.candidate.layout)
+    served = two_pools(prefill.steps, decode.steps, moved_s, traffic)
     if served.best(goals) is None:
         return None, num_candidates
-    return TwoPools(prefill, decode, transfer_s, served), num_candidates
+    return TwoPools(prefill, decode, moved_s, served), num_candidates
 
 
 def _pairs(
@@ -106,8 +107,13 @@ def _pairs(
     decode: Sequence[Option],
     goals: Goals,
     traffic: Traffic,
+    transfer_s: Callable[[Layout, Layout], Floats],
 ) -> list[_Pair]:
-    """Those that keep the limits, of the best of each pool; without the transfer's time."""
+    """Those that keep the limits, of the best of each pool.
+
+    Args:
+        transfer_s: [3]; of a prompt's keys and values between two layouts.
+    """
     fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
     if goals.max_ttft_s is not None:
         fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
@@ -115,7 +121,8 @@ def _pairs(
     pairs = []
     for first in fast:
         for second in good:
-            served = two_pools(first.steps, second.steps, np.zeros(3), traffic)
+            moved_s = transfer_s(first.candidate.layout, second.candidate.layout)
+            served = two_pools(first.steps, second.steps, moved_s, traffic)
             place = served.best(goals)
             if place is not None:
                 tps = float(served.tps[LIKELY, place])

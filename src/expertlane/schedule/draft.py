@@ -8,6 +8,17 @@ from expertlane.schedule.request import Request
 from expertlane.schedule.running import Rows, RunningTable
 from expertlane.spec.sampling import SamplingState
 
+_NO_ROWS: Rows = np.empty(0, dtype=np.intp)
+_NO_INTS = np.empty(0, dtype=np.int64)
+_NOTHING = Batch(
+    seq_ids=_NO_INTS,
+    num_scheduled_tokens=_NO_INTS,
+    num_computed_tokens=_NO_INTS,
+    token_ids=_NO_INTS,
+    block_tables=np.empty((0, 0), dtype=np.int32),
+    yields_token=np.empty(0, dtype=np.bool_),
+)
+
 
 class BatchDraft:
     """Takes decodes, then prompts in chunks, as far as the token budget goes.
@@ -21,7 +32,7 @@ class BatchDraft:
         self.table = table
         self.budget = limits.max_num_batched_tokens
         self.admitted: dict[int, SamplingState] = {}
-        self._decodes: Rows = np.empty(0, dtype=np.intp)
+        self._decodes = _NO_ROWS
         self._prefills: list[int] = []
         self._chunks: list[int] = []
 
@@ -45,6 +56,8 @@ class BatchDraft:
             Requests preempted, since the decodes needed their blocks.
         """
         table = self.table
+        if not table.num_running:
+            return []
         decodes, _ = table.ready()
         # Before the choice: those that wait for a block must not take the places of others.
         decodes, preempted = table.extend(decodes)
@@ -82,6 +95,8 @@ class BatchDraft:
     def build(self) -> tuple[Rows, Batch]:
         """The table's rows in the batch, and the batch as the runner gets it."""
         table, rows = self.table, self._decodes
+        if not self.num_seqs:
+            return rows, _NOTHING
         num_scheduled = np.ones(len(rows), dtype=np.int64)
         token_ids = table.last_token[rows]
         if self._prefills:

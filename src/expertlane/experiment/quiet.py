@@ -1,0 +1,72 @@
+"""Measuring beside other programs: what they disturb is measured again, within bounds."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from expertlane.engine.host import ForeignLoad
+
+ResultT = TypeVar("ResultT")
+
+QUIET = 0.05  # share of the cores that other processes may take
+_MOST_TRIES = 2
+_MOST_AGAIN_S = 60.0
+_FEWEST_ROUNDS, _ENOUGH_S = 3, 150.0
+
+
+def quietest(measure: Callable[[], ResultT]) -> tuple[ResultT, float]:
+    """A measurement during which other processes took next to nothing of the cores, if it can be.
+
+    Returns:
+        That of few tries which they disturbed least, and the share of all cores that they took.
+    """
+    quiet = QuietMeasuring()
+    return quiet.measure(measure), quiet.foreign_cpu_share
+
+
+class QuietMeasuring:
+    """Measures again what other processes disturbed, a few times each and for so long in all.
+
+    Attributes:
+        again_s: how long was measured again.
+        num_kept, num_disturbed: measurements, and those of them that were disturbed every time.
+        foreign_cpu_share: the most that other processes took of all cores during what was kept.
+    """
+
+    def __init__(self, most_again_s: float = _MOST_AGAIN_S) -> None:
+        self.again_s = 0.0
+        self.num_kept = self.num_disturbed = 0
+        self.foreign_cpu_share = 0.0
+        self._most_again_s = most_again_s
+
+    @property
+    def disturbed_share(self) -> float:
+        """Of the measurements kept."""
+        return self.num_disturbed / self.num_kept if self.num_kept else 0.0
+
+    def measure(self, measure: Callable[[], ResultT]) -> ResultT:
+        """The measurement that was disturbed least."""
+        tries: list[tuple[ResultT, float]] = []
+        while True:
+            foreign, began_s = ForeignLoad(), time.monotonic()
+            result = measure()
+            tries.append((result, foreign.share()))
+            if len(tries) > 1:
+                self.again_s += time.monotonic() - began_s
+            is_quiet = tries[-1][1] <= QUIET
+            if is_quiet or len(tries) == _MOST_TRIES or self.again_s >= self._most_again_s:
+                break
+        result, share = min(tries, key=lambda each: each[1])
+        self.num_kept += 1
+        self.num_disturbed += share > QUIET
+        self.foreign_cpu_share = max(self.foreign_cpu_share, share)
+        return result
+
+
+def rounds_in_time(most: int) -> Iterator[int]:
+    """Numbers of rounds: fewer than `most`, but some, where the first ones took very long."""
+    began_s = time.monotonic()
+    for number in range(most):
+        if number >= _FEWEST_ROUNDS and time.monotonic() - began_s >= _ENOUGH_S:
+            return
+        yield number
