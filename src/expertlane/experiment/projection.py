@@ -8,7 +8,7 @@ from expertlane.balance.deployed import placements_of
 from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import OVERHEAD_S, Execution
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting, RoutingSource, UniformRouting
+from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.experiment.best_layout import plan_beside
 from expertlane.experiment.progress import Progress
@@ -153,11 +153,8 @@ class ExperimentProjector:
         key = conditions.top_k, conditions.routing
         if key not in self._sources:
             model = self._model(conditions.top_k)
-            self._sources[key] = (
-                UniformRouting(model.num_experts, model.num_experts_per_tok)
-                if conditions.routing == "balanced"
-                else PowerLawRouting.of(model, self._skew)
-            )
+            skew = 0.0 if conditions.routing == "balanced" else self._skew
+            self._sources[key] = PowerLawRouting.of(model, skew)
         return Setting(self._types, conditions.execution, self._sources[key])
 
     def _rows(self, progress: Progress) -> list[ProjectedDeployment]:
