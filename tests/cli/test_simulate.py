@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.small_checkpoint import checkpoint
 from expertlane.results.simulation import read
 
 LOAD = ["--batch", "8", "--prompt-len", "4:16", "--output-len", "2:6"]
@@ -64,6 +65,18 @@ def test_arrivals_have_bounds_of_their_own(run):
     out, err = simulate(run, *EP16, *opened)
     assert "simulating 6 requests 3 times" in err
     assert "200 requests/s: 6 requests" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "caution"),
+    [("fp8", "float8", False), ("mxfp4", "bfloat16", True)],
+)
+def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
+    checkpoint(tmp_path / "mine", quantization_config={"quant_method": method})
+    found = as_json(run, "--layout", "dp=2,ep=2", *EP16[2:], *LOAD, model=str(tmp_path / "mine"))
+    assert found["deployment"]["dtype"] == weights
+    why = next(each["why"] for each in found["assumptions"] if each["name"] == "weights")
+    assert ("priced as bfloat16, for want of a law" in why) == caution
 
 
 def test_two_pools(run):

@@ -43,6 +43,7 @@ from expertlane.cli.projection_options import (
     RoutingTraceOption,
     SkewOption,
     number_types,
+    priced_wider,
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import SpecError, UserError
@@ -203,7 +204,12 @@ def simulate(
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
     results = simulation(
-        simulator, outcome, routing, seed, command=shlex.join(["expertlane", *sys.argv[1:]])
+        simulator,
+        outcome,
+        routing,
+        seed,
+        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        caution=priced_wider(found_model, setup.types),
     )
     also = [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
     publish(results, folder, as_json=as_json, also=also)

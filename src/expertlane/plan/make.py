@@ -12,7 +12,7 @@ from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.families import best_of_families
 from expertlane.plan.outcome import best_deployments, families, papers, pareto_front, pools
 from expertlane.plan.search import OnePool, Search
-from expertlane.plan.serve_commands import serve_commands
+from expertlane.plan.serve_commands import Served, serve_commands
 from expertlane.plan.setting import Goals, Setting, Traffic
 from expertlane.plan.two_pools import search_two_pools
 from expertlane.results.plan import PlanResults, ServeCommandResult
@@ -20,7 +20,12 @@ from expertlane.spec.model import ModelConfig
 
 
 class Plan:
-    """The question, and what is found of it step by step."""
+    """The question, and what is found of it step by step.
+
+    Args:
+        routing: which experts tokens choose, in words.
+        cautions: what a reader must know of the numbers, in sentences.
+    """
 
     def __init__(
         self,
@@ -30,7 +35,9 @@ class Plan:
         goals: Goals,
         setting: Setting,
         routing: str,
+        cautions: tuple[str, ...] = (),
     ) -> None:
+        self._cautions = cautions
         self._model = model
         self._cluster = cluster
         self._traffic = traffic
@@ -55,13 +62,13 @@ class Plan:
         return self._found
 
     def results(
-        self, *, command: str, version: str, served_as: str, experiment: str | None
+        self, *, command: str, version: str, served: Served, experiment: str | None
     ) -> PlanResults:
         """Two pools too, and all that is shown.
 
         Args:
             version: of expertlane.
-            served_as: what other systems are to load.
+            served: what other systems are to load.
             experiment: the path of the file with `experiment`.
         """
         found, traffic, goals, setting = self.found, self._traffic, self._goals, self._setting
@@ -90,16 +97,17 @@ class Plan:
             num_too_large=found.num_too_large,
             num_over_limits=sum(option.place is None for option in found.options),
             num_pool_candidates=num_pool_candidates,
-            commands=self._commands(winner, served_as),
+            commands=self._commands(winner, served),
             experiment=experiment,
             assumptions=plan_assumptions(self._cluster, traffic, setting, self._routing),
+            cautions=self._cautions,
         )
 
-    def _commands(self, winner: Candidate, served_as: str) -> tuple[ServeCommandResult, ...]:
+    def _commands(self, winner: Candidate, served: Served) -> tuple[ServeCommandResult, ...]:
         per_node = self._cluster.profile.ranks_per_node
         nodes = -(-winner.layout.replica_size // per_node)
         commands = serve_commands(
-            winner, served_as, self._setting.types, self._traffic.full_len + 1, nodes
+            winner, served, self._setting.types, self._traffic.full_len + 1, nodes
         )
         return tuple(ServeCommandResult(**asdict(each)) for each in commands)
 

@@ -50,7 +50,7 @@ def verdict(plan: PlanResults) -> tuple[str, ...]:
         f"{plan.num_over_limits:,} over the limits; {plan.num_pool_candidates:,} more tried for "
         f"two pools. Limits: {_limits(plan)}."
     )
-    return tuple(lines)
+    return (*lines, *plan.cautions)
 
 
 def _pools(plan: PlanResults) -> str:

@@ -96,6 +96,7 @@ class PlanResults(Strict):
         two_pools: the best, None where none keeps the limits.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: deployments tried for two pools.
+        cautions: what a reader must know of the numbers, in sentences.
         experiment: the file for `expertlane compare` that was written; None if none was.
     """
 
@@ -124,3 +125,4 @@ class PlanResults(Strict):
     commands: tuple[ServeCommandResult, ...]
     experiment: str | None
     assumptions: tuple[PlanAssumption, ...]
+    cautions: tuple[str, ...] = ()
