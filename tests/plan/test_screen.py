@@ -48,6 +48,19 @@ def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, ex
         )
 
 
+@pytest.mark.parametrize("num_sequences", [1, 3, 12])
+def test_idle_ranks_agree_with_the_whole_model(num_sequences):
+    # Without expert parallelism: which experts so few tokens choose is chance.
+    traffic = Traffic(num_sequences, prompt_len=512, output_len=128)
+    found, cluster, setting = screened(PAPER, 8, traffic)
+    of_candidate = {str(each.candidate): each for each in found}
+    for layout in ("dp=8", "tp=8", "replicas=2,dp=4", "dp=2,tp=4"):
+        each = of_candidate[f"{layout}; plain"]
+        projector = Projector(PAPER, *each.candidate, cluster, setting)
+        step = projector.step(StepSize(num_sequences, 1, traffic.mean_context))
+        assert each.decode.seconds[1, -1] == pytest.approx(step.step_s.value, rel=0.15)
+
+
 def test_causes_add_up_to_the_step():
     found, _, _ = screened(MIXED, 4)
     for each in found:

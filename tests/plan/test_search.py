@@ -79,6 +79,23 @@ def test_a_number_of_devices_that_no_layout_takes():
     assert set(layouts) == {"replicas=3", "dp=3", "dp=3,ep=3"}  # attention is never cut in three
 
 
+@pytest.mark.parametrize("num_sequences", [1, 3, 5])
+def test_no_more_sequences_at_once_than_asked(num_sequences):
+    traffic = Traffic(num_sequences, 512, 128)
+    found = search_of(PAPER, 8, traffic).one_pool()
+    assert max(option.steps.num_seqs.max() for option in found.options) == num_sequences
+    for each in found.finalists:
+        assert each.num_seqs == each.decode.num_tokens <= num_sequences
+        assert each.prefill.num_tokens <= num_sequences * traffic.prompt_len
+        assert each.tps <= each.num_seqs / each.decode.step_s.value
+
+
+def test_a_sequence_alone_is_served_by_tensor_parallelism():
+    found = search_of(PAPER, 8, Traffic(1, 1024, 256)).one_pool()
+    assert found.finalists[0].option.candidate.layout.dp == 1
+    assert found.finalists[0].option.candidate.layout.replicas == 1
+
+
 def test_two_pools_share_the_devices():
     traffic = Traffic(256, 2048, 64)
     pools, num_tried = search_two_pools(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED))

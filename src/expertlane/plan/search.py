@@ -161,15 +161,15 @@ class Search:
         assert screened.decode is not None, "it fits"
         assert screened.prefill is not None, "it fits"
         assert screened.prompts is not None, "it fits"
-        layout = screened.candidate.layout
-        most = max(self._traffic.num_sequences, layout.replicas * layout.dp)
-        num_seqs = np.minimum(screened.num_seqs * (layout.replicas * layout.dp), most)
+        layout, num_all = screened.candidate.layout, self._traffic.num_sequences
+        num_seqs = np.minimum(screened.num_seqs * (layout.replicas * layout.dp), num_all)
         steps = Steps(
             layout,
             num_seqs,
             screened.decode.seconds,
             screened.prefill.seconds[:, 0],
             screened.prompts,
+            num_all,
         )
         served = one_pool(steps, self._traffic)
         return Option(screened, steps, served, served.best(self._goals))
@@ -201,9 +201,8 @@ class Search:
 
     def _sizes(self, option: Option, num_seqs: int) -> dict[Phase, StepSize]:
         prompts = option.steps.prompts
-        num_prompts = prompts.num_seqs * option.steps.num_caches
         return {
-            Phase.PREFILL: StepSize(num_prompts, prompts.num_new, prompts.num_cached),
+            Phase.PREFILL: StepSize(option.steps.num_prompts, prompts.num_new, prompts.num_cached),
             Phase.DECODE: StepSize(num_seqs, 1, self._traffic.mean_context),
         }
 
