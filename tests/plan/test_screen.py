@@ -21,7 +21,7 @@ def screened(model, num_devices, traffic=TRAFFIC, **setting):
         for layout in valid_layouts(model, num_devices)
         for candidate in candidates_of(layout, model, cluster.profile.ranks_per_node)
     ]
-    return Screen(model, cluster, traffic, chosen).run(candidates), cluster, chosen
+    return Screen(model, cluster, traffic, chosen).run(candidates, lambda _: None), cluster, chosen
 
 
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])

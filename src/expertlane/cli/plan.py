@@ -112,6 +112,7 @@ def plan(
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.execution import Execution
     from expertlane.cost.routing_choice import choose_routing
+    from expertlane.plan.finals import NUM_FINALISTS
     from expertlane.plan.make import Plan
     from expertlane.plan.setting import Setting
     from expertlane.spec.atomic_file import write_text
@@ -128,19 +129,20 @@ def plan(
     cautions = tuple(filter(None, [priced_wider(found, types)]))
     plan = Plan(found.config, devices, traffic, goals, setting, routing.words, cautions)
     with progress_on_stderr() as progress:
-        progress.task("one pool: every layout and option", 1)
-        plan.search()
-        progress.advance()
-        progress.done()
-        progress.task("prefill and decode apart", 1)
-        results = plan.results(
-            command=shlex.join(["expertlane", *sys.argv[1:]]),
-            version=__version__,
-            served=_served(found),
-            experiment=str(folder / _EXPERIMENT),
-        )
-        progress.advance()
-        progress.done()
+        for task, total, part in (
+            ("one pool: every layout and option", plan.num_candidates, plan.screen),
+            ("the best of them in full", NUM_FINALISTS, plan.search),
+            ("prefill and decode apart", plan.num_pool_candidates, plan.search_pools),
+        ):
+            progress.task(task, total)
+            part(progress.advance)
+            progress.done()
+    results = plan.results(
+        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        version=__version__,
+        served=_served(found),
+        experiment=str(folder / _EXPERIMENT),
+    )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
     publish(results, folder, as_json=as_json, also=[write_text(folder / _EXPERIMENT, text)])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from expertlane.plan.search import Option
+from expertlane.plan.option import Option
 from expertlane.plan.setting import Traffic
 from expertlane.plan.throughput import LIKELY
 from expertlane.spec.names import ProjectedCause

@@ -1,7 +1,7 @@
 """A whole plan: search, explain, and put it into results."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -14,8 +14,9 @@ from expertlane.plan.outcome import best_deployments, families, papers, pareto_f
 from expertlane.plan.search import OnePool, Search
 from expertlane.plan.serve_commands import Served, serve_commands
 from expertlane.plan.setting import Goals, Setting, Traffic
-from expertlane.plan.two_pools import search_two_pools
-from expertlane.results.plan import PlanResults, ServeCommandResult
+from expertlane.plan.structure import Screened
+from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.results.plan import NoPools, PlanResults, ServeCommandResult
 from expertlane.spec.model import ModelConfig
 
 
@@ -45,15 +46,50 @@ class Plan:
         self._setting = setting
         self._routing = routing
         self._search = Search(model, cluster, traffic, goals, setting)
+        self._pool_search = TwoPoolSearch(model, cluster, traffic, goals, setting)
+        self._screened: list[Screened] = []
         self._found: OnePool | None = None
+        self._pools: TwoPools | NoPools = "over limits"
 
-    def search(self) -> None:
-        """One pool of all devices.
+    @property
+    def num_candidates(self) -> int:
+        """Deployments of one pool."""
+        return len(self._search.candidates)
+
+    @property
+    def num_pool_candidates(self) -> int:
+        """Deployments tried for two pools."""
+        return self._pool_search.num_candidates
+
+    def screen(self, advance: Callable[[int], None]) -> None:
+        """First, one pool of all devices.
+
+        Args:
+            advance: called with a number of candidates that are done.
 
         Raises:
-            UserError: no layout is valid, nothing fits, or nothing keeps the limits.
+            UserError: no layout is valid.
         """
-        self._found = self._search.one_pool()
+        self._screened = self._search.screen(advance)
+
+    def search(self, advance: Callable[[int], None]) -> None:
+        """Then, the best of them in full.
+
+        Args:
+            advance: called with 1 for each of at most `NUM_FINALISTS`.
+
+        Raises:
+            UserError: nothing fits, or nothing keeps the limits.
+        """
+        self._found = self._search.in_full(self._screened, advance)
+
+    def search_pools(self, advance: Callable[[int], None]) -> None:
+        """Last, two pools.
+
+        Args:
+            advance: called with a number of candidates that are done.
+        """
+        self._pools = self._pool_search.run(advance)
 
     @property
     def found(self) -> OnePool:
@@ -64,7 +100,7 @@ class Plan:
     def results(
         self, *, command: str, version: str, served: Served, experiment: str | None
     ) -> PlanResults:
-        """Two pools too, and all that is shown.
+        """All that is shown.
 
         Args:
             version: of expertlane.
@@ -72,9 +108,7 @@ class Plan:
             experiment: the path of the file with `experiment`.
         """
         found, traffic, goals, setting = self.found, self._traffic, self._goals, self._setting
-        two, num_pool_candidates = search_two_pools(
-            self._model, self._cluster, traffic, goals, setting
-        )
+        two = self._pools
         winner = found.finalists[0].option.candidate
         return PlanResults(
             command=command,
@@ -92,11 +126,12 @@ class Plan:
             families=families(found, traffic),
             pareto=pareto_front(found),
             papers=papers(found, traffic, self._search, self._model),
-            two_pools=None if two is None else pools(two),
+            two_pools=pools(two) if isinstance(two, TwoPools) else None,
+            no_two_pools=None if isinstance(two, TwoPools) else two,
             num_candidates=found.num_candidates,
             num_too_large=found.num_too_large,
             num_over_limits=sum(option.place is None for option in found.options),
-            num_pool_candidates=num_pool_candidates,
+            num_pool_candidates=self.num_pool_candidates,
             commands=self._commands(winner, served),
             experiment=experiment,
             assumptions=plan_assumptions(self._cluster, traffic, setting, self._routing),

@@ -34,7 +34,7 @@ class LoadedTransfer:
 
 @dataclass(frozen=True, eq=False)
 class Scenarios:
-    """Alike sequences, seen from a data-parallel rank that has most; stands for `cost.batch_sizes.PartSizes`.
+    """Alike sequences, of a data-parallel rank that has most; as `cost.batch_sizes.PartSizes`.
 
     Attributes:
         num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions

@@ -1,6 +1,8 @@
 """Every candidate deployment priced at once, from expected traffic and one rank of each stage."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from expertlane.spec.model import ModelConfig
 
 _PREFILL_TOKENS = 8192  # of a data-parallel rank's prefill step, if prompts allow
 _MOST_BATCHES = 12  # numbers of sequences that are tried
+_PRICED_TOGETHER = 48  # structures: enough for long arrays, few enough to say how far it is
 
 
 class Screen:
@@ -44,32 +47,44 @@ class Screen:
             (layer for layer in range(model.num_hidden_layers) if not model.is_dense(layer)), None
         )
 
-    def run(self, candidates: Iterable[Candidate]) -> list[Screened]:
-        """All of them, in order of structure: those with the same steps after each other."""
-        structures: dict[tuple[Layout, DispatchChoice, int], Structure] = {}
+    def run(
+        self, candidates: Iterable[Candidate], advance: Callable[[int], None]
+    ) -> list[Screened]:
+        """All of them, in order of structure: those with the same steps after each other.
+
+        Args:
+            advance: called with a number of candidates that are done.
+        """
+        alike: defaultdict[tuple[Layout, DispatchChoice, int], list[Candidate]] = defaultdict(list)
         for candidate in candidates:
             layout, options = candidate
-            key = layout, options.dispatch, options.num_redundant_experts
-            if key not in structures:
-                structures[key] = self._structure(candidate)
-            structures[key].candidates.append(candidate)
-        fitting = [each for each in structures.values() if each.fits]
+            alike[layout, options.dispatch, options.num_redundant_experts].append(candidate)
+        screened: list[Screened] = []
+        rest = iter(alike.values())
+        while some := list(islice(rest, _PRICED_TOGETHER)):
+            screened += self._price(some)
+            advance(sum(map(len, some)))
+        return screened
+
+    def _price(self, alike: Iterable[list[Candidate]]) -> list[Screened]:
+        """Of each structure's candidates."""
+        structures = [self._structure(candidates) for candidates in alike]
+        fitting = [each for each in structures if each.fits]
         lists = [steps for each in fitting for steps in each.lists()]
         priced = iter(price(self._profile, self._setting.types, self._terms, lists))
         for each in fitting:
             each.take_prices(priced)
         return [
-            screened
-            for each in structures.values()
-            for screened in each.results(self._links, self._terms)
+            screened for each in structures for screened in each.results(self._links, self._terms)
         ]
 
     def placement(self, layout: Layout, num_redundant: int) -> Placement:
         """Of every MoE layer."""
         return Placement.linear(self._model.num_experts, layout.ep, num_redundant)
 
-    def _structure(self, candidate: Candidate) -> Structure:
-        model, layout, setting = self._model, candidate.layout, self._setting
+    def _structure(self, candidates: list[Candidate]) -> Structure:
+        candidate, model, setting = candidates[0], self._model, self._setting
+        layout = candidate.layout
         placement = self.placement(layout, candidate.options.num_redundant_experts)
         placements: Placements = tuple(
             None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
@@ -96,7 +111,7 @@ class Screen:
             candidate.options.payload,
         )
         num_seqs = _numbers_up_to(min(room.max_seqs, self._wanted(layout)))
-        return Structure(plan, mesh, self._traffic, room, num_seqs, prefill_tokens)
+        return Structure(candidates, plan, mesh, self._traffic, room, num_seqs, prefill_tokens)
 
     def _wanted(self, layout: Layout) -> int:
         """Sequences of a data-parallel rank if all are running."""

@@ -99,11 +99,12 @@ class Structure:
         prefill_tokens: of a data-parallel rank's prefill step, at most.
 
     Attributes:
-        candidates: those of this structure; to be filled before `lists`.
+        candidates: those of this structure.
     """
 
     def __init__(
         self,
+        candidates: list[Candidate],
         plan: StagePlan,
         mesh: StageMesh,
         traffic: Traffic,
@@ -111,7 +112,7 @@ class Structure:
         num_seqs: Ints,
         prefill_tokens: int,
     ) -> None:
-        self.candidates: list[Candidate] = []
+        self.candidates = candidates
         self._plan = plan
         self._mesh = mesh
         self._traffic = traffic

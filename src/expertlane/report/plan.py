@@ -4,9 +4,14 @@ from collections.abc import Callable
 
 from expertlane.report.document import Section, Table, number, text
 from expertlane.report.numbers import bytes_si, figures, milliseconds, percent
-from expertlane.results.plan import PlannedDeployment, PlanResults
+from expertlane.results.plan import NoPools, PlannedDeployment, PlanResults
 from expertlane.results.projection import Estimate, StepProjection
 
+_NO_POOLS: dict[NoPools, str] = {
+    "no split": "there is no way to split the devices between them",
+    "too large": "the model fits no part of the devices",
+    "over limits": "none keeps the limits",
+}
 _SHOWN_SHARE = 0.005
 _NUM_EXPLAINED = 3
 
@@ -55,7 +60,8 @@ def verdict(plan: PlanResults) -> tuple[str, ...]:
 
 def _pools(plan: PlanResults) -> str:
     if plan.two_pools is None:
-        return "Two pools, prefill apart from decode: none keeps the limits."
+        why = _NO_POOLS[plan.no_two_pools or "over limits"]
+        return f"Two pools, prefill apart from decode: {why}."
     pools, best = plan.two_pools, plan.best[0]
     factor = pools.tps.value / best.tps.value
     comparison = "faster than one pool" if factor > 1 else "of one pool's"
