@@ -1,13 +1,20 @@
 """One rank that stands for all, against every rank's own counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.execution import Execution
-from expertlane.plan.candidates import candidates_of, valid_layouts
+from expertlane.cost.routing import TraceRouting, UniformRouting
+from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Screen
 from expertlane.plan.setting import Traffic
+from expertlane.plan.spread import sampled_layers
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
 from plan.questions import MIXED, PAPER, TRAFFIC, cluster_of, setting_of
 
@@ -87,6 +94,37 @@ def test_skew_slows_expert_parallelism_and_is_called_waiting():
         for each in (even, skewed)
     ]
     assert waiting[1] > 5 * waiting[0]
+
+
+def test_a_trace_is_judged_by_several_layers():
+    """The first layer's tokens are spread evenly, all others' choose the same experts."""
+    num_tokens, top_k = 256, PAPER.num_experts_per_tok
+    even = np.arange(num_tokens * top_k).reshape(num_tokens, top_k) % PAPER.num_experts
+    hot = np.broadcast_to(np.arange(top_k), even.shape)
+    layers = tuple(range(PAPER.num_hidden_layers))
+    ids = np.stack([even, *[hot] * (len(layers) - 1)]).astype(np.int16)
+    trace = RoutingTrace("paper", PAPER.num_experts, layers, ids, np.arange(num_tokens))
+    cluster, traffic = cluster_of(8), Traffic(512, 512, 128)
+    candidates = [Candidate(Layout(dp=8, ep=8), Options())]
+    seconds = {}
+    for name, routing in (
+        ("trace", TraceRouting(trace)),
+        ("even", UniformRouting(PAPER.num_experts, top_k)),
+    ):
+        setting = replace(setting_of(PAPER), routing=routing)
+        (found,) = Screen(PAPER, cluster, traffic, setting).run(candidates, lambda _: None)
+        step = Projector(PAPER, *candidates[0], cluster, setting).step(StepSize(512, 512, 0))
+        seconds[name] = found.prefill.seconds[1, 0], step.step_s.value
+    screened, in_full = (seconds["trace"][k] / seconds["even"][k] for k in (0, 1))
+    assert in_full > 3
+    assert 0.6 * in_full < screened < 1.4 * in_full
+
+
+def test_layers_of_one_sample_stand_once():
+    routing = UniformRouting(PAPER.num_experts, 2, num_sampled_layers=3)
+    assert sampled_layers(PAPER, routing) == [0, 1, 2]
+    dense_first = MIXED  # its first layer has no experts
+    assert sampled_layers(dense_first, UniformRouting(32, 4, num_sampled_layers=1)) == [1]
 
 
 def test_what_does_not_fit_has_no_estimate():

@@ -17,7 +17,7 @@ from expertlane.plan.candidates import Candidate
 from expertlane.plan.capacity import capacity
 from expertlane.plan.prices import price
 from expertlane.plan.setting import Setting, Traffic
-from expertlane.plan.spread import Spread, spread_of
+from expertlane.plan.spread import Spread, mean_spread, sampled_layers, spread_of
 from expertlane.plan.stage_cost import StagePlan
 from expertlane.plan.structure import Screened, Structure
 from expertlane.spec.deployment import DispatchChoice
@@ -43,9 +43,7 @@ class Screen:
         self._links = LinkModel(cluster.profile)
         self._terms = Terms.of(cluster.profile, setting.execution)
         self._spreads: dict[tuple[object, ...], Spread] = {}
-        self._moe_layer = next(
-            (layer for layer in range(model.num_hidden_layers) if not model.is_dense(layer)), None
-        )
+        self._layers = sampled_layers(model, setting.routing)
 
     def run(
         self, candidates: Iterable[Candidate], advance: Callable[[int], None]
@@ -121,8 +119,9 @@ class Screen:
         layout = mesh.layout
         key = layout.dp * layout.tp, layout.ep, num_redundant
         if key not in self._spreads:
-            layer = 0 if self._moe_layer is None else self._moe_layer
-            self._spreads[key] = spread_of(mesh, placement, self._setting.routing, layer)
+            self._spreads[key] = mean_spread(
+                [spread_of(mesh, placement, self._setting.routing, each) for each in self._layers]
+            )
         return self._spreads[key]
 
 
