@@ -150,8 +150,11 @@ def test_sequences_that_wait_for_room(run):
     [
         (["--cluster", "z9x16"], ["no cluster profile is called z9", "h100"]),
         (["--cluster", "h100"], ["not PROFILExCOUNT", "h100x16"]),
-        (["--cluster", "h100x8"], ["needs 16 devices", "h100x8 has 8"]),
-        (["--prefill-layout", "tp=2"], ["needs 18 devices", "h100x16 has 16"]),
+        (["--cluster", "h100x8"], ["layout dp=16,ep=16 needs 16 devices but h100x8 has 8"]),
+        (
+            ["--prefill-layout", "tp=2"],
+            ["tp=2 with 2 and dp=16,ep=16 with 16 need 18 devices but h100x16 has 16"],
+        ),
         (["--layout", "dp=16,ep=3"], ["ep=3 does not divide", "valid ep"]),
         (
             ["--layout", "dp=8,ep=8", "--dispatch", "hierarchical"],
