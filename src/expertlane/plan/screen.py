@@ -14,7 +14,7 @@ from expertlane.cost.links import LinkModel
 from expertlane.cost.operation import Ints
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.capacity import capacity
+from expertlane.plan.capacity import capacity, prefill_step_tokens
 from expertlane.plan.prices import price
 from expertlane.plan.setting import Setting, Traffic
 from expertlane.plan.spread import Spread, mean_spread, sampled_layers, spread_of
@@ -24,7 +24,6 @@ from expertlane.spec.deployment import DispatchChoice
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
-_PREFILL_TOKENS = 8192  # of a data-parallel rank's prefill step, if prompts allow
 _MOST_BATCHES = 12  # numbers of sequences that are tried
 _PRICED_TOGETHER = 48  # structures: enough for long arrays, few enough to say how far it is
 
@@ -89,14 +88,17 @@ class Screen:
         )
         form = candidate.options.dispatch
         assert form != "auto", "candidates name their form"
-        prefill_tokens = min(_PREFILL_TOKENS, self._traffic.prompt_len * self._wanted(layout))
+        traffic = self._traffic
+        prefill_tokens = prefill_step_tokens(
+            layout, traffic.num_sequences, traffic.prompt_len, setting.step_tokens
+        )
         room = capacity(
             model,
             layout,
             placements,
             setting.types,
             self._profile.device.memory_bytes,
-            self._traffic.full_len,
+            traffic.full_len,
             prefill_tokens,
         )
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
@@ -109,7 +111,7 @@ class Screen:
             candidate.options.payload,
         )
         num_seqs = _numbers_up_to(min(room.max_seqs, self._wanted(layout)))
-        return Structure(candidates, plan, mesh, self._traffic, room, num_seqs, prefill_tokens)
+        return Structure(candidates, plan, mesh, traffic, room, num_seqs, prefill_tokens)
 
     def _wanted(self, layout: Layout) -> int:
         """Sequences of a data-parallel rank if all are running."""

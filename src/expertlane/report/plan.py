@@ -53,8 +53,8 @@ def verdict(plan: PlanResults) -> tuple[str, ...]:
     lines.append(_pools(plan))
     lines.append(
         f"{counted(plan.num_candidates, 'deployment')} of one pool: {plan.num_too_large:,} too "
-        f"large, {plan.num_over_limits:,} over the limits; {plan.num_pool_candidates:,} more tried for "
-        f"two pools. Limits: {_limits(plan)}."
+        f"large, {plan.num_over_limits:,} over the limits; {plan.num_pool_candidates:,} more "
+        f"tried for two pools. Limits: {_limits(plan)}."
     )
     return (*lines, *_firmness(best), *plan.cautions)
 
