@@ -76,7 +76,6 @@ def test_the_nearest_is_projected_in_full():
     best = min(search_of().one_pool().finalists, key=lambda each: each.served.tpot_s[1, 0])
     with pytest.raises(UserError, match="at once, misses the TPOT limit of") as e:
         search_of(goals=Goals(max_tpot_s=1e-6, max_ttft_s=1e-6)).one_pool()
-    assert "ms with" in str(e.value)
     assert " and the TTFT limit of 0.001 ms with " in str(e.value)
     missed = float(re.search(r"TPOT limit of 0.001 ms with ([\d.]+)", str(e.value))[1])
     kept = search_of(goals=Goals(max_tpot_s=1.001 * missed / 1e3)).one_pool()
@@ -89,6 +88,13 @@ def test_a_limit_that_nothing_keeps_names_the_nearest():
     ) as e:
         search_of(goals=Goals(max_tpot_s=1e-6)).one_pool()
     assert "misses the TPOT limit of 0.001 ms with " in str(e.value)
+
+
+def test_one_sequence_is_not_many():
+    alone = Traffic(1, 512, 128)
+    with pytest.raises(UserError, match="with 1 sequence at once, misses the TPOT") as e:
+        search_of(traffic=alone, goals=Goals(max_tpot_s=1e-6, max_ttft_s=10)).one_pool()
+    assert " and keeps the TTFT limit of 10000 ms with " in str(e.value)
 
 
 def test_a_model_that_fits_nowhere_says_by_how_much():

@@ -88,7 +88,7 @@ def test_one_is_not_many():
     ("why", "words"),
     [
         ("no split", "there is no way to split the devices"),
-        ("too large", "the model fits no part of the devices"),
+        ("too large", "the model does not fit both parts of any split"),
         ("over limits", "none keeps the limits"),
     ],
 )

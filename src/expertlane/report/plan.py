@@ -9,7 +9,7 @@ from expertlane.results.projection import Estimate, StepProjection
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "there is no way to split the devices between them",
-    "too large": "the model fits no part of the devices",
+    "too large": "the model does not fit both parts of any split",
     "over limits": "none keeps the limits",
 }
 _SHOWN_SHARE = 0.005
