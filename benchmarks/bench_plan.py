@@ -19,7 +19,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.search import Search
 from expertlane.plan.setting import Goals, Setting, Traffic
-from expertlane.plan.two_pools import search_two_pools
+from expertlane.plan.two_pools import TwoPoolSearch
 from expertlane.spec.model import PRESETS
 
 MODEL = PRESETS["paper"].with_overrides(
@@ -66,10 +66,10 @@ def main() -> None:
     setting = Setting(NumberTypes(), Execution.GRAPH, routing)
     question = MODEL, cluster, TRAFFIC, Goals(), setting
     search = Search(*question)
-    num_candidates = len(search.candidates(cluster))
-    screen_s = seconds(lambda: search.screen(cluster))
+    num_candidates = len(search.candidates)
+    screen_s = seconds(lambda: search.screen())
     whole_s = seconds(lambda: search.one_pool())
-    pools_s = seconds(lambda: search_two_pools(*question))
+    pools_s = seconds(lambda: TwoPoolSearch(*question).run())
     help_s = started_s("-m", "expertlane", "plan", "--help")
     start_s = started_s("-c", "import expertlane.cli.plan, expertlane.plan.make")
     rows = {

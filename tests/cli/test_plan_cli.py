@@ -6,12 +6,17 @@ import tomllib
 import numpy as np
 import pytest
 
+from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.results.plan import PlanResults
 from expertlane.spec.experiment_file import read_experiment
 
 TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
 WORKLOAD = "num_sequences=8,prompt_len=16,output_len=16"
+
+
+def flat(text):
+    return " ".join(text.split())
 
 
 @pytest.fixture
@@ -56,31 +61,34 @@ def test_json_is_the_file_and_reads_back(run, here):
 
 
 def test_a_checkpoint_needs_only_its_configuration(run, here):
-    config = {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "vocab_size": 256,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "torch_dtype": "bfloat16",
-    }
-    (here / "mine").mkdir()
-    (here / "mine" / "config.json").write_text(json.dumps(config))
-    code, out, err = run(
+    checkpoint(here / "mine")
+    code, _, err = run(
         "plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD, "--out", "there"
     )
     assert code == 0, err
-    assert "vllm serve" in " ".join(out.split())
+    commands = json.loads((here / "there" / "results.json").read_text())["commands"]
+    assert all(str(here / "mine") in each["command"] for each in commands)
     written = tomllib.loads((here / "there" / "experiment.toml").read_text())
     assert written["model"] == {"checkpoint": str(here / "mine")}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "weights", "caution"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
+        ({"quant_method": "mxfp4"}, "bfloat16", "weights are mxfp4 but priced as bfloat16"),
+        ({"quant_method": "awq", "bits": 4}, "bfloat16", "weights are awq but priced as bfloat16"),
+    ],
+)
+def test_quantised_checkpoints(run, here, quantization, weights, caution):
+    checkpoint(here / "mine", quantization_config=quantization)
+    asked = ("plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD)
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert f"weights in {weights}" in flat(out)
+    assert caution in flat(out)
+    assert ("for want of a law" in flat(out)) == bool(caution)
 
 
 def test_a_trace_says_which_experts_tokens_choose(run, here):
@@ -101,6 +109,7 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--cluster", "h999x16"), "h999"),
         (("paper-tiny", "--cluster", "h100"), "cluster 'h100' is not PROFILExCOUNT"),
         (("paper-tiny", "--cluster", "h100x0"), "cluster 'h100x0' is not PROFILExCOUNT"),
+        (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 128: plan a part of it"),
         (("paper-tiny", "--max-tpot-ms", "0"), "--max-tpot-ms is 0; it must be a positive"),
         (("paper-tiny", "--max-ttft-ms", "nan"), "--max-ttft-ms is nan; it must be a positive"),
         (("paper-tiny", "--workload", "prompts=3"), "--workload has 'prompts=3'; it takes"),
@@ -134,6 +143,7 @@ def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
     code, out, err = run(*TINY, "--workload", WORKLOAD, "--max-tpot-ms", "0.0001")
     assert (code, out) == (2, "")
     assert "no deployment on h100x2 keeps the limits; the nearest" in err
+    assert "with 2 sequences at once, misses the TPOT limit of 0.0001 ms with" in err
     assert not (here / "results").exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.small_checkpoint import checkpoint
 from expertlane.results.file import read_any
 
 LOAD = ["--batch", "8", "--prompt-len", "4:16", "--output-len", "2:6"]
@@ -64,6 +65,18 @@ def test_arrivals_have_bounds_of_their_own(run):
     out, err = simulate(run, *EP16, *opened)
     assert "simulating 6 requests 3 times" in err
     assert "200 requests/s: 6 requests" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "caution"),
+    [("fp8", "float8", False), ("mxfp4", "bfloat16", True)],
+)
+def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
+    checkpoint(tmp_path / "mine", quantization_config={"quant_method": method})
+    found = as_json(run, "--layout", "dp=2,ep=2", *EP16[2:], *LOAD, model=str(tmp_path / "mine"))
+    assert found["deployment"]["dtype"] == weights
+    why = next(each["why"] for each in found["assumptions"] if each["name"] == "weights")
+    assert ("priced as bfloat16, for want of a law" in why) == caution
 
 
 def test_two_pools(run):
@@ -138,8 +151,11 @@ def test_sequences_that_wait_for_room(run):
     [
         (["--cluster", "z9x16"], ["no cluster profile is called z9", "h100"]),
         (["--cluster", "h100"], ["not PROFILExCOUNT", "h100x16"]),
-        (["--cluster", "h100x8"], ["needs 16 devices", "h100x8 has 8"]),
-        (["--prefill-layout", "tp=2"], ["needs 18 devices", "h100x16 has 16"]),
+        (["--cluster", "h100x8"], ["layout dp=16,ep=16 needs 16 devices but h100x8 has 8"]),
+        (
+            ["--prefill-layout", "tp=2"],
+            ["tp=2 with 2 and dp=16,ep=16 with 16 need 18 devices but h100x16 has 16"],
+        ),
         (["--layout", "dp=16,ep=3"], ["ep=3 does not divide", "valid ep"]),
         (
             ["--layout", "dp=8,ep=8", "--dispatch", "hierarchical"],

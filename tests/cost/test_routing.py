@@ -5,6 +5,8 @@ import pytest
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting, UniformRouting
+from expertlane.spec.model import PRESETS
+from expertlane.spec.model_parts import Routing
 
 NOTHING = np.zeros(2, dtype=np.int64)
 
@@ -42,6 +44,38 @@ def test_second_choices_are_drawn_from_the_rest():
     for i, j in ((0, 1), (0, 2), (1, 2)):
         both = ((ids == i).any(axis=1) & (ids == j).any(axis=1)).mean()
         assert both == pytest.approx(p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])), abs=0.02)
+
+
+@pytest.mark.parametrize("score", ["max", "top2_sum"])
+def test_tokens_stay_within_their_groups(score):
+    groups = Routing(n_group=8, topk_group=3, group_score=score)
+    ids = some(PowerLawRouting(64, 6, 0.5, groups=groups), 3000)
+    assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all()
+    reached = [len(set(token)) for token in (ids // 8).tolist()]
+    assert max(reached) == 3
+    assert (
+        max(len(set(token)) for token in (some(PowerLawRouting(64, 6, 0.5), 500) // 8).tolist()) > 3
+    )
+
+
+def test_groups_that_all_are_open_change_nothing():
+    groups = Routing(n_group=8, topk_group=8)
+    free, grouped = PowerLawRouting(64, 6, 0.5), PowerLawRouting(64, 6, 0.5, groups=groups)
+    np.testing.assert_array_equal(some(free, 100), some(grouped, 100))
+
+
+def test_experts_of_groups_alike_are_as_popular():
+    groups = Routing(n_group=4, topk_group=2, group_score="top2_sum")
+    ids = some(PowerLawRouting(16, 4, 0.0, groups=groups), 16_384)
+    np.testing.assert_allclose(np.bincount(ids.ravel()) / ids.size, 1 / 16, atol=0.002)
+
+
+def test_a_model_s_groups_are_its_sources():
+    routing = Routing(n_group=4, topk_group=1)
+    model = PRESETS["paper"].with_overrides(routing=routing)
+    ids = some(PowerLawRouting.of(model, 0.0), 500)
+    per_group = model.num_experts // 4
+    assert (ids // per_group == ids[:, :1] // per_group).all()
 
 
 def test_same_seed_same_choices_whatever_was_asked_before():

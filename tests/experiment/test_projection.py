@@ -109,6 +109,26 @@ def test_the_planners_best_is_at_least_as_good_as_all(projection):
     assert max(served.values()) <= 1.02 * planned.served[0].tps.value
 
 
+def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
+    cluster = parse_cluster("h200x4")
+    workload = Workload(num_sequences=1024, prompt_len=10_000, output_len=4)
+    experiment = replace(SMALL, model=PRESETS["paper"], workload=workload, scaling=())
+    found = ExperimentProjector(experiment, cluster, "float16", 1.0).run(Silent())
+    at_once = {each.name: each.num_seqs for each in found.planned[0].served}
+    resident = {each.name: each.memory.num_resident for each in found.usual(2)}
+    shared = at_once.keys() & resident.keys()
+    assert {"tensor", "expert"} <= shared
+    for name in shared:
+        assert at_once[name] == resident[name] < 1024
+
+
+def test_a_cluster_too_large_to_plan_for_is_projected_without_the_planner():
+    alone = replace(SMALL, deployments=(EXPERT,), scaling=())
+    found = ExperimentProjector(alone, parse_cluster("h100x4000"), "float16", 1.0).run(Silent())
+    assert found.planned == ()
+    assert found.deployments
+
+
 def test_no_step_is_faster_than_its_floor(projection):
     for row in projection.deployments:
         for step in row.decode:

@@ -1,13 +1,20 @@
 """One rank that stands for all, against every rank's own counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.execution import Execution
-from expertlane.plan.candidates import candidates_of, valid_layouts
+from expertlane.cost.routing import TraceRouting, UniformRouting
+from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Screen
 from expertlane.plan.setting import Traffic
+from expertlane.plan.spread import sampled_layers
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
 from plan.questions import MIXED, PAPER, TRAFFIC, cluster_of, setting_of
 
@@ -21,7 +28,7 @@ def screened(model, num_devices, traffic=TRAFFIC, **setting):
         for layout in valid_layouts(model, num_devices)
         for candidate in candidates_of(layout, model, cluster.profile.ranks_per_node)
     ]
-    return Screen(model, cluster, traffic, chosen).run(candidates), cluster, chosen
+    return Screen(model, cluster, traffic, chosen).run(candidates, lambda _: None), cluster, chosen
 
 
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
@@ -46,6 +53,19 @@ def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, ex
         assert each.prefill.seconds[1, 0] == pytest.approx(
             projector.step(size).step_s.value, rel=0.12
         )
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 12])
+def test_idle_ranks_agree_with_the_whole_model(num_sequences):
+    # Without expert parallelism: which experts so few tokens choose is chance.
+    traffic = Traffic(num_sequences, prompt_len=512, output_len=128)
+    found, cluster, setting = screened(PAPER, 8, traffic)
+    of_candidate = {str(each.candidate): each for each in found}
+    for layout in ("dp=8", "tp=8", "replicas=2,dp=4", "dp=2,tp=4"):
+        each = of_candidate[f"{layout}; plain"]
+        projector = Projector(PAPER, *each.candidate, cluster, setting)
+        step = projector.step(StepSize(num_sequences, 1, traffic.mean_context))
+        assert each.decode.seconds[1, -1] == pytest.approx(step.step_s.value, rel=0.15)
 
 
 def test_causes_add_up_to_the_step():
@@ -74,6 +94,37 @@ def test_skew_slows_expert_parallelism_and_is_called_waiting():
         for each in (even, skewed)
     ]
     assert waiting[1] > 5 * waiting[0]
+
+
+def test_a_trace_is_judged_by_several_layers():
+    """The first layer's tokens are spread evenly, all others' choose the same experts."""
+    num_tokens, top_k = 256, PAPER.num_experts_per_tok
+    even = np.arange(num_tokens * top_k).reshape(num_tokens, top_k) % PAPER.num_experts
+    hot = np.broadcast_to(np.arange(top_k), even.shape)
+    layers = tuple(range(PAPER.num_hidden_layers))
+    ids = np.stack([even, *[hot] * (len(layers) - 1)]).astype(np.int16)
+    trace = RoutingTrace("paper", PAPER.num_experts, layers, ids, np.arange(num_tokens))
+    cluster, traffic = cluster_of(8), Traffic(512, 512, 128)
+    candidates = [Candidate(Layout(dp=8, ep=8), Options())]
+    seconds = {}
+    for name, routing in (
+        ("trace", TraceRouting(trace)),
+        ("even", UniformRouting(PAPER.num_experts, top_k)),
+    ):
+        setting = replace(setting_of(PAPER), routing=routing)
+        (found,) = Screen(PAPER, cluster, traffic, setting).run(candidates, lambda _: None)
+        step = Projector(PAPER, *candidates[0], cluster, setting).step(StepSize(512, 512, 0))
+        seconds[name] = found.prefill.seconds[1, 0], step.step_s.value
+    screened, in_full = (seconds["trace"][k] / seconds["even"][k] for k in (0, 1))
+    assert in_full > 3
+    assert 0.6 * in_full < screened < 1.4 * in_full
+
+
+def test_layers_of_one_sample_stand_once():
+    routing = UniformRouting(PAPER.num_experts, 2, num_sampled_layers=3)
+    assert sampled_layers(PAPER, routing) == [0, 1, 2]
+    dense_first = MIXED  # its first layer has no experts
+    assert sampled_layers(dense_first, UniformRouting(32, 4, num_sampled_layers=1)) == [1]
 
 
 def test_what_does_not_fit_has_no_estimate():

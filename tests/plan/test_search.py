@@ -1,10 +1,14 @@
+import re
+
 import pytest
 
 from expertlane.errors import UserError
+from expertlane.plan.candidates import MOST_DEVICES
 from expertlane.plan.families import best_of_families, family_of, pareto
+from expertlane.plan.finals import NUM_FINALISTS
 from expertlane.plan.losing import why_it_loses
 from expertlane.plan.setting import Goals, Traffic
-from expertlane.plan.two_pools import search_two_pools
+from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.layout import Layout
 from plan.questions import MIXED, PAPER, TRAFFIC, cluster_of, search_of, setting_of
 
@@ -56,7 +60,26 @@ def test_a_tighter_limit_never_serves_more():
     limit = 0.9 * free.served.tpot_s[1, 0]
     kept = search_of(goals=Goals(max_tpot_s=limit)).one_pool().finalists[0]
     assert kept.tps <= free.tps
-    assert kept.option.served.tpot_s[1, kept.option.place] <= limit
+    assert kept.served.tpot_s[1, 0] <= limit
+
+
+def test_what_breaks_a_limit_in_full_is_dropped():
+    # Just above what the best takes as screened, just below what it takes in full.
+    traffic = Traffic(1024, 4000, 64)
+    found = search_of(PAPER, 16, traffic, Goals(max_tpot_s=0.0921387), dtype="float16").one_pool()
+    assert len(found.finalists) == NUM_FINALISTS
+    for each in found.finalists:
+        assert each.served.tpot_s[1, 0] <= 0.0921387
+
+
+def test_the_nearest_is_projected_in_full():
+    best = min(search_of().one_pool().finalists, key=lambda each: each.served.tpot_s[1, 0])
+    with pytest.raises(UserError, match="at once, misses the TPOT limit of") as e:
+        search_of(goals=Goals(max_tpot_s=1e-6, max_ttft_s=1e-6)).one_pool()
+    assert " and the TTFT limit of 0.001 ms with " in str(e.value)
+    missed = float(re.search(r"TPOT limit of 0.001 ms with ([\d.]+)", str(e.value))[1])
+    kept = search_of(goals=Goals(max_tpot_s=1.001 * missed / 1e3)).one_pool()
+    assert kept.finalists[0].served.tpot_s[1, 0] <= best.served.tpot_s[1, 0]
 
 
 def test_a_limit_that_nothing_keeps_names_the_nearest():
@@ -67,6 +90,13 @@ def test_a_limit_that_nothing_keeps_names_the_nearest():
     assert "misses the TPOT limit of 0.001 ms with " in str(e.value)
 
 
+def test_one_sequence_is_not_many():
+    alone = Traffic(1, 512, 128)
+    with pytest.raises(UserError, match="with 1 sequence at once, misses the TPOT") as e:
+        search_of(traffic=alone, goals=Goals(max_tpot_s=1e-6, max_ttft_s=10)).one_pool()
+    assert " and keeps the TTFT limit of 10000 ms with " in str(e.value)
+
+
 def test_a_model_that_fits_nowhere_says_by_how_much():
     huge = PAPER.with_overrides(num_hidden_layers=64)
     with pytest.raises(UserError, match=r"fits no deployment on h100x4: the smallest, .* needs"):
@@ -75,15 +105,71 @@ def test_a_model_that_fits_nowhere_says_by_how_much():
 
 def test_a_number_of_devices_that_no_layout_takes():
     odd = MIXED.with_overrides(num_hidden_layers=1, sliding_window=(), dense_layers=())
-    layouts = [str(each.candidate.layout) for each in search_of(odd, 3).screen(cluster_of(3))]
+    layouts = [str(each.candidate.layout) for each in search_of(odd, 3).screen()]
     assert set(layouts) == {"replicas=3", "dp=3", "dp=3,ep=3"}  # attention is never cut in three
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 5])
+def test_no_more_sequences_at_once_than_asked(num_sequences):
+    traffic = Traffic(num_sequences, 512, 128)
+    found = search_of(PAPER, 8, traffic).one_pool()
+    assert max(option.steps.num_seqs.max() for option in found.options) == num_sequences
+    for each in found.finalists:
+        assert each.num_seqs == each.decode.num_tokens <= num_sequences
+        assert each.prefill.num_tokens <= num_sequences * traffic.prompt_len
+        assert each.tps <= each.num_seqs / each.decode.step_s.value
+
+
+def test_a_sequence_alone_is_served_by_tensor_parallelism():
+    found = search_of(PAPER, 8, Traffic(1, 1024, 256)).one_pool()
+    assert found.finalists[0].option.candidate.layout.dp == 1
+    assert found.finalists[0].option.candidate.layout.replicas == 1
+
+
+def test_two_pools_keep_the_limits_in_full():
+    traffic = Traffic(256, 2048, 64)
+    question = MIXED, cluster_of(4), traffic
+    free = TwoPoolSearch(*question, Goals(), setting_of(MIXED)).run()
+    limit = 0.95 * free.served.tpot_s[1, 0]
+    kept = TwoPoolSearch(*question, Goals(max_tpot_s=limit), setting_of(MIXED)).run()
+    assert kept.served.tpot_s[1, 0] <= limit
+    assert kept.tps <= free.tps
+
+
+@pytest.mark.parametrize(
+    ("model", "num_devices", "goals", "why"),
+    [
+        (MIXED, 1, Goals(), "no split"),
+        (PAPER.with_overrides(num_hidden_layers=48), 4, Goals(), "too large"),
+        (MIXED, 4, Goals(max_tpot_s=1e-6), "over limits"),
+    ],
+)
+def test_why_there_are_no_two_pools(model, num_devices, goals, why):
+    search = TwoPoolSearch(model, cluster_of(num_devices), TRAFFIC, goals, setting_of(model))
+    assert search.run() == why
+
+
+def test_a_cluster_too_large_to_plan_for():
+    with pytest.raises(UserError, match=rf"has 1000 devices; a plan takes at most {MOST_DEVICES}"):
+        search_of(num_devices=1000)
+
+
+def test_progress_counts_every_candidate_and_finalist():
+    search = search_of()
+    screened, finished = [], []
+    found = search.in_full(search.screen(screened.append), finished.append)
+    assert sum(screened) == found.num_candidates == len(search.candidates)
+    assert len(screened) > 1
+    assert sum(finished) == len(found.finalists)
 
 
 def test_two_pools_share_the_devices():
     traffic = Traffic(256, 2048, 64)
-    pools, num_tried = search_two_pools(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED))
-    assert pools is not None
-    assert num_tried > 10
+    search = TwoPoolSearch(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED))
+    done: list[int] = []
+    pools = search.run(done.append)
+    assert isinstance(pools, TwoPools)
+    assert sum(done) == search.num_candidates > 10
     sizes = [each.steps.layout.world_size for each in (pools.prefill, pools.decode)]
     assert sum(sizes) == 4
     assert pools.transfer_s[1] > 0

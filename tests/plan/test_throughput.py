@@ -12,13 +12,14 @@ TRAFFIC = Traffic(num_sequences=8, prompt_len=100, output_len=10)
 BOUNDS = np.array([0.5, 1.0, 2.0])
 
 
-def steps(decode_ms=(10.0, 20.0), num_seqs=(4, 8), prefill_ms=10.0) -> Steps:
+def steps(decode_ms=(10.0, 20.0), num_seqs=(4, 8), prefill_ms=10.0, most_seqs=8) -> Steps:
     return Steps(
         Layout(dp=2, ep=2),
         np.array(num_seqs),
         BOUNDS[:, None] * np.array(decode_ms) / 1e3,
         BOUNDS * prefill_ms / 1e3,
         Prompts(num_seqs=1, num_new=100, num_cached=0, num_steps=1),
+        most_seqs,
     )
 
 
@@ -50,7 +51,9 @@ def test_limits_choose_the_number_of_sequences():
 def test_in_two_pools_the_slower_sets_the_pace():
     slow, fast = steps(prefill_ms=1000.0), steps(prefill_ms=1.0)
     fed = two_pools(fast, steps(), np.full(3, 0.001), TRAFFIC)
-    assert fed.tps[1] == pytest.approx([400, 400])  # 4 in 10 ms, 8 in 20 ms
+    # 4 in 10 ms; 8 in 20 ms and a tenth of the 2 ms before a sequence's first decode step
+    assert fed.tps[1] == pytest.approx([400, 8 / 0.0202])
+    assert fed.tpot_s[1] == pytest.approx([0.010 + 0.001 / 9, 0.020 + 0.001 / 9])
     starved = two_pools(slow, steps(), np.zeros(3), TRAFFIC)
     assert starved.tps[1] == pytest.approx([20, 20])  # 200 prompt tokens a second
     assert starved.ttft_s[1, 0] > 10 * fed.ttft_s[1, 0]
@@ -59,9 +62,24 @@ def test_in_two_pools_the_slower_sets_the_pace():
 def test_the_transfer_between_two_pools_delays_the_second_token():
     """The first is there when the prompt is: 9 of 10 tokens share the transfer's millisecond."""
     near, far = (two_pools(steps(), steps(), np.full(3, s), TRAFFIC) for s in (0.0, 0.001))
-    np.testing.assert_array_equal(far.ttft_s, near.ttft_s)
+    np.testing.assert_array_equal(far.ttft_s[:, 0], near.ttft_s[:, 0])
     assert near.tpot_s[1] == pytest.approx([0.010, 0.020])
     assert far.tpot_s[1] == pytest.approx([0.010 + 0.001 / 9, 0.020 + 0.001 / 9])
     busy = 400 / 2000  # tokens a second, of those that prefill could feed
     own = 0.010 + 0.010 * busy / (2 * (1 - busy))
     assert far.ttft_s[1, 0] == pytest.approx(own)
+
+
+def test_fewer_sequences_than_ranks_leave_some_idle():
+    alone = steps(decode_ms=(10.0,), num_seqs=(1,), most_seqs=1)
+    served = one_pool(alone, Traffic(num_sequences=1, prompt_len=100, output_len=10))
+    assert alone.num_prompts == 1
+    assert alone.prefill_tps[1] == pytest.approx(10_000)  # one rank's
+    assert served.tps[1] == pytest.approx([1 / (0.010 + 0.001)])
+
+
+def test_a_sequence_alone_is_in_one_pool_at_a_time():
+    traffic = Traffic(num_sequences=1, prompt_len=100, output_len=10)
+    alone = steps(decode_ms=(10.0,), num_seqs=(1,), most_seqs=1)
+    served = two_pools(alone, alone, np.full(3, 0.002), traffic)
+    assert served.tps[1] == pytest.approx([1 / (0.010 + 0.0012)])

@@ -174,6 +174,7 @@ def test_all_baselines_and_no_scaling_are_said() -> None:
     results = example.results(SMALL, alone)
     assert "no deployment is a proposal" in words(results, "Projected: verdict")
     assert "no layouts of growing ep" in words(results, "Projected, goal 4")
+    assert "Not looked for" in words(results, "Projected: the best layout")
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -5,7 +5,7 @@ import pytest
 
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_config import family_of, read_config, weight_block_size
+from expertlane.spec.hf_config import family_of, quantization_of, read_config, weight_block_size
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
 # What these models publish, as transformers 4 wrote it, without what from_hf does not read.
@@ -519,6 +519,13 @@ def test_other_quantisations(quantization, message):
     with pytest.raises(SpecError) as error:
         from_hf(MIXTRAL | {"quantization_config": quantization})
     assert message in str(error.value)
+
+
+def test_a_configuration_alone_may_be_quantised_in_any_way():
+    assert from_hf(MIXTRAL | {"quantization_config": {"quant_method": "awq"}}, weights=False)
+    for wrong in ("int4", {"bits": 4}):
+        with pytest.raises(SpecError, match="quantization_config"):
+            quantization_of(MIXTRAL | {"quantization_config": wrong})
 
 
 def test_block_sizes():

@@ -14,6 +14,7 @@ from expertlane.errors import UserError
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
     from expertlane.spec.deployment import Options
+    from expertlane.spec.hf_config import Quantization
     from expertlane.spec.layout import Layout
     from expertlane.spec.model import ModelConfig
 
@@ -220,11 +221,13 @@ class FoundModel:
     Attributes:
         name: as the user gave it.
         folder: of the checkpoint; None for a preset.
+        quantization: of the checkpoint's weights; None where they are as computed with.
     """
 
     name: str
     config: "ModelConfig"
     folder: Path | None
+    quantization: "Quantization | None" = None
 
     def lay_out(self, layout: str) -> "Layout":
         """Read a layout.
@@ -287,9 +290,11 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
     """
     from expertlane.engine.hub import resolve_model
     from expertlane.spec.from_hf import read_model
+    from expertlane.spec.hf_config import quantization_of, read_config
     from expertlane.spec.model import PRESETS
 
     if name in PRESETS:
         return FoundModel(name, PRESETS[name], None)
     folder = resolve_model(name, weights=weights)
-    return FoundModel(name, read_model(folder, name), folder)
+    config = read_model(folder, name, weights=weights)
+    return FoundModel(name, config, folder, quantization_of(read_config(folder)))

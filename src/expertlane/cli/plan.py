@@ -19,11 +19,14 @@ from expertlane.cli.projection_options import (
     RoutingTraceOption,
     SkewOption,
     number_types,
+    priced_wider,
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
+    from expertlane.cli.engine_options import FoundModel
+    from expertlane.plan.serve_commands import Served
     from expertlane.plan.setting import Goals, Traffic
     from expertlane.spec.deployment import PayloadType
     from expertlane.spec.model import ModelConfig
@@ -109,6 +112,7 @@ def plan(
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.execution import Execution
     from expertlane.cost.routing_choice import choose_routing
+    from expertlane.plan.finals import NUM_FINALISTS
     from expertlane.plan.make import Plan
     from expertlane.plan.setting import Setting
     from expertlane.spec.atomic_file import write_text
@@ -122,24 +126,37 @@ def plan(
     setting = Setting(types, Execution(execution.value), routing.source, payload)
     name = slug("plan", found.config.name, devices)
     folder = results_folder(out, name)
-    plan = Plan(found.config, devices, traffic, goals, setting, routing.words)
+    cautions = tuple(filter(None, [priced_wider(found, types)]))
+    plan = Plan(found.config, devices, traffic, goals, setting, routing.words, cautions)
     with progress_on_stderr() as progress:
-        progress.task("one pool: every layout and option", 1)
-        plan.search()
-        progress.advance()
-        progress.done()
-        progress.task("prefill and decode apart", 1)
-        results = plan.results(
-            command=shlex.join(["expertlane", *sys.argv[1:]]),
-            version=__version__,
-            served_as=str(found.folder or "MODEL"),
-            experiment=str(folder / _EXPERIMENT),
-        )
-        progress.advance()
-        progress.done()
+        for task, total, part in (
+            ("one pool: every layout and option", plan.num_candidates, plan.screen),
+            ("the best of them in full", NUM_FINALISTS, plan.search),
+            ("prefill and decode apart", plan.num_pool_candidates, plan.search_pools),
+        ):
+            progress.task(task, total)
+            part(progress.advance)
+            progress.done()
+    results = plan.results(
+        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        version=__version__,
+        served=_served(found),
+        experiment=str(folder / _EXPERIMENT),
+    )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
     publish(results, folder, as_json=as_json, also=[write_text(folder / _EXPERIMENT, text)])
+
+
+def _served(found: "FoundModel") -> "Served":
+    """A folder by its absolute path: a relative one could be taken for a hub id."""
+    from expertlane.plan.serve_commands import Served
+
+    if found.folder is None:
+        return Served("MODEL")
+    is_local = os.path.isdir(os.path.expanduser(found.name))
+    model = os.path.abspath(found.folder) if is_local else found.name
+    return Served(model, found.quantization)
 
 
 def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":

@@ -76,5 +76,20 @@ def number_types(
     """What was asked for, else the checkpoint's own; float16 for a preset, as in the paper."""
     from expertlane.cost.number_types import NumberTypes
 
-    own = found.config.dtype if found.folder else "float16"
+    own: str = found.config.dtype if found.folder else "float16"
+    if found.quantization is not None and found.quantization.is_float8:
+        own = "float8"
     return NumberTypes.asked(dtype.value if dtype else own, kv_dtype and kv_dtype.value)
+
+
+def priced_wider(found: "FoundModel", types: "NumberTypes") -> str | None:
+    """A sentence where a checkpoint's weights are narrower than any that can be priced."""
+    quantization = found.quantization
+    if quantization is None or quantization.is_float8:
+        return None
+    nearer = "" if types.weights == "float8" else "; --dtype float8 comes nearer"
+    return (
+        f"The checkpoint's weights are {quantization.method} but priced as {types.weights}, for "
+        "want of a law of narrower ones: their memory and reads come out too large"
+        f"{nearer}."
+    )

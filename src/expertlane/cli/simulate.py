@@ -44,6 +44,7 @@ from expertlane.cli.projection_options import (
     RoutingTraceOption,
     SkewOption,
     number_types,
+    priced_wider,
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import SpecError, UserError
@@ -205,8 +206,15 @@ def simulate(
     folder = results_folder(out, slug("simulate", config.name, cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
-    command = shlex.join(["expertlane", *sys.argv[1:]])
-    results = simulation(simulator, outcome, routing, seed, command=command, version=__version__)
+    results = simulation(
+        simulator,
+        outcome,
+        routing,
+        seed,
+        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        version=__version__,
+        caution=priced_wider(found_model, setup.types),
+    )
     also = [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
     publish(results, folder, as_json=as_json, also=also)
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.operation import Floats, Ints
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.model_parts import Routing
 
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
@@ -39,13 +40,14 @@ class PowerLawRouting:
     """Experts of unequal popularity, drawn without replacement.
 
     The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha, as the
-    router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Groups
-    of experts that a router may be limited to are not modelled. Tokens are drawn once and taken in
-    turn.
+    router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Where a
+    router is limited to groups, a token's draws of all experts choose its groups first, then the K
+    inside them. Tokens are drawn once and taken in turn.
 
     Args:
         alpha: 0 for experts alike.
         num_sampled_layers: layers take turns with so many samples.
+        groups: those of the router; none if not given.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class PowerLawRouting:
         alpha: float,
         seed: int = 0,
         num_sampled_layers: int = 4,
+        groups: Routing | None = None,
     ) -> None:
+        self._groups = groups or Routing()
         self._num_experts = num_experts
         self._top_k = top_k
         self._alpha = alpha
@@ -68,7 +72,8 @@ class PowerLawRouting:
         cls, model: ModelConfig, alpha: float, seed: int = 0, num_sampled_layers: int = 4
     ) -> "PowerLawRouting":
         """For a model's experts."""
-        return cls(model.num_experts, model.num_experts_per_tok, alpha, seed, num_sampled_layers)
+        sizes = model.num_experts, model.num_experts_per_tok
+        return cls(*sizes, alpha, seed, num_sampled_layers, model.routing)
 
     def sample_of(self, layer: int) -> int:
         """Layers take turns."""
@@ -101,10 +106,26 @@ class PowerLawRouting:
             # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
             arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self._num_experts), np.float32)
             arrivals *= self._rarity(sample).astype(np.float32)
+            if self._groups.n_group > 1:
+                _close_groups(arrivals, self._groups)
             blocks.append(np.argpartition(arrivals, self._top_k - 1, axis=1)[:, : self._top_k])
         if len(blocks) > 1:
             self._drawn[sample] = drawn = np.concatenate(blocks)
         return drawn
+
+
+def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
+    """Put off the arrivals [T, E] of all experts outside each token's `topk_group` groups.
+
+    Logarithms of arrivals stand for scores: a group's largest is its first arrival, the sum of its
+    two largest the product of its first two.
+    """
+    by_group = arrivals.reshape(len(arrivals), groups.n_group, -1)  # a view
+    num_compared = 1 if groups.group_score == "max" else 2
+    first = np.partition(by_group, num_compared - 1, axis=2)[:, :, :num_compared]
+    order = np.argsort(first.prod(axis=2), axis=1)
+    closed = order[:, groups.topk_group :]
+    by_group[np.arange(len(arrivals))[:, None], closed] = np.inf
 
 
 class UniformRouting(PowerLawRouting):

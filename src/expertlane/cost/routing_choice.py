@@ -50,6 +50,11 @@ def choose_routing(
             if skew
             else "every expert is as popular; real traffic is not, so this is the best case"
         )
+        if model.routing.n_group > 1:
+            words += (
+                f"; within the best {model.routing.topk_group} of {model.routing.n_group} groups "
+                "of each token"
+            )
         return RoutingChoice(source, f"--skew {skew:g}", words)
     if skew:
         raise UserError("--routing-trace and --skew exclude each other")

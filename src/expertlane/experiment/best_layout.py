@@ -9,7 +9,8 @@ from expertlane.cost.operation import Floats
 from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress
 from expertlane.plan.families import pareto
-from expertlane.plan.search import Finalist, OnePool, Option, Search
+from expertlane.plan.option import Finalist, Option
+from expertlane.plan.search import OnePool, Search
 from expertlane.plan.setting import Goals, Setting, Traffic
 from expertlane.plan.throughput import Served
 from expertlane.results.layout_sizes import LayoutSizes

@@ -8,13 +8,13 @@ from expertlane.balance.deployed import placements_of
 from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import OVERHEAD_S, Execution
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting, RoutingSource, UniformRouting
+from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.experiment.best_layout import plan_beside
 from expertlane.experiment.progress import Progress
 from expertlane.experiment.projected_assumptions import projected_assumptions
-from expertlane.plan.candidates import FORMS
-from expertlane.plan.capacity import FREE_SHARE, Capacity, capacity
+from expertlane.plan.candidates import FORMS, MOST_DEVICES
+from expertlane.plan.capacity import FREE_SHARE, Capacity, capacity, prefill_step_tokens
 from expertlane.plan.memory import STEP_TOKENS
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.setting import Setting
@@ -98,8 +98,9 @@ class ExperimentProjector:
         context = self._context(rows)
         rows = self._seen_closer(rows, context, progress)
         scaling = self._scaling(context, progress)
-        progress.task("looking for better layouts", 2 * len(self.top_ks))
-        planned = [self._planned(top_k, context, rows, progress) for top_k in self.top_ks]
+        top_ks = self.top_ks if cluster.num_devices <= MOST_DEVICES else ()
+        progress.task("looking for better layouts", 2 * len(top_ks))
+        planned = [self._planned(top_k, context, rows, progress) for top_k in top_ks]
         progress.done()
         device = cluster.profile.device
         return Projection(
@@ -153,12 +154,10 @@ class ExperimentProjector:
         key = conditions.top_k, conditions.routing
         if key not in self._sources:
             model = self._model(conditions.top_k)
-            self._sources[key] = (
-                UniformRouting(model.num_experts, model.num_experts_per_tok)
-                if conditions.routing == "balanced"
-                else PowerLawRouting.of(model, self._skew)
-            )
-        return Setting(self._types, conditions.execution, self._sources[key])
+            skew = 0.0 if conditions.routing == "balanced" else self._skew
+            self._sources[key] = PowerLawRouting.of(model, skew)
+        source = self._sources[key]
+        return Setting(self._types, conditions.execution, source, step_tokens=STEP_TOKENS)
 
     def _rows(self, progress: Progress) -> list[ProjectedDeployment]:
         deployments = self._experiment.deployments
@@ -249,14 +248,15 @@ class ExperimentProjector:
     def _room(
         self, model: ModelConfig, layout: Layout, options: Options, full_len: int | None = None
     ) -> Capacity:
+        workload = self._experiment.workload
         return capacity(
             model,
             layout,
             placements_of(model, layout, options),
             self._types,
             self._cluster.profile.device.memory_bytes,
-            full_len or self._experiment.workload.max_len,
-            max(1, STEP_TOKENS // (layout.replicas * layout.dp)),
+            full_len or workload.max_len,
+            prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),
         )
 
     def _context(self, rows: list[ProjectedDeployment]) -> int:

@@ -17,14 +17,15 @@ def plan_assumptions(
     Args:
         routing: which experts tokens choose, in words.
     """
+    num = traffic.num_sequences
     graph = setting.execution is Execution.GRAPH
     return tuple(
         PlanAssumption(*each)
         for each in (
             (
                 "workload",
-                f"served without end, {traffic.num_sequences:,} sequences at once where they fit: "
-                f"{traffic.prompt_len:,} prompt + {traffic.output_len:,} output tokens",
+                f"served without end, {num:,} sequence{'' if num == 1 else 's'} at once where "
+                f"they fit: {traffic.prompt_len:,} prompt + {traffic.output_len:,} output tokens",
                 "--workload",
             ),
             ("routing", routing, "--routing-trace, --skew"),

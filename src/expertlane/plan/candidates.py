@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from expertlane.errors import SpecError
+from expertlane.cost.cluster import ModelledCluster
+from expertlane.errors import CapacityError, SpecError
 from expertlane.spec.deployment import DispatchForm, MicroBatchSchedule, Options, PayloadType
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
@@ -18,6 +19,9 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 )
 
 
+MOST_DEVICES = 128  # of a plan: layouts and their ranks grow faster than devices do
+
+
 class Candidate(NamedTuple):
     """One deployment, not yet named."""
 
@@ -26,6 +30,19 @@ class Candidate(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layout}; {self.options}"
+
+
+def check_devices(cluster: ModelledCluster) -> None:
+    """Check that a plan can be made in time.
+
+    Raises:
+        CapacityError: there are more devices than it can be made for, with both numbers.
+    """
+    if cluster.num_devices > MOST_DEVICES:
+        raise CapacityError(
+            f"cluster {cluster} has {cluster.num_devices} devices; a plan takes at most "
+            f"{MOST_DEVICES}: plan a part of it, {cluster.profile.name}x{MOST_DEVICES} for example"
+        )
 
 
 def valid_layouts(model: ModelConfig, num_devices: int) -> list[Layout]:

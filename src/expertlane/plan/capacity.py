@@ -10,6 +10,7 @@ from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
+_RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
 FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
 
 
@@ -27,6 +28,20 @@ class Capacity:
     memory: RankMemory
     free_bytes: float
     max_seqs: int
+
+
+def prefill_step_tokens(
+    layout: Layout, num_sequences: int, prompt_len: int, step_tokens: int | None = None
+) -> int:
+    """Of a data-parallel rank's prefill step, at most: all its prompts, or as many as allowed.
+
+    Args:
+        num_sequences: over the whole system.
+        step_tokens: allowed over the whole system; 8,192 on each data-parallel rank if None.
+    """
+    num_caches = layout.replicas * layout.dp
+    allowed = _RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
+    return min(allowed, prompt_len * ceil(num_sequences / num_caches))
 
 
 def capacity(

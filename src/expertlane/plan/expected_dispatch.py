@@ -36,7 +36,7 @@ class ExpectedDispatch(ExpertWriter):
         self._spread = spread
         self._form = form_of(form, out.stage)
         layout = self._layout = out.stage.layout
-        stage_tokens = part.tokens * layout.dp
+        stage_tokens = part.stage_tokens
         self._everywhere = stage_tokens
         mean = stage_tokens * (self.top_k / layout.ep)
         busiest = np.where(mean > 0, busiest_of(mean * spread.hot, layout.ep), 0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from expertlane.plan.search import Option
+from expertlane.plan.option import Option
 from expertlane.spec.layout import Layout
 
 

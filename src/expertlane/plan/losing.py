@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from expertlane.plan.search import Option
+from expertlane.plan.option import Option
 from expertlane.plan.setting import Traffic
 from expertlane.plan.throughput import LIKELY
 from expertlane.spec.names import ProjectedCause
@@ -45,6 +45,7 @@ def why_it_loses(winner: Option, loser: Option, traffic: Traffic) -> str:
         return "as fast by this count"
     text = f"µs a token: {', '.join(parts)}" if parts else "a little more of everything"
     most = np.minimum(traffic.num_sequences, winner.steps.num_seqs.max())
-    if loser.steps.num_seqs.max() < most:
-        text += f"; memory for {loser.steps.num_seqs.max():,} sequences"
+    room = int(loser.steps.num_seqs.max())
+    if room < most:
+        text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"
     return text

@@ -1,7 +1,7 @@
 """A whole plan: search, explain, and put it into results."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -12,15 +12,21 @@ from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.families import best_of_families
 from expertlane.plan.outcome import best_deployments, families, papers, pareto_front, pools
 from expertlane.plan.search import OnePool, Search
-from expertlane.plan.serve_commands import serve_commands
+from expertlane.plan.serve_commands import Served, serve_commands
 from expertlane.plan.setting import Goals, Setting, Traffic
-from expertlane.plan.two_pools import search_two_pools
-from expertlane.results.plan import PlanResults, ServeCommandResult
+from expertlane.plan.structure import Screened
+from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.results.plan import NoPools, PlanResults, ServeCommandResult
 from expertlane.spec.model import ModelConfig
 
 
 class Plan:
-    """The question, and what is found of it step by step."""
+    """The question, and what is found of it step by step.
+
+    Args:
+        routing: which experts tokens choose, in words.
+        cautions: what a reader must know of the numbers, in sentences.
+    """
 
     def __init__(
         self,
@@ -30,7 +36,9 @@ class Plan:
         goals: Goals,
         setting: Setting,
         routing: str,
+        cautions: tuple[str, ...] = (),
     ) -> None:
+        self._cautions = cautions
         self._model = model
         self._cluster = cluster
         self._traffic = traffic
@@ -38,15 +46,50 @@ class Plan:
         self._setting = setting
         self._routing = routing
         self._search = Search(model, cluster, traffic, goals, setting)
+        self._pool_search = TwoPoolSearch(model, cluster, traffic, goals, setting)
+        self._screened: list[Screened] = []
         self._found: OnePool | None = None
+        self._pools: TwoPools | NoPools = "over limits"
 
-    def search(self) -> None:
-        """One pool of all devices.
+    @property
+    def num_candidates(self) -> int:
+        """Deployments of one pool."""
+        return len(self._search.candidates)
+
+    @property
+    def num_pool_candidates(self) -> int:
+        """Deployments tried for two pools."""
+        return self._pool_search.num_candidates
+
+    def screen(self, advance: Callable[[int], None]) -> None:
+        """First, one pool of all devices.
+
+        Args:
+            advance: called with a number of candidates that are done.
 
         Raises:
-            UserError: no layout is valid, nothing fits, or nothing keeps the limits.
+            UserError: no layout is valid.
         """
-        self._found = self._search.one_pool()
+        self._screened = self._search.screen(advance)
+
+    def search(self, advance: Callable[[int], None]) -> None:
+        """Then, the best of them in full.
+
+        Args:
+            advance: called with 1 for each of at most `NUM_FINALISTS`.
+
+        Raises:
+            UserError: nothing fits, or nothing keeps the limits.
+        """
+        self._found = self._search.in_full(self._screened, advance)
+
+    def search_pools(self, advance: Callable[[int], None]) -> None:
+        """Last, two pools.
+
+        Args:
+            advance: called with a number of candidates that are done.
+        """
+        self._pools = self._pool_search.run(advance)
 
     @property
     def found(self) -> OnePool:
@@ -55,19 +98,17 @@ class Plan:
         return self._found
 
     def results(
-        self, *, command: str, version: str, served_as: str, experiment: str | None
+        self, *, command: str, version: str, served: Served, experiment: str | None
     ) -> PlanResults:
-        """Two pools too, and all that is shown.
+        """All that is shown.
 
         Args:
             version: of expertlane.
-            served_as: what other systems are to load.
+            served: what other systems are to load.
             experiment: the path of the file with `experiment`.
         """
         found, traffic, goals, setting = self.found, self._traffic, self._goals, self._setting
-        two, num_pool_candidates = search_two_pools(
-            self._model, self._cluster, traffic, goals, setting
-        )
+        two = self._pools
         winner = found.finalists[0].option.candidate
         return PlanResults(
             command=command,
@@ -85,21 +126,23 @@ class Plan:
             families=families(found, traffic),
             pareto=pareto_front(found),
             papers=papers(found, traffic, self._search, self._model),
-            two_pools=None if two is None else pools(two),
+            two_pools=pools(two) if isinstance(two, TwoPools) else None,
+            no_two_pools=None if isinstance(two, TwoPools) else two,
             num_candidates=found.num_candidates,
             num_too_large=found.num_too_large,
             num_over_limits=sum(option.place is None for option in found.options),
-            num_pool_candidates=num_pool_candidates,
-            commands=self._commands(winner, served_as),
+            num_pool_candidates=self.num_pool_candidates,
+            commands=self._commands(winner, served),
             experiment=experiment,
             assumptions=plan_assumptions(self._cluster, traffic, setting, self._routing),
+            cautions=self._cautions,
         )
 
-    def _commands(self, winner: Candidate, served_as: str) -> tuple[ServeCommandResult, ...]:
+    def _commands(self, winner: Candidate, served: Served) -> tuple[ServeCommandResult, ...]:
         per_node = self._cluster.profile.ranks_per_node
         nodes = -(-winner.layout.replica_size // per_node)
         commands = serve_commands(
-            winner, served_as, self._setting.types, self._traffic.full_len + 1, nodes
+            winner, served, self._setting.types, self._traffic.full_len + 1, nodes
         )
         return tuple(ServeCommandResult(**asdict(each)) for each in commands)
 

@@ -8,7 +8,8 @@ import numpy as np
 from expertlane.cost.operation import Floats
 from expertlane.plan.families import best_of_families, pareto
 from expertlane.plan.losing import why_it_loses
-from expertlane.plan.search import Finalist, OnePool, Option, Search
+from expertlane.plan.option import Finalist, Option
+from expertlane.plan.search import OnePool, Search
 from expertlane.plan.setting import Traffic
 from expertlane.plan.throughput import LIKELY, Served, Steps
 from expertlane.plan.two_pools import TwoPools
@@ -49,9 +50,9 @@ def papers(
     for name, layout in zip(_PAPERS, LAYOUTS, strict=True):
         options = [option for option in found.options if option.candidate.layout == layout]
         best = max(options, key=lambda option: option.tps, default=None)
-        if best is not None and best.place is not None:
-            why = why_it_loses(winner, best, traffic) if best is not winner else ""
-            finalist = search.finish(best)
+        finalist = None if best is None else search.finish_within(best)
+        if finalist is not None:
+            why = why_it_loses(winner, finalist.option, traffic)
             rows[name] = replace(_of_finalist(finalist, why), timelines=search.timelines(finalist))
     return rows
 

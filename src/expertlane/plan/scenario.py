@@ -34,17 +34,19 @@ class LoadedTransfer:
 
 @dataclass(frozen=True, eq=False)
 class Scenarios:
-    """Alike sequences on every data-parallel rank; stands for `cost.batch_sizes.PartSizes`.
+    """Alike sequences, of a data-parallel rank that has most; as `cost.batch_sizes.PartSizes`.
 
     Attributes:
         num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions
             cached before them. A scenario is all decodes or all prompts.
+        stage_seqs: [S]; sequences of all data-parallel ranks, of which some may be idle.
     """
 
     tp: int
     num_seqs: Ints
     num_new: Ints
     num_cached: Ints
+    stage_seqs: Ints
 
     @property
     def size(self) -> int:
@@ -55,6 +57,11 @@ class Scenarios:
     def tokens(self) -> Ints:
         """[S]; of a data-parallel rank."""
         return self.num_seqs * self.num_new
+
+    @property
+    def stage_tokens(self) -> Ints:
+        """[S]; of all data-parallel ranks."""
+        return self.stage_seqs * self.num_new
 
     @property
     def owned(self) -> Ints:

@@ -1,6 +1,8 @@
 """Every candidate deployment priced at once, from expected traffic and one rank of each stage."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 import numpy as np
 
@@ -12,18 +14,18 @@ from expertlane.cost.links import LinkModel
 from expertlane.cost.operation import Ints
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.capacity import capacity
+from expertlane.plan.capacity import capacity, prefill_step_tokens
 from expertlane.plan.prices import price
 from expertlane.plan.setting import Setting, Traffic
-from expertlane.plan.spread import Spread, spread_of
+from expertlane.plan.spread import Spread, mean_spread, sampled_layers, spread_of
 from expertlane.plan.stage_cost import StagePlan
 from expertlane.plan.structure import Screened, Structure
 from expertlane.spec.deployment import DispatchChoice
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
-_PREFILL_TOKENS = 8192  # of a data-parallel rank's prefill step, if prompts allow
 _MOST_BATCHES = 12  # numbers of sequences that are tried
+_PRICED_TOGETHER = 48  # structures: enough for long arrays, few enough to say how far it is
 
 
 class Screen:
@@ -40,50 +42,63 @@ class Screen:
         self._links = LinkModel(cluster.profile)
         self._terms = Terms.of(cluster.profile, setting.execution)
         self._spreads: dict[tuple[object, ...], Spread] = {}
-        self._moe_layer = next(
-            (layer for layer in range(model.num_hidden_layers) if not model.is_dense(layer)), None
-        )
+        self._layers = sampled_layers(model, setting.routing)
 
-    def run(self, candidates: Iterable[Candidate]) -> list[Screened]:
-        """All of them, in order of structure: those with the same steps after each other."""
-        structures: dict[tuple[Layout, DispatchChoice, int], Structure] = {}
+    def run(
+        self, candidates: Iterable[Candidate], advance: Callable[[int], None]
+    ) -> list[Screened]:
+        """All of them, in order of structure: those with the same steps after each other.
+
+        Args:
+            advance: called with a number of candidates that are done.
+        """
+        alike: defaultdict[tuple[Layout, DispatchChoice, int], list[Candidate]] = defaultdict(list)
         for candidate in candidates:
             layout, options = candidate
-            key = layout, options.dispatch, options.num_redundant_experts
-            if key not in structures:
-                structures[key] = self._structure(candidate)
-            structures[key].candidates.append(candidate)
-        fitting = [each for each in structures.values() if each.fits]
+            alike[layout, options.dispatch, options.num_redundant_experts].append(candidate)
+        screened: list[Screened] = []
+        rest = iter(alike.values())
+        while some := list(islice(rest, _PRICED_TOGETHER)):
+            screened += self._price(some)
+            advance(sum(map(len, some)))
+        return screened
+
+    def _price(self, alike: Iterable[list[Candidate]]) -> list[Screened]:
+        """Of each structure's candidates."""
+        structures = [self._structure(candidates) for candidates in alike]
+        fitting = [each for each in structures if each.fits]
         lists = [steps for each in fitting for steps in each.lists()]
         priced = iter(price(self._profile, self._setting.types, self._terms, lists))
         for each in fitting:
             each.take_prices(priced)
         return [
-            screened
-            for each in structures.values()
-            for screened in each.results(self._links, self._terms)
+            screened for each in structures for screened in each.results(self._links, self._terms)
         ]
 
     def placement(self, layout: Layout, num_redundant: int) -> Placement:
         """Of every MoE layer."""
         return Placement.linear(self._model.num_experts, layout.ep, num_redundant)
 
-    def _structure(self, candidate: Candidate) -> Structure:
-        model, layout, setting = self._model, candidate.layout, self._setting
+    def _structure(self, candidates: list[Candidate]) -> Structure:
+        candidate, model, setting = candidates[0], self._model, self._setting
+        layout = candidate.layout
         placement = self.placement(layout, candidate.options.num_redundant_experts)
         placements: Placements = tuple(
             None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
         )
         form = candidate.options.dispatch
         assert form != "auto", "candidates name their form"
-        prefill_tokens = min(_PREFILL_TOKENS, self._traffic.prompt_len * self._wanted(layout))
+        traffic = self._traffic
+        prefill_tokens = prefill_step_tokens(
+            layout, traffic.num_sequences, traffic.prompt_len, setting.step_tokens
+        )
         room = capacity(
             model,
             layout,
             placements,
             setting.types,
             self._profile.device.memory_bytes,
-            self._traffic.full_len,
+            traffic.full_len,
             prefill_tokens,
         )
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
@@ -96,7 +111,7 @@ class Screen:
             candidate.options.payload,
         )
         num_seqs = _numbers_up_to(min(room.max_seqs, self._wanted(layout)))
-        return Structure(plan, mesh, self._traffic, room, num_seqs, prefill_tokens)
+        return Structure(candidates, plan, mesh, traffic, room, num_seqs, prefill_tokens)
 
     def _wanted(self, layout: Layout) -> int:
         """Sequences of a data-parallel rank if all are running."""
@@ -106,8 +121,9 @@ class Screen:
         layout = mesh.layout
         key = layout.dp * layout.tp, layout.ep, num_redundant
         if key not in self._spreads:
-            layer = 0 if self._moe_layer is None else self._moe_layer
-            self._spreads[key] = spread_of(mesh, placement, self._setting.routing, layer)
+            self._spreads[key] = mean_spread(
+                [spread_of(mesh, placement, self._setting.routing, each) for each in self._layers]
+            )
         return self._spreads[key]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
+from expertlane.spec.hf_config import Quantization
 
 _VLLM_ALL_TO_ALL = {
     "all_gather": "allgather_reducescatter",
@@ -33,23 +34,35 @@ class ServeCommand:
     note: str
 
 
+@dataclass(frozen=True)
+class Served:
+    """What the other systems shall load.
+
+    Attributes:
+        model: a hub id or a folder.
+        quantization: of its weights as stored; None where they are not quantised.
+    """
+
+    model: str
+    quantization: Quantization | None = None
+
+
 def serve_commands(
-    candidate: Candidate, model: str, types: NumberTypes, max_model_len: int, nodes: int
+    candidate: Candidate, served: Served, types: NumberTypes, max_model_len: int, nodes: int
 ) -> list[ServeCommand]:
     """The commands of both systems for one replica.
 
     Args:
-        model: what they shall load: a hub id or a folder.
         nodes: that a replica spans.
     """
     return [
-        _vllm(candidate, model, types, max_model_len, nodes),
-        _sglang(candidate, model, types, max_model_len, nodes),
+        _vllm(candidate, served, types, max_model_len, nodes),
+        _sglang(candidate, served, types, max_model_len, nodes),
     ]
 
 
 def _vllm(
-    candidate: Candidate, model: str, types: NumberTypes, max_model_len: int, nodes: int
+    candidate: Candidate, served: Served, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
     if layout.ep > 1 and layout.etp > 1:
@@ -58,7 +71,7 @@ def _vllm(
             f"with experts cut in {layout.etp} cannot be said"
         )
         return ServeCommand("vLLM", None, why)
-    words = ["vllm", "serve", model, "--tensor-parallel-size", str(layout.tp)]
+    words = ["vllm", "serve", served.model, "--tensor-parallel-size", str(layout.tp)]
     if layout.dp > 1:
         words += ["--data-parallel-size", str(layout.dp)]
     if layout.pp > 1:
@@ -71,8 +84,10 @@ def _vllm(
             words += ["--enable-eplb", "--eplb-config", config]
         if options.overlap:
             words += ["--enable-dbo"]
-    words += [*_vllm_types(types), "--max-model-len", str(max_model_len)]
-    notes = []
+    words += _weights(types, served)
+    words += ["--kv-cache-dtype", "fp8"] if types.kv == "float8" else []
+    words += ["--max-model-len", str(max_model_len)]
+    notes = _kept_weights(types, served)
     if nodes > 1 and layout.dp > 1:
         notes.append(
             f"on {nodes} nodes: add --data-parallel-size-local, --data-parallel-address and, on "
@@ -85,20 +100,29 @@ def _vllm(
     return ServeCommand("vLLM", shlex.join(words), "; ".join(notes))
 
 
-def _vllm_types(types: NumberTypes) -> list[str]:
-    words = [] if types.weights == "float8" else ["--dtype", types.weights]
-    return [*words, "--kv-cache-dtype", "fp8"] if types.kv == "float8" else words
+def _weights(types: NumberTypes, served: Served) -> list[str]:
+    """Both systems quantise to float8 as they load; what is stored so already needs no word."""
+    if types.weights != "float8":
+        return ["--dtype", types.weights]
+    return [] if served.quantization else ["--quantization", "fp8"]
+
+
+def _kept_weights(types: NumberTypes, served: Served) -> list[str]:
+    stored = served.quantization
+    if stored is None or (stored.is_float8 and types.weights == "float8"):
+        return []
+    return [f"it serves the stored {stored.method} weights, not {types.weights}"]
 
 
 def _sglang(
-    candidate: Candidate, model: str, types: NumberTypes, max_model_len: int, nodes: int
+    candidate: Candidate, served: Served, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
     is_deepep = layout.ep > 1 and options.dispatch in _SGLANG_MODE
     if is_deepep and layout.etp > 1:
         why = f"with DeepEP, SGLang's ep is all of its ranks; ep={layout.ep} of {layout.stage_size}"
         return ServeCommand("SGLang", None, f"{why} cannot be said")
-    words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    words = ["python", "-m", "sglang.launch_server", "--model-path", served.model]
     words += ["--tp-size", str(layout.stage_size)]  # its tp is all ranks; attention's is tp / dp
     if layout.dp > 1:
         words += ["--dp-size", str(layout.dp), "--enable-dp-attention"]
@@ -112,13 +136,12 @@ def _sglang(
             words += ["--ep-num-redundant-experts", str(options.num_redundant_experts)]
         if options.overlap:
             words += ["--enable-two-batch-overlap"]
-    if types.weights != "float8":
-        words += ["--dtype", types.weights]
+    words += _weights(types, served)
     if types.kv == "float8":
         words += ["--kv-cache-dtype", "fp8_e4m3"]
     words += ["--context-length", str(max_model_len)]
-    note = ""
+    notes = _kept_weights(types, served)
     if nodes > 1:
         words += ["--nnodes", str(nodes), "--node-rank", "N", "--dist-init-addr", "HOST:PORT"]
-        note = f"once on each node, with N from 0 to {nodes - 1}"
-    return ServeCommand("SGLang", shlex.join(words), note)
+        notes.append(f"once on each node, with N from 0 to {nodes - 1}")
+    return ServeCommand("SGLang", shlex.join(words), "; ".join(notes))

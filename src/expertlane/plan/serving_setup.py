@@ -56,10 +56,12 @@ def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:
     """
     needed = sum(layout.world_size for layout in setup.layouts)
     if needed > cluster.num_devices:
-        each = " and ".join(f"{layout} ({layout.world_size})" for layout in setup.layouts)
-        raise SpecError(
-            f"layout {each} needs {needed} devices but {cluster} has {cluster.num_devices}"
-        )
+        if len(setup.layouts) == 1:
+            need = f"layout {setup.layout} needs {needed} devices"
+        else:
+            each = " and ".join(f"{layout} with {layout.world_size}" for layout in setup.layouts)
+            need = f"layouts {each} need {needed} devices"
+        raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
     if setup.options.dispatch != "hierarchical":
         return
     per_node = cluster.profile.ranks_per_node

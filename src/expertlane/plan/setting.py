@@ -52,9 +52,11 @@ class Setting:
     Attributes:
         routing: which experts tokens choose.
         payload: in which hidden states are dispatched.
+        step_tokens: of a prefill step, as for `capacity.prefill_step_tokens`.
     """
 
     types: NumberTypes
     execution: Execution
     routing: RoutingSource
     payload: PayloadType = "model"
+    step_tokens: int | None = None

@@ -15,11 +15,20 @@ _HOW = {
 
 
 def assumptions(
-    setup: ServingSetup, cluster: ModelledCluster, execution: Execution, routing: RoutingChoice
+    setup: ServingSetup,
+    cluster: ModelledCluster,
+    execution: Execution,
+    routing: RoutingChoice,
+    caution: str | None = None,
 ) -> tuple[SimulationAssumption, ...]:
-    """In the order in which a reader would ask."""
+    """In the order in which a reader would ask.
+
+    Args:
+        caution: what there is to be known of the weights, in a sentence.
+    """
+    beside = caution or "hidden states are bfloat16 beside float8"
     rows = [
-        ("weights", setup.types.weights, "--dtype", "hidden states are bfloat16 beside float8"),
+        ("weights", setup.types.weights, "--dtype", beside),
         ("keys and values", setup.types.kv, "--kv-dtype", "as hidden states, if not said"),
         ("execution", execution.value, "--execution", _HOW[execution]),
         ("routing", routing.option, "--routing-trace, --skew", routing.words),

@@ -52,12 +52,14 @@ def simulation(
     *,
     command: str,
     version: str,
+    caution: str | None = None,
 ) -> Simulation:
     """All of `results.json`.
 
     Args:
         command: how a user repeats it.
         version: of expertlane.
+        caution: what a reader must know of the weights, in a sentence.
     """
     tokens = np.sum([pool.tally.num_tokens_per_expert for pool in outcome.pools], axis=0)
     cluster, setup = simulator.cluster, simulator.setup
@@ -69,7 +71,7 @@ def simulation(
         cluster=_cluster(cluster, setup),
         deployment=_deployment(setup, simulator.execution, routing),
         workload=_load(simulator.load, seed, outcome),
-        assumptions=assumptions(setup, cluster, simulator.execution, routing),
+        assumptions=assumptions(setup, cluster, simulator.execution, routing, caution),
         service=service(outcome),
         pools=_pools(simulator, outcome),
         num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in tokens),

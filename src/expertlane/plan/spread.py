@@ -6,7 +6,8 @@ variables above the mean (P. Royston, "Expected Normal Order Statistics", Applie
 1982, gives exact ones; the median of the largest serves here).
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
@@ -19,8 +20,10 @@ from expertlane.cost.routing import RoutingSource
 from expertlane.cost.stage_mesh import StageMesh
 from expertlane.errors import SpecError
 from expertlane.plan.scenario import Reals
+from expertlane.spec.model import ModelConfig
 
-_SAMPLE_TOKENS = 2048
+_SAMPLE_TOKENS = 2048  # of a layer
+_MOST_LAYERS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,34 @@ def spread_of(mesh: StageMesh, placement: Placement, routing: RoutingSource, lay
         hot=_hotness(pairs, num_tokens * topk_ids.shape[1]),
         chosen=counts.num_tokens_per_expert[busiest, held] / num_tokens,
     )
+
+
+def sampled_layers(model: ModelConfig, routing: RoutingSource) -> list[int]:
+    """A few MoE layers that stand for all, evenly chosen; none twice of the same sample.
+
+    A model without any stands for itself by its first layer.
+    """
+    of_sample: dict[Hashable, int] = {}
+    for layer in range(model.num_hidden_layers):
+        if not model.is_dense(layer):
+            of_sample.setdefault(routing.sample_of(layer), layer)
+    layers = list(of_sample.values()) or [0]
+    places = np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int)
+    return [layers[place] for place in places]
+
+
+def mean_spread(spreads: Sequence[Spread]) -> Spread:
+    """Of some layers of one placement; `chosen` by place in descending order."""
+    num_slots = max(len(each.chosen) for each in spreads)
+    chosen = np.zeros((len(spreads), num_slots))
+    for place, each in enumerate(spreads):
+        chosen[place, : len(each.chosen)] = np.sort(each.chosen)[::-1]
+    means = {
+        each.name: float(np.mean([getattr(spread, each.name) for spread in spreads]))
+        for each in fields(Spread)
+        if each.name != "chosen"
+    }
+    return Spread(**means, chosen=chosen.mean(axis=0))
 
 
 def busiest_of(mean: Reals, num_ranks: int) -> Reals:

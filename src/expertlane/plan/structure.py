@@ -34,11 +34,6 @@ class Prompts(NamedTuple):
     num_cached: int
     num_steps: int
 
-    @property
-    def num_tokens(self) -> int:
-        """New ones."""
-        return self.num_seqs * self.num_new
-
 
 @dataclass(frozen=True, eq=False)
 class Screened:
@@ -61,11 +56,16 @@ class Screened:
 
 
 class _Part(NamedTuple):
-    """Sequences of a data-parallel rank in a part of a micro-batch, and of each its tokens."""
+    """Sequences of a data-parallel rank in a part of a micro-batch, and of each its tokens.
+
+    Attributes:
+        stage_seqs: sequences of all data-parallel ranks.
+    """
 
     num_seqs: int
     num_new: int
     num_cached: int
+    stage_seqs: int
 
 
 class _Phase:
@@ -99,11 +99,12 @@ class Structure:
         prefill_tokens: of a data-parallel rank's prefill step, at most.
 
     Attributes:
-        candidates: those of this structure; to be filled before `lists`.
+        candidates: those of this structure.
     """
 
     def __init__(
         self,
+        candidates: list[Candidate],
         plan: StagePlan,
         mesh: StageMesh,
         traffic: Traffic,
@@ -111,7 +112,7 @@ class Structure:
         num_seqs: Ints,
         prefill_tokens: int,
     ) -> None:
-        self.candidates: list[Candidate] = []
+        self.candidates = candidates
         self._plan = plan
         self._mesh = mesh
         self._traffic = traffic
@@ -169,28 +170,42 @@ class Structure:
 
     def _decode_parts(self, how: Pipelining) -> list[_Part]:
         context = self._traffic.mean_context
-        return [_Part(-(-num // how.num_parts), 1, context) for num in self._num_seqs.tolist()]
+        sizes = [-(-num // how.num_parts) for num in self._num_seqs.tolist()]
+        return [_Part(num, 1, context, self._stage_seqs(num)) for num in sizes]
+
+    def _stage_seqs(self, num_seqs: int) -> int:
+        """Of all data-parallel ranks of the fullest replica, where one has so many."""
+        layout = self._mesh.layout
+        return min(num_seqs * layout.dp, -(-self._traffic.num_sequences // layout.replicas))
 
     def _prefill_part(self, how: Pipelining) -> tuple[_Part, Pipelining, Prompts]:
         """A part of a prefill step, how the step is cut, and the whole of it.
 
         Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
-        micro-batches are whole steps, in flight together.
+        micro-batches are whole steps, in flight together, of prompts that may run at once.
         """
         prompt, most = self._traffic.prompt_len, self._prefill_tokens
-        in_flight = how.num_micro_batches if how.schedule == "rotating" else 1
-        seqs = most // prompt
+        num_running = int(self._num_seqs[-1])
+        rotating = min(how.num_micro_batches, num_running)
+        in_flight = rotating if how.schedule == "rotating" else 1
+        seqs = min(most // prompt, num_running // in_flight)
         if seqs < 2:
             new = min(prompt, most)
             cached = (prompt - new) // 2  # on average over a prompt's chunks
             whole = Pipelining(False, in_flight, how.schedule)
             num_steps = -(-prompt // new)
-            return _Part(1, new, cached), whole, Prompts(in_flight, new, cached, num_steps)
-        num_parts = how.num_parts // in_flight
+            part = _Part(1, new, cached, self._stage_seqs(1))
+            return part, whole, Prompts(in_flight, new, cached, num_steps)
+        num_parts = 1 + how.overlap
+        if how.schedule == "rotating":
+            how = Pipelining(how.overlap, in_flight, how.schedule)
+        else:
+            num_parts = how.num_parts
         if num_parts > seqs:
             how, num_parts = Pipelining(False, in_flight, how.schedule), 1
-        part = _Part(-(-seqs // num_parts), prompt, 0)
-        num_seqs = part.num_seqs * num_parts * in_flight
+        of_part = -(-seqs // num_parts)
+        part = _Part(of_part, prompt, 0, self._stage_seqs(of_part))
+        num_seqs = min(of_part * num_parts * in_flight, num_running)
         return part, how, Prompts(num_seqs, prompt, 0, 1)
 
     def _hand_over_s(self, links: LinkModel, phase: _Phase) -> Floats:

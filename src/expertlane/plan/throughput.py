@@ -28,6 +28,8 @@ class Steps:
         num_seqs: [N]; sequences in a decode step, over the whole system.
         decode_s: [3, N].
         prefill_s: [3]; one step, of `prompts` on each data-parallel rank.
+        most_seqs: that are there at once, over the whole system; fewer than data-parallel ranks
+            leave some idle.
     """
 
     layout: Layout
@@ -35,16 +37,22 @@ class Steps:
     decode_s: Floats
     prefill_s: Floats
     prompts: Prompts
+    most_seqs: int
 
     @property
     def num_caches(self) -> int:
-        """Data-parallel ranks."""
-        return self.layout.replicas * self.layout.dp
+        """Data-parallel ranks that have any sequence."""
+        return min(self.layout.replicas * self.layout.dp, self.most_seqs)
+
+    @property
+    def num_prompts(self) -> int:
+        """In a prefill step, over the whole system."""
+        return min(self.prompts.num_seqs * self.num_caches, self.most_seqs)
 
     @property
     def prefill_tps(self) -> Floats:
         """[3]; prompt tokens a second while nothing is decoded; of the low time first."""
-        tps: Floats = self.prompts.num_tokens * self.num_caches / self.prefill_s
+        tps: Floats = self.num_prompts * self.prompts.num_new / self.prefill_s
         return tps
 
 
@@ -99,12 +107,17 @@ def one_pool(steps: Steps, traffic: Traffic) -> Served:
 def two_pools(prefill: Steps, decode: Steps, transfer_s: Floats, traffic: Traffic) -> Served:
     """A pool for prompts, and one for the rest.
 
+    No more sequences are in both together than the traffic has: while a prompt is computed and
+    travels, its sequence is not decoded.
+
     Args:
         transfer_s: [3]; of a prompt's keys and values.
     """
     could_tps = decode.num_seqs / decode.decode_s
     fed_tps = prefill.prefill_tps[:, None] / traffic.prompt_len * traffic.output_len
-    tps = np.minimum(could_tps, fed_tps)
+    before_s = prefill.prompts.num_steps * prefill.prefill_s + transfer_s
+    of_sequence_s = decode.decode_s + before_s[:, None] / traffic.output_len
+    tps = np.minimum(np.minimum(could_tps, fed_tps), traffic.num_sequences / of_sequence_s)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
     busy = tps / fed_tps
     num_later = max(traffic.output_len - 1, 1)

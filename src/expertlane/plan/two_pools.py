@@ -9,15 +9,17 @@ from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.kv_transfer import ModelledKVTransfers
 from expertlane.cost.links import LinkModel
 from expertlane.cost.operation import Floats
-from expertlane.errors import UserError
-from expertlane.plan.search import Finalist, Option, Search
+from expertlane.plan.option import Finalist, Option
+from expertlane.plan.search import Search
 from expertlane.plan.setting import Goals, Setting, Traffic
 from expertlane.plan.throughput import LIKELY, Served, two_pools
+from expertlane.results.plan import NoPools
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
 _PARTS = 4  # the devices are cut into so many parts, of which some prefill
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
+_MOST_TRIED = 6  # pairs projected in full
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,66 +45,110 @@ class TwoPools:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """As screened."""
+    """As screened; `decode` at its number of sequences."""
 
-    devices: tuple[int, int]
+    sizes: tuple[int, int]
     prefill: Option
     decode: Option
-    place: int
     tps: float
 
 
-def search_two_pools(
-    model: ModelConfig,
-    cluster: ModelledCluster,
-    traffic: Traffic,
-    goals: Goals,
-    setting: Setting,
-) -> tuple[TwoPools | None, int]:
-    """The best two pools, if any keep the limits; and how many deployments were tried."""
-    links = LinkModel(cluster.profile)
+class TwoPoolSearch:
+    """Plans two pools on a cluster."""
 
-    def transfer_s(prefill: Layout, decode: Layout) -> Floats:
-        transfers = ModelledKVTransfers(
-            model, setting.types, prefill, decode, links, remote=cluster.num_nodes > 1
+    def __init__(
+        self,
+        model: ModelConfig,
+        cluster: ModelledCluster,
+        traffic: Traffic,
+        goals: Goals,
+        setting: Setting,
+    ) -> None:
+        self._model = model
+        self._cluster = cluster
+        self._traffic = traffic
+        self._goals = goals
+        self._setting = setting
+        self._links = LinkModel(cluster.profile)
+        num_devices = cluster.num_devices
+        sizes = {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
+        searches = {
+            size: Search(model, replace(cluster, num_devices=size), traffic, Goals(), setting)
+            for size in sorted(sizes | {num_devices - size for size in sizes})
+        }
+        self._searches = {size: each for size, each in searches.items() if each.candidates}
+        splits = [(size, num_devices - size) for size in sorted(sizes)]
+        self._splits = [each for each in splits if set(each) <= set(self._searches)]
+
+    @property
+    def num_candidates(self) -> int:
+        """Deployments of the pools."""
+        sizes = {size for split in self._splits for size in split}
+        return sum(len(self._searches[size].candidates) for size in sizes)
+
+    def run(self, advance: Callable[[int], None] = lambda _: None) -> TwoPools | NoPools:
+        """The best two pools, or why there are none.
+
+        Args:
+            advance: called with a number of candidates that are done.
+        """
+        if not self._splits:
+            return "no split"
+        options = {}
+        for size in sorted({size for split in self._splits for size in split}):
+            search = self._searches[size]
+            options[size] = search.options(search.screen(advance))
+        fitting = [split for split in self._splits if all(options[size] for size in split)]
+        if not fitting:
+            return "too large"
+        pairs: list[_Pair] = []
+        for split in fitting:
+            prefill, decode = (options[size] for size in split)
+            pairs += _pairs(split, prefill, decode, self._goals, self._traffic, self._transfer_s)
+        return self._best_in_full(sorted(pairs, key=lambda pair: -pair.tps)) or "over limits"
+
+    def _best_in_full(self, pairs: Sequence[_Pair]) -> TwoPools | None:
+        """The first that keeps the limits in full too."""
+        too_slow: set[tuple[object, int]] = set()
+        num_tried = 0
+        for pair in pairs:
+            decoding = pair.decode.candidate, pair.decode.num_seqs
+            if decoding in too_slow or num_tried == _MOST_TRIED:
+                continue
+            num_tried += 1
+            found = self._in_full(pair)
+            if found.served.best(self._goals) is not None:
+                return found
+            if found.served.breach(replace(self._goals, max_ttft_s=None))[0] > 1:
+                too_slow.add(decoding)
+        return None
+
+    def _in_full(self, pair: _Pair) -> TwoPools:
+        prefill, decode = (
+            self._searches[size].finish(option)
+            for size, option in zip(pair.sizes, (pair.prefill, pair.decode), strict=True)
         )
-        return transfers.seconds(traffic.prompt_len)
+        transfer_s = self._transfer_s(
+            prefill.option.candidate.layout, decode.option.candidate.layout
+        )
+        served = two_pools(prefill.steps, decode.steps, transfer_s, self._traffic)
+        return TwoPools(prefill, decode, transfer_s, served)
 
-    sizes = sorted({part * cluster.num_devices // _PARTS for part in range(1, _PARTS)} - {0})
-    of_size: dict[int, list[Option]] = {}
-    num_candidates = 0
-    for size in sizes:
-        search = Search(model, replace(cluster, num_devices=size), traffic, Goals(), setting)
-        try:
-            screened = search.screen(replace(cluster, num_devices=size))
-        except UserError:  # no layout of so many devices
-            continue
-        num_candidates += len(screened)
-        of_size[size] = search.options(screened)
-    pairs = []
-    for size, options in of_size.items():
-        rest = of_size.get(cluster.num_devices - size)
-        if options and rest:
-            devices = size, cluster.num_devices - size
-            pairs += _pairs(devices, options, rest, goals, traffic, transfer_s)
-    if not pairs:
-        return None, num_candidates
-    best = max(pairs, key=lambda pair: pair.tps)
-    finalists = []
-    for size, option in zip(best.devices, (best.prefill, best.decode), strict=True):
-        search = Search(model, replace(cluster, num_devices=size), traffic, goals, setting)
-        place = best.place if option is best.decode else len(option.steps.num_seqs) - 1
-        finalists.append(search.finish(replace(option, place=place)))
-    prefill, decode = finalists
-    moved_s = transfer_s(prefill.option.candidate.layout, decode.option.candidate.layout)
-    served = two_pools(prefill.steps, decode.steps, moved_s, traffic)
-    if served.best(goals) is None:
-        return None, num_candidates
-    return TwoPools(prefill, decode, moved_s, served), num_candidates
+    def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
+        """[3]; of a prompt's keys and values."""
+        transfers = ModelledKVTransfers(
+            self._model,
+            self._setting.types,
+            prefill,
+            decode,
+            self._links,
+            remote=self._cluster.num_nodes > 1,
+        )
+        return transfers.seconds(self._traffic.prompt_len)
 
 
 def _pairs(
-    devices: tuple[int, int],
+    sizes: tuple[int, int],
     prefill: Sequence[Option],
     decode: Sequence[Option],
     goals: Goals,
@@ -120,13 +166,13 @@ def _pairs(
     good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
     pairs = []
     for first in fast:
+        whole = replace(first, place=len(first.steps.num_seqs) - 1)
         for second in good:
             moved_s = transfer_s(first.candidate.layout, second.candidate.layout)
             served = two_pools(first.steps, second.steps, moved_s, traffic)
-            place = served.best(goals)
-            if place is not None:
+            for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
                 tps = float(served.tps[LIKELY, place])
-                pairs.append(_Pair(devices, first, second, place, tps))
+                pairs.append(_Pair(sizes, whole, replace(second, place=place), tps))
     return pairs
 
 

@@ -3,12 +3,18 @@
 from collections.abc import Callable
 
 from expertlane.report.document import Section, Table, number, text
-from expertlane.report.numbers import bytes_si, figures, milliseconds, percent
-from expertlane.results.plan import PlannedDeployment, PlanResults
+from expertlane.report.numbers import bytes_si, counted, figures, milliseconds, percent
+from expertlane.results.plan import NoPools, PlannedDeployment, PlanResults
 from expertlane.results.projection import Estimate, StepProjection
 
+_NO_POOLS: dict[NoPools, str] = {
+    "no split": "there is no way to split the devices between them",
+    "too large": "the model does not fit both parts of any split",
+    "over limits": "none keeps the limits",
+}
 _SHOWN_SHARE = 0.005
 _NUM_EXPLAINED = 3
+_MOST = 0.5  # of the time
 
 
 def title(plan: PlanResults) -> str:
@@ -33,9 +39,9 @@ def verdict(plan: PlanResults) -> tuple[str, ...]:
     """What to run, what comes next, and what else was tried."""
     best = plan.best[0]
     lines = [
-        f"Run {named(best)}: {_span(best.tps)} output tokens/s with {best.num_sequences:,} "
-        f"sequences at once, TPOT {_ms_span(best.tpot_s)} ms, TTFT {_ms_or_never(best.ttft_s)} ms. "
-        "Projected, low to high in brackets; nothing was run."
+        f"Run {named(best)}: {_span(best.tps)} output tokens/s with "
+        f"{counted(best.num_sequences, 'sequence')} at once, TPOT {_ms_span(best.tpot_s)} ms, TTFT "
+        f"{_ms_or_never(best.ttft_s)} ms. Projected, low to high in brackets; nothing was run."
     ]
     if len(plan.best) > 1:
         second = plan.best[1]
@@ -46,16 +52,38 @@ def verdict(plan: PlanResults) -> tuple[str, ...]:
         )
     lines.append(_pools(plan))
     lines.append(
-        f"{plan.num_candidates:,} deployments of one pool: {plan.num_too_large:,} too large, "
-        f"{plan.num_over_limits:,} over the limits; {plan.num_pool_candidates:,} more tried for "
-        f"two pools. Limits: {_limits(plan)}."
+        f"{counted(plan.num_candidates, 'deployment')} of one pool: {plan.num_too_large:,} too "
+        f"large, {plan.num_over_limits:,} over the limits; {plan.num_pool_candidates:,} more "
+        f"tried for two pools. Limits: {_limits(plan)}."
     )
-    return tuple(lines)
+    return (*lines, *_firmness(best), *plan.cautions)
+
+
+def _firmness(best: PlannedDeployment) -> list[str]:
+    """A sentence where most of the best one's time is not what was measured."""
+    if best.decode is None or best.prefill is None:
+        return []
+    of_decode = min(1.0, best.decode.step_s.value / best.tpot_s.value)  # the rest is prefill
+    steps = ((of_decode, best.decode), (1 - of_decode, best.prefill))
+    bound = sum(part * step.basis_shares.get("bound", 0.0) for part, step in steps)
+    extrapolated = sum(part * step.extrapolated_share for part, step in steps)
+    said = (
+        (bound, "rests on datasheets and assumptions alone"),
+        (extrapolated, "lies outside the sizes that were ever measured"),
+    )
+    most = [f"{words} ({percent(share)})" for share, words in said if share > _MOST]
+    if not most:
+        return []
+    return [
+        f"Most of its time {' and '.join(most)}: trust its bounds, and orders and factors more "
+        "than digits."
+    ]
 
 
 def _pools(plan: PlanResults) -> str:
     if plan.two_pools is None:
-        return "Two pools, prefill apart from decode: none keeps the limits."
+        why = _NO_POOLS[plan.no_two_pools or "over limits"]
+        return f"Two pools, prefill apart from decode: {why}."
     pools, best = plan.two_pools, plan.best[0]
     factor = pools.tps.value / best.tps.value
     comparison = "faster than one pool" if factor > 1 else "of one pool's"

@@ -8,6 +8,9 @@ from expertlane.results.projection import Planned, Projection
 
 def planner(projection: Projection) -> Section:
     """For the decode step that is spoken of, and for the whole workload."""
+    heading = "Projected: the best layout a planner finds"
+    if not projection.planned:
+        return Section(heading, ("Not looked for: the cluster is larger than plan takes.",))
     parts: list[str | Table] = [
         _decode_sentence(projection, planned) for planned in projection.planned
     ]
@@ -19,7 +22,7 @@ def planner(projection: Projection) -> Section:
         "The whole workload: all its prompts and outputs, sequences in as fast as memory and time "
         "allow; output tokens a second, others' prompts included in TPOT."
     )
-    return Section("Projected: the best layout a planner finds", tuple(parts))
+    return Section(heading, tuple(parts))
 
 
 def _decode_sentence(projection: Projection, planned: Planned) -> str:

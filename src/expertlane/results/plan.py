@@ -13,6 +13,8 @@ from expertlane.spec.names import Phase
 SCHEMA_VERSION = 2
 KIND = "plan"
 
+NoPools = Literal["no split", "too large", "over limits"]
+
 
 @dataclass(frozen=True)
 class PlannedDeployment(Strict):
@@ -93,9 +95,12 @@ class PlanResults(Strict):
         pareto: as screened, by TPOT: none has both more tokens a second and a lower TPOT.
         papers: the two deployments of the paper, by name, where the model is the paper's and they
             are among the candidates.
-        two_pools: the best, None where none keeps the limits.
+        two_pools: the best; None where there are none.
+        no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
+            or none keeps the limits.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: deployments tried for two pools.
+        cautions: what a reader must know of the numbers, in sentences.
         experiment: the file for `expertlane compare` that was written; None if none was.
     """
 
@@ -124,3 +129,5 @@ class PlanResults(Strict):
     commands: tuple[ServeCommandResult, ...]
     experiment: str | None
     assumptions: tuple[PlanAssumption, ...]
+    cautions: tuple[str, ...] = ()
+    no_two_pools: NoPools | None = None

@@ -17,34 +17,39 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _THETA = 10_000.0
 
 
-def from_hf(config: dict[str, Any], name: str | None = None) -> ModelConfig:
+def from_hf(
+    config: dict[str, Any], name: str | None = None, *, weights: bool = True
+) -> ModelConfig:
     """The model that a Hugging Face configuration describes.
 
     Args:
         config: the parsed `config.json`, or `to_dict()` of a configuration object.
         name: what the model is called in messages; its family's name if None.
+        weights: whether they are to be read; else they may be quantised in any way.
 
     Raises:
         SpecError: an architecture or a feature that is not supported, or a missing or wrong value.
     """
     family = family_of(config)
-    weight_block_size(config)
+    if weights:
+        weight_block_size(config)
     fields = Fields(config, name or family)
     if fields.get(str, "hidden_act", default="silu") != "silu":
         raise fields.unsupported("hidden_act")
     return ModelConfig(**_common(fields) | _FAMILIES[family](fields))
 
 
-def read_model(folder: Path, given: str) -> ModelConfig:
+def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig:
     """The model of a checkpoint's folder.
 
     Args:
         given: the path or hub id that the folder was found by; its last part is the model's name.
+        weights: as for `from_hf`.
 
     Raises:
         SpecError: no checkpoint is there, or it is of a kind that cannot be read.
     """
-    return from_hf(read_config(folder), Path(os.path.abspath(given)).name)
+    return from_hf(read_config(folder), Path(os.path.abspath(given)).name, weights=weights)
 
 
 def _common(fields: Fields) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reading a Hugging Face `config.json`: the family, the quantisation, and typed values."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,21 @@ _ARCHITECTURES = {
 }
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
+_FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
+
 T = TypeVar("T", int, float, bool, str)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's weights are quantised.
+
+    Attributes:
+        method: its `quant_method`.
+    """
+
+    method: str
+    is_float8: bool
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -61,11 +76,11 @@ def family_of(config: dict[str, Any]) -> str:
     )
 
 
-def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale where weights are block-scaled FP8; None where not.
+def quantization_of(config: dict[str, Any]) -> Quantization | None:
+    """How the weights are quantised, whether they can be read so or not; None where they are not.
 
     Raises:
-        SpecError: the weights are quantised in a way that cannot be read.
+        SpecError: the entry has another form than checkpoints have.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -73,10 +88,24 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     if not isinstance(quantization, dict):
         raise SpecError(f"quantization_config is {quantization!r}; it must be an object")
     method = quantization.get("quant_method")
-    if method == "mxfp4":
+    if not isinstance(method, str):
+        raise SpecError(f"quantization_config: quant_method is {method!r}; it must be a string")
+    is_float8 = method in _FLOAT8_METHODS or quantization.get("format") == "float-quantized"
+    return Quantization(method, is_float8)
+
+
+def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale where weights are block-scaled FP8; None where not.
+
+    Raises:
+        SpecError: the weights are quantised in a way that cannot be read.
+    """
+    found = quantization_of(config)
+    if found is None or found.method == "mxfp4":
         return None
-    if method != "fp8":
-        raise SpecError(f"quantization {method!r} is not supported; supported: fp8, mxfp4")
+    if found.method != "fp8":
+        raise SpecError(f"quantization {found.method!r} is not supported; supported: fp8, mxfp4")
+    quantization = config["quantization_config"]
     block, fmt = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
     match block:
         case [int(rows), int(columns)] if fmt == "e4m3" and rows > 0 and columns > 0:
