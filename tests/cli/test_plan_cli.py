@@ -109,7 +109,7 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--cluster", "h999x16"), "h999"),
         (("paper-tiny", "--cluster", "h100"), "cluster 'h100' is not PROFILExCOUNT"),
         (("paper-tiny", "--cluster", "h100x0"), "cluster 'h100x0' is not PROFILExCOUNT"),
-        (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 128: plan a part of it"),
+        (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 96: plan a part of it"),
         (("paper-tiny", "--max-tpot-ms", "0"), "--max-tpot-ms is 0; it must be a positive"),
         (("paper-tiny", "--max-ttft-ms", "nan"), "--max-ttft-ms is nan; it must be a positive"),
         (("paper-tiny", "--workload", "prompts=3"), "--workload has 'prompts=3'; it takes"),

@@ -19,7 +19,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 )
 
 
-MOST_DEVICES = 128  # of a plan: layouts and their ranks grow faster than devices do
+MOST_DEVICES = 96  # of a plan: beyond, layouts and their ranks take over a minute
 
 
 class Candidate(NamedTuple):

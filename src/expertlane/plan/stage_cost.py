@@ -107,18 +107,28 @@ class StagePlan:
         return out
 
     def stages(self, priced: Sequence[Priced]) -> list[Priced]:
-        """[pp]; a micro-batch on each stage, from the prices of `lists`."""
+        """[pp]; a micro-batch on each stage, from the prices of `lists`.
+
+        Stages that do the same are one object.
+        """
         embedding, head, *layers, _ = priced
+        last = len(self._kinds_of_stage) - 1
+        made: dict[object, Priced] = {}
         stages = []
-        for kinds in self._kinds_of_stage:
-            parts = [(kinds[k], each) for k, each in zip(self._kinds, layers, strict=True)]
-            stages.append([part for part in parts if part[0]])
-        stages[0].append((1, embedding))
-        stages[-1].append((1, head))
-        return [Priced.sum(parts) for parts in stages]
+        for place, kinds in enumerate(self._kinds_of_stage):
+            key = tuple(kinds[kind] for kind in self._kinds), place == 0, place == last
+            if key not in made:
+                parts = [(kinds[k], each) for k, each in zip(self._kinds, layers, strict=True)]
+                parts += [(int(place == 0), embedding), (int(place == last), head)]
+                made[key] = Priced.sum(part for part in parts if part[0])
+            stages.append(made[key])
+        return stages
 
     def imbalance_s(self, priced: Sequence[Priced]) -> list[Floats]:
-        """[pp], [S] each; what a rank with a mean load does not spend on experts."""
+        """[pp], [S] each; what a rank with a mean load does not spend on experts.
+
+        Those of stages with the same layers are one array.
+        """
         _, _, *layers, mean = priced
         of_layer = {
             kind: np.maximum(each.experts_s - mean.experts_s, 0)
@@ -126,7 +136,12 @@ class StagePlan:
             if not kind[0]
         }
         none = np.zeros_like(mean.experts_s)
-        return [
-            sum((num * of_layer[kind] for kind, num in kinds.items() if kind in of_layer), none)
-            for kinds in self._kinds_of_stage
-        ]
+        made: dict[tuple[int, ...], Floats] = {}
+        found = []
+        for kinds in self._kinds_of_stage:
+            key = tuple(kinds[kind] for kind in self._kinds)
+            if key not in made:
+                parts = (kinds[kind] * seconds for kind, seconds in of_layer.items())
+                made[key] = sum(parts, none)
+            found.append(made[key])
+        return found

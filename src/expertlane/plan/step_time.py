@@ -76,10 +76,15 @@ def step_estimates(
         num_ranks: of a replica.
     """
     num_stages, m = len(stages), how.num_micro_batches
-    batches = [
-        _micro_batch(each, of_stage[places], places, terms, how.overlap, num_layers / num_stages)
-        for each, of_stage in zip(stages, imbalance_s, strict=True)
-    ]
+    alike: dict[tuple[int, int], StepEstimates] = {}  # stages that do the same are one object
+    batches = []
+    for each, of_stage in zip(stages, imbalance_s, strict=True):
+        key = id(each), id(of_stage)
+        if key not in alike:
+            alike[key] = _micro_batch(
+                each, of_stage[places], places, terms, how.overlap, num_layers / num_stages
+            )
+        batches.append(alike[key])
     seconds = np.stack([each.seconds for each in batches])  # [pp, 3, N]
     sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
     through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
