@@ -192,8 +192,8 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     quiet, num_rounds = calibration.quiet, len(calibration.measured.operations)
     if num_rounds < calibration.grid.num_rounds:
         console.print(
-            f"{num_rounds} of {calibration.grid.num_rounds} rounds: they took too long for more, so "
-            "bounds say little of the spread."
+            f"{num_rounds} of {calibration.grid.num_rounds} rounds: they took too long for more, "
+            "so bounds say little of the spread."
         )
     if quiet.num_disturbed:
         console.print(
