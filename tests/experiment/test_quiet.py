@@ -64,7 +64,7 @@ def test_the_share_that_was_still_disturbed(machine):
     assert measuring.foreign_cpu_share == 0.2
 
 
-@pytest.mark.parametrize(("round_s", "expected"), [(10.0, 5), (45.0, 4), (60.0, 3), (600.0, 3)])
+@pytest.mark.parametrize(("round_s", "expected"), [(10.0, 5), (60.0, 4), (90.0, 2), (600.0, 1)])
 def test_long_rounds_are_fewer(machine, round_s, expected):
     done = []
     for number in rounds_in_time(5):

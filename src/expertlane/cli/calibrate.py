@@ -58,7 +58,8 @@ def calibrate(
     whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
     else uses. Every rank measures at once, since they share memory; where there are enough cores
     each has its own. What other programs disturb is measured again, for a minute in all, and there
-    are fewer rounds where they take long; the profile says what share was disturbed all the same.
+    are fewer rounds where they take long, so that four minutes are enough for all but the first;
+    the profile says what share was disturbed all the same.
 
     The profile is a TOML file, in the format of those that come with expertlane. It holds for
     one number of ranks and one dtype: calibrate again for others, and for other hardware.
@@ -191,7 +192,8 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     quiet, num_rounds = calibration.quiet, len(calibration.measured.operations)
     if num_rounds < calibration.grid.num_rounds:
         console.print(
-            f"{num_rounds} rounds of {calibration.grid.num_rounds}: they took too long for more."
+            f"{num_rounds} of {calibration.grid.num_rounds} rounds: they took too long for more, "
+            "so bounds say little of the spread."
         )
     if quiet.num_disturbed:
         console.print(

@@ -11,7 +11,7 @@ ResultT = TypeVar("ResultT")
 QUIET = 0.05  # share of the cores that other processes may take
 _MOST_TRIES = 2
 _MOST_AGAIN_S = 60.0
-_FEWEST_ROUNDS, _ENOUGH_S = 3, 150.0
+_MOST_ROUNDS_S = 240.0
 
 
 def quietest(measure: Callable[[], ResultT]) -> tuple[ResultT, float]:
@@ -50,11 +50,12 @@ class QuietMeasuring:
         while True:
             foreign, began_s = ForeignLoad(), time.monotonic()
             result = measure()
+            took_s = time.monotonic() - began_s
             tries.append((result, foreign.share()))
             if len(tries) > 1:
-                self.again_s += time.monotonic() - began_s
+                self.again_s += took_s
             is_quiet = tries[-1][1] <= QUIET
-            if is_quiet or len(tries) == _MOST_TRIES or self.again_s >= self._most_again_s:
+            if is_quiet or len(tries) == _MOST_TRIES or self.again_s + took_s > self._most_again_s:
                 break
         result, share = min(tries, key=lambda each: each[1])
         self.num_kept += 1
@@ -64,9 +65,12 @@ class QuietMeasuring:
 
 
 def rounds_in_time(most: int) -> Iterator[int]:
-    """Numbers of rounds: fewer than `most`, but some, where the first ones took very long."""
-    began_s = time.monotonic()
+    """Numbers of rounds: one, then as many as there is time for if each takes the longest's."""
+    began_s = ended_s = time.monotonic()
+    longest_s = 0.0
     for number in range(most):
-        if number >= _FEWEST_ROUNDS and time.monotonic() - began_s >= _ENOUGH_S:
+        if number and ended_s - began_s + longest_s > _MOST_ROUNDS_S:
             return
         yield number
+        now_s = time.monotonic()
+        longest_s, ended_s = max(longest_s, now_s - ended_s), now_s

@@ -91,8 +91,8 @@ def _pools(plan: PlanResults) -> str:
         f"Two pools: prefill on {pools.num_prefill_devices} ({named(pools.prefill)}), decode on "
         f"{pools.num_decode_devices} ({named(pools.decode)}): {_span(pools.tps)} tokens/s, "
         f"{figures(factor)}× {comparison}, TPOT {_ms_span(pools.tpot_s)} ms, TTFT "
-        f"{_ms_or_never(pools.ttft_s)} ms, of which keys and values travel "
-        f"{milliseconds(pools.transfer_s.value)}."
+        f"{_ms_or_never(pools.ttft_s)} ms. Keys and values of a prompt travel "
+        f"{milliseconds(pools.transfer_s.value)} ms, before its second token."
     )
 
 
