@@ -25,7 +25,7 @@ def events(rows: list[tuple[int, Stage, int, float, float]], start_s: float = 0.
 
 
 def timeline(num_ranks: int, step_s: float = 0.01) -> StepTimeline:
-    """Each rank attends, sends, computes; higher ranks are later."""
+    """Each rank attends, sends, computes, hands over; higher ranks are later."""
     of_ranks = [
         (
             rank,
@@ -35,6 +35,7 @@ def timeline(num_ranks: int, step_s: float = 0.01) -> StepTimeline:
                     (COMPUTE, Stage.ATTENTION, 0, 0.0, 0.3 * step_s),
                     (NETWORK, Stage.DISPATCH, 0, 0.3 * step_s, 0.4 * step_s),
                     (COMPUTE, Stage.EXPERTS, 0, 0.4 * step_s, 0.9 * step_s),
+                    (NETWORK, Stage.HAND_OVER, -1, 0.9 * step_s, step_s),
                 ],
                 start_s=0.1 * step_s * rank / num_ranks,
             ),

@@ -52,6 +52,33 @@ MISTAKES = {
 }
 
 
+WHOLE = to_json(example_pages.KINDS["measured"]())
+DAMAGED = {
+    "no number": (('"decode": {', '"decode": {"tps": NaN, '), "is damaged: NaN is no number"),
+    "a column too short": (
+        ('"track": [0, 1, 0, 1]', '"track": [0]'),
+        "has columns of several lengths",
+    ),
+    "no such stage": (
+        ('"stage": [2, 4, 5, 8]', '"stage": [2, 4, 5, 99]'),
+        "names a row or stage too",
+    ),
+    "no moment": (('"created": "20', '"created": "yesterday 20'), "cannot be shown"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_content_that_makes_no_sense_is_one_line_too(run, tmp_path, change, words):
+    assert change[0] in WHOLE
+    path = tmp_path / "results.json"
+    path.write_text(WHOLE.replace(*change), encoding="utf-8")
+    code, out, err = run("report", str(path))
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+
+
 @pytest.mark.parametrize(("text", "line"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_nothing_is_written(run, tmp_path, text, line):
     path = tmp_path / "results.json"

@@ -155,6 +155,53 @@ def test_hovering_over_a_timeline_tells_its_event(opened):
         )
 
 
+def test_dragging_moves_the_time_axis(opened):
+    page = opened(example_results.usual())
+    group = timelines(page)
+    group.get_by_role("button", name="Zoom in").click()
+    from_ms, to_ms = stretch(group)
+    plot = group.locator(".plot[data-drawn]").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 30)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 30, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(200)
+    moved = stretch(group)[0] - from_ms
+    assert 0.15 * (to_ms - from_ms) < moved < 0.3 * (to_ms - from_ms)
+
+
+def test_a_plot_is_called_the_same_after_it_is_drawn(opened):
+    page = opened(example_pages.both())
+    draw_all(page)
+    plots = page.locator(".plot[data-drawn]")
+    assert plots.count() > 3
+    for plot in plots.all():
+        assert plot.get_attribute("role") == "img"
+        assert len(plot.get_attribute("aria-label")) > 40
+        assert plot.locator("> [aria-hidden=true]").count() == 1
+
+
+def test_a_change_of_colours_or_width_draws_again(opened):
+    page = opened(example_results.usual())
+    group = timelines(page)
+    plot = group.locator(".plot[data-drawn]").first
+    page.mouse.move(0, 0)
+    light = plot.screenshot()
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(500)
+    draw_all(page)
+    dark = plot.screenshot()
+    assert dark != light
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.wait_for_timeout(500)
+    draw_all(page)
+    width = plot.locator("canvas").evaluate("canvas => canvas.getBoundingClientRect().width")
+    assert 300 < width <= plot.bounding_box()["width"] + 1
+
+
 def test_hovering_over_a_bar_tells_its_value(opened):
     results = example_results.usual()
     page = opened(results)
@@ -226,7 +273,10 @@ def test_a_timeline_is_saved_as_a_chrome_trace(opened, tmp_path):
 def test_on_paper_all_tables_are_open(opened, tmp_path):
     page = opened(example_results.usual())
     draw_all(page)
-    page.pdf(path=tmp_path / "report.pdf")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details.tables").count() > 0
     assert page.locator("details.tables:not([open])").count() == 0
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details.tables[open]").count() == 0
+    page.pdf(path=tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").stat().st_size > 10_000

@@ -104,11 +104,88 @@ def test_every_plot_has_words_and_a_table(make):
 def test_what_is_plotted_reaches_the_script(make):
     results = make()
     data = json.loads(Page(html.render(results)).data)
-    charts = charts_of(results)
-    assert [each["title"] for each in data.values()] == [chart.title for chart in charts]
-    for each, chart in zip(data.values(), charts, strict=True):
-        assert each["spec"] == json.loads(json.dumps(chart.spec))
-        assert (each["data"] is None) == (chart.data is None)
+    assert [each["title"] for each in data.values()] == [each.title for each in charts_of(results)]
+
+
+def values_of(results: AnyResults, title: str) -> list[dict[str, object]]:
+    data = json.loads(Page(html.render(results)).data)
+    (found,) = (each for each in data.values() if each["title"] == title)
+    return found["spec"]["data"]["values"]
+
+
+def test_bars_are_the_measured_values():
+    results = example_results.usual()
+    values = values_of(results, "Decode tokens a second")
+    assert [value["value"] for value in values] == [each.decode.tps for each in results.deployments]
+    assert [value["kind"] == "baseline" for value in values] == [
+        each.is_baseline for each in results.deployments
+    ]
+
+
+def test_causes_are_the_measured_seconds():
+    results = example_results.usual()
+    values = values_of(results, "Time of decode by cause")
+    assert values
+    by_name = {f"#{place} {each.name}": each for place, each in enumerate(results.deployments, 1)}
+    for value in values:
+        seconds = by_name[value["deployment"]].breakdown_s["decode"][value["cause"]]
+        assert value["ms"] == pytest.approx(1e3 * seconds)
+
+
+def test_squares_are_the_measured_counts():
+    results = example_results.usual()
+    loads = ((1, 2, 3, 4), (10, 0, 20, 10))
+    first, *others = results.deployments
+    sent = ((0, 7, 1), (2, 0, 3), (4, 5, 0))
+    traffic = replace(first.traffic["decode"], sent_bytes={"payload": sent})
+    first = replace(
+        first,
+        expert_load=replace(first.expert_load, num_tokens_per_expert=loads),
+        traffic={"decode": traffic},
+    )
+    changed = replace(results, deployments=(first, *others))
+    load = [
+        value
+        for each in charts_of(changed)
+        if each.title == f"#1 {first.name}" and "A square for each expert" in each.words
+        for value in each.spec["data"]["values"]
+    ]
+    assert len(load) == 8
+    for value in load:
+        layer = loads[value["layer"]]
+        assert value["load"] == pytest.approx(layer[value["expert"]] / (sum(layer) / 4))
+    squares = [
+        value
+        for each in charts_of(changed)
+        if each.title == f"#1 {first.name}" and "each pair of ranks" in each.words
+        for value in each.spec["layer"][0].get("data", each.spec["data"])["values"]
+    ]
+    assert {(value["source"], value["destination"]): value["bytes"] for value in squares} == {
+        (source, to): sent[source][to] for source in range(3) for to in range(3)
+    }
+    for value in squares:  # sources down, destinations across
+        assert (value["top"], value["left"]) == (value["source"] - 0.5, value["destination"] - 0.5)
+
+
+def test_curves_are_the_projected_steps():
+    results = example_pages.projected()
+    projection = results.projection
+    values = values_of(results, "TPOT against context, 1,024 sequences")
+    for row in projection.usual(2):
+        of_row = [value for value in values if value["curve"] == row.name]
+        steps = [step for step in row.decode if step.num_tokens == projection.num_sequences]
+        assert [(value["x"], value["y"]) for value in of_row] == [
+            (step.context, pytest.approx(1e3 * step.step_s.value)) for step in steps
+        ]
+
+
+def test_the_front_is_the_planners():
+    plan = example_pages.KINDS["plan"]()
+    values = values_of(plan, "Tokens a second against TPOT")
+    front = [value for value in values if value["curve"] == "front"]
+    assert [(value["x"], value["y"]) for value in front] == [
+        (pytest.approx(1e3 * each.tpot_s.value), each.tps.value) for each in plan.pareto
+    ]
 
 
 def test_the_colours_of_plots_are_in_the_style_sheet():
@@ -119,15 +196,51 @@ def test_the_colours_of_plots_are_in_the_style_sheet():
         assert f"{name}: #" in text
 
 
-def test_measured_and_projected_never_share_a_plot():
-    sections = kinds.page_sections(example_pages.both())
-    headings = [section.heading for section in sections]
-    assert all(("measured" in each) != ("projected" in each) for each in headings)
-    for section in sections:
-        for part in section.parts:
-            for chart in [part] if isinstance(part, Chart) else []:
-                names = {legend.label for legend in chart.legend}
-                assert "measured" not in names
+def test_measured_and_projected_never_share_a_section():
+    """What is only in a projection is not in a measured section, and the other way round."""
+    both = example_pages.both()
+    alone = kinds.page_sections(replace(both, projection=None))
+    sections = kinds.page_sections(both)
+    measured = [each for each in sections if each.heading.endswith(", measured")]
+    projected = [each for each in sections if "projected for" in each.heading]
+    assert len(measured) + len(projected) == len(sections)
+    assert tuple(measured) == alone
+    titles = {
+        legend.label for chart in charts_of(example_pages.projected()) for legend in chart.legend
+    }
+    assert {"reported by the paper: baseline: TP=8, PP=2"} <= titles
+
+
+def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
+    def names(results):
+        return [
+            {legend.label for legend in chart.legend}
+            for chart in charts_of(results)
+            if chart.data is not None
+        ]
+
+    for of_chart in names(example_results.usual()):
+        assert "pipeline bubble" in of_chart
+        assert "hand-over" not in of_chart
+    for of_chart in names(example_pages.projected()):
+        assert "hand-over" in of_chart
+        assert "pipeline bubble" not in of_chart
+
+
+def test_a_model_without_experts():
+    results = example_results.usual()
+    dense = replace(results.deployments[0].expert_load, num_tokens_per_expert=((0, 0), (0, 0)))
+    deployments = tuple(
+        replace(
+            each,
+            expert_load=dense,
+            per_rank=tuple(replace(rank, num_experts_per_layer=(0, 0)) for rank in each.per_rank),
+        )
+        for each in results.deployments
+    )
+    words = " ".join(Page(html.render(replace(results, deployments=deployments))).words)
+    assert "no experts" in words
+    assert "Load of the experts" not in words
 
 
 def test_names_that_look_like_markup_stay_words():

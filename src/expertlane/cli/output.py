@@ -39,7 +39,11 @@ def check_folder(folder: Path) -> None:
         UserError: a part of the path is no folder, or not writable.
     """
     for path in (folder, *folder.absolute().parents):
-        if path.exists():
+        try:
+            exists = path.exists()
+        except OSError as error:
+            raise UserError(f"results cannot go to {folder}: {error.strerror}") from None
+        if exists:
             if not path.is_dir():
                 raise UserError(f"results cannot go to {folder}: {path} is not a folder")
             try:

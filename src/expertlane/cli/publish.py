@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertlane.errors import UserError
+
 if TYPE_CHECKING:
     from expertlane.results.file import AnyResults
 
@@ -50,13 +52,14 @@ def publish(
     from expertlane.report import terminal
     from expertlane.results.file import to_json, write
 
+    written = [write(results, folder)]  # first: what was found is kept whatever comes
     if as_json:
         from expertlane.cli import answers
 
         answers.write(to_json(results))
     else:
         terminal.show(results, stdout_console(), traffic=traffic)
-    written = [write(results, folder), *write_reports(results, folder, traffic=traffic), *also]
+    written += [*write_reports(results, folder, traffic=traffic), *also]
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
 
 
@@ -71,7 +74,11 @@ def write_reports(
     from expertlane.report import html, markdown
     from expertlane.spec.atomic_file import write_text
 
-    return (
-        write_text(folder / "report.md", markdown.render(results, traffic=traffic)),
-        write_text(folder / "report.html", html.render(results)),
-    )
+    texts = {
+        "report.md": markdown.render(results, traffic=traffic),
+        "report.html": html.render(results),
+    }
+    for name in texts:
+        if (folder / name).is_dir():
+            raise UserError(f"cannot write {folder / name}: it is a folder")
+    return tuple(write_text(folder / name, text) for name, text in texts.items())

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from expertlane.errors import ExpertlaneError, UserError
+
 _Results = Annotated[
     Path,
     typer.Argument(
@@ -39,7 +41,15 @@ def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
     read = read_any(path)
     folder = out or path.parent
     check_folder(folder)
-    written = [str(each) for each in write_reports(read, folder)]
+    try:
+        written = [str(each) for each in write_reports(read, folder)]
+    except ExpertlaneError:
+        raise
+    except Exception as error:  # a file that is well-formed and yet makes no sense
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} cannot be shown: its numbers do not fit together ({reason})"
+        ) from error
     if as_json:
         print(json.dumps({"written": written}))
     else:

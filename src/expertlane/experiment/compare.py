@@ -1,10 +1,11 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 import platform
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _DESCRIBE = "expertlane.engine.rank_machine:describe"
 _WARM_UP_LEN = 4
-_TRACED_LEN = 3
+_TRACED_LEN = 5
 _MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
 
 
@@ -164,6 +165,27 @@ def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
     )
 
 
+def _typical(
+    steps: Sequence[StepRecord], measured: Sequence[StepRecord], num_kept: int
+) -> Sequence[StepRecord]:
+    """Of so many steps in a row those with most tokens that take most nearly the usual time."""
+    rows = [steps[first : first + num_kept] for first in range(len(steps) - num_kept + 1)]
+    if not rows:
+        return steps
+
+    def num_tokens(row: Sequence[StepRecord]) -> int:
+        return sum(step.num_tokens for step in row)
+
+    def seconds(row: Sequence[StepRecord]) -> float:
+        return row[-1].finished_s - row[0].submitted_s
+
+    full = [row for row in rows if num_tokens(row) == max(map(num_tokens, rows))]
+    usual = [measured[first : first + num_kept] for first in range(len(measured) - num_kept + 1)]
+    alike = [row for row in usual if num_tokens(row) == num_tokens(full[0])] or full
+    usual_s = median(map(seconds, alike))
+    return min(full, key=lambda row: abs(seconds(row) - usual_s))
+
+
 class _Runs:
     """What was measured of every deployment, repetition by repetition.
 
@@ -239,9 +261,10 @@ class _Runs:
     def trace(
         self, deployment: Deployment, runner: ModelRunner | RebalancingRunner
     ) -> list[StepRecord]:
-        """The last prefill and the last decode step of the workload with short outputs.
+        """A prefill and a decode step of the workload with short outputs.
 
-        Of micro-batches that rotate, as many steps of each as make a round.
+        Of those with most tokens the one that takes about as long as most did when measured; of
+        micro-batches that rotate, as many steps of each as make a round.
         """
         workload = self._experiment.workload
         short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
@@ -249,10 +272,14 @@ class _Runs:
         options = deployment.options
         is_rotating = options.micro_batch_schedule == "rotating"
         num_kept = options.num_micro_batches if is_rotating else 1
-        last: dict[Phase, deque[StepRecord]] = {}
-        for record in step_records(drive(scheduler, runner)):
-            last.setdefault(record.phase, deque(maxlen=num_kept)).append(record)
-        kept = [record for of_phase in last.values() for record in of_phase]
+        steps = list(step_records(drive(scheduler, runner)))
+        kept: list[StepRecord] = []
+        for phase, measured in (
+            (Phase.PREFILL, self._prefill[deployment.name]),
+            (Phase.DECODE, self._decode[deployment.name]),
+        ):
+            of_phase = [step for step in steps if step.phase is phase]
+            kept += _typical(of_phase, measured, num_kept)
         self._timelines[deployment.name] = timelines_of(kept)
         return kept
 

@@ -121,6 +121,8 @@ def _holds(row: Row) -> str:
     }
     num_experts = experts_per_rank(row)
     memory = max(rank.weight_bytes for rank in row.deployment.per_rank)
+    if not num_experts:
+        return f"no experts; up to {bytes_si(memory)}"
     return (
         f"{span(layers)} layer{'' if layers == {1} else 's'} × {span(num_experts)} "
         f"expert{'' if num_experts == {1} else 's'}, {part_of_expert(row)} of each; "

@@ -23,8 +23,6 @@ from expertlane.report.document import (
 )
 from expertlane.results.file import AnyResults
 
-FILE_NAME = "report.html"
-
 
 def render(results: AnyResults) -> str:
     """The whole page, its style sheet, script, plotting library and data in it."""

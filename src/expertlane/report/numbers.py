@@ -62,6 +62,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def span(values: set[int]) -> str:
-    """`5` or `5–6`."""
+    """`5` or `5–6`; a dash of none."""
+    if not values:
+        return NONE
     least, most = min(values), max(values)
     return f"{least}" if least == most else f"{least}–{most}"

@@ -30,13 +30,13 @@ def verdict(projection: Projection, reported: tuple[str, ...]) -> Section:
     return Section(
         f"Projected: verdict ({projection.cluster}, nothing here was measured)",
         (
-            *nothing,
             f"Decode steps of {projection.num_sequences:,} sequences at {projection.context:,} "
             f"tokens of context, {projection.types}; likely values with their bounds:",
             *tables,
             *(_sentence(projection, top_k) for top_k in projection.top_ks),
             *reported,
             _firmness(projection),
+            *nothing,
         ),
         leads=True,
     )
@@ -107,9 +107,13 @@ def headline(projection: Projection, top_k: int) -> str:
     between = f"at {contexts[0]:,} tokens of context"
     if len(contexts) > 1:
         between = f"from {contexts[0]:,} to {contexts[-1]:,} tokens of context"
+    fast, slow = at_context(projection, proposal).tps, at_context(projection, best).tps
+    close = ""
+    if fast.low < slow.high and slow.low < fast.high:
+        close = f" From {best.name} it is within the bounds: too close to tell."
     return (
         f"Top-{top_k}: {proposal.name} has {against_first} the decode TPS of the first "
-        f"baseline, {first.name}{also}, {between}."
+        f"baseline, {first.name}{also}, {between}.{close}"
     )
 
 

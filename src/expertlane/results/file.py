@@ -77,14 +77,24 @@ def read(path: Path) -> Results:
     return results
 
 
+class _NoNumber(Exception):
+    """What JSON has no word for."""
+
+
+def _refuse(word: str) -> None:
+    raise _NoNumber(word)
+
+
 def _load(path: Path) -> dict[str, Any]:
     """What a results file says, its kind and version checked and nothing else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
+    except _NoNumber as error:
+        raise UserError(f"{path} is damaged: {error} is no number") from error
     except (json.JSONDecodeError, RecursionError) as error:
         where = (
             f"{error.msg} at line {error.lineno}, column {error.colno}"

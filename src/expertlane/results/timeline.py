@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.errors import UserError
 from expertlane.results.strict import Strict
 from expertlane.spec.names import Phase, Stage, Track
 from expertlane.spec.record import RankEvents, StepRecord
@@ -28,6 +29,9 @@ class RankTimeline(Strict):
         layer: [N]; -1 outside of any.
         micro_batch: [N].
         begin_us, duration_us: [N]; from the step's first event on any rank.
+
+    Raises:
+        UserError: columns of several lengths.
     """
 
     rank: int
@@ -38,6 +42,11 @@ class RankTimeline(Strict):
     begin_us: tuple[float, ...]
     duration_us: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        columns = (self.track, self.stage, self.layer, self.micro_batch, self.begin_us)
+        if {len(column) for column in columns} != {len(self.duration_us)}:
+            raise UserError(f"a timeline of rank {self.rank} has columns of several lengths")
+
 
 @dataclass(frozen=True)
 class StepTimeline(Strict):
@@ -47,6 +56,9 @@ class StepTimeline(Strict):
         end_us: of the last event, those left out among them.
         shown_us: until when events are kept; `end_us` where all are.
         num_ranks: that took part; `ranks` may be some of them, spread evenly.
+
+    Raises:
+        UserError: no rank, or a place that nothing stands at.
     """
 
     num_tokens: int
@@ -57,6 +69,14 @@ class StepTimeline(Strict):
     tracks: tuple[str, ...]
     stages: tuple[str, ...]
     ranks: tuple[RankTimeline, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            raise UserError("a timeline without ranks")
+        for rank in self.ranks:
+            for places, names in ((rank.track, self.tracks), (rank.stage, self.stages)):
+                if any(not 0 <= place < len(names) for place in places):
+                    raise UserError(f"a timeline of rank {rank.rank} names a row or stage too many")
 
 
 def timelines_of(steps: Sequence[StepRecord]) -> dict[Phase, StepTimeline]:

@@ -77,7 +77,8 @@
       spec.params[0].value = from;
       spec.params[1].value = to;
     }
-    const { view } = await vegaEmbed(plot, spec, {
+    // In a part of its own, so that what the plot is called stays.
+    const { view } = await vegaEmbed(plot.firstElementChild, spec, {
       mode: "vega-lite",
       actions: false,
       ast: true, // no code made from strings: the page forbids it
@@ -145,9 +146,10 @@
     tabs.forEach((tab, place) => {
       tab.addEventListener("click", () => select(tab));
       tab.addEventListener("keydown", (event) => {
-        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-        if (!step) return;
-        const next = tabs[(place + step + tabs.length) % tabs.length];
+        const to = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: -1 }[event.key];
+        if (to === undefined) return;
+        event.preventDefault();
+        const next = tabs[(to + tabs.length) % tabs.length];
         select(next);
         next.focus();
       });
@@ -262,7 +264,10 @@
   if (window.innerWidth < 1100) document.querySelector(".nav details").open = false;
 
   // On paper all tables are open, and plots as the reader left them.
+  let opened = [];
   window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details.tables").forEach((each) => { each.open = true; });
+    opened = [...document.querySelectorAll("details.tables:not([open])")];
+    opened.forEach((each) => { each.open = true; });
   });
+  window.addEventListener("afterprint", () => opened.forEach((each) => { each.open = false; }));
 })();

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from expertlane.report.charts.colours import OF_CAUSE
-from expertlane.report.charts.encoding import Spec, colour, nominal, quantity, tooltip
+from expertlane.report.charts.colours import BASELINE, OF_CAUSE, PROPOSAL
+from expertlane.report.charts.encoding import AXIS, Spec, colour, nominal, quantity, tooltip
 from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import NONE, figures, milliseconds, percent
 
 _BAR_PX = 26
-_COLOURS = ("--grey", "--blue")
 _LEAST_S = 1e-9  # less is a rounding's rest
 _SEEN = 0.0005  # of a bar's length; less is left out
 
@@ -48,7 +47,7 @@ def speed_chart(
     """
     shown = [
         kind
-        for place, kind in enumerate(zip(kinds, _COLOURS, strict=True))
+        for place, kind in enumerate(zip(kinds, (BASELINE, PROPOSAL), strict=True))
         if any(bar.is_baseline is not bool(place) for bar in bars)
     ]
     has_ranges = any(bar.low is not None for bar in bars)
@@ -98,12 +97,12 @@ def _speed_spec(
     layers: list[Spec] = [
         {
             "mark": {"type": "bar", "cornerRadiusEnd": 2},
-            "encoding": {"y": y, "x": quantity("value", unit), "color": colouring}
+            "encoding": {"y": y, "x": quantity("value", unit) | {"axis": AXIS}, "color": colouring}
             | {"tooltip": hover},
         }
     ]
     if has_ranges:
-        x = {"x": quantity("low", unit), "x2": {"field": "high"}}
+        x = {"x": quantity("low", unit) | {"axis": AXIS}, "x2": {"field": "high"}}
         layers.append(
             {
                 "mark": {"type": "rule", "strokeWidth": 2, "color": "--ink"},
@@ -148,7 +147,7 @@ def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note
         {
             "data": {"values": values},
             "height": _BAR_PX * len(seconds),
-            "mark": {"type": "bar", "stroke": "--card", "strokeWidth": 0.7},
+            "mark": {"type": "bar", "stroke": "--card", "strokeWidth": 1.2},
             "encoding": {
                 "y": nominal("deployment"),
                 "x": quantity("ms", "ms"),

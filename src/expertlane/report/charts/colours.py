@@ -1,7 +1,8 @@
 """Which colour stands for what, the same in every plot.
 
-The palette is Okabe and Ito's (2008), made for all kinds of colour vision, with three more of
-other lightness; names are variables of the page's style sheet, which has them for light and dark.
+Hues after Okabe and Ito (2008), made for all kinds of colour vision, in lightnesses that stand out
+from the page by 3 to 1, nearly all; names are variables of the page's style sheet, which has them
+for light and dark.
 """
 
 from expertlane.spec.names import Cause, ProjectedCause, Stage
@@ -10,7 +11,7 @@ OF_CAUSE: dict[str, str] = {
     Cause.EXPERTS: "--blue",
     Cause.ATTENTION: "--sky",
     Cause.ROUTER: "--pink",
-    Cause.HEAD: "--green",
+    Cause.HEAD: "--lime",
     Cause.DISPATCH_COMBINE: "--vermillion",
     Cause.TP_COLLECTIVES: "--orange",
     Cause.HAND_OVER: "--yellow",
@@ -20,12 +21,15 @@ OF_CAUSE: dict[str, str] = {
     ProjectedCause.EXPERT_COMPUTE: "--blue",
     ProjectedCause.OTHER_COMPUTE: "--sky",
     ProjectedCause.WEIGHT_READS: "--green",
-    ProjectedCause.KV_READS: "--lime",
+    ProjectedCause.KV_READS: "--teal",
     ProjectedCause.DISPATCH_COMBINE: "--vermillion",
     ProjectedCause.CONTENTION: "--pink",
     ProjectedCause.IMBALANCE: "--grey",
     ProjectedCause.LAUNCH: "--purple",
 }
+
+# What a rank waits for in a hand-over is the bubble of its pipeline.
+BUBBLE = str(Cause.PIPELINE_BUBBLE)
 
 OF_STAGE: dict[str, str] = {
     Stage.IDLE.label: "--silver",
@@ -34,14 +38,17 @@ OF_STAGE: dict[str, str] = {
     Stage.ROUTER.label: "--pink",
     Stage.DISPATCH.label: "--vermillion",
     Stage.EXPERTS.label: "--blue",
-    Stage.COMBINE.label: "--purple",
+    Stage.COMBINE.label: "--salmon",
     Stage.COLLECTIVES.label: "--orange",
     Stage.HAND_OVER.label: "--yellow",
-    Stage.HEAD.label: "--green",
+    Stage.HEAD.label: "--lime",
     Stage.SETUP.label: "--brown",
+    BUBBLE: OF_CAUSE[BUBBLE],
 }
 
-# Of curves and points, told apart by their marks too.
+BASELINE, PROPOSAL = "--grey", "--accent"
+
+# Of curves and points, told apart by their marks too; those in the background are grey.
 SERIES = (
     "--blue",
     "--vermillion",
@@ -52,6 +59,8 @@ SERIES = (
     "--pink",
     "--brown",
     "--lime",
-    "--grey",
+    "--teal",
 )
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+BACKGROUND = "--silver"
+REPORTED, REPORTED_SHAPE = "--ink", "star"

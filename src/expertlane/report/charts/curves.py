@@ -4,12 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from expertlane.report.charts.colours import SERIES, SHAPES
-from expertlane.report.charts.encoding import Spec, colour, quantity, tooltip
+from expertlane.report.charts.colours import (
+    BACKGROUND,
+    REPORTED,
+    REPORTED_SHAPE,
+    SERIES,
+    SHAPES,
+)
+from expertlane.report.charts.encoding import AXIS, Spec, colour, quantity, tooltip
 from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import NONE, figures
 
 _HEIGHT_PX = 280
+_PADDING_PX = 14
+_MOST_LABELS, _LONG = 9, 1e4
+# Marks that the library has no name for, in a square from -1 to 1.
+_PATHS = {
+    REPORTED_SHAPE: "M0,-1L0.26,-0.33L0.97,-0.3L0.42,0.13L0.6,0.82L0,0.43L-0.6,0.82L-0.42,0.13"
+    "L-0.97,-0.3L-0.26,-0.33Z"
+}
 
 
 @dataclass(frozen=True)
@@ -32,11 +45,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one name, joined by a line or not."""
+    """Points of one name, joined by a line or not.
+
+    Attributes:
+        role: `front` has a colour of its own, `back` is grey like all of its kind, `reported` is
+            another's claim and has a star.
+        is_dashed: of a baseline's line.
+    """
 
     name: str
     points: tuple[Point, ...]
     is_joined: bool = True
+    role: Literal["front", "back", "reported"] = "front"
+    is_dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,20 +67,51 @@ class Axis:
     name: str
     scale: Literal["linear", "log"] = "linear"
 
-    def encoding(self, of: str) -> Spec:
-        """Of a field."""
+    def encoding(self, of: str, at: Sequence[float] = ()) -> Spec:
+        """Of a field; labels at the values themselves where those are few."""
+        axis: Spec = dict(AXIS)
         if self.scale == "log":
-            return quantity(of, self.name, type="log", nice=False) | {
-                "axis": {"format": "~s", "labelOverlap": True}
+            places = sorted(set(at))
+            if 0 < len(places) <= _MOST_LABELS:
+                axis |= {"values": places, "format": "d" if max(places) < _LONG else "~s"}
+            return quantity(of, self.name, type="log", nice=False, padding=_PADDING_PX) | {
+                "axis": axis
             }
-        return quantity(of, self.name) | {"axis": {"format": "~s"}}
+        return quantity(of, self.name) | {"axis": axis}
 
 
 def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note: str) -> Chart:
-    """Curves over each other, each with a colour and a mark of its own."""
-    names = [curve.name for curve in curves]
-    colours = [SERIES[place % len(SERIES)] for place in range(len(curves))]
-    shapes = [SHAPES[place % len(SHAPES)] for place in range(len(curves))]
+    """Curves over each other, each in front with a colour and a mark of its own."""
+    looks = _looks(curves)
+    behind = [curve.name for curve in curves if curve.role == "back"]
+    if behind:
+        note = f"{note} In grey, named on hovering: {', '.join(behind)}.".strip()
+    legend = [Legend(name, *look) for name, look in looks.items() if name not in behind]
+    return Chart(
+        title,
+        f"{y.name} against {x.name}, {len(curves)} of them: {', '.join(looks)}.",
+        _spec(x, y, curves, looks),
+        _table(title, x, y, curves),
+        legend=tuple(legend),
+        note=note,
+    )
+
+
+def _looks(curves: Sequence[Curve]) -> dict[str, tuple[str, str]]:
+    """Colour and mark of each."""
+    looks, place = {}, 0
+    for curve in curves:
+        if curve.role == "back":
+            looks[curve.name] = BACKGROUND, "circle"
+        elif curve.role == "reported":
+            looks[curve.name] = REPORTED, REPORTED_SHAPE
+        else:
+            looks[curve.name] = SERIES[place % len(SERIES)], SHAPES[place % len(SHAPES)]
+            place += 1
+    return looks
+
+
+def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str, str]]) -> Spec:
     values = [
         {
             "curve": curve.name,
@@ -72,47 +124,49 @@ def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note:
             "between": point.between,
             "words": point.words or NONE,
         }
-        for curve in curves
+        for curve in sorted(curves, key=lambda each: each.role != "back")  # grey ones below
         for point in curve.points
     ]
-    colouring = colour("curve", names, colours)
+    names = list(looks)
+    shapes = [_PATHS.get(shape, shape) for _, shape in looks.values()]
+    dashes = [[5, 3] if curve.is_dashed else [1, 0] for curve in curves]
     shape = {"field": "curve", "scale": {"domain": names, "range": shapes}, "legend": None}
+    dash = {"field": "curve", "scale": {"domain": names, "range": dashes}, "legend": None}
     titles = {"curve": "deployment", "at": x.name, "shown": y.name, "between": "low–high"}
     if any(point.words for curve in curves for point in curve.points):
         titles["words"] = "with"
-    position = {"x": x.encoding("x"), "y": y.encoding("y"), "color": colouring}
+    position = {
+        "x": x.encoding("x", [point.x for curve in curves for point in curve.points]),
+        "y": y.encoding("y"),
+        "color": colour("curve", names, [each for each, _ in looks.values()]),
+        "detail": {"field": "curve"},
+    }
     joined = [curve.name for curve in curves if curve.is_joined]
     layers: list[Spec] = [
         {
             "transform": [{"filter": {"field": "curve", "oneOf": joined}}],
             "mark": {"type": "line", "strokeWidth": 2},
-            "encoding": position,
+            "encoding": position | {"strokeDash": dash},
         },
         {
             "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
             "encoding": position | {"shape": shape, "tooltip": tooltip(**titles)},
         },
     ]
+    ranged = [curve.name for curve in curves if curve.role == "front"]
     if any(point.low is not None for curve in curves for point in curve.points):
         layers.insert(
             1,
             {
-                "transform": [{"filter": "isValid(datum.low)"}],
+                "transform": [
+                    {"filter": "isValid(datum.low)"},
+                    {"filter": {"field": "curve", "oneOf": ranged}},
+                ],
                 "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.6},
                 "encoding": position | {"y": y.encoding("low"), "y2": {"field": "high"}},
             },
         )
-    return Chart(
-        title,
-        f"{y.name} against {x.name}, {len(curves)} of them: {', '.join(names)}.",
-        {"data": {"values": values}, "height": _HEIGHT_PX, "layer": layers},
-        _table(title, x, y, curves),
-        legend=tuple(
-            Legend(name, each, shape)
-            for name, each, shape in zip(names, colours, shapes, strict=True)
-        ),
-        note=note,
-    )
+    return {"data": {"values": values}, "height": _HEIGHT_PX, "layer": layers}
 
 
 def _table(title: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Table:

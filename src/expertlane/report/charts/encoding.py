@@ -5,6 +5,8 @@ from typing import Any
 
 Spec = dict[str, Any]
 
+AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
+
 
 def nominal(field: str, title: str | None = None) -> Spec:
     """A category, in the order in which it comes."""

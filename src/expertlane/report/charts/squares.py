@@ -15,13 +15,17 @@ _EVEN_IS_HALF = 2.0  # least end of the scale, so that an even load looks like o
 _SCALE = "cividis"  # Nuñez, Anderton and Renslow (2018): even for all kinds of colour vision
 
 
-def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart:
+def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart | None:
     """Layers down, experts across; 1 is an expert's even share of its layer.
+
+    None where no expert has a token.
 
     Args:
         num_tokens: [num_layers][num_experts]; token-expert pairs; layers without any are left out.
     """
     layers = [(layer, list(tokens)) for layer, tokens in enumerate(num_tokens) if any(tokens)]
+    if not layers:
+        return None
     values: list[Spec] = [
         {
             "layer": layer,
@@ -164,9 +168,9 @@ def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[f
         {
             "data": {"values": [{"at": border} for border in borders]},
             "mark": {"type": "rule", "color": "--vermillion", "strokeWidth": 2},
-            "encoding": {side: quantity("at", None, domain=domain, nice=False)},
+            "encoding": {side: quantity("at", title, domain=domain, nice=False)},
         }
-        for side in ("x", "y")
+        for side, title in (("x", f"to {what}"), ("y", f"from {what}"))
         if borders
     ]
     height = min(_MOST_PX, max(_LEAST_PX, _ROW_PX * size))

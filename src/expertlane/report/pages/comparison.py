@@ -7,12 +7,14 @@ from expertlane.report.charts.squares import load_chart, traffic_chart
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.comparison import Comparison, Row, compare
 from expertlane.report.document import Chart, PageSection, Tabs, Timelines
+from expertlane.report.numbers import milliseconds
 from expertlane.report.pages import projection as projected
 from expertlane.report.verdict import verdict
 from expertlane.results.schema import DeploymentResult, Machine, Results
 from expertlane.spec.names import Phase, Traffic
 
-_MEASURED = "measured"
+_US_PER_S = 1e6
+_UNTYPICAL = 0.25  # of the usual time
 
 
 def headline(results: Results) -> str:
@@ -42,10 +44,15 @@ def _measured(results: Results, machine: Machine) -> tuple[PageSection, ...]:
     return tuple(part for part in parts if part.parts)
 
 
+def _named(results: Results) -> dict[str, DeploymentResult]:
+    """With the number that tables have, so that names cut short can be told apart."""
+    return {f"#{place} {each.name}": each for place, each in enumerate(results.deployments, 1)}
+
+
 def _speed(comparison: Comparison) -> tuple[Chart, ...]:
     bars = [
         Bar(
-            row.deployment.name,
+            f"#{row.number} {row.deployment.name}",
             row.phase.tps,
             row.deployment.is_baseline,
             min(row.phase.tps_of_runs) if len(row.phase.tps_of_runs) > 1 else None,
@@ -78,30 +85,33 @@ def _causes(results: Results) -> tuple[Tabs, ...]:
     charts = []
     for phase in (Phase.DECODE, Phase.PREFILL):
         seconds = {
-            each.name: {str(cause): s for cause, s in each.breakdown_s[phase].items()}
-            for each in results.deployments
+            name: {str(cause): s for cause, s in each.breakdown_s[phase].items()}
+            for name, each in _named(results).items()
             if phase in each.breakdown_s
         }
         if seconds:
             unit = "every sequence one token on" if phase is Phase.DECODE else "the whole prefill"
             note = f"Mean over ranks of a round: {unit}."
-            charts.append(
-                (str(phase), causes_chart(f"Time of {phase} by cause", seconds, note=note))
-            )
+            title = f"Time of {phase} by cause"
+            charts.append((str(phase), causes_chart(title, seconds, note=note)))
     return (Tabs("Time by cause", tuple(charts)),)
 
 
 def _timelines(results: Results, comparison: Comparison) -> tuple[Timelines | str, ...]:
-    first = {row.deployment.name for row in _cast(comparison)}
+    first = {f"#{row.number} {row.deployment.name}" for row in _cast(comparison)}
     parts: list[Timelines | str] = []
     for phase in (Phase.DECODE, Phase.PREFILL):
-        steps = {
-            each.name: each.timelines[phase]
-            for each in results.deployments
-            if phase in each.timelines
-        }
-        if steps:
-            parts.append(timelines_chart(f"One {phase} step", steps, first))
+        of_phase = {name: each for name, each in _named(results).items() if phase in each.timelines}
+        if of_phase:
+            parts.append(
+                timelines_chart(
+                    f"One {phase} step",
+                    {name: each.timelines[phase] for name, each in of_phase.items()},
+                    first,
+                    notes={name: _typical(each, phase) for name, each in of_phase.items()},
+                    is_measured=True,
+                )
+            )
     if parts:
         parts.insert(
             0,
@@ -112,11 +122,29 @@ def _timelines(results: Results, comparison: Comparison) -> tuple[Timelines | st
     return tuple(parts)
 
 
+def _typical(deployment: DeploymentResult, phase: Phase) -> str:
+    """How the step that is drawn compares with those that were measured."""
+    step = deployment.timelines[phase]
+    measured = deployment.prefill if phase is Phase.PREFILL else deployment.decode
+    if measured is None:
+        return ""
+    is_round = deployment.options.micro_batch_schedule == "rotating"
+    usual_s = measured.round_s if is_round and phase is Phase.DECODE else measured.step_s
+    own_s = step.end_us / _US_PER_S
+    what = "a mean round" if is_round and phase is Phase.DECODE else "the median step"
+    words = f"It took {milliseconds(own_s)} ms; {what} of the run {milliseconds(usual_s)} ms."
+    if abs(own_s / usual_s - 1) > _UNTYPICAL:
+        words += " So it is not typical: look at its shape, not at its length."
+    return words
+
+
 def _squares(results: Results, machine: Machine) -> tuple[Tabs | Chart, ...]:
-    parts: list[Tabs | Chart] = [_loads(results.deployments)]
+    parts: list[Tabs | Chart] = _loads(results)
     for phase in (Phase.DECODE, Phase.PREFILL):
         of_phase = {
-            each.name: each.traffic[phase] for each in results.deployments if phase in each.traffic
+            name: each.traffic[phase]
+            for name, each in _named(results).items()
+            if phase in each.traffic
         }
         matrices = [
             (
@@ -139,13 +167,19 @@ def _squares(results: Results, machine: Machine) -> tuple[Tabs | Chart, ...]:
     return tuple(parts)
 
 
-def _loads(deployments: tuple[DeploymentResult, ...]) -> Tabs | Chart:
-    """One plot where all had the same."""
-    loads = {each.name: each.expert_load.num_tokens_per_expert for each in deployments}
+def _loads(results: Results) -> list[Tabs | Chart]:
+    """One plot where all had the same; none without experts."""
+    loads = {name: each.expert_load.num_tokens_per_expert for name, each in _named(results).items()}
     title = "Load of the experts"
     if len(set(loads.values())) == 1:
-        return load_chart(f"{title}, the same in all deployments", next(iter(loads.values())))
-    return Tabs(title, tuple((name, load_chart(name, load)) for name, load in loads.items()))
+        also = ", the same in all deployments" if len(loads) > 1 else ""
+        charts = [("", load_chart(f"{title}{also}", next(iter(loads.values()))))]
+    else:
+        charts = [(name, load_chart(name, load)) for name, load in loads.items()]
+    drawn = tuple((name, chart) for name, chart in charts if chart is not None)
+    if len(drawn) > 1:
+        return [Tabs(title, drawn)]
+    return [chart for _, chart in drawn]
 
 
 def _scaling(results: Results) -> tuple[Chart, ...]:

@@ -1,5 +1,7 @@
 """The plots of a plan."""
 
+from typing import Literal
+
 from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
 from expertlane.report.charts.curves import Axis, Curve, curves_chart
 from expertlane.report.charts.timeline import timelines_chart
@@ -37,13 +39,13 @@ def _closer(plan: PlanResults) -> dict[str, PlannedDeployment]:
 
 
 def _pareto(plan: PlanResults) -> Chart:
-    def at(each: PlannedDeployment, words: str) -> Curve:
+    def at(each: PlannedDeployment, words: str, role: Literal["front", "back"] = "front") -> Curve:
         where = point(
             _MS_PER_S * each.tpot_s.value,
             each.tps,
             words=f"{named(each)}, {each.num_sequences:,} at once",
         )
-        return Curve(words, (where,), is_joined=False)
+        return Curve(words, (where,), is_joined=False, role=role)
 
     front = tuple(
         point(
@@ -56,7 +58,7 @@ def _pareto(plan: PlanResults) -> Chart:
     curves = [
         Curve("front", front),
         at(plan.best[0], "the best within the limits"),
-        *(at(each, f"best of: {family}") for family, each in plan.families.items()),
+        *(at(each, f"best of: {family}", "back") for family, each in plan.families.items()),
         *(at(each, name) for name, each in plan.papers.items()),
     ]
     return curves_chart(
@@ -108,7 +110,7 @@ def _causes(plan: PlanResults) -> tuple[Tabs, ...]:
     return (Tabs("Time by cause", charts),)
 
 
-def _timelines(plan: PlanResults) -> tuple[Timelines, ...]:
+def _timelines(plan: PlanResults) -> tuple[Timelines | str, ...]:
     rows = _closer(plan)
     first = [name for place, name in enumerate(rows) if not place or place >= _NUM_EXPLAINED]
     first = first if plan.papers else []
@@ -118,8 +120,13 @@ def _timelines(plan: PlanResults) -> tuple[Timelines, ...]:
         }
         for phase in (Phase.DECODE, Phase.PREFILL)
     }
-    return tuple(
+    words = (
+        "A step of each at its own number of sequences or prompts, written under it. Upper half of "
+        "a row: what the GPU computes; lower half: its transfers. Gaps are idle."
+    )
+    groups = [
         timelines_chart(f"One {phase} step", steps, first)
         for phase, steps in by_phase.items()
         if steps
-    )
+    ]
+    return (words, *groups) if groups else ()

@@ -1,17 +1,19 @@
 """The plots of a projection, apart from all that was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.document import Chart, PageSection, Tabs, Timelines
-from expertlane.report.paper import ROWS, is_papers_experiment
+from expertlane.report.paper import HARDWARE, ROWS, is_papers_experiment
 from expertlane.report.projected_rows import (
     at_context,
     baselines,
     conditions_in_words,
     fastest,
+    numbers,
     proposals,
 )
 from expertlane.report.projected_verdict import headline as first_sentence
@@ -39,7 +41,7 @@ def sections(results: Results) -> tuple[PageSection, ...]:
     projection = results.projection
     assert projection is not None, "the caller looked"
     rows = projection.usual(projection.top_ks[0])
-    what = f"projected for {projection.cluster}"
+    what = f"projected for {projection.cluster} ({conditions_in_words(rows[0].conditions)})"
     parts = (
         PageSection(f"Speed, {what}", _speed(projection, rows)),
         PageSection(f"Where the time goes, {what}", _causes(projection, rows)),
@@ -47,7 +49,7 @@ def sections(results: Results) -> tuple[PageSection, ...]:
         PageSection(f"Context and batch, {what}", _latency(projection, rows)),
         PageSection(f"Scaling, {what}", _scaling(projection)),
         PageSection(
-            f"Throughput against latency, {what}",
+            f"Throughput against latency, projected for {projection.cluster}",
             tuple(
                 _pareto(projection, planned, is_papers=is_papers_experiment(results))
                 for planned in projection.planned
@@ -64,29 +66,47 @@ def point(x: float, estimate: Estimate, scale: float = 1.0, words: str = "") -> 
 
 
 def _speed(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tuple[Tabs, ...]:
-    decode = [_bar(row, at_context(projection, row)) for row in rows]
+    named = _named(projection, rows)
+    decode = [_bar(name, row, at_context(projection, row)) for name, row in named.items()]
     charts = [
         (
             "decode",
             speed_chart(
-                f"Decode tokens a second at {projection.context:,} tokens of context, "
-                f"{conditions_in_words(rows[0].conditions)}",
+                f"Decode tokens a second at {projection.context:,} tokens of context",
                 "decode tokens/s",
                 decode,
                 between="low–high",
             ),
         )
     ]
-    prefill = [_bar(row, row.prefill) for row in rows if row.prefill is not None]
+    prefill = [
+        _bar(name, row, row.prefill) for name, row in named.items() if row.prefill is not None
+    ]
     if prefill:
-        title = f"Prefill tokens a second, {conditions_in_words(rows[0].conditions)}"
-        chart = speed_chart(title, "prefill tokens/s", prefill, between="low–high")
+        chart = speed_chart(
+            "Prefill tokens a second", "prefill tokens/s", prefill, between="low–high"
+        )
         charts.append(("prefill", chart))
     return (Tabs("Speed", tuple(charts)),)
 
 
-def _bar(row: ProjectedDeployment, step: StepProjection) -> Bar:
-    return Bar(row.name, step.tps.value, row.is_baseline, step.tps.low, step.tps.high)
+def _named(
+    projection: Projection, rows: Sequence[ProjectedDeployment]
+) -> dict[str, ProjectedDeployment]:
+    """With the number that tables have, so that names cut short can be told apart."""
+    place = numbers(projection)
+    return {f"#{place[row.name]} {row.name}": row for row in rows}
+
+
+def _cast(projection: Projection, rows: Sequence[ProjectedDeployment]) -> list[str]:
+    """The names of the first, the best baseline and the best proposal."""
+    cast = [rows[0], fastest(projection, baselines(rows))]
+    cast += [fastest(projection, proposals(rows))] if proposals(rows) else []
+    return [row.name for row in cast]
+
+
+def _bar(name: str, row: ProjectedDeployment, step: StepProjection) -> Bar:
+    return Bar(name, step.tps.value, row.is_baseline, step.tps.low, step.tps.high)
 
 
 def step_seconds(step: StepProjection) -> dict[str, float]:
@@ -96,8 +116,11 @@ def step_seconds(step: StepProjection) -> dict[str, float]:
 
 def _causes(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tuple[Tabs, ...]:
     note = "Likely values, mean over GPUs. Reads: of operations that memory bounds."
-    decode = {row.name: step_seconds(at_context(projection, row)) for row in rows}
-    prefill = {row.name: step_seconds(row.prefill) for row in rows if row.prefill is not None}
+    named = _named(projection, rows)
+    decode = {name: step_seconds(at_context(projection, row)) for name, row in named.items()}
+    prefill = {
+        name: step_seconds(row.prefill) for name, row in named.items() if row.prefill is not None
+    }
     charts = [
         (name, causes_chart(f"Time of a {name} step by cause", seconds, note=note))
         for name, seconds in (("decode", decode), ("prefill", prefill))
@@ -109,29 +132,40 @@ def _causes(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tupl
 def _timelines(
     projection: Projection, rows: Sequence[ProjectedDeployment]
 ) -> tuple[Timelines | str, ...]:
-    cast = [rows[0], fastest(projection, baselines(rows))]
-    cast += [fastest(projection, proposals(rows))] if proposals(rows) else []
-    first = {row.name for row in cast}
+    named, cast = _named(projection, rows), _cast(projection, rows)
+    first = [name for name, row in named.items() if row.name in cast]
     parts: list[Timelines | str] = []
     for phase in (Phase.DECODE, Phase.PREFILL):
-        steps = {row.name: row.timelines[phase] for row in rows if phase in row.timelines}
+        steps = {
+            name: row.timelines[phase] for name, row in named.items() if phase in row.timelines
+        }
         if steps:
             parts.append(timelines_chart(f"One {phase} step", steps, first))
     if parts:
         parts.insert(
             0,
-            "A step in the steady state of each deployment, all on the same time axis. Upper half "
-            "of a row: what the GPU computes; lower half: its transfers. Gaps are idle.",
+            "A step in the steady state of each deployment, all on the same time axis; of rotating "
+            "micro-batches one of each, which lie over the round before and after. Upper half of "
+            "a row: what the GPU computes; lower half: its transfers. Gaps are idle.",
         )
     return tuple(parts)
 
 
 def _latency(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tuple[Chart, ...]:
-    by_context = [
-        Curve(
+    def curve(row: ProjectedDeployment, points: Iterable[Point]) -> Curve:
+        is_seen = row.name in _cast(projection, rows)
+        return Curve(
             row.name,
-            tuple(
-                point(step.context, step.step_s, _MS_PER_S, "" if step.fits else "does not fit")
+            tuple(points),
+            role="front" if is_seen else "back",
+            is_dashed=row.is_baseline,
+        )
+
+    by_context = [
+        curve(
+            row,
+            (
+                point(step.context, step.step_s, _MS_PER_S, _fit(step))
                 for step in row.decode
                 if step.num_tokens == projection.num_sequences
             ),
@@ -139,12 +173,9 @@ def _latency(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tup
         for row in rows
     ]
     by_batch = [
-        Curve(
-            row.name,
-            tuple(
-                point(step.num_tokens, step.step_s, _MS_PER_S, "" if step.fits else "does not fit")
-                for step in row.by_batch
-            ),
+        curve(
+            row,
+            (point(step.num_tokens, step.step_s, _MS_PER_S, _fit(step)) for step in row.by_batch),
         )
         for row in rows
         if row.by_batch
@@ -155,7 +186,7 @@ def _latency(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tup
             Axis("tokens of context", "log"),
             Axis("TPOT, ms", "log"),
             by_context,
-            note="Lines through the points: low to high.",
+            note="Lines through the points: low to high. Dashed: baselines.",
         )
     ]
     if by_batch:
@@ -165,7 +196,7 @@ def _latency(projection: Projection, rows: Sequence[ProjectedDeployment]) -> tup
                 Axis("sequences", "log"),
                 Axis("TPOT, ms", "log"),
                 by_batch,
-                note="Sequences of the whole system, one token each a step.",
+                note="Sequences of the whole system, one token each a step. Dashed: baselines.",
             )
         )
     return tuple(charts)
@@ -216,10 +247,13 @@ def _pareto(projection: Projection, planned: Planned, *, is_papers: bool) -> Cha
             ),
         )
     ]
-    for row in projection.usual(planned.top_k):
+    rows = projection.usual(planned.top_k)
+    cast = _cast(projection, rows)
+    for row in rows:
         step = at_context(projection, row)
         at = point(_MS_PER_S * step.step_s.value, step.tps, words=_fit(step))
-        curves.append(Curve(row.name, (at,), is_joined=False))
+        role: Literal["front", "back"] = "front" if row.name in cast else "back"
+        curves.append(Curve(row.name, (at,), is_joined=False, role=role))
     note = (
         f"Decoding alone, at {projection.context:,} tokens of context. No deployment of one pool "
         "is above and left of the front, which is screened. The experiment's own have all "
@@ -227,10 +261,15 @@ def _pareto(projection: Projection, planned: Planned, *, is_papers: bool) -> Cha
     )
     if is_papers:
         curves += [
-            Curve(f"reported: {row.name}", (Point(row.tpot_ms, row.tps),), is_joined=False)
+            Curve(
+                f"reported by the paper: {row.name}",
+                (Point(row.tpot_ms, row.tps, words="unchecked"),),
+                is_joined=False,
+                role="reported",
+            )
             for row in ROWS
         ]
-        note += " The paper's two points are reported, not projected."
+        note += f" Stars: as the paper reports for {HARDWARE}; neither projected nor checked."
     return curves_chart(
         f"Decode tokens a second against TPOT, top-{planned.top_k}",
         Axis("TPOT, ms", "log"),

@@ -5,13 +5,24 @@ from expertlane.report.charts.fan_out import fan_out_chart
 from expertlane.report.charts.squares import load_chart, traffic_chart
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.document import Chart, PageSection, Tabs
-from expertlane.report.simulation import limits, phases_of
+from expertlane.report.numbers import figures, milliseconds, percent
+from expertlane.report.simulation import phases_of
 from expertlane.results.simulation import Simulation
 
 
 def headline(simulation: Simulation) -> str:
-    """What limits it, in a sentence."""
-    return next(iter(limits(simulation)))
+    """What users would feel, and what limits it."""
+    service = simulation.service
+    tpot = (
+        "" if service.tpot_s is None else f"TPOT {milliseconds(service.tpot_s.median.value)} ms, "
+    )
+    main = max(phases_of(simulation), key=lambda named: named[1].seconds.value)
+    cause, share = main[1].largest
+    return (
+        f"{figures(service.output_tps.value)} output tokens/s, {tpot}"
+        f"TTFT {milliseconds(service.ttft_s.median.value)} ms (medians); most of the time is "
+        f"{main[0]}, limited by {cause} ({percent(share)} of it)."
+    )
 
 
 def sections(simulation: Simulation) -> tuple[PageSection, ...]:
@@ -41,8 +52,9 @@ def sections(simulation: Simulation) -> tuple[PageSection, ...]:
 
 def _squares(simulation: Simulation) -> tuple[Chart | Tabs, ...]:
     parts: list[Chart | Tabs] = []
-    if any(map(any, simulation.num_tokens_per_expert)):
-        parts.append(load_chart("Load of the experts", simulation.num_tokens_per_expert))
+    load = load_chart("Load of the experts", simulation.num_tokens_per_expert)
+    if load is not None:
+        parts.append(load)
     phases = phases_of(simulation)
     matrices = [
         (name, traffic_chart(f"A {name} step", phase.sent_bytes, simulation.cluster.ranks_per_node))
