@@ -19,7 +19,10 @@ DRAWN = (
     "() => [...document.querySelectorAll('.plot')]"
     ".every(plot => !plot.checkVisibility() || plot.dataset.drawn)"
 )
-UNSEEN = ".timeline:not([open]), .zoom, .timeline details, .timeline .note { display: none }"
+STYLE = """
+.timeline:not([open]), .zoom, details.numbers, .timeline .note { display: none }
+.group, .chart { padding: 14px; background: var(--card) }
+"""
 # By the picture's name, the words that a section's heading begins with, and its part.
 PARTS = {
     "report-causes": ("Where the time goes", ".group"),
@@ -44,7 +47,7 @@ def main() -> None:
         )
         page = browser.new_page(viewport={"width": WIDTH, "height": 1000}, device_scale_factor=1.5)
         page.goto(report.absolute().as_uri())
-        page.add_style_tag(content=UNSEEN)
+        page.add_style_tag(content=STYLE)
         page.wait_for_function(DRAWN)
         for name, (heading, selector) in PARTS.items():
             path = HERE / f"{name}.png"

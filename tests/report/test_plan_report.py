@@ -97,13 +97,19 @@ def test_why_there_are_no_two_pools(why, words):
 
 
 def test_what_most_time_rests_on_is_said():
-    assert "Most of its time" not in " ".join(verdict(plan(planned())))
+    assert "Most of the first one's time" not in " ".join(verdict(plan(planned())))
     # 8 of 10 ms are the decode step's: 0.8 × 0.7 + 0.2 × 0.2
     unsure = planned(decode=step(0.008, 0.7, 0.0))
     said = verdict(plan(unsure))[-1]
-    assert "Most of its time rests on datasheets and assumptions alone (60%): trust" in said
+    assert (
+        "Most of the first one's time rests on datasheets and assumptions alone (60%): trust"
+        in said
+    )
     beyond = verdict(plan(planned(decode=step(0.008, 0.0, 0.9))))[-1]
-    assert "Most of its time lies outside the sizes that were ever measured (76%): trust" in beyond
+    assert (
+        "Most of the first one's time lies outside the sizes that were ever measured (76%): trust"
+        in beyond
+    )
 
 
 def test_cautions_are_part_of_the_verdict():

@@ -75,7 +75,7 @@ def _firmness(best: PlannedDeployment) -> list[str]:
     if not most:
         return []
     return [
-        f"Most of its time {' and '.join(most)}: trust its bounds, and orders and factors more "
+        f"Most of the first one's time {' and '.join(most)}: trust its bounds, and orders and factors more "
         "than digits."
     ]
 

@@ -17,7 +17,7 @@ from expertlane.report.numbers import NONE, figures
 
 _HEIGHT_PX = 280
 _PADDING_PX = 14
-_MOST_LABELS, _LONG = 9, 1e4
+_MOST_LABELS, _LONG = 9, 1e5
 # Marks that the library has no name for, in a square from -1 to 1.
 _PATHS = {
     REPORTED_SHAPE: "M0,-1L0.26,-0.33L0.97,-0.3L0.42,0.13L0.6,0.82L0,0.43L-0.6,0.82L-0.42,0.13"
@@ -73,7 +73,7 @@ class Axis:
         if self.scale == "log":
             places = sorted(set(at))
             if 0 < len(places) <= _MOST_LABELS:
-                axis |= {"values": places, "format": "d" if max(places) < _LONG else "~s"}
+                axis |= {"values": places, "format": ",d" if max(places) < _LONG else "~s"}
             return quantity(of, self.name, type="log", nice=False, padding=_PADDING_PX) | {
                 "axis": axis
             }
