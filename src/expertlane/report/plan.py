@@ -75,8 +75,8 @@ def _firmness(best: PlannedDeployment) -> list[str]:
     if not most:
         return []
     return [
-        f"Most of the first one's time {' and '.join(most)}: trust its bounds, and orders and factors more "
-        "than digits."
+        f"Most of the first one's time {' and '.join(most)}: trust its bounds, and "
+        "orders and factors more than digits."
     ]
 
 
