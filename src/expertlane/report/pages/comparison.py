@@ -69,7 +69,7 @@ def _why(comparison: Comparison) -> tuple[str, ...]:
     """What takes most of the time, of those that the verdict speaks of."""
     return tuple(
         dict.fromkeys(
-            f"Most of {row.deployment.name} is {row.deployment.bottleneck.sentence}."
+            f"The largest part of {row.deployment.name} is {row.deployment.bottleneck.sentence}."
             for row in _cast(comparison)
         )
     )
