@@ -21,11 +21,11 @@ OF_CAUSE: dict[str, str] = {
     ProjectedCause.EXPERT_COMPUTE: "--blue",
     ProjectedCause.OTHER_COMPUTE: "--sky",
     ProjectedCause.WEIGHT_READS: "--green",
-    ProjectedCause.KV_READS: "--teal",
+    ProjectedCause.KV_READS: "--purple",
     ProjectedCause.DISPATCH_COMBINE: "--vermillion",
     ProjectedCause.CONTENTION: "--pink",
     ProjectedCause.IMBALANCE: "--grey",
-    ProjectedCause.LAUNCH: "--purple",
+    ProjectedCause.LAUNCH: "--teal",
 }
 
 # What a rank waits for in a hand-over is the bubble of its pipeline.
