@@ -2,12 +2,16 @@ import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
+from expertlane.cli.engine_options import find_model
+from expertlane.cli.projection_options import number_types
+from expertlane.cost.cluster import parse_cluster
 from expertlane.results.plan import PlanResults
 from expertlane.spec.experiment_file import read_experiment
 
@@ -156,3 +160,11 @@ def test_torch_is_not_imported(here):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_preset_is_in_a_type_that_the_devices_have():
+    found, cluster = find_model("paper-small", weights=False), parse_cluster("h100x2")
+    assert number_types(found, None, None, cluster).weights == "float16"
+    device = replace(cluster.profile.device, flops_per_s={"float32": 1e12})
+    own = replace(cluster, profile=replace(cluster.profile, device=device))
+    assert number_types(found, None, None, own).weights == "float32"

@@ -121,7 +121,7 @@ def plan(
     goals = _goals(max_tpot_ms, max_ttft_ms)
     traffic = _traffic(workload, found.config)
     routing = choose_routing(found.config, routing_trace, skew, num_sampled_layers=2)
-    types = number_types(found, dtype, kv_dtype)
+    types = number_types(found, dtype, kv_dtype, devices)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(execution.value), routing.source, payload)
     name = slug("plan", found.config.name, devices)

@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from expertlane.cli.engine_options import FoundModel
+    from expertlane.cost.cluster import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
 
 
@@ -71,12 +72,22 @@ ExecutionOption = Annotated[
 
 
 def number_types(
-    found: "FoundModel", dtype: NumberType | None, kv_dtype: NumberType | None
+    found: "FoundModel",
+    dtype: NumberType | None,
+    kv_dtype: NumberType | None,
+    cluster: "ModelledCluster",
 ) -> "NumberTypes":
-    """What was asked for, else the checkpoint's own; float16 for a preset, as in the paper."""
+    """What was asked for, else the checkpoint's own.
+
+    A preset is in float16, as in the paper, or in what the devices have if they lack it: a profile
+    of `expertlane calibrate` has one type.
+    """
     from expertlane.cost.number_types import NumberTypes
 
+    known = cluster.profile.device.flops_per_s
     own: str = found.config.dtype if found.folder else "float16"
+    if not found.folder and own not in known:
+        own = next(iter(known))
     if found.quantization is not None and found.quantization.is_float8:
         own = "float8"
     return NumberTypes.asked(dtype.value if dtype else own, kv_dtype and kv_dtype.value)

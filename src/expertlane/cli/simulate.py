@@ -193,7 +193,7 @@ def simulate(
         layout=found_model.lay_out(layout),
         prefill_layout=None if prefill_layout is None else found_model.lay_out(prefill_layout),
         options=options,
-        types=number_types(found_model, dtype, kv_dtype),
+        types=number_types(found_model, dtype, kv_dtype, modelled),
         execution=Execution(execution.value),
         routing=routing.source,
         multi_token=multi_token,
