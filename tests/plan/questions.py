@@ -5,7 +5,7 @@ from expertlane.cost.execution import Execution
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.search import Search
-from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.setting import Goals, Question, Setting, Traffic
 from expertlane.spec.model import PRESETS, ModelConfig
 
 PAPER = PRESETS["paper"]
@@ -46,6 +46,5 @@ def search_of(
     goals: Goals | None = None,
     **setting,
 ) -> Search:
-    return Search(
-        model, cluster_of(num_devices), traffic, goals or Goals(), setting_of(model, **setting)
-    )
+    cluster, setting = cluster_of(num_devices), setting_of(model, **setting)
+    return Search(Question(model, cluster, traffic, goals or Goals(), setting))

@@ -114,7 +114,7 @@ def plan(
     from expertlane.cost.routing_choice import choose_routing
     from expertlane.plan.finals import NUM_FINALISTS
     from expertlane.plan.make import Plan
-    from expertlane.plan.setting import Setting
+    from expertlane.plan.setting import Question, Setting
     from expertlane.spec.atomic_file import write_text
 
     found, devices = find_model(model, weights=False), parse_cluster(cluster)
@@ -127,7 +127,7 @@ def plan(
     name = slug("plan", found.config.name, devices)
     folder = results_folder(out, name)
     cautions = tuple(filter(None, [priced_wider(found, types)]))
-    plan = Plan(found.config, devices, traffic, goals, setting, routing.words, cautions)
+    plan = Plan(Question(found.config, devices, traffic, goals, setting), routing.words, cautions)
     with progress_on_stderr() as progress:
         for task, total, part in (
             ("one pool: every layout and option", plan.num_candidates, plan.screen),

@@ -11,7 +11,7 @@ from expertlane.experiment.progress import Progress
 from expertlane.plan.families import pareto
 from expertlane.plan.option import Finalist, Option
 from expertlane.plan.search import OnePool, Search
-from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.setting import Goals, Question, Setting, Traffic
 from expertlane.plan.throughput import Served
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import (
@@ -49,7 +49,7 @@ def plan_beside(
     decoding = _search(model, cluster, Traffic(num_seqs, 1, 2 * context - 1), setting)
     progress.advance()
     whole = Traffic(num_seqs, workload.prompt_len, workload.output_len)
-    search = Search(model, cluster, whole, Goals(), setting)
+    search = Search(Question(model, cluster, whole, Goals(), setting))
     try:
         found = search.one_pool()
     except UserError:  # nothing fits
@@ -69,7 +69,7 @@ def _search(
     model: ModelConfig, cluster: ModelledCluster, traffic: Traffic, setting: Setting
 ) -> OnePool | None:
     try:
-        return Search(model, cluster, traffic, Goals(), setting).one_pool()
+        return Search(Question(model, cluster, traffic, Goals(), setting)).one_pool()
     except UserError:  # nothing fits
         return None
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from expertlane.cost.cluster import ModelledCluster
 from expertlane.plan.assumptions import plan_assumptions
 from expertlane.plan.candidates import Candidate
 from expertlane.plan.experiment_text import experiment_text
@@ -13,11 +12,10 @@ from expertlane.plan.families import best_of_families
 from expertlane.plan.outcome import best_deployments, families, papers, pareto_front, pools
 from expertlane.plan.search import OnePool, Search
 from expertlane.plan.serve_commands import Served, serve_commands
-from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.setting import Question
 from expertlane.plan.structure import Screened
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.plan import NoPools, PlanResults, ServeCommandResult
-from expertlane.spec.model import ModelConfig
 
 
 class Plan:
@@ -30,23 +28,15 @@ class Plan:
 
     def __init__(
         self,
-        model: ModelConfig,
-        cluster: ModelledCluster,
-        traffic: Traffic,
-        goals: Goals,
-        setting: Setting,
+        question: Question,
         routing: str,
         cautions: tuple[str, ...] = (),
     ) -> None:
         self._cautions = cautions
-        self._model = model
-        self._cluster = cluster
-        self._traffic = traffic
-        self._goals = goals
-        self._setting = setting
+        self._question = question
         self._routing = routing
-        self._search = Search(model, cluster, traffic, goals, setting)
-        self._pool_search = TwoPoolSearch(model, cluster, traffic, goals, setting)
+        self._search = Search(question)
+        self._pool_search = TwoPoolSearch(question)
         self._screened: list[Screened] = []
         self._found: OnePool | None = None
         self._pools: TwoPools | NoPools = "over limits"
@@ -107,16 +97,23 @@ class Plan:
             served: what other systems are to load.
             experiment: the path of the file with `experiment`.
         """
-        found, traffic, goals, setting = self.found, self._traffic, self._goals, self._setting
+        found, traffic, goals, setting = (
+            self.found,
+            self._question.traffic,
+            self._question.goals,
+            self._question.setting,
+        )
         two = self._pools
         winner = found.finalists[0].option.candidate
         return PlanResults(
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             version=version,
-            model=json.loads(json.dumps(asdict(self._model))),  # lists, as they are read back
-            cluster=str(self._cluster),
-            device=self._cluster.profile.device.name,
+            model=json.loads(
+                json.dumps(asdict(self._question.model))
+            ),  # lists, as they are read back
+            cluster=str(self._question.cluster),
+            device=self._question.cluster.profile.device.name,
             num_sequences=traffic.num_sequences,
             prompt_len=traffic.prompt_len,
             output_len=traffic.output_len,
@@ -125,7 +122,7 @@ class Plan:
             best=best_deployments(found, traffic, self._search),
             families=families(found, traffic),
             pareto=pareto_front(found),
-            papers=papers(found, traffic, self._search, self._model),
+            papers=papers(found, traffic, self._search, self._question.model),
             two_pools=pools(two) if isinstance(two, TwoPools) else None,
             no_two_pools=None if isinstance(two, TwoPools) else two,
             num_candidates=found.num_candidates,
@@ -134,15 +131,15 @@ class Plan:
             num_pool_candidates=self.num_pool_candidates,
             commands=self._commands(winner, served),
             experiment=experiment,
-            assumptions=plan_assumptions(self._cluster, traffic, setting, self._routing),
+            assumptions=plan_assumptions(self._question.cluster, traffic, setting, self._routing),
             cautions=self._cautions,
         )
 
     def _commands(self, winner: Candidate, served: Served) -> tuple[ServeCommandResult, ...]:
-        per_node = self._cluster.profile.ranks_per_node
+        per_node = self._question.cluster.profile.ranks_per_node
         nodes = -(-winner.layout.replica_size // per_node)
         commands = serve_commands(
-            winner, served, self._setting.types, self._traffic.full_len + 1, nodes
+            winner, served, self._question.setting.types, self._question.traffic.full_len + 1, nodes
         )
         return tuple(ServeCommandResult(**asdict(each)) for each in commands)
 
@@ -154,10 +151,10 @@ class Plan:
         """
         return experiment_text(
             name,
-            self._model,
+            self._question.model,
             checkpoint,
-            self._traffic,
-            self._cluster.profile.ranks_per_node,
+            self._question.traffic,
+            self._question.cluster.profile.ranks_per_node,
             self._compared(),
             comment,
         )

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 
-from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.operation import Floats
 from expertlane.errors import UserError
 from expertlane.plan.candidates import Candidate, candidates_of, check_devices, valid_layouts
@@ -15,12 +14,11 @@ from expertlane.plan.memory import size_text
 from expertlane.plan.option import Finalist, Option
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Screen
-from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.setting import Question
 from expertlane.plan.structure import Screened
 from expertlane.plan.throughput import LIKELY, Steps, one_pool
 from expertlane.results.projection import StepProjection
 from expertlane.results.timeline import StepTimeline
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 
 
@@ -53,27 +51,21 @@ class Search:
 
     def __init__(
         self,
-        model: ModelConfig,
-        cluster: ModelledCluster,
-        traffic: Traffic,
-        goals: Goals,
-        setting: Setting,
+        question: Question,
     ) -> None:
-        check_devices(cluster)
-        self._model = model
-        self._cluster = cluster
-        self._traffic = traffic
-        self._goals = goals
-        self._setting = setting
+        check_devices(question.cluster)
+        self._question = question
 
     @cached_property
     def candidates(self) -> list[Candidate]:
         """All that use every device."""
-        per_node = self._cluster.profile.ranks_per_node
+        per_node = self._question.cluster.profile.ranks_per_node
         return [
             candidate
-            for layout in valid_layouts(self._model, self._cluster.num_devices)
-            for candidate in candidates_of(layout, self._model, per_node, self._setting.payload)
+            for layout in valid_layouts(self._question.model, self._question.cluster.num_devices)
+            for candidate in candidates_of(
+                layout, self._question.model, per_node, self._question.setting.payload
+            )
         ]
 
     def one_pool(self) -> OnePool:
@@ -90,13 +82,19 @@ class Search:
             UserError: no layout of so many devices is valid for the model.
         """
         if not self.candidates:
+            model = self._question.model
             raise UserError(
-                f"no layout of {self._cluster.num_devices} devices is valid for "
-                f"{self._model.name}: it has {self._model.num_attention_heads} attention heads, "
-                f"{self._model.num_kv_heads} of keys and values and "
-                f"{self._model.num_hidden_layers} layers, and tp must divide the heads"
+                f"no layout of {self._question.cluster.num_devices} devices is valid for "
+                f"{model.name}: it has {model.num_attention_heads} attention heads, "
+                f"{model.num_kv_heads} of keys and values and {model.num_hidden_layers} layers, "
+                "and tp must divide the heads"
             )
-        screen = Screen(self._model, self._cluster, self._traffic, self._setting)
+        screen = Screen(
+            self._question.model,
+            self._question.cluster,
+            self._question.traffic,
+            self._question.setting,
+        )
         return screen.run(self.candidates, advance)
 
     def in_full(
@@ -113,9 +111,9 @@ class Search:
         options = self.options(screened)
         if not options:
             raise UserError(self._too_large(screened))
-        finals = best_in_full(options, self._goals, self.finish, advance)
+        finals = best_in_full(options, self._question.goals, self.finish, advance)
         if not finals.kept:
-            nearest = min(finals.broke, key=lambda each: each.breach(self._goals))
+            nearest = min(finals.broke, key=lambda each: each.breach(self._question.goals))
             raise UserError(self._missed(nearest))
         num_too_large = len(screened) - len(options)
         return OnePool(finals.options, finals.kept, len(screened), num_too_large)
@@ -128,7 +126,7 @@ class Search:
         assert screened.decode is not None, "it fits"
         assert screened.prefill is not None, "it fits"
         assert screened.prompts is not None, "it fits"
-        layout, num_all = screened.candidate.layout, self._traffic.num_sequences
+        layout, num_all = screened.candidate.layout, self._question.traffic.num_sequences
         num_seqs = np.minimum(screened.num_seqs * (layout.replicas * layout.dp), num_all)
         steps = Steps(
             layout,
@@ -138,8 +136,8 @@ class Search:
             screened.prompts,
             num_all,
         )
-        served = one_pool(steps, self._traffic)
-        return Option(screened, steps, served, served.best(self._goals))
+        served = one_pool(steps, self._question.traffic)
+        return Option(screened, steps, served, served.best(self._question.goals))
 
     def finish(self, option: Option) -> Finalist:
         """An option in full, at its best number of sequences; it may break a limit then."""
@@ -153,15 +151,15 @@ class Search:
             decode_s=_bounds(decode)[:, None],
             prefill_s=_bounds(prefill),
         )
-        return Finalist(option, decode, prefill, steps, one_pool(steps, self._traffic))
+        return Finalist(option, decode, prefill, steps, one_pool(steps, self._question.traffic))
 
     def finish_within(self, option: Option) -> Finalist | None:
         """An option in full, at the best number of sequences that keeps the limits then too."""
         while option.place is not None:
             finalist = self.finish(option)
-            if finalist.keeps(self._goals):
+            if finalist.keeps(self._question.goals):
                 return finalist
-            option = option.next_best(self._goals)
+            option = option.next_best(self._question.goals)
         return None
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
@@ -172,20 +170,24 @@ class Search:
 
     def _projector(self, option: Option) -> Projector:
         layout, options = option.candidate
-        return Projector(self._model, layout, options, self._cluster, self._setting)
+        return Projector(
+            self._question.model, layout, options, self._question.cluster, self._question.setting
+        )
 
     def _sizes(self, option: Option, num_seqs: int) -> dict[Phase, StepSize]:
         prompts = option.steps.prompts
         return {
             Phase.PREFILL: StepSize(option.steps.num_prompts, prompts.num_new, prompts.num_cached),
-            Phase.DECODE: StepSize(num_seqs, 1, self._traffic.mean_context),
+            Phase.DECODE: StepSize(num_seqs, 1, self._question.traffic.mean_context),
         }
 
     def _too_large(self, screened: Iterable[Screened]) -> str:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
+        question = self._question
         return (
-            f"{self._model.name} in {self._setting.types} fits no deployment on {self._cluster}: "
+            f"{question.model.name} in {question.setting.types} fits no deployment on "
+            f"{question.cluster}: "
             f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} on a "
             f"rank (weights {size_text(need.weight_bytes)}, keys and values of one sequence "
             f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) of "
@@ -198,8 +200,8 @@ class Search:
         misses: list[str] = []
         keeps: list[str] = []
         for name, limit, value in (
-            ("TPOT", self._goals.max_tpot_s, nearest.served.tpot_s[LIKELY, 0]),
-            ("TTFT", self._goals.max_ttft_s, nearest.served.ttft_s[LIKELY, 0]),
+            ("TPOT", self._question.goals.max_tpot_s, nearest.served.tpot_s[LIKELY, 0]),
+            ("TTFT", self._question.goals.max_ttft_s, nearest.served.ttft_s[LIKELY, 0]),
         ):
             if limit is not None:
                 says = misses if value > limit else keeps
@@ -207,7 +209,7 @@ class Search:
         said = [f"misses {' and '.join(misses)}", *(f"keeps {each}" for each in keeps)]
         num = nearest.num_seqs
         return (
-            f"no deployment on {self._cluster} keeps the limits; the nearest, "
+            f"no deployment on {self._question.cluster} keeps the limits; the nearest, "
             f"{nearest.option.candidate}, with {num} sequence{'' if num == 1 else 's'} at once, "
             f"{' and '.join(said)}"
         )

@@ -1,12 +1,14 @@
-"""What a plan is made for, beside model and cluster."""
+"""What a plan is made for."""
 
 from dataclasses import dataclass
 
+from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import Execution
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import PayloadType
+from expertlane.spec.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,14 @@ class Setting:
     routing: RoutingSource
     payload: PayloadType = "model"
     step_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which deployment of a model to choose on a cluster, for what."""
+
+    model: ModelConfig
+    cluster: ModelledCluster
+    traffic: Traffic
+    goals: Goals
+    setting: Setting

@@ -5,17 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.kv_transfer import ModelledKVTransfers
 from expertlane.cost.links import LinkModel
 from expertlane.cost.operation import Floats
 from expertlane.plan.option import Finalist, Option
 from expertlane.plan.search import Search
-from expertlane.plan.setting import Goals, Setting, Traffic
+from expertlane.plan.setting import Goals, Question, Traffic
 from expertlane.plan.throughput import LIKELY, Served, two_pools
 from expertlane.results.plan import NoPools
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
 
 _PARTS = 4  # the devices are cut into so many parts, of which some prefill
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
@@ -58,22 +56,17 @@ class TwoPoolSearch:
 
     def __init__(
         self,
-        model: ModelConfig,
-        cluster: ModelledCluster,
-        traffic: Traffic,
-        goals: Goals,
-        setting: Setting,
+        question: Question,
     ) -> None:
-        self._model = model
-        self._cluster = cluster
-        self._traffic = traffic
-        self._goals = goals
-        self._setting = setting
-        self._links = LinkModel(cluster.profile)
+        self._question = question
+        self._links = LinkModel(question.cluster.profile)
+        cluster = question.cluster
         num_devices = cluster.num_devices
         sizes = {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
         searches = {
-            size: Search(model, replace(cluster, num_devices=size), traffic, Goals(), setting)
+            size: Search(
+                replace(question, cluster=replace(cluster, num_devices=size), goals=Goals())
+            )
             for size in sorted(sizes | {num_devices - size for size in sizes})
         }
         self._searches = {size: each for size, each in searches.items() if each.candidates}
@@ -104,7 +97,14 @@ class TwoPoolSearch:
         pairs: list[_Pair] = []
         for split in fitting:
             prefill, decode = (options[size] for size in split)
-            pairs += _pairs(split, prefill, decode, self._goals, self._traffic, self._transfer_s)
+            pairs += _pairs(
+                split,
+                prefill,
+                decode,
+                self._question.goals,
+                self._question.traffic,
+                self._transfer_s,
+            )
         return self._best_in_full(sorted(pairs, key=lambda pair: -pair.tps)) or "over limits"
 
     def _best_in_full(self, pairs: Sequence[_Pair]) -> TwoPools | None:
@@ -117,9 +117,9 @@ class TwoPoolSearch:
                 continue
             num_tried += 1
             found = self._in_full(pair)
-            if found.served.best(self._goals) is not None:
+            if found.served.best(self._question.goals) is not None:
                 return found
-            if found.served.breach(replace(self._goals, max_ttft_s=None))[0] > 1:
+            if found.served.breach(replace(self._question.goals, max_ttft_s=None))[0] > 1:
                 too_slow.add(decoding)
         return None
 
@@ -131,20 +131,20 @@ class TwoPoolSearch:
         transfer_s = self._transfer_s(
             prefill.option.candidate.layout, decode.option.candidate.layout
         )
-        served = two_pools(prefill.steps, decode.steps, transfer_s, self._traffic)
+        served = two_pools(prefill.steps, decode.steps, transfer_s, self._question.traffic)
         return TwoPools(prefill, decode, transfer_s, served)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""
         transfers = ModelledKVTransfers(
-            self._model,
-            self._setting.types,
+            self._question.model,
+            self._question.setting.types,
             prefill,
             decode,
             self._links,
-            remote=self._cluster.num_nodes > 1,
+            remote=self._question.cluster.num_nodes > 1,
         )
-        return transfers.seconds(self._traffic.prompt_len)
+        return transfers.seconds(self._question.traffic.prompt_len)
 
 
 def _pairs(

@@ -1,4 +1,4 @@
-"""Which colour stands for what, the same in every plot.
+"""Which colour stands for what: for a cause and a stage the same in every plot of them.
 
 Hues after Okabe and Ito (2008), made for all kinds of colour vision, in lightnesses that stand out
 from the page by 3 to 1, nearly all; names are variables of the page's style sheet, which has them
