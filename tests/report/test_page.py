@@ -26,6 +26,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.words: list[str] = []
         self.data = ""
+        self.comments = ""
         self._open: list[tuple[str, dict[str, str | None]]] = []
         self.feed(text)
         assert not self._open, "every element is closed"
@@ -39,6 +40,9 @@ class Page(HTMLParser):
             self.ids.append(of_tag["id"] or "")
         if tag not in ("meta", "link", "circle", "path", "rect"):
             self._open.append((tag, of_tag))
+
+    def handle_comment(self, data: str) -> None:
+        self.comments += data
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in ("circle", "path", "rect"):
@@ -71,6 +75,7 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(make):
     assert all(link.startswith(("#", "data:")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= {*page.ids}
     assert page.data
+    assert "BSD 3-Clause License" in page.comments
 
 
 @KINDS
