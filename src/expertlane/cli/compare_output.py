@@ -54,8 +54,11 @@ class Shown:
             results = replace(results, projection=self._projections[id(experiment)])
         self.num_published += 1
         names = trace_names(traces)
-        also = [write_trace(folder / names[each], steps) for each, steps in traces.items()]
-        publish(results, folder, as_json=self._as_json, traffic=self._traffic, also=also)
+
+        def write_traces() -> list[Path]:
+            return [write_trace(folder / names[each], steps) for each, steps in traces.items()]
+
+        publish(results, folder, as_json=self._as_json, traffic=self._traffic, also=write_traces)
 
     def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""

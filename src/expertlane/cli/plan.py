@@ -145,7 +145,7 @@ def plan(
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    publish(results, folder, as_json=as_json, also=[write_text(folder / _EXPERIMENT, text)])
+    publish(results, folder, as_json=as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)])
 
 
 def _served(found: "FoundModel") -> "Served":

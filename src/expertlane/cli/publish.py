@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +40,13 @@ def publish(
     *,
     as_json: bool,
     traffic: bool = False,
-    also: Sequence[Path] = (),
+    also: Callable[[], Sequence[Path]] = tuple,
 ) -> None:
     """Print results, write them and their reports, and say on stderr what was written.
 
     Args:
         traffic: of a comparison, who sent what to whom.
-        also: files of the command's own.
+        also: writes files of the command's own, after the results.
     """
     from expertlane.cli.output import stdout_console
     from expertlane.report import terminal
@@ -59,7 +59,7 @@ def publish(
         answers.write(to_json(results))
     else:
         terminal.show(results, stdout_console(), traffic=traffic)
-    written += [*write_reports(results, folder, traffic=traffic), *also]
+    written += [*write_reports(results, folder, traffic=traffic), *also()]
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
 
 

@@ -215,8 +215,11 @@ def simulate(
         version=__version__,
         caution=priced_wider(found_model, setup.types),
     )
-    also = [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
-    publish(results, folder, as_json=as_json, also=also)
+
+    def write_steps() -> list[Path]:
+        return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
+
+    publish(results, folder, as_json=as_json, also=write_steps)
 
 
 def _load(
