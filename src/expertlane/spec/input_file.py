@@ -1,0 +1,65 @@
+"""Files that a user names: only regular ones of bounded size are read.
+
+So no read hangs on a FIFO or a device, and none fills the memory.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from expertlane.errors import SpecError
+
+_MIB = 2**20
+CONFIG_BYTES = 16 * _MIB  # config.json, experiment, profile and placement files
+INDEX_BYTES = 256 * _MIB  # index of a checkpoint's shards, tokenizer
+RESULTS_BYTES = 1024 * _MIB  # results.json
+
+
+def check_regular(path: Path, most_bytes: int | None = None) -> int:
+    """The size in bytes of a regular file, found without opening it: to open a FIFO would hang.
+
+    Raises:
+        SpecError: it is missing, not a regular file (links are followed), or larger than
+            `most_bytes`.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise SpecError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SpecError(f"{path}: not a regular file")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise SpecError(
+            f"{path}: {status.st_size:,} bytes; at most {most_bytes:,} are read of such a file"
+        )
+    return status.st_size
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        SpecError: as `check_regular`, or it cannot be read.
+    """
+    check_regular(path, most_bytes)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror or error}") from None
+    if len(data) > most_bytes:  # it grew, or its size is not told, as in /proc
+        raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
+    return data
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The contents of a regular file in UTF-8.
+
+    Raises:
+        SpecError: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: byte {error.start} is not UTF-8") from None
