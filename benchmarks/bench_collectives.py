@@ -11,9 +11,7 @@ import time
 
 import torch
 import torch.distributed as dist
-
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
+from bench_ranks import MeasureCollectives, start_ranks
 
 WIDTH = 512
 NUM_CALLS = 30
@@ -21,8 +19,9 @@ NUM_ROWS = (1, 16)
 NUM_RANKS = (2, 8, 16)
 
 
-def measure(context, num_rows: int) -> dict[str, float]:
-    """Run on every rank: median seconds of a call, by collective."""
+def measure(context, command: MeasureCollectives) -> dict[str, float]:
+    """Runs on every rank."""
+    num_rows = command.num_rows
     num_ranks = dist.get_world_size()
     each = torch.randn(num_rows, WIDTH)
     all_rows = torch.randn(num_rows * num_ranks, WIDTH)
@@ -49,9 +48,9 @@ def measure(context, num_rows: int) -> dict[str, float]:
 def main() -> None:
     rows = []
     for num_ranks in NUM_RANKS:
-        with RankPool(LocalRanks(num_ranks, 60.0, None), 60.0) as pool:
+        with start_ranks(num_ranks, None) as pool:
             for num_rows in NUM_ROWS:
-                by_rank = pool.call("bench_collectives:measure", num_rows)
+                by_rank = pool.call(MeasureCollectives(num_rows))
                 slowest = {name: max(rank[name] for rank in by_rank) for name in by_rank[0]}
                 rows.append({"ranks": num_ranks, "rows": num_rows} | slowest)
     names = list(rows[0])[2:]

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from bench_ranks import MeasureDispatch, start_ranks
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -31,7 +32,6 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.engine.start import start_pool
 from expertlane.engine.worker import RankContext
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.moe.forms import make_dispatcher
@@ -104,14 +104,15 @@ class Sends(NamedTuple):
 
 @torch.inference_mode()
 def measure(
-    context: RankContext, num_ranks: int, num_tokens: int, top_k: int
+    context: RankContext, command: MeasureDispatch
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Runs on every rank: wall and processor seconds by form and variant, one pair a round."""
+    """Runs on every rank."""
+    num_ranks, num_tokens = command.num_ranks, command.num_tokens
     random = torch.Generator().manual_seed(context.rank)
     inputs = Inputs(
         torch.randn(num_tokens, HIDDEN_SIZE, generator=random).bfloat16(),
-        torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(top_k).indices,
-        torch.rand(num_tokens, top_k, generator=random),
+        torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(command.top_k).indices,
+        torch.rand(num_tokens, command.top_k, generator=random),
         [num_tokens] * num_ranks,
     )
     layout, per_node = Layout(dp=num_ranks, ep=num_ranks), num_ranks // 2
@@ -266,10 +267,10 @@ def main() -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("points", total=len(points))
         for num_ranks in asked.ranks:
-            with start_pool(num_ranks, timeout_s=60.0, dtype="bfloat16") as pool:
+            with start_ranks(num_ranks) as pool:
                 for point in points:
                     if point.num_ranks == num_ranks:
-                        by_rank = pool.call("bench_dispatch:measure", *point)
+                        by_rank = pool.call(MeasureDispatch(*point))
                         rows += [summary(point, f, [of[f] for of in by_rank]) for f in FORMS]
                         progress.advance(task)
     show(console, rows)

@@ -16,9 +16,7 @@ nothing else on the machine:
 
 import argparse
 import json
-import os
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertlane import __version__
+from expertlane.engine.commands import PinToCore, SetDispatch
 from expertlane.engine.dispatch_timing import still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
@@ -47,16 +46,6 @@ CONTEXT_LEN, PROMPT_LEN, MAX_NUM_SEQS = 64, 128, 256
 BLOCK_SIZE, BLOCKS_A_SEQ, VOCAB_SIZE = 16, 8, 1024
 LEAST_ROUNDS, HOPELESS_ROUNDS, NUM_RECORDED = 7, 20, 15
 AUTO = "auto"
-SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
-
-
-def pin(context: Any) -> int:
-    """Runs on a rank: put all its threads, gloo's too, on one core; says which."""
-    cores = sorted(os.sched_getaffinity(0))
-    core = cores[context.rank % len(cores)]
-    for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
-    return core
 
 
 def model_of(hidden_size: int) -> ModelConfig:
@@ -124,7 +113,7 @@ def step_seconds(
             fixed = {name: seconds[name] for name in running if name != AUTO}
             running = [*still_hopeful(fixed), AUTO]
         for name in running[:: 1 if number % 2 else -1]:
-            pool.call(SET_DISPATCH, choices[name])
+            pool.call(SetDispatch(choices[name]))
             outcome = run(runner, plan)
             if number:  # the first warms up
                 seconds[name].append(outcome.finished_s - outcome.submitted_s)
@@ -145,7 +134,7 @@ def exposed_seconds(
     pool: RankPool, runner: ModelRunner, mode: DispatchMode, plan: StepPlan
 ) -> float:
     """Median of `StageTime.exposed_s` of recorded steps."""
-    pool.call(SET_DISPATCH, DispatchTable.fixed(mode.form, mode.overlap))
+    pool.call(SetDispatch(DispatchTable.fixed(mode.form, mode.overlap)))
     exposed = []
     for _ in range(NUM_RECORDED):
         done = run(runner, plan)
@@ -226,7 +215,7 @@ def main() -> None:
         task = progress.add_task("points", total=len(asked.hidden) * len(asked.tokens))
         for hidden_size in asked.hidden:
             with start_pool(LAYOUT.world_size, timeout_s=60.0, dtype="bfloat16") as pool:
-                cores = pool.call("bench_overlap:pin")
+                cores = pool.call(PinToCore())
                 most_tokens = max(asked.tokens)
                 runner_for(pool, hidden_size, most_tokens)  # draws weights; kept for the next
                 began = time.perf_counter()

@@ -13,16 +13,18 @@ import json
 import statistics
 import sys
 import time
+from typing import Any
 
 import numpy as np
+from bench_ranks import RunBareSteps, start_ranks
 from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
+from expertlane.engine.commands import RunStep
 from expertlane.engine.engine import Engine
 from expertlane.engine.hub import resolve_model
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.start import start_pool
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -36,10 +38,11 @@ PROMPT_LEN, NUM_STEPS, NUM_ROUNDS = 32, 64, 5
 BLOCK_SIZE, BLOCKS_A_SEQ = 16, 8
 
 
-def bare_steps(context: object, batch_size: int) -> list[float]:
-    """Runs on the rank: seconds of decode steps of a batch, one after the other."""
+def bare_steps(context: Any, command: RunBareSteps) -> list[float]:
+    """Runs on the rank."""
     from expertlane.engine.deployed_stage import run_step
 
+    batch_size = command.batch_size
     random, seconds = np.random.default_rng(0), []
     tables = np.arange(batch_size * BLOCKS_A_SEQ, dtype=np.int32).reshape(batch_size, -1)
     for step in range(NUM_STEPS):
@@ -53,7 +56,7 @@ def bare_steps(context: object, batch_size: int) -> list[float]:
         )
         plan = StepPlan(step, 0, Phase.DECODE, ((batch,),), record=False)
         began = time.perf_counter()
-        run_step(context, plan)
+        run_step(context, RunStep(plan))
         seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -83,7 +86,7 @@ def main() -> None:
         prefix_caching=False,
     )
     rows = []
-    with start_pool(1, timeout_s=60.0, dtype="bfloat16") as pool:
+    with start_ranks(1) as pool:
         runner = ModelRunner(
             pool,
             model,
@@ -100,7 +103,7 @@ def main() -> None:
             for number in range(NUM_ROUNDS):
                 name = f"{batch_size}{number}"
                 through_engine += engine_steps(engine, model.vocab_size, batch_size, int(name))
-                bare += pool.call("bench_step:bare_steps", batch_size)[0]
+                bare += pool.call(RunBareSteps(batch_size))[0]
             medians = statistics.median(through_engine), statistics.median(bare)
             rows.append({"batch": batch_size, "engine_s": medians[0], "bare_s": medians[1]})
     table = Table("batch", "engine ms", "bare ms", "engine / bare", title="a decode step")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from expertlane.engine.local_ranks import LocalRanks
+from distributed.on_ranks import local_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.model.reference import ReferenceModel, ReferenceRun
 from expertlane.spec.model import ModelConfig
@@ -25,7 +25,7 @@ class PoolKeeper:
         if pool is None or pool.is_closed or pool.num_ranks < num_ranks:
             if pool is not None:
                 pool.close()
-            pool = RankPool(LocalRanks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
+            pool = RankPool(local_ranks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
             self._pools[dtype] = pool
         return pool
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import example_timelines
-from expertlane.engine.messages import HeldBytes
+from expertlane.engine.commands import HeldBytes
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.metrics import MachinePeak, summarise
 from expertlane.plan.memory import workload_limits

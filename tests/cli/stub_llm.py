@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Engine
-from expertlane.engine.messages import RankMachine
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan

@@ -1,12 +1,16 @@
-"""Functions that tests run on the ranks of a pool, as `distributed.on_ranks:name`."""
+"""Commands that tests run on the ranks of a pool, and the fork server whose ranks know them."""
 
 import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from expertlane.balance.placement import Placement
+from expertlane.engine import fork_server
+from expertlane.engine.commands import Command
+from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
 from expertlane.moe.forms import make_dispatcher
@@ -53,33 +57,46 @@ class Recording:
         self.record = record
 
 
-def collective(
-    context: RankContext,
-    layout: Layout,
-    ranks_per_node: int,
-    axis: str,
-    method: str,
-    arguments: list[tuple[Any, ...]],
-) -> tuple[np.ndarray, RankRecord] | None:
-    """Call a group's method with `arguments[rank]`, whose first is an array; result and record."""
-    joined = join(context, layout, ranks_per_node)
+@dataclass(frozen=True)
+class Collective(Command[tuple[np.ndarray, RankRecord] | None]):
+    """Call a group's method with `rows[rank]` and `arguments[rank]`; result and record."""
+
+    layout: Layout
+    ranks_per_node: int
+    axis: str
+    method: str
+    rows: list[np.ndarray]
+    arguments: list[list[Any]]
+
+
+def collective(context: RankContext, command: Collective) -> tuple[np.ndarray, RankRecord] | None:
+    joined = join(context, command.layout, command.ranks_per_node)
     if joined is None:
         return None
     mesh, recorder = joined
-    rows, *rest = arguments[context.rank]
+    rows, rest = command.rows[context.rank], command.arguments[context.rank]
+    method = getattr(getattr(mesh, command.axis), command.method)
     with Recording(recorder, Stage.COLLECTIVES) as recording:
-        received = getattr(getattr(mesh, axis), method)(torch.from_numpy(rows), *rest).wait()
+        received = method(torch.from_numpy(rows), *rest).wait()
     return received.numpy(), recording.record
 
 
-def pass_on(context: RankContext, layout: Layout, ranks_per_node: int, rows: np.ndarray) -> Any:
+@dataclass(frozen=True)
+class PassOn(Command[tuple[np.ndarray, RankRecord] | None]):
     """Send `rows` down the pipeline; what this rank received (its own at the start), its record."""
-    joined = join(context, layout, ranks_per_node)
+
+    layout: Layout
+    ranks_per_node: int
+    rows: np.ndarray
+
+
+def pass_on(context: RankContext, command: PassOn) -> tuple[np.ndarray, RankRecord] | None:
+    joined = join(context, command.layout, command.ranks_per_node)
     if joined is None:
         return None
     mesh, recorder = joined
     with Recording(recorder, Stage.HAND_OVER) as recording:
-        held = torch.from_numpy(rows)
+        held = torch.from_numpy(command.rows)
         if not mesh.is_first_stage:
             held = mesh.pp.receive(torch.empty_like(held), mesh.at.pp_rank - 1).wait()
         if not mesh.is_last_stage:
@@ -99,27 +116,31 @@ class MoeResult(NamedTuple):
     combine: RankRecord
 
 
-def dispatch_and_combine(
-    context: RankContext,
-    layout: Layout,
-    ranks_per_node: int,
-    placement: Placement,
-    form: DispatchForm,
-    inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    payload: PayloadType = "model",
-) -> MoeResult | None:
+@dataclass(frozen=True)
+class DispatchAndCombine(Command[MoeResult | None]):
     """Experts that multiply by their number plus one, each of a group doing an equal part of it.
 
     `inputs[rank]`: x [T, H], topk_ids [T, K], topk_weights [T, K].
     """
-    joined = join(context, layout, ranks_per_node, hierarchical=form == "hierarchical")
+
+    layout: Layout
+    ranks_per_node: int
+    placement: Placement
+    form: DispatchForm
+    inputs: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    payload: PayloadType = "model"
+
+
+def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> MoeResult | None:
+    layout, placement, form = command.layout, command.placement, command.form
+    joined = join(context, layout, command.ranks_per_node, hierarchical=form == "hierarchical")
     if joined is None:
         return None
     mesh, recorder = joined
     choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
-    dispatcher = make_dispatcher(form, mesh, placement, choice, Payload(payload, recorder))
-    x, topk_ids, topk_weights = (torch.from_numpy(array) for array in inputs[context.rank])
-    num_tokens = [len(of_rank[0]) for of_rank in inputs]
+    dispatcher = make_dispatcher(form, mesh, placement, choice, Payload(command.payload, recorder))
+    x, topk_ids, topk_weights = (torch.from_numpy(array) for array in command.inputs[context.rank])
+    num_tokens = [len(of_rank[0]) for of_rank in command.inputs]
     with Recording(recorder, Stage.DISPATCH) as dispatching:
         dispatched = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])
     arrived, sent = dispatched[0]
@@ -139,41 +160,96 @@ def dispatch_and_combine(
     )
 
 
-def echo(context: RankContext, value: object) -> tuple[int, object]:
+@dataclass(frozen=True)
+class Echo(Command[tuple[int, Any]]):
     """The rank and what it was given."""
-    return context.rank, value
+
+    value: Any
 
 
-def fail(context: RankContext, rank: int) -> None:
+@dataclass(frozen=True)
+class Fail(Command[None]):
     """Raise on one rank, in the middle of a layer."""
+
+    rank: int
+
+
+def fail(context: RankContext, command: Fail) -> None:
     context.progress.set_step(3)
     context.progress.enter(Stage.EXPERTS, 2)
-    if context.rank == rank:
+    if context.rank == command.rank:
         raise ValueError("two\nlines")
 
 
-def refuse(context: RankContext, rank: int) -> None:
+@dataclass(frozen=True)
+class Refuse(Command[None]):
     """Find a user's mistake on one rank."""
-    if context.rank == rank:
+
+    rank: int
+
+
+def refuse(context: RankContext, command: Refuse) -> None:
+    if context.rank == command.rank:
         raise UserError("layout is too wide; valid: 1 to 3")
 
 
-def stay(context: RankContext, seconds: float, num_parts: int = 1) -> None:
+@dataclass(frozen=True)
+class Stay(Command[None]):
     """Take some time, showing progress after every part only."""
+
+    seconds: float
+    num_parts: int = 1
+
+
+def stay(context: RankContext, command: Stay) -> None:
     context.progress.set_step(5)
     context.progress.enter(Stage.ATTENTION, 1)
-    for _ in range(num_parts):
-        time.sleep(seconds / num_parts)
+    for _ in range(command.num_parts):
+        time.sleep(command.seconds / command.num_parts)
         context.progress.touch()
 
 
-def fail_while_others_wait(context: RankContext, rank: int) -> None:
+@dataclass(frozen=True)
+class FailWhileOthersWait(Command[None]):
     """Raise on one rank while the others wait for it in a collective."""
+
+    rank: int
+
+
+def fail_while_others_wait(context: RankContext, command: FailWhileOthersWait) -> None:
     joined = join(context, Layout(dp=context.settings.world_size), 1)
     assert joined is not None
     mesh, _ = joined
-    if context.rank == rank:
+    if context.rank == command.rank:
         context.progress.enter(Stage.ROUTER, 0)
         raise ValueError("broken")
     context.progress.enter(Stage.DISPATCH, 0)
     mesh.stage.all_gather(torch.zeros(1, 1), [1] * mesh.stage.size).wait()
+
+
+def local_ranks(
+    num_ranks: int,
+    timeout_s: float,
+    dtype: str | None = "float32",
+    server_module: str = "distributed.on_ranks",
+) -> LocalRanks:
+    """Ranks that know the commands of this file too."""
+    return LocalRanks(num_ranks, timeout_s, dtype, server_module)
+
+
+def main() -> None:
+    from expertlane.engine.handlers import HANDLERS
+
+    fork_server.main(
+        {
+            **HANDLERS,
+            Collective: collective,
+            PassOn: pass_on,
+            DispatchAndCombine: dispatch_and_combine,
+            Echo: lambda context, command: (context.rank, command.value),
+            Fail: fail,
+            Refuse: refuse,
+            Stay: stay,
+            FailWhileOthersWait: fail_while_others_wait,
+        }
+    )

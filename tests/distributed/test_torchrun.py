@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -119,10 +118,11 @@ class LongRun:
         assert wait_until(launcher.children)
         self._children = launcher.children()
         # Between fork and exec a child still has its parent's environment.
-        assert wait_until(lambda: "EXPERTLANE_LAUNCHER" in self._children[0].environ())
-        _, _, progress_path = self._children[0].environ()["EXPERTLANE_LAUNCHER"].split(" ", 2)
-        self.progress_path = Path(progress_path)
-        self.board = ProgressBoard(num_ranks, self.progress_path)
+        assert wait_until(lambda: "EXPERTLANE_FIRST_RANK" in self._children[0].environ())
+        told = json.loads(self._children[0].environ()["EXPERTLANE_FIRST_RANK"])["launcher"]
+        board = os.open(f"/proc/{told['pid']}/fd/{told['board_fd']}", os.O_RDWR)
+        self.board = ProgressBoard(num_ranks, board)
+        os.close(board)
         assert wait_until(lambda: self.board.position(0).step >= 3)
 
     def end(self, within_s):
@@ -130,7 +130,6 @@ class LongRun:
         _, err = self.process.communicate(timeout=within_s)
         pids = [*self.pids, *(child.pid for child in self._children)]
         assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=2)
-        assert not self.progress_path.parent.exists()
         assert "EOFError" not in err
         errors = [line for line in err.splitlines() if "expertlane: error:" in line]
         return self.process.returncode, errors

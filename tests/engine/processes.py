@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import psutil
 
@@ -30,7 +29,6 @@ class RunningRanks:
     Attributes:
         server: the fork server, parent of all ranks.
         pids: of the ranks, in rank order.
-        folder: the run's own, in shared memory.
         board: what the ranks say they do.
     """
 
@@ -38,9 +36,7 @@ class RunningRanks:
         launcher = psutil.Process(launcher_pid)
 
         def servers() -> list[psutil.Process]:
-            return [
-                c for c in launcher.children() if "expertlane.engine.fork_server" in c.cmdline()
-            ]
+            return [c for c in launcher.children() if '"launcher_pid"' in " ".join(c.cmdline())]
 
         assert wait_until(servers), "no fork server came"
         self.server = max(servers(), key=psutil.Process.create_time)
@@ -48,8 +44,9 @@ class RunningRanks:
         assert wait_until(lambda: len(self.server.children()) == num_ranks), "not all ranks came"
         self.pids = sorted(child.pid for child in self.server.children())
         settings = json.loads(self.server.cmdline()[-1])
-        self.folder = Path(settings["progress_path"]).parent
-        self.board = ProgressBoard(num_ranks, Path(settings["progress_path"]))
+        board = os.open(f"/proc/{self.server.pid}/fd/{settings['board_fd']}", os.O_RDWR)
+        self.board = ProgressBoard(num_ranks, board)
+        os.close(board)
 
     def stop_in_a_layer(self, rank: int, first_step: int = 3) -> Position:
         """SIGSTOP a rank, and where: in some layer of a step not before `first_step`."""
@@ -77,8 +74,8 @@ class RunningRanks:
         assert wait_until(lambda: self.board.position(0).step >= step), "no step came"
 
     def are_gone(self, seconds: float) -> bool:
-        """Whether no process and no folder is left, or will be in time."""
-        return wait_until(lambda: not self.folder.exists() and not any(self._remaining()), seconds)
+        """Whether no process is left, or will be in time."""
+        return wait_until(lambda: not any(self._remaining()), seconds)
 
     def _remaining(self) -> Iterable[int]:
         """Processes of the fork server's session, which all its children share."""

@@ -5,10 +5,11 @@ import re
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
+from distributed import on_ranks
+from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import deployment, run_deployment
 from engine.processes import RunningRanks
 from expertlane.engine import local_ranks
@@ -22,7 +23,6 @@ LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
 LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
 TIMEOUT_S = 2.0
-ON_RANKS = "distributed.on_ranks:"
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def start():
     pools = []
 
     def make(num_ranks, timeout_s=TIMEOUT_S):
-        pool = RankPool(LocalRanks(num_ranks, timeout_s, "float32"), timeout_s)
+        pool = RankPool(on_ranks.local_ranks(num_ranks, timeout_s), timeout_s)
         pools.append(pool)
         return pool, RunningRanks(os.getpid(), num_ranks)
 
@@ -89,24 +89,22 @@ def test_a_stopped_rank(start, layout):
 def test_a_rank_that_stays_silent(start):
     pool, running = start(2, timeout_s=1.0)
     with pytest.raises(RankError, match="rank 1 hung in step 5, layer 1, stage attention: no pro"):
-        pool.call(ON_RANKS + "stay", 60, ranks=[1])
+        pool.call(Stay(60), ranks=[1])
     assert running.are_gone(seconds=1)
 
 
 def test_ranks_that_cannot_see_the_board_tell_where_they_are():
-    """As on another node: the board's file is not there for them, so they send heartbeats."""
-    ranks = LocalRanks(2, 2.5, "float32")
-    board = next(Path(ranks._folder.path).iterdir())
-    board.unlink()
+    """As on another node: they send heartbeats."""
+    ranks = on_ranks.local_ranks(2, 2.5, server_module="distributed.without_board")
     with RankPool(ranks, 2.5) as pool:
         with pytest.raises(RankError) as caught:
-            pool.call(ON_RANKS + "stay", 60, ranks=[1])
+            pool.call(Stay(60), ranks=[1])
         assert str(caught.value).startswith("rank 1 hung in step 5, layer 1, stage attention: no")
 
 
 def test_a_slow_rank_that_shows_progress_is_left_alone(start):
     pool, _ = start(2, timeout_s=1.0)
-    pool.call(ON_RANKS + "stay", 1.6, 4, ranks=[0])
+    pool.call(Stay(1.6, 4), ranks=[0])
     assert not pool.is_closed
 
 
@@ -114,7 +112,7 @@ def test_a_rank_that_dies_between_calls(start):
     pool, running = start(2)
     os.kill(running.pids[1], signal.SIGKILL)
     with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
-        pool.call(ON_RANKS + "echo", 1)
+        pool.call(Echo(1))
     assert running.are_gone(seconds=1)
 
 
@@ -122,14 +120,14 @@ def test_the_fork_server_dies(start):
     pool, running = start(2)
     os.kill(running.server.pid, signal.SIGKILL)
     with pytest.raises(RankError, match="all ranks were ended"):
-        pool.call(ON_RANKS + "stay", 30)
+        pool.call(Stay(30))
     assert running.are_gone(seconds=5)
 
 
 def test_a_rank_that_raises(start):
     pool, running = start(2)
     with pytest.raises(RankError) as caught:
-        pool.call(ON_RANKS + "fail", 1)
+        pool.call(Fail(1))
     line = str(caught.value)
     assert line.startswith("rank 1 failed in step 3, layer 2, stage experts: ValueError: two")
     assert "\n" not in line
@@ -141,14 +139,14 @@ def test_a_rank_that_raises(start):
 def test_the_rank_that_raises_is_named_not_those_that_wait_for_it(start, rank):
     pool, running = start(3)
     with pytest.raises(RankError, match=rf"^rank {rank} failed in .*ValueError: broken"):
-        pool.call(ON_RANKS + "fail_while_others_wait", rank)
+        pool.call(FailWhileOthersWait(rank))
     assert running.are_gone(seconds=1)
 
 
 def test_a_user_s_mistake_found_by_a_rank(start):
     pool, running = start(2)
     with pytest.raises(UserError) as caught:
-        pool.call(ON_RANKS + "refuse", 1)
+        pool.call(Refuse(1))
     assert str(caught.value) == "layout is too wide; valid: 1 to 3"
     assert running.are_gone(seconds=1)
 
@@ -180,7 +178,7 @@ def test_closing_leaves_nothing(start):
     assert running.are_gone(seconds=1)
     pool.close()  # again: nothing happens
     with pytest.raises(RankError, match="the ranks are gone"):
-        pool.call(ON_RANKS + "echo", 1)
+        pool.call(Echo(1))
 
 
 def test_stopped_ranks_are_closed_too(start):
@@ -194,13 +192,13 @@ def test_stopped_ranks_are_closed_too(start):
 def test_calls(start):
     pool, _ = start(3)
     assert pool.num_ranks == 3
-    assert pool.call(ON_RANKS + "echo", "x") == [(0, "x"), (1, "x"), (2, "x")]
-    assert pool.call(ON_RANKS + "echo", "x", ranks=[0, 2]) == [(0, "x"), (2, "x")]
-    assert pool.call(ON_RANKS + "echo", "x", ranks=[]) == []
+    assert pool.call(Echo("x")) == [(0, "x"), (1, "x"), (2, "x")]
+    assert pool.call(Echo("x"), ranks=[0, 2]) == [(0, "x"), (2, "x")]
+    assert pool.call(Echo("x"), ranks=[]) == []
     # Each rank takes its calls in order; those for other ranks are not held up.
-    slow = pool.submit(ON_RANKS + "stay", 0.5, ranks=[1])
-    behind = pool.submit(ON_RANKS + "echo", 1, ranks=[1, 2])
-    quick = pool.submit(ON_RANKS + "echo", 2, ranks=[0])
+    slow = pool.submit(Stay(0.5), ranks=[1])
+    behind = pool.submit(Echo(1), ranks=[1, 2])
+    quick = pool.submit(Echo(2), ranks=[0])
     assert pool.first_done([slow, behind, quick]) is quick
     assert pool.collect(behind) == [(1, 1), (2, 1)]
     assert slow.is_done

@@ -4,6 +4,7 @@ import pytest
 
 from distributed.running import deployment, run_deployment
 from expertlane.engine import dispatch_timing
+from expertlane.engine.commands import SetDispatch
 from expertlane.engine.dispatch_timing import forms_of, middle_mean, modes_of, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.plan.memory import workload_limits
@@ -123,7 +124,7 @@ def test_all_ranks_and_stages_take_the_same_mode(pools):
     flat, halves = DispatchMode("all_to_all"), DispatchMode("all_gather", overlap=True)
     table = DispatchTable((flat, halves), (DispatchRow(1, (1.0, 2.0)), DispatchRow(3, (2.0, 1.0))))
     runner = runner_of(pools, "pp=2,dp=2,ep=2", dispatch="all_to_all")
-    pools.pool(4).call(dispatch_timing._SET_DISPATCH, table, ranks=range(4))
+    pools.pool(4).call(SetDispatch(table), ranks=range(4))
     cases = [([1], [1, 1], flat), ([1], [1, 1, 1], halves), ([], [2, 1], halves), ([1], [3], flat)]
     for first, second, mode in cases:
         batches = (batch_of(0, first), batch_of(len(first), second))

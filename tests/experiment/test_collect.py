@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import example_results as example
-from expertlane.engine.messages import HeldBytes
+from expertlane.engine.commands import HeldBytes
 from expertlane.experiment.assumptions import assumptions
 from expertlane.experiment.collect import (
     deployment_result,

@@ -9,9 +9,11 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.cache_size import fit_to_machine
+from expertlane.engine.commands import DescribeMachine
 from expertlane.errors import CapacityError
 from expertlane.experiment import compare as compare_module
 from expertlane.experiment.compare import check_memory, measure_peak, run_comparison
@@ -220,7 +222,7 @@ def rank_memory_bytes():
 
 def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
     pool = pools.pool(4)
-    pool.call("distributed.on_ranks:echo", 1)
+    pool.call(Echo(1))
     before = rank_memory_bytes()
     paper = read_experiment(shipped_experiments()["paper"])
     with pytest.raises(CapacityError) as caught:
@@ -236,7 +238,7 @@ def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
 
 def test_the_peak_is_measured_quickly(pools):
     pool = pools.pool(4)
-    seen = pool.call("expertlane.engine.rank_machine:describe")
+    seen = pool.call(DescribeMachine())
     began_s = time.monotonic()
     peak = measure_peak(pool, seen)
     assert time.monotonic() - began_s < 5

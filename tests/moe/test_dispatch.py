@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from distributed.on_ranks import DispatchAndCombine
 from expertlane.balance.placement import Placement
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
@@ -33,8 +34,8 @@ def run(
     layout = Layout.parse(layout)
     pool = pools.pool(layout.world_size)
     placement = placed or Placement.linear(num_experts, layout.ep)
-    function = "distributed.on_ranks:dispatch_and_combine"
-    results = pool.call(function, layout, ranks_per_node, placement, form, inputs, payload)
+    command = DispatchAndCombine(layout, ranks_per_node, placement, form, inputs, payload)
+    results = pool.call(command)
     return results[: layout.world_size]
 
 

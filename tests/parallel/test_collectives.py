@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from distributed.on_ranks import Collective, PassOn
 from expertlane.parallel.clock import HostClock
 from expertlane.parallel.collectives import Group
 from expertlane.parallel.progress import ProgressBoard
@@ -9,14 +10,13 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent
 
-COLLECTIVE = "distributed.on_ranks:collective"
-
 
 def run(pools, layout, axis, method, arguments, ranks_per_node=8):
     """Results and records of the layout's ranks."""
     layout = Layout.parse(layout)
     pool = pools.pool(layout.world_size)
-    answers = pool.call(COLLECTIVE, layout, ranks_per_node, axis, method, arguments)
+    given, rest = zip(*((rows, others) for rows, *others in arguments), strict=True)
+    answers = pool.call(Collective(layout, ranks_per_node, axis, method, list(given), list(rest)))
     return zip(*answers[: layout.world_size], strict=True)
 
 
@@ -141,7 +141,7 @@ def test_links_between_nodes_are_counted_apart(pools):
 def test_rows_go_down_the_pipeline(pools, num_rows):
     layout = Layout(pp=3)
     given = np.arange(2 * num_rows, dtype=np.float32).reshape(num_rows, 2)
-    answers = pools.pool(3).call("distributed.on_ranks:pass_on", layout, 2, given)[:3]
+    answers = pools.pool(3).call(PassOn(layout, 2, given))[:3]
     for held, _ in answers:
         np.testing.assert_array_equal(held, given)
     records = [record for _, record in answers]

@@ -7,6 +7,7 @@ vocabulary 12; float32. One sequence with a prompt of 3 tokens, then one decode 
 import numpy as np
 import pytest
 
+from distributed.on_ranks import Collective
 from distributed.running import deployment, run_deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -140,13 +141,13 @@ def test_all_reduce(pools):
     """Between the two halves of an all-reduce every rank owns a part: 2 rows, 1 and none of 3."""
     layout, counts = Layout(tp=3), [2, 1, 0]
     rows = np.ones((3, 8), dtype=np.float32)
-    arguments = [(rows, counts)] * 3
-    call = "distributed.on_ranks:collective"
-    scattered = pools.pool(3).call(call, layout, 8, "tp", "reduce_scatter", arguments)[:3]
+    rest = [[counts]] * 3
+    command = Collective(layout, 8, "tp", "reduce_scatter", [rows] * 3, rest)
+    scattered = pools.pool(3).call(command)[:3]
     # What others own is sent: 3 rows less one's own.
     assert [sent(record, Traffic.PAYLOAD) for _, record in scattered] == [32, 64, 96]
-    arguments = [(part, counts) for part, _ in scattered]
-    gathered = pools.pool(3).call(call, layout, 8, "tp", "all_gather", arguments)[:3]
+    command = Collective(layout, 8, "tp", "all_gather", [part for part, _ in scattered], rest)
+    gathered = pools.pool(3).call(command)[:3]
     # One's own rows are sent to two others.
     assert [sent(record, Traffic.PAYLOAD) for _, record in gathered] == [128, 64, 0]
     for result, record in gathered:

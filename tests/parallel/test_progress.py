@@ -1,3 +1,4 @@
+import tempfile
 import time
 
 import pytest
@@ -55,19 +56,25 @@ def test_every_report_counts_and_is_timed():
     assert began_s <= position.time_s <= time.monotonic()
 
 
-def test_a_board_is_shared_through_its_file(tmp_path):
-    launcher = ProgressBoard(2, tmp_path / "progress", create=True)
-    rank = ProgressBoard(2, tmp_path / "progress").reporter(1)
+@pytest.fixture
+def fd():
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+
+
+def test_a_board_is_shared_through_its_file(fd):
+    launcher = ProgressBoard(2, fd)
+    rank = ProgressBoard(2, fd).reporter(1)
     rank.set_step(4)
     rank.enter(Stage.COMBINE, 1)
     assert str(launcher.position(1)) == "step 4, layer 1, stage combine"
     assert launcher.position(0).stage is Stage.SETUP
 
 
-def test_opening_a_board_changes_nothing(tmp_path):
-    launcher = ProgressBoard(1, tmp_path / "progress", create=True)
+def test_opening_a_board_changes_nothing(fd):
+    launcher = ProgressBoard(1, fd)
     launcher.reporter(0).enter(Stage.EXPERTS, 2)
-    assert ProgressBoard(1, tmp_path / "progress").position(0).layer == 2
+    assert ProgressBoard(1, fd).position(0).layer == 2
 
 
 def test_a_private_board_is_nobody_else_s():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from conftest import PoolKeeper
 from distributed.running import Inline, deployment
 from expertlane.balance.deployed import placements_of
+from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner
 from expertlane.errors import SpecError
@@ -33,7 +34,6 @@ from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
 
 TINY = PRESETS["paper-tiny"]
-SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 MAX_LOGPROB_ERROR = 1e-4
 
 
@@ -189,7 +189,7 @@ class Combination:
         self.modes: set[DispatchMode] = set()
         if case.is_switching:
             self.table = draw_table(case, layout)
-            ranks.call(SET_DISPATCH, self.table, ranks=range(layout.world_size))
+            ranks.call(SetDispatch(self.table), ranks=range(layout.world_size))
         self.rebalancing: RebalancingRunner | None = None
         if case.rebalance_steps and layout.ep > 1:  # at every chance, whether it pays or not
             self.rebalancing = self.runner = RebalancingRunner(

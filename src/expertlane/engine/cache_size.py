@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from expertlane.balance.deployed import Placements
 from expertlane.cost.number_types import NumberTypes
-from expertlane.engine.messages import RankMachine
+from expertlane.engine.commands import RankMachine
 from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout

@@ -9,8 +9,15 @@ import numpy as np
 import torch
 
 from expertlane.engine import migration
+from expertlane.engine.commands import (
+    Deploy,
+    HeldBytes,
+    RankOutcome,
+    RunStep,
+    SetDispatch,
+    StageSpec,
+)
 from expertlane.engine.dispatch_timing import forms_of
-from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.worker import RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.forward_batch import ForwardBatch
@@ -32,16 +39,11 @@ from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
 
-def deploy(
-    context: RankContext, spec: StageSpec, options: Options, num_blocks: int, block_size: int
-) -> HeldBytes:
-    """Build this rank's stage, or keep it if only options changed. Collective over all ranks.
-
-    Args:
-        num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
-    """
+def deploy(context: RankContext, command: Deploy) -> HeldBytes:
+    """Build this rank's stage, or keep it if only options changed."""
+    spec, options = command.spec, command.options
     if context.deployed is not None:
-        migration.finish(context)  # buffers must not go while bytes travel
+        migration.finish_moves(context)  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
     context.meshes.make(spec.layout, _nodes_for(spec, options))
     held = HeldBytes(0, 0)
@@ -51,7 +53,9 @@ def deploy(
         if context.deployed is None or not context.deployed.is_as_at_first(spec):
             context.deployed = None  # frees the old weights before the new ones are drawn
             context.deployed = DeployedStage(context, spec)
-        context.deployed.start(options, num_blocks=num_blocks, block_size=block_size)
+        context.deployed.start(
+            options, num_blocks=command.num_blocks, block_size=command.block_size
+        )
         stage: TransformerStage = context.deployed.stage
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
@@ -66,16 +70,16 @@ def _nodes_for(spec: StageSpec, options: Options) -> int:
     return spec.ranks_per_node if is_wanted else 0
 
 
-def set_dispatch(context: RankContext, table: DispatchTable) -> None:
-    """Choose how steps run from now on: dispatch forms and overlap, by a table."""
-    context.deployed.set_dispatch(table)
+def set_dispatch(context: RankContext, command: SetDispatch) -> None:
+    """Choose how steps run from now on."""
+    context.deployed.set_dispatch(command.table)
 
 
-def run_step(context: RankContext, plan: StepPlan) -> RankOutcome:
+def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
-        return deployed.run(plan)
+        return deployed.run(command.plan)
 
 
 class DeployedStage:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from expertlane.engine.commands import RunStep, SetDispatch
 from expertlane.engine.pool import RankPool
 from expertlane.errors import SpecError
 from expertlane.schedule.limits import Limits
@@ -19,8 +20,6 @@ from expertlane.spec.names import Phase
 
 ModeT = TypeVar("ModeT")
 
-_RUN_STEP = "expertlane.engine.deployed_stage:run_step"
-_SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
 # With these and six modes starting takes half a minute, or one and a half where steps are long.
 _LONG_STEP_S = 0.6  # no larger size is timed: its steps would take four times as long
@@ -91,9 +90,9 @@ def _step_s(
             if len(timed) == 1:
                 break
         for mode in timed[:: 1 if number % 2 else -1]:
-            pool.call(_SET_DISPATCH, DispatchTable.fixed(mode.form, mode.overlap), ranks=ranks)
+            pool.call(SetDispatch(DispatchTable.fixed(mode.form, mode.overlap)), ranks=ranks)
             submitted_s = time.perf_counter()
-            pool.call(_RUN_STEP, plan, ranks=ranks)
+            pool.call(RunStep(plan), ranks=ranks)
             if number:
                 seconds[mode].append(time.perf_counter() - submitted_s)
     return tuple(middle_mean(seconds[mode]) for mode in as_run)

@@ -1,25 +1,29 @@
 """Forks local ranks from one process that has imported torch and never computes in it.
 
 Sixteen ranks share one copy of torch's pages so, and no `__main__` guard is needed in the program
-that started them. The server tells the launcher of every rank that ends, and ends all ranks when
-the launcher goes away, whatever the reason.
-
-Run as `python -m expertlane.engine.fork_server SETTINGS`; SETTINGS is `ServerSettings` as JSON.
+that started them. The server tells the launcher of every rank that ends. It ends all ranks when the
+launcher goes away, whatever the reason: it watches the control socket and also its own parent,
+since a process that the launcher has forked may hold the other end of the socket.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
 import select
-import shutil
 import signal
+import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
-from expertlane.engine.messages import RankSettings
+from expertlane.engine.messages import Channel
+
+if TYPE_CHECKING:
+    from expertlane.engine.worker import Handlers, RankSettings
 
 _POLL_MS = 50
 _PR_SET_PDEATHSIG = 1
@@ -30,97 +34,128 @@ class ServerSettings:
     """What the server needs to start its ranks.
 
     Attributes:
+        launcher_pid: the server's parent.
         control_fd: socket to the launcher; its end of file ends everything.
         rank_fds: one socket a rank.
-        sys_path: the launcher's module search path, so that functions are found by name.
-        folder: the run's own; removed at the end, for a launcher that cannot do it any more.
+        board_fd: of the progress board's file.
+        store_fd, store_path: where the ranks meet; None for a file that has a name.
     """
 
+    launcher_pid: int
     control_fd: int
     rank_fds: list[int]
-    sys_path: list[str]
-    folder: str
-    progress_path: str
+    board_fd: int
+    store_fd: int | None
+    store_path: str
     timeout_s: float
     dtype: str | None
 
-    def to_json(self) -> str:
-        """For the command line."""
-        return json.dumps(asdict(self))
+    def descriptors(self) -> list[int]:
+        """All that the server gets from the launcher."""
+        own = [self.control_fd, *self.rank_fds, self.board_fd]
+        return own if self.store_fd is None else [*own, self.store_fd]
 
-    def of_rank(self, rank: int) -> RankSettings:
+    def of_rank(self, rank: int) -> "RankSettings":
         """What one rank is told."""
+        from expertlane.engine.worker import RankSettings
+
         world_size = len(self.rank_fds)
         return RankSettings(
             rank=rank,
             world_size=world_size,
             local_rank=rank,
             num_local_ranks=world_size,
-            progress_path=self.progress_path,
-            store_path=f"{self.folder}/store",
+            board_fd=self.board_fd,
+            store_path=self.store_path,
             timeout_s=self.timeout_s,
             dtype=self.dtype,
         )
 
 
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends (Linux)."""
+def python_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """A command that runs `main` of a module in a Python of its own.
+
+    It finds modules where this process does. The working directory is not among the places where
+    Python looks on its own: a file in it named like a module would be run.
+    """
+    paths = [path for path in sys.path if isinstance(path, str)]
+    code = f"import sys; sys.path[:] = {paths!a}; from {module} import main; main()"
+    return [sys.executable, "-P", "-c", code, *arguments]
+
+
+def _end_with_server(server_pid: int) -> None:
+    """Have a rank end when the server does; the server's main thread has forked it."""
+    from expertlane.engine.worker import end_with_parent
+
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        end_with_parent()
+    if os.getppid() != server_pid:  # it has ended in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_rank(settings: ServerSettings, rank: int) -> None:
+def _run_rank(settings: ServerSettings, rank: int, handlers: "Handlers", server_pid: int) -> None:
     code = 1
     try:
         from expertlane.engine.worker import serve
 
-        die_with_parent()
+        _end_with_server(server_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.close(settings.control_fd)
         for other, fd in enumerate(settings.rank_fds):
             if other != rank:
                 os.close(fd)
-        code = serve(Connection(settings.rank_fds[rank]), settings.of_rank(rank))
+        channel = Channel(socket.socket(fileno=settings.rank_fds[rank]))
+        code = serve(channel, settings.of_rank(rank), handlers)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)  # no clean-up that belongs to the server
 
 
-def _watch(control_fd: int, rank_of_pid: dict[int, int]) -> None:
-    """Report ranks that end, until the launcher closes its side."""
+def _watch(settings: ServerSettings, rank_of_pid: dict[int, int]) -> None:
+    """Report ranks that end, until the launcher closes its side or is gone."""
     poll = select.poll()
-    poll.register(control_fd, select.POLLIN)
-    while True:
-        if poll.poll(_POLL_MS) and not os.read(control_fd, 4096):
+    poll.register(settings.control_fd, select.POLLIN)
+    while os.getppid() == settings.launcher_pid:
+        if poll.poll(_POLL_MS) and not os.read(settings.control_fd, 4096):
             return
         while rank_of_pid:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
             rank = rank_of_pid.pop(pid)
-            os.write(control_fd, f"{rank} {os.waitstatus_to_exitcode(status)}\n".encode())
+            os.write(settings.control_fd, f"{rank} {os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def main() -> None:
-    """Start the ranks, watch them, and end them."""
+def main(handlers: "Handlers | None" = None) -> None:
+    """Start the ranks, watch them, and end them. The command line holds `ServerSettings` as JSON.
+
+    Args:
+        handlers: what ranks do for each command; None for the engine's own.
+    """
     settings = ServerSettings(**json.loads(sys.argv[1]))
-    sys.path[:] = settings.sys_path
-    # Imports torch, and what ranks run, once for all ranks.
-    import expertlane.engine.deployed_stage  # noqa: F401
+    for fd in settings.descriptors():
+        os.set_inheritable(fd, False)  # by programs that ranks start
+    if handlers is None:
+        from expertlane.engine.handlers import HANDLERS  # torch, and what ranks run, for all ranks
+
+        handlers = HANDLERS
 
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
     rank_of_pid: dict[int, int] = {}
+    own_pid = os.getpid()
     for rank in range(len(settings.rank_fds)):
         pid = os.fork()
         if pid == 0:
-            _run_rank(settings, rank)
+            _run_rank(settings, rank, handlers, own_pid)
         rank_of_pid[pid] = rank
     for fd in settings.rank_fds:
         os.close(fd)
     try:
-        _watch(settings.control_fd, rank_of_pid)
+        _watch(settings, rank_of_pid)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the launcher is gone
     finally:
@@ -128,8 +163,11 @@ def main() -> None:
             os.kill(pid, signal.SIGKILL)
         for pid in rank_of_pid:
             os.waitpid(pid, 0)
-        shutil.rmtree(settings.folder, ignore_errors=True)
+        if settings.store_fd is None:  # for a launcher that cannot do it any more
+            with contextlib.suppress(OSError):
+                os.unlink(settings.store_path)
 
 
-if __name__ == "__main__":
-    main()
+def settings_argument(settings: ServerSettings) -> str:
+    """For the command line."""
+    return json.dumps(asdict(settings))

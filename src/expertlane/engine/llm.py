@@ -16,10 +16,10 @@ from expertlane.balance.deployed import Placements
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.hub import resolve_model
-from expertlane.engine.messages import RankMachine
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import runner_for
@@ -39,7 +39,6 @@ from expertlane.spec.sampling import SamplingParams
 Message = dict[str, str]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_DESCRIBE = "expertlane.engine.rank_machine:describe"
 _CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
 
 
@@ -135,7 +134,7 @@ class LLM:
             raise SystemExit(0)
         self._pool: RankPool = pool
         try:
-            self.machine: tuple[RankMachine, ...] = tuple(pool.call(_DESCRIBE))
+            self.machine: tuple[RankMachine, ...] = tuple(pool.call(DescribeMachine()))
             self.limits = _fit(wanted, num_blocks, self.model, chosen, placements, self.machine)
             runner = self._load(deployment, seed, ranks_per_node)
             self._routing = RoutingRecorder(runner, self.model) if record_routing else None

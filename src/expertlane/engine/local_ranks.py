@@ -2,18 +2,15 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import struct
 import subprocess
-import sys
 import tempfile
-from multiprocessing.connection import Connection
 from pathlib import Path
 
-from expertlane.engine.fork_server import ServerSettings
+from expertlane.engine.fork_server import ServerSettings, python_command, settings_argument
 from expertlane.engine.host import num_cores
+from expertlane.engine.messages import Channel
 from expertlane.errors import CapacityError
 from expertlane.parallel.progress import ProgressBoard
 
@@ -36,46 +33,57 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
         )
 
 
-def bound_sends(connection: Connection, timeout_s: float) -> None:
-    """Make a send to a rank that no longer reads fail after `timeout_s` instead of blocking."""
-    whole, fraction = divmod(timeout_s, 1)
-    bound = struct.pack("ll", int(whole), int(fraction * 1e6))
-    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
-
-
-class SharedFolder:
-    """A folder of this run's own, in memory where the system has such a place.
+class RunFiles:
+    """Files of this run that its ranks share; those in memory have no name and leave nothing.
 
     Attributes:
-        board: of the run's ranks, in the file `progress_path`.
+        board: of the run's ranks, in the file `board_fd`.
+        store_path: where local ranks meet; the same descriptor in all of them, where there are
+            files in memory.
 
     Raises:
-        CapacityError: there is no room for it.
+        CapacityError: there is no room for them.
     """
 
     def __init__(self, num_ranks: int) -> None:
-        places = ["/dev/shm"] if os.access("/dev/shm", os.W_OK) else []
-        for place in [*places, None]:
-            try:
-                self.path = Path(tempfile.mkdtemp(prefix="expertlane-", dir=place))
-                self.progress_path = self.path / "progress"
-                self.board = ProgressBoard(num_ranks, self.progress_path, create=True)
-                return
-            except OSError as error:
-                failure = error
-        raise CapacityError(f"no room for a folder of temporary files: {failure}")
+        self._descriptors: list[int] = []
+        self.store_fd: int | None = None
+        self.store_path = ""
+        try:
+            self.board_fd = self._unnamed_file()
+            self.board = ProgressBoard(num_ranks, self.board_fd)
+            if hasattr(os, "memfd_create"):
+                self.store_fd = self._unnamed_file()
+                self.store_path = f"/proc/self/fd/{self.store_fd}"
+            else:
+                descriptor, self.store_path = tempfile.mkstemp(prefix="expertlane-")
+                os.close(descriptor)
+        except OSError as error:
+            self.close()
+            raise CapacityError(f"no room for temporary files: {error}") from None
 
-    def remove(self) -> None:
-        """Leave nothing behind."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def _unnamed_file(self) -> int:
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("expertlane")
+        else:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def close(self) -> None:
+        """Leave nothing behind; the board can still be read."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        if self.store_fd is None and self.store_path:
+            Path(self.store_path).unlink(missing_ok=True)
 
 
 class LocalRanks:
     """Ranks of this machine, children of a fork server that this process owns.
 
     Attributes:
-        connections: one a rank.
+        channels: one a rank.
         control: readable when a rank has ended.
         board: where the ranks say what they do.
 
@@ -85,35 +93,45 @@ class LocalRanks:
 
     reports_exits = True
 
-    def __init__(self, num_ranks: int, timeout_s: float, dtype: str | None) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        timeout_s: float,
+        dtype: str | None,
+        server_module: str = "expertlane.engine.fork_server",
+    ) -> None:
         self._exit_codes: dict[int, int] = {}
         self._unread = b""
-        self._folder = SharedFolder(num_ranks)
-        self.board = self._folder.board
-        self.connections: list[Connection] = []
+        self._files = RunFiles(num_ranks)
+        self.board = self._files.board
+        self.channels: list[Channel] = []
         with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._folder.remove)
+            on_failure.callback(self._files.close)
             try:
-                self._start(num_ranks, timeout_s, dtype)
+                self._start(num_ranks, timeout_s, dtype, server_module)
             except OSError as error:
                 raise CapacityError(f"cannot start {num_ranks} ranks: {error.strerror}") from error
             on_failure.pop_all()
 
-    def _start(self, num_ranks: int, timeout_s: float, dtype: str | None) -> None:
+    def _start(
+        self, num_ranks: int, timeout_s: float, dtype: str | None, server_module: str
+    ) -> None:
         pairs = [socket.socketpair() for _ in range(num_ranks)]
         self.control, control_of_server = socket.socketpair()
+        files = self._files
         settings = ServerSettings(
+            launcher_pid=os.getpid(),
             control_fd=control_of_server.fileno(),
             rank_fds=[theirs.fileno() for _, theirs in pairs],
-            sys_path=sys.path,
-            folder=str(self._folder.path),
-            progress_path=str(self._folder.progress_path),
+            board_fd=files.board_fd,
+            store_fd=files.store_fd,
+            store_path=files.store_path,
             timeout_s=timeout_s,
             dtype=dtype,
         )
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "expertlane.engine.fork_server", settings.to_json()],
-            pass_fds=[settings.control_fd, *settings.rank_fds],
+            python_command(server_module, [settings_argument(settings)]),
+            pass_fds=settings.descriptors(),
             stdin=subprocess.DEVNULL,
             stdout=2,  # what libraries print in ranks must not mix with results
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the ranks
@@ -122,9 +140,7 @@ class LocalRanks:
         control_of_server.close()
         for ours, theirs in pairs:
             theirs.close()
-            connection = Connection(ours.detach())
-            bound_sends(connection, timeout_s)
-            self.connections.append(connection)
+            self.channels.append(Channel(ours, timeout_s))
 
     def read_control(self) -> str | None:
         """Take in what the fork server says; a line if it has ended. Only when readable."""
@@ -147,8 +163,8 @@ class LocalRanks:
 
     def close(self) -> None:
         """End all ranks and the server; leaves nothing behind."""
-        for connection in self.connections:
-            connection.close()
+        for channel in self.channels:
+            channel.close()
         self.control.close()  # the server kills what is left when it sees this
         try:
             self._server.wait(_KILL_TIMEOUT_S)
@@ -156,7 +172,7 @@ class LocalRanks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait(_KILL_TIMEOUT_S)
-        self._folder.remove()
+        self._files.close()
 
 
 def _rank_environment() -> dict[str, str]:

@@ -1,36 +1,55 @@
-"""What the launcher and a rank say to each other; importable without torch."""
+"""What travels between the launcher and a rank: a fixed header, a typed value, raw arrays.
 
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+Values are msgpack of known types, checked while they are decoded; nothing is unpickled and nothing
+is found by a name that came over a socket. Arrays follow the value, each on a border of 64 bytes:
+an encoding that memory shared by both sides could hold as well.
+"""
 
+import select
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import cache
+from math import prod
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
+
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from expertlane.balance.deployed import Placements
-from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.record import RankRecord
-from expertlane.spec.sampling import TokenLogprobs
+from expertlane.engine.commands import Command
+from expertlane.errors import UserError
+
+ValueT = TypeVar("ValueT")
+
+_HEADER = struct.Struct("<4sIQQ")  # magic, kind, bytes of the value, bytes of the arrays
+_MAGIC = b"XLM1"
+_ALIGNMENT = 64
+MOST_BYTES = 1 << 30  # of a message
+_DTYPES = frozenset(np.dtype(name).str for name in ("?", "u1", "i4", "i8", "f4", "f8"))
+
+
+class MessageKind(IntEnum):
+    """What a message is; a fixed number each."""
+
+    COMMAND = 1
+    RESULT = 2
+    FAILURE = 3
+    HEARTBEAT = 4
+    READY = 5
+
+
+class MessageError(Exception):
+    """What came is no message of ours; its text is one line."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """Ask a rank to run `function(context, *args)`.
+class Ready:
+    """A rank is up."""
 
-    Attributes:
-        function: `module:name`, so that the launcher needs not import what ranks run.
-    """
-
-    function: str
-    args: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the function returned."""
-
-    value: Any
+    host: str
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class FailureKind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """The function raised; the rank ends after this message.
+    """A command raised; the rank ends after this message.
 
     Attributes:
         text: one line.
@@ -66,92 +85,204 @@ class Failure:
     text: str
     details: str = ""
 
-
-@dataclass(frozen=True)
-class RankSettings:
-    """What a rank is told at its start.
-
-    Attributes:
-        progress_path: the file of the progress board; None where it is not shared.
-        store_path: the rendezvous file of local ranks; None under torchrun.
-        timeout_s: the bound on any wait for other ranks.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    num_local_ranks: int
-    progress_path: str | None
-    store_path: str | None
-    timeout_s: float
-    dtype: str | None
+    def __post_init__(self) -> None:
+        for name in ("text", "details"):  # may quote a file's name in any bytes
+            text = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, text)
 
 
-@dataclass(frozen=True)
-class StageSpec:
-    """What decides a rank's weights; a rank that already holds them keeps them.
+class Message(NamedTuple):
+    """A message as it came.
 
     Attributes:
-        placements: [num_hidden_layers]; where experts are at first.
-        checkpoint: the folder the weights are in; None for seeded ones.
+        body: the value, encoded.
+        arrays: what it refers to; may be written to.
     """
 
-    model: ModelConfig
-    layout: Layout
-    placements: Placements
-    seed: int
-    ranks_per_node: int
-    checkpoint: str | None = None
+    kind: MessageKind
+    body: memoryview
+    arrays: memoryview
 
 
-@dataclass(eq=False)
-class RankOutcome:
-    """A rank's part of a step's outcome; sequences only from the last stage.
+class Decoder(Generic[ValueT]):
+    """Turns messages into values of one type. Arrays are views of the message's memory."""
 
-    Attributes:
-        token_ids, logprobs: by sequence id; empty but on the first rank of a tensor-parallel
-            group.
-        logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
+    def __init__(self, of: type[ValueT]) -> None:
+        self._decoder = msgspec.msgpack.Decoder(of, dec_hook=self._array)
+        self._arrays = memoryview(b"")
+
+    def decode(self, message: Message) -> ValueT:
+        """The value.
+
+        Raises:
+            MessageError: the message holds none of this type.
+        """
+        self._arrays = message.arrays
+        try:
+            return self._decoder.decode(message.body)
+        except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+            raise MessageError(" ".join(str(error).split())) from None
+        finally:
+            self._arrays = memoryview(b"")
+
+    def _array(self, wanted: Any, found: object) -> np.ndarray:
+        match found:
+            case [str(code), list(sizes), int(offset)] if code in _DTYPES:
+                shape = [size for size in sizes if isinstance(size, int) and size >= 0]
+            case _:
+                raise ValueError(f"{wanted} is expected")
+        expected = _dtype_of(wanted)
+        if expected is not None and code != expected:
+            raise ValueError(f"an array of {code} where {expected} is expected")
+        if len(shape) < len(sizes):
+            raise ValueError(f"an array of shape {sizes}")
+        count = prod(shape)
+        if not 0 <= offset <= offset + count * np.dtype(code).itemsize <= len(self._arrays):
+            raise ValueError(f"an array of shape {shape} that is not in the message")
+        return np.frombuffer(self._arrays, code, count, offset).reshape(shape)
+
+
+@cache
+def _dtype_of(alias: Any) -> str | None:
+    """The dtype that `NDArray[...]` asks for; None where any will do."""
+    arguments = get_args(alias)
+    inner = get_args(arguments[1]) if len(arguments) == 2 else ()
+    return np.dtype(inner[0]).str if inner and isinstance(inner[0], type) else None
+
+
+class Commands:
+    """Decodes commands by their names, of those that a rank answers."""
+
+    def __init__(self, known: Mapping[type[Command[Any]], object]) -> None:
+        self._named = Decoder(tuple[str, msgspec.Raw])
+        self._decoders = {each.__name__: Decoder(each) for each in known}
+
+    def decode(self, message: Message) -> Command[Any]:
+        """The command.
+
+        Raises:
+            MessageError: it is none of those that are known.
+        """
+        name, raw = self._named.decode(message)
+        decoder = self._decoders.get(name)
+        if decoder is None:
+            raise MessageError(f"there is no command {name[:80]!r}")
+        return decoder.decode(message._replace(body=memoryview(raw)))
+
+
+class _Arrays:
+    """Collects the arrays of a value while it is encoded."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+
+    def add(self, value: object) -> object:
+        if isinstance(value, np.generic):
+            return value.item()
+        if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES:
+            raise TypeError(f"a {type(value).__name__} cannot be sent")
+        offset = self.size
+        data = value.tobytes()
+        self.parts += [data, bytes(-len(data) % _ALIGNMENT)]
+        self.size += len(data) + len(self.parts[-1])
+        return [value.dtype.str, value.shape, offset]
+
+
+def encode(kind: MessageKind, value: object) -> bytes:
+    """A message whole.
+
+    Raises:
+        TypeError: something in the value cannot be sent.
+        UserError: a text of it is no valid Unicode, as a file's name may be.
+        ValueError: the message would be larger than `MOST_BYTES`.
+    """
+    arrays = _Arrays()
+    encoder = msgspec.msgpack.Encoder(enc_hook=arrays.add)
+    named = (type(value).__name__, value) if kind is MessageKind.COMMAND else value
+    try:
+        body = encoder.encode(named)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{error.object!a} is not valid UTF-8") from None
+    if len(body) + arrays.size > MOST_BYTES:
+        raise ValueError(f"a message of {len(body) + arrays.size:,} bytes; at most {MOST_BYTES:,}")
+    header = _HEADER.pack(_MAGIC, kind, len(body), arrays.size)
+    return b"".join([header, body, bytes(-len(body) % _ALIGNMENT), *arrays.parts])
+
+
+class HasDescriptor(Protocol):
+    """A channel or a socket."""
+
+    def fileno(self) -> int:
+        """The descriptor, to wait for."""
+        ...
+
+
+def wait_readable(sources: Iterable[HasDescriptor], timeout_s: float) -> set[int]:
+    """Descriptors of those that can be read, or have ended, within `timeout_s`."""
+    poll = select.poll()
+    for source in sources:
+        poll.register(source.fileno(), select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(1e3 * timeout_s)}
+
+
+class Channel:
+    """One side of a connection over which messages travel; owns its socket.
+
+    Args:
+        timeout_s: how long the other side may take to read or write what is under way; None for
+            as long as it likes.
     """
 
-    token_ids: dict[int, int] = field(default_factory=dict)
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    logits: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
-    record: RankRecord | None = None
+    def __init__(self, connection: socket.socket, timeout_s: float | None = None) -> None:
+        self._socket = connection
+        connection.setblocking(True)
+        if timeout_s is not None:
+            whole, fraction = divmod(timeout_s, 1)
+            bound = struct.pack("ll", int(whole), int(fraction * 1e6))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
 
+    def fileno(self) -> int:
+        """The descriptor, to wait for."""
+        return self._socket.fileno()
 
-@dataclass(frozen=True)
-class HeldBytes:
-    """What a rank has allocated for a deployment."""
+    def close(self) -> None:
+        """Let go of the other side."""
+        self._socket.close()
 
-    weight_bytes: int
-    kv_bytes: int
+    def send(self, encoded: bytes) -> None:
+        """Send a message whole.
 
+        Raises:
+            BlockingIOError: the other side did not read it in time.
+            OSError: the other side is gone.
+        """
+        self._socket.sendall(encoded)
 
-@dataclass(frozen=True)
-class RankMachine:
-    """What a rank sees of its machine.
+    def receive(self) -> Message:
+        """The next message, once it is there.
 
-    Attributes:
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
-        free_bytes: memory of its device that can still be allocated.
-        num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
-    """
+        Raises:
+            BlockingIOError: the other side stopped in the middle of it.
+            EOFError, OSError: the other side is gone.
+            MessageError: what came is no message.
+        """
+        magic, kind, body_size, arrays_size = _HEADER.unpack(self._exactly(_HEADER.size))
+        if magic != _MAGIC or kind not in list(MessageKind):
+            raise MessageError("what came is no message")
+        if body_size + arrays_size > MOST_BYTES:
+            raise MessageError(f"a message of {body_size + arrays_size:,} bytes was announced")
+        arrays_begin = body_size + -body_size % _ALIGNMENT
+        content = self._exactly(arrays_begin + arrays_size)
+        return Message(MessageKind(kind), content[:body_size], content[arrays_begin:])
 
-    host: str
-    num_cores: int
-    cpu_name: str
-    device: str
-    backend: str
-    dtype: str
-    kernels: str
-    torch_version: str
-    memory_bytes: int
-    free_bytes: int
-    ranks_per_node: int
-    num_idle_gpus: int
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it computes on a GPU."""
-        return self.device != "cpu"
+    def _exactly(self, size: int) -> memoryview:
+        content = memoryview(bytearray(size))
+        num_read = 0
+        while num_read < size:
+            got = self._socket.recv_into(content[num_read:])
+            if not got:
+                raise EOFError
+            num_read += got
+        return content

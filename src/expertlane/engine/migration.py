@@ -1,20 +1,18 @@
 """What runs on a rank while experts move: weights travel beside steps, then all switch at once.
 
-Transfers go over the `ep` group, between ranks of one etp_rank. Calls come in the same order on
-every rank, between steps: `begin` starts the transfers of some moves and returns at once, so that
-they go on under the steps that follow; `finish` waits for them; `switch` takes what arrived into
-use. A rank holds what arrives beside what it has until then.
+Transfers go over the `ep` group, between ranks of one etp_rank. Commands come in the same order on
+every rank, between steps: `start_moves` starts the transfers of some moves and returns at once, so
+that they go on under the steps that follow; `finish_moves` waits for them; `apply_placements` takes
+what arrived into use. A rank holds what arrives beside what it has until then.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from expertlane.balance.deployed import Placements
-from expertlane.balance.moves import Move
+from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.worker import RankContext
 from expertlane.moe.experts import Expert
 from expertlane.parallel.collectives import Pending
@@ -42,11 +40,11 @@ class Migration:
     arrived: dict[int, dict[int, Expert]] = field(default_factory=dict)
 
 
-def begin(context: RankContext, moves: Sequence[Move]) -> None:
-    """Start to send and receive the experts of some moves, `Move.layer` being a hidden layer."""
+def start_moves(context: RankContext, command: StartMoves) -> None:
+    """Start to send and receive the experts of some moves."""
     stage, migration = context.deployed.stage, context.deployed.migration
     ep, blocks = stage.mesh.ep, stage.moe_blocks
-    for move in moves:
+    for move in command.moves:
         block = blocks.get(move.layer)
         if block is None or ep.rank not in (move.source, move.rank):
             continue
@@ -61,8 +59,8 @@ def begin(context: RankContext, moves: Sequence[Move]) -> None:
             migration.arriving.append(_Arriving(move.layer, move.expert, pending))
 
 
-def finish(context: RankContext) -> None:
-    """Wait for what was begun."""
+def finish_moves(context: RankContext, _: FinishMoves | None = None) -> None:
+    """Wait for what was started."""
     migration: Migration = context.deployed.migration
     blocks = context.deployed.stage.moe_blocks
     context.progress.enter(Stage.SETUP, NO_LAYER)
@@ -76,22 +74,19 @@ def finish(context: RankContext) -> None:
     context.progress.enter(Stage.IDLE, NO_LAYER)
 
 
-def switch(context: RankContext, placements: Placements) -> None:
-    """Take new placements into use, [num_hidden_layers]; what is not held any more is freed."""
+def apply_placements(context: RankContext, command: ApplyPlacements) -> None:
+    """Take new placements into use; what is not held any more is freed."""
     migration: Migration = context.deployed.migration
     for layer, block in context.deployed.stage.moe_blocks.items():
-        placement = placements[layer]
+        placement = command.placements[layer]
         assert placement is not None, "an MoE layer has a placement"
         if placement != block.placement:
             block.switch(placement, migration.arrived.get(layer, {}))
     migration.arrived = {}
 
 
-def time_one_move(context: RankContext) -> tuple[int, float]:
-    """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
-
-    What arrives is thrown away. Collective over the ranks of a replica.
-    """
+def time_one_move(context: RankContext, _: TimeOneMove) -> tuple[int, float]:
+    """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group."""
     stage = context.deployed.stage
     ep, blocks = stage.mesh.ep, list(stage.moe_blocks.values())
     if not blocks:

@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from expertlane.balance.deployed import placements_of
+from expertlane.engine.commands import (
+    Deploy,
+    RankOutcome,
+    RunStep,
+    SetDispatch,
+    StageSpec,
+)
 from expertlane.engine.dispatch_timing import modes_of, time_dispatch
-from expertlane.engine.messages import HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
@@ -17,15 +23,11 @@ from expertlane.spec.dispatch_table import DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
 
-_DEPLOY = "expertlane.engine.deployed_stage:deploy"
-_SET_DISPATCH = "expertlane.engine.deployed_stage:set_dispatch"
-_RUN_STEP = "expertlane.engine.deployed_stage:run_step"
-
 
 class StepHandle:
     """A step under way."""
 
-    def __init__(self, ticket: Ticket, submitted_s: float) -> None:
+    def __init__(self, ticket: Ticket[RankOutcome], submitted_s: float) -> None:
         self.ticket = ticket
         self.submitted_s = submitted_s
         self.finished_s = 0.0
@@ -68,20 +70,20 @@ class ModelRunner:
         placements = placements_of(model, layout, options)
         folder = str(checkpoint) if checkpoint else None
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder)
-        held = pool.call(_DEPLOY, spec, options, limits.num_blocks, limits.block_size)
-        self.held: list[HeldBytes] = held[: layout.world_size]
+        held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
+        self.held = held[: layout.world_size]
         self.dispatch_table: DispatchTable | None = None
         if options.is_timed:
             modes = modes_of(layout, options, ranks_per_node)
             table = time_dispatch(pool, layout, limits, modes)
-            pool.call(_SET_DISPATCH, table, ranks=range(layout.world_size))
+            pool.call(SetDispatch(table), ranks=range(layout.world_size))
             self.dispatch_table = table
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica."""
         ranks = self._layout.ranks_of_replica(plan.replica)
         submitted_s = time.perf_counter()
-        return StepHandle(self._pool.submit(_RUN_STEP, plan, ranks=ranks), submitted_s)
+        return StepHandle(self._pool.submit(RunStep(plan), ranks=ranks), submitted_s)
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
@@ -92,7 +94,7 @@ class ModelRunner:
 
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step and put the ranks' parts of its outcome together."""
-        outcomes: list[RankOutcome] = self._pool.collect(handle.ticket)
+        outcomes = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
         token_ids: dict[int, int] = {}
         logprobs: dict[int, TokenLogprobs] = {}

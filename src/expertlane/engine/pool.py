@@ -1,4 +1,4 @@
-"""The launcher's side of all ranks: calls, answers, and an end to every wait."""
+"""The launcher's side of all ranks: commands, answers, and an end to every wait."""
 
 import contextlib
 import os
@@ -8,14 +8,25 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import psutil
 
-from expertlane.engine.messages import Call, Failure, FailureKind, Heartbeat
+from expertlane.engine.commands import Command, result_type
+from expertlane.engine.messages import (
+    Channel,
+    Decoder,
+    Failure,
+    FailureKind,
+    Heartbeat,
+    Message,
+    MessageError,
+    MessageKind,
+    Ready,
+    encode,
+    wait_readable,
+)
 from expertlane.errors import ExpertlaneError, RankError, TerminatedError, UserError
 from expertlane.parallel.progress import Position, ProgressBoard
 from expertlane.spec.names import Stage
@@ -25,17 +36,19 @@ _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
 _BLAME_WINDOW_S = 2.0  # how long to look for the cause after a victim has complained
 _LAST_WORDS_S = 0.5
 
+ResultT = TypeVar("ResultT")
+
 
 class Ranks(Protocol):
     """What started the ranks and can end them.
 
     Attributes:
-        connections: one a rank.
+        channels: one a rank.
         control: readable when there is news of ranks that ended.
         reports_exits: whether `exit_code` will come to know how any rank ended.
     """
 
-    connections: list[Connection]
+    channels: list[Channel]
     control: socket.socket
     board: ProgressBoard
     reports_exits: bool
@@ -53,12 +66,17 @@ class Ranks(Protocol):
         ...
 
 
-class Ticket:
-    """A call under way on some ranks."""
+class Ticket(Generic[ResultT]):
+    """A command under way on some ranks.
 
-    def __init__(self, ranks: Sequence[int]) -> None:
+    Args:
+        decoder: of the answers.
+    """
+
+    def __init__(self, ranks: Sequence[int], decoder: Decoder[ResultT]) -> None:
         self.ranks = list(ranks)
-        self.results: dict[int, Any] = {}
+        self.decoder = decoder
+        self.results: dict[int, ResultT] = {}
         self.submitted_s = time.monotonic()
 
     @property
@@ -86,13 +104,15 @@ class RankPool:
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self._ranks = ranks
         self._timeout_s = timeout_s
-        self._waiting: list[deque[Ticket]] = [deque() for _ in ranks.connections]
+        self._waiting: list[deque[Ticket[Any]]] = [deque() for _ in ranks.channels]
         self._pids: dict[int, int] = {}
         self._closed = False
+        self._heartbeats = Decoder(Heartbeat)
         self._poll = select.poll()  # kept: to make one a step costs a decode step a few percent
-        for descriptor in (ranks.control.fileno(), *(c.fileno() for c in ranks.connections)):
+        for descriptor in (ranks.control.fileno(), *(c.fileno() for c in ranks.channels)):
             self._poll.register(descriptor, select.POLLIN)
-        started = Ticket(range(self.num_ranks))
+        self._decoders: dict[type[Command[Any]], Decoder[Any]] = {}
+        started = Ticket(range(self.num_ranks), Decoder(Ready))
         for waiting in self._waiting:
             waiting.append(started)
         try:
@@ -100,9 +120,9 @@ class RankPool:
         except BaseException:
             self.close()
             raise
-        for rank, (host, pid) in started.results.items():
-            if host == socket.gethostname():
-                self._pids[rank] = pid
+        for rank, ready in started.results.items():
+            if ready.host == socket.gethostname():
+                self._pids[rank] = ready.pid
 
     def __enter__(self) -> "RankPool":
         return self
@@ -118,7 +138,7 @@ class RankPool:
     @property
     def num_ranks(self) -> int:
         """Ranks in the pool."""
-        return len(self._ranks.connections)
+        return len(self._ranks.channels)
 
     @property
     def is_closed(self) -> bool:
@@ -143,38 +163,48 @@ class RankPool:
                 self._ranks.close()  # a signal came in between: not before all is clean
                 raise
 
-    def call(self, function: str, *args: Any, ranks: Sequence[int] | None = None) -> list[Any]:
-        """Run `function` (`module:name`) on some ranks, all by default; results in rank order."""
-        return self.collect(self.submit(function, *args, ranks=ranks))
+    def call(
+        self, command: Command[ResultT], *, ranks: Sequence[int] | None = None
+    ) -> list[ResultT]:
+        """Run a command on some ranks, all by default; results in rank order."""
+        return self.collect(self.submit(command, ranks=ranks))
 
-    def submit(self, function: str, *args: Any, ranks: Sequence[int] | None = None) -> Ticket:
-        """Begin `function(context, *args)` on some ranks; each takes its calls in order."""
+    def submit(
+        self, command: Command[ResultT], *, ranks: Sequence[int] | None = None
+    ) -> Ticket[ResultT]:
+        """Begin a command on some ranks, all by default; each takes its commands in order."""
         if self._closed:
             raise RankError("the ranks are gone; start new ones")
-        ticket = Ticket(range(self.num_ranks) if ranks is None else ranks)
-        call = ForkingPickler.dumps(Call(function, args))  # once for all
+        ticket = Ticket(range(self.num_ranks) if ranks is None else ranks, self._decoder(command))
+        encoded = encode(MessageKind.COMMAND, command)  # once for all
         for rank in ticket.ranks:
             self._waiting[rank].append(ticket)
             try:
-                self._ranks.connections[rank].send_bytes(call)
+                self._ranks.channels[rank].send(encoded)
             except BlockingIOError:
                 self._fail(self._hang(ticket, self._timeout_s))
             except OSError:
                 self._fail(self._death(rank))
         return ticket
 
-    def first_done(self, tickets: Sequence[Ticket]) -> Ticket:
+    def _decoder(self, command: Command[ResultT]) -> Decoder[ResultT]:
+        kind = type(command)
+        if kind not in self._decoders:
+            self._decoders[kind] = Decoder(result_type(kind))
+        return self._decoders[kind]
+
+    def first_done(self, tickets: Sequence[Ticket[ResultT]]) -> Ticket[ResultT]:
         """Wait until one of the tickets is done, and give that one."""
         self._wait_for(tickets, lambda: any(ticket.is_done for ticket in tickets), self._timeout_s)
         return next(ticket for ticket in tickets if ticket.is_done)
 
-    def collect(self, ticket: Ticket) -> list[Any]:
+    def collect(self, ticket: Ticket[ResultT]) -> list[ResultT]:
         """Wait for a ticket; its results in rank order."""
         self._wait_for([ticket], lambda: ticket.is_done, self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
     def _wait_for(
-        self, tickets: Sequence[Ticket], is_done: Callable[[], bool], bound_s: float
+        self, tickets: Sequence[Ticket[Any]], is_done: Callable[[], bool], bound_s: float
     ) -> None:
         try:
             while not is_done():
@@ -190,28 +220,38 @@ class RankPool:
                 self._take_news(_LAST_WORDS_S)  # torchrun ends us when a rank has died: say which
             raise
 
-    def _silent_s(self, ticket: Ticket) -> float:
+    def _silent_s(self, ticket: Ticket[Any]) -> float:
         """Seconds since any rank of the ticket reported progress."""
         reported_s = max(self.position(rank).time_s for rank in ticket.ranks)
         return time.monotonic() - max(reported_s, ticket.submitted_s)
 
     def _take_news(self, timeout_s: float) -> None:
         """Take in answers and deaths for up to `timeout_s`."""
-        connections = self._ranks.connections
+        channels = self._ranks.channels
         ready = {descriptor for descriptor, _ in self._poll.poll(1e3 * timeout_s)}
-        for rank in [r for r, connection in enumerate(connections) if connection.fileno() in ready]:
+        for rank in [r for r, channel in enumerate(channels) if channel.fileno() in ready]:
             try:
-                message = connections[rank].recv()
+                self._take(rank, channels[rank].receive())
+            except BlockingIOError:  # it stopped in the middle of a message
+                self._fail(self._hang(Ticket([rank], Decoder(Ready)), self._timeout_s))
             except (EOFError, OSError):
                 self._fail(self._death(rank))
-            if isinstance(message, Failure):
-                self._fail(self._blame(rank, message))
-            elif isinstance(message, Heartbeat):
-                self._ranks.board.update(rank, message.cells)
-            else:
-                self._waiting[rank].popleft().results[rank] = message.value
+            except MessageError as error:
+                self._fail(RankError(f"rank {rank} sent what nobody asked for: {error}"))
         if self._ranks.control.fileno() in ready and (lost := self._ranks.read_control()):
             self._fail(RankError(lost))
+
+    def _take(self, rank: int, message: Message) -> None:
+        if message.kind is MessageKind.FAILURE:
+            self._fail(self._blame(rank, Decoder(Failure).decode(message)))
+        elif message.kind is MessageKind.HEARTBEAT:
+            self._ranks.board.update(rank, self._heartbeats.decode(message).cells)
+        elif message.kind in (MessageKind.RESULT, MessageKind.READY) and self._waiting[rank]:
+            ticket = self._waiting[rank][0]
+            ticket.results[rank] = ticket.decoder.decode(message)
+            self._waiting[rank].popleft()
+        else:
+            raise MessageError(f"a message of kind {message.kind.name}")
 
     def _fail(self, error: ExpertlaneError) -> NoReturn:
         with contextlib.suppress(TerminatedError):  # by torchrun, for the same reason
@@ -224,19 +264,20 @@ class RankPool:
             return UserError(failure.text)
         is_symptom = failure.kind is not FailureKind.BUG
         until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _LAST_WORDS_S)
-        others = {r: c for r, c in enumerate(self._ranks.connections) if r != rank}
+        others = {r: c for r, c in enumerate(self._ranks.channels) if r != rank}
         while others and time.monotonic() < until:
-            ready = wait(list(others.values()), _POLL_S)
-            for other in [r for r, connection in others.items() if connection in ready]:
+            ready = wait_readable(others.values(), _POLL_S)
+            for other in [r for r, channel in others.items() if channel.fileno() in ready]:
                 try:
-                    message = others[other].recv()
-                except (EOFError, OSError):
+                    message = others[other].receive()
+                except (EOFError, OSError, MessageError):
                     return self._death(other)
-                if isinstance(message, Failure):
-                    if message.kind is FailureKind.USER:
-                        return UserError(message.text)
-                    if is_symptom and message.kind is FailureKind.BUG:
-                        return self._bug(other, message)
+                if message.kind is MessageKind.FAILURE:
+                    also = Decoder(Failure).decode(message)
+                    if also.kind is FailureKind.USER:
+                        return UserError(also.text)
+                    if is_symptom and also.kind is FailureKind.BUG:
+                        return self._bug(other, also)
                     del others[other]
         if failure.kind is FailureKind.TERMINATED:
             return TerminatedError(failure.text)
@@ -257,7 +298,9 @@ class RankPool:
     def _death(self, rank: int) -> RankError:
         until = time.monotonic() + (_BLAME_WINDOW_S if self._ranks.reports_exits else 0.0)
         while self._ranks.exit_code(rank) is None and time.monotonic() < until:
-            if wait([self._ranks.control], _POLL_S) and (lost := self._ranks.read_control()):
+            if wait_readable([self._ranks.control], _POLL_S) and (
+                lost := self._ranks.read_control()
+            ):
                 return RankError(lost)
         code = self._ranks.exit_code(rank)
         if code is None:
@@ -270,7 +313,7 @@ class RankPool:
             how = f"ended with exit code {code}"
         return RankError(f"rank {rank} {how} in {self.position(rank)}; all ranks were ended")
 
-    def _hang(self, ticket: Ticket, bound_s: float) -> RankError:
+    def _hang(self, ticket: Ticket[Any], bound_s: float) -> RankError:
         """A stopped process, else one that computes while others wait, else the longest silent."""
         busy = [rank for rank in ticket.ranks if rank not in ticket.results]
         stopped = [rank for rank in busy if self._is_stopped(rank)]

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from expertlane.engine import host
-from expertlane.engine.messages import RankMachine
+from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.worker import RankContext
 
 
-def describe(context: RankContext) -> RankMachine:
-    """Run on a rank: what is there."""
+def describe(context: RankContext, _: DescribeMachine) -> RankMachine:
+    """What is there."""
     chosen = context.platform
     if chosen.device.type == "cuda":
         free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)

@@ -22,6 +22,7 @@ from expertlane.balance.pair_cost import PairCost
 from expertlane.balance.placement import Placement
 from expertlane.balance.rebalance import Proposal, propose
 from expertlane.balance.tracker import LoadTracker
+from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
 from expertlane.schedule.limits import Limits
@@ -32,10 +33,6 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.record import RankRecord
 
-_BEGIN = "expertlane.engine.migration:begin"
-_FINISH = "expertlane.engine.migration:finish"
-_SWITCH = "expertlane.engine.migration:switch"
-_TIME_ONE_MOVE = "expertlane.engine.migration:time_one_move"
 SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 
 
@@ -146,7 +143,7 @@ class RebalancingRunner:
         self.loads: list[StepLoad] = []
         self._steps: dict[StepHandle, int] = {}
         timed = [
-            pool.call(_TIME_ONE_MOVE, ranks=layout.ranks_of_replica(0)) for _ in range(3)
+            pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, _ in timed[-1]) * layout.etp
         self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
@@ -236,14 +233,14 @@ class RebalancingRunner:
         """One slice more; after the last the switch."""
         ranks = self._layout.ranks_of_replica(plan.replica)
         if replica.under_way:
-            self._pool.submit(_FINISH, ranks=ranks)
+            self._pool.submit(FinishMoves(), ranks=ranks)
             replica.under_way = False
         if replica.slices:
-            self._pool.submit(_BEGIN, replica.slices.pop(0), ranks=ranks)
+            self._pool.submit(StartMoves(tuple(replica.slices.pop(0))), ranks=ranks)
             replica.under_way = True
             return
         assert replica.next is not None, "moves are for placements to come"
-        self._pool.submit(_SWITCH, replica.next, ranks=ranks)
+        self._pool.submit(ApplyPlacements(replica.next), ranks=ranks)
         replica.placements, replica.next = replica.next, None
         replica.tracker = LoadTracker(
             len(replica.layers), replica.now[0].num_experts, self._num_steps

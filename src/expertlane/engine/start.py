@@ -2,7 +2,7 @@
 
 from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
-from expertlane.engine.torchrun import TorchrunRanks, follow, is_under_torchrun, own_rank
+from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_rank, run_torchrun_rank
 from expertlane.errors import CapacityError
 
 
@@ -23,7 +23,7 @@ def start_pool(
         check_num_ranks(num_ranks, oversubscribe=oversubscribe)
         return RankPool(LocalRanks(num_ranks, timeout_s, dtype), timeout_s)
     if own_rank() != 0:
-        code = follow(timeout_s, dtype)
+        code = run_torchrun_rank(timeout_s, dtype)
         if code:
             raise SystemExit(code)  # the launcher says why
         return None

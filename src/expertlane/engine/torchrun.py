@@ -5,29 +5,35 @@ for its rank; the others become their rank. They find the launcher through torch
 """
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import closing
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.engine.local_ranks import SharedFolder, bound_sends
-from expertlane.engine.messages import RankSettings
-from expertlane.errors import RankError
+import msgspec
+
+from expertlane.engine.fork_server import python_command
+from expertlane.engine.local_ranks import RunFiles
+from expertlane.engine.meeting import (
+    MEET_TIMEOUT_S,
+    Reception,
+    greeting,
+    hash_of,
+    listen,
+    new_secret,
+)
+from expertlane.engine.messages import Channel
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-_TOKEN_BYTES = 32
-_RANK_BYTES = 4
-_MEET_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 5.0
-_KEY = "launcher"
-_LAUNCHER = "EXPERTLANE_LAUNCHER"  # in the environment, which other users cannot read
+_LAUNCHER = "launcher"  # its key in the store
+_FIRST_RANK = "EXPERTLANE_FIRST_RANK"  # in the environment, which other users cannot read
 
 
 def is_under_torchrun() -> bool:
@@ -40,61 +46,78 @@ def own_rank() -> int:
     return int(os.environ["RANK"])
 
 
+class _Launcher(msgspec.Struct):
+    """Where the launcher is; told through the store.
+
+    Attributes:
+        host: which machine, and which of its process namespaces.
+        pid, board_fd: the progress board's file, for ranks of that host.
+    """
+
+    address: str
+    port: int
+    host: str
+    pid: int
+    board_fd: int
+
+
+class _FirstRank(msgspec.Struct):
+    """What the launcher tells its own child, in the environment.
+
+    Attributes:
+        secret: by which the launcher knows it.
+    """
+
+    launcher: _Launcher
+    secret: bytes
+
+
 class TorchrunRanks:
     """The launcher's side, in the process with RANK 0; the same face as `LocalRanks`.
 
     Raises:
         RankError: not all ranks came in time.
+        UserError: ranks cannot reach this host by MASTER_ADDR.
     """
 
     reports_exits = False  # torchrun knows how its processes end, this one does not
 
     def __init__(self, timeout_s: float, dtype: str | None) -> None:
         num_ranks = int(os.environ["WORLD_SIZE"])
-        self._folder = SharedFolder(num_ranks)
-        self.board = self._folder.board
-        self.connections: list[Connection] = []
+        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        self._files = RunFiles(num_ranks)
+        self.board = self._files.board
+        self.channels: list[Channel] = []
         self.control, self._other_end = socket.socketpair()  # never readable: no fork server here
-        token = secrets.token_hex(_TOKEN_BYTES // 2)
-        with closing(socket.create_server(("", 0), backlog=num_ranks)) as server:
-            port = server.getsockname()[1]
-            launcher = f"{token} {port} {self._folder.progress_path}"
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "expertlane.engine.torchrun", str(timeout_s), dtype or ""],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                env=os.environ | {_LAUNCHER: launcher},
-            )
-            try:
-                by_rank = self._accept_all(server, token.encode(), num_ranks)
-            except BaseException:
-                self.close()
-                raise
-        self.connections += [by_rank[rank] for rank in range(num_ranks)]
-        for connection in self.connections:
-            bound_sends(connection, timeout_s)
+        self._child: subprocess.Popen[bytes] | None = None
+        several_nodes = num_local_ranks < num_ranks
+        try:
+            listener = listen(os.environ["MASTER_ADDR"], num_ranks, several_nodes=several_nodes)
+            with closing(listener):
+                met = self._meet(listener, num_ranks, timeout_s, dtype)
+        except BaseException:
+            self.close()
+            raise
+        self.channels += [Channel(connection, timeout_s) for connection in met]
 
-    def _accept_all(
-        self, server: socket.socket, token: bytes, num_ranks: int
-    ) -> dict[int, Connection]:
-        server.settimeout(_MEET_TIMEOUT_S)
-        by_rank: dict[int, Connection] = {}
-        while len(by_rank) < num_ranks:
-            try:
-                peer, _ = server.accept()
-                peer.settimeout(_MEET_TIMEOUT_S)
-                said = peer.recv(_TOKEN_BYTES + _RANK_BYTES, socket.MSG_WAITALL)
-            except TimeoutError:
-                missing = sorted(set(range(num_ranks)) - set(by_rank))
-                raise RankError(
-                    f"ranks {missing} did not come within {_MEET_TIMEOUT_S:g} s"
-                ) from None
-            if not secrets.compare_digest(said[:_TOKEN_BYTES], token):
-                peer.close()  # a stranger
-                continue
-            peer.setblocking(True)
-            by_rank[int.from_bytes(said[_TOKEN_BYTES:])] = Connection(peer.detach())
-        return by_rank
+    def _meet(
+        self, listener: socket.socket, num_ranks: int, timeout_s: float, dtype: str | None
+    ) -> list[socket.socket]:
+        address, port = listener.getsockname()[:2]
+        launcher = _Launcher(address, port, _host(), os.getpid(), self._files.board_fd)
+        secret = new_secret()
+        told = msgspec.json.encode(_FirstRank(launcher, secret)).decode()
+        self._child = subprocess.Popen(
+            python_command("expertlane.engine.torchrun", [str(timeout_s), dtype or ""]),
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            env=os.environ | {_FIRST_RANK: told},
+        )
+
+        def report(line: str) -> None:
+            print(f"expertlane: {line}", file=sys.stderr, flush=True)
+
+        return Reception(listener, num_ranks, secret, report).meet_all()
 
     def read_control(self) -> str | None:
         """Nothing to read: torchrun watches its own processes."""
@@ -102,33 +125,54 @@ class TorchrunRanks:
 
     def exit_code(self, rank: int) -> int | None:
         """How rank 0's child ended."""
-        return self._child.poll() if rank == 0 else None
+        return self._child.poll() if rank == 0 and self._child is not None else None
 
     def close(self) -> None:
         """Let go of all ranks: each ends when its connection does."""
-        for connection in self.connections:
-            connection.close()
+        for channel in self.channels:
+            channel.close()
         self.control.close()
         self._other_end.close()
-        self._end_child()
-        self._folder.remove()
+        if self._child is not None:
+            self._end(self._child)
+        self._files.close()
 
-    def _end_child(self) -> None:
+    def _end(self, child: "subprocess.Popen[bytes]") -> None:
         try:
-            self._child.wait(_KILL_TIMEOUT_S)
+            child.wait(_KILL_TIMEOUT_S if self.channels else 0)
         except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+            child.kill()
+            child.wait()
 
 
-def follow(timeout_s: float, dtype: str | None) -> int:
+def _host() -> str:
+    """This machine since it was started, and the process namespace; empty where not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _open_board(launcher: _Launcher) -> int | None:
+    """The launcher's progress board; None on another host."""
+    if not launcher.host or launcher.host != _host():
+        return None
+    try:
+        return os.open(f"/proc/{launcher.pid}/fd/{launcher.board_fd}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # a user's own processes may be hidden from one another
+        return None
+
+
+def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
     """Be this process's rank until the launcher is done; returns the exit code.
 
     Rank 0's child knows the launcher from its environment and tells the others.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    from expertlane.engine.worker import serve
+    from expertlane.engine.handlers import HANDLERS
+    from expertlane.engine.worker import RankSettings, serve
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
     rank, world_size = own_rank(), int(os.environ["WORLD_SIZE"])
@@ -136,25 +180,32 @@ def follow(timeout_s: float, dtype: str | None) -> int:
         f"expertlane-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
         _torchrun_store(rank, world_size),
     )
-    launcher = os.environ.get(_LAUNCHER)
-    if launcher is not None:
-        store.set(_KEY, launcher)
-    token, port, progress_path = store.get(_KEY).decode().split(" ", 2)
-    host = "127.0.0.1" if launcher is not None else os.environ["MASTER_ADDR"]
-    connection = socket.create_connection((host, int(port)), timeout=_MEET_TIMEOUT_S)
-    connection.sendall(token.encode() + rank.to_bytes(_RANK_BYTES))
-    connection.setblocking(True)
+    first = os.environ.pop(_FIRST_RANK, None)
+    if first is not None:
+        told = msgspec.json.decode(first, type=_FirstRank)
+        launcher, secret = told.launcher, told.secret
+        store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
+    else:
+        secret = new_secret()
+        store.set(f"rank {rank}", hash_of(secret).hex())
+        launcher = msgspec.json.decode(store.get(_LAUNCHER), type=_Launcher)
+    place = launcher.address, launcher.port
+    connection = socket.create_connection(place, timeout=MEET_TIMEOUT_S)
+    connection.sendall(greeting(rank, secret))
+    if first is not None:
+        hashes = [store.get(f"rank {other}").decode() for other in range(1, world_size)]
+        connection.sendall(bytes.fromhex("".join(hashes)))
     settings = RankSettings(
         rank=rank,
         world_size=world_size,
         local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        progress_path=progress_path,
+        board_fd=_open_board(launcher),
         store_path=None,
         timeout_s=timeout_s,
         dtype=dtype,
     )
-    return serve(Connection(connection.detach()), settings, PrefixStore("ranks", store))
+    return serve(Channel(connection), settings, HANDLERS, PrefixStore("ranks", store))
 
 
 def _torchrun_store(rank: int, world_size: int) -> "Store":
@@ -167,12 +218,13 @@ def _torchrun_store(rank: int, world_size: int) -> "Store":
         int(os.environ["MASTER_PORT"]),
         world_size,
         is_master=rank == 0 and not agent_hosts,
-        timeout=timedelta(seconds=_MEET_TIMEOUT_S),
+        timeout=timedelta(seconds=MEET_TIMEOUT_S),
     )
 
 
-if __name__ == "__main__":
-    from expertlane.engine.fork_server import die_with_parent
+def main() -> None:
+    """The first rank: a child of the launcher."""
+    from expertlane.engine.worker import end_with_parent
 
-    die_with_parent()
-    sys.exit(follow(float(sys.argv[1]), sys.argv[2] or None))
+    end_with_parent()
+    sys.exit(run_torchrun_rank(float(sys.argv[1]), sys.argv[2] or None))

@@ -1,28 +1,31 @@
-"""A rank's main loop: take a call, run it, answer."""
+"""A rank's main loop: take a command, run it, answer."""
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
+from expertlane.engine.commands import Command
 from expertlane.engine.messages import (
-    Call,
+    Channel,
+    Commands,
     Failure,
     FailureKind,
     Heartbeat,
-    RankSettings,
-    Result,
+    MessageKind,
+    Ready,
+    encode,
+    wait_readable,
 )
 from expertlane.engine.platform import Platform, choose_platform
 from expertlane.errors import TerminatedError, UserError
@@ -35,11 +38,32 @@ from expertlane.spec.names import Stage
 _GROUP_TIMEOUT_MARGIN_S = 30.0
 _HEARTBEAT_S = 1.0
 _LINGER_S = 10.0
+_WATCH_S = 0.5
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a rank is told at its start.
+
+    Attributes:
+        board_fd: of the progress board's file; None where it is not shared.
+        store_path: the rendezvous file of local ranks; None under torchrun.
+        timeout_s: the bound on any wait for other ranks.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    num_local_ranks: int
+    board_fd: int | None
+    store_path: str | None
+    timeout_s: float
+    dtype: str | None
 
 
 @dataclass(eq=False)
 class RankContext:
-    """What lives in a rank between calls.
+    """What lives in a rank between commands.
 
     Attributes:
         meshes: process groups; made once, since making them is collective and slow.
@@ -58,28 +82,33 @@ class RankContext:
         return self.settings.rank
 
 
+# What a rank does for each command; the answer is of the command's own result type.
+Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
+
+
 class _Mouth:
     """A rank's side of the connection to the launcher; more than one thread may speak."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._lock = threading.Lock()
 
-    def say(self, message: Result | Failure | Heartbeat) -> None:
+    def say(self, kind: MessageKind, value: object) -> None:
         """Send a message whole; a launcher that is gone does not matter here."""
+        encoded = encode(kind, value)
         with self._lock, contextlib.suppress(OSError):
-            self._connection.send(message)
+            self._channel.send(encoded)
 
 
 def _open_board(settings: RankSettings, mouth: _Mouth) -> ProgressBoard:
     """The launcher's board; on another node, one of its own that is reported by heartbeats."""
-    if settings.progress_path is not None and Path(settings.progress_path).exists():
-        return ProgressBoard(settings.world_size, Path(settings.progress_path))
+    if settings.board_fd is not None:
+        return ProgressBoard(settings.world_size, settings.board_fd)
     board = ProgressBoard(settings.world_size)
 
     def beat() -> None:
         while True:
-            mouth.say(Heartbeat(board.cells(settings.rank)))
+            mouth.say(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
             time.sleep(_HEARTBEAT_S)
 
     threading.Thread(target=beat, daemon=True).start()
@@ -100,22 +129,41 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
     )
 
 
-def serve(connection: Connection, settings: RankSettings, store: Store | None = None) -> int:
-    """Answer calls until the launcher goes away or one fails; returns the exit code.
+def end_with_parent() -> None:
+    """Watch the parent from a thread, and end this process at once when it is gone.
+
+    A signal of the kernel's at the parent's death would not do: it comes as soon as the *thread*
+    that started this process ends.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def serve(
+    channel: Channel, settings: RankSettings, handlers: Handlers, store: Store | None = None
+) -> int:
+    """Answer commands until the launcher goes away or one fails; returns the exit code.
 
     Args:
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
-    mouth = _Mouth(connection)
+    mouth = _Mouth(channel)
+    commands = Commands(handlers)
     try:
         progress = _open_board(settings, mouth).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
         _connect(settings, platform, store)
         context = RankContext(settings, platform, progress, DeviceMeshes(platform.device.type))
         progress.enter(Stage.IDLE, NO_LAYER)
-        mouth.say(Result((socket.gethostname(), os.getpid())))
-        while (call := _next_call(connection)) is not None:
-            mouth.say(Result(resolve_name(call.function)(context, *call.args)))
+        mouth.say(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
+        while (command := _next_command(channel, commands)) is not None:
+            mouth.say(MessageKind.RESULT, handlers[type(command)](context, command))
         dist.destroy_process_group()
         return 0
     except UserError as error:
@@ -127,16 +175,16 @@ def serve(connection: Connection, settings: RankSettings, store: Store | None = 
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
-    mouth.say(failure)
+    mouth.say(MessageKind.FAILURE, failure)
     # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
-    connection.poll(_LINGER_S)
+    wait_readable([channel], _LINGER_S)
     return 1
 
 
-def _next_call(connection: Connection) -> Call | None:
+def _next_command(channel: Channel, commands: Commands) -> Command[Any] | None:
     """None when the launcher is done, or gone."""
     try:
-        call: Call = connection.recv()
+        message = channel.receive()
     except (EOFError, OSError):
         return None
-    return call
+    return commands.decode(message)

@@ -12,8 +12,15 @@ from expertlane.cost.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
 from expertlane.cost.operation import TransferKind
 from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.surface import Surface
+from expertlane.engine.commands import (
+    DescribeMachine,
+    MeasureContention,
+    MeasureLaunches,
+    MeasureOperations,
+    MeasureTransfers,
+    PinToCore,
+)
 from expertlane.engine.host import num_cores
-from expertlane.engine.messages import RankMachine
 from expertlane.engine.pool import RankPool
 from expertlane.experiment.calibrate_fit import (
     link_sheets,
@@ -30,9 +37,6 @@ from expertlane.experiment.quiet import QuietMeasuring, rounds_in_time
 
 Floats = npt.NDArray[np.float64]
 
-_DESCRIBE = "expertlane.engine.rank_machine:describe"
-_OPERATIONS = "expertlane.experiment.calibrate_operations"
-_TRANSFERS = "expertlane.experiment.calibrate_transfers"
 _PARTS = 3  # of a round, as progress counts them; without transfers 2
 
 
@@ -77,9 +81,9 @@ class Calibration:
     def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
         self._pool = pool
         self._num_ranks = num_ranks
-        self.machine: RankMachine = pool.call(_DESCRIBE)[0]
+        self.machine = pool.call(DescribeMachine())[0]
         self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
-        self.cores: list[int | None] = pool.call(f"{_OPERATIONS}:pin_to_core")
+        self.cores = pool.call(PinToCore())
         self._points = self.grid.points(self.machine.dtype)
         self._transfer_points = self.grid.transfers(num_ranks)
         self.measured = Measured()
@@ -105,7 +109,7 @@ class Calibration:
             progress.advance()
             found.contention.append(self.quiet.measure(self._contention))
         if self.machine.on_gpu:
-            (launches,) = self._pool.call(f"{_OPERATIONS}:measure_launches", ranks=[0])
+            (launches,) = self._pool.call(MeasureLaunches(), ranks=[0])
             found.launches.append(launches)
         found.steps.append(
             self.quiet.measure(
@@ -119,7 +123,7 @@ class Calibration:
     def _operations(self) -> Floats:
         """[num_points]; the mean over ranks."""
         seconds = self._pool.call(
-            f"{_OPERATIONS}:measure_operations", self._points, self.grid.point_s, self._num_ranks
+            MeasureOperations(tuple(self._points), self.grid.point_s, self._num_ranks)
         )
         mean: Floats = np.mean(seconds[: self._num_ranks], axis=0)
         return mean
@@ -127,7 +131,7 @@ class Calibration:
     def _transfers(self) -> Floats:
         """[num_points]; the mean over the ranks that take part."""
         points = self._transfer_points
-        seconds = self._pool.call(f"{_TRANSFERS}:measure_transfers", points, self.grid.point_s)
+        seconds = self._pool.call(MeasureTransfers(tuple(points), self.grid.point_s))
         return np.array(
             [
                 np.mean([of_rank[place] for of_rank in seconds[: point.num_ranks]])
@@ -138,10 +142,7 @@ class Calibration:
     def _contention(self) -> float:
         """The median over ranks and sizes."""
         shares = self._pool.call(
-            f"{_TRANSFERS}:measure_contention",
-            self._num_ranks,
-            self.grid.contended_bytes,
-            self.grid.point_s,
+            MeasureContention(self._num_ranks, self.grid.contended_bytes, self.grid.point_s)
         )
         return float(np.median(shares[: self._num_ranks]))
 

@@ -13,7 +13,8 @@ from expertlane.cost.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.roofline import ITEM_BYTES, roofline
 from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis
-from expertlane.experiment.calibrate_points import Point, TransferPoint, flops_of
+from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.experiment.calibrate_points import flops_of
 from expertlane.spec.names import Link
 
 Floats = npt.NDArray[np.float64]

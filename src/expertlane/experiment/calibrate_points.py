@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
-from expertlane.cost.operation import SIZES, Kind, TransferKind
+from expertlane.cost.operation import Kind, TransferKind
+from expertlane.engine.measure.points import Point, TransferPoint
 
 _TRANSFERS = (  # the engine has no all-reduce
     TransferKind.ALL_GATHER,
@@ -12,39 +13,6 @@ _TRANSFERS = (  # the engine has no all-reduce
     TransferKind.ALL_TO_ALL,
     TransferKind.SEND,
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """One operation.
-
-    Attributes:
-        dtype: of weights.
-        sizes: those of its kind, in the order of `SIZES`.
-    """
-
-    kind: Kind
-    dtype: str
-    sizes: tuple[int, ...]
-
-    @property
-    def by_name(self) -> dict[str, int]:
-        """Its sizes by name."""
-        return dict(zip(SIZES[self.kind], self.sizes, strict=True))
-
-
-@dataclass(frozen=True)
-class TransferPoint:
-    """One collective of the first `num_ranks` ranks, or a send from the first to the second.
-
-    Attributes:
-        num_bytes: what a rank sends to each other one, in rows of `row_bytes`.
-    """
-
-    kind: TransferKind
-    num_ranks: int
-    num_bytes: int
-    row_bytes: int = 64
 
 
 @dataclass(frozen=True)

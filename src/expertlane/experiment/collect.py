@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from expertlane.balance.deployed import Placements, placements_of
 from expertlane.balance.load import max_over_mean
-from expertlane.engine.messages import HeldBytes
+from expertlane.engine.commands import HeldBytes
 from expertlane.experiment.assumptions import assumptions
 from expertlane.experiment.collect_traffic import traffic_bytes, traffic_result
 from expertlane.metrics import DeploymentMetrics, PhaseMetrics, hidden_communication

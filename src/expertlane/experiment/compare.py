@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane import __version__
 from expertlane.engine.cache_size import fit_to_machine
+from expertlane.engine.commands import DescribeMachine, HeldBytes, MeasureRates, RankMachine
 from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.host import ForeignLoad
-from expertlane.engine.messages import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
@@ -40,13 +39,8 @@ from expertlane.spec.names import Phase
 from expertlane.spec.record import StepRecord
 from expertlane.spec.workload import Workload
 
-if TYPE_CHECKING:
-    from expertlane.experiment.machine import RankRates
-
-_DESCRIBE = "expertlane.engine.rank_machine:describe"
 _WARM_UP_LEN = 4
 _TRACED_LEN = 5
-_MEASURE_RATES = "expertlane.experiment.machine:measure_rates"
 
 
 def run_comparison(
@@ -67,7 +61,7 @@ def run_comparison(
     Raises:
         RankError: a rank died, hung or failed.
     """
-    seen: list[RankMachine] = pool.call(_DESCRIBE)
+    seen = pool.call(DescribeMachine())
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     progress.task("measuring this machine's peak", 1)
     peak = measure_peak(pool, seen)
@@ -115,7 +109,7 @@ def check_memory(experiment: Experiment, pool: RankPool) -> None:
     Raises:
         CapacityError: the first deployment that does not fit, with both numbers.
     """
-    seen: list[RankMachine] = pool.call(_DESCRIBE)
+    seen = pool.call(DescribeMachine())
     for deployment in experiment.deployments + experiment.scaling:
         deployment_limits(experiment, deployment, seen)
 
@@ -154,7 +148,7 @@ def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
         for rank, each in enumerate(seen)
         if each.on_gpu or rank % each.ranks_per_node < each.num_cores
     ]
-    rates: list[RankRates] = pool.call(_MEASURE_RATES, ranks=measuring)
+    rates = pool.call(MeasureRates(), ranks=measuring)
     on_gpu = seen[0].on_gpu
     return MachinePeak(
         gemm_flops_per_s=sum(each.gemm_flops_per_s for each in rates),

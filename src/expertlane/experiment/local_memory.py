@@ -3,7 +3,7 @@
 import os
 
 from expertlane.engine import host
-from expertlane.engine.messages import RankMachine
+from expertlane.engine.commands import RankMachine
 from expertlane.errors import CapacityError
 from expertlane.experiment.compare import deployment_limits
 from expertlane.spec.experiment import Experiment

@@ -1,8 +1,8 @@
 """Where every rank is, in memory that the launcher can read while a rank hangs or after it died."""
 
 import mmap
+import os
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from expertlane.spec.names import Stage
@@ -39,24 +39,23 @@ class ProgressBoard:
     """One line a rank in a file mapped by the launcher and by all ranks of its node.
 
     Args:
-        path: the file; made by the launcher. None keeps the board private to this process.
+        fd: the file's descriptor. None keeps the board private to this process.
 
     Raises:
-        OSError: the file cannot be made or opened.
+        OSError: there is no room in the file, or it cannot be mapped.
     """
 
-    def __init__(self, num_ranks: int, path: Path | None = None, *, create: bool = False) -> None:
+    def __init__(self, num_ranks: int, fd: int | None = None) -> None:
         size = num_ranks * _NUM_FIELDS * 8
-        if path is None:
+        is_new = fd is None or os.fstat(fd).st_size == 0
+        if fd is None:
             self._map = mmap.mmap(-1, size)
         else:
-            with open(path, "w+b" if create else "r+b") as file:
-                if create:
-                    file.write(bytes(size))  # takes the room now: a full disk is an error here
-                    file.flush()
-                self._map = mmap.mmap(file.fileno(), size)
+            if is_new:
+                os.pwrite(fd, bytes(size), 0)  # takes the room now: a lack of it is an error here
+            self._map = mmap.mmap(fd, size)
         self._cells = memoryview(self._map).cast("q")
-        if create or path is None:
+        if is_new:
             for rank in range(num_ranks):
                 self.reporter(rank)  # writes "setting up"
 

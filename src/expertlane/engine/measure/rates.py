@@ -1,11 +1,11 @@
-"""What the machine at hand can do at best; measured on its ranks."""
+"""What the machine at hand can do at best."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from expertlane.engine.commands import MeasureRates, RankRates
 from expertlane.engine.worker import RankContext
 
 _GEMM_SIZE = 1024
@@ -15,17 +15,8 @@ _GPU_READ_BYTES = 2**31
 _MEASURE_S = 0.6
 
 
-@dataclass(frozen=True)
-class RankRates:
-    """What a rank can do at best, with its threads."""
-
-    gemm_flops_per_s: float
-    read_bytes_per_s: float
-    num_threads: int
-
-
-def measure_rates(context: RankContext) -> RankRates:
-    """Run on a rank: the rates of a large matrix product and of reading memory.
+def measure_rates(context: RankContext, _: MeasureRates) -> RankRates:
+    """The rates of a large matrix product and of reading memory.
 
     The best of the repetitions that fit into the time: a peak, not an average. Reading is timed
     as a float32 matrix-vector product, which no arithmetic holds up.

@@ -1,8 +1,8 @@
-"""Run on ranks by `expertlane calibrate`: seconds of single operations, as the engine does them."""
+"""Seconds of single operations, as the engine does them."""
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from expertlane.cost.operation import Kind
+from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore
+from expertlane.engine.measure.points import Point
 from expertlane.engine.platform import DTYPES
 from expertlane.engine.worker import RankContext
-from expertlane.experiment.calibrate_points import Point
 from expertlane.model.attention import PagedHeads
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
@@ -63,17 +64,9 @@ class _Bench:
         return cycle([values[start : start + size].view(shape) for start in starts])
 
 
-def measure_operations(
-    context: RankContext, points: Sequence[Point], point_s: float, num_ranks: int
-) -> list[float]:
-    """Seconds of each operation, [num_points]; the median of one round's repetitions.
-
-    All ranks begin each of them together, since they share the memory's bandwidth.
-
-    Args:
-        point_s: for an operation's repetitions; it is done once at least.
-        num_ranks: the first ranks measure; the others wait.
-    """
+def measure_operations(context: RankContext, command: MeasureOperations) -> list[float]:
+    """Seconds of each operation, [num_points]; the median of one round's repetitions."""
+    num_ranks = command.num_ranks
     layout = Layout(dp=num_ranks)
     context.meshes.make(layout)
     if context.rank >= num_ranks:
@@ -83,24 +76,20 @@ def measure_operations(
     mesh = ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
     num_bytes = _GPU_COLD_BYTES if device.type == "cuda" else _COLD_BYTES
     cold = {}
-    for name in {point.dtype for point in points}:
+    for name in {point.dtype for point in command.points}:
         dtype = DTYPES[name]
         cold[name] = torch.full((num_bytes // dtype.itemsize,), 0.01, dtype=dtype, device=device)
     bench, seconds = _Bench(context, mesh, cold), []
     with torch.inference_mode():
-        for point in points:
+        for point in command.points:
             work = _WORK[point.kind](bench, point)
-            meet(mesh, device)
-            seconds.append(time_s(context, work, point_s))
+            barrier(mesh, device)
+            seconds.append(time_s(context, work, command.point_s))
     return seconds
 
 
-def pin_to_core(context: RankContext) -> int | None:
-    """Put all of this rank's threads on a core of its own, if there are as many cores as ranks.
-
-    Returns:
-        Which; None where ranks stay where they are.
-    """
+def pin_to_core(context: RankContext, _: PinToCore) -> int | None:
+    """Put all of this rank's threads on a core of its own; which, None where ranks stay."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     rank, num_ranks = context.settings.local_rank, context.settings.num_local_ranks
     if context.platform.device.type == "cuda" or num_ranks > len(cores):
@@ -111,7 +100,7 @@ def pin_to_core(context: RankContext) -> int | None:
     return cores[rank]
 
 
-def meet(mesh: ParallelMesh, device: torch.device) -> None:
+def barrier(mesh: ParallelMesh, device: torch.device) -> None:
     """Wait until all ranks are here."""
     token = torch.zeros(1, 1, device=device)
     mesh.stage.all_gather(token, [1] * mesh.stage.size).wait()
@@ -154,7 +143,7 @@ def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float)
     return median(seconds)
 
 
-def measure_launches(context: RankContext) -> tuple[float, float]:
+def measure_launches(context: RankContext, command: MeasureLaunches) -> tuple[float, float]:
     """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
     device = context.platform.device
     x = torch.zeros(16, device=device)

@@ -1,15 +1,16 @@
-"""Run on ranks by `expertlane calibrate`: seconds of transfers, as the engine makes them."""
+"""Seconds of transfers, as the engine makes them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 
 import torch
 
 from expertlane.cost.operation import TransferKind
+from expertlane.engine.commands import MeasureContention, MeasureTransfers
+from expertlane.engine.measure.operations import barrier
+from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.worker import RankContext
-from expertlane.experiment.calibrate_operations import meet
-from expertlane.experiment.calibrate_points import TransferPoint
 from expertlane.parallel.clock import clock_for
 from expertlane.parallel.collectives import Group
 from expertlane.parallel.linear import Linear
@@ -21,19 +22,14 @@ _LEAST, _MOST = 5, 60  # repetitions in a round
 _ROW_BYTES = 64
 
 
-def measure_transfers(
-    context: RankContext, points: Sequence[TransferPoint], point_s: float
-) -> list[float]:
-    """Seconds of each transfer, [num_points]; 0 on ranks that take no part.
-
-    Repetitions follow on each other, so all ranks begin each at about the same time.
-    """
+def measure_transfers(context: RankContext, command: MeasureTransfers) -> list[float]:
+    """Seconds of each transfer, [num_points]; 0 on ranks that take no part."""
     seconds = []
-    for point in points:
+    for point in command.points:
         layout = Layout(dp=point.num_ranks)
         context.meshes.make(layout)
         if context.rank < point.num_ranks:
-            seconds.append(_measure(context, layout, point, point_s))
+            seconds.append(_measure(context, layout, point, command.point_s))
         else:
             seconds.append(0.0)
     return seconds
@@ -46,7 +42,7 @@ def _measure(context: RankContext, layout: Layout, point: TransferPoint, point_s
     mesh = ParallelMesh(layout, context.meshes, context.rank, size, recorder)
     with torch.inference_mode():
         work = _work(mesh.stage, point, device)
-        meet(mesh, device)
+        barrier(mesh, device)
         work()
         num = _agreed_number(mesh.stage, work, point_s, device)
         seconds = []
@@ -73,17 +69,9 @@ def _agreed_number(
     return min(_MOST, max(_LEAST, int(point_s / slowest)))
 
 
-def measure_contention(
-    context: RankContext, num_ranks: int, sizes: Sequence[int], point_s: float
-) -> list[float]:
-    """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1.
-
-    A product that takes longer than the transfer is timed without and with it.
-
-    Args:
-        num_ranks: the first ranks take part, 2 or more.
-        sizes: bytes to each other rank.
-    """
+def measure_contention(context: RankContext, command: MeasureContention) -> list[float]:
+    """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1."""
+    num_ranks = command.num_ranks
     layout = Layout(dp=num_ranks)
     context.meshes.make(layout)
     if context.rank >= num_ranks:
@@ -93,9 +81,9 @@ def measure_contention(
     mesh = ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
     shares = []
     with torch.inference_mode():
-        for num_bytes in sizes:
-            meet(mesh, device)
-            shares.append(_contention(context, mesh.stage, num_bytes, point_s))
+        for num_bytes in command.sizes:
+            barrier(mesh, device)
+            shares.append(_contention(context, mesh.stage, num_bytes, command.point_s))
     return shares
 
 

@@ -1,0 +1,53 @@
+"""What benchmarks run on ranks: commands, and the fork server whose ranks know them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from expertlane.engine import fork_server
+from expertlane.engine.commands import Command
+from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.pool import RankPool
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class MeasureCollectives(Command[dict[str, float]]):
+    """Median seconds of a call, by collective."""
+
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class MeasureDispatch(Command[dict[str, dict[str, list[list[float]]]]]):
+    """Wall and processor seconds by form and variant, one pair a round."""
+
+    num_ranks: int
+    num_tokens: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class RunBareSteps(Command[list[float]]):
+    """Seconds of decode steps of a batch, one after the other."""
+
+    batch_size: int
+
+
+def start_ranks(num_ranks: int, dtype: str | None = "bfloat16") -> RankPool:
+    return RankPool(LocalRanks(num_ranks, TIMEOUT_S, dtype, __name__), TIMEOUT_S)
+
+
+def main() -> None:
+    import bench_collectives
+    import bench_dispatch
+    import bench_step
+
+    from expertlane.engine.handlers import HANDLERS
+
+    own: dict[type[Command[Any]], Any] = {
+        MeasureCollectives: bench_collectives.measure,
+        MeasureDispatch: bench_dispatch.measure,
+        RunBareSteps: bench_step.bare_steps,
+    }
+    fork_server.main({**HANDLERS, **own})

@@ -1,0 +1,237 @@
+"""What the launcher asks of a rank, each with the type of its answer; importable without torch.
+
+What a rank does for each command stands in `engine.handlers`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.deployed import Placements
+from expertlane.balance.moves import Move
+from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.schedule.plan import StepPlan
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.record import RankRecord
+from expertlane.spec.sampling import TokenLogprobs
+
+ResultT = TypeVar("ResultT")
+
+
+class Command(Generic[ResultT]):
+    """Something a rank does for the launcher; subclasses are frozen dataclasses.
+
+    The type argument is the type of the answer, by which it is decoded.
+    """
+
+
+def result_type(command: type[Command[ResultT]]) -> Any:
+    """The type of a command's answer, as its class states it."""
+    (base,) = command.__orig_bases__  # type: ignore[attr-defined]
+    (result,) = get_args(base)
+    return result
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What decides a rank's weights; a rank that already holds them keeps them.
+
+    Attributes:
+        placements: [num_hidden_layers]; where experts are at first.
+        checkpoint: the folder the weights are in; None for seeded ones.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    placements: Placements
+    seed: int
+    ranks_per_node: int
+    checkpoint: str | None = None
+
+
+@dataclass(eq=False)
+class RankOutcome:
+    """A rank's part of a step's outcome; sequences only from the last stage.
+
+    Attributes:
+        token_ids, logprobs: by sequence id; empty but on the first rank of a tensor-parallel
+            group.
+        logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
+    """
+
+    token_ids: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    logits: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    record: RankRecord | None = None
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What a rank has allocated for a deployment."""
+
+    weight_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class RankMachine:
+    """What a rank sees of its machine.
+
+    Attributes:
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
+        free_bytes: memory of its device that can still be allocated.
+        num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
+    """
+
+    host: str
+    num_cores: int
+    cpu_name: str
+    device: str
+    backend: str
+    dtype: str
+    kernels: str
+    torch_version: str
+    memory_bytes: int
+    free_bytes: int
+    ranks_per_node: int
+    num_idle_gpus: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.device != "cpu"
+
+
+@dataclass(frozen=True)
+class RankRates:
+    """What a rank can do at best, with its threads."""
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class DescribeMachine(Command[RankMachine]):
+    """What the rank sees of its machine."""
+
+
+@dataclass(frozen=True)
+class Deploy(Command[HeldBytes]):
+    """Build the rank's stage, or keep it if only options changed. Collective over all ranks.
+
+    Attributes:
+        num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
+    """
+
+    spec: StageSpec
+    options: Options
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class SetDispatch(Command[None]):
+    """Choose how steps run from now on: dispatch forms and overlap, by a table."""
+
+    table: DispatchTable
+
+
+@dataclass(frozen=True)
+class RunStep(Command[RankOutcome]):
+    """Execute one step plan on the rank's stage."""
+
+    plan: StepPlan
+
+
+@dataclass(frozen=True)
+class StartMoves(Command[None]):
+    """Start to send and receive the experts of some moves, `Move.layer` being a hidden layer."""
+
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True)
+class FinishMoves(Command[None]):
+    """Wait for the moves that were started."""
+
+
+@dataclass(frozen=True)
+class ApplyPlacements(Command[None]):
+    """Take new placements into use, [num_hidden_layers]; what is not held any more is freed."""
+
+    placements: Placements
+
+
+@dataclass(frozen=True)
+class TimeOneMove(Command[tuple[int, float]]):
+    """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
+
+    What arrives is thrown away. Collective over the ranks of a replica.
+    """
+
+
+@dataclass(frozen=True)
+class MeasureRates(Command[RankRates]):
+    """The rates of a large matrix product and of reading memory."""
+
+
+@dataclass(frozen=True)
+class PinToCore(Command[int | None]):
+    """Put all of the rank's threads on a core of its own, if there are as many cores as ranks.
+
+    The answer is which; None where ranks stay where they are.
+    """
+
+
+@dataclass(frozen=True)
+class MeasureOperations(Command[list[float]]):
+    """Seconds of each operation, [num_points]; the median of one round's repetitions.
+
+    All ranks begin each of them together, since they share the memory's bandwidth.
+
+    Attributes:
+        point_s: for an operation's repetitions; it is done once at least.
+        num_ranks: the first ranks measure; the others wait.
+    """
+
+    points: tuple[Point, ...]
+    point_s: float
+    num_ranks: int
+
+
+@dataclass(frozen=True)
+class MeasureLaunches(Command[tuple[float, float]]):
+    """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
+
+
+@dataclass(frozen=True)
+class MeasureTransfers(Command[list[float]]):
+    """Seconds of each transfer, [num_points]; 0 on ranks that take no part.
+
+    Repetitions follow on each other, so all ranks begin each at about the same time.
+    """
+
+    points: tuple[TransferPoint, ...]
+    point_s: float
+
+
+@dataclass(frozen=True)
+class MeasureContention(Command[list[float]]):
+    """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1.
+
+    A product that takes longer than the transfer is timed without and with it.
+
+    Attributes:
+        num_ranks: the first ranks take part, 2 or more.
+        sizes: bytes to each other rank.
+    """
+
+    num_ranks: int
+    sizes: tuple[int, ...]
+    point_s: float

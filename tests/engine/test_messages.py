@@ -1,0 +1,243 @@
+"""What travels between launcher and ranks: typed values and arrays, and nothing that is run."""
+
+import dataclasses
+import os
+import pickle
+import socket
+import struct
+import threading
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertlane.engine import commands, messages
+from expertlane.engine.commands import Deploy, RankOutcome, RunStep, SetDispatch, result_type
+from expertlane.engine.handlers import HANDLERS
+from expertlane.engine.messages import (
+    MOST_BYTES,
+    Channel,
+    Commands,
+    Decoder,
+    Failure,
+    FailureKind,
+    MessageError,
+    MessageKind,
+    encode,
+)
+from expertlane.errors import UserError
+from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.spec.names import Phase
+from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
+
+
+@pytest.fixture
+def pair():
+    """Two ends of a connection."""
+    ours, theirs = socket.socketpair()
+    ends = Channel(ours, 5.0), Channel(theirs, 5.0)
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def through(encoded, pair):
+    """Sent from one end and received at the other."""
+    sender = threading.Thread(target=pair[0].send, args=(encoded,))
+    sender.start()
+    message = pair[1].receive()
+    sender.join()
+    return message
+
+
+def batch(num_seqs):
+    return Batch(
+        seq_ids=np.arange(num_seqs),
+        num_scheduled_tokens=np.full(num_seqs, 2),
+        num_computed_tokens=np.zeros(num_seqs, dtype=np.int64),
+        token_ids=np.arange(2 * num_seqs),
+        block_tables=np.arange(3 * num_seqs, dtype=np.int32).reshape(num_seqs, 3),
+        yields_token=np.ones(num_seqs, dtype=np.bool_),
+    )
+
+
+def equal(one, other):
+    """Whether two values are the same, arrays in type and shape too."""
+    if isinstance(one, np.ndarray):
+        same_form = isinstance(other, np.ndarray) and one.dtype == other.dtype
+        return same_form and one.shape == other.shape and np.array_equal(one, other)
+    if dataclasses.is_dataclass(one):
+        names = [each.name for each in dataclasses.fields(one)]
+        return type(one) is type(other) and all(
+            equal(getattr(one, name), getattr(other, name)) for name in names
+        )
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("num_seqs", [0, 1, 300])
+def test_a_step_plan_arrives_as_it_was(pair, num_seqs):
+    state = SamplingState(
+        SamplingParams(temperature=0.5, seed=2**63, stop=["x"], top_k=5),
+        2**64 - 1,
+        np.arange(4),
+        np.zeros(0, dtype=np.int64),
+    )
+    plan = StepPlan(
+        7, 1, Phase.DECODE, ((batch(num_seqs), batch(0)),) * 2, {12: state}, released=(3, 4)
+    )
+    command = RunStep(plan)
+    message = through(encode(MessageKind.COMMAND, command), pair)
+    assert message.kind is MessageKind.COMMAND
+    assert equal(Commands(HANDLERS).decode(message), command)
+
+
+def test_an_outcome_arrives_as_it_was(pair):
+    outcome = RankOutcome(
+        token_ids={5: 2, 9: 0},
+        logprobs={5: TokenLogprobs(2, -0.5, ((2, -0.5), (1, -float("inf"))))},
+        logits={9: np.linspace(0, 1, 70_000, dtype=np.float32)},
+    )
+    message = through(encode(MessageKind.RESULT, outcome), pair)
+    received = Decoder(RankOutcome).decode(message)
+    assert equal(received, outcome)
+    received.logits[9][0] = 1  # torch warns of arrays that cannot be written to
+
+
+def test_numpy_s_own_numbers_travel_as_plain_ones(pair):
+    outcome = RankOutcome(token_ids={1: np.int64(7)})
+    message = through(encode(MessageKind.RESULT, outcome), pair)
+    assert Decoder(RankOutcome).decode(message).token_ids == {1: 7}
+
+
+def test_every_command_has_a_handler_and_an_answer_that_can_be_decoded():
+    every = {
+        each
+        for each in vars(commands).values()
+        if isinstance(each, type) and issubclass(each, commands.Command)
+    } - {commands.Command}
+    assert every == set(HANDLERS)
+    for command in every:
+        assert dataclasses.is_dataclass(command)
+        Decoder(command)
+        Decoder(result_type(command))
+    assert result_type(SetDispatch) in (None, type(None))
+    assert result_type(commands.TimeOneMove) == tuple[int, float]
+    assert get_args(result_type(commands.PinToCore))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (Deploy, "cannot be sent"),  # a class
+        (np.array(["x"], dtype=object), "cannot be sent"),
+        (np.zeros(2, dtype=np.complex64), "cannot be sent"),
+    ],
+)
+def test_what_cannot_be_sent(value, said):
+    with pytest.raises(TypeError, match=said):
+        encode(MessageKind.RESULT, value)
+
+
+def test_a_name_of_a_file_that_is_no_text():
+    with pytest.raises(UserError, match=r"^'a\\udcff' is not valid UTF-8$"):
+        encode(MessageKind.RESULT, "a\udcff")
+    failure = Failure(FailureKind.BUG, "no file a\udcff")
+    assert failure.text == r"no file a\udcff"
+    encode(MessageKind.FAILURE, failure)
+
+
+def changed(encoded, at, new):
+    return encoded[:at] + new + encoded[at + len(new) :]
+
+
+HEADER = struct.Struct("<4sIQQ")
+
+
+@pytest.mark.parametrize(
+    ("garbage", "said"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "what came is no message"),
+        (pickle.dumps(os.getcwd) + bytes(64), "what came is no message"),
+        (HEADER.pack(b"XLM1", 77, 0, 0), "what came is no message"),
+        (HEADER.pack(b"XLM1", 1, MOST_BYTES, 1), "a message of 1,073,741,825 bytes was announced"),
+        (HEADER.pack(b"XLM1", 1, 0, 2**64 - 1), "a message of 18,446,744,073,709,551,615 bytes"),
+    ],
+)
+def test_garbage(pair, garbage, said):
+    with pytest.raises(MessageError, match=said):
+        through(garbage, pair)
+
+
+def test_the_end_in_the_middle_of_a_message(pair):
+    encoded = encode(MessageKind.RESULT, "text")
+    pair[0].send(encoded[:-1])
+    pair[0].close()
+    with pytest.raises(EOFError):
+        pair[1].receive()
+
+
+def test_a_peer_that_stops_in_the_middle_of_a_message_is_not_waited_for():
+    ours, theirs = socket.socketpair()
+    with ours:
+        channel = Channel(theirs, 0.1)
+        ours.sendall(encode(MessageKind.RESULT, "text")[:-1])
+        with pytest.raises(BlockingIOError):
+            channel.receive()
+        channel.close()
+
+
+def test_a_command_that_is_not_known(pair):
+    message = through(encode(MessageKind.COMMAND, RunStep(None)), pair)
+    known = Commands({Deploy: None})
+    with pytest.raises(MessageError, match=r"^there is no command 'RunStep'$"):
+        known.decode(message)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (["<i8", [2], 0], "an array of <i8 where <f4 is expected"),
+        (["|O", [2], 0], "is expected"),
+        (["<f4", [-1], 0], "an array of shape"),
+        (["<f4", [4], 4], "that is not in the message"),
+        (["<f4", [2**40, 2**40], 0], "that is not in the message"),
+        (["<f4", [1], -4], "that is not in the message"),
+        ("text", "is expected"),
+        ([1, 2, 3], "is expected"),
+    ],
+)
+def test_arrays_that_are_not_what_they_should_be(pair, array, said):
+    body = messages.msgspec.msgpack.encode({"logits": {1: array}})
+    padding = bytes(-len(body) % 64)
+    encoded = HEADER.pack(b"XLM1", MessageKind.RESULT, len(body), 16) + body + padding + bytes(16)
+    message = through(encoded, pair)
+    with pytest.raises(MessageError, match=said):
+        Decoder(RankOutcome).decode(message)
+
+
+@given(st.data())
+def test_damaged_messages_are_refused_or_harmless(data):
+    """Whatever is changed in a message, decoding gives a value or a `MessageError`."""
+    plan = StepPlan(1, 0, Phase.PREFILL, ((batch(2),),))
+    encoded = encode(MessageKind.COMMAND, RunStep(plan))
+    at = data.draw(st.integers(0, len(encoded) - 1))
+    damaged = changed(encoded, at, bytes([data.draw(st.integers(0, 255))]))
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(damaged)
+        ours.shutdown(socket.SHUT_WR)
+        channel = Channel(theirs, 1.0)
+        try:
+            decoded = Commands(HANDLERS).decode(channel.receive())
+        except (MessageError, EOFError):
+            pass
+        else:
+            assert isinstance(decoded, RunStep)
+        finally:
+            channel.close()
