@@ -1,4 +1,11 @@
-"""`python -m expertlane`."""
+"""Lets `python -m expertlane` run the command line."""
+
+import sys
+
+# `python -m` puts the working directory first: a file in it named like a module would be run.
+# Not where it is the source folder itself, of which the package comes.
+if not sys.flags.safe_path and not __file__.startswith(sys.path[0] + "/"):
+    del sys.path[0]
 
 from expertlane.cli.main import main
 
