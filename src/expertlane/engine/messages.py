@@ -11,8 +11,6 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from functools import cache
-from math import prod
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import msgspec
@@ -27,7 +25,7 @@ _HEADER = struct.Struct("<4sIQQ")  # magic, kind, bytes of the value, bytes of t
 _MAGIC = b"XLM1"
 _ALIGNMENT = 64
 MOST_BYTES = 1 << 30  # of a message
-_DTYPES = frozenset(np.dtype(name).str for name in ("?", "u1", "i4", "i8", "f4", "f8"))
+_DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "<i4", "<i8", "<f4", "<f8")}
 
 
 class MessageKind(IntEnum):
@@ -110,6 +108,8 @@ class Decoder(Generic[ValueT]):
     def __init__(self, of: type[ValueT]) -> None:
         self._decoder = msgspec.msgpack.Decoder(of, dec_hook=self._array)
         self._arrays = memoryview(b"")
+        # By identity, which is quicker than to hash a type; msgspec always gives the same object.
+        self._expected: dict[int, tuple[Any, np.dtype | None]] = {}
 
     def decode(self, message: Message) -> ValueT:
         """The value.
@@ -125,29 +125,31 @@ class Decoder(Generic[ValueT]):
         finally:
             self._arrays = memoryview(b"")
 
-    def _array(self, wanted: Any, found: object) -> np.ndarray:
-        match found:
-            case [str(code), list(sizes), int(offset)] if code in _DTYPES:
-                shape = [size for size in sizes if isinstance(size, int) and size >= 0]
-            case _:
-                raise ValueError(f"{wanted} is expected")
-        expected = _dtype_of(wanted)
-        if expected is not None and code != expected:
-            raise ValueError(f"an array of {code} where {expected} is expected")
-        if len(shape) < len(sizes):
-            raise ValueError(f"an array of shape {sizes}")
-        count = prod(shape)
-        if not 0 <= offset <= offset + count * np.dtype(code).itemsize <= len(self._arrays):
-            raise ValueError(f"an array of shape {shape} that is not in the message")
-        return np.frombuffer(self._arrays, code, count, offset).reshape(shape)
+    def _array(self, wanted: Any, found: Any) -> np.ndarray:
+        """One array; this is most of the time that decoding a step plan takes."""
+        if id(wanted) not in self._expected:
+            self._expected[id(wanted)] = wanted, _dtype_of(wanted)
+        expected = self._expected[id(wanted)][1]
+        try:
+            code, shape, offset = found
+            dtype = _DTYPES[code]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{wanted} is expected") from None
+        if expected is not None and dtype != expected:
+            raise ValueError(f"an array of {dtype} where {expected} is expected")
+        try:
+            if offset >= 0 and min(shape, default=0) >= 0:  # numpy checks the rest
+                return np.ndarray(shape, dtype, self._arrays, offset)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise ValueError(f"an array of shape {shape} that is not in the message")
 
 
-@cache
-def _dtype_of(alias: Any) -> str | None:
+def _dtype_of(alias: Any) -> np.dtype | None:
     """The dtype that `NDArray[...]` asks for; None where any will do."""
     arguments = get_args(alias)
     inner = get_args(arguments[1]) if len(arguments) == 2 else ()
-    return np.dtype(inner[0]).str if inner and isinstance(inner[0], type) else None
+    return np.dtype(inner[0]) if inner and isinstance(inner[0], type) else None
 
 
 class Commands:
