@@ -22,7 +22,8 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.engine.host import num_cores
-from expertlane.kernels.cpu import CpuKernels, Pointers, load
+from expertlane.kernels.backend import backend
+from expertlane.kernels.cpu import CpuKernels, Pointers
 
 COPIES_BYTES = 160_000_000
 MEASURE_S = 0.6
@@ -127,9 +128,9 @@ def rows(what: str, num_bytes: int, flops: int, found: dict[str, float]) -> Iter
 
 
 def main() -> None:
-    kernels = load()
+    kernels = backend().arithmetic
     if kernels is None:
-        sys.exit("our kernels cannot be had here: they need AVX512_BF16 and a C++ compiler")
+        sys.exit(f"our kernels cannot be had here: {backend().without}")
     torch.set_num_threads(num_cores())
     torch.manual_seed(0)
     with torch.inference_mode():

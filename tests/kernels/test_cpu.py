@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.kernels.build import has_instructions
-from expertlane.kernels.cpu import CpuKernels, PagedSequences, Pointers, kernels_for, load
+from expertlane.kernels.backend import arithmetic_for, backend
+from expertlane.kernels.cpu import CpuKernels, PagedSequences, Pointers
 
-KERNELS = load()
-pytestmark = pytest.mark.skipif(KERNELS is None, reason="no AVX512_BF16 or no compiler")
+KERNELS = backend().arithmetic
+pytestmark = pytest.mark.skipif(KERNELS is None, reason=backend().without)
 
 BF16_STEP = 2.0**-8  # of a value: half of it is the rounding of a result
 
@@ -32,10 +32,9 @@ def assert_near(ours: torch.Tensor, expected: torch.Tensor, steps: float = 2.0) 
 
 
 def test_there_is_nothing_for_other_tensors():
-    assert kernels_for(torch.zeros(2)) is None
-    assert kernels_for(torch.zeros(0, dtype=torch.bfloat16)) is None
-    assert kernels_for(torch.zeros(2, dtype=torch.bfloat16)) is KERNELS
-    assert has_instructions()
+    assert arithmetic_for(torch.zeros(2)) is None
+    assert arithmetic_for(torch.zeros(0, dtype=torch.bfloat16)) is None
+    assert arithmetic_for(torch.zeros(2, dtype=torch.bfloat16)) is KERNELS
 
 
 def test_a_packed_matrix_by_hand():

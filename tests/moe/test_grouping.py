@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.kernels.dispatch import load
+from expertlane.kernels.backend import backend
 from expertlane.moe import grouping
 from expertlane.moe.dispatch import ExpertInput
 from expertlane.moe.grouping import (
@@ -24,19 +24,19 @@ X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
 
 @contextmanager
 def without_kernels():
-    kernels_for = grouping.dispatch_kernels_for
-    grouping.dispatch_kernels_for = lambda ids: None
+    bookkeeping_for = grouping.bookkeeping_for
+    grouping.bookkeeping_for = lambda ids: None
     try:
         yield
     finally:
-        grouping.dispatch_kernels_for = kernels_for
+        grouping.bookkeeping_for = bookkeeping_for
 
 
 @pytest.fixture(params=["kernels", "torch"], autouse=True)
 def implementation(request):
     if request.param == "kernels":
-        if load() is None:
-            pytest.skip("no AVX512_BF16 or no compiler")
+        if backend().bookkeeping is None:
+            pytest.skip(backend().without)
         yield
     else:
         with without_kernels():

@@ -89,7 +89,8 @@ def test_every_form_sends_it(pools, form, kind, layout):
     rng, num_ranks = np.random.default_rng(3), 2 if layout == "dp=2" else 4
     inputs = []
     for num_tokens in (5, 0, 1, 7)[:num_ranks]:
-        ids = np.array([rng.permutation(6)[:2] for _ in range(num_tokens)]).reshape(-1, 2)
+        chosen = [rng.permutation(6)[:2] for _ in range(num_tokens)]
+        ids = np.array(chosen, dtype=np.int64).reshape(-1, 2)
         x = rng.standard_normal((num_tokens, 16)).astype(np.float32)
         inputs.append((x, ids, rng.random((num_tokens, 2)).astype(np.float32)))
     narrow, plain = (

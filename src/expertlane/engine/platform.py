@@ -11,8 +11,7 @@ import torch
 
 from expertlane.engine.host import num_cores
 from expertlane.errors import UserError
-from expertlane.kernels.cpu import kernels_for
-from expertlane.kernels.dispatch import load as load_dispatch_kernels
+from expertlane.kernels.backend import arithmetic_for, backend, bookkeeping_for, demanded_backend
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 128 << 20  # at most, on top of a rank's heap
@@ -26,7 +25,8 @@ class Platform:
     """Where a rank computes and how it communicates.
 
     Attributes:
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
+            where ours would have been better.
     """
 
     device: torch.device
@@ -45,9 +45,11 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
     """One GPU a rank with NCCL and float16 where there are enough; else CPU, gloo and float32.
 
     Raises:
-        UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic.
+        UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
+            backend that was asked for cannot be had.
     """
-    if torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks:
+    has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
+    if has_gpus and demanded_backend() != "cpu":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
@@ -59,9 +61,15 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
     torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
-    load_dispatch_kernels()
-    own = kernels_for(torch.empty(1, dtype=dtype, device=device)) is not None
-    return Platform(device, "gloo", dtype, "CPU", "expertlane" if own else "torch")
+    return Platform(device, "gloo", dtype, "CPU", _kernels_of_cpu(dtype))
+
+
+def _kernels_of_cpu(dtype: torch.dtype) -> str:
+    has_bookkeeping = bookkeeping_for(torch.empty(0)) is not None
+    if arithmetic_for(torch.empty(1, dtype=dtype)) is not None:
+        return "expertlane"
+    is_best = has_bookkeeping and dtype is not torch.bfloat16
+    return "torch" if is_best else f"torch ({backend().without})"
 
 
 def _keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""Compiles the C++ files where they are first needed; the library stays in the user's cache."""
+"""Compiles the C++ files where they are first needed; libraries stay in the user's cache."""
 
 import ctypes
 import fcntl
@@ -9,64 +9,98 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-# Fast math when compiling only: linking with it would make the whole process flush denormals.
-_COMPILE = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-ffast-math")
-_LINK = ("-shared", "-fopenmp")
-_NEEDED_FLAGS = {"avx512_bf16", "avx512bw", "avx512vl"}
+_FOLDER = Path(__file__).parent
+_HEADERS = sorted(_FOLDER.glob("*.h"))
+_COMPILE = ("-O3", "-std=c++17", "-fPIC")
 _TIMEOUT_S = 120.0
 
 
-def build() -> ctypes.CDLL | None:
-    """The compiled library; None where the CPU or a compiler for it is missing.
+@dataclass(frozen=True)
+class InstructionSet:
+    """Files that may use some instructions of a CPU.
+
+    Each set is a library of its own: of an inline function that two files share, a linker keeps
+    one copy, and that could hold instructions that the CPU lacks.
+
+    Attributes:
+        flags: of the compiler.
+        link_flags: of the linker. Fast math is not among them: the whole process would flush
+            denormals.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+
+
+BASELINE = InstructionSet("baseline", ("dispatch.cpp", "instructions.cpp"))
+AVX512_BF16 = InstructionSet(
+    "avx512_bf16",
+    ("attention.cpp", "products.cpp", "rows.cpp"),
+    ("-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-ffast-math"),
+    ("-fopenmp",),
+)
+
+
+class BuildError(Exception):
+    """There is no library; says why, in one line."""
+
+
+def build(instructions: InstructionSet) -> ctypes.CDLL:
+    """The library of an instruction set.
 
     Ranks that start together wait for the one that compiles.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or there is nowhere to put the library.
     """
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if found is None or not has_instructions():
-        return None
-    compiler = shlex.split(found)  # it may come with options, or behind a cache
+    if found is None:
+        raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX unset")
     try:
-        library = _library(compiler)
-        return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no room, no success
-        return None
+        compiler = shlex.split(found)  # it may come with options, or behind a cache
+        return ctypes.CDLL(str(_library(compiler, instructions)))
+    except subprocess.CalledProcessError as error:
+        reason = _first_line(error.stderr) or f"exit code {error.returncode}"
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {_TIMEOUT_S:.0f} s"
+    except (OSError, RuntimeError, ValueError) as error:  # no home, no room, an odd CXX
+        reason = _first_line(str(error).encode())
+    raise BuildError(f"compiling with {found} failed: {reason}")
 
 
-def has_instructions() -> bool:
-    """Whether the CPU multiplies bfloat16 in 512-bit vectors."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    flags = next((line for line in info.splitlines() if line.startswith("flags")), "")
-    return _NEEDED_FLAGS.issubset(flags.split())
+def _first_line(output: bytes) -> str:
+    """The first error of a compiler, or else the first thing that it said."""
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "")
 
 
-def _library(compiler: list[str]) -> Path:
+def _library(compiler: list[str], instructions: InstructionSet) -> Path:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
     ).stdout
-    info = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    model = [line for line in info.splitlines() if line.startswith(("model name", "flags"))]
-    texts = (*compiler, *_COMPILE, *_LINK, *model)
-    contents = (path.read_bytes() for path in (*_SOURCES, *_HEADERS))
+    sources = [_FOLDER / name for name in instructions.sources]
+    texts = (*compiler, *_COMPILE, *instructions.flags, *instructions.link_flags)
+    contents = (path.read_bytes() for path in (*sources, *_HEADERS))
     key = (*contents, version, *map(str.encode, texts))
     name = hashlib.blake2b(b"\0".join(key), digest_size=12).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"cpu-{platform.machine()}-{name}.so"
+    library = folder / f"{platform.machine()}-{instructions.name}-{name}.so"
     with (folder / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(compiler, library)
+            _compile(compiler, instructions, sources, library)
     return library
 
 
-def _compile(compiler: list[str], library: Path) -> None:
+def _compile(
+    compiler: list[str], instructions: InstructionSet, sources: list[Path], library: Path
+) -> None:
     made = library.with_suffix(".new")
 
     def run(*arguments: str) -> None:
@@ -75,6 +109,7 @@ def _compile(compiler: list[str], library: Path) -> None:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        run(*_COMPILE, "-c", *map(str, _SOURCES))  # objects go where it runs
-        run(*_LINK, *(f"{source.stem}.o" for source in _SOURCES), "-o", str(made))
+        run(*_COMPILE, *instructions.flags, "-c", *map(str, sources))  # objects go where it runs
+        objects = (f"{source.stem}.o" for source in sources)
+        run("-shared", *instructions.link_flags, *objects, "-o", str(made))
     made.replace(library)

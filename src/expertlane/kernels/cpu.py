@@ -1,29 +1,13 @@
-"""Our own CPU kernels in bfloat16, for tensors; `load` gives None where they cannot be had."""
+"""Our own CPU kernels in bfloat16, for tensors; `kernels/backend.py` says where they are used."""
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from expertlane.kernels.build import build
-
 _LANES = 16
-
-
-def kernels_for(tensor: Tensor) -> "CpuKernels | None":
-    """The kernels for tensors like this one; None where torch's own operations are to be used."""
-    suits = tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and tensor.numel() > 0
-    return load() if suits else None
-
-
-@cache
-def load() -> "CpuKernels | None":
-    """The kernels, compiled if need be; None where the CPU or a compiler for it is missing."""
-    library = build()
-    return None if library is None else CpuKernels(library)
 
 
 class CpuKernels:

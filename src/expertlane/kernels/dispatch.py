@@ -1,24 +1,9 @@
-"""Our CPU kernels for the bookkeeping of dispatch; `load` gives None where they cannot be had."""
+"""Our CPU kernels for the bookkeeping of dispatch; `kernels/backend.py` says where they are used."""
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
-
-from expertlane.kernels.build import build
-
-
-def kernels_for(tensor: Tensor) -> "DispatchKernels | None":
-    """The kernels for ids like these; None where tensor operations are to be used."""
-    return load() if tensor.device.type == "cpu" else None
-
-
-@cache
-def load() -> "DispatchKernels | None":
-    """The kernels, compiled if need be; None where the CPU or a compiler for it is missing."""
-    library = build()
-    return None if library is None else DispatchKernels(library)
 
 
 class DispatchKernels:

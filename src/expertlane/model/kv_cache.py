@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.kernels.cpu import kernels_for
+from expertlane.kernels.backend import arithmetic_for
 
 
 class KVCache:
@@ -35,7 +35,7 @@ class KVCache:
         self.keys = _zeros((*shape, key_dim), dtype, device)
         self.values = _zeros((*shape, value_dim), dtype, device)
         fits = key_dim % 32 == 0 and value_dim % 16 == 0
-        self.kernels = kernels_for(self.keys) if fits else None
+        self.kernels = arithmetic_for(self.keys) if fits else None
 
     @property
     def num_bytes(self) -> int:

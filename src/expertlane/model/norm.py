@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.kernels.cpu import kernels_for
+from expertlane.kernels.backend import arithmetic_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -13,7 +13,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [num_rows, size].
         weight: [size] float32.
     """
-    kernels = kernels_for(x) if x.shape[1] % 16 == 0 and x.stride(1) == 1 else None
+    kernels = arithmetic_for(x) if x.shape[1] % 16 == 0 and x.stride(1) == 1 else None
     if kernels is not None:
         return kernels.rms_norm(x, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
@@ -26,7 +26,7 @@ def rms_norm_heads_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
         weight: [num_heads, head_dim] float32.
     """
-    kernels = kernels_for(x) if x.shape[2] % 16 == 0 else None
+    kernels = arithmetic_for(x) if x.shape[2] % 16 == 0 else None
     if kernels is not None:
         kernels.rms_norm_heads(x, weight, eps)
         return x

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from expertlane.kernels.cpu import kernels_for
+from expertlane.kernels.backend import arithmetic_for
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import RopeScaling
 
@@ -79,7 +79,7 @@ class RotaryEmbedding:
             rotation: what `at` gave for the tokens' positions.
         """
         cos, sin = rotation
-        kernels = kernels_for(x)
+        kernels = arithmetic_for(x)
         if kernels is not None:
             kernels.rotate(x, cos, sin, interleave=self._interleave)
             return x

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.kernels.cpu import kernels_for
-from expertlane.kernels.dispatch import kernels_for as dispatch_kernels_for
+from expertlane.kernels.backend import arithmetic_for, bookkeeping_for
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ def choose_copies(topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: in
         num_copies: [num_experts]; how many of them are to be used.
         first: the turn to begin with.
     """
-    kernels = dispatch_kernels_for(topk_ids)
+    assert topk_ids.dtype is torch.int64, "the kernels take its memory as it is"
+    kernels = bookkeeping_for(topk_ids)
     if kernels is not None:
         return kernels.choose_copies(topk_ids, table, num_copies, first)
     ids = topk_ids.flatten()
@@ -73,7 +73,7 @@ def rows_by_peer(ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
     Args:
         ids: [T, K] int32; -1 for none.
     """
-    kernels = dispatch_kernels_for(ids)
+    kernels = bookkeeping_for(ids)
     if kernels is not None:
         return PeerRows(*kernels.rows_by_peer(ids, divisor, num_peers))
     peers = torch.div(ids, divisor, rounding_mode="floor")
@@ -93,7 +93,7 @@ def group_pairs(ids: Tensor, first: int, divisor: int, num_groups: int) -> PairG
     Args:
         ids: [R, K] int32.
     """
-    kernels = dispatch_kernels_for(ids)
+    kernels = bookkeeping_for(ids)
     if kernels is not None:
         return PairGroups(*kernels.group_pairs(ids, first, divisor, num_groups))
     groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
@@ -132,7 +132,7 @@ def gather_sum(values: Tensor, places: Tensor, weights: Tensor | None = None) ->
     Returns:
         [R, H] in the dtype of `values`.
     """
-    kernels = kernels_for(values) if values.shape[1] % 16 == 0 else None
+    kernels = arithmetic_for(values) if values.shape[1] % 16 == 0 else None
     if kernels is not None:
         weights = None if weights is None else weights.contiguous()
         return kernels.weighted_sum(values, places.contiguous(), weights)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expertlane.errors import RankError
-from expertlane.kernels.cpu import kernels_for
+from expertlane.kernels.backend import arithmetic_for
 from expertlane.parallel.recorder import Recorder
 from expertlane.spec.names import Traffic
 
@@ -221,7 +221,7 @@ class Group:
         own = num_rows_of[self.rank]
 
         def add_up(received: Tensor) -> Tensor:
-            kernels = kernels_for(received)
+            kernels = arithmetic_for(received)
             if kernels is not None:
                 return kernels.sum_parts(received, self.size)
             parts = received.view(self.size, own, received.shape[1])

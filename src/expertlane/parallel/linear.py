@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.kernels.cpu import CpuKernels, kernels_for
+from expertlane.kernels.backend import arithmetic_for
+from expertlane.kernels.cpu import CpuKernels
 
 
 class Linear:
@@ -31,7 +32,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.itemsize = weight.itemsize
-        self.kernels = kernels_for(weight) if self.in_features % 2 == 0 else None
+        self.kernels = arithmetic_for(weight) if self.in_features % 2 == 0 else None
         self._is_onednn = self.kernels is None and _suits_onednn(weight)
         if self.kernels is not None:
             self.packed = CpuKernels.pack(weight)

@@ -1,0 +1,121 @@
+"""What computes on a CPU: our own kernels, as far as they can be had, or torch. Chosen once, here.
+
+`EXPERTLANE_BACKEND` is `cpu` for our kernels or `torch`; unset, our kernels where they can be had.
+`EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all that there are.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from expertlane.errors import UserError
+from expertlane.kernels.build import AVX512_BF16, BASELINE, BuildError, build
+from expertlane.kernels.cpu import CpuKernels
+from expertlane.kernels.dispatch import DispatchKernels
+
+BACKEND, INSTRUCTIONS = "EXPERTLANE_BACKEND", "EXPERTLANE_INSTRUCTIONS"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Our kernels; None where they are not to be used, or cannot be had.
+
+    Attributes:
+        bookkeeping: of dispatch; for any CPU.
+        arithmetic: in bfloat16.
+        without: why one of them is None, in a line; empty where both are there.
+        is_demanded: a user asked for our kernels: torch is no substitute.
+    """
+
+    bookkeeping: DispatchKernels | None
+    arithmetic: CpuKernels | None
+    without: str = ""
+    is_demanded: bool = False
+
+    def refuse_substitute(self) -> None:
+        """Where our kernels are missing.
+
+        Raises:
+            UserError: a user asked for them.
+        """
+        if self.is_demanded:
+            raise UserError(f"{BACKEND}=cpu, but our kernels cannot be had: {self.without}")
+
+
+def bookkeeping_for(ids: Tensor) -> DispatchKernels | None:
+    """The kernels for ids like these; None where tensor operations are to be used.
+
+    Raises:
+        UserError: as `backend` does; or the kernels are missing, and a user asked for them.
+    """
+    if ids.device.type != "cpu":
+        return None
+    chosen = backend()
+    if chosen.bookkeeping is None:
+        chosen.refuse_substitute()
+    return chosen.bookkeeping
+
+
+def arithmetic_for(tensor: Tensor) -> CpuKernels | None:
+    """The kernels for tensors like this one; None where torch's own operations are to be used.
+
+    Raises:
+        UserError: as `backend` does; or the kernels are missing, and a user asked for them.
+    """
+    is_ours = tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and tensor.numel() > 0
+    if not is_ours:
+        return None
+    chosen = backend()
+    if chosen.arithmetic is None:
+        chosen.refuse_substitute()
+    return chosen.arithmetic
+
+
+@cache
+def backend() -> Backend:
+    """What this process computes with; compiled if need be.
+
+    Raises:
+        UserError: one of the two variables has a value that is not valid.
+    """
+    wanted = demanded_backend()
+    allowed = _listed(INSTRUCTIONS, (BASELINE.name, AVX512_BF16.name))
+    if wanted == "torch":
+        return Backend(None, None, f"{BACKEND}=torch")
+    is_demanded = wanted == "cpu"
+    try:
+        library = build(BASELINE)
+    except BuildError as error:
+        return Backend(None, None, str(error), is_demanded)
+    bookkeeping = DispatchKernels(library)
+    try:
+        if allowed and AVX512_BF16.name not in allowed:
+            raise BuildError(f"{INSTRUCTIONS} leaves {AVX512_BF16.name} out")
+        if not library.has_avx512_bf16():
+            raise BuildError(f"this CPU lacks {AVX512_BF16.name}, which bfloat16 needs")
+        return Backend(bookkeeping, CpuKernels(build(AVX512_BF16)), is_demanded=is_demanded)
+    except BuildError as error:
+        return Backend(bookkeeping, None, str(error), is_demanded)
+
+
+def demanded_backend() -> str | None:
+    """`cpu` or `torch`, if a user asked for one.
+
+    Raises:
+        UserError: for something else.
+    """
+    value = os.environ.get(BACKEND) or None
+    if value not in (None, "cpu", "torch"):
+        raise UserError(f"{BACKEND} is {value!r}; valid: cpu, torch")
+    return value
+
+
+def _listed(variable: str, valid: Iterable[str]) -> frozenset[str]:
+    names = frozenset(filter(None, map(str.strip, os.environ.get(variable, "").split(","))))
+    for name in sorted(names.difference(valid)):
+        raise UserError(f"{variable} names {name!r}; valid: {', '.join(valid)}")
+    return names
