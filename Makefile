@@ -12,8 +12,14 @@ help: ## Show this list
 compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 local ranks
 	@$(BIN)/expertlane compare
 
+# Then what computes numbers again, with torch alone and without each instruction set in turn (of
+# that, float32 has nothing to say: the baseline is all it uses).
 test: $(VENV)/.dev ## Run the tests, without the long ones
 	@$(BIN)/pytest -m "not full"
+	@echo "Again with EXPERTLANE_BACKEND=torch: the numerical tests"
+	@EXPERTLANE_BACKEND=torch $(BIN)/pytest -m "numerical and not full"
+	@echo "Again with EXPERTLANE_INSTRUCTIONS=baseline: the numerical tests in bfloat16"
+	@EXPERTLANE_INSTRUCTIONS=baseline $(BIN)/pytest -m "numerical and not full" -k bfloat16
 
 test-full: $(VENV)/.dev ## Run all tests
 	@$(BIN)/pytest

@@ -9,6 +9,8 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent
 
+pytestmark = pytest.mark.numerical
+
 A, B, C, D = [1, 10], [2, 20], [3, 30], [4, 40]  # hidden states of some tokens
 ROW_BYTES = 8  # two float32
 

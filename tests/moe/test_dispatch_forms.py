@@ -9,6 +9,8 @@ from expertlane.spec.names import Link, Traffic
 from moe.test_dispatch import ROW_BYTES, A, B, C, D, own, run
 from records import sent_over
 
+pytestmark = pytest.mark.numerical
+
 FORMS = ("all_to_all", "all_gather", "hierarchical")
 
 

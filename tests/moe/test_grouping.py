@@ -19,6 +19,8 @@ from expertlane.moe.grouping import (
     stable_order,
 )
 
+pytestmark = pytest.mark.numerical
+
 X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
 
 
@@ -107,6 +109,15 @@ def test_copies_take_turns():
     assert choose_copies(topk_ids, table, num_copies, 0).tolist() == [[4, 2], [2, 7], [4, 2]]
     assert choose_copies(topk_ids, table, num_copies, 1).tolist() == [[7, 2], [2, 4], [7, 2]]
     assert choose_copies(topk_ids[:0], table, num_copies, 1).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_ids_of_another_type_are_refused(dtype):
+    table, num_copies = torch.tensor([[4, 7], [2, 2]]), torch.tensor([2, 1])
+    for num_tokens in (0, 1):
+        topk_ids = torch.zeros(num_tokens, 2, dtype=dtype)
+        with pytest.raises(AssertionError, match="take its memory as it is"):
+            choose_copies(topk_ids, table, num_copies, 0)
 
 
 @pytest.mark.parametrize("num_values", [3, 300, 70_000])

@@ -13,6 +13,8 @@ from moe.test_dispatch import run
 from moe.test_dispatch_forms import FORMS, expected
 from records import sent_over
 
+pytestmark = pytest.mark.numerical
+
 WORST = {"bfloat16": 2**-8, "float8": 2**-4}  # half a step, over the value
 
 

@@ -10,6 +10,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent
 
+pytestmark = pytest.mark.numerical
 
 def run(pools, layout, axis, method, arguments, ranks_per_node=8):
     """Results and records of the layout's ranks."""

@@ -12,6 +12,8 @@ from distributed.running import deployment, run_deployment
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 
+pytestmark = pytest.mark.numerical
+
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=35, prompt_len=5, output_len=3, seed=7)
 LAYOUTS = ["tp=1", "tp=4,ep=4", "dp=4,ep=4", "pp=2,dp=2,ep=2"]

@@ -33,6 +33,8 @@ from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
 from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
 
+pytestmark = pytest.mark.numerical
+
 TINY = PRESETS["paper-tiny"]
 MAX_LOGPROB_ERROR = 1e-4
 

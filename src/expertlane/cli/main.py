@@ -62,6 +62,12 @@ def _expertlane(
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
                                                 one deployment there, in detail
       expertlane compare --help                 everything about a command
+
+    \b
+    Environment:
+      EXPERTLANE_BACKEND=cpu|torch              our CPU kernels, or torch alone; by default
+                                                the first, where they can be had
+      EXPERTLANE_INSTRUCTIONS=LIST              what they may use: baseline,avx512_bf16
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -1,4 +1,4 @@
-"""Our CPU kernels for the bookkeeping of dispatch; `kernels/backend.py` says where they are used."""
+"""CPU kernels for the bookkeeping of dispatch; `kernels/backend.py` says where they are used."""
 
 import ctypes
 

@@ -78,7 +78,8 @@ class ServingMachine(Strict):
         num_cores: cores the ranks may use, of all hosts.
         backend: of the collectives, for example `gloo`.
         dtype: of weights and activations.
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
+            where ours would have been better.
     """
 
     cpu_name: str
