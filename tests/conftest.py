@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from distributed.on_ranks import local_ranks
 from expertlane.engine.pool import RankPool
@@ -11,6 +12,12 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
 _TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Of this process: two on matrices this small are fifty times slower where cores are shared."""
+    torch.set_num_threads(1)
 
 
 class PoolKeeper:

@@ -14,6 +14,15 @@ from expertlane.kernels.cpu import CpuKernels, PagedSequences, Pointers
 KERNELS = backend().arithmetic
 pytestmark = pytest.mark.skipif(KERNELS is None, reason=backend().without)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    """Kernels divide their work."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 BF16_STEP = 2.0**-8  # of a value: half of it is the rounding of a result
 
 

@@ -5,8 +5,6 @@ weights are 1 + 0.1·N, biases and sinks are no zeros, and logits have a std nea
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -232,23 +230,12 @@ def load_model(folder: Path) -> Any:
 def run_greedy(folder: Path, prompt_token_ids: list[int], num_steps: int) -> Greedy:
     """What transformers generates for one prompt; every step runs on the whole sequence."""
     model, token_ids, logits = load_model(folder), list(prompt_token_ids), []
-    with one_thread(), torch.no_grad():
+    with torch.no_grad():
         for _ in range(num_steps):
             last = model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
             logits.append(last)
             token_ids.append(int(last.argmax()))
     return Greedy(token_ids[len(prompt_token_ids) :], torch.stack(logits))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Two threads on matrices this small are fifty times slower where cores are shared."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 class Checkpoints:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from expertlane.spec.from_hf import from_hf
-from model.families import FAMILIES, VOCAB_SIZE, load_model, make_model, one_thread, run_greedy
+from model.families import FAMILIES, VOCAB_SIZE, load_model, make_model, run_greedy
 
 
 def _token_ids(num_tokens: int) -> list[int]:
@@ -16,7 +16,7 @@ def _token_ids(num_tokens: int) -> list[int]:
 
 
 def _logits(model, token_ids):
-    with one_thread(), torch.no_grad():
+    with torch.no_grad():
         return model(torch.tensor([token_ids]), use_cache=False).logits[0]
 
 
