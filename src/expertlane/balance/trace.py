@@ -112,7 +112,6 @@ class RoutingTraceWriter:
         self._num_experts = num_experts
         self._num_experts_per_tok = num_experts_per_tok
         self._layers = tuple(layers)
-        self._dtype = np.int16 if num_experts <= np.iinfo(np.int16).max else np.int32
         self._parts: dict[int, dict[int, list[npt.NDArray[np.integer]]]] = {}
 
     def add(self, step: int, layer: int, topk_ids: npt.NDArray[np.integer]) -> None:
@@ -128,7 +127,7 @@ class RoutingTraceWriter:
                 f"topk_ids of shape {topk_ids.shape}; "
                 f"it must be [num_tokens, {self._num_experts_per_tok}]"
             )
-        of_step[layer].append(topk_ids.astype(self._dtype))
+        of_step[layer].append(topk_ids.astype(np.int16))
 
     def trace(self) -> RoutingTrace:
         """All that was added.
@@ -138,14 +137,14 @@ class RoutingTraceWriter:
         """
         columns = []
         steps = sorted(self._parts)
-        nothing = np.zeros((0, self._num_experts_per_tok), dtype=self._dtype)
+        nothing = np.zeros((0, self._num_experts_per_tok), dtype=np.int16)
         for step in steps:
             layers = [np.concatenate([nothing, *parts]) for parts in self._parts[step].values()]
             lengths = sorted({len(ids) for ids in layers})
             if len(lengths) > 1:
                 raise ValueError(f"step {step}: layers with {lengths[0]} and {lengths[-1]} tokens")
             columns.append(np.stack(layers))
-        empty = np.zeros((len(self._layers), *nothing.shape), dtype=self._dtype)
+        empty = np.zeros((len(self._layers), *nothing.shape), dtype=np.int16)
         return RoutingTrace(
             self._model,
             self._num_experts,

@@ -6,7 +6,6 @@ near enough that nothing overflows 64 bits and no list or array grows beyond a m
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from math import isfinite
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, get_args
@@ -64,7 +63,7 @@ class Range:
         except (OverflowError, ValueError):  # of a whole number as a float; of NaN as a whole one
             return None
         is_low_enough = number > self.low if self.is_above else number >= self.low
-        return number if isfinite(number) and is_low_enough and number <= self.high else None
+        return number if is_low_enough and number <= self.high else None
 
     def __str__(self) -> str:
         kind = "a whole number" if self.is_whole else "a number"
@@ -259,4 +258,4 @@ def shown(value: object) -> str:
 def _end(number: float) -> str:
     if number == 2**64 - 1:
         return "2**64 - 1"
-    return f"{number:,}" if isinstance(number, int) else f"{number:,.9g}"
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.12g}"
