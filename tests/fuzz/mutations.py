@@ -1,40 +1,49 @@
 """Files and command lines made wrong: by structure, and byte by byte."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import tomli_w
 from hypothesis import strategies as st
 
 # Written as they are, into TOML, JSON and options alike; not all are valid in each.
-TOKENS = (
+WHOLE_NUMBERS = (
     "0",
     "-1",
     "1",
     "2",
     "3",
     "7",
+    "99999999999",
+    "2147483648",
+    "1000000000000",
+    "9000000000000000000",
+    "18446744073709551616",
+    "1" + "0" * 29,
+    "9" * 400,
+    "9" * 5000,
+)
+FRACTIONS = (
     "0.5",
     "1.0",
     "-0.0",
+    "-1.0",
     "1e-300",
     "5e-324",
     "1e23",
     "1e29",
     "1e300",
     "1e400",
-    "-1e400",
     "nan",
     "NaN",
     "inf",
     "Infinity",
     "-Infinity",
-    "99999999999",
-    "2147483648",
-    "9000000000000000000",
-    "18446744073709551616",
-    "9" * 400,
-    "9" * 5000,
+)
+TOKENS = (
+    *WHOLE_NUMBERS,
+    *FRACTIONS,
     "true",
     "false",
     "null",
@@ -44,6 +53,7 @@ TOKENS = (
     '"\\u0000"',
     '"\\u001b[31m"',
     '"/dev/zero"',
+    '"fifo"',
     '"1"',
     "[]",
     "{}",
@@ -70,20 +80,33 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def _numbers_like(value: Any) -> tuple[str, ...]:
+    """Mostly of the kind that is expected, which gets further before it is refused."""
+    if isinstance(value, bool):
+        return TOKENS
+    return (*WHOLE_NUMBERS, "0.5", "1e29") if isinstance(value, int) else (*FRACTIONS, "0", "-1")
+
+
+def _at(document: Any, path: Iterable[Any]) -> Any:
+    for step in path:
+        document = document[step]
+    return document
+
+
 def _mutate(draw: Any, document: Any, tokens: list[str]) -> None:
     """One change inside a document, in place."""
     places = _places(document)
     if not places:
         return
-    *path, key = draw(st.sampled_from(places))
-    parent = document
-    for step in path:
-        parent = parent[step]
-    kinds = ("token", "token", "token", "delete", "rename", "twice", "swap", "wrap", "unwrap")
+    numbers = [place for place in places if isinstance(_at(document, place), int | float)]
+    kinds = ("number", "number", "token", "delete", "rename", "twice", "swap", "wrap", "unwrap")
     kind = draw(st.sampled_from(kinds))
-    if kind == "token":
-        parent[key] = _MARK.format(len(tokens))
-        tokens.append(draw(st.sampled_from(TOKENS)))
+    *path, key = draw(st.sampled_from(numbers if kind == "number" and numbers else places))
+    parent = _at(document, path)
+    if kind in ("number", "token"):
+        known = TOKENS if kind == "token" else _numbers_like(parent[key])
+        tokens.append(draw(st.sampled_from(known)))
+        parent[key] = _MARK.format(len(tokens) - 1)
     elif kind == "delete":
         del parent[key]
     elif kind == "rename" and isinstance(parent, dict):
@@ -144,7 +167,7 @@ def changed_file(draw: Any, document: Any, *, as_toml: bool) -> bytes:
     document = json.loads(json.dumps(document))
     tokens: list[str] = []
     is_bytewise = draw(st.integers(0, 3)) == 0
-    for _ in range(0 if is_bytewise else draw(st.integers(1, 3))):
+    for _ in range(0 if is_bytewise else draw(st.sampled_from((1, 1, 1, 2, 3)))):
         _mutate(draw, document, tokens)
     data = _written(document, tokens, as_toml=as_toml)
     for _ in range(draw(st.integers(0, 3)) if is_bytewise else 0):
@@ -160,15 +183,24 @@ def changed_bytes(draw: Any, data: bytes) -> bytes:
 
 
 def changed_arguments(draw: Any, arguments: list[str]) -> list[str]:
-    """A command line with one to three mistakes."""
+    """A command line with one or two mistakes."""
     changed = list(arguments)
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from((1, 1, 2)))):
+        values = [
+            place
+            for place in range(1, len(changed))
+            if not changed[place].startswith("--") and _is_number(changed[place])
+        ]
         if len(changed) < 2:
             break
-        place = draw(st.integers(1, len(changed) - 1))
-        kind = draw(st.sampled_from(("token", "token", "token", "part", "delete", "twice", "path")))
-        token = draw(st.sampled_from(TOKENS)).replace("\0", "")
-        if kind == "token" and not changed[place].startswith("--"):
+        kinds = ("number", "number", "number", "part", "part", "token", "delete", "twice", "path")
+        kind = draw(st.sampled_from(kinds))
+        if kind == "part":
+            values = [place for place in range(1, len(changed)) if "=" in changed[place]]
+        is_aimed = kind in ("number", "part") and values
+        place = draw(st.sampled_from(values) if is_aimed else st.integers(1, len(changed) - 1))
+        token = draw(st.sampled_from(TOKENS if kind == "token" else WHOLE_NUMBERS + FRACTIONS))
+        if kind in ("number", "token") and not changed[place].startswith("--"):
             changed[place] = token
         elif kind == "part" and "=" in changed[place]:
             head, _, tail = changed[place].rpartition("=")
@@ -181,3 +213,7 @@ def changed_arguments(draw: Any, arguments: list[str]) -> list[str]:
             odd = [".", "/", "/dev/zero", "/dev/null", "fifo", "a\nb", "x" * 5000, "--", "-1"]
             changed[place] = draw(st.sampled_from(odd))
     return changed
+
+
+def _is_number(text: str) -> bool:
+    return any(character.isdigit() for character in text)

@@ -137,11 +137,14 @@ def _command(draw: Any) -> Case:
 
 _KINDS: tuple[Callable[[Any], Case], ...] = (
     _experiment,
+    _experiment,
+    _config,
     _config,
     _profile,
     _results,
     _placement,
     _trace,
+    _command,
     _command,
     _command,
 )
