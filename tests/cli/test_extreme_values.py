@@ -171,7 +171,7 @@ def test_results(refused, text, line):
         ("ranks_per_node", "9" * 5000, "malformed TOML: Exceeds the limit"),
         ("ranks_per_node", "9" * 400, "ranks_per_node is a number of about 400 digits; it must be"),
         ("memory_bytes", "9" * 400, "device.memory_bytes is a number of about 400 digits; it must"),
-        ("memory_bytes", "inf", "device.memory_bytes is inf; it must be a number above 0, at most"),
+        ("memory_bytes", "inf", "device.memory_bytes is inf; it must be a number, 1 to 1e+18"),
     ],
 )
 def test_a_profile_s_number(refused, key, value, line):

@@ -92,7 +92,7 @@ _POSITIONS = _whole(1, 2**24)
 _TOKEN = _whole(0, 2**31 - 1)
 _SEED = _whole(0, 2**64 - 1)
 _RATIO = _above(0, 1e6)
-_PER_S = _above(0, 1e24)
+_PER_S = _number(1, 1e24)
 
 RANGES: dict[str, Range] = {
     # layout and cluster
@@ -189,13 +189,13 @@ RANGES: dict[str, Range] = {
     "layer": _whole(0, 1023),
     "expert": _whole(0, 4095),
     # profiles
-    "memory_bytes": _above(0, 1e18),
+    "memory_bytes": _number(1, 1e18),
     "memory_bytes_per_s": _PER_S,
     "bytes_per_s": _PER_S,
     "flops_per_s": _PER_S,
     "term": _number(0, 1e12),
-    "correction": _above(0, 1e9),
-    "knot": _above(0, 1e24),
+    "correction": _number(1e-9, 1e9),
+    "knot": _number(1e-9, 1e24),
     "wider": _number(1, 1e3),
 }
 ANY_WHOLE = _whole(-(2**31), 2**31 - 1)  # of what no table names
