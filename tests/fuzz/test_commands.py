@@ -72,7 +72,7 @@ def _experiment(draw: Any) -> Case:
     written, *shipped = _EXPERIMENTS
     document = draw(st.sampled_from((written, written, *shipped)))
     data = changed_file(draw, document, as_toml=True)
-    projected = ["--project", "--cluster", draw(st.sampled_from(("h100x2", "h100x16")))]
+    projected = ["--project", "--cluster", draw(st.sampled_from(("h100x2", "h100x2", "h100x16")))]
     how = draw(st.sampled_from((projected, [], ["--json"])))
     return Case({"case.toml": data}, ["compare", "case.toml", *how, "--out", "out"])
 
