@@ -162,19 +162,22 @@ def test_no_tokens(run):
     [
         (["none.npz", "--ranks", "4"], "cannot read none.npz: No such file or directory"),
         (["text.npz", "--ranks", "4"], "text.npz is not a routing trace, or is damaged"),
-        (["trace.npz", "--ranks", "0"], "--ranks is 0; valid: 1 to 1,024"),
-        (["trace.npz", "--ranks", "99999"], "--ranks is 99999; valid: 1 to 1,024"),
+        (["trace.npz", "--ranks", "0"], "--ranks is 0; it must be a whole number, 1 to 1,024"),
+        (
+            ["trace.npz", "--ranks", "99999"],
+            "--ranks is 99999; it must be a whole number, 1 to 1,024",
+        ),
         (
             ["trace.npz", "--ranks", "4", "--ranks-per-node", "3"],
             "--ranks-per-node is 3; it must divide --ranks, which is 4",
         ),
         (
             ["trace.npz", "--ranks", "4", "--redundant", "-1"],
-            "--redundant is -1; valid: 0 or more",
+            "--redundant is -1; it must be a whole number, 0 to 4,096",
         ),
         (
             ["trace.npz", "--ranks", "4", "--redundant", "5000"],
-            "--redundant is 5000; valid: at most 4,096 physical experts",
+            "--redundant is 5000; it must be a whole number, 0 to 4,096",
         ),
         (
             ["trace.npz", "--ranks", "2", "--redundant", "9"],

@@ -119,12 +119,15 @@ MISTAKES = {
     "unknown model": (["no/such/model/here"], "model 'no/such/model/here': there is no such"),
     "layout": (["paper-tiny", "--layout", "tp=1", "--layout", "tp=3"], "layout tp=3: tp=3 does"),
     "both": (["paper-tiny", "--batch", "1", "--rate", "1"], "--batch and --rate exclude each"),
-    "batch": (["paper-tiny", "--batch", "1,0"], "--batch is '1,0'; it must be whole numbers with"),
-    "no batch": (["paper-tiny", "--batch", "1,"], "--batch is '1,'; it must be whole numbers"),
-    "rate": (["paper-tiny", "--rate", "nan"], "--rate is 'nan'; it must be numbers above 0"),
-    "no rate": (["paper-tiny", "--rate", "0"], "--rate is '0'; it must be numbers above 0"),
-    "no number": (["paper-tiny", "--rate", "fast"], "--rate is 'fast'; it must be numbers above 0"),
-    "requests": (["paper-tiny", "--num-requests", "0"], "--num-requests is 0; it must be 1 or"),
+    "batch": (
+        ["paper-tiny", "--batch", "1,0"],
+        "--batch is '1,0'; it must be a whole number, 1 to",
+    ),
+    "no batch": (["paper-tiny", "--batch", "1,"], "--batch is '1,'; it must be a whole number"),
+    "rate": (["paper-tiny", "--rate", "nan"], "--rate is 'nan'; it must be a number, 0.001 to"),
+    "no rate": (["paper-tiny", "--rate", "0"], "--rate is '0'; it must be a number, 0.001 to"),
+    "no number": (["paper-tiny", "--rate", "fast"], "--rate is 'fast'; it must be a number, 0.0"),
+    "requests": (["paper-tiny", "--num-requests", "0"], "--num-requests is 0; it must be a"),
     "few requests": (
         ["paper-tiny", "--num-requests", "4", "--batch", "1,8"],
         "--num-requests is 4 but --batch has 8; it must be as many or more",
@@ -147,7 +150,7 @@ MISTAKES = {
     ),
     "fewer copies": (
         ["paper-tiny", "--redundant", "-1"],
-        "num_redundant_experts is -1; it must be 0 or more",
+        "num_redundant_experts is -1; it must be a whole number, 0 to 4,096",
     ),
     "nodes": (
         [
@@ -161,10 +164,10 @@ MISTAKES = {
         ],
         "layout dp=4,ep=4: hierarchical dispatch needs equally many of the ep=4 ranks on each node",
     ),
-    "no nodes": (["paper-tiny", "--ranks-per-node", "-1"], "ranks_per_node is -1; it must be a"),
+    "no nodes": (["paper-tiny", "--ranks-per-node", "-1"], "--ranks-per-node is -1; it must"),
     "micro-batches": (["paper-tiny", "--num-micro-batches", "0"], "num_micro_batches is 0; it"),
-    "seed": (["paper-tiny", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
-    "timeout": (["paper-tiny", "--timeout-s", "0"], "--timeout-s is 0; valid: above 0"),
+    "seed": (["paper-tiny", "--seed", "-1"], "--seed is -1; it must be a whole number, 0"),
+    "timeout": (["paper-tiny", "--timeout-s", "0"], "--timeout-s is 0.0; it must be a"),
 }
 
 

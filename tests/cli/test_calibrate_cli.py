@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 MISTAKES = [
-    (["--ranks", "0"], "--ranks is 0; valid: 1 to 1,024"),
+    (["--ranks", "0"], "--ranks is 0; it must be a whole number, 1 to 1,024"),
     (
         ["my/laptop"],
         "NAME is 'my/laptop'; it must be up to 64 letters, digits, dots, dashes and underscores",
     ),
     (["--out", "profile.json"], "--out is profile.json; a profile's file must end in .toml"),
-    (["--timeout-s", "0"], "--timeout-s is 0; valid: above 0, up to 1e+06"),
+    (["--timeout-s", "0"], "--timeout-s is 0.0; it must be a number above 0, at most 1,000,000"),
     (
         ["--out", "folder.toml"],
         "--out is folder.toml, which is a folder; give a file that ends in .toml",

@@ -132,8 +132,8 @@ def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run)
     [
         (
             ["--project", "--cluster", "h100"],
-            "cluster 'h100' is not PROFILExCOUNT, for example h100x16; profiles: a100, b200, "
-            "h100, h200, or a TOML file of expertlane calibrate",
+            "cluster 'h100' is not PROFILExCOUNT, for example h100x16 (COUNT: a whole number, 1 to "
+            "1,000,000); profiles: a100, b200, h100, h200, or a TOML file of expertlane calibrate",
         ),
         (
             ["--project", "--cluster", "h100x8"],
@@ -142,8 +142,8 @@ def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run)
         ),
         (["--cluster", "h100x16"], "--cluster is of a projection; add --project"),
         (["--skew", "2"], "--skew is of a projection; add --project"),
-        (["--project", "--skew", "-1"], "--skew is -1; valid: 0 to 10"),
-        (["--project", "--skew", "nan"], "--skew is nan; valid: 0 to 10"),
+        (["--project", "--skew", "-1"], "--skew is -1.0; it must be a number, 0 to 10"),
+        (["--project", "--skew", "nan"], "--skew is nan; it must be a number, 0 to 10"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(too_small, run, arguments, line):

@@ -51,24 +51,24 @@ def test_anything_else_keeps_its_traceback(comparison, run):
         run("compare")
 
 
-def test_a_usage_error_is_two_lines(run):
+def test_a_usage_error_is_one_line(run):
     code, out, err = run("compare", "--topk", "1")
     assert (code, out) == (2, "")
-    first, second = err.splitlines()
-    assert first.startswith("expertlane: error: No such option: --topk")
-    assert second.startswith("Try: ")
-    assert second.endswith(" compare --help")
+    (line,) = err.splitlines()
+    assert line.startswith("expertlane: error: No such option: --topk")
+    assert line.endswith(" compare --help)")
 
 
-def test_an_unknown_command_is_two_lines(run):
+def test_an_unknown_command_is_one_line(run):
     code, out, err = run("compar")
     assert (code, out) == (2, "")
-    assert err.splitlines()[0].startswith("expertlane: error: No such command 'compar'")
-    assert len(err.splitlines()) == 2
+    assert err.startswith("expertlane: error: No such command 'compar'")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("rank", "line"), [("0", "expertlane: error: none.toml: no such file\n"), ("1", "")]
+    ("rank", "line"),
+    [("0", "expertlane: error: cannot read none.toml: No such file or directory\n"), ("1", "")],
 )
 def test_under_torchrun_only_rank_0_tells_of_a_mistake(comparison, run, monkeypatch, rank, line):
     monkeypatch.setenv("WORLD_SIZE", "2")

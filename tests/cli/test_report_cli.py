@@ -33,7 +33,7 @@ def test_a_folder_another_place_and_json(run, tmp_path):
 OLD = {"schema_version": 4, "command": "expertlane compare", "deployments": []}
 MISTAKES = {
     "missing": (None, "cannot read FILE: No such file or directory"),
-    "cut off": ("whole"[:3], "FILE is damaged: Expecting value at line 1, column 1"),
+    "cut off": ("whole"[:3], "FILE is not JSON: Expecting value at line 1, column 1"),
     "of an older version": (
         json.dumps(OLD),
         "FILE has schema_version 4 of a comparison; this expertlane reads 5: repeat the command "
@@ -44,7 +44,7 @@ MISTAKES = {
         '{"schema_version": 1, "kind": "x"}',
         "FILE is of unknown kind 'x'; known: comparison, simulation, plan, bench",
     ),
-    "nested": ("[" * 100_000, "FILE is damaged: it is nested too deeply"),
+    "nested": ("[" * 100_000, "FILE: nested too deeply; valid: 100 levels at most"),
     "changed": (
         to_json(example_pages.serving()).replace('"batch": 8', '"batch": "eight"'),
         "FILE: points.1.batch Input should be a valid integer",
@@ -54,7 +54,7 @@ MISTAKES = {
 
 WHOLE = to_json(example_pages.KINDS["measured"]())
 DAMAGED = {
-    "no number": (('"decode": {', '"decode": {"tps": NaN, '), "is damaged: NaN is no number"),
+    "no number": (('"decode": {', '"decode": {"tps": NaN, '), ": NaN is no number"),
     "a column too short": (
         ('"track": [0, 1, 0, 1]', '"track": [0]'),
         "has columns of several lengths",

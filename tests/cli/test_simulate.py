@@ -168,7 +168,7 @@ def test_sequences_that_wait_for_room(run):
         (["--prompt-len", "60", "--output-len", "8"], ["67 positions", "valid: 64"]),
         (["--mtp", "1"], ["--mtp is 1", "not given"]),
         (["--mtp-acceptance", "0.5"], ["--mtp is 0"]),
-        (["--mtp", "1", "--mtp-acceptance", "1.5"], ["acceptance of 1.5", "0 to 1"]),
+        (["--mtp", "1", "--mtp-acceptance", "1.5"], ["--mtp-acceptance is 1.5", "0 to 1"]),
         (["--mtp", "99", "--mtp-acceptance", "0.5"], ["99 drafts", "0 to 16"]),
         (["--skew", "11"], ["--skew is 11", "0 to 10"]),
         (["--routing-trace", "no.npz"], ["no.npz"]),

@@ -146,11 +146,11 @@ def test_named_templates_without_a_default(tmp_path: Path, templates: Any, named
 
 def test_unreadable_templates(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"chat_template\.jinja is malformed: "):
+    with pytest.raises(UserError, match=r"chat_template\.jinja: byte 0 is not UTF-8"):
         ChatTemplate.from_folder(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.jinja").mkdir()
-    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read .*chat_template\.jinja: it is a folder"):
         ChatTemplate.from_folder(tmp_path)
 
 

@@ -55,15 +55,15 @@ BAD_REQUESTS = {
     ),
     "temperature": (
         (PROMPT, {"temperature": float("nan")}),
-        "sampling: temperature is nan; it must be a finite number, 0 or more",
+        "sampling: temperature is nan; it must be a number, 0 to 1,000,000,000",
     ),
     "top_p": (
         (PROMPT, {"top_p": 0.0}),
-        "sampling: top_p is 0.0; it must be above 0 and at most 1",
+        "sampling: top_p is 0.0; it must be a number above 0, at most 1",
     ),
     "max_tokens": (
         (PROMPT, {"max_tokens": -5}),
-        "sampling: max_tokens is -5; it must be a whole number, 1 or more",
+        "sampling: max_tokens is -5; it must be a whole number, 1 to 2,147,483,647",
     ),
     "duplicate": (
         VALID_REQUEST,

@@ -241,9 +241,12 @@ class TestMistakes:
         ("changes", "line"),
         [
             ({"max_model_len": 65}, "max_model_len is 65; valid for paper-tiny: 1 to 64"),
-            ({"max_model_len": 0}, "max_model_len is 0; valid for paper-tiny: 1 to 64"),
-            ({"num_blocks": 0}, "scheduler: num_blocks is 0; it must be a whole number, 1 or more"),
-            ({"num_blocks": 10**9}, r"num_blocks is 1000000000 but there is memory for \d+"),
+            (
+                {"max_model_len": 0},
+                "max_model_len is 0; it must be a whole number, 1 to .*",
+            ),
+            ({"num_blocks": 0}, "scheduler: num_blocks is 0; it must be a whole number, 1 to .*"),
+            ({"num_blocks": 2**25}, r"num_blocks is 33554432 but there is memory for \d+"),
         ],
     )
     def test_sizes_that_cannot_be(self, stub_llm, changes, line):

@@ -23,10 +23,11 @@ from expertlane.spec.workload import Workload
     ("settings", "message"),
     [
         ({"dtype": "int8"}, "dtype is 'int8'; valid: float32, bfloat16, float16"),
-        ({"block_size": 16.5}, "block_size is 16.5; it must be a whole number, 1 or more"),
+        ({"block_size": 16.5}, "block_size is 16.5; it must be a whole number, 1 to 65,536"),
         ({"block_size": "x"}, "block_size is 'x'; it must be a whole number"),
-        ({"num_blocks": 0}, "num_blocks is 0; it must be a whole number, 1 or more"),
-        ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+        ({"num_blocks": 0}, "num_blocks is 0; it must be a whole number, 1 to 33,554,432"),
+        ({"timeout_s": 0}, "timeout_s is 0; it must be a number above 0, at most 1,000,000"),
+        ({"timeout_s": 1e300}, "timeout_s is 1e+300; it must be a number above 0, at most"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"ranks_per_node": -1}, "ranks_per_node is -1; it must be a whole number, 0"),
         ({"ranks_per_node": 1.5}, "ranks_per_node is 1.5; it must be a whole number, 0"),
@@ -49,7 +50,8 @@ from expertlane.spec.workload import Workload
         ({"seed": -1}, "seed is -1; it must be a whole number"),
         ({"layout": None}, "layout"),
         ({"layout": "tp=3"}, "tp=3"),
-        ({"max_model_len": 10**9}, "max_model_len is 1000000000; valid for paper-tiny: 1 to"),
+        ({"max_model_len": 10**9}, "max_model_len is 1000000000; it must be a whole number, 1"),
+        ({"max_model_len": 65}, "max_model_len is 65; valid for paper-tiny: 1 to 64"),
     ],
 )
 def test_settings_are_checked_before_anything_starts(monkeypatch, settings, message):

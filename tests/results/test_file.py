@@ -105,10 +105,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_damaged_file(written: Path) -> None:
     written.write_text(written.read_text()[:20])
-    assert complaint(written).startswith("FILE is damaged: ")
+    assert complaint(written).startswith("FILE is not JSON: ")
     assert "line 2" in complaint(written)
     written.write_bytes(b"{\xff}")
-    assert complaint(written) == "FILE is damaged: byte 1 is not UTF-8"
+    assert complaint(written) == "FILE: byte 1 is not UTF-8"
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3"])

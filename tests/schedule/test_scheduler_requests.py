@@ -8,6 +8,7 @@ import pytest
 from expertlane.errors import SpecError, UserError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.spec.ranges import RANGES
 from schedule.by_hand import add, answer, make, make_limits, only_batch, request, step
 from schedule.paged import check_empty, seqs_of
 
@@ -167,19 +168,24 @@ def test_cancel_with_a_reason_of_its_own_and_of_nobody():
         (
             [1],
             {"max_tokens": 0},
-            "request 'x': max_tokens is 0; it must be a whole number, 1 or more",
+            "request 'x': max_tokens is 0; it must be a whole number, 1 to 2,147,483,647",
         ),
         (
             [1],
             {"max_tokens": -3},
-            "request 'x': max_tokens is -3; it must be a whole number, 1 or more",
+            "request 'x': max_tokens is -3; it must be a whole number, 1 to 2,147,483,647",
         ),
         (
             [1],
             {"max_tokens": float("nan")},
-            "request 'x': max_tokens is nan; it must be a whole number, 1 or more",
+            "request 'x': max_tokens is nan; it must be a whole number, 1 to 2,147,483,647",
         ),
-        ([1], {"priority": 0.5}, "request 'x': priority is 0.5; it must be a whole number"),
+        (
+            [1],
+            {"priority": 0.5},
+            "request 'x': priority is 0.5; it must be a whole number, -2,147,483,648 to "
+            "2,147,483,647",
+        ),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_and_harms_nobody(prompt, kwargs, message):
@@ -223,4 +229,4 @@ def test_the_caller_s_prompt_is_copied():
 def test_limits_are_positive(size):
     with pytest.raises(SpecError) as refused:
         make_limits(**{size: 0})
-    assert str(refused.value) == f"scheduler: {size} is 0; it must be a whole number, 1 or more"
+    assert str(refused.value) == f"scheduler: {size} is 0; it must be {RANGES[size]}"

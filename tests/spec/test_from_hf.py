@@ -7,6 +7,7 @@ from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, quantization_of, read_config, weight_block_size
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.ranges import RANGES
 
 # What these models publish, as transformers 4 wrote it, without what from_hf does not read.
 MIXTRAL = {
@@ -415,29 +416,53 @@ def test_rope_scalings():
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (MIXTRAL, {"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
-        (MIXTRAL, {"hidden_size": True}, "hidden_size is True; it must be a whole number"),
+        (
+            MIXTRAL,
+            {"hidden_size": "big"},
+            f"hidden_size is 'big'; it must be {RANGES['hidden_size']}",
+        ),
+        (
+            MIXTRAL,
+            {"hidden_size": True},
+            f"hidden_size is True; it must be {RANGES['hidden_size']}",
+        ),
         (MIXTRAL, {"vocab_size": None}, "vocab_size is missing"),
         (
             MIXTRAL,
             {"num_local_experts": None},
             "num_experts or num_local_experts or n_routed_experts is missing",
         ),
-        (MIXTRAL, {"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; it must be a number"),
+        (
+            MIXTRAL,
+            {"rms_norm_eps": "x"},
+            f"rms_norm_eps is 'x'; it must be {RANGES['rms_norm_eps']}",
+        ),
         (MIXTRAL, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
-        (MIXTRAL, {"num_attention_heads": 0}, "num_attention_heads is 0; it must be positive"),
+        (
+            MIXTRAL,
+            {"num_attention_heads": 0},
+            f"num_attention_heads is 0; it must be {RANGES['num_attention_heads']}",
+        ),
         (
             MIXTRAL,
             {"num_key_value_heads": 5},
             "num_key_value_heads is 5; it must divide the 32 attention heads",
         ),
-        (MIXTRAL, {"sliding_window": 0}, "sliding_window holds 0; a window must be at least 1"),
+        (
+            MIXTRAL,
+            {"sliding_window": 0},
+            f"sliding_window is 0; it must be {RANGES['sliding_window']}",
+        ),
         (
             MIXTRAL,
             {"torch_dtype": "float64"},
             "dtype 'float64' is not supported; supported: float32, bfloat16, float16",
         ),
-        (MIXTRAL, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a whole number"),
+        (
+            MIXTRAL,
+            {"eos_token_id": "</s>"},
+            f"eos_token_id is '</s>'; it must be {RANGES['eos_token_id']}",
+        ),
         (
             MIXTRAL,
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -447,7 +472,7 @@ def test_rope_scalings():
         (
             MIXTRAL,
             {"rope_scaling": {"type": "linear", "factor": -1.0}},
-            "rope_scaling has a factor of -1.0; it must be positive",
+            f"factor is -1.0; it must be {RANGES['factor']}",
         ),
         (
             MIXTRAL,
@@ -456,7 +481,11 @@ def test_rope_scalings():
         ),
         (MIXTRAL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         (QWEN2_MOE, {"mlp_only_layers": 3}, "mlp_only_layers is 3; it must be a list"),
-        (QWEN2_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be positive"),
+        (
+            QWEN2_MOE,
+            {"decoder_sparse_step": 0},
+            f"decoder_sparse_step is 0; it must be {RANGES['decoder_sparse_step']}",
+        ),
         (
             QWEN2_MOE,
             {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 24},
@@ -538,7 +567,7 @@ def test_reading_the_file(tmp_path):
         read_config(tmp_path)
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(SpecError, match=r"config\.json is malformed: Expecting property name"):
+    with pytest.raises(SpecError, match=r"config\.json is not JSON: Expecting property name"):
         read_config(tmp_path)
     path.write_text("[1]")
     with pytest.raises(SpecError, match="holds no JSON object"):

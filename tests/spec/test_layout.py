@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Coordinates, Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.ranges import RANGES
 
 TINY = PRESETS["paper-tiny"]
 
@@ -156,14 +157,17 @@ def test_text_leaves_out_ones_and_spaces_are_allowed():
         ("=2", "layout '=2': unknown axis ''; valid: replicas, pp, dp, tp, ep"),
         ("TP=2", "layout 'TP=2': unknown axis 'TP'; valid: replicas, pp, dp, tp, ep"),
         ("tp=2,tp=2", "layout 'tp=2,tp=2': tp is given twice"),
-        ("tp", "layout 'tp': tp='' is not a whole number from 1 to 999999"),
-        ("tp=", "layout 'tp=': tp='' is not a whole number from 1 to 999999"),
-        ("tp=-2", "layout 'tp=-2': tp='-2' is not a whole number from 1 to 999999"),
-        ("tp=2.0", "layout 'tp=2.0': tp='2.0' is not a whole number from 1 to 999999"),
-        ("tp=2=3", "layout 'tp=2=3': tp='2=3' is not a whole number from 1 to 999999"),
-        ("tp=²", "layout 'tp=²': tp='²' is not a whole number from 1 to 999999"),
-        ("tp=1000000", "layout 'tp=1000000': tp='1000000' is not a whole number from 1 to 999999"),
-        ("tp=0", "layout tp=0: tp=0; it must be 1 or more"),
+        ("tp", "layout 'tp': tp is ''; it must be a whole number, 1 to 1,000,000"),
+        ("tp=", "layout 'tp=': tp is ''; it must be a whole number, 1 to 1,000,000"),
+        ("tp=-2", "layout 'tp=-2': tp is '-2'; it must be a whole number, 1 to 1,000,000"),
+        ("tp=2.0", "layout 'tp=2.0': tp is '2.0'; it must be a whole number, 1 to 1,000,000"),
+        ("tp=2=3", "layout 'tp=2=3': tp is '2=3'; it must be a whole number, 1 to 1,000,000"),
+        ("tp=²", "layout 'tp=²': tp is '²'; it must be a whole number, 1 to 1,000,000"),
+        (
+            "tp=1000001",
+            "layout 'tp=1000001': tp is '1000001'; it must be a whole number, 1 to 1,000,000",
+        ),
+        ("tp=0", "layout 'tp=0': tp is '0'; it must be a whole number, 1 to 1,000,000"),
         (
             "dp=4,ep=3",
             "layout dp=4,ep=3: ep=3 does not divide dp × tp = 4; valid ep: 1, 2, 4",
@@ -187,13 +191,13 @@ def test_what_cannot_be_parsed(text, message):
 def test_sizes_under_one(axis, size):
     with pytest.raises(SpecError) as error:
         Layout(**{axis: size})
-    assert str(error.value) == f"layout {axis}={size}: {axis}={size}; it must be 1 or more"
+    assert str(error.value) == f"layout: {axis} is {size}; it must be {RANGES[axis]}"
 
 
 def test_a_huge_mistake_is_refused_at_once():
-    with pytest.raises(SpecError, match="ep=999983 does not divide dp × tp = 999998000001"):
+    with pytest.raises(SpecError, match="has 999,998,000,001 ranks; valid: 1,000,000 at most"):
         Layout.parse("dp=999999,tp=999999,ep=999983")
-    with pytest.raises(SpecError, match="is not a whole number"):
+    with pytest.raises(SpecError, match="it must be a whole number"):
         Layout.parse("tp=" + "9" * 5000)
 
 

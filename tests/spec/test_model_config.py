@@ -5,6 +5,7 @@ import pytest
 from expertlane.errors import SpecError
 from expertlane.spec.model import PRESETS
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.ranges import RANGES
 
 TINY = PRESETS["paper-tiny"]
 
@@ -72,7 +73,7 @@ def test_one_of_everything_is_a_model():
 def test_sizes_must_be_positive(field, value):
     with pytest.raises(SpecError) as error:
         TINY.with_overrides(**{field: value})
-    assert str(error.value) == f"model paper-tiny: {field} is {value}; it must be positive"
+    assert str(error.value) == f"model paper-tiny: {field} is {value}; it must be {RANGES[field]}"
 
 
 def test_more_experts_per_token_than_experts():
@@ -152,17 +153,26 @@ _LATENT = LatentAttention(5, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=
     ("overrides", "message"),
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide the 16 attention"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must divide the 16 attention"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be a whole number, 1 to"),
         ({"sliding_window": (4, None)}, "sliding_window has 2 entries; it must have one for each"),
-        ({"sliding_window": (4, None, 0, 1)}, "sliding_window holds 0; a window must be at least"),
-        ({"rope_scaling": RopeScaling("linear", math.nan, 8)}, "rope_scaling has a factor of nan"),
+        (
+            {"sliding_window": (4, None, 0, 1)},
+            "sliding_window holds 0; it must be a whole number",
+        ),
+        (
+            {"rope_scaling": RopeScaling("linear", math.nan, 8)},
+            "rope_scaling: factor is nan",
+        ),
         ({"latent": _LATENT, "head_dim": 6}, "head_dim is 6; with latent attention it must be"),
         ({"latent": _LATENT, "qkv_bias": True}, "latent attention takes no qkv_bias, qk_norm,"),
-        ({"latent": LatentAttention(5, 1, 3, 3)}, "has a size under 1 or an odd qk_rope_head_dim"),
-        ({"latent": LatentAttention(5, 2, 2, 0)}, "has a size under 1 or an odd qk_rope_head_dim"),
-        ({"latent": LatentAttention(5, 2, 2, 3, 0)}, "has a size under 1 or an odd qk_rope"),
+        (
+            {"latent": LatentAttention(5, 1, 3, 3)},
+            "qk_rope_head_dim is 3; rotary positions need",
+        ),
+        ({"latent": LatentAttention(5, 2, 2, 0)}, "latent: v_head_dim is 0; it must be a whole"),
+        ({"latent": LatentAttention(5, 2, 2, 3, 0)}, "latent: q_lora_rank is 0; it must be a"),
         ({"routing": Routing(n_group=3)}, "n_group is 3; it must divide the 16 experts"),
-        ({"routing": Routing(n_group=0)}, "n_group is 0; it must divide the 16 experts"),
+        ({"routing": Routing(n_group=0)}, "routing: n_group is 0; it must be a whole number"),
         ({"routing": Routing(n_group=4, topk_group=5)}, "topk_group is 5; it must be from 1 to"),
         (
             {"routing": Routing(n_group=16), "num_experts_per_tok": 2},
@@ -179,7 +189,7 @@ _LATENT = LatentAttention(5, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=
         ),
         ({"dense_layers": (0,)}, "intermediate_size is 0; the dense layers need a positive one"),
         ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1; it must"),
-        ({"swiglu_limit": 7.0}, "swiglu_limit is 7.0; it must be positive, and gated_mlp true"),
+        ({"swiglu_limit": 7.0}, "swiglu_limit is 7; it needs gated_mlp true"),
     ],
 )
 def test_features_that_do_not_fit(overrides, message):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from expertlane.errors import UserError
+from expertlane.spec.ranges import RANGES
 from expertlane.spec.sampling import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
@@ -37,24 +38,41 @@ def test_plain_greedy_needs_no_logits(asked, needs_logits):
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "valid"),
+    ("name", "values"),
     [
-        ("temperature", [-0.1, NAN, INF, "1", None, True, 10**400], "a finite number, 0 or more"),
-        ("top_p", [0, -0.5, 1.01, NAN, INF, None, [0.5]], "above 0 and at most 1"),
-        ("min_p", [-0.01, 1.01, NAN, None], "0 to 1"),
-        ("repetition_penalty", [0, -1, NAN, INF, None], "a finite number above 0"),
-        ("presence_penalty", [-2.1, 2.1, NAN, INF, "0"], "-2 to 2"),
-        ("frequency_penalty", [-2.1, 2.1, NAN, INF, "0"], "-2 to 2"),
-        ("top_k", [-1, 0.5, 3.0, NAN, True, "3", None], "a whole number, 0 or more"),
-        ("max_tokens", [0, -5, 2.0, NAN, True, None], "a whole number, 1 or more"),
-        ("seed", [-1, 2**64, 1.0, True, "1"], "a whole number, 0 to 2**64 - 1"),
-        ("logprobs", [-1, 21, 1.0, True], "a whole number, 0 to 20"),
-        ("ignore_eos", [None, 1, "yes"], "true or false"),
-        ("stop", [None, 5, b"x"], "a list of strings, none empty"),
-        ("stop_token_ids", [None, 5, "5"], "a list of whole numbers, 0 or more"),
+        ("temperature", [-0.1, NAN, INF, "1", None, True, 10**30]),
+        ("top_p", [0, -0.5, 1.01, NAN, INF, None, [0.5]]),
+        ("min_p", [-0.01, 1.01, NAN, None]),
+        ("repetition_penalty", [0, -1, NAN, INF, None]),
+        ("presence_penalty", [-2.1, 2.1, NAN, INF, "0"]),
+        ("frequency_penalty", [-2.1, 2.1, NAN, INF, "0"]),
+        ("top_k", [-1, 0.5, 3.0, NAN, True, "3", None]),
+        ("max_tokens", [0, -5, 2.0, NAN, True, None]),
+        ("seed", [-1, 2**64, 1.0, True, "1"]),
+        ("logprobs", [-1, 21, 1.0, True]),
     ],
 )
-def test_a_bad_value_is_refused_in_one_line(name, values, valid):
+def test_a_number_out_of_its_range_is_refused_in_one_line(name, values):
+    for value in values:
+        with pytest.raises(UserError) as refused:
+            SamplingParams(**{name: value})
+        assert str(refused.value) == f"sampling: {name} is {value!r}; it must be {RANGES[name]}"
+
+
+def test_a_number_of_many_digits_is_not_written_out():
+    with pytest.raises(UserError, match=r"^sampling: seed is a number of about 9,000 digits; it"):
+        SamplingParams(seed=10**8999)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "valid"),
+    [
+        ("ignore_eos", [None, 1, "yes"], "true or false"),
+        ("stop", [None, 5, b"x"], "a list of strings, none empty"),
+        ("stop_token_ids", [None, 5, "5"], "a list of whole numbers"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_one_line(name, values, valid):
     for value in values:
         with pytest.raises(UserError) as refused:
             SamplingParams(**{name: value})
@@ -62,30 +80,31 @@ def test_a_bad_value_is_refused_in_one_line(name, values, valid):
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "shown"),
+    ("name", "values", "line"),
     [
-        ("stop", "", "''"),
-        ("stop", ["end", ""], "''"),
-        ("stop", ["end", 3], "3"),
-        ("stop_token_ids", [1, True], "True"),
-        ("stop_token_ids", [1, 2.0], "2.0"),
-        ("stop_token_ids", [-1], "-1"),
-        ("stop_token_ids", np.array([1.5]), "1.5"),
+        ("stop", "", "''; it must be a string, not empty"),
+        ("stop", ["end", ""], "''; it must be a string, not empty"),
+        ("stop", ["end", 3], "3; it must be a string, not empty"),
+        ("stop_token_ids", [1, True], "True; it must be a whole number, 0 to 2,147,483,647"),
+        ("stop_token_ids", [1, 2.0], "2.0; it must be a whole number, 0 to 2,147,483,647"),
+        ("stop_token_ids", [-1], "-1; it must be a whole number, 0 to 2,147,483,647"),
+        ("stop_token_ids", np.array([1.5]), "1.5; it must be a whole number, 0 to 2,147,483,647"),
     ],
 )
-def test_a_bad_value_in_a_list_is_named(name, values, shown):
-    with pytest.raises(UserError, match=rf"^sampling: {name} holds {shown}; it must be a list of "):
+def test_a_bad_value_in_a_list_is_named(name, values, line):
+    with pytest.raises(UserError) as refused:
         SamplingParams(**{name: values})
+    assert str(refused.value) == f"sampling: {name} holds {line}"
 
 
 @pytest.mark.parametrize(
     "asked",
     [
         {"temperature": 0, "top_p": 1, "min_p": 0, "top_k": 0, "logprobs": 0},
-        {"temperature": 1e9, "top_p": 1e-9, "min_p": 1, "top_k": 10**12, "logprobs": 20},
+        {"temperature": 1e9, "top_p": 1e-9, "min_p": 1, "top_k": 2**31 - 1, "logprobs": 20},
         {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1e-9},
         {"seed": 0, "max_tokens": 1},
-        {"seed": 2**64 - 1, "max_tokens": 10**9},
+        {"seed": 2**64 - 1, "max_tokens": 2**31 - 1},
     ],
 )
 def test_values_at_the_limits_are_taken(asked):

@@ -3,6 +3,7 @@ import pytest
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import PRESETS
+from expertlane.spec.ranges import RANGES
 from expertlane.spec.workload import Workload
 
 TINY = PRESETS["paper-tiny"]  # 64 positions
@@ -19,14 +20,14 @@ def test_counts_under_one(field, value):
     sizes = {"num_sequences": 1, "prompt_len": 1, "output_len": 1} | {field: value}
     with pytest.raises(SpecError) as error:
         Workload(**sizes)
-    assert str(error.value) == f"workload: {field} is {value}; it must be 1 or more"
+    assert str(error.value) == f"workload: {field} is {value}; it must be {RANGES[field]}"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seeds_out_of_range(seed):
     with pytest.raises(SpecError) as error:
         Workload(1, 1, 1, seed=seed)
-    assert str(error.value) == f"workload: seed is {seed}; it must be 0 to 2**64 - 1"
+    assert str(error.value) == f"workload: seed is {seed}; it must be {RANGES['seed']}"
 
 
 def test_the_largest_seed_can_be_drawn_from():

@@ -9,10 +9,11 @@ from typing import Any
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.atomic_file import write_whole
+from expertlane.spec.input_file import CONFIG_BYTES
+from expertlane.spec.parse import read_json
+from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1
-_MAX_DIGITS = 18  # of a number; far beyond any model
-_SHOWN_LENGTH = 60  # of a wrong value, in a message
 
 
 @dataclass(frozen=True)
@@ -127,31 +128,11 @@ def read_placement(path: Path) -> ModelPlacement:
         UserError: the file is missing or damaged, of another schema version, or breaks a rule of
             a placement; one line that names the file.
     """
+    data = read_json(path, CONFIG_BYTES)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors may begin it with a byte order mark
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
-    except ValueError as error:  # a null byte in the path
-        raise UserError(f"cannot read {str(path)!r}: {error}") from error
-    try:
-        return _parse(json.loads(text, parse_int=_parse_int))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{path} is not a placement file: it is nested too deeply") from error
+        return _parse(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _parse_int(text: str) -> int:
-    num_digits = len(text.removeprefix("-"))
-    if num_digits > _MAX_DIGITS:
-        raise UserError(f"a number has {num_digits:,} digits; valid: at most {_MAX_DIGITS}")
-    return int(text)
 
 
 def _parse(data: object) -> ModelPlacement:
@@ -160,15 +141,14 @@ def _parse(data: object) -> ModelPlacement:
     version = data["schema_version"]
     if not _is_int(version) or version != SCHEMA_VERSION:
         raise UserError(
-            f"schema_version is {_shown(version)}; this expertlane reads {SCHEMA_VERSION}"
+            f"schema_version is {shown(version)}; this expertlane reads {SCHEMA_VERSION}"
         )
     _check_keys("the file", data, {"schema_version", "model", "num_experts", "ep", "layers"})
     num_experts, ep = data["num_experts"], data["ep"]
     if not isinstance(data["model"], str) or not data["model"].isprintable():
-        raise UserError(f"model is {_shown(data['model'])}; it must be a name, one line of text")
+        raise UserError(f"model is {shown(data['model'])}; it must be a name, one line of text")
     for name, value in (("num_experts", num_experts), ("ep", ep)):
-        if not _is_int(value) or value < 1:
-            raise UserError(f"{name} is {_shown(value)}; it must be a whole number, at least 1")
+        take(name, value)
     if not isinstance(data["layers"], list):
         raise UserError("layers must be a list")
     layers: dict[int, Placement] = {}
@@ -190,15 +170,14 @@ def _parse_layer(position: int, entry: object) -> tuple[int, tuple[tuple[int, ..
         raise UserError(f"entry {position} of layers must be an object")
     _check_keys(f"entry {position} of layers", entry, {"layer", "experts_of_rank"})
     layer, ranks = entry["layer"], entry["experts_of_rank"]
-    if not _is_int(layer) or layer < 0:
-        raise UserError(f"layer is {_shown(layer)}; it must be a whole number, at least 0")
-    if not (
-        isinstance(ranks, list)
-        and all(isinstance(experts, list) and all(map(_is_int, experts)) for experts in ranks)
-    ):
+    take("layer", layer)
+    if not (isinstance(ranks, list) and all(isinstance(experts, list) for experts in ranks)):
         raise UserError(
             f"layer {layer}: experts_of_rank must be a list of lists of whole numbers, one a rank"
         )
+    for experts in ranks:
+        for expert in experts:
+            RANGES["expert"].take(f"layer {layer}: experts_of_rank", expert, "holds")
     return layer, tuple(map(tuple, ranks))
 
 
@@ -206,13 +185,7 @@ def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
     if missing := keys - data.keys():
         raise UserError(f"{what} lacks {min(missing)}")
     if unknown := data.keys() - keys:
-        raise UserError(f"{what} has the unknown key {min(unknown)}; it has {sorted(keys)}")
-
-
-def _shown(value: object) -> str:
-    """A value on one line, cut when long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
+        raise UserError(f"{what} has the unknown key {shown(min(unknown))}; it has {sorted(keys)}")
 
 
 def _is_int(value: object) -> bool:

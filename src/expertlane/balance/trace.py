@@ -1,22 +1,25 @@
 """Which experts each token chose, kept in a file."""
 
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.atomic_file import write_whole
+from expertlane.spec.input_file import TRACE_BYTES, check_regular
+from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "model", "num_experts", "layers", "topk_ids", "step")
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, MemoryError)
-_SHOWN_LENGTH = 60  # of a wrong name, in a message
+_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, struct.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +46,10 @@ class RoutingTrace:
 
     def __post_init__(self) -> None:
         ids = self.topk_ids
-        if self.num_experts < 1:
-            raise SpecError(f"trace: num_experts is {self.num_experts}; it must be at least 1")
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+        take("num_experts", self.num_experts, "trace: num_experts")
+        for layer in self.layers:
+            RANGES["layer"].take("trace: layers", layer, "holds")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise SpecError("trace: layers must be indices of hidden layers, one or more, rising")
         if ids.ndim != 3 or ids.dtype not in (np.int16, np.int32):
             raise SpecError(
@@ -108,7 +112,6 @@ class RoutingTraceWriter:
         self._num_experts = num_experts
         self._num_experts_per_tok = num_experts_per_tok
         self._layers = tuple(layers)
-        self._dtype = np.int16 if num_experts <= np.iinfo(np.int16).max else np.int32
         self._parts: dict[int, dict[int, list[npt.NDArray[np.integer]]]] = {}
 
     def add(self, step: int, layer: int, topk_ids: npt.NDArray[np.integer]) -> None:
@@ -124,7 +127,7 @@ class RoutingTraceWriter:
                 f"topk_ids of shape {topk_ids.shape}; "
                 f"it must be [num_tokens, {self._num_experts_per_tok}]"
             )
-        of_step[layer].append(topk_ids.astype(self._dtype))
+        of_step[layer].append(topk_ids.astype(np.int16))
 
     def trace(self) -> RoutingTrace:
         """All that was added.
@@ -134,14 +137,14 @@ class RoutingTraceWriter:
         """
         columns = []
         steps = sorted(self._parts)
-        nothing = np.zeros((0, self._num_experts_per_tok), dtype=self._dtype)
+        nothing = np.zeros((0, self._num_experts_per_tok), dtype=np.int16)
         for step in steps:
             layers = [np.concatenate([nothing, *parts]) for parts in self._parts[step].values()]
             lengths = sorted({len(ids) for ids in layers})
             if len(lengths) > 1:
                 raise ValueError(f"step {step}: layers with {lengths[0]} and {lengths[-1]} tokens")
             columns.append(np.stack(layers))
-        empty = np.zeros((len(self._layers), *nothing.shape), dtype=self._dtype)
+        empty = np.zeros((len(self._layers), *nothing.shape), dtype=np.int16)
         return RoutingTrace(
             self._model,
             self._num_experts,
@@ -186,14 +189,10 @@ def read_trace(path: Path) -> RoutingTrace:
         UserError: the file is missing, damaged or of another kind or schema version, or breaks a
             rule of a trace; one line that names the file.
     """
+    check_regular(path, TRACE_BYTES)
     try:
-        with path.open("rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is not a routing trace: it is a single array")
-            if missing := [key for key in _KEYS if key not in arrays.files]:
-                raise UserError(f"{path} is not a routing trace: it lacks {missing[0]}")
-            found = {key: arrays[key] for key in _KEYS}
+        with zipfile.ZipFile(path) as archive:
+            found = _arrays(path, archive)
     except _DAMAGED as error:
         raise UserError(f"{path} is not a routing trace, or is damaged") from error
     except OSError as error:
@@ -204,6 +203,34 @@ def read_trace(path: Path) -> RoutingTrace:
         raise UserError(f"{path}: {error}") from error
 
 
+def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, npt.NDArray[Any]]:
+    """All arrays; none is made before it is known how large it is, packed or not."""
+    names = set(archive.namelist())
+    if missing := [key for key in _KEYS if f"{key}.npy" not in names]:
+        raise UserError(f"{path} is not a routing trace: it lacks {missing[0]}")
+    sizes = {key: archive.getinfo(f"{key}.npy").file_size for key in _KEYS}
+    if sum(sizes.values()) > TRACE_BYTES:
+        raise UserError(
+            f"{path}: {sum(sizes.values()):,} bytes when unpacked; at most {TRACE_BYTES:,} are read"
+        )
+    found = {}
+    for key, size in sizes.items():
+        with archive.open(f"{key}.npy") as member:
+            shape, _, dtype = _header(member)
+            if prod(shape) * dtype.itemsize > size:  # else as much is set aside as it claims
+                raise UserError(f"{path} is not a routing trace, or is damaged")
+        with archive.open(f"{key}.npy") as member:
+            found[key] = np.lib.format.read_array(member, allow_pickle=False)
+    return found
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
+
+
 def _parse(found: dict[str, npt.NDArray[Any]]) -> RoutingTrace:
     _check_kind(found, "schema_version", "i", 0)
     if (version := int(found["schema_version"])) != SCHEMA_VERSION:
@@ -212,7 +239,7 @@ def _parse(found: dict[str, npt.NDArray[Any]]) -> RoutingTrace:
         _check_kind(found, key, kind, num_dims)
     model = str(found["model"])
     if not model.isprintable():
-        raise UserError(f"model is {model[:_SHOWN_LENGTH]!r}; it must be a name, one line of text")
+        raise UserError(f"model is {shown(model)}; it must be a name, one line of text")
     return RoutingTrace(
         model,
         int(found["num_experts"]),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.ranges import take, take_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from expertlane.balance.placement_file import ModelPlacement
     from expertlane.balance.trace import RoutingTrace
 
-MAX_RANKS = 1024
-MAX_SLOTS = 4096
 _MAX_ROWS = 20  # layers in the table
 
 
@@ -123,14 +122,7 @@ def balance(
     from expertlane.balance.trace import read_trace
 
     read = read_trace(trace)
-    if read.num_experts > MAX_SLOTS:
-        raise UserError(
-            f"{trace} has {read.num_experts:,} experts a layer; valid: at most {MAX_SLOTS:,}"
-        )
-    if redundant + read.num_experts > MAX_SLOTS:
-        raise UserError(
-            f"--redundant is {redundant}; valid: at most {MAX_SLOTS:,} physical experts"
-        )
+    take("num_slots", redundant + read.num_experts, f"--redundant {redundant}: physical experts")
     if placement is None:
         after = _made(read, ranks, nodes_of, redundant, method, not no_coactivation)
         num_redundant = redundant
@@ -142,10 +134,8 @@ def balance(
 
 
 def _checked_ranks_per_node(ranks: int, ranks_per_node: int | None, redundant: int) -> int:
-    if not 1 <= ranks <= MAX_RANKS:
-        raise UserError(f"--ranks is {ranks}; valid: 1 to {MAX_RANKS:,}")
-    if redundant < 0:
-        raise UserError(f"--redundant is {redundant}; valid: 0 or more")
+    take_option("--ranks", ranks)
+    take("num_redundant_experts", redundant, "--redundant")
     if ranks_per_node is None:
         return ranks
     if ranks_per_node < 1 or ranks % ranks_per_node:

@@ -43,11 +43,11 @@ from expertlane.cli.load_options import (
     PromptLen,
     Rate,
     Seed,
-    check_seed,
     parse_loads,
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
+from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.results.serving import ServingResults
@@ -145,7 +145,7 @@ def bench(
         oversubscribe=oversubscribe,
     )
     loads = parse_loads(batch, rate, num_requests, prompt_len, output_len)
-    check_seed(seed)
+    take_option("--seed", seed)
     found = find_model(model)
     layouts = [found.lay_out(each) for each in layout or ["tp=1"]]
     _check(found, options, loads, layouts)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Dtype
+from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Dtype
 from expertlane.errors import UserError
+from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.cost.profile import Profile
     from expertlane.experiment.calibrate import Calibration
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MAX_RANKS = 1024
 
 _NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="What the machine shall be called.")
@@ -94,10 +94,8 @@ def _checked(name: str, ranks: int | None, out: Path | None, timeout_s: float) -
         raise UserError(
             f"NAME is {name!r}; it must be up to 64 letters, digits, dots, dashes and underscores"
         )
-    if ranks is not None and not 1 <= ranks <= _MAX_RANKS:
-        raise UserError(f"--ranks is {ranks}; valid: 1 to {_MAX_RANKS:,}")
-    if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, up to {MAX_TIMEOUT_S:g}")
+    take_option("--ranks", ranks)
+    take_option("--timeout-s", timeout_s)
     path = Path(f"{name}.toml") if out is None else out
     if path.suffix != ".toml":
         raise UserError(f"--out is {path}; a profile's file must end in .toml")

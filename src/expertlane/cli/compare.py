@@ -17,6 +17,7 @@ from expertlane.cli.compare_output import (
 )
 from expertlane.cli.publish import FILES, JSON_HELP, slug
 from expertlane.errors import CapacityError, SpecError, UserError
+from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.engine.pool import RankPool
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "paper-small"
 DEFAULT_TIMEOUT_S = 60.0
-MAX_TIMEOUT_S = 1e6
 
 
 class Dtype(StrEnum):
@@ -162,8 +162,7 @@ def compare(
       torchrun --nproc-per-node 16 -m expertlane compare
           on ranks that torchrun started
     """
-    if not (0 < timeout_s <= MAX_TIMEOUT_S):
-        raise UserError(f"--timeout-s is {timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}")
+    take_option("--timeout-s", timeout_s)
     comparisons = _comparisons(experiment, model, top_k, out)
     from expertlane.cli.output import check_folder, is_speaker
     from expertlane.engine.deployment_check import check_experiment
@@ -275,13 +274,15 @@ def _with_model(experiment: "Experiment", model_name: str) -> "Experiment":
 
 
 def _parse_top_ks(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise UserError(f"--top-k is {text!r}; it must be whole numbers with commas between: 2,1")
-    top_ks = [int(part) for part in parts]
+    allowed = RANGES["num_experts_per_tok"]
+    top_ks = [allowed.parse(part) for part in text.split(",")]
+    if None in top_ks:
+        raise UserError(
+            f"--top-k is {shown(text)}; it must be {allowed}, or several with commas between: 2,1"
+        )
     if len(set(top_ks)) < len(top_ks):
-        raise UserError(f"--top-k is {text!r}; a number is given twice")
-    return top_ks
+        raise UserError(f"--top-k is {shown(text)}; a number is given twice")
+    return [int(top_k) for top_k in top_ks if top_k is not None]
 
 
 def _dtype_of(comparisons: "list[tuple[Experiment, Path]]", dtype: Dtype | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from expertlane.cli.publish import publish
 from expertlane.errors import UserError
+from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.experiment.projection import ExperimentProjector
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PROFILE = "h100"
 DEFAULT_SKEW = 1.0
-MAX_SKEW = 10.0
 
 
 class Shown:
@@ -93,8 +93,7 @@ def projectors_of(
             option = "--skew" if cluster is None else "--cluster"
             raise UserError(f"{option} is of a projection; add --project")
         return {}
-    if not 0 <= skew <= MAX_SKEW:
-        raise UserError(f"--skew is {skew:g}; valid: 0 to {MAX_SKEW:g}")
+    take_option("--skew", skew)
     from expertlane.cost.cluster import parse_cluster
     from expertlane.experiment.projection import ExperimentProjector, usual_number_type
 

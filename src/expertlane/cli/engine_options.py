@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from expertlane.cli.compare import MAX_TIMEOUT_S, Dtype
+from expertlane.cli.compare import Dtype
 from expertlane.errors import UserError
+from expertlane.spec.ranges import take_fields
 
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
@@ -150,7 +151,7 @@ class EngineOptions:
     """Options of `LLM`, under its names.
 
     Raises:
-        UserError: `timeout_s` is out of range.
+        UserError: a number is out of its range.
     """
 
     dtype: Dtype | None
@@ -166,10 +167,7 @@ class EngineOptions:
     oversubscribe: bool
 
     def __post_init__(self) -> None:
-        if not (0 < self.timeout_s <= MAX_TIMEOUT_S):
-            raise UserError(
-                f"--timeout-s is {self.timeout_s:g}; valid: above 0, at most {MAX_TIMEOUT_S:g}"
-            )
+        take_fields(self, lambda field: f"--{field.replace('_', '-')}")
 
 
 def deployment_options(

@@ -41,6 +41,8 @@ from expertlane.cli.engine_options import (
     find_model,
 )
 from expertlane.errors import UserError
+from expertlane.spec.input_file import PROMPTS_BYTES, read_stream
+from expertlane.spec.ranges import RANGES, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -287,21 +289,19 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
 
     prompts: list[Prompt] = [*texts]
     if file is not None:
-        try:
-            prompts += _lines(file.read_text(encoding="utf-8"), str(file))
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: byte {error.start} is not UTF-8") from None
+        prompts += _lines(read_stream(file, PROMPTS_BYTES), str(file))
     prompts += map(_parse_token_ids, token_ids)
     if prompts or not is_speaker():  # the ranks of torchrun share one standard input
         return prompts
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("there is no prompt; give one, or --file, --token-ids or --chat")
     try:
-        return [*_lines(sys.stdin.read(), "standard input")]
+        text = sys.stdin.read(PROMPTS_BYTES + 1)
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: byte {error.start} is not {error.encoding}") from None
+    if len(text) > PROMPTS_BYTES:
+        raise UserError(f"standard input: at most {PROMPTS_BYTES:,} characters are read")
+    return [*_lines(text, "standard input")]
 
 
 def _lines(text: str, source: str) -> list[str]:
@@ -312,10 +312,12 @@ def _lines(text: str, source: str) -> list[str]:
 
 
 def _parse_token_ids(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise UserError(f"--token-ids is {text!r}; it must be whole numbers with commas between")
-    return [int(part) for part in parts]
+    token_ids = [RANGES["stop_token_ids"].parse(part) for part in text.split(",")]
+    if None in token_ids:
+        raise UserError(
+            f"--token-ids is {shown(text)}; it must be whole numbers with commas between"
+        )
+    return [int(token_id) for token_id in token_ids if token_id is not None]
 
 
 def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:

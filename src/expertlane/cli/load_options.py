@@ -1,21 +1,17 @@
 """What `bench` and `simulate` share: the options of a load, and how they are read."""
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertlane.errors import UserError
+from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.spec.load import LengthRange, Load
 
 _DEFAULT_BATCH = "1,8,32"
 _DEFAULT_NUM_REQUESTS = 100
-_MAX_DIGITS = 7
-
-_Number = TypeVar("_Number", int, float)
 
 Batch = Annotated[
     str | None,
@@ -47,16 +43,6 @@ OutputLen = Annotated[
 Seed = Annotated[int, typer.Option(metavar="N", help="Of prompts, lengths and arrivals.")]
 
 
-def check_seed(seed: int) -> None:
-    """Check a seed.
-
-    Raises:
-        UserError: it is negative.
-    """
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; it must be 0 or more")
-
-
 def parse_loads(
     batch: str | None,
     rate: str | None,
@@ -74,15 +60,12 @@ def parse_loads(
     prompts, outputs = _length("prompt", prompt_len), _length("output", output_len)
     if batch is not None and rate is not None:
         raise UserError("--batch and --rate exclude each other; run one, then the other")
-    if num_requests is not None and num_requests < 1:
-        raise UserError(f"--num-requests is {num_requests}; it must be 1 or more")
+    num_requests = take_option("--num-requests", num_requests)
     if rate is not None:
         size = num_requests or _DEFAULT_NUM_REQUESTS
-        rates = _parse_list("--rate", rate, _rate, "numbers above 0 with commas between: 2,5")
+        rates = _parse_list("--rate", rate, "2,5")
         return [Load(size, prompts, outputs, rate=each) for each in rates]
-    batches = _parse_list(
-        "--batch", batch or _DEFAULT_BATCH, _whole, "whole numbers with commas between: 1,8,32"
-    )
+    batches = [int(each) for each in _parse_list("--batch", batch or _DEFAULT_BATCH, "1,8,32")]
     if num_requests is not None and num_requests < max(batches):
         raise UserError(
             f"--num-requests is {num_requests} but --batch has {max(batches)}; it must be as many "
@@ -94,36 +77,26 @@ def parse_loads(
 def _length(name: str, text: str) -> "LengthRange":
     from expertlane.spec.load import LengthRange
 
-    ends = [_whole(part) for part in text.split(":")]
+    allowed = RANGES[f"{name}_len"]
+    ends = [allowed.parse(part) for part in text.split(":")]
     low, high = ends[0], ends[-1]
     if low is None or high is None or len(ends) > 2 or low > high:
         raise UserError(
-            f"--{name}-len is {text!r}; it must be a whole number, 1 or more, or a range: 32:512"
+            f"--{name}-len is {shown(text)}; it must be {allowed}, or two, the lower one first: "
+            "32:512"
         )
-    return LengthRange(low, high)
+    return LengthRange(int(low), int(high))
 
 
-def _parse_list(
-    option: str, text: str, parse: Callable[[str], _Number | None], valid: str
-) -> list[_Number]:
+def _parse_list(named: str, text: str, example: str) -> list[float]:
+    allowed = RANGES[named.removeprefix("--")]
     numbers = []
     for part in text.split(","):
-        number = parse(part)
+        number = allowed.parse(part)
         if number is None:
-            raise UserError(f"{option} is {text!r}; it must be {valid}")
+            raise UserError(
+                f"{named} is {shown(text)}; it must be {allowed}, or several with commas between: "
+                f"{example}"
+            )
         numbers.append(number)
     return numbers
-
-
-def _whole(text: str) -> int | None:
-    text = text.strip()
-    is_number = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
-    return int(text) or None if is_number else None
-
-
-def _rate(text: str) -> float | None:
-    try:
-        rate = float(text)
-    except ValueError:
-        return None
-    return rate if 0 < rate < math.inf else None

@@ -99,18 +99,16 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "expertlane"
-        _fail(error.format_message(), UserError.exit_code, hint=f"Try: {command} --help")
+        _fail(f"{error.format_message()} (try: {command} --help)", UserError.exit_code)
     if code == INTERRUPTED:
         _fail("interrupted", INTERRUPTED)
     sys.exit(code)
 
 
-def _fail(error: object, code: int, hint: str = "") -> NoReturn:
+def _fail(error: object, code: int) -> NoReturn:
     from expertlane.cli.output import is_speaker
 
     # All ranks of `torchrun` find the same mistake or get the same signal; the first one tells.
     if is_speaker() or code == ExpertlaneError.exit_code:
         print("expertlane: error:", " ".join(str(error).split()), file=sys.stderr)
-        if hint:
-            print(hint, file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,5 @@
 """`expertlane plan`: which deployment of a model to choose on a cluster, and why."""
 
-import math
 import os
 import shlex
 import sys
@@ -23,6 +22,7 @@ from expertlane.cli.projection_options import (
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
+from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.cli.engine_options import FoundModel
@@ -32,11 +32,8 @@ if TYPE_CHECKING:
     from expertlane.spec.model import ModelConfig
 
 _EXPERIMENT = "experiment.toml"
-_WORKLOAD_KEYS = ("num_sequences", "prompt_len", "output_len")
-_MAX_DIGITS = 9
-
-DEFAULT_WORKLOAD = "num_sequences=256,prompt_len=1024,output_len=256"
-
+_DEFAULT_WORKLOAD = {"num_sequences": 256, "prompt_len": 1024, "output_len": 256}
+DEFAULT_WORKLOAD = ",".join(f"{key}={number}" for key, number in _DEFAULT_WORKLOAD.items())
 
 _Model = Annotated[
     str,
@@ -162,9 +159,8 @@ def _served(found: "FoundModel") -> "Served":
 def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
     from expertlane.plan.setting import Goals
 
-    for option, value in (("--max-tpot-ms", max_tpot_ms), ("--max-ttft-ms", max_ttft_ms)):
-        if value is not None and not (0 < value < math.inf):
-            raise UserError(f"{option} is {value:g}; it must be a positive number of milliseconds")
+    take_option("--max-tpot-ms", max_tpot_ms)
+    take_option("--max-ttft-ms", max_ttft_ms)
     seconds = [None if value is None else value / 1e3 for value in (max_tpot_ms, max_ttft_ms)]
     return Goals(*seconds)
 
@@ -175,15 +171,19 @@ def _traffic(text: str, model: "ModelConfig") -> "Traffic":
     from expertlane.spec.workload import Workload
 
     values: dict[str, int] = {}
-    for part in f"{DEFAULT_WORKLOAD},{text}".split(","):
+    for part in text.split(","):
         key, _, value = (piece.strip() for piece in part.partition("="))
-        if key not in _WORKLOAD_KEYS:
+        if key not in _DEFAULT_WORKLOAD:
             raise UserError(
-                f"--workload has {part.strip()!r}; it takes {', '.join(_WORKLOAD_KEYS)}, for "
-                f"example {DEFAULT_WORKLOAD}"
+                f"--workload has {shown(part.strip())}; it takes {', '.join(_DEFAULT_WORKLOAD)}, "
+                f"for example {DEFAULT_WORKLOAD}"
             )
-        if not (value.isascii() and value.isdigit() and 0 < len(value) <= _MAX_DIGITS):
-            raise UserError(f"--workload: {key} is {value!r}; it must be a whole number, 1 or more")
-        values[key] = int(value)
+        if key in values:
+            raise UserError(f"--workload: {key} is given twice")
+        number = RANGES[key].parse(value)
+        if number is None:
+            raise UserError(f"--workload: {key} is {shown(value)}; it must be {RANGES[key]}")
+        values[key] = int(number)
+    values = _DEFAULT_WORKLOAD | values
     Workload(**values).check_model(model)
     return Traffic(**values)

@@ -32,7 +32,6 @@ from expertlane.cli.load_options import (
     OutputLen,
     PromptLen,
     Seed,
-    check_seed,
     parse_loads,
 )
 from expertlane.cli.projection_options import (
@@ -48,6 +47,7 @@ from expertlane.cli.projection_options import (
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.cost.cluster import ModelledCluster
@@ -158,7 +158,8 @@ def simulate(
     from expertlane.cost.execution import Execution
 
     load = _load(batch, rate, num_requests, prompt_len, output_len)
-    check_seed(seed)
+    take_option("--seed", seed)
+    take_option("--mtp-acceptance", mtp_acceptance)
     for name, choice in (("dispatch", dispatch), ("overlap", overlap)):
         if choice.value == "auto":
             raise UserError(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from expertlane.cost.profile import Profile
 from expertlane.cost.profile_file import read_profile, shipped_profiles
 from expertlane.errors import SpecError
+from expertlane.spec.ranges import RANGES, shown
 
-_NAMED = re.compile(r"(?P<profile>.+)x(?P<count>[0-9]{1,6})")
+_NAMED = re.compile(r"(?P<profile>.+)x(?P<count>[0-9]{1,7})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,11 @@ def parse_cluster(text: str) -> ModelledCluster:
         SpecError: not of this form, no device, an unknown profile, or a damaged file.
     """
     found = _NAMED.fullmatch(text.strip())
-    if found is None or int(found["count"]) < 1:
+    count = None if found is None else RANGES["num_devices"].parse(found["count"])
+    if found is None or count is None:
         raise SpecError(
-            f"cluster {text!r} is not PROFILExCOUNT, for example h100x16; profiles: "
+            f"cluster {shown(text)} is not PROFILExCOUNT, for example h100x16 (COUNT: "
+            f"{RANGES['num_devices']}); profiles: "
             f"{', '.join(shipped_profiles())}, or a TOML file of expertlane calibrate"
         )
-    return ModelledCluster(read_profile(found["profile"]), int(found["count"]))
+    return ModelledCluster(read_profile(found["profile"]), int(count))

@@ -6,7 +6,6 @@ shipped profile over to this one's datasheet, as bounds and wider.
 """
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,10 @@ from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis
 from expertlane.errors import SpecError
 from expertlane.spec.atomic_file import write_text
+from expertlane.spec.input_file import CONFIG_BYTES
 from expertlane.spec.names import Link
+from expertlane.spec.parse import read_toml
+from expertlane.spec.ranges import RANGES, shown
 
 _PER_LOGARITHM = 1000  # of a table's numbers
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
@@ -47,14 +49,7 @@ def read_profile(name_or_path: str | Path) -> Profile:
             f"there are {', '.join(shipped)}, or give a file that ends in .toml"
         )
     path = shipped[given] if is_name else Path(given)
-    try:
-        data = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path} is damaged: byte {error.start} is not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path} is no TOML: {error}") from None
+    data = read_toml(path, CONFIG_BYTES)
     try:
         return _profile(_Table(data, ""))
     except SpecError as error:
@@ -154,16 +149,17 @@ class _Table:
     def text(self, key: str) -> str:
         value = self.take(key)
         if not isinstance(value, str) or not value:
-            raise SpecError(f"{self.place(key)} must be text, not {value!r}")
+            raise SpecError(f"{self.place(key)} is {shown(value)}; it must be text")
         return value
 
-    def positive(self, key: str, *, or_zero: bool = False) -> float:
-        return _positive(self.take(key), self.place(key), or_zero=or_zero)
+    def number(self, key: str, named: str | None = None) -> float:
+        """A number in the range of its key, or of `named`."""
+        return RANGES[named or key].take(self.place(key), self.take(key))
 
     def table(self, key: str) -> "_Table":
         value = self.take(key)
         if not isinstance(value, dict):
-            raise SpecError(f"{self.place(key)} must be a table, not {value!r}")
+            raise SpecError(f"{self.place(key)} is {shown(value)}; it must be a table")
         return _Table(value, f"{self.place(key)}.")
 
     def tables(self, key: str) -> dict[str, "_Table"]:
@@ -178,29 +174,20 @@ class _Table:
             return Basis[value.upper()]
         except KeyError:
             known = ", ".join(each.label for each in Basis)
-            raise SpecError(f"{self.place('basis')} must be one of {known}, not {value}") from None
+            raise SpecError(
+                f"{self.place('basis')} is {shown(value)}; it must be one of {known}"
+            ) from None
 
     def end(self) -> None:
         if self._left:
             raise SpecError(f"{self.place(next(iter(self._left)))} is an unknown key")
 
 
-def _positive(value: Any, place: str, *, or_zero: bool = False) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
-        bound = "0 or more" if or_zero else "above 0"
-        raise SpecError(f"{place} must be a number {bound}, not {value!r}")
-    return float(value)
-
-
 def _profile(table: _Table) -> Profile:
-    ranks_per_node = table.positive("ranks_per_node")
-    if ranks_per_node != int(ranks_per_node):
-        raise SpecError(f"ranks_per_node must be a whole number, not {ranks_per_node:g}")
     own = Profile(
         name=table.text("name"),
         device=_device(table.table("device")),
-        ranks_per_node=int(ranks_per_node),
+        ranks_per_node=int(table.number("ranks_per_node", "num_devices")),
         links=_links(table.tables("links")),
         surfaces={name: _surface(each) for name, each in table.tables("surfaces").items()},
         terms={name: _term(each) for name, each in table.tables("terms").items()},
@@ -212,9 +199,7 @@ def _profile(table: _Table) -> Profile:
 
 def _with_laws_of(own: Profile, like: _Table) -> Profile:
     """`own` with the other's laws where it has none of its own."""
-    name, wider = like.text("profile"), like.positive("wider")
-    if wider < 1:
-        raise SpecError(f"{like.place('wider')} must be 1 or more, not {wider:g}")
+    name, wider = like.text("profile"), like.number("wider")
     like.end()
     if name == own.name:
         raise SpecError(f"{like.place('profile')} is this profile itself")
@@ -244,12 +229,12 @@ def _with_laws_of(own: Profile, like: _Table) -> Profile:
 
 def _device(table: _Table) -> Device:
     flops = table.table("flops_per_s")
-    peaks = {dtype: flops.positive(dtype) for dtype in ITEM_BYTES if flops.has(dtype)}
+    peaks = {dtype: flops.number(dtype, "flops_per_s") for dtype in ITEM_BYTES if flops.has(dtype)}
     flops.end()
     device = Device(
         name=table.text("name"),
-        memory_bytes=table.positive("memory_bytes"),
-        memory_bytes_per_s=table.positive("memory_bytes_per_s"),
+        memory_bytes=table.number("memory_bytes"),
+        memory_bytes_per_s=table.number("memory_bytes_per_s"),
         flops_per_s=peaks,
         origin=table.text("origin"),
     )
@@ -264,7 +249,7 @@ def _links(tables: Mapping[str, _Table]) -> dict[Link, LinkSheet]:
         if name not in known:
             raise SpecError(f"links.{name} must be one of {', '.join(known)}")
         links[known[name]] = LinkSheet(
-            bytes_per_s=table.positive("bytes_per_s"), origin=table.text("origin")
+            bytes_per_s=table.number("bytes_per_s"), origin=table.text("origin")
         )
         table.end()
     return links
@@ -272,9 +257,9 @@ def _links(tables: Mapping[str, _Table]) -> dict[Link, LinkSheet]:
 
 def _term(table: _Table) -> Term:
     term = Term(
-        value=table.positive("value", or_zero=True),
-        low=table.positive("low", or_zero=True),
-        high=table.positive("high", or_zero=True),
+        value=table.number("value", "term"),
+        low=table.number("low", "term"),
+        high=table.number("high", "term"),
         basis=table.basis(),
         origin=table.text("origin"),
     )
@@ -288,7 +273,7 @@ def _term(table: _Table) -> Term:
 
 
 def _surface(table: _Table) -> Surface:
-    low, high = table.positive("low"), table.positive("high")
+    low, high = table.number("low", "correction"), table.number("high", "correction")
     if not low <= 1 <= high:
         raise SpecError(
             f"{table.place('low')} and high must lie on both sides of 1: {low:g}, {high:g}"
@@ -312,12 +297,12 @@ def _axes(table: _Table) -> dict[str, tuple[float, ...]]:
     place = table.place("axes")
     given = table.take("axes")
     if not isinstance(given, dict):
-        raise SpecError(f"{place} must be a table, not {given!r}")
+        raise SpecError(f"{place} is {shown(given)}; it must be a table")
     axes = {}
     for name, knots in given.items():
         if not isinstance(knots, list) or not knots:
-            raise SpecError(f"{place}.{name} must be a list of knots, not {knots!r}")
-        axes[name] = tuple(_positive(knot, f"{place}.{name}") for knot in knots)
+            raise SpecError(f"{place}.{name} is {shown(knots)}; it must be a list of knots")
+        axes[name] = tuple(RANGES["knot"].take(f"{place}.{name}", knot, "holds") for knot in knots)
         if any(b <= a for a, b in zip(axes[name], axes[name][1:], strict=False)):
             raise SpecError(f"{place}.{name} must rise")
     return axes

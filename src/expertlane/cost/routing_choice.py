@@ -7,8 +7,7 @@ from expertlane.balance.trace import read_trace
 from expertlane.cost.routing import PowerLawRouting, RoutingSource, TraceRouting
 from expertlane.errors import UserError
 from expertlane.spec.model import ModelConfig
-
-_MAX_SKEW = 10.0
+from expertlane.spec.ranges import take_option
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def choose_routing(
     Raises:
         UserError: both are given, or the trace is damaged, empty or of other sizes.
     """
-    if not 0 <= skew <= _MAX_SKEW:
-        raise UserError(f"--skew is {skew:g}; it must be from 0 to {_MAX_SKEW:g}")
+    take_option("--skew", skew)
     if trace is None:
         source = PowerLawRouting.of(model, skew, seed, num_sampled_layers)
         words = (

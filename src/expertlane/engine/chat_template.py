@@ -4,6 +4,7 @@ Templates see what transformers gives them, so that they render the same.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from expertlane.engine.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 from expertlane.errors import UserError
+from expertlane.spec.input_file import CONFIG_BYTES, read_text
 
 _FILE = "chat_template.jinja"
 _SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # of older checkpoints
@@ -60,16 +62,10 @@ class ChatTemplate:
         texts = {name: token_text(tokens.get(name)) for name in _SPECIAL_TOKENS}
         special_tokens = {name: text for name, text in texts.items() if text is not None}
         path = folder / _FILE
-        try:
-            return cls(path.read_text(encoding="utf-8"), special_tokens, str(path))
-        except FileNotFoundError:
-            path = folder / TOKENIZER_CONFIG
-            source = _default(config.get("chat_template"), path)
-            return cls(source, special_tokens, str(path))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is malformed: {error}") from None
+        if os.path.lexists(path):
+            return cls(read_text(path, CONFIG_BYTES), special_tokens, str(path))
+        path = folder / TOKENIZER_CONFIG
+        return cls(_default(config.get("chat_template"), path), special_tokens, str(path))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """A chat as the text of a prompt; encode it without adding special tokens.

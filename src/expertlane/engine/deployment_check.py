@@ -1,12 +1,11 @@
 """What can be known of a deployment before there are ranks."""
 
-from numbers import Integral
-
 from expertlane.balance.deployed import Placements, placements_of
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import take
 
 
 def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node: int) -> Placements:
@@ -21,11 +20,7 @@ def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node:
     """
     layout, options = deployment.layout, deployment.options
     layout.check_model(model)
-    if not isinstance(ranks_per_node, Integral) or ranks_per_node < 0:
-        raise UserError(
-            f"ranks_per_node is {ranks_per_node!r}; it must be a whole number, 0 (what the "
-            "launcher knows) or more"
-        )
+    take("ranks_per_node", ranks_per_node)
     if options.dispatch == "hierarchical" and ranks_per_node:
         layout.ep_ranks_per_node(ranks_per_node)
     if options.rebalance_steps and layout.ep == 1:

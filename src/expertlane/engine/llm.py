@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, cast, get_args
@@ -34,6 +34,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.ranges import take
 from expertlane.spec.sampling import SamplingParams
 
 Message = dict[str, str]
@@ -344,17 +345,15 @@ def own_dtype(model: ModelConfig | None) -> str | None:
 def _check_settings(dtype: str | None, seed: int, timeout_s: float) -> None:
     if dtype not in (None, *get_args(Dtype)):
         raise UserError(f"dtype is {dtype!r}; valid: {', '.join(get_args(Dtype))}")
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed!r}; it must be a whole number, 0 to 2**64 - 1")
-    if not isinstance(timeout_s, Real) or not 0 < timeout_s < float("inf"):
-        raise UserError(f"timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
+    take("seed", seed)
+    take("timeout_s", timeout_s)
 
 
 def _model_len(model: ModelConfig, asked: int | None) -> int:
     limit = model.max_position_embeddings
     if asked is None:
         return limit
-    if not 1 <= asked <= limit:
+    if not 1 <= take("max_model_len", asked) <= limit:
         raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {limit}")
     return asked
 

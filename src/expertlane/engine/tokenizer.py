@@ -1,6 +1,6 @@
 """Text to token ids and back, and what a checkpoint says of its tokens and of sampling."""
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +9,8 @@ import tokenizers
 
 from expertlane.errors import UserError
 from expertlane.spec.hf_config import Fields
+from expertlane.spec.input_file import INDEX_BYTES, check_regular
+from expertlane.spec.parse import read_json_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = "tokenizer.json"
@@ -53,6 +55,7 @@ class Tokenizer:
             raise UserError(
                 f"{folder}: there is no {TOKENIZER}; prompts can only be given as token ids"
             )
+        check_regular(path, INDEX_BYTES)
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -108,17 +111,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read or is no JSON object.
     """
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise UserError(f"{path} is malformed: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return found
+    return read_json_object(path, INDEX_BYTES, lenient=True)
 
 
 def token_text(token: Any) -> str | None:

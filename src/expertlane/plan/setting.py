@@ -6,9 +6,9 @@ from expertlane.cost.cluster import ModelledCluster
 from expertlane.cost.execution import Execution
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
-from expertlane.errors import SpecError
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import take_fields
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Traffic:
     """Sequences that are served without end, `num_sequences` of them at once where they fit.
 
     Raises:
-        SpecError: a number under 1.
+        SpecError: a number is out of its range.
     """
 
     num_sequences: int
@@ -24,9 +24,7 @@ class Traffic:
     output_len: int
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "prompt_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"workload: {name} is {getattr(self, name)}; it must be 1 or more")
+        take_fields(self, "workload: {}".format)
 
     @property
     def full_len(self) -> int:

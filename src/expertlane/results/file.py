@@ -13,6 +13,9 @@ from expertlane.results.schema import Results
 from expertlane.results.serving import ServingResults
 from expertlane.results.simulation import Simulation
 from expertlane.spec.atomic_file import write_text
+from expertlane.spec.input_file import RESULTS_BYTES
+from expertlane.spec.parse import read_json
+from expertlane.spec.ranges import shown
 
 FILE_NAME = "results.json"
 
@@ -77,40 +80,18 @@ def read(path: Path) -> Results:
     return results
 
 
-class _NoNumber(Exception):
-    """What JSON has no word for."""
-
-
-def _refuse(word: str) -> None:
-    raise _NoNumber(word)
-
-
 def _load(path: Path) -> dict[str, Any]:
     """What a results file says, its kind and version checked and nothing else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: byte {error.start} is not UTF-8") from error
-    except _NoNumber as error:
-        raise UserError(f"{path} is damaged: {error} is no number") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = (
-            f"{error.msg} at line {error.lineno}, column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else "it is nested too deeply"
-        )
-        raise UserError(f"{path} is damaged: {where}") from error
+    data = read_json(path, RESULTS_BYTES)
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UserError(f"{path} is not a results file: it has no schema_version")
     kind = data.setdefault("kind", schema.KIND)  # comparisons had none before version 5
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise UserError(f"{path} is of unknown kind {kind!r}; known: {', '.join(_KINDS)}")
+        raise UserError(f"{path} is of unknown kind {shown(kind)}; known: {', '.join(_KINDS)}")
     _, known = _KINDS[kind]
     if data["schema_version"] != known:
         raise UserError(
-            f"{path} has schema_version {data['schema_version']!r} of a {kind}; this expertlane "
-            f"reads {known}: repeat the command that wrote it"
+            f"{path} has schema_version {shown(data['schema_version'])} of a {kind}; this "
+            f"expertlane reads {known}: repeat the command that wrote it"
         )
     return data

@@ -1,11 +1,12 @@
 """How much may run at once, and which requests can be served at all."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import UserError
 from expertlane.schedule.request import Request
+from expertlane.spec.ranges import take, take_fields
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Limits:
             each can be measured by itself. A decode waits while any prompt can be computed.
 
     Raises:
-        SpecError: a size is under 1.
+        SpecError: a size is out of its range.
     """
 
     vocab_size: int
@@ -38,12 +39,7 @@ class Limits:
     phases_apart: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, bool) and not (_is_whole(value) and value >= 1):
-                raise SpecError(
-                    f"scheduler: {field.name} is {value!r}; it must be a whole number, 1 or more"
-                )
+        take_fields(self, "scheduler: {}".format)
 
     @property
     def max_positions(self) -> int:
@@ -64,12 +60,8 @@ class Limits:
         """
         name = f"request {request.request_id!r}"
         self._check_prompt(name, request.prompt_token_ids)
-        if not _is_whole(request.max_tokens) or request.max_tokens < 1:
-            raise UserError(
-                f"{name}: max_tokens is {request.max_tokens}; it must be a whole number, 1 or more"
-            )
-        if not _is_whole(request.priority):
-            raise UserError(f"{name}: priority is {request.priority}; it must be a whole number")
+        take("max_tokens", request.max_tokens, f"{name}: max_tokens")
+        take("priority", request.priority, f"{name}: priority")
 
     def _check_prompt(self, name: str, prompt: np.ndarray) -> None:
         if prompt.size == 0:
@@ -93,7 +85,3 @@ class Limits:
                 f"{-(-len(prompt) // self.block_size)} blocks of {self.block_size} but the cache "
                 f"has {self.num_blocks}; valid lengths: 1 to {self.max_positions}"
             )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
+from expertlane.spec.ranges import take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
@@ -55,8 +56,7 @@ class Options:
     rebalance_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_micro_batches < 1:
-            raise SpecError(f"num_micro_batches is {self.num_micro_batches}; it must be 1 or more")
+        take_fields(self)
         for name, valid in (
             ("micro_batch_schedule", get_args(MicroBatchSchedule)),
             ("dispatch", get_args(DispatchChoice)),
@@ -66,9 +66,6 @@ class Options:
             value = getattr(self, name)
             if value not in valid:
                 raise SpecError(f"{name} is {value!r}; valid: {', '.join(valid)}")
-        for name in ("num_redundant_experts", "rebalance_steps"):
-            if getattr(self, name) < 0:
-                raise SpecError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):

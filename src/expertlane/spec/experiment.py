@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import take_fields
 from expertlane.spec.workload import Workload
 
 
@@ -24,10 +25,7 @@ class Cluster:
     ranks_per_node: int = 0
 
     def __post_init__(self) -> None:
-        if self.ranks_per_node < 0:
-            raise SpecError(
-                f"cluster: ranks_per_node is {self.ranks_per_node}; it must be 0 or more"
-            )
+        take_fields(self, "cluster: {}".format)
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Experiment:
         checkpoint: the folder the weights are in; None for seeded ones.
 
     Raises:
-        SpecError: no deployment, a name or a scaling size given twice, or a layout or workload
-            that the model cannot take.
+        SpecError: a seed out of its range, no deployment, a name or a scaling size given twice, or
+            a layout or workload that the model cannot take.
     """
 
     name: str
@@ -56,6 +54,7 @@ class Experiment:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        take_fields(self)
         if not self.deployments:
             raise SpecError(
                 f"experiment {self.name} has no deployment; add a [[deployments]] table"
@@ -69,6 +68,7 @@ class Experiment:
             if sizes.count(size) > 1:
                 raise SpecError(f"experiment {self.name}: two scaling layouts have ep={size}")
         self.workload.check_model(self.model)
+        self.workload.check_size()
         for deployment in self.deployments + self.scaling:
             try:
                 deployment.layout.check_model(self.model)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,8 +19,10 @@ from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.from_hf import read_model
+from expertlane.spec.input_file import CONFIG_BYTES
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.parse import read_toml
 from expertlane.spec.workload import Workload
 
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
@@ -106,33 +107,11 @@ def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below)
         SpecError: the file cannot be read, is no TOML, or breaks a rule; the text is one line that
             begins with the path.
     """
+    document = read_toml(path, CONFIG_BYTES)
     try:
-        return _experiment(_parse(path), path.parent, find_checkpoint)
+        return _experiment(document, path.parent, find_checkpoint)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise SpecError("no such file") from None
-    except IsADirectoryError:
-        raise SpecError("is a folder; give the experiment's TOML file") from None
-    except OSError as error:
-        raise SpecError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(
-            f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        ) from None
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
-        lines = text.split("\n")
-        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
-        raise SpecError(
-            f"malformed TOML: {str(error).replace('at end of document', end)}"
-        ) from None
 
 
 def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> Experiment:

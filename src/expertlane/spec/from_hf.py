@@ -82,8 +82,6 @@ def _common(fields: Fields) -> dict[str, Any]:
 def _attention(fields: Fields, theta: float = _THETA) -> dict[str, Any]:
     """Attention with keys and values of their own: heads and rotary positions."""
     heads = fields.get(int, "num_attention_heads")
-    if heads < 1:
-        raise fields.error(f"num_attention_heads is {heads}; it must be positive")
     head_dim = fields.get(int, "head_dim", default=fields.get(int, "hidden_size") // heads)
     return {
         "head_dim": head_dim,
@@ -115,8 +113,6 @@ def _rope(fields: Fields, theta: float = _THETA) -> dict[str, Any]:
     max_len = fields.get(int, "max_position_embeddings")
     trained = rope.get(int, "original_max_position_embeddings", default=max_len)
     trained = fields.get(int, "original_max_position_embeddings", default=trained)
-    if trained < 1:
-        raise fields.error(f"original_max_position_embeddings is {trained}; it must be positive")
     if kind == "yarn":
         scaling = _yarn(rope, trained, max_len)
     elif kind == "llama3":
@@ -184,8 +180,6 @@ def _qwen_moe(fields: Fields) -> dict[str, Any]:
     """What Qwen2-MoE and Qwen3-MoE have in common."""
     mlp_only = fields.integers("mlp_only_layers")
     step = fields.get(int, "decoder_sparse_step", default=1)
-    if step < 1:
-        raise fields.error(f"decoder_sparse_step is {step}; it must be positive")
     layers = range(fields.get(int, "num_hidden_layers"))
     dense = tuple(layer for layer in layers if layer in mlp_only or (layer + 1) % step)
     return {

@@ -1,11 +1,14 @@
 """Reading a Hugging Face `config.json`: the family, the quantisation, and typed values."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.errors import SpecError
+from expertlane.spec.input_file import CONFIG_BYTES
+from expertlane.spec.parse import read_json_object
+from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, shown
 
 _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -16,7 +19,7 @@ _ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
 }
-_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+_KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
 
@@ -42,21 +45,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         SpecError: there is none, or it is no JSON object.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SpecError(
-            f"{folder}: there is no config.json; it is no checkpoint's folder"
-        ) from None
-    except NotADirectoryError:
-        raise SpecError(f"{folder} is a file; give the checkpoint's folder") from None
-    except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise SpecError(f"{path} is malformed: {error}") from None
-    if not isinstance(config, dict):
-        raise SpecError(f"{path} holds no JSON object")
-    return config
+    if os.path.isfile(folder):
+        raise SpecError(f"{folder} is a file; give the checkpoint's folder")
+    if not os.path.lexists(path):
+        raise SpecError(f"{folder}: there is no config.json; it is no checkpoint's folder")
+    return read_json_object(path, CONFIG_BYTES, lenient=True)
 
 
 def family_of(config: dict[str, Any]) -> str:
@@ -69,10 +62,11 @@ def family_of(config: dict[str, Any]) -> str:
     for family, architecture in _ARCHITECTURES.items():
         if architectures == [architecture] or (not architectures and model_type == family):
             return family
-    shown = architectures or model_type
-    shown = shown[0] if isinstance(shown, list) and len(shown) == 1 else shown
+    given = architectures or model_type
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given
     raise SpecError(
-        f"architecture {shown!r} is not supported; supported: {', '.join(_ARCHITECTURES.values())}"
+        f"architecture {shown(given)} is not supported; supported: "
+        f"{', '.join(_ARCHITECTURES.values())}"
     )
 
 
@@ -86,10 +80,12 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
     if quantization is None:
         return None
     if not isinstance(quantization, dict):
-        raise SpecError(f"quantization_config is {quantization!r}; it must be an object")
+        raise SpecError(f"quantization_config is {shown(quantization)}; it must be an object")
     method = quantization.get("quant_method")
     if not isinstance(method, str):
-        raise SpecError(f"quantization_config: quant_method is {method!r}; it must be a string")
+        raise SpecError(
+            f"quantization_config: quant_method is {shown(method)}; it must be a string"
+        )
     is_float8 = method in _FLOAT8_METHODS or quantization.get("format") == "float-quantized"
     return Quantization(method, is_float8)
 
@@ -104,15 +100,17 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     if found is None or found.method == "mxfp4":
         return None
     if found.method != "fp8":
-        raise SpecError(f"quantization {found.method!r} is not supported; supported: fp8, mxfp4")
+        raise SpecError(
+            f"quantization {shown(found.method)} is not supported; supported: fp8, mxfp4"
+        )
     quantization = config["quantization_config"]
     block, fmt = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
     match block:
         case [int(rows), int(columns)] if fmt == "e4m3" and rows > 0 and columns > 0:
             return rows, columns
     raise SpecError(
-        f"quantization fp8 with fmt {fmt!r} and weight_block_size {block} is not supported; "
-        "supported: 'e4m3' with blocks of two sizes, such as [128, 128]"
+        f"quantization fp8 with fmt {shown(fmt)} and weight_block_size {shown(block)} is not "
+        "supported; supported: 'e4m3' with blocks of two sizes, such as [128, 128]"
     )
 
 
@@ -146,15 +144,16 @@ class Fields:
         value = self.raw(key)
         value = [] if value is None else value
         if not isinstance(value, list):
-            raise self.error(f"{key} is {value!r}; it must be a list")
+            raise self.error(f"{key} is {shown(value)}; it must be a list")
         return [self.typed(int, key, item) for item in value]
 
     def typed(self, kind: type[T], key: str, value: Any) -> T:
-        """`value` as a `kind`; a whole number is a number, but true and false are none."""
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return kind(value)
+        """`value` as a `kind`, in its range; a whole number is a number, but true is none."""
+        if kind is int or kind is float:
+            allowed = RANGES.get(key, ANY_WHOLE if kind is int else ANY_NUMBER)
+            return kind(allowed.take(f"model {self.name}: {key}", value))
         if type(value) is not kind:
-            raise self.error(f"{key} is {value!r}; it must be {_KIND_NAMES[kind]}")
+            raise self.error(f"{key} is {shown(value)}; it must be {_KIND_NAMES[kind]}")
         return value
 
     def expect(self, key: str, *allowed: Any) -> None:
@@ -168,4 +167,4 @@ class Fields:
 
     def unsupported(self, key: str) -> SpecError:
         """A value that cannot be computed."""
-        return self.error(f"{key} {self.raw(key)!r} is not supported")
+        return self.error(f"{key} {shown(self.raw(key))} is not supported")

@@ -13,6 +13,8 @@ _MIB = 2**20
 CONFIG_BYTES = 16 * _MIB  # config.json, experiment, profile and placement files
 INDEX_BYTES = 256 * _MIB  # index of a checkpoint's shards, tokenizer
 RESULTS_BYTES = 1024 * _MIB  # results.json
+PROMPTS_BYTES = 256 * _MIB
+TRACE_BYTES = 1024 * _MIB  # of a routing trace, decompressed too
 
 
 def check_regular(path: Path, most_bytes: int | None = None) -> int:
@@ -24,10 +26,14 @@ def check_regular(path: Path, most_bytes: int | None = None) -> int:
     """
     try:
         status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise SpecError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL byte in the name
+        raise SpecError(f"cannot read {str(path)!r}: {error}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise SpecError(f"cannot read {path}: it is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):
-        raise SpecError(f"{path}: not a regular file")
+        raise SpecError(f"cannot read {path}: it is not a regular file")
     if most_bytes is not None and status.st_size > most_bytes:
         raise SpecError(
             f"{path}: {status.st_size:,} bytes; at most {most_bytes:,} are read of such a file"
@@ -47,19 +53,43 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
         with open(descriptor, "rb") as file:
             data = file.read(most_bytes + 1)
     except OSError as error:
-        raise SpecError(f"{path}: {error.strerror or error}") from None
+        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
     if len(data) > most_bytes:  # it grew, or its size is not told, as in /proc
         raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
     return data
 
 
+def read_stream(path: Path, most_bytes: int) -> str:
+    """What a file or a pipe gives in UTF-8, up to its end: `/dev/stdin` and `<(…)` too.
+
+    It waits for what writes into a pipe, as `cat` does.
+
+    Raises:
+        SpecError: it cannot be read, gives too much, or no UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL byte in the name
+        raise SpecError(f"cannot read {str(path)!r}: {error}") from None
+    if len(data) > most_bytes:
+        raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
+    return _decoded(path, data)
+
+
 def read_text(path: Path, most_bytes: int) -> str:
-    """The contents of a regular file in UTF-8.
+    """The contents of a regular file in UTF-8; editors may begin it with a byte order mark.
 
     Raises:
         SpecError: as `read_bytes`, or it is not UTF-8.
     """
+    return _decoded(path, read_bytes(path, most_bytes))
+
+
+def _decoded(path: Path, data: bytes) -> str:
     try:
-        return read_bytes(path, most_bytes).decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: byte {error.start} is not UTF-8") from None

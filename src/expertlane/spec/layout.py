@@ -8,9 +8,9 @@ from typing import NamedTuple
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.partition import partition
+from expertlane.spec.ranges import MAX_RANKS, RANGES, take_fields
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
-_MAX_DIGITS = 6  # far beyond any cluster; keeps a slip of the keyboard cheap to refuse
 
 
 class Coordinates(NamedTuple):
@@ -34,7 +34,7 @@ class Layout:
     etp_rank = i % etp.
 
     Raises:
-        SpecError: a size is under 1, or `ep` does not divide `dp × tp`.
+        SpecError: a size or the number of ranks is out of range, or `ep` does not divide `dp × tp`.
     """
 
     replicas: int = 1
@@ -44,11 +44,11 @@ class Layout:
     ep: int = 1
 
     def __post_init__(self) -> None:
-        for axis in _AXES:
-            if getattr(self, axis) < 1:
-                raise SpecError(
-                    f"layout {self}: {axis}={getattr(self, axis)}; it must be 1 or more"
-                )
+        take_fields(self, "layout: {}".format)
+        if self.world_size > MAX_RANKS:
+            raise SpecError(
+                f"layout {self} has {self.world_size:,} ranks; valid: {MAX_RANKS:,} at most"
+            )
         if self.stage_size % self.ep:
             raise SpecError(
                 f"layout {self}: ep={self.ep} does not divide dp × tp = {self.stage_size}; "
@@ -71,12 +71,10 @@ class Layout:
                 )
             if axis in sizes:
                 raise SpecError(f"layout {text!r}: {axis} is given twice")
-            if not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
-                raise SpecError(
-                    f"layout {text!r}: {axis}={value!r} is not a whole number from 1 to "
-                    f"{10**_MAX_DIGITS - 1}"
-                )
-            sizes[axis] = int(value)
+            size = RANGES[axis].parse(value)
+            if size is None:
+                raise SpecError(f"layout {text!r}: {axis} is {value!r}; it must be {RANGES[axis]}")
+            sizes[axis] = int(size)
         if not sizes:
             raise SpecError(f"layout {text!r} names no axis; an example: tp=8,pp=2")
         return cls(**sizes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertlane.errors import UserError
+from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, take
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Load:
     Attributes:
         batch: requests kept unfinished; None in an open loop.
         rate: requests that arrive a second, on average; None in a closed loop.
+
+    Raises:
+        UserError: a number or the sum of all tokens is out of its range.
     """
 
     num_requests: int
@@ -33,6 +37,22 @@ class Load:
     output_len: LengthRange
     batch: int | None = None
     rate: float | None = None
+
+    def __post_init__(self) -> None:
+        take("num_requests", self.num_requests)
+        for name, value in (("batch", self.batch), ("rate", self.rate)):
+            if value is not None:
+                take(name, value)
+        for name, lengths in (("prompt_len", self.prompt_len), ("output_len", self.output_len)):
+            if take(name, lengths.low) > take(name, lengths.high):
+                raise UserError(f"{name} is {lengths}; the first end must be the lower one")
+        num_tokens = self.num_requests * (self.prompt_len.high + self.output_len.high)
+        if num_tokens > MAX_TOKENS_OF_A_RUN:
+            raise UserError(
+                f"{self.num_requests:,} requests with prompts of {self.prompt_len} and outputs of "
+                f"{self.output_len} tokens may be {num_tokens:,} in all; a run holds at most "
+                f"{MAX_TOKENS_OF_A_RUN:,}"
+            )
 
     @property
     def max_len(self) -> int:

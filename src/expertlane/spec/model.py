@@ -1,26 +1,13 @@
 """What a Mixture-of-Experts transformer is made of, under Hugging Face's names."""
 
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.ranges import MAX_PARAMS, take_fields
 
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
-_POSITIVE = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "rope_theta",
-    "rms_norm_eps",
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,7 @@ class ModelConfig:
         dtype: what the weights are stored in, or are meant for where they are quantised.
 
     Raises:
-        SpecError: sizes that are not positive or do not fit each other.
+        SpecError: numbers that are out of their ranges or do not fit each other.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -93,10 +80,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if not value > 0:  # NaN too
-                raise self._error(f"{name} is {value}; it must be positive")
+        take_fields(self, f"model {self.name}: {{}}".format)
+        for part in ("rope_scaling", "latent", "routing"):
+            if getattr(self, part) is not None:
+                take_fields(getattr(self, part), f"model {self.name}: {part}: {{}}".format)
         if self.num_experts_per_tok > self.num_experts:
             raise self._error(
                 f"num_experts_per_tok is {self.num_experts_per_tok} but there are only "
@@ -110,6 +97,10 @@ class ModelConfig:
         self._check_attention()
         self._check_routing()
         self._check_mlps()
+        if self.num_params > MAX_PARAMS:
+            raise self._error(
+                f"it has {self.num_params:,} parameters; valid: {MAX_PARAMS:,} at most"
+            )
 
     def _error(self, text: str) -> SpecError:
         return SpecError(f"model {self.name}: {text}")
@@ -119,12 +110,10 @@ class ModelConfig:
         if latent is None and self.head_dim % 2:
             raise self._error(f"head_dim is {self.head_dim}; rotary positions need an even one")
         if latent is not None:
-            sizes = (latent.kv_lora_rank, latent.qk_nope_head_dim, latent.qk_rope_head_dim)
-            ranks = () if latent.q_lora_rank is None else (latent.q_lora_rank,)
-            if min(*sizes, latent.v_head_dim, *ranks) < 1 or latent.qk_rope_head_dim % 2:
+            if latent.qk_rope_head_dim % 2:
                 raise self._error(
-                    f"{latent} has a size under 1 or an odd qk_rope_head_dim; rotary positions "
-                    "need an even one"
+                    f"qk_rope_head_dim is {latent.qk_rope_head_dim}; rotary positions need an even "
+                    "one"
                 )
             if latent.qk_nope_head_dim + latent.qk_rope_head_dim != self.head_dim:
                 raise self._error(
@@ -136,7 +125,7 @@ class ModelConfig:
                 raise self._error(
                     "latent attention takes no qkv_bias, qk_norm, attention_sinks or sliding_window"
                 )
-        if self.num_kv_heads < 1 or self.num_attention_heads % self.num_kv_heads:
+        if self.num_attention_heads % self.num_kv_heads:
             raise self._error(
                 f"num_key_value_heads is {self.num_kv_heads}; it must divide the "
                 f"{self.num_attention_heads} attention heads"
@@ -146,24 +135,22 @@ class ModelConfig:
                 f"sliding_window has {len(self.sliding_window)} entries; it must have one for each "
                 f"of the {self.num_hidden_layers} layers, or none"
             )
-        for window in self.sliding_window:
-            if window is not None and window < 1:
-                raise self._error(f"sliding_window holds {window}; a window must be at least 1")
-        if scaling is not None and not (scaling.factor > 0 and isfinite(scaling.factor)):
-            raise self._error(f"rope_scaling has a factor of {scaling.factor}; it must be positive")
+        if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise self._error(
+                f"rope_scaling: low_freq_factor is {scaling.low_freq_factor:g}; it must be under "
+                f"high_freq_factor, {scaling.high_freq_factor:g}"
+            )
 
     def _check_routing(self) -> None:
         routing = self.routing
-        if routing.router_skew < 0:
-            raise SpecError(f"router_skew is {routing.router_skew}; it must be 0 or more")
         if routing.router_skew and not routing.router_bias:
             raise SpecError("router_skew is that of the router's bias; set router_bias = true too")
-        if routing.n_group < 1 or self.num_experts % routing.n_group:
+        if self.num_experts % routing.n_group:
             raise self._error(
                 f"n_group is {routing.n_group}; it must divide the {self.num_experts} experts"
             )
         size = self.num_experts // routing.n_group
-        if not 1 <= routing.topk_group <= routing.n_group:
+        if routing.topk_group > routing.n_group:
             raise self._error(
                 f"topk_group is {routing.topk_group}; it must be from 1 to n_group, "
                 f"{routing.n_group}"
@@ -193,15 +180,8 @@ class ModelConfig:
                 f"intermediate_size is {self.intermediate_size}; the dense layers need a positive "
                 "one"
             )
-        if self.shared_expert_intermediate_size < 0:
-            raise self._error(
-                f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size}; it "
-                "must be positive, or 0 for no shared expert"
-            )
-        if self.swiglu_limit is not None and not (self.swiglu_limit > 0 and self.gated_mlp):
-            raise self._error(
-                f"swiglu_limit is {self.swiglu_limit}; it must be positive, and gated_mlp true"
-            )
+        if self.swiglu_limit is not None and not self.gated_mlp:
+            raise self._error(f"swiglu_limit is {self.swiglu_limit:g}; it needs gated_mlp true")
 
     @property
     def num_kv_heads(self) -> int:

@@ -1,17 +1,13 @@
 """How the tokens of a request are chosen, and what is told of a chosen token."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-
-_MAX_LOGPROBS = 20
+from expertlane.spec.ranges import shown, take_fields
 
 
 @dataclass(frozen=True)
@@ -58,26 +54,14 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._take_number("temperature", "a finite number, 0 or more", lambda t: t >= 0)
-        self._take_number("top_p", "above 0 and at most 1", lambda p: 0 < p <= 1)
-        self._take_number("min_p", "0 to 1", lambda p: 0 <= p <= 1)
-        self._take_number("repetition_penalty", "a finite number above 0", lambda r: r > 0)
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._take_number(name, "-2 to 2", lambda penalty: -2 <= penalty <= 2)
-        self._take_whole("top_k", "0 or more", lambda k: k >= 0)
-        self._take_whole("max_tokens", "1 or more", lambda n: n >= 1)
-        if self.seed is not None:
-            self._take_whole("seed", "0 to 2**64 - 1", lambda seed: 0 <= seed < 2**64)
-        if self.logprobs is not None:
-            valid = f"0 to {_MAX_LOGPROBS}"
-            self._take_whole("logprobs", valid, lambda n: 0 <= n <= _MAX_LOGPROBS)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", stop)
-        self._take_list("stop", "strings, none empty", _is_text)
-        self._take_list(
-            "stop_token_ids", "whole numbers, 0 or more", lambda i: _is_whole(i) and i >= 0
-        )
-        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+        self._take_list("stop", "strings, none empty")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise _refusal("stop", "holds", text, "a string, not empty")
+        self._take_list("stop_token_ids", "whole numbers")
+        take_fields(self, "sampling: {}".format)
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", "is", self.ignore_eos, "true or false")
 
@@ -101,28 +85,11 @@ class SamplingParams:
             or self.logprobs is not None
         )
 
-    def _take_number(self, name: str, valid: str, is_valid: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        number = _finite(value)
-        if number is None or not is_valid(number):
-            raise _refusal(name, "is", value, valid)
-        object.__setattr__(self, name, number)
-
-    def _take_whole(self, name: str, valid: str, is_valid: Callable[[int], bool]) -> None:
-        value = getattr(self, name)
-        if not _is_whole(value) or not is_valid(value):
-            raise _refusal(name, "is", value, f"a whole number, {valid}")
-        object.__setattr__(self, name, int(value))
-
-    def _take_list(self, name: str, valid: str, is_valid: Callable[[Any], bool]) -> None:
+    def _take_list(self, name: str, items: str) -> None:
         values = getattr(self, name)
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-            raise _refusal(name, "is", values, f"a list of {valid}")
-        values = tuple(values)
-        for value in values:
-            if not is_valid(value):
-                raise _refusal(name, "holds", value, f"a list of {valid}")
-        object.__setattr__(self, name, values)
+            raise _refusal(name, "is", values, f"a list of {items}")
+        object.__setattr__(self, name, tuple(values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,25 +121,5 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _finite(value: object) -> float | None:
-    """`value` as a finite number, or None if it is none."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _refusal(name: str, verb: str, value: object, valid: str) -> UserError:
-    shown = value.item() if isinstance(value, np.generic) else value
-    return UserError(f"sampling: {name} {verb} {shown!r}; it must be {valid}")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
+    return UserError(f"sampling: {name} {verb} {shown(value)}; it must be {valid}")

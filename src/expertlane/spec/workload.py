@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, take_fields
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Workload:
     """`num_sequences` prompts of `prompt_len` tokens, each continued by `output_len` tokens.
 
     Raises:
-        SpecError: a count is under 1, or the seed is no unsigned 64-bit number.
+        SpecError: a number is out of its range.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -26,11 +27,7 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "prompt_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"workload: {name} is {getattr(self, name)}; it must be 1 or more")
-        if not 0 <= self.seed < 2**64:
-            raise SpecError(f"workload: seed is {self.seed}; it must be 0 to 2**64 - 1")
+        take_fields(self, "workload: {}".format)
 
     @property
     def max_len(self) -> int:
@@ -53,6 +50,20 @@ class Workload:
             raise SpecError(
                 f"workload: a prompt of {self.prompt_len} and {self.output_len} output tokens take "
                 f"{self.max_len} positions but {model.name} has {limit}; {valid}"
+            )
+
+    def check_size(self) -> None:
+        """Check that its tokens can be held in memory.
+
+        Raises:
+            SpecError: they are too many.
+        """
+        num_tokens = self.num_sequences * (self.prompt_len + self.output_len)
+        if num_tokens > MAX_TOKENS_OF_A_RUN:
+            raise SpecError(
+                f"workload: {self.num_sequences:,} sequences of {self.prompt_len:,} and "
+                f"{self.output_len:,} tokens are {num_tokens:,} in all; a run holds at most "
+                f"{MAX_TOKENS_OF_A_RUN:,}"
             )
 
     def prompt_token_ids(self, vocab_size: int) -> npt.NDArray[np.int64]:

@@ -1,0 +1,261 @@
+"""The range of every number that is read, said once for files, options and Python.
+
+A number is looked up by its field's name. Ends are far beyond any model or cluster that is, and
+near enough that nothing overflows 64 bits and no list or array grows beyond a machine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args
+
+from expertlane.errors import SpecError
+
+MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
+MAX_RANKS = 1_000_000
+MAX_PARAMS = 10**14
+_SHOWN_LENGTH = 60  # of a wrong value, in a message
+_SHOWN_BITS = 128  # of a whole number that is written out
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be.
+
+    Attributes:
+        low, high: both are valid themselves, unless it `is_above` low.
+        is_whole: no fractions.
+    """
+
+    low: float
+    high: float
+    is_whole: bool = True
+    is_above: bool = False
+
+    def take(self, name: str, value: object, verb: str = "is") -> int | float:
+        """`value` as an int, or a float where fractions are valid.
+
+        Raises:
+            SpecError: it is no number, or out of range; the text names it.
+        """
+        number = self._number(value)
+        if number is None:
+            raise SpecError(f"{name} {verb} {shown(value)}; it must be {self}")
+        return number
+
+    def parse(self, text: str) -> int | float | None:
+        """The number that a text is; None where it is none or out of range."""
+        text = text.strip()
+        try:
+            if not self.is_whole:
+                return self._number(float(text))
+            is_number = text.isascii() and text.isdigit() and len(text) <= len(str(self.high))
+            return self._number(int(text)) if is_number else None
+        except ValueError:
+            return None
+
+    def _number(self, value: object) -> int | float | None:
+        if isinstance(value, bool) or not isinstance(value, Integral if self.is_whole else Real):
+            return None
+        try:
+            number: int | float = int(value) if self.is_whole else float(value)  # type: ignore[call-overload]
+        except (OverflowError, ValueError):  # of a whole number as a float; of NaN as a whole one
+            return None
+        is_low_enough = number > self.low if self.is_above else number >= self.low
+        return number if is_low_enough and number <= self.high else None
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.is_whole else "a number"
+        if self.is_above:
+            return f"{kind} above {_end(self.low)}, at most {_end(self.high)}"
+        return f"{kind}, {_end(self.low)} to {_end(self.high)}"
+
+
+def _whole(low: int, high: int) -> Range:
+    return Range(low, high)
+
+
+def _number(low: float, high: float) -> Range:
+    return Range(low, high, is_whole=False)
+
+
+def _above(low: float, high: float) -> Range:
+    return Range(low, high, is_whole=False, is_above=True)
+
+
+_AXIS = _whole(1, MAX_RANKS)
+_WIDTH = _whole(1, 2**20)
+_INNER = _whole(1, 2**24)
+_EXPERTS = _whole(1, 4096)
+_POSITIONS = _whole(1, 2**24)
+_TOKEN = _whole(0, 2**31 - 1)
+_SEED = _whole(0, 2**64 - 1)
+_RATIO = _above(0, 1e6)
+_PER_S = _number(1, 1e24)
+
+RANGES: dict[str, Range] = {
+    # layout and cluster
+    "replicas": _AXIS,
+    "pp": _AXIS,
+    "dp": _AXIS,
+    "tp": _AXIS,
+    "ep": _AXIS,
+    "ranks_per_node": _whole(0, MAX_RANKS),
+    "num_devices": _AXIS,
+    # deployment
+    "num_micro_batches": _whole(1, 1024),
+    "num_redundant_experts": _whole(0, 4096),
+    "rebalance_steps": _whole(0, 10**9),
+    "num_slots": _EXPERTS,
+    "ranks": _whole(1, 1024),  # those that a command starts or balances for
+    # workload and load
+    "num_sequences": _whole(1, 2**20),
+    "prompt_len": _POSITIONS,
+    "output_len": _POSITIONS,
+    "seed": _SEED,
+    "num_requests": _whole(1, 10**6),
+    "batch": _whole(1, 10**6),
+    "rate": _number(1e-3, 1e6),
+    "max_tpot_ms": _above(0, 1e9),
+    "max_ttft_ms": _above(0, 1e9),
+    "skew": _number(0, 10),
+    "mtp_acceptance": _number(0, 1),
+    # engine
+    "timeout_s": _above(0, 1e6),
+    "max_model_len": _POSITIONS,
+    "num_blocks": _whole(1, 2**25),
+    "block_size": _whole(1, 2**16),
+    "max_num_batched_tokens": _whole(1, MAX_TOKENS_OF_A_RUN),
+    "max_num_seqs": _whole(1, 2**20),
+    "aging_steps": _whole(1, 10**9),
+    "priority": _whole(-(2**31), 2**31 - 1),
+    # sampling
+    "temperature": _number(0, 1e9),
+    "top_k": _whole(0, 2**31 - 1),
+    "top_p": _above(0, 1),
+    "min_p": _number(0, 1),
+    "repetition_penalty": _above(0, 1e6),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "max_tokens": _whole(1, 2**31 - 1),
+    "logprobs": _whole(0, 20),
+    "stop_token_ids": _TOKEN,
+    # model; also under the other names that a config.json has for them
+    "num_hidden_layers": _whole(1, 1024),
+    "hidden_size": _WIDTH,
+    "num_attention_heads": _whole(1, 2**14),
+    "num_key_value_heads": _whole(1, 2**14),
+    "head_dim": _whole(1, 2**16),
+    "num_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
+    "n_shared_experts": _whole(0, 4096),
+    "moe_intermediate_size": _INNER,
+    "intermediate_size": _whole(0, 2**24),
+    "shared_expert_intermediate_size": _whole(0, 2**24),
+    "vocab_size": _INNER,
+    "max_position_embeddings": _POSITIONS,
+    "rope_theta": _above(1, 1e12),
+    "rms_norm_eps": _above(0, 1),
+    "sliding_window": _whole(1, 2**31 - 1),
+    "swiglu_limit": _RATIO,
+    "swiglu_alpha": _RATIO,
+    "dense_layers": _whole(0, 1023),
+    "mlp_only_layers": _whole(0, 1023),
+    "first_k_dense_replace": _whole(0, 1024),
+    "decoder_sparse_step": _whole(1, 2**31 - 1),
+    "eos_token_ids": _TOKEN,
+    "eos_token_id": _TOKEN,
+    "kv_lora_rank": _WIDTH,
+    "q_lora_rank": _WIDTH,
+    "qk_nope_head_dim": _whole(1, 2**16),
+    "qk_rope_head_dim": _whole(1, 2**16),
+    "v_head_dim": _whole(1, 2**16),
+    "norm_eps": _above(0, 1),
+    "mscale": _number(0, 1e3),
+    "mscale_all_dim": _number(0, 1e3),
+    "factor": _RATIO,
+    "original_max_position_embeddings": _POSITIONS,
+    "low_freq_factor": _RATIO,
+    "high_freq_factor": _RATIO,
+    "beta_fast": _RATIO,
+    "beta_slow": _RATIO,
+    "attention_factor": _above(0, 1e3),
+    "routed_scaling_factor": _RATIO,
+    "router_skew": _number(0, 100),
+    "n_group": _EXPERTS,
+    "topk_group": _EXPERTS,
+    # placement files
+    "layer": _whole(0, 1023),
+    "expert": _whole(0, 4095),
+    # profiles
+    "memory_bytes": _number(1, 1e18),
+    "memory_bytes_per_s": _PER_S,
+    "bytes_per_s": _PER_S,
+    "flops_per_s": _PER_S,
+    "term": _number(0, 1e12),
+    "correction": _number(1e-9, 1e9),
+    "knot": _number(1e-9, 1e24),
+    "wider": _number(1, 1e3),
+}
+ANY_WHOLE = _whole(-(2**31), 2**31 - 1)  # of what no table names
+ANY_NUMBER = _number(-1e30, 1e30)
+
+
+def take(name: str, value: object, shown_as: str | None = None) -> Any:
+    """`value` in the form and range of a field.
+
+    Args:
+        shown_as: what a message calls it; the field's name if None.
+
+    Raises:
+        SpecError: it is out of its range.
+    """
+    return RANGES[name].take(shown_as or name, value)
+
+
+def take_option(name: str, value: object) -> Any:
+    """As `take`, of a command's option `--field-name`; None stays."""
+    field = name.removeprefix("--").replace("-", "_")
+    return None if value is None else take(field, value, name)
+
+
+def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
+    """Check all fields of a dataclass that have a range, and put numbers into one form.
+
+    None is valid where the field's type says so; of a tuple every item but None is checked.
+
+    Args:
+        name: what a message calls a field.
+
+    Raises:
+        SpecError: one is out of its range.
+    """
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if field.name not in RANGES or (value is None and NoneType in get_args(field.type)):
+            continue
+        allowed, called = RANGES[field.name], name(field.name)
+        if isinstance(value, tuple):
+            taken: object = tuple(
+                None if item is None else allowed.take(called, item, "holds") for item in value
+            )
+        else:
+            taken = allowed.take(called, value)
+        object.__setattr__(instance, field.name, taken)
+
+
+def shown(value: object) -> str:
+    """A wrong value on one line, cut when long."""
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        # Python writes out no number of more than 4,300 digits.
+        return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
+    item = getattr(value, "item", None)  # numpy's numbers
+    text = repr(item() if item is not None and getattr(value, "ndim", 1) == 0 else value)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
+
+
+def _end(number: float) -> str:
+    if number == 2**64 - 1:
+        return "2**64 - 1"
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.12g}"

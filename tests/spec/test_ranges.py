@@ -1,0 +1,124 @@
+import dataclasses
+import typing
+
+import numpy as np
+import pytest
+
+from expertlane.cli.engine_options import EngineOptions
+from expertlane.errors import SpecError, UserError
+from expertlane.plan.setting import Traffic
+from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import Cluster, Experiment
+from expertlane.spec.layout import Layout
+from expertlane.spec.load import LengthRange, Load
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.ranges import RANGES, shown, take, take_fields, take_option
+from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.workload import Workload
+
+READ = (
+    Cluster,
+    EngineOptions,
+    Experiment,
+    LatentAttention,
+    Layout,
+    Limits,
+    Load,
+    ModelConfig,
+    Options,
+    RopeScaling,
+    Routing,
+    SamplingParams,
+    Traffic,
+    Workload,
+)
+
+
+def _is_number(kind: object) -> bool:
+    kinds = typing.get_args(kind) or (kind,)
+    return any(each in (int, float) or _is_tuple_of_numbers(each) for each in kinds)
+
+
+def _is_tuple_of_numbers(kind: object) -> bool:
+    return typing.get_origin(kind) is tuple and int in typing.get_args(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, field.name)
+        for kind in READ
+        for field in dataclasses.fields(kind)
+        if _is_number(field.type)
+    ],
+)
+def test_every_number_that_is_read_has_a_range(kind, name):
+    assert name in RANGES
+
+
+@pytest.mark.parametrize(("name", "allowed"), RANGES.items())
+def test_ends_are_valid_and_what_is_beyond_is_not(name, allowed):
+    assert take(name, allowed.high) == allowed.high
+    assert np.isfinite([allowed.low, allowed.high]).all()
+    if not allowed.is_above:
+        assert take(name, allowed.low) == allowed.low
+    if allowed.is_whole:
+        beyond = [allowed.low - 1, allowed.high + 1]
+    else:
+        low, high = float(allowed.low), float(allowed.high)
+        beyond = [low if allowed.is_above else np.nextafter(low, -1e99), np.nextafter(high, 1e99)]
+    for value in [*beyond, float("nan"), float("inf"), 10**400, True, None, "1"]:
+        with pytest.raises(SpecError) as refused:
+            take(name, value)
+        assert str(refused.value) == f"{name} is {shown(value)}; it must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "number"),
+    [
+        ("tp", " 8 ", 8),
+        ("tp", "0", None),
+        ("tp", "1000001", None),
+        ("tp", "²", None),
+        ("tp", "8.0", None),
+        ("tp", "9" * 5000, None),
+        ("rate", "2.5", 2.5),
+        ("rate", "1e-300", None),
+        ("rate", "nan", None),
+        ("rate", "fast", None),
+    ],
+)
+def test_texts(name, text, number):
+    assert RANGES[name].parse(text) == number
+
+
+def test_numbers_of_numpy_are_put_into_one_form():
+    workload = Workload(np.int64(2), 3, 4)
+    assert type(workload.num_sequences) is int
+    params = SamplingParams(temperature=np.float32(0.5))
+    assert type(params.temperature) is float
+
+
+def test_an_option_is_named_as_a_user_gives_it():
+    with pytest.raises(SpecError, match=r"^--max-tpot-ms is -1; it must be a number above 0, at"):
+        take_option("--max-tpot-ms", -1)
+    assert take_option("--max-tpot-ms", None) is None
+
+
+def test_none_is_valid_where_the_type_says_so():
+    take_fields(PRESETS["paper-tiny"])
+    with pytest.raises(SpecError, match="hidden_size is None; it must be a whole number, 1 to"):
+        PRESETS["paper-tiny"].with_overrides(name="x", hidden_size=None)
+
+
+@pytest.mark.parametrize("lengths", [LengthRange(0, 1), LengthRange(1, 2**25), LengthRange(3, 2)])
+def test_lengths_of_a_load(lengths):
+    with pytest.raises(UserError, match=r"whole number|the first end must be the lower one"):
+        Load(1, lengths, LengthRange(1, 1), batch=1)
+
+
+def test_a_load_that_memory_could_not_hold():
+    with pytest.raises(UserError, match="may be 16,777,216,000,000 in all; a run holds at most"):
+        Load(10**6, LengthRange(1, 2**24 - 1), LengthRange(1, 1), batch=1)
