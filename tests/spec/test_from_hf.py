@@ -417,11 +417,11 @@ def test_rope_scalings():
     [
         (MIXTRAL, {"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
         (MIXTRAL, {"hidden_size": True}, "hidden_size is True; it must be a whole number"),
-        (MIXTRAL, {"vocab_size": None}, "vocab_size is missing"),
+        (MIXTRAL, {"vocab_size": None}, "vocab_size is null; it must be a whole number"),
         (
             MIXTRAL,
             {"num_local_experts": None},
-            "num_experts or num_local_experts or n_routed_experts is missing",
+            "num_local_experts is null; it must be a whole number",
         ),
         (MIXTRAL, {"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; it must be a number"),
         (MIXTRAL, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
@@ -470,7 +470,7 @@ def test_rope_scalings():
         (DEEPSEEK_V2, {"topk_group": 9}, "topk_group is 9; it must be from 1 to n_group, 8"),
         (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
         (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias True is not supported"),
-        (GPT_OSS, {"rope_scaling": None}, "rope_scaling (or rope_parameters) is missing"),
+        (DEEPSEEK_V2, {"n_group": None}, "n_group is null; it must be a whole number"),
     ],
 )
 def test_what_is_not_supported_is_named(config, changes, message):

@@ -1,11 +1,14 @@
 """Reading a Hugging Face `config.json`: the family, the quantisation, and typed values."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.errors import SpecError
+from expertlane.spec.hf_defaults import DEFAULTS
+from expertlane.spec.input_file import CONFIG_BYTES, read_text
 
 _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -39,20 +42,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder.
 
     Raises:
-        SpecError: there is none, or it is no JSON object.
+        SpecError: there is none, it cannot be read, or it is no JSON object.
     """
     path = folder / "config.json"
+    if folder.is_file():
+        raise SpecError(f"{folder} is a file; give the checkpoint's folder")
+    if not path.exists():
+        raise SpecError(f"{folder}: there is no config.json; it is no checkpoint's folder")
     try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SpecError(
-            f"{folder}: there is no config.json; it is no checkpoint's folder"
-        ) from None
-    except NotADirectoryError:
-        raise SpecError(f"{folder} is a file; give the checkpoint's folder") from None
-    except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        config = json.loads(read_text(path, CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is malformed: {error}") from None
     if not isinstance(config, dict):
         raise SpecError(f"{path} holds no JSON object")
@@ -116,28 +115,61 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     )
 
 
-class Fields:
-    """Typed look-ups in a configuration; null counts as missing."""
+def num_extra_layers(config: dict[str, Any]) -> int:
+    """Layers after the last one, which predict further tokens; plain decoding leaves them out.
 
-    def __init__(self, config: dict[str, Any], name: str) -> None:
+    Raises:
+        SpecError: the architecture is not supported, or the number is none.
+    """
+    family = family_of(config)
+    fields = Fields(config, family, DEFAULTS[family])
+    return fields.get(int, "num_nextn_predict_layers", "num_mtp_layers", default=0)
+
+
+class Fields:
+    """Typed look-ups in a configuration.
+
+    Args:
+        name: what the model is called in messages.
+        defaults: of fields that it leaves out. Null is a value, unless it is another spelling's.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], name: str, defaults: Mapping[str, Any] | None = None
+    ) -> None:
         self._config = config
+        self.defaults = defaults or {}
         self.name = name
 
     def raw(self, *spellings: str) -> Any:
-        """The first of some spellings that is there, or None."""
-        found = (self._config[key] for key in spellings if self._config.get(key) is not None)
-        return next(found, None)
+        """The first of some spellings that is there and not null, else None or the default."""
+        return self._find(spellings)[1]
+
+    def _find(self, spellings: tuple[str, ...]) -> tuple[str, Any]:
+        """The spelling that counts, and its value."""
+        there = [key for key in spellings if key in self._config]
+        for key in there:
+            if self._config[key] is not None:
+                return key, self._config[key]
+        if there:
+            return there[0], None
+        return next(
+            ((key, self.defaults[key]) for key in spellings if key in self.defaults),
+            (spellings[0], None),
+        )
 
     def get(self, kind: type[T], *spellings: str, default: T | None = None) -> T:
-        """A value that must be there unless it has a default."""
-        value = self.raw(*spellings)
+        """A value that must be there unless it has a default, here or in `defaults`."""
+        key, value = self._find(spellings)
         value = default if value is None else value
+        if value is None and key in self._config:
+            raise self.error(f"{key} is null; it must be {_KIND_NAMES[kind]}")
         if value is None:
             raise self.error(f"{' or '.join(spellings)} is missing")
-        return self.typed(kind, spellings[0], value)
+        return self.typed(kind, key, value)
 
     def optional(self, kind: type[T], key: str) -> T | None:
-        """A value, or None where it is null or missing."""
+        """A value, or None where it is null, or missing without a default."""
         value = self.raw(key)
         return None if value is None else self.typed(kind, key, value)
 
