@@ -164,6 +164,7 @@ class EngineOptions:
     ranks_per_node: int
     timeout_s: float
     oversubscribe: bool
+    ignore_unused_tensors: bool
 
     def __post_init__(self) -> None:
         if not (0 < self.timeout_s <= MAX_TIMEOUT_S):
