@@ -1,7 +1,7 @@
 """What a `config.json` means where it leaves a field out: the defaults of transformers 5's classes.
 
-transformers 4.57 differs in three: DeepSeek-V2's vocab_size was 32000, GPT-OSS's attention_bias was
-always true, and a null rope_scaling of GPT-OSS meant plain rotary positions.
+transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null rope_scaling of
+GPT-OSS meant plain rotary positions. The newer one counts: it is what its users compare with.
 """
 
 from typing import Any
