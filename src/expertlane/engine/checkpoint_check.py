@@ -14,11 +14,11 @@ _NUM_SHOWN = 3
 def check_checkpoint(
     model: ModelConfig, folder: Path, *, ignore_unused_tensors: bool, log: Callable[[str], None]
 ) -> ModelConfig:
-    """Hold a checkpoint against its model, by the files' headers; under torchrun on one rank.
+    """Hold a checkpoint against its model, by the files' headers.
 
     Args:
         ignore_unused_tensors: go on with a warning where the model has no use for some tensors.
-        log: gets warnings, a line each.
+        log: gets warnings, a line each; under torchrun those of the first process.
 
     Returns:
         The model that ranks are to load: its head is not tied to its embedding where the
@@ -27,8 +27,8 @@ def check_checkpoint(
     Raises:
         SpecError: a tensor is missing, has a wrong shape, or is not used.
     """
-    if is_under_torchrun() and own_rank() != 0:
-        return model  # the first process tells all others what to load
+    if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one speaks
+        log = _say_nothing
     checkpoint = Checkpoint(folder, model)
     unused = checkpoint.check()
     if unused:
@@ -45,6 +45,10 @@ def check_checkpoint(
         "lm_head.weight is another; it is used"
     )
     return model.with_overrides(tie_word_embeddings=False)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _shown(names: list[str]) -> str:
