@@ -6,10 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from expertlane.errors import CapacityError, RankError
+from expertlane.model.checkpoint_names import stored_places
+from expertlane.model.tensors import tensor_names, tensor_shape
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.from_hf import from_hf
+from expertlane.spec.hf_config import family_of
 from expertlane.spec.model import PRESETS
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
@@ -102,9 +107,18 @@ SMALL_CHECKPOINT = {
 
 
 def put_checkpoint(folder: str, **config: object) -> Path:
-    Path(folder).mkdir(parents=True)
-    (Path(folder) / "config.json").write_text(json.dumps(SMALL_CHECKPOINT | config))
-    return Path.cwd() / folder
+    """A configuration, and weights of zeros that fit `SMALL_CHECKPOINT`."""
+    path = Path.cwd() / folder
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(SMALL_CHECKPOINT | config))
+    model = from_hf(SMALL_CHECKPOINT)
+    family = family_of(SMALL_CHECKPOINT)
+    stored = {
+        stored_places(family, name)[0].name: torch.zeros(tensor_shape(model, name))
+        for name in tensor_names(model)
+    }
+    save_file(stored, path / "model.safetensors")
+    return path
 
 
 @pytest.mark.parametrize("argument", ["models/my moe", "./models/my moe/", "{folder}"])
@@ -130,6 +144,37 @@ def test_a_checkpoint_with_other_numbers_of_experts_per_token(comparison, run):
     assert [each.model.num_experts_per_tok for each in experiments] == [4, 1]
     assert [each.checkpoint for each in experiments] == [str(folder)] * 2
     assert Path("results/paper-small-moe-top4/report.md").is_file()
+
+
+def test_unused_tensors_are_refused_before_ranks_start(comparison, run):
+    folder = put_checkpoint("moe")
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | {"other": torch.zeros(1)}, weights)
+    text = f"{folder}: config.json has no use for tensor other; "
+    code, out, err = run("compare", "--model", "moe")
+    assert (code, out, comparison.pools) == (2, "", [])
+    assert err == (
+        f"expertlane: error: {text}to go on without: --ignore-unused-tensors "
+        "(ignore_unused_tensors=True)\n"
+    )
+    code, out, err = run("compare", "--model", "moe", "--ignore-unused-tensors", "--top-k", "2,1")
+    assert (code, len(comparison.calls)) == (0, 2)
+    assert err.count(f"warning: {text}going on without\n") == 1
+
+
+def test_another_head_than_the_one_it_is_tied_to(comparison, run):
+    folder = put_checkpoint("moe", tie_word_embeddings=True)
+    assert run("compare", "--model", "moe")[0] == 0
+    assert comparison.calls[0]["experiment"].model.tie_word_embeddings  # a copy
+    weights = folder / "model.safetensors"
+    stored = load_file(weights)
+    stored["lm_head.weight"][0, 0] = 1
+    save_file(stored, weights)
+    code, _, err = run("compare", "--model", "moe", "--top-k", "2,1")
+    assert code == 0
+    assert err.count(f"warning: {folder}: config.json ties the output head to the embedding") == 1
+    for call in comparison.calls[1:]:
+        assert not call["experiment"].model.tie_word_embeddings
 
 
 def test_a_preset_in_place_of_the_experiments_model(comparison, run):
@@ -159,7 +204,10 @@ def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
             "--model moe: workload: a prompt of 32 and 9 output tokens take 40 positions but moe "
             "has 32; valid prompt_len at this output_len: 1 to 24",
         ),
-        ({"num_hidden_layers": None}, "model moe: num_hidden_layers is missing"),
+        (
+            {"num_hidden_layers": None},
+            "model moe: num_hidden_layers is null; it must be a whole number",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_experiment(comparison, run, config, line):

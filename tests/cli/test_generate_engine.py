@@ -29,6 +29,7 @@ def test_engine_options_are_handed_over(run, stub):
     options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
     options += [
         "--oversubscribe",
+        "--ignore-unused-tensors",
         "--no-prefix-caching",
         "--overlap",
         "on",
@@ -60,6 +61,7 @@ def test_engine_options_are_handed_over(run, stub):
         ranks_per_node=1,
         timeout_s=5.0,
         oversubscribe=True,
+        ignore_unused_tensors=True,
     )
     assert not stub.records_routing
 

@@ -146,7 +146,7 @@ def test_a_missing_folder_and_one_without_a_configuration(error_of, tmp_path: Pa
         ),
         (
             {"num_attention_heads": None},
-            "[model]: model small moe: num_attention_heads is missing",
+            "[model]: model small moe: num_attention_heads is null; it must be a whole number",
         ),
         (
             {"max_position_embeddings": 8},

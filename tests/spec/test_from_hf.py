@@ -7,7 +7,7 @@ from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, quantization_of, read_config, weight_block_size
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
-from expertlane.spec.ranges import RANGES
+from expertlane.spec.ranges import ANY_WHOLE, RANGES
 
 # What these models publish, as transformers 4 wrote it, without what from_hf does not read.
 MIXTRAL = {
@@ -426,11 +426,15 @@ def test_rope_scalings():
             {"hidden_size": True},
             f"hidden_size is True; it must be {RANGES['hidden_size']}",
         ),
-        (MIXTRAL, {"vocab_size": None}, "vocab_size is missing"),
+        (
+            MIXTRAL,
+            {"vocab_size": None},
+            f"vocab_size is null; it must be {RANGES['vocab_size']}",
+        ),
         (
             MIXTRAL,
             {"num_local_experts": None},
-            "num_experts or num_local_experts or n_routed_experts is missing",
+            f"num_local_experts is null; it must be {RANGES.get('num_local_experts', ANY_WHOLE)}",
         ),
         (
             MIXTRAL,
@@ -499,7 +503,7 @@ def test_rope_scalings():
         (DEEPSEEK_V2, {"topk_group": 9}, "topk_group is 9; it must be from 1 to n_group, 8"),
         (DEEPSEEK_V3, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
         (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias True is not supported"),
-        (GPT_OSS, {"rope_scaling": None}, "rope_scaling (or rope_parameters) is missing"),
+        (DEEPSEEK_V2, {"n_group": None}, f"n_group is null; it must be {RANGES['n_group']}"),
     ],
 )
 def test_what_is_not_supported_is_named(config, changes, message):

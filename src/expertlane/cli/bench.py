@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Oversubscribe
+from expertlane.cli.compare import DEFAULT_TIMEOUT_S, IgnoreUnusedTensors, Oversubscribe
 from expertlane.cli.engine_options import (
     BlockSize,
     Dispatch,
@@ -99,6 +99,7 @@ def bench(
     ranks_per_node: RanksPerNode = 0,
     timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
     oversubscribe: Oversubscribe = False,
+    ignore_unused_tensors: IgnoreUnusedTensors = False,
 ) -> None:
     """Put load on a model and measure throughput and latency.
 
@@ -143,6 +144,7 @@ def bench(
         ranks_per_node=ranks_per_node,
         timeout_s=timeout_s,
         oversubscribe=oversubscribe,
+        ignore_unused_tensors=ignore_unused_tensors,
     )
     loads = parse_loads(batch, rate, num_requests, prompt_len, output_len)
     take_option("--seed", seed)

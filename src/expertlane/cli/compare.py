@@ -1,6 +1,7 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
+import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -112,6 +113,14 @@ _Skew = Annotated[
 Oversubscribe = Annotated[
     bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
 ]
+IgnoreUnusedTensors = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-unused-tensors",
+        help="Go on, with a warning, where a checkpoint holds tensors that its config.json has "
+        "no use for.",
+    ),
+]
 _TimeoutS = Annotated[
     float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
 ]
@@ -129,6 +138,7 @@ def compare(
     traffic: _Traffic = False,
     trace: _Trace = False,
     oversubscribe: Oversubscribe = False,
+    ignore_unused_tensors: IgnoreUnusedTensors = False,
     timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
     dtype: _Dtype = None,
     project: _Project = False,
@@ -178,6 +188,7 @@ def compare(
     shown = Shown(projections, as_json=as_json, traffic=traffic)
     reason = _shortage(comparisons, number_type) if projectors else None
     if reason is None:
+        comparisons = _with_checked_checkpoint(comparisons, ignore_unused_tensors)
         try:
             _measure(comparisons, shown, timeout_s, number_type, oversubscribe, trace)
             return
@@ -220,6 +231,31 @@ def _measure(
                     each, pool, progress, command=command_line(), on_trace=on_trace
                 )
             shown.publish(results, each, folder, traces)
+
+
+def _with_checked_checkpoint(
+    comparisons: "list[tuple[Experiment, Path]]", ignore_unused_tensors: bool
+) -> "list[tuple[Experiment, Path]]":
+    """The same, of the model that the checkpoint holds; warnings go to stderr.
+
+    Raises:
+        SpecError: it does not hold what its configuration says.
+    """
+    from expertlane.engine.checkpoint_check import check_checkpoint
+
+    first = comparisons[0][0]  # they differ in experts per token alone
+    if first.checkpoint is None:
+        return comparisons
+    tied = check_checkpoint(
+        first.model,
+        Path(first.checkpoint),
+        ignore_unused_tensors=ignore_unused_tensors,
+        log=lambda line: print(line, file=sys.stderr),
+    ).tie_word_embeddings
+    return [
+        (replace(each, model=each.model.with_overrides(tie_word_embeddings=tied)), folder)
+        for each, folder in comparisons
+    ]
 
 
 def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:

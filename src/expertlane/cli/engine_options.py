@@ -165,6 +165,7 @@ class EngineOptions:
     ranks_per_node: int
     timeout_s: float
     oversubscribe: bool
+    ignore_unused_tensors: bool
 
     def __post_init__(self) -> None:
         take_fields(self, lambda field: f"--{field.replace('_', '-')}")

@@ -11,7 +11,7 @@ import typer
 
 from expertlane.cli import answers
 from expertlane.cli.chat import Chat
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Oversubscribe
+from expertlane.cli.compare import DEFAULT_TIMEOUT_S, IgnoreUnusedTensors, Oversubscribe
 from expertlane.cli.engine_options import (
     BlockSize,
     Dispatch,
@@ -175,6 +175,7 @@ def generate(
     ranks_per_node: RanksPerNode = 0,
     timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
     oversubscribe: Oversubscribe = False,
+    ignore_unused_tensors: IgnoreUnusedTensors = False,
 ) -> None:
     """Continue prompts with a model, or talk to it.
 
@@ -236,6 +237,7 @@ def generate(
         ranks_per_node=ranks_per_node,
         timeout_s=timeout_s,
         oversubscribe=oversubscribe,
+        ignore_unused_tensors=ignore_unused_tensors,
     )
     if logprobs is not None and not as_json:
         raise UserError("--logprobs needs --json, which prints them")

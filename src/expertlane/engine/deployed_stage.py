@@ -108,7 +108,7 @@ class DeployedStage:
         if spec.checkpoint is None:
             source = SeededWeights(model, spec.seed, platform.dtype, platform.device, touch)
         else:
-            checkpoint = Checkpoint(Path(spec.checkpoint))
+            checkpoint = Checkpoint(Path(spec.checkpoint), model)
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
         self.stage = TransformerStage(model, spec.placements, source, self._mesh, self._recorder)
         self.migration = migration.Migration()

@@ -16,6 +16,7 @@ from expertlane.balance.deployed import Placements
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.checkpoint_check import check_checkpoint
 from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.engine import Engine, Prompt
@@ -72,6 +73,8 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
+        ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
+            with a warning on stderr.
         record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
             every step and memory with every token.
 
@@ -103,12 +106,13 @@ class LLM:
         seed: int = 0,
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
+        ignore_unused_tensors: bool = False,
         record_routing: bool = False,
     ) -> None:
         _check_settings(dtype, seed, timeout_s)
         chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
         deployment = Deployment("llm", chosen, options or Options())
-        self.model, self._folder = _find_model(model)
+        self.model, self._folder = _find_model(model, ignore_unused_tensors)
         placements = check_deployment(self.model, deployment, ranks_per_node)
         if record_routing:
             moe_layers(self.model)  # refuses a model without
@@ -156,7 +160,7 @@ class LLM:
             seed=seed,
             ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
-            log=lambda line: print(line, file=sys.stderr),
+            log=_print_to_stderr,
         )
 
     def _put_scheduler_before(
@@ -320,11 +324,21 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _find_model(model: str | Path) -> tuple[ModelConfig, Path | None]:
+def _find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
     if str(model) in PRESETS:
         return PRESETS[str(model)], None
     folder = resolve_model(str(model))
-    return read_model(folder, str(model)), folder
+    checked = check_checkpoint(
+        read_model(folder, str(model)),
+        folder,
+        ignore_unused_tensors=ignore_unused_tensors,
+        log=_print_to_stderr,
+    )
+    return checked, folder
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:

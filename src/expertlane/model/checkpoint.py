@@ -1,33 +1,30 @@
-"""Reading slices of a Hugging Face checkpoint: one safetensors file, or many with an index.
+"""Reading slices of a Hugging Face checkpoint; only the asked slices are touched."""
 
-Files are memory-mapped and only the asked slices are touched. Pages of a mapped file count as
-memory of whoever reads them, so the mapping is dropped whenever much of it has been read.
-"""
-
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertlane.errors import SpecError
-from expertlane.model.checkpoint_names import Stored, stored_places
+from expertlane.model.checkpoint_names import Stored, is_left_unread, stored_places
 from expertlane.model.dequantize import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
+from expertlane.model.shards import MAX_MAPPED_BYTES, Shards
 from expertlane.model.tensors import EMBEDDING, HEAD, Shape, cut_dim, tensor_names, tensor_shape
 from expertlane.model.weight_source import WeightSource
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_config import family_of, read_config, weight_block_size
+from expertlane.spec.hf_config import (
+    family_of,
+    num_extra_layers,
+    read_config,
+    weight_block_size,
+)
+from expertlane.spec.model import ModelConfig
 
-_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _PLAIN = ("F32", "BF16", "F16")
 _FP8 = "F8_E4M3"
-_MAX_MAPPED_BYTES = 64 * 1024**2
-_MAX_COPIED_BYTES = _MAX_MAPPED_BYTES // 4  # at a time
+_MAX_COPIED_BYTES = MAX_MAPPED_BYTES // 4  # at a time
 
 Index = tuple[int | slice, ...]
 
@@ -36,25 +33,24 @@ class Checkpoint:
     """A folder with a `config.json` and safetensors.
 
     Args:
-        name: what the model is called; the folder's name if None.
+        model: what is to be read; by default what `config.json` describes.
 
     Attributes:
         folder: where it is.
-        model: what its `config.json` describes.
+        model: as given or described.
 
     Raises:
         SpecError: no checkpoint is there, or it is of a kind that cannot be read.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, model: ModelConfig | None = None) -> None:
         self.folder = folder
         config = read_config(folder)
-        self.model = from_hf(config, name or folder.resolve().name)
+        self.model = model or from_hf(config, folder.resolve().name)
         self._family = family_of(config)
         self._block_size = weight_block_size(config)
-        self._open_files: dict[str, Any] = {}
-        self._mapped_bytes = 0
-        self._file_of_tensor = self._read_index()
+        self._num_extra_layers = num_extra_layers(config)
+        self._shards = Shards(folder)
 
     def tensor(
         self,
@@ -95,59 +91,63 @@ class Checkpoint:
         self._copy(stored.name, _index(stored, parts, shape[0]), into)
         return out
 
-    def check(self) -> None:
-        """Look for all tensors of the model and at their shapes, without reading any.
+    def check(self) -> list[str]:
+        """Look for all tensors of the model and at their shapes, by the files' headers alone.
+
+        Returns:
+            The stored tensors that the model has no use for, sorted. An output head beside an
+            embedding that it is tied to is none of them, nor is what transformers leaves unread
+            without a word.
 
         Raises:
             SpecError: one is missing or has a wrong shape.
         """
+        used: set[str] = set()
         for name in tensor_names(self.model):
-            self._locate(name)
-        self._open_files.clear()
+            used.update(self._stored_names(self._locate(name)[0]))
+        if self._has_both_tied():
+            used.add(stored_places(self._family, HEAD)[0].name)
+        first = self.model.num_hidden_layers
+        extra_layers = range(first, first + self._num_extra_layers)
+        unused = {
+            name
+            for name in self._shards.names_in_files()
+            if name not in used and not is_left_unread(name, extra_layers)
+        }
+        self._shards.close()
+        return sorted(unused)
 
-    def _read_index(self) -> dict[str, str]:
-        """The file of every stored tensor."""
-        path = self.folder / _INDEX
-        if not path.exists():
-            if not (self.folder / _FILE).exists():
-                raise SpecError(f"{self.folder}: there is neither {_FILE} nor {_INDEX}")
-            return dict.fromkeys(self._file(_FILE).keys(), _FILE)
-        try:
-            files = json.loads(path.read_bytes())["weight_map"]
-            is_valid = all(isinstance(file, str) for file in files.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            is_valid = False
-        if not is_valid:
-            raise SpecError(f"{path} cannot be read: it must hold an object 'weight_map'")
-        return dict(files)
+    def has_head_of_its_own(self) -> bool:
+        """Whether `config.json` ties the head to the embedding, but there is another head.
 
-    def _file(self, name: str) -> Any:
-        """An open file; what was mapped before is dropped if it was much."""
-        if self._mapped_bytes > _MAX_MAPPED_BYTES:
-            self._open_files.clear()
-            self._mapped_bytes = 0
-        if name not in self._open_files:
-            path = self.folder / name
-            try:
-                self._open_files[name] = safe_open(path, "pt")
-            except FileNotFoundError:
-                raise SpecError(f"{path} is missing; {_INDEX} names it") from None
-            except (OSError, SafetensorError) as error:
-                raise SpecError(f"{path} cannot be read: {error}") from None
-        return self._open_files[name]
+        Raises:
+            SpecError: the head has another shape than the embedding, or cannot be read.
+        """
+        if not self._has_both_tied():
+            return False
+        untied = Checkpoint(self.folder, self.model.with_overrides(tie_word_embeddings=False))
+        num_rows = max(1, _MAX_COPIED_BYTES // (4 * self.model.hidden_size))
+        for start in range(0, self.model.vocab_size, num_rows):
+            rows = range(start, min(start + num_rows, self.model.vocab_size))
+            embedding, head = (untied.tensor(name, rows) for name in (EMBEDDING, HEAD))
+            if not torch.equal(embedding, head):
+                return True
+        return False
 
-    def _slice(self, stored_name: str) -> Any:
-        """A tensor of a file, to be sliced."""
-        file = self._file_of_tensor.get(stored_name)
-        if file is None:
-            raise SpecError(f"{self.folder}: tensor {stored_name} is missing")
-        try:
-            return self._file(file).get_slice(stored_name)
-        except SafetensorError:
-            raise SpecError(f"{self.folder / file}: tensor {stored_name} is missing") from None
+    def _has_both_tied(self) -> bool:
+        places = (stored_places(self._family, name)[0] for name in (EMBEDDING, HEAD))
+        return self.model.tie_word_embeddings and all(each.name in self._shards for each in places)
+
+    def _stored_names(self, stored: Stored) -> list[str]:
+        """A tensor's own name, or those of its quantised form."""
+        if self._is_mxfp4(stored):
+            return [f"{stored.name}_blocks", f"{stored.name}_scales"]
+        scale = f"{stored.name}_scale_inv"
+        has_scale = scale in self._shards and self._stored_type(stored.name) == _FP8
+        return [stored.name, scale] if has_scale else [stored.name]
 
     def _stored_type(self, stored_name: str) -> str:
-        return str(self._slice(stored_name).get_dtype())
+        return str(self._shards.slice(stored_name).get_dtype())
 
     def _refused_type(self, stored_name: str) -> SpecError:
         return SpecError(
@@ -156,16 +156,17 @@ class Checkpoint:
         )
 
     def _is_mxfp4(self, stored: Stored) -> bool:
-        return f"{stored.name}_blocks" in self._file_of_tensor
+        return f"{stored.name}_blocks" in self._shards
 
     def _locate(self, name: str) -> tuple[Stored, Shape]:
         """Where a logical tensor is, and its logical shape; its stored shape has been checked."""
-        if name == HEAD and self.model.tie_word_embeddings:
-            name = EMBEDDING
-        shape = tensor_shape(self.model, name)
         places = stored_places(self._family, name)
+        if name in (EMBEDDING, HEAD) and self.model.tie_word_embeddings:
+            name = EMBEDDING  # one of them is enough
+            places = stored_places(self._family, EMBEDDING) + stored_places(self._family, HEAD)
+        shape = tensor_shape(self.model, name)
         for stored in places:
-            if stored.name in self._file_of_tensor or self._is_mxfp4(stored):
+            if stored.name in self._shards or self._is_mxfp4(stored):
                 break
         else:
             raise SpecError(f"{self.folder}: tensor {places[0].name} is missing")
@@ -184,7 +185,7 @@ class Checkpoint:
         return stored, shape
 
     def _check_shape(self, stored_name: str, expected: list[int]) -> None:
-        found = list(self._slice(stored_name).get_shape())
+        found = list(self._shards.slice(stored_name).get_shape())
         if found != expected:
             raise SpecError(
                 f"{self.folder}: tensor {stored_name} has shape {found}; config.json asks for "
@@ -193,7 +194,7 @@ class Checkpoint:
 
     def _copy(self, stored_name: str, index: Index, out: Tensor) -> None:
         """Copy stored values into `out`, a block of its first dimension at a time."""
-        shape = self._slice(stored_name).get_shape()
+        shape = self._shards.slice(stored_name).get_shape()
         at = next(i for i, part in enumerate(index) if isinstance(part, slice))
         along = index[at]
         assert isinstance(along, slice)
@@ -207,8 +208,8 @@ class Checkpoint:
             part = out[start : start + num_rows]
             first = along.start + start * step
             rows = slice(first, first + (len(part) - 1) * step + 1, along.step)
-            part.copy_(self._slice(stored_name)[(*index[:at], rows, *index[at + 1 :])])
-            self._mapped_bytes += len(part) * row_bytes
+            part.copy_(self._shards.slice(stored_name)[(*index[:at], rows, *index[at + 1 :])])
+            self._shards.count_read(len(part) * row_bytes)
 
     def _read_fp8(
         self, stored: Stored, shape: Shape, parts: list[range], dtype: torch.dtype

@@ -1,5 +1,6 @@
 """Where a family's checkpoints keep each logical tensor."""
 
+import re
 from dataclasses import dataclass, replace
 
 _OUTSIDE = {
@@ -46,6 +47,8 @@ _OWN_IN_LAYER: dict[str, dict[str, str]] = {
     },
     "gpt_oss": {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"},
 }
+_IN_ANY_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_OLD_BUFFER = "rotary_emb.inv_freq"
 _OF_EXPERT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _OF_MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -87,6 +90,16 @@ def stored_places(family: str, name: str) -> tuple[Stored, ...]:
     if part in own and part in _IN_LAYER:
         places.append(Stored(f"{prefix}.{_IN_LAYER[part]}"))
     return tuple(places)
+
+
+def is_left_unread(stored_name: str, extra_layers: range) -> bool:
+    """Whether transformers too leaves a tensor unread without a word.
+
+    Args:
+        extra_layers: those after the last one that predict further tokens.
+    """
+    layer = _IN_ANY_LAYER.match(stored_name)
+    return _OLD_BUFFER in stored_name or (layer is not None and int(layer[1]) in extra_layers)
 
 
 def _expert_places(family: str, prefix: str, expert: int, matrix: str) -> tuple[Stored, ...]:

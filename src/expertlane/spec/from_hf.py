@@ -1,6 +1,7 @@
 """A `ModelConfig` from a Hugging Face `config.json`, in the spellings of transformers 4 and 5.
 
-What a family computes is told by its transformers class; `docs/families.md` has the table.
+What a family computes is told by its transformers class; `docs/families.md` has the table. What a
+field means where it is left out or null is told by that class too.
 """
 
 import math
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from expertlane.spec.hf_config import Fields, family_of, read_config, weight_block_size
+from expertlane.spec.hf_defaults import DEFAULTS, NUM_EXPERTS
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_THETA = 10_000.0
 
 
 def from_hf(
@@ -33,10 +34,11 @@ def from_hf(
     family = family_of(config)
     if weights:
         weight_block_size(config)
-    fields = Fields(config, name or family)
-    if fields.get(str, "hidden_act", default="silu") != "silu":
+    fields = Fields(config, name or family, DEFAULTS[family])
+    if fields.get(str, "hidden_act") != "silu":
         raise fields.unsupported("hidden_act")
-    return ModelConfig(**_common(fields) | _FAMILIES[family](fields))
+    num_experts = fields.get(int, *NUM_EXPERTS[family])
+    return ModelConfig(num_experts=num_experts, **_common(fields) | _FAMILIES[family](fields))
 
 
 def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig:
@@ -66,43 +68,46 @@ def _common(fields: Fields) -> dict[str, Any]:
         "num_hidden_layers": fields.get(int, "num_hidden_layers"),
         "hidden_size": fields.get(int, "hidden_size"),
         "num_attention_heads": fields.get(int, "num_attention_heads"),
-        "num_experts": fields.get(int, "num_experts", "num_local_experts", "n_routed_experts"),
-        "num_experts_per_tok": fields.get(int, "num_experts_per_tok", "experts_per_token"),
+        "num_experts_per_tok": fields.get(int, "num_experts_per_tok"),
         "vocab_size": fields.get(int, "vocab_size"),
         "max_position_embeddings": fields.get(int, "max_position_embeddings"),
         "rms_norm_eps": fields.get(float, "rms_norm_eps"),
         "gated_mlp": True,
         "hidden_act": "silu",
-        "tie_word_embeddings": fields.get(bool, "tie_word_embeddings", default=False),
+        "tie_word_embeddings": fields.get(bool, "tie_word_embeddings"),
         "eos_token_ids": tuple(fields.typed(int, "eos_token_id", token) for token in eos),
         "dtype": dtype,
     }
 
 
-def _attention(fields: Fields, theta: float = _THETA) -> dict[str, Any]:
+def _attention(fields: Fields) -> dict[str, Any]:
     """Attention with keys and values of their own: heads and rotary positions."""
     heads = fields.get(int, "num_attention_heads")
     head_dim = fields.get(int, "head_dim", default=fields.get(int, "hidden_size") // heads)
     return {
         "head_dim": head_dim,
         "num_key_value_heads": fields.get(int, "num_key_value_heads", default=heads),
-        **_rope(fields, theta),
+        **_rope(fields),
     }
 
 
 def _rope_parameters(fields: Fields) -> Fields:
-    parameters = fields.raw("rope_scaling", "rope_parameters") or {}
+    """Of `rope_scaling` (transformers 4) or `rope_parameters` (5); null means the default."""
+    parameters = fields.raw("rope_scaling", "rope_parameters")
+    parameters = fields.defaults["rope_parameters"] if parameters is None else parameters
+    parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
         raise fields.error("rope parameters that differ by layer are not supported")
-    return Fields(parameters, fields.name)
+    return Fields(parameters, fields.name, {"truncate": True})
 
 
-def _rope(fields: Fields, theta: float = _THETA) -> dict[str, Any]:
-    """Rotary positions; of `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+def _rope(fields: Fields) -> dict[str, Any]:
+    """Rotary positions."""
     rope = _rope_parameters(fields)
     for holder in (fields, rope):
         holder.expect("partial_rotary_factor", 1, 1.0)
-    theta = rope.get(float, "rope_theta", default=fields.get(float, "rope_theta", default=theta))
+    theta = rope.optional(float, "rope_theta")
+    theta = fields.get(float, "rope_theta") if theta is None else theta
     kind = rope.get(str, "rope_type", "type", default="default")
     if kind == "default":
         return {"rope_theta": theta}
@@ -139,9 +144,9 @@ def _yarn(rope: Fields, trained: int, max_len: int) -> RopeScaling:
         "yarn",
         factor,
         trained,
-        beta_fast=rope.get(float, "beta_fast", default=32.0),
-        beta_slow=rope.get(float, "beta_slow", default=1.0),
-        truncate=rope.get(bool, "truncate", default=True),
+        beta_fast=rope.optional(float, "beta_fast") or 32.0,  # 0 counts as none given
+        beta_slow=rope.optional(float, "beta_slow") or 1.0,
+        truncate=bool(rope.optional(bool, "truncate")),
         attention_factor=rope.get(float, "attention_factor", default=attention_factor),
     )
 
@@ -151,12 +156,20 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _windows_by_type(fields: Fields, default: list[str]) -> tuple[int | None, ...]:
-    """One window a layer from `layer_types`, or from a family's default for them."""
-    types = fields.raw("layer_types") or default
+def _layer_types(fields: Fields, default: list[str]) -> list[str]:
+    types = fields.raw("layer_types")
+    types = default if types is None else types
+    if not isinstance(types, list):
+        raise fields.error(f"layer_types is {types!r}; it must be a list")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise fields.error(f"layer type {kind!r} is not supported")
+    return types
+
+
+def _windows_by_type(fields: Fields, default: list[str]) -> tuple[int | None, ...]:
+    """One window a layer from `layer_types`, or from a family's default for them."""
+    types = _layer_types(fields, default)
     if "sliding_attention" not in types:
         return ()
     window = fields.get(int, "sliding_window")
@@ -170,7 +183,7 @@ def _windows_everywhere(fields: Fields) -> tuple[int | None, ...]:
 
 def _mixtral(fields: Fields) -> dict[str, Any]:
     return {
-        **_attention(fields, theta=1e6),
+        **_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
         "sliding_window": _windows_everywhere(fields),
     }
@@ -179,7 +192,7 @@ def _mixtral(fields: Fields) -> dict[str, Any]:
 def _qwen_moe(fields: Fields) -> dict[str, Any]:
     """What Qwen2-MoE and Qwen3-MoE have in common."""
     mlp_only = fields.integers("mlp_only_layers")
-    step = fields.get(int, "decoder_sparse_step", default=1)
+    step = fields.get(int, "decoder_sparse_step")
     layers = range(fields.get(int, "num_hidden_layers"))
     dense = tuple(layer for layer in layers if layer in mlp_only or (layer + 1) % step)
     return {
@@ -187,22 +200,28 @@ def _qwen_moe(fields: Fields) -> dict[str, Any]:
         "moe_intermediate_size": fields.get(int, "moe_intermediate_size"),
         "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
         "dense_layers": dense,
-        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob", default=False)),
+        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob")),
     }
 
 
 def _qwen2_moe(fields: Fields) -> dict[str, Any]:
     windows: tuple[int | None, ...] = ()
-    if fields.get(bool, "use_sliding_window", default=False):
-        first_full = fields.get(int, "max_window_layers", default=28)
+    if fields.get(bool, "use_sliding_window"):
+        first_full = fields.get(int, "max_window_layers")
         layers = range(fields.get(int, "num_hidden_layers"))
         even = ["sliding_attention" if i % 2 == 0 and i < first_full else "full" for i in layers]
         windows = _windows_by_type(
             fields, [kind.replace("full", "full_attention") for kind in even]
         )
+    elif "sliding_attention" in _layer_types(fields, []):
+        # transformers 5 makes them windows of no position at all, which is no model's meaning.
+        raise fields.error(
+            "layer_types has 'sliding_attention' but use_sliding_window is false; make one agree "
+            "with the other"
+        )
     return {
         **_qwen_moe(fields),
-        "qkv_bias": fields.get(bool, "qkv_bias", default=True),
+        "qkv_bias": fields.get(bool, "qkv_bias"),
         "sliding_window": windows,
         "shared_expert_intermediate_size": fields.get(int, "shared_expert_intermediate_size"),
         "shared_expert_gate": True,
@@ -210,8 +229,8 @@ def _qwen2_moe(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen3_moe(fields: Fields) -> dict[str, Any]:
-    has_windows = fields.get(bool, "use_sliding_window", default=False)
-    bias = fields.get(bool, "attention_bias", default=False)
+    has_windows = fields.get(bool, "use_sliding_window")
+    bias = fields.get(bool, "attention_bias")
     return {
         **_qwen_moe(fields),
         "qkv_bias": bias,
@@ -223,14 +242,14 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
 
 def _olmoe(fields: Fields) -> dict[str, Any]:
     fields.expect("clip_qkv")
-    bias = fields.get(bool, "attention_bias", default=False)
+    bias = fields.get(bool, "attention_bias")
     return {
         **_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
         "qkv_bias": bias,
         "output_bias": bias,
         "qk_norm": "full",
-        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob", default=False)),
+        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob")),
     }
 
 
@@ -259,7 +278,7 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
         "moe_intermediate_size": expert,
         "intermediate_size": fields.get(int, "intermediate_size") if num_dense else 0,
         "dense_layers": tuple(range(min(num_dense, fields.get(int, "num_hidden_layers")))),
-        "shared_expert_intermediate_size": fields.get(int, "n_shared_experts", default=0) * expert,
+        "shared_expert_intermediate_size": fields.get(int, "n_shared_experts") * expert,
     }
 
 
@@ -267,10 +286,10 @@ def _deepseek_v2(fields: Fields) -> dict[str, Any]:
     fields.expect("scoring_func", "softmax")
     fields.expect("norm_topk_prob", False)
     fields.expect("topk_method", "greedy", "group_limited_greedy")
-    in_groups = fields.get(str, "topk_method", default="greedy") == "group_limited_greedy"
+    in_groups = fields.get(str, "topk_method") == "group_limited_greedy"
     routing = Routing(
         norm_topk_prob=False,
-        routed_scaling_factor=fields.get(float, "routed_scaling_factor", default=1.0),
+        routed_scaling_factor=fields.get(float, "routed_scaling_factor"),
         n_group=fields.get(int, "n_group") if in_groups else 1,
         topk_group=fields.get(int, "topk_group") if in_groups else 1,
         group_score="max",
@@ -283,32 +302,30 @@ def _deepseek_v3(fields: Fields) -> dict[str, Any]:
     fields.expect("topk_method", "noaux_tc")
     routing = Routing(
         scoring_func="sigmoid",
-        norm_topk_prob=fields.get(bool, "norm_topk_prob", default=True),
+        norm_topk_prob=bool(fields.optional(bool, "norm_topk_prob")),
         routed_scaling_factor=fields.get(float, "routed_scaling_factor"),
         correction_bias=True,
         n_group=fields.get(int, "n_group"),
         topk_group=fields.get(int, "topk_group"),
         group_score="top2_sum",
     )
-    interleave = fields.get(bool, "rope_interleave", default=True)
+    interleave = bool(fields.optional(bool, "rope_interleave"))
     return {**_deepseek(fields), "rope_interleave": interleave, "routing": routing}
 
 
 def _gpt_oss(fields: Fields) -> dict[str, Any]:
-    if fields.raw("rope_scaling", "rope_parameters") is None:
-        raise fields.error("rope_scaling (or rope_parameters) is missing")
-    bias = fields.get(bool, "attention_bias", default=True)
+    bias = fields.get(bool, "attention_bias")
     layers = range(fields.get(int, "num_hidden_layers"))
     alternating = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
     return {
-        **_attention(fields, theta=150_000.0),
+        **_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
         "qkv_bias": bias,
         "output_bias": bias,
         "attention_sinks": True,
         "sliding_window": _windows_by_type(fields, alternating),
-        "swiglu_limit": fields.get(float, "swiglu_limit", default=7.0),
-        "swiglu_alpha": fields.get(float, "swiglu_alpha", default=1.702),
+        "swiglu_limit": fields.get(float, "swiglu_limit"),
+        "swiglu_alpha": fields.get(float, "swiglu_alpha"),
         "expert_bias": True,
         "routing": Routing(router_bias=True),
     }

@@ -1,14 +1,16 @@
 """Reading a Hugging Face `config.json`: the family, the quantisation, and typed values."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.errors import SpecError
+from expertlane.spec.hf_defaults import DEFAULTS
 from expertlane.spec.input_file import CONFIG_BYTES
 from expertlane.spec.parse import read_json_object
-from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, shown
+from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 
 _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -42,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder.
 
     Raises:
-        SpecError: there is none, or it is no JSON object.
+        SpecError: there is none, it cannot be read, or it is no JSON object.
     """
     path = folder / "config.json"
     if os.path.isfile(folder):
@@ -114,28 +116,61 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     )
 
 
-class Fields:
-    """Typed look-ups in a configuration; null counts as missing."""
+def num_extra_layers(config: dict[str, Any]) -> int:
+    """Layers after the last one, which predict further tokens; plain decoding leaves them out.
 
-    def __init__(self, config: dict[str, Any], name: str) -> None:
+    Raises:
+        SpecError: the architecture is not supported, or the number is none.
+    """
+    family = family_of(config)
+    fields = Fields(config, family, DEFAULTS[family])
+    return fields.get(int, "num_nextn_predict_layers", "num_mtp_layers", default=0)
+
+
+class Fields:
+    """Typed look-ups in a configuration.
+
+    Args:
+        name: what the model is called in messages.
+        defaults: of fields that it leaves out. Null is a value, unless it is another spelling's.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], name: str, defaults: Mapping[str, Any] | None = None
+    ) -> None:
         self._config = config
+        self.defaults = defaults or {}
         self.name = name
 
     def raw(self, *spellings: str) -> Any:
-        """The first of some spellings that is there, or None."""
-        found = (self._config[key] for key in spellings if self._config.get(key) is not None)
-        return next(found, None)
+        """The first of some spellings that is there and not null, else None or the default."""
+        return self._find(spellings)[1]
+
+    def _find(self, spellings: tuple[str, ...]) -> tuple[str, Any]:
+        """The spelling that counts, and its value."""
+        there = [key for key in spellings if key in self._config]
+        for key in there:
+            if self._config[key] is not None:
+                return key, self._config[key]
+        if there:
+            return there[0], None
+        return next(
+            ((key, self.defaults[key]) for key in spellings if key in self.defaults),
+            (spellings[0], None),
+        )
 
     def get(self, kind: type[T], *spellings: str, default: T | None = None) -> T:
-        """A value that must be there unless it has a default."""
-        value = self.raw(*spellings)
+        """A value that must be there unless it has a default, here or in `defaults`."""
+        key, value = self._find(spellings)
         value = default if value is None else value
+        if value is None and key in self._config:
+            raise self.error(f"{key} is null; it must be {self._valid(kind, key)}")
         if value is None:
             raise self.error(f"{' or '.join(spellings)} is missing")
-        return self.typed(kind, spellings[0], value)
+        return self.typed(kind, key, value)
 
     def optional(self, kind: type[T], key: str) -> T | None:
-        """A value, or None where it is null or missing."""
+        """A value, or None where it is null, or missing without a default."""
         value = self.raw(key)
         return None if value is None else self.typed(kind, key, value)
 
@@ -149,12 +184,18 @@ class Fields:
 
     def typed(self, kind: type[T], key: str, value: Any) -> T:
         """`value` as a `kind`, in its range; a whole number is a number, but true is none."""
-        if kind is int or kind is float:
-            allowed = RANGES.get(key, ANY_WHOLE if kind is int else ANY_NUMBER)
-            return kind(allowed.take(f"model {self.name}: {key}", value))
+        valid = self._valid(kind, key)
+        if isinstance(valid, Range):
+            return kind(valid.take(f"model {self.name}: {key}", value))
         if type(value) is not kind:
-            raise self.error(f"{key} is {shown(value)}; it must be {_KIND_NAMES[kind]}")
+            raise self.error(f"{key} is {shown(value)}; it must be {valid}")
         return value
+
+    def _valid(self, kind: type[T], key: str) -> Range | str:
+        """What a value may be; reads as the end of a message."""
+        if kind in (int, float):
+            return RANGES.get(key, ANY_WHOLE if kind is int else ANY_NUMBER)
+        return _KIND_NAMES[kind]
 
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuse a value that is there and is none of those that can be computed."""

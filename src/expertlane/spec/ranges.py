@@ -249,7 +249,7 @@ def shown(value: object) -> str:
     """A wrong value on one line, cut when long."""
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         # Python writes out no number of more than 4,300 digits.
-        return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
+        return f"a number of about {1 + int(value.bit_length() * 0.30103):,} digits"
     item = getattr(value, "item", None)  # numpy's numbers
     text = repr(item() if item is not None and getattr(value, "ndim", 1) == 0 else value)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"

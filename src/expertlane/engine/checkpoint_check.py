@@ -1,0 +1,57 @@
+"""A checkpoint before ranks start: does it hold what its `config.json` says, and nothing else?"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from expertlane.engine.torchrun import is_under_torchrun, own_rank
+from expertlane.errors import SpecError
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.spec.model import ModelConfig
+
+_NUM_SHOWN = 3
+
+
+def check_checkpoint(
+    model: ModelConfig, folder: Path, *, ignore_unused_tensors: bool, log: Callable[[str], None]
+) -> ModelConfig:
+    """Hold a checkpoint against its model, by the files' headers.
+
+    Args:
+        ignore_unused_tensors: go on with a warning where the model has no use for some tensors.
+        log: gets warnings, a line each; under torchrun those of the first process.
+
+    Returns:
+        The model that ranks are to load: its head is not tied to its embedding where the
+        checkpoint has another head, as in transformers 5.
+
+    Raises:
+        SpecError: a tensor is missing, has a wrong shape, or is not used.
+    """
+    if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one speaks
+        log = _say_nothing
+    checkpoint = Checkpoint(folder, model)
+    unused = checkpoint.check()
+    if unused:
+        text = f"{folder}: config.json has no use for {_shown(unused)}"
+        if not ignore_unused_tensors:
+            raise SpecError(
+                f"{text}; to go on without: --ignore-unused-tensors (ignore_unused_tensors=True)"
+            )
+        log(f"warning: {text}; going on without")
+    if not checkpoint.has_head_of_its_own():
+        return model
+    log(
+        f"warning: {folder}: config.json ties the output head to the embedding, but "
+        "lm_head.weight is another; it is used"
+    )
+    return model.with_overrides(tie_word_embeddings=False)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _shown(names: list[str]) -> str:
+    shown, num_more = ", ".join(names[:_NUM_SHOWN]), len(names) - _NUM_SHOWN
+    kind = "tensor" if len(names) == 1 else "tensors"
+    return f"{kind} {shown}" + (f" and {num_more} more" if num_more > 0 else "")

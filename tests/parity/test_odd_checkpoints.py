@@ -1,0 +1,93 @@
+"""Contract 1 against transformers, for checkpoints whose config.json does not say it all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from expertlane.engine.checkpoint_check import check_checkpoint
+from expertlane.model.checkpoint import Checkpoint
+from model.families import save_checkpoint
+from parity.against_transformers import check_against_transformers
+
+NUM_STEPS = 6
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def _check(pools, folder: Path, layout: str) -> list[str]:
+    """Gives the warnings."""
+    lines: list[str] = []
+    model = Checkpoint(folder).model
+    model = check_checkpoint(model, folder, ignore_unused_tensors=False, log=lines.append)
+    check_against_transformers(pools, folder, model, layout, NUM_STEPS)
+    return lines
+
+
+def _write_config(folder: Path, changes: dict, *left_out: str) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: config[key] for key in config if key not in left_out}))
+
+
+@pytest.mark.parametrize(
+    ("family", "made", "changes", "left_out"),
+    [
+        ("deepseek_v3", {}, {}, ["n_shared_experts"]),
+        ("deepseek_v3", {"norm_topk_prob": False}, {"norm_topk_prob": None}, []),
+        ("deepseek_v3", {"rope_interleave": False}, {"rope_interleave": None}, []),
+        ("deepseek_v2", {"n_shared_experts": 2}, {}, ["n_shared_experts"]),
+        ("deepseek_v2_lite", {}, {"norm_topk_prob": None}, ["topk_method", "attention_bias"]),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "sliding_window": 4096},
+            {},
+            ["sliding_window", "norm_topk_prob"],
+        ),
+        (
+            "qwen2_moe",
+            {"mlp_only_layers": []},
+            {"mlp_only_layers": None, "layer_types": None},
+            ["qkv_bias"],
+        ),
+        ("mixtral", {"num_key_value_heads": 8}, {}, ["num_key_value_heads", "num_local_experts"]),
+        ("gpt_oss", {}, {"layer_types": None}, ["attention_bias", "swiglu_alpha"]),
+        ("gpt_oss", {"num_key_value_heads": 8}, {"rope_parameters": None}, ["swiglu_limit"]),
+    ],
+)
+def test_fields_left_out_or_null(pools, tmp_path, family, made, changes, left_out) -> None:
+    folder = save_checkpoint(family, tmp_path, **made)
+    _write_config(folder, changes, *left_out)
+    assert _check(pools, folder, "tp=2,ep=2") == []
+
+
+def _with_tensors(folder: Path, *left_out: str, **tensors: torch.Tensor) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path) | {f"{name}.weight": tensors[name] for name in tensors}
+    kept = {name: stored[name] for name in stored if name not in left_out}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "tp=2,ep=2", "pp=2,dp=2,ep=2"])
+def test_another_head_beside_the_embedding_it_is_tied_to(pools, tmp_path, layout) -> None:
+    folder = save_checkpoint("qwen3_moe", tmp_path)
+    head = torch.randn(97, 64, generator=torch.Generator().manual_seed(1)) / 8
+    _with_tensors(folder, lm_head=head)
+    assert _check(pools, folder, layout) == [
+        f"warning: {folder}: config.json ties the output head to the embedding, but "
+        "lm_head.weight is another; it is used"
+    ]
+
+
+def test_a_copy_of_the_embedding_it_is_tied_to(pools, tmp_path) -> None:
+    folder = save_checkpoint("qwen3_moe", tmp_path)
+    _with_tensors(folder, lm_head=load_file(folder / "model.safetensors")[EMBEDDING])
+    assert _check(pools, folder, "tp=2,ep=2") == []
+
+
+def test_a_tied_head_without_its_embedding(pools, tmp_path) -> None:
+    folder = save_checkpoint("qwen3_moe", tmp_path)
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    _with_tensors(folder, EMBEDDING, lm_head=embedding)
+    assert _check(pools, folder, "pp=2,dp=2,ep=2") == []
