@@ -215,16 +215,16 @@ MISTAKES = {
     "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "sampling: top_p is 0.0; it must be above 0"),
     "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "sampling: max_tokens is -1; it"),
     "empty stop": (["paper-tiny", *IDS, "--stop", ""], "sampling: stop holds ''; it must be"),
-    "stop": (["paper-tiny", *IDS, "--stop", "a"], "request '1': stop strings need a tokenizer"),
+    "stop": (["paper-tiny", *IDS, "--stop", "a"], "prompt 1: stop strings need a tokenizer"),
     "timeout": (["paper-tiny", *IDS, "--timeout-s", "nan"], "--timeout-s is nan; valid: above 0"),
     "no prompt": (["paper-tiny"], "there is no prompt; give one, or --file, --token-ids or"),
     "text": (["paper-tiny", "Hi"], "paper-tiny has no tokenizer; give prompts with --token-ids"),
     "no ids": (["paper-tiny", "--token-ids", "1,,2"], "--token-ids is '1,,2'; it must be whole"),
     "empty ids": (["paper-tiny", "--token-ids", ""], "--token-ids is ''; it must be whole"),
-    "unknown id": (["paper-tiny", "--token-ids", "1,257"], "request '1': token id 257 is not in"),
+    "unknown id": (["paper-tiny", "--token-ids", "1,257"], "prompt 1: token id 257 is not in"),
     "too long": (
         ["paper-tiny", *IDS, "--token-ids", ",".join("1" * 65)],
-        "request '2': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
+        "prompt 2: the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
     ),
     "no file": (["paper-tiny", "--file", "none"], "cannot read none: No such file or directory"),
     "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs needs --json, which prints"),
@@ -261,7 +261,7 @@ def test_an_empty_text_and_a_file_of_other_bytes(run, stub, checkpoint, tmp_path
     assert run("generate", str(checkpoint), "a", "") == (
         2,
         "",
-        "expertlane: error: request '2': the prompt is empty; it must have 1 token or more\n",
+        "expertlane: error: prompt 2: the prompt is empty; it must have 1 token or more\n",
     )
     (tmp_path / "bytes").write_bytes(b"a\xff")
     assert run("generate", str(checkpoint), "--file", str(tmp_path / "bytes")) == (

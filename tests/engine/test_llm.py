@@ -199,16 +199,16 @@ class TestStream:
 
 
 BAD_PROMPTS = {
-    "empty": ([], "request '1': the prompt is empty; it must have 1 token or more"),
+    "empty": ([], "prompt 2: the prompt is empty; it must have 1 token or more"),
     "too long": (
         [1] * 65,
-        "request '1': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
+        "prompt 2: the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
     ),
     "unknown token": (
         [1, 26],
-        "request '1': token id 26 is not in the vocabulary; valid ids: 0 to 25",
+        "prompt 2: token id 26 is not in the vocabulary; valid ids: 0 to 25",
     ),
-    "text": ("hello", "request '1': a text needs a tokenizer; give the prompt as token ids"),
+    "text": ("hello", "prompt 2: a text needs a tokenizer; give the prompt as token ids"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.atomic_file import write_whole
+from expertlane.spec.strict_json import strict_json
 
 SCHEMA_VERSION = 1
 _MAX_DIGITS = 18  # of a number; far beyond any model
@@ -108,10 +109,10 @@ def write_placement(placement: ModelPlacement, path: Path) -> None:
         "ep": placement.ep,
     }
     lines = ",\n".join(
-        "    " + json.dumps({"layer": layer, "experts_of_rank": of_layer.experts_of_rank})
+        "    " + strict_json({"layer": layer, "experts_of_rank": of_layer.experts_of_rank})
         for layer, of_layer in placement.layers.items()
     )
-    opening = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    opening = strict_json(head, indent=2, ensure_ascii=False).removesuffix("\n}")
     text = f'{opening},\n  "layers": [\n{lines}\n  ]\n}}\n'
     write_whole(path, lambda file: _write_text(file, text))
 

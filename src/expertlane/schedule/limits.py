@@ -62,7 +62,7 @@ class Limits:
             UserError: the prompt is empty, too long for the model or the cache, or holds what is
                 no token of the vocabulary; `max_tokens` is under 1; `priority` is no number.
         """
-        name = f"request {request.request_id!r}"
+        name = request.name
         self._check_prompt(name, request.prompt_token_ids)
         if not _is_whole(request.max_tokens) or request.max_tokens < 1:
             raise UserError(
