@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from distributed.running import deployment
 from engine.stub_runner import StubEngine, expected, run
 from expertlane.engine.llm import LLM
 from expertlane.engine.outputs import RequestOutput
 from expertlane.errors import ModelError
+from expertlane.experiment.compare import run_comparison
+from expertlane.experiment.progress import Silent
+from expertlane.experiment.serving_benchmark import serve
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import FinishReason, Request
 from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.from_hf import read_model
+from expertlane.spec.load import TimedRequest
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.workload import Workload
 from model.families import VOCAB_SIZE
 from schedule.paged import check_empty
 
@@ -213,3 +221,29 @@ class TestScheduling:
             "sequence 2: the logits are NaN or infinite (step 0); the weights may be damaged, or "
             "too large for the dtype"
         )
+
+    def test_a_benchmark_ends_with_one_line(self):
+        engine = StubEngine()
+        engine.runner.poison = POISON
+        requests = [TimedRequest(prompt, 2, 0.0) for prompt in ([1], [POISON])]
+        with pytest.raises(ModelError, match=r"^request '1', output token 1: the logits are NaN"):
+            serve(engine, requests)
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+def test_a_comparison_ends_with_one_line(poisoned, pools, layout):
+    folders, *_ = poisoned
+    folder = str(folders["nan"])
+    experiment = Experiment(
+        name="poisoned",
+        model=read_model(folders["nan"], folder),
+        workload=Workload(num_sequences=20, prompt_len=30, output_len=2),
+        deployments=(replace(deployment(layout), name="mine", is_baseline=True),),
+        checkpoint=folder,
+    )
+    with pytest.raises(ModelError) as caught:
+        run_comparison(experiment, pools.pool(2), Silent(), command="")
+    line = str(caught.value)
+    assert line.startswith("deployment 'mine': sequence ")
+    assert "\n" not in line
+    assert caught.value.exit_code == 1
