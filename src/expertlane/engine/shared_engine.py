@@ -2,8 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from copy import copy
 from queue import SimpleQueue
 from typing import Any
@@ -29,11 +28,26 @@ class Waiter:
 
 
 class _Turn:
-    """A thread that has the engine, or is to have it."""
+    """A thread that has the engine, or is to have it: a context."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_shared", "begin", "thread")
+
+    def __init__(self, shared: "SharedEngine") -> None:
         self.thread = threading.get_ident()
-        self.begin: SimpleQueue[None] = SimpleQueue()
+        self.begin: SimpleQueue[None] | None = None  # for those that must wait
+        self._shared = shared
+
+    def __enter__(self) -> None:
+        try:
+            self._shared.line_up(self)
+            if self.begin is not None:
+                self.begin.get()
+        except BaseException:
+            self._shared.end(self)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self._shared.end(self)
 
 
 class SharedEngine:
@@ -58,33 +72,31 @@ class SharedEngine:
         self._to_cancel: deque[str] = deque()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> _Turn:
         """While it lasts, no other thread has the engine."""
-        turn = _Turn()
-        try:
-            with self._guard:
-                # An interruption may have kept this thread from ending its last turn.
-                self._end([each for each in self._turns if each.thread == turn.thread])
-                self._turns.append(turn)
-                is_first = self._turns[0] is turn
-            if not is_first:
-                turn.begin.get()
-            yield
-        finally:
-            with self._guard:
-                self._end([turn])
+        return _Turn(self)
 
-    def _end(self, turns: list[_Turn]) -> None:
-        for turn in turns:
+    def line_up(self, turn: _Turn) -> None:
+        """Put a turn behind those that asked before it."""
+        with self._guard:
+            # An interruption may have kept this thread from ending its last turn.
+            for left in [each for each in self._turns if each.thread == turn.thread]:
+                self.end(left)
+            if self._turns:
+                turn.begin = SimpleQueue()
+            self._turns.append(turn)
+
+    def end(self, turn: _Turn) -> None:
+        """Take a turn out of the line, and let the next one begin if it had the engine."""
+        with self._guard:
             if turn not in self._turns:
-                continue
+                return
             had_it = self._turns[0] is turn
             if had_it:
                 self._cancel_now()
             self._turns.remove(turn)
-            if had_it and self._turns:
-                self._turns[0].begin.put(None)
+            if had_it and self._turns and (begin := self._turns[0].begin) is not None:
+                begin.put(None)
 
     def add(
         self,
@@ -149,7 +161,7 @@ class SharedEngine:
                 if waiter.error is not None:
                     raise copy(waiter.error)
                 if self._leader is waiter:
-                    self._lead()
+                    self._lead(waiter)
                 else:
                     waiter.wake.get()
         finally:
@@ -161,20 +173,23 @@ class SharedEngine:
                     if self._leader is not None:
                         self._leader.wake.put(None)
 
-    def _lead(self) -> None:
-        """Take a step, and wake those it brought what they wait for."""
-        error = None
+    def _lead(self, waiter: Waiter) -> None:
+        """Take steps until it is ready or another thread asks for the engine."""
         try:
             with self.alone():
-                self._step()
-        except Exception as raised:
-            error = raised
+                while True:
+                    self._step()
+                    self._wake()
+                    if waiter.is_ready() or len(self._turns) > 1 or self._to_cancel:
+                        return
+        except Exception as error:
+            self._wake(error)
             raise
-        finally:
-            if self._followers:
-                self._wake(error)
 
-    def _wake(self, error: Exception | None) -> None:
+    def _wake(self, error: Exception | None = None) -> None:
+        """Wake those that have what they wait for, or all with an error."""
+        if not self._followers:
+            return
         with self._guard:
             for follower in list(self._followers):
                 if error is not None or follower.is_ready():
@@ -185,11 +200,16 @@ class SharedEngine:
     def _step(self) -> None:
         if self._is_closed():
             raise RankError("the ranks are gone; make a new LLM")
-        is_main = threading.current_thread() is threading.main_thread()
-        # Where others wait too, an interruption must not tear their step apart.
-        with interrupts_noted() if is_main and self._followers else nullcontext() as is_noted:
-            for chunk in self._engine.step():
-                if (arrived := self._arrivals.get(chunk.request_id)) is not None:
-                    arrived.append(chunk)
-        if is_noted is not None and is_noted():
-            raise KeyboardInterrupt
+        if self._followers and threading.current_thread() is threading.main_thread():
+            # Where others wait too, an interruption must not tear their step apart.
+            with interrupts_noted() as is_noted:
+                self._take_chunks()
+            if is_noted():
+                raise KeyboardInterrupt
+        else:
+            self._take_chunks()
+
+    def _take_chunks(self) -> None:
+        for chunk in self._engine.step():
+            if (arrived := self._arrivals.get(chunk.request_id)) is not None:
+                arrived.append(chunk)
