@@ -1,5 +1,6 @@
 """What a newcomer sees holds together: experiments, rooms, make targets, links."""
 
+import math
 import re
 import tomllib
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout
+from expertlane.spec.strict_json import strict_json
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -91,3 +93,21 @@ def test_the_readme_gives_the_make_targets():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {"compare", "test"} <= named <= targets
+
+
+# What is read again at once, or shown in a message; no file or output for others.
+OTHER_JSON = {"chat_template.py", "experiment_file.py", "file.py", "fork_server.py"}
+
+
+def test_json_is_written_in_one_way():
+    source = ROOT / "src" / "expertlane"
+    found = {
+        path.name
+        for path in source.rglob("*.py")
+        if re.search(r"\bjson\.dumps?\(", path.read_text(encoding="utf-8"))
+    }
+    assert found <= OTHER_JSON | {"strict_json.py"}
+    for value in (math.nan, [{"a": math.inf}], {"b": -math.inf}):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            strict_json(value)
+    assert strict_json({"a": [1.5, None]}, separators=(",", ":")) == '{"a":[1.5,null]}'

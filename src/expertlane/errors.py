@@ -4,6 +4,7 @@ ExpertlaneError
 ├── UserError       a mistake in what was asked for: one line, exit code 2
 │   ├── SpecError       a layout, workload, model or experiment that cannot be
 │   └── CapacityError   more memory or ranks than this machine has
+├── ModelError      what a model gives is no number: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
 └── TerminatedError the process was told to end: one line, exit code 143
 """
@@ -27,6 +28,10 @@ class SpecError(UserError):
 
 class CapacityError(UserError):
     """The request is valid but this machine is too small for it."""
+
+
+class ModelError(ExpertlaneError):
+    """A model gave logits that are NaN or infinite; the text names the request."""
 
 
 class RankError(ExpertlaneError):

@@ -5,7 +5,6 @@ compute row and its waits for others on the network row; modelled ones show the 
 Ranks of one host share a clock; those of other hosts stand where their own clock puts them.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from expertlane.spec.atomic_file import write_text
 from expertlane.spec.names import Stage, Track
 from expertlane.spec.record import RankEvents, StepRecord
+from expertlane.spec.strict_json import strict_json
 
 _TRACKS = list(Track)
 _US_PER_S = 1e6
@@ -58,7 +58,7 @@ def to_json(steps: Sequence[StepRecord]) -> str:
             if record.events is not None:
                 at = {"step": number, "phase": step.phase.value}
                 events += _of_rank(record.rank, record.events, zero_s, at)
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, allow_nan=False) + "\n"
+    return strict_json({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
 
 
 def _names(rank: int) -> Iterator[dict[str, Any]]:

@@ -39,6 +39,7 @@ class StubLLM:
     Attributes:
         prompts: [num_requests]; the token ids of all that were added.
         before_step: called before each step is given.
+        poisoned: a token that nothing finite follows.
         records_routing: whether it was loaded to do so.
     """
 
@@ -47,6 +48,7 @@ class StubLLM:
         self.tokenizer = tokenizer
         self.limits = Limits(model.vocab_size, model.max_position_embeddings, num_blocks=1000)
         self.before_step: Callable[[], Any] = lambda: None
+        self.poisoned: int | None = None
         self.prompts: list[list[int]] = []
         self.layout: Layout | None = None
         self.options: Any = None
@@ -58,8 +60,8 @@ class StubLLM:
         self.engine = Engine(scheduler, self, eos_token_ids=eos, tokenizer=tokenizer)
         add = self.engine.add
 
-        def noted(request_id: str, prompt: Any, params: Any) -> Any:
-            output = add(request_id, prompt, params)
+        def noted(request_id: str, prompt: Any, params: Any, **named: Any) -> Any:
+            output = add(request_id, prompt, params, **named)
             self.prompts.append(output.prompt_token_ids)
             return output
 
@@ -89,13 +91,16 @@ class StubLLM:
         assert self.is_open
         self.before_step()
         token_ids: dict[int, int] = {}
+        not_finite: list[int] = []
         for batch in (batch for micro_batch in plan.micro_batches for batch in micro_batch):
             self.num_tokens += batch.num_tokens
             lasts = batch.token_ids[batch.num_scheduled_tokens.cumsum() - 1].tolist()
             for seq, last, yields in zip(
                 batch.seq_ids.tolist(), lasts, batch.yields_token.tolist(), strict=True
             ):
-                if yields:
+                if yields and last == self.poisoned:
+                    not_finite.append(seq)
+                elif yields:
                     token_ids[seq] = (last + 1) % self.limits.vocab_size
         now_s = time.perf_counter()
-        return StepOutcome(token_ids, {}, (), submitted_s=now_s, finished_s=now_s)
+        return StepOutcome(token_ids, {}, (), now_s, now_s, not_finite=tuple(not_finite))

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -14,10 +15,12 @@ from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import answers, engine_options
 from expertlane.cli.generate import sampling_params
+from expertlane.engine.outputs import RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
+from expertlane.schedule.request import not_finite
 from expertlane.spec.model import PRESETS
-from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from model.families import save_checkpoint
 
 TINY = PRESETS["paper-tiny"]
@@ -215,16 +218,16 @@ MISTAKES = {
     "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "sampling: top_p is 0.0; it must be a number"),
     "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "sampling: max_tokens is -1; it"),
     "empty stop": (["paper-tiny", *IDS, "--stop", ""], "sampling: stop holds ''; it must be"),
-    "stop": (["paper-tiny", *IDS, "--stop", "a"], "request '1': stop strings need a tokenizer"),
+    "stop": (["paper-tiny", *IDS, "--stop", "a"], "prompt 1: stop strings need a tokenizer"),
     "timeout": (["paper-tiny", *IDS, "--timeout-s", "nan"], "--timeout-s is nan; it must be a"),
     "no prompt": (["paper-tiny"], "there is no prompt; give one, or --file, --token-ids or"),
     "text": (["paper-tiny", "Hi"], "paper-tiny has no tokenizer; give prompts with --token-ids"),
     "no ids": (["paper-tiny", "--token-ids", "1,,2"], "--token-ids is '1,,2'; it must be whole"),
     "empty ids": (["paper-tiny", "--token-ids", ""], "--token-ids is ''; it must be whole"),
-    "unknown id": (["paper-tiny", "--token-ids", "1,257"], "request '1': token id 257 is not in"),
+    "unknown id": (["paper-tiny", "--token-ids", "1,257"], "prompt 1: token id 257 is not in"),
     "too long": (
         ["paper-tiny", *IDS, "--token-ids", ",".join("1" * 65)],
-        "request '2': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
+        "prompt 2: the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
     ),
     "no file": (["paper-tiny", "--file", "none"], "cannot read none: No such file or directory"),
     "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs needs --json, which prints"),
@@ -241,6 +244,40 @@ def test_a_mistake_is_one_line(run, stub, arguments, line):
     assert (code, out) == (2, "")
     assert err.startswith(f"expertlane: error: {line}")
     assert err.count("\n") == 1
+
+
+NOT_FINITE = not_finite(step=0)
+
+
+def test_logits_that_are_not_finite_end_one_request_of_many(run, stub):
+    stub().poisoned = 7
+    given = ["--token-ids", "5,7", "--token-ids", "1,2", "--max-tokens", "2"]
+    code, out, err = run("generate", "paper-tiny", *given, "--json")
+    assert code == 1
+    bad, good = (json.loads(line, parse_constant=pytest.fail) for line in out.splitlines())
+    error = f"prompt 1, output token 1: {NOT_FINITE}"
+    assert (bad["finish_reason"], bad["error"], bad["token_ids"]) == ("error", error, [])
+    assert (bad["ttft_s"], bad["e2e_s"]) == (None, None)
+    assert (good["finish_reason"], good["error"], good["token_ids"]) == ("length", None, [3, 4])
+    assert err.splitlines()[-1] == f"expertlane: error: {error}"
+    assert err.count("error") == 1
+
+    stub().poisoned = 7
+    code, out, err = run("generate", "paper-tiny", *given, "--token-ids", "7")
+    assert (code, out) == (1, "> 5,7\n\n\n> 1,2\n3,4\n\n> 7\n\n\n")
+    assert err.splitlines()[-1] == f"expertlane: error: {error}; and 1 more of 3 prompts"
+
+    stub().poisoned = 7
+    code, out, err = run("generate", "paper-tiny", "--token-ids", "7")
+    assert (code, out) == (1, "\n")
+    assert err == f"no tokens\nexpertlane: error: {error}\n"
+
+
+def test_a_token_that_the_model_rules_out_has_no_log_probability():
+    output = RequestOutput("1", None, [1], 0.0)
+    output.logprobs = [TokenLogprobs(3, -0.5, ((3, -0.5), (4, -math.inf)))]
+    found = json.loads(answers.as_json(output), parse_constant=pytest.fail)
+    assert found["logprobs"] == [{"token_id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]]}]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +298,7 @@ def test_an_empty_text_and_a_file_of_other_bytes(run, stub, checkpoint, tmp_path
     assert run("generate", str(checkpoint), "a", "") == (
         2,
         "",
-        "expertlane: error: request '2': the prompt is empty; it must have 1 token or more\n",
+        "expertlane: error: prompt 2: the prompt is empty; it must have 1 token or more\n",
     )
     (tmp_path / "bytes").write_bytes(b"a\xff")
     assert run("generate", str(checkpoint), "--file", str(tmp_path / "bytes")) == (
@@ -289,6 +326,14 @@ def test_a_chat_keeps_what_was_said(run, stub, checkpoint, type_in):
         "<s>Be brief.<u>Hi<a>!<u>you<a>",
         "<s>Be brief.<u>Again<a>",
     ]
+
+
+def test_a_chat_ends_with_logits_that_are_not_finite(run, stub, checkpoint, type_in):
+    stub(checkpoint).poisoned = 2  # <a>, the template's last
+    type_in("Hi\n")
+    code, out, err = chat(run, checkpoint)
+    assert (code, out) == (1, "\n")
+    assert err == f"expertlane: error: request '1', output token 1: {NOT_FINITE}\n"
 
 
 def test_an_interrupt_stops_the_present_answer_only(run, stub, checkpoint, type_in):

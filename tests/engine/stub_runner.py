@@ -36,6 +36,7 @@ class StubRunner:
     Attributes:
         states: by replica and sequence id, what is known of sampled sequences.
         num_steps: collected so far.
+        poison: sequences that hold this token get no next one.
         before: called before a step is collected; it may raise, as ranks do.
     """
 
@@ -49,6 +50,7 @@ class StubRunner:
     ) -> None:
         self.states: dict[tuple[int, int], SamplingState] = {}
         self.num_steps = 0
+        self.poison: int | None = None
         self.before: Callable[[], None] = lambda: None
         self._lookahead = lookahead
         self._chosen: list[dict[int, int]] = [{} for _ in range(layout.replicas)]
@@ -76,20 +78,26 @@ class StubRunner:
         self.num_steps += 1
         replica = handle.replica
         token_ids: dict[int, int] = {}
+        not_finite: list[int] = []
         for micro_batch in handle.micro_batches:
             for batch, cache in zip(micro_batch, self._caches[replica], strict=True):
-                self._run(batch, cache, self._chosen[replica], token_ids)
-        self._chosen[replica] = token_ids
+                self._run(batch, cache, self._chosen[replica], token_ids, not_finite)
+        self._chosen[replica] = token_ids | dict.fromkeys(not_finite, 0)
         logprobs = {
             seq: TokenLogprobs(token, -float(token), ((0, 0.0),) * state.params.logprobs)
             for seq, token in token_ids.items()
             if (state := self.states.get((replica, seq))) and state.params.logprobs is not None
         }
         now_s = float(self.num_steps)
-        return StepOutcome(token_ids, {}, (), now_s, now_s, logprobs)
+        return StepOutcome(token_ids, {}, (), now_s, now_s, logprobs, tuple(not_finite))
 
     def _run(
-        self, batch: Batch, cache: np.ndarray, chosen: dict[int, int], token_ids: dict[int, int]
+        self,
+        batch: Batch,
+        cache: np.ndarray,
+        chosen: dict[int, int],
+        token_ids: dict[int, int],
+        not_finite: list[int],
     ) -> None:
         for seq, start, planned, table, yields in sequences(batch):
             fed = [chosen[seq]] if self._lookahead and planned == [UNKNOWN] else planned
@@ -99,7 +107,9 @@ class StubRunner:
             cache[places[0][start:], places[1][start:]] = fed
             known = cache[places].tolist()
             assert UNWRITTEN not in known, "it reads what was never written"
-            if yields:
+            if yields and self.poison in known:
+                not_finite.append(seq)
+            elif yields:
                 token_ids[seq] = model(known, self._vocab_size)
 
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cli.stub_llm import MACHINE
-from engine.stub_runner import VOCAB_SIZE, StubRunner, expected
+from engine.stub_runner import VOCAB_SIZE, expected
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import CapacityError, RankError, UserError
@@ -23,34 +22,6 @@ from schedule.paged import check_empty
 TINY = PRESETS["paper-tiny"]
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
 PROMPTS = [[7, 4, 11, 11, 14], [3], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
-
-
-class StubPool:
-    """What an `LLM` needs of a pool that never computes."""
-
-    is_closed = False
-
-    def call(self, function):
-        return [MACHINE]
-
-    def close(self):
-        self.is_closed = True
-
-
-@pytest.fixture
-def stub_llm(monkeypatch):
-    """An LLM with a `StubRunner` in place of ranks, as its attribute `runner`."""
-
-    def make_runner(pool, model, deployment, limits, **kwargs):
-        return StubRunner(limits, deployment.layout, lookahead=True)
-
-    model = TINY.with_overrides(vocab_size=VOCAB_SIZE)
-    monkeypatch.setitem(PRESETS, "stub", model)
-    monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "runner_for", make_runner)
-    with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
-        llm.runner = llm.engine._runner
-        yield llm
 
 
 def check_idle(llm: LLM) -> None:
@@ -199,16 +170,16 @@ class TestStream:
 
 
 BAD_PROMPTS = {
-    "empty": ([], "request '1': the prompt is empty; it must have 1 token or more"),
+    "empty": ([], "prompt 2: the prompt is empty; it must have 1 token or more"),
     "too long": (
         [1] * 65,
-        "request '1': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
+        "prompt 2: the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 64",
     ),
     "unknown token": (
         [1, 26],
-        "request '1': token id 26 is not in the vocabulary; valid ids: 0 to 25",
+        "prompt 2: token id 26 is not in the vocabulary; valid ids: 0 to 25",
     ),
-    "text": ("hello", "request '1': a text needs a tokenizer; give the prompt as token ids"),
+    "text": ("hello", "prompt 2: a text needs a tokenizer; give the prompt as token ids"),
 }
 
 

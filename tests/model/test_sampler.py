@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from expertlane.model.draw import uniform_numbers
+from expertlane.model.draw import NO_TOKEN, likeliest, uniform_numbers
 from expertlane.model.sampler import Sampler
 from expertlane.spec.sampling import SamplingParams, SamplingState
 
@@ -331,3 +331,49 @@ def test_equal_logits_are_drawn_alike_and_chosen_by_the_lowest_id():
         drawn.add(token_id)
         assert greedy == logprobs[1].top[0][0] == 1
     assert drawn == {1, 3, 4}
+
+
+MASKED = [0.5, -math.inf, 1.0, -math.inf]
+BAD_ROWS = {
+    "nan": [0.0, math.nan, 9.0, 1.0],
+    "inf": [0.0, 1.0, math.inf, 2.0],
+    "both": [math.inf, math.nan, -math.inf, 0.0],
+    "all -inf": [-math.inf] * 4,
+}
+WAYS = {
+    "greedy": {"temperature": 0},
+    "greedy with logprobs": {"temperature": 0, "logprobs": 4},
+    "drawn": {"logprobs": 4},
+    "top-k": {"top_k": 2, "top_p": 0.9},
+    "top-p": {"top_p": 0.5, "min_p": 0.1},
+    "penalties": {"repetition_penalty": 1.5, "frequency_penalty": 1, "presence_penalty": 1},
+    "penalised greedily": {"temperature": 0, "repetition_penalty": 1.5},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_only_rows_that_are_not_finite_get_no_token(way, bad):
+    asked = {0: SamplingParams(**way), 1: SamplingParams(**way), 2: SamplingParams(**way)}
+
+    def sample(second):
+        sampler = Sampler(4, CPU)
+        for seq_id, params in asked.items():
+            sampler.admit(seq_id, state(params, prompt=[1, 2], seed=seq_id))
+        logits = torch.tensor([MASKED, second, [0.0, 1.0, 2.0, 3.0]])
+        return [sampler.sample([0, 1, 2], logits) for _ in range(4)]
+
+    for (tokens, logprobs), (usual, usual_logprobs) in zip(
+        sample(bad), sample(MASKED), strict=True
+    ):
+        assert tokens == [usual[0], NO_TOKEN, usual[2]]
+        assert tokens[0] in (0, 2)
+        usual_logprobs.pop(1, None)
+        assert logprobs == usual_logprobs
+
+
+def test_the_likeliest_of_rows_that_are_not_finite():
+    logits = torch.tensor([MASKED, *BAD_ROWS.values()])
+    assert likeliest(logits).tolist() == [2] + [NO_TOKEN] * 4
+    assert Sampler(4, CPU).sample([0, 1, 2, 3, 4], logits) == ([2] + [NO_TOKEN] * 4, {})
+    assert likeliest(torch.empty(0, 4)).tolist() == []

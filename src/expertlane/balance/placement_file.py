@@ -1,6 +1,5 @@
 """The placement of a whole model, and the JSON file that keeps it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -12,6 +11,7 @@ from expertlane.spec.atomic_file import write_whole
 from expertlane.spec.input_file import CONFIG_BYTES
 from expertlane.spec.parse import read_json
 from expertlane.spec.ranges import RANGES, shown, take
+from expertlane.spec.strict_json import strict_json
 
 SCHEMA_VERSION = 1
 
@@ -109,10 +109,10 @@ def write_placement(placement: ModelPlacement, path: Path) -> None:
         "ep": placement.ep,
     }
     lines = ",\n".join(
-        "    " + json.dumps({"layer": layer, "experts_of_rank": of_layer.experts_of_rank})
+        "    " + strict_json({"layer": layer, "experts_of_rank": of_layer.experts_of_rank})
         for layer, of_layer in placement.layers.items()
     )
-    opening = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    opening = strict_json(head, indent=2, ensure_ascii=False).removesuffix("\n}")
     text = f'{opening},\n  "layers": [\n{lines}\n  ]\n}}\n'
     write_whole(path, lambda file: _write_text(file, text))
 

@@ -1,15 +1,18 @@
 """How outputs are printed: as they come, whole, as JSON, and summed up in a line."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
     from expertlane.engine.outputs import RequestOutput
+    from expertlane.spec.sampling import TokenLogprobs
 
 
 def write(text: str) -> None:
@@ -54,14 +57,21 @@ def as_json(output: "RequestOutput") -> str:
         "token_ids": output.token_ids,
         "text": output.text,
         "finish_reason": output.finish_reason,
+        "error": output.error,
         "ttft_s": output.ttft_s,
         "tpot_s": output.tpot_s,
-        "e2e_s": output.token_times_s[-1] - output.arrival_s,
+        "e2e_s": output.token_times_s[-1] - output.arrival_s if output.token_times_s else None,
         "num_preemptions": output.num_preemptions,
     }
     if output.logprobs:
-        shown["logprobs"] = [asdict(each) for each in output.logprobs]
-    return json.dumps(shown) + "\n"
+        shown["logprobs"] = [_logprobs(each) for each in output.logprobs]
+    return strict_json(shown) + "\n"
+
+
+def _logprobs(of_token: "TokenLogprobs") -> dict[str, Any]:
+    """As JSON has it; null for a token that the model rules out, at -inf."""
+    top = [(token_id, value if isfinite(value) else None) for token_id, value in of_token.top]
+    return asdict(of_token) | {"top": top}
 
 
 def summary(outputs: Sequence["RequestOutput"], max_tokens: int) -> str:

@@ -1,6 +1,5 @@
 """`expertlane balance`: how even a placement of experts is on a routing trace, and a better one."""
 
-import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -11,6 +10,7 @@ import typer
 
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.ranges import take, take_option
+from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -216,7 +216,7 @@ def _publish(
             "layers": [asdict(each) for each in compared[:-1]],
             "total": asdict(compared[-1]),
         }
-        print(json.dumps(shown))
+        print(strict_json(shown))
     else:
         title = _title(trace, after, ranks_per_node)
         _show(title, compared, trace.num_tokens, stdout_console())

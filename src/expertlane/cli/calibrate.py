@@ -1,6 +1,5 @@
 """`expertlane calibrate`: measure this machine, and write what the cluster model needs of it."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Dtype
 from expertlane.errors import UserError
 from expertlane.spec.ranges import take_option
+from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
     from expertlane.cost.profile import Profile
@@ -79,7 +79,7 @@ def calibrate(
     calibration, profile = _measure(name, ranks, dtype, timeout_s)
     write_profile(profile, path)
     if as_json:
-        print(json.dumps(_summary(profile, calibration, path)))
+        print(strict_json(_summary(profile, calibration, path)))
     else:
         _show(profile, calibration)
     print(f"written: {path}", file=sys.stderr)

@@ -1,15 +1,13 @@
 """A conversation with a model, a line a message."""
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from expertlane.cli.answers import stream
 from expertlane.cli.engine_options import FoundModel
-from expertlane.errors import UserError
+from expertlane.errors import ModelError, UserError
 
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
@@ -56,18 +54,22 @@ class Chat:
                 continue
             try:
                 self._answer(llm, message)
-            except UserError as error:
+            except (UserError, ModelError) as error:
                 if not sys.stdin.isatty():
                     raise
                 print(f"{error}; this message is left out (try /reset)", file=sys.stderr)
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
+        from expertlane.engine.interrupts import interrupts_noted
+
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(number, self._render(message), self._params)
         self._outputs.append(output)
-        with _interrupts_noted() as is_interrupted:
+        with interrupts_noted() as is_interrupted:  # so that no step is torn apart
             stream(llm, output, is_interrupted)
+        if output.error is not None:
+            raise ModelError(output.error)
         # A stopped answer stays as far as it came: the roles must alternate.
         self._messages += [
             {"role": "user", "content": message},
@@ -109,21 +111,3 @@ def _ask() -> str:
         return input(_PROMPT)
     print(_PROMPT, end="", file=sys.stderr, flush=True)  # answers go to a file: nothing but them
     return input()
-
-
-@contextmanager
-def _interrupts_noted() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is only noted, so that no step is torn apart; a second one ends the program."""
-    is_noted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal is_noted
-        if is_noted:
-            raise KeyboardInterrupt
-        is_noted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: is_noted
-    finally:
-        signal.signal(signal.SIGINT, before)

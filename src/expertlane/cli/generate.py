@@ -40,7 +40,7 @@ from expertlane.cli.engine_options import (
     deployment_options,
     find_model,
 )
-from expertlane.errors import UserError
+from expertlane.errors import ModelError, UserError
 from expertlane.spec.input_file import PROMPTS_BYTES, read_stream
 from expertlane.spec.ranges import RANGES, shown
 
@@ -261,6 +261,10 @@ def generate(
             outputs = _continue(llm, given, params, as_json)
     if outputs:
         print(answers.summary(outputs, params.max_tokens), file=sys.stderr)
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors and not chat:  # a chat told of each when it came
+        more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
+        raise ModelError(f"{errors[0]}{more}")
 
 
 def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingParams":
@@ -372,7 +376,8 @@ def _continue(
 ) -> "list[RequestOutput]":
     """Run all prompts, and print what they give."""
     outputs = [
-        llm.engine.add(str(number), prompt, params) for number, prompt in enumerate(prompts, 1)
+        llm.engine.add(str(number), prompt, params, name=f"prompt {number}")
+        for number, prompt in enumerate(prompts, 1)
     ]
     if len(outputs) == 1 and not as_json:
         answers.stream(llm, outputs[0])

@@ -1,12 +1,12 @@
 """`expertlane report`: make the reports of kept results again."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from expertlane.errors import ExpertlaneError, UserError
+from expertlane.spec.strict_json import strict_json
 
 _Results = Annotated[
     Path,
@@ -51,6 +51,6 @@ def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
             f"{path} cannot be shown: its numbers do not fit together ({reason})"
         ) from error
     if as_json:
-        print(json.dumps({"written": written}))
+        print(strict_json({"written": written}))
     else:
         print("\n".join(written))

@@ -62,12 +62,15 @@ class RankOutcome:
         token_ids, logprobs: by sequence id; empty but on the first rank of a tensor-parallel
             group.
         logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
+        not_finite: sequences that have no next token: their greatest logit is NaN or infinite;
+            empty where `token_ids` is.
     """
 
     token_ids: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     logits: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     record: RankRecord | None = None
+    not_finite: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from expertlane.engine.commands import (
 from expertlane.engine.dispatch_timing import forms_of
 from expertlane.engine.worker import RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
+from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.head import HeadResult
 from expertlane.model.sampler import Sampler
@@ -182,14 +183,21 @@ class DeployedStage:
     ) -> None:
         """Choose a part's next tokens; one rank of a tensor-parallel group tells them."""
         logprobs: dict[int, TokenLogprobs] = {}
-        if result.all_logits is None:
+        if result.token_ids is not None:
             chosen = result.token_ids.tolist()
         else:  # on all ranks alike: each may have to go on with what was chosen
+            assert result.all_logits is not None, "one of both is given"
             chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
-        self._chosen |= zip(seq_ids, chosen, strict=True)
+        tokens = dict(zip(seq_ids, chosen, strict=True))
+        failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
+        self._chosen |= tokens
+        for seq in failed:  # a step that is under way still takes it: with any token
+            self._chosen[seq] = 0
+            del tokens[seq]
         if self._mesh.at.tp_rank == 0:
-            outcome.token_ids |= zip(seq_ids, chosen, strict=True)
+            outcome.token_ids |= tokens
             outcome.logprobs |= logprobs
+            outcome.not_finite += failed
         if return_logits:
             outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
 

@@ -73,17 +73,25 @@ class Engine(Generic[HandleT]):
         return bool(self._live or self._ended)
 
     def add(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        name: str | None = None,
     ) -> RequestOutput:
         """Queue a request; its output fills as steps finish.
 
         Args:
             priority: lower goes first.
+            name: what messages call it; by default `request` and its id.
 
         Raises:
             UserError: it can never be served, or the id is taken; nothing is queued.
         """
-        token_ids = self._encode(request_id, prompt, params)
+        name = f"request {request_id!r}" if name is None else name
+        token_ids = self._encode(name, prompt, params)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         request = Request(
             request_id,
@@ -95,6 +103,7 @@ class Engine(Generic[HandleT]):
             priority=priority,
             sampling=params if params.needs_logits else None,
             sampling_seed=seed,
+            name=name,
         )
         self._scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
@@ -111,8 +120,7 @@ class Engine(Generic[HandleT]):
         self._live[request_id] = _Live(request, output, detokenizer, params.logprobs is not None)
         return output
 
-    def _encode(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
-        name = f"request {request_id!r}"
+    def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
         if self._tokenizer is None and params.stop:
             raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
         if not isinstance(prompt, str):
@@ -149,8 +157,10 @@ class Engine(Generic[HandleT]):
         handle = self._runner.first_done(list(self._in_flight))
         outcome = self._runner.collect(handle)
         self._scheduler.finish(self._in_flight.pop(handle), outcome)
-        stepped = self._scheduler.stepped
+        stepped, failed = self._scheduler.stepped, self._scheduler.failed
         self._submit()
+        for request in failed:
+            chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
         return chunks + self._take(stepped, outcome)
 
     def _submit(self) -> None:
@@ -188,9 +198,10 @@ class Engine(Generic[HandleT]):
     ) -> Chunk:
         output = live.output
         output.finish_reason = reason
+        output.error = live.request.error
         output.num_preemptions = live.request.num_preemptions
         if live.detokenizer is not None:
             rest = live.detokenizer.finish()
             output.text += rest
             text += rest
-        return Chunk(output.request_id, token_id, text, reason)
+        return Chunk(output.request_id, token_id, text, reason, output.error)

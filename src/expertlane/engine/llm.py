@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from numbers import Integral
@@ -25,9 +25,10 @@ from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import runner_for
 from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
+from expertlane.engine.shared_engine import SharedEngine, Waiter
 from expertlane.engine.start import start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
-from expertlane.errors import CapacityError, RankError, UserError
+from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Runner
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -52,6 +53,9 @@ class LLM:
         with LLM("./my-checkpoint", layout="dp=2,ep=2") as llm:
             for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=50)):
                 print(output.text)
+
+    Several threads may call `generate`, `stream`, `chat` and `close` at once; their requests run
+    in the same steps.
 
     Args:
         model: a folder with a checkpoint, a hub id (`org/name`), or the name of a preset, whose
@@ -79,7 +83,8 @@ class LLM:
             every step and memory with every token.
 
     Attributes:
-        engine: requests and steps, for those who bring their own loop.
+        engine: requests and steps, for those who bring their own loop; of one thread, while no
+            other one uses the LLM.
         limits: what the scheduler keeps to.
         machine: [num_ranks]; what each rank saw before the model was loaded.
         tokenizer: None where the checkpoint has none.
@@ -117,7 +122,6 @@ class LLM:
         if record_routing:
             moe_layers(self.model)  # refuses a model without
         self._numbers = count()
-        self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
         self._chat_template: ChatTemplate | None = None
         self.tokenizer, eos_token_ids = _read_tokenizer(self._folder)
         wanted = Limits(
@@ -146,6 +150,7 @@ class LLM:
             self.engine = self._put_scheduler_before(
                 self._routing or runner, deployment, eos_token_ids
             )
+            self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close()
             raise
@@ -188,8 +193,11 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End all ranks; may be called again."""
-        self._pool.close()
+        """End all ranks, after the present step; may be called again, and from any thread.
+
+        Calls of other threads that are not finished then raise a `RankError`.
+        """
+        self._shared.close(self._pool.close)
 
     def routing_trace(self) -> RoutingTrace:
         """Which experts each token chose in each MoE layer, of all steps finished so far.
@@ -201,7 +209,8 @@ class LLM:
         """
         if self._routing is None:
             raise UserError("routing is not recorded; make the LLM with record_routing=True")
-        return self._routing.trace()
+        with self._shared.alone():
+            return self._routing.trace()
 
     def generate(
         self,
@@ -215,16 +224,16 @@ class LLM:
             params: for all, or one a prompt; by default `SamplingParams()`.
 
         Returns:
-            One output a prompt, in the prompts' order.
+            One output a prompt, in the prompts' order. One whose logits were NaN or infinite has
+            `finish_reason` "error" and says so in `error`; the others are as ever.
 
         Raises:
             UserError: a prompt can never be served; then none of them is.
+            RankError: a rank died, hung or failed, whichever thread noticed; or the LLM is closed.
         """
         outputs = self._add(prompts, params)
         try:
-            for output in outputs:
-                while output.finish_reason is None:
-                    self._step()
+            self._shared.wait(Waiter(_all_finished(outputs)))
         except BaseException:
             self._cancel(outputs)
             raise
@@ -238,41 +247,31 @@ class LLM:
         """As `generate`, but yields (place of the prompt, what came) as steps finish.
 
         Requests are queued when the first chunk is asked for, and those that are not finished when
-        the iterator is closed are cancelled.
+        the iterator is closed are cancelled. While it is not asked for more, the steps of other
+        calls go on, and what they bring is kept; each iterator is for one thread at a time.
         """
-        outputs = self._add(prompts, params)
-        places = {output.request_id: place for place, output in enumerate(outputs)}
         arrived: deque[Chunk] = deque()
-        self._arrivals |= dict.fromkeys(places, arrived)
+        outputs = self._add(prompts, params, arrived)
+        places = {output.request_id: place for place, output in enumerate(outputs)}
         num_unfinished = len(outputs)
+        waiter = Waiter(lambda: bool(arrived))
         try:
             while num_unfinished:
-                while not arrived:
-                    self._step()
+                if not arrived:
+                    self._shared.wait(waiter)
                 chunk = arrived.popleft()
                 num_unfinished -= chunk.finish_reason is not None
                 yield places[chunk.request_id], chunk
         finally:
             self._cancel(outputs)
-            for request_id in places:
-                del self._arrivals[request_id]
-
-    def _step(self) -> None:
-        """Take a step, for all that wait for one."""
-        if self._pool.is_closed:
-            raise RankError("the ranks are gone; make a new LLM")
-        for chunk in self.engine.step():
-            if (arrived := self._arrivals.get(chunk.request_id)) is not None:
-                arrived.append(chunk)
 
     def _cancel(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            self.engine.cancel(output.request_id)
+        self._shared.cancel(output.request_id for output in outputs)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[Chunk]:
-        """Continue a conversation by the checkpoint's chat template; yields as steps finish.
+        """Continue a conversation by the checkpoint's chat template; yields as `stream` does.
 
         Args:
             messages: each with `role` and `content`.
@@ -292,6 +291,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        arrived: deque[Chunk] | None = None,
     ) -> list[RequestOutput]:
         several = _as_list(prompts)
         if params is None or isinstance(params, SamplingParams):
@@ -305,12 +305,27 @@ class LLM:
             )
         outputs: list[RequestOutput] = []
         try:
-            for prompt, of_prompt in zip(several, params, strict=True):
-                outputs.append(self.engine.add(str(next(self._numbers)), prompt, of_prompt))
+            for place, (prompt, of_prompt) in enumerate(zip(several, params, strict=True), 1):
+                request_id, name = str(next(self._numbers)), f"prompt {place}"
+                outputs.append(self._shared.add(request_id, prompt, of_prompt, name, arrived))
         except BaseException:
             self._cancel(outputs)
             raise
         return outputs
+
+
+def _all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:
+    num_finished = 0  # of the first ones
+
+    def are_finished() -> bool:
+        nonlocal num_finished
+        number = num_finished  # several threads may ask at once
+        while number < len(outputs) and outputs[number].finish_reason is not None:
+            number += 1
+        num_finished = number
+        return number == len(outputs)
+
+    return are_finished
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

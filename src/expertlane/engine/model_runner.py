@@ -108,6 +108,7 @@ class ModelRunner:
             token_ids=token_ids,
             logprobs=logprobs,
             logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
+            not_finite=tuple(seq for outcome in outcomes for seq in outcome.not_finite),
             records=tuple(o.record for o in outcomes if o.record is not None),
             submitted_s=handle.submitted_s,
             finished_s=finished_s,

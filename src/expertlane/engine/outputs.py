@@ -16,6 +16,7 @@ class RequestOutput:
         text: of the output; without what stopped it, and empty without a tokenizer.
         logprobs: [len(token_ids)]; empty unless asked for.
         finish_reason: None while it goes on.
+        error: why it ended in an error, in a line; None where it did not.
         num_preemptions: how often its keys and values were dropped and computed again.
         arrival_s: when it was added, on `time.perf_counter`.
         token_times_s: [len(token_ids)]; when each token came, on the same clock.
@@ -31,6 +32,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     token_times_s: list[float] = field(default_factory=list)
+    error: str | None = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -52,9 +54,11 @@ class Chunk:
         token_id: the new token; None where the request ended without one.
         text: the new text that is certain; may be empty.
         finish_reason: set in a request's last chunk.
+        error: as `RequestOutput.error`.
     """
 
     request_id: str
     token_id: int | None
     text: str
     finish_reason: FinishReason | None
+    error: str | None = None

@@ -43,6 +43,7 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, Stage
+from expertlane.spec.strict_json import strict_json
 from expertlane.spec.workload import Workload
 
 
@@ -155,7 +156,7 @@ def build_results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions,
         machine=machine,
-        experiment=json.loads(json.dumps(asdict(experiment))),  # lists, as they are read back
+        experiment=json.loads(strict_json(asdict(experiment))),  # lists, as they are read back
         assumptions=assumptions(experiment, machine, limits),
         deployments=tuple(deployments),
         hidden_communication=hidden_by_overlap(deployments),

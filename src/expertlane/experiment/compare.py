@@ -2,7 +2,7 @@
 
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from expertlane.engine.host import ForeignLoad
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
-from expertlane.errors import CapacityError, UserError
+from expertlane.errors import CapacityError, ModelError, UserError
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.collect_rebalances import rebalance_results
 from expertlane.experiment.progress import Progress
@@ -27,7 +27,7 @@ from expertlane.plan.memory import workload_limits
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
 from expertlane.results.timeline import StepTimeline, timelines_of
-from expertlane.schedule.drive import drive, step_records
+from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -60,6 +60,7 @@ def run_comparison(
 
     Raises:
         RankError: a rank died, hung or failed.
+        ModelError: the logits of a sequence are not finite.
     """
     seen = pool.call(DescribeMachine())
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
@@ -180,6 +181,17 @@ def _typical(
     return min(full, key=lambda row: abs(seconds(row) - usual_s))
 
 
+def _drive(
+    deployment: Deployment,
+    scheduler: ContinuousScheduler,
+    runner: ModelRunner | RebalancingRunner,
+) -> Iterator[FinishedStep]:
+    try:
+        yield from drive(scheduler, runner)
+    except ModelError as error:
+        raise ModelError(f"deployment {deployment.name!r}: {error}") from None
+
+
 class _Runs:
     """What was measured of every deployment, repetition by repetition.
 
@@ -242,7 +254,7 @@ class _Runs:
         self._warm_up(deployment, runner)
         progress.advance()
         scheduler, requests = self._schedule(deployment, workload)
-        for record in step_records(drive(scheduler, runner), run):
+        for record in step_records(_drive(deployment, scheduler, runner), run):
             steps = self._prefill if record.phase is Phase.PREFILL else self._decode
             steps[name].append(record)
             progress.advance(len(record.seq_ids))
@@ -266,7 +278,7 @@ class _Runs:
         options = deployment.options
         is_rotating = options.micro_batch_schedule == "rotating"
         num_kept = options.num_micro_batches if is_rotating else 1
-        steps = list(step_records(drive(scheduler, runner)))
+        steps = list(step_records(_drive(deployment, scheduler, runner)))
         kept: list[StepRecord] = []
         for phase, measured in (
             (Phase.PREFILL, self._prefill[deployment.name]),
@@ -312,7 +324,7 @@ class _Runs:
             output_len=min(2, workload.output_len),
         )
         scheduler, _ = self._schedule(deployment, short, record=False)
-        for _ in drive(scheduler, runner):
+        for _ in _drive(deployment, scheduler, runner):
             pass
 
     def result(self, deployment: Deployment) -> DeploymentResult:

@@ -9,6 +9,7 @@ from expertlane import __version__
 from expertlane.results.projection import Projection
 from expertlane.results.schema import Results, Versions
 from expertlane.spec.experiment import Experiment
+from expertlane.spec.strict_json import strict_json
 
 
 def projected_results(experiment: Experiment, projection: Projection, command: str) -> Results:
@@ -22,7 +23,7 @@ def projected_results(experiment: Experiment, projection: Projection, command: s
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=Versions(__version__, platform.python_version(), "not used"),
         machine=None,
-        experiment=json.loads(json.dumps(asdict(experiment))),  # lists, as they are read back
+        experiment=json.loads(strict_json(asdict(experiment))),  # lists, as they are read back
         assumptions=(),
         deployments=(),
         hidden_communication=(),

@@ -17,6 +17,7 @@ import numpy as np
 from expertlane import __version__
 from expertlane.engine.llm import LLM
 from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.errors import ModelError
 from expertlane.experiment.progress import Progress
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.schema import Versions
@@ -75,6 +76,9 @@ def serve(
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
         clock: the one that the outputs' times are of.
+
+    Raises:
+        ModelError: the logits of a request are not finite.
     """
     waiting, served = deque(requests), list[Served]()
     num_unfinished, started_s = 0, clock()
@@ -93,6 +97,8 @@ def serve(
             sleep(max(0.0, started_s + waiting[0].due_s - clock()))
             continue
         for chunk in engine.step():
+            if chunk.error is not None:
+                raise ModelError(chunk.error)
             if chunk.finish_reason is not None:
                 num_unfinished -= 1
                 on_finished()

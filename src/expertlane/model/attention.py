@@ -91,7 +91,7 @@ class PagedHeads:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """[num_tokens, num_heads, value_dim] of queries, keys and values [num_tokens, heads, …]."""
-        cache.write(batch.slots, key, value)
+        cache.write(batch, key, value)
         if cache.kernels is not None:
             return cache.kernels.attention(
                 query,

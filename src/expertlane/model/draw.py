@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_TOKEN = -1  # in place of a choice: the greatest logit is NaN or infinite
+
 # SplitMix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -38,17 +40,34 @@ def uniform_numbers(
     return upper * 2.0**-_NUM_BITS
 
 
-def probabilities(scores: Tensor, temperature: Tensor) -> Tensor:
+def likeliest(logits: Tensor) -> Tensor:
+    """The token of the greatest logit, the lowest id of equals; `NO_TOKEN` where it is not finite.
+
+    One NaN or inf in a row is its greatest; -inf may stand beside finite ones.
+
+    Args:
+        logits: [num_rows, vocab_size].
+
+    Returns:
+        [num_rows].
+    """
+    token_ids = logits.argmax(1, keepdim=True)
+    is_finite = logits.gather(1, token_ids).isfinite()
+    return token_ids.where(is_finite, NO_TOKEN).squeeze(1)
+
+
+def probabilities(scores: Tensor, greatest: Tensor, temperature: Tensor) -> Tensor:
     """Softmax of scores / temperature; of the differences to the greatest, lest tiny ones overflow.
 
     Args:
-        scores: [num_rows, vocab_size]; each row has a finite one, others may be -inf.
+        scores: [num_rows, vocab_size]; some may be -inf.
+        greatest: [num_rows, 1]; finite.
         temperature: [num_rows, 1]; above 0.
 
     Returns:
         [num_rows, vocab_size] float32.
     """
-    return (scores - scores.amax(1, keepdim=True)).div_(temperature).softmax(1)
+    return (scores - greatest).div_(temperature).softmax(1)
 
 
 def keep_likeliest(

@@ -90,6 +90,20 @@ class ForwardBatch:
         return torch.from_numpy(slots).to(self._device)
 
     @cached_property
+    def begun_blocks(self) -> Tensor:
+        """Blocks that the batch begins and does not fill.
+
+        What another sequence left there is masked, but where it was NaN, masked is not enough.
+        """
+        batch, size = self.batch, self._block_size
+        ends = batch.num_computed_tokens + batch.num_scheduled_tokens
+        last = ends // size
+        is_begun = (ends % size > 0) & (batch.num_computed_tokens <= last * size)
+        seqs = np.flatnonzero(is_begun)
+        blocks = batch.block_tables[seqs, last[seqs]].astype(np.int64)
+        return torch.from_numpy(blocks).to(self._device)
+
+    @cached_property
     def _positions(self) -> npt.NDArray[np.int64]:
         scheduled = self.batch.num_scheduled_tokens
         if self.batch.num_tokens == self.batch.num_seqs:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.norm import rms_norm
 from expertlane.parallel.interleave import Steps
@@ -19,12 +20,13 @@ class HeadResult(NamedTuple):
     """What the last stage gives for a batch.
 
     Attributes:
-        token_ids: [num_seqs]; the likeliest, the same on all tensor-parallel ranks.
+        token_ids: [num_seqs]; the likeliest, the same on all tensor-parallel ranks, or `NO_TOKEN`
+            where the greatest logit is not finite; None where more is needed.
         logits: [num_seqs, num_local_vocab] float32.
         all_logits: [num_seqs, vocab_size] float32; None unless needed.
     """
 
-    token_ids: Tensor
+    token_ids: Tensor | None
     logits: Tensor
     all_logits: Tensor | None
 
@@ -76,11 +78,13 @@ class OutputHead:
         self._recorder.count_compute(
             2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
         )
-        if tp.size == 1:
-            return HeadResult(logits.argmax(dim=-1), logits, logits if needs_logits else None)
         if needs_logits:
-            all_logits = yield from self._gather_logits(logits)
-            return HeadResult(all_logits.argmax(dim=-1), logits, all_logits)
+            all_logits = logits
+            if tp.size > 1:
+                all_logits = yield from self._gather_logits(logits)
+            return HeadResult(None, logits, all_logits)
+        if tp.size == 1:
+            return HeadResult(likeliest(logits), logits, None)
         token_ids = yield from self._likeliest(logits)
         return HeadResult(token_ids, logits, None)
 
@@ -94,7 +98,7 @@ class OutputHead:
         return gathered.t()
 
     def _likeliest(self, logits: Tensor) -> Steps[Tensor]:
-        """[num_seqs]; the argmax over all ranks' parts, the lowest token id of equals."""
+        """`likeliest` over all ranks' parts."""
         recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(logits)
         if logits.shape[1]:
             value, token_id = logits.max(dim=-1)
@@ -107,4 +111,5 @@ class OutputHead:
         recorder.enter(Stage.HEAD)
         by_rank = gathered.view(tp.size, num_seqs, 2)
         best = by_rank[:, :, 0].argmax(dim=0)  # the first of equals: the lowest token id
-        return by_rank[best, torch.arange(num_seqs, device=best.device), 1].long()
+        value, token_id = by_rank[best, torch.arange(num_seqs, device=best.device)].unbind(1)
+        return token_id.where(value.isfinite(), NO_TOKEN).long()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expertlane.kernels.backend import arithmetic_for
+from expertlane.model.forward_batch import ForwardBatch
 
 
 class KVCache:
@@ -48,13 +49,16 @@ class KVCache:
         width = self.keys.shape[-1] + self.values.shape[-1]
         return int(self.keys.shape[2] * width * self.keys.itemsize)
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(self, batch: ForwardBatch, keys: Tensor, values: Tensor) -> None:
         """Store new tokens' keys and values.
 
         Args:
-            slots: [num_tokens].
             keys, values: [num_tokens, num_local_heads, key_dim or value_dim].
         """
+        if self.kernels is None and len(batch.begun_blocks):
+            self.keys.index_fill_(0, batch.begun_blocks, 0)
+            self.values.index_fill_(0, batch.begun_blocks, 0)
+        slots = batch.slots
         self.keys.flatten(0, 1).index_copy_(0, slots, keys)
         if values.shape[-1]:
             self.values.flatten(0, 1).index_copy_(0, slots, values)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from expertlane.model.draw import (
+    NO_TOKEN,
     draw,
     keep_likeliest,
+    likeliest,
     probabilities,
     token_logprobs,
     uniform_numbers,
@@ -83,7 +85,7 @@ class SampledBatch:
             logits: [num_seqs, vocab_size] float32; left as they are.
 
         Returns:
-            [num_seqs].
+            [num_seqs]; `NO_TOKEN` where the greatest score is not finite.
         """
         scores = logits.clone() if self._penalties else logits
         for penalty in self._penalties:
@@ -91,11 +93,13 @@ class SampledBatch:
         if self._all_drawn:
             token_ids = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
         else:
-            token_ids = scores.argmax(1)
+            token_ids = likeliest(scores)
         for group in self._draws:
             token_ids[group.rows] = group.choose(scores[group.rows])
-        for penalty in self._penalties:
-            penalty.count(token_ids)
+        if self._penalties:
+            counted = token_ids.clamp(min=0)
+            for penalty in self._penalties:
+                penalty.count(counted)
         return token_ids
 
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Iterator[tuple[int, TokenLogprobs]]:
@@ -103,24 +107,25 @@ class SampledBatch:
 
         Args:
             logits: [num_seqs, vocab_size] float32.
-            token_ids: [num_seqs]; the chosen ones.
+            token_ids: [num_seqs]; the chosen ones; rows of `NO_TOKEN` are passed over.
         """
         members = self._logprobs
         if not members:
             return
-        own, chosen = logits[members.rows], token_ids[members.rows]
+        own, chosen = logits[members.rows], token_ids[members.rows].clamp(min=0)
         nums = [sequence.params.logprobs or 0 for sequence in members.sequences]
         columns = token_logprobs(own, chosen, min(max(nums), own.shape[1]))
         rows = zip(
             members.numbers,
             nums,
-            chosen.tolist(),
+            token_ids[members.rows].tolist(),
             *(column.tolist() for column in columns),
             strict=True,
         )
         for row, num, token_id, logprob, ids, values in rows:
-            top = tuple(zip(ids[:num], values[:num], strict=True))
-            yield row, TokenLogprobs(token_id, logprob, top)
+            if token_id != NO_TOKEN:
+                top = tuple(zip(ids[:num], values[:num], strict=True))
+                yield row, TokenLogprobs(token_id, logprob, top)
 
 
 class _Members:
@@ -247,11 +252,17 @@ class _Draws:
 
     def choose(self, scores: Tensor) -> Tensor:
         """Draw from scores, [num_members, vocab_size]; the token ids, [num_members]."""
-        p = probabilities(scores, self._temperature)
+        greatest = scores.amax(1, keepdim=True)
+        is_finite = greatest.isfinite()
+        if not is_finite.all():  # drawn from all the same: the numbers of other rows stay theirs
+            scores = scores.masked_fill(~is_finite, 0)
+            greatest = greatest.masked_fill(~is_finite, 0)
+        p = probabilities(scores, greatest, self._temperature)
         p = keep_likeliest(p, self._top_k, self._top_p, self._min_p)
         uniform = uniform_numbers(self._seeds, self._num_output_tokens.numpy())
         self._num_output_tokens += 1
-        return draw(p, torch.from_numpy(uniform).to(p.device))
+        token_ids = draw(p, torch.from_numpy(uniform).to(p.device))
+        return token_ids.where(is_finite.squeeze(1), NO_TOKEN)
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from expertlane.model.draw import likeliest
 from expertlane.model.sampled_batch import SampledBatch, SampledSequence
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
@@ -57,13 +58,14 @@ class Sampler:
 
         Args:
             seq_ids: [num_seqs]; none twice.
-            logits: [num_seqs, vocab_size] float32; each row has a finite one, others may be -inf.
+            logits: [num_seqs, vocab_size] float32; some may be -inf.
 
         Returns:
-            The token ids, [num_seqs], and the log-probabilities by sequence id where asked for.
+            The token ids, [num_seqs], `NO_TOKEN` where the greatest logit is not finite; and the
+            log-probabilities by sequence id where asked for.
         """
         if self._states.keys().isdisjoint(seq_ids):
-            return logits.argmax(1).tolist(), {}
+            return likeliest(logits).tolist(), {}
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
         for part in self._parts(len(seq_ids)):

@@ -16,6 +16,7 @@ from expertlane.plan.setting import Question
 from expertlane.plan.structure import Screened
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.plan import NoPools, PlanResults, ServeCommandResult
+from expertlane.spec.strict_json import strict_json
 
 
 class Plan:
@@ -110,7 +111,7 @@ class Plan:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             version=version,
             model=json.loads(
-                json.dumps(asdict(self._question.model))
+                strict_json(asdict(self._question.model))
             ),  # lists, as they are read back
             cluster=str(self._question.cluster),
             device=self._question.cluster.profile.device.name,

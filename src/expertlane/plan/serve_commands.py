@@ -4,13 +4,13 @@ Options as documented for vLLM 0.14 (docs.vllm.ai, "Expert Parallel Deployment")
 (docs.sglang.io, "Expert Parallelism"). Replicas are servers of their own; each command is for one.
 """
 
-import json
 import shlex
 from dataclasses import dataclass
 
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
 from expertlane.spec.hf_config import Quantization
+from expertlane.spec.strict_json import strict_json
 
 _VLLM_ALL_TO_ALL = {
     "all_gather": "allgather_reducescatter",
@@ -80,7 +80,7 @@ def _vllm(
         words += ["--enable-expert-parallel", "--all2all-backend"]
         words += [_VLLM_ALL_TO_ALL[options.dispatch]]
         if options.num_redundant_experts:
-            config = json.dumps({"num_redundant_experts": options.num_redundant_experts})
+            config = strict_json({"num_redundant_experts": options.num_redundant_experts})
             words += ["--enable-eplb", "--eplb-config", config]
         if options.overlap:
             words += ["--enable-dbo"]

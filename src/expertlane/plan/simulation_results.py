@@ -40,6 +40,7 @@ from expertlane.results.traffic import TrafficBytes
 from expertlane.spec.load import Load
 from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
 from expertlane.spec.record import StepRecord
+from expertlane.spec.strict_json import strict_json
 
 _P95 = 95
 
@@ -67,7 +68,7 @@ def simulation(
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=SoftwareVersions(version, platform.python_version(), np.__version__),
-        model=json.loads(json.dumps(asdict(simulator.model))),  # lists, as they are read back
+        model=json.loads(strict_json(asdict(simulator.model))),  # lists, as they are read back
         cluster=_cluster(cluster, setup),
         deployment=_deployment(setup, simulator.execution, routing),
         workload=_load(simulator.load, seed, outcome),

@@ -1,6 +1,5 @@
 """A report as one page that opens anywhere, offline: `report.html`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
@@ -22,6 +21,7 @@ from expertlane.report.document import (
     Timelines,
 )
 from expertlane.results.file import AnyResults
+from expertlane.spec.strict_json import strict_json
 
 
 def render(results: AnyResults) -> str:
@@ -83,7 +83,7 @@ class _Charts:
 
     def json(self) -> str:
         """For the script; nothing in it ends an element of the page."""
-        text = json.dumps(self._charts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = strict_json(self._charts, ensure_ascii=False, separators=(",", ":"))
         return text.replace("<", "\\u003c")
 
 

@@ -16,6 +16,7 @@ from expertlane.spec.atomic_file import write_text
 from expertlane.spec.input_file import RESULTS_BYTES
 from expertlane.spec.parse import read_json
 from expertlane.spec.ranges import shown
+from expertlane.spec.strict_json import strict_json
 
 FILE_NAME = "results.json"
 
@@ -33,7 +34,7 @@ _NUMBERS = re.compile(r"\[\s+(-?[\d.][-+\d.eE]*(?:,\s+-?[\d.][-+\d.eE]*)*)\s+\]"
 
 def to_json(results: AnyResults) -> str:
     """The text of `results.json`."""
-    text = json.dumps(asdict(results), indent=2, allow_nan=False, ensure_ascii=False)
+    text = strict_json(asdict(results), indent=2, ensure_ascii=False)
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 

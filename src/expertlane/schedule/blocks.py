@@ -121,6 +121,14 @@ class BlockManager:
             self._registered[digest] = block
             self._digests[block] = digest
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Let held blocks not be shared from now on."""
+        for block in blocks:
+            digest = self._digests[block]
+            if digest is not None:
+                del self._registered[digest]
+                self._digests[block] = None
+
     def free(self, blocks: Sequence[int]) -> None:
         """Let go of a sequence's blocks, in their order in the sequence.
 

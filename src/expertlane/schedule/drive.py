@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from expertlane.errors import ModelError
 from expertlane.schedule.plan import HandleT, Runner, Scheduler, StepOutcome, StepPlan
+from expertlane.schedule.request import not_finite
 from expertlane.spec.record import StepRecord
 
 
@@ -15,7 +17,11 @@ class FinishedStep(NamedTuple):
 
 
 def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedStep]:
-    """Submit what the scheduler gives and yield steps as they finish, until it gives no more."""
+    """Submit what the scheduler gives and yield steps as they finish, until it gives no more.
+
+    Raises:
+        ModelError: a sequence found no next token, since its logits are not finite.
+    """
     in_flight: dict[HandleT, StepPlan] = {}
     while True:
         while (plan := scheduler.next_plan()) is not None:
@@ -25,6 +31,8 @@ def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedSte
         handle = runner.first_done(list(in_flight))
         plan = in_flight.pop(handle)
         outcome = runner.collect(handle)
+        for seq in outcome.not_finite:
+            raise ModelError(f"sequence {seq + 1}: {not_finite(plan.step)}")
         scheduler.finish(plan, outcome)
         yield FinishedStep(plan, outcome)
 

@@ -58,7 +58,7 @@ class Limits:
             UserError: the prompt is empty, too long for the model or the cache, or holds what is
                 no token of the vocabulary; `max_tokens` is under 1; `priority` is no number.
         """
-        name = f"request {request.request_id!r}"
+        name = request.name
         self._check_prompt(name, request.prompt_token_ids)
         take("max_tokens", request.max_tokens, f"{name}: max_tokens")
         take("priority", request.priority, f"{name}: priority")

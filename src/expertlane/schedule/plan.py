@@ -103,6 +103,7 @@ class StepOutcome:
 
     Attributes:
         token_ids: the next token of every sequence of the plan that yields one, by sequence id.
+        not_finite: sequences that have none instead: their greatest logit is NaN or infinite.
         logits: by sequence id, [vocab_size]; empty unless the plan asked for them.
         logprobs: by sequence id, for those that asked for them.
         records: one a rank of the replica; empty unless the plan asked for them.
@@ -115,6 +116,7 @@ class StepOutcome:
     submitted_s: float
     finished_s: float
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    not_finite: tuple[int, ...] = ()
 
 
 class Runner(Protocol[HandleT]):

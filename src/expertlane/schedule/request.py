@@ -26,6 +26,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-sequence or stop token, or a stop string
     LENGTH = "length"  # max_tokens, the model's positions or the cache
     CANCELLED = "cancelled"
+    ERROR = "error"  # its logits are NaN or infinite
 
 
 class Request:
@@ -35,16 +36,20 @@ class Request:
         prompt_token_ids: [prompt_len].
         stop_token_ids: tokens that end the output, end-of-sequence tokens included unless they
             are to be ignored. The token that ends an output is part of it.
+        name: what messages call it; by default `request` and its id.
         priority: lower goes first.
         sampling: how its tokens are chosen; None where the likeliest is taken.
         sampling_seed: of its random numbers.
         num_arrived_tokens: of the prompt, how many positions come with keys and values that were
             computed elsewhere; forgotten if it loses its blocks. The last token's never count.
         output_token_ids: the tokens generated so far.
+        error: why it ended in an error, in a line; None where it did not.
         seq_id: the number under which plans carry the request; the order of arrival.
         order: who goes first where not all can; set on arrival and never changed.
         replica, dp_rank, row: where it runs; chosen anew after a preemption.
         num_preemptions: how often its blocks were taken away.
+        has_cached: it runs on blocks that other requests computed.
+        may_share: it may do so when it is admitted again.
 
     Raises:
         UserError: the prompt is no list of numbers. All else is checked when it is added.
@@ -63,14 +68,14 @@ class Request:
         sampling: SamplingParams | None = None,
         sampling_seed: int = 0,
         num_arrived_tokens: int = 0,
+        name: str | None = None,
     ) -> None:
         self.request_id = request_id
+        self.name = f"request {request_id!r}" if name is None else name
         try:
             self.prompt_token_ids = np.array(prompt_token_ids)  # a copy: the caller keeps theirs
         except ValueError:
-            raise UserError(
-                f"request {request_id!r}: the prompt must be one list of whole numbers"
-            ) from None
+            raise UserError(f"{self.name}: the prompt must be one list of whole numbers") from None
         self.max_tokens = max_tokens
         self.stop_token_ids = frozenset(stop_token_ids).union(() if ignore_eos else eos_token_ids)
         self.priority = priority
@@ -84,6 +89,9 @@ class Request:
         self.order = (0, -1)
         self.replica = self.dp_rank = self.row = -1
         self.num_preemptions = 0
+        self.has_cached = False
+        self.may_share = True
+        self.error: str | None = None
         self._digests: list[bytes] = []
 
     @property
@@ -102,6 +110,13 @@ class Request:
         """Take no more tokens."""
         self.state = RequestState.FINISHED
         self.finish_reason = reason
+
+    def fail(self, step: int) -> None:
+        """End for want of a next token: a step gave logits that are not finite."""
+        self.finish(FinishReason.ERROR)
+        self.error = (
+            f"{self.name}, output token {len(self.output_token_ids) + 1}: {not_finite(step)}"
+        )
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Prompt and output as one sequence: [stop - start]."""
@@ -129,3 +144,11 @@ class Request:
         if start < prompt_len:
             return self.tokens(start, stop).tobytes()
         return array("q", self.output_token_ids[start - prompt_len : stop - prompt_len]).tobytes()
+
+
+def not_finite(step: int) -> str:
+    """Say that a step gave no next token."""
+    return (
+        f"the logits are NaN or infinite (step {step}); "
+        "the weights may be damaged, or too large for the dtype"
+    )

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from expertlane.schedule.blocks import BlockManager
 from expertlane.schedule.limits import Limits
-from expertlane.schedule.plan import UNKNOWN
+from expertlane.schedule.plan import UNKNOWN, StepOutcome
 from expertlane.schedule.request import FinishReason, Request, RequestState
 
 Rows = npt.NDArray[np.intp]
@@ -50,6 +50,7 @@ class RunningTable:
         self._is_used = np.zeros(num_rows, dtype=np.bool_)
         self._is_cancelled = np.zeros(num_rows, dtype=np.bool_)
         self._num_cancelled = 0
+        self._spoiled: set[int] = set()  # rows whose blocks may hold NaN
         self._max_num_tokens = np.zeros(num_rows, dtype=np.int64)
         self._unused = list(range(num_rows - 1, -1, -1))
 
@@ -88,7 +89,7 @@ class RunningTable:
 
     def find_cached(self, request: Request) -> list[int]:
         """Blocks here that a request can share; its last token is always left to compute."""
-        if not self._limits.prefix_caching:
+        if not (self._limits.prefix_caching and request.may_share):
             return []
         size = self._limits.block_size
         num_full = (request.num_tokens - 1) // size
@@ -123,6 +124,7 @@ class RunningTable:
         self.last_step[row] = -1
         self.num_pending += num_tokens - int(self.num_computed[row])
         request.state, request.row = RequestState.RUNNING, row
+        request.has_cached = bool(cached)
         return row
 
     def release(self, row: int) -> Request:
@@ -134,17 +136,18 @@ class RunningTable:
         self.num_tokens[row] = self.num_computed[row] = self.num_blocks[row] = 0
         self.block_tables[row] = _NO_BLOCK
         self._is_used[row] = self._is_cancelled[row] = False
+        self._spoiled.discard(row)
         self._unused.append(row)
         request.row = -1
         return request
 
     def cancel(self, row: int) -> None:
         """Release a row, or do so when its steps are finished."""
-        if self.in_flight[row]:
+        if not self.in_flight[row]:
+            self.release(row)
+        elif not self._is_cancelled[row]:
             self._is_cancelled[row] = True
             self._num_cancelled += 1
-        else:
-            self.release(row)
 
     def extend(self, rows: Rows) -> tuple[Rows, list[Request]]:
         """Get every row in decoding the block of its next position.
@@ -215,18 +218,20 @@ class RunningTable:
         rows: Rows,
         computed: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
         yields_token: npt.NDArray[np.bool_],
-        token_ids: dict[int, int],
-    ) -> list[Request]:
+        outcome: StepOutcome,
+    ) -> tuple[list[Request], list[Request]]:
         """Take in a finished step; release the rows that are done.
 
         Args:
             computed: [len(rows)], twice; tokens computed before and after it.
-            token_ids: the next tokens, by sequence id.
 
         Returns:
-            The requests that got a token.
+            The requests that got a token, and those that found none (see `_spoil`).
         """
         self.in_flight[rows] -= 1
+        spoiled: list[Request] = []
+        if outcome.not_finite:
+            spoiled = self._spoil(rows[np.isin(self.seq_ids[rows], outcome.not_finite)])
         if self._limits.prefix_caching:
             self._register(rows, *computed)
         if self._num_cancelled:
@@ -235,7 +240,24 @@ class RunningTable:
                 self.release(row)
                 self._num_cancelled -= 1
             rows, yields_token = rows[~is_cancelled], yields_token[~is_cancelled]
-        return self._append_tokens(rows[yields_token], token_ids)
+        return self._append_tokens(rows[yields_token], outcome.token_ids), spoiled
+
+    def _spoil(self, rows: Rows) -> list[Request]:
+        """Cancel rows whose logits were not finite, and let nobody share their blocks.
+
+        Theirs may hold NaN even where the prefix is sound: what a token may not see has weight 0
+        in its sum, and 0 · NaN is NaN. So a request on blocks of others may be innocent.
+
+        Returns:
+            Their requests, but for those that had ended before.
+        """
+        self._spoiled.update(rows.tolist())
+        going_on = rows[~self._is_cancelled[rows]]
+        for row in going_on.tolist():
+            self.blocks.forget(self.blocks_of(row))
+        self._is_cancelled[going_on] = True  # `finish` releases those that are in no other step
+        self._num_cancelled += len(going_on)
+        return [self.request(row) for row in going_on.tolist()]
 
     def _register(
         self, rows: Rows, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
@@ -247,6 +269,8 @@ class RunningTable:
         for row, begin, end in zip(
             rows[full].tolist(), first[full].tolist(), stop[full].tolist(), strict=True
         ):
+            if row in self._spoiled:
+                continue
             request = self.request(row)
             blocks: list[int] = self.block_tables[row, begin:end].tolist()
             for index, block in enumerate(blocks, start=begin):

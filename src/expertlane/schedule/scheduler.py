@@ -59,6 +59,7 @@ class ContinuousScheduler:
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
         stepped: the requests that got a token in the step finished last.
+        failed: those that it ended in an error.
         num_preemptions: since the start.
     """
 
@@ -81,6 +82,7 @@ class ContinuousScheduler:
             for _ in range(layout.replicas)
         ]
         self.stepped: list[Request] = []
+        self.failed: list[Request] = []
         self.num_preemptions = 0
         self._limits = limits
         self._flags = {
@@ -98,6 +100,7 @@ class ContinuousScheduler:
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; may hold cancelled ones
+        self._restarting: list[Request] = []  # when they are in no step any more
         self._num_waiting = 0
         self._num_waiting_blocks = 0
         self._num_steps = 0
@@ -168,17 +171,38 @@ class ContinuousScheduler:
         return None
 
     def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Take in the tokens of a finished step."""
+        """Take in the tokens of a finished step.
+
+        A request whose logits were not finite ends in an error; one that shares blocks of others
+        begins again first, without them.
+        """
         self._num_in_flight[plan.replica] -= 1
-        self.stepped = []
+        self.stepped, self.failed = [], []
         for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
             before = batch.num_computed_tokens
             computed = before, before + batch.num_scheduled_tokens
-            self.stepped += table.finish(rows, computed, batch.yields_token, outcome.token_ids)
-        for request in self.stepped:
+            stepped, spoiled = table.finish(rows, computed, batch.yields_token, outcome)
+            self.stepped += stepped
+            for request in spoiled:
+                if request.has_cached:
+                    request.may_share = False
+                    self._restarting.append(request)
+                else:
+                    request.fail(plan.step)
+                    self.failed.append(request)
+        if self._restarting:
+            self._restart()
+        for request in chain(self.stepped, self.failed):
             if request.finish_reason is not None:
                 del self._requests[request.request_id]
                 self._release(request)
+
+    def _restart(self) -> None:
+        released = [request for request in self._restarting if request.row < 0]
+        self._restarting = [request for request in self._restarting if request.row >= 0]
+        for request in released:
+            if request.finish_reason is None:  # else it was cancelled meanwhile
+                self._requeue(request)
 
     def _plan(self, replica: int) -> StepPlan | None:
         drafts = [BatchDraft(table, self._limits) for table in self.tables[replica]]
@@ -229,12 +253,16 @@ class ContinuousScheduler:
     def _add_decodes(self, drafts: list[BatchDraft]) -> None:
         for draft in drafts:
             for request in draft.add_decodes(self._num_groups):
-                request.state = RequestState.WAITING
-                request.num_preemptions += 1
-                request.num_arrived_tokens = 0
+                self._requeue(request)
                 self.num_preemptions += 1
-                self._release(request)
-                self._enqueue(request)
+
+    def _requeue(self, request: Request) -> None:
+        """Let a request that lost its blocks wait again."""
+        request.state = RequestState.WAITING
+        request.num_preemptions += 1
+        request.num_arrived_tokens = 0
+        self._release(request)
+        self._enqueue(request)
 
     def _add_prompts(self, replica: int, drafts: list[BatchDraft]) -> None:
         for draft in drafts:

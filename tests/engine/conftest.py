@@ -1,0 +1,37 @@
+"""An `LLM` without ranks."""
+
+import pytest
+
+from cli.stub_llm import MACHINE
+from engine.stub_runner import VOCAB_SIZE, StubRunner
+from expertlane.engine import llm as llm_module
+from expertlane.engine.llm import LLM
+from expertlane.spec.model import PRESETS
+
+
+class StubPool:
+    """What an `LLM` needs of a pool that never computes."""
+
+    is_closed = False
+
+    def call(self, function):
+        return [MACHINE]
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def stub_llm(monkeypatch):
+    """An LLM with a `StubRunner` in place of ranks, as its attribute `runner`."""
+
+    def make_runner(pool, model, deployment, limits, **kwargs):
+        return StubRunner(limits, deployment.layout, lookahead=True)
+
+    model = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
+    monkeypatch.setitem(PRESETS, "stub", model)
+    monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
+    monkeypatch.setattr(llm_module, "runner_for", make_runner)
+    with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
+        llm.runner = llm.engine._runner
+        yield llm
