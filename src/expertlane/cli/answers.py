@@ -7,17 +7,20 @@ from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from expertlane.spec.printable import printable
+
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
     from expertlane.engine.outputs import RequestOutput
 
 
 def write(text: str) -> None:
-    """Print at once, without a line's end of its own; `?` for what the terminal cannot show."""
-    try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError as error:
-        sys.stdout.write(text.encode(error.encoding, "replace").decode(error.encoding))
+    """Print at once, without a line's end of its own.
+
+    A terminal obeys no control character of a model's, only line ends and tabs; a pipe or a file
+    gets the text as it is.
+    """
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
