@@ -5,7 +5,7 @@ ExpertlaneError
 │   ├── SpecError       a layout, workload, model or experiment that cannot be
 │   └── CapacityError   more memory or ranks than this machine has
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
-└── TerminatedError the process was told to end: one line, exit code 143
+└── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
 

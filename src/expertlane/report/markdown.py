@@ -20,7 +20,7 @@ def _part(part: str | Table | Figure) -> str:
     if isinstance(part, Table):
         return _table(part)
     if isinstance(part, Figure):
-        longest = max(map(len, re.findall("`+", "".join(part.lines))), default=0)
+        longest = max(map(len, re.findall("`+", "\n".join(part.lines))), default=0)
         fence = "`" * max(3, longest + 1)
         return "\n".join([f"**{_escaped(part.title)}**", "", f"{fence}text", *part.lines, fence])
     return _escaped(part)
