@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expertlane.cli.main import app
+from expertlane.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

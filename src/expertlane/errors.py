@@ -6,7 +6,7 @@ ExpertlaneError
 │   └── CapacityError   more memory or ranks than this machine has
 ├── ModelError      what a model gives is no number: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
-└── TerminatedError the process was told to end: one line, exit code 143
+└── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
 

@@ -1,6 +1,7 @@
 """A comparison that takes no time: keeps what the command line hands over, gives a fixed answer."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import expertlane.results.file
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError
 from expertlane.results.file import write_text
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class FakeComparison:
@@ -103,8 +106,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
     def run_with(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["expertlane", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            with pytest.raises(SystemExit) as caught:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capsys.readouterr()
         return caught.value.code or 0, out, err
 

@@ -224,7 +224,7 @@ def test_a_mistake_is_one_line(run, arguments, line, more):
 
 def test_it_never_imports_torch():
     script = (
-        "import sys; from expertlane.cli.main import app; "
+        "import sys; from expertlane.cli.app import app; "
         "app(['balance', 'trace.npz', '--ranks', '4'], standalone_mode=False); "
         "print('torch' in sys.modules)"
     )

@@ -35,7 +35,7 @@ def test_it_starts_its_own_ranks(run, monkeypatch):
 
 def test_its_help_needs_no_torch():
     script = (
-        "import sys; from expertlane.cli.main import app; "
+        "import sys; from expertlane.cli.app import app; "
         "app(['calibrate', '--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     source = str(Path(__file__).parents[2] / "src")

@@ -139,7 +139,7 @@ def test_a_closed_pipe_ends_it_quietly():
     process.stdout.close()
     (line,) = process.stderr.read().splitlines()
     process.stderr.close()
-    assert process.wait() == 1
+    assert process.wait() == 141
     assert line.startswith("loading paper-tiny")
 
 
@@ -181,11 +181,16 @@ def test_standard_input_is_one_prompt_a_line(run, stub, checkpoint, type_in):
     assert shown[0]["tpot_s"] is None
 
 
-def test_what_the_terminal_cannot_show_is_no_error(monkeypatch):
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-    answers.write("né")
-    assert shown.getvalue() == b"n?"
+def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
+    text = "a\tb\n\x1b]0;title\x07\x9b31m\r\u202eלא\u202c\x7f"
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    answers.write(text)
+    assert shown.getvalue() == ("a\tb\n\\x1b]0;title\\x07\\x9b31m\\r\\u202eלא\\u202c\\x7f")
+    piped = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", piped)
+    answers.write(text)
+    assert piped.getvalue() == text
 
 
 def test_routing_of_a_chat(run, stub, checkpoint, type_in, tmp_path):

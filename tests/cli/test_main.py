@@ -1,6 +1,7 @@
 import pytest
 
 from expertlane import __version__
+from expertlane.cli.output import progress_on_stderr
 from expertlane.errors import CapacityError, RankError
 
 
@@ -81,3 +82,23 @@ def test_under_torchrun_every_rank_tells_of_a_dead_one(comparison, run, monkeypa
     monkeypatch.setenv("RANK", "1")
     comparison.error = RankError("rank 0 died in layer 2, experts")
     assert run("compare") == (1, "", "expertlane: error: rank 0 died in layer 2, experts\n")
+
+
+def test_an_error_moves_no_cursor(comparison, run):
+    comparison.error = CapacityError("\x1b]0;title\x07\u202ename\x9b2J")
+    err = run("compare")[2]
+    assert err.splitlines()[1:] == [
+        "expertlane: error: \\x1b]0;title\\x07\\u202ename\\x9b2J",
+    ]
+    comparison.calls.clear()
+    comparison.error = RankError("rank 3 failed")
+    comparison.error.add_note("Traceback:\n\tit was \x1b[31mme")
+    assert run("compare")[2].splitlines()[1:-1] == ["Traceback:", "\tit was \\x1b[31mme"]
+    assert "\\x1b[31m" in run("compare", "\x1b[31m.toml")[2]
+
+
+def test_progress_moves_no_cursor(capsys):
+    with progress_on_stderr() as progress:
+        progress.task("\x1b[31mEP", 1)
+        progress.done()
+    assert capsys.readouterr().err.startswith("\\x1b[31mEP: done in ")

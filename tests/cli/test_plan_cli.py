@@ -155,7 +155,7 @@ def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
 def test_torch_is_not_imported(here):
     program = (
         "import sys\n"
-        "from expertlane.cli.main import app\n"
+        "from expertlane.cli.app import app\n"
         f"app({[*TINY, '--workload', WORKLOAD]}, standalone_mode=False)\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )

@@ -1,9 +1,16 @@
 """Chats render as transformers renders them; mistakes get one line."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
@@ -205,3 +212,130 @@ def test_messages_stay_as_they_are() -> None:
     source = "{{ messages[0].content[0].text }}"
     assert ChatTemplate(source, {}, "here").render([message]) == "hi"
     assert message == {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+
+
+TOO_MUCH_MEMORY = "it takes too much memory"
+TOO_MUCH_TIME = "it takes more than 1 s of processor time"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ('{{ "A" * 10**10 }}', TOO_MUCH_MEMORY),
+        ('{{ "A" * 10**7 }}', "it makes 10,000,000 characters of this chat; at most 1,0"),
+        ("{{ 10 ** (10**9) }}", TOO_MUCH_TIME),
+        ("{{ [0] * 10**10 }}", TOO_MUCH_MEMORY),
+        ('{{ "%1000000000d" % 1 }}', TOO_MUCH_MEMORY),
+        ('{{ "{:>10000000000}".format(1) }}', TOO_MUCH_MEMORY),
+        ('{{ "%10000000000s" | format("a") }}', TOO_MUCH_MEMORY),
+        ('{{ "a".ljust(10**10) }}', TOO_MUCH_MEMORY),
+        ('{{ "a" | center(10**9) }}', TOO_MUCH_MEMORY),
+        ('{{ "a" | indent(10**9) }}', TOO_MUCH_MEMORY),
+        ('{{ ("a" * 10**6).replace("a", "b" * 10**6) }}', TOO_MUCH_MEMORY),
+        ("{{ ([0] * 10**6) | tojson }}", "it makes 3,000,000 characters of this chat"),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_MUCH_TIME),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError: "),
+        ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "RecursionError: "),
+        ("{{ lipsum(n=10**6) }}", TOO_MUCH_TIME),
+        ("{{ raise_exception('A' * 10**7) }}", "here: " + "A" * 500),
+    ],
+)
+def test_a_template_that_takes_too_much_is_refused(source: str, said: str) -> None:
+    began_s = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        ChatTemplate(source, {}, "here").render([USER])
+    assert time.monotonic() - began_s < 20  # 1 s of its own processor time, on a busy machine too
+    assert str(caught.value).startswith("chat template here: ")
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_after_a_chat_that_took_too_much_the_next_one_is_rendered() -> None:
+    source = "{{ 'A' * (10**10 if messages[0].content == 'big' else 3) }}"
+    template = ChatTemplate(source, {}, "here")
+    with pytest.raises(UserError, match=TOO_MUCH_MEMORY):
+        template.render([{"role": "user", "content": "big"}])
+    assert template.render([USER]) == "AAA"
+
+
+def test_a_long_chat_is_rendered() -> None:
+    messages = [{"role": "user", "content": "Wie geht's? 你好 " * 2000}, ASSISTANT] * 100
+    text = ChatTemplate(CHATML, {}, "here").render(messages)
+    assert len(text) > 2_000_000
+
+
+def test_ctrl_c_ends_a_template_that_goes_on() -> None:
+    template = ChatTemplate("{{ 10 ** (10**9 * messages | length) }}", {}, "here")
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            template.render([USER])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert template._process is None
+    assert not [each for each in psutil.Process().children() if "serve()" in each.cmdline()[-1]]
+
+
+def test_messages_that_are_no_plain_data() -> None:
+    template = ChatTemplate("", {}, "here")
+    with pytest.raises(UserError, match=r"the chat's messages are no plain data: .* bytes"):
+        template.render([USER | {"image": b"a"}])
+
+
+def test_several_threads_render_with_one_template() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {}, "here")
+    texts: dict[str, str] = {}
+
+    def render(name: str) -> None:
+        for _ in range(50):
+            texts[name] = template.render([{"role": "user", "content": name}])
+
+    threads = [threading.Thread(target=render, args=(str(i) * 10_000,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 4
+    assert all(name == text for name, text in texts.items())
+
+
+def test_no_file_of_the_working_directory_is_imported(tmp_path: Path, monkeypatch) -> None:
+    for name in ("json", "jinja2", "random", "select", "expertlane"):
+        (tmp_path / f"{name}.py").write_text("open('was_here', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ChatTemplate("{{ messages[0].role }}", {}, "here").render([USER]) == "user"
+    assert not (tmp_path / "was_here").exists()
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_the_process_ends_with_its_parent(forks: bool) -> None:
+    program = f"""
+import os, time
+from expertlane.engine.chat_template import ChatTemplate
+template = ChatTemplate("", {{}}, "here")
+print(template._process._process.pid, flush=True)
+if {forks} and not os.fork():
+    time.sleep(10)  # holds the socket of the template's process
+    os._exit(0)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert psutil.pid_exists(pid)
+        parent.kill()
+        until_s = time.monotonic() + 8
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+        if forks:
+            os.killpg(parent.pid, signal.SIGKILL)

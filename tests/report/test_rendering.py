@@ -7,8 +7,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import example_results as example
+import example_serving
 from expertlane.report import content, markdown, terminal
-from expertlane.report.document import Table
+from expertlane.report.document import Figure, Section, Table
 from expertlane.report.rounding import same_tokens
 from expertlane.results.rebalance import RebalanceResult
 from expertlane.results.schema import Results
@@ -213,3 +214,30 @@ def test_gains_against_the_best_baseline_stand_apart_where_it_is_not_the_first()
     ]
     one = example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.1)])
     assert titles(one) == ["Against the first, TP 8 × PP 2, also the best baseline"]
+
+
+NASTY = "[red]EP[/red] [link=http://x]\x1b]0;t\x07\x9b2J\u202e|`\n# no heading\n```"
+ESCAPED = "[red]EP[/red] [link=http://x]\\x1b]0;t\\x07\\x9b2J\\u202e|`\\n# no heading\\n```"
+
+
+def test_names_neither_move_a_cursor_nor_break_a_table() -> None:
+    results = replace(example_serving.RESULTS, model=NASTY, command=NASTY)
+    stream = io.StringIO()
+    terminal.show(results, Console(file=stream, width=400))
+    text = markdown.render(results)
+    for each in (stream.getvalue(), text):
+        assert not set(each) & set("\x1b\x07\x9b\u202e\r")
+    assert ESCAPED in stream.getvalue()
+    assert "# no heading" not in text.splitlines()
+    named = [line for line in text.splitlines() if "no heading" in line and line[0] == "|"]
+    assert named
+    for line in named:
+        assert "\\|\\`" in line
+        assert "\\[red]" in line
+
+
+def test_a_fence_is_longer_than_what_is_in_it(monkeypatch) -> None:
+    part = Figure("a", ("x ```", "````", "<script>"))
+    monkeypatch.setattr(markdown.kinds, "sections", lambda *_, **__: (Section("b", (part,)),))
+    text = markdown.render(alone())
+    assert text.endswith("\n`````text\nx ```\n````\n<script>\n`````\n")

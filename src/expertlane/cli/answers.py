@@ -7,6 +7,7 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from expertlane.spec.printable import printable
 from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def write(text: str) -> None:
-    """Print at once, without a line's end of its own; `?` for what the terminal cannot show."""
-    try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError as error:
-        sys.stdout.write(text.encode(error.encoding, "replace").decode(error.encoding))
+    """Print at once, without a line's end of its own.
+
+    A terminal obeys no control character of a model's, only line ends and tabs; a pipe or a file
+    gets the text as it is.
+    """
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

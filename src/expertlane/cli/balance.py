@@ -1,6 +1,5 @@
 """`expertlane balance`: how even a placement of experts is on a routing trace, and a better one."""
 
-import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -198,7 +197,7 @@ def _publish(
     from expertlane.balance.judge import compare
     from expertlane.balance.moves import keep_slots
     from expertlane.balance.placement_file import write_placement
-    from expertlane.cli.output import stdout_console
+    from expertlane.cli.output import print_json, stdout_console, tell
 
     after = keep_slots(before, after)
     compared = compare(trace, before, after, ranks_per_node)
@@ -216,12 +215,12 @@ def _publish(
             "layers": [asdict(each) for each in compared[:-1]],
             "total": asdict(compared[-1]),
         }
-        print(strict_json(shown))
+        print_json(strict_json(shown) + "\n")
     else:
         title = _title(trace, after, ranks_per_node)
         _show(title, compared, trace.num_tokens, stdout_console())
     if output is not None:
-        print(f"written: {output}", file=sys.stderr)
+        tell(f"written: {output}")
 
 
 def _title(trace: "RoutingTrace", placements: "list[Placement]", ranks_per_node: int) -> str:
@@ -243,6 +242,8 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
     from rich.table import Table
     from rich.text import Text
 
+    from expertlane.spec.printable import printable
+
     *layers, total = compared
     shown = sorted(layers, key=lambda each: -each.before.max_over_mean)[:_MAX_ROWS]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
@@ -253,7 +254,7 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
         table.add_row(*_row(str(each.layer), each, num_tokens))
     table.add_section()
     table.add_row(*_row("all", total, num_tokens * len(layers)))
-    console.print(Text(title, style="bold"))
+    console.print(Text(printable(title, keep="\n"), style="bold"))
     console.print()
     console.print(table)
     console.print()

@@ -1,7 +1,5 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -188,7 +186,7 @@ def _run(
     """All loads on each layout in turn."""
     from datetime import UTC, datetime
 
-    from expertlane.cli.output import progress_on_stderr
+    from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.engine.host import ForeignLoad
     from expertlane.experiment.serving_benchmark import describe, run_loads
     from expertlane.results.serving import Point, ServingResults
@@ -203,7 +201,7 @@ def _run(
                 points += run_loads(llm, layout, loads, seed, progress)
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
     return ServingResults(
-        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        command=command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions,
         machine=machine,

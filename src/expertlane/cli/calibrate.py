@@ -1,7 +1,6 @@
 """`expertlane calibrate`: measure this machine, and write what the cluster model needs of it."""
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,15 +73,16 @@ def calibrate(
           one rank alone; for other programs
     """
     path = _checked(name, ranks, out, timeout_s)
+    from expertlane.cli.output import print_json, tell
     from expertlane.cost.profile_file import write_profile
 
     calibration, profile = _measure(name, ranks, dtype, timeout_s)
     write_profile(profile, path)
     if as_json:
-        print(strict_json(_summary(profile, calibration, path)))
+        print_json(strict_json(_summary(profile, calibration, path)) + "\n")
     else:
         _show(profile, calibration)
-    print(f"written: {path}", file=sys.stderr)
+    tell(f"written: {path}")
 
 
 def _checked(name: str, ranks: int | None, out: Path | None, timeout_s: float) -> Path:
@@ -159,10 +159,12 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     from rich.text import Text
 
     from expertlane.cli.output import stdout_console
+    from expertlane.spec.printable import printable
 
     console, device = stdout_console(), profile.device
     console.print(Text(f"expertlane calibrate: {profile.name}", style="bold"))
-    console.print(f"{profile.ranks_per_node} × {device.name}, {calibration.machine.dtype}")
+    name = printable(device.name)
+    console.print(f"{profile.ranks_per_node} × {name}, {calibration.machine.dtype}")
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("a rank's", "value", "low", "high"):

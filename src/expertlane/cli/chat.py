@@ -46,6 +46,8 @@ class Chat:
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
         """Answer messages until there are no more; gives all answers."""
+        from expertlane.cli.output import tell
+
         for message in _read_messages():
             if message == "/exit":
                 break
@@ -57,7 +59,7 @@ class Chat:
             except (UserError, ModelError) as error:
                 if not sys.stdin.isatty():
                     raise
-                print(f"{error}; this message is left out (try /reset)", file=sys.stderr)
+                tell(f"{error}; this message is left out (try /reset)")
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:

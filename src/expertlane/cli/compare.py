@@ -12,7 +12,6 @@ import typer
 from expertlane.cli.compare_output import (
     DEFAULT_SKEW,
     Shown,
-    command_line,
     projections_of,
     projectors_of,
 )
@@ -213,7 +212,7 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.cli.output import progress_on_stderr
+    from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.experiment.compare import check_memory, run_comparison
 
     num_ranks = max(each.num_ranks for each, _ in comparisons)

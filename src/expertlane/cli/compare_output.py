@@ -1,7 +1,5 @@
 """What `expertlane compare` prints and writes, with a projection beside it if asked for."""
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,17 +60,13 @@ class Shown:
 
     def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""
+        from expertlane.cli.output import command_line, tell
         from expertlane.experiment.projected_results import projected_results
 
-        print(f"expertlane: nothing is measured here: {reason}", file=sys.stderr)
+        tell(f"expertlane: nothing is measured here: {reason}")
         projection = replace(self._projections[id(experiment)], not_measured=reason)
         results = projected_results(experiment, projection, command_line())
         publish(results, folder, as_json=self._as_json)
-
-
-def command_line() -> str:
-    """How a user repeats this."""
-    return shlex.join(["expertlane", *sys.argv[1:]])
 
 
 def projectors_of(

@@ -260,7 +260,9 @@ def generate(
         with _load(found, chosen, options, record_routing) as llm:
             outputs = _continue(llm, given, params, as_json)
     if outputs:
-        print(answers.summary(outputs, params.max_tokens), file=sys.stderr)
+        from expertlane.cli.output import tell
+
+        tell(answers.summary(outputs, params.max_tokens))
     errors = [output.error for output in outputs if output.error is not None]
     if errors and not chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
@@ -364,17 +366,20 @@ def _load(
 def _write_routing(llm: "LLM", name: str, path: Path) -> None:
     """Write the routing so far; nothing where no token was computed."""
     from expertlane.balance.trace import write_trace
+    from expertlane.cli.output import tell
 
     trace = replace(llm.routing_trace(), model=name)
     if trace.num_tokens:
         write_trace(trace, path)
-        print(f"written: {path}", file=sys.stderr)
+        tell(f"written: {path}")
 
 
 def _continue(
     llm: "LLM", prompts: "list[Prompt]", params: "SamplingParams", as_json: bool
 ) -> "list[RequestOutput]":
     """Run all prompts, and print what they give."""
+    from expertlane.cli.output import print_json
+
     outputs = [
         llm.engine.add(str(number), prompt, params, name=f"prompt {number}")
         for number, prompt in enumerate(prompts, 1)
@@ -387,5 +392,8 @@ def _continue(
         llm.engine.step()
         while unfinished and unfinished[0].finish_reason is not None:
             output = unfinished.popleft()
-            answers.write(answers.as_json(output) if as_json else answers.as_text(llm, output))
+            if as_json:
+                print_json(answers.as_json(output))
+            else:
+                answers.write(answers.as_text(llm, output))
     return outputs

@@ -1,114 +1,112 @@
-"""The command line: commands, and how errors end it. Heavy imports wait until a command runs."""
+"""How the command line begins and ends: signals, standard streams, errors, exit codes.
 
+Nothing else is imported before signals have their answers, so that they have them from the start.
+"""
+
+import os
 import signal
 import sys
-from typing import Annotated, NoReturn
 
-import typer
+TYPE_CHECKING = False  # as typing's, which takes longer to import than all else here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Never, NoReturn
 
-from expertlane import __version__
-from expertlane.cli.balance import balance
-from expertlane.cli.bench import bench
-from expertlane.cli.calibrate import calibrate
-from expertlane.cli.compare import compare
-from expertlane.cli.generate import generate
-from expertlane.cli.plan import plan
-from expertlane.cli.report import report
-from expertlane.cli.simulate import simulate
-from expertlane.errors import ExpertlaneError, TerminatedError, UserError
+    from expertlane.errors import ExpertlaneError
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)  # plain help: quick to start, and the same in a pipe
-app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
-app.command(short_help="Say which deployment of a model to choose on a cluster, and why.")(plan)
-app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
-app.command(short_help="Put load on a model; show throughput and latency.")(bench)
-app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
-app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
-app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
-    calibrate
-)
-app.command(short_help="Make the reports of kept results again.")(report)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHELL_BASE = 128  # shells add it to a signal's number
+INTERRUPTED = _SHELL_BASE + signal.SIGINT
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"expertlane {__version__}")
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def _expertlane(
-    context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
-) -> None:
-    """Run and compare expert-parallel inference of Mixture-of-Experts models.
-
-    \b
-    Examples:
-      expertlane compare                        the paper's deployments, on this machine
-      expertlane plan CHECKPOINT --cluster h100x16
-                                                which deployment to choose, without a GPU
-      expertlane generate CHECKPOINT "Hello"    continue a text
-      expertlane bench CHECKPOINT               throughput and latency, by batch size
-      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
-                                                one deployment there, in detail
-      expertlane compare --help                 everything about a command
-
-    \b
-    Environment:
-      EXPERTLANE_BACKEND=cpu|torch              our CPU kernels, or torch alone; by default
-                                                the first, where they can be had
-      EXPERTLANE_INSTRUCTIONS=LIST              what they may use: baseline,avx512_bf16
-    """
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise TerminatedError(f"ended by {signal.Signals(number).name}")
-
-
-def main() -> None:
+def main() -> "NoReturn":
     """Run the command line and exit.
 
     Errors raised on purpose end in one line on stderr and their exit code (2 for a user's
-    mistake); any other exception keeps its traceback.
+    mistake); any other exception keeps its traceback. What cannot be printed ends the command with
+    exit code 1, or 141 without a word where the reader of a pipe is gone.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    _answer_signals(_leave)  # nothing has begun that would have to be ended
+    from expertlane.cli.streams import StandardOutputError, guard_streams
+
+    guard_streams()
+    code = _run()
     try:
-        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except StandardOutputError as error:  # only now: the output fitted into the buffer
+        code = _tell(error) if code == 0 else code
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; its exit code, once it is said on stderr what ended it."""
+    from expertlane.cli.app import app
+    from expertlane.errors import ExpertlaneError, UserError
+
+    try:
+        _answer_signals(_raise)
+        try:
+            code = app(standalone_mode=False) or 0
+        finally:
+            _answer_signals(_leave)  # all has been ended
     except ExpertlaneError as error:
-        for note in getattr(error, "__notes__", ()):  # the traceback of a bug in a rank
-            print(note, file=sys.stderr)
-        _fail(error, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", INTERRUPTED)
+        return _tell(error)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
         # Usage errors of typer, which carries its own copy of click and exports no base class.
+        if type(error).__name__ == "Abort":  # the end of its input
+            return _say("interrupted", INTERRUPTED)
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "expertlane"
-        _fail(f"{error.format_message()} (try: {command} --help)", UserError.exit_code)
+        return _say(f"{error.format_message()} (try: {command} --help)", UserError.exit_code)
     if code == INTERRUPTED:
-        _fail("interrupted", INTERRUPTED)
-    sys.exit(code)
+        _say("interrupted", code)
+    return int(code)
 
 
-def _fail(error: object, code: int) -> NoReturn:
+def _answer_signals(answer: "Callable[[int, FrameType | None], Never]") -> None:
+    for number in _SIGNALS:
+        # As under `nohup`, or in the background of a script: who ignores it wants it ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, answer)
+
+
+def _leave(number: int, frame: "FrameType | None") -> "Never":
+    os._exit(_SHELL_BASE + number)
+
+
+def _raise(number: int, frame: "FrameType | None") -> "Never":
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    from expertlane.errors import TerminatedError
+
+    error = TerminatedError(f"ended by {signal.Signals(number).name}")
+    error.exit_code = _SHELL_BASE + number
+    raise error
+
+
+def _tell(error: "ExpertlaneError") -> int:
+    """Say what ended the command; its exit code."""
+    from expertlane.cli.streams import StandardOutputError
+    from expertlane.spec.printable import printable
+
+    if isinstance(error, StandardOutputError) and error.is_reader_gone:
+        return error.exit_code
+    for note in getattr(error, "__notes__", ()):  # the traceback of a bug in a rank
+        print(printable(note, keep="\n\t"), file=sys.stderr)
+    return _say(error, error.exit_code)
+
+
+def _say(error: object, code: int) -> int:
     from expertlane.cli.output import is_speaker
+    from expertlane.errors import ExpertlaneError
+    from expertlane.spec.printable import printable
 
     # All ranks of `torchrun` find the same mistake or get the same signal; the first one tells.
     if is_speaker() or code == ExpertlaneError.exit_code:
-        print("expertlane: error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)
+        print("expertlane: error:", printable(" ".join(str(error).split())), file=sys.stderr)
+    return code

@@ -1,6 +1,8 @@
 """Where a command's words go: who speaks, how wide, how progress is shown, what can be written."""
 
+import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -15,6 +17,7 @@ from rich.progress import Progress as RichProgress
 
 from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress, Silent
+from expertlane.spec.printable import printable, printable_json
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
 PIPED_WIDTH = 80
@@ -28,8 +31,29 @@ def is_speaker() -> bool:
 def stdout_console() -> Console:
     """The console for tables."""
     if not sys.stdout.isatty():
-        return Console(width=PIPED_WIDTH)
-    return Console(width=min(TERMINAL_WIDTH, Console().width))
+        return Console(width=PIPED_WIDTH, markup=False, emoji=False)
+    return Console(width=min(TERMINAL_WIDTH, Console().width), markup=False, emoji=False)
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, whatever names are in it."""
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def print_json(text: str) -> None:
+    """Print JSON text; what the stream's encoding cannot carry becomes JSON's own escapes."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2) + "\n"
+    sys.stdout.write(printable_json(text))
+    sys.stdout.flush()
+
+
+def command_line() -> str:
+    """How a user repeats this; bytes of a name that are not UTF-8 become U+FFFD."""
+    line = shlex.join(["expertlane", *sys.argv[1:]])
+    return os.fsencode(line).decode("utf-8", "replace")
 
 
 def check_folder(folder: Path) -> None:
@@ -81,7 +105,7 @@ class _Lines:
         self._stream = stream
 
     def task(self, description: str, total: int) -> None:
-        self._description = description
+        self._description = printable(description)
         self._started_s = time.monotonic()
 
     def advance(self, amount: int = 1) -> None:
@@ -98,7 +122,7 @@ class _Bars:
 
     def task(self, description: str, total: int) -> None:
         self._total = total
-        self._task = self._bars.add_task(description, total=total)
+        self._task = self._bars.add_task(printable(description), total=total)
 
     def advance(self, amount: int = 1) -> None:
         self._bars.advance(self._task, amount)

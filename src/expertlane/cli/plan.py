@@ -1,8 +1,6 @@
 """`expertlane plan`: which deployment of a model to choose on a cluster, and why."""
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,7 +103,7 @@ def plan(
           for other programs
     """
     from expertlane.cli.engine_options import find_model
-    from expertlane.cli.output import progress_on_stderr
+    from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.execution import Execution
     from expertlane.cost.routing_choice import choose_routing
@@ -135,7 +133,7 @@ def plan(
             part(progress.advance)
             progress.done()
     results = plan.results(
-        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        command=command_line(),
         version=__version__,
         served=_served(found),
         experiment=str(folder / _EXPERIMENT),

@@ -1,7 +1,6 @@
 """How every command shows and keeps its results: tables or JSON, and three files."""
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,19 +47,19 @@ def publish(
         traffic: of a comparison, who sent what to whom.
         also: writes files of the command's own, after the results.
     """
-    from expertlane.cli.output import stdout_console
+    from expertlane.cli.output import print_json, stdout_console, tell
     from expertlane.report import terminal
     from expertlane.results.file import to_json, write
 
     written = [write(results, folder)]  # first: what was found is kept whatever comes
-    if as_json:
-        from expertlane.cli import answers
-
-        answers.write(to_json(results))
-    else:
-        terminal.show(results, stdout_console(), traffic=traffic)
-    written += [*write_reports(results, folder, traffic=traffic), *also()]
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
+    try:
+        if as_json:
+            print_json(to_json(results))
+        else:
+            terminal.show(results, stdout_console(), traffic=traffic)
+    finally:  # also where standard output takes nothing
+        written += [*write_reports(results, folder, traffic=traffic), *also()]
+    tell(f"written: {', '.join(map(str, written))}")
 
 
 def write_reports(

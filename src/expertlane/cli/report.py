@@ -33,9 +33,10 @@ def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
       expertlane report results/paper-small
       expertlane report results/paper-small/results.json --out shared
     """
-    from expertlane.cli.output import check_folder
+    from expertlane.cli.output import check_folder, print_json
     from expertlane.cli.publish import write_reports
     from expertlane.results.file import FILE_NAME, read_any
+    from expertlane.spec.printable import printable
 
     path = results / FILE_NAME if results.is_dir() else results
     read = read_any(path)
@@ -51,6 +52,6 @@ def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
             f"{path} cannot be shown: its numbers do not fit together ({reason})"
         ) from error
     if as_json:
-        print(strict_json({"written": written}))
+        print_json(strict_json({"written": written}) + "\n")
     else:
-        print("\n".join(written))
+        print("\n".join(map(printable, written)))

@@ -1,7 +1,5 @@
 """`expertlane simulate`: one deployment on a modelled cluster, on a virtual clock."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -179,6 +177,7 @@ def simulate(
     multi_token = _multi_token(mtp, mtp_acceptance)
     found_model = find_model(model, weights=False)
 
+    from expertlane.cli.output import command_line
     from expertlane.cost.cluster import parse_cluster
     from expertlane.cost.routing_choice import choose_routing
     from expertlane.plan.serving_setup import ServingSetup
@@ -212,7 +211,7 @@ def simulate(
         outcome,
         routing,
         seed,
-        command=shlex.join(["expertlane", *sys.argv[1:]]),
+        command=command_line(),
         version=__version__,
         caution=priced_wider(found_model, setup.types),
     )

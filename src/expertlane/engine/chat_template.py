@@ -1,19 +1,18 @@
-"""Chats as prompts: the template that a checkpoint brings, in a sandbox.
-
-Templates see what transformers gives them, so that they render the same.
-"""
+"""Chats as prompts: the template that a checkpoint brings, in a sandbox in a process of its own."""
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, Self
-
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, Self
 
 from expertlane.engine.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 from expertlane.errors import UserError
@@ -25,11 +24,31 @@ _SPECIAL_TOKENS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 
+# Of compiling a template, and of each chat. Real templates take milliseconds and 30 MB.
+_CPU_S = 1.0
+_MEMORY_BYTES = 512 * 2**20
+_ANSWER_S = 30.0  # by the clock on the wall: of a machine that has other things to do
+# A prompt may be so much longer than its messages: templates bring system prompts of their own.
+_OWN_CHARACTERS = 2**20
+_TIMES_LONGER = 4
+
+# Isolated: neither the working directory nor the environment says what is imported. What is needed
+# from outside the standard library is found as this process finds it.
+_PROGRAM = (
+    "import sys; sys.path += sys.argv[1:]; "
+    "from expertlane.engine.template_process import serve; serve()"
+)
+_PACKAGES = ("expertlane", "jinja2", "markupsafe")
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # no secrets of the user's
+
 Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A template for chats.
+    """A template for chats; safe to use from several threads.
+
+    It is rendered in a process of its own, which starts here and ends with this object: no
+    template takes more than 1 s of processor time or 512 MiB.
 
     Args:
         source: in Jinja's language; it is not trusted.
@@ -41,14 +60,17 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str) -> None:
-        self._special_tokens = dict(special_tokens)
+        self._template = {
+            "source": source,
+            "special_tokens": dict(special_tokens),
+            "cpu_s": _CPU_S,
+            "memory_bytes": _MEMORY_BYTES,
+        }
         self._name = name
-        try:
-            self._template = _environment().from_string(source)
-        except TemplateSyntaxError as error:
-            raise self._error(f"line {error.lineno}: {error.message}") from None
-        except (TemplateError, SyntaxError, RecursionError) as error:
-            raise self._error(str(error)) from None
+        self._lock = threading.Lock()
+        self._process: _TemplateProcess | None = None
+        with self._lock:
+            self._start()
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -81,21 +103,113 @@ class ChatTemplate:
             raise UserError("the chat is empty; give at least one message")
         for i, message in enumerate(messages):
             _check(i, message)
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except TemplateError as error:  # raise_exception among them: the template's own words
-            raise self._error(str(error)) from None
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise self._error(f"{type(error).__name__}: {error}") from None
+            num_characters = len(json.dumps(variables))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"the chat's messages are no plain data: {error}") from None
+        most = _OWN_CHARACTERS + _TIMES_LONGER * num_characters
+        with self._lock:
+            process = self._process or self._start()
+            return self._ask(process, {"variables": variables, "max_characters": most})
+
+    def _start(self) -> "_TemplateProcess":
+        process = _TemplateProcess()
+        self._ask(process, self._template)
+        self._process = process
+        return process
+
+    def _ask(self, process: "_TemplateProcess", request: Mapping[str, Any]) -> str:
+        """The text answered. A process that gave none is ended; the next chat has a new one."""
+        try:
+            answer = process.ask(request)
+            return str(answer["text"])
+        except BaseException as error:
+            process.end()
+            self._process = None
+            if isinstance(error, KeyError):
+                raise self._error(answer["error"]) from None
+            if isinstance(error, _NoAnswer):
+                raise self._error(str(error)) from None
+            raise
 
     def _error(self, text: str) -> UserError:
         return UserError(f"chat template {self._name}: {' '.join(text.split())}")
+
+
+class _NoAnswer(Exception):
+    """The process ended, or was too slow; the text says which."""
+
+
+class _TemplateProcess:
+    """The process of one template, as the side sees it that asks."""
+
+    def __init__(self) -> None:
+        paths = dict.fromkeys(map(_package_folder, _PACKAGES))
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _PROGRAM, *paths],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                process_group=0,  # a terminal's Ctrl-C is not for it
+            )
+        self.end = weakref.finalize(self, _end, self._process, self._socket, os.getpid())
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            _NoAnswer: the process ended before it, or `_ANSWER_S` are over.
+        """
+        until_s = time.monotonic() + _ANSWER_S
+        line = bytearray()
+        try:
+            self._socket.settimeout(_ANSWER_S)
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            while not line.endswith(b"\n"):
+                self._socket.settimeout(max(1e-3, until_s - time.monotonic()))
+                piece = self._socket.recv(2**20)
+                if not piece:
+                    raise ConnectionResetError
+                line += piece
+        except TimeoutError:
+            raise _NoAnswer(f"no answer within {_ANSWER_S:g} s") from None
+        except ConnectionError:
+            raise _NoAnswer(self._last_words()) from None
+        answer: dict[str, str] = json.loads(line)
+        return answer
+
+    def _last_words(self) -> str:
+        try:
+            code = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "its process closed the connection"
+        if code == -signal.SIGPROF:
+            return f"it takes more than {_CPU_S:g} s of processor time"
+        return f"its process ended with exit code {code}"
+
+
+def _package_folder(name: str) -> str:
+    """The folder that a package is imported from."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"chat templates need {name}, which is not installed")
+    return str(Path(spec.origin).parents[1])
+
+
+def _end(process: "subprocess.Popen[bytes]", connection: socket.socket, owner: int) -> None:
+    connection.close()
+    if os.getpid() == owner:  # a fork of the owner only closes its copy
+        process.kill()
+        process.wait()
 
 
 def _default(templates: Any, path: Path) -> str:
@@ -131,45 +245,3 @@ def _check(i: int, message: Any) -> None:
             f"message {i} has content {message.get('content')!r}; it must be a string, or a list "
             "of parts"
         )
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks a model's own words for training; here they are plain text."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=lineno)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which a prompt must not have."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

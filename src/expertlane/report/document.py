@@ -1,7 +1,9 @@
 """The shape of a report, the same for the terminal and for Markdown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from expertlane.spec.printable import printable
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,29 @@ class Section:
     heading: str
     parts: tuple[str | Table | Figure, ...]
     leads: bool = False
+
+
+def printable_section(section: Section) -> Section:
+    """The section with its unsafe characters escaped: names in it are anybody's."""
+    return replace(
+        section,
+        heading=printable(section.heading),
+        parts=tuple(map(_printable_part, section.parts)),
+    )
+
+
+def _printable_part(part: str | Table | Figure) -> str | Table | Figure:
+    match part:
+        case str():
+            return printable(part)
+        case Table():
+            return Table(
+                printable(part.title),
+                tuple(replace(each, heading=printable(each.heading)) for each in part.columns),
+                tuple(tuple(map(printable, row)) for row in part.rows),
+            )
+        case Figure():
+            return Figure(printable(part.title), tuple(map(printable, part.lines)))
 
 
 def text(heading: str) -> Column:

@@ -3,7 +3,7 @@
 from types import ModuleType
 
 from expertlane.report import content, plan, serving, simulation
-from expertlane.report.document import PageSection, Section
+from expertlane.report.document import PageSection, Section, printable_section
 from expertlane.report.pages import comparison as comparison_page
 from expertlane.report.pages import plan as plan_page
 from expertlane.report.pages import serving as serving_page
@@ -13,6 +13,7 @@ from expertlane.results.plan import PlanResults
 from expertlane.results.schema import Results
 from expertlane.results.serving import ServingResults
 from expertlane.results.simulation import Simulation
+from expertlane.spec.printable import printable
 
 # Of each kind, what makes its words and tables, and what makes its plots.
 _MAKERS: dict[type, tuple[ModuleType, ModuleType]] = {
@@ -25,22 +26,22 @@ _MAKERS: dict[type, tuple[ModuleType, ModuleType]] = {
 
 def title(results: AnyResults) -> str:
     """The report's heading."""
-    text: str = _MAKERS[type(results)][0].title(results)
-    return text
+    return printable(_MAKERS[type(results)][0].title(results))
 
 
 def sections(results: AnyResults, *, traffic: bool = False) -> tuple[Section, ...]:
     """Everything below the heading; with `traffic`, a comparison's in detail."""
+    found: tuple[Section, ...]
     if isinstance(results, Results):
-        return content.sections(results, traffic=traffic)
-    found: tuple[Section, ...] = _MAKERS[type(results)][0].sections(results)
-    return found
+        found = content.sections(results, traffic=traffic)
+    else:
+        found = _MAKERS[type(results)][0].sections(results)
+    return tuple(map(printable_section, found))
 
 
 def headline(results: AnyResults) -> str:
     """What was found, in a sentence or two."""
-    text: str = _MAKERS[type(results)][1].headline(results)
-    return text
+    return printable(_MAKERS[type(results)][1].headline(results))
 
 
 def page_sections(results: AnyResults) -> tuple[PageSection, ...]:

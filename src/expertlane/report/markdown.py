@@ -1,5 +1,7 @@
 """A report as Markdown: `report.md`."""
 
+import re
+
 from expertlane.report import kinds
 from expertlane.report.document import Figure, Table
 from expertlane.results.file import AnyResults
@@ -18,7 +20,9 @@ def _part(part: str | Table | Figure) -> str:
     if isinstance(part, Table):
         return _table(part)
     if isinstance(part, Figure):
-        return "\n".join([f"**{_escaped(part.title)}**", "", "```text", *part.lines, "```"])
+        longest = max(map(len, re.findall("`+", "\n".join(part.lines))), default=0)
+        fence = "`" * max(3, longest + 1)
+        return "\n".join([f"**{_escaped(part.title)}**", "", f"{fence}text", *part.lines, fence])
     return _escaped(part)
 
 

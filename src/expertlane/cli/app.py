@@ -1,0 +1,68 @@
+"""The command line: its commands. Heavy imports wait until one runs."""
+
+from typing import Annotated
+
+import typer
+
+from expertlane import __version__
+from expertlane.cli.balance import balance
+from expertlane.cli.bench import bench
+from expertlane.cli.calibrate import calibrate
+from expertlane.cli.compare import compare
+from expertlane.cli.generate import generate
+from expertlane.cli.plan import plan
+from expertlane.cli.report import report
+from expertlane.cli.simulate import simulate
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)  # plain help: quick to start, and the same in a pipe
+app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
+app.command(short_help="Say which deployment of a model to choose on a cluster, and why.")(plan)
+app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
+app.command(short_help="Put load on a model; show throughput and latency.")(bench)
+app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
+app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
+app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
+    calibrate
+)
+app.command(short_help="Make the reports of kept results again.")(report)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"expertlane {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _expertlane(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Run and compare expert-parallel inference of Mixture-of-Experts models.
+
+    \b
+    Examples:
+      expertlane compare                        the paper's deployments, on this machine
+      expertlane plan CHECKPOINT --cluster h100x16
+                                                which deployment to choose, without a GPU
+      expertlane generate CHECKPOINT "Hello"    continue a text
+      expertlane bench CHECKPOINT               throughput and latency, by batch size
+      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
+                                                one deployment there, in detail
+      expertlane compare --help                 everything about a command
+
+    \b
+    Environment:
+      EXPERTLANE_BACKEND=cpu|torch              our CPU kernels, or torch alone; by default
+                                                the first, where they can be had
+      EXPERTLANE_INSTRUCTIONS=LIST              what they may use: baseline,avx512_bf16
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

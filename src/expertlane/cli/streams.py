@@ -1,0 +1,101 @@
+"""Standard streams that may be closed, full, without a reader, or unable to carry a character."""
+
+import codecs
+import errno
+import io
+import os
+import select
+import signal
+import sys
+
+from expertlane.errors import ExpertlaneError
+
+TYPE_CHECKING = False  # as in main.py
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from typing_extensions import Buffer
+
+_REPLACE = "expertlane.replace"
+# What tables and sentences are made of, for a terminal that has ASCII alone; else `?`.
+_ASCII = str.maketrans("×–—−·…µ“”‘’≤≥─═│", "x---..u\"\"''<>-=|")
+
+
+class StandardOutputError(ExpertlaneError):
+    """Standard output takes no more.
+
+    Attributes:
+        is_reader_gone: the other end of the pipe is closed, which is no mistake: `| head`.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror}")
+        self.is_reader_gone = error.errno == errno.EPIPE
+        if self.is_reader_gone:
+            self.exit_code = 128 + signal.SIGPIPE  # as of a program that the signal ends
+
+
+def guard_streams() -> None:
+    """Let output fail in one way only, by `StandardOutputError`, and messages not at all.
+
+    A closed stream is as /dev/null: else the next file opened would get its number, and what is
+    printed, here or by a child process. Streams that a caller has put in place of the process's
+    own are left as they are.
+    """
+    codecs.register_error(_REPLACE, _replacement)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _text(sys.stdout, _Output(1, "w", closefd=False))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _text(sys.stderr, _Messages(2, "w", closefd=False))
+
+
+def _text(before: "TextIO | None", raw: io.FileIO) -> io.TextIOWrapper:
+    """As the stream before, but that it replaces what its encoding cannot carry."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors=_REPLACE,
+        line_buffering=getattr(before, "line_buffering", False),
+        write_through=getattr(before, "write_through", False),
+    )
+
+
+class _Output(io.FileIO):
+    """Fails once, and then takes what is still in buffers, so that nothing fails at exit."""
+
+    _has_failed = False
+
+    def write(self, data: "Buffer", /) -> int:
+        if self._has_failed:
+            return memoryview(data).nbytes
+        try:
+            while (num_bytes := super().write(data)) is None:  # non-blocking, and full for now
+                select.select([], [self], [])
+        except OSError as error:
+            self._has_failed = True
+            raise StandardOutputError(error) from None
+        return num_bytes
+
+
+class _Messages(io.FileIO):
+    """Progress and errors, which no command depends on."""
+
+    def write(self, data: "Buffer", /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end].translate(_ASCII)
+    return "".join(each if each.isascii() else "?" for each in lost), error.end

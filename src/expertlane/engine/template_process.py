@@ -1,0 +1,139 @@
+"""What the process of one chat template does: it compiles the template, then renders chats.
+
+A template is a program of a stranger's. Jinja's sandbox keeps it from files and from Python's
+insides; only a process has bounds of memory and time that hold inside a single operation, such as
+`10 ** 10 ** 9`. Requests and answers are JSON, a line each, on standard input and output.
+"""
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_LOOK_S = 2.0  # how often an idle process looks whether its parent is still there
+_MAX_ERROR_CHARACTERS = 500
+_PIECE_BYTES = 2**20
+
+
+def serve() -> None:
+    """Answer until the other side is gone: first a template with its bounds, then its chats."""
+    requests = _requests(os.getppid())
+    given = json.loads(next(requests))
+    _bound(resource.RLIMIT_AS, given["memory_bytes"])
+    _bound(resource.RLIMIT_CORE, 0)
+    template: Any = None
+
+    def compile() -> str:
+        nonlocal template
+        template = _environment().from_string(given["source"])
+        return ""
+
+    def render(line: bytes) -> str:
+        chat = json.loads(line)
+        text: str = template.render(**given["special_tokens"] | chat["variables"])
+        if len(text) > chat["max_characters"]:
+            raise TemplateError(
+                f"it makes {len(text):,} characters of this chat; at most "
+                f"{chat['max_characters']:,} are taken"
+            )
+        return text
+
+    _answer(compile, given["cpu_s"])
+    for line in requests:
+        _answer(partial(render, line), given["cpu_s"])
+
+
+def _requests(parent: int) -> Iterator[bytes]:
+    """Lines as they come; none any more once `parent` is gone, even if others hold its socket."""
+    line = bytearray()
+    while True:
+        while not select.select([sys.stdin], [], [], _LOOK_S)[0]:
+            if os.getppid() != parent:
+                return
+        piece = os.read(sys.stdin.fileno(), _PIECE_BYTES)
+        if not piece:
+            return
+        line += piece
+        if line.endswith(b"\n"):
+            yield bytes(line)
+            line.clear()
+
+
+def _answer(make: Callable[[], str], cpu_s: float) -> None:
+    """Send the text made, or why there is none; beyond `cpu_s`, SIGPROF ends this process."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        answer = {"text": make()}
+    except MemoryError:
+        answer = {"error": "it takes too much memory"}
+    except TemplateSyntaxError as error:
+        answer = {"error": f"line {error.lineno}: {error.message}"}
+    except TemplateError as error:  # raise_exception among them: the template's own words
+        answer = {"error": str(error)}
+    except Exception as error:  # a template is a program: it may fail in any way
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    if "error" in answer:
+        answer["error"] = answer["error"][:_MAX_ERROR_CHARACTERS]
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _bound(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks a model's own words for training; here they are plain text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=lineno)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What transformers gives templates, so that they render the same."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which a prompt must not have."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,185 @@
+"""Standard streams that are full, closed or without a reader; signals from the first moment on."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import example_pages
+from expertlane.cli.output import print_json, stdout_console
+from expertlane.cli.streams import guard_streams
+from expertlane.results.file import write
+
+PYTHON = shlex.quote(sys.executable)
+SIMULATE = "simulate paper-tiny --layout tp=1 --cluster h100x1 --prompt-len 8 --output-len 4"
+SIMULATE += " --batch 4 --num-requests 8"
+FILES = ["report.html", "report.md", "results.json"]
+FULL = "expertlane: error: cannot write to standard output: No space left on device"
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Let a shell run `EXPERTLANE …` in a folder."""
+    return subprocess.run(
+        ["bash", "-c", command.replace("EXPERTLANE", f"{PYTHON} -m expertlane")],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def made(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A folder with results of which no report is made yet."""
+    write(example_pages.serving(), tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "compare --help", SIMULATE, f"{SIMULATE} --json"]
+)
+@pytest.mark.parametrize("full", ["full", "full, both"])
+def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, arguments, full):
+    both = " 2> /dev/full" if full == "full, both" else ""
+    done = shell(f"EXPERTLANE {arguments} --out kept > /dev/full{both}", tmp_path)
+    if "simulate" not in arguments:
+        done = shell(f"EXPERTLANE {arguments} > /dev/full{both}", tmp_path)
+    assert done.returncode == 1
+    lines = [each for each in done.stderr.splitlines() if not each.startswith("simulating")]
+    assert lines == ([] if both else [FULL])
+    if "simulate" in arguments:
+        assert made(tmp_path / "kept") == FILES
+
+
+@pytest.mark.parametrize("as_json", ["", " --json"])
+def test_a_pipe_without_a_reader_ends_in_141_without_a_word(tmp_path, kept, as_json):
+    command = "{ sleep 0.5; EXPERTLANE %s; echo $? > code; } | true"
+    done = shell(command % f"{SIMULATE} --out kept{as_json}", tmp_path)
+    assert (tmp_path / "code").read_text() == "141\n"
+    assert [each.partition(":")[0] for each in done.stderr.splitlines()] == [
+        "simulating 8 requests"
+    ]
+    assert made(kept) == FILES
+    done = shell(command % f"report kept{as_json}", tmp_path)
+    assert (tmp_path / "code").read_text() == "141\n"
+    assert done.stderr == ""
+    assert made(kept) == FILES
+
+
+@pytest.mark.parametrize(
+    "streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2> /dev/full", ">&- 2> /dev/full"]
+)
+@pytest.mark.parametrize("arguments", ["--help", "report kept"])
+def test_closed_streams_are_as_dev_null(tmp_path, kept, streams, arguments):
+    done = shell(f"EXPERTLANE {arguments} {streams}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) is (">&-" not in streams.replace("2>&-", ""))
+    assert made(kept) == (["results.json"] if "help" in arguments else FILES)
+    assert b"written" not in (kept / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "2> /dev/full", ">&- 2>&-"])
+def test_a_mistake_that_cannot_be_told_keeps_its_exit_code(tmp_path, streams):
+    assert shell(f"EXPERTLANE report none {streams}", tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+    ],
+)
+def test_what_an_encoding_cannot_carry_is_replaced(tmp_path, environment):
+    done = shell(f"EXPERTLANE {SIMULATE}", tmp_path, **environment)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 2)
+    if environment.get("PYTHONIOENCODING") != "latin-1":
+        assert done.stdout.isascii()
+        assert "1 x NVIDIA H100" in done.stdout
+    done = shell("EXPERTLANE report 'né×語'", tmp_path, **environment)
+    assert done.returncode == 2
+    assert "no" in done.stderr
+
+
+def test_json_says_the_same_in_ascii(monkeypatch):
+    values = {"name": "TP 8 × PP 2 語 😀", "bad": "\x9b31m\u202e\x7f\x1b"}
+    for encoding in ("ascii", "utf-8"):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        print_json(json.dumps(values, ensure_ascii=False) + "\n")
+        shown = raw.getvalue().decode(encoding)
+        assert json.loads(shown) == values
+        assert not set(shown) & set(values["bad"].replace("31m", ""))
+
+
+def test_streams_that_others_put_in_place_stay(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    guard_streams()
+    assert sys.stdout is stream
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    done = shell(f"EXPERTLANE {SIMULATE} --out $'kept\\xff'", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 2)
+    (folder,) = os.listdir(os.fsencode(tmp_path))
+    results = json.loads((tmp_path / os.fsdecode(folder) / "results.json").read_bytes())
+    assert results["command"].endswith("--out 'kept\ufffd'")
+
+
+SIGNAL_AT_IMPORT = """
+import os, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+from expertlane.cli.main import main
+sys.argv = ["expertlane", *{arguments!r}.split()]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+@pytest.mark.parametrize(
+    "module", ["typer", "expertlane.cli.plan", "numpy", "expertlane.report.terminal"]
+)
+def test_a_signal_during_imports(tmp_path, module, number, code):
+    program = SIGNAL_AT_IMPORT.format(module=module, number=int(number), arguments=SIMULATE)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    lines = [each for each in done.stderr.splitlines() if not each.startswith("simulating")]
+    said = "interrupted" if code == 130 else f"ended by {number.name}"
+    assert lines in ([], [f"expertlane: error: {said}"])
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    program = SIGNAL_AT_IMPORT.format(module="typer", number=1, arguments="--version")
+    done = shell(f"trap '' HUP; exec {PYTHON} -c {shlex.quote(program)}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("expertlane ")
+
+
+def test_names_are_no_markup(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    stdout_console().print("[red]a[/red] [link=http://x]b :smile:")
+    assert shown.getvalue() == "[red]a[/red] [link=http://x]b :smile:\n"
