@@ -18,6 +18,7 @@ from rich.progress import Progress as RichProgress
 from expertlane.errors import UserError
 from expertlane.experiment.progress import Progress, Silent
 from expertlane.spec.printable import printable, printable_json
+from expertlane.spec.strict_json import strict_json
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
 PIPED_WIDTH = 80
@@ -45,7 +46,7 @@ def print_json(text: str) -> None:
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(json.loads(text), indent=2) + "\n"
+        text = strict_json(json.loads(text), indent=2) + "\n"
     sys.stdout.write(printable_json(text))
     sys.stdout.flush()
 
