@@ -12,6 +12,7 @@ from records import sent_over as sent
 
 pytestmark = pytest.mark.numerical
 
+
 def run(pools, layout, axis, method, arguments, ranks_per_node=8):
     """Results and records of the layout's ranks."""
     layout = Layout.parse(layout)
