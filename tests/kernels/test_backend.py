@@ -205,7 +205,7 @@ def test_a_command_goes_on_without_a_compiler(tmp_path, dtype):
         PATH=str(tmp_path),
         CXX="",
     )
-    assert (ended.returncode, len(ended.stdout.split())) == (0, 2), ended.stderr
+    assert (ended.returncode, ended.stdout.count(",")) == (0, 1), ended.stderr
 
 
 @needs_compiler

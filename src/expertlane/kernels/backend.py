@@ -5,7 +5,6 @@
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,7 +16,7 @@ from expertlane.kernels.build import AVX512_BF16, BASELINE, BuildError, build
 from expertlane.kernels.cpu import CpuKernels
 from expertlane.kernels.dispatch import DispatchKernels
 
-BACKEND, INSTRUCTIONS = "EXPERTLANE_BACKEND", "EXPERTLANE_INSTRUCTIONS"
+_SETS = (BASELINE.name, AVX512_BF16.name)
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ class Backend:
             UserError: a user asked for them.
         """
         if self.is_demanded:
-            raise UserError(f"{BACKEND}=cpu, but our kernels cannot be had: {self.without}")
+            raise UserError(
+                f"EXPERTLANE_BACKEND=cpu, but our kernels cannot be had: {self.without}"
+            )
 
 
 def bookkeeping_for(ids: Tensor) -> DispatchKernels | None:
@@ -83,9 +84,9 @@ def backend() -> Backend:
         UserError: one of the two variables has a value that is not valid.
     """
     wanted = demanded_backend()
-    allowed = _listed(INSTRUCTIONS, (BASELINE.name, AVX512_BF16.name))
+    allowed = _allowed_sets()
     if wanted == "torch":
-        return Backend(None, None, f"{BACKEND}=torch")
+        return Backend(None, None, "EXPERTLANE_BACKEND=torch")
     is_demanded = wanted == "cpu"
     try:
         library = build(BASELINE)
@@ -93,8 +94,8 @@ def backend() -> Backend:
         return Backend(None, None, str(error), is_demanded)
     bookkeeping = DispatchKernels(library)
     try:
-        if allowed and AVX512_BF16.name not in allowed:
-            raise BuildError(f"{INSTRUCTIONS} leaves {AVX512_BF16.name} out")
+        if AVX512_BF16.name not in allowed:
+            raise BuildError(f"EXPERTLANE_INSTRUCTIONS leaves {AVX512_BF16.name} out")
         if not library.has_avx512_bf16():
             raise BuildError(f"this CPU lacks {AVX512_BF16.name}, which bfloat16 needs")
         return Backend(bookkeeping, CpuKernels(build(AVX512_BF16)), is_demanded=is_demanded)
@@ -108,14 +109,16 @@ def demanded_backend() -> str | None:
     Raises:
         UserError: for something else.
     """
-    value = os.environ.get(BACKEND) or None
+    value = os.environ.get("EXPERTLANE_BACKEND") or None
     if value not in (None, "cpu", "torch"):
-        raise UserError(f"{BACKEND} is {value!r}; valid: cpu, torch")
+        raise UserError(f"EXPERTLANE_BACKEND is {value!r}; valid: cpu, torch")
     return value
 
 
-def _listed(variable: str, valid: Iterable[str]) -> frozenset[str]:
-    names = frozenset(filter(None, map(str.strip, os.environ.get(variable, "").split(","))))
-    for name in sorted(names.difference(valid)):
-        raise UserError(f"{variable} names {name!r}; valid: {', '.join(valid)}")
-    return names
+def _allowed_sets() -> frozenset[str]:
+    value = os.environ.get("EXPERTLANE_INSTRUCTIONS") or ",".join(_SETS)
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in _SETS:
+            raise UserError(f"EXPERTLANE_INSTRUCTIONS names {name!r}; valid: {', '.join(_SETS)}")
+    return frozenset(names)
