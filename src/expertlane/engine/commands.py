@@ -86,7 +86,8 @@ class RankMachine:
     """What a rank sees of its machine.
 
     Attributes:
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`; behind it in
+            parentheses why not ours, where that is not plain.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """

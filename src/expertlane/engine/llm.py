@@ -17,7 +17,7 @@ from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.checkpoint_check import check_checkpoint
-from expertlane.engine.commands import DescribeMachine, RankMachine
+from expertlane.engine.commands import RankMachine
 from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.hub import resolve_model
@@ -26,7 +26,7 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import runner_for
 from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
 from expertlane.engine.shared_engine import SharedEngine, Waiter
-from expertlane.engine.start import start_pool
+from expertlane.engine.start import describe_ranks, start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.limits import Limits
@@ -143,7 +143,7 @@ class LLM:
             raise SystemExit(0)
         self._pool: RankPool = pool
         try:
-            self.machine: tuple[RankMachine, ...] = tuple(pool.call(DescribeMachine()))
+            self.machine: tuple[RankMachine, ...] = tuple(describe_ranks(pool))
             self.limits = _fit(wanted, num_blocks, self.model, chosen, placements, self.machine)
             runner = self._load(deployment, seed, ranks_per_node)
             self._routing = RoutingRecorder(runner, self.model) if record_routing else None

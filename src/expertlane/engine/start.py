@@ -1,9 +1,10 @@
 """One way to get ranks, from a laptop to a cluster."""
 
+from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_rank, run_torchrun_rank
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 
 
 def start_pool(
@@ -35,3 +36,22 @@ def start_pool(
             f"start it with {num_ranks} processes in all"
         )
     return pool
+
+
+def describe_ranks(pool: RankPool) -> list[RankMachine]:
+    """What each rank sees of its machine.
+
+    Raises:
+        UserError: they do not all compute alike. Experts move between ranks as they lie in memory,
+            which is another way for our kernels than for torch.
+    """
+    machines = pool.call(DescribeMachine())
+    for rank, machine in enumerate(machines):
+        ours, theirs = machines[0].kernels, machine.kernels
+        if ours.split()[0] != theirs.split()[0]:
+            raise UserError(
+                f"rank 0 on {machines[0].host} computes with {ours}, but rank {rank} on "
+                f"{machine.host} with {theirs}; set EXPERTLANE_BACKEND=torch on all nodes, or "
+                "make them alike"
+            )
+    return machines

@@ -13,7 +13,6 @@ from expertlane.cost.operation import TransferKind
 from expertlane.cost.profile import Device, Profile, Term
 from expertlane.cost.surface import Surface
 from expertlane.engine.commands import (
-    DescribeMachine,
     MeasureContention,
     MeasureLaunches,
     MeasureOperations,
@@ -22,6 +21,7 @@ from expertlane.engine.commands import (
 )
 from expertlane.engine.host import num_cores
 from expertlane.engine.pool import RankPool
+from expertlane.engine.start import describe_ranks
 from expertlane.experiment.calibrate_fit import (
     link_sheets,
     operation_laws,
@@ -81,7 +81,7 @@ class Calibration:
     def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
         self._pool = pool
         self._num_ranks = num_ranks
-        self.machine = pool.call(DescribeMachine())[0]
+        self.machine = describe_ranks(pool)[0]
         self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
         self.cores = pool.call(PinToCore())
         self._points = self.grid.points(self.machine.dtype)

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from expertlane import __version__
 from expertlane.engine.cache_size import fit_to_machine
-from expertlane.engine.commands import DescribeMachine, HeldBytes, MeasureRates, RankMachine
+from expertlane.engine.commands import HeldBytes, MeasureRates, RankMachine
 from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.host import ForeignLoad
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
+from expertlane.engine.start import describe_ranks
 from expertlane.errors import CapacityError, ModelError, UserError
 from expertlane.experiment.collect import build_results, deployment_result
 from expertlane.experiment.collect_rebalances import rebalance_results
@@ -62,7 +63,7 @@ def run_comparison(
         RankError: a rank died, hung or failed.
         ModelError: the logits of a sequence are not finite.
     """
-    seen = pool.call(DescribeMachine())
+    seen = describe_ranks(pool)
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     progress.task("measuring this machine's peak", 1)
     peak = measure_peak(pool, seen)
@@ -110,7 +111,7 @@ def check_memory(experiment: Experiment, pool: RankPool) -> None:
     Raises:
         CapacityError: the first deployment that does not fit, with both numbers.
     """
-    seen = pool.call(DescribeMachine())
+    seen = describe_ranks(pool)
     for deployment in experiment.deployments + experiment.scaling:
         deployment_limits(experiment, deployment, seen)
 
