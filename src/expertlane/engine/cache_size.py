@@ -1,16 +1,19 @@
 """How large a paged cache the ranks of a layout have memory for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from expertlane.balance.deployed import Placements
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import RankMachine
+from expertlane.errors import CapacityError
 from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
 _FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
+_CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
 
 
 def fit_to_machine(
@@ -38,3 +41,28 @@ def fit_to_machine(
     return fit_cache(
         model, layout, limits, NumberTypes.all_of(tightest.dtype), free_bytes, share, placements
     )
+
+
+def with_blocks(
+    wanted: Limits,
+    num_blocks: int | None,
+    model: ModelConfig,
+    layout: Layout,
+    placements: Placements,
+    seen: Sequence[RankMachine],
+) -> Limits:
+    """The limits with `num_blocks`; with None as many as serve, or as there is room for.
+
+    Raises:
+        CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
+    """
+    if num_blocks is None:
+        enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
+        wanted = replace(wanted, num_blocks=enough)
+        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
+    fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
+    if fitting.num_blocks < num_blocks:
+        raise CapacityError(
+            f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
+        )
+    return fitting

@@ -3,7 +3,6 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from expertlane.balance.deployed import Placements
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.cache_size import fit_to_machine
+from expertlane.engine.cache_size import with_blocks
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.checkpoint_check import check_checkpoint
 from expertlane.engine.commands import RankMachine
@@ -28,7 +26,7 @@ from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
 from expertlane.engine.shared_engine import SharedEngine, Waiter
 from expertlane.engine.start import describe_ranks, start_pool
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
-from expertlane.errors import CapacityError, UserError
+from expertlane.errors import UserError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Runner
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -41,8 +39,6 @@ from expertlane.spec.sampling import SamplingParams
 
 Message = dict[str, str]
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-_CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
 
 
 class LLM:
@@ -144,7 +140,9 @@ class LLM:
         self._pool: RankPool = pool
         try:
             self.machine: tuple[RankMachine, ...] = tuple(describe_ranks(pool))
-            self.limits = _fit(wanted, num_blocks, self.model, chosen, placements, self.machine)
+            self.limits = with_blocks(
+                wanted, num_blocks, self.model, chosen, placements, self.machine
+            )
             runner = self._load(deployment, seed, ranks_per_node)
             self._routing = RoutingRecorder(runner, self.model) if record_routing else None
             self.engine = self._put_scheduler_before(
@@ -385,28 +383,3 @@ def _model_len(model: ModelConfig, asked: int | None) -> int:
     if not 1 <= take("max_model_len", asked) <= limit:
         raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {limit}")
     return asked
-
-
-def _fit(
-    wanted: Limits,
-    num_blocks: int | None,
-    model: ModelConfig,
-    layout: Layout,
-    placements: Placements,
-    seen: Sequence[RankMachine],
-) -> Limits:
-    """The limits with a cache that the ranks' memory has room for.
-
-    Raises:
-        CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
-    """
-    if num_blocks is None:
-        enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
-        wanted = replace(wanted, num_blocks=enough)
-        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
-    fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
-    if fitting.num_blocks < num_blocks:
-        raise CapacityError(
-            f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
-        )
-    return fitting
