@@ -60,7 +60,7 @@ def test_a_number_out_of_its_range_is_refused_in_one_line(name, values):
 
 
 def test_a_number_of_many_digits_is_not_written_out():
-    with pytest.raises(UserError, match=r"^sampling: seed is a number of about 9,000 digits; it"):
+    with pytest.raises(UserError, match=r"^sampling: seed is a number of about 9,001 digits; it"):
         SamplingParams(seed=10**9000)
 
 

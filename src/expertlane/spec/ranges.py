@@ -148,6 +148,8 @@ RANGES: dict[str, Range] = {
     "num_key_value_heads": _whole(1, 2**14),
     "head_dim": _whole(1, 2**16),
     "num_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "n_routed_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
     "n_shared_experts": _whole(0, 4096),
     "moe_intermediate_size": _INNER,
