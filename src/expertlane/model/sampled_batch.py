@@ -23,7 +23,6 @@ from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprob
 
 _FLOAT32 = torch.finfo(torch.float32)
 _MIN_TOP_P = 1e-9  # keeps one token, as any less would, and is not lost in rounding
-_MAX_REPETITION = 1e6  # acts as any greater one would, and takes no logit to infinity
 
 
 class SampledSequence:
@@ -47,7 +46,7 @@ class SampledSequence:
         if params.repetition_penalty != 1:
             factors = np.ones((1, vocab_size), dtype=np.float32)
             seen = np.concatenate((state.prompt_token_ids, output))
-            factors[0, seen] = _repetition_penalty(params)
+            factors[0, seen] = params.repetition_penalty
             self.repetition = torch.from_numpy(factors).to(device)
         if params.counts_output:
             counts = np.bincount(output, minlength=vocab_size).astype(np.float32)
@@ -188,7 +187,7 @@ class _RepetitionPenalty:
     def __init__(self, members: _Members) -> None:
         self._rows = members.rows
         self._factors = members.join("repetition")
-        self._penalty = members.column(_repetition_penalty)
+        self._penalty = members.column(lambda params: params.repetition_penalty)
 
     def apply(self, scores: Tensor) -> None:
         """Divide what is positive, multiply what is negative; in place."""
@@ -281,7 +280,3 @@ def _is_drawn(params: SamplingParams, kind: _Kind, vocab_size: int) -> bool:
     else:
         own = _Kind.FREELY
     return own is kind and not params.is_greedy
-
-
-def _repetition_penalty(params: SamplingParams) -> float:
-    return min(max(params.repetition_penalty, 1 / _MAX_REPETITION), _MAX_REPETITION)

@@ -135,7 +135,7 @@ RANGES: dict[str, Range] = {
     "top_k": _whole(0, 2**31 - 1),
     "top_p": _above(0, 1),
     "min_p": _number(0, 1),
-    "repetition_penalty": _above(0, 1e6),
+    "repetition_penalty": _number(1e-6, 1e6),  # beyond, logits would grow to infinity
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
     "max_tokens": _whole(1, 2**31 - 1),
@@ -148,6 +148,8 @@ RANGES: dict[str, Range] = {
     "num_key_value_heads": _whole(1, 2**14),
     "head_dim": _whole(1, 2**16),
     "num_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "n_routed_experts": _EXPERTS,
     "num_experts_per_tok": _EXPERTS,
     "n_shared_experts": _whole(0, 4096),
     "moe_intermediate_size": _INNER,
