@@ -5,7 +5,6 @@ from pathlib import Path
 
 from expertlane.engine.torchrun import is_under_torchrun, own_rank
 from expertlane.errors import SpecError
-from expertlane.model.checkpoint import Checkpoint
 from expertlane.spec.model import ModelConfig
 
 _NUM_SHOWN = 3
@@ -27,6 +26,8 @@ def check_checkpoint(
     Raises:
         SpecError: a tensor is missing, has a wrong shape, or is not used.
     """
+    from expertlane.model.checkpoint import Checkpoint  # torch, which only checkpoints need here
+
     if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one speaks
         log = _say_nothing
     checkpoint = Checkpoint(folder, model)
