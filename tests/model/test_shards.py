@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 
 def _error(folder, name=None):
     with pytest.raises(SpecError) as error:
-        Shards(folder).slice(name or "model.norm.weight")
+        Shards(folder, "numpy").slice(name or "model.norm.weight")
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -24,15 +24,23 @@ def _name_all(folder, file):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
 
 
+NO_MAP = "cannot be read: it must hold an object 'weight_map'"
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
+    ("text", "said"),
+    [
+        ("", "is not JSON: Expecting value at line 1, column 1"),
+        ("[]", "holds no JSON object"),
+        ("{}", NO_MAP),
+        ('{"weight_map": [1]}', NO_MAP),
+        ('{"weight_map": {"a": 1}}', NO_MAP),
+    ],
 )
-def test_a_bad_index(rewrite, text):
+def test_a_bad_index(rewrite, text, said):
     folder = rewrite("mixtral")
     (folder / "model.safetensors.index.json").write_text(text)
-    assert _error(folder).endswith(
-        "model.safetensors.index.json cannot be read: it must hold an object 'weight_map'"
-    )
+    assert _error(folder).endswith(f"model.safetensors.index.json {said}")
 
 
 def test_a_missing_file_of_several(rewrite):
@@ -71,29 +79,30 @@ def test_links_as_in_the_cache_of_the_hub(tmp_path):
     (snapshot / "model-1.safetensors").symlink_to("../../blobs/5f3c")
     (blobs / "77aa").write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}')
     (snapshot / INDEX).symlink_to("../../blobs/77aa")
-    assert Shards(snapshot).slice("model.norm.weight").get_shape() == [5]
+    assert Shards(snapshot, "numpy").slice("model.norm.weight").get_shape() == [5]
     (snapshot / INDEX).unlink()
     (snapshot / "model-1.safetensors").rename(snapshot / "model.safetensors")
-    assert Shards(snapshot).slice("model.norm.weight").get_shape() == [5]
+    assert Shards(snapshot, "numpy").slice("model.norm.weight").get_shape() == [5]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX])
 def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path, name):
     path = tmp_path / name
     os.mkfifo(path)
-    assert _error(tmp_path) == f"{path}: not a regular file"
+    assert _error(tmp_path) == f"cannot read {path}: it is not a regular file"
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert _error(tmp_path) == f"{path}: not a regular file"
+    assert _error(tmp_path) == f"cannot read {path}: it is not a regular file"
     path.unlink()
     path.mkdir()
-    assert _error(tmp_path) == f"{path}: not a regular file"
+    assert _error(tmp_path) == f"cannot read {path}: it is a folder; give a file"
 
 
 def test_a_shard_that_is_no_regular_file(tmp_path):
     _name_all(tmp_path, "model-1.safetensors")
     os.mkfifo(tmp_path / "model-1.safetensors")
-    assert _error(tmp_path) == f"{tmp_path / 'model-1.safetensors'}: not a regular file"
+    shard = tmp_path / "model-1.safetensors"
+    assert _error(tmp_path) == f"cannot read {shard}: it is not a regular file"
 
 
 def test_an_index_without_end(tmp_path):

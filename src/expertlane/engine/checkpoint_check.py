@@ -5,6 +5,7 @@ from pathlib import Path
 
 from expertlane.engine.torchrun import is_under_torchrun, own_rank
 from expertlane.errors import SpecError
+from expertlane.model.stored_tensors import StoredTensors
 from expertlane.spec.model import ModelConfig
 
 _NUM_SHOWN = 3
@@ -26,11 +27,9 @@ def check_checkpoint(
     Raises:
         SpecError: a tensor is missing, has a wrong shape, or is not used.
     """
-    from expertlane.model.checkpoint import Checkpoint  # torch, which only checkpoints need here
-
     if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one speaks
         log = _say_nothing
-    checkpoint = Checkpoint(folder, model)
+    checkpoint = StoredTensors(folder, model)
     unused = checkpoint.check()
     if unused:
         text = f"{folder}: config.json has no use for {_shown(unused)}"

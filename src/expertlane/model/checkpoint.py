@@ -7,50 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expertlane.errors import SpecError
-from expertlane.model.checkpoint_names import Stored, is_left_unread, stored_places
-from expertlane.model.dequantize import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
-from expertlane.model.shards import MAX_MAPPED_BYTES, Shards
-from expertlane.model.tensors import EMBEDDING, HEAD, Shape, cut_dim, tensor_names, tensor_shape
+from expertlane.model.checkpoint_names import MXFP4_BLOCK, Stored
+from expertlane.model.dequantize import dequantize_fp8, dequantize_mxfp4
+from expertlane.model.shards import MAX_MAPPED_BYTES
+from expertlane.model.stored_tensors import FP8, PLAIN_TYPES, StoredTensors
+from expertlane.model.tensors import Shape, cut_dim
 from expertlane.model.weight_source import WeightSource
-from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_config import (
-    family_of,
-    num_extra_layers,
-    read_config,
-    weight_block_size,
-)
 from expertlane.spec.model import ModelConfig
 
-_PLAIN = ("F32", "BF16", "F16")
-_FP8 = "F8_E4M3"
 _MAX_COPIED_BYTES = MAX_MAPPED_BYTES // 4  # at a time
 
 Index = tuple[int | slice, ...]
 
 
-class Checkpoint:
-    """A folder with a `config.json` and safetensors.
-
-    Args:
-        model: what is to be read; by default what `config.json` describes.
-
-    Attributes:
-        folder: where it is.
-        model: as given or described.
-
-    Raises:
-        SpecError: no checkpoint is there, or it is of a kind that cannot be read.
-    """
+class Checkpoint(StoredTensors):
+    """A folder with a `config.json` and safetensors, as tensors of torch."""
 
     def __init__(self, folder: Path, model: ModelConfig | None = None) -> None:
-        self.folder = folder
-        config = read_config(folder)
-        self.model = model or from_hf(config, folder.resolve().name)
-        self._family = family_of(config)
-        self._block_size = weight_block_size(config)
-        self._num_extra_layers = num_extra_layers(config)
-        self._shards = Shards(folder)
+        super().__init__(folder, model, "pt")
 
     def tensor(
         self,
@@ -82,115 +56,14 @@ class Checkpoint:
             return torch.empty([len(part) for part in parts], dtype=dtype)
         if self._is_mxfp4(stored):
             return self._read_mxfp4(stored, shape, parts, dtype)
-        if self._stored_type(stored.name) == _FP8:
+        if self._stored_type(stored.name) == FP8:
             return self._read_fp8(stored, shape, parts, dtype)
-        if self._stored_type(stored.name) not in _PLAIN:
+        if self._stored_type(stored.name) not in PLAIN_TYPES:
             raise self._refused_type(stored.name)
         out = torch.empty([len(part) for part in parts], dtype=dtype)
         into = out.t() if stored.transposed else out
         self._copy(stored.name, _index(stored, parts, shape[0]), into)
         return out
-
-    def check(self) -> list[str]:
-        """Look for all tensors of the model and at their shapes, by the files' headers alone.
-
-        Returns:
-            The stored tensors that the model has no use for, sorted. An output head beside an
-            embedding that it is tied to is none of them, nor is what transformers leaves unread
-            without a word.
-
-        Raises:
-            SpecError: one is missing or has a wrong shape.
-        """
-        used: set[str] = set()
-        for name in tensor_names(self.model):
-            used.update(self._stored_names(self._locate(name)[0]))
-        if self._has_both_tied():
-            used.add(stored_places(self._family, HEAD)[0].name)
-        first = self.model.num_hidden_layers
-        extra_layers = range(first, first + self._num_extra_layers)
-        unused = {
-            name
-            for name in self._shards.names_in_files()
-            if name not in used and not is_left_unread(name, extra_layers)
-        }
-        self._shards.close()
-        return sorted(unused)
-
-    def has_head_of_its_own(self) -> bool:
-        """Whether `config.json` ties the head to the embedding, but there is another head.
-
-        Raises:
-            SpecError: the head has another shape than the embedding, or cannot be read.
-        """
-        if not self._has_both_tied():
-            return False
-        untied = Checkpoint(self.folder, self.model.with_overrides(tie_word_embeddings=False))
-        num_rows = max(1, _MAX_COPIED_BYTES // (4 * self.model.hidden_size))
-        for start in range(0, self.model.vocab_size, num_rows):
-            rows = range(start, min(start + num_rows, self.model.vocab_size))
-            embedding, head = (untied.tensor(name, rows) for name in (EMBEDDING, HEAD))
-            if not torch.equal(embedding, head):
-                return True
-        return False
-
-    def _has_both_tied(self) -> bool:
-        places = (stored_places(self._family, name)[0] for name in (EMBEDDING, HEAD))
-        return self.model.tie_word_embeddings and all(each.name in self._shards for each in places)
-
-    def _stored_names(self, stored: Stored) -> list[str]:
-        """A tensor's own name, or those of its quantised form."""
-        if self._is_mxfp4(stored):
-            return [f"{stored.name}_blocks", f"{stored.name}_scales"]
-        scale = f"{stored.name}_scale_inv"
-        has_scale = scale in self._shards and self._stored_type(stored.name) == _FP8
-        return [stored.name, scale] if has_scale else [stored.name]
-
-    def _stored_type(self, stored_name: str) -> str:
-        return str(self._shards.slice(stored_name).get_dtype())
-
-    def _refused_type(self, stored_name: str) -> SpecError:
-        return SpecError(
-            f"{self.folder}: tensor {stored_name} is {self._stored_type(stored_name)}; it must be "
-            f"{', '.join(_PLAIN)}, or quantised as config.json says"
-        )
-
-    def _is_mxfp4(self, stored: Stored) -> bool:
-        return f"{stored.name}_blocks" in self._shards
-
-    def _locate(self, name: str) -> tuple[Stored, Shape]:
-        """Where a logical tensor is, and its logical shape; its stored shape has been checked."""
-        places = stored_places(self._family, name)
-        if name in (EMBEDDING, HEAD) and self.model.tie_word_embeddings:
-            name = EMBEDDING  # one of them is enough
-            places = stored_places(self._family, EMBEDDING) + stored_places(self._family, HEAD)
-        shape = tensor_shape(self.model, name)
-        for stored in places:
-            if stored.name in self._shards or self._is_mxfp4(stored):
-                break
-        else:
-            raise SpecError(f"{self.folder}: tensor {places[0].name} is missing")
-        expected = list(shape)
-        if stored.half is not None:
-            expected[0] *= 2
-        leading = [] if stored.expert is None else [self.model.num_experts]
-        if self._is_mxfp4(stored):
-            expected[1:] = [expected[1] // MXFP4_BLOCK]
-            self._check_shape(f"{stored.name}_scales", leading + expected)
-            self._check_shape(f"{stored.name}_blocks", [*leading, *expected, MXFP4_BLOCK // 2])
-        else:
-            self._check_shape(
-                stored.name, leading + (expected[::-1] if stored.transposed else expected)
-            )
-        return stored, shape
-
-    def _check_shape(self, stored_name: str, expected: list[int]) -> None:
-        found = list(self._shards.slice(stored_name).get_shape())
-        if found != expected:
-            raise SpecError(
-                f"{self.folder}: tensor {stored_name} has shape {found}; config.json asks for "
-                f"{expected}"
-            )
 
     def _copy(self, stored_name: str, index: Index, out: Tensor) -> None:
         """Copy stored values into `out`, a block of its first dimension at a time."""

@@ -6,7 +6,8 @@ Both go block of rows by block of rows, so that little more than the result is e
 import torch
 from torch import Tensor
 
-MXFP4_BLOCK = 32  # values that share a scale
+from expertlane.model.checkpoint_names import MXFP4_BLOCK
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E8M0_BIAS = 127
 _VALUES_AT_A_TIME = 4_194_304

@@ -4,9 +4,11 @@ Files are memory-mapped. Pages of a mapped file count as memory of whoever reads
 mapping is dropped whenever much of it has been read.
 """
 
+import json
+import mmap
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,12 +24,16 @@ MAX_MAPPED_BYTES = 64 * 1024**2
 class Shards:
     """The stored tensors of a folder.
 
+    Args:
+        framework: whose arrays slices are; names, shapes and types need no torch with numpy.
+
     Raises:
         SpecError: there are none, or the index or a file cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, framework: Literal["pt", "numpy"]) -> None:
         self._folder = folder
+        self._framework = framework
         self._open_files: dict[str, Any] = {}
         self._mapped_bytes = 0
         self._file_of_tensor = self._read_index()
@@ -53,6 +59,15 @@ class Shards:
             return self._file(file).get_slice(stored_name)
         except SafetensorError:
             raise SpecError(f"{self._folder / file}: tensor {stored_name} is missing") from None
+
+    def bytes_of(self, stored_name: str) -> memoryview:
+        """A tensor as it is stored, mapped."""
+        path = self._folder / self._file_of_tensor[stored_name]
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(header_bytes))[stored_name]["data_offsets"]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(mapped)[8 + header_bytes :][begin:end]
 
     def count_read(self, num_bytes: int) -> None:
         """Say how much of a mapped file was read."""
@@ -90,7 +105,7 @@ class Shards:
                 raise SpecError(f"{path} is missing; {_INDEX} names it")
             check_regular(path)
             try:
-                self._open_files[name] = safe_open(path, "pt")
+                self._open_files[name] = safe_open(path, self._framework)
             except (OSError, SafetensorError) as error:
                 raise SpecError(f"{path} cannot be read: {error}") from None
         return self._open_files[name]
