@@ -26,6 +26,7 @@ def _no_ranks(*args: object, **options: object) -> object:
 
 def _import_all() -> None:
     """What commands import when they run, so that no case waits for it."""
+    import expertlane.cli.app
     import expertlane.cli.main
     import expertlane.engine.llm
     import expertlane.engine.start
