@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import expertlane
 from golden.cases import CASES, HERE, Case, prepare
 from golden.reduce import Columns, Json, differences, measured, projected
 
@@ -54,11 +55,10 @@ def run_case(case: Case, folder: Path) -> Columns:
         _draw_checkpoint(folder / "drawn")
     out = Path("results", case.name.replace(" ", "-"))
     target = ["--json"] if case.command == "balance" else ["--out", str(out)]
-    environment = {k: v for k, v in os.environ.items() if k not in _OF_TORCHRUN}
     done = subprocess.run(
         [sys.executable, "-m", "expertlane", *case.arguments.split(), *target],
         cwd=folder,
-        env=environment,
+        env=_environment(),
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_S,
@@ -74,6 +74,12 @@ def run_case(case: Case, folder: Path) -> Columns:
     if results.get("deployments"):
         raise RuntimeError(f"{case.name}: this machine is large enough to measure it")
     return projected(results)
+
+
+def _environment() -> dict[str, str]:
+    """This one, with the package that this process imports, and no ranks of torchrun's."""
+    kept = {key: value for key, value in os.environ.items() if key not in _OF_TORCHRUN}
+    return kept | {"PYTHONPATH": str(Path(expertlane.__file__).parents[1])}
 
 
 def _without_place(value: Json, folder: str) -> Json:
