@@ -66,7 +66,7 @@ def measured(results: Json) -> Columns:
     kept = {
         **results,
         "machine": _without(results["machine"], lambda key: key in MACHINE),
-        "deployments": [_without_moves(each) for each in results["deployments"]],
+        "deployments": [_without_chance(each) for each in results["deployments"]],
     }
     untimed = _shortened(_without(kept, _is_of_time), with_times=False)
     types = {f"type of {path}": kinds for path, kinds in structure(results).items()}
@@ -77,10 +77,24 @@ def _is_of_time(key: str) -> bool:
     return key in MADE_BY | OF_TIMES or _TIMED.search(key) is not None
 
 
-def _without_moves(deployment: Json) -> Json:
-    if not deployment["options"]["rebalance_steps"]:
-        return deployment
-    return _without(deployment, lambda key: key in OF_REBALANCES)
+def _without_chance(deployment: Json) -> Json:
+    """Without what depends on which replica was faster, or on when experts were moved."""
+    if deployment["layout"]["replicas"] > 1:
+        deployment = _of_replicas(deployment)
+    if deployment["options"]["rebalance_steps"]:
+        deployment = _without(deployment, lambda key: key in OF_REBALANCES)
+    return deployment
+
+
+def _of_replicas(value: Json, is_by_step: bool = False) -> Json:
+    """Without rounds; what is counted by step, of all replicas as they ended, sorted."""
+    if isinstance(value, dict):
+        return {
+            key: _of_replicas(each, is_by_step or key == "payload_bytes_of_step")
+            for key, each in value.items()
+            if key != "num_rounds"
+        }
+    return sorted(value) if is_by_step else value
 
 
 def _without(value: Json, is_dropped: Callable[[str], bool]) -> Json:

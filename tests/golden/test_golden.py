@@ -72,6 +72,7 @@ def test_the_first_differences_are_shown_with_both_values():
 
 def test_what_is_measured_loses_times_and_keeps_what_no_rule_knows():
     deployment = {
+        "layout": {"replicas": 1},
         "options": {"rebalance_steps": 0},
         "decode": {"tps": 1.0, "tps_of_runs": [1.0], "step_s": 2.0, "flops": {"head": 7}},
         "traffic": {"num_last_arrivals": [1], "anything new": 3},
@@ -82,9 +83,24 @@ def test_what_is_measured_loses_times_and_keeps_what_no_rule_knows():
     found = {k: v for k, v in measured(results).items() if not k.startswith("type of ")}
     assert found == {
         "machine.dtype": "float32",
+        "deployments[].layout.replicas": [1, 1],
         "deployments[].options.rebalance_steps": [0, 4],
         "deployments[].decode.flops.head": [7, 7],
         "deployments[].traffic.anything new": [3, ABSENT],
         "projection": None,
     }
     assert measured(results)["type of deployments[].decode.tps_of_runs[]"] == "float"
+
+
+def test_steps_of_replicas_come_in_any_order():
+    deployment = {
+        "layout": {"replicas": 2},
+        "options": {"rebalance_steps": 0},
+        "decode": {"num_rounds": 3, "num_steps": 4},
+        "traffic": {"decode": {"payload_bytes_of_step": {"intra-node": [3, 1, 2]}}},
+    }
+    found = measured({"machine": {}, "deployments": [deployment]})
+    assert "deployments[].decode.num_rounds" not in found
+    assert found["deployments[].decode.num_steps"] == [4]
+    path = "deployments[].traffic.decode.payload_bytes_of_step.intra-node[]"
+    assert found[path] == [[1, 2, 3]]
