@@ -56,6 +56,7 @@ def test_columns_put_places_side_by_side():
         ({"a": 1}, {"a": True}, [("a", 1, True)]),
         ({"a": 1.0}, {"a": 1.0 + 5e-7}, []),
         ({"a": 1.0}, {"a": 1.0 + 5e-6}, [("a", 1.0, 1.0 + 5e-6)]),
+        ({"a.payload_error": 1.0}, {"a.payload_error": 1.0 + 5e-6}, []),
         ({"a": 1}, {"b": 1}, [("a", 1, ABSENT), ("b", ABSENT, 1)]),
     ],
 )
