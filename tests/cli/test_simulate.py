@@ -118,6 +118,17 @@ def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
     assert {event["pid"] for event in timed} == {0, 1, 2, 3}
 
 
+def test_replicas_send_among_themselves(run, tmp_path):
+    layout = ["--layout", "replicas=2,dp=2,ep=2", "--cluster", "h100x4"]
+    found = as_json(run, *layout, *LOAD, "--out", str(tmp_path / "out"))
+    (pool,) = found["pools"]
+    for phase in ("prefill", "decode"):
+        assert [len(row) for row in pool[phase]["sent_bytes"]] == [2, 2]
+        assert [row[i] for i, row in enumerate(pool[phase]["sent_bytes"])] == [0, 0]
+        assert sum(map(sum, pool[phase]["sent_bytes"])) > 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -221,10 +221,12 @@ def _timeline(step: StepRecord | None) -> StepTimeline | None:
 
 
 def _sent_bytes(step: StepRecord | None) -> tuple[tuple[int, ...], ...]:
-    """[source][destination]; payload of a step."""
+    """[source][destination]; payload of a step, between the ranks of its replica."""
     records = [] if step is None else sorted(step.records, key=lambda record: record.rank)
+    ranks = [record.rank for record in records]
     return tuple(
-        tuple(record.sent_bytes[:, Traffic.PAYLOAD].sum(axis=0).tolist()) for record in records
+        tuple(record.sent_bytes[:, Traffic.PAYLOAD].sum(axis=0)[ranks].tolist())
+        for record in records
     )
 
 
