@@ -16,6 +16,7 @@ from expertlane.spec.experiment_file import read_experiment, shipped_experiments
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of
 from expertlane.spec.model import PRESETS
+from expertlane.spec.ranges import RANGES
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
 
@@ -206,7 +207,7 @@ def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
         ),
         (
             {"num_hidden_layers": None},
-            "model moe: num_hidden_layers is null; it must be a whole number",
+            f"model moe: num_hidden_layers is null; it must be {RANGES['num_hidden_layers']}",
         ),
     ],
 )

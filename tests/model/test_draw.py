@@ -26,6 +26,10 @@ def uniform(seeds, indices):
     return uniform_numbers(np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.int64))
 
 
+def softmax(scores, temperature):
+    return probabilities(scores, scores.amax(1, keepdim=True), temperature)
+
+
 def test_uniform_numbers_are_those_published_for_splitmix64():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     found = uniform([1234567] * 3, range(3))
@@ -87,7 +91,7 @@ def test_filters_keep_what_sorting_keeps(data, vocab_size, rows):
             max_size=len(rows),
         )
     )
-    p = probabilities(torch.tensor(scores), column(*[1.0] * len(rows), dtype=torch.float32))
+    p = softmax(torch.tensor(scores), column(*[1.0] * len(rows), dtype=torch.float32))
     top_k, top_p, min_p = zip(*rows, strict=True)
     kept = keep_likeliest(p, column(*top_k), column(*top_p), column(*min_p, dtype=torch.float32))
     for row, limits in enumerate(rows):
@@ -104,7 +108,7 @@ def test_filters_keep_what_sorting_keeps(data, vocab_size, rows):
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999, 1 - 1e-7])
 def test_top_p_of_a_large_vocabulary(scale, share):
     scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)) * scale
-    p = probabilities(scores, torch.ones(3, 1))
+    p = softmax(scores, torch.ones(3, 1))
     kept = keep_likeliest(p, None, column(share, share, share), None)
     for row in range(3):
         found = set(kept[row].nonzero().flatten().tolist())
@@ -129,9 +133,9 @@ def test_equals_of_the_last_one_kept_are_kept():
 
 def test_extreme_temperatures():
     scores = torch.tensor([[1.0, 3.0, -INF, 3.0], [1.0, 2.0, -INF, 3.0]])
-    cold = probabilities(scores, torch.full((2, 1), torch.finfo(torch.float32).tiny))
+    cold = softmax(scores, torch.full((2, 1), torch.finfo(torch.float32).tiny))
     assert cold.tolist() == [[0.0, 0.5, 0.0, 0.5], [0.0, 0.0, 0.0, 1.0]]
-    hot = probabilities(scores, torch.full((2, 1), torch.finfo(torch.float32).max))
+    hot = softmax(scores, torch.full((2, 1), torch.finfo(torch.float32).max))
     assert hot.flatten().tolist() == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3] * 2)
 
 

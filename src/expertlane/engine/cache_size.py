@@ -11,6 +11,7 @@ from expertlane.plan.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import RANGES
 
 _FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
 _CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
@@ -58,7 +59,7 @@ def with_blocks(
     """
     if num_blocks is None:
         enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
-        wanted = replace(wanted, num_blocks=enough)
+        wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
         return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
     fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
     if fitting.num_blocks < num_blocks:
