@@ -19,9 +19,9 @@ import msgspec
 from expertlane.engine.fork_server import python_command
 from expertlane.engine.local_ranks import RunFiles
 from expertlane.engine.meeting import (
-    MEET_TIMEOUT_S,
-    Reception,
-    greeting,
+    CONNECT_TIMEOUT_S,
+    RankAcceptor,
+    handshake,
     hash_of,
     listen,
     new_secret,
@@ -117,7 +117,7 @@ class TorchrunRanks:
         def report(line: str) -> None:
             print(f"expertlane: {line}", file=sys.stderr, flush=True)
 
-        return Reception(listener, num_ranks, secret, report).meet_all()
+        return RankAcceptor(listener, num_ranks, secret, report).accept_all()
 
     def read_control(self) -> str | None:
         """Nothing to read: torchrun watches its own processes."""
@@ -190,8 +190,8 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
         store.set(f"rank {rank}", hash_of(secret).hex())
         launcher = msgspec.json.decode(store.get(_LAUNCHER), type=_Launcher)
     place = launcher.address, launcher.port
-    connection = socket.create_connection(place, timeout=MEET_TIMEOUT_S)
-    connection.sendall(greeting(rank, secret))
+    connection = socket.create_connection(place, timeout=CONNECT_TIMEOUT_S)
+    connection.sendall(handshake(rank, secret))
     if first is not None:
         hashes = [store.get(f"rank {other}").decode() for other in range(1, world_size)]
         connection.sendall(bytes.fromhex("".join(hashes)))
@@ -218,7 +218,7 @@ def _torchrun_store(rank: int, world_size: int) -> "Store":
         int(os.environ["MASTER_PORT"]),
         world_size,
         is_master=rank == 0 and not agent_hosts,
-        timeout=timedelta(seconds=MEET_TIMEOUT_S),
+        timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
     )
 
 
