@@ -63,12 +63,12 @@ class Chat:
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
-        from expertlane.engine.interrupts import interrupts_noted
+        from expertlane.engine.interrupts import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(number, self._render(message), self._params)
         self._outputs.append(output)
-        with interrupts_noted() as is_interrupted:  # so that no step is torn apart
+        with deferred_interrupts() as is_interrupted:  # a step must be completed
             stream(llm, output, is_interrupted)
         if output.error is not None:
             raise ModelError(output.error)
