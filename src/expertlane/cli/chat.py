@@ -46,7 +46,7 @@ class Chat:
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
         """Answer messages until there are no more; gives all answers."""
-        from expertlane.cli.output import tell
+        from expertlane.cli.output import print_message
 
         for message in _read_messages():
             if message == "/exit":
@@ -59,7 +59,7 @@ class Chat:
             except (UserError, ModelError) as error:
                 if not sys.stdin.isatty():
                     raise
-                tell(f"{error}; this message is left out (try /reset)")
+                print_message(f"{error}; this message is left out (try /reset)")
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
