@@ -320,10 +320,12 @@ def _lines(text: str, source: str) -> list[str]:
 
 
 def _parse_token_ids(text: str) -> list[int]:
-    token_ids = [RANGES["stop_token_ids"].parse(part) for part in text.split(",")]
+    allowed = RANGES["stop_token_ids"]
+    token_ids = [allowed.parse(part) for part in text.split(",")]
     if None in token_ids:
         raise UserError(
-            f"--token-ids is {shown(text)}; it must be whole numbers with commas between"
+            f"--token-ids is {shown(text)}; it must be {allowed}, or several with commas between: "
+            "1,2"
         )
     return [int(token_id) for token_id in token_ids if token_id is not None]
 

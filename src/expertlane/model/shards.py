@@ -25,7 +25,7 @@ class Shards:
     """The stored tensors of a folder.
 
     Args:
-        framework: whose arrays slices are; names, shapes and types need no torch with numpy.
+        framework: library of the arrays that slices are; with numpy nothing here needs torch.
 
     Raises:
         SpecError: there are none, or the index or a file cannot be read.
@@ -61,7 +61,7 @@ class Shards:
             raise SpecError(f"{self._folder / file}: tensor {stored_name} is missing") from None
 
     def bytes_of(self, stored_name: str) -> memoryview:
-        """A tensor as it is stored, mapped."""
+        """The bytes of a stored tensor, memory-mapped."""
         path = self._folder / self._file_of_tensor[stored_name]
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
