@@ -130,7 +130,7 @@ def rows(what: str, num_bytes: int, flops: int, found: dict[str, float]) -> Iter
 def main() -> None:
     kernels = backend().arithmetic
     if kernels is None:
-        sys.exit(f"our kernels cannot be had here: {backend().without}")
+        sys.exit(f"our kernels are not available here: {backend().why_not}")
     torch.set_num_threads(num_cores())
     torch.manual_seed(0)
     with torch.inference_mode():

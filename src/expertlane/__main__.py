@@ -3,7 +3,7 @@
 import sys
 
 # `python -m` puts the working directory first: a file in it named like a module would be run.
-# Not where it is the source folder itself, of which the package comes.
+# It stays where the package itself is imported from it.
 if not sys.flags.safe_path and not __file__.startswith(sys.path[0] + "/"):
     del sys.path[0]
 

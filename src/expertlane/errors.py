@@ -4,7 +4,7 @@ ExpertlaneError
 ├── UserError       a mistake in what was asked for: one line, exit code 2
 │   ├── SpecError       a layout, workload, model or experiment that cannot be
 │   └── CapacityError   more memory or ranks than this machine has
-├── ModelError      what a model gives is no number: one line, exit code 1
+├── ModelError      the logits are NaN or infinite: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
 └── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """

@@ -227,8 +227,8 @@ MISTAKES = {
     "timeout": (["paper-tiny", *IDS, "--timeout-s", "nan"], "--timeout-s is nan; it must be a"),
     "no prompt": (["paper-tiny"], "there is no prompt; give one, or --file, --token-ids or"),
     "text": (["paper-tiny", "Hi"], "paper-tiny has no tokenizer; give prompts with --token-ids"),
-    "no ids": (["paper-tiny", "--token-ids", "1,,2"], "--token-ids is '1,,2'; it must be whole"),
-    "empty ids": (["paper-tiny", "--token-ids", ""], "--token-ids is ''; it must be whole"),
+    "no ids": (["paper-tiny", "--token-ids", "1,,2"], "--token-ids is '1,,2'; it must be a whole"),
+    "empty ids": (["paper-tiny", "--token-ids", ""], "--token-ids is ''; it must be a whole"),
     "unknown id": (["paper-tiny", "--token-ids", "1,257"], "prompt 1: token id 257 is not in"),
     "too long": (
         ["paper-tiny", *IDS, "--token-ids", ",".join("1" * 65)],

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from expertlane.cli.output import is_speaker, progress_on_stderr, stdout_console
+from expertlane.cli.output import is_first_process, progress_on_stderr, stdout_console
 
 
 class Terminal(io.StringIO):
@@ -25,7 +25,7 @@ def test_only_the_first_rank_of_torchrun_speaks(monkeypatch, environment, speaks
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert is_speaker() is speaks
+    assert is_first_process() is speaks
 
 
 @pytest.mark.parametrize(

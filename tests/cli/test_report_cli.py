@@ -54,7 +54,10 @@ MISTAKES = {
 
 WHOLE = to_json(example_pages.KINDS["measured"]())
 DAMAGED = {
-    "no number": (('"decode": {', '"decode": {"tps": NaN, '), ": NaN is no number"),
+    "no number": (
+        ('"decode": {', '"decode": {"tps": NaN, '),
+        ": NaN is not valid JSON; numbers must be finite",
+    ),
     "a column too short": (
         ('"track": [0, 1, 0, 1]', '"track": [0]'),
         "has columns of several lengths",

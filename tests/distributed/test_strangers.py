@@ -1,4 +1,4 @@
-"""Strangers at the launcher's door while torchrun's ranks come: the run goes on."""
+"""Strangers connect to the launcher while torchrun's ranks do: the run goes on."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from engine.processes import wait_until
-from expertlane.engine.meeting import greeting
+from expertlane.engine.meeting import handshake
 
 NUM_RANKS = 2
 EXPERIMENT = """
@@ -85,15 +85,17 @@ def test_the_run_goes_on(torchrun):
     reset.close()
     garbage.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(100))
     huge.sendall(struct.pack("<4sIQQ", b"XLM1", 2, 2**63, 2**63) + bytes(100))
-    thief.sendall(greeting(1, torchrun.hash_in_store(1)))
+    thief.sendall(handshake(1, torchrun.hash_in_store(1)))
     out, err = torchrun.process.communicate(timeout=60)
     assert torchrun.process.returncode == 0, err
     assert "EP 2" in out
     refused = [line for line in err.splitlines() if "refused a connection from" in line]
     said = sorted(line.rpartition(": ")[2] for line in refused)
-    at_the_end = [line for line in said if line in ("all ranks are there", "it was silent")]
+    at_the_end = [
+        line for line in said if line in ("all ranks are connected", "it sent no handshake in time")
+    ]
     assert len(at_the_end) == 1  # the silent one
-    assert said.count("it does not speak as a rank") == 2
+    assert said.count("it sent no valid handshake") == 2
     assert len(refused) == 5, err
     for stranger in strangers:
         stranger.close()

@@ -284,7 +284,7 @@ def test_ctrl_c_ends_a_template_that_goes_on() -> None:
 
 def test_messages_that_are_no_plain_data() -> None:
     template = ChatTemplate("", {}, "here")
-    with pytest.raises(UserError, match=r"the chat's messages are no plain data: .* bytes"):
+    with pytest.raises(UserError, match=r"the chat's messages must be plain JSON data: .* bytes"):
         template.render([USER | {"image": b"a"}])
 
 

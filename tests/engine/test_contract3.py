@@ -153,7 +153,9 @@ def test_a_user_s_mistake_found_by_a_rank(start):
 
 def test_a_mistake_at_the_start_leaves_nothing(monkeypatch):
     started = []
-    monkeypatch.setattr(RankPool, "_take_news", observe(RankPool._take_news, started), raising=True)
+    monkeypatch.setattr(
+        RankPool, "_receive_available", observe(RankPool._receive_available, started), raising=True
+    )
     with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
         RankPool(LocalRanks(1, TIMEOUT_S, "float16"), TIMEOUT_S)
     assert started

@@ -1,4 +1,4 @@
-"""Ranks that others start, and strangers who come to the same door."""
+"""Ranks that torchrun starts, and strangers who connect to the same port."""
 
 import contextlib
 import socket
@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pytest
 
 from expertlane.engine import meeting
-from expertlane.engine.meeting import Reception, greeting, hash_of, listen, new_secret
+from expertlane.engine.meeting import RankAcceptor, handshake, hash_of, listen, new_secret
 from expertlane.errors import RankError, UserError
 
 NUM_RANKS = 3
 
 
-class Door:
+class Launcher:
     """A launcher that waits for its ranks in a thread.
 
     Attributes:
         secrets: of the ranks.
-        lines: what it reported of strangers.
+        lines: what it reported of refused connections.
     """
 
     def __init__(self):
@@ -29,15 +29,15 @@ class Door:
         self.place = self.listener.getsockname()
         self.secrets = [new_secret() for _ in range(NUM_RANKS)]
         self.lines = []
-        self.met = None
+        self.accepted = None
         self._connections = []
-        self._thread = threading.Thread(target=self._meet)
+        self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
-    def _meet(self):
+    def _accept(self):
         with contextlib.suppress(RankError):
-            reception = Reception(self.listener, NUM_RANKS, self.secrets[0], self.lines.append)
-            self.met = reception.meet_all()
+            acceptor = RankAcceptor(self.listener, NUM_RANKS, self.secrets[0], self.lines.append)
+            self.accepted = acceptor.accept_all()
 
     def connect(self):
         """A new connection."""
@@ -45,32 +45,32 @@ class Door:
         self._connections.append(connection)
         return connection
 
-    def come(self, *ranks):
-        """Ranks come as they should, the first with the others' hashes."""
+    def connect_ranks(self, *ranks):
+        """Ranks connect as they should, the first with the others' hashes."""
         for rank in ranks:
             hashes = b"".join(map(hash_of, self.secrets[1:])) if rank == 0 else b""
-            self.connect().sendall(greeting(rank, self.secrets[rank]) + hashes)
+            self.connect().sendall(handshake(rank, self.secrets[rank]) + hashes)
 
     def wait(self, seconds=30):
-        """Until all are there; by rank, the peer's address as the launcher sees it."""
+        """Until all are connected; by rank, the peer's address as the launcher sees it."""
         self._thread.join(seconds)
         assert not self._thread.is_alive()
-        assert self.met is not None
-        return [connection.getpeername() for connection in self.met]
+        assert self.accepted is not None
+        return [connection.getpeername() for connection in self.accepted]
 
     def close(self):
         """Let go of everything."""
-        for connection in [*self._connections, *(self.met or [])]:
+        for connection in [*self._connections, *(self.accepted or [])]:
             connection.close()
         self._thread.join(10)
         self.listener.close()
 
 
 @pytest.fixture
-def door():
-    opened = Door()
-    yield opened
-    opened.close()
+def launcher():
+    started = Launcher()
+    yield started
+    started.close()
 
 
 def is_refused(connection):
@@ -82,46 +82,48 @@ def is_refused(connection):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_ranks_come_in_any_order(door, order):
-    door.come(*order)
-    at = door.wait()
-    ours = [connection.getsockname() for connection in door._connections]
+def test_ranks_connect_in_any_order(launcher, order):
+    launcher.connect_ranks(*order)
+    at = launcher.wait()
+    ours = [connection.getsockname() for connection in launcher._connections]
     assert at == [ours[order.index(rank)] for rank in range(NUM_RANKS)]
-    assert door.lines == []
+    assert launcher.lines == []
 
 
-def test_silent_strangers_do_not_make_ranks_wait(door):
-    strangers = [door.connect() for _ in range(5)]
+def test_silent_strangers_do_not_make_ranks_wait(launcher):
+    strangers = [launcher.connect() for _ in range(5)]
     began_s = time.monotonic()
-    door.come(0, 1, 2)
-    door.wait()
+    launcher.connect_ranks(0, 1, 2)
+    launcher.wait()
     assert time.monotonic() - began_s < 3
     assert all(map(is_refused, strangers))
-    assert len(door.lines) == 5
+    assert len(launcher.lines) == 5
 
 
-def test_a_silent_stranger_is_refused_in_time(door, monkeypatch):
-    monkeypatch.setattr(meeting, "_GREETING_TIMEOUT_S", 0.2)
-    stranger = door.connect()
+def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
+    monkeypatch.setattr(meeting, "_HANDSHAKE_TIMEOUT_S", 0.2)
+    stranger = launcher.connect()
     assert is_refused(stranger)
-    door.come(0, 1, 2)
-    door.wait()
-    assert door.lines == [f"refused a connection from 127.0.0.1:{port(stranger)}: it was silent"]
+    launcher.connect_ranks(0, 1, 2)
+    launcher.wait()
+    assert launcher.lines == [
+        f"refused a connection from 127.0.0.1:{port(stranger)}: it sent no handshake in time"
+    ]
 
 
 def port(connection):
     return connection.getsockname()[1]
 
 
-def test_a_stranger_who_resets_the_connection(door):
-    stranger = door.connect()
+def test_a_stranger_who_resets_the_connection(launcher):
+    stranger = launcher.connect()
     stranger.sendall(b"XL")
     reset = struct.pack("ii", 1, 0)
     stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
     stranger.close()
-    door.come(0, 1, 2)
-    door.wait()
-    assert "Connection reset by peer" in door.lines[0]
+    launcher.connect_ranks(0, 1, 2)
+    launcher.wait()
+    assert "Connection reset by peer" in launcher.lines[0]
 
 
 @pytest.mark.parametrize(
@@ -129,55 +131,55 @@ def test_a_stranger_who_resets_the_connection(door):
     [b"GET / HTTP/1.1\r\n" + bytes(64), b"\x80\x04" + b"c" * 100, b"XLRANK01" + b"\xff" * 64],
     ids=["http", "pickle", "rank 4294967295"],
 )
-def test_garbage(door, garbage):
-    stranger = door.connect()
+def test_garbage(launcher, garbage):
+    stranger = launcher.connect()
     stranger.sendall(garbage)
     assert is_refused(stranger)
-    door.come(0, 1, 2)
-    door.wait()
-    assert door.lines[0].endswith(": it does not speak as a rank")
+    launcher.connect_ranks(0, 1, 2)
+    launcher.wait()
+    assert launcher.lines[0].endswith(": it sent no valid handshake")
 
 
 @pytest.mark.parametrize("rank", range(NUM_RANKS))
-def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_rank(door, rank):
+def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_rank(launcher, rank):
     """It comes first, and shows the hash that the store holds."""
-    stranger = door.connect()
-    stranger.sendall(greeting(rank, hash_of(door.secrets[rank])))
-    door.come(0, 1, 2)
-    peers = door.wait()
+    stranger = launcher.connect()
+    stranger.sendall(handshake(rank, hash_of(launcher.secrets[rank])))
+    launcher.connect_ranks(0, 1, 2)
+    peers = launcher.wait()
     assert stranger.getsockname() not in peers
     assert is_refused(stranger)
-    assert door.lines == [
+    assert launcher.lines == [
         f"refused a connection from 127.0.0.1:{port(stranger)}: it is not rank {rank}"
     ]
 
 
-def test_a_rank_that_is_there_already_is_not_replaced(door):
-    door.come(0, 1, 1)
-    assert is_refused(door._connections[2])
-    door.come(2)
-    assert door.wait()[1] == door._connections[1].getsockname()
+def test_a_rank_that_is_connected_already_is_not_replaced(launcher):
+    launcher.connect_ranks(0, 1, 1)
+    assert is_refused(launcher._connections[2])
+    launcher.connect_ranks(2)
+    assert launcher.wait()[1] == launcher._connections[1].getsockname()
 
 
-def test_a_crowd_of_strangers_pushes_out_no_rank_that_has_come(door, monkeypatch):
-    monkeypatch.setattr(meeting, "_MOST_GUESTS", 4)
-    door.come(0)
-    strangers = [door.connect() for _ in range(10)]
-    door.come(1, 2)
-    door.wait()
+def test_a_crowd_of_strangers_pushes_out_no_rank_that_is_connected(launcher, monkeypatch):
+    monkeypatch.setattr(meeting, "_MAX_PENDING", 4)
+    launcher.connect_ranks(0)
+    strangers = [launcher.connect() for _ in range(10)]
+    launcher.connect_ranks(1, 2)
+    launcher.wait()
     assert all(map(is_refused, strangers))
-    assert len(door.lines) == 10
-    assert door.lines[-1].endswith("; more are not reported")
+    assert len(launcher.lines) == 10
+    assert launcher.lines[-1].endswith("; more are not reported")
 
 
-def test_ranks_that_do_not_come(monkeypatch):
-    monkeypatch.setattr(meeting, "MEET_TIMEOUT_S", 0.3)
-    line = r"^ranks \[0, 1, 2\] did not come within 0.3 s$"
+def test_ranks_that_do_not_connect(monkeypatch):
+    monkeypatch.setattr(meeting, "CONNECT_TIMEOUT_S", 0.3)
+    line = r"^ranks \[0, 1, 2\] did not connect within 0.3 s$"
     with (
         listen("127.0.0.1", 3, several_nodes=False) as listener,
         pytest.raises(RankError, match=line),
     ):
-        Reception(listener, 3, new_secret(), print).meet_all()
+        RankAcceptor(listener, 3, new_secret(), print).accept_all()
 
 
 def test_it_listens_at_the_master_address_alone():

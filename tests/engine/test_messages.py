@@ -17,9 +17,9 @@ from expertlane.engine import commands, messages
 from expertlane.engine.commands import Deploy, RankOutcome, RunStep, SetDispatch, result_type
 from expertlane.engine.handlers import HANDLERS
 from expertlane.engine.messages import (
-    MOST_BYTES,
+    MAX_MESSAGE_BYTES,
     Channel,
-    Commands,
+    CommandDecoder,
     Decoder,
     Failure,
     FailureKind,
@@ -94,7 +94,7 @@ def test_a_step_plan_arrives_as_it_was(pair, num_seqs):
     command = RunStep(plan)
     message = through(encode(MessageKind.COMMAND, command), pair)
     assert message.kind is MessageKind.COMMAND
-    assert equal(Commands(HANDLERS).decode(message), command)
+    assert equal(CommandDecoder(HANDLERS).decode(message), command)
 
 
 def test_an_outcome_arrives_as_it_was(pair):
@@ -162,11 +162,17 @@ HEADER = struct.Struct("<4sIQQ")
 @pytest.mark.parametrize(
     ("garbage", "said"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "what came is no message"),
-        (pickle.dumps(os.getcwd) + bytes(64), "what came is no message"),
-        (HEADER.pack(b"XLM1", 77, 0, 0), "what came is no message"),
-        (HEADER.pack(b"XLM1", 1, MOST_BYTES, 1), "a message of 1,073,741,825 bytes was announced"),
-        (HEADER.pack(b"XLM1", 1, 0, 2**64 - 1), "a message of 18,446,744,073,709,551,615 bytes"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "the header is wrong"),
+        (pickle.dumps(os.getcwd) + bytes(64), "the header is wrong"),
+        (HEADER.pack(b"XLM1", 77, 0, 0), "the header is wrong"),
+        (
+            HEADER.pack(b"XLM1", 1, MAX_MESSAGE_BYTES, 1),
+            "the header announces 1,073,741,825 bytes; at most 1,073,741,824 are",
+        ),
+        (
+            HEADER.pack(b"XLM1", 1, 0, 2**64 - 1),
+            "the header announces 18,446,744,073,709,551,615 bytes",
+        ),
     ],
 )
 def test_garbage(pair, garbage, said):
@@ -194,7 +200,7 @@ def test_a_peer_that_stops_in_the_middle_of_a_message_is_not_waited_for():
 
 def test_a_command_that_is_not_known(pair):
     message = through(encode(MessageKind.COMMAND, RunStep(None)), pair)
-    known = Commands({Deploy: None})
+    known = CommandDecoder({Deploy: None})
     with pytest.raises(MessageError, match=r"^there is no command 'RunStep'$"):
         known.decode(message)
 
@@ -234,7 +240,7 @@ def test_damaged_messages_are_refused_or_harmless(data):
         ours.shutdown(socket.SHUT_WR)
         channel = Channel(theirs, 1.0)
         try:
-            decoded = Commands(HANDLERS).decode(channel.receive())
+            decoded = CommandDecoder(HANDLERS).decode(channel.receive())
         except (MessageError, EOFError):
             pass
         else:

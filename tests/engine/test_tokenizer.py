@@ -101,7 +101,7 @@ def test_read_json(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     assert read_json(path) == {}
     path.write_text("[1]")
-    with pytest.raises(UserError, match="holds no JSON object"):
+    with pytest.raises(UserError, match="must hold a JSON object"):
         read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(UserError, match="byte 7 is not UTF-8"):

@@ -17,7 +17,7 @@ from expertlane.kernels.backend import arithmetic_for, backend, bookkeeping_for
 from expertlane.kernels.build import AVX512_BF16, BASELINE, BuildError, InstructionSet, build
 
 IDS, ROWS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.bfloat16)
-NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX unset"
+NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
 
 needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
@@ -46,7 +46,7 @@ def failing_compiler(folder: Path, says: str) -> str:
 @needs_compiler
 def test_any_cpu_has_the_bookkeeping():
     assert bookkeeping_for(IDS) is not None
-    assert (arithmetic_for(ROWS) is None) == bool(backend().without)
+    assert (arithmetic_for(ROWS) is None) == bool(backend().why_not)
 
 
 def test_torch_alone(monkeypatch):
@@ -66,7 +66,7 @@ def test_a_set_that_is_switched_off(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     backend.cache_clear()
     choose_platform(0, 1, "float32")
-    with pytest.raises(UserError, match=f"=cpu, but our kernels cannot be had: {why}"):
+    with pytest.raises(UserError, match=f"=cpu, but our kernels are not available: {why}"):
         choose_platform(0, 1, "bfloat16")
 
 
@@ -137,15 +137,17 @@ def test_no_library(monkeypatch, tmp_path, without):
         pytest.skip("no g++")
     reason = without(monkeypatch, tmp_path)
     assert bookkeeping_for(IDS) is arithmetic_for(ROWS) is None
-    assert reason in backend().without
+    assert reason in backend().why_not
     for dtype in ("float32", "bfloat16"):
-        assert choose_platform(0, 1, dtype).kernels == f"torch ({backend().without})"
+        assert choose_platform(0, 1, dtype).kernels == f"torch ({backend().why_not})"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     backend.cache_clear()
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(UserError, match=re.escape(reason)) as caught:
             choose_platform(0, 1, dtype)
-        assert str(caught.value).startswith("EXPERTLANE_BACKEND=cpu, but our kernels cannot be had")
+        assert str(caught.value).startswith(
+            "EXPERTLANE_BACKEND=cpu, but our kernels are not available"
+        )
 
 
 def test_ids_on_another_device_need_no_kernels(monkeypatch):
@@ -187,7 +189,7 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
         ({"EXPERTLANE_BACKEND": "x"}, "EXPERTLANE_BACKEND is 'x'; valid: cpu, torch"),
         (
             {"EXPERTLANE_BACKEND": "cpu", "CXX": "/bin/false"},
-            "EXPERTLANE_BACKEND=cpu, but our kernels cannot be had: "
+            "EXPERTLANE_BACKEND=cpu, but our kernels are not available: "
             "compiling with /bin/false failed: exit code 1",
         ),
     ],

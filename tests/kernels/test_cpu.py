@@ -1,4 +1,4 @@
-"""Our CPU kernels against float32 arithmetic written out; skipped where they cannot be had."""
+"""Our CPU kernels against float32 arithmetic written out; skipped where they are not available."""
 
 import math
 
@@ -12,7 +12,7 @@ from expertlane.kernels.backend import arithmetic_for, backend
 from expertlane.kernels.cpu import CpuKernels, PagedSequences, Pointers
 
 KERNELS = backend().arithmetic
-pytestmark = pytest.mark.skipif(KERNELS is None, reason=backend().without)
+pytestmark = pytest.mark.skipif(KERNELS is None, reason=backend().why_not)
 
 
 @pytest.fixture(autouse=True, scope="module")

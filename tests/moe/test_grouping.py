@@ -38,7 +38,7 @@ def without_kernels():
 def implementation(request):
     if request.param == "kernels":
         if backend().bookkeeping is None:
-            pytest.skip(backend().without)
+            pytest.skip(backend().why_not)
         yield
     else:
         with without_kernels():

@@ -574,7 +574,7 @@ def test_reading_the_file(tmp_path):
     with pytest.raises(SpecError, match=r"config\.json is not JSON: Expecting property name"):
         read_config(tmp_path)
     path.write_text("[1]")
-    with pytest.raises(SpecError, match="holds no JSON object"):
+    with pytest.raises(SpecError, match="must hold a JSON object"):
         read_config(tmp_path)
     with pytest.raises(SpecError, match="is a file; give the checkpoint's folder"):
         read_config(path)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def write(text: str) -> None:
-    """Print at once, without a line's end of its own.
+    """Print at once, without adding a line end.
 
-    A terminal obeys no control character of a model's, only line ends and tabs; a pipe or a file
-    gets the text as it is.
+    On a terminal, control characters are escaped, all but line ends and tabs; a pipe or a file gets
+    the text as it is.
     """
     sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -61,8 +61,9 @@ def _expertlane(
     \b
     Environment:
       EXPERTLANE_BACKEND=cpu|torch              our CPU kernels, or torch alone; by default
-                                                the first, where they can be had
-      EXPERTLANE_INSTRUCTIONS=LIST              what they may use: baseline,avx512_bf16
+                                                ours, where they are available
+      EXPERTLANE_INSTRUCTIONS=LIST              instruction sets of our kernels:
+                                                baseline,avx512_bf16
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -197,7 +197,7 @@ def _publish(
     from expertlane.balance.judge import compare
     from expertlane.balance.moves import keep_slots
     from expertlane.balance.placement_file import write_placement
-    from expertlane.cli.output import print_json, stdout_console, tell
+    from expertlane.cli.output import print_json, print_message, stdout_console
 
     after = keep_slots(before, after)
     compared = compare(trace, before, after, ranks_per_node)
@@ -220,7 +220,7 @@ def _publish(
         title = _title(trace, after, ranks_per_node)
         _show(title, compared, trace.num_tokens, stdout_console())
     if output is not None:
-        tell(f"written: {output}")
+        print_message(f"written: {output}")
 
 
 def _title(trace: "RoutingTrace", placements: "list[Placement]", ranks_per_node: int) -> str:

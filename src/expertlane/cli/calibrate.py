@@ -73,7 +73,7 @@ def calibrate(
           one rank alone; for other programs
     """
     path = _checked(name, ranks, out, timeout_s)
-    from expertlane.cli.output import print_json, tell
+    from expertlane.cli.output import print_json, print_message
     from expertlane.cost.profile_file import write_profile
 
     calibration, profile = _measure(name, ranks, dtype, timeout_s)
@@ -82,7 +82,7 @@ def calibrate(
         print_json(strict_json(_summary(profile, calibration, path)) + "\n")
     else:
         _show(profile, calibration)
-    tell(f"written: {path}")
+    print_message(f"written: {path}")
 
 
 def _checked(name: str, ranks: int | None, out: Path | None, timeout_s: float) -> Path:

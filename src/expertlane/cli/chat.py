@@ -46,7 +46,7 @@ class Chat:
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
         """Answer messages until there are no more; gives all answers."""
-        from expertlane.cli.output import tell
+        from expertlane.cli.output import print_message
 
         for message in _read_messages():
             if message == "/exit":
@@ -59,16 +59,16 @@ class Chat:
             except (UserError, ModelError) as error:
                 if not sys.stdin.isatty():
                     raise
-                tell(f"{error}; this message is left out (try /reset)")
+                print_message(f"{error}; this message is left out (try /reset)")
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
-        from expertlane.engine.interrupts import interrupts_noted
+        from expertlane.engine.interrupts import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(number, self._render(message), self._params)
         self._outputs.append(output)
-        with interrupts_noted() as is_interrupted:  # so that no step is torn apart
+        with deferred_interrupts() as is_interrupted:  # a step must be completed
             stream(llm, output, is_interrupted)
         if output.error is not None:
             raise ModelError(output.error)

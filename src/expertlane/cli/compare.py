@@ -173,17 +173,17 @@ def compare(
     """
     take_option("--timeout-s", timeout_s)
     comparisons = _comparisons(experiment, model, top_k, out)
-    from expertlane.cli.output import check_folder, is_speaker
+    from expertlane.cli.output import check_folder, is_first_process
     from expertlane.engine.deployment_check import check_experiment
 
     for each, _ in comparisons:
         check_experiment(each)
     number_type = _dtype_of(comparisons, dtype)
     projectors = projectors_of(comparisons, project, cluster, skew, number_type)
-    if is_speaker():
+    if is_first_process():
         for _, folder in comparisons:
             check_folder(folder)
-    projections = projections_of(projectors) if is_speaker() else {}
+    projections = projections_of(projectors) if is_first_process() else {}
     shown = Shown(projections, as_json=as_json, traffic=traffic)
     reason = _shortage(comparisons, number_type) if projectors else None
     if reason is None:
@@ -235,10 +235,10 @@ def _measure(
 def _with_checked_checkpoint(
     comparisons: "list[tuple[Experiment, Path]]", ignore_unused_tensors: bool
 ) -> "list[tuple[Experiment, Path]]":
-    """The same, of the model that the checkpoint holds; warnings go to stderr.
+    """The comparisons of the model that the checkpoint really holds; warnings go to stderr.
 
     Raises:
-        SpecError: it does not hold what its configuration says.
+        SpecError: the checkpoint does not hold what its config.json says.
     """
     from expertlane.engine.checkpoint_check import check_checkpoint
 

@@ -60,10 +60,10 @@ class Shown:
 
     def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""
-        from expertlane.cli.output import command_line, tell
+        from expertlane.cli.output import command_line, print_message
         from expertlane.experiment.projected_results import projected_results
 
-        tell(f"expertlane: nothing is measured here: {reason}")
+        print_message(f"expertlane: nothing is measured here: {reason}")
         projection = replace(self._projections[id(experiment)], not_measured=reason)
         results = projected_results(experiment, projection, command_line())
         publish(results, folder, as_json=self._as_json)

@@ -260,9 +260,9 @@ def generate(
         with _load(found, chosen, options, record_routing) as llm:
             outputs = _continue(llm, given, params, as_json)
     if outputs:
-        from expertlane.cli.output import tell
+        from expertlane.cli.output import print_message
 
-        tell(answers.summary(outputs, params.max_tokens))
+        print_message(answers.summary(outputs, params.max_tokens))
     errors = [output.error for output in outputs if output.error is not None]
     if errors and not chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
@@ -293,13 +293,13 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
     Raises:
         UserError: there are none, or they cannot be read.
     """
-    from expertlane.cli.output import is_speaker
+    from expertlane.cli.output import is_first_process
 
     prompts: list[Prompt] = [*texts]
     if file is not None:
         prompts += _lines(read_stream(file, PROMPTS_BYTES), str(file))
     prompts += map(_parse_token_ids, token_ids)
-    if prompts or not is_speaker():  # the ranks of torchrun share one standard input
+    if prompts or not is_first_process():  # the ranks of torchrun share one standard input
         return prompts
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("there is no prompt; give one, or --file, --token-ids or --chat")
@@ -320,10 +320,12 @@ def _lines(text: str, source: str) -> list[str]:
 
 
 def _parse_token_ids(text: str) -> list[int]:
-    token_ids = [RANGES["stop_token_ids"].parse(part) for part in text.split(",")]
+    allowed = RANGES["stop_token_ids"]
+    token_ids = [allowed.parse(part) for part in text.split(",")]
     if None in token_ids:
         raise UserError(
-            f"--token-ids is {shown(text)}; it must be whole numbers with commas between"
+            f"--token-ids is {shown(text)}; it must be {allowed}, or several with commas between: "
+            "1,2"
         )
     return [int(token_id) for token_id in token_ids if token_id is not None]
 
@@ -342,11 +344,11 @@ def _check_file(path: Path) -> None:
     Raises:
         UserError: it is a folder, or its folder is not writable.
     """
-    from expertlane.cli.output import check_folder, is_speaker
+    from expertlane.cli.output import check_folder, is_first_process
 
     if path.is_dir():
         raise UserError(f"--record-routing is {path}, which is a folder; give a file: trace.npz")
-    if is_speaker():
+    if is_first_process():
         check_folder(path.parent)
 
 
@@ -366,12 +368,12 @@ def _load(
 def _write_routing(llm: "LLM", name: str, path: Path) -> None:
     """Write the routing so far; nothing where no token was computed."""
     from expertlane.balance.trace import write_trace
-    from expertlane.cli.output import tell
+    from expertlane.cli.output import print_message
 
     trace = replace(llm.routing_trace(), model=name)
     if trace.num_tokens:
         write_trace(trace, path)
-        tell(f"written: {path}")
+        print_message(f"written: {path}")
 
 
 def _continue(

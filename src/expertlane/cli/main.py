@@ -1,6 +1,6 @@
-"""How the command line begins and ends: signals, standard streams, errors, exit codes.
+"""The entry point of the command line: signals, standard streams, errors, exit codes.
 
-Nothing else is imported before signals have their answers, so that they have them from the start.
+Signal handlers are set before anything else is imported, so that no signal ends in a traceback.
 """
 
 import os
@@ -24,58 +24,60 @@ def main() -> "NoReturn":
     """Run the command line and exit.
 
     Errors raised on purpose end in one line on stderr and their exit code (2 for a user's
-    mistake); any other exception keeps its traceback. What cannot be printed ends the command with
-    exit code 1, or 141 without a word where the reader of a pipe is gone.
+    mistake); any other exception keeps its traceback. Output that cannot be written ends with exit
+    code 1, or 141 without a message where the reader of a pipe has ended.
     """
-    _answer_signals(_leave)  # nothing has begun that would have to be ended
+    _set_signal_handlers(_exit_at_once)  # nothing has started yet
     from expertlane.cli.streams import StandardOutputError, guard_streams
 
     guard_streams()
     code = _run()
     try:
         sys.stdout.flush()
-    except StandardOutputError as error:  # only now: the output fitted into the buffer
-        code = _tell(error) if code == 0 else code
+    except StandardOutputError as error:  # only now: the output was in the buffer
+        code = _report(error) if code == 0 else code
     sys.exit(code)
 
 
 def _run() -> int:
-    """Run the command; its exit code, once it is said on stderr what ended it."""
+    """Run the command, print the error that ended it, and return its exit code."""
     from expertlane.cli.app import app
     from expertlane.errors import ExpertlaneError, UserError
 
     try:
-        _answer_signals(_raise)
+        _set_signal_handlers(_raise)
         try:
             code = app(standalone_mode=False) or 0
         finally:
-            _answer_signals(_leave)  # all has been ended
+            _set_signal_handlers(_exit_at_once)  # all ranks have ended
     except ExpertlaneError as error:
-        return _tell(error)
+        return _report(error)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:
         # Usage errors of typer, which carries its own copy of click and exports no base class.
         if type(error).__name__ == "Abort":  # the end of its input
-            return _say("interrupted", INTERRUPTED)
+            return _print_error("interrupted", INTERRUPTED)
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "expertlane"
-        return _say(f"{error.format_message()} (try: {command} --help)", UserError.exit_code)
+        return _print_error(
+            f"{error.format_message()} (try: {command} --help)", UserError.exit_code
+        )
     if code == INTERRUPTED:
-        _say("interrupted", code)
+        _print_error("interrupted", code)
     return int(code)
 
 
-def _answer_signals(answer: "Callable[[int, FrameType | None], Never]") -> None:
+def _set_signal_handlers(handler: "Callable[[int, FrameType | None], Never]") -> None:
     for number in _SIGNALS:
-        # As under `nohup`, or in the background of a script: who ignores it wants it ignored.
+        # An ignored signal stays ignored, as under `nohup` or in the background of a script.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, answer)
+            signal.signal(number, handler)
 
 
-def _leave(number: int, frame: "FrameType | None") -> "Never":
+def _exit_at_once(number: int, frame: "FrameType | None") -> "Never":
     os._exit(_SHELL_BASE + number)
 
 
@@ -89,8 +91,8 @@ def _raise(number: int, frame: "FrameType | None") -> "Never":
     raise error
 
 
-def _tell(error: "ExpertlaneError") -> int:
-    """Say what ended the command; its exit code."""
+def _report(error: "ExpertlaneError") -> int:
+    """Print the error that ended the command; returns its exit code."""
     from expertlane.cli.streams import StandardOutputError
     from expertlane.spec.printable import printable
 
@@ -98,15 +100,15 @@ def _tell(error: "ExpertlaneError") -> int:
         return error.exit_code
     for note in getattr(error, "__notes__", ()):  # the traceback of a bug in a rank
         print(printable(note, keep="\n\t"), file=sys.stderr)
-    return _say(error, error.exit_code)
+    return _print_error(error, error.exit_code)
 
 
-def _say(error: object, code: int) -> int:
-    from expertlane.cli.output import is_speaker
+def _print_error(error: object, code: int) -> int:
+    from expertlane.cli.output import is_first_process
     from expertlane.errors import ExpertlaneError
     from expertlane.spec.printable import printable
 
-    # All ranks of `torchrun` find the same mistake or get the same signal; the first one tells.
-    if is_speaker() or code == ExpertlaneError.exit_code:
+    # All ranks of `torchrun` find the same mistake or get the same signal; the first one prints.
+    if is_first_process() or code == ExpertlaneError.exit_code:
         print("expertlane: error:", printable(" ".join(str(error).split())), file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""Where a command's words go: who speaks, how wide, how progress is shown, what can be written."""
+"""Output of commands: which process prints, how wide, progress, what can be written."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
 PIPED_WIDTH = 80
 
 
-def is_speaker() -> bool:
+def is_first_process() -> bool:
     """Whether this process prints and writes: all but the ranks after the first of `torchrun`."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
@@ -36,13 +36,13 @@ def stdout_console() -> Console:
     return Console(width=min(TERMINAL_WIDTH, Console().width), markup=False, emoji=False)
 
 
-def tell(text: str) -> None:
-    """Print a line on stderr, whatever names are in it."""
+def print_message(text: str) -> None:
+    """Print a line on stderr; unsafe characters of names in it are escaped."""
     print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 def print_json(text: str) -> None:
-    """Print JSON text; what the stream's encoding cannot carry becomes JSON's own escapes."""
+    """Print JSON text; what the stream cannot encode becomes JSON's own escapes."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -52,7 +52,7 @@ def print_json(text: str) -> None:
 
 
 def command_line() -> str:
-    """How a user repeats this; bytes of a name that are not UTF-8 become U+FFFD."""
+    """The command as a user typed it; bytes of a name that are not UTF-8 become U+FFFD."""
     line = shlex.join(["expertlane", *sys.argv[1:]])
     return os.fsencode(line).decode("utf-8", "replace")
 
@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
 @contextmanager
 def progress_on_stderr() -> Iterator[Progress]:
     """Progress as a bar on a terminal, as a line per finished task elsewhere."""
-    if not is_speaker():
+    if not is_first_process():
         yield Silent()
     elif not sys.stderr.isatty():
         yield _Lines(sys.stderr)

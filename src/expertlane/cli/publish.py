@@ -25,10 +25,10 @@ def results_folder(out: Path | None, name: str) -> Path:
     Raises:
         UserError: nothing can be written there.
     """
-    from expertlane.cli.output import check_folder, is_speaker
+    from expertlane.cli.output import check_folder, is_first_process
 
     folder = out or Path("results", name)
-    if is_speaker():
+    if is_first_process():
         check_folder(folder)
     return folder
 
@@ -47,7 +47,7 @@ def publish(
         traffic: of a comparison, who sent what to whom.
         also: writes files of the command's own, after the results.
     """
-    from expertlane.cli.output import print_json, stdout_console, tell
+    from expertlane.cli.output import print_json, print_message, stdout_console
     from expertlane.report import terminal
     from expertlane.results.file import to_json, write
 
@@ -59,7 +59,7 @@ def publish(
             terminal.show(results, stdout_console(), traffic=traffic)
     finally:  # also where standard output takes nothing
         written += [*write_reports(results, folder, traffic=traffic), *also()]
-    tell(f"written: {', '.join(map(str, written))}")
+    print_message(f"written: {', '.join(map(str, written))}")
 
 
 def write_reports(

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full, without a reader, or unable to carry a character."""
+"""Standard streams that may be closed, full, without a reader, or unable to encode a character."""
 
 import codecs
 import errno
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _REPLACE = "expertlane.replace"
-# What tables and sentences are made of, for a terminal that has ASCII alone; else `?`.
+# Characters of tables and sentences, for a terminal that has ASCII alone; others become `?`.
 _ASCII = str.maketrans("×–—−·…µ“”‘’≤≥─═│", "x---..u\"\"''<>-=|")
 
 
 class StandardOutputError(ExpertlaneError):
-    """Standard output takes no more.
+    """Standard output cannot be written to.
 
     Attributes:
-        is_reader_gone: the other end of the pipe is closed, which is no mistake: `| head`.
+        is_reader_gone: the other end of the pipe is closed, as with `| head`: no mistake.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -36,11 +36,10 @@ class StandardOutputError(ExpertlaneError):
 
 
 def guard_streams() -> None:
-    """Let output fail in one way only, by `StandardOutputError`, and messages not at all.
+    """Make writing to stdout fail by `StandardOutputError` alone, and to stderr not at all.
 
-    A closed stream is as /dev/null: else the next file opened would get its number, and what is
-    printed, here or by a child process. Streams that a caller has put in place of the process's
-    own are left as they are.
+    A closed stream becomes /dev/null: else the next file opened would get its number, and with it
+    what is printed, here or by a child process. Streams that a caller has replaced stay.
     """
     codecs.register_error(_REPLACE, _replacement)
     for descriptor in range(3):
@@ -53,11 +52,11 @@ def guard_streams() -> None:
     if sys.stdout is sys.__stdout__:
         sys.stdout = _text(sys.stdout, _Output(1, "w", closefd=False))
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _text(sys.stderr, _Messages(2, "w", closefd=False))
+        sys.stderr = _text(sys.stderr, _Errors(2, "w", closefd=False))
 
 
 def _text(before: "TextIO | None", raw: io.FileIO) -> io.TextIOWrapper:
-    """As the stream before, but that it replaces what its encoding cannot carry."""
+    """Like the stream before, but it replaces characters that it cannot encode."""
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", "utf-8"),
@@ -68,7 +67,7 @@ def _text(before: "TextIO | None", raw: io.FileIO) -> io.TextIOWrapper:
 
 
 class _Output(io.FileIO):
-    """Fails once, and then takes what is still in buffers, so that nothing fails at exit."""
+    """Fails once, and then discards what is still in buffers, so that nothing fails at exit."""
 
     _has_failed = False
 
@@ -76,7 +75,7 @@ class _Output(io.FileIO):
         if self._has_failed:
             return memoryview(data).nbytes
         try:
-            while (num_bytes := super().write(data)) is None:  # non-blocking, and full for now
+            while (num_bytes := super().write(data)) is None:  # non-blocking, and full
                 select.select([], [self], [])
         except OSError as error:
             self._has_failed = True
@@ -84,8 +83,8 @@ class _Output(io.FileIO):
         return num_bytes
 
 
-class _Messages(io.FileIO):
-    """Progress and errors, which no command depends on."""
+class _Errors(io.FileIO):
+    """Discards what cannot be written: no command depends on its messages."""
 
     def write(self, data: "Buffer", /) -> int:
         try:

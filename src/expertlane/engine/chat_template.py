@@ -1,4 +1,4 @@
-"""Chats as prompts: the template that a checkpoint brings, in a sandbox in a process of its own."""
+"""Chats as prompts, by the template of a checkpoint: sandboxed, in a process of its own."""
 
 import json
 import os
@@ -24,22 +24,22 @@ _SPECIAL_TOKENS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 
-# Of compiling a template, and of each chat. Real templates take milliseconds and 30 MB.
+# For compiling a template, and for each chat: far more than real templates need.
 _CPU_S = 1.0
 _MEMORY_BYTES = 512 * 2**20
-_ANSWER_S = 30.0  # by the clock on the wall: of a machine that has other things to do
-# A prompt may be so much longer than its messages: templates bring system prompts of their own.
-_OWN_CHARACTERS = 2**20
-_TIMES_LONGER = 4
+_ANSWER_S = 30.0  # wall time: the machine may be busy
+# How much longer than its messages a prompt may be: templates add system prompts of their own.
+_MAX_ADDED_CHARACTERS = 2**20
+_MAX_EXPANSION = 4
 
-# Isolated: neither the working directory nor the environment says what is imported. What is needed
-# from outside the standard library is found as this process finds it.
+# Isolated: neither the working directory nor the environment decides what is imported. Packages
+# outside the standard library come from where this process has them.
 _PROGRAM = (
     "import sys; sys.path += sys.argv[1:]; "
     "from expertlane.engine.template_process import serve; serve()"
 )
 _PACKAGES = ("expertlane", "jinja2", "markupsafe")
-_ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # no secrets of the user's
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # all that it gets: others may be secrets
 
 Message = Mapping[str, Any]
 
@@ -47,13 +47,13 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """A template for chats; safe to use from several threads.
 
-    It is rendered in a process of its own, which starts here and ends with this object: no
-    template takes more than 1 s of processor time or 512 MiB.
+    It is rendered in a process of its own, which starts here and ends with this object. A template
+    or chat that takes more than 1 s of processor time or 512 MiB is refused.
 
     Args:
-        source: in Jinja's language; it is not trusted.
+        source: in Jinja's language; untrusted.
         special_tokens: variables for it, such as `bos_token`.
-        name: where it comes from, for messages.
+        name: where it comes from; for error messages.
 
     Raises:
         UserError: its syntax is wrong.
@@ -112,8 +112,8 @@ class ChatTemplate:
         try:
             num_characters = len(json.dumps(variables))
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"the chat's messages are no plain data: {error}") from None
-        most = _OWN_CHARACTERS + _TIMES_LONGER * num_characters
+            raise UserError(f"the chat's messages must be plain JSON data: {error}") from None
+        most = _MAX_ADDED_CHARACTERS + _MAX_EXPANSION * num_characters
         with self._lock:
             process = self._process or self._start()
             return self._ask(process, {"variables": variables, "max_characters": most})
@@ -125,7 +125,7 @@ class ChatTemplate:
         return process
 
     def _ask(self, process: "_TemplateProcess", request: Mapping[str, Any]) -> str:
-        """The text answered. A process that gave none is ended; the next chat has a new one."""
+        """The answer's text; without one, the process is ended and the next chat starts another."""
         try:
             answer = process.ask(request)
             return str(answer["text"])
@@ -147,7 +147,7 @@ class _NoAnswer(Exception):
 
 
 class _TemplateProcess:
-    """The process of one template, as the side sees it that asks."""
+    """The process of one template, seen from the one that asks it."""
 
     def __init__(self) -> None:
         paths = dict.fromkeys(map(_package_folder, _PACKAGES))
@@ -167,7 +167,7 @@ class _TemplateProcess:
         """Send a request and wait for its answer.
 
         Raises:
-            _NoAnswer: the process ended before it, or `_ANSWER_S` are over.
+            _NoAnswer: the process ended before it, or `_ANSWER_S` have passed.
         """
         until_s = time.monotonic() + _ANSWER_S
         line = bytearray()
@@ -183,11 +183,11 @@ class _TemplateProcess:
         except TimeoutError:
             raise _NoAnswer(f"no answer within {_ANSWER_S:g} s") from None
         except ConnectionError:
-            raise _NoAnswer(self._last_words()) from None
+            raise _NoAnswer(self._why_ended()) from None
         answer: dict[str, str] = json.loads(line)
         return answer
 
-    def _last_words(self) -> str:
+    def _why_ended(self) -> str:
         try:
             code = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A checkpoint before ranks start: does it hold what its `config.json` says, and nothing else?"""
+"""Checks, before ranks start, that a checkpoint holds what its `config.json` says, and no more."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ _NUM_SHOWN = 3
 def check_checkpoint(
     model: ModelConfig, folder: Path, *, ignore_unused_tensors: bool, log: Callable[[str], None]
 ) -> ModelConfig:
-    """Hold a checkpoint against its model, by the files' headers.
+    """Compare a checkpoint with its model, by the headers of its files.
 
     Args:
         ignore_unused_tensors: go on with a warning where the model has no use for some tensors.
@@ -27,8 +27,8 @@ def check_checkpoint(
     Raises:
         SpecError: a tensor is missing, has a wrong shape, or is not used.
     """
-    if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one speaks
-        log = _say_nothing
+    if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one prints
+        log = _discard
     checkpoint = StoredTensors(folder, model)
     unused = checkpoint.check()
     if unused:
@@ -47,7 +47,7 @@ def check_checkpoint(
     return model.with_overrides(tie_word_embeddings=False)
 
 
-def _say_nothing(line: str) -> None:
+def _discard(line: str) -> None:
     pass
 
 

@@ -1,6 +1,6 @@
 """What the launcher asks of a rank, each with the type of its answer; importable without torch.
 
-What a rank does for each command stands in `engine.handlers`.
+`engine.handlers` has what a rank does for each command.
 """
 
 from dataclasses import dataclass, field
@@ -83,11 +83,11 @@ class HeldBytes:
 
 @dataclass(frozen=True)
 class RankMachine:
-    """What a rank sees of its machine.
+    """A rank's machine, as the rank sees it.
 
     Attributes:
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`; behind it in
-            parentheses why not ours, where that is not plain.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
+            where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """
@@ -122,7 +122,7 @@ class RankRates:
 
 @dataclass(frozen=True)
 class DescribeMachine(Command[RankMachine]):
-    """What the rank sees of its machine."""
+    """Describe the machine of the rank."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class ApplyPlacements(Command[None]):
 class TimeOneMove(Command[tuple[int, float]]):
     """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
 
-    What arrives is thrown away. Collective over the ranks of a replica.
+    What arrives is discarded. Collective over the ranks of a replica.
     """
 
 

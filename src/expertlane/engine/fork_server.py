@@ -1,9 +1,9 @@
 """Forks local ranks from one process that has imported torch and never computes in it.
 
-Sixteen ranks share one copy of torch's pages so, and no `__main__` guard is needed in the program
-that started them. The server tells the launcher of every rank that ends. It ends all ranks when the
-launcher goes away, whatever the reason: it watches the control socket and also its own parent,
-since a process that the launcher has forked may hold the other end of the socket.
+So all ranks share one copy of torch's pages, and the program that starts them needs no `__main__`
+guard. The server reports every rank that ends to the launcher. It ends all ranks when the launcher
+has ended, for whatever reason: it watches the control socket and also its own parent, since a
+process that the launcher has forked may hold the other end of the socket.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class ServerSettings:
         control_fd: socket to the launcher; its end of file ends everything.
         rank_fds: one socket a rank.
         board_fd: of the progress board's file.
-        store_fd, store_path: where the ranks meet; None for a file that has a name.
+        store_fd, store_path: the ranks' rendezvous file; `store_fd` is None where it has a name.
     """
 
     launcher_pid: int
@@ -51,12 +51,12 @@ class ServerSettings:
     dtype: str | None
 
     def descriptors(self) -> list[int]:
-        """All that the server gets from the launcher."""
+        """All file descriptors that the server inherits from the launcher."""
         own = [self.control_fd, *self.rank_fds, self.board_fd]
         return own if self.store_fd is None else [*own, self.store_fd]
 
     def of_rank(self, rank: int) -> "RankSettings":
-        """What one rank is told."""
+        """The settings of one rank."""
         from expertlane.engine.worker import RankSettings
 
         world_size = len(self.rank_fds)
@@ -75,8 +75,8 @@ class ServerSettings:
 def python_command(module: str, arguments: Sequence[str]) -> list[str]:
     """A command that runs `main` of a module in a Python of its own.
 
-    It finds modules where this process does. The working directory is not among the places where
-    Python looks on its own: a file in it named like a module would be run.
+    It imports from where this process does. `-P` keeps the working directory off Python's path: a
+    file in it named like a module would be run.
     """
     paths = [path for path in sys.path if isinstance(path, str)]
     code = f"import sys; sys.path[:] = {paths!a}; from {module} import main; main()"
@@ -115,7 +115,7 @@ def _run_rank(settings: ServerSettings, rank: int, handlers: "Handlers", server_
 
 
 def _watch(settings: ServerSettings, rank_of_pid: dict[int, int]) -> None:
-    """Report ranks that end, until the launcher closes its side or is gone."""
+    """Report ranks that end, until the launcher closes its side or has ended."""
     poll = select.poll()
     poll.register(settings.control_fd, select.POLLIN)
     while os.getppid() == settings.launcher_pid:
@@ -157,13 +157,13 @@ def main(handlers: "Handlers | None" = None) -> None:
     try:
         _watch(settings, rank_of_pid)
     except (BrokenPipeError, ConnectionResetError):
-        pass  # the launcher is gone
+        pass  # the launcher has ended
     finally:
         for pid in rank_of_pid:
             os.kill(pid, signal.SIGKILL)
         for pid in rank_of_pid:
             os.waitpid(pid, 0)
-        if settings.store_fd is None:  # for a launcher that cannot do it any more
+        if settings.store_fd is None:  # the launcher may have been killed
             with contextlib.suppress(OSError):
                 os.unlink(settings.store_path)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C where it must not tear something apart."""
+"""Defers Ctrl-C where an exception would leave work half done."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,10 +7,11 @@ from types import FrameType
 
 
 @contextmanager
-def interrupts_noted() -> Iterator[Callable[[], bool]]:
-    """In the main thread: gives whether there was a Ctrl-C, which is only noted.
+def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Only note a Ctrl-C; a second one raises `KeyboardInterrupt` at once. In the main thread.
 
-    A second one is a `KeyboardInterrupt` at once.
+    Yields:
+        Whether there was one, to be called.
     """
     is_noted = False
 

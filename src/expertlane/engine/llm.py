@@ -207,7 +207,7 @@ class LLM:
         """
         if self._routing is None:
             raise UserError("routing is not recorded; make the LLM with record_routing=True")
-        with self._shared.alone():
+        with self._shared.exclusive():
             return self._routing.trace()
 
     def generate(

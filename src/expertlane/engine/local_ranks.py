@@ -38,8 +38,8 @@ class RunFiles:
 
     Attributes:
         board: of the run's ranks, in the file `board_fd`.
-        store_path: where local ranks meet; the same descriptor in all of them, where there are
-            files in memory.
+        store_path: the rendezvous file of local ranks; where it is in memory, they inherit its
+            descriptor.
 
     Raises:
         CapacityError: there is no room for them.
@@ -85,7 +85,7 @@ class LocalRanks:
     Attributes:
         channels: one a rank.
         control: readable when a rank has ended.
-        board: where the ranks say what they do.
+        board: where the ranks report their progress.
 
     Raises:
         CapacityError: not enough file descriptors or temporary space for so many ranks.
@@ -143,7 +143,7 @@ class LocalRanks:
             self.channels.append(Channel(ours, timeout_s))
 
     def read_control(self) -> str | None:
-        """Take in what the fork server says; a line if it has ended. Only when readable."""
+        """Read what the fork server reports; a line if it has ended. Only when readable."""
         try:
             data = self.control.recv(65536)
         except ConnectionResetError:

@@ -1,8 +1,8 @@
-"""How ranks that others have started find the launcher, and how it knows them from strangers.
+"""How ranks that torchrun has started connect to the launcher, and how it authenticates them.
 
-Each rank makes a secret, tells its hash through the ranks' common store, and shows the secret
+Each rank makes a secret, puts its hash into the store that all ranks share, and sends the secret
 itself to the launcher alone. So whoever can only read the store cannot pass for a rank. The first
-rank, a child of the launcher, gets its secret from it and brings the others' hashes.
+rank, a child of the launcher, gets its secret from it and sends the others' hashes.
 """
 
 import contextlib
@@ -21,34 +21,34 @@ from expertlane.errors import RankError, UserError
 
 SECRET_BYTES = 32
 HASH_BYTES = hashlib.sha256().digest_size
-MEET_TIMEOUT_S = 120.0
-_GREETING_TIMEOUT_S = 5.0  # for a few bytes that are sent at once
-_GREETING = struct.Struct(f"<8sI{SECRET_BYTES}s")  # magic, rank, secret
+CONNECT_TIMEOUT_S = 120.0
+_HANDSHAKE_TIMEOUT_S = 5.0  # for a few bytes that are sent at once
+_HANDSHAKE = struct.Struct(f"<8sI{SECRET_BYTES}s")  # magic, rank, secret
 _MAGIC = b"XLRANK01"
-_MOST_GUESTS = 1024  # not yet known; more push out those that have waited longest
-_MOST_REPORTED = 10
+_MAX_PENDING = 1024  # connections; beyond, the oldest is refused
+_MAX_REPORTED = 10
 
 
 def new_secret() -> bytes:
-    """Random; for one rank of one run."""
+    """Random bytes, for one rank of one run."""
     return secrets.token_bytes(SECRET_BYTES)
 
 
 def hash_of(secret: bytes) -> bytes:
-    """What may be told of a secret."""
+    """What others may know of a secret: its SHA-256."""
     return hashlib.sha256(secret).digest()
 
 
-def greeting(rank: int, secret: bytes) -> bytes:
+def handshake(rank: int, secret: bytes) -> bytes:
     """What a rank sends first, once connected; the first rank adds the others' hashes."""
-    return _GREETING.pack(_MAGIC, rank, secret)
+    return _HANDSHAKE.pack(_MAGIC, rank, secret)
 
 
 def listen(master_address: str, num_ranks: int, *, several_nodes: bool) -> socket.socket:
-    """Listen for ranks where `master_address` is, on a port of the system's choice.
+    """Listen for ranks at `master_address`, on a port of the system's choice.
 
-    Where that name means this host alone, as Debian's own name for a host does, but ranks of
-    other nodes are to come, the host's only other address serves.
+    Where that name resolves to loopback, as Debian sets up a host's own name, but there are ranks
+    on other nodes, the host's only other address is taken.
 
     Raises:
         UserError: the address is not one of this host, or there are several to choose from.
@@ -91,23 +91,27 @@ def _only_address() -> str:
 
 
 @dataclass(eq=False)
-class _Guest:
-    """A connection that is not known to be a rank yet."""
+class _PendingConnection:
+    """A connection that is not authenticated yet.
+
+    Attributes:
+        rank: the one that it claims to be; None before its handshake.
+    """
 
     connection: socket.socket
     address: str
-    until_s: float
-    said: bytearray = field(default_factory=bytearray)
+    deadline_s: float
+    received: bytearray = field(default_factory=bytearray)
     rank: int | None = None
 
 
-class Reception:
-    """Accepts ranks side by side, so that no stranger makes them wait.
+class RankAcceptor:
+    """Accepts the connections of ranks, in parallel, so that no other client makes them wait.
 
     Args:
         listener: not blocking; stays the caller's.
         secret: of the first rank.
-        report: called with a line for each stranger, the first few.
+        report: called with a line for each connection that is refused, the first ten.
     """
 
     def __init__(
@@ -122,124 +126,128 @@ class Reception:
         self._report = report
         self._num_reported = 0
         self._hashes = {0: hash_of(secret)}
-        self._guests: list[_Guest] = []
+        self._pending: list[_PendingConnection] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self.met: dict[int, socket.socket] = {}
+        self._accepted: dict[int, socket.socket] = {}
 
-    def meet_all(self) -> list[socket.socket]:
-        """All ranks' connections, [num_ranks].
+    def accept_all(self) -> list[socket.socket]:
+        """The connections of all ranks, [num_ranks].
 
         Raises:
-            RankError: not all came in time.
+            RankError: not all connected in time.
         """
-        until_s = time.monotonic() + MEET_TIMEOUT_S
+        deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
         try:
-            while len(self.met) < self._num_ranks:
-                if time.monotonic() > until_s:
-                    missing = sorted(set(range(self._num_ranks)) - set(self.met))
-                    raise RankError(f"ranks {missing} did not come within {MEET_TIMEOUT_S:g} s")
+            while len(self._accepted) < self._num_ranks:
+                if time.monotonic() > deadline_s:
+                    missing = sorted(set(range(self._num_ranks)) - set(self._accepted))
+                    raise RankError(
+                        f"ranks {missing} did not connect within {CONNECT_TIMEOUT_S:g} s"
+                    )
                 for key, _ in self._selector.select(0.5):
                     if key.fileobj is self._listener:
-                        self._accept()
+                        self._accept_connection()
                     else:
-                        self._listen_to(key.data)
-                self._see_off_the_late()
+                        self._receive(key.data)
+                self._refuse_overdue()
         except BaseException:
-            for connection in self.met.values():
+            for connection in self._accepted.values():
                 connection.close()
             raise
         finally:
-            for guest in list(self._guests):
-                self._refuse(guest, "all ranks are there")
+            for pending in list(self._pending):
+                self._refuse(pending, "all ranks are connected")
             self._selector.close()
-        return [self.met[rank] for rank in range(self._num_ranks)]
+        return [self._accepted[rank] for rank in range(self._num_ranks)]
 
-    def _accept(self) -> None:
+    def _accept_connection(self) -> None:
         try:
             connection, address = self._listener.accept()
-        except OSError:  # it has gone away again
+        except OSError:  # it was closed meanwhile
             return
         connection.setblocking(False)
-        until_s = time.monotonic() + _GREETING_TIMEOUT_S
-        guest = _Guest(connection, f"{address[0]}:{address[1]}", until_s)
-        self._guests.append(guest)
-        self._selector.register(connection, selectors.EVENT_READ, guest)
-        if len(self._guests) > _MOST_GUESTS:
-            oldest = next(each for each in self._guests if each.rank != 0)
-            self._refuse(oldest, "too many wait to be known")
+        deadline_s = time.monotonic() + _HANDSHAKE_TIMEOUT_S
+        pending = _PendingConnection(connection, f"{address[0]}:{address[1]}", deadline_s)
+        self._pending.append(pending)
+        self._selector.register(connection, selectors.EVENT_READ, pending)
+        if len(self._pending) > _MAX_PENDING:
+            oldest = next(each for each in self._pending if each.rank != 0)
+            self._refuse(oldest, "too many connections are pending")
 
-    def _listen_to(self, guest: _Guest) -> None:
-        """Read what was said so far; never more than a greeting has."""
-        wanted = _GREETING.size
-        if guest.rank == 0:
+    def _receive(self, pending: _PendingConnection) -> None:
+        """Read what has arrived; never more than a handshake has."""
+        wanted = _HANDSHAKE.size
+        if pending.rank == 0:
             wanted += HASH_BYTES * (self._num_ranks - 1)
         try:
-            said = guest.connection.recv(wanted - len(guest.said))
+            data = pending.connection.recv(wanted - len(pending.received))
         except BlockingIOError:
             return
         except OSError as error:
-            self._refuse(guest, error.strerror or str(error))
+            self._refuse(pending, error.strerror or str(error))
             return
-        if not said:
-            self._refuse(guest, "it closed the connection")
+        if not data:
+            self._refuse(pending, "it closed the connection")
             return
-        guest.said += said
-        if len(guest.said) < wanted:
+        pending.received += data
+        if len(pending.received) < wanted:
             return
-        magic, rank, secret = _GREETING.unpack_from(guest.said)
+        magic, rank, secret = _HANDSHAKE.unpack_from(pending.received)
         if magic != _MAGIC or rank >= self._num_ranks:
-            self._refuse(guest, "it does not speak as a rank")
+            self._refuse(pending, "it sent no valid handshake")
         elif rank == 0:
-            self._take_first(guest, secret)
+            self._check_first(pending, secret)
         else:
-            guest.rank = rank
-            self._selector.unregister(guest.connection)
-            guest.until_s = float("inf")  # until the first rank has brought the hashes
-            self._check(guest)
+            pending.rank = rank
+            self._selector.unregister(pending.connection)
+            pending.deadline_s = float("inf")  # until the first rank has sent the hashes
+            self._check(pending)
 
-    def _take_first(self, guest: _Guest, secret: bytes) -> None:
-        if not secrets.compare_digest(hash_of(secret), self._hashes[0]) or 0 in self.met:
-            self._refuse(guest, "it is not rank 0")
+    def _check_first(self, pending: _PendingConnection, secret: bytes) -> None:
+        if not secrets.compare_digest(hash_of(secret), self._hashes[0]) or 0 in self._accepted:
+            self._refuse(pending, "it is not rank 0")
             return
-        guest.rank = 0
-        if len(guest.said) < _GREETING.size + HASH_BYTES * (self._num_ranks - 1):
-            guest.until_s = time.monotonic() + MEET_TIMEOUT_S  # the others have to come up first
+        pending.rank = 0
+        if len(pending.received) < _HANDSHAKE.size + HASH_BYTES * (self._num_ranks - 1):
+            pending.deadline_s = (
+                time.monotonic() + CONNECT_TIMEOUT_S
+            )  # the others have to start first
             return
-        brought = bytes(guest.said[_GREETING.size :])
+        hashes = bytes(pending.received[_HANDSHAKE.size :])
         for rank in range(1, self._num_ranks):
-            self._hashes[rank] = brought[HASH_BYTES * (rank - 1) : HASH_BYTES * rank]
-        self._selector.unregister(guest.connection)
-        self._welcome(guest, 0)
-        for waiting in [each for each in self._guests if each.rank is not None]:
-            self._check(waiting)
+            self._hashes[rank] = hashes[HASH_BYTES * (rank - 1) : HASH_BYTES * rank]
+        self._selector.unregister(pending.connection)
+        self._accept_rank(pending, 0)
+        for other in [each for each in self._pending if each.rank is not None]:
+            self._check(other)
 
-    def _check(self, guest: _Guest) -> None:
-        assert guest.rank is not None, "it has said which it is"
-        known = self._hashes.get(guest.rank)
+    def _check(self, pending: _PendingConnection) -> None:
+        assert pending.rank is not None, "its handshake is complete"
+        known = self._hashes.get(pending.rank)
         if known is None:
             return
-        _, _, secret = _GREETING.unpack_from(guest.said)
-        if guest.rank in self.met or not secrets.compare_digest(hash_of(secret), known):
-            self._refuse(guest, f"it is not rank {guest.rank}")
+        _, _, secret = _HANDSHAKE.unpack_from(pending.received)
+        if pending.rank in self._accepted or not secrets.compare_digest(hash_of(secret), known):
+            self._refuse(pending, f"it is not rank {pending.rank}")
         else:
-            self._welcome(guest, guest.rank)
+            self._accept_rank(pending, pending.rank)
 
-    def _welcome(self, guest: _Guest, rank: int) -> None:
-        self._guests.remove(guest)
-        self.met[rank] = guest.connection
+    def _accept_rank(self, pending: _PendingConnection, rank: int) -> None:
+        self._pending.remove(pending)
+        self._accepted[rank] = pending.connection
 
-    def _see_off_the_late(self) -> None:
+    def _refuse_overdue(self) -> None:
         now_s = time.monotonic()
-        for guest in [each for each in self._guests if each.until_s < now_s]:
-            self._refuse(guest, "it was silent")
+        for pending in [each for each in self._pending if each.deadline_s < now_s]:
+            self._refuse(pending, "it sent no handshake in time")
 
-    def _refuse(self, guest: _Guest, why: str) -> None:
-        self._guests.remove(guest)
+    def _refuse(self, pending: _PendingConnection, why: str) -> None:
+        self._pending.remove(pending)
         with contextlib.suppress(KeyError):
-            self._selector.unregister(guest.connection)
-        guest.connection.close()
+            self._selector.unregister(pending.connection)
+        pending.connection.close()
         self._num_reported += 1
-        if self._num_reported <= _MOST_REPORTED:
-            more = "; more are not reported" if self._num_reported == _MOST_REPORTED else ""
-            self._report(f"refused a connection from {guest.address}: {why}{more}")
+        if self._num_reported <= _MAX_REPORTED:
+            more = "; more are not reported" if self._num_reported == _MAX_REPORTED else ""
+            self._report(f"refused a connection from {pending.address}: {why}{more}")

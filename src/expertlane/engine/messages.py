@@ -1,8 +1,8 @@
-"""What travels between the launcher and a rank: a fixed header, a typed value, raw arrays.
+"""Messages between the launcher and a rank: a fixed header, a typed value, raw arrays.
 
-Values are msgpack of known types, checked while they are decoded; nothing is unpickled and nothing
-is found by a name that came over a socket. Arrays follow the value, each on a border of 64 bytes:
-an encoding that memory shared by both sides could hold as well.
+Values are msgpack of known types, checked while they are decoded; nothing is unpickled, and nothing
+is imported by a name that came over a socket. Arrays follow the value, each aligned to 64 bytes, so
+that shared memory could hold the same encoding.
 """
 
 import select
@@ -24,12 +24,12 @@ ValueT = TypeVar("ValueT")
 _HEADER = struct.Struct("<4sIQQ")  # magic, kind, bytes of the value, bytes of the arrays
 _MAGIC = b"XLM1"
 _ALIGNMENT = 64
-MOST_BYTES = 1 << 30  # of a message
+MAX_MESSAGE_BYTES = 1 << 30
 _DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "<i4", "<i8", "<f4", "<f8")}
 
 
 class MessageKind(IntEnum):
-    """What a message is; a fixed number each."""
+    """What a message is for; its number is part of the encoding."""
 
     COMMAND = 1
     RESULT = 2
@@ -39,7 +39,7 @@ class MessageKind(IntEnum):
 
 
 class MessageError(Exception):
-    """What came is no message of ours; its text is one line."""
+    """The bytes that arrived are no valid message; the text is one line."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Ready:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank of another node is, whose progress line the launcher cannot see.
+    """What a rank of another node reports, since the launcher cannot read its progress board.
 
     Attributes:
-        cells: a `ProgressBoard` line.
+        cells: the rank's line of a `ProgressBoard`.
     """
 
     cells: list[int]
 
 
 class FailureKind(Enum):
-    """Who is to blame for a failure."""
+    """Where the cause of a failure lies."""
 
     USER = "user"  # a UserError: what was asked for is wrong
     PEER = "peer"  # a transfer broke: some other rank is the cause
@@ -90,11 +90,11 @@ class Failure:
 
 
 class Message(NamedTuple):
-    """A message as it came.
+    """A message as it arrived.
 
     Attributes:
-        body: the value, encoded.
-        arrays: what it refers to; may be written to.
+        body: the encoded value.
+        arrays: the arrays that it refers to; writable.
     """
 
     kind: MessageKind
@@ -115,7 +115,7 @@ class Decoder(Generic[ValueT]):
         """The value.
 
         Raises:
-            MessageError: the message holds none of this type.
+            MessageError: the message does not hold a value of this type.
         """
         self._arrays = message.arrays
         try:
@@ -126,7 +126,7 @@ class Decoder(Generic[ValueT]):
             self._arrays = memoryview(b"")
 
     def _array(self, wanted: Any, found: Any) -> np.ndarray:
-        """One array; this is most of the time that decoding a step plan takes."""
+        """One array; most of the time of decoding a step plan goes here."""
         if id(wanted) not in self._expected:
             self._expected[id(wanted)] = wanted, _dtype_of(wanted)
         expected = self._expected[id(wanted)][1]
@@ -152,8 +152,8 @@ def _dtype_of(alias: Any) -> np.dtype | None:
     return np.dtype(inner[0]) if inner and isinstance(inner[0], type) else None
 
 
-class Commands:
-    """Decodes commands by their names, of those that a rank answers."""
+class CommandDecoder:
+    """Turns messages into commands, of the types that a rank answers."""
 
     def __init__(self, known: Mapping[type[Command[Any]], object]) -> None:
         self._named = Decoder(tuple[str, msgspec.Raw])
@@ -163,7 +163,7 @@ class Commands:
         """The command.
 
         Raises:
-            MessageError: it is none of those that are known.
+            MessageError: the command is unknown, or its fields have wrong types.
         """
         name, raw = self._named.decode(message)
         decoder = self._decoders.get(name)
@@ -192,12 +192,12 @@ class _Arrays:
 
 
 def encode(kind: MessageKind, value: object) -> bytes:
-    """A message whole.
+    """A whole message.
 
     Raises:
         TypeError: something in the value cannot be sent.
-        UserError: a text of it is no valid Unicode, as a file's name may be.
-        ValueError: the message would be larger than `MOST_BYTES`.
+        UserError: a text in the value is not valid Unicode, as the name of a file may be.
+        ValueError: the message would be larger than `MAX_MESSAGE_BYTES`.
     """
     arrays = _Arrays()
     encoder = msgspec.msgpack.Encoder(enc_hook=arrays.add)
@@ -206,8 +206,10 @@ def encode(kind: MessageKind, value: object) -> bytes:
         body = encoder.encode(named)
     except UnicodeEncodeError as error:
         raise UserError(f"{error.object!a} is not valid UTF-8") from None
-    if len(body) + arrays.size > MOST_BYTES:
-        raise ValueError(f"a message of {len(body) + arrays.size:,} bytes; at most {MOST_BYTES:,}")
+    if len(body) + arrays.size > MAX_MESSAGE_BYTES:
+        raise ValueError(
+            f"a message of {len(body) + arrays.size:,} bytes; at most {MAX_MESSAGE_BYTES:,}"
+        )
     header = _HEADER.pack(_MAGIC, kind, len(body), arrays.size)
     return b"".join([header, body, bytes(-len(body) % _ALIGNMENT), *arrays.parts])
 
@@ -216,12 +218,12 @@ class HasDescriptor(Protocol):
     """A channel or a socket."""
 
     def fileno(self) -> int:
-        """The descriptor, to wait for."""
+        """The file descriptor, to poll."""
         ...
 
 
 def wait_readable(sources: Iterable[HasDescriptor], timeout_s: float) -> set[int]:
-    """Descriptors of those that can be read, or have ended, within `timeout_s`."""
+    """File descriptors that can be read, or are closed, within `timeout_s`."""
     poll = select.poll()
     for source in sources:
         poll.register(source.fileno(), select.POLLIN)
@@ -229,7 +231,7 @@ def wait_readable(sources: Iterable[HasDescriptor], timeout_s: float) -> set[int
 
 
 class Channel:
-    """One side of a connection over which messages travel; owns its socket.
+    """One side of a connection for messages; owns its socket.
 
     Args:
         timeout_s: how long the other side may take to read or write what is under way; None for
@@ -246,40 +248,43 @@ class Channel:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
 
     def fileno(self) -> int:
-        """The descriptor, to wait for."""
+        """The file descriptor, to poll."""
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Let go of the other side."""
+        """Close the connection."""
         self._socket.close()
 
     def send(self, encoded: bytes) -> None:
-        """Send a message whole.
+        """Send a whole message.
 
         Raises:
             BlockingIOError: the other side did not read it in time.
-            OSError: the other side is gone.
+            OSError: the connection is closed.
         """
         self._socket.sendall(encoded)
 
     def receive(self) -> Message:
-        """The next message, once it is there.
+        """Wait for the next message.
 
         Raises:
             BlockingIOError: the other side stopped in the middle of it.
-            EOFError, OSError: the other side is gone.
-            MessageError: what came is no message.
+            EOFError, OSError: the connection is closed.
+            MessageError: its header is wrong, or announces too many bytes.
         """
-        magic, kind, body_size, arrays_size = _HEADER.unpack(self._exactly(_HEADER.size))
+        magic, kind, body_size, arrays_size = _HEADER.unpack(self._receive_exactly(_HEADER.size))
         if magic != _MAGIC or kind not in list(MessageKind):
-            raise MessageError("what came is no message")
-        if body_size + arrays_size > MOST_BYTES:
-            raise MessageError(f"a message of {body_size + arrays_size:,} bytes was announced")
+            raise MessageError("the header is wrong")
+        if body_size + arrays_size > MAX_MESSAGE_BYTES:
+            raise MessageError(
+                f"the header announces {body_size + arrays_size:,} bytes; at most "
+                f"{MAX_MESSAGE_BYTES:,} are taken"
+            )
         arrays_begin = body_size + -body_size % _ALIGNMENT
-        content = self._exactly(arrays_begin + arrays_size)
+        content = self._receive_exactly(arrays_begin + arrays_size)
         return Message(MessageKind(kind), content[:body_size], content[arrays_begin:])
 
-    def _exactly(self, size: int) -> memoryview:
+    def _receive_exactly(self, size: int) -> memoryview:
         content = memoryview(bytearray(size))
         num_read = 0
         while num_read < size:

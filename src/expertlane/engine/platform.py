@@ -46,7 +46,7 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
 
     Raises:
         UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
-            backend that was asked for cannot be had.
+            kernels that the user demands are not available.
     """
     has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
     if has_gpus and demanded_backend() != "cpu":
@@ -69,7 +69,7 @@ def _kernels_of_cpu(dtype: torch.dtype) -> str:
     if arithmetic_for(torch.empty(1, dtype=dtype)) is not None:
         return "expertlane"
     is_best = has_bookkeeping and dtype is not torch.bfloat16
-    return "torch" if is_best else f"torch ({backend().without})"
+    return "torch" if is_best else f"torch ({backend().why_not})"
 
 
 def _keep_freed_memory() -> None:

@@ -33,8 +33,8 @@ from expertlane.spec.names import Stage
 
 _POLL_S = 0.5
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
-_BLAME_WINDOW_S = 2.0  # how long to look for the cause after a victim has complained
-_LAST_WORDS_S = 0.5
+_BLAME_WINDOW_S = 2.0  # how long to look for the cause after a symptom was reported
+_FAILURE_WAIT_S = 0.5
 
 ResultT = TypeVar("ResultT")
 
@@ -44,8 +44,8 @@ class Ranks(Protocol):
 
     Attributes:
         channels: one a rank.
-        control: readable when there is news of ranks that ended.
-        reports_exits: whether `exit_code` will come to know how any rank ended.
+        control: readable when ranks have ended.
+        reports_exits: whether `exit_code` will know how any rank ended.
     """
 
     channels: list[Channel]
@@ -54,7 +54,7 @@ class Ranks(Protocol):
     reports_exits: bool
 
     def read_control(self) -> str | None:
-        """Take in news; a line if the ranks can no longer be watched, else None."""
+        """Read which ranks ended; a line if they can no longer be watched, else None."""
         ...
 
     def exit_code(self, rank: int) -> int | None:
@@ -208,7 +208,7 @@ class RankPool:
     ) -> None:
         try:
             while not is_done():
-                self._take_news(min(_POLL_S, bound_s / 4))
+                self._receive_available(min(_POLL_S, bound_s / 4))
                 old_s = time.monotonic() - bound_s
                 for ticket in tickets:
                     if ticket.is_done or ticket.submitted_s > old_s:
@@ -217,7 +217,9 @@ class RankPool:
                         self._fail(self._hang(ticket, bound_s))
         except TerminatedError:
             if not self._closed:
-                self._take_news(_LAST_WORDS_S)  # torchrun ends us when a rank has died: say which
+                self._receive_available(
+                    _FAILURE_WAIT_S
+                )  # torchrun ends us when a rank has died: say which
             raise
 
     def _silent_s(self, ticket: Ticket[Any]) -> float:
@@ -225,8 +227,8 @@ class RankPool:
         reported_s = max(self.position(rank).time_s for rank in ticket.ranks)
         return time.monotonic() - max(reported_s, ticket.submitted_s)
 
-    def _take_news(self, timeout_s: float) -> None:
-        """Take in answers and deaths for up to `timeout_s`."""
+    def _receive_available(self, timeout_s: float) -> None:
+        """Receive what ranks send, and notice those that ended, for up to `timeout_s`."""
         channels = self._ranks.channels
         ready = {descriptor for descriptor, _ in self._poll.poll(1e3 * timeout_s)}
         for rank in [r for r, channel in enumerate(channels) if channel.fileno() in ready]:
@@ -237,7 +239,7 @@ class RankPool:
             except (EOFError, OSError):
                 self._fail(self._death(rank))
             except MessageError as error:
-                self._fail(RankError(f"rank {rank} sent what nobody asked for: {error}"))
+                self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
         if self._ranks.control.fileno() in ready and (lost := self._ranks.read_control()):
             self._fail(RankError(lost))
 
@@ -251,7 +253,7 @@ class RankPool:
             ticket.results[rank] = ticket.decoder.decode(message)
             self._waiting[rank].popleft()
         else:
-            raise MessageError(f"a message of kind {message.kind.name}")
+            raise MessageError(f"{message.kind.name} was not expected")
 
     def _fail(self, error: ExpertlaneError) -> NoReturn:
         with contextlib.suppress(TerminatedError):  # by torchrun, for the same reason
@@ -263,7 +265,7 @@ class RankPool:
         if failure.kind is FailureKind.USER:
             return UserError(failure.text)
         is_symptom = failure.kind is not FailureKind.BUG
-        until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _LAST_WORDS_S)
+        until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _FAILURE_WAIT_S)
         others = {r: c for r, c in enumerate(self._ranks.channels) if r != rank}
         while others and time.monotonic() < until:
             ready = wait_readable(others.values(), _POLL_S)

@@ -1,4 +1,4 @@
-"""One engine for several threads: of those that wait for steps, one takes them for all."""
+"""One engine for several threads: of those that wait for steps, one runs them for all."""
 
 import threading
 from collections import deque
@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from expertlane.engine.engine import Engine, Prompt
-from expertlane.engine.interrupts import interrupts_noted
+from expertlane.engine.interrupts import deferred_interrupts
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.errors import RankError
 from expertlane.spec.sampling import SamplingParams
@@ -18,7 +18,7 @@ class Waiter:
     """A call that waits for steps.
 
     Args:
-        is_ready: whether they brought what it waits for; other threads ask too.
+        is_ready: whether it has what it waits for; called from other threads too.
     """
 
     def __init__(self, is_ready: Callable[[], bool]) -> None:
@@ -28,7 +28,7 @@ class Waiter:
 
 
 class _Turn:
-    """A thread that has the engine, or is to have it: a context."""
+    """A thread's exclusive use of the engine, once all earlier turns have ended: a context."""
 
     __slots__ = ("_shared", "begin", "thread")
 
@@ -39,7 +39,7 @@ class _Turn:
 
     def __enter__(self) -> None:
         try:
-            self._shared.line_up(self)
+            self._shared.enqueue(self)
             if self.begin is not None:
                 self.begin.get()
         except BaseException:
@@ -51,20 +51,20 @@ class _Turn:
 
 
 class SharedEngine:
-    """Keeps threads apart that use an engine, in the order in which they ask for it.
+    """Gives threads exclusive use of an engine, in the order in which they ask for it.
 
-    One of the waiting threads leads: it takes steps until it has what it waits for, wakes others
-    when they have theirs, and then leaves the lead to the one that has waited longest. Between two
-    steps come those who add requests or close.
+    One of the waiting threads is the leader: it runs steps until it has what it waits for, wakes
+    others when they have theirs, and then makes the one that has waited longest the leader. Those
+    that add requests or close get the engine between two steps.
 
     Args:
-        is_closed: whether the ranks are gone.
+        is_closed: whether the ranks have been ended.
     """
 
     def __init__(self, engine: Engine[Any], is_closed: Callable[[], bool]) -> None:
         self._engine = engine
         self._is_closed = is_closed
-        # Held for moments only. Reentrant: a garbage collection in one may close a stream.
+        # Never held during a step. Reentrant: a garbage collection in one may close a stream.
         self._guard = threading.RLock()
         self._turns: deque[_Turn] = deque()  # the first has the engine
         self._leader: Waiter | None = None
@@ -72,11 +72,11 @@ class SharedEngine:
         self._to_cancel: deque[str] = deque()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
 
-    def alone(self) -> _Turn:
-        """While it lasts, no other thread has the engine."""
+    def exclusive(self) -> _Turn:
+        """A context in which no other thread uses the engine."""
         return _Turn(self)
 
-    def line_up(self, turn: _Turn) -> None:
+    def enqueue(self, turn: _Turn) -> None:
         """Put a turn behind those that asked before it."""
         with self._guard:
             # An interruption may have kept this thread from ending its last turn.
@@ -87,7 +87,7 @@ class SharedEngine:
             self._turns.append(turn)
 
     def end(self, turn: _Turn) -> None:
-        """Take a turn out of the line, and let the next one begin if it had the engine."""
+        """Take a turn out of the queue, and let the next one begin if it had the engine."""
         with self._guard:
             if turn not in self._turns:
                 return
@@ -114,7 +114,7 @@ class SharedEngine:
         Raises:
             UserError: it can never be served.
         """
-        with self.alone():
+        with self.exclusive():
             output = self._engine.add(request_id, prompt, params, name=name)
             if arrived is not None:
                 self._arrivals[request_id] = arrived
@@ -139,14 +139,14 @@ class SharedEngine:
             if self._turns and self._turns[0].thread == threading.get_ident():
                 close()  # in a step of this thread
                 return
-            with self.alone():
+            with self.exclusive():
                 close()
         except BaseException:
             close()
             raise
 
     def wait(self, waiter: Waiter) -> None:
-        """Take steps, or let another thread take them, until it is ready.
+        """Run steps, or let another thread run them, until it is ready.
 
         Raises:
             RankError: a rank died, hung or failed, or the ranks are gone.
@@ -174,9 +174,9 @@ class SharedEngine:
                         self._leader.wake.put(None)
 
     def _lead(self, waiter: Waiter) -> None:
-        """Take steps until it is ready or another thread asks for the engine."""
+        """Run steps until it is ready or another thread asks for the engine."""
         try:
-            with self.alone():
+            with self.exclusive():
                 while True:
                     self._step()
                     self._wake()
@@ -201,8 +201,8 @@ class SharedEngine:
         if self._is_closed():
             raise RankError("the ranks are gone; make a new LLM")
         if self._followers and threading.current_thread() is threading.main_thread():
-            # Where others wait too, an interruption must not tear their step apart.
-            with interrupts_noted() as is_noted:
+            # An interruption must not end a step that others wait for too.
+            with deferred_interrupts() as is_noted:
                 self._take_chunks()
             if is_noted():
                 raise KeyboardInterrupt

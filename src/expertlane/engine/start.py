@@ -42,8 +42,8 @@ def describe_ranks(pool: RankPool) -> list[RankMachine]:
     """What each rank sees of its machine.
 
     Raises:
-        UserError: they do not all compute alike. Experts move between ranks as they lie in memory,
-            which is another way for our kernels than for torch.
+        UserError: they do not all use the same kernels. Experts move between ranks in their
+            memory layout, which our kernels and torch do not share.
     """
     machines = pool.call(DescribeMachine())
     for rank, machine in enumerate(machines):

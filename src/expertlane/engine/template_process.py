@@ -1,8 +1,8 @@
-"""What the process of one chat template does: it compiles the template, then renders chats.
+"""The process of one chat template: compiles the template, then renders chats.
 
-A template is a program of a stranger's. Jinja's sandbox keeps it from files and from Python's
-insides; only a process has bounds of memory and time that hold inside a single operation, such as
-`10 ** 10 ** 9`. Requests and answers are JSON, a line each, on standard input and output.
+A template is an untrusted program. Jinja's sandbox keeps it from files and from Python's internals;
+only limits of a process hold inside a single operation, such as `10 ** 10 ** 9`. Requests and
+answers are JSON, a line each, on standard input and output.
 """
 
 import json
@@ -21,17 +21,17 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_LOOK_S = 2.0  # how often an idle process looks whether its parent is still there
+_PARENT_CHECK_S = 2.0  # how often an idle process checks that its parent lives
 _MAX_ERROR_CHARACTERS = 500
 _PIECE_BYTES = 2**20
 
 
 def serve() -> None:
-    """Answer until the other side is gone: first a template with its bounds, then its chats."""
+    """Answer until the connection is closed: first a template with its limits, then its chats."""
     requests = _requests(os.getppid())
     given = json.loads(next(requests))
-    _bound(resource.RLIMIT_AS, given["memory_bytes"])
-    _bound(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, given["memory_bytes"])
+    _limit(resource.RLIMIT_CORE, 0)
     template: Any = None
 
     def compile() -> str:
@@ -55,10 +55,10 @@ def serve() -> None:
 
 
 def _requests(parent: int) -> Iterator[bytes]:
-    """Lines as they come; none any more once `parent` is gone, even if others hold its socket."""
+    """Lines as they arrive, until `parent` has ended, even if other processes hold its socket."""
     line = bytearray()
     while True:
-        while not select.select([sys.stdin], [], [], _LOOK_S)[0]:
+        while not select.select([sys.stdin], [], [], _PARENT_CHECK_S)[0]:
             if os.getppid() != parent:
                 return
         piece = os.read(sys.stdin.fileno(), _PIECE_BYTES)
@@ -71,7 +71,7 @@ def _requests(parent: int) -> Iterator[bytes]:
 
 
 def _answer(make: Callable[[], str], cpu_s: float) -> None:
-    """Send the text made, or why there is none; beyond `cpu_s`, SIGPROF ends this process."""
+    """Send the text, or why there is none; beyond `cpu_s`, SIGPROF ends this process."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
         answer = {"text": make()}
@@ -79,9 +79,9 @@ def _answer(make: Callable[[], str], cpu_s: float) -> None:
         answer = {"error": "it takes too much memory"}
     except TemplateSyntaxError as error:
         answer = {"error": f"line {error.lineno}: {error.message}"}
-    except TemplateError as error:  # raise_exception among them: the template's own words
+    except TemplateError as error:  # also by the template, with raise_exception
         answer = {"error": str(error)}
-    except Exception as error:  # a template is a program: it may fail in any way
+    except Exception as error:  # a template is a program: anything can fail
         answer = {"error": f"{type(error).__name__}: {error}"}
     if "error" in answer:
         answer["error"] = answer["error"][:_MAX_ERROR_CHARACTERS]
@@ -90,14 +90,14 @@ def _answer(make: Callable[[], str], cpu_s: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _bound(kind: int, most: int) -> None:
+def _limit(kind: int, most: int) -> None:
     _, hard = resource.getrlimit(kind)
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (most, most))
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks a model's own words for training; here they are plain text."""
+    """`{% generation %}` marks a model's answers for training; here they are plain text."""
 
     tags = {"generation"}  # noqa: RUF012
 

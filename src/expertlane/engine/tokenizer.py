@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """An optional file's JSON object; empty if there is no such file.
 
     Raises:
-        UserError: it cannot be read or is no JSON object.
+        UserError: it cannot be read or is not a JSON object.
     """
     if not os.path.lexists(path):
         return {}

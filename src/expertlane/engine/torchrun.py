@@ -1,4 +1,4 @@
-"""Ranks that torchrun (or anything that sets its variables) has started.
+"""Ranks that torchrun, or anything that sets its variables, has started.
 
 Every process runs the same command. The one with RANK 0 becomes the launcher and starts a child
 for its rank; the others become their rank. They find the launcher through torchrun's own store.
@@ -19,9 +19,9 @@ import msgspec
 from expertlane.engine.fork_server import python_command
 from expertlane.engine.local_ranks import RunFiles
 from expertlane.engine.meeting import (
-    MEET_TIMEOUT_S,
-    Reception,
-    greeting,
+    CONNECT_TIMEOUT_S,
+    RankAcceptor,
+    handshake,
     hash_of,
     listen,
     new_secret,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _KILL_TIMEOUT_S = 5.0
-_LAUNCHER = "launcher"  # its key in the store
-_FIRST_RANK = "EXPERTLANE_FIRST_RANK"  # in the environment, which other users cannot read
+_LAUNCHER = "launcher"  # the key of its address in the store
+_FIRST_RANK = "EXPERTLANE_FIRST_RANK"  # a variable: other users cannot read the environment
 
 
 def is_under_torchrun() -> bool:
@@ -47,10 +47,10 @@ def own_rank() -> int:
 
 
 class _Launcher(msgspec.Struct):
-    """Where the launcher is; told through the store.
+    """Where the launcher listens; published through the store.
 
     Attributes:
-        host: which machine, and which of its process namespaces.
+        host: identifies the machine and the process namespace.
         pid, board_fd: the progress board's file, for ranks of that host.
     """
 
@@ -62,10 +62,10 @@ class _Launcher(msgspec.Struct):
 
 
 class _FirstRank(msgspec.Struct):
-    """What the launcher tells its own child, in the environment.
+    """What the launcher's own child gets, in the environment.
 
     Attributes:
-        secret: by which the launcher knows it.
+        secret: authenticates it.
     """
 
     launcher: _Launcher
@@ -73,10 +73,10 @@ class _FirstRank(msgspec.Struct):
 
 
 class TorchrunRanks:
-    """The launcher's side, in the process with RANK 0; the same face as `LocalRanks`.
+    """The launcher's side, in the process with RANK 0; the same interface as `LocalRanks`.
 
     Raises:
-        RankError: not all ranks came in time.
+        RankError: not all ranks connected in time.
         UserError: ranks cannot reach this host by MASTER_ADDR.
     """
 
@@ -94,30 +94,30 @@ class TorchrunRanks:
         try:
             listener = listen(os.environ["MASTER_ADDR"], num_ranks, several_nodes=several_nodes)
             with closing(listener):
-                met = self._meet(listener, num_ranks, timeout_s, dtype)
+                connections = self._connect(listener, num_ranks, timeout_s, dtype)
         except BaseException:
             self.close()
             raise
-        self.channels += [Channel(connection, timeout_s) for connection in met]
+        self.channels += [Channel(connection, timeout_s) for connection in connections]
 
-    def _meet(
+    def _connect(
         self, listener: socket.socket, num_ranks: int, timeout_s: float, dtype: str | None
     ) -> list[socket.socket]:
         address, port = listener.getsockname()[:2]
         launcher = _Launcher(address, port, _host(), os.getpid(), self._files.board_fd)
         secret = new_secret()
-        told = msgspec.json.encode(_FirstRank(launcher, secret)).decode()
+        first_rank = msgspec.json.encode(_FirstRank(launcher, secret)).decode()
         self._child = subprocess.Popen(
             python_command("expertlane.engine.torchrun", [str(timeout_s), dtype or ""]),
             stdin=subprocess.DEVNULL,
             stdout=2,
-            env=os.environ | {_FIRST_RANK: told},
+            env=os.environ | {_FIRST_RANK: first_rank},
         )
 
         def report(line: str) -> None:
             print(f"expertlane: {line}", file=sys.stderr, flush=True)
 
-        return Reception(listener, num_ranks, secret, report).meet_all()
+        return RankAcceptor(listener, num_ranks, secret, report).accept_all()
 
     def read_control(self) -> str | None:
         """Nothing to read: torchrun watches its own processes."""
@@ -128,7 +128,7 @@ class TorchrunRanks:
         return self._child.poll() if rank == 0 and self._child is not None else None
 
     def close(self) -> None:
-        """Let go of all ranks: each ends when its connection does."""
+        """Close all connections: each rank ends when its own is closed."""
         for channel in self.channels:
             channel.close()
         self.control.close()
@@ -146,7 +146,7 @@ class TorchrunRanks:
 
 
 def _host() -> str:
-    """This machine since it was started, and the process namespace; empty where not known."""
+    """The boot id of this machine and the process namespace; empty where not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -160,21 +160,21 @@ def _open_board(launcher: _Launcher) -> int | None:
         return None
     try:
         return os.open(f"/proc/{launcher.pid}/fd/{launcher.board_fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # a user's own processes may be hidden from one another
+    except OSError:  # a user's processes may be hidden from each other
         return None
 
 
 def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
     """Be this process's rank until the launcher is done; returns the exit code.
 
-    Rank 0's child knows the launcher from its environment and tells the others.
+    Rank 0's child finds the launcher in its environment and publishes it for the others.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     from expertlane.engine.handlers import HANDLERS
     from expertlane.engine.worker import RankSettings, serve
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     rank, world_size = own_rank(), int(os.environ["WORLD_SIZE"])
     store = PrefixStore(
         f"expertlane-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
@@ -182,16 +182,16 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
     )
     first = os.environ.pop(_FIRST_RANK, None)
     if first is not None:
-        told = msgspec.json.decode(first, type=_FirstRank)
-        launcher, secret = told.launcher, told.secret
+        own = msgspec.json.decode(first, type=_FirstRank)
+        launcher, secret = own.launcher, own.secret
         store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
     else:
         secret = new_secret()
         store.set(f"rank {rank}", hash_of(secret).hex())
         launcher = msgspec.json.decode(store.get(_LAUNCHER), type=_Launcher)
     place = launcher.address, launcher.port
-    connection = socket.create_connection(place, timeout=MEET_TIMEOUT_S)
-    connection.sendall(greeting(rank, secret))
+    connection = socket.create_connection(place, timeout=CONNECT_TIMEOUT_S)
+    connection.sendall(handshake(rank, secret))
     if first is not None:
         hashes = [store.get(f"rank {other}").decode() for other in range(1, world_size)]
         connection.sendall(bytes.fromhex("".join(hashes)))
@@ -218,7 +218,7 @@ def _torchrun_store(rank: int, world_size: int) -> "Store":
         int(os.environ["MASTER_PORT"]),
         world_size,
         is_master=rank == 0 and not agent_hosts,
-        timeout=timedelta(seconds=MEET_TIMEOUT_S),
+        timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
     )
 
 

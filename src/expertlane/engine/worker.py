@@ -18,7 +18,7 @@ from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 from expertlane.engine.commands import Command
 from expertlane.engine.messages import (
     Channel,
-    Commands,
+    CommandDecoder,
     Failure,
     FailureKind,
     Heartbeat,
@@ -38,12 +38,12 @@ from expertlane.spec.names import Stage
 _GROUP_TIMEOUT_MARGIN_S = 30.0
 _HEARTBEAT_S = 1.0
 _LINGER_S = 10.0
-_WATCH_S = 0.5
+_PARENT_CHECK_S = 0.5
 
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a rank is told at its start.
+    """What a rank gets at its start.
 
     Attributes:
         board_fd: of the progress board's file; None where it is not shared.
@@ -86,21 +86,21 @@ class RankContext:
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
 
 
-class _Mouth:
-    """A rank's side of the connection to the launcher; more than one thread may speak."""
+class _Sender:
+    """Sends a rank's messages to the launcher; safe to use from several threads."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._lock = threading.Lock()
 
-    def say(self, kind: MessageKind, value: object) -> None:
-        """Send a message whole; a launcher that is gone does not matter here."""
+    def send(self, kind: MessageKind, value: object) -> None:
+        """Send a whole message; that the launcher has ended is noticed elsewhere."""
         encoded = encode(kind, value)
         with self._lock, contextlib.suppress(OSError):
             self._channel.send(encoded)
 
 
-def _open_board(settings: RankSettings, mouth: _Mouth) -> ProgressBoard:
+def _open_board(settings: RankSettings, sender: _Sender) -> ProgressBoard:
     """The launcher's board; on another node, one of its own that is reported by heartbeats."""
     if settings.board_fd is not None:
         return ProgressBoard(settings.world_size, settings.board_fd)
@@ -108,7 +108,7 @@ def _open_board(settings: RankSettings, mouth: _Mouth) -> ProgressBoard:
 
     def beat() -> None:
         while True:
-            mouth.say(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
+            sender.send(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
             time.sleep(_HEARTBEAT_S)
 
     threading.Thread(target=beat, daemon=True).start()
@@ -132,14 +132,14 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
 def end_with_parent() -> None:
     """Watch the parent from a thread, and end this process at once when it is gone.
 
-    A signal of the kernel's at the parent's death would not do: it comes as soon as the *thread*
-    that started this process ends.
+    A parent-death signal would not do: the kernel sends it as soon as the *thread* that started
+    this process ends.
     """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_WATCH_S)
+            time.sleep(_PARENT_CHECK_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -153,17 +153,17 @@ def serve(
     Args:
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
-    mouth = _Mouth(channel)
-    commands = Commands(handlers)
+    sender = _Sender(channel)
+    commands = CommandDecoder(handlers)
     try:
-        progress = _open_board(settings, mouth).reporter(settings.rank)
+        progress = _open_board(settings, sender).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
         _connect(settings, platform, store)
         context = RankContext(settings, platform, progress, DeviceMeshes(platform.device.type))
         progress.enter(Stage.IDLE, NO_LAYER)
-        mouth.say(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
+        sender.send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
         while (command := _next_command(channel, commands)) is not None:
-            mouth.say(MessageKind.RESULT, handlers[type(command)](context, command))
+            sender.send(MessageKind.RESULT, handlers[type(command)](context, command))
         dist.destroy_process_group()
         return 0
     except UserError as error:
@@ -175,13 +175,13 @@ def serve(
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
-    mouth.say(MessageKind.FAILURE, failure)
+    sender.send(MessageKind.FAILURE, failure)
     # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
     wait_readable([channel], _LINGER_S)
     return 1
 
 
-def _next_command(channel: Channel, commands: Commands) -> Command[Any] | None:
+def _next_command(channel: Channel, commands: CommandDecoder) -> Command[Any] | None:
     """None when the launcher is done, or gone."""
     try:
         message = channel.receive()

@@ -1,7 +1,7 @@
-"""What computes on a CPU: our own kernels, as far as they can be had, or torch. Chosen once, here.
+"""What computes on a CPU: our own kernels where they are available, or torch. Chosen once, here.
 
-`EXPERTLANE_BACKEND` is `cpu` for our kernels or `torch`; unset, our kernels where they can be had.
-`EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all that there are.
+`EXPERTLANE_BACKEND` is `cpu` for our kernels or `torch`; unset, ours if available.
+`EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all of them.
 """
 
 import os
@@ -21,29 +21,29 @@ _SETS = (BASELINE.name, AVX512_BF16.name)
 
 @dataclass(frozen=True)
 class Backend:
-    """Our kernels; None where they are not to be used, or cannot be had.
+    """Our kernels; None where they are not wanted or not available.
 
     Attributes:
-        bookkeeping: of dispatch; for any CPU.
-        arithmetic: in bfloat16.
-        without: why one of them is None, in a line; empty where both are there.
-        is_demanded: a user asked for our kernels: torch is no substitute.
+        bookkeeping: kernels for the bookkeeping of dispatch; for any CPU.
+        arithmetic: kernels for arithmetic in bfloat16.
+        why_not: why one of them is None, in a line; empty where neither is.
+        is_demanded: whether the user demands our kernels, so that torch must not replace them.
     """
 
     bookkeeping: DispatchKernels | None
     arithmetic: CpuKernels | None
-    without: str = ""
+    why_not: str = ""
     is_demanded: bool = False
 
     def refuse_substitute(self) -> None:
-        """Where our kernels are missing.
+        """Refuse to let torch replace kernels that are missing.
 
         Raises:
-            UserError: a user asked for them.
+            UserError: the user demands them.
         """
         if self.is_demanded:
             raise UserError(
-                f"EXPERTLANE_BACKEND=cpu, but our kernels cannot be had: {self.without}"
+                f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {self.why_not}"
             )
 
 
@@ -51,7 +51,7 @@ def bookkeeping_for(ids: Tensor) -> DispatchKernels | None:
     """The kernels for ids like these; None where tensor operations are to be used.
 
     Raises:
-        UserError: as `backend` does; or the kernels are missing, and a user asked for them.
+        UserError: as `backend`; or the kernels are missing, but the user demands them.
     """
     if ids.device.type != "cpu":
         return None
@@ -65,7 +65,7 @@ def arithmetic_for(tensor: Tensor) -> CpuKernels | None:
     """The kernels for tensors like this one; None where torch's own operations are to be used.
 
     Raises:
-        UserError: as `backend` does; or the kernels are missing, and a user asked for them.
+        UserError: as `backend`; or the kernels are missing, but the user demands them.
     """
     is_ours = tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and tensor.numel() > 0
     if not is_ours:
@@ -78,7 +78,7 @@ def arithmetic_for(tensor: Tensor) -> CpuKernels | None:
 
 @cache
 def backend() -> Backend:
-    """What this process computes with; compiled if need be.
+    """The kernels of this process; compiled if need be.
 
     Raises:
         UserError: one of the two variables has a value that is not valid.
@@ -104,10 +104,10 @@ def backend() -> Backend:
 
 
 def demanded_backend() -> str | None:
-    """`cpu` or `torch`, if a user asked for one.
+    """The value of EXPERTLANE_BACKEND, `cpu` or `torch`; None where it is unset.
 
     Raises:
-        UserError: for something else.
+        UserError: it has another value.
     """
     value = os.environ.get("EXPERTLANE_BACKEND") or None
     if value not in (None, "cpu", "torch"):

@@ -20,7 +20,7 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """Files that may use some instructions of a CPU.
+    """An instruction set of a CPU, and the source files that are compiled for it.
 
     Each set is a library of its own: of an inline function that two files share, a linker keeps
     one copy, and that could hold instructions that the CPU lacks.
@@ -47,7 +47,7 @@ AVX512_BF16 = InstructionSet(
 
 
 class BuildError(Exception):
-    """There is no library; says why, in one line."""
+    """A library cannot be built; the text says why in one line."""
 
 
 def build(instructions: InstructionSet) -> ctypes.CDLL:
@@ -60,21 +60,27 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
     """
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
-        raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX unset")
+        raise BuildError(
+            "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
+        )
     try:
-        compiler = shlex.split(found)  # it may come with options, or behind a cache
+        compiler = shlex.split(found)  # it may have options, or a prefix such as ccache
         return ctypes.CDLL(str(_library(compiler, instructions)))
     except subprocess.CalledProcessError as error:
         reason = _first_line(error.stderr) or f"exit code {error.returncode}"
     except subprocess.TimeoutExpired:
         reason = f"no answer within {_TIMEOUT_S:.0f} s"
-    except (OSError, RuntimeError, ValueError) as error:  # no home, no room, an odd CXX
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no home folder, a full disk, a malformed CXX
         reason = _first_line(str(error).encode())
     raise BuildError(f"compiling with {found} failed: {reason}")
 
 
 def _first_line(output: bytes) -> str:
-    """The first error of a compiler, or else the first thing that it said."""
+    """The first error of a compiler, or else the first line of its output."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     return next((line for line in lines if "error" in line), lines[0] if lines else "")
 

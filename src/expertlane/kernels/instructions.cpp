@@ -2,7 +2,7 @@
 
 extern "C" {
 
-// Those of -march=x86-64-v4 -mavx512bf16 that no other of them brings along.
+// The sets of -march=x86-64-v4 -mavx512bf16 that none of the others implies.
 int has_avx512_bf16() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

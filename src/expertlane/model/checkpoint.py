@@ -1,4 +1,4 @@
-"""Reading slices of a Hugging Face checkpoint; only the asked slices are touched."""
+"""Reading slices of a Hugging Face checkpoint; nothing else of it is read."""
 
 from collections.abc import Callable
 from dataclasses import replace

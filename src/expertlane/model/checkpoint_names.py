@@ -95,10 +95,10 @@ def stored_places(family: str, name: str) -> tuple[Stored, ...]:
 
 
 def is_left_unread(stored_name: str, extra_layers: range) -> bool:
-    """Whether transformers too leaves a tensor unread without a word.
+    """Whether transformers too ignores a tensor without a warning.
 
     Args:
-        extra_layers: those after the last one that predict further tokens.
+        extra_layers: layers for multi-token prediction, after the last one.
     """
     layer = _IN_ANY_LAYER.match(stored_name)
     return _OLD_BUFFER in stored_name or (layer is not None and int(layer[1]) in extra_layers)

@@ -25,7 +25,7 @@ class Shards:
     """The stored tensors of a folder.
 
     Args:
-        framework: whose arrays slices are; names, shapes and types need no torch with numpy.
+        framework: library of the arrays that slices are; with numpy nothing here needs torch.
 
     Raises:
         SpecError: there are none, or the index or a file cannot be read.
@@ -42,12 +42,12 @@ class Shards:
         return stored_name in self._file_of_tensor
 
     def names_in_files(self) -> Iterable[str]:
-        """All stored tensors, those that the index does not name too."""
+        """Names of all stored tensors, also of those that the index lacks."""
         for file in sorted(set(self._file_of_tensor.values())):
             yield from self._file(file).keys()
 
     def slice(self, stored_name: str) -> Any:
-        """A tensor of a file, to be sliced.
+        """A stored tensor, to be sliced: only what is sliced is read.
 
         Raises:
             SpecError: it is missing, or its file cannot be read.
@@ -61,7 +61,7 @@ class Shards:
             raise SpecError(f"{self._folder / file}: tensor {stored_name} is missing") from None
 
     def bytes_of(self, stored_name: str) -> memoryview:
-        """A tensor as it is stored, mapped."""
+        """The bytes of a stored tensor, memory-mapped."""
         path = self._folder / self._file_of_tensor[stored_name]
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
@@ -70,11 +70,11 @@ class Shards:
         return memoryview(mapped)[8 + header_bytes :][begin:end]
 
     def count_read(self, num_bytes: int) -> None:
-        """Say how much of a mapped file was read."""
+        """Count bytes that were read from mapped files."""
         self._mapped_bytes += num_bytes
 
     def close(self) -> None:
-        """Drop what is mapped; files are opened again when they are asked for."""
+        """Unmap all files; they are opened again when needed."""
         self._open_files.clear()
         self._mapped_bytes = 0
 
@@ -96,7 +96,7 @@ class Shards:
         return dict(files)
 
     def _file(self, name: str) -> Any:
-        """An open file; what was mapped before is dropped if it was much."""
+        """An open file; others are unmapped first where much of them was read."""
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self.close()
         if name not in self._open_files:
@@ -112,6 +112,6 @@ class Shards:
 
 
 def _stays_inside(file: str) -> bool:
-    """By its name alone: links are followed, since the hub's cache consists of them."""
+    """Judged by the name alone: links are followed, since the hub's cache consists of them."""
     path = PurePosixPath(file)
     return bool(file) and "\0" not in file and not path.is_absolute() and ".." not in path.parts

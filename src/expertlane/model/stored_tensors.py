@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by its `config.json` and its files' headers; needs no torch."""
+"""The tensors that a checkpoint holds, by `config.json` and its files' headers; without torch."""
 
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ class StoredTensors:
 
     Args:
         model: what is to be read; by default what `config.json` describes.
-        framework: whose arrays slices of tensors are.
+        framework: library of the arrays that slices of tensors are.
 
     Attributes:
         folder: where it is.
@@ -51,12 +51,12 @@ class StoredTensors:
         self._shards = Shards(folder, framework)
 
     def check(self) -> list[str]:
-        """Look for all tensors of the model and at their shapes, by the files' headers alone.
+        """Check that all tensors of the model are there, with their shapes, by the files' headers.
 
         Returns:
             The stored tensors that the model has no use for, sorted. An output head beside an
-            embedding that it is tied to is none of them, nor is what transformers leaves unread
-            without a word.
+            embedding that it is tied to is not among them, nor is what transformers ignores without
+            a warning.
 
         Raises:
             SpecError: one is missing or has a wrong shape.

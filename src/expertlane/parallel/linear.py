@@ -1,7 +1,7 @@
 """Matrix products with weights that are kept as the device multiplies fastest.
 
 On a CPU, bfloat16 weights are packed once: for our own kernels (`kernels/products.cpp`), or for
-oneDNN where those cannot be had. Products of few rows then read memory at most of its bandwidth,
+oneDNN where those are missing. Products of few rows then read memory at most of its bandwidth,
 which torch's own product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in
 float32, weights stay as they are.
 """

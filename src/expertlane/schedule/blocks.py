@@ -122,7 +122,7 @@ class BlockManager:
             self._digests[block] = digest
 
     def forget(self, blocks: Sequence[int]) -> None:
-        """Let held blocks not be shared from now on."""
+        """Stop sharing held blocks: no later request gets them."""
         for block in blocks:
             digest = self._digests[block]
             if digest is not None:

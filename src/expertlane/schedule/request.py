@@ -48,8 +48,8 @@ class Request:
         order: who goes first where not all can; set on arrival and never changed.
         replica, dp_rank, row: where it runs; chosen anew after a preemption.
         num_preemptions: how often its blocks were taken away.
-        has_cached: it runs on blocks that other requests computed.
-        may_share: it may do so when it is admitted again.
+        has_cached: whether it uses blocks that other requests computed.
+        may_share: whether it may use such blocks when it is admitted again.
 
     Raises:
         UserError: the prompt is no list of numbers. All else is checked when it is added.
@@ -112,7 +112,7 @@ class Request:
         self.finish_reason = reason
 
     def fail(self, step: int) -> None:
-        """End for want of a next token: a step gave logits that are not finite."""
+        """End with an error: a step gave logits that are not finite."""
         self.finish(FinishReason.ERROR)
         self.error = (
             f"{self.name}, output token {len(self.output_token_ids) + 1}: {not_finite(step)}"
@@ -147,7 +147,7 @@ class Request:
 
 
 def not_finite(step: int) -> str:
-    """Say that a step gave no next token."""
+    """The error line of a step without a next token."""
     return (
         f"the logits are NaN or infinite (step {step}); "
         "the weights may be damaged, or too large for the dtype"

@@ -50,7 +50,7 @@ class RunningTable:
         self._is_used = np.zeros(num_rows, dtype=np.bool_)
         self._is_cancelled = np.zeros(num_rows, dtype=np.bool_)
         self._num_cancelled = 0
-        self._spoiled: set[int] = set()  # rows whose blocks may hold NaN
+        self._nan_rows: set[int] = set()  # rows whose blocks may hold NaN
         self._max_num_tokens = np.zeros(num_rows, dtype=np.int64)
         self._unused = list(range(num_rows - 1, -1, -1))
 
@@ -136,7 +136,7 @@ class RunningTable:
         self.num_tokens[row] = self.num_computed[row] = self.num_blocks[row] = 0
         self.block_tables[row] = _NO_BLOCK
         self._is_used[row] = self._is_cancelled[row] = False
-        self._spoiled.discard(row)
+        self._nan_rows.discard(row)
         self._unused.append(row)
         request.row = -1
         return request
@@ -226,12 +226,13 @@ class RunningTable:
             computed: [len(rows)], twice; tokens computed before and after it.
 
         Returns:
-            The requests that got a token, and those that found none (see `_spoil`).
+            The requests that got a token, and those that got none (see `_cancel_not_finite`).
         """
         self.in_flight[rows] -= 1
-        spoiled: list[Request] = []
+        without_token: list[Request] = []
         if outcome.not_finite:
-            spoiled = self._spoil(rows[np.isin(self.seq_ids[rows], outcome.not_finite)])
+            not_finite = np.isin(self.seq_ids[rows], outcome.not_finite)
+            without_token = self._cancel_not_finite(rows[not_finite])
         if self._limits.prefix_caching:
             self._register(rows, *computed)
         if self._num_cancelled:
@@ -240,18 +241,18 @@ class RunningTable:
                 self.release(row)
                 self._num_cancelled -= 1
             rows, yields_token = rows[~is_cancelled], yields_token[~is_cancelled]
-        return self._append_tokens(rows[yields_token], outcome.token_ids), spoiled
+        return self._append_tokens(rows[yields_token], outcome.token_ids), without_token
 
-    def _spoil(self, rows: Rows) -> list[Request]:
-        """Cancel rows whose logits were not finite, and let nobody share their blocks.
+    def _cancel_not_finite(self, rows: Rows) -> list[Request]:
+        """Cancel rows whose logits were not finite, and stop sharing their blocks.
 
-        Theirs may hold NaN even where the prefix is sound: what a token may not see has weight 0
-        in its sum, and 0 · NaN is NaN. So a request on blocks of others may be innocent.
+        NaN spreads through shared blocks: a masked position has weight 0 in attention's sum, and
+        0 · NaN is NaN. So a request on blocks of others need not be the cause.
 
         Returns:
             Their requests, but for those that had ended before.
         """
-        self._spoiled.update(rows.tolist())
+        self._nan_rows.update(rows.tolist())
         going_on = rows[~self._is_cancelled[rows]]
         for row in going_on.tolist():
             self.blocks.forget(self.blocks_of(row))
@@ -269,7 +270,7 @@ class RunningTable:
         for row, begin, end in zip(
             rows[full].tolist(), first[full].tolist(), stop[full].tolist(), strict=True
         ):
-            if row in self._spoiled:
+            if row in self._nan_rows:
                 continue
             request = self.request(row)
             blocks: list[int] = self.block_tables[row, begin:end].tolist()

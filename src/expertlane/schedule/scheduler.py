@@ -100,7 +100,7 @@ class ContinuousScheduler:
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; may hold cancelled ones
-        self._restarting: list[Request] = []  # when they are in no step any more
+        self._restarting: list[Request] = []  # once they are in no step any more
         self._num_waiting = 0
         self._num_waiting_blocks = 0
         self._num_steps = 0
@@ -174,16 +174,16 @@ class ContinuousScheduler:
         """Take in the tokens of a finished step.
 
         A request whose logits were not finite ends in an error; one that shares blocks of others
-        begins again first, without them.
+        is first computed again without them.
         """
         self._num_in_flight[plan.replica] -= 1
         self.stepped, self.failed = [], []
         for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
             before = batch.num_computed_tokens
             computed = before, before + batch.num_scheduled_tokens
-            stepped, spoiled = table.finish(rows, computed, batch.yields_token, outcome)
+            stepped, without_token = table.finish(rows, computed, batch.yields_token, outcome)
             self.stepped += stepped
-            for request in spoiled:
+            for request in without_token:
                 if request.has_cached:
                     request.may_share = False
                     self._restarting.append(request)

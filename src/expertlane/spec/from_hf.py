@@ -1,7 +1,7 @@
 """A `ModelConfig` from a Hugging Face `config.json`, in the spellings of transformers 4 and 5.
 
-What a family computes is told by its transformers class; `docs/families.md` has the table. What a
-field means where it is left out or null is told by that class too.
+A family computes what its transformers class does; `docs/families.md` has the table. That class
+also decides what a field means where it is left out or null.
 """
 
 import math
@@ -214,7 +214,7 @@ def _qwen2_moe(fields: Fields) -> dict[str, Any]:
             fields, [kind.replace("full", "full_attention") for kind in even]
         )
     elif "sliding_attention" in _layer_types(fields, []):
-        # transformers 5 makes them windows of no position at all, which is no model's meaning.
+        # transformers 5 then masks all positions in such layers, which no model can mean.
         raise fields.error(
             "layer_types has 'sliding_attention' but use_sliding_window is false; make one agree "
             "with the other"

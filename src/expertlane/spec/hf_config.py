@@ -44,7 +44,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder.
 
     Raises:
-        SpecError: there is none, it cannot be read, or it is no JSON object.
+        SpecError: there is none, it cannot be read, or it is not a JSON object.
     """
     path = folder / "config.json"
     if os.path.isfile(folder):
@@ -117,10 +117,10 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def num_extra_layers(config: dict[str, Any]) -> int:
-    """Layers after the last one, which predict further tokens; plain decoding leaves them out.
+    """Layers after the last one, for multi-token prediction; plain decoding leaves them out.
 
     Raises:
-        SpecError: the architecture is not supported, or the number is none.
+        SpecError: the architecture is not supported, or the number is not valid.
     """
     family = family_of(config)
     fields = Fields(config, family, DEFAULTS[family])
@@ -132,7 +132,7 @@ class Fields:
 
     Args:
         name: what the model is called in messages.
-        defaults: of fields that it leaves out. Null is a value, unless it is another spelling's.
+        defaults: for fields that it leaves out. A null is a value, unless another spelling has one.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Fields:
         return [self.typed(int, key, item) for item in value]
 
     def typed(self, kind: type[T], key: str, value: Any) -> T:
-        """`value` as a `kind`, in its range; a whole number is a number, but true is none."""
+        """`value` as a `kind`, in its range; a whole number is a number, but true is not."""
         valid = self._valid(kind, key)
         if isinstance(valid, Range):
             return kind(valid.take(f"model {self.name}: {key}", value))
@@ -192,7 +192,7 @@ class Fields:
         return value
 
     def _valid(self, kind: type[T], key: str) -> Range | str:
-        """What a value may be; reads as the end of a message."""
+        """What a value may be, as the end of an error message."""
         if kind in (int, float):
             return RANGES.get(key, ANY_WHOLE if kind is int else ANY_NUMBER)
         return _KIND_NAMES[kind]

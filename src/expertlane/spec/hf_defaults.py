@@ -1,7 +1,7 @@
-"""What a `config.json` means where it leaves a field out: the defaults of transformers 5's classes.
+"""Defaults of fields that a `config.json` leaves out: those of transformers 5's config classes.
 
 transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null rope_scaling of
-GPT-OSS meant plain rotary positions. The newer one counts: it is what its users compare with.
+GPT-OSS meant plain rotary positions. The newer version is what users compare with.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ _DEEPSEEK: dict[str, Any] = _COMMON | {
     "v_head_dim": 128,
 }
 
-# By family; of all fields that are read.
+# By family, for all fields that are read.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mixtral": _COMMON
     | {
@@ -173,7 +173,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Names of the number of experts; where several are there, the first counts.
+# Names of the field for the number of experts; where a config has several, the first counts.
 NUM_EXPERTS: dict[str, tuple[str, ...]] = {
     "mixtral": ("num_experts", "num_local_experts"),
     "qwen2_moe": ("num_experts",),

@@ -1,4 +1,4 @@
-"""Files that a user names: only regular ones of bounded size are read.
+"""Reading files that a user names: only regular files of bounded size.
 
 So no read hangs on a FIFO or a device, and none fills the memory.
 """
@@ -18,7 +18,7 @@ TRACE_BYTES = 1024 * _MIB  # of a routing trace, decompressed too
 
 
 def check_regular(path: Path, most_bytes: int | None = None) -> int:
-    """The size in bytes of a regular file, found without opening it: to open a FIFO would hang.
+    """The size in bytes of a regular file, without opening it: opening a FIFO would hang.
 
     Raises:
         SpecError: it is missing, not a regular file (links are followed), or larger than
@@ -54,18 +54,18 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
             data = file.read(most_bytes + 1)
     except OSError as error:
         raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > most_bytes:  # it grew, or its size is not told, as in /proc
+    if len(data) > most_bytes:  # it grew, or its size is unknown, as in /proc
         raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
     return data
 
 
 def read_stream(path: Path, most_bytes: int) -> str:
-    """What a file or a pipe gives in UTF-8, up to its end: `/dev/stdin` and `<(…)` too.
+    """The text of a file or a pipe in UTF-8, to its end: `/dev/stdin` and `<(…)` too.
 
-    It waits for what writes into a pipe, as `cat` does.
+    It waits for the writer of a pipe, as `cat` does.
 
     Raises:
-        SpecError: it cannot be read, gives too much, or no UTF-8.
+        SpecError: it cannot be read, is too long, or is not UTF-8.
     """
     try:
         with open(path, "rb") as file:
@@ -80,7 +80,7 @@ def read_stream(path: Path, most_bytes: int) -> str:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """The contents of a regular file in UTF-8; editors may begin it with a byte order mark.
+    """The text of a regular file in UTF-8, with or without a byte order mark.
 
     Raises:
         SpecError: as `read_bytes`, or it is not UTF-8.

@@ -1,4 +1,4 @@
-"""JSON and TOML that a user names, read safely: what is malformed is told in one line."""
+"""Reading JSON and TOML files that a user names; malformed ones are refused with one line."""
 
 import json
 import tomllib
@@ -12,23 +12,23 @@ from expertlane.spec.input_file import read_text
 from expertlane.spec.ranges import shown
 
 _MAX_DIGITS = 40  # of a whole number; Python itself takes no more than 4,300
-_MAX_DEPTH = 100  # of lists and tables in each other
+_MAX_DEPTH = 100  # of nested lists and tables
 
 
-class _Wrong(ValueError):
-    """Well-formed, and yet not to be read."""
+class _InvalidError(ValueError):
+    """Well-formed, but not accepted."""
 
 
 def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
-    """What a JSON file says.
+    """The value in a JSON file.
 
     Args:
-        lenient: as other programs read it: of a key that is given twice the last one counts, and
-            NaN and Infinity are numbers.
+        lenient: read it as other programs do: the last one of two equal keys counts, and NaN and
+            Infinity are numbers.
 
     Raises:
-        SpecError: it is missing, no regular file, too large, no UTF-8 or no JSON, nested too
-            deeply, or holds a number of too many digits.
+        SpecError: it is missing, not a regular file, too large, not UTF-8, malformed, nested too
+            deeply, or has a number of too many digits.
     """
     text = read_text(path, most_bytes)
     try:
@@ -44,7 +44,7 @@ def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
         raise SpecError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
-    except _Wrong as error:
+    except _InvalidError as error:
         raise SpecError(f"{path}: {error}") from None
     except RecursionError:
         raise SpecError(f"{path}: {_TOO_DEEP}") from None
@@ -52,29 +52,29 @@ def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
 
 
 def read_json_object(path: Path, most_bytes: int, *, lenient: bool = False) -> dict[str, Any]:
-    """As `read_json`, of a file that holds an object.
+    """As `read_json`, for a file that must hold an object.
 
     Raises:
         SpecError: as `read_json`, or it holds something else.
     """
     value = read_json(path, most_bytes, lenient=lenient)
     if not isinstance(value, dict):
-        raise SpecError(f"{path} holds no JSON object")
+        raise SpecError(f"{path} must hold a JSON object")
     return value
 
 
 def read_toml(path: Path, most_bytes: int) -> dict[str, Any]:
-    """What a TOML file says.
+    """The table in a TOML file.
 
     Raises:
-        SpecError: it is missing, no regular file, too large, no UTF-8 or no TOML, nested too
-            deeply, or holds a number of too many digits.
+        SpecError: it is missing, not a regular file, too large, not UTF-8, malformed, nested too
+            deeply, or has a number of too many digits.
     """
     text = read_text(path, most_bytes)
     try:
         table = tomllib.loads(text)
         _check_depth(table)
-    except _Wrong as error:
+    except _InvalidError as error:
         raise SpecError(f"{path}: {error}") from None
     except RecursionError:
         raise SpecError(f"{path}: {_TOO_DEEP}") from None
@@ -91,26 +91,28 @@ _TOO_DEEP = f"nested too deeply; valid: {_MAX_DEPTH} levels at most"
 
 def _whole(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise _Wrong(f"a number has {len(digits):,} digits; valid: at most {_MAX_DIGITS}")
+        raise _InvalidError(f"a number has {len(digits):,} digits; valid: at most {_MAX_DIGITS}")
     return int(digits)
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if isinf(number):
-        raise _Wrong(f"the number {text[:40]} is too large")
+        raise _InvalidError(f"the number {text[:40]} is too large")
     return number
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise _Wrong(f"{word} is no number")
+    raise _InvalidError(f"{word} is not valid JSON; numbers must be finite")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         num_times = Counter(key for key, _ in pairs)
-        raise _Wrong(f"the key {shown(max(num_times, key=num_times.__getitem__))} is given twice")
+        raise _InvalidError(
+            f"the key {shown(max(num_times, key=num_times.__getitem__))} is given twice"
+        )
     return table
 
 
@@ -126,4 +128,4 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise _Wrong(_TOO_DEEP)
+    raise _InvalidError(_TOO_DEEP)

@@ -1,7 +1,7 @@
-"""The range of every number that is read, said once for files, options and Python.
+"""The range of every number that is read: one table for files, options and Python.
 
-A number is looked up by its field's name. Ends are far beyond any model or cluster that is, and
-near enough that nothing overflows 64 bits and no list or array grows beyond a machine.
+A number is looked up by its field's name. Limits are far beyond any model or cluster that exists,
+yet low enough that nothing overflows 64 bits and no list or array exceeds a machine's memory.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,9 @@ class Range:
     """What a number may be.
 
     Attributes:
-        low, high: both are valid themselves, unless it `is_above` low.
-        is_whole: no fractions.
+        low, high: smallest and largest valid number.
+        is_whole: whether it must be a whole number.
+        is_above: whether `low` itself is not valid.
     """
 
     low: float
@@ -108,7 +109,7 @@ RANGES: dict[str, Range] = {
     "num_redundant_experts": _whole(0, 4096),
     "rebalance_steps": _whole(0, 10**9),
     "num_slots": _EXPERTS,
-    "ranks": _whole(1, 1024),  # those that a command starts or balances for
+    "ranks": _whole(1, 1024),  # that a command starts or balances for
     # workload and load
     "num_sequences": _whole(1, 2**20),
     "prompt_len": _POSITIONS,
@@ -200,12 +201,12 @@ RANGES: dict[str, Range] = {
     "knot": _number(1e-9, 1e24),
     "wider": _number(1, 1e3),
 }
-ANY_WHOLE = _whole(-(2**31), 2**31 - 1)  # of what no table names
+ANY_WHOLE = _whole(-(2**31), 2**31 - 1)  # for names that the table lacks
 ANY_NUMBER = _number(-1e30, 1e30)
 
 
 def take(name: str, value: object, shown_as: str | None = None) -> Any:
-    """`value` in the form and range of a field.
+    """`value` as an int or float, checked against the range of a field.
 
     Args:
         shown_as: what a message calls it; the field's name if None.
@@ -217,15 +218,15 @@ def take(name: str, value: object, shown_as: str | None = None) -> Any:
 
 
 def take_option(name: str, value: object) -> Any:
-    """As `take`, of a command's option `--field-name`; None stays."""
+    """As `take`, for a command's option `--field-name`; None stays None."""
     field = name.removeprefix("--").replace("-", "_")
     return None if value is None else take(field, value, name)
 
 
 def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
-    """Check all fields of a dataclass that have a range, and put numbers into one form.
+    """Check all fields of a dataclass that have a range; ints and floats replace other numbers.
 
-    None is valid where the field's type says so; of a tuple every item but None is checked.
+    None is valid where the field's type says so; in a tuple, every item but None is checked.
 
     Args:
         name: what a message calls a field.
@@ -252,7 +253,7 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
         # Python writes out no number of more than 4,300 digits.
         return f"a number of about {1 + int(value.bit_length() * 0.30103):,} digits"
-    item = getattr(value, "item", None)  # numpy's numbers
+    item = getattr(value, "item", None)  # of numpy's numbers
     text = repr(item() if item is not None and getattr(value, "ndim", 1) == 0 else value)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
 

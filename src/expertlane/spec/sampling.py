@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen, and what is told of a chosen token."""
+"""How the tokens of a request are chosen, and what is reported of a chosen token."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
