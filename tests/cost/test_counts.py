@@ -22,6 +22,7 @@ from expertlane.cost.counts import RankCounts, count
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.program import ProgramBuilder
 from expertlane.cost.routing import GivenRouting
+from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Deployment, Options
@@ -87,7 +88,7 @@ class Counting:
         )
         if table is not None:
             ranks = range(layout.world_size)
-            pool.call("expertlane.engine.deployed_stage:set_dispatch", table, ranks=ranks)
+            pool.call(SetDispatch(table), ranks=ranks)
         self._model, self._layout = model, layout
         self._builder = ProgramBuilder(
             model,

@@ -31,7 +31,7 @@ NO_MAP = "cannot be read: it must hold an object 'weight_map'"
     ("text", "said"),
     [
         ("", "is not JSON: Expecting value at line 1, column 1"),
-        ("[]", "holds no JSON object"),
+        ("[]", "must hold a JSON object"),
         ("{}", NO_MAP),
         ('{"weight_map": [1]}', NO_MAP),
         ('{"weight_map": {"a": 1}}', NO_MAP),
