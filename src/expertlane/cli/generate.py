@@ -259,9 +259,9 @@ def generate(
         _check_texts(given, found)
         with _load(found, chosen, options, record_routing) as llm:
             outputs = _continue(llm, given, params, as_json)
-    if outputs:
-        from expertlane.cli.output import print_message
+    from expertlane.cli.output import print_message
 
+    if outputs:
         print_message(answers.summary(outputs, params.max_tokens))
     errors = [output.error for output in outputs if output.error is not None]
     if errors and not chat:  # a chat told of each when it came

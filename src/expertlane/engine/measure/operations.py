@@ -66,14 +66,10 @@ class _Bench:
 
 def measure_operations(context: RankContext, command: MeasureOperations) -> list[float]:
     """Seconds of each operation, [num_points]; the median of one round's repetitions."""
-    num_ranks = command.num_ranks
-    layout = Layout(dp=num_ranks)
-    context.meshes.make(layout)
-    if context.rank >= num_ranks:
+    mesh = first_ranks(context, command.num_ranks)
+    if mesh is None:
         return []
     device = context.platform.device
-    recorder = Recorder(context.rank, 1, 1, context.progress, clock_for(device), num_ranks)
-    mesh = ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
     num_bytes = _GPU_COLD_BYTES if device.type == "cuda" else _COLD_BYTES
     cold = {}
     for name in {point.dtype for point in command.points}:
@@ -86,6 +82,17 @@ def measure_operations(context: RankContext, command: MeasureOperations) -> list
             barrier(mesh, device)
             seconds.append(time_s(context, work, command.point_s))
     return seconds
+
+
+def first_ranks(context: RankContext, num_ranks: int) -> ParallelMesh | None:
+    """The groups of the first ranks; None on the others. Collective over all ranks."""
+    layout = Layout(dp=num_ranks)
+    context.meshes.make(layout)
+    if context.rank >= num_ranks:
+        return None
+    clock = clock_for(context.platform.device)
+    recorder = Recorder(context.rank, 1, 1, context.progress, clock, num_ranks)
+    return ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
 
 
 def pin_to_core(context: RankContext, _: PinToCore) -> int | None:

@@ -8,15 +8,12 @@ import torch
 
 from expertlane.cost.operation import TransferKind
 from expertlane.engine.commands import MeasureContention, MeasureTransfers
-from expertlane.engine.measure.operations import barrier
+from expertlane.engine.measure.operations import barrier, first_ranks
 from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.worker import RankContext
-from expertlane.parallel.clock import clock_for
 from expertlane.parallel.collectives import Group
 from expertlane.parallel.linear import Linear
 from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
-from expertlane.spec.layout import Layout
 
 _LEAST, _MOST = 5, 60  # repetitions in a round
 _ROW_BYTES = 64
@@ -26,20 +23,15 @@ def measure_transfers(context: RankContext, command: MeasureTransfers) -> list[f
     """Seconds of each transfer, [num_points]; 0 on ranks that take no part."""
     seconds = []
     for point in command.points:
-        layout = Layout(dp=point.num_ranks)
-        context.meshes.make(layout)
-        if context.rank < point.num_ranks:
-            seconds.append(_measure(context, layout, point, command.point_s))
-        else:
-            seconds.append(0.0)
+        mesh = first_ranks(context, point.num_ranks)
+        seconds.append(0.0 if mesh is None else _measure(context, mesh, point, command.point_s))
     return seconds
 
 
-def _measure(context: RankContext, layout: Layout, point: TransferPoint, point_s: float) -> float:
+def _measure(
+    context: RankContext, mesh: ParallelMesh, point: TransferPoint, point_s: float
+) -> float:
     device = context.platform.device
-    size = point.num_ranks
-    recorder = Recorder(context.rank, 1, 1, context.progress, clock_for(device), size)
-    mesh = ParallelMesh(layout, context.meshes, context.rank, size, recorder)
     with torch.inference_mode():
         work = _work(mesh.stage, point, device)
         barrier(mesh, device)
@@ -71,18 +63,13 @@ def _agreed_number(
 
 def measure_contention(context: RankContext, command: MeasureContention) -> list[float]:
     """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1."""
-    num_ranks = command.num_ranks
-    layout = Layout(dp=num_ranks)
-    context.meshes.make(layout)
-    if context.rank >= num_ranks:
+    mesh = first_ranks(context, command.num_ranks)
+    if mesh is None:
         return []
-    device = context.platform.device
-    recorder = Recorder(context.rank, 1, 1, context.progress, clock_for(device), num_ranks)
-    mesh = ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
     shares = []
     with torch.inference_mode():
         for num_bytes in command.sizes:
-            barrier(mesh, device)
+            barrier(mesh, context.platform.device)
             shares.append(_contention(context, mesh.stage, num_bytes, command.point_s))
     return shares
 
