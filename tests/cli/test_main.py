@@ -102,3 +102,11 @@ def test_progress_moves_no_cursor(capsys):
         progress.task("\x1b[31mEP", 1)
         progress.done()
     assert capsys.readouterr().err.startswith("\\x1b[31mEP: done in ")
+
+
+def test_a_name_that_is_too_long(run):
+    name = "x" * 5000
+    code, out, err = run("generate", "paper-tiny", "--token-ids", "1", "--record-routing", name)
+    assert (code, out) == (2, "")
+    assert len(err) < 200
+    assert err.endswith("…: the name is too long\n")

@@ -160,3 +160,10 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_profile(_PROFILE, tmp_path / "file" / "toy.toml")
+
+
+def test_a_profile_without_a_link_that_is_needed():
+    """A machine of one device has none; a layout of two must not end in a traceback."""
+    profile = replace(read_profile("h100"), links={})
+    with pytest.raises(SpecError, match=r"^profile h100 has no links\.intra_node, which"):
+        profile.link_rate(Link.INTRA_NODE)

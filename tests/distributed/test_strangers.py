@@ -1,6 +1,7 @@
 """Strangers connect to the launcher while torchrun's ranks do: the run goes on."""
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -76,6 +77,16 @@ def torchrun(tmp_path):
     yield run
     run.process.kill()
     run.process.communicate()
+
+
+def test_all_end_with_torchrun_while_ranks_still_come(torchrun):
+    """Killed so early that its ranks would wait minutes for its store."""
+    ranks = psutil.Process(torchrun.process.pid).children(recursive=True)
+    os.kill(torchrun.process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    for each in alive:
+        each.kill()
+    assert not alive
 
 
 def test_the_run_goes_on(torchrun):

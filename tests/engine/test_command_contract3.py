@@ -99,6 +99,20 @@ def test_a_stopped_rank(command):
     assert command.wrote_nothing()
 
 
+def test_a_launcher_that_was_stopped_itself_blames_no_rank(command):
+    """As by Ctrl-Z and fg: ranks had nothing to do meanwhile."""
+    running = RunningRanks(command.process.pid, NUM_RANKS)
+    running.wait_for_step(3)
+    command.process.send_signal(signal.SIGSTOP)
+    time.sleep(TIMEOUT_S + 1)
+    command.process.send_signal(signal.SIGCONT)
+    step = running.board.position(0).step
+    running.wait_for_step(step + 20)
+    command.process.send_signal(signal.SIGTERM)
+    code, errors = command.end(within_s=10)
+    assert (code, errors) == (143, ["expertlane: error: ended by SIGTERM"])
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )

@@ -183,6 +183,22 @@ def test_closing_leaves_nothing(start):
         pool.call(Echo(1))
 
 
+def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(start):
+    pool, _ = start(2)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            pool.call(Echo(1))
+        except RankError as error:
+            code = 0 if "that this one was forked from" in str(error) else 2
+        finally:
+            pool.close()
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert pool.call(Echo("x")) == [(0, "x"), (1, "x")]
+
+
 def test_stopped_ranks_are_closed_too(start):
     pool, running = start(2)
     for pid in running.pids:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from expertlane.engine.platform import choose_platform
 from expertlane.errors import UserError
 from expertlane.kernels import backend as module
 from expertlane.kernels.backend import arithmetic_for, backend, bookkeeping_for
-from expertlane.kernels.build import AVX512_BF16, BASELINE, BuildError, InstructionSet, build
+from expertlane.kernels.build import (
+    AVX512_BF16,
+    BASELINE,
+    BuildError,
+    InstructionSet,
+    _library,
+    build,
+)
 
 IDS, ROWS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.bfloat16)
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
@@ -229,3 +237,14 @@ def test_every_file_is_compiled_for_one_set(monkeypatch, tmp_path):
     assert not any("native" in flag for each in sets for flag in each.flags)
     with pytest.raises(BuildError, match=r"failed: .*no-such-cpu"):
         build(InstructionSet("other", BASELINE.sources, ("-march=no-such-cpu",)))
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    library = _library(shlex.split(compiler), BASELINE)
+    size = library.stat().st_size
+    library.write_bytes(b"damaged")
+    assert build(BASELINE).choose_copies
+    assert library.stat().st_size == size

@@ -39,19 +39,21 @@ NO_MAP = "cannot be read: it must hold an object 'weight_map'"
 )
 def test_a_bad_index(rewrite, text, said):
     folder = rewrite("mixtral")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
     assert _error(folder).endswith(f"model.safetensors.index.json {said}")
 
 
 def test_a_missing_file_of_several(rewrite):
     folder = rewrite("mixtral")
+    (folder / "model.safetensors").rename(folder / "all.safetensors")
     name = "model.embed_tokens.weight"
-    index = {"weight_map": {name: "model-1.safetensors", "lm_head.weight": "model.safetensors"}}
+    index = {"weight_map": {name: "model-1.safetensors", "lm_head.weight": "all.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert _error(folder, "model.embed_tokens.weight") == (
         f"{folder / 'model-1.safetensors'} is missing; model.safetensors.index.json names it"
     )
-    index["weight_map"][name] = "model.safetensors"
+    index["weight_map"][name] = "all.safetensors"
     index["weight_map"]["model.norm.weight"] = "other.safetensors"
     save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -146,3 +148,11 @@ def test_a_header_that_lies(tmp_path, data):
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     assert _error(tmp_path).startswith(f"{path} cannot be read: ")
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    """As in transformers, which does not look at the index then."""
+    save_file({"model.norm.weight": torch.zeros(5)}, tmp_path / "model.safetensors")
+    save_file({"model.norm.weight": torch.zeros(7)}, tmp_path / "other.safetensors")
+    _name_all(tmp_path, "other.safetensors")
+    assert Shards(tmp_path, "numpy").slice("model.norm.weight").get_shape() == [5]

@@ -66,7 +66,9 @@ class Chat:
         from expertlane.engine.interrupts import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
-        output = llm.engine.add(number, self._render(message), self._params)
+        output = llm.engine.add(
+            number, self._render(message), self._params, name=f"message {number}"
+        )
         self._outputs.append(output)
         with deferred_interrupts() as is_interrupted:  # a step must be completed
             stream(llm, output, is_interrupted)

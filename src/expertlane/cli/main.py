@@ -3,6 +3,7 @@
 Signal handlers are set before anything else is imported, so that no signal ends in a traceback.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHELL_BASE = 128  # shells add it to a signal's number
 INTERRUPTED = _SHELL_BASE + signal.SIGINT
+_SHOWN_NAME = 60  # characters of a name in a message
 
 
 def main() -> "NoReturn":
@@ -58,6 +60,10 @@ def _run() -> int:
         # Usage errors of typer, which carries its own copy of click and exports no base class.
         if type(error).__name__ == "Abort":  # the end of its input
             return _print_error("interrupted", INTERRUPTED)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of any argument
+            name = str(error.filename)
+            shown = name if len(name) <= _SHOWN_NAME else f"{name[:_SHOWN_NAME]}…"
+            return _print_error(f"cannot use {shown}: the name is too long", UserError.exit_code)
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

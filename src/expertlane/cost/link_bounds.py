@@ -66,7 +66,7 @@ def bound_times(
         for link in Link:
             efficiency = read("efficiency", f"{kind}.{link.name.lower()}", opposite)
             if link_bytes[link].any():
-                rate = profile.links[link].bytes_per_s * efficiency
+                rate = profile.link_rate(link) * efficiency
                 seconds = np.maximum(seconds, link_bytes[link] / rate)
         floor = read("floor_s", law) + read("floor_per_peer_s", law) * num_peers
         doublings = np.log2(np.maximum(num_nodes, 1))

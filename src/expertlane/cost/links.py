@@ -277,7 +277,7 @@ class LinkModel:
         return law_times(self._profile, name, surface, link, link_bytes, ranks, nodes)
 
     def _rate(self, link: Link) -> float:
-        return self._profile.links[link].bytes_per_s
+        return self._profile.link_rate(link)
 
 
 def roofline_s(
@@ -290,7 +290,7 @@ def roofline_s(
 ) -> Floats:
     """[R]; the floor of a law and bytes over the link's bandwidth."""
     terms = profile.terms
-    seconds = link_bytes / profile.links[link].bytes_per_s
+    seconds = link_bytes / profile.link_rate(link)
     for quantity, amount in (
         ("floor_s", 1),
         ("floor_per_peer_s", ranks - 1),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from expertlane.cost.surface import Surface
 from expertlane.cost.times import Basis
+from expertlane.errors import SpecError
 from expertlane.spec.names import Link
 
 
@@ -71,3 +72,16 @@ class Profile:
     links: Mapping[Link, LinkSheet]
     surfaces: Mapping[str, Surface] = field(default_factory=dict)
     terms: Mapping[str, Term] = field(default_factory=dict)
+
+    def link_rate(self, link: Link) -> float:
+        """Bytes per second of a link.
+
+        Raises:
+            SpecError: the profile has no figure for it.
+        """
+        sheet = self.links.get(link)
+        if sheet is None:
+            raise SpecError(
+                f"profile {self.name} has no links.{link.name.lower()}, which this layout needs"
+            )
+        return sheet.bytes_per_s

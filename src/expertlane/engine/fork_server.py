@@ -15,6 +15,8 @@ import select
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from expertlane.engine.worker import Handlers, RankSettings
 
 _POLL_MS = 50
+_PARENT_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -83,14 +86,27 @@ def python_command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-c", code, *arguments]
 
 
+def end_with_parent(parent: int) -> None:
+    """Watch the parent from a thread, and end this process at once when it is gone.
+
+    A parent-death signal would not do: the kernel sends it as soon as the *thread* that started
+    this process ends.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _end_with_server(server_pid: int) -> None:
     """Have a rank end when the server does; the server's main thread has forked it."""
-    from expertlane.engine.worker import end_with_parent
-
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        end_with_parent()
+        end_with_parent(server_pid)
     if os.getppid() != server_pid:  # it has ended in between
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -135,6 +151,7 @@ def main(handlers: "Handlers | None" = None) -> None:
     Args:
         handlers: what ranks do for each command; None for the engine's own.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     settings = ServerSettings(**json.loads(sys.argv[1]))
     for fd in settings.descriptors():
         os.set_inheritable(fd, False)  # by programs that ranks start

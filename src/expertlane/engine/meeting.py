@@ -112,6 +112,7 @@ class RankAcceptor:
         listener: not blocking; stays the caller's.
         secret: of the first rank.
         report: called with a line for each connection that is refused, the first ten.
+        has_parent_ended: whether it is of no use to wait any longer.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class RankAcceptor:
         num_ranks: int,
         secret: bytes,
         report: Callable[[str], None],
+        has_parent_ended: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._has_parent_ended = has_parent_ended
         self._listener = listener
         self._num_ranks = num_ranks
         self._report = report
@@ -135,7 +138,7 @@ class RankAcceptor:
         """The connections of all ranks, [num_ranks].
 
         Raises:
-            RankError: not all connected in time.
+            RankError: not all connected in time, or torchrun has ended.
         """
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
         try:
@@ -145,6 +148,8 @@ class RankAcceptor:
                     raise RankError(
                         f"ranks {missing} did not connect within {CONNECT_TIMEOUT_S:g} s"
                     )
+                if self._has_parent_ended():
+                    raise RankError("torchrun ended before all ranks had connected")
                 for key, _ in self._selector.select(0.5):
                     if key.fileobj is self._listener:
                         self._accept_connection()

@@ -32,6 +32,7 @@ from expertlane.parallel.progress import Position, ProgressBoard
 from expertlane.spec.names import Stage
 
 _POLL_S = 0.5
+_OWN_PAUSE_S = 1.0  # a longer one is no fault of the ranks
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
 _BLAME_WINDOW_S = 2.0  # how long to look for the cause after a symptom was reported
 _FAILURE_WAIT_S = 0.5
@@ -107,6 +108,8 @@ class RankPool:
         self._waiting: list[deque[Ticket[Any]]] = [deque() for _ in ranks.channels]
         self._pids: dict[int, int] = {}
         self._closed = False
+        self._own_pid = os.getpid()
+        self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
         self._heartbeats = Decoder(Heartbeat)
         self._poll = select.poll()  # kept: to make one a step costs a decode step a few percent
         for descriptor in (ranks.control.fileno(), *(c.fileno() for c in ranks.channels)):
@@ -155,7 +158,7 @@ class RankPool:
 
     def close(self) -> None:
         """End all ranks; may be called again."""
-        if not self._closed:
+        if not self._closed and os.getpid() == self._own_pid:  # not for a process forked from it
             self._closed = True
             try:
                 self._ranks.close()
@@ -175,6 +178,8 @@ class RankPool:
         """Begin a command on some ranks, all by default; each takes its commands in order."""
         if self._closed:
             raise RankError("the ranks are gone; start new ones")
+        if os.getpid() != self._own_pid:
+            raise RankError("the ranks belong to the process that this one was forked from")
         ticket = Ticket(range(self.num_ranks) if ranks is None else ranks, self._decoder(command))
         encoded = encode(MessageKind.COMMAND, command)  # once for all
         for rank in ticket.ranks:
@@ -208,7 +213,10 @@ class RankPool:
     ) -> None:
         try:
             while not is_done():
-                self._receive_available(min(_POLL_S, bound_s / 4))
+                began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
+                self._receive_available(wait_s)
+                if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
+                    self._resumed_s = time.monotonic()
                 old_s = time.monotonic() - bound_s
                 for ticket in tickets:
                     if ticket.is_done or ticket.submitted_s > old_s:
@@ -225,7 +233,7 @@ class RankPool:
     def _silent_s(self, ticket: Ticket[Any]) -> float:
         """Seconds since any rank of the ticket reported progress."""
         reported_s = max(self.position(rank).time_s for rank in ticket.ranks)
-        return time.monotonic() - max(reported_s, ticket.submitted_s)
+        return time.monotonic() - max(reported_s, ticket.submitted_s, self._resumed_s)
 
     def _receive_available(self, timeout_s: float) -> None:
         """Receive what ranks send, and notice those that ended, for up to `timeout_s`."""
@@ -329,7 +337,8 @@ class RankPool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pids[rank], signal.SIGKILL)
         why = " (its process is stopped)" if stopped else ""
-        remedy = "" if stopped else "; if it was only slow, raise --timeout-s"
+        can_wait_longer = not stopped and bound_s == self._timeout_s
+        remedy = "; if it was only slow, raise --timeout-s" if can_wait_longer else ""
         return RankError(
             f"rank {rank} hung in {self.position(rank)}{why}: no progress for {bound_s:g} s; "
             f"all ranks were ended{remedy}"

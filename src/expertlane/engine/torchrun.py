@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from expertlane.engine.fork_server import python_command
+from expertlane.engine.fork_server import end_with_parent, python_command
 from expertlane.engine.local_ranks import RunFiles
 from expertlane.engine.meeting import (
     CONNECT_TIMEOUT_S,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _KILL_TIMEOUT_S = 5.0
+_PARENT = os.getppid()  # as early as can be: it may end at any time
 _LAUNCHER = "launcher"  # the key of its address in the store
 _FIRST_RANK = "EXPERTLANE_FIRST_RANK"  # a variable: other users cannot read the environment
 
@@ -44,6 +45,11 @@ def is_under_torchrun() -> bool:
 def own_rank() -> int:
     """This process's rank."""
     return int(os.environ["RANK"])
+
+
+def _is_child_of_torchrun() -> bool:
+    """Whether the parent is torchrun's agent, which outlives its ranks unless it is killed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class _Launcher(msgspec.Struct):
@@ -117,7 +123,11 @@ class TorchrunRanks:
         def report(line: str) -> None:
             print(f"expertlane: {line}", file=sys.stderr, flush=True)
 
-        return RankAcceptor(listener, num_ranks, secret, report).accept_all()
+        def has_parent_ended() -> bool:
+            return _is_child_of_torchrun() and os.getppid() != _PARENT
+
+        acceptor = RankAcceptor(listener, num_ranks, secret, report, has_parent_ended)
+        return acceptor.accept_all()
 
     def read_control(self) -> str | None:
         """Nothing to read: torchrun watches its own processes."""
@@ -169,6 +179,8 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
 
     Rank 0's child finds the launcher in its environment and publishes it for the others.
     """
+    if _is_child_of_torchrun():
+        end_with_parent(_PARENT)  # it would wait minutes for a store that is gone
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     from expertlane.engine.handlers import HANDLERS
@@ -224,7 +236,5 @@ def _torchrun_store(rank: int, world_size: int) -> "Store":
 
 def main() -> None:
     """The first rank: a child of the launcher."""
-    from expertlane.engine.worker import end_with_parent
-
-    end_with_parent()
+    end_with_parent(_PARENT)
     sys.exit(run_torchrun_rank(float(sys.argv[1]), sys.argv[2] or None))

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import time
@@ -38,7 +37,6 @@ from expertlane.spec.names import Stage
 _GROUP_TIMEOUT_MARGIN_S = 30.0
 _HEARTBEAT_S = 1.0
 _LINGER_S = 10.0
-_PARENT_CHECK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -127,22 +125,6 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
         timeout=timedelta(seconds=settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S),
         device_id=platform.device if platform.device.type == "cuda" else None,
     )
-
-
-def end_with_parent() -> None:
-    """Watch the parent from a thread, and end this process at once when it is gone.
-
-    A parent-death signal would not do: the kernel sends it as soon as the *thread* that started
-    this process ends.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def serve(

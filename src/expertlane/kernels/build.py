@@ -65,7 +65,12 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
         )
     try:
         compiler = shlex.split(found)  # it may have options, or a prefix such as ccache
-        return ctypes.CDLL(str(_library(compiler, instructions)))
+        library = _library(compiler, instructions)
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # damaged since it was compiled
+            library.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_library(compiler, instructions)))
     except subprocess.CalledProcessError as error:
         reason = _first_line(error.stderr) or f"exit code {error.returncode}"
     except subprocess.TimeoutExpired:

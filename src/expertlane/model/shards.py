@@ -81,10 +81,10 @@ class Shards:
     def _read_index(self) -> dict[str, str]:
         """The file of every stored tensor."""
         path = self._folder / _INDEX
-        if not path.exists():
-            if not (self._folder / _FILE).exists():
-                raise SpecError(f"{self._folder}: there is neither {_FILE} nor {_INDEX}")
+        if (self._folder / _FILE).exists():  # transformers looks for it first
             return dict.fromkeys(self._file(_FILE).keys(), _FILE)
+        if not path.exists():
+            raise SpecError(f"{self._folder}: there is neither {_FILE} nor {_INDEX}")
         files = read_json_object(path, INDEX_BYTES, lenient=True).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
             raise SpecError(f"{path} cannot be read: it must hold an object 'weight_map'")

@@ -11,11 +11,17 @@ from expertlane.errors import UserError
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file under a temporary name beside `path`, then rename it.
 
+    A link stays, and the file that it leads to is replaced.
+
     Raises:
-        UserError: its folder can't be written to.
+        UserError: its folder can't be written to, or `path` is a device, a pipe or a folder: a
+            rename would put a file in its place.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is not a regular file")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -23,8 +29,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}") from error
 
 
 def write_text(path: Path, text: str) -> Path:

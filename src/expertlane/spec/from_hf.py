@@ -144,7 +144,7 @@ def _yarn(rope: Fields, trained: int, max_len: int) -> RopeScaling:
         "yarn",
         factor,
         trained,
-        beta_fast=rope.optional(float, "beta_fast") or 32.0,  # 0 counts as none given
+        beta_fast=rope.optional(float, "beta_fast") or 32.0,
         beta_slow=rope.optional(float, "beta_slow") or 1.0,
         truncate=bool(rope.optional(bool, "truncate")),
         attention_factor=rope.get(float, "attention_factor", default=attention_factor),

@@ -1,0 +1,42 @@
+"""Files are written whole, and in no other file's place."""
+
+import os
+
+import pytest
+
+from expertlane.errors import UserError
+from expertlane.spec.atomic_file import write_text
+
+
+def test_a_new_file_and_its_folder(tmp_path):
+    path = tmp_path / "deep" / "er" / "file"
+    assert write_text(path, "text") == path
+    assert path.read_text() == "text"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    """A device neither: as root, `--out /dev/null` put a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"/pipe: it is not a regular file$"):
+        write_text(pipe, "text")
+    assert os.listdir(tmp_path) == ["pipe"]
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(file)
+    write_text(link, "one")
+    write_text(link, "two")
+    assert link.is_symlink()
+    assert file.read_text() == "two"
+
+
+@pytest.mark.parametrize("name", ["loop", "x" * 5000])
+def test_a_name_that_cannot_be(tmp_path, name):
+    if name == "loop":
+        (tmp_path / name).symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match=r"^cannot write "):
+        write_text(tmp_path / name, "text")
