@@ -338,7 +338,7 @@ def test_a_chat_ends_with_logits_that_are_not_finite(run, stub, checkpoint, type
     type_in("Hi\n")
     code, out, err = chat(run, checkpoint)
     assert (code, out) == (1, "\n")
-    assert err == f"expertlane: error: request '1', output token 1: {NOT_FINITE}\n"
+    assert err == f"expertlane: error: message 1, output token 1: {NOT_FINITE}\n"
 
 
 def test_an_interrupt_stops_the_present_answer_only(run, stub, checkpoint, type_in):
@@ -388,7 +388,7 @@ def test_a_refused_message_does_not_end_a_chat_on_a_terminal(run, stub, checkpoi
     code, _, err = chat(run, checkpoint)
     assert code == 0
     refused = err.splitlines()[1]
-    assert refused.startswith("> request '1': the prompt has 302 tokens but the model takes 256")
+    assert refused.startswith("> message 1: the prompt has 302 tokens but the model takes 256")
     assert refused.endswith("; this message is left out (try /reset)")
     assert len(llm.prompts) == 1
 
@@ -398,7 +398,7 @@ def test_a_refused_message_of_a_pipe_is_a_mistake(run, stub, checkpoint, type_in
     type_in(f"{'x' * 300}\nb\n")
     code, _, err = chat(run, checkpoint)
     assert code == 2
-    assert err.startswith("expertlane: error: request '1': the prompt has 302 tokens")
+    assert err.startswith("expertlane: error: message 1: the prompt has 302 tokens")
 
 
 def test_a_chat_without_messages(run, stub, checkpoint, type_in):

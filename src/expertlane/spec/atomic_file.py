@@ -18,15 +18,15 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             rename would put a file in its place.
     """
     try:
-        path = path.resolve()
-        if path.exists() and not path.is_file():
+        target = path.resolve()
+        if target.exists() and not target.is_file():
             raise UserError(f"cannot write {path}: it is not a regular file")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 write(file)
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
