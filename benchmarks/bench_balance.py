@@ -32,7 +32,7 @@ from rich.table import Table
 from routing_traces import halves, routing_trace
 
 from expertlane import __version__
-from expertlane.balance.crossing import coactivation, cross_node_copies, spread_sources
+from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace

@@ -1,4 +1,4 @@
-"""The bare collectives of gloo on this machine: why parallel/collectives.py is built as it is.
+"""The bare collectives of gloo on this machine: why comm/collectives.py is built as it is.
 
 Run: .venv/bin/python benchmarks/bench_collectives.py
 Every collective moves the same rows of 512 float32 values to or from each rank. Prints a table,

@@ -17,17 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.host import num_cores
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.plan.memory import workload_limits
+from expertlane.memory import workload_limits
+from expertlane.ops.host import num_cores
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.layout import Layout
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
-from expertlane.spec.partition import partition
 from expertlane.spec.workload import Workload
 
 MODEL = PRESETS["paper-small"]

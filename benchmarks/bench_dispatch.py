@@ -32,15 +32,15 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
+from expertlane.comm.clock import HostClock
+from expertlane.comm.interleave import interleave
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.engine.worker import RankContext
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
-from expertlane.moe.replicas import ReplicaChoice
-from expertlane.parallel.clock import HostClock
-from expertlane.parallel.interleave import interleave
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
 from expertlane.spec.layout import Layout
 
 HIDDEN_SIZE, NUM_EXPERTS = 1024, 32

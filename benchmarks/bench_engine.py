@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.host import num_cores
+from expertlane.ops.host import num_cores
 
 CHECKPOINTS = ("mixtral", "qwen3")
 CONTENDERS = (

@@ -26,8 +26,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expertlane import __version__
 from expertlane.engine.engine import Engine
-from expertlane.engine.host import num_cores
 from expertlane.engine.tokenizer import Tokenizer
+from expertlane.ops.host import num_cores
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler

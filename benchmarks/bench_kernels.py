@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.host import num_cores
-from expertlane.kernels.backend import backend
-from expertlane.kernels.cpu import CpuKernels, Pointers
+from expertlane.ops.backend import backend
+from expertlane.ops.cpu import CpuKernels, Pointers
+from expertlane.ops.host import num_cores
 
 COPIES_BYTES = 160_000_000
 MEASURE_S = 0.6

@@ -32,14 +32,13 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
 from expertlane.metrics import hidden_communication, stage_time
+from expertlane.results.step_record import StepRecord
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch_table import DispatchMode, DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchMode, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.record import StepRecord
 
 LAYOUT = Layout(dp=2, ep=2)
 CONTEXT_LEN, PROMPT_LEN, MAX_NUM_SEQS = 64, 128, 256

@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from expertlane.cost.cluster import parse_cluster
-from expertlane.cost.execution import Execution
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.search import Search

@@ -27,30 +27,29 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.balance.deployed import placements_of
+from expertlane.balance.placement_file import placements_of
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.execution import BOUNDS, LIKELY, Execution, Terms
-from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.pricing import Pricing
-from expertlane.cost.profile import Profile
-from expertlane.cost.profile_file import read_profile
-from expertlane.cost.program import ProgramBuilder
-from expertlane.cost.routing import TraceRouting
-from expertlane.cost.runner import CostRunner
-from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.engine.start import start_pool
-from expertlane.experiment.calibrate import Calibration
-from expertlane.experiment.quiet import quietest
-from expertlane.experiment.timed_phases import (
+from expertlane.calibrate.quiet import quietest
+from expertlane.calibrate.run import Calibration
+from expertlane.calibrate.timed_phases import (
     BLOCK_SIZE,
     PhaseTimes,
     limits_for,
     phase_times,
     run_batch,
 )
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.pricing import Pricing
+from expertlane.cost.routing import TraceRouting
+from expertlane.cost.runner import CostRunner
+from expertlane.cost.step.program import ProgramBuilder
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.pool import RankPool
+from expertlane.engine.start import start_pool
+from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, Stage

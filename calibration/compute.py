@@ -13,13 +13,13 @@ from fitted import Fitted, Fitter
 from quality import Quality
 from tables import SOURCE, Array, Columns, Part, Table, read
 
-from expertlane.cost.device import DeviceModel
-from expertlane.cost.fitting import Rows, fit_surface
-from expertlane.cost.operation import Kind
-from expertlane.cost.profile import Profile
-from expertlane.cost.roofline import roofline
-from expertlane.cost.surface import Surface
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.fitting import Rows, fit_surface
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.roofline import roofline
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.step.operation import Kind
 
 Sizes = Mapping[str, Array | float]
 

@@ -17,7 +17,7 @@ from quality import markdown
 from sheet import H100
 from tables import MissingTablesError
 
-from expertlane.cost.profile_file import write_profile
+from expertlane.cost.laws.profile_file import write_profile
 
 _PROFILE = Path(__file__).parent.parent / "src/expertlane/cost/profiles/h100.toml"
 _FITTERS: list[Fitter] = [*COMPUTE, *LINKS]

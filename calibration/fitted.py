@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from quality import Quality
 
-from expertlane.cost.profile import Profile, Term
-from expertlane.cost.surface import Surface
+from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.laws.surface import Surface
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.cost.cluster import ModelledCluster
-from expertlane.cost.execution import Execution
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.profile_file import read_profile
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import SpecError
 from expertlane.plan.project import Projector, StepSize

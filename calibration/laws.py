@@ -5,7 +5,7 @@ from compute import Law, Sizes, Source, fitter
 from skew import busiest_rank
 from tables import Array, Columns, Table
 
-from expertlane.cost.operation import Kind
+from expertlane.cost.step.operation import Kind
 
 _ATTENTION = "attention/vllm/0.24.0/{}_attention_perf.parquet"
 _FLASH = {"kernel_source": "vllm_flash_attn_fa3", "window_size": 0}

@@ -21,12 +21,12 @@ from links_tables import COUNTS, Loads, Source, far_sources_of_laws, read_loads,
 from quality import Quality
 from tables import SOURCE, Array, Part
 
-from expertlane.cost.fitting import Rows, fit_surface, knots_of
-from expertlane.cost.link_bounds import ASSUMED_TERMS
-from expertlane.cost.links import law_times, roofline_s
-from expertlane.cost.profile import Profile, Term
-from expertlane.cost.surface import Surface
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
+from expertlane.cost.laws.link_bounds import ASSUMED_TERMS
+from expertlane.cost.laws.links import law_times, roofline_s
+from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis
 from expertlane.spec.names import Link
 
 _SMOOTHNESS = 0.03

@@ -1,7 +1,7 @@
 """The H100's datasheet, and terms that no table of the package measures."""
 
-from expertlane.cost.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.laws.times import Basis
 from expertlane.spec.names import Link
 
 _DATASHEET = "NVIDIA H100 SXM5 datasheet"

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 
 import example_timelines
+from expertlane.compare.collect import build_results, deployment_result
 from expertlane.engine.commands import HeldBytes
-from expertlane.experiment.collect import build_results, deployment_result
+from expertlane.memory import workload_limits
 from expertlane.metrics import MachinePeak, summarise
-from expertlane.plan.memory import workload_limits
 from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
+from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage, Traffic
-from expertlane.spec.record import StepRecord
 from expertlane.spec.workload import Workload
 from records import rank_record, step_record
 

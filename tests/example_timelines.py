@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
 from expertlane.spec.names import Stage, Track
-from expertlane.spec.record import RankEvents
 
 _TRACKS = list(Track)
 COMPUTE, NETWORK = _TRACKS.index(Track.COMPUTE), _TRACKS.index(Track.NETWORK)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from expertlane.results.step_record import RankRecord, StepRecord
 from expertlane.spec.names import Link, Phase, Stage, Traffic
-from expertlane.spec.record import RankRecord, StepRecord
 
 Times = Mapping[tuple[int, int, Stage], float]  # (micro-batch, layer slot, stage) to seconds
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from expertlane.spec.deployment import Options
-from expertlane.spec.experiment_file import read_experiment, shipped_experiments
+from expertlane.spec.experiment import read_experiment, shipped_experiments
+from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
-from expertlane.spec.strict_json import strict_json
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.crossing import coactivation, cross_node_copies, spread_sources
+from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.incremental import improve_placements
 from expertlane.balance.moves import keep_slots, moves
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
+from expertlane.balance.rebalance import improve_placements
 
 
 def fullest(load, placed, ranks_per_node):

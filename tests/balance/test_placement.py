@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError
-from expertlane.spec.partition import partition
+from expertlane.spec.layout import partition
 
 
 @pytest.mark.parametrize(

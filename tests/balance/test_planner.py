@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.crossing import coactivation, cross_node_copies, spread_sources
+from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
 from expertlane.errors import SpecError
-from expertlane.spec.partition import partition
+from expertlane.spec.layout import partition
 
 
 def benchmark(name: str) -> ModuleType:

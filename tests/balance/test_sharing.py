@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.packing import EMPTY
+from expertlane.balance.packing import EMPTY, CopiesOnNodes
 from expertlane.balance.placement import Placement
-from expertlane.balance.sharing import CopiesOnNodes
-from expertlane.moe.replicas import ReplicaChoice
-from expertlane.parallel.mesh import ParallelMesh
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.spec.layout import Layout
 
 SILENT = SimpleNamespace(is_recording=False)

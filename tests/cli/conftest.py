@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+import expertlane.compare
 import expertlane.engine
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
-import expertlane.experiment
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
@@ -84,8 +84,8 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
 
     install(expertlane.engine, "start", start_pool=fake.start_pool)
     install(
-        expertlane.experiment,
-        "compare",
+        expertlane.compare,
+        "run",
         check_memory=fake.check_memory,
         run_comparison=fake.run_comparison,
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import example_results
+from expertlane.compare import local_memory
 from expertlane.errors import CapacityError
-from expertlane.experiment import local_memory
 from expertlane.results.file import read
 from expertlane.spec.layout import Layout
 
@@ -45,8 +45,8 @@ def few_layouts(model, num_devices):
 def too_small(tmp_path, monkeypatch):
     """A machine whose memory holds none of it, an empty folder, and a planner that tries little."""
     monkeypatch.setattr("expertlane.plan.search.valid_layouts", few_layouts)
-    monkeypatch.setattr("expertlane.experiment.local_memory._ACCELERATORS", ())
-    monkeypatch.setattr("expertlane.engine.host.memory_bytes", lambda: (10**9, 2 * 10**9))
+    monkeypatch.setattr("expertlane.compare.local_memory._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
     Path("short.toml").write_text(SHORT, encoding="utf-8")

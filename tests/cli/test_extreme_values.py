@@ -13,7 +13,7 @@ import pytest
 
 import example_results
 from cli.small_checkpoint import checkpoint
-from expertlane.cost.profile_file import shipped_profiles
+from expertlane.cost.laws.profile_file import shipped_profiles
 from expertlane.results.file import to_json
 
 EXPERIMENT = """\

@@ -11,9 +11,9 @@ from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.engine_options import find_model
 from expertlane.cli.projection_options import number_types
-from expertlane.cost.cluster import parse_cluster
+from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.results.plan import PlanResults
-from expertlane.spec.experiment_file import read_experiment
+from expertlane.spec.experiment import read_experiment
 
 TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
 WORKLOAD = "num_sequences=8,prompt_len=16,output_len=16"

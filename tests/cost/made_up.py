@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from expertlane.cost.execution import Execution, Terms
-from expertlane.cost.operation import OUTSIDE, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.laws.times import Basis, Times
+from expertlane.cost.pricing import Block, StageWork, TimedStep
+from expertlane.cost.step.operation import OUTSIDE, Kind, Operation, Transfer, TransferKind
 from expertlane.cost.step_log import events
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.cost.times import Basis, Times
-from expertlane.cost.work import Block, StageWork, TimedStep
 from expertlane.spec.names import Stage, Traffic
 
 

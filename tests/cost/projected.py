@@ -1,19 +1,18 @@
 """A made-up cluster and what runs on it, put together for tests of runners and pools."""
 
-from expertlane.balance.deployed import placements_of
-from expertlane.cost.execution import Execution, Terms
+from expertlane.balance.placement_file import placements_of
+from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.program import ProgramBuilder
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.times import Basis
+from expertlane.cost.step.program import ProgramBuilder
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Link

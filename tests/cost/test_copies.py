@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.balance.placement import Placement
-from expertlane.cost.copies import CopyChoice
-from expertlane.cost.dispatch_counts import count_dispatch
-from expertlane.cost.stage_mesh import StageMesh
+from expertlane.cost.step.copies import CopyChoice
+from expertlane.cost.step.dispatch_counts import count_dispatch
+from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.moe.grouping import choose_copies, rows_by_peer
 from expertlane.spec.layout import Layout
 

@@ -17,16 +17,15 @@ from cost.plans import (
     random_plan,
 )
 from cost.tiny_models import MODELS
-from expertlane.balance.deployed import placements_of
-from expertlane.cost.counts import RankCounts, count
+from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.program import ProgramBuilder
 from expertlane.cost.routing import GivenRouting
+from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.step.totals import RankCounts, count
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.limits import Limits
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchMode, DispatchRow, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Traffic
 from expertlane.spec.sampling import SamplingParams, SamplingState

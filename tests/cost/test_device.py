@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.cost.device import DeviceModel
-from expertlane.cost.operation import SIZES, Kind
-from expertlane.cost.profile import Device, Profile, Term
-from expertlane.cost.profile_file import read_profile, shipped_profiles
-from expertlane.cost.surface import Surface
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.profile import Device, Profile, Term
+from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.step.operation import SIZES, Kind
 from expertlane.errors import SpecError
 
 _DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from expertlane.cost.fitting import (
+from expertlane.cost.laws.fitting import (
     Rows,
     fit_correction,
     fit_surface,
@@ -11,7 +11,7 @@ from expertlane.cost.fitting import (
     knots_of,
     residuals,
 )
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.times import Basis
 
 _AXES = {"m": (1, 8, 64, 512, 4096), "n": (16, 256, 4096)}
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.links import LinkModel, law_times
-from expertlane.cost.operation import HandOver, Transfer, TransferKind
-from expertlane.cost.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.profile_file import read_profile
-from expertlane.cost.surface import Surface
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.links import LinkModel, law_times
+from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.step.operation import HandOver, Transfer, TransferKind
 from expertlane.spec.names import Link, Stage
 
 NVLINK, NIC = 400e9, 50e9

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from cost.projected import MODEL, TYPES, make_scheduler
-from expertlane.balance.deployed import placements_of
-from expertlane.cost.batch_sizes import PartSizes
+from expertlane.balance.placement_file import placements_of
 from expertlane.cost.multi_token import MultiToken, Stretch, further_drafts
-from expertlane.cost.program import ProgramBuilder
 from expertlane.cost.routing import UniformRouting
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.program import ProgramBuilder
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import Options

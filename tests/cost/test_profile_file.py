@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.cost.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.profile_file import read_profile, shipped_profiles, to_toml, write_profile
-from expertlane.cost.surface import Surface
-from expertlane.cost.times import Basis
+from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.laws.profile_file import read_profile, shipped_profiles, to_toml, write_profile
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.names import Link
 

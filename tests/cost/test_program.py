@@ -7,16 +7,16 @@ import pytest
 
 from cost.plans import DECODE, PREFILL, random_plan
 from cost.tiny_models import MODELS
-from expertlane.balance.deployed import placements_of
 from expertlane.balance.placement import Placement
-from expertlane.cost.batch_sizes import PartSizes
-from expertlane.cost.counts import count
-from expertlane.cost.dispatch_counter import DispatchCounter
-from expertlane.cost.launches import OWN_KERNELS
+from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
-from expertlane.cost.program import ProgramBuilder
 from expertlane.cost.routing import GivenRouting, UniformRouting
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.dispatch_counter import DispatchCounter
+from expertlane.cost.step.launches import OWN_KERNELS
+from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.step.totals import count
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

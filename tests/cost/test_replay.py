@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.made_up import compute, halves, one_stage, send, terms
-from expertlane.cost.execution import Execution, Terms
-from expertlane.cost.operation import OUTSIDE
+from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.pricing import Block, StageWork, blocks_of
+from expertlane.cost.step.operation import OUTSIDE
 from expertlane.cost.step_log import stage_seconds
 from expertlane.cost.timeline import Timeline
-from expertlane.cost.work import Block, StageWork, blocks_of
 
 
 def test_layers_that_repeat_are_not_run_one_by_one():

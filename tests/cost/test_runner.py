@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from cost.projected import DRIVER_S, MODEL, make_runner, make_scheduler
-from expertlane.cost.execution import BOUNDS, LIKELY, Execution
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN
 from expertlane.cost.sharing import KnownWork, StepSharing
 from expertlane.metrics import latency, summarise
+from expertlane.results.chrome_trace import to_json
+from expertlane.results.step_record import MachinePeak
 from expertlane.schedule.drive import drive, step_records
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Phase, Stage, Track
-from expertlane.trace import to_json
 
 PEAK = MachinePeak(1e12, 1e9, 1, "GPU", "bfloat16")
 ROTATING = Options(num_micro_batches=2, micro_batch_schedule="rotating")

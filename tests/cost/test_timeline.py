@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.made_up import compute, halves, log, one_stage, part, run, seconds, send, terms
-from expertlane.cost.execution import LIKELY, OF_TRANSFERS, Execution, Terms
-from expertlane.cost.operation import OUTSIDE
-from expertlane.cost.profile import Device, Profile, Term
+from expertlane.cost.laws.execution import LIKELY, OF_TRANSFERS, Execution, Terms
+from expertlane.cost.laws.profile import Device, Profile, Term
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.pricing import StageWork
+from expertlane.cost.step.operation import OUTSIDE
 from expertlane.cost.step_log import stage_seconds
 from expertlane.cost.timeline import Timeline
-from expertlane.cost.times import Basis
-from expertlane.cost.work import StageWork
 from expertlane.errors import UserError
 from expertlane.metrics import stage_time
 from expertlane.spec.layout import Layout

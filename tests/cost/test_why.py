@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from cost.made_up import compute, one_stage, part, seconds, send, terms
 from cost.test_timeline import halves
-from expertlane.cost.execution import Execution, Terms
-from expertlane.cost.profile import Device
+from expertlane.cost.breakdown import WhyTable
+from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.laws.profile import Device
+from expertlane.cost.pricing import Block, StageWork
 from expertlane.cost.timeline import Timeline
-from expertlane.cost.why import WhyTable
-from expertlane.cost.work import Block, StageWork
 from expertlane.spec.names import ProjectedCause as Cause
 from expertlane.spec.names import Stage
 

@@ -8,22 +8,22 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement import Placement
+from expertlane.comm.clock import HostClock
+from expertlane.comm.interleave import interleave
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.engine import fork_server
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
-from expertlane.moe.replicas import ReplicaChoice
-from expertlane.parallel.clock import HostClock
-from expertlane.parallel.interleave import interleave
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
-from expertlane.spec.record import RankRecord
 
 
 def join(

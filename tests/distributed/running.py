@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.plan.memory import workload_limits
+from expertlane.memory import workload_limits
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request

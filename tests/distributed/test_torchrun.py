@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from engine.processes import wait_until
-from expertlane.parallel.progress import ProgressBoard
+from expertlane.comm.progress import ProgressBoard
 
 EXPERIMENT = """
 name = "four"

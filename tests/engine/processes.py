@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
-from expertlane.parallel.progress import NO_LAYER, Position, ProgressBoard
+from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
 
 _PATIENCE_S = 60.0
 

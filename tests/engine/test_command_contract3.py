@@ -9,8 +9,8 @@ import time
 import pytest
 
 from engine.processes import RunningRanks
-from expertlane.engine.host import num_cores
 from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE
+from expertlane.ops.host import num_cores
 
 EXPERIMENT = """
 name = "long"

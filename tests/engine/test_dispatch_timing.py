@@ -7,10 +7,9 @@ from expertlane.engine import dispatch_timing
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.dispatch_timing import forms_of, middle_mean, modes_of, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.plan.memory import workload_limits
+from expertlane.memory import workload_limits
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage

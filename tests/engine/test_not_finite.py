@@ -10,20 +10,19 @@ from safetensors.torch import load_file, save_file
 
 from distributed.running import deployment
 from engine.stub_runner import StubEngine, expected, run
+from expertlane.compare.run import run_comparison
+from expertlane.compare.serving_benchmark import serve
 from expertlane.engine.llm import LLM
 from expertlane.engine.outputs import RequestOutput
 from expertlane.errors import ModelError
-from expertlane.experiment.compare import run_comparison
-from expertlane.experiment.progress import Silent
-from expertlane.experiment.serving_benchmark import serve
+from expertlane.progress import Silent
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import FinishReason, Request
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
-from expertlane.spec.load import TimedRequest
 from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import TimedRequest, Workload
 from model.families import VOCAB_SIZE
 from schedule.paged import check_empty
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from distributed.running import Inline, deployment
-from expertlane.balance.deployed import placements_of
+from expertlane.balance.placement_file import placements_of
+from expertlane.compare.collect_rebalances import rebalance_results
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
-from expertlane.experiment.collect_rebalances import rebalance_results
-from expertlane.plan.memory import workload_limits
+from expertlane.memory import workload_limits
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler

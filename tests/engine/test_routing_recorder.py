@@ -18,9 +18,8 @@ from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.layout import Layout
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import PRESETS
-from expertlane.spec.partition import partition
 from parity.contract import MIN_ROUTER_MARGIN
 
 TINY = PRESETS["paper-tiny"]

@@ -14,9 +14,9 @@ import example_projection
 import example_results
 import example_simulation
 from cli.small_checkpoint import MIXTRAL
-from expertlane.cost.profile_file import shipped_profiles
+from expertlane.cost.laws.profile_file import shipped_profiles
 from expertlane.results.file import to_json
-from expertlane.spec.experiment_file import shipped_experiments
+from expertlane.spec.experiment import shipped_experiments
 
 _DEEPSEEK = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -28,17 +28,17 @@ def _import_all() -> None:
     """What commands import when they run, so that no case waits for it."""
     import expertlane.cli.app
     import expertlane.cli.main
+    import expertlane.compare.projection
+    import expertlane.compare.run
     import expertlane.engine.llm
     import expertlane.engine.start
-    import expertlane.experiment.compare
-    import expertlane.experiment.projection
     import expertlane.plan.finals
     import expertlane.plan.make
-    import expertlane.plan.simulation_results
     import expertlane.report.html
     import expertlane.report.markdown
     import expertlane.report.terminal
     import expertlane.results.file
+    import expertlane.simulate.results
 
     expertlane.report.html._library()  # kept in memory by the first report
     expertlane.engine.start.start_pool = _no_ranks  # type: ignore[assignment]

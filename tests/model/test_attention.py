@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
+from expertlane.comm.clock import HostClock
+from expertlane.comm.interleave import interleave
+from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
 from expertlane.model.attention import Attention
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.parallel.clock import HostClock
-from expertlane.parallel.interleave import interleave
-from expertlane.parallel.mesh import DeviceMeshes, ParallelMesh
-from expertlane.parallel.progress import ProgressBoard
-from expertlane.parallel.recorder import Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from schedule.handmade import BLOCK_SIZE, paged_batch

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from expertlane.model.dequantize import dequantize_fp8, dequantize_mxfp4
+from expertlane.model.checkpoint import dequantize_fp8, dequantize_mxfp4
 from model.quantised import fp8_meaning, mxfp4_meaning
 
 
@@ -75,7 +75,7 @@ def test_mxfp4_against_one_value_at_a_time(num_rows, dtype):
 
 
 def test_mxfp4_in_several_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("expertlane.model.dequantize._VALUES_AT_A_TIME", 100)
+    monkeypatch.setattr("expertlane.model.checkpoint._VALUES_AT_A_TIME", 100)
     blocks = torch.randint(256, (10, 1, 16), dtype=torch.uint8)
     scales = torch.full((10, 1), 127, dtype=torch.uint8)
     assert torch.equal(

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.kernels.backend import backend
 from expertlane.moe import grouping
 from expertlane.moe.dispatch import ExpertInput
 from expertlane.moe.grouping import (
@@ -18,6 +17,7 @@ from expertlane.moe.grouping import (
     rows_by_peer,
     stable_order,
 )
+from expertlane.ops.backend import backend
 
 pytestmark = pytest.mark.numerical
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertlane.moe.packing import bytes_of, columns_of, pack, pack_all, unpack
+from expertlane.moe.payload import bytes_of, columns_of, pack, pack_all, unpack
 
 X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from expertlane.comm.clock import HostClock
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
 from expertlane.moe.payload import Payload
-from expertlane.parallel.clock import HostClock
-from expertlane.parallel.progress import ProgressBoard
-from expertlane.parallel.recorder import Recorder
 from expertlane.spec.names import Stage, Traffic
 from moe.test_dispatch import run
 from moe.test_dispatch_forms import FORMS, expected

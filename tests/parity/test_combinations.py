@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import PoolKeeper
 from distributed.running import Inline, deployment
-from expertlane.balance.deployed import placements_of
+from expertlane.balance.placement_file import placements_of
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner
@@ -25,7 +25,7 @@ from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from parity.contract import check_contract

@@ -1,7 +1,7 @@
 """Small questions for a planner."""
 
-from expertlane.cost.cluster import ModelledCluster, parse_cluster
-from expertlane.cost.execution import Execution
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.search import Search

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.execution import Execution
+from expertlane.cost.laws.execution import Execution
 from expertlane.cost.routing import TraceRouting, UniformRouting
 from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.plan.project import Projector, StepSize

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from expertlane.errors import UserError
-from expertlane.spec.atomic_file import write_text
+from expertlane.spec.files import write_text
 
 
 def test_a_new_file_and_its_folder(tmp_path):

@@ -3,8 +3,7 @@
 import pytest
 
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable, Options
 
 FLAT, GATHER = DispatchMode("all_to_all"), DispatchMode("all_gather")
 FLAT_OVERLAP = DispatchMode("all_to_all", overlap=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from expertlane.errors import SpecError, UserError
-from expertlane.spec.experiment_file import read_experiment
+from expertlane.spec.experiment import read_experiment
 from expertlane.spec.from_hf import from_hf
 
 CONFIG = {

@@ -5,8 +5,9 @@ import pytest
 
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Cluster, Experiment
-from expertlane.spec.experiment_file import (
+from expertlane.spec.experiment import (
+    Cluster,
+    Experiment,
     find_experiment,
     read_experiment,
     shipped_experiments,

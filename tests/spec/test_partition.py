@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.spec.partition import partition
+from expertlane.spec.layout import partition
 
 
 @pytest.mark.parametrize(

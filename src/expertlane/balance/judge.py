@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from expertlane.balance.crossing import cross_node_copies, spread_sources
-from expertlane.balance.load import max_over_mean
 from expertlane.balance.moves import moves
 from expertlane.balance.placement import Placement
 from expertlane.balance.trace import RoutingTrace
+from expertlane.balance.tracker import max_over_mean
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,71 @@ def _judge(
         *(Judged(float(ratio), n) for ratio, n in zip(max_over_mean(loads), copies, strict=True)),
         Judged(of_all, sum(copies)),
     ]
+
+
+_CHUNK = 16_384  # tokens whose choices are laid out as a dense matrix at a time
+
+
+def coactivation(topk_ids: npt.NDArray[np.integer], num_experts: int) -> npt.NDArray[np.float32]:
+    """[num_experts, num_experts]; how many tokens chose both; zero on the diagonal.
+
+    Args:
+        topk_ids: [num_tokens, num_experts_per_tok], of one layer.
+    """
+    counts = np.zeros((num_experts, num_experts), dtype=np.float32)
+    for start in range(0, len(topk_ids), _CHUNK):
+        ids = topk_ids[start : start + _CHUNK]
+        chose = np.zeros((len(ids), num_experts), dtype=np.float32)
+        np.put_along_axis(chose, ids.astype(np.int64), 1.0, axis=1)
+        counts += chose.T @ chose
+    np.fill_diagonal(counts, 0.0)
+    return counts
+
+
+def spread_sources(num_tokens: int, num_nodes: int) -> npt.NDArray[np.int64]:
+    """[num_tokens]; a node for each token, in turn: what to assume where it is not known."""
+    return np.arange(num_tokens) % num_nodes
+
+
+def cross_node_copies(
+    topk_ids: npt.NDArray[np.integer],
+    placement: Placement,
+    ranks_per_node: int,
+    source_node: npt.NDArray[np.integer],
+) -> int:
+    """How many copies of tokens go to another node: one for each remote node a token must reach.
+
+    A pair goes to a copy of its expert on the token's own node where there is one; else the
+    copies take turns, so that each gets the same share.
+
+    Args:
+        topk_ids: [num_tokens, num_experts_per_tok], of one layer.
+        ranks_per_node: consecutive ranks that share a node.
+        source_node: [num_tokens]; where each token is.
+    """
+    num_tokens, top_k = topk_ids.shape
+    num_nodes = -(-placement.ep // ranks_per_node)
+    nodes = [[rank // ranks_per_node for rank in of] for of in placement.ranks_of_experts()]
+    num_copies = np.array([len(of) for of in nodes])
+    node_of_copy = np.zeros((placement.num_experts, num_copies.max()), dtype=np.int64)
+    is_on_node = np.zeros((placement.num_experts, num_nodes), dtype=bool)
+    for expert, of in enumerate(nodes):
+        node_of_copy[expert, : len(of)] = of
+        is_on_node[expert, of] = True
+    token = np.repeat(np.arange(num_tokens), top_k)
+    expert_of_pair = topk_ids.ravel().astype(np.int64)
+    is_remote = ~is_on_node[expert_of_pair, source_node[token]]
+    token, remote = token[is_remote], expert_of_pair[is_remote]
+    copy = _turn(remote, placement.num_experts) % num_copies[remote]
+    reached = np.zeros((num_tokens, num_nodes), dtype=bool)
+    reached[token, node_of_copy[remote, copy]] = True
+    return int(reached.sum())
+
+
+def _turn(experts: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.int64]:
+    """For each pair, how many earlier ones chose the same expert."""
+    order = np.argsort(experts, kind="stable")
+    counts = np.bincount(experts, minlength=num_experts)
+    turn = np.empty_like(experts)
+    turn[order] = np.arange(len(experts)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return turn

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.packing import EMPTY, pack
-from expertlane.balance.sharing import share_of_ranks
+from expertlane.balance.packing import EMPTY, pack, share_of_ranks
 from expertlane.errors import SpecError
-from expertlane.spec.partition import partition
+from expertlane.spec.layout import partition
 
 
 @dataclass(frozen=True)

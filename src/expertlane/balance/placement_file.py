@@ -7,11 +7,12 @@ from typing import Any
 
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
-from expertlane.spec.atomic_file import write_whole
-from expertlane.spec.input_file import CONFIG_BYTES
+from expertlane.spec.deployment import Options
+from expertlane.spec.files import CONFIG_BYTES, strict_json, write_whole
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.parse import read_json
 from expertlane.spec.ranges import RANGES, shown, take
-from expertlane.spec.strict_json import strict_json
 
 SCHEMA_VERSION = 1
 
@@ -190,3 +191,25 @@ def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+Placements = tuple[Placement | None, ...]
+
+
+def placements_of(model: ModelConfig, layout: Layout, options: Options) -> Placements:
+    """[num_hidden_layers]; None for a dense layer.
+
+    Raises:
+        UserError: the placement file is damaged or for another model or number of ranks, or there
+            are more redundant experts than ranks could hold.
+    """
+    layers = [not model.is_dense(layer) for layer in range(model.num_hidden_layers)]
+    if options.placement_file is not None:
+        path = Path(options.placement_file)
+        placed = read_placement(path)
+        moe_layers = [layer for layer, is_moe in enumerate(layers) if is_moe]
+        placed.check(path, num_experts=model.num_experts, layers=moe_layers, ep=layout.ep)
+        return tuple(placed.layers.get(layer) for layer in range(len(layers)))
+    make = Placement.linear if options.placement == "linear" else Placement.round_robin
+    placement = make(model.num_experts, layout.ep, options.num_redundant_experts)
+    return tuple(placement if is_moe else None for is_moe in layers)

@@ -5,9 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.local_search import (
+    MIN_GAIN,
+    lower_maximum,
+    rank_loads,
+    shift_copies,
+    weights_of_slots,
+)
 from expertlane.balance.locality import Items, swap_between_nodes
 from expertlane.balance.packing import (
     EMPTY,
+    CopiesOnNodes,
     Floats,
     Ints,
     greedy_maximum,
@@ -16,11 +24,8 @@ from expertlane.balance.packing import (
     pack,
 )
 from expertlane.balance.placement import Placement, check_num_slots
-from expertlane.balance.recopy import shift_copies
-from expertlane.balance.refine import MIN_GAIN, lower_maximum, rank_loads, weights_of_slots
-from expertlane.balance.sharing import CopiesOnNodes
 from expertlane.errors import SpecError
-from expertlane.spec.partition import partition
+from expertlane.spec.layout import partition
 
 _EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
 _EVEN_ENOUGH = 1.005  # the same where crossings can be saved

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.gain import Decision, RebalanceGate
-from expertlane.balance.incremental import improve_placements
+from expertlane.balance.local_search import lower_maximum
 from expertlane.balance.moves import keep_slots
+from expertlane.balance.packing import EMPTY, Ints
 from expertlane.balance.placement import Placement
-from expertlane.balance.planner import plan_placement
+from expertlane.balance.planner import plan_placement, search_copies
 
 _EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
 
@@ -76,3 +77,37 @@ def max_over_mean(
     ]
     mean = sum(float(each.mean()) for each in of_rank)
     return sum(float(each.max()) for each in of_rank) / mean if mean else 0.0
+
+
+def improve_placements(
+    load: npt.NDArray[np.integer], now: Sequence[Placement], ranks_per_node: int, even: float
+) -> list[Placement]:
+    """Change copies and swap experts of the fullest ranks until all are even enough.
+
+    A copy that changes its expert moves one expert, a swap two. Loads are those of
+    `Placement.rank_loads`; crossings between nodes are not looked at.
+
+    Args:
+        load: [num_layers, num_experts].
+        now: [num_layers]; ranks keep their numbers of slots.
+        ranks_per_node: consecutive ranks that share a node; it divides `ep`.
+        even: a fullest rank at most this many times the mean is even enough.
+    """
+    loads = load.astype(np.float64)
+    target = even * loads.sum(axis=1) / now[0].ep
+    width = max(len(experts) for placed in now for experts in placed.experts_of_rank)
+    slots: Ints = np.full((len(now), now[0].ep, width), EMPTY, dtype=np.int64)
+    for layer, placed in enumerate(now):
+        for rank, experts in enumerate(placed.experts_of_rank):
+            slots[layer, rank, : len(experts)] = experts
+    num_nodes = now[0].ep // ranks_per_node
+    search_copies(slots, loads, num_nodes, target, num_swaps=0)
+    slots = lower_maximum(slots, loads, num_nodes, target)
+    search_copies(slots, loads, num_nodes, target)
+    search_copies(slots, loads, num_nodes, target, keeps_even=False)
+    return [
+        Placement(
+            placed.num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in of_layer)
+        )
+        for placed, of_layer in zip(now, slots, strict=True)
+    ]

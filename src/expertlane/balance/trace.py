@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import SpecError, UserError
-from expertlane.spec.atomic_file import write_whole
-from expertlane.spec.input_file import TRACE_BYTES, check_regular
+from expertlane.spec.files import TRACE_BYTES, check_regular, write_whole
 from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1

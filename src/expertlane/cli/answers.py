@@ -7,8 +7,8 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable
-from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take, take_option
-from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +152,7 @@ def _made(
     method: Method,
     with_coactivation: bool,
 ) -> "list[Placement]":
-    from expertlane.balance.crossing import coactivation
+    from expertlane.balance.judge import coactivation
     from expertlane.balance.placement import Placement
     from expertlane.balance.planner import plan_placement
 

@@ -50,7 +50,7 @@ from expertlane.spec.ranges import take_option
 if TYPE_CHECKING:
     from expertlane.results.serving import ServingResults
     from expertlane.spec.layout import Layout
-    from expertlane.spec.load import Load
+    from expertlane.spec.workload import Load
 
 _Layouts = Annotated[
     list[str] | None,
@@ -166,7 +166,7 @@ def _check(
         UserError: it could not be run to its end.
     """
     from expertlane.engine.torchrun import is_under_torchrun
-    from expertlane.spec.load import check_lengths
+    from expertlane.spec.workload import check_lengths
 
     for load in loads:
         check_lengths(load, options.max_model_len or found.config.max_position_embeddings)
@@ -187,8 +187,8 @@ def _run(
     from datetime import UTC, datetime
 
     from expertlane.cli.output import command_line, progress_on_stderr
-    from expertlane.engine.host import ForeignLoad
-    from expertlane.experiment.serving_benchmark import describe, run_loads
+    from expertlane.compare.serving_benchmark import describe, run_loads
+    from expertlane.ops.host import ForeignLoad
     from expertlane.results.serving import Point, ServingResults
 
     points: list[Point] = []

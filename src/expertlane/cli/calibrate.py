@@ -8,12 +8,12 @@ import typer
 
 from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Dtype
 from expertlane.errors import UserError
+from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take_option
-from expertlane.spec.strict_json import strict_json
 
 if TYPE_CHECKING:
-    from expertlane.cost.profile import Profile
-    from expertlane.experiment.calibrate import Calibration
+    from expertlane.calibrate.run import Calibration
+    from expertlane.cost.laws.profile import Profile
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -74,7 +74,7 @@ def calibrate(
     """
     path = _checked(name, ranks, out, timeout_s)
     from expertlane.cli.output import print_json, print_message
-    from expertlane.cost.profile_file import write_profile
+    from expertlane.cost.laws.profile_file import write_profile
 
     calibration, profile = _measure(name, ranks, dtype, timeout_s)
     write_profile(profile, path)
@@ -110,9 +110,9 @@ def _checked(name: str, ranks: int | None, out: Path | None, timeout_s: float) -
 def _measure(
     name: str, ranks: int | None, dtype: Dtype | None, timeout_s: float
 ) -> "tuple[Calibration, Profile]":
+    from expertlane.calibrate.run import Calibration, num_devices
     from expertlane.cli.output import progress_on_stderr
     from expertlane.engine.start import start_pool
-    from expertlane.experiment.calibrate import Calibration, num_devices
 
     num_ranks = ranks or num_devices()
     dtype_name = None if dtype is None else dtype.value

@@ -21,8 +21,8 @@ from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.engine.pool import RankPool
+    from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
-    from expertlane.spec.record import StepRecord
 
 DEFAULT_EXPERIMENT = "paper-small"
 DEFAULT_TIMEOUT_S = 60.0
@@ -213,7 +213,7 @@ def _measure(
         CapacityError: one of them does not fit; raised before the first is run.
     """
     from expertlane.cli.output import command_line, progress_on_stderr
-    from expertlane.experiment.compare import check_memory, run_comparison
+    from expertlane.compare.run import check_memory, run_comparison
 
     num_ranks = max(each.num_ranks for each, _ in comparisons)
     pool = _start(num_ranks, timeout_s, dtype, oversubscribe)
@@ -259,7 +259,7 @@ def _with_checked_checkpoint(
 
 def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:
     """Why one of them can't be run here, if that is known before any rank is started."""
-    from expertlane.experiment.local_memory import memory_shortage
+    from expertlane.compare.local_memory import memory_shortage
 
     reasons = (memory_shortage(each, dtype) for each, _ in comparisons)
     return next(filter(None, reasons), None)
@@ -270,7 +270,7 @@ def _comparisons(
 ) -> list[tuple["Experiment", Path]]:
     """What to run, and the folder of each; all checked before the first one runs."""
     from expertlane.engine.hub import resolve_model
-    from expertlane.spec.experiment_file import find_experiment, read_experiment
+    from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)
     if model_name is not None:

@@ -10,11 +10,11 @@ from expertlane.errors import UserError
 from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
-    from expertlane.experiment.projection import ExperimentProjector
+    from expertlane.compare.projection import ExperimentProjector
     from expertlane.results.projection import Projection
     from expertlane.results.schema import Results
+    from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
-    from expertlane.spec.record import StepRecord
 
 DEFAULT_PROFILE = "h100"
 DEFAULT_SKEW = 1.0
@@ -46,7 +46,7 @@ class Shown:
         traces: "Mapping[str, Sequence[StepRecord]]",
     ) -> None:
         """What was measured."""
-        from expertlane.trace import trace_names, write_trace
+        from expertlane.results.chrome_trace import trace_names, write_trace
 
         if id(experiment) in self._projections:
             results = replace(results, projection=self._projections[id(experiment)])
@@ -61,7 +61,7 @@ class Shown:
     def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""
         from expertlane.cli.output import command_line, print_message
-        from expertlane.experiment.projected_results import projected_results
+        from expertlane.compare.projected_results import projected_results
 
         print_message(f"expertlane: nothing is measured here: {reason}")
         projection = replace(self._projections[id(experiment)], not_measured=reason)
@@ -88,8 +88,8 @@ def projectors_of(
             raise UserError(f"{option} is of a projection; add --project")
         return {}
     take_option("--skew", skew)
-    from expertlane.cost.cluster import parse_cluster
-    from expertlane.experiment.projection import ExperimentProjector, usual_number_type
+    from expertlane.compare.projection import ExperimentProjector, usual_number_type
+    from expertlane.cost.laws.profile_file import parse_cluster
 
     found = {}
     for experiment, _ in comparisons:

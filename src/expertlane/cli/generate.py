@@ -41,7 +41,7 @@ from expertlane.cli.engine_options import (
     find_model,
 )
 from expertlane.errors import ModelError, UserError
-from expertlane.spec.input_file import PROMPTS_BYTES, read_stream
+from expertlane.spec.files import PROMPTS_BYTES, read_stream
 from expertlane.spec.ranges import RANGES, shown
 
 if TYPE_CHECKING:

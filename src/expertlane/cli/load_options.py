@@ -8,7 +8,7 @@ from expertlane.errors import UserError
 from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
-    from expertlane.spec.load import LengthRange, Load
+    from expertlane.spec.workload import LengthRange, Load
 
 _DEFAULT_BATCH = "1,8,32"
 _DEFAULT_NUM_REQUESTS = 100
@@ -55,7 +55,7 @@ def parse_loads(
     Raises:
         UserError: it is not clear what.
     """
-    from expertlane.spec.load import Load
+    from expertlane.spec.workload import Load
 
     prompts, outputs = _length("prompt", prompt_len), _length("output", output_len)
     if batch is not None and rate is not None:
@@ -75,7 +75,7 @@ def parse_loads(
 
 
 def _length(name: str, text: str) -> "LengthRange":
-    from expertlane.spec.load import LengthRange
+    from expertlane.spec.workload import LengthRange
 
     allowed = RANGES[f"{name}_len"]
     ends = [allowed.parse(part) for part in text.split(":")]

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from expertlane.errors import UserError
-from expertlane.experiment.progress import Progress, Silent
+from expertlane.progress import Progress, Silent
+from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable, printable_json
-from expertlane.spec.strict_json import strict_json
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
 PIPED_WIDTH = 80

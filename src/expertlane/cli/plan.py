@@ -104,13 +104,13 @@ def plan(
     """
     from expertlane.cli.engine_options import find_model
     from expertlane.cli.output import command_line, progress_on_stderr
-    from expertlane.cost.cluster import parse_cluster
-    from expertlane.cost.execution import Execution
-    from expertlane.cost.routing_choice import choose_routing
+    from expertlane.cost.laws.execution import Execution
+    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.routing import choose_routing
     from expertlane.plan.finals import NUM_FINALISTS
     from expertlane.plan.make import Plan
     from expertlane.plan.setting import Question, Setting
-    from expertlane.spec.atomic_file import write_text
+    from expertlane.spec.files import write_text
 
     found, devices = find_model(model, weights=False), parse_cluster(cluster)
     goals = _goals(max_tpot_ms, max_ttft_ms)

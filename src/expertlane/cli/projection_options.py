@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from expertlane.cli.engine_options import FoundModel
-    from expertlane.cost.cluster import ModelledCluster
+    from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
 
 

@@ -71,7 +71,7 @@ def write_reports(
         UserError: the folder can't be written to.
     """
     from expertlane.report import html, markdown
-    from expertlane.spec.atomic_file import write_text
+    from expertlane.spec.files import write_text
 
     texts = {
         "report.md": markdown.render(results, traffic=traffic),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from expertlane.errors import ExpertlaneError, UserError
-from expertlane.spec.strict_json import strict_json
+from expertlane.spec.files import strict_json
 
 _Results = Annotated[
     Path,

@@ -48,12 +48,12 @@ from expertlane.errors import SpecError, UserError
 from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
-    from expertlane.cost.cluster import ModelledCluster
+    from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.plan.serving_setup import ServingSetup
-    from expertlane.plan.simulate import Outcome, Simulator
-    from expertlane.spec.load import Load
+    from expertlane.simulate.setup import ServingSetup
+    from expertlane.simulate.simulator import Outcome, Simulator
     from expertlane.spec.model import ModelConfig
+    from expertlane.spec.workload import Load
 
 _DEFAULT_BATCH = "64"
 
@@ -153,7 +153,7 @@ def simulate(
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
           --cluster h100x16 --trace step.json
     """
-    from expertlane.cost.execution import Execution
+    from expertlane.cost.laws.execution import Execution
 
     load = _load(batch, rate, num_requests, prompt_len, output_len)
     take_option("--seed", seed)
@@ -178,13 +178,13 @@ def simulate(
     found_model = find_model(model, weights=False)
 
     from expertlane.cli.output import command_line
-    from expertlane.cost.cluster import parse_cluster
-    from expertlane.cost.routing_choice import choose_routing
-    from expertlane.plan.serving_setup import ServingSetup
-    from expertlane.plan.simulate import Simulator
-    from expertlane.plan.simulation_results import simulation
-    from expertlane.spec.load import check_lengths
-    from expertlane.trace import write_trace
+    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.routing import choose_routing
+    from expertlane.results.chrome_trace import write_trace
+    from expertlane.simulate.results import simulation
+    from expertlane.simulate.setup import ServingSetup
+    from expertlane.simulate.simulator import Simulator
+    from expertlane.spec.workload import check_lengths
 
     config = found_model.config
     modelled = parse_cluster(cluster)
@@ -262,7 +262,7 @@ def _check(
     """
     from expertlane.cli.output import check_folder
     from expertlane.engine.deployment_check import check_deployment
-    from expertlane.plan.serving_setup import check_devices
+    from expertlane.simulate.setup import check_devices
     from expertlane.spec.deployment import Deployment
 
     check_devices(cluster, setup)

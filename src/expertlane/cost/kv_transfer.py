@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.links import LinkModel
+from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.timeline import bounds_of
 from expertlane.spec.layout import Layout

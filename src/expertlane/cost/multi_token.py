@@ -16,9 +16,9 @@ from math import ceil
 
 import numpy as np
 
-from expertlane.cost.batch_sizes import PartSizes, TokenSizes
-from expertlane.cost.operation import Floats
-from expertlane.cost.step_list import StepWriter
+from expertlane.cost.step.batch_sizes import PartSizes, TokenSizes
+from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.step_list import StepWriter
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.model import ModelConfig

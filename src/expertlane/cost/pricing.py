@@ -2,18 +2,221 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 
-from expertlane.cost.device import DeviceModel
-from expertlane.cost.links import LinkModel
+from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.execution import LIKELY, Execution, Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import Kind, Operation, Step, Transfer, TransferKind
-from expertlane.cost.profile import Profile
-from expertlane.cost.program import PartProgram, Section, StepProgram
-from expertlane.cost.times import Times
-from expertlane.cost.work import Block, StageWork, TimedStep, blocks_of
+from expertlane.cost.step.operation import Ints, Kind, Operation, Step, Transfer, TransferKind
+from expertlane.cost.step.program import PartProgram, Section, StepProgram
 from expertlane.spec.names import Stage
+
+Floats = npt.NDArray[np.float64]
+
+_NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
+
+
+@dataclass(frozen=True, eq=False)
+class TimedStep:
+    """An operation or a transfer.
+
+    Attributes:
+        times: what each rank's own share of it takes.
+        contention: of a transfer, the share of compute that is lost while it is in flight.
+        offset: in a block of several layers, how many before its own.
+    """
+
+    step: Step
+    times: Times
+    contention: float = 0.0
+    offset: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Layers in a row that repeat the same steps in the same times; often a single layer.
+
+    Attributes:
+        steps: of a layer, or of a few that differ and repeat together.
+        layers: hidden layers that each repetition begins with, or `(OUTSIDE,)`; they stand in
+            place of the steps' own.
+    """
+
+    steps: Sequence[TimedStep]
+    layers: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class StageWork:
+    """What a pipeline stage does for one micro-batch.
+
+    Attributes:
+        parts: one, or the halves that two-batch overlap interleaves; none where no rank has
+            a token.
+        hand_over: until hidden states are at the next stage, [R] each; None on the last stage.
+    """
+
+    parts: Sequence[Sequence[Block]]
+    hand_over: Times | None = None
+
+
+_LONGEST_PERIOD = 8  # layers that repeat together
+
+
+def blocks_of(sections: Sequence[tuple[int, Sequence[TimedStep]]]) -> list[Block]:
+    """The blocks of a part.
+
+    Args:
+        sections: hidden layer or `OUTSIDE`, and its steps. Layers that do the same, or that
+            alternate, are found by the identity of their steps.
+    """
+    blocks: list[Block] = []
+    ids = [id(steps) for _, steps in sections]
+    place = 0
+    while place < len(sections):
+        period, times = _repetition(ids, place)
+        layer = sections[place][0]
+        steps = [
+            replace(each, offset=offset) if offset else each
+            for offset, (_, of_layer) in enumerate(sections[place : place + period])
+            for each in of_layer
+        ]
+        blocks.append(Block(steps, range(layer, layer + period * times, period)))
+        place += period * times
+    return blocks
+
+
+def _repetition(ids: Sequence[int], place: int) -> tuple[int, int]:
+    """The period that covers most from `place` on, and how often it comes."""
+    best = 1, 1
+    for period in range(1, min(_LONGEST_PERIOD, (len(ids) - place) // 2) + 1):
+        times = 1
+        first = ids[place : place + period]
+        while ids[place + times * period : place + (times + 1) * period] == first:
+            times += 1
+        if times > 1 and period * times > best[0] * best[1]:
+            best = period, times
+    return best
+
+
+class Groups:
+    """Disjoint groups of a stage's ranks."""
+
+    def __init__(self, group: Ints) -> None:
+        _, place, sizes = np.unique(group, return_inverse=True, return_counts=True)
+        self._place = place
+        self._is_one = len(sizes) == 1
+        self._is_alone = len(sizes) == len(group)
+        self._order = np.argsort(place, kind="stable")
+        self._starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+
+    def largest(self, values: Floats) -> Floats:
+        """The largest within each rank's group: from [..., R] to [..., R], or [..., 1] of one."""
+        if self._is_one:
+            most: Floats = np.maximum.reduce(values, axis=-1, keepdims=True)
+            return most
+        if self._is_alone:
+            return values
+        by_group = np.maximum.reduceat(values.take(self._order, -1), self._starts, axis=-1)
+        return by_group.take(self._place, -1)
+
+
+class Entry(NamedTuple):
+    """A step as the replay reads it.
+
+    Attributes:
+        seconds: [B, R]; of a transfer, the longest of each group; overhead in series included.
+        launch_s: [B, 1]; of a host that runs ahead; None where none does.
+        overhead_s: [B, 1]; of posting a transfer.
+        groups: None of an operation.
+        offset: as a `TimedStep`'s.
+        lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
+            many times as long it takes.
+    """
+
+    step: Step
+    seconds: Floats
+    launch_s: Floats | None
+    overhead_s: Floats
+    groups: Groups | None
+    offset: int
+    lost_share: Floats
+    stretch: Floats
+
+
+class Compiler:
+    """Makes entries of blocks, once for each block, and keeps them as long as the block is."""
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._blocks: WeakKeyDictionary[Block, list[Entry]] = WeakKeyDictionary()
+        self._groups: dict[bytes, Groups] = {}
+        self._contentions: dict[float, tuple[Floats, Floats]] = {}
+
+    def entries(self, block: Block) -> list[Entry]:
+        """The block's steps."""
+        known = self._blocks.get(block)
+        if known is None:
+            known = self._blocks[block] = self._compile(block)
+        return known
+
+    def _compile(self, block: Block) -> list[Entry]:
+        steps = [timed.step for timed in block.steps]
+        seconds = np.array([(t.low, t.seconds, t.high) for t in (s.times for s in block.steps)])
+        num_kernels = np.array([step.num_kernels for step in steps])
+        launch_s = num_kernels[:, None, None] * self._terms.launch_s[:, None]
+        overhead_s = np.zeros_like(launch_s)
+        is_serial = self._terms.execution is Execution.SERIAL
+        if is_serial:
+            overhead_s = np.array([self._terms.overhead_s(step) for step in steps])[..., None]
+        work_s = seconds + overhead_s
+        is_eager = self._terms.execution is Execution.EAGER
+        entries = []
+        for place, step in enumerate(steps):
+            groups = self._groups_of(step) if isinstance(step, Transfer) else None
+            contention = block.steps[place].contention
+            if groups is not None:
+                work_s[place] = groups.largest(seconds[place])
+                if is_serial:  # a blocked rank wakes late: no loss to what computes meanwhile
+                    busy_s = work_s[place].max(axis=-1)[LIKELY]
+                    work_s[place] = work_s[place] + overhead_s[place]
+                    contention *= float(busy_s / max(busy_s + overhead_s[place][LIKELY, 0], 1e-30))
+                    overhead_s[place] = 0.0
+            entries.append(
+                Entry(
+                    step,
+                    work_s[place],
+                    launch_s[place] if is_eager else None,
+                    overhead_s[place],
+                    groups,
+                    block.steps[place].offset,
+                    *self._contention(contention),
+                )
+            )
+        return entries
+
+    def _groups_of(self, step: Transfer) -> Groups:
+        key = step.group.tobytes()
+        if key not in self._groups:
+            self._groups[key] = Groups(step.group)
+        return self._groups[key]
+
+    def _contention(self, share: float) -> tuple[Floats, Floats]:
+        """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
+        if share not in self._contentions:
+            lost_share = np.array([0.0, share, 1.0])[:, None]
+            stretch = 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
+            self._contentions[share] = lost_share, stretch
+        return self._contentions[share]
+
 
 _MOST_KNOWN = 4096
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.operation import Transfer
-from expertlane.cost.work import Block, Compiler, Entry
+from expertlane.cost.pricing import Block, Compiler, Entry
+from expertlane.cost.step.operation import Transfer
 
 Floats = npt.NDArray[np.float64]
 

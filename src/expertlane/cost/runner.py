@@ -6,24 +6,22 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.counts import count
-from expertlane.cost.execution import BOUNDS, LIKELY, Terms
+from expertlane.cost.breakdown import Why, WhyTable
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.multi_token import Stretch
-from expertlane.cost.pricing import Pricing
-from expertlane.cost.program import ProgramBuilder, StepProgram
-from expertlane.cost.rank_events import rank_events
+from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.sharing import KnownWork, StepSharing
-from expertlane.cost.step_log import stage_seconds
+from expertlane.cost.step.program import ProgramBuilder, StepProgram
+from expertlane.cost.step.totals import count
+from expertlane.cost.step_log import rank_events, stage_seconds
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.cost.why import Why, WhyTable
-from expertlane.cost.work import StageWork
+from expertlane.results.step_record import RankRecord
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.record import RankRecord
 
 Floats = npt.NDArray[np.float64]
 

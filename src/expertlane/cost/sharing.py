@@ -4,9 +4,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from expertlane.cost.program import StepProgram
+from expertlane.cost.pricing import StageWork
+from expertlane.cost.step.program import StepProgram
 from expertlane.cost.timeline import FromRest
-from expertlane.cost.work import StageWork
 from expertlane.schedule.plan import Batch, StepPlan
 
 _KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.execution import BOUNDS, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
+from expertlane.cost.laws.times import Times
+from expertlane.cost.pricing import Compiler, StageWork
 from expertlane.cost.replay import Clocks, Log, Replay
-from expertlane.cost.times import Times
-from expertlane.cost.work import Compiler, StageWork
 
 Floats = npt.NDArray[np.float64]
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from expertlane.balance.deployed import Placements
+from expertlane.balance.placement_file import Placements
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import RankMachine
 from expertlane.errors import CapacityError
-from expertlane.plan.memory import fit_cache
+from expertlane.memory import fit_cache
 from expertlane.schedule.limits import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

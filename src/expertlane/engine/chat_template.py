@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from expertlane.engine.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 from expertlane.errors import UserError
-from expertlane.spec.input_file import CONFIG_BYTES, read_text
+from expertlane.spec.files import CONFIG_BYTES, read_text
 
 _FILE = "chat_template.jinja"
 _SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # of older checkpoints

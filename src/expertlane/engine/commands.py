@@ -9,15 +9,14 @@ from typing import Any, Generic, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.deployed import Placements
 from expertlane.balance.moves import Move
+from expertlane.balance.placement_file import Placements
 from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.record import RankRecord
 from expertlane.spec.sampling import TokenLogprobs
 
 ResultT = TypeVar("ResultT")

@@ -8,6 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertlane.comm.clock import clock_for
+from expertlane.comm.collectives import Pending
+from expertlane.comm.interleave import interleave
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.progress import NO_LAYER
+from expertlane.comm.recorder import Recorder
 from expertlane.engine import migration
 from expertlane.engine.commands import (
     Deploy,
@@ -25,17 +31,9 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.head import HeadResult
 from expertlane.model.sampler import Sampler
 from expertlane.model.transformer import TransformerStage
-from expertlane.model.weight_source import WeightSource
-from expertlane.model.weights import SeededWeights
-from expertlane.parallel.clock import clock_for
-from expertlane.parallel.collectives import Pending
-from expertlane.parallel.interleave import interleave
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.progress import NO_LAYER
-from expertlane.parallel.recorder import Recorder
+from expertlane.model.weights import SeededWeights, WeightSource
 from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
-from expertlane.spec.deployment import Options, PayloadType
-from expertlane.spec.dispatch_table import DispatchMode, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchTable, Options, PayloadType
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 

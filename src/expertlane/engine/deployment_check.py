@@ -1,6 +1,6 @@
 """What can be known of a deployment before there are ranks."""
 
-from expertlane.balance.deployed import Placements, placements_of
+from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment

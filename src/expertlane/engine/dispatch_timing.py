@@ -13,8 +13,13 @@ from expertlane.engine.pool import RankPool
 from expertlane.errors import SpecError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.deployment import DispatchForm, Options
-from expertlane.spec.dispatch_table import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import (
+    DispatchForm,
+    DispatchMode,
+    DispatchRow,
+    DispatchTable,
+    Options,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 

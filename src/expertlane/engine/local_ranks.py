@@ -8,11 +8,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from expertlane.comm.progress import ProgressBoard
 from expertlane.engine.fork_server import ServerSettings, python_command, settings_argument
-from expertlane.engine.host import num_cores
 from expertlane.engine.messages import Channel
 from expertlane.errors import CapacityError
-from expertlane.parallel.progress import ProgressBoard
+from expertlane.ops.host import num_cores
 
 MAX_RANKS_PER_CORE = 32
 _KILL_TIMEOUT_S = 5.0

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from expertlane.comm.collectives import Pending
+from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.worker import RankContext
 from expertlane.moe.experts import Expert
-from expertlane.parallel.collectives import Pending
-from expertlane.parallel.progress import NO_LAYER
 from expertlane.spec.names import Stage
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.balance.deployed import placements_of
+from expertlane.balance.placement_file import placements_of
 from expertlane.engine.commands import (
     Deploy,
     RankOutcome,
@@ -18,8 +18,7 @@ from expertlane.engine.dispatch_timing import modes_of, time_dispatch
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
-from expertlane.spec.deployment import Deployment
-from expertlane.spec.dispatch_table import DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
 

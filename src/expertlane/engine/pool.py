@@ -13,6 +13,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import psutil
 
+from expertlane.comm.progress import Position, ProgressBoard
 from expertlane.engine.commands import Command, result_type
 from expertlane.engine.messages import (
     Channel,
@@ -28,7 +29,6 @@ from expertlane.engine.messages import (
     wait_readable,
 )
 from expertlane.errors import ExpertlaneError, RankError, TerminatedError, UserError
-from expertlane.parallel.progress import Position, ProgressBoard
 from expertlane.spec.names import Stage
 
 _POLL_S = 0.5

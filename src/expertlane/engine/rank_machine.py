@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from expertlane.engine import host
 from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.worker import RankContext
+from expertlane.ops import host
 
 
 def describe(context: RankContext, _: DescribeMachine) -> RankMachine:

@@ -15,23 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.balance.deployed import Placements, placements_of
-from expertlane.balance.gain import Decision, RebalanceGate
+from expertlane.balance.gain import Decision, PairCost, RebalanceGate
 from expertlane.balance.moves import Move, moves
-from expertlane.balance.pair_cost import PairCost
 from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.balance.rebalance import Proposal, propose
 from expertlane.balance.tracker import LoadTracker
 from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
+from expertlane.results.step_record import RankRecord
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.record import RankRecord
 
 SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 

@@ -8,8 +8,8 @@ from typing import Any, Self
 import tokenizers
 
 from expertlane.errors import UserError
+from expertlane.spec.files import INDEX_BYTES, check_regular
 from expertlane.spec.hf_config import Fields
-from expertlane.spec.input_file import INDEX_BYTES, check_regular
 from expertlane.spec.parse import read_json_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

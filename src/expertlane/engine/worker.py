@@ -14,6 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
+from expertlane.comm.collectives import PeerLostError
+from expertlane.comm.mesh import DeviceMeshes
+from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.engine.commands import Command
 from expertlane.engine.messages import (
     Channel,
@@ -26,11 +29,8 @@ from expertlane.engine.messages import (
     encode,
     wait_readable,
 )
-from expertlane.engine.platform import Platform, choose_platform
 from expertlane.errors import TerminatedError, UserError
-from expertlane.parallel.collectives import PeerLostError
-from expertlane.parallel.mesh import DeviceMeshes
-from expertlane.parallel.progress import NO_LAYER, ProgressBoard, ProgressReporter
+from expertlane.ops.platform import Platform, choose_platform
 from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.

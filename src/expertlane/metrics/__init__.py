@@ -22,7 +22,7 @@ from expertlane.metrics.traffic import (
     sent_matrix,
     summarise_traffic,
 )
-from expertlane.spec.machine import MachinePeak
+from expertlane.results.step_record import MachinePeak
 
 __all__ = [
     "Bottleneck",

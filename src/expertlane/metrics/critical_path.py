@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.results.step_record import StepRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
-from expertlane.spec.record import StepRecord
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertlane.spec.record import StepRecord
+from expertlane.results.step_record import StepRecord
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.results.step_record import StepRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
-from expertlane.spec.record import StepRecord
 
 # Stages in which all ranks of a pipeline stage meet.
 _MEETINGS = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.metrics.stage_time import by_pipeline_stage
+from expertlane.results.step_record import StepRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
-from expertlane.spec.record import StepRecord
 
 
 @dataclass(frozen=True, eq=False)

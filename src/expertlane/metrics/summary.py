@@ -11,10 +11,9 @@ from expertlane.metrics.critical_path import CriticalPath, critical_path
 from expertlane.metrics.latency import Latency, latency
 from expertlane.metrics.stage_time import StageTime, stage_time
 from expertlane.metrics.traffic import TrafficMetrics, summarise_traffic
+from expertlane.results.step_record import MachinePeak, StepRecord
 from expertlane.spec.layout import Layout
-from expertlane.spec.machine import MachinePeak
 from expertlane.spec.names import Cause, Phase
-from expertlane.spec.record import StepRecord
 
 
 @dataclass(frozen=True)

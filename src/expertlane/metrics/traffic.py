@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.metrics.stragglers import LastArrivals, last_arrivals
+from expertlane.results.step_record import RankRecord, StepRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
-from expertlane.spec.record import RankRecord, StepRecord
 
 _Counts = npt.NDArray[np.int64]
 

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.comm.interleave import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.model.attention_group import AttentionGroup
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.norm import rms_norm, rms_norm_heads_
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import layer_name
-from expertlane.model.weight_source import WeightSource
-from expertlane.parallel.interleave import Steps
-from expertlane.parallel.linear import Linear
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.model.weights import WeightSource
+from expertlane.ops.linear import Linear
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 

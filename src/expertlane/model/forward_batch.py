@@ -12,13 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.kernels.cpu import PagedSequences
 from expertlane.model.attention_group import AttentionGroup, attention_groups
 from expertlane.model.rotary import RotaryEmbedding, Rotation
+from expertlane.ops.cpu import PagedSequences
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
-from expertlane.spec.layout import Coordinates, Layout
-from expertlane.spec.partition import partition
+from expertlane.spec.layout import Coordinates, Layout, partition
 
 
 class ForwardBatch:

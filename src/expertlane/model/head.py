@@ -5,15 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from expertlane.comm.interleave import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.norm import rms_norm
-from expertlane.parallel.interleave import Steps
-from expertlane.parallel.linear import Linear
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.ops.linear import Linear
+from expertlane.spec.layout import partition
 from expertlane.spec.names import Stage
-from expertlane.spec.partition import partition
 
 
 class HeadResult(NamedTuple):

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.kernels.backend import arithmetic_for
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.ops.backend import arithmetic_for
 
 
 class KVCache:

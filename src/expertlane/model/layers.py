@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
+from expertlane.comm.interleave import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.model.attention import Attention, LatentAttention
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
@@ -14,21 +17,17 @@ from expertlane.model.mlp import MLP
 from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import expert_name, layer_name
-from expertlane.model.weight_source import WeightSource
-from expertlane.moe.activation import Activation
-from expertlane.moe.experts import Expert, Experts
+from expertlane.model.weights import WeightSource
+from expertlane.moe.copies import ReplicaChoice
+from expertlane.moe.experts import Activation, Expert, Experts
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
-from expertlane.moe.replicas import ReplicaChoice
 from expertlane.moe.router import route
-from expertlane.parallel.interleave import Steps
-from expertlane.parallel.linear import Linear
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.ops.linear import Linear
 from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.partition import partition
 
 
 class DecoderLayer:

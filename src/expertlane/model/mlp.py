@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.comm.interleave import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.model.tensors import layer_name
-from expertlane.model.weight_source import WeightSource
-from expertlane.moe.activation import Activation
-from expertlane.parallel.interleave import Steps
-from expertlane.parallel.linear import Linear
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.model.weights import WeightSource
+from expertlane.moe.experts import Activation
+from expertlane.ops.linear import Linear
+from expertlane.spec.layout import partition
 from expertlane.spec.names import Stage
-from expertlane.spec.partition import partition
 
 
 class MLP:

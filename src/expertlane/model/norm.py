@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.kernels.backend import arithmetic_for
+from expertlane.ops.backend import arithmetic_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from expertlane.kernels.backend import arithmetic_for
+from expertlane.ops.backend import arithmetic_for
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import RopeScaling
 

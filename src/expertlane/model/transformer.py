@@ -5,21 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertlane.balance.deployed import Placements
+from expertlane.balance.placement_file import Placements
+from expertlane.comm.interleave import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.head import HeadResult, OutputHead
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD
-from expertlane.model.weight_source import WeightSource
-from expertlane.parallel.interleave import Steps
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.model.weights import WeightSource
 from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.partition import partition
 
 
 class TransformerStage:

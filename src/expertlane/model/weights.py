@@ -8,6 +8,7 @@ that a test notices a norm that is left out, and biases and sinks 0.1·N.
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -16,8 +17,39 @@ import torch
 from torch import Tensor
 
 from expertlane.model.tensors import EMBEDDING, HEAD, cut_dim, tensor_shape
-from expertlane.model.weight_source import WeightSource
 from expertlane.spec.model import ModelConfig
+
+
+class WeightSource(ABC):
+    """Gives slices on the rank's device, and counts them.
+
+    Args:
+        dtype: of the slices, unless another is asked for.
+        touch: called after every tensor, to say that work goes on.
+
+    Attributes:
+        num_bytes: taken so far.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, touch: Callable[[], None]) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._touch = touch
+        self.num_bytes = 0
+
+    def take(
+        self, name: str, part: range | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Tensor `name`, or a part of it along the dimension that layouts cut; contiguous."""
+        tensor = self._read(name, part, dtype or self.dtype).to(self.device)
+        self.num_bytes += tensor.nbytes
+        self._touch()
+        return tensor
+
+    @abstractmethod
+    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
+        """The same, wherever it is convenient; contiguous."""
+
 
 _BLOCK = 64  # indices of the cut dimension in one stream
 

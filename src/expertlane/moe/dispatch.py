@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from expertlane.comm.interleave import Steps
 from expertlane.moe.grouping import PairGroups, gather_sum, group_pairs
-from expertlane.parallel.interleave import Steps
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """The dispatch form that a deployment names."""
 
 from expertlane.balance.placement import Placement
+from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import Dispatcher, LocalDispatcher
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
-from expertlane.moe.replicas import ReplicaChoice
-from expertlane.parallel.mesh import ParallelMesh
 from expertlane.spec.deployment import DispatchForm
 
 

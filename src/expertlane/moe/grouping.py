@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.kernels.backend import arithmetic_for, bookkeeping_for
+from expertlane.ops.backend import arithmetic_for, bookkeeping_for
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
+from expertlane.comm.interleave import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import ExpertInput
 from expertlane.moe.grouping import gather_sum, group_pairs, rows_by_peer
-from expertlane.moe.packing import bytes_of, columns_of, pack, unpack
-from expertlane.moe.payload import Payload
-from expertlane.moe.replicas import ReplicaChoice
-from expertlane.parallel.interleave import Steps
-from expertlane.parallel.mesh import ParallelMesh
+from expertlane.moe.payload import Payload, bytes_of, columns_of, pack, unpack
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a plan takes for granted, each with what changes it."""
 
-from expertlane.cost.cluster import ModelledCluster
-from expertlane.cost.execution import Execution
-from expertlane.plan.capacity import FREE_SHARE
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.memory import FREE_SHARE
 from expertlane.plan.setting import Setting, Traffic
 from expertlane.results.plan import PlanAssumption
 

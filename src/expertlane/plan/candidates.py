@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from expertlane.cost.cluster import ModelledCluster
+from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.errors import CapacityError, SpecError
 from expertlane.spec.deployment import DispatchForm, MicroBatchSchedule, Options, PayloadType
 from expertlane.spec.layout import Layout, divisors

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from expertlane.cost.dispatch_steps import ExpertWriter, form_of
-from expertlane.cost.mlp_steps import shares
 from expertlane.cost.number_types import PayloadBytes
-from expertlane.cost.operation import Floats, Ints, TransferKind
-from expertlane.cost.stage_mesh import Axis
+from expertlane.cost.step.dispatch import ExpertWriter, form_of
+from expertlane.cost.step.mlp import shares
+from expertlane.cost.step.operation import Floats, Ints, TransferKind
+from expertlane.cost.step.stage_mesh import Axis
 from expertlane.plan.scenario import Reals, Scenarios, ScenarioSteps
 from expertlane.plan.spread import Spread, busiest_of, largest_normal
 from expertlane.spec.deployment import DispatchForm

@@ -16,7 +16,7 @@ from expertlane.plan.setting import Question
 from expertlane.plan.structure import Screened
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.plan import NoPools, PlanResults, ServeCommandResult
-from expertlane.spec.strict_json import strict_json
+from expertlane.spec.files import strict_json
 
 
 class Plan:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from expertlane.cost.operation import Floats
+from expertlane.cost.step.operation import Floats
 from expertlane.plan.families import best_of_families, pareto
 from expertlane.plan.losing import why_it_loses
 from expertlane.plan.option import Finalist, Option

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.device import DeviceModel
-from expertlane.cost.execution import Execution, Terms
-from expertlane.cost.links import LinkModel
+from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import Device, Profile
+from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import SIZES, Floats, Kind, Operation, TransferKind
 from expertlane.cost.pricing import law_dtype
-from expertlane.cost.profile import Device, Profile
-from expertlane.cost.times import Basis, Times
+from expertlane.cost.step.operation import SIZES, Floats, Kind, Operation, TransferKind
 from expertlane.plan.scenario import ScenarioSteps
 from expertlane.spec.names import ProjectedCause, Stage
 

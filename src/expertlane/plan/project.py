@@ -9,27 +9,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertlane.balance.deployed import Placements, placements_of
-from expertlane.cost.batch_sizes import PartSizes
-from expertlane.cost.cluster import ModelledCluster
-from expertlane.cost.execution import BOUNDS, Terms
-from expertlane.cost.launches import FUSED
-from expertlane.cost.operation import Floats
-from expertlane.cost.pricing import Pricing
-from expertlane.cost.program import ProgramBuilder, StepProgram
-from expertlane.cost.rank_events import rank_events
+from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.cost.breakdown import Why, WhyTable
+from expertlane.cost.laws.execution import BOUNDS, Terms
+from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.pricing import Pricing, StageWork
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.launches import FUSED
+from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.program import ProgramBuilder, StepProgram
+from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.cost.why import Why, WhyTable
-from expertlane.cost.work import StageWork
 from expertlane.plan.setting import Setting
 from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
 from expertlane.results.projection import Estimate, StepProjection
+from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
 from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.partition import partition
-from expertlane.spec.record import RankEvents
 
 _ROUNDS = 3  # of rotating micro-batches; the last one counts
 

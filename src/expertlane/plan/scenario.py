@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.batch_sizes import AttentionSizes, pairs_up_to
-from expertlane.cost.launches import FUSED
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import Ints, LinkLoad, TransferKind
-from expertlane.cost.stage_mesh import Axis, StageMesh
-from expertlane.cost.step_list import StepWriter
+from expertlane.cost.step.batch_sizes import AttentionSizes, pairs_up_to
+from expertlane.cost.step.launches import FUSED
+from expertlane.cost.step.operation import Ints, LinkLoad, TransferKind
+from expertlane.cost.step.stage_mesh import Axis, StageMesh
+from expertlane.cost.step.step_list import StepWriter
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 

@@ -6,15 +6,15 @@ from itertools import islice
 
 import numpy as np
 
-from expertlane.balance.deployed import Placements
 from expertlane.balance.placement import Placement
-from expertlane.cost.cluster import ModelledCluster
-from expertlane.cost.execution import Terms
-from expertlane.cost.links import LinkModel
-from expertlane.cost.operation import Ints
-from expertlane.cost.stage_mesh import StageMesh
+from expertlane.balance.placement_file import Placements
+from expertlane.cost.laws.execution import Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.step.operation import Ints
+from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.memory import capacity, prefill_step_tokens
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.capacity import capacity, prefill_step_tokens
 from expertlane.plan.prices import price
 from expertlane.plan.setting import Setting, Traffic
 from expertlane.plan.spread import Spread, mean_spread, sampled_layers, spread_of

@@ -6,11 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
-from expertlane.cost.operation import Floats
+from expertlane.cost.step.operation import Floats
 from expertlane.errors import UserError
+from expertlane.memory import size_text
 from expertlane.plan.candidates import Candidate, candidates_of, check_devices, valid_layouts
 from expertlane.plan.finals import best_in_full
-from expertlane.plan.memory import size_text
 from expertlane.plan.option import Finalist, Option
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Screen

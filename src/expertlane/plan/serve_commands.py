@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
+from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
-from expertlane.spec.strict_json import strict_json
 
 _VLLM_ALL_TO_ALL = {
     "all_gather": "allgather_reducescatter",

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from expertlane.cost.cluster import ModelledCluster
-from expertlane.cost.execution import Execution
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.spec.deployment import PayloadType

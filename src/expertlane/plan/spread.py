@@ -13,11 +13,11 @@ from statistics import NormalDist
 import numpy as np
 
 from expertlane.balance.placement import Placement
-from expertlane.cost.copies import CopyChoice
-from expertlane.cost.dispatch_counts import count_dispatch
-from expertlane.cost.operation import Floats
 from expertlane.cost.routing import RoutingSource
-from expertlane.cost.stage_mesh import StageMesh
+from expertlane.cost.step.copies import CopyChoice
+from expertlane.cost.step.dispatch_counts import count_dispatch
+from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.errors import SpecError
 from expertlane.plan.scenario import Reals
 from expertlane.spec.model import ModelConfig

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertlane.cost.attention_steps import attention_steps
-from expertlane.cost.layer import (
+from expertlane.cost.number_types import NumberTypes, PayloadBytes
+from expertlane.cost.step.attention import attention_steps
+from expertlane.cost.step.layer import (
     embedding_steps,
     head_steps,
     norm_steps,
     router_steps,
     shared_expert_steps,
 )
-from expertlane.cost.mlp_steps import mlp_steps
-from expertlane.cost.number_types import NumberTypes, PayloadBytes
-from expertlane.cost.operation import OUTSIDE, Floats
-from expertlane.cost.stage_mesh import StageMesh
+from expertlane.cost.step.mlp import mlp_steps
+from expertlane.cost.step.operation import OUTSIDE, Floats
+from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.plan.expected_dispatch import ExpectedDispatch
 from expertlane.plan.prices import Priced
 from expertlane.plan.scenario import Scenarios, ScenarioSteps

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from expertlane.cost.laws.profile import Device
+from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.operation import Floats, Ints, Operation
-from expertlane.cost.profile import Device
-from expertlane.cost.program import PartProgram, Section, StageProgram, StepProgram
-from expertlane.cost.times import Basis
-from expertlane.cost.work import StageWork
+from expertlane.cost.pricing import StageWork
+from expertlane.cost.step.operation import Floats, Ints, Operation
+from expertlane.cost.step.program import PartProgram, Section, StageProgram, StepProgram
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Traffic
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertlane.cost.execution import LIKELY, Execution, Terms
-from expertlane.cost.operation import Floats, Ints
+from expertlane.cost.laws.execution import LIKELY, Execution, Terms
+from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.prices import Priced
 from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.names import ProjectedCause

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.execution import Terms
-from expertlane.cost.links import LinkModel
-from expertlane.cost.operation import Floats, HandOver, Ints
-from expertlane.cost.stage_mesh import StageMesh
+from expertlane.cost.laws.execution import Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.step.operation import Floats, HandOver, Ints
+from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.memory import Capacity
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.capacity import Capacity
 from expertlane.plan.prices import Priced
 from expertlane.plan.scenario import Scenarios, ScenarioSteps
 from expertlane.plan.setting import Traffic

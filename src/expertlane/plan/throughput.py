@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertlane.cost.operation import Floats, Ints
+from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.setting import Goals, Traffic
 from expertlane.plan.structure import Prompts
 from expertlane.spec.layout import Layout

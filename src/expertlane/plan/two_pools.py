@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from expertlane.cost.kv_transfer import ModelledKVTransfers
-from expertlane.cost.links import LinkModel
-from expertlane.cost.operation import Floats
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.step.operation import Floats
 from expertlane.plan.option import Finalist, Option
 from expertlane.plan.search import Search
 from expertlane.plan.setting import Goals, Question, Traffic

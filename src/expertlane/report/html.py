@@ -21,7 +21,7 @@ from expertlane.report.document import (
     Timelines,
 )
 from expertlane.results.file import AnyResults
-from expertlane.spec.strict_json import strict_json
+from expertlane.spec.files import strict_json
 
 
 def render(results: AnyResults) -> str:

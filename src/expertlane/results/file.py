@@ -12,11 +12,9 @@ from expertlane.results.plan import PlanResults
 from expertlane.results.schema import Results
 from expertlane.results.serving import ServingResults
 from expertlane.results.simulation import Simulation
-from expertlane.spec.atomic_file import write_text
-from expertlane.spec.input_file import RESULTS_BYTES
+from expertlane.spec.files import RESULTS_BYTES, strict_json, write_text
 from expertlane.spec.parse import read_json
 from expertlane.spec.ranges import shown
-from expertlane.spec.strict_json import strict_json
 
 FILE_NAME = "results.json"
 

@@ -13,12 +13,11 @@ from expertlane.results.assumption import Assumption as Assumption
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import Projection
 from expertlane.results.rebalance import RebalanceResult
+from expertlane.results.step_record import MachinePeak
 from expertlane.results.strict import Strict
 from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficBytes, TrafficResult
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch_table import DispatchTable
-from expertlane.spec.machine import MachinePeak
+from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.names import Cause, Phase
 
 SCHEMA_VERSION = 5

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
+from expertlane.results.step_record import RankEvents, StepRecord
 from expertlane.results.strict import Strict
 from expertlane.spec.names import Phase, Stage, Track
-from expertlane.spec.record import RankEvents, StepRecord
 
 MOST_RANKS = 32
 MOST_EVENTS = 4000  # of a step; what begins later is left out, and said so

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from expertlane.errors import ModelError
+from expertlane.results.step_record import StepRecord
 from expertlane.schedule.plan import HandleT, Runner, Scheduler, StepOutcome, StepPlan
 from expertlane.schedule.request import not_finite
-from expertlane.spec.record import StepRecord
 
 
 class FinishedStep(NamedTuple):

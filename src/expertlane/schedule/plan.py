@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import Phase
-from expertlane.spec.record import RankRecord
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 HandleT = TypeVar("HandleT")

@@ -1,11 +1,22 @@
 """An experiment: one model, one workload, one seed, one cluster; several deployments."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
-from expertlane.errors import SpecError
-from expertlane.spec.deployment import Deployment
-from expertlane.spec.model import ModelConfig
+from expertlane.errors import SpecError, UserError
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.files import CONFIG_BYTES
+from expertlane.spec.from_hf import read_model
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.parse import read_toml
 from expertlane.spec.ranges import take_fields
 from expertlane.spec.workload import Workload
 
@@ -79,3 +90,248 @@ class Experiment:
     def num_ranks(self) -> int:
         """Ranks of the largest deployment."""
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
+
+
+_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+_TABLES = ("model", "workload", "cluster")
+_ARRAYS = ("deployments", "scaling")
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "a string",
+    "bool": "true or false",
+    "tuple": "a list",
+}
+_BESIDE_CHECKPOINT = "num_experts_per_tok"  # the one value of a checkpoint's that can be changed
+_SHOWN_LENGTH = 60  # of a wrong value, in a message
+
+T = TypeVar("T")
+FindCheckpoint = Callable[[str, Path], Path]
+
+
+@dataclass(frozen=True)
+class _Header:
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    name: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A deployment's table without its options."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    name: str
+    layout: str
+    baseline: bool = False
+
+
+def shipped_experiments() -> dict[str, Path]:
+    """The experiments that come with expertlane, by name."""
+    here = Path(__file__)
+    in_wheel, in_checkout = here.parents[1] / "experiments", here.parents[3] / "experiments"
+    folder = in_wheel if in_wheel.is_dir() else in_checkout
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_experiment(argument: str) -> Path:
+    """The file that `argument` means: a path, or the bare name of a shipped experiment.
+
+    Raises:
+        SpecError: a bare name that is neither a file here nor shipped.
+    """
+    path = Path(argument)
+    if path.name != argument or path.suffix == ".toml":
+        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise SpecError(f"{argument[:40]!r}…: {error.strerror}") from None
+    shipped = shipped_experiments()
+    if argument in shipped:
+        return shipped[argument]
+    if path.exists():
+        return path
+    raise SpecError(
+        f"{argument!r} is neither a file nor an experiment's name{_nearest(argument, shipped)}"
+    )
+
+
+def _folder_below(checkpoint: str, base: Path) -> Path:
+    """The folder that a path means; `base` is where a relative one begins."""
+    return base / checkpoint
+
+
+def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below) -> Experiment:
+    """Read and check a whole experiment.
+
+    Args:
+        find_checkpoint: gives the folder that the file's checkpoint means, by its text and the
+            folder of the file.
+
+    Raises:
+        SpecError: the file cannot be read, is no TOML, or breaks a rule; the text is one line that
+            begins with the path.
+    """
+    document = read_toml(path, CONFIG_BYTES)
+    try:
+        return _experiment(document, path.parent, find_checkpoint)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> Experiment:
+    _check_keys(document, (*_field_names(_Header), *_TABLES, *_ARRAYS), "the top level")
+    for table in _TABLES:
+        if not isinstance(document.get(table, {}), dict):
+            raise SpecError(f"{table} is {_shown(document[table])}; it must be a table, [{table}]")
+    for table in ("model", "workload"):
+        if table not in document:
+            raise SpecError(f"the table [{table}] is missing")
+    workload, cluster = document["workload"], document.get("cluster", {})
+    _check_keys(workload, _field_names(Workload), "[workload]")
+    _check_keys(cluster, _field_names(Cluster), "[cluster]")
+    header = _build(_Header, {k: v for k, v in document.items() if k in ("name", "seed")}, "")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", header.name):
+        raise SpecError(
+            f"name is {_shown(header.name)}; it names the folder of results, so it must be letters "
+            "and digits, with . _ - between them"
+        )
+    model, checkpoint = _model(document["model"], base, find)
+    return Experiment(
+        name=header.name,
+        seed=header.seed,
+        model=model,
+        checkpoint=checkpoint,
+        workload=_build(Workload, workload, "[workload]"),
+        cluster=_build(Cluster, cluster, "[cluster]"),
+        deployments=_deployments(document, "deployments", base),
+        scaling=_deployments(document, "scaling", base),
+    )
+
+
+def _model(
+    table: dict[str, Any], base: Path, find: FindCheckpoint
+) -> tuple[ModelConfig, str | None]:
+    """The model, and the folder of its checkpoint if it has one."""
+    _check_keys(table, ("preset", "checkpoint", *_field_names(ModelConfig)), "[model]")
+    if "checkpoint" in table:
+        return _checkpoint(table, base, find)
+    overrides = dict(table)
+    preset = overrides.pop("preset", None)
+    if preset is None:
+        return _build(ModelConfig, overrides, "[model]"), None
+    if not isinstance(preset, str):
+        raise SpecError(f"[model]: preset is {_shown(preset)}; it must be a string")
+    if preset not in PRESETS:
+        raise SpecError(f"[model]: unknown preset {preset!r}{_nearest(preset, PRESETS)}")
+    return _build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]"), None
+
+
+def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tuple[ModelConfig, str]:
+    overrides = dict(table)
+    given = overrides.pop("checkpoint")
+    if not isinstance(given, str):
+        raise SpecError(f"[model]: checkpoint is {_shown(given)}; it must be a string")
+    for key in overrides:
+        if key != _BESIDE_CHECKPOINT:
+            raise SpecError(
+                f"[model]: checkpoint and {key} exclude each other; valid beside a checkpoint: "
+                f"{_BESIDE_CHECKPOINT}"
+            )
+    try:
+        folder = find(given, base)
+        model = read_model(folder, os.path.join(base, given))
+    except UserError as error:
+        raise SpecError(f"[model]: {error}") from None
+    return _build(ModelConfig, asdict(model) | overrides, "[model]"), os.path.abspath(folder)
+
+
+def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deployment, ...]:
+    tables = document.get(key, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise SpecError(f"{key} is {_shown(tables)}; it must be one or more tables, [[{key}]]")
+    deployments = []
+    for number, table in enumerate(tables, start=1):
+        where = f"[[{key}]] {number}"
+        head_keys = [k for k in _field_names(_Head) if key == "deployments" or k != "baseline"]
+        _check_keys(table, (*head_keys, *_field_names(Options)), where)
+        if key == "deployments" and number == 1:
+            if table.get("baseline") is False:
+                raise SpecError(
+                    f"{where}: baseline is false, but the first deployment is always one"
+                )
+            table = {"baseline": True} | table
+        try:
+            head = _build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
+            options = _build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
+            if options.placement_file is not None:
+                path = _path("placement_file", options.placement_file)
+                options = replace(options, placement_file=os.path.abspath(base / path))
+            layout = Layout.parse(head.layout)
+            deployments.append(Deployment(head.name, layout, options, head.baseline))
+        except SpecError as error:
+            raise SpecError(f"{where}: {error}") from None
+    return tuple(deployments)
+
+
+def _path(key: str, value: str) -> str:
+    if not value or "\0" in value:
+        raise SpecError(f"{key} is {_shown(value)}; it must be a path")
+    return value
+
+
+def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
+    """Make a dataclass of a table of known keys; `where` begins an error's text."""
+    from pydantic import TypeAdapter, ValidationError
+
+    prefix = f"{where}: " if where else ""
+    for key, value in table.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SpecError(f"{prefix}{key} is {value}; it must be a finite number")
+    try:
+        # Through JSON, since a strict dataclass takes no dict from Python. A date becomes a list,
+        # which no field takes.
+        as_json = json.dumps(table, default=lambda value: [str(value)])
+        return TypeAdapter(kind).validate_json(as_json)
+    except ValidationError as error:
+        problems = error.errors()
+    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise SpecError(f"{prefix}{', '.join(missing)} {verb} missing")
+    key = str(problems[0]["loc"][0])
+    of_key = [problem for problem in problems if problem["loc"][0] == key]
+    wanted = " or ".join(dict.fromkeys(map(_wanted, of_key)))  # several where types are a union
+    raise SpecError(f"{prefix}{key} is {_shown(table[key])}; it must be {wanted}")
+
+
+def _wanted(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "literal_error":
+        return str(problem["ctx"]["expected"])
+    return _WANTED.get(problem["type"].partition("_")[0], "a table of known keys")
+
+
+def _field_names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _check_keys(table: dict[str, Any], valid: Iterable[str], where: str) -> None:
+    valid = list(valid)
+    for key in table:
+        if key not in valid:
+            raise SpecError(f"unknown key {key!r} in {where}{_nearest(key, valid)}")
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    """The end of a message: the valid word most like `word`, or all where none is like it."""
+    valid = list(valid)
+    matches = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; the nearest is {matches[0]!r}" if matches else f"; valid: {', '.join(valid)}"
+
+
+def _shown(value: Any) -> str:
+    """A TOML value on one line, cut when long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"

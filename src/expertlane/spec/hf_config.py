@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.errors import SpecError
+from expertlane.spec.files import CONFIG_BYTES
 from expertlane.spec.hf_defaults import DEFAULTS
-from expertlane.spec.input_file import CONFIG_BYTES
 from expertlane.spec.parse import read_json_object
 from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 

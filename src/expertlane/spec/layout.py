@@ -2,12 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt
 from typing import NamedTuple
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.partition import partition
 from expertlane.spec.ranges import MAX_RANKS, RANGES, take_fields
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
@@ -177,3 +177,13 @@ def divisors(number: int) -> list[int]:
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def partition(total: int, num_parts: int) -> list[range]:
+    """Cut `range(total)` into `num_parts` contiguous ranges whose sizes differ by at most one.
+
+    The first `total % num_parts` parts are the longer ones; parts may be empty.
+    """
+    size, num_longer = divmod(total, num_parts)
+    starts = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
+    return [range(start, stop) for start, stop in pairwise(starts)]

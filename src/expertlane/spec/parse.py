@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from expertlane.errors import SpecError
-from expertlane.spec.input_file import read_text
+from expertlane.spec.files import read_text
 from expertlane.spec.ranges import shown
 
 _MAX_DIGITS = 40  # of a whole number; Python itself takes no more than 4,300

@@ -13,24 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.cost.operation import Kind
+from expertlane.comm.clock import clock_for
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
+from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore
 from expertlane.engine.measure.points import Point
-from expertlane.engine.platform import DTYPES
 from expertlane.engine.worker import RankContext
 from expertlane.model.attention import PagedHeads
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.moe.activation import Activation
 from expertlane.moe.dispatch import ExpertInput
-from expertlane.moe.experts import Expert, Experts
+from expertlane.moe.experts import Activation, Expert, Experts
 from expertlane.moe.grouping import group_pairs
-from expertlane.parallel.clock import clock_for
-from expertlane.parallel.linear import Linear
-from expertlane.parallel.mesh import ParallelMesh
-from expertlane.parallel.recorder import Recorder
+from expertlane.ops.linear import Linear
+from expertlane.ops.platform import DTYPES
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Coordinates, Layout
 from expertlane.spec.model import ModelConfig

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from expertlane.cost.operation import SIZES, Kind, TransferKind
+from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from statistics import median
 
 import torch
 
-from expertlane.cost.operation import TransferKind
+from expertlane.comm.collectives import Group
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.cost.step.operation import TransferKind
 from expertlane.engine.commands import MeasureContention, MeasureTransfers
 from expertlane.engine.measure.operations import barrier, first_ranks
 from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.worker import RankContext
-from expertlane.parallel.collectives import Group
-from expertlane.parallel.linear import Linear
-from expertlane.parallel.mesh import ParallelMesh
+from expertlane.ops.linear import Linear
 
 _LEAST, _MOST = 5, 60  # repetitions in a round
 _ROW_BYTES = 64

@@ -1,0 +1,214 @@
+"""Measure the machine at hand: rounds of everything in turn, then a profile of the medians."""
+
+import platform
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane import __version__
+from expertlane.calibrate.fit import (
+    link_sheets,
+    operation_laws,
+    peak_flops_per_s,
+    read_bytes_per_s,
+    term_of,
+    transfer_laws,
+)
+from expertlane.calibrate.points import CPU_GRID, GPU_GRID, Grid
+from expertlane.calibrate.quiet import QuietMeasuring, rounds_in_time
+from expertlane.calibrate.steps import StepSample, measure_steps, overhead_terms
+from expertlane.cost.laws.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
+from expertlane.cost.laws.profile import Device, Profile, Term
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.commands import (
+    MeasureContention,
+    MeasureLaunches,
+    MeasureOperations,
+    MeasureTransfers,
+    PinToCore,
+)
+from expertlane.engine.pool import RankPool
+from expertlane.engine.start import describe_ranks
+from expertlane.ops.host import num_cores
+from expertlane.progress import Progress, Silent
+
+Floats = npt.NDArray[np.float64]
+
+_PARTS = 3  # of a round, as progress counts them; without transfers 2
+
+
+def num_devices() -> int:
+    """GPUs of this machine, else cores."""
+    import torch
+
+    return torch.cuda.device_count() or num_cores()
+
+
+@dataclass(eq=False)
+class Measured:
+    """What the rounds gave so far.
+
+    Attributes:
+        operations, transfers: [rounds][num_points]; seconds.
+        contention: [rounds]; a share.
+        launches: [rounds]; seconds of a kernel's launch and a graph's; empty but on a GPU.
+        steps: [rounds][num_samples].
+    """
+
+    operations: list[Floats] = field(default_factory=list)
+    transfers: list[Floats] = field(default_factory=list)
+    contention: list[float] = field(default_factory=list)
+    launches: list[tuple[float, float]] = field(default_factory=list)
+    steps: list[list[StepSample]] = field(default_factory=list)
+
+
+class Calibration:
+    """Rounds of measuring on a pool's ranks, which may take turns with other work.
+
+    Args:
+        num_ranks: the first ranks of the pool measure, all at once.
+        grid: sizes; None for those that suit the machine.
+
+    Attributes:
+        machine: what the first rank sees of it.
+        cores: of each rank, where it is pinned to one.
+        quiet: what other processes disturbed.
+    """
+
+    def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
+        self._pool = pool
+        self._num_ranks = num_ranks
+        self.machine = describe_ranks(pool)[0]
+        self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
+        self.cores = pool.call(PinToCore())
+        self._points = self.grid.points(self.machine.dtype)
+        self._transfer_points = self.grid.transfers(num_ranks)
+        self.measured = Measured()
+        self.quiet = QuietMeasuring()
+
+    def run(self, progress: Progress | None = None) -> None:
+        """All rounds, or as many as there is time for on a machine that others keep busy."""
+        progress = progress or Silent()
+        parts = _PARTS if self._num_ranks > 1 else 2
+        progress.task("measuring", parts * self.grid.num_rounds)
+        for _ in rounds_in_time(self.grid.num_rounds):
+            self.measure_round(progress)
+        progress.done()
+
+    def measure_round(self, progress: Progress | None = None) -> None:
+        """Everything once; what other processes disturbed is measured again, within bounds."""
+        progress = progress or Silent()
+        found = self.measured
+        found.operations.append(self.quiet.measure(self._operations))
+        progress.advance()
+        if self._num_ranks > 1:
+            found.transfers.append(self.quiet.measure(self._transfers))
+            progress.advance()
+            found.contention.append(self.quiet.measure(self._contention))
+        if self.machine.on_gpu:
+            (launches,) = self._pool.call(MeasureLaunches(), ranks=[0])
+            found.launches.append(launches)
+        found.steps.append(
+            self.quiet.measure(
+                lambda: measure_steps(
+                    self._pool, self._num_ranks, self.grid.step_seqs, self.grid.step_layers
+                )
+            )
+        )
+        progress.advance()
+
+    def _operations(self) -> Floats:
+        """[num_points]; the mean over ranks."""
+        seconds = self._pool.call(
+            MeasureOperations(tuple(self._points), self.grid.point_s, self._num_ranks)
+        )
+        mean: Floats = np.mean(seconds[: self._num_ranks], axis=0)
+        return mean
+
+    def _transfers(self) -> Floats:
+        """[num_points]; the mean over the ranks that take part."""
+        points = self._transfer_points
+        seconds = self._pool.call(MeasureTransfers(tuple(points), self.grid.point_s))
+        return np.array(
+            [
+                np.mean([of_rank[place] for of_rank in seconds[: point.num_ranks]])
+                for place, point in enumerate(points)
+            ]
+        )
+
+    def _contention(self) -> float:
+        """The median over ranks and sizes."""
+        shares = self._pool.call(
+            MeasureContention(self._num_ranks, self.grid.contended_bytes, self.grid.point_s)
+        )
+        return float(np.median(shares[: self._num_ranks]))
+
+    def profile(self, name: str) -> Profile:
+        """The medians of all rounds so far as a profile."""
+        found, origin = self.measured, self._origin()
+        operations = np.array(found.operations)
+        likely = np.median(operations, axis=0)
+        machine, num_ranks = self.machine, self._num_ranks
+        device = Device(
+            name=f"{machine.device} rank of {machine.cpu_name}"
+            if not machine.on_gpu
+            else machine.device,
+            memory_bytes=float(
+                machine.memory_bytes if machine.on_gpu else machine.memory_bytes // num_ranks
+            ),
+            memory_bytes_per_s=read_bytes_per_s(self._points, likely),
+            flops_per_s=peak_flops_per_s(self._points, likely),
+            origin=f"highest rates of any product: {origin}",
+        )
+        surfaces, terms = operation_laws(self._points, operations, device, origin)
+        links, transfers = {}, np.array(found.transfers)
+        if transfers.size:
+            links = link_sheets(self._transfer_points, np.median(transfers, axis=0), origin)
+        profile = Profile(name, device, num_ranks, links, surfaces, terms)
+        if transfers.size:
+            of_links = transfer_laws(self._transfer_points, transfers, profile, origin)
+            profile = _with(profile, *of_links)
+            share = term_of(np.array(found.contention), origin)
+            profile = _with(profile, {}, {f"contention.{kind}": share for kind in TransferKind})
+        return _with(profile, {}, self._overheads(profile, origin))
+
+    def _overheads(self, profile: Profile, origin: str) -> dict[str, Term]:
+        found = overhead_terms(self.measured.steps, profile, self.machine.dtype, origin)
+        if not self.machine.on_gpu:
+            return found
+        launch_s, graph_launch_s = np.array(self.measured.launches).T
+        return {
+            DRIVER_S: found[DRIVER_S],
+            LAUNCH_S: term_of(launch_s, origin),
+            GRAPH_LAUNCH_S: term_of(graph_launch_s, origin),
+        }
+
+    def _origin(self) -> str:
+        machine, ranks = self.machine, self._num_ranks
+        what = machine.device if machine.on_gpu else machine.cpu_name
+        pinned = ", each on a core of its own" if None not in self.cores else ""
+        rounds, quiet = len(self.measured.operations), self.quiet
+        disturbed = ""
+        if quiet.num_disturbed:
+            disturbed = (
+                f", {quiet.disturbed_share:.0%} of the measurements disturbed by other programs, "
+                f"which took up to {quiet.foreign_cpu_share:.0%} of the cores"
+            )
+        return (
+            f"expertlane calibrate {__version__}, {datetime.now(UTC).date()}: {what}, "
+            f"{ranks} rank{'s' if ranks > 1 else ''} at once{pinned}, {machine.dtype}, "
+            f"{machine.kernels} kernels, {machine.backend}, torch {machine.torch_version}, "
+            f"Python {platform.python_version()}, "
+            f"median of {rounds} round{'s' if rounds > 1 else ''}{disturbed}"
+        )
+
+
+def _with(profile: Profile, surfaces: dict[str, Surface], terms: dict[str, Term]) -> Profile:
+    return replace(
+        profile,
+        surfaces={**profile.surfaces, **surfaces},
+        terms={**profile.terms, **terms},
+    )

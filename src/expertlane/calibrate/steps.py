@@ -1,0 +1,246 @@
+"""Whole steps of a small model: what the engine adds to its operations, and its driver to steps.
+
+Steps are measured and priced without any such overhead. On one rank, what a stage took beyond its
+operations' laws is divided among them; what remains beyond all stages is the driver's. On several
+ranks, what steps took beyond all that is the transfers' as far as it grows with layers, and the
+driver's, for each further rank, as far as it does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement_file import placements_of
+from expertlane.calibrate.timed_phases import BLOCK_SIZE, limits_for, phase_times, run_batch
+from expertlane.cost.laws.execution import (
+    DRIVER_PER_RANK_S,
+    DRIVER_S,
+    OF_TRANSFERS,
+    OVERHEAD_S,
+    Terms,
+)
+from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.pricing import Pricing
+from expertlane.cost.routing import UniformRouting
+from expertlane.cost.runner import CostRunner
+from expertlane.cost.step.operation import Operation, Transfer
+from expertlane.cost.step.program import ProgramBuilder
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.pool import RankPool
+from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.plan import HandleT, Runner
+from expertlane.spec.deployment import Deployment, DispatchTable, Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase, Stage
+
+Floats = npt.NDArray[np.float64]
+
+_PROMPT_LEN, _OUTPUT_LEN = 48, 16
+_SPREAD = 10, 90  # percentiles of the rounds that are a term's bounds
+_MODEL = ModelConfig(
+    name="calibrate",
+    num_hidden_layers=1,
+    hidden_size=512,
+    num_attention_heads=8,
+    head_dim=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=512,
+    vocab_size=1024,
+    max_position_embeddings=_PROMPT_LEN + _OUTPUT_LEN,
+    hidden_act="silu",
+    gated_mlp=True,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StepSample:
+    """Decode steps of one deployment with so many sequences a data-parallel rank, in one round.
+
+    Attributes:
+        num_layers: of the small model.
+        step_s: from the end of one to the end of the next, not recorded.
+        stage_s: [num_stages]; of its first rank, recorded.
+    """
+
+    deployment: Deployment
+    num_layers: int
+    num_seqs: int
+    step_s: float
+    stage_s: Floats
+
+
+def deployments_for(num_ranks: int) -> list[Deployment]:
+    """One rank alone, and all of them in every way of sending."""
+    found = [Deployment("one rank", Layout())]
+    if num_ranks > 1:
+        all_ranks = Layout(dp=num_ranks, ep=num_ranks)
+        found.append(Deployment("all-to-all", all_ranks))
+        found.append(Deployment("all-gather", all_ranks, Options(dispatch="all_gather")))
+        found.append(Deployment("sharded", Layout(dp=num_ranks)))
+    return found
+
+
+def measure_steps(
+    pool: RankPool, num_ranks: int, step_seqs: Sequence[int], step_layers: tuple[int, int]
+) -> list[StepSample]:
+    """One round: the steps of every deployment, with each number of sequences a rank."""
+    samples = []
+    for deployment in deployments_for(num_ranks):
+        limits = _limits(deployment, max(step_seqs))
+        for model, num_seqs in product(_models(deployment, step_layers), step_seqs):
+            runner = ModelRunner(pool, model, deployment, limits, seed=0, ranks_per_node=num_ranks)
+            _run(runner, deployment, num_seqs)  # warms up
+            step_s = phase_times(_run(runner, deployment, num_seqs)).decode_s
+            recorded = _decodes(_run(runner, deployment, num_seqs, record=True))
+            stage_s = [step.outcome.records[0].wall_s.sum(axis=(0, 1)) for step in recorded]
+            samples.append(
+                StepSample(
+                    deployment,
+                    model.num_hidden_layers,
+                    num_seqs,
+                    step_s,
+                    np.median(stage_s, axis=0),
+                )
+            )
+    return samples
+
+
+def _models(deployment: Deployment, step_layers: tuple[int, int]) -> list[ModelConfig]:
+    """Several ranks take two, to tell what a transfer adds from what a step adds."""
+    if deployment.layout.world_size == 1:
+        return [replace(_MODEL, num_hidden_layers=step_layers[1])]
+    return [replace(_MODEL, num_hidden_layers=num) for num in step_layers]
+
+
+def _limits(deployment: Deployment, num_seqs: int) -> Limits:
+    num_requests = num_seqs * deployment.layout.dp
+    return limits_for(deployment, num_requests, _PROMPT_LEN + _OUTPUT_LEN, _MODEL.vocab_size)
+
+
+def _run(
+    runner: Runner[HandleT], deployment: Deployment, num_seqs: int, *, record: bool = False
+) -> list[FinishedStep]:
+    num_requests = num_seqs * deployment.layout.dp
+    prompts = np.arange(num_requests * _PROMPT_LEN).reshape(num_requests, -1) * 7
+    return run_batch(
+        runner,
+        deployment,
+        _limits(deployment, num_seqs),
+        prompts % _MODEL.vocab_size,
+        _OUTPUT_LEN,
+        record=record,
+    )
+
+
+def _decodes(steps: Sequence[FinishedStep]) -> list[FinishedStep]:
+    return [step for step in steps if step.plan.phase is Phase.DECODE]
+
+
+def overhead_terms(
+    rounds: Sequence[Sequence[StepSample]], profile: Profile, dtype: str, origin: str
+) -> dict[str, Term]:
+    """The terms of the timeline from the medians of the rounds, with their spread as bounds.
+
+    Args:
+        rounds: [num_rounds][num_samples].
+        profile: has all laws.
+        dtype: the ranks'.
+    """
+    medians = [
+        replace(
+            of_rounds[0],
+            step_s=median(each.step_s for each in of_rounds),
+            stage_s=np.median([each.stage_s for each in of_rounds], axis=0),
+        )
+        for of_rounds in zip(*rounds, strict=True)
+    ]
+    priced = [_Priced(sample, profile, dtype) for sample in medians]
+    likely = _solve(medians, priced)
+    spread = [_solve(samples, priced) for samples in rounds]
+    terms = {}
+    for name, value in likely.items():
+        low, high = np.percentile([each[name] for each in spread], _SPREAD).tolist()
+        terms[name] = Term(value, min(low, value), max(high, value), Basis.MEASURED, origin)
+    return terms
+
+
+def _solve(samples: Sequence[StepSample], priced: "Sequence[_Priced]") -> dict[str, float]:
+    """The terms that explain what samples took beyond what they are priced at without any."""
+    extra_s, num_steps, driver_s = np.zeros(len(Stage)), np.zeros(len(Stage)), []
+    busy = np.arange(len(Stage)) != Stage.IDLE
+    for sample, known in zip(samples, priced, strict=True):
+        if sample.deployment.layout.world_size == 1:
+            extra_s += np.where(busy, sample.stage_s - known.stage_s, 0.0)
+            num_steps += known.num_steps
+            driver_s.append(sample.step_s - float(sample.stage_s[busy].sum()))
+    of_stage = np.maximum(0.0, extra_s / np.maximum(num_steps, 1))
+    found = {
+        f"{OVERHEAD_S}.{stage.label}": float(of_stage[stage]) for stage in Stage if num_steps[stage]
+    }
+    found[OVERHEAD_S] = float((of_stage * num_steps).sum() / num_steps.sum())
+    found[DRIVER_S] = max(0.0, median(driver_s))
+    rest_s: dict[tuple[str, int], list[tuple[int, float, int]]] = {}
+    for sample, known in zip(samples, priced, strict=True):
+        layout = sample.deployment.layout
+        if layout.world_size > 1:
+            overhead_s = float((known.num_steps * of_stage).sum())
+            rest = sample.step_s - known.step_s - overhead_s - found[DRIVER_S]
+            key = sample.deployment.name, sample.num_seqs
+            rest_s.setdefault(key, []).append((known.num_transfers, rest, layout.world_size))
+    if rest_s:
+        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in rest_s.values()]
+        of_transfer = found[f"{OVERHEAD_S}.{OF_TRANSFERS}"] = max(0.0, median(slopes))
+        of_rank = [
+            (rest - num * of_transfer) / (ranks - 1)
+            for pair in rest_s.values()
+            for num, rest, ranks in pair
+        ]
+        found[DRIVER_PER_RANK_S] = max(0.0, median(of_rank))
+    return found
+
+
+class _Priced:
+    """A sample's step on the virtual clock, without any overheads.
+
+    Attributes:
+        stage_s, num_steps: [num_stages]; of its first rank; operations, not transfers.
+        num_transfers: of a rank.
+    """
+
+    def __init__(self, sample: StepSample, profile: Profile, dtype: str) -> None:
+        deployment, layout = sample.deployment, sample.deployment.layout
+        model = replace(_MODEL, num_hidden_layers=sample.num_layers)
+        types = NumberTypes.all_of(dtype)
+        options = deployment.options
+        assert options.dispatch != "auto", "none is timed here"
+        builder = ProgramBuilder(
+            model,
+            layout,
+            placements_of(model, layout, options),
+            types=types,
+            dispatch=DispatchTable.fixed(options.dispatch),
+            ranks_per_node=layout.world_size,
+            block_size=BLOCK_SIZE,
+        )
+        routing = UniformRouting(model.num_experts, model.num_experts_per_tok)
+        pricing = Pricing(profile, types)
+        runner = CostRunner(model, layout, builder, routing, pricing, Terms.free())
+        steps = _run(runner, deployment, sample.num_seqs, record=True)
+        self.step_s = phase_times(steps).decode_s
+        last = _decodes(steps)[-1]
+        self.stage_s = last.outcome.records[0].wall_s.sum(axis=(0, 1))
+        self.num_steps = np.zeros(len(Stage))
+        self.num_transfers = 0
+        ((stage,),) = builder.build(last.plan, routing).stages
+        for step in (step for part in stage.parts for step in part.steps()):
+            self.num_steps[step.stage] += isinstance(step, Operation)
+            self.num_transfers += isinstance(step, Transfer)

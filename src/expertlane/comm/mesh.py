@@ -1,0 +1,130 @@
+"""The groups of ranks that a layout communicates in, on torch device meshes.
+
+Attention sees a world of (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same
+ranks. Many groups of these views have the same ranks (at `ep = dp·tp` the expert-parallel group is
+the whole stage), and layouts share them too, so groups are made once for every set of ranks: each
+one costs threads and sockets.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from expertlane.comm.collectives import Group
+from expertlane.comm.recorder import Recorder
+from expertlane.spec.layout import Layout
+
+AXES = ("tp", "pp", "ep", "etp", "stage")
+NODE_AXES = ("ep_inter", "ep_intra")
+
+
+def groups_of_axis(layout: Layout, axis: str, ranks_per_node: int = 1) -> list[list[int]]:
+    """The global ranks of every group of an axis; `stage` is all ranks of a pipeline stage.
+
+    An `ep` group is cut by nodes: `ep_intra` is its ranks on one node, `ep_inter` those with the
+    same place on each node.
+
+    Raises:
+        SpecError: an axis of nodes, and the ranks of `ep` groups lie unevenly on nodes.
+    """
+    dense = np.arange(layout.world_size).reshape(layout.replicas, layout.pp, layout.dp, layout.tp)
+    stages = dense.reshape(layout.replicas * layout.pp, layout.stage_size)
+    expert = stages.reshape(-1, layout.ep, layout.etp)
+    by_axis = {
+        "tp": dense,
+        "pp": np.moveaxis(dense, 1, -1),
+        "ep": np.moveaxis(expert, 1, -1),
+        "etp": expert,
+        "stage": stages,
+    }
+    if axis in NODE_AXES:
+        size = layout.ep_ranks_per_node(ranks_per_node)
+        by_node = by_axis["ep"].reshape(-1, layout.ep // size, size)
+        by_axis |= {"ep_inter": np.moveaxis(by_node, 1, -1), "ep_intra": by_node}
+    ranks = by_axis[axis]
+    groups: list[list[int]] = ranks.reshape(-1, ranks.shape[-1]).tolist()
+    return groups
+
+
+class DeviceMeshes:
+    """One-dimensional meshes by their ranks, shared by axes and layouts."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+
+    def make(self, layout: Layout, ranks_per_node: int = 0) -> None:
+        """Make what `layout` needs and is not there yet. Collective over *all* ranks.
+
+        Args:
+            ranks_per_node: where axes of nodes are wanted too.
+        """
+        for ranks in self._groups(layout, ranks_per_node):
+            if ranks not in self._meshes:
+                self._meshes[ranks] = DeviceMesh(self._device_type, torch.tensor(ranks))
+
+    def _groups(self, layout: Layout, ranks_per_node: int) -> Iterator[tuple[int, ...]]:
+        for axis in (*AXES, *NODE_AXES) if ranks_per_node else AXES:
+            for ranks in groups_of_axis(layout, axis, ranks_per_node):
+                if len(ranks) > 1:
+                    yield tuple(ranks)
+
+    def process_group(self, ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+        """The group of exactly these ranks, of which the caller is one."""
+        return self._meshes[ranks].get_group()
+
+
+class ParallelMesh:
+    """One rank's place in a layout and the groups it talks to.
+
+    Attributes:
+        at: the rank's coordinates.
+        tp, ep, etp: groups of the layout's axes.
+        stage: all ranks of the pipeline stage.
+        pp: the ranks that hold the other stages at the same place.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        meshes: DeviceMeshes,
+        rank: int,
+        ranks_per_node: int,
+        recorder: Recorder,
+    ) -> None:
+        self.layout = layout
+        self.at = layout.coordinates(rank)
+        self._meshes = meshes
+        self._rank = rank
+        self._ranks_per_node = ranks_per_node
+        self._recorder = recorder
+        self.tp, self.pp, self.ep, self.etp, self.stage = map(self._group, AXES)
+
+    def _group(self, axis: str) -> Group:
+        groups = groups_of_axis(self.layout, axis, self._ranks_per_node)
+        ranks = next(ranks for ranks in groups if self._rank in ranks)
+        process_group = self._meshes.process_group(tuple(ranks)) if len(ranks) > 1 else None
+        return Group(process_group, ranks, self._rank, self._ranks_per_node, self._recorder)
+
+    @cached_property
+    def ep_inter(self) -> Group:
+        """The ranks of the `ep` group with this one's place on their nodes, if made."""
+        return self._group("ep_inter")
+
+    @cached_property
+    def ep_intra(self) -> Group:
+        """The ranks of the `ep` group on this one's node, if made."""
+        return self._group("ep_intra")
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.at.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank chooses tokens."""
+        return self.at.pp_rank == self.layout.pp - 1

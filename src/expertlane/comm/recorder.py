@@ -1,0 +1,295 @@
+"""The clock and counters of a rank: seconds by stage, FLOPs, bytes read and sent."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.comm.clock import Clock
+from expertlane.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.results.step_record import RankEvents, RankRecord
+from expertlane.spec.names import Stage, Track, Traffic
+
+_NUM_STAGES = len(Stage)
+_TRACKS = list(Track)
+
+
+class Recorder:
+    """Splits a rank's time at every change of stage and adds up what its call sites count.
+
+    `enter` ends the stage before it; there is always exactly one current stage. Where a plan asks
+    for no record, only the progress line is kept up to date.
+
+    Args:
+        rank: global rank.
+        world_size: ranks of the layout, replicas too.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_layers: int,
+        num_experts: int,
+        progress: ProgressReporter,
+        clock: Clock,
+        world_size: int,
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self.progress = progress
+        self._clock = clock
+        self.stage = Stage.IDLE
+        self.layer = NO_LAYER
+        self._last_layer = NO_LAYER
+        self._recording = False
+        self._recording_routing = False
+        self._recording_events = False
+        self._started_s = 0.0
+        self._micro_batch = 0
+        self._ended_s = time.perf_counter()
+        self._process_cpu_s = time.process_time()
+        self._clear(1)
+
+    def _clear(self, num_micro_batches: int) -> None:
+        self._shape = (num_micro_batches, self._num_layers + 1, _NUM_STAGES)
+        self._idle_s = 0.0
+        self._cells: list[int] = []  # the cell of every interval, in order
+        self._marks: list[Any] = []  # where each interval begins; one more at the end
+        self._cpu_marks: list[float] = []
+        self._waits: list[tuple[int, Any, Any]] = []
+        self._flops = [0] * _NUM_STAGES
+        self._weight_bytes = [0] * _NUM_STAGES
+        self._num_collectives = [0] * _NUM_STAGES
+        self._kv_bytes = 0
+        self._sent_bytes: defaultdict[tuple[Stage, Traffic], list[int]] = defaultdict(
+            lambda: [0] * self._world_size
+        )
+        self._tokens = np.zeros((self._num_layers, self._num_experts), dtype=np.int64)
+        self._by_ranks_reached, self._by_nodes_reached = np.zeros(
+            (2, self._world_size + 1), dtype=np.int64
+        )
+        self._num_remote_rank_copies = self._num_remote_node_copies = 0
+        self._payload_squares = np.zeros(2)
+        self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
+
+    def begin_step(
+        self,
+        step: int,
+        num_micro_batches: int,
+        *,
+        record: bool,
+        count_idle: bool,
+        record_routing: bool = False,
+        record_events: bool = False,
+    ) -> None:
+        """Start a step's record.
+
+        Args:
+            count_idle: the time since the last step counts as idle.
+            record_routing: keep the experts that tokens choose; implies `record`.
+            record_events: keep every stretch of time; implies `record`.
+        """
+        self.progress.set_step(step)
+        self._clear(num_micro_batches)
+        self._recording = record or record_routing or record_events
+        self._recording_routing = record_routing
+        self._recording_events = record_events
+        self._micro_batch = 0
+        if count_idle:
+            self._idle_s = time.perf_counter() - self._ended_s
+        else:
+            self._process_cpu_s = time.process_time()
+        self._started_s = time.perf_counter()
+        self.enter(Stage.IDLE)
+
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """What follows belongs to another micro-batch; call `enter` next."""
+        self._micro_batch = micro_batch
+
+    def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
+        """End the current stage and begin `stage` of `layer`."""
+        self.stage, self.layer = stage, layer
+        if layer != NO_LAYER:
+            self._last_layer = layer
+        self.progress.enter(stage, layer)
+        if self._recording:
+            self._cells.append(self._cell())
+            self._marks.append(self._clock.mark())
+            self._cpu_marks.append(time.thread_time())
+
+    def _cell(self) -> int:
+        slot = self._num_layers if self.layer == NO_LAYER else self.layer
+        return (self._micro_batch * (self._num_layers + 1) + slot) * _NUM_STAGES + self.stage
+
+    def begin_wait(self) -> Any:
+        """A wait for other ranks begins; pass what this returns to `end_wait`."""
+        self.progress.set_waiting(True)
+        return self._clock.mark() if self._recording else None
+
+    def end_wait(self, begin: Any) -> None:
+        """The wait is over."""
+        self.progress.set_waiting(False)
+        self.progress.touch()
+        if self._recording:
+            self._waits.append((self._cell(), begin, self._clock.mark()))
+
+    def count_compute(self, flops: int, weight_bytes: int, kv_bytes: int = 0) -> None:
+        """Add floating-point operations and bytes read to the current stage."""
+        if self._recording:
+            self._flops[self.stage] += flops
+            self._weight_bytes[self.stage] += weight_bytes
+            self._kv_bytes += kv_bytes
+
+    def count_sent(
+        self, traffic: Traffic, ranks: Sequence[int], num_rows: Sequence[int], row_bytes: int
+    ) -> None:
+        """Add what this rank sends in the current stage; rows that stay here do not count.
+
+        Args:
+            ranks: global ranks.
+            num_rows: as long as `ranks`; rows of `row_bytes` to each of them.
+        """
+        if self._recording and row_bytes:
+            of_rank = self._sent_bytes[self.stage, traffic]
+            for rank, num in zip(ranks, num_rows, strict=True):
+                of_rank[rank] += num * row_bytes
+
+    def count_collective(self) -> None:
+        """Add one collective or point-to-point send to the current stage."""
+        if self._recording:
+            self._num_collectives[self.stage] += 1
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether anything is counted in this step."""
+        return self._recording
+
+    def count_expert_tokens(self, experts: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Add token-expert pairs of different experts of the current layer."""
+        if self._recording:
+            self._tokens[self.layer, list(experts)] += num_tokens
+
+    def record_topk_ids(self, topk_ids: Tensor) -> None:
+        """Keep the experts chosen in the current layer, if the plan asks for routing.
+
+        Args:
+            topk_ids: [T, K]; logical experts of this rank's own tokens.
+        """
+        if self._recording_routing:
+            self._topk_ids[self.layer].append(topk_ids.to("cpu", torch.int32, copy=True))
+
+    def count_fan_out(
+        self,
+        ranks_reached: Tensor,
+        nodes_reached: Tensor,
+        num_remote_rank_copies: int,
+        num_remote_node_copies: int,
+    ) -> None:
+        """Add how far one layer's tokens spread.
+
+        Args:
+            ranks_reached, nodes_reached: [T] whole numbers; how many ranks and nodes hold experts
+                chosen for each token; this one counts where it does too.
+            num_remote_rank_copies: (token, rank on another node) pairs.
+            num_remote_node_copies: (token, other node) pairs.
+        """
+        if self._recording:
+            num = self._world_size + 1
+            self._by_ranks_reached += np.bincount(ranks_reached.cpu().numpy(), minlength=num)
+            self._by_nodes_reached += np.bincount(nodes_reached.cpu().numpy(), minlength=num)
+            self._num_remote_rank_copies += num_remote_rank_copies
+            self._num_remote_node_copies += num_remote_node_copies
+
+    def count_payload_error(self, error_squares: float, squares: float) -> None:
+        """Add hidden states that are sent in a narrower type.
+
+        Args:
+            error_squares: the sum of the squares of what rounding changed.
+            squares: the sum of the squares of the hidden states.
+        """
+        if self._recording:
+            self._payload_squares += (error_squares, squares)
+
+    def end_step(self) -> RankRecord | None:
+        """Close the record; None where the plan asked for none."""
+        record = self._record() if self._recording else None
+        self._recording = self._recording_routing = self._recording_events = False
+        self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
+        self.layer = NO_LAYER
+        self._ended_s = time.perf_counter()
+        self._process_cpu_s = time.process_time()
+        return record
+
+    def _record(self) -> RankRecord:
+        clock = self._clock
+        self._marks.append(clock.mark())
+        self._cpu_marks.append(time.thread_time())
+        clock.settle()
+        wall_s, cpu_s, blocked_s = (np.zeros(self._shape) for _ in range(3))
+        for index, cell in enumerate(self._cells):
+            wall_s.flat[cell] += clock.seconds(self._marks[index], self._marks[index + 1])
+            cpu_s.flat[cell] += self._cpu_marks[index + 1] - self._cpu_marks[index]
+        for cell, begin, end in self._waits:
+            blocked_s.flat[cell] += clock.seconds(begin, end)
+        for seconds in (wall_s, blocked_s):
+            seconds[0, -1, Stage.IDLE] += self._idle_s
+        sent_bytes = np.zeros((_NUM_STAGES, len(Traffic), self._world_size), dtype=np.int64)
+        for (stage, traffic), of_rank in self._sent_bytes.items():
+            sent_bytes[stage, traffic] = of_rank
+        sent_bytes[..., self._rank] = 0
+        return RankRecord(
+            rank=self._rank,
+            wall_s=wall_s,
+            cpu_s=cpu_s,
+            blocked_s=blocked_s,
+            process_cpu_s=time.process_time() - self._process_cpu_s,
+            flops=np.array(self._flops, dtype=np.int64),
+            weight_bytes=np.array(self._weight_bytes, dtype=np.int64),
+            kv_bytes=self._kv_bytes,
+            sent_bytes=sent_bytes,
+            num_collectives=np.array(self._num_collectives, dtype=np.int64),
+            num_tokens_per_expert=self._tokens,
+            tokens_by_ranks_reached=self._by_ranks_reached,
+            tokens_by_nodes_reached=self._by_nodes_reached,
+            num_remote_rank_copies=self._num_remote_rank_copies,
+            num_remote_node_copies=self._num_remote_node_copies,
+            payload_squares=self._payload_squares,
+            topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
+            events=self._events() if self._recording_events else None,
+        )
+
+    def _events(self) -> RankEvents:
+        """Every interval without its waits, and every wait."""
+        clock, first = self._clock, self._marks[0]
+        marks_s = [clock.seconds(first, mark) for mark in self._marks]
+        waits = iter([*self._waits, None])
+        rows: list[tuple[Track, int, float, float]] = []
+        wait = next(waits)
+        for cell, (begin_s, end_s) in zip(self._cells, pairwise(marks_s), strict=True):
+            # A wait begins and ends within an interval of its own cell.
+            while wait is not None and (waited_s := clock.seconds(first, wait[1])) < end_s:
+                over_s = clock.seconds(first, wait[2])
+                rows.append((Track.COMPUTE, cell, begin_s, waited_s))
+                rows.append((Track.NETWORK, cell, waited_s, over_s))
+                begin_s, wait = over_s, next(waits)
+            rows.append((Track.COMPUTE, cell, begin_s, end_s))
+        kept = [row for row in rows if row[3] > row[2] and row[1] % _NUM_STAGES != Stage.IDLE]
+        cells = np.array([cell for _, cell, _, _ in kept], dtype=np.int64)
+        slots, stage = np.divmod(cells, _NUM_STAGES)
+        micro_batch, slot = np.divmod(slots, self._num_layers + 1)
+        return RankEvents(
+            start_s=self._started_s,
+            track=np.array([_TRACKS.index(track) for track, *_ in kept], dtype=np.int64),
+            stage=stage,
+            layer=np.where(slot == self._num_layers, NO_LAYER, slot),
+            micro_batch=micro_batch,
+            begin_s=np.array([begin_s for _, _, begin_s, _ in kept]),
+            end_s=np.array([end_s for *_, end_s in kept]),
+        )

@@ -1,0 +1,183 @@
+"""What an experiment takes for granted, printed beside its numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from expertlane.memory import workload_limits
+from expertlane.results.schema import Assumption, Machine
+from expertlane.schedule.limits import Limits
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.from_hf import from_hf
+from expertlane.spec.hf_config import read_config
+from expertlane.spec.model import ModelConfig
+
+_ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
+
+
+def assumptions(
+    experiment: Experiment, machine: Machine, limits: Mapping[str, Limits]
+) -> tuple[Assumption, ...]:
+    """The choices that the paper, or a checkpoint, leaves open, as this experiment makes them.
+
+    Args:
+        limits: what each deployment, by its name, was scheduled with.
+    """
+    if experiment.checkpoint is None:
+        model = _of_seeded_model(experiment)
+    else:
+        model = _of_checkpoint(experiment, Path(experiment.checkpoint))
+    workload = _of_workload(experiment, limits)
+    return (*model, *workload, *_of_deployments(experiment, machine))
+
+
+def _of_seeded_model(experiment: Experiment) -> list[Assumption]:
+    model, seeds = experiment.model, (experiment.seed, experiment.workload.seed)
+    return [
+        Assumption(
+            "experts per token",
+            f"{model.num_experts_per_tok} of {model.num_experts}",
+            "the paper does not give it",
+        ),
+        Assumption("model parts", _parts(model), "the paper does not give them"),
+        Assumption(
+            "weights and prompts",
+            f"random, seeds {seeds[0]} and {seeds[1]}; router untrained",
+            "the paper gives no checkpoint and no text",
+        ),
+    ]
+
+
+def _of_checkpoint(experiment: Experiment, folder: Path) -> list[Assumption]:
+    model = experiment.model
+    own = from_hf(read_config(folder)).num_experts_per_tok
+    return [
+        Assumption(
+            "experts per token",
+            f"{model.num_experts_per_tok} of {model.num_experts}",
+            "the checkpoint's own"
+            if model.num_experts_per_tok == own
+            else f"asked for; the checkpoint's own is {own}",
+        ),
+        Assumption("model parts", _parts(model), "the checkpoint's own"),
+        Assumption(
+            "weights and prompts",
+            "the checkpoint's, router included; prompts of random token ids, seed "
+            f"{experiment.workload.seed}",
+            "the same for every checkpoint; text may load its experts less or more evenly",
+        ),
+    ]
+
+
+def _parts(model: ModelConfig) -> str:
+    """What a model is made of, in words."""
+    latent, scaling, routing = model.latent, model.rope_scaling, model.routing
+    num_windows = sum(window is not None for window in model.sliding_window)
+    shared = model.shared_expert_intermediate_size
+    activation = _ACTIVATIONS[model.hidden_act]
+    gated = "clamped, gated " if model.swiglu_limit is not None else "gated "
+    parts = {
+        f"vocabulary {model.vocab_size:,}": True,
+        "RMSNorm before attention and MoE": True,
+        "latent attention": latent is not None,
+        f"{model.num_attention_heads} query heads for {model.num_kv_heads} of keys and values": (
+            latent is None and model.num_kv_heads != model.num_attention_heads
+        ),
+        "RMSNorm of queries and keys": model.qk_norm is not None,
+        f"rotary positions{f', {scaling.rope_type} scaling' if scaling else ''}": True,
+        f"sliding windows in {num_windows} of {model.num_hidden_layers} layers": num_windows > 0,
+        "attention sinks": model.attention_sinks,
+        f"{gated if model.gated_mlp else ''}{activation} in the experts": True,
+        "sigmoid routing": routing.scoring_func == "sigmoid",
+        f"experts from {routing.topk_group} of {routing.n_group} groups": routing.n_group > 1,
+        f"a shared expert {shared:,} wide": shared > 0,
+        f"{len(model.dense_layers)} of {model.num_hidden_layers} layers without experts": (
+            len(model.dense_layers) > 0
+        ),
+        "output head tied to the embedding": model.tie_word_embeddings,
+    }
+    return ", ".join(part for part, is_there in parts.items() if is_there)
+
+
+def _of_workload(experiment: Experiment, limits: Mapping[str, Limits]) -> list[Assumption]:
+    workload, cache = experiment.workload, _cache(experiment, limits)
+    lengths = f"{workload.prompt_len:,} prompt + {workload.output_len:,} output tokens"
+    resident = (
+        f"{workload.num_sequences:,} sequences, as many at once as the cache holds"
+        if cache
+        else f"all {workload.num_sequences:,} sequences resident"
+    )
+    return [
+        Assumption(
+            "phases",
+            "prefill and decode apart; factors are of decode",
+            "the paper's TPS × TPOT ≈ 1000 fits a decode step of its 1024 sequences",
+        ),
+        Assumption(
+            "context",
+            f"{lengths}, {resident}",
+            "TPOT grows with context; the paper's workload at full length exceeds its GPUs' memory",
+        ),
+        *cache,
+    ]
+
+
+def _cache(experiment: Experiment, limits: Mapping[str, Limits]) -> list[Assumption]:
+    """A row if any deployment has less cache than the whole workload takes."""
+    short = []
+    for deployment in experiment.deployments + experiment.scaling:
+        layout, found = deployment.layout, limits[deployment.name]
+        wanted = workload_limits(experiment.workload, experiment.model, layout)
+        if found.num_blocks < wanted.num_blocks:
+            num_caches = layout.replicas * layout.dp
+            sizes = [num_caches * each.num_blocks * each.block_size for each in (found, wanted)]
+            short.append(f"{deployment.name}: {sizes[0]:,} of {sizes[1]:,} positions")
+    if not short:
+        return []
+    return [
+        Assumption(
+            "key/value cache",
+            "; ".join(short),
+            "memory has no room for all sequences at once, so requests go in waves: one that finds "
+            "no room waits until others end; needs are in whole blocks, one a sequence in reserve",
+        )
+    ]
+
+
+def _of_deployments(experiment: Experiment, machine: Machine) -> list[Assumption]:
+    deployments, dtype = experiment.deployments, experiment.model.dtype
+    baselines = dict.fromkeys(str(each.layout) for each in deployments if each.is_baseline)
+    micro_batches = sorted({each.options.num_micro_batches for each in deployments})
+    rows = [
+        Assumption(
+            "precision",
+            machine.dtype,
+            "the paper's is FP16; this machine's fast type may differ"
+            if experiment.checkpoint is None
+            else f"the machine's choice, or --dtype; the checkpoint's own is {dtype}",
+        ),
+        Assumption(
+            "baseline",
+            "; ".join(baselines) or "none",
+            "the paper's text allows two readings: experts cut over stages of layers, or over "
+            "data-parallel groups",
+        ),
+        Assumption(
+            "micro-batches",
+            ", ".join(map(str, micro_batches)),
+            "the paper does not give the baseline's; the best is compared against too",
+        ),
+        Assumption(
+            "tensor parallelism",
+            "each all-reduce as reduce-scatter and all-gather, tokens scattered in between",
+            "the same bytes, and norms and router are computed once instead of on every rank",
+        ),
+    ]
+    if machine.num_idle_gpus:
+        rows.append(
+            Assumption(
+                "device",
+                f"CPU, though there are {machine.num_idle_gpus} GPUs",
+                f"a GPU for each of {machine.num_ranks} ranks is needed to use them",
+            )
+        )
+    return rows

@@ -1,0 +1,185 @@
+"""Put load on an engine, and measure what its users would feel.
+
+Closed loop: a number of requests is kept unfinished. Open loop: requests arrive at random, however
+far the engine is (Poisson arrivals). All times of a request count from when it was due, so that
+one that the loop could only add late, because a step was under way, does not look faster.
+"""
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from expertlane import __version__
+from expertlane.engine.llm import LLM
+from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.errors import ModelError
+from expertlane.progress import Progress
+from expertlane.results.layout_sizes import LayoutSizes
+from expertlane.results.schema import Versions
+from expertlane.results.serving import Point, ServingMachine, Spread
+from expertlane.spec.layout import Layout
+from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.workload import (
+    LengthRange,
+    Load,
+    TimedRequest,
+    check_lengths,
+    draw_requests,
+)
+
+_WARM_UP_LEN = 2  # output tokens: a prefill and a decode
+_OPEN_WARM_UP_BATCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A finished request; `due_s` on the clock of its output."""
+
+    due_s: float
+    output: RequestOutput
+
+
+class Serving(Protocol):
+    """Of an `Engine`, what the loop needs."""
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has more to give."""
+        ...
+
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
+        """Queue a request."""
+        ...
+
+    def step(self) -> list[Chunk]:
+        """Wait for one step."""
+        ...
+
+
+def serve(
+    engine: Serving,
+    requests: Iterable[TimedRequest],
+    max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Served]:
+    """Add requests when they are due, greedy and beyond any end of sequence; wait for all.
+
+    Args:
+        requests: by due time.
+        max_unfinished: a request waits while there are so many; then it is due when added.
+        clock: the one that the outputs' times are of.
+
+    Raises:
+        ModelError: the logits of a request are not finite.
+    """
+    waiting, served = deque(requests), list[Served]()
+    num_unfinished, started_s = 0, clock()
+    while waiting or engine.has_unfinished:
+        while waiting and (max_unfinished is None or num_unfinished < max_unfinished):
+            due_s = started_s + waiting[0].due_s
+            if clock() < due_s:
+                break
+            request = waiting.popleft()
+            params = SamplingParams(temperature=0, max_tokens=request.output_len, ignore_eos=True)
+            output = engine.add(str(len(served)), request.prompt_token_ids, params)
+            # In a closed loop it takes the place of one that has just ended.
+            served.append(Served(due_s if max_unfinished is None else output.arrival_s, output))
+            num_unfinished += 1
+        if not engine.has_unfinished:
+            sleep(max(0.0, started_s + waiting[0].due_s - clock()))
+            continue
+        for chunk in engine.step():
+            if chunk.error is not None:
+                raise ModelError(chunk.error)
+            if chunk.finish_reason is not None:
+                num_unfinished -= 1
+                on_finished()
+    return served
+
+
+def measure(layout: Layout, load: Load, served: Sequence[Served]) -> Point:
+    """The numbers of a load that has been served, each request with one token or more."""
+    outputs = [each.output for each in served]
+    started_s = min(each.due_s for each in served)
+    wall_s = max(output.token_times_s[-1] for output in outputs) - started_s
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output_tokens = sum(len(output.token_ids) for output in outputs)
+    ttft_s = Spread.of([each.output.token_times_s[0] - each.due_s for each in served])
+    e2e_s = Spread.of([each.output.token_times_s[-1] - each.due_s for each in served])
+    assert ttft_s is not None
+    assert e2e_s is not None
+    prefill_tps = None
+    if load.batch is not None and load.batch >= load.num_requests:
+        prefilled_s = max(output.token_times_s[0] for output in outputs)
+        prefill_tps = num_prompt_tokens / (prefilled_s - started_s)
+    return Point(
+        layout=LayoutSizes.of(layout),
+        batch=load.batch,
+        rate=load.rate,
+        num_requests=len(outputs),
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        num_preemptions=sum(output.num_preemptions for output in outputs),
+        wall_s=wall_s,
+        ttft_s=ttft_s,
+        tpot_s=Spread.of([output.tpot_s for output in outputs if output.tpot_s is not None]),
+        itl_s=Spread.of(
+            [gap for output in outputs for gap in np.diff(output.token_times_s).tolist()]
+        ),
+        e2e_s=e2e_s,
+        output_tps=num_output_tokens / wall_s,
+        total_tps=(num_prompt_tokens + num_output_tokens) / wall_s,
+        requests_per_s=len(outputs) / wall_s,
+        prefill_tps=prefill_tps,
+    )
+
+
+def run_loads(
+    llm: LLM, layout: Layout, loads: Sequence[Load], seed: int, progress: Progress
+) -> Iterator[Point]:
+    """Warm up and measure one load after the other; each has prompts of its own.
+
+    Raises:
+        UserError: requests are too long; before any is run.
+        RankError: a rank died, hung or failed.
+    """
+    for load in loads:
+        check_lengths(load, llm.limits.max_positions)
+    for index, load in enumerate(loads):
+        progress.task(f"{layout}, {load}", load.num_requests)
+        serve(llm.engine, draw_requests(_warm_up(load), llm.model.vocab_size, [seed, index, 1]))
+        requests = draw_requests(load, llm.model.vocab_size, [seed, index, 0])
+        served = serve(llm.engine, requests, load.batch, on_finished=progress.advance)
+        progress.done()
+        yield measure(layout, load, served)
+
+
+def describe(llm: LLM) -> tuple[ServingMachine, Versions]:
+    """Where a model's ranks run, and on what software."""
+    seen = llm.machine
+    hosts = {each.host: each for each in seen}.values()
+    machine = ServingMachine(
+        cpu_name=seen[0].cpu_name,
+        device=seen[0].device,
+        num_cores=sum(each.num_cores for each in hosts),
+        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
+        backend=seen[0].backend,
+        dtype=seen[0].dtype,
+        kernels=seen[0].kernels,
+    )
+    return machine, Versions(__version__, platform.python_version(), seen[0].torch_version)
+
+
+def _warm_up(load: Load) -> Load:
+    """As many requests at once, with outputs as short as they can be."""
+    batch = min(load.batch or _OPEN_WARM_UP_BATCH, load.num_requests)
+    output_len = min(_WARM_UP_LEN, load.output_len.low)
+    return Load(batch, load.prompt_len, LengthRange(output_len, output_len), batch=batch)

@@ -1,0 +1,206 @@
+"""Where a projected step's time goes: its share by cause, and how busy devices are."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.laws.profile import Device
+from expertlane.cost.step.operation import Operation
+from expertlane.cost.step_log import LogTable
+from expertlane.cost.timeline import Span, StepTimes
+from expertlane.spec.names import ProjectedCause, Stage
+
+Floats = npt.NDArray[np.float64]
+
+_CAUSES = list(ProjectedCause)
+_INDEX = {cause: place for place, cause in enumerate(_CAUSES)}
+_CAUSE_OF_TRANSFER = {
+    Stage.DISPATCH: ProjectedCause.DISPATCH_COMBINE,
+    Stage.COMBINE: ProjectedCause.DISPATCH_COMBINE,
+    Stage.COLLECTIVES: ProjectedCause.TP_COLLECTIVES,
+}
+
+
+@dataclass(frozen=True)
+class Why:
+    """Of some steps on the virtual clock, the likely times.
+
+    Attributes:
+        seconds: from the first step's begin to the last one's end.
+        shares: of that time, mean over ranks; they add up to 1.
+        flops_utilisation, bytes_utilisation: FLOPs over the devices' peak, and bytes of weights,
+            keys and values read over their memory's bandwidth.
+    """
+
+    seconds: float
+    shares: Mapping[ProjectedCause, float]
+    flops_utilisation: float
+    bytes_utilisation: float
+
+
+class _SpanCauses(NamedTuple):
+    """Of a micro-batch on a stage; spent_s [num_causes, R]."""
+
+    spent_s: Floats
+    flops: float
+    num_bytes: float
+
+
+class WhyTable:
+    """Adds up steps of one phase that follow each other on a `Timeline`.
+
+    An operation whose reads take longer than its FLOPs, both at the datasheet's peak, is bound by
+    memory; its time is split between weights and keys and values by their bytes. A transfer that
+    is waited for is imbalance until its group's last member has posted it, and exposed from then
+    on. Of a wait for the stage before, what the hidden states travel is hand-over and the rest
+    bubble. The time between steps is split as in `metrics.stage_time`.
+
+    Args:
+        device: its datasheet.
+        dtype: of FLOPs, for utilisation.
+        dtype_of: the type an operation computes in.
+    """
+
+    def __init__(
+        self, device: Device, dtype: str, dtype_of: Callable[[Operation], str] | None = None
+    ) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._dtype_of = dtype_of or (lambda operation: operation.dtype or dtype)
+        self._of_stage: list[Floats] = []  # [num_causes, R] each
+        self._begin_s: float | None = None
+        self._last: StepTimes | None = None
+        self._flops = self._bytes = 0.0
+        self._known: WeakKeyDictionary[Span, _SpanCauses] = WeakKeyDictionary()
+
+    def cleared(self) -> "WhyTable":
+        """An empty table, quicker with what this one has seen before."""
+        table = WhyTable(self._device, self._dtype, self._dtype_of)
+        table._known = self._known
+        return table
+
+    def add(self, times: StepTimes) -> None:
+        """The next step."""
+        if self._begin_s is None:
+            first = float(min(of_stage[0].begin[LIKELY].min() for of_stage in times.spans))
+            self._begin_s = float(times.origin_s[LIKELY]) + first
+            self._of_stage = [np.zeros((len(_CAUSES), idle.shape[1])) for idle in times.idle_s]
+            ahead = [of_stage[0].begin[LIKELY] - first for of_stage in times.spans]
+            self._add_idle(ahead)
+        else:
+            self._add_idle([idle[LIKELY] for idle in times.idle_s])
+        for place, of_micro_batches in enumerate(times.spans):
+            before = times.spans[place - 1] if place else [None] * len(of_micro_batches)
+            for span, source in zip(of_micro_batches, before, strict=True):
+                causes = self._known.get(span)
+                if causes is None:
+                    causes = self._known[span] = self._of_span(span, source)
+                self._of_stage[place] += causes.spent_s
+                self._flops += causes.flops
+                self._bytes += causes.num_bytes
+        self._last = times
+
+    def result(self) -> Why:
+        """The table so far.
+
+        Raises:
+            ValueError: no step was added.
+        """
+        if self._last is None or self._begin_s is None:
+            raise ValueError("no step to explain")
+        end_s = float(self._last.end_s[LIKELY])
+        spent = [each.copy() for each in self._of_stage]
+        from_origin = end_s - float(self._last.origin_s[LIKELY])
+        rest = [from_origin - of_stage[-1].end[LIKELY] for of_stage in self._last.spans]
+        _split_idle(spent, rest)
+        by_rank = np.concatenate(spent, axis=1)
+        seconds, num_ranks = end_s - self._begin_s, by_rank.shape[1]
+        total_s = max(float(by_rank.sum()), np.finfo(float).tiny)
+        rank_s = max(seconds * num_ranks, np.finfo(float).tiny)
+        return Why(
+            seconds=seconds,
+            shares={cause: float(by_rank[at].sum()) / total_s for cause, at in _INDEX.items()},
+            flops_utilisation=self._flops / rank_s / self._device.flops_per_s[self._dtype],
+            bytes_utilisation=self._bytes / rank_s / self._device.memory_bytes_per_s,
+        )
+
+    def _add_idle(self, idle: list[Floats]) -> None:
+        _split_idle(self._of_stage, idle)
+
+    def _of_span(self, span: Span, source: Span | None) -> "_SpanCauses":
+        """Of one micro-batch on one stage, `source` on the stage before."""
+        num_ranks = span.end.shape[1]
+        spent = np.zeros((len(_CAUSES), num_ranks))
+        waited_s = (span.arrived - span.begin)[LIKELY]
+        if source is not None:
+            travelled_s = np.minimum(waited_s, (source.sent - source.sending)[LIKELY])
+            spent[_INDEX[ProjectedCause.HAND_OVER]] += travelled_s
+            spent[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += waited_s - travelled_s
+        spent[_INDEX[ProjectedCause.LAUNCH]] += (span.launched - span.arrived)[LIKELY]
+        table = LogTable(span.log, num_ranks)
+        self._add_launches(spent, table)
+        self._add_transfers(spent, span, table)
+        flops, num_bytes = self._add_operations(spent, span, table)
+        return _SpanCauses(spent, flops, num_bytes)
+
+    def _add_launches(self, spent: Floats, table: LogTable) -> None:
+        """Until a step could begin; a call's overhead in series is in an operation's seconds."""
+        launch_s = table.column("start") - table.column("begin")
+        spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
+
+    def _add_transfers(self, spent: Floats, span: Span, table: LogTable) -> None:
+        for ran, blocked_s, times in zip(span.log.ran, table.blocked_s, table.times, strict=True):
+            groups = ran.entry.groups
+            if groups is None:
+                continue
+            posted = groups.largest(ran.start[LIKELY])
+            imbalance_s = np.clip(posted - ran.wait[LIKELY], 0.0, blocked_s)
+            spent[_INDEX[ProjectedCause.IMBALANCE]] += times * imbalance_s
+            cause = _CAUSE_OF_TRANSFER[ran.entry.step.stage]
+            spent[_INDEX[cause]] += times * (blocked_s - imbalance_s)
+
+    def _add_operations(self, spent: Floats, span: Span, table: LogTable) -> tuple[float, float]:
+        """FLOPs and bytes read of all ranks."""
+        flops = num_bytes = 0.0
+        took_s = table.column("end") - table.column("start")
+        for ran, of_rank_s, times in zip(span.log.ran, took_s, table.times, strict=True):
+            entry = ran.entry
+            if not isinstance(entry.step, Operation):
+                continue
+            overhead_s = entry.overhead_s[LIKELY]
+            work_s = entry.seconds[LIKELY] - overhead_s
+            spent[_INDEX[ProjectedCause.LAUNCH]] += times * overhead_s
+            lost_s = np.maximum(of_rank_s - entry.seconds[LIKELY], 0.0)  # rounding
+            spent[_INDEX[ProjectedCause.CONTENTION]] += times * lost_s
+            self._add_work(spent, entry.step, times * work_s)
+            flops += times * float(entry.step.flops.sum())
+            read = entry.step.weight_bytes.sum() + entry.step.kv_bytes.sum()
+            num_bytes += times * float(read)
+        return flops, num_bytes
+
+    def _add_work(self, spent: Floats, step: Operation, work_s: Floats) -> None:
+        dtype = self._dtype_of(step)
+        peak = self._device.flops_per_s.get(dtype, self._device.flops_per_s[self._dtype])
+        read = step.weight_bytes + step.kv_bytes
+        is_reading = read / self._device.memory_bytes_per_s > step.flops / peak
+        reads_s = np.where(is_reading, work_s, 0.0)
+        weights_s = reads_s * (step.weight_bytes / np.maximum(read, 1))
+        spent[_INDEX[ProjectedCause.WEIGHT_READS]] += weights_s
+        spent[_INDEX[ProjectedCause.KV_READS]] += reads_s - weights_s
+        is_expert = step.stage is Stage.EXPERTS
+        cause = ProjectedCause.EXPERT_COMPUTE if is_expert else ProjectedCause.OTHER_COMPUTE
+        spent[_INDEX[cause]] += work_s - reads_s
+
+
+def _split_idle(spent: list[Floats], idle: list[Floats]) -> None:
+    """The least of all is the driver's; what a stage has above it is bubble; the rest imbalance."""
+    least = min(float(of_stage.min()) for of_stage in idle)
+    for of_causes, of_stage in zip(spent, idle, strict=True):
+        of_causes[_INDEX[ProjectedCause.ENGINE]] += least
+        of_causes[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += of_stage.min() - least
+        of_causes[_INDEX[ProjectedCause.IMBALANCE]] += of_stage - of_stage.min()

@@ -1,0 +1,150 @@
+"""Times of operations on one device: rooflines, corrected where measurements are known.
+
+A profile's surface `gemm.bfloat16` holds for that kind and type, `memory` for all types; the term
+`gemm_floor_s` is what an operation of the kind takes beside its roofline, however small it is.
+Where `gemm.bfloat16.<library>` holds too, and is faster, a deployment is taken to use that library.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.roofline import ITEM_BYTES, Roofline, roofline
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis, Times
+from expertlane.cost.step.operation import SIZES, Kind
+from expertlane.errors import SpecError
+
+Floats = npt.NDArray[np.float64]
+
+_SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
+_WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type stands in
+# Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
+_EFFICIENCY = 0.6
+_LEAST_EFFICIENCY = 0.2
+_KNOWN_DOUBLINGS = 1.0  # of sizes outside a library's law, up to which it may be the faster one
+_OUT_OF_CACHES_S = 1e-4  # of a roofline; so long no operation lives on what caches hold
+
+
+class DeviceModel:
+    """What operations take on the device of a profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._laws: dict[tuple[Kind, str], tuple[Surface, float]] = {}
+
+    def times(self, kind: Kind, dtype: str, sizes: Mapping[str, Floats | float]) -> Times:
+        """Seconds with bounds, without launch overheads.
+
+        Args:
+            dtype: of weights; of the cache for attention; `float32`, `float16`, `bfloat16` or
+                `float8`. Activations are at least 16 bits wide.
+            sizes: those that `SIZES` names for the kind; each [R] or one for all. Nothing to do
+                (no rows, pairs, tokens or bytes) takes no time.
+
+        Raises:
+            SpecError: the profile has no figure for the type.
+        """
+        law = self._laws.get((kind, dtype))
+        if law is None:
+            law = self._laws[kind, dtype] = self._law(kind, dtype)
+        surface, floor_s = law
+        base = roofline(self._profile.device, kind, dtype, sizes, floor_s)
+        times = surface.times(base.seconds, base.at)
+        for other in self._others(kind, dtype):
+            times = _faster(times, other, base)
+        if surface.basis is not Basis.MEASURED:
+            times = _no_faster_than_peak(times, base.seconds - floor_s)
+        if base.seconds.all():
+            return times
+        return replace(times, is_extrapolated=times.is_extrapolated & (base.seconds > 0))
+
+    def law(self, kind: Kind, dtype: str) -> Surface:
+        """The correction that `times` uses, with its bounds and origin.
+
+        Raises:
+            SpecError: the profile has no figure for the type.
+        """
+        return self._law(kind, dtype)[0]
+
+    def _others(self, kind: Kind, dtype: str) -> list[Surface]:
+        """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
+        begin = f"{kind}.{dtype}."
+        return [law for name, law in self._profile.surfaces.items() if name.startswith(begin)]
+
+    def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
+        if dtype not in ITEM_BYTES:
+            raise SpecError(f"{dtype} is not priced; known types are {', '.join(ITEM_BYTES)}")
+        device = self._profile.device
+        known = roofline(device, kind, dtype, dict.fromkeys(SIZES[kind], 1.0)).at
+        surface = self._surface(kind, dtype)
+        for axis in surface.axes:
+            if axis not in known:
+                raise SpecError(
+                    f"profile {self._profile.name} looks {kind} up by {axis}; "
+                    f"it has {', '.join(known)}"
+                )
+        floor = self._profile.terms.get(f"{kind}_floor_s")
+        return surface, floor.value if floor else 0.0
+
+    def _surface(self, kind: Kind, dtype: str) -> Surface:
+        surfaces = self._profile.surfaces
+        for name in (f"{kind}.{dtype}", str(kind)):
+            if name in surfaces:
+                return surfaces[name]
+        twin = f"{kind}.{_SAME_WIDTH.get(dtype, '')}"
+        if twin in surfaces:
+            known = surfaces[twin]
+            return replace(
+                known,
+                low=known.low / _WIDER_FOR_TWIN,
+                high=known.high * _WIDER_FOR_TWIN,
+                basis=Basis.BOUND,
+                origin=f"as {twin}: {known.origin}",
+            )
+        return Surface(
+            axes={},
+            correction=np.array(-np.log(_EFFICIENCY)),
+            low=_EFFICIENCY,
+            high=_EFFICIENCY / _LEAST_EFFICIENCY,
+            basis=Basis.BOUND,
+            origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
+        )
+
+
+def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
+    """Times that keep to the datasheet.
+
+    Published tables have long operations above the peak, measured on data that was in caches.
+
+    Args:
+        peak_s: [R]; bytes over bandwidth or FLOPs over peak.
+    """
+    least_s = np.where(peak_s > _OUT_OF_CACHES_S, peak_s, 0.0)
+    if not least_s.any():
+        return times
+    return replace(
+        times,
+        seconds=np.maximum(times.seconds, least_s),
+        low=np.maximum(times.low, least_s),
+        high=np.maximum(times.high, least_s),
+    )
+
+
+def _faster(times: Times, other: Surface, base: Roofline) -> Times:
+    """The times, but another law's where it is faster and knows of such sizes."""
+    found = other.times(base.seconds, base.at)
+    _, doublings = other.look_up(base.at)
+    is_faster = (found.seconds < times.seconds) & (doublings <= _KNOWN_DOUBLINGS)
+    if not is_faster.any():
+        return times
+    return Times(
+        seconds=np.where(is_faster, found.seconds, times.seconds),
+        low=np.where(is_faster, found.low, times.low),
+        high=np.where(is_faster, found.high, times.high),
+        basis=max(times.basis, found.basis),
+        is_extrapolated=np.where(is_faster, found.is_extrapolated, times.is_extrapolated),
+    )

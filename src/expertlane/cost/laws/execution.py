@@ -1,0 +1,114 @@
+"""How work gets onto a device, and what each launch and each step costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.step.operation import Step, Transfer
+from expertlane.errors import UserError
+from expertlane.spec.names import Stage
+
+Floats = npt.NDArray[np.float64]
+
+BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
+LIKELY = BOUNDS.index("seconds")
+
+DRIVER_S = "driver_s"
+DRIVER_PER_RANK_S = "driver_per_rank_s"
+GRAPH_LAUNCH_S = "graph_launch_s"
+LAUNCH_S = "launch_s"
+OVERHEAD_S = "overhead_s"
+OF_TRANSFERS = "transfer"  # in place of a stage, after `overhead_s.`
+
+
+class Execution(StrEnum):
+    """What the host does for each operation."""
+
+    EAGER = "eager"  # launches every kernel, ahead of the device
+    GRAPH = "graph"  # launches a micro-batch's kernels at once
+    SERIAL = "serial"  # is the device: a CPU's calls and its work take turns
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """The single numbers that a timeline needs, each [3]: low, likely, high.
+
+    Attributes:
+        launch_s: of a kernel, of a whole graph, or of an operation in series, by `execution`.
+        driver_s: between steps: scheduling a step and sending it to the ranks.
+        in_series: where all is in series, of operations by stage and of transfers, in place of
+            `launch_s`; from the profile's terms `overhead_s.<stage>` and `overhead_s.transfer`.
+        driver_per_rank_s: for every rank of a replica after the first.
+    """
+
+    execution: Execution
+    launch_s: Floats
+    driver_s: Floats
+    in_series: Mapping[str, Floats] = field(default_factory=dict)
+    driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+
+    def step_s(self, num_ranks: int) -> Floats:
+        """[3]; the driver's part of a step of a replica of so many ranks."""
+        return self.driver_s + (num_ranks - 1) * self.driver_per_rank_s
+
+    def overhead_s(self, step: Step) -> Floats:
+        """[3]; of a step in series, beside what its law says: the engine's own work around it."""
+        if isinstance(step, Transfer):
+            return self.of_transfers_s
+        return self.in_series.get(step.stage.label, self.launch_s)
+
+    @property
+    def of_transfers_s(self) -> Floats:
+        """[3]; `overhead_s` of a transfer."""
+        return self.in_series.get(OF_TRANSFERS, self.launch_s)
+
+    @classmethod
+    def of(cls, profile: Profile, execution: Execution) -> "Terms":
+        """From a profile; one that has `overhead_s` is a CPU's, where all is in series.
+
+        Raises:
+            UserError: the profile lacks one of them.
+        """
+        if OVERHEAD_S in profile.terms:
+            execution = Execution.SERIAL
+        name = {
+            Execution.EAGER: LAUNCH_S,
+            Execution.GRAPH: GRAPH_LAUNCH_S,
+            Execution.SERIAL: OVERHEAD_S,
+        }[execution]
+        return cls(
+            execution=execution,
+            launch_s=_bounds(_term(profile, name)),
+            driver_s=_bounds(_term(profile, DRIVER_S)),
+            in_series={
+                place: _bounds(profile.terms[f"{OVERHEAD_S}.{place}"])
+                for place in (*(stage.label for stage in Stage), OF_TRANSFERS)
+                if f"{OVERHEAD_S}.{place}" in profile.terms
+            },
+            driver_per_rank_s=_bounds(profile.terms[DRIVER_PER_RANK_S])
+            if DRIVER_PER_RANK_S in profile.terms
+            else np.zeros(len(BOUNDS)),
+        )
+
+    @classmethod
+    def free(cls) -> "Terms":
+        """Launches and driver that take no time."""
+        none = np.zeros(len(BOUNDS))
+        return cls(Execution.SERIAL, none, none)
+
+
+def _term(profile: Profile, name: str) -> Term:
+    if name not in profile.terms:
+        raise UserError(
+            f"profile {profile.name} has no term {name!r}; it has: "
+            f"{', '.join(sorted(profile.terms)) or 'none'}"
+        )
+    return profile.terms[name]
+
+
+def _bounds(term: Term) -> Floats:
+    return np.array([term.low, term.value, term.high])

@@ -1,0 +1,87 @@
+"""A cluster as the cost model knows it: datasheet figures and laws of time, in one TOML file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis
+from expertlane.errors import SpecError
+from expertlane.spec.names import Link
+
+
+@dataclass(frozen=True)
+class Term:
+    """One number with its bounds, and where it comes from.
+
+    Attributes:
+        basis, origin: as a `Surface`'s.
+    """
+
+    value: float
+    low: float
+    high: float
+    basis: Basis
+    origin: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or one rank's share of a CPU.
+
+    Attributes:
+        memory_bytes, memory_bytes_per_s: its memory and what reads it at best.
+        flops_per_s: dense peak by type: `float32`, `float16`, `bfloat16`, `float8`.
+        origin: of these figures.
+    """
+
+    name: str
+    memory_bytes: float
+    memory_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
+    origin: str
+
+
+@dataclass(frozen=True)
+class LinkSheet:
+    """One kind of link, per device and direction.
+
+    Attributes:
+        bytes_per_s: of the datasheet.
+        origin: of the figure.
+    """
+
+    bytes_per_s: float
+    origin: str
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What times are modelled with.
+
+    Attributes:
+        ranks_per_node: devices of a node.
+        links: by kind of link.
+        surfaces: by what they are for and a type or variant: `gemm.bfloat16`,
+            `all_gather.intra_node`; `cost.device` and `cost.links` say which they look for.
+        terms: single numbers by name: floors, overheads, contention.
+    """
+
+    name: str
+    device: Device
+    ranks_per_node: int
+    links: Mapping[Link, LinkSheet]
+    surfaces: Mapping[str, Surface] = field(default_factory=dict)
+    terms: Mapping[str, Term] = field(default_factory=dict)
+
+    def link_rate(self, link: Link) -> float:
+        """Bytes per second of a link.
+
+        Raises:
+            SpecError: the profile has no figure for it.
+        """
+        sheet = self.links.get(link)
+        if sheet is None:
+            raise SpecError(
+                f"profile {self.name} has no links.{link.name.lower()}, which this layout needs"
+            )
+        return sheet.bytes_per_s

@@ -1,0 +1,168 @@
+"""The least seconds an operation can take, from its sizes and a datasheet, by kind.
+
+Two legs: FLOPs over the peak and bytes over the bandwidth, whichever is longer. What a device
+really takes is this times a fitted correction, which is looked up at sizes derived here too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.laws.profile import Device
+from expertlane.cost.step.operation import Kind
+from expertlane.errors import SpecError
+
+Floats = npt.NDArray[np.float64]
+Sizes = Mapping[str, Floats | float]
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+_Work = tuple[Floats | float, Floats | float, dict[str, Floats | float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Roofline:
+    """An operation against a device's peaks.
+
+    Attributes:
+        seconds: [R]; 0 where there is nothing to do.
+        at: sizes by which a law may be looked up, 1 or more where there is anything to do.
+    """
+
+    seconds: Floats
+    at: Sizes
+
+
+def roofline(
+    device: Device, kind: Kind, dtype: str, sizes: Sizes, floor_s: float = 0.0
+) -> Roofline:
+    """The roofline of an operation.
+
+    Args:
+        dtype: of weights; of keys and values for attention.
+        sizes: those that `SIZES` names for the kind; each [R] or one for all.
+        floor_s: what an operation takes beside, however small it is.
+
+    Raises:
+        SpecError: the datasheet has no figure for the type.
+    """
+    flops, num_bytes, at = _WORK[kind](sizes, ITEM_BYTES[dtype])
+    memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
+    if kind is Kind.MEMORY:
+        return Roofline(np.where(memory_s > 0, memory_s + floor_s, 0.0), at)
+    compute_s = np.asarray(flops) / peak_flops_per_s(device, kind, dtype)
+    busy_s = np.maximum(compute_s, memory_s) + floor_s
+    return Roofline(busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0), at)
+
+
+def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
+    """The dense peak that a kind of operation computes at.
+
+    Raises:
+        SpecError: the datasheet has none.
+    """
+    # Attention over a float8 cache widens keys and values as it reads them.
+    computes_in = "bfloat16" if kind in _ATTENTION and dtype == "float8" else dtype
+    peak = device.flops_per_s.get(computes_in)
+    if peak is None:
+        known = ", ".join(device.flops_per_s)
+        raise SpecError(f"{device.name} has no peak for {computes_in}, only for {known}")
+    return peak
+
+
+_ATTENTION = {
+    Kind.PREFILL_ATTENTION,
+    Kind.DECODE_ATTENTION,
+    Kind.LATENT_PREFILL,
+    Kind.LATENT_DECODE,
+}
+
+
+def _gemm(sizes: Sizes, item: int) -> _Work:
+    m, n, k = sizes["m"], sizes["n"], sizes["k"]
+    flops = 2.0 * m * n * k
+    return flops, item * (n * k + m * k) + max(item, 2) * m * n, {"m": m, "n": n, "k": k}
+
+
+def _experts(sizes: Sizes, item: int) -> _Work:
+    pairs, active, hidden = sizes["pairs"], sizes["active"], sizes["hidden"]
+    inner, matrices = sizes["inner"], sizes["matrices"]
+    one = hidden * inner * matrices
+    activations = pairs * (2 * hidden + matrices * inner)
+    at = {
+        "pairs_per_expert": pairs / np.maximum(active, 1),
+        "active": active,
+        "hidden": hidden,
+        "inner": inner,
+    }
+    return 2.0 * pairs * one, item * active * one + max(item, 2) * activations, at
+
+
+def _prefill(sizes: Sizes, item: int) -> _Work:
+    tokens, heads, kv_heads = sizes["tokens"], sizes["heads"], sizes["kv_heads"]
+    head_dim, pairs = sizes["head_dim"], sizes["query_key_pairs"]
+    flops = 4.0 * pairs * heads * head_dim
+    num_bytes = (
+        2 * head_dim * (item * sizes["positions"] * kv_heads + max(item, 2) * tokens * heads)
+    )
+    at = {
+        "keys_per_query": pairs / np.maximum(tokens, 1),
+        "query_heads": tokens * heads,
+        "group": heads / kv_heads,
+        "head_dim": head_dim,
+    }
+    return flops, num_bytes, at
+
+
+def _decode(sizes: Sizes, item: int) -> _Work:
+    seqs, positions, heads = sizes["seqs"], sizes["positions"], sizes["heads"]
+    kv_heads, head_dim = sizes["kv_heads"], sizes["head_dim"]
+    num_bytes = 2 * head_dim * (item * positions * kv_heads + max(item, 2) * seqs * heads)
+    at = {
+        "positions_per_seq": positions / np.maximum(seqs, 1),
+        "seq_kv_heads": seqs * kv_heads,
+        "group": heads / kv_heads,
+        "head_dim": head_dim,
+    }
+    return 4.0 * positions * heads * head_dim, num_bytes, at
+
+
+def _latent_prefill(sizes: Sizes, item: int) -> _Work:
+    tokens, heads, pairs = sizes["tokens"], sizes["heads"], sizes["query_key_pairs"]
+    key_dim, both = sizes["key_dim"], sizes["key_dim"] + sizes["value_dim"]
+    num_bytes = item * sizes["positions"] * key_dim + max(item, 2) * tokens * heads * both
+    at = {
+        "keys_per_query": pairs / np.maximum(tokens, 1),
+        "query_heads": tokens * heads,
+        "key_dim": key_dim,
+    }
+    return 2.0 * pairs * heads * both, num_bytes, at
+
+
+def _latent_decode(sizes: Sizes, item: int) -> _Work:
+    seqs, positions, heads = sizes["seqs"], sizes["positions"], sizes["heads"]
+    key_dim, both = sizes["key_dim"], sizes["key_dim"] + sizes["value_dim"]
+    num_bytes = item * positions * key_dim + max(item, 2) * seqs * heads * both
+    at = {
+        "positions_per_seq": positions / np.maximum(seqs, 1),
+        "seqs": seqs,
+        "heads": heads,
+        "key_dim": key_dim,
+    }
+    return 2.0 * positions * heads * both, num_bytes, at
+
+
+def _memory(sizes: Sizes, item: int) -> _Work:
+    return 0.0, sizes["bytes"], {"bytes": sizes["bytes"]}
+
+
+_WORK: dict[Kind, Callable[[Sizes, int], _Work]] = {
+    Kind.GEMM: _gemm,
+    Kind.EXPERTS: _experts,
+    Kind.PREFILL_ATTENTION: _prefill,
+    Kind.DECODE_ATTENTION: _decode,
+    Kind.LATENT_PREFILL: _latent_prefill,
+    Kind.LATENT_DECODE: _latent_decode,
+    Kind.MEMORY: _memory,
+}

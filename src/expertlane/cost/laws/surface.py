@@ -1,0 +1,175 @@
+"""A law of time: an analytic roofline, corrected by a table over the logarithms of sizes.
+
+seconds = roofline(sizes) · exp(correction), the correction multilinear between knots. Outside the
+knots the correction of the nearest edge holds, and bounds widen.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.laws.times import Basis, Times
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_WIDER_PER_DOUBLING = 0.1  # of a bound, for every doubling of a size outside the knots
+_OUTSIDE = 1e-9  # of a logarithm; less is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The correction of one roofline.
+
+    Attributes:
+        axes: by name, rising knots, all positive; in the order of the dimensions of `correction`.
+        correction: [knots of each axis]; natural logarithms of measured over roofline.
+        low, high: factors on a time between which most rows lay that were not fitted.
+        basis: of the times it gives.
+        origin: what it was fitted to: source, version, rows used, rows left out.
+    """
+
+    axes: Mapping[str, tuple[float, ...]]
+    correction: Floats
+    low: float
+    high: float
+    basis: Basis
+    origin: str
+
+    def times(self, roofline_s: Floats, at: Mapping[str, Floats | float]) -> Times:
+        """Seconds with bounds.
+
+        Args:
+            roofline_s: [R].
+            at: by axis, the sizes, positive; [R] or one for all. More than the axes may be given.
+        """
+        correction, doublings = self.look_up(at)
+        seconds = roofline_s * np.exp(correction)
+        wider = 1 + _WIDER_PER_DOUBLING * doublings
+        return Times(
+            seconds=seconds,
+            low=seconds * (self.low / wider),
+            high=seconds * (self.high * wider),
+            basis=self.basis,
+            is_extrapolated=np.broadcast_to(doublings > _OUTSIDE, seconds.shape),
+        )
+
+    def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:
+        """The correction, and by how many doublings sizes lie outside the knots; [R] each."""
+        doublings: Floats | float = 0.0
+        outside: Floats | float
+        # Axes with one number for all ranks go first, in plain Python: they leave a small table.
+        corners: list[tuple[tuple[int | slice, ...], float]] = [((), 1.0)]
+        before, fractions = [], []
+        for axis, (logs, steps), plain in self._knots:
+            value = at[axis]
+            if isinstance(value, float | int):
+                knot, share, outside = _place_number(plain, value)
+                sides = ((knot, 1 - share), (knot + 1, share)) if share else ((knot, 1.0),)
+                corners = [((*i, j), w * v) for i, w in corners for j, v in sides]
+            else:
+                place, fraction, outside = _place(logs, steps, value)
+                before.append(place)
+                fractions.append(fraction)
+                corners = [((*i, slice(None)), w) for i, w in corners]
+            doublings = doublings + outside
+        table = sum(weight * self.correction[index] for index, weight in corners)
+        return _interpolate(np.asarray(table), before, fractions), np.asarray(doublings)
+
+    @cached_property
+    def _knots(self) -> tuple[tuple[str, tuple[Floats, Floats], list[float]], ...]:
+        """By axis: its name, logarithms of its knots and steps between them, and as a list."""
+        logs = {axis: _logs_of(knots) for axis, knots in self.axes.items()}
+        return tuple((axis, both, both[0].tolist()) for axis, both in logs.items())
+
+
+def places(
+    axes: Mapping[str, Sequence[float]], at: Mapping[str, Floats | float]
+) -> tuple[list[Ints], list[Floats], Floats]:
+    """Where points lie among knots.
+
+    Returns:
+        By dimension, the knot before each point; by dimension, how far after it, 0 … 1; by how
+        many doublings each point lies outside, over all dimensions.
+    """
+    before, fractions = [], []
+    doublings: Floats = np.zeros(())
+    for axis, knots in axes.items():
+        place, fraction, outside = _place(*_logs_of(knots), at[axis])
+        before.append(place)
+        fractions.append(fraction)
+        doublings = doublings + outside
+    return before, fractions, doublings
+
+
+def corner_weights(
+    shape: tuple[int, ...], places: list[Ints], fractions: list[Floats]
+) -> list[tuple[Ints, Floats]]:
+    """Flat indices and weights of the corners around each point; weights of a point sum to 1.
+
+    Args:
+        shape: of the table.
+        places, fractions: by dimension; the knot before each point, and how far after it.
+    """
+    corners: list[tuple[Ints, Floats]] = []
+    for size, place, fraction in zip(shape, places, fractions, strict=True):
+        corners = _split(corners, size, place, fraction)
+    return corners
+
+
+def _interpolate(table: Floats, before: list[Ints], fractions: list[Floats]) -> Floats:
+    if not before:
+        return table
+    flat = table.ravel()
+    total: Floats | float = 0.0
+    for index, weight in corner_weights(table.shape, before, fractions):
+        total = total + flat[index] * weight
+    return np.asarray(total)
+
+
+def _split(
+    corners: list[tuple[Ints, Floats]], size: int, place: Ints, fraction: Floats
+) -> list[tuple[Ints, Floats]]:
+    """Every corner's two neighbours along one more dimension of `size` knots."""
+    if size == 1:
+        return corners or [(place, 1 - fraction)]
+    if not corners:
+        return [(place, 1 - fraction), (place + 1, fraction)]
+    split = []
+    for index, weight in corners:
+        near = index * size + place
+        far_weight = weight * fraction
+        split += [(near, weight - far_weight), (near + 1, far_weight)]
+    return split
+
+
+def _logs_of(knots: Sequence[float]) -> tuple[Floats, Floats]:
+    logs = np.log(np.asarray(knots, dtype=np.float64))
+    return logs, np.diff(logs)
+
+
+def _place(logs: Floats, steps: Floats, value: Floats | float) -> tuple[Ints, Floats, Floats]:
+    """The knot before a value, how far after it, and the doublings by which it is outside."""
+    position = np.log(np.maximum(value, 1e-30))
+    inside = np.minimum(np.maximum(position, logs[0]), logs[-1])
+    outside = np.abs(position - inside) * (1 / np.log(2))
+    if len(steps) == 0:
+        zero = np.zeros(np.shape(position))
+        return zero.astype(np.int64), zero, outside
+    place = np.minimum(logs.searchsorted(inside, "right") - 1, len(steps) - 1)
+    return place, (inside - logs[place]) / steps[place], outside
+
+
+def _place_number(logs: Sequence[float], value: float) -> tuple[int, float, float]:
+    """The same for one number."""
+    position = math.log(max(value, 1e-30))
+    inside = min(max(position, logs[0]), logs[-1])
+    outside = abs(position - inside) / math.log(2)
+    place = min(bisect_right(logs, inside) - 1, max(len(logs) - 2, 0))
+    step = logs[place + 1] - logs[place] if len(logs) > 1 else 1.0
+    return place, (inside - logs[place]) / step, outside

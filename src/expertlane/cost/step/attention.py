@@ -1,0 +1,161 @@
+"""Attention of one layer as steps: norm, projections, the core over the cache, the output."""
+
+from dataclasses import replace
+
+from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
+from expertlane.cost.step.launches import Launches
+from expertlane.cost.step.operation import Ints, Kind
+from expertlane.cost.step.step_list import StepWriter
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.model_parts import LatentAttention
+from expertlane.spec.names import Stage
+
+_SQUARES_BYTES = 8  # of a token's query and key, one float32 each
+
+
+def attention_steps(
+    out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
+) -> None:
+    """From the hidden states a rank owns to attention's sum for them."""
+    hidden_bytes = model.hidden_size * out.types.activation_bytes
+    out.memory(Stage.ATTENTION, 2 * part.owned * hidden_bytes, out.norm_kernels)
+    out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+    if model.latent is None:
+        _grouped_query(out, model, window, part)
+    else:
+        _latent(out, model, model.latent, part)
+    out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+
+
+def _grouped_query(
+    out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
+) -> None:
+    tp, dim, item = out.mesh.layout.tp, model.head_dim, out.types.activation_bytes
+    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
+    width = (heads + 2 * kv_heads) * dim
+    out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
+    turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
+    launches = out.launches
+    num_passes, num_kernels = 2, launches.rotate + launches.write
+    if model.qk_norm == "full":
+        out.memory(Stage.ATTENTION, turned_bytes, launches.squares)
+        out.all_gather(Stage.COLLECTIVES, "tp", part.tokens, 0, _SQUARES_BYTES)
+        num_passes, num_kernels = num_passes + 2, num_kernels + launches.scale
+    elif model.qk_norm == "head":
+        num_passes, num_kernels = num_passes + 2, num_kernels + launches.head_norm
+    stored_bytes = part.tokens * (2 * kv_heads * dim * (item + out.types.kv_bytes))
+    out.memory(Stage.ATTENTION, num_passes * turned_bytes + stored_bytes, num_kernels)
+    _core(
+        out,
+        part.attention(window),
+        (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION),
+        {"heads": heads, "kv_heads": kv_heads, "head_dim": dim},
+        flops_per_pair=4 * heads * dim,
+        position_bytes=2 * kv_heads * dim * out.types.kv_bytes,
+    )
+    out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
+
+
+def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
+    types, tokens = out.types, part.tokens
+    item, heads = types.activation_bytes, model.num_attention_heads // out.mesh.layout.tp
+    rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
+    query_in = model.hidden_size
+    if latent.q_lora_rank is not None:
+        out.gemm(Stage.ATTENTION, tokens, latent.q_lora_rank, query_in)
+        query_in = latent.q_lora_rank
+        out.memory(Stage.ATTENTION, 2 * tokens * (query_in * item), out.norm_kernels)
+    out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
+    out.gemm(Stage.ATTENTION, tokens, rank + rope, model.hidden_size)
+    # Queries are turned and put together with their part in the latent; so is the one key.
+    in_latent = 0 if out.launches.expands_latent else rank + rope
+    moved = 2 * heads * (model.head_dim + in_latent) * item + 4 * (rank + rope) * item
+    num_kernels = 2 * out.launches.rotate + out.norm_kernels + out.launches.write
+    out.memory(Stage.ATTENTION, tokens * (moved + (rank + rope) * types.kv_bytes), num_kernels)
+    sizes, absorbed = part.attention(None), tokens
+    if out.launches.expands_latent and sizes.num_prefill_groups:
+        _expanded(out, model, latent, heads, sizes)
+        sizes, absorbed = replace(sizes, num_prefill_groups=0), sizes.decode_seqs
+    if not out.launches.expands_latent or sizes.num_decode_groups:
+        out.gemm(Stage.ATTENTION, absorbed, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
+        _core(
+            out,
+            sizes,
+            (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
+            {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
+            flops_per_pair=2 * heads * (2 * rank + rope),
+            position_bytes=(rank + rope) * types.kv_bytes,
+        )
+        out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
+    out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
+
+
+def _expanded(
+    out: StepWriter,
+    model: ModelConfig,
+    latent: LatentAttention,
+    heads: int,
+    sizes: AttentionSizes,
+) -> None:
+    """Prompts with keys and values of each head, made from the latent of every position."""
+    width = heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    positions = sizes.prefill_positions
+    out.gemm(Stage.ATTENTION, positions, width, latent.kv_lora_rank, dtype=out.types.kept)
+    _core(
+        out,
+        replace(sizes, num_decode_groups=0),
+        (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
+        {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
+        flops_per_pair=2 * heads * (model.head_dim + latent.v_head_dim),
+        position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
+    )
+
+
+def _core(
+    out: StepWriter,
+    sizes: AttentionSizes,
+    kinds: tuple[Kind, Kind],
+    widths: dict[str, Ints | int],
+    *,
+    flops_per_pair: int,
+    position_bytes: int,
+) -> None:
+    """Prefill and decode apart, each where any rank has one.
+
+    Several queries of a decode read the cache once, as more heads would.
+    """
+    prefill, decode = kinds
+    launches = out.launches
+    if sizes.num_prefill_groups:
+        out.operation(
+            prefill,
+            Stage.ATTENTION,
+            {
+                "seqs": sizes.prefill_seqs,
+                "query_key_pairs": sizes.prefill_pairs,
+                "tokens": sizes.prefill_tokens,
+                "positions": sizes.prefill_positions,
+                **widths,
+            },
+            flops=sizes.prefill_pairs * flops_per_pair,
+            kv_bytes=sizes.prefill_positions * position_bytes,
+            num_kernels=_calls(sizes.num_prefill_groups, launches) * launches.prefill_group,
+        )
+    if sizes.num_decode_groups:
+        out.operation(
+            decode,
+            Stage.ATTENTION,
+            {
+                "seqs": sizes.decode_seqs,
+                "positions": sizes.decode_positions,
+                **widths,
+                "heads": sizes.num_queries * widths["heads"],
+            },
+            flops=sizes.decode_positions * (sizes.num_queries * flops_per_pair),
+            kv_bytes=sizes.decode_positions * position_bytes,
+            num_kernels=_calls(sizes.num_decode_groups, launches) * launches.decode_group,
+        )
+
+
+def _calls(num_groups: int, launches: Launches) -> int:
+    return num_groups if launches.is_grouped else 1

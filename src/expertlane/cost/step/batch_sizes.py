@@ -1,0 +1,274 @@
+"""How many tokens, sequences and positions the ranks of a stage have in a part of a micro-batch."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.step.operation import Ints
+from expertlane.schedule.plan import Batch
+
+_POSITION_BITS = 22  # of a number of positions
+_FEW_BLOCKS = 8  # narrower block tables are not kept apart by the engine
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSizes:
+    """What attention reads and computes under one window; each [R].
+
+    Attributes:
+        decode_seqs: sequences with one new token.
+        decode_positions: positions that those see, which are their query-key pairs too.
+        prefill_seqs, prefill_tokens: the other sequences and their new tokens.
+        prefill_pairs, prefill_positions: query-key pairs of one head, and positions seen by any.
+        num_decode_groups, num_prefill_groups: calls that the engine makes of each, at most.
+        num_queries: new tokens of a decoding sequence, above 1 where drafts are verified; a
+            decode's query-key pairs are so many times its positions.
+    """
+
+    decode_seqs: Ints
+    decode_positions: Ints
+    prefill_seqs: Ints
+    prefill_tokens: Ints
+    prefill_pairs: Ints
+    prefill_positions: Ints
+    num_decode_groups: int
+    num_prefill_groups: int
+    num_queries: int = 1
+
+
+class TokenSizes(Protocol):
+    """What steps ask of a part of a micro-batch; arrays as long as there are ranks."""
+
+    @property
+    def tokens(self) -> Ints:
+        """[R]; new tokens of each rank's data-parallel rank."""
+        ...
+
+    @property
+    def owned(self) -> Ints:
+        """[R]; those that a rank owns between attention and the next attention."""
+        ...
+
+    @property
+    def num_yielding(self) -> Ints:
+        """[R]; sequences of a rank's data-parallel rank that get a next token."""
+        ...
+
+    @property
+    def owned_yielding(self) -> Ints:
+        """[R]; how many of the tokens that a rank owns yield a next one."""
+        ...
+
+    @property
+    def asks_logits(self) -> npt.NDArray[np.bool_]:
+        """[R]; whether a rank's sequences ask for more than the likeliest token."""
+        ...
+
+    def attention(self, window: int | None) -> AttentionSizes:
+        """Sizes under a window: how many latest positions a token sees; None for all."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PartSizes:
+    """A part of a micro-batch; S sequences of all data-parallel ranks, in rank order.
+
+    Attributes:
+        num_new, num_cached: [S]; new tokens, and positions in the cache before them.
+        dp_rank: [S].
+        yields: [S]; whether a next token is chosen for the sequence.
+        needs_logits: [dp]; whether a rank's sequences ask for more than the likeliest token.
+        num_drafts: of each decoding sequence, tokens beside its last one that were guessed and
+            go through the model to be verified; they are in `num_new`.
+    """
+
+    dp: int
+    tp: int
+    num_new: Ints
+    num_cached: Ints
+    dp_rank: Ints
+    yields: npt.NDArray[np.bool_]
+    needs_logits: npt.NDArray[np.bool_]
+    block_size: int = 16
+    num_drafts: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Batch],
+        tp: int,
+        sampled: Collection[int] = (),
+        block_size: int = 16,
+        num_drafts: int = 0,
+    ) -> "PartSizes":
+        """Of the same part of every data-parallel rank's batch, [dp].
+
+        Args:
+            sampled: sequences that ask for more than their likeliest token.
+            num_drafts: that come to every decode, beside what the batches have.
+        """
+        needs = [
+            bool(sampled)
+            and not set(sampled).isdisjoint(batch.seq_ids[batch.yields_token].tolist())
+            for batch in batches
+        ]
+        num_new = np.concatenate([batch.num_scheduled_tokens for batch in batches])
+        yields = np.concatenate([batch.yields_token for batch in batches])
+        return cls(
+            dp=len(batches),
+            tp=tp,
+            num_new=num_new + num_drafts * ((num_new == 1) & yields),
+            num_cached=np.concatenate([batch.num_computed_tokens for batch in batches]),
+            dp_rank=np.repeat(np.arange(len(batches)), [batch.num_seqs for batch in batches]),
+            yields=yields,
+            needs_logits=np.array(needs),
+            block_size=block_size,
+            num_drafts=num_drafts,
+        )
+
+    @classmethod
+    def even(
+        cls,
+        dp: int,
+        tp: int,
+        seqs_per_dp_rank: int | Sequence[int],
+        num_new: int = 1,
+        num_cached: int = 0,
+    ) -> "PartSizes":
+        """Sequences that are all alike, each yielding a token.
+
+        Args:
+            seqs_per_dp_rank: one number, or one for each data-parallel rank.
+        """
+        dp_rank = np.repeat(np.arange(dp), seqs_per_dp_rank)
+        return cls(
+            dp=dp,
+            tp=tp,
+            num_new=np.full(len(dp_rank), num_new, dtype=np.int64),
+            num_cached=np.full(len(dp_rank), num_cached, dtype=np.int64),
+            dp_rank=dp_rank,
+            yields=np.ones(len(dp_rank), dtype=np.bool_),
+            needs_logits=np.zeros(dp, dtype=np.bool_),
+        )
+
+    def _sum(self, values: npt.NDArray[np.int64 | np.bool_]) -> Ints:
+        """[dp]; of values [S]."""
+        return np.bincount(self.dp_rank, values, self.dp).astype(np.int64)  # exact under 2^53
+
+    def _for_ranks(self, of_dp_rank: Ints) -> Ints:
+        """[R]; of [dp]."""
+        return of_dp_rank.repeat(self.tp)
+
+    @cached_property
+    def _tokens(self) -> Ints:
+        """[dp]."""
+        return self._sum(self.num_new)
+
+    @property
+    def asks_logits(self) -> npt.NDArray[np.bool_]:
+        """[R]; `needs_logits` of each rank's data-parallel rank."""
+        return self.needs_logits.repeat(self.tp)
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """[R]; new tokens of each rank's data-parallel rank."""
+        return self._for_ranks(self._tokens)
+
+    @cached_property
+    def owned(self) -> Ints:
+        """[R]; those that a rank owns between attention and the next attention."""
+        size, num_longer = np.divmod(self._tokens, self.tp)
+        owned: Ints = size[:, None] + (np.arange(self.tp) < num_longer[:, None])
+        return owned.ravel()
+
+    @cached_property
+    def num_yielding(self) -> Ints:
+        """[R]; tokens of a rank's data-parallel rank that a next one is chosen for."""
+        return self._for_ranks(self._sum(self.yields * self._num_queries))
+
+    @cached_property
+    def owned_yielding(self) -> Ints:
+        """[R]; how many of the tokens that a rank owns yield a next one."""
+        starts = np.cumsum(self._tokens) - self._tokens
+        num_queries = self._num_queries[self.yields]
+        dp_rank = self.dp_rank[self.yields].repeat(num_queries)
+        ends = np.cumsum(self.num_new)[self.yields].repeat(num_queries)
+        first = np.cumsum(num_queries) - num_queries
+        back = 1 + np.arange(len(ends)) - first.repeat(num_queries)
+        place = ends - back - starts[dp_rank]
+        size, num_longer = (each[dp_rank] for each in np.divmod(self._tokens, self.tp))
+        after = place - num_longer * (size + 1)
+        tp_rank = np.where(
+            after < 0, place // (size + 1), num_longer + after // np.maximum(size, 1)
+        )
+        return np.bincount(dp_rank * self.tp + tp_rank, minlength=self.dp * self.tp)
+
+    @cached_property
+    def _by_window(self) -> dict[int | None, AttentionSizes]:
+        return {}
+
+    def attention(self, window: int | None) -> AttentionSizes:
+        """Sizes under a window: how many latest positions a token sees; None for all."""
+        if window not in self._by_window:
+            self._by_window[window] = self._attention(window)
+        return self._by_window[window]
+
+    @cached_property
+    def _is_decode(self) -> npt.NDArray[np.bool_]:
+        """[S]."""
+        is_decode: npt.NDArray[np.bool_] = self.num_new == 1 + self.num_drafts
+        return is_decode & self.yields if self.num_drafts else is_decode
+
+    @cached_property
+    def _num_queries(self) -> Ints:
+        """[S]; of its new tokens, those that a next one is chosen for, if it yields any."""
+        return 1 + self.num_drafts * self._is_decode
+
+    def _attention(self, window: int | None) -> AttentionSizes:
+        after = self.num_cached + self.num_new
+        pairs = pairs_up_to(after, window) - pairs_up_to(self.num_cached, window)
+        positions = after if window is None else np.minimum(after, self.num_new + window - 1)
+        is_decode = self._is_decode
+        is_prefill = ~is_decode
+        decode_groups, prefill_groups = self._num_groups
+        return AttentionSizes(
+            decode_seqs=self._for_ranks(self._sum(is_decode)),
+            decode_positions=self._for_ranks(self._sum(positions * is_decode)),
+            prefill_seqs=self._for_ranks(self._sum(is_prefill)),
+            prefill_tokens=self._for_ranks(self._sum(self.num_new * is_prefill)),
+            prefill_pairs=self._for_ranks(self._sum(pairs * is_prefill)),
+            prefill_positions=self._for_ranks(self._sum(positions * is_prefill)),
+            num_decode_groups=decode_groups,
+            num_prefill_groups=prefill_groups,
+            num_queries=1 + self.num_drafts,
+        )
+
+    @cached_property
+    def _num_groups(self) -> tuple[int, int]:
+        """Calls of attention that the engine makes for decodes and for the rest, at most."""
+        is_decode = self._is_decode
+        width = np.maximum(self.num_cached // self.block_size + 1, _FEW_BLOCKS)
+        bucket = np.ceil(np.log2(width)).astype(np.int64)
+        chunk = self.num_new * (1 << _POSITION_BITS) + self.num_cached
+        decodes = _most_kinds(self.dp_rank[is_decode], bucket[is_decode])
+        return decodes, _most_kinds(self.dp_rank[~is_decode], chunk[~is_decode])
+
+
+def _most_kinds(dp_rank: Ints, kind: Ints) -> int:
+    """The most different kinds [n] that any rank [n] has."""
+    if not len(kind):
+        return 0
+    distinct = np.unique(dp_rank * (1 << 2 * _POSITION_BITS) + kind)
+    return int(np.bincount(distinct >> 2 * _POSITION_BITS).max())
+
+
+def pairs_up_to(length: Ints, window: int | None) -> Ints:
+    """[S]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
+    if window is None:
+        return length * (length + 1) // 2
+    full: Ints = np.minimum(length, window)
+    return full * (full + 1) // 2 + (length - full) * window

@@ -1,0 +1,288 @@
+"""A step plan as programs: what every pipeline stage does with every part of a micro-batch."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from expertlane.balance.placement_file import Placements
+from expertlane.cost.multi_token import further_drafts, projection_steps
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import RoutingSource
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.dispatch_counter import DispatchCounter, PartRouting
+from expertlane.cost.step.dispatch_counts import DispatchCounts
+from expertlane.cost.step.launches import EAGER, Launches
+from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.operation import OUTSIDE, HandOver, Step
+from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.cost.step.step_list import StepList, StepWriter
+from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.spec.deployment import DispatchForm, DispatchMode, DispatchTable, PayloadType
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """The steps of a layer, or of embedding or head.
+
+    Attributes:
+        layer: hidden layer, or `OUTSIDE`.
+        steps: layers that do the same share one tuple, so that its steps may name another layer.
+        counts: how tokens spread over experts; None where there are none.
+    """
+
+    layer: int
+    steps: tuple[Step, ...]
+    counts: DispatchCounts | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PartProgram:
+    """A part of a micro-batch on one pipeline stage."""
+
+    sections: tuple[Section, ...]
+
+    def steps(self) -> Iterator[Step]:
+        """All steps in order, each with its own layer's number."""
+        for section in self.sections:
+            for step in section.steps:
+                yield step if step.layer == section.layer else replace(step, layer=section.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class StageProgram:
+    """A micro-batch on one pipeline stage.
+
+    Attributes:
+        parts: run in turn, switching at every transfer, where there are two.
+        hand_over: to the next stage, when all parts are done; None on the last.
+    """
+
+    mesh: StageMesh
+    micro_batch: int
+    parts: tuple[PartProgram, ...]
+    hand_over: HandOver | None
+
+
+@dataclass(frozen=True, eq=False)
+class StepProgram:
+    """A step of one replica.
+
+    Attributes:
+        stages: [pp][num_micro_batches].
+    """
+
+    stages: tuple[tuple[StageProgram, ...], ...]
+
+
+class ProgramBuilder:
+    """Makes programs of step plans for one deployment.
+
+    Args:
+        placements: [num_hidden_layers]; None for a dense layer.
+        dispatch: form and overlap by the number of tokens.
+        block_size: positions of a block of the paged cache.
+        launches: the engine's, where no graph is captured.
+        counter: of tokens by rank; builders may share one.
+        num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
+            more layer that the last stage holds, and verified in the next step (`multi_token`).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layout: Layout,
+        placements: Placements,
+        *,
+        types: NumberTypes | None = None,
+        dispatch: DispatchTable | None = None,
+        payload: PayloadType = "model",
+        ranks_per_node: int = 8,
+        block_size: int = 16,
+        launches: Launches = EAGER,
+        counter: DispatchCounter | None = None,
+        num_drafts: int = 0,
+    ) -> None:
+        layout.check_model(model)
+        self._model = model
+        self._layout = layout
+        self._types = NumberTypes() if types is None else types
+        self._dispatch = DispatchTable.fixed("all_to_all") if dispatch is None else dispatch
+        self._payload = payload
+        self._ranks_per_node = ranks_per_node
+        self._block_size = block_size
+        self._launches = launches
+        self._num_drafts = num_drafts
+        self._counter = DispatchCounter() if counter is None else counter
+        self._meshes: dict[tuple[int, int], StageMesh] = {}
+        self._placements = placements
+
+    def place(self, placements: Placements) -> None:
+        """Go over to other placements of the experts."""
+        self._placements = placements
+
+    def mesh(self, replica: int, pp_rank: int) -> StageMesh:
+        """A pipeline stage of a replica."""
+        key = replica, pp_rank
+        if key not in self._meshes:
+            self._meshes[key] = StageMesh.of(self._layout, *key, self._ranks_per_node)
+        return self._meshes[key]
+
+    def mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
+        """How a micro-batch runs; all ranks choose alike."""
+        most = max(batch.num_tokens for batch in micro_batch)
+        can_split = any(batch.num_seqs > 1 for batch in micro_batch)
+        return self._dispatch.choose(-(-most // self._layout.tp), can_split)
+
+    def build(
+        self,
+        plan: StepPlan,
+        routing: RoutingSource,
+        *,
+        first_token: int = 0,
+        sampled: Collection[int] = (),
+    ) -> StepProgram:
+        """The programs of a step.
+
+        Args:
+            first_token: tokens computed before, where the routing goes on.
+            sampled: sequences that ask for more than their likeliest token, at this step.
+        """
+        by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
+        for micro_batch in plan.micro_batches:
+            mode = self.mode(micro_batch)
+            by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
+            parts = [
+                PartSizes.of(batches, self._layout.tp, sampled, self._block_size, self._num_drafts)
+                for batches in zip(*by_dp_rank, strict=True)
+                if any(batch.num_tokens for batch in batches)
+            ]
+            by_micro_batch.append((mode.form, parts))
+        return self.build_sized(
+            by_micro_batch,
+            routing,
+            replica=plan.replica,
+            first_token=first_token,
+            record=plan.record,
+        )
+
+    def build_sized(
+        self,
+        micro_batches: Sequence[tuple[DispatchForm, Sequence[PartSizes]]],
+        routing: RoutingSource,
+        *,
+        replica: int = 0,
+        first_token: int = 0,
+        record: bool = False,
+    ) -> StepProgram:
+        """The programs of a step of which only sizes are known.
+
+        Args:
+            micro_batches: of each, the dispatch form and its parts: two with overlap.
+            record: count what only a record tells, how far tokens spread.
+        """
+        before = np.zeros(self._layout.stage_size, dtype=np.int64)
+        routed: list[list[PartRouting]] = []
+        for _, parts in micro_batches:
+            routed.append([])
+            for part in parts:
+                routed[-1].append(PartRouting(routing, first_token, before, part.owned))
+                before = before + part.owned
+        stages = []
+        for pp_rank in range(self._layout.pp):
+            mesh = self.mesh(replica, pp_rank)
+            programs = []
+            for number, (form, parts) in enumerate(micro_batches):
+                of_parts = tuple(
+                    self.part(pp_rank, form, part, tokens, replica=replica, record=record)
+                    for part, tokens in zip(parts, routed[number], strict=True)
+                )
+                hand_over = self._hand_over(mesh, pp_rank, parts)
+                programs.append(StageProgram(mesh, number, of_parts, hand_over))
+            stages.append(tuple(programs))
+        return StepProgram(tuple(stages))
+
+    def _hand_over(
+        self, mesh: StageMesh, pp_rank: int, parts: Sequence[PartSizes]
+    ) -> HandOver | None:
+        if not parts or pp_rank == self._layout.pp - 1:
+            return None
+        owned = np.sum([part.owned for part in parts], axis=0)
+        there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self._ranks_per_node
+        row_bytes = self._model.hidden_size * self._types.activation_bytes
+        return HandOver(owned * row_bytes, there != mesh.node)
+
+    def part(
+        self,
+        pp_rank: int,
+        form: DispatchForm,
+        sizes: PartSizes,
+        routing: PartRouting,
+        *,
+        replica: int = 0,
+        record: bool = False,
+    ) -> PartProgram:
+        """A part of a micro-batch on one pipeline stage; arguments as `build_sized`'s."""
+        model, layout, mesh = self._model, self._layout, self.mesh(replica, pp_rank)
+        common = model, self._types, mesh, sizes
+        by_node = form == "hierarchical" and layout.ep > 1
+        sections = []
+        if pp_rank == 0:
+            sections.append(self._outside(embedding_steps, mesh, sizes))
+        built: dict[object, Section] = {}
+        for layer in layout.layers_of_stage(model.num_hidden_layers, pp_rank):
+            placement = self._placements[layer]
+            key: object = model.window_of_layer(layer)
+            if placement is not None:
+                key = key, id(placement), routing.source.sample_of(layer)
+            if key not in built:
+                counts = None
+                if placement is not None:
+                    counts = self._counter.count(
+                        layer, placement, mesh, routing, by_node=by_node, fan_out=record
+                    )
+                steps = layer_steps(*common, layer, counts, form, self._payload, self._launches)
+                built[key] = Section(layer, steps, counts)
+            sections.append(replace(built[key], layer=layer))
+        if pp_rank == layout.pp - 1:
+            sections.append(self._outside(head_steps, mesh, sizes))
+            sections += self._drafts(form, sizes, routing, replica)
+        return PartProgram(tuple(sections))
+
+    def _drafts(
+        self, form: DispatchForm, sizes: PartSizes, routing: PartRouting, replica: int
+    ) -> Iterator[Section]:
+        """The guesses for the next step, on the last stage: a pass each of a layer and the head.
+
+        The first takes all tokens of the step, so that the layer has their keys and values.
+        """
+        last, mesh = self._model.num_hidden_layers - 1, self.mesh(replica, self._layout.pp - 1)
+        placement, by_node = self._placements[last], form == "hierarchical" and self._layout.ep > 1
+        for draft in range(self._num_drafts):
+            of_pass = further_drafts(sizes, draft) if draft else sizes
+            if not of_pass.num_new.size:
+                return
+            counts = None
+            if placement is not None:
+                tokens = replace(routing, owned=of_pass.owned) if draft else routing
+                counts = self._counter.count(
+                    last, placement, mesh, tokens, by_node=by_node, fan_out=False
+                )
+            yield self._outside(projection_steps, mesh, of_pass)
+            common = self._model, self._types, mesh, of_pass, last, counts
+            steps = layer_steps(*common, form, self._payload, self._launches)
+            yield Section(last, steps, counts)
+            yield self._outside(head_steps, mesh, further_drafts(sizes, draft))
+
+    def _outside(
+        self,
+        steps: Callable[[StepWriter, ModelConfig, PartSizes], None],
+        mesh: StageMesh,
+        sizes: PartSizes,
+    ) -> Section:
+        """Embedding or head."""
+        out = StepList(mesh, self._types, OUTSIDE, self._launches)
+        steps(out, self._model, sizes)
+        return Section(OUTSIDE, tuple(out.steps))

@@ -1,0 +1,122 @@
+"""Programs added up: what the engine's counters say of the same step."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertlane.cost.step.operation import HandOver, Ints, Operation, Step
+from expertlane.cost.step.program import Section, StageProgram, StepProgram
+from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.spec.names import Stage, Traffic
+
+
+@dataclass(frozen=True, eq=False)
+class RankCounts:
+    """One rank's counters of a step, as `spec.record.RankRecord` has them.
+
+    Attributes:
+        rank: global rank.
+    """
+
+    rank: int
+    flops: Ints
+    weight_bytes: Ints
+    kv_bytes: int
+    sent_bytes: Ints
+    num_collectives: Ints
+    num_tokens_per_expert: Ints
+    tokens_by_ranks_reached: Ints
+    tokens_by_nodes_reached: Ints
+    num_remote_rank_copies: int
+    num_remote_node_copies: int
+
+
+def count(program: StepProgram, num_layers: int, num_experts: int) -> list[RankCounts]:
+    """[ranks of the replica]; what they computed and sent."""
+    counts: list[RankCounts] = []
+    for of_micro_batches in program.stages:
+        counters = _StageCounters(of_micro_batches[0].mesh, num_layers, num_experts)
+        for stage in of_micro_batches:
+            counters.add(stage)
+        counts += counters.of_ranks()
+    return counts
+
+
+class _StageCounters:
+    """Of the ranks of one pipeline stage, R."""
+
+    def __init__(self, mesh: StageMesh, num_layers: int, num_experts: int) -> None:
+        num_ranks, num_stages = mesh.size, len(Stage)
+        self._mesh = mesh
+        self._flops = np.zeros((num_stages, num_ranks), dtype=np.int64)
+        self._weight_bytes = np.zeros_like(self._flops)
+        self._num_collectives = np.zeros_like(self._flops)
+        self._kv_bytes = np.zeros(num_ranks, dtype=np.int64)
+        shape = num_ranks, num_stages, len(Traffic), mesh.layout.world_size
+        self._sent_bytes = np.zeros(shape, dtype=np.int64)
+        stage = slice(mesh.first_rank, mesh.first_rank + num_ranks)
+        self._sent_inside = self._sent_bytes[..., stage]  # a view
+        self._tokens = np.zeros((num_ranks, num_layers, num_experts), dtype=np.int64)
+        self._reached = np.zeros((2, num_ranks, mesh.layout.world_size + 1), dtype=np.int64)
+        self._remote = np.zeros((2, num_ranks), dtype=np.int64)
+
+    def add(self, stage: StageProgram) -> None:
+        """A micro-batch's programs."""
+        for part in stage.parts:
+            times = Counter(id(section.steps) for section in part.sections)
+            for section in part.sections:
+                if num := times.pop(id(section.steps), 0):
+                    for step in section.steps:
+                        self._add_step(step, num)
+                self._add_routing(section)
+        if stage.hand_over is not None:
+            self._add_hand_over(stage.hand_over)
+
+    def _add_step(self, step: Step, num: int) -> None:
+        """A step done `num` times."""
+        if isinstance(step, Operation):
+            self._flops[step.stage] += num * step.flops
+            self._weight_bytes[step.stage] += num * step.weight_bytes
+            self._kv_bytes += num * step.kv_bytes
+        else:
+            self._num_collectives[step.stage] += num
+            self._sent_inside[:, step.stage] += num * step.sent_bytes.transpose(1, 0, 2)
+
+    def _add_hand_over(self, hand_over: HandOver) -> None:
+        there = self._mesh.first_rank + self._mesh.size + np.arange(self._mesh.size)
+        sent = self._sent_bytes[:, Stage.HAND_OVER, Traffic.PAYLOAD]
+        sent[np.arange(self._mesh.size), there] += hand_over.sent_bytes
+        self._num_collectives[Stage.HAND_OVER] += hand_over.sent_bytes > 0
+
+    def _add_routing(self, section: Section) -> None:
+        counts, mesh = section.counts, self._mesh
+        if counts is None:
+            return
+        # One rank of an expert tensor-parallel group tells them.
+        self._tokens[mesh.etp_rank == 0, section.layer] += counts.num_tokens_per_expert
+        if counts.fan_out is not None:
+            fan_out, width = counts.fan_out, mesh.layout.ep + 1
+            self._reached[0, :, :width] += fan_out.by_ranks_reached
+            self._reached[1, :, :width] += fan_out.by_nodes_reached
+            self._remote[0] += fan_out.num_remote_rank_copies
+            self._remote[1] += fan_out.num_remote_node_copies
+
+    def of_ranks(self) -> list[RankCounts]:
+        """[R]."""
+        return [
+            RankCounts(
+                rank=self._mesh.first_rank + place,
+                flops=self._flops[:, place],
+                weight_bytes=self._weight_bytes[:, place],
+                kv_bytes=int(self._kv_bytes[place]),
+                sent_bytes=self._sent_bytes[place],
+                num_collectives=self._num_collectives[:, place],
+                num_tokens_per_expert=self._tokens[place],
+                tokens_by_ranks_reached=self._reached[0, place],
+                tokens_by_nodes_reached=self._reached[1, place],
+                num_remote_rank_copies=int(self._remote[0, place]),
+                num_remote_node_copies=int(self._remote[1, place]),
+            )
+            for place in range(self._mesh.size)
+        ]

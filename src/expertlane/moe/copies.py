@@ -1,0 +1,69 @@
+"""Which rank computes each token-expert pair, where experts may have copies."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
+from expertlane.moe.grouping import choose_copies
+
+
+class ReplicaChoice:
+    """One rank's choice of a copy for each of its pairs.
+
+    A copy on the rank itself comes first, else those on its node, else all. Of several it takes
+    the one that it has given the fewest pairs of this batch, and each rank begins with another, so
+    that the load is spread without a word between ranks. It depends on the batch alone.
+
+    Attributes:
+        num_slots: the most that any rank has; slot s of rank r has the physical id
+            r · num_slots + s.
+    """
+
+    def __init__(
+        self, mesh: ParallelMesh, placement: Placement, recorder: Recorder, device: torch.device
+    ) -> None:
+        ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
+        nearest = [_nearest(ranks, ep_rank, nodes) for ranks in placement.ranks_of_experts()]
+        num_copies = np.array([len(ranks) for ranks in nearest])
+        ranks = np.array([np.resize(ranks, num_copies.max()) for ranks in nearest])
+        self.num_slots = max(map(len, placement.experts_of_rank))
+        slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
+        self._ep = placement.ep
+        self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
+        self._num_copies = torch.from_numpy(num_copies).to(device)
+        self._offset = mesh.stage.rank
+        self._recorder = recorder
+        node_ids = sorted(set(nodes))
+        self._own_node = node_ids.index(nodes[ep_rank])
+        on_node = torch.tensor([[node == each for each in node_ids] for node in nodes])
+        self._on_node = on_node.float().to(device)  # [ep, num_nodes]
+
+    def physical_ids(self, topk_ids: Tensor) -> Tensor:
+        """[T, K] int32; the copy of each pair of a batch.
+
+        Args:
+            topk_ids: [T, K]; logical experts.
+        """
+        ids = choose_copies(topk_ids, self._table, self._num_copies, self._offset)
+        if self._recorder.is_recording:
+            self._count_fan_out(ids)
+        return ids
+
+    def _count_fan_out(self, ids: Tensor) -> None:
+        reached = torch.zeros(len(ids), self._ep, dtype=torch.bool, device=ids.device)
+        reached.scatter_(1, (ids // self.num_slots).long(), True)
+        by_node = (reached.float() @ self._on_node).long()  # [T, num_nodes]; ranks reached there
+        ranks, nodes = by_node.sum(1), (by_node > 0).sum(1)
+        here = by_node[:, self._own_node]
+        remote_ranks = int((ranks - here).sum())
+        remote_nodes = int((nodes - (here > 0).long()).sum())
+        self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)
+
+
+def _nearest(ranks: list[int], ep_rank: int, nodes: list[int]) -> list[int]:
+    if ep_rank in ranks:
+        return [ep_rank]
+    return [rank for rank in ranks if nodes[rank] == nodes[ep_rank]] or ranks

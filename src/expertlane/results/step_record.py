@@ -1,0 +1,135 @@
+"""What was measured and counted during one step."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.spec.names import Phase
+
+
+@dataclass(frozen=True, eq=False)
+class RankEvents:
+    """Single stretches of one rank's time in a step, N of them.
+
+    Attributes:
+        start_s: what the times count from, on a clock that ranks of one host share.
+        track: [N]; places in `list(Track)`.
+        stage: [N].
+        layer: [N]; hidden layer, -1 outside of any.
+        micro_batch: [N].
+        begin_s, end_s: [N]; from `start_s`.
+        flops, num_bytes: [N]; where they are known for each stretch, else empty. Bytes are sent
+            on the network, read on the others.
+    """
+
+    start_s: float
+    track: npt.NDArray[np.int64]
+    stage: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+    micro_batch: npt.NDArray[np.int64]
+    begin_s: npt.NDArray[np.float64]
+    end_s: npt.NDArray[np.float64]
+    flops: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    num_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class RankRecord:
+    """Times and counters of one rank over one step.
+
+    The slot axis of the times is the model's layers followed by one slot for what is outside any
+    layer (embedding, hand-over, head, waiting for the plan); a rank fills only its own layers.
+
+    Attributes:
+        rank: global rank.
+        wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.
+        cpu_s: same shape; CPU time of the rank's main thread.
+        blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
+        process_cpu_s: CPU time of all threads of the rank during the step.
+        flops: [num_stages]; floating-point operations, a multiply and an add counted as two.
+        weight_bytes: [num_stages]; weights read, each matrix once per use.
+        kv_bytes: keys and values read from the cache.
+        sent_bytes: [num_stages, num_kinds_of_traffic, world_size]; bytes sent to each global rank;
+            0 for this one.
+        num_collectives: [num_stages]; collectives and point-to-point sends this rank began.
+        num_tokens_per_expert: [num_layers, num_experts]; token-expert pairs this rank computed;
+            zero where another rank of its expert tensor-parallel group reports them.
+        tokens_by_ranks_reached: [world_size + 1]; how many of its own tokens, summed over layers,
+            had experts on so many ranks.
+        tokens_by_nodes_reached: [world_size + 1]; the same of nodes.
+        num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
+            with one copy a rank.
+        num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
+        payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
+            squares of what rounding changed, and of the hidden states themselves.
+        topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
+            logical experts that its own tokens chose, in the order of computation, which is the
+            same in all layers. Empty unless the plan asked for it.
+        events: what it did when; None unless the plan asked for it.
+    """
+
+    rank: int
+    wall_s: npt.NDArray[np.float64]
+    cpu_s: npt.NDArray[np.float64]
+    blocked_s: npt.NDArray[np.float64]
+    process_cpu_s: float
+    flops: npt.NDArray[np.int64]
+    weight_bytes: npt.NDArray[np.int64]
+    kv_bytes: int
+    sent_bytes: npt.NDArray[np.int64]
+    num_collectives: npt.NDArray[np.int64]
+    num_tokens_per_expert: npt.NDArray[np.int64]
+    tokens_by_ranks_reached: npt.NDArray[np.int64]
+    tokens_by_nodes_reached: npt.NDArray[np.int64]
+    num_remote_rank_copies: int
+    num_remote_node_copies: int
+    payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    events: RankEvents | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """One finished step as metrics see it.
+
+    Attributes:
+        seq_ids: the sequences that got a new token.
+        num_tokens: tokens computed: prompt tokens in a prefill, one a sequence in decoding.
+        submitted_s, finished_s: on the clock of whoever drove the runner.
+        records: one a rank of the replica.
+        run: which repetition of the workload it belongs to.
+        spell: steps of one phase with none of the other in between; counted within a run.
+    """
+
+    phase: Phase
+    replica: int
+    num_micro_batches: int
+    seq_ids: tuple[int, ...]
+    num_tokens: int
+    submitted_s: float
+    finished_s: float
+    records: tuple[RankRecord, ...]
+    run: int = 0
+    spell: int = 0
+
+
+@dataclass(frozen=True)
+class MachinePeak:
+    """Measured peak rates of the whole machine, all its cores or devices together.
+
+    Attributes:
+        gemm_flops_per_s: of a large matrix product in `dtype`.
+        read_bytes_per_s: of reading memory too large for any cache.
+        num_units, unit: how many cores or GPUs the measurement used.
+        dtype: of the matrix product, for example `float32`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+    num_units: int
+    unit: str
+    dtype: str

@@ -1,0 +1,249 @@
+"""Requests that arrive on a virtual clock, served by one pool of ranks or by two.
+
+Disaggregated, a pool of its own computes prompts and first tokens; then keys and values travel to
+the pool that decodes. Each pool has its own scheduler, driver and ranks; all share one time.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.kv_transfer import KVTransfers
+from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.runner import CostRunner, StepHandle
+from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.workload import TimedRequest
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(eq=False)
+class Served:
+    """A request and when its tokens came; all times [B].
+
+    Attributes:
+        due_s: when it arrived; in a closed loop, when there was room for it.
+        token_times_s: one entry a token.
+        moved_s: when its keys and values began to travel to another pool, and were there.
+    """
+
+    prompt_len: int
+    due_s: Floats
+    token_times_s: list[Floats] = field(default_factory=list)
+    num_preemptions: int = 0
+    moved_s: tuple[Floats, Floats] | None = None
+
+    @property
+    def ttft_s(self) -> Floats:
+        """From when it was due to its first token, which its prompt's last step computes.
+
+        Where another pool decodes, keys and values travel afterwards: that delays the second token.
+        """
+        return self.token_times_s[0] - self.due_s
+
+    @property
+    def tpot_s(self) -> Floats | None:
+        """Mean time of the tokens after the first; None where there is one alone."""
+        if len(self.token_times_s) == 1:
+            return None
+        first, last = self.token_times_s[0], self.token_times_s[-1]
+        tpot_s: Floats = (last - first) / (len(self.token_times_s) - 1)
+        return tpot_s
+
+
+class Pool:
+    """A scheduler and a runner that serve what arrives."""
+
+    def __init__(self, scheduler: ContinuousScheduler, runner: CostRunner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._inbox: list[tuple[float, int, Floats, Request]] = []  # a heap, by arrival
+        self._num_arrivals = 0
+        self._in_flight: dict[StepHandle, StepPlan] = {}
+
+    def deliver(self, request: Request, at_s: Floats) -> None:
+        """A request arrives at a moment [B]; it is added then, or when the step then ends."""
+        entry = (float(at_s[self.runner.lead]), self._num_arrivals, at_s, request)
+        heapq.heappush(self._inbox, entry)
+        self._num_arrivals += 1
+
+    @property
+    def next_s(self) -> float | None:
+        """When something happens next; None if nothing will without a delivery."""
+        if self._in_flight:
+            return min(float(handle.finished_s[self.runner.lead]) for handle in self._in_flight)
+        return self._inbox[0][0] if self._inbox else None
+
+    def advance(self) -> list[tuple[Request, Floats]]:
+        """Let the next thing happen: requests that got a token then, and when, [B]."""
+        stepped: list[tuple[Request, Floats]] = []
+        if self._in_flight:
+            handle = self.runner.first_done(list(self._in_flight))
+            plan = self._in_flight.pop(handle)
+            self.scheduler.finish(plan, self.runner.collect(handle))
+            stepped = [(request, handle.finished_s) for request in self.scheduler.stepped]
+        else:
+            self.runner.wait_until(self._inbox[0][2])
+        self._take_in()
+        return stepped
+
+    def submit(self) -> None:
+        """Begin whatever steps can begin now."""
+        while (plan := self.scheduler.next_plan()) is not None:
+            self._in_flight[self.runner.submit(plan)] = plan
+
+    def _take_in(self) -> None:
+        while self._inbox and self._inbox[0][0] <= self.runner.now_s[self.runner.lead]:
+            _, _, at_s, request = heapq.heappop(self._inbox)
+            self.runner.wait_until(at_s)  # by another hand of the clock it may come later
+            self.scheduler.add(request)
+
+
+def serve(
+    pool: Pool,
+    requests: Iterable[TimedRequest],
+    max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
+) -> list[Served]:
+    """Serve requests to their whole lengths; gives them in the order of `requests`.
+
+    Args:
+        requests: by due time.
+        max_unfinished: a request waits while there are so many; then it is due when added.
+        on_finished: called for each request that is done.
+    """
+    return _Serving(pool, pool, None, max_unfinished, on_finished).run(requests)
+
+
+def serve_apart(
+    prefill: Pool,
+    decode: Pool,
+    transfers: KVTransfers,
+    requests: Iterable[TimedRequest],
+    max_unfinished: int | None = None,
+    *,
+    on_finished: Callable[[], None] = lambda: None,
+) -> list[Served]:
+    """Serve requests with prompts in one pool and further tokens in another.
+
+    Keys and values of a request travel beside the pools' own work when its prompt is done, one
+    request after the other from each data-parallel rank; until the decoding pool has room they are
+    taken to have a place to be. A request preempted there computes its prompt there.
+    """
+    return _Serving(prefill, decode, transfers, max_unfinished, on_finished).run(requests)
+
+
+class _Serving:
+    """One run of a load over pools."""
+
+    def __init__(
+        self,
+        prefill: Pool,
+        decode: Pool,
+        transfers: KVTransfers | None,
+        max_unfinished: int | None,
+        on_finished: Callable[[], None],
+    ) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self._transfers = transfers
+        self._max_unfinished = max_unfinished
+        self._on_finished = on_finished
+        self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
+        self._served: dict[str, Served] = {}
+        self._wanted: dict[str, TimedRequest] = {}
+        self._num_unfinished = 0
+
+    def run(self, requests: Iterable[TimedRequest]) -> list[Served]:
+        """Deliver all, and let both pools work until nothing is left."""
+        waiting = list(requests)[::-1]
+        pools = list(dict.fromkeys((self._prefill, self._decode)))
+        now_s: Floats = np.zeros(len(BOUNDS))
+        while True:
+            while waiting and not self._is_full():
+                self._deliver(waiting.pop(), now_s)
+            busy = [(pool.next_s, pool) for pool in pools if pool.next_s is not None]
+            if not busy:
+                return list(self._served.values())
+            pool = min(busy, key=lambda each: each[0] or 0.0)[1]
+            for request, at_s in pool.advance():
+                now_s = at_s
+                self._take_token(request, at_s, is_first=pool is self._prefill)
+            while waiting and not self._is_full():
+                self._deliver(waiting.pop(), now_s)
+            pool.submit()
+
+    def _is_full(self) -> bool:
+        return self._max_unfinished is not None and self._num_unfinished >= self._max_unfinished
+
+    def _deliver(self, wanted: TimedRequest, now_s: Floats) -> None:
+        due_s = np.full(len(BOUNDS), wanted.due_s) if self._max_unfinished is None else now_s
+        request_id = str(len(self._served))
+        self._served[request_id] = Served(len(wanted.prompt_token_ids), due_s)
+        self._wanted[request_id] = wanted
+        self._num_unfinished += 1
+        max_tokens = wanted.output_len if self._transfers is None else 1
+        request = Request(request_id, wanted.prompt_token_ids, max_tokens=max_tokens)
+        self._prefill.deliver(request, due_s)
+
+    def _take_token(self, request: Request, at_s: Floats, *, is_first: bool) -> None:
+        served, wanted = self._served[request.request_id], self._wanted[request.request_id]
+        served.token_times_s.append(at_s)
+        if len(served.token_times_s) == wanted.output_len:
+            served.num_preemptions += request.num_preemptions
+            self._num_unfinished -= 1
+            self._on_finished()
+        elif is_first and self._transfers is not None:
+            served.num_preemptions += request.num_preemptions
+            self._move(request, wanted, at_s)
+
+    def _move(self, request: Request, wanted: TimedRequest, at_s: Floats) -> None:
+        """Send keys and values to the pool that decodes, and the request with them."""
+        assert self._transfers is not None
+        prompt_len = len(request.prompt_token_ids)
+        sender = request.replica, request.dp_rank
+        begin_s = np.maximum(at_s, self._free_s.get(sender, 0.0))
+        there_s = self._free_s[sender] = begin_s + self._transfers.seconds(prompt_len)
+        self._served[request.request_id].moved_s = begin_s, there_s
+        moved = Request(
+            request.request_id,
+            np.concatenate((request.prompt_token_ids, request.output_token_ids)).astype(np.int64),
+            max_tokens=wanted.output_len - 1,
+            num_arrived_tokens=prompt_len,
+        )
+        self._decode.deliver(moved, there_s)
+
+
+@dataclass(frozen=True)
+class Serves:
+    """What users of a load would feel, by one hand of the clock.
+
+    Attributes:
+        ttft_s, tpot_s: of each request, in order; the second without those of a single token.
+        output_tps, total_tps: tokens a second from the first arrival to the last token.
+    """
+
+    ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...]
+    output_tps: float
+    total_tps: float
+
+    @classmethod
+    def of(cls, served: Sequence[Served], bound: int = LIKELY) -> "Serves":
+        """Of requests that have all been served."""
+        num_output = sum(len(each.token_times_s) for each in served)
+        num_prompt = sum(each.prompt_len for each in served)
+        begin_s = min(float(each.due_s[bound]) for each in served)
+        end_s = max(float(each.token_times_s[-1][bound]) for each in served)
+        return cls(
+            ttft_s=tuple(float(each.ttft_s[bound]) for each in served),
+            tpot_s=tuple(float(each.tpot_s[bound]) for each in served if each.tpot_s is not None),
+            output_tps=num_output / (end_s - begin_s),
+            total_tps=(num_output + num_prompt) / (end_s - begin_s),
+        )

@@ -1,0 +1,164 @@
+"""What the steps of a simulated pool were, added up by phase."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from expertlane.cost.breakdown import WhyTable
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.pricing import Pricing
+from expertlane.cost.runner import PricedStep
+from expertlane.cost.step.operation import Floats, Ints
+from expertlane.cost.step.program import StepProgram
+from expertlane.plan.step_facts import StepFacts
+from expertlane.schedule.plan import StepPlan
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
+
+_WINDOW = 16  # steps explained in a row
+_MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pricing
+
+
+@dataclass(eq=False)
+class PhaseTally:
+    """Steps of one phase; sums unless it says otherwise.
+
+    Attributes:
+        step_s: [3] each step: low, likely, high.
+        num_tokens, num_seqs: computed, drafts among them, and sequences that took part.
+        why_s: by cause, of the steps that were explained; [num_causes].
+        explained_s, flops_s, read_s: of those, their time, and that times utilisation.
+        rank_pairs: `StepFacts`'.
+        largest: the step with most tokens, of decodes with most sequences.
+    """
+
+    step_s: list[Floats] = field(default_factory=list)
+    num_tokens: int = 0
+    num_seqs: int = 0
+    floor_s: float = 0.0
+    basis_s: Floats = field(default_factory=lambda: np.zeros(len(Basis)))
+    extrapolated_s: float = 0.0
+    sent_bytes: Ints = field(default_factory=lambda: np.zeros((len(Link), len(Traffic)), np.int64))
+    rank_pairs: float = 0.0
+    why_s: Floats = field(default_factory=lambda: np.zeros(len(ProjectedCause)))
+    explained_s: float = 0.0
+    flops_s: float = 0.0
+    read_s: float = 0.0
+    largest: StepPlan | None = None
+    largest_size: int = 0
+
+    def add(self, plan: StepPlan, facts: StepFacts, seconds: Floats, num_drafts: int) -> None:
+        """One more step."""
+        batches = [batch for part in plan.micro_batches for batch in part]
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        if num_drafts:
+            is_decode = [
+                batch.yields_token & (batch.num_scheduled_tokens == 1) for batch in batches
+            ]
+            num_tokens += num_drafts * sum(int(each.sum()) for each in is_decode)
+        self.step_s.append(seconds)
+        self.num_tokens += num_tokens
+        self.num_seqs += sum(batch.num_seqs for batch in batches)
+        self.floor_s += facts.floor_s
+        self.basis_s = self.basis_s + facts.basis_s
+        self.extrapolated_s += facts.extrapolated_s
+        self.sent_bytes = self.sent_bytes + facts.sent_bytes
+        self.rank_pairs += facts.rank_pairs
+        if num_tokens > self.largest_size:
+            self.largest, self.largest_size = plan, num_tokens
+
+    def explain(self, table: WhyTable) -> None:
+        """Some more steps that follow each other."""
+        why = table.result()
+        self.why_s = self.why_s + why.seconds * np.array(list(why.shares.values()))
+        self.explained_s += why.seconds
+        self.flops_s += why.seconds * why.flops_utilisation
+        self.read_s += why.seconds * why.bytes_utilisation
+
+
+class Tally:
+    """Watches the steps of one pool.
+
+    Where time goes is looked at on the first replica, and of very many steps on some.
+
+    Attributes:
+        phases: those that there were any steps of.
+        num_tokens_per_expert: [num_layers, num_experts]; of all steps.
+        most_running: sequences that held blocks at once.
+
+    Args:
+        num_running: how many do now.
+        num_drafts: that go through the model with every decode.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        pricing: Pricing,
+        num_running: Callable[[], int],
+        num_drafts: int = 0,
+    ) -> None:
+        self.phases: dict[Phase, PhaseTally] = {}
+        shape = model.num_hidden_layers, model.num_experts
+        self.num_tokens_per_expert = np.zeros(shape, dtype=np.int64)
+        self.most_running = 0
+        self._model = model
+        self._pricing = pricing
+        self._num_running = num_running
+        self._num_drafts = num_drafts
+        self._facts: WeakKeyDictionary[StepProgram, StepFacts] = WeakKeyDictionary()
+        device, types = pricing.profile.device, pricing.types
+        self._empty = WhyTable(device, types.weights, pricing.dtype)
+        self._table: WhyTable | None = None
+        self._explained: Phase | None = None
+
+    def observe(self, step: PricedStep) -> None:
+        """Take a step in."""
+        facts = self._facts.get(step.program)
+        if facts is None:
+            device, types = self._pricing.profile.device, self._pricing.types
+            facts = StepFacts.of(step.program, step.work, device, types, self._model)
+            self._facts[step.program] = facts
+        phase = _phase(step.plan)
+        tally = self.phases.setdefault(phase, PhaseTally())
+        tally.add(step.plan, facts, _seconds(step), self._num_drafts)
+        self.num_tokens_per_expert += facts.num_tokens_per_expert
+        self.most_running = max(self.most_running, self._num_running())
+        if step.plan.replica == 0:
+            self._explain(step, phase, tally)
+
+    def close(self) -> None:
+        """No step comes any more."""
+        if self._table is not None and self._explained is not None:
+            self.phases[self._explained].explain(self._table)
+        self._table = None
+
+    def _explain(self, step: PricedStep, phase: Phase, tally: PhaseTally) -> None:
+        number = len(tally.step_s) - 1
+        window = number // _WINDOW
+        stride = 1 + number // _MOST_EXPLAINED
+        is_watched = window % stride == 0
+        if self._explained is not phase or not is_watched:
+            self.close()
+        self._explained = phase
+        if not is_watched:
+            return
+        if self._table is None:
+            self._table = self._empty.cleared()
+        self._table.add(step.times)
+
+
+def _phase(plan: StepPlan) -> Phase:
+    """Prefill if it computes any prompt; a sequence that came with its keys and values has none."""
+    batches = [batch for part in plan.micro_batches for batch in part]
+    is_decode = all((batch.num_scheduled_tokens == 1).all() for batch in batches)
+    return Phase.DECODE if is_decode else Phase.PREFILL
+
+
+def _seconds(step: PricedStep) -> Floats:
+    """[3]; from when the first rank turned to it until the last one was done."""
+    begin_s = step.times.spans[0][0].begin.min(axis=1)
+    seconds: Floats = step.times.end_s - step.times.origin_s - begin_s
+    return seconds

@@ -1,0 +1,289 @@
+"""The clock of a rank, on a clock of our own: wall seconds, and CPU at half their pace."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from expertlane.comm import recorder as module
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
+from expertlane.spec.names import Stage, Track, Traffic
+
+OUTSIDE = 2  # the slot after the model's two layers
+
+
+class Clock:
+    """Stands still until told; its marks may be read only once it has settled."""
+
+    def __init__(self):
+        self.now_s = 100.0
+        self.is_settled = False
+
+    def advance(self, seconds):
+        self.now_s += seconds
+
+    def mark(self):
+        self.is_settled = False
+        return self.now_s
+
+    def settle(self):
+        self.is_settled = True
+
+    def seconds(self, begin, end):
+        assert self.is_settled
+        return end - begin
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    fake = SimpleNamespace(
+        perf_counter=lambda: clock.now_s,
+        thread_time=lambda: clock.now_s / 2,
+        process_time=lambda: clock.now_s * 2,
+    )
+    monkeypatch.setattr(module, "time", fake)
+    return clock
+
+
+@pytest.fixture
+def board():
+    return ProgressBoard(1)
+
+
+@pytest.fixture
+def recorder(clock, board):
+    return Recorder(
+        0, num_layers=2, num_experts=3, progress=board.reporter(0), clock=clock, world_size=3
+    )
+
+
+def seconds(array):
+    """The places of an array that are not zero: (micro-batch, slot, stage) to value."""
+    return {
+        (int(m), int(slot), Stage(int(stage))): pytest.approx(array[m, slot, stage])
+        for m, slot, stage in zip(*array.nonzero(), strict=True)
+    }
+
+
+def test_time_goes_to_the_stage_that_was_entered(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    clock.advance(1)  # still idle: nothing was entered
+    recorder.enter(Stage.EMBED)
+    clock.advance(2)
+    recorder.enter(Stage.ATTENTION, 0)
+    clock.advance(4)
+    recorder.enter(Stage.ATTENTION, 1)
+    clock.advance(8)
+    recorder.enter(Stage.ATTENTION, 0)
+    clock.advance(16)
+    record = recorder.end_step()
+    wall = {
+        (0, OUTSIDE, Stage.IDLE): 1,
+        (0, OUTSIDE, Stage.EMBED): 2,
+        (0, 0, Stage.ATTENTION): 20,
+        (0, 1, Stage.ATTENTION): 8,
+    }
+    assert seconds(record.wall_s) == wall
+    assert seconds(record.cpu_s) == {place: value / 2 for place, value in wall.items()}
+    assert record.blocked_s.sum() == 0
+    assert record.process_cpu_s == 62
+
+
+def test_micro_batches_are_apart(recorder, clock):
+    recorder.begin_step(0, 2, record=True, count_idle=False)
+    for micro_batch in range(2):
+        recorder.set_micro_batch(micro_batch)
+        recorder.enter(Stage.HEAD)
+        clock.advance(1 + micro_batch)
+    record = recorder.end_step()
+    assert record.wall_s.shape == (2, 3, len(Stage))
+    assert seconds(record.wall_s) == {(0, OUTSIDE, Stage.HEAD): 1, (1, OUTSIDE, Stage.HEAD): 2}
+
+
+def test_waits_are_part_of_their_stage(recorder, clock, board):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.enter(Stage.DISPATCH, 1)
+    clock.advance(1)
+    began = recorder.begin_wait()
+    assert board.position(0).waiting
+    clock.advance(5)
+    recorder.end_wait(began)
+    assert not board.position(0).waiting
+    clock.advance(1)
+    record = recorder.end_step()
+    assert seconds(record.wall_s) == {(0, 1, Stage.DISPATCH): 7}
+    assert seconds(record.blocked_s) == {(0, 1, Stage.DISPATCH): 5}
+
+
+def test_the_time_since_the_last_step_is_idle_if_asked_for(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.end_step()
+    clock.advance(3)
+    recorder.begin_step(1, 1, record=True, count_idle=True)
+    clock.advance(1)
+    record = recorder.end_step()
+    assert seconds(record.wall_s) == {(0, OUTSIDE, Stage.IDLE): 4}
+    assert seconds(record.blocked_s) == {(0, OUTSIDE, Stage.IDLE): 3}
+    assert record.process_cpu_s == 8  # also what was used between the steps
+    clock.advance(3)
+    recorder.begin_step(2, 1, record=True, count_idle=False)
+    record = recorder.end_step()
+    assert record.wall_s.sum() == record.process_cpu_s == 0
+
+
+def test_counts_by_stage(recorder):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.enter(Stage.EXPERTS, 1)
+    recorder.count_compute(flops=10, weight_bytes=20)
+    recorder.count_compute(flops=1, weight_bytes=2)
+    recorder.count_expert_tokens([1, 2], [4, 5])
+    recorder.enter(Stage.ATTENTION, 0)
+    recorder.count_compute(flops=3, weight_bytes=4, kv_bytes=5)
+    recorder.enter(Stage.COMBINE, 0)
+    recorder.count_collective()
+    recorder.count_sent(Traffic.PAYLOAD, [0, 2], [5, 3], row_bytes=2)  # rank 0 keeps five rows
+    recorder.count_sent(Traffic.PAYLOAD, [1, 2], [0, 4], row_bytes=10)
+    recorder.count_sent(Traffic.METADATA, [1], [7], row_bytes=1)
+    recorder.enter(Stage.DISPATCH, 0)
+    recorder.count_sent(Traffic.PADDING, [1], [1], row_bytes=9)
+    record = recorder.end_step()
+    assert (record.flops[Stage.EXPERTS], record.weight_bytes[Stage.EXPERTS]) == (11, 22)
+    assert (record.flops[Stage.ATTENTION], record.weight_bytes[Stage.ATTENTION]) == (3, 4)
+    assert record.flops.sum() == 14
+    assert record.kv_bytes == 5
+    assert record.num_collectives[Stage.COMBINE] == record.num_collectives.sum() == 1
+    assert record.sent_bytes.shape == (len(Stage), len(Traffic), 3)
+    assert record.sent_bytes[Stage.COMBINE].tolist() == [[0, 0, 46], [0, 7, 0], [0, 0, 0]]
+    assert record.sent_bytes[Stage.DISPATCH].tolist() == [[0, 0, 0], [0, 0, 0], [0, 9, 0]]
+    assert record.sent_bytes.sum() == 46 + 7 + 9
+    assert record.num_tokens_per_expert.tolist() == [[0, 0, 0], [0, 4, 5]]
+
+
+def count_fan_out(recorder, ranks=(1,), nodes=(1,), num_remote_ranks=1, num_remote_nodes=1):
+    recorder.count_fan_out(
+        torch.tensor(ranks, dtype=torch.int64),
+        torch.tensor(nodes, dtype=torch.int64),
+        num_remote_ranks,
+        num_remote_nodes,
+    )
+
+
+def test_fan_out_is_summed_over_layers(recorder):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    count_fan_out(recorder, [2, 3, 2], [1, 2, 2], 4, 2)
+    count_fan_out(recorder, [1], [1], 0, 0)
+    count_fan_out(recorder, [], [], 0, 0)  # a rank without tokens
+    record = recorder.end_step()
+    assert record.tokens_by_ranks_reached.tolist() == [0, 1, 2, 1]
+    assert record.tokens_by_nodes_reached.tolist() == [0, 2, 2, 0]
+    assert (record.num_remote_rank_copies, record.num_remote_node_copies) == (4, 2)
+
+
+def test_a_step_starts_from_zero(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.enter(Stage.EXPERTS, 0)
+    recorder.count_compute(1, 1, 1)
+    recorder.count_sent(Traffic.PAYLOAD, [1], [1], row_bytes=1)
+    count_fan_out(recorder)
+    recorder.count_collective()
+    recorder.count_expert_tokens([0], [1])
+    clock.advance(1)
+    first = recorder.end_step()
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    second = recorder.end_step()
+    counted = ["wall_s", "cpu_s", "flops", "weight_bytes", "sent_bytes", "num_collectives"]
+    fan_out = ["tokens_by_ranks_reached", "tokens_by_nodes_reached"]
+    for name in [*counted, *fan_out, "num_tokens_per_expert"]:
+        assert getattr(first, name).sum() > 0
+        assert getattr(second, name).sum() == 0
+    for name in ("kv_bytes", "num_remote_rank_copies", "num_remote_node_copies"):
+        assert (getattr(first, name), getattr(second, name)) == (1, 0)
+
+
+def test_without_a_record_only_progress_is_kept(recorder, board):
+    recorder.begin_step(9, 1, record=False, count_idle=True)
+    recorder.enter(Stage.ROUTER, 1)
+    assert str(board.position(0)) == "step 9, layer 1, stage router"
+    recorder.end_wait(recorder.begin_wait())
+    count_fan_out(recorder)
+    assert recorder.end_step() is None
+    position = board.position(0)
+    # An idle rank says where it came to, for the launcher to name if it hangs.
+    assert (position.step, position.layer, position.stage) == (9, 1, Stage.IDLE)
+
+
+def test_the_choices_of_tokens_are_kept_by_layer(recorder):
+    ids = torch.tensor([[0, 2], [1, 0]])
+    recorder.begin_step(0, 1, record=False, count_idle=False, record_routing=True)
+    for layer, of_layer in [(0, ids), (1, ids[:0]), (0, ids[:1]), (1, ids.flip(0)[:1])]:
+        recorder.enter(Stage.ROUTER, layer)
+        recorder.record_topk_ids(of_layer)
+    ids.fill_(9)  # what is kept is a copy
+    kept = recorder.end_step().topk_ids
+    assert {layer: of_layer.tolist() for layer, of_layer in kept.items()} == {
+        0: [[0, 2], [1, 0], [0, 2]],
+        1: [[1, 0]],
+    }
+    assert {str(of_layer.dtype) for of_layer in kept.values()} == {"int32"}
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    recorder.enter(Stage.ROUTER, 0)
+    recorder.record_topk_ids(ids)
+    assert recorder.end_step().topk_ids == {}
+
+
+def events(record):
+    """Track, stage, layer, micro-batch, begin and end of each."""
+    kept = record.events
+    columns = (kept.track, kept.stage, kept.layer, kept.micro_batch, kept.begin_s, kept.end_s)
+    return [
+        (list(Track)[track].value, Stage(stage), layer, micro_batch, begin_s, end_s)
+        for track, stage, layer, micro_batch, begin_s, end_s in zip(*columns, strict=True)
+    ]
+
+
+def test_events_are_kept_if_asked_for(recorder, clock):
+    recorder.begin_step(0, 2, record=False, count_idle=False, record_events=True)
+    clock.advance(1)  # idle is no event
+    recorder.enter(Stage.EMBED)
+    clock.advance(2)
+    recorder.set_micro_batch(1)
+    recorder.enter(Stage.DISPATCH, 1)
+    clock.advance(4)  # packing
+    recorder.enter(Stage.DISPATCH, 1)
+    began = recorder.begin_wait()
+    clock.advance(8)
+    recorder.end_wait(began)
+    began = recorder.begin_wait()
+    clock.advance(16)
+    recorder.end_wait(began)
+    clock.advance(32)  # unpacking
+    recorder.enter(Stage.EXPERTS, 1)
+    record = recorder.end_step()
+    assert record.events.start_s == 100.0
+    assert events(record) == [
+        ("compute", Stage.EMBED, -1, 0, 1, 3),
+        ("compute", Stage.DISPATCH, 1, 1, 3, 7),
+        ("network", Stage.DISPATCH, 1, 1, 7, 15),
+        ("network", Stage.DISPATCH, 1, 1, 15, 31),
+        ("compute", Stage.DISPATCH, 1, 1, 31, 63),
+    ]
+    assert record.wall_s.sum() == 63  # a record it is as well
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    assert recorder.end_step().events is None
+
+
+def test_a_wait_that_ends_with_its_interval(recorder, clock):
+    recorder.begin_step(0, 1, record=True, count_idle=False, record_events=True)
+    recorder.enter(Stage.HAND_OVER)
+    began = recorder.begin_wait()
+    clock.advance(3)
+    recorder.end_wait(began)
+    recorder.enter(Stage.ATTENTION, 0)
+    recorder.end_wait(recorder.begin_wait())  # of no length
+    clock.advance(1)
+    assert events(recorder.end_step()) == [
+        ("network", Stage.HAND_OVER, -1, 0, 0, 3),
+        ("compute", Stage.ATTENTION, 0, 0, 3, 4),
+    ]

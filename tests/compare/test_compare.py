@@ -1,0 +1,246 @@
+"""A small comparison on real ranks, from the experiment to the results on disk."""
+
+import hashlib
+import os
+import re
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from distributed.on_ranks import Echo
+from distributed.running import deployment, run_deployment
+from expertlane.compare import run as compare_module
+from expertlane.compare.run import check_memory, measure_peak, run_comparison
+from expertlane.cost.number_types import NumberTypes
+from expertlane.engine.cache_size import fit_to_machine
+from expertlane.engine.commands import DescribeMachine
+from expertlane.errors import CapacityError
+from expertlane.memory import rank_memory, workload_limits
+from expertlane.progress import Silent
+from expertlane.report import markdown
+from expertlane.results.file import read, write
+from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Phase, Stage, Track
+from expertlane.spec.workload import Workload
+
+ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
+EXPERIMENT = Experiment(
+    name="four ranks",
+    model=PRESETS["paper-tiny"],
+    workload=Workload(num_sequences=9, prompt_len=5, output_len=4, seed=1),
+    deployments=(
+        replace(deployment("tp=2,pp=2"), is_baseline=True),
+        replace(deployment("tp=2,pp=2", **ROTATING), name="rotating", is_baseline=True),
+        deployment("dp=4,ep=4"),
+        replace(deployment("dp=4,ep=4", overlap=True), name="overlap"),
+    ),
+    scaling=(deployment("dp=1"), deployment("dp=2,ep=2")),
+    cluster=Cluster(ranks_per_node=2),
+    seed=3,
+)
+SCALING_EP = [1, 2, 4]
+
+
+class CountingProgress:
+    """Keeps every task with the parts it was told of."""
+
+    def __init__(self):
+        self.tasks = {}
+
+    def task(self, description, total):
+        self.description = description
+        self.tasks[description] = [0, total]
+
+    def advance(self, amount=1):
+        self.tasks[self.description][0] += amount
+
+    def done(self):
+        num_parts, total = self.tasks[self.description]
+        assert num_parts == total, self.description
+
+
+@pytest.fixture(scope="module")
+def compared(pools):
+    """Results, progress and traces of the experiment."""
+    progress, traces = CountingProgress(), {}
+    command = "expertlane compare four.toml"
+    results = run_comparison(
+        EXPERIMENT, pools.pool(4), progress, command=command, on_trace=traces.__setitem__
+    )
+    return results, progress, traces
+
+
+@pytest.fixture
+def results(compared):
+    return compared[0]
+
+
+def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
+    traces = compared[2]
+    assert list(traces) == [each.name for each in EXPERIMENT.deployments]
+    for each in EXPERIMENT.deployments:
+        steps, options = traces[each.name], each.options
+        num_kept = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
+        assert [step.phase for step in steps] == [
+            *[Phase.PREFILL] * num_kept,
+            *[Phase.DECODE] * num_kept,
+        ]
+        for step in steps:
+            assert len(step.records) == 4
+            for record in step.records:
+                events = record.events
+                assert (events.end_s > events.begin_s).all()
+                assert (events.begin_s[1:] >= events.end_s[:-1]).all()  # one thread
+                seconds_s = (events.end_s - events.begin_s).sum()
+                idle_s = record.wall_s[..., Stage.IDLE].sum()
+                assert seconds_s == pytest.approx(record.wall_s.sum() - idle_s)
+                is_wait = events.track == list(Track).index(Track.NETWORK)
+                waited_s = (events.end_s - events.begin_s)[is_wait].sum()
+                blocked_s = record.blocked_s.sum() - record.blocked_s[..., Stage.IDLE].sum()
+                assert waited_s == pytest.approx(blocked_s)
+
+
+def test_every_deployment_is_there_and_measured(results):
+    assert [each.name for each in results.deployments] == [
+        "tp=2,pp=2",
+        "rotating",
+        "dp=4,ep=4",
+        "overlap",
+    ]
+    assert {each.source for each in results.deployments} == {"measured"}
+    assert [each.is_baseline for each in results.deployments] == [True, True, False, False]
+    assert results.machine.num_ranks == 4
+    assert results.machine.ranks_per_node == 2
+    assert results.machine.dtype == "float32"
+
+
+def test_all_compute_the_same_tokens(results, pools):
+    model, workload = EXPERIMENT.model, EXPERIMENT.workload
+    alone = run_deployment(pools.pool(1), model, deployment("tp=1"), workload, seed=3).tokens
+    digest = hashlib.sha256(alone.astype("<i8").tobytes()).hexdigest()
+    assert {each.tokens_sha256 for each in results.deployments} == {digest}
+
+
+def test_tokens_are_counted_once(results):
+    for each in results.deployments:
+        assert each.prefill.num_tokens == 2 * 9 * 5  # two runs
+        assert each.decode.num_tokens == 2 * 9 * 3
+        assert each.decode.num_rounds == 2 * 3
+        assert len(each.decode.tps_of_runs) == 2
+        loads = each.expert_load.num_tokens_per_expert
+        assert [sum(layer) for layer in loads] == [2 * 9 * (5 + 3) * 2] * 4
+        assert loads == results.deployments[0].expert_load.num_tokens_per_expert
+
+
+def test_numbers_agree_with_each_other(results):
+    for each in results.deployments:
+        for phase in (each.prefill, each.decode):
+            assert phase.tps == pytest.approx(phase.num_tokens / phase.wall_s)
+            assert phase.critical_path.total_s > 0
+            assert 0 < phase.utilisation.flops < 1
+        assert 0 < each.decode.tpot_s.median <= each.decode.tpot_s.p95
+        assert 0 < each.prefill.ttft_s.median <= each.prefill.ttft_s.p95
+
+
+def test_causes_add_up_to_the_wall_time(results):
+    for each in results.deployments:
+        for phase, result in ((Phase.PREFILL, each.prefill), (Phase.DECODE, each.decode)):
+            causes = each.breakdown_s[phase]
+            assert all(seconds >= -1e-9 for seconds in causes.values()), causes
+            share = sum(causes.values()) * result.num_rounds / result.wall_s
+            assert share == pytest.approx(1)
+
+
+def test_what_ranks_hold_is_what_was_predicted(results):
+    for each in results.deployments:
+        layout = each.layout.layout
+        assert [rank.rank for rank in each.per_rank] == list(range(4))
+        for rank in each.per_rank:
+            limits = workload_limits(EXPERIMENT.workload, EXPERIMENT.model, layout)
+            need = rank_memory(
+                EXPERIMENT.model, layout, limits, rank.rank, NumberTypes.all_of("float32")
+            )
+            assert rank.weight_bytes == need.weight_bytes
+            assert rank.kv_bytes == need.kv_bytes
+
+
+def test_overlap_and_scaling_are_there(results):
+    (hidden,) = results.hidden_communication
+    assert (hidden.off, hidden.on) == ("dp=4,ep=4", "overlap")
+    assert [point.ep_size for point in results.scaling] == SCALING_EP
+    assert [point.num_ranks for point in results.scaling] == SCALING_EP
+    assert results.scaling[0].relative_tps_per_rank == 1
+
+
+def test_results_are_read_back_as_written(results, tmp_path):
+    assert read(write(results, tmp_path)) == results
+    assert markdown.render(read(tmp_path / "results.json")) == markdown.render(results)
+
+
+def test_progress_is_told_of_every_deployment(compared):
+    _, progress, _ = compared
+    assert {each.name for each in EXPERIMENT.deployments + EXPERIMENT.scaling} < {*progress.tasks}
+    assert all(num_parts == total for num_parts, total in progress.tasks.values())
+
+
+def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
+    def smaller(*args, **kwargs):
+        return replace(fit_to_machine(*args, **kwargs), num_blocks=3)
+
+    monkeypatch.setattr(compare_module, "fit_to_machine", smaller)
+    experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[:1], scaling=())
+    in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
+    found = {each.name: each.value for each in in_waves.assumptions}
+    assert found["key/value cache"] == "tp=2,pp=2: 48 of 288 positions"
+    assert "as many at once as the cache holds" in found["context"]
+    (each,) = in_waves.deployments
+    assert each.tokens_sha256 == results.deployments[0].tokens_sha256
+    assert each.decode.num_steps > results.deployments[0].decode.num_steps
+
+
+def test_nothing_to_decode(pools):
+    experiment = replace(
+        EXPERIMENT,
+        workload=Workload(1, prompt_len=1, output_len=1),
+        deployments=EXPERIMENT.deployments[:3],
+        scaling=(),
+    )
+    results = run_comparison(experiment, pools.pool(4), Silent(), command="")
+    assert [each.decode for each in results.deployments] == [None] * 3
+    assert [each.prefill.num_tokens for each in results.deployments] == [2] * 3
+    assert len({each.tokens_sha256 for each in results.deployments}) == 1
+
+
+def rank_memory_bytes():
+    """Resident bytes of all processes below this one."""
+    return sum(child.memory_info().rss for child in psutil.Process().children(recursive=True))
+
+
+def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
+    pool = pools.pool(4)
+    pool.call(Echo(1))
+    before = rank_memory_bytes()
+    paper = read_experiment(shipped_experiments()["paper"])
+    with pytest.raises(CapacityError) as caught:
+        check_memory(paper, pool)
+    line = str(caught.value)
+    assert re.match(r"deployment 'TP 8 × PP 2': paper as .* needs [\d.]+ [GT]B on a rank", line)
+    assert re.search(r"but [\d.]+ GB of memory are free for it", line)
+    assert "\n" not in line
+    assert rank_memory_bytes() - before < 50e6
+    assert not pool.is_closed
+    check_memory(EXPERIMENT, pool)  # this one fits
+
+
+def test_the_peak_is_measured_quickly(pools):
+    pool = pools.pool(4)
+    seen = pool.call(DescribeMachine())
+    began_s = time.monotonic()
+    peak = measure_peak(pool, seen)
+    assert time.monotonic() - began_s < 5
+    assert 1e8 < peak.gemm_flops_per_s < 1e15
+    assert 1e8 < peak.read_bytes_per_s < 1e14
+    assert peak.num_units <= (os.cpu_count() or 1)

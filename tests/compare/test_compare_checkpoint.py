@@ -1,0 +1,105 @@
+"""A comparison on real ranks whose model is a checkpoint."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from distributed.running import deployment
+from expertlane.compare.run import run_comparison
+from expertlane.progress import Silent
+from expertlane.report import markdown
+from expertlane.results.file import read, write
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.from_hf import read_model
+from expertlane.spec.workload import Workload
+from model.families import run_greedy
+
+FAMILY = "qwen2_moe"  # windows, a shared expert, and one layer without experts
+WORKLOAD = Workload(num_sequences=5, prompt_len=12, output_len=4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def experiment(checkpoints):
+    folder = checkpoints.folder(FAMILY)
+    return Experiment(
+        name="checkpoint",
+        model=read_model(folder, str(folder)),
+        workload=WORKLOAD,
+        deployments=(
+            replace(deployment("pp=2,tp=2"), is_baseline=True),
+            deployment("dp=4,ep=4"),
+            replace(deployment("dp=2,ep=2", overlap=True), name="overlap"),
+        ),
+        checkpoint=str(folder),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(experiment, pools):
+    return run_comparison(experiment, pools.pool(4), Silent(), command="")
+
+
+def test_all_deployments_compute_what_transformers_does(results, checkpoints):
+    prompts = WORKLOAD.prompt_token_ids(97)
+    tokens = np.array(
+        [
+            run_greedy(checkpoints.folder(FAMILY), prompt.tolist(), WORKLOAD.output_len).token_ids
+            for prompt in prompts
+        ]
+    )
+    digest = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+    assert [each.tokens_sha256 for each in results.deployments] == [digest] * 3
+
+
+def test_a_layer_without_experts_counts_for_none(results):
+    tensor, expert, _ = results.deployments
+    assert [rank.num_experts_per_layer for rank in tensor.per_rank] == [
+        *[(8, 0, 0, 0)] * 2,
+        *[(0, 0, 8, 8)] * 2,
+    ]
+    assert {rank.num_experts_per_layer for rank in expert.per_rank} == {(2, 0, 2, 2)}
+    assert expert.expert_load.max_over_mean[1] == 0
+    # 60 prompt tokens take 3 of 8 experts each: none of the layers that have any stays idle.
+    assert expert.prefill.active_expert_share > 0.9
+
+
+def test_the_checkpoint_is_recorded(results, checkpoints, tmp_path):
+    folder = str(checkpoints.folder(FAMILY))
+    assert results.experiment["checkpoint"] == folder
+    assert results.experiment["model"]["name"] == FAMILY
+    assert read(write(results, tmp_path)) == results
+    assert f"| weights | {folder} |" in markdown.render(results).replace("\\_", "_")
+
+
+def test_assumptions_are_true_of_a_checkpoint(results):
+    found = {each.name: (each.value, each.why) for each in results.assumptions}
+    assert found["experts per token"] == ("3 of 8", "the checkpoint's own")
+    assert found["model parts"] == (
+        "vocabulary 97, RMSNorm before attention and MoE, 8 query heads for 4 of keys and values, "
+        "rotary positions, linear scaling, sliding windows in 2 of 4 layers, gated SiLU in the "
+        "experts, a shared expert 48 wide, 1 of 4 layers without experts",
+        "the checkpoint's own",
+    )
+    assert found["weights and prompts"][0] == (
+        "the checkpoint's, router included; prompts of random token ids, seed 1"
+    )
+    assert found["precision"] == (
+        "float32",
+        "the machine's choice, or --dtype; the checkpoint's own is float32",
+    )
+    assert "random, seed" not in markdown.render(results)
+
+
+def test_other_numbers_of_experts_per_token(experiment, pools):
+    one = replace(
+        experiment,
+        model=experiment.model.with_overrides(num_experts_per_tok=1),
+        deployments=experiment.deployments[1:2],
+    )
+    results = run_comparison(one, pools.pool(4), Silent(), command="")
+    assert results.assumptions[0].value == "1 of 8"
+    assert results.assumptions[0].why == "asked for; the checkpoint's own is 3"
+    loads = results.deployments[0].expert_load.num_tokens_per_expert
+    assert [sum(layer) for layer in loads] == [2 * 5 * (12 + 3), 0, *[2 * 5 * (12 + 3)] * 2]

@@ -1,0 +1,250 @@
+"""Which kernels are used: two environment variables, the CPU, the compiler; and what is refused."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertlane.errors import UserError
+from expertlane.ops import backend as module
+from expertlane.ops.backend import arithmetic_for, backend, bookkeeping_for
+from expertlane.ops.build import (
+    AVX512_BF16,
+    BASELINE,
+    BuildError,
+    InstructionSet,
+    _library,
+    build,
+)
+from expertlane.ops.platform import choose_platform
+
+IDS, ROWS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.bfloat16)
+NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
+
+needs_compiler = pytest.mark.skipif(
+    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    reason="no C++ compiler",
+)
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch):
+    """Each test chooses for itself."""
+    for variable in ("EXPERTLANE_BACKEND", "EXPERTLANE_INSTRUCTIONS"):
+        monkeypatch.delenv(variable, raising=False)
+    backend.cache_clear()
+    yield
+    backend.cache_clear()
+
+
+def failing_compiler(folder: Path, says: str) -> str:
+    """One that knows its version and nothing else."""
+    script = folder / "cxx"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "{says}" >&2\nexit 1\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@needs_compiler
+def test_any_cpu_has_the_bookkeeping():
+    assert bookkeeping_for(IDS) is not None
+    assert (arithmetic_for(ROWS) is None) == bool(backend().why_not)
+
+
+def test_torch_alone(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
+    assert bookkeeping_for(IDS) is arithmetic_for(ROWS) is None
+    assert choose_platform(0, 1, "bfloat16").kernels == "torch (EXPERTLANE_BACKEND=torch)"
+
+
+@needs_compiler
+def test_a_set_that_is_switched_off(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_INSTRUCTIONS", "baseline")
+    assert bookkeeping_for(IDS) is not None
+    assert arithmetic_for(ROWS) is None
+    why = "EXPERTLANE_INSTRUCTIONS leaves avx512_bf16 out"
+    assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
+    assert choose_platform(0, 1, "float32").kernels == "torch"  # has all that there is for it
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
+    backend.cache_clear()
+    choose_platform(0, 1, "float32")
+    with pytest.raises(UserError, match=f"=cpu, but our kernels are not available: {why}"):
+        choose_platform(0, 1, "bfloat16")
+
+
+@needs_compiler
+def test_a_cpu_without_the_instructions(monkeypatch):
+    class Older:
+        """The library of the baseline on another CPU."""
+
+        def __init__(self, library):
+            self._library = library
+
+        def __getattr__(self, name):
+            return (lambda: 0) if name == "has_avx512_bf16" else getattr(self._library, name)
+
+    def build_there(instructions: InstructionSet):
+        assert instructions is BASELINE, "no other is to be loaded"
+        return Older(build(instructions))
+
+    monkeypatch.setattr(module, "build", build_there)
+    why = "this CPU lacks avx512_bf16, which bfloat16 needs"
+    assert bookkeeping_for(IDS) is not None
+    assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
+    backend.cache_clear()
+    with pytest.raises(UserError, match=why):
+        arithmetic_for(ROWS)
+
+
+def no_compiler(monkeypatch, folder):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    return NO_COMPILER
+
+
+def broken_compiler(monkeypatch, folder):
+    compiler = failing_compiler(folder, "In file included\nx.h:1: error: no room\nnote")
+    monkeypatch.setenv("CXX", compiler)
+    return f"compiling with {compiler} failed: x.h:1: error: no room"
+
+
+def silent_compiler(monkeypatch, folder):
+    monkeypatch.setenv("CXX", "/bin/false")
+    return "compiling with /bin/false failed: exit code 1"
+
+
+def absent_compiler(monkeypatch, folder):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    return "compiling with /no/such/compiler failed: [Errno 2] No such file or directory: "
+
+
+def odd_compiler(monkeypatch, folder):
+    monkeypatch.setenv("CXX", "g++ '")
+    return "compiling with g++ ' failed: No closing quotation"
+
+
+def no_cache(monkeypatch, folder):
+    (folder / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    return "Not a directory: "
+
+
+@pytest.mark.parametrize(
+    "without",
+    [no_compiler, broken_compiler, silent_compiler, absent_compiler, odd_compiler, no_cache],
+)
+def test_no_library(monkeypatch, tmp_path, without):
+    if without is no_cache and not shutil.which("g++"):
+        pytest.skip("no g++")
+    reason = without(monkeypatch, tmp_path)
+    assert bookkeeping_for(IDS) is arithmetic_for(ROWS) is None
+    assert reason in backend().why_not
+    for dtype in ("float32", "bfloat16"):
+        assert choose_platform(0, 1, dtype).kernels == f"torch ({backend().why_not})"
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
+    backend.cache_clear()
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match=re.escape(reason)) as caught:
+            choose_platform(0, 1, dtype)
+        assert str(caught.value).startswith(
+            "EXPERTLANE_BACKEND=cpu, but our kernels are not available"
+        )
+
+
+def test_ids_on_another_device_need_no_kernels(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert bookkeeping_for(IDS.to("meta")) is arithmetic_for(ROWS.to("meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("EXPERTLANE_BACKEND", "cuda", "EXPERTLANE_BACKEND is 'cuda'; valid: cpu, torch"),
+        (
+            "EXPERTLANE_INSTRUCTIONS",
+            "baseline, sse9",
+            "EXPERTLANE_INSTRUCTIONS names 'sse9'; valid: baseline, avx512_bf16",
+        ),
+    ],
+)
+def test_what_is_not_valid(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message):
+        choose_platform(0, 1, None)
+
+
+def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "expertlane", *arguments],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"EXPERTLANE_BACKEND": "x"}, "EXPERTLANE_BACKEND is 'x'; valid: cpu, torch"),
+        (
+            {"EXPERTLANE_BACKEND": "cpu", "CXX": "/bin/false"},
+            "EXPERTLANE_BACKEND=cpu, but our kernels are not available: "
+            "compiling with /bin/false failed: exit code 1",
+        ),
+    ],
+)
+def test_a_command_ends_in_one_line(variables, message):
+    ended = run(["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2"], **variables)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"expertlane: error: {message}\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_command_goes_on_without_a_compiler(tmp_path, dtype):
+    ended = run(
+        ["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2", "--dtype", dtype],
+        PATH=str(tmp_path),
+        CXX="",
+    )
+    assert (ended.returncode, ended.stdout.count(",")) == (0, 1), ended.stderr
+
+
+@needs_compiler
+def test_a_library_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build(BASELINE)
+    (library,) = (tmp_path / "expertlane").glob("*.so")
+    made = library.stat().st_mtime_ns
+    build(BASELINE)
+    assert library.stat().st_mtime_ns == made
+    assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
+
+
+@needs_compiler
+def test_every_file_is_compiled_for_one_set(monkeypatch, tmp_path):
+    sources = Path(module.__file__).parent.glob("*.cpp")
+    sets = (BASELINE, AVX512_BF16)
+    assert sorted(name for each in sets for name in each.sources) == sorted(p.name for p in sources)
+    assert not any("native" in flag for each in sets for flag in each.flags)
+    with pytest.raises(BuildError, match=r"failed: .*no-such-cpu"):
+        build(InstructionSet("other", BASELINE.sources, ("-march=no-such-cpu",)))
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    library = _library(shlex.split(compiler), BASELINE)
+    size = library.stat().st_size
+    library.write_bytes(b"damaged")
+    assert build(BASELINE).choose_copies
+    assert library.stat().st_size == size

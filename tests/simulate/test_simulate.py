@@ -1,0 +1,76 @@
+"""One deployment on a modelled cluster, without the command around it."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import UniformRouting
+from expertlane.cost.sharing import StepSharing
+from expertlane.simulate.pools import Serves
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Simulator
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import LengthRange, Load
+
+MODEL = PRESETS["paper-tiny"]
+
+
+def simulator_of(layout, prefill_layout=None, *, rate=None, num_requests=8):
+    setup = ServingSetup(
+        layout=Layout.parse(layout),
+        prefill_layout=None if prefill_layout is None else Layout.parse(prefill_layout),
+        options=Options(),
+        types=NumberTypes(),
+        execution=Execution.GRAPH,
+        routing=UniformRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
+    )
+    batch = None if rate else 8
+    load = Load(num_requests, LengthRange(4, 16), LengthRange(2, 6), batch, rate)
+    return Simulator(MODEL, parse_cluster("h100x8"), setup, load)
+
+
+@pytest.mark.parametrize("pools", [("pp=2,tp=2",), ("pp=2,tp=2", "tp=2"), ("dp=4,ep=4",)], ids=str)
+def test_a_trace_s_steps_follow_one_another(pools):
+    simulator = simulator_of(*pools)
+    steps = simulator.trace(simulator.run(0))
+    assert len(steps) == 2
+    assert steps[0].submitted_s == 0 < steps[0].finished_s == steps[1].submitted_s
+    stretches = {}
+    for step in steps:
+        for record in step.records:
+            events = record.events
+            for track in set(events.track.tolist()):
+                of_track = events.track == track
+                begin_s = events.start_s + float(events.begin_s[of_track].min())
+                end_s = events.start_s + float(events.end_s[of_track].max())
+                assert step.submitted_s <= begin_s < end_s <= step.finished_s + 1e-12
+                stretches.setdefault((record.rank, track), []).append((begin_s, end_s))
+    for of_row in stretches.values():
+        for (_, end_s), (begin_s, _) in pairwise(of_row):
+            assert begin_s > end_s
+
+
+def test_largest_steps_each_begin_at_their_own_zero():
+    simulator = simulator_of("dp=4,ep=4")
+    (of_phase,) = simulator.largest_steps(simulator.run(0))
+    assert [step.submitted_s for step in of_phase.values()] == [0.0, 0.0]
+
+
+def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):
+    sharing, apart = (simulator_of("tp=2", rate=50.0, num_requests=64) for _ in range(2))
+    shared = sharing.run(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepSharing, "find", lambda self, plan, make: make())
+        every = apart.run(0)
+    of_runs = [Serves.of(each.served) for each in (every, shared)]
+    assert of_runs[1].output_tps == pytest.approx(of_runs[0].output_tps, rel=0.01)
+    assert np.mean(of_runs[1].tpot_s) == pytest.approx(np.mean(of_runs[0].tpot_s), rel=0.01)
+    num_steps = sum(len(each.step_s) for each in shared.pools[0].tally.phases.values())
+    assert every.pools[0].pool.runner.num_priced == num_steps > 200
+    assert shared.pools[0].pool.runner.num_priced < num_steps / 5
