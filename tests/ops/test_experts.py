@@ -68,10 +68,18 @@ def test_grouped_products_are_the_loop_s(counts, is_gated, has_bias, activation)
 
 
 @needs_grouping
-def test_few_pairs_of_many_experts():
-    held, given = make_experts(32), pairs_of([0] * 30 + [3, 1])
-    expected = LoopedExperts(held, PLAIN)(*given)
-    assert torch.equal(GroupedExperts(held, PLAIN)(*given), expected)
+def test_a_cpu_groups_neither_few_pairs_nor_many(monkeypatch):
+    def group(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("it groups")
+
+    held = make_experts(32)
+    grouped, looped = GroupedExperts(held, PLAIN), LoopedExperts(held, PLAIN)
+    monkeypatch.setattr(module, "_grouped_mm", group)
+    for counts in ([0] * 30 + [3, 1], [200] * 32):
+        given = pairs_of(counts)
+        assert torch.equal(grouped(*given), looped(*given))
+    with pytest.raises(AssertionError, match="it groups"):
+        grouped(*pairs_of([2] * 32))
 
 
 @needs_grouping
