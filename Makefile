@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-full check docs
+.PHONY: help compare test test-full gpu check docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(VENV)/.dev ## Run the tests, without the long ones
 
 test-full: $(VENV)/.dev ## Run all tests
 	@$(BIN)/pytest
+
+gpu: ## Try this machine's GPU with the torch that is installed: tests, speed, a profile
+	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
 check: $(VENV)/.dev ## Lint, formatting, types, and which room imports which
 	@$(BIN)/ruff check .

@@ -38,8 +38,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.engine.worker import RankContext
 from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import Dispatcher
-from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.dispatch import Dispatcher, make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.spec.layout import Layout
 

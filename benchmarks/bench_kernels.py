@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.ops.backend import backend
-from expertlane.ops.cpu import CpuKernels, Pointers
+from expertlane.moe.experts import ExpertInput, Experts
+from expertlane.ops.backend import backend_of_cpu
+from expertlane.ops.cpu import Bfloat16Backend
+from expertlane.ops.experts import Activation, Expert
 from expertlane.ops.host import num_cores
 
 COPIES_BYTES = 160_000_000
@@ -56,38 +59,47 @@ def random(*shape: int) -> torch.Tensor:
     return (torch.randn(*shape) / shape[-1] ** 0.5).bfloat16()
 
 
-def products(kernels: CpuKernels) -> Iterator[Row]:
+def products(ops: Bfloat16Backend) -> Iterator[Row]:
     for n, k in SHAPES:
         plain = [random(n, k) for _ in range(max(2, COPIES_BYTES // (2 * n * k)))]
-        ours = [CpuKernels.pack(weight) for weight in plain]
+        ours = [ops.linear(weight) for weight in plain]
         packed = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in plain]
         for m in NUM_ROWS:
             x = random(m, k)
             variants = {
                 "F.linear": partial(on_copy, plain, partial(F.linear, x)),
                 "oneDNN packed": partial(on_copy, packed, partial(onednn, x)),
-                "ours": partial(on_copy, ours, lambda w, x=x, n=n: kernels.linear(x, w, n, None)),
-                "sum": partial(on_copy, ours, lambda w: w.view(torch.float32).sum()),
+                "ours": partial(on_copy, ours, lambda linear, x=x: linear(x)),
+                "sum": partial(on_copy, plain, lambda w: w.view(torch.float32).sum()),
             }
             found = seconds(variants, len(plain))
             yield from rows(f"{n} × {k}, {m} rows", 2 * n * k, 2 * m * n * k, found)
 
 
-def on_copy(copies: list[torch.Tensor], use: Callable[[torch.Tensor], object], i: int) -> object:
+def on_copy(copies: list[Any], use: Callable[[Any], object], i: int) -> object:
     return use(copies[i])
 
 
-def experts(kernels: CpuKernels) -> Iterator[Row]:
+def experts(ops: Bfloat16Backend) -> Iterator[Row]:
     layers = range(NUM_LAYERS)
     plain = [[[random(SIZE, SIZE) for _ in range(NUM_EXPERTS)] for _ in range(3)] for _ in layers]
-    ours = [[Pointers([CpuKernels.pack(w) for w in part]) for part in layer] for layer in plain]
+    ours = [
+        Experts(
+            [
+                Expert(gate=ops.linear(gate), up=ops.linear(up), down=ops.linear(down))
+                for gate, up, down in zip(*layer, strict=True)
+            ],
+            Activation("silu"),
+        )
+        for layer in plain
+    ]
     reorder = torch.ops.mkldnn._reorder_linear_weight
     packed = [[[reorder(w) for w in part] for part in layer] for layer in plain]
     for num_tokens in NUM_TOKENS:
         ids = torch.randint(0, NUM_EXPERTS, (2 * num_tokens,))
         counts = torch.bincount(ids, minlength=NUM_EXPERTS).tolist()
-        ends = torch.tensor(counts).cumsum(0).tolist()
         x, at = random(2 * num_tokens, SIZE), torch.arange(2 * num_tokens)
+        arrived = ExpertInput(x, at, at, torch.tensor(counts))
 
         def loop(i: int, x: torch.Tensor = x, counts: list[int] = counts) -> torch.Tensor:
             results, start = [], 0
@@ -103,9 +115,7 @@ def experts(kernels: CpuKernels) -> Iterator[Row]:
         found = seconds(
             {
                 "loop of oneDNN": loop,
-                "ours": lambda i, x=x, at=at, ends=ends: kernels.experts(
-                    x, at, at, ends, *ours[i], SIZE
-                ),
+                "ours": lambda i, arrived=arrived: ours[i].forward(arrived),
             },
             NUM_LAYERS,
         )
@@ -128,13 +138,13 @@ def rows(what: str, num_bytes: int, flops: int, found: dict[str, float]) -> Iter
 
 
 def main() -> None:
-    kernels = backend().arithmetic
-    if kernels is None:
-        sys.exit(f"our kernels are not available here: {backend().why_not}")
+    ops, why_not = backend_of_cpu()
+    if not isinstance(ops, Bfloat16Backend):
+        sys.exit(f"our kernels are not available here: {why_not}")
     torch.set_num_threads(num_cores())
     torch.manual_seed(0)
     with torch.inference_mode():
-        found = [*products(kernels), *experts(kernels)]
+        found = [*products(ops), *experts(ops)]
     table = Table("what", "variant", "ms", "GB/s", "GFLOP/s", title="bfloat16 on the CPU")
     for row in found:
         table.add_row(

@@ -11,8 +11,10 @@ from expertlane.balance.placement import Placement
 from expertlane.cost.step.copies import CopyChoice
 from expertlane.cost.step.dispatch_counts import count_dispatch
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.moe.grouping import choose_copies, rows_by_peer
+from expertlane.ops.backend import backend_for
 from expertlane.spec.layout import Layout
+
+OPS = backend_for(torch.device("cpu"))
 
 
 @st.composite
@@ -46,7 +48,7 @@ def torch_choice(mesh, placement, rank, topk_ids):
     usable = [nearest(ranks) for ranks in placement.ranks_of_experts()]
     num_copies = torch.tensor([len(ranks) for ranks in usable])
     table = torch.tensor(np.array([np.resize(ranks, int(num_copies.max())) for ranks in usable]))
-    return choose_copies(torch.from_numpy(topk_ids), table, num_copies, rank)
+    return OPS.choose_copies(torch.from_numpy(topk_ids), table, num_copies, rank)
 
 
 @settings(max_examples=150, deadline=None)
@@ -60,7 +62,7 @@ def test_as_the_engine(stage):
     for place, ids in enumerate(np.split(topk_ids, np.cumsum(owned)[:-1])):
         expected = torch_choice(mesh, placement, place, np.ascontiguousarray(ids))
         np.testing.assert_array_equal(chosen[rank == place], expected)
-        rows = rows_by_peer(expected, 1, mesh.layout.ep).counts
+        rows = OPS.rows_by_peer(expected, 1, mesh.layout.ep).counts
         np.testing.assert_array_equal(counts.rows[place], rows)
     assert counts.pairs.sum() == counts.num_tokens_per_expert.sum() == topk_ids.size
     np.testing.assert_array_equal(

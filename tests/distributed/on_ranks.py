@@ -18,7 +18,7 @@ from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
 from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.dispatch import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DispatchForm, PayloadType
@@ -145,7 +145,7 @@ def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> M
         dispatched = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])
     arrived, sent = dispatched[0]
     experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
-    factors = (experts + 1.0).repeat_interleave(torch.tensor(arrived.num_tokens_per_expert))
+    factors = (experts + 1.0).repeat_interleave(arrived.num_tokens_per_expert)
     rows = arrived.by_expert()
     results = torch.empty_like(rows)
     results[arrived.result_of_pair] = rows * factors[:, None].to(rows.dtype) / layout.etp
@@ -153,7 +153,7 @@ def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> M
         combined = interleave([dispatcher.combine(sent, results)])[0]
     return MoeResult(
         rows.numpy(),
-        arrived.num_tokens_per_expert,
+        arrived.num_tokens_per_expert.tolist(),
         combined.numpy(),
         dispatching.record,
         combining.record,

@@ -12,8 +12,8 @@ from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
 from expertlane.model.attention import Attention
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.kv_cache import KVCache
 from expertlane.model.rotary import RotaryEmbedding
+from expertlane.ops.kv_cache import KVCache
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from schedule.handmade import BLOCK_SIZE, paged_batch

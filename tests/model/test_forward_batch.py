@@ -24,12 +24,12 @@ def forward_batch(*batches, tp=1, rank=0):
 def test_slots_are_where_the_block_tables_say():
     """Slot s has blocks s + 24, s + 16, s + 8 and s, of 4 positions each."""
     given = forward_batch(batch((0, 0, 3), (1, 7, 1), (2, 3, 2)))
-    assert given.slots.tolist() == [96, 97, 98, 17 * 4 + 3, 26 * 4 + 3, 18 * 4]
+    assert given.pages.slots.tolist() == [96, 97, 98, 17 * 4 + 3, 26 * 4 + 3, 18 * 4]
 
 
 def test_positions_follow_what_was_computed():
     given = forward_batch(batch((0, 0, 3), (1, 7, 1), (2, 4, 2)))
-    assert given.positions.tolist() == [0, 1, 2, 7, 4, 5]
+    assert given.pages.positions.tolist() == [0, 1, 2, 7, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_ranks_know_how_much_everyone_owns():
 
 def test_an_empty_batch():
     given = forward_batch(batch(), tp=2)
-    assert given.positions.shape == given.owned_token_ids.shape == (0,)
+    assert given.pages.positions.shape == given.owned_token_ids.shape == (0,)
     assert given.last_tokens_of_tp_rank == [0, 0]
 
 

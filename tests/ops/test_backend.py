@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import expertlane
 from expertlane.errors import UserError
 from expertlane.ops import backend as module
-from expertlane.ops.backend import arithmetic_for, backend, bookkeeping_for
+from expertlane.ops.backend import backend_for, backend_of_cpu, choose_platform
 from expertlane.ops.build import (
     AVX512_BF16,
     BASELINE,
@@ -22,9 +23,10 @@ from expertlane.ops.build import (
     _library,
     build,
 )
-from expertlane.ops.platform import choose_platform
+from expertlane.ops.cpu import Bfloat16Backend, CpuBackend
+from expertlane.ops.torch_backend import TorchBackend
 
-IDS, ROWS = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.bfloat16)
+CPU = torch.device("cpu")
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
 
 needs_compiler = pytest.mark.skipif(
@@ -38,9 +40,9 @@ def anew(monkeypatch):
     """Each test chooses for itself."""
     for variable in ("EXPERTLANE_BACKEND", "EXPERTLANE_INSTRUCTIONS"):
         monkeypatch.delenv(variable, raising=False)
-    backend.cache_clear()
+    backend_of_cpu.cache_clear()
     yield
-    backend.cache_clear()
+    backend_of_cpu.cache_clear()
 
 
 def failing_compiler(folder: Path, says: str) -> str:
@@ -53,26 +55,25 @@ def failing_compiler(folder: Path, says: str) -> str:
 
 @needs_compiler
 def test_any_cpu_has_the_bookkeeping():
-    assert bookkeeping_for(IDS) is not None
-    assert (arithmetic_for(ROWS) is None) == bool(backend().why_not)
+    assert isinstance(backend_for(CPU), CpuBackend)
+    assert isinstance(backend_for(CPU), Bfloat16Backend) == (not backend_of_cpu()[1])
 
 
 def test_torch_alone(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    assert bookkeeping_for(IDS) is arithmetic_for(ROWS) is None
+    assert type(backend_for(CPU)) is TorchBackend
     assert choose_platform(0, 1, "bfloat16").kernels == "torch (EXPERTLANE_BACKEND=torch)"
 
 
 @needs_compiler
 def test_a_set_that_is_switched_off(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_INSTRUCTIONS", "baseline")
-    assert bookkeeping_for(IDS) is not None
-    assert arithmetic_for(ROWS) is None
+    assert type(backend_for(CPU)) is CpuBackend
     why = "EXPERTLANE_INSTRUCTIONS leaves avx512_bf16 out"
     assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
     assert choose_platform(0, 1, "float32").kernels == "torch"  # has all that there is for it
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
-    backend.cache_clear()
+    backend_of_cpu.cache_clear()
     choose_platform(0, 1, "float32")
     with pytest.raises(UserError, match=f"=cpu, but our kernels are not available: {why}"):
         choose_platform(0, 1, "bfloat16")
@@ -95,12 +96,12 @@ def test_a_cpu_without_the_instructions(monkeypatch):
 
     monkeypatch.setattr(module, "build", build_there)
     why = "this CPU lacks avx512_bf16, which bfloat16 needs"
-    assert bookkeeping_for(IDS) is not None
+    assert type(backend_for(CPU)) is CpuBackend
     assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
-    backend.cache_clear()
+    backend_of_cpu.cache_clear()
     with pytest.raises(UserError, match=why):
-        arithmetic_for(ROWS)
+        choose_platform(0, 1, "bfloat16")
 
 
 def no_compiler(monkeypatch, folder):
@@ -144,12 +145,12 @@ def test_no_library(monkeypatch, tmp_path, without):
     if without is no_cache and not shutil.which("g++"):
         pytest.skip("no g++")
     reason = without(monkeypatch, tmp_path)
-    assert bookkeeping_for(IDS) is arithmetic_for(ROWS) is None
-    assert reason in backend().why_not
+    assert type(backend_for(CPU)) is TorchBackend
+    assert reason in backend_of_cpu()[1]
     for dtype in ("float32", "bfloat16"):
-        assert choose_platform(0, 1, dtype).kernels == f"torch ({backend().why_not})"
+        assert choose_platform(0, 1, dtype).kernels == f"torch ({backend_of_cpu()[1]})"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
-    backend.cache_clear()
+    backend_of_cpu.cache_clear()
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(UserError, match=re.escape(reason)) as caught:
             choose_platform(0, 1, dtype)
@@ -158,10 +159,17 @@ def test_no_library(monkeypatch, tmp_path, without):
         )
 
 
-def test_ids_on_another_device_need_no_kernels(monkeypatch):
+def test_another_device_needs_no_kernels(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     monkeypatch.setenv("CXX", "/bin/false")
-    assert bookkeeping_for(IDS.to("meta")) is arithmetic_for(ROWS.to("meta")) is None
+    assert type(backend_for(torch.device("meta"))) is TorchBackend
+
+
+def test_the_variables_are_read_in_one_place():
+    package = Path(expertlane.__file__).parent
+    reads = re.compile(r"(environ|getenv).*EXPERTLANE_(BACKEND|INSTRUCTIONS)")
+    found = [path.name for path in package.rglob("*.py") if reads.search(path.read_text())]
+    assert found == ["backend.py"]
 
 
 @pytest.mark.parametrize(

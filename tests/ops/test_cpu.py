@@ -2,17 +2,23 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.backend import arithmetic_for, backend
-from expertlane.ops.cpu import CpuKernels, PagedSequences, Pointers
+from expertlane.ops.backend import backend_of_cpu
+from expertlane.ops.cpu import Bfloat16Backend, PackedLinear
+from expertlane.ops.experts import Activation, Expert
+from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.schedule.plan import Batch
 
-KERNELS = backend().arithmetic
-pytestmark = pytest.mark.skipif(KERNELS is None, reason=backend().why_not)
+OURS, WHY_NOT = backend_of_cpu()
+TORCH, CPU = TorchBackend(), torch.device("cpu")
+pytestmark = pytest.mark.skipif(not isinstance(OURS, Bfloat16Backend), reason=WHY_NOT)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,16 +46,50 @@ def assert_near(ours: torch.Tensor, expected: torch.Tensor, steps: float = 2.0) 
         assert error <= steps * BF16_STEP * expected.abs().max()
 
 
-def test_there_is_nothing_for_other_tensors():
-    assert arithmetic_for(torch.zeros(2)) is None
-    assert arithmetic_for(torch.zeros(0, dtype=torch.bfloat16)) is None
-    assert arithmetic_for(torch.zeros(2, dtype=torch.bfloat16)) is backend().arithmetic
-    assert backend().arithmetic is not None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_ours_do_not_cover_is_torch_s(dtype: torch.dtype):
+    """float32, and widths that our kernels refuse."""
+    width = 16 if dtype is torch.float32 else 5
+    x, weight = random(3, width).to(dtype), random(7, width, seed=1).to(dtype)
+    assert type(OURS.linear(weight)) is type(TORCH.linear(weight))
+    assert torch.equal(OURS.linear(weight)(x), TORCH.linear(weight)(x))
+    scale = torch.linspace(1, 2, width)
+    assert torch.equal(OURS.rms_norm(x, scale, 1e-5), TORCH.rms_norm(x, scale, 1e-5))
+    heads = x[:, None]
+    assert torch.equal(
+        OURS.rms_norm_heads_(heads.clone(), scale[None], 1e-5),
+        TORCH.rms_norm_heads_(heads, scale[None], 1e-5),
+    )
+    places = torch.tensor([[0, 2], [-1, 1]])
+    assert torch.equal(OURS.gather_sum(x, places), TORCH.gather_sum(x, places))
+
+
+@pytest.mark.parametrize(
+    ("inner", "has_bias", "activation"),
+    [
+        (32, True, Activation("silu")),
+        (16, False, Activation("silu")),
+        (32, False, Activation("silu", swiglu_limit=1.0)),
+        (32, False, Activation("gelu")),
+    ],
+)
+def test_experts_that_ours_do_not_cover(inner: int, has_bias: bool, activation: Activation):
+    def linear(n: int, k: int, seed: int):
+        return OURS.linear(random(n, k, seed=seed), random(n, seed=9) if has_bias else None)
+
+    held = [
+        Expert(linear(inner, 32, i), linear(32, inner, i), linear(inner, 32, 7)) for i in (1, 2)
+    ]
+    x, pairs = random(3, 32), torch.tensor([0, 1, 2])
+    ours = OURS.experts(held, activation)(x, pairs, pairs, torch.tensor([2, 1]))
+    for rows, expert in ((slice(0, 2), held[0]), (slice(2, 3), held[1])):
+        expected = expert.down(activation(expert.gate(x[rows]), expert.up(x[rows])))
+        assert_near(ours[rows], expected, steps=1)
 
 
 def test_a_packed_matrix_by_hand():
     weight = torch.arange(17 * 4).view(17, 4).bfloat16()
-    packed = CpuKernels.pack(weight)
+    packed = PackedLinear.pack(weight)
     assert packed.shape == (2, 2, 16, 2)
     assert packed[0, 1, 3].tolist() == weight[3, 2:4].tolist()
     assert packed[1, 0, 0].tolist() == weight[16, :2].tolist()
@@ -62,21 +102,18 @@ def test_a_packed_matrix_by_hand():
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear(m: int, n: int, k: int, has_bias: bool):
     x, weight = random(m, k), random(n, k, seed=1)
-    bias = torch.randn(n, generator=torch.Generator().manual_seed(2)) if has_bias else None
-    ours = KERNELS.linear(x, CpuKernels.pack(weight), n, bias)
-    assert_near(ours, F.linear(x.float(), weight.float(), bias))
+    bias = random(n, seed=2) if has_bias else None
+    ours = OURS.linear(weight, bias)(x)
+    expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    assert_near(ours, expected)
 
 
 def test_linear_takes_rows_that_are_apart():
     wide, weight = random(5, 24), random(9, 8, seed=1)
-    x = wide[:, 8:16]
-    ours = KERNELS.linear(x, CpuKernels.pack(weight), 9, None)
-    assert torch.equal(ours, KERNELS.linear(x.contiguous(), CpuKernels.pack(weight), 9, None))
+    x, linear = wide[:, 8:16], OURS.linear(weight)
+    assert torch.equal(linear(x), linear(x.contiguous()))
     across = random(8, 5).t()  # columns that lie side by side
-    assert_near(
-        KERNELS.linear(across, CpuKernels.pack(weight), 9, None),
-        across.float() @ weight.float().t(),
-    )
+    assert_near(linear(across), across.float() @ weight.float().t())
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -97,12 +134,14 @@ def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
         return random(len(counts), n, k, seed=seed, scale=1 / math.sqrt(k))
 
     gate, up, down = stack(inner, hidden, 1), stack(inner, hidden, 2), stack(hidden, inner, 3)
-    packed = [Pointers([CpuKernels.pack(w) for w in each]) for each in (gate, up, down)]
+    gates, ups, downs = ([OURS.linear(w) for w in each] for each in (gate, up, down))
+    held = [
+        Expert(up=up, down=down, gate=gate if is_gated else None)
+        for gate, up, down in zip(gates, ups, downs, strict=True)
+    ]
+    apply = OURS.experts(held, Activation("silu" if is_gated else "gelu"))
+    ours = apply(rows, row_of_pair, result_of_pair, torch.tensor(counts))
     ends = torch.tensor(counts).cumsum(0).tolist()
-    ours = KERNELS.experts(
-        *(rows, row_of_pair, result_of_pair, ends),
-        *(packed[0] if is_gated else None, *packed[1:], inner),
-    )
     expected, start = [], 0
     for expert, end in enumerate(ends):
         x = rows[row_of_pair[start:end]].float()
@@ -113,13 +152,33 @@ def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
     assert_near(ours[result_of_pair], torch.cat(expected), steps=3)
 
 
-def paged(lengths: list[int], scheduled: list[int], block_size: int, seed: int) -> PagedSequences:
+def paged(lengths: list[int], scheduled: list[int], block_size: int, seed: int) -> PagedBatch:
     """Blocks in random order; unused entries of the tables are as good as any."""
     width = -(-max(lengths) // block_size)
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randperm(len(lengths) * width, generator=generator).view(len(lengths), width)
-    counts = torch.tensor(scheduled)
-    return PagedSequences(blocks, counts.cumsum(0) - counts, counts, torch.tensor(lengths))
+    blocks = np.random.default_rng(seed).permutation(len(lengths) * width)
+    batch = Batch(
+        seq_ids=np.arange(len(lengths)),
+        num_scheduled_tokens=np.array(scheduled),
+        num_computed_tokens=np.array(lengths) - scheduled,
+        token_ids=np.zeros(sum(scheduled), dtype=np.int64),
+        block_tables=blocks.reshape(len(lengths), width).astype(np.int32),
+        yields_token=np.ones(len(lengths), dtype=np.bool_),
+    )
+    return PagedBatch(batch, block_size, CPU)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    **options: object,
+) -> torch.Tensor:
+    """Over a cache that holds the new tokens' keys and values already."""
+    new = (x.flatten(0, 1)[batch.slots] for x in (keys, values))
+    cache = KVCache(1, 1, 1, 1, 1, torch.bfloat16, CPU)
+    cache.keys, cache.values = keys, values
+    return OURS.paged_attention(query, *new, cache, batch, **options)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -136,19 +195,20 @@ def test_attention(sequences, block_size, heads, dims, window, has_sinks):
     (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
     lengths = [computed + new for computed, new in sequences]
     batch = paged(lengths, [new for _, new in sequences], block_size, seed=len(sequences))
-    num_blocks = batch.block_tables.numel()
+    tables = batch.sequences.block_tables
+    num_blocks = tables.numel()
     keys = random(num_blocks, block_size, num_kv_heads, key_dim, seed=1)
     is_latent = value_dim is None
     value_dim = 64 if is_latent else value_dim
     values = random(num_blocks, block_size, num_kv_heads, value_dim, seed=2)
     all_values = keys[..., :value_dim] if is_latent else values
-    wide = random(int(batch.num_scheduled.sum()), num_heads + 1, key_dim, seed=3)
+    wide = random(len(batch.slots), num_heads + 1, key_dim, seed=3)
     query, scale = wide[:, :num_heads], key_dim**-0.5
     sinks = torch.linspace(-1, 2, num_heads) if has_sinks else None
-    ours = KERNELS.attention(
+    ours = attend(
         query,
         keys,
-        None if is_latent else values,
+        values[..., :0] if is_latent else values,
         batch,
         value_dim=value_dim,
         scale=scale,
@@ -157,15 +217,12 @@ def test_attention(sequences, block_size, heads, dims, window, has_sinks):
     )
     expected = torch.empty(len(query), num_heads, value_dim)
     for seq, (computed, new) in enumerate(sequences):
-        slots = [
-            (int(batch.block_tables[seq, p // block_size]), p % block_size)
-            for p in range(computed + new)
-        ]
+        slots = [(int(tables[seq, p // block_size]), p % block_size) for p in range(computed + new)]
         for i in range(new):
             own = computed + i
             first = 0 if window is None else max(0, own + 1 - window)
             seen = slots[first : own + 1]
-            token = int(batch.first_tokens[seq]) + i
+            token = int(batch.sequences.first_tokens[seq]) + i
             for head in range(num_heads):
                 kv = head * num_kv_heads // num_heads
                 k = torch.stack([keys[b, o, kv] for b, o in seen]).float()
@@ -184,14 +241,10 @@ def test_attention_forgets_what_its_threads_had_before():
     long, short = (paged([n], [n], 16, seed=0) for n in (140, 3))
     query = random(140, 2, 32)
 
-    def attend(batch: PagedSequences, num: int) -> torch.Tensor:
-        return KERNELS.attention(
-            query[:num], keys, values, batch, value_dim=32, scale=0.2, window=None, sinks=None
-        )
-
-    alone = attend(short, 3)
-    attend(long, 140)
-    assert torch.equal(attend(short, 3), alone)
+    options = {"value_dim": 32, "scale": 0.2, "window": None, "sinks": None}
+    alone = attend(query[:3], keys, values, short, **options)
+    attend(query, keys, values, long, **options)
+    assert torch.equal(attend(query[:3], keys, values, short, **options), alone)
 
 
 @pytest.mark.parametrize("interleave", [False, True])
@@ -202,7 +255,7 @@ def test_rotate(interleave: bool, head_dim: int, dim: int):
     cos = torch.cat([angles.cos()] * 2, dim=1)[:, None].contiguous()
     sin = torch.cat([-angles.sin(), angles.sin()], dim=1)[:, None].contiguous()
     before = wide.clone()
-    KERNELS.rotate(wide[:, :4], cos, sin, interleave=interleave)
+    OURS.rotate_(wide[:, :4], cos, sin, interleave=interleave)
     assert torch.equal(wide[:, 4], before[:, 4])
     assert torch.equal(wide[..., : head_dim - dim], before[..., : head_dim - dim])
     turning = before[:, :4, head_dim - dim :].float()
@@ -219,7 +272,7 @@ def test_rotate(interleave: bool, head_dim: int, dim: int):
 def test_rms_norm(num_rows: int):
     wide = random(num_rows, 80)
     x, weight = wide[:, :48], torch.linspace(0.5, 2, 48)
-    ours = KERNELS.rms_norm(x, weight, 1e-5)
+    ours = OURS.rms_norm(x, weight, 1e-5)
     assert_near(ours, F.rms_norm(x.float(), (48,), weight, 1e-5), steps=1)
 
 
@@ -227,7 +280,7 @@ def test_rms_norm(num_rows: int):
 def test_rms_norm_of_heads_in_place(num_tokens: int):
     wide = random(num_tokens, 5, 32)
     before, weight = wide.clone(), torch.linspace(0.5, 2, 3 * 32).view(3, 32)
-    KERNELS.rms_norm_heads(wide[:, :3], weight, 1e-5)
+    OURS.rms_norm_heads_(wide[:, :3], weight, 1e-5)
     assert torch.equal(wide[:, 3:], before[:, 3:])
     expected = F.rms_norm(before[:, :3].float(), (32,), None, 1e-5) * weight
     assert_near(wide[:, :3].contiguous(), expected, steps=1)
@@ -240,13 +293,13 @@ def test_weighted_sum(num_tokens: int, top_k: int):
     places = places.view(num_tokens, top_k)
     weights = torch.rand(num_tokens, top_k, generator=torch.Generator().manual_seed(2))
     of_pair = rows[places].float()
-    ours = KERNELS.weighted_sum(rows, places, weights)
+    ours = OURS.gather_sum(rows, places, weights)
     assert_near(ours, (of_pair * weights[..., None]).sum(1), steps=1)
-    assert_near(KERNELS.weighted_sum(rows, places, None), of_pair.sum(1), steps=1)
+    assert_near(OURS.gather_sum(rows, places), of_pair.sum(1), steps=1)
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 4), (1, 5), (3, 16), (7, 33)])
 def test_sum_of_parts(num_rows: int, size: int):
     rows = random(3 * num_rows, size)
-    ours = KERNELS.sum_parts(rows, 3)
+    ours = OURS.sum_parts(rows, 3)
     assert_near(ours, rows.view(3, num_rows, size).float().sum(0), steps=1)

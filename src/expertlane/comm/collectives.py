@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertlane.comm.recorder import Recorder
 from expertlane.errors import RankError
-from expertlane.ops.backend import arithmetic_for
+from expertlane.ops.backend import backend_for
 from expertlane.spec.names import Traffic
 
 _MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
@@ -221,11 +221,7 @@ class Group:
         own = num_rows_of[self.rank]
 
         def add_up(received: Tensor) -> Tensor:
-            kernels = arithmetic_for(received)
-            if kernels is not None:
-                return kernels.sum_parts(received, self.size)
-            parts = received.view(self.size, own, received.shape[1])
-            return parts.sum(dim=0, dtype=torch.float32).to(received.dtype)
+            return backend_for(received.device).sum_parts(received, self.size)
 
         return self._exchange(rows, num_rows_of, [own] * self.size, 0, add_up)
 

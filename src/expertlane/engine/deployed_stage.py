@@ -28,9 +28,8 @@ from expertlane.engine.worker import RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.head import HeadResult
 from expertlane.model.sampler import Sampler
-from expertlane.model.transformer import TransformerStage
+from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
 from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
 from expertlane.spec.deployment import DispatchMode, DispatchTable, Options, PayloadType

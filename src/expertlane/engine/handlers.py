@@ -2,15 +2,14 @@
 
 from expertlane.engine import commands
 from expertlane.engine.deployed_stage import deploy, run_step, set_dispatch
+from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations, pin_to_core
-from expertlane.engine.measure.rates import measure_rates
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import apply_placements, finish_moves, start_moves, time_one_move
-from expertlane.engine.rank_machine import describe
 from expertlane.engine.worker import Handlers
 
 HANDLERS: Handlers = {
-    commands.DescribeMachine: describe,
+    commands.DescribeMachine: describe_machine,
     commands.Deploy: deploy,
     commands.SetDispatch: set_dispatch,
     commands.RunStep: run_step,

@@ -16,7 +16,7 @@ from expertlane.comm.collectives import Pending
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.worker import RankContext
-from expertlane.moe.experts import Expert
+from expertlane.ops.experts import Expert
 from expertlane.spec.names import Stage
 
 

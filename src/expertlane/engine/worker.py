@@ -30,7 +30,7 @@ from expertlane.engine.messages import (
     wait_readable,
 )
 from expertlane.errors import TerminatedError, UserError
-from expertlane.ops.platform import Platform, choose_platform
+from expertlane.ops.backend import Platform, choose_platform
 from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
@@ -118,7 +118,7 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
         assert settings.store_path is not None, "local ranks meet in a file"
         store = FileStore(settings.store_path, settings.world_size)
     dist.init_process_group(
-        platform.backend,
+        platform.transport,
         store=store,
         rank=settings.rank,
         world_size=settings.world_size,

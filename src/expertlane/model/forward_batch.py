@@ -5,16 +5,14 @@ attention and the next attention each token exists on its owner only.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.attention_group import AttentionGroup, attention_groups
 from expertlane.model.rotary import RotaryEmbedding, Rotation
-from expertlane.ops.cpu import PagedSequences
+from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition
@@ -22,6 +20,9 @@ from expertlane.spec.layout import Coordinates, Layout, partition
 
 class ForwardBatch:
     """A part of a micro-batch as it runs through the layers of a stage.
+
+    Attributes:
+        pages: where its tokens stand in the cache.
 
     Args:
         batches: [dp]; the same part of every data-parallel rank's batch.
@@ -41,9 +42,9 @@ class ForwardBatch:
     ) -> None:
         self.dispatch_form = dispatch_form
         self.batch = batches[at.dp_rank]
+        self.pages = PagedBatch(self.batch, block_size, device)
         self._device = device
         self._at = at
-        self._block_size = block_size
         self._slices = partition(self.batch.num_tokens, layout.tp)
         self.tokens_of_tp_rank = [len(part) for part in self._slices]
         self.tokens_of_stage_rank = [
@@ -69,65 +70,11 @@ class ForwardBatch:
         seq_ids: list[int] = self.batch.seq_ids[self.batch.yields_token].tolist()
         return seq_ids
 
-    @cached_property
-    def positions(self) -> Tensor:
-        """[num_tokens]; the position of each token in its sequence."""
-        return torch.from_numpy(self._positions).to(self._device)
-
     def rotation(self, rotary: RotaryEmbedding) -> Rotation:
         """Of the tokens' positions; the same in all layers, so computed once."""
         if self._rotation is None:
-            self._rotation = rotary.at(self.positions)
+            self._rotation = rotary.at(self.pages.positions)
         return self._rotation
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """[num_tokens]; where the cache keeps each token's keys and values."""
-        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
-        blocks = self.batch.block_tables[seqs, self._positions // self._block_size]
-        slots = blocks.astype(np.int64) * self._block_size + self._positions % self._block_size
-        return torch.from_numpy(slots).to(self._device)
-
-    @cached_property
-    def begun_blocks(self) -> Tensor:
-        """Blocks that the batch begins and does not fill.
-
-        What another sequence left there is masked, but where it was NaN, masked is not enough.
-        """
-        batch, size = self.batch, self._block_size
-        ends = batch.num_computed_tokens + batch.num_scheduled_tokens
-        last = ends // size
-        is_begun = (ends % size > 0) & (batch.num_computed_tokens <= last * size)
-        seqs = np.flatnonzero(is_begun)
-        blocks = batch.block_tables[seqs, last[seqs]].astype(np.int64)
-        return torch.from_numpy(blocks).to(self._device)
-
-    @cached_property
-    def _positions(self) -> npt.NDArray[np.int64]:
-        scheduled = self.batch.num_scheduled_tokens
-        if self.batch.num_tokens == self.batch.num_seqs:
-            return self.batch.num_computed_tokens
-        before = self.batch.num_computed_tokens - (np.cumsum(scheduled) - scheduled)
-        positions: npt.NDArray[np.int64] = np.repeat(before, scheduled)
-        return positions + np.arange(self.batch.num_tokens)
-
-    @cached_property
-    def attention_groups(self) -> list[AttentionGroup]:
-        """The batch's sequences, put together where attention can take them as one."""
-        return attention_groups(self.batch, self._block_size, self._device)
-
-    @cached_property
-    def paged_sequences(self) -> PagedSequences:
-        """The batch's sequences, as our own kernels take them."""
-        batch = self.batch
-        ends = np.cumsum(batch.num_scheduled_tokens)
-        columns = (
-            batch.block_tables.astype(np.int64),
-            ends - batch.num_scheduled_tokens,
-            batch.num_scheduled_tokens,
-            batch.num_computed_tokens + batch.num_scheduled_tokens,
-        )
-        return PagedSequences(*(torch.from_numpy(np.ascontiguousarray(c)) for c in columns))
 
     def num_query_key_pairs(self, window: int | None) -> int:
         """Query-key pairs that causal attention takes, of one head.

@@ -1,4 +1,4 @@
-"""A decoder layer as a generator that yields where it waits for communication."""
+"""A decoder layer and its blocks as generators that yield where they wait for communication."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,17 +12,17 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.model.attention import Attention, LatentAttention
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.kv_cache import KVCache
-from expertlane.model.mlp import MLP
-from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import expert_name, layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.experts import Activation, Expert, Experts
-from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.dispatch import make_dispatcher
+from expertlane.moe.experts import Experts
 from expertlane.moe.payload import Payload
 from expertlane.moe.router import route
+from expertlane.ops.backend import backend_for
+from expertlane.ops.experts import Activation, Expert
+from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.linear import Linear
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
@@ -46,6 +46,7 @@ class DecoderLayer:
         self._index = index
         self._mesh = mesh
         self._recorder = recorder
+        self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
         # float32, as they are computed in
         self._attention_norm, self._mlp_norm = (
@@ -61,10 +62,9 @@ class DecoderLayer:
                 index,
                 "dense",
                 model.intermediate_size,
-                activation_of(model),
+                model,
                 mesh,
                 recorder,
-                is_gated=model.gated_mlp,
             )
         else:
             self.block = MoEBlock(model, index, placement, source, mesh, recorder)
@@ -80,7 +80,7 @@ class DecoderLayer:
         """
         x = x + (yield from self._attend(x, batch, cache))
         self._recorder.enter(Stage.ROUTER, self._index)
-        hidden = rms_norm(x, self._mlp_norm, self._eps)
+        hidden = self._ops.rms_norm(x, self._mlp_norm, self._eps)
         if isinstance(self.block, MLP):
             return x + (yield from self.block.forward(hidden, batch.tokens_of_tp_rank))
         return x + (yield from self.block.forward(hidden, batch))
@@ -88,7 +88,7 @@ class DecoderLayer:
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.ATTENTION, self._index)
-        hidden = rms_norm(x, self._attention_norm, self._eps)
+        hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self._index)
             hidden = yield tp.all_gather(hidden, batch.tokens_of_tp_rank)
@@ -103,6 +103,72 @@ class DecoderLayer:
 def activation_of(model: ModelConfig) -> Activation:
     """The inner function of all the model's MLPs."""
     return Activation(model.hidden_act, model.swiglu_limit, model.swiglu_alpha)
+
+
+class MLP:
+    """An MLP that every token takes: a dense layer's, or an MoE layer's shared expert.
+
+    It is cut over the tensor-parallel group, so its tokens are gathered and its partial sums
+    scattered. Its projections are named `layers.N.PREFIX.…`.
+
+    Args:
+        inner: its whole inner width.
+        is_scaled: its output is multiplied by the sigmoid of a projection, `shared_gate`.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        layer: int,
+        prefix: str,
+        inner: int,
+        model: ModelConfig,
+        mesh: ParallelMesh,
+        recorder: Recorder,
+        *,
+        is_scaled: bool = False,
+    ) -> None:
+        part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
+
+        def take(matrix: str) -> Linear:
+            weight = source.take(layer_name(layer, f"{prefix}.{matrix}"), part)
+            return backend_for(source.device).linear(weight)
+
+        self._gate = take("gate") if model.gated_mlp else None
+        self._up, self._down = take("up"), take("down")
+        self._scale = source.take(layer_name(layer, "shared_gate")) if is_scaled else None
+        self._activation = activation_of(model)
+        self._tp = mesh.tp
+        self._recorder = recorder
+        self._layer = layer
+
+    def forward(self, x: Tensor, num_tokens_of: Sequence[int]) -> Steps[Tensor]:
+        """Apply to the tokens this rank owns.
+
+        Args:
+            x: [num_owned, hidden_size].
+            num_tokens_of: [tp]; tokens owned by each tensor-parallel rank.
+
+        Returns:
+            [num_owned, hidden_size].
+        """
+        enter, layer, rows = self._recorder.enter, self._layer, x
+        if self._tp.size > 1:
+            enter(Stage.COLLECTIVES, layer)
+            rows = yield self._tp.all_gather(x, num_tokens_of)
+        enter(Stage.EXPERTS, layer)
+        gate = None if self._gate is None else self._gate(rows)
+        out = self._down(self._activation(gate, self._up(rows)))
+        num_weights = (2 if self._gate is None else 3) * self._up.num_weights
+        self._recorder.count_compute(
+            2 * len(rows) * num_weights, num_weights * self._up.itemsize if len(rows) else 0
+        )
+        if self._tp.size > 1:
+            enter(Stage.COLLECTIVES, layer)
+            out = yield self._tp.reduce_scatter(out, num_tokens_of)
+        if self._scale is not None:
+            out = out * torch.sigmoid(F.linear(x, self._scale))
+        return out
 
 
 class MoEBlock:
@@ -147,10 +213,9 @@ class MoEBlock:
                 layer,
                 "shared",
                 model.shared_expert_intermediate_size,
-                activation_of(model),
+                model,
                 mesh,
                 recorder,
-                is_gated=model.gated_mlp,
                 is_scaled=model.shared_expert_gate,
             )
 
@@ -180,14 +245,14 @@ class MoEBlock:
         self.experts = Experts(held, self.experts.activation)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
-        at = self._mesh.at
+        at, ops = self._mesh.at, backend_for(source.device)
         inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
 
         def take(part: str, rows: range = inner) -> Tensor:
             return source.take(expert_name(self._layer, expert, part), rows)
 
         def linear(part: str) -> Linear:
-            return Linear(take(part), take(f"{part}_bias") if model.expert_bias else None)
+            return ops.linear(take(part), take(f"{part}_bias") if model.expert_bias else None)
 
         down_bias = None
         if model.expert_bias and at.etp_rank == 0:
@@ -195,7 +260,7 @@ class MoEBlock:
         return Expert(
             gate=linear("gate") if model.gated_mlp else None,
             up=linear("up"),
-            down=Linear(take("down"), down_bias),
+            down=ops.linear(take("down"), down_bias),
         )
 
     def forward(self, hidden: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
@@ -214,9 +279,11 @@ class MoEBlock:
         )
         recorder.enter(Stage.EXPERTS, layer)
         results = self.experts.forward(arrived)
-        recorder.count_compute(*self.experts.compute_cost(arrived.num_tokens_per_expert))
-        if self._mesh.at.etp_rank == 0:
-            recorder.count_expert_tokens(self._local, arrived.num_tokens_per_expert)
+        if recorder.is_recording:
+            num_tokens: list[int] = arrived.num_tokens_per_expert.tolist()
+            recorder.count_compute(*self.experts.compute_cost(num_tokens))
+            if self._mesh.at.etp_rank == 0:
+                recorder.count_expert_tokens(self._local, num_tokens)
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         if self._shared is not None:

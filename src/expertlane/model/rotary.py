@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from expertlane.ops.backend import arithmetic_for
+from expertlane.ops.backend import backend_for
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import RopeScaling
 
@@ -64,8 +64,8 @@ class RotaryEmbedding:
         # Both halves of a pair side by side: [positions, 1, rotary_dim].
         self._cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
         self._sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
-        self._dim = model.rotary_dim
         self._interleave = model.rope_interleave
+        self._ops = backend_for(device)
 
     def at(self, positions: Tensor) -> Rotation:
         """Cosines and sines of positions [num_tokens], for all layers alike."""
@@ -78,17 +78,4 @@ class RotaryEmbedding:
             x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
             rotation: what `at` gave for the tokens' positions.
         """
-        cos, sin = rotation
-        kernels = arithmetic_for(x)
-        if kernels is not None:
-            kernels.rotate(x, cos, sin, interleave=self._interleave)
-            return x
-        turning = x[..., x.shape[-1] - self._dim :].float()
-        if self._interleave:
-            # Queries and keys may leave their pairs in either order, as long as both do.
-            turning = torch.cat([turning[..., 0::2], turning[..., 1::2]], dim=-1)
-        swapped = turning.roll(self._dim // 2, dims=-1)
-        turned = torch.addcmul(turning * cos, swapped, sin).to(x.dtype)
-        if self._dim == x.shape[-1]:
-            return turned
-        return torch.cat([x[..., : x.shape[-1] - self._dim], turned], dim=-1)
+        return self._ops.rotate_(x, *rotation, interleave=self._interleave)

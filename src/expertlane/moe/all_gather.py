@@ -14,8 +14,7 @@ from expertlane.balance.placement import Placement
 from expertlane.comm.interleave import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import ExpertInput
-from expertlane.moe.grouping import gather_sum, group_pairs
+from expertlane.moe.experts import ExpertInput
 from expertlane.moe.payload import Payload, bytes_of, columns_of, pack_all, unpack
 
 
@@ -43,7 +42,7 @@ class AllGatherDispatcher:
     ) -> None:
         self._payload = payload
         self._stage = mesh.stage
-        self._choice = choice
+        self._choice, self._ops = choice, choice.ops
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
         self._first_id = mesh.at.ep_rank * choice.num_slots
 
@@ -63,10 +62,10 @@ class AllGatherDispatcher:
         )
         ids, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, x.dtype)
-        pairs = group_pairs(ids, self._first_id, 1, self._num_local_experts)
+        pairs = self._ops.group_pairs(ids, self._first_id, 1, self._num_local_experts)
         return ExpertInput.of(rows, pairs), Gathered(pairs.numbers, weights, tokens_of_stage_rank)
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
-        partial = gather_sum(results, sent.places, sent.weights)
+        partial = self._ops.gather_sum(results, sent.places, sent.weights)
         return (yield self._stage.reduce_scatter(partial, sent.tokens_of_stage_rank))

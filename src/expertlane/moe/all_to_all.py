@@ -18,9 +18,9 @@ from expertlane.balance.placement import Placement
 from expertlane.comm.interleave import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import ExpertInput
-from expertlane.moe.grouping import gather_sum, group_pairs, inverse, rows_by_peer
+from expertlane.moe.experts import ExpertInput
 from expertlane.moe.payload import Payload, bytes_of, columns_of, pack, unpack
+from expertlane.ops.torch_backend import inverse
 
 _ROWS, _PAIRS = 0, 1
 
@@ -52,7 +52,7 @@ class AllToAllDispatcher:
     ) -> None:
         self._payload = payload
         self._mesh = mesh
-        self._choice = choice
+        self._choice, self._ops = choice, choice.ops
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
 
     def dispatch(
@@ -65,7 +65,10 @@ class AllToAllDispatcher:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
         ids, num_slots = self._choice.physical_ids(topk_ids), self._choice.num_slots
-        to_ranks, by_rank = rows_by_peer(ids, num_slots, ep), group_pairs(ids, 0, num_slots, ep)
+        to_ranks, by_rank = (
+            self._ops.rows_by_peer(ids, num_slots, ep),
+            self._ops.group_pairs(ids, 0, num_slots, ep),
+        )
         own_counts = torch.stack([to_ranks.counts, by_rank.counts]).view(1, -1)
         counting = mesh.stage.all_gather(
             own_counts, [1] * mesh.stage.size, metadata_bytes=own_counts.nbytes
@@ -79,7 +82,7 @@ class AllToAllDispatcher:
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, x.dtype)
-        arrived = ExpertInput.of(rows, group_pairs(slots, 0, 1, self._num_local_experts))
+        arrived = ExpertInput.of(rows, self._ops.group_pairs(slots, 0, 1, self._num_local_experts))
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
         return arrived, Exchanged(
             topk_weights=topk_weights,
@@ -113,4 +116,4 @@ class AllToAllDispatcher:
         if mesh.layout.etp > 1:
             results = yield mesh.etp.reduce_scatter(results, sent.returns_to_etp_rank)
         arrived = yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to)
-        return gather_sum(arrived, sent.places, sent.topk_weights)
+        return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)

@@ -7,7 +7,7 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
-from expertlane.moe.grouping import choose_copies
+from expertlane.ops.backend import backend_for
 
 
 class ReplicaChoice:
@@ -18,6 +18,7 @@ class ReplicaChoice:
     that the load is spread without a word between ranks. It depends on the batch alone.
 
     Attributes:
+        ops: what computes here.
         num_slots: the most that any rank has; slot s of rank r has the physical id
             r · num_slots + s.
     """
@@ -25,6 +26,7 @@ class ReplicaChoice:
     def __init__(
         self, mesh: ParallelMesh, placement: Placement, recorder: Recorder, device: torch.device
     ) -> None:
+        self.ops = backend_for(device)
         ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
         nearest = [_nearest(ranks, ep_rank, nodes) for ranks in placement.ranks_of_experts()]
         num_copies = np.array([len(ranks) for ranks in nearest])
@@ -45,9 +47,9 @@ class ReplicaChoice:
         """[T, K] int32; the copy of each pair of a batch.
 
         Args:
-            topk_ids: [T, K]; logical experts.
+            topk_ids: [T, K] int64; logical experts.
         """
-        ids = choose_copies(topk_ids, self._table, self._num_copies, self._offset)
+        ids = self.ops.choose_copies(topk_ids, self._table, self._num_copies, self._offset)
         if self._recorder.is_recording:
             self._count_fan_out(ids)
         return ids

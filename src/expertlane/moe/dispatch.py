@@ -5,39 +5,21 @@ the experts' rank, P token-expert pairs there, H = hidden_size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from expertlane.balance.placement import Placement
 from expertlane.comm.interleave import Steps
-from expertlane.moe.grouping import PairGroups, gather_sum, group_pairs
-
-
-@dataclass(frozen=True)
-class ExpertInput:
-    """What arrived for the experts of a rank; experts read it where it lies.
-
-    Attributes:
-        rows: [R, H]; may be apart.
-        row_of_pair: [P]; the row of each pair, grouped by expert.
-        result_of_pair: [P]; in the same order, the row that the pair's result is to be.
-        num_tokens_per_expert: [num_local_experts].
-    """
-
-    rows: Tensor
-    row_of_pair: Tensor
-    result_of_pair: Tensor
-    num_tokens_per_expert: list[int]
-
-    @classmethod
-    def of(cls, rows: Tensor, pairs: PairGroups) -> "ExpertInput":
-        """Rows whose pairs are grouped by expert; results are in order of row, then choice."""
-        return cls(rows, pairs.rows, pairs.order, pairs.counts.tolist())
-
-    def by_expert(self) -> Tensor:
-        """[P, H]; a copy of the pairs' rows, grouped by expert."""
-        return self.rows.index_select(0, self.row_of_pair)
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.moe.all_gather import AllGatherDispatcher
+from expertlane.moe.all_to_all import AllToAllDispatcher
+from expertlane.moe.copies import ReplicaChoice
+from expertlane.moe.experts import ExpertInput
+from expertlane.moe.hierarchical import HierarchicalDispatcher
+from expertlane.moe.payload import Payload
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.spec.deployment import DispatchForm
 
 
 class Dispatcher(Protocol):
@@ -76,8 +58,8 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """For one rank that holds all experts and all tokens."""
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
+    def __init__(self, num_experts: int, ops: TorchBackend) -> None:
+        self._num_experts, self._ops = num_experts, ops
 
     def dispatch(
         self,
@@ -87,11 +69,28 @@ class LocalDispatcher:
         tokens_of_stage_rank: Sequence[int],
     ) -> Steps[tuple[ExpertInput, tuple[Tensor, Tensor]]]:
         """Group tokens by expert."""
-        pairs = group_pairs(topk_ids.int(), 0, 1, self._num_experts)
+        pairs = self._ops.group_pairs(topk_ids.int(), 0, 1, self._num_experts)
         return ExpertInput.of(x, pairs), (pairs.numbers, topk_weights)
         yield  # a generator like the others, though it never waits
 
     def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
-        return gather_sum(results, *sent)
+        return self._ops.gather_sum(results, *sent)
         yield
+
+
+def make_dispatcher(
+    form: DispatchForm,
+    mesh: ParallelMesh,
+    placement: Placement,
+    choice: ReplicaChoice,
+    payload: Payload,
+) -> Dispatcher:
+    """The form's dispatcher; without expert parallelism every rank needs every token."""
+    if mesh.stage.size == 1:
+        return LocalDispatcher(placement.num_experts, choice.ops)
+    if form == "all_gather" or mesh.layout.ep == 1:
+        return AllGatherDispatcher(mesh, placement, choice, payload)
+    if form == "hierarchical":
+        return HierarchicalDispatcher(mesh, placement, choice, payload)
+    return AllToAllDispatcher(mesh, placement, choice, payload)

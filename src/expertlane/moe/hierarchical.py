@@ -21,8 +21,7 @@ from expertlane.balance.placement import Placement
 from expertlane.comm.interleave import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import ExpertInput
-from expertlane.moe.grouping import gather_sum, group_pairs, rows_by_peer
+from expertlane.moe.experts import ExpertInput
 from expertlane.moe.payload import Payload, bytes_of, columns_of, pack, unpack
 
 
@@ -66,7 +65,7 @@ class HierarchicalDispatcher:
     ) -> None:
         self._payload = payload
         self._mesh = mesh
-        self._choice = choice
+        self._choice, self._ops = choice, choice.ops
         self._inter, self._intra = mesh.ep_inter, mesh.ep_intra
         self._num_slots = choice.num_slots
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
@@ -80,8 +79,8 @@ class HierarchicalDispatcher:
     ) -> Steps[tuple[ExpertInput, Forwarded]]:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
         ids, num_slots = self._choice.physical_ids(topk_ids), self._num_slots
-        to_nodes = rows_by_peer(ids, self._intra.size * num_slots, self._inter.size)
-        to_ranks = rows_by_peer(ids, num_slots, self._mesh.layout.ep)
+        to_nodes = self._ops.rows_by_peer(ids, self._intra.size * num_slots, self._inter.size)
+        to_ranks = self._ops.rows_by_peer(ids, num_slots, self._mesh.layout.ep)
         own = torch.cat([to_ranks.counts, to_nodes.counts]).view(1, -1)
         stage = self._mesh.stage
         counting = stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
@@ -97,7 +96,7 @@ class HierarchicalDispatcher:
         intra = None
         if self._intra.size > 1:
             ids, *arrived = unpack(packed, columns)
-            inside = rows_by_peer(ids, num_slots, self._intra.size)
+            inside = self._ops.rows_by_peer(ids, num_slots, self._intra.size)
             packed = pack([inside.ids], arrived, inside.tokens)
             intra = self._intra_hop(inside.places, counts)
             packed = yield self._intra.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
@@ -105,7 +104,7 @@ class HierarchicalDispatcher:
             packed = yield self._mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
         slots, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, x.dtype)
-        pairs = group_pairs(slots, 0, 1, self._num_local_experts)
+        pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         sent = Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
         return ExpertInput.of(rows, pairs), sent
 
@@ -139,11 +138,11 @@ class HierarchicalDispatcher:
 
     def combine(self, sent: Forwarded, results: Tensor) -> Steps[Tensor]:
         """Sum per rank, then per node, then at home."""
-        partial = gather_sum(results, sent.places, sent.weights)
+        partial = self._ops.gather_sum(results, sent.places, sent.weights)
         if self._mesh.layout.etp > 1:
             partial = yield self._mesh.etp.reduce_scatter(partial, sent.rows_of_etp_rank)
         for group, hop in ((self._intra, sent.intra), (self._inter, sent.inter)):
             if hop is not None:
                 back = yield group.all_to_all(partial, hop.receive, hop.send)
-                partial = gather_sum(back, hop.places)
+                partial = self._ops.gather_sum(back, hop.places)
         return partial

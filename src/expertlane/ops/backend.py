@@ -1,114 +1,62 @@
-"""What computes on a CPU: our own kernels where they are available, or torch. Chosen once, here.
+"""Device, dtype, transport and compute backend of a rank: chosen once, and here only.
 
-`EXPERTLANE_BACKEND` is `cpu` for our kernels or `torch`; unset, ours if available.
+`EXPERTLANE_BACKEND` is `cpu` for our own kernels or `torch`; unset, ours if available.
 `EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all of them.
 """
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from expertlane.errors import UserError
 from expertlane.ops.build import AVX512_BF16, BASELINE, BuildError, build
-from expertlane.ops.cpu import CpuKernels
-from expertlane.ops.dispatch import DispatchKernels
+from expertlane.ops.cpu import Bfloat16Backend, CpuBackend
+from expertlane.ops.host import num_cores
+from expertlane.ops.torch_backend import TorchBackend
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SETS = (BASELINE.name, AVX512_BF16.name)
+_TORCH = TorchBackend()
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES = 128 << 20  # at most, on top of a rank's heap
+_LARGEST_KEPT_BYTES = 32 << 20  # glibc's own limit
 
 
-@dataclass(frozen=True)
-class Backend:
-    """Our kernels; None where they are not wanted or not available.
-
-    Attributes:
-        bookkeeping: kernels for the bookkeeping of dispatch; for any CPU.
-        arithmetic: kernels for arithmetic in bfloat16.
-        why_not: why one of them is None, in a line; empty where neither is.
-        is_demanded: whether the user demands our kernels, so that torch must not replace them.
-    """
-
-    bookkeeping: DispatchKernels | None
-    arithmetic: CpuKernels | None
-    why_not: str = ""
-    is_demanded: bool = False
-
-    def refuse_substitute(self) -> None:
-        """Refuse to let torch replace kernels that are missing.
-
-        Raises:
-            UserError: the user demands them.
-        """
-        if self.is_demanded:
-            raise UserError(
-                f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {self.why_not}"
-            )
-
-
-def bookkeeping_for(ids: Tensor) -> DispatchKernels | None:
-    """The kernels for ids like these; None where tensor operations are to be used.
-
-    Raises:
-        UserError: as `backend`; or the kernels are missing, but the user demands them.
-    """
-    if ids.device.type != "cpu":
-        return None
-    chosen = backend()
-    if chosen.bookkeeping is None:
-        chosen.refuse_substitute()
-    return chosen.bookkeeping
-
-
-def arithmetic_for(tensor: Tensor) -> CpuKernels | None:
-    """The kernels for tensors like this one; None where torch's own operations are to be used.
-
-    Raises:
-        UserError: as `backend`; or the kernels are missing, but the user demands them.
-    """
-    is_ours = tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and tensor.numel() > 0
-    if not is_ours:
-        return None
-    chosen = backend()
-    if chosen.arithmetic is None:
-        chosen.refuse_substitute()
-    return chosen.arithmetic
-
-
-@cache
-def backend() -> Backend:
-    """The kernels of this process; compiled if need be.
+def backend_for(device: torch.device) -> TorchBackend:
+    """What computes on a device; on a CPU, our kernels are compiled if need be.
 
     Raises:
         UserError: one of the two variables has a value that is not valid.
     """
-    wanted = demanded_backend()
-    allowed = _allowed_sets()
+    return backend_of_cpu()[0] if device.type == "cpu" else _TORCH
+
+
+@cache
+def backend_of_cpu() -> tuple[TorchBackend, str]:
+    """The best there is; and why it lacks kernels of ours, in a line, empty where it has all."""
+    wanted, allowed = _wanted_backend(), _allowed_sets()
     if wanted == "torch":
-        return Backend(None, None, "EXPERTLANE_BACKEND=torch")
-    is_demanded = wanted == "cpu"
+        return _TORCH, "EXPERTLANE_BACKEND=torch"
     try:
-        library = build(BASELINE)
+        baseline = build(BASELINE)
     except BuildError as error:
-        return Backend(None, None, str(error), is_demanded)
-    bookkeeping = DispatchKernels(library)
+        return _TORCH, str(error)
     try:
         if AVX512_BF16.name not in allowed:
             raise BuildError(f"EXPERTLANE_INSTRUCTIONS leaves {AVX512_BF16.name} out")
-        if not library.has_avx512_bf16():
+        if not baseline.has_avx512_bf16():
             raise BuildError(f"this CPU lacks {AVX512_BF16.name}, which bfloat16 needs")
-        return Backend(bookkeeping, CpuKernels(build(AVX512_BF16)), is_demanded=is_demanded)
+        return Bfloat16Backend(baseline, build(AVX512_BF16)), ""
     except BuildError as error:
-        return Backend(bookkeeping, None, str(error), is_demanded)
+        return CpuBackend(baseline), str(error)
 
 
-def demanded_backend() -> str | None:
-    """The value of EXPERTLANE_BACKEND, `cpu` or `torch`; None where it is unset.
-
-    Raises:
-        UserError: it has another value.
-    """
+def _wanted_backend() -> str | None:
     value = os.environ.get("EXPERTLANE_BACKEND") or None
     if value not in (None, "cpu", "torch"):
         raise UserError(f"EXPERTLANE_BACKEND is {value!r}; valid: cpu, torch")
@@ -122,3 +70,70 @@ def _allowed_sets() -> frozenset[str]:
         if name not in _SETS:
             raise UserError(f"EXPERTLANE_INSTRUCTIONS names {name!r}; valid: {', '.join(_SETS)}")
     return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where a rank computes and how it communicates.
+
+    Attributes:
+        transport: torch.distributed's name of it.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
+            where ours would have been better.
+    """
+
+    device: torch.device
+    transport: str
+    dtype: torch.dtype
+    device_name: str
+    kernels: str
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as a user writes it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | None) -> Platform:
+    """One GPU a rank with NCCL and float16 where there are enough; else CPU, gloo and float32.
+
+    Raises:
+        UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
+            kernels that the user demands are not available.
+    """
+    has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
+    if has_gpus and _wanted_backend() != "cpu":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name(device)
+        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name, "torch")
+    if dtype_name == "float16":
+        raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
+    _keep_freed_memory()
+    # No more than OMP_NUM_THREADS either, which torch took at its import.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
+    device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
+    # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
+    return Platform(device, "gloo", dtype, "CPU", _kernels_of_cpu(dtype))
+
+
+def _kernels_of_cpu(dtype: torch.dtype) -> str:
+    backend, why_not = backend_of_cpu()
+    if isinstance(backend, CpuBackend) and dtype is not torch.bfloat16:
+        return "torch"  # and our bookkeeping: all that there is for it
+    if isinstance(backend, Bfloat16Backend):
+        return "expertlane"
+    if _wanted_backend() == "cpu":
+        raise UserError(f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {why_not}")
+    return f"torch ({why_not})"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the buffers of one step for the next, in place of fresh pages each time.
+
+    Other C libraries have no `mallopt`, or ignore it.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -1,131 +1,138 @@
-"""Our own CPU kernels in bfloat16, for tensors; `ops/backend.py` says where they are used."""
+"""Our own C++ behind the same operations as torch's, which compute what ours do not cover.
+
+Only `ops/backend.py` chooses among these.
+"""
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from expertlane.ops.experts import Activation, ApplyExperts, Expert
+from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.linear import Linear
+from expertlane.ops.torch_backend import PairGroups, PeerRows, TorchBackend
+
 _LANES = 16
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "f": ctypes.c_float,
+}
 
 
-class CpuKernels:
-    """`products.cpp`, `attention.cpp` and `rows.cpp`.
+def _function(library: ctypes.CDLL, name: str, arguments: str, result: Any = None) -> Any:
+    """A function of a library, with a letter for each of its arguments' types."""
+    function = getattr(library, name)
+    function.argtypes = [_TYPES[letter] for letter in arguments]
+    function.restype = result
+    return function
 
-    Every tensor is bfloat16, on the CPU, and contiguous unless a stride is named.
-    """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
-        self._linear, self._experts = library.linear, library.experts
-        self._attention, self._rotate = library.attention, library.rotate
-        self._rms_norm = library.rms_norm
-        self._weighted_sum, self._sum_parts = library.weighted_sum, library.sum_parts
-        for function, signature in (
-            (self._linear, "pnnpnnpp"),
-            (self._experts, "pnpppnpppnnpp"),
-            (self._attention, "pnpppnpppnnnnnnfnpp"),
-            (self._rotate, "pnnnnnppn"),
-            (self._rms_norm, "pnnnnpfpn"),
-            (self._weighted_sum, "pppnnnp"),
-            (self._sum_parts, "pnnp"),
-        ):
-            function.argtypes = [kinds[letter] for letter in signature]  # type: ignore[misc]
-            function.restype = None
+class CpuBackend(TorchBackend):
+    """The bookkeeping of dispatch (`dispatch.cpp`), for any CPU."""
 
-    @staticmethod
-    def pack(weight: Tensor) -> Tensor:
-        """A matrix [n, k], k even, as the kernels read it: [n / 16, k / 2, 16, 2], n padded."""
-        n, k = weight.shape
-        missing = -n % _LANES
-        if missing:
-            weight = torch.cat([weight, weight.new_zeros(missing, k)])
-        return weight.view(-1, _LANES, k // 2, 2).transpose(1, 2).contiguous()
+    def __init__(self, baseline: ctypes.CDLL) -> None:
+        self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
+        self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
+        self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)
 
-    def linear(self, x: Tensor, packed: Tensor, n: int, bias: Tensor | None) -> Tensor:
-        """[m, n] of x [m, k] and a packed [n, k].
-
-        Args:
-            x: rows may be apart.
-            bias: [n] float32.
-        """
-        m, k = x.shape
-        out = x.new_empty(m, n)
-        if m:
-            x = x if x.stride(1) == 1 else x.contiguous()
-            shift = None if bias is None else bias.data_ptr()
-            self._linear(
-                x.data_ptr(), x.stride(0), m, packed.data_ptr(), n, k, shift, out.data_ptr()
-            )
-        return out
-
-    def experts(
-        self,
-        rows: Tensor,
-        row_of_pair: Tensor,
-        result_of_pair: Tensor,
-        ends: Sequence[int],
-        gate: "Pointers | None",
-        up: "Pointers",
-        down: "Pointers",
-        inner: int,
+    def choose_copies(
+        self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
     ) -> Tensor:
-        """MLPs side by side: SiLU(gate) · up, or GELU(up) without a gate; then down.
+        assert topk_ids.dtype is torch.int64, "kernels take its memory as it is"
+        topk_ids = topk_ids.contiguous()
+        physical = torch.empty(topk_ids.shape, dtype=torch.int32)
+        self._choose_copies(
+            *(topk_ids.data_ptr(), topk_ids.numel(), table.data_ptr(), table.shape[1]),
+            *(num_copies.data_ptr(), len(num_copies), first, physical.data_ptr()),
+        )
+        return physical
 
-        Args:
-            rows: [num_rows, hidden_size]; may be apart.
-            row_of_pair, result_of_pair: [num_pairs] int64, grouped by expert; the row that each
-                pair takes, and the one that it gives.
-            ends: [num_experts]; where each expert's pairs end.
-            gate, up, down: packed matrices of the experts, `inner` a multiple of 32.
+    def rows_by_peer(self, ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
+        num_tokens, top_k = ids.shape
+        most = num_tokens * min(top_k, num_peers)
+        counts, tokens = (torch.empty(num, dtype=torch.int64) for num in (num_peers, most))
+        ids_there = torch.empty(most, top_k, dtype=torch.int32)
+        places = torch.empty(num_tokens, num_peers, dtype=torch.int64)
+        num_rows = self._rows_by_peer(
+            *(ids.data_ptr(), ids.stride(0), num_tokens, top_k, divisor, num_peers),
+            *(counts.data_ptr(), tokens.data_ptr(), ids_there.data_ptr(), places.data_ptr()),
+        )
+        return PeerRows(counts, tokens[:num_rows], ids_there[:num_rows], places)
 
-        Returns:
-            [num_pairs, hidden_size].
-        """
-        num_pairs, hidden = len(row_of_pair), rows.shape[1]
-        out, scratch = rows.new_empty(num_pairs, hidden), rows.new_empty(num_pairs, inner)
-        ends_array = (ctypes.c_int64 * len(ends))(*ends)
-        if num_pairs:
-            self._experts(
-                *(rows.data_ptr(), rows.stride(0), row_of_pair.data_ptr()),
-                *(result_of_pair.data_ptr(), ends_array, len(ends)),
-                *(None if gate is None else gate.array, up.array, down.array),
-                *(hidden, inner, scratch.data_ptr(), out.data_ptr()),
-            )
-        return out
+    def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
+        num_rows, top_k = ids.shape
+        counts = torch.empty(num_groups, dtype=torch.int64)
+        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64)
+        numbers = torch.empty(num_rows, top_k, dtype=torch.int64)
+        num_pairs = self._group_pairs(
+            *(ids.data_ptr(), ids.stride(0), num_rows, top_k, first, divisor, num_groups),
+            *(counts.data_ptr(), rows.data_ptr(), order.data_ptr(), numbers.data_ptr()),
+        )
+        return PairGroups(counts, rows[:num_pairs], order[:num_pairs], numbers)
 
-    def attention(
+
+class Bfloat16Backend(CpuBackend):
+    """Arithmetic in bfloat16 too (`products.cpp`, `attention.cpp`, `rows.cpp`)."""
+
+    def __init__(self, baseline: ctypes.CDLL, avx512_bf16: ctypes.CDLL) -> None:
+        super().__init__(baseline)
+        self._linear = _function(avx512_bf16, "linear", "pnnpnnpp")
+        self._experts = _function(avx512_bf16, "experts", "pnpppnpppnnpp")
+        self._attention = _function(avx512_bf16, "attention", "pnpppnpppnnnnnnfnpp")
+        self._rotate = _function(avx512_bf16, "rotate", "pnnnnnppn")
+        self._rms_norm = _function(avx512_bf16, "rms_norm", "pnnnnpfpn")
+        self._weighted_sum = _function(avx512_bf16, "weighted_sum", "pppnnnp")
+        self._sum_parts = _function(avx512_bf16, "sum_parts", "pnnp")
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():
+            return super().linear(weight, bias)
+        return PackedLinear(weight, None if bias is None else bias.float(), self._linear)
+
+    def experts(self, held: Sequence[Expert], activation: Activation) -> ApplyExperts:
+        linears = [linear for expert in held for linear in expert.linears]
+        suits = (
+            held[0].up.out_features % 32 == 0
+            and all(isinstance(each, PackedLinear) and each.bias is None for each in linears)
+            and activation.is_plain(is_gated=held[0].gate is not None)
+        )
+        return _PackedExperts(held, self._experts) if suits else super().experts(held, activation)
+
+    def paged_attention(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor | None,
-        sequences: "PagedSequences",
+        key: Tensor,
+        value: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
         *,
         value_dim: int,
         scale: float,
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Causal attention of new tokens over a paged cache that holds theirs already.
-
-        Args:
-            query: [num_tokens, num_heads, key_dim]; tokens may be apart. key_dim is a multiple
-                of 32, value_dim of 16.
-            keys, values: [num_blocks, block_size, num_kv_heads, …]; values None where they are
-                the first `value_dim` of the keys.
-            window: the latest positions seen; None for all.
-            sinks: [num_heads] float32.
-
-        Returns:
-            [num_tokens, num_heads, value_dim].
-        """
         num_tokens, num_heads, key_dim = query.shape
+        keys, values = cache.keys, cache.values
+        if keys.dtype is not torch.bfloat16 or key_dim % 32 or value_dim % 16:
+            return super().paged_attention(
+                *(query, key, value, cache, batch),
+                value_dim=value_dim,
+                scale=scale,
+                window=window,
+                sinks=sinks,
+            )
+        cache.write(batch.slots, key, value)
         out = query.new_empty(num_tokens, num_heads, value_dim)
+        sequences = batch.sequences
         tables = sequences.block_tables
         self._attention(
             *(query.data_ptr(), query.stride(0), keys.data_ptr()),
-            *(None if values is None else values.data_ptr(), tables.data_ptr(), tables.shape[1]),
+            *(values.data_ptr() if values.shape[-1] else None, tables.data_ptr(), tables.shape[1]),
             *(sequences.first_tokens.data_ptr(), sequences.num_scheduled.data_ptr()),
             *(sequences.lengths.data_ptr(), len(tables), num_heads, keys.shape[2]),
             *(key_dim, value_dim, keys.shape[1], scale, window or 0),
@@ -133,30 +140,10 @@ class CpuKernels:
         )
         return out
 
-    def rotate(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        interleave: bool,
-    ) -> None:
-        """Turn heads in place.
-
-        Args:
-            x: [num_tokens, num_heads, head_dim]; tokens may be apart.
-            cos, sin: [num_tokens, 1, rotary_dim] float32.
-            interleave: pairs are (2i, 2i + 1); they come out as (i, i + rotary_dim / 2).
-        """
-        num_tokens, num_heads, head_dim = x.shape
-        self._rotate(
-            *(x.data_ptr(), x.stride(0), num_tokens, num_heads, head_dim, cos.shape[-1]),
-            *(cos.data_ptr(), sin.data_ptr(), interleave),
-        )
-
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[num_rows, size] of rows [num_rows, size]; size a multiple of 16, weight float32."""
         num_rows, size = x.shape
+        if x.dtype is not torch.bfloat16 or size % 16 or x.stride(1) != 1:
+            return super().rms_norm(x, weight, eps)
         out = x.new_empty(num_rows, size)
         self._rms_norm(
             *(x.data_ptr(), x.stride(0), num_rows, 1, size, weight.data_ptr(), eps),
@@ -164,61 +151,112 @@ class CpuKernels:
         )
         return out
 
-    def rms_norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> None:
-        """Norm each head in place.
-
-        Args:
-            x: [num_tokens, num_heads, head_dim]; tokens may be apart, head_dim a multiple of 16.
-            weight: [num_heads, head_dim] float32.
-        """
+    def rms_norm_heads_(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         num_tokens, num_heads, head_dim = x.shape
+        if x.dtype is not torch.bfloat16 or head_dim % 16:
+            return super().rms_norm_heads_(x, weight, eps)
         self._rms_norm(
             *(x.data_ptr(), x.stride(0), num_tokens, num_heads, head_dim),
             *(weight.data_ptr(), eps, x.data_ptr(), x.stride(0)),
         )
+        return x
 
-    def weighted_sum(self, rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
-        """[num_sums, size]; the rows `places` of each sum, times their weights.
+    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+        if x.dtype is not torch.bfloat16:
+            return super().rotate_(x, cos, sin, interleave=interleave)
+        num_tokens, num_heads, head_dim = x.shape
+        self._rotate(
+            *(x.data_ptr(), x.stride(0), num_tokens, num_heads, head_dim, cos.shape[-1]),
+            *(cos.data_ptr(), sin.data_ptr(), interleave),
+        )
+        return x
 
-        Args:
-            rows: [num_rows, size], size a multiple of 16.
-            places: [num_sums, most_rows] int64; -1 for none.
-            weights: [num_sums, most_rows] float32; None for ones.
-        """
-        num_sums, most_rows = places.shape
-        out = rows.new_empty(num_sums, rows.shape[1])
+    def gather_sum(self, values: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+        size = values.shape[1]
+        if values.dtype is not torch.bfloat16 or size % 16:
+            return super().gather_sum(values, places, weights)
+        places, weights = places.contiguous(), None if weights is None else weights.contiguous()
+        out = values.new_empty(len(places), size)
         self._weighted_sum(
-            *(rows.data_ptr(), places.data_ptr(), None if weights is None else weights.data_ptr()),
-            *(num_sums, most_rows, rows.shape[1], out.data_ptr()),
+            *(values.data_ptr(), places.data_ptr()),
+            *(None if weights is None else weights.data_ptr(), *places.shape, size, out.data_ptr()),
         )
         return out
 
     def sum_parts(self, rows: Tensor, num_parts: int) -> Tensor:
-        """[num_rows / num_parts, size]; the sum of equal parts of rows [num_rows, size]."""
+        if rows.dtype is not torch.bfloat16:
+            return super().sum_parts(rows, num_parts)
         out = rows.new_empty(len(rows) // num_parts, rows.shape[1])
         self._sum_parts(rows.data_ptr(), num_parts, out.numel(), out.data_ptr())
         return out
 
 
-class PagedSequences(NamedTuple):
-    """Where sequences' new tokens are, and their blocks; all int64.
+class PackedLinear(Linear):
+    """The weight [n, k], k even, as our kernels read it: [n / 16, k / 2, 16, 2], n padded.
 
-    Attributes:
-        block_tables: [num_seqs, num_blocks_per_seq].
-        first_tokens: [num_seqs]; where the new tokens of each begin.
-        num_scheduled: [num_seqs]; how many new tokens each has.
-        lengths: [num_seqs]; positions of each, the new ones included.
+    Args:
+        bias: [n] float32.
+        function: the kernel.
     """
 
-    block_tables: Tensor
-    first_tokens: Tensor
-    num_scheduled: Tensor
-    lengths: Tensor
+    def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
+        super().__init__(weight, bias)
+        self._function = function
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        n, k = weight.shape
+        missing = -n % _LANES
+        if missing:
+            weight = torch.cat([weight, weight.new_zeros(missing, k)])
+        return weight.view(-1, _LANES, k // 2, 2).transpose(1, 2).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m, k = x.shape
+        out = x.new_empty(m, self.out_features)
+        if m:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            shift = None if self.bias is None else self.bias.data_ptr()
+            self._function(
+                *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
+                *(shift, out.data_ptr()),
+            )
+        return out
 
 
-class Pointers:
-    """Where packed matrices lie; keeps them alive."""
+class _PackedExperts:
+    """An `ApplyExperts` in one call: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
-    def __init__(self, packed: Sequence[Tensor]) -> None:
-        self._packed = packed
-        self.array = (ctypes.c_void_p * len(packed))(*(matrix.data_ptr() for matrix in packed))
+    Args:
+        held: of packed weights without biases, their inner width a multiple of 32.
+        function: the kernel.
+    """
+
+    def __init__(self, held: Sequence[Expert], function: Any) -> None:
+        self._held, self._function = held, function  # kept alive
+        self._inner = held[0].up.out_features
+        gates = [expert.gate for expert in held if expert.gate is not None]
+        self._matrices = (
+            _pointers(gates) if gates else None,
+            _pointers([expert.up for expert in held]),
+            _pointers([expert.down for expert in held]),
+        )
+
+    def __call__(
+        self, rows: Tensor, row_of_pair: Tensor, result_of_pair: Tensor, num_tokens: Tensor
+    ) -> Tensor:
+        num_pairs, hidden = len(row_of_pair), rows.shape[1]
+        out, scratch = rows.new_empty(num_pairs, hidden), rows.new_empty(num_pairs, self._inner)
+        if num_pairs:
+            ends = num_tokens.cumsum(0)
+            self._function(
+                *(rows.data_ptr(), rows.stride(0), row_of_pair.data_ptr()),
+                *(result_of_pair.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
+                *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
+            )
+        return out
+
+
+def _pointers(linears: Sequence[Linear]) -> Any:
+    """Where their packed weights lie."""
+    return (ctypes.c_void_p * len(linears))(*(linear.weight.data_ptr() for linear in linears))

@@ -20,19 +20,13 @@ from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore
 from expertlane.engine.measure.points import Point
 from expertlane.engine.worker import RankContext
-from expertlane.model.attention import PagedHeads
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.kv_cache import KVCache
-from expertlane.model.norm import rms_norm
-from expertlane.model.rotary import RotaryEmbedding
-from expertlane.moe.dispatch import ExpertInput
-from expertlane.moe.experts import Activation, Expert, Experts
-from expertlane.moe.grouping import group_pairs
+from expertlane.moe.experts import ExpertInput, Experts
+from expertlane.ops.backend import DTYPES, backend_for
+from expertlane.ops.experts import Activation, Expert
+from expertlane.ops.kv_cache import KVCache, PagedBatch
 from expertlane.ops.linear import Linear
-from expertlane.ops.platform import DTYPES
 from expertlane.schedule.plan import Batch
-from expertlane.spec.layout import Coordinates, Layout
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.layout import Layout
 
 ItemT = TypeVar("ItemT")
 
@@ -185,7 +179,7 @@ def _gemm(bench: _Bench, point: Point) -> Callable[[], object]:
 def _linears(bench: _Bench, dtype: str, n: int, k: int) -> Iterator[Linear]:
     """Products [n, k] whose weights are used in turn."""
     device = bench.context.platform.device
-    first = Linear(torch.zeros(n, k, dtype=DTYPES[dtype], device=device))
+    first = backend_for(device).linear(torch.zeros(n, k, dtype=DTYPES[dtype], device=device))
     views = bench.turns(tuple(first.tensors()[0].shape), dtype)
     size = first.num_bytes
     num = min(_MOST_SETS, max(1, len(bench.cold[dtype]) * first.itemsize // size))
@@ -211,7 +205,7 @@ def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
     pairs = at["pairs"]
     rows = torch.full((pairs, hidden), 0.5, dtype=dtype, device=device)
     ids = (torch.arange(pairs, device=device) % active).int()[:, None]
-    arrived = ExpertInput.of(rows, group_pairs(ids, 0, 1, active))
+    arrived = ExpertInput.of(rows, backend_for(device).group_pairs(ids, 0, 1, active))
     return lambda: next(sets).forward(arrived)
 
 
@@ -225,7 +219,8 @@ def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
     device = bench.context.platform.device
     x = torch.full((num_rows, size), 0.5, dtype=dtype, device=device)
     weight = torch.ones(size, device=device)
-    return lambda: rms_norm(x, weight, 1e-6)
+    ops = backend_for(device)
+    return lambda: ops.rms_norm(x, weight, 1e-6)
 
 
 def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
@@ -237,14 +232,20 @@ def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
     value_dim = at["value_dim"] if is_latent else key_dim
     seqs, tokens = at["seqs"], at.get("tokens", at["seqs"])
     length, num_new = at["positions"] // seqs, tokens // seqs
-    paged = _paged_heads(bench, heads, key_dim, value_dim, length)
     cache, num_blocks, num_sets = _cache(bench, point, length, key_dim, value_dim)
+    ops = backend_for(device)
     batches = [_batch(seqs, num_new, length, each * num_blocks, device) for each in range(num_sets)]
     turns = cycle(batches)
     query = torch.full((tokens, heads, key_dim), 0.1, dtype=dtype, device=device)
     key = torch.full((tokens, kv_heads, key_dim), 0.1, dtype=dtype, device=device)
     value = torch.full((tokens, kv_heads, cache.values.shape[-1]), 0.1, dtype=dtype, device=device)
-    return lambda: paged.attend_paged(next(turns), cache, query, key, value)
+    return lambda: ops.paged_attention(
+        *(query, key, value, cache, next(turns)),
+        value_dim=value_dim,
+        scale=key_dim**-0.5,
+        window=None,
+        sinks=None,
+    )
 
 
 def _cache(
@@ -276,7 +277,7 @@ def _cache(
 
 def _batch(
     seqs: int, num_new: int, length: int, first_block: int, device: torch.device
-) -> ForwardBatch:
+) -> PagedBatch:
     """Equal sequences, with all that is made once for all layers."""
     width = -(-length // _BLOCK_SIZE)
     tables = np.arange(seqs * width, dtype=np.int32).reshape(seqs, width) + first_block
@@ -288,34 +289,12 @@ def _batch(
         block_tables=tables,
         yields_token=np.ones(seqs, dtype=np.bool_),
     )
-    made = ForwardBatch([batch], Layout(), Coordinates(0, 0, 0, 0, 0, 0), device, _BLOCK_SIZE)
+    made = PagedBatch(batch, _BLOCK_SIZE, device)
     assert len(made.slots), "made once"
     if device.type == "cpu":
-        assert len(made.paged_sequences.lengths), "made once"
-    assert made.attention_groups, "made once"
+        assert len(made.sequences.lengths), "made once"
+    assert made.groups, "made once"
     return made
-
-
-def _paged_heads(
-    bench: _Bench, heads: int, key_dim: int, value_dim: int, length: int
-) -> PagedHeads:
-    model = ModelConfig(
-        name="calibrate",
-        num_hidden_layers=1,
-        hidden_size=64,
-        num_attention_heads=heads,
-        head_dim=key_dim,
-        num_experts=1,
-        num_experts_per_tok=1,
-        moe_intermediate_size=64,
-        vocab_size=64,
-        max_position_embeddings=length,
-    )
-    device = bench.context.platform.device
-    recorder = Recorder(0, 1, 1, bench.context.progress, clock_for(device), 1)
-    paged = PagedHeads(model, 0, RotaryEmbedding(model, device), recorder)
-    paged.value_dim = value_dim
-    return paged
 
 
 _WORK: dict[Kind, Callable[[_Bench, Point], Callable[[], object]]] = {

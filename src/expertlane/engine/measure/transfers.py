@@ -13,7 +13,7 @@ from expertlane.engine.commands import MeasureContention, MeasureTransfers
 from expertlane.engine.measure.operations import barrier, first_ranks
 from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.worker import RankContext
-from expertlane.ops.linear import Linear
+from expertlane.ops.backend import backend_for
 
 _LEAST, _MOST = 5, 60  # repetitions in a round
 _ROW_BYTES = 64
@@ -79,7 +79,8 @@ def _contention(context: RankContext, group: Group, num_bytes: int, point_s: flo
     rows = torch.zeros(size * max(1, num_bytes // _ROW_BYTES), _ROW_BYTES, device=device)
     rows = rows.to(torch.uint8)
     of_all = [len(rows) // size] * size
-    linear = Linear(torch.zeros(512, 512, dtype=context.platform.dtype, device=device))
+    weight = torch.zeros(512, 512, dtype=context.platform.dtype, device=device)
+    linear = backend_for(device).linear(weight)
     x = torch.zeros(64, 512, dtype=context.platform.dtype, device=device)
 
     def finish() -> None:

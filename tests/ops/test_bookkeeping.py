@@ -1,94 +1,69 @@
-"""Rows by peer and pairs by expert, by hand; our kernels and tensor operations alike."""
-
-from contextlib import contextmanager
+"""The bookkeeping of dispatch by hand: rows by peer, pairs by expert; every backend alike."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.moe import grouping
-from expertlane.moe.dispatch import ExpertInput
-from expertlane.moe.grouping import (
-    choose_copies,
-    gather_sum,
-    group_pairs,
-    inverse,
-    rows_by_peer,
-    stable_order,
-)
-from expertlane.ops.backend import backend
+from expertlane.moe.experts import ExpertInput
+from expertlane.ops.backend import backend_for
+from expertlane.ops.torch_backend import TorchBackend, inverse, stable_order
 
 pytestmark = pytest.mark.numerical
 
 X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
+TORCH, CHOSEN = TorchBackend(), backend_for(torch.device("cpu"))
 
 
-@contextmanager
-def without_kernels():
-    bookkeeping_for = grouping.bookkeeping_for
-    grouping.bookkeeping_for = lambda ids: None
-    try:
-        yield
-    finally:
-        grouping.bookkeeping_for = bookkeeping_for
-
-
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
-def implementation(request):
-    if request.param == "kernels":
-        if backend().bookkeeping is None:
-            pytest.skip(backend().why_not)
-        yield
-    else:
-        with without_kernels():
-            yield
+@pytest.fixture(params=[TORCH, CHOSEN], ids=lambda backend: type(backend).__name__)
+def ops(request):
+    return request.param
 
 
 def ids(*rows):
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def test_pairs_by_expert():
-    pairs = group_pairs(ids([1, -1], [0, 1], [-1, -1]), 0, 1, 3)
+def test_pairs_by_expert(ops):
+    pairs = ops.group_pairs(ids([1, -1], [0, 1], [-1, -1]), 0, 1, 3)
     arrived = ExpertInput.of(X, pairs)
     # Expert 0 has row 1; expert 1 has rows 0 and 1; the third has none.
     assert arrived.by_expert().tolist() == [[2, 20], [1, 10], [2, 20]]
-    assert arrived.num_tokens_per_expert == [1, 2, 0]
+    assert arrived.num_tokens_per_expert.tolist() == [1, 2, 0]
     assert arrived.result_of_pair.tolist() == [1, 0, 2]
     assert pairs.numbers.tolist() == [[0, -1], [1, 2], [-1, -1]]
     weights = torch.tensor([[0.5, 9], [0.25, 0.75], [9, 9]])
     results = torch.tensor([[1.0, 10], [2, 20], [2, 20]])  # by row, then choice
-    assert gather_sum(results, pairs.numbers, weights).tolist() == [[0.5, 5], [2, 20], [0, 0]]
-    assert gather_sum(results, pairs.numbers).tolist() == [[1, 10], [4, 40], [0, 0]]
+    assert ops.gather_sum(results, pairs.numbers, weights).tolist() == [[0.5, 5], [2, 20], [0, 0]]
+    assert ops.gather_sum(results, pairs.numbers).tolist() == [[1, 10], [4, 40], [0, 0]]
 
 
-def test_pairs_of_some_experts_only():
-    pairs = group_pairs(ids([3, 4], [5, 2], [4, -1], [6, 9]), 4, 1, 2)  # of experts 4 and 5
+def test_pairs_of_some_experts_only(ops):
+    pairs = ops.group_pairs(ids([3, 4], [5, 2], [4, -1], [6, 9]), 4, 1, 2)  # of experts 4 and 5
     assert pairs.counts.tolist() == [2, 1]
     assert pairs.rows.tolist() == [0, 2, 1]
     assert pairs.order.tolist() == [0, 2, 1]
     assert pairs.numbers.tolist() == [[-1, 0], [1, -1], [2, -1], [-1, -1]]
 
 
-def test_pairs_by_rank():
-    pairs = group_pairs(ids([3, 0], [2, 1]), 0, 2, 2)  # two slots a rank
+def test_pairs_by_rank(ops):
+    pairs = ops.group_pairs(ids([3, 0], [2, 1]), 0, 2, 2)  # two slots a rank
     assert pairs.counts.tolist() == [2, 2]
     assert inverse(pairs.order).view(2, 2).tolist() == [[2, 0], [3, 1]]
 
 
 @pytest.mark.parametrize("num_rows", [0, 2])
-def test_no_pair(num_rows):
-    pairs = group_pairs(torch.full((num_rows, 2), -1, dtype=torch.int32), 0, 1, 2)
+def test_no_pair(ops, num_rows):
+    pairs = ops.group_pairs(torch.full((num_rows, 2), -1, dtype=torch.int32), 0, 1, 2)
     arrived = ExpertInput.of(X[:num_rows], pairs)
     assert arrived.by_expert().shape == (0, 2)
-    assert arrived.num_tokens_per_expert == [0, 0]
-    assert gather_sum(arrived.by_expert(), pairs.numbers).tolist() == [[0, 0]] * num_rows
+    assert arrived.num_tokens_per_expert.tolist() == [0, 0]
+    assert ops.gather_sum(arrived.by_expert(), pairs.numbers).tolist() == [[0, 0]] * num_rows
 
 
-def test_rows_by_peer():
+def test_rows_by_peer(ops):
     # Three slots a peer: the first token goes to peer 1 for two of them, the second to both.
-    rows = rows_by_peer(ids([5, 3], [4, 0], [1, -1]), 3, 3)
+    rows = ops.rows_by_peer(ids([5, 3], [4, 0], [1, -1]), 3, 3)
     assert rows.counts.tolist() == [2, 2, 0]
     assert rows.tokens.tolist() == [1, 2, 0, 1]
     assert rows.ids.tolist() == [[-1, 0], [1, -1], [2, 0], [1, -1]]
@@ -96,28 +71,28 @@ def test_rows_by_peer():
     assert rows.places.tolist() == [[-1, 2, -1], [0, 3, -1], [1, -1, -1]]
 
 
-def test_no_row_for_any_peer():
-    rows = rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2)
+def test_no_row_for_any_peer(ops):
+    rows = ops.rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2)
     assert rows.counts.tolist() == [0, 0]
     assert [part.shape for part in (rows.tokens, rows.ids, rows.places)] == [(0,), (0, 2), (0, 2)]
 
 
-def test_copies_take_turns():
+def test_copies_take_turns(ops):
     # Expert 0 has the physical ids 4, 7 and 9 (the last not to be used), expert 1 only 2.
     table, num_copies = torch.tensor([[4, 7, 9], [2, 2, 2]]), torch.tensor([2, 1])
     topk_ids = torch.tensor([[0, 1], [1, 0], [0, 1]])
-    assert choose_copies(topk_ids, table, num_copies, 0).tolist() == [[4, 2], [2, 7], [4, 2]]
-    assert choose_copies(topk_ids, table, num_copies, 1).tolist() == [[7, 2], [2, 4], [7, 2]]
-    assert choose_copies(topk_ids[:0], table, num_copies, 1).shape == (0, 2)
+    assert ops.choose_copies(topk_ids, table, num_copies, 0).tolist() == [[4, 2], [2, 7], [4, 2]]
+    assert ops.choose_copies(topk_ids, table, num_copies, 1).tolist() == [[7, 2], [2, 4], [7, 2]]
+    assert ops.choose_copies(topk_ids[:0], table, num_copies, 1).shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
-def test_ids_of_another_type_are_refused(dtype):
+def test_ids_of_another_type_are_refused(ops, dtype):
     table, num_copies = torch.tensor([[4, 7], [2, 2]]), torch.tensor([2, 1])
     for num_tokens in (0, 1):
         topk_ids = torch.zeros(num_tokens, 2, dtype=dtype)
         with pytest.raises(AssertionError, match="take its memory as it is"):
-            choose_copies(topk_ids, table, num_copies, 0)
+            ops.choose_copies(topk_ids, table, num_copies, 0)
 
 
 @pytest.mark.parametrize("num_values", [3, 300, 70_000])
@@ -129,14 +104,14 @@ def test_orders(num_values):
     assert order[inverse(order)].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_sums_in_bfloat16_are_those_in_float32():
+def test_sums_in_bfloat16_are_those_in_float32(ops):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(6, 32, generator=generator).bfloat16()
     places = torch.tensor([[0, 5, -1], [-1, -1, -1], [3, 3, 1]])
     weights = torch.rand(3, 3, generator=generator)
-    ours = gather_sum(values, places, weights)
+    ours = ops.gather_sum(values, places, weights)
     assert ours.dtype is torch.bfloat16
-    exact = gather_sum(values.float(), places, weights)
+    exact = ops.gather_sum(values.float(), places, weights)
     torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=2**-8)
     assert ours[1].abs().max() == 0
 
@@ -149,7 +124,7 @@ def test_sums_in_bfloat16_are_those_in_float32():
     num_peers=st.integers(1, 6),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_kernels_are_tensor_operations(num_rows, top_k, divisor, num_peers, seed):
+def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers, seed):
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randint(-1, divisor * num_peers, (num_rows, top_k + 2), generator=generator).int()
     some_ids, first = wide[:, 1:-1], seed % 3
@@ -158,15 +133,12 @@ def test_kernels_are_tensor_operations(num_rows, top_k, divisor, num_peers, seed
     num_copies = torch.randint(1, most_copies + 1, (experts,), generator=generator)
     topk_ids = torch.randint(0, experts, (num_rows, top_k), generator=generator)
 
-    def found():
-        rows = rows_by_peer(some_ids, divisor, num_peers)
-        pairs = group_pairs(some_ids, first, divisor, max(1, num_peers - 1))
-        copies = choose_copies(topk_ids, table, num_copies, first)
+    def found(ops):
+        rows = ops.rows_by_peer(some_ids, divisor, num_peers)
+        pairs = ops.group_pairs(some_ids, first, divisor, max(1, num_peers - 1))
+        copies = ops.choose_copies(topk_ids, table, num_copies, first)
         return [*vars(rows).values(), *vars(pairs).values(), copies]
 
-    ours = found()
-    with without_kernels():
-        theirs = found()
-    for one, other in zip(ours, theirs, strict=True):
+    for one, other in zip(found(CHOSEN), found(TORCH), strict=True):
         assert torch.equal(one, other)
         assert one.dtype is other.dtype

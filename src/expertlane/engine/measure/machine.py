@@ -1,18 +1,55 @@
-"""What the machine at hand can do at best."""
+"""What a rank sees of the machine it runs on, and what that can do at best."""
 
+import os
+import platform
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from expertlane.engine.commands import MeasureRates, RankRates
+from expertlane.engine.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
 from expertlane.engine.worker import RankContext
+from expertlane.ops import host
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192
 _READ_BYTES = 128 * 2**20  # larger than a core's share of any cache
 _GPU_READ_BYTES = 2**31
 _MEASURE_S = 0.6
+
+
+def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
+    """What is there."""
+    chosen = context.platform
+    if chosen.device.type == "cuda":
+        free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
+    else:
+        free_bytes, memory_bytes = host.memory_bytes()
+    return RankMachine(
+        host=socket.gethostname(),
+        num_cores=host.num_cores(),
+        cpu_name=_cpu_name(),
+        device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
+        backend=chosen.transport,
+        dtype=chosen.dtype_name,
+        kernels=chosen.kernels,
+        torch_version=str(torch.__version__),  # its own class would bring torch along
+        memory_bytes=memory_bytes,
+        free_bytes=free_bytes,
+        ranks_per_node=context.settings.num_local_ranks,
+        num_idle_gpus=torch.cuda.device_count() if chosen.device.type == "cpu" else 0,
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or os.uname().machine
 
 
 def measure_rates(context: RankContext, _: MeasureRates) -> RankRates:

@@ -86,6 +86,10 @@ class AttentionGroup:
         mask.masked_fill_(torch.from_numpy(~visible), -torch.inf)
         return mask[:, None].to(self._device)
 
+    def by_head(self, x: Tensor) -> Tensor:
+        """[num_seqs, num_heads, num_scheduled, …] of the group's tokens [num_tokens, heads, …]."""
+        return x.view(self.num_seqs, self.num_scheduled, *x.shape[1:]).transpose(1, 2)
+
 
 def attention_groups(batch: Batch, block_size: int, device: torch.device) -> list[AttentionGroup]:
     """The batch's sequences in few groups.

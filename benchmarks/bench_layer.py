@@ -1,0 +1,220 @@
+"""Decode steps and prompts of one layer, as a rank alone runs it: on the GPU, or on the CPU.
+
+One decoder layer with embedding and head, random weights, no launcher and no transfers. A time is
+the median of repeated steps, by the host's clock with the device's work done; `read` are the bytes
+of weights and of keys and values that the step has to read, by the recorder's own count. Then the
+layer's experts alone, as the engine applies them and one after the other.
+
+    python benchmarks/bench_layer.py [--device cpu] [--quick] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from expertlane import __version__
+from expertlane.balance.placement import Placement
+from expertlane.comm.clock import clock_for
+from expertlane.comm.interleave import interleave
+from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.tensors import tensor_shape
+from expertlane.model.transformer import TransformerStage
+from expertlane.model.weights import WeightSource
+from expertlane.moe.experts import ExpertInput
+from expertlane.ops.backend import DTYPES, backend_for
+from expertlane.ops.experts import LoopedExperts
+from expertlane.schedule.plan import Batch
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+
+BLOCK_SIZE, MOST_REPEATS = 16, 50
+SMALL = ModelConfig(
+    name="small",
+    num_hidden_layers=1,
+    hidden_size=1024,
+    num_attention_heads=16,
+    head_dim=64,
+    num_key_value_heads=4,
+    num_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=1024,
+    gated_mlp=True,
+    hidden_act="silu",
+    vocab_size=1024,
+    max_position_embeddings=8192,
+)
+MIXTRAL_LIKE = SMALL.with_overrides(
+    name="mixtral-like",
+    hidden_size=4096,
+    num_attention_heads=32,
+    head_dim=128,
+    num_key_value_heads=8,
+    num_experts=8,
+    moe_intermediate_size=14336,
+)
+CONTEXT = 1024
+DECODES = [1, 8, 32, 128]  # sequences with CONTEXT positions each
+PROMPTS = [(1, 512), (1, 4096), (8, 512)]  # sequences, and their lengths
+
+Row = dict[str, float | int | str]
+
+
+class RandomWeights(WeightSource):
+    """Drawn on the device: their values do not matter, and a large layer has many."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device, lambda: None)
+        self._model = model
+
+    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> torch.Tensor:
+        shape = tensor_shape(self._model, name)
+        return torch.randn(shape, dtype=dtype, device=self.device) / shape[-1] ** 0.5
+
+
+class Bench:
+    """One layer on one rank."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self._layout, board = Layout(), ProgressBoard(1)
+        self._recorder = Recorder(
+            0, 1, model.num_experts, board.reporter(0), clock_for(device), world_size=1
+        )
+        mesh = ParallelMesh(self._layout, DeviceMeshes(device.type), 0, 1, self._recorder)
+        self.stage = TransformerStage(
+            model,
+            [Placement.linear(model.num_experts, 1)],
+            RandomWeights(model, dtype, device),
+            mesh,
+            self._recorder,
+        )
+        self.stage.set_forms(("all_to_all",), "model")
+
+    def rows(self, *, quick: bool) -> Iterator[Row]:
+        """Every step, then the experts alone."""
+        for num_seqs in DECODES[:2] if quick else DECODES:
+            yield self._step(f"decode, {num_seqs} × {CONTEXT}", num_seqs, CONTEXT - 1, 1)
+        for num_seqs, length in PROMPTS[:1] if quick else PROMPTS:
+            yield self._step(f"prompts, {num_seqs} × {length}", num_seqs, 0, length)
+        for num_tokens in (1, 32) if quick else (1, 32, 256, 4096):
+            yield from self._experts(num_tokens)
+
+    def _step(self, what: str, num_seqs: int, num_computed: int, num_new: int) -> Row:
+        width = -(-(num_computed + num_new) // BLOCK_SIZE)
+        self.stage.allocate_cache(num_seqs * width, BLOCK_SIZE)
+        batch = Batch(
+            seq_ids=np.arange(num_seqs),
+            num_scheduled_tokens=np.full(num_seqs, num_new),
+            num_computed_tokens=np.full(num_seqs, num_computed),
+            token_ids=np.random.default_rng(0).integers(0, 1024, num_seqs * num_new),
+            block_tables=np.arange(num_seqs * width, dtype=np.int32).reshape(num_seqs, width),
+            yields_token=np.ones(num_seqs, dtype=np.bool_),
+        )
+        at = self._layout.coordinates(0)
+
+        def step() -> None:
+            part = ForwardBatch([batch], self._layout, at, self.device, BLOCK_SIZE)
+            interleave([self.stage.forward(self.stage.embed(part), part, False)])
+
+        self._recorder.begin_step(0, 1, record=True, count_idle=False)
+        step()
+        record = self._recorder.end_step()
+        assert record is not None, "it was asked for"
+        num_bytes = int(record.weight_bytes.sum()) + record.kv_bytes
+        return self._row(what, "", self._seconds(step), num_bytes, int(record.flops.sum()))
+
+    def _experts(self, num_tokens: int) -> Iterator[Row]:
+        (block,) = self.stage.moe_blocks.values()
+        model, experts = self.model, block.experts
+        ids = torch.rand(num_tokens, model.num_experts, device=self.device)
+        ids = ids.topk(model.num_experts_per_tok).indices.int()
+        x = torch.randn(num_tokens, model.hidden_size, dtype=self.dtype, device=self.device)
+        pairs = backend_for(self.device).group_pairs(ids, 0, 1, model.num_experts)
+        arrived = ExpertInput.of(x, pairs)
+        num_tokens_of = arrived.num_tokens_per_expert
+        given = arrived.rows, arrived.row_of_pair, arrived.result_of_pair, num_tokens_of
+        flops, num_bytes = experts.compute_cost(num_tokens_of.tolist())
+        chosen = backend_for(self.device).experts(experts.held, experts.activation)
+        looped = LoopedExperts(experts.held, experts.activation)
+        variants = {type(each).__name__: each for each in (chosen, looped)}
+        for name, apply in variants.items():
+            taken_s = self._seconds(
+                lambda apply=apply: apply(*given, arrived.num_tokens_per_expert)
+            )
+            yield self._row(f"experts, {num_tokens} tokens", name, taken_s, num_bytes, flops)
+
+    def _row(self, what: str, variant: str, taken_s: float, num_bytes: int, flops: int) -> Row:
+        return {
+            "model": self.model.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "what": what,
+            "variant": variant,
+            "s": taken_s,
+            "read_bytes": num_bytes,
+            "bytes_per_s": num_bytes / taken_s,
+            "flops": flops,
+            "flops_per_s": flops / taken_s,
+        }
+
+    def _seconds(self, work: Callable[[], object], most_s: float = 1.0) -> float:
+        """The median of some calls, each with the device's work done."""
+        finish = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        for _ in range(2):
+            work()
+        finish()
+        seconds: list[float] = []
+        until = time.perf_counter() + most_s
+        while len(seconds) < MOST_REPEATS and (time.perf_counter() < until or len(seconds) < 3):
+            began = time.perf_counter()
+            work()
+            finish()
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    options.add_argument("--quick", action="store_true", help="the small model, a few sizes")
+    options.add_argument("--json", type=Path, help="write the rows here too")
+    given = options.parse_args()
+    device, found = torch.device(given.device), []
+    with torch.inference_mode():
+        for model in [SMALL] if given.quick else [SMALL, MIXTRAL_LIKE]:
+            found += Bench(model, DTYPES[given.dtype], device).rows(quick=given.quick)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    line = {
+        "benchmark": "layer",
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": name,
+        "rows": found,
+    }
+    if given.json is not None:
+        given.json.write_text(json.dumps(line, indent=1))
+    table = Table("model", "what", "variant", "ms", "read MB", "GB/s", "TFLOP/s", title=name)
+    for row in found:
+        table.add_row(
+            *(str(row["model"]), str(row["what"]), str(row["variant"])),
+            f"{1e3 * float(row['s']):.3f}",
+            f"{float(row['read_bytes']) / 1e6:,.0f}",
+            f"{float(row['bytes_per_s']) / 1e9:,.0f}",
+            f"{float(row['flops_per_s']) / 1e12:,.2f}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

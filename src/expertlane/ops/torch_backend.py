@@ -1,0 +1,314 @@
+"""What a rank computes, by torch's own operations: the reference, and what runs on GPUs.
+
+Dispatch has ids of experts. A *physical id* names a slot of a rank; -1 is none. Shapes: T tokens, R
+rows, K = top_k ids in each, P token-expert pairs, numbered by row, then choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertlane.ops.attention_group import AttentionGroup
+from expertlane.ops.experts import (
+    Activation,
+    ApplyExperts,
+    Expert,
+    GroupedExperts,
+    LoopedExperts,
+)
+from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.linear import Linear, OnednnLinear
+
+
+@dataclass(frozen=True)
+class PeerRows:
+    """Rows of tokens for peers: one for each peer that a token reaches, by peer, then token.
+
+    Attributes:
+        counts: [num_peers]; rows for each.
+        tokens: [R]; the token of each row.
+        ids: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
+        places: [T, num_peers]; the row of each token for each peer, -1 for none.
+    """
+
+    counts: Tensor
+    tokens: Tensor
+    ids: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class PairGroups:
+    """Pairs in the order of their groups, stable.
+
+    Attributes:
+        counts: [num_groups]; pairs of each.
+        rows: [P]; the row of each pair in that order.
+        order: [P]; the number of each pair in that order.
+        numbers: [R, K]; the number of the pair, -1 where there is none.
+    """
+
+    counts: Tensor
+    rows: Tensor
+    order: Tensor
+    numbers: Tensor
+
+
+class TorchBackend:
+    """Every operation in which backends differ; others replace what they do better."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A product with a weight [out_features, in_features], packed where that is faster."""
+        return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
+
+    def experts(self, held: Sequence[Expert], activation: Activation) -> ApplyExperts:
+        """What applies each expert to the rows of its pairs.
+
+        The function takes rows [R, hidden_size] that may be apart; of each pair, grouped by
+        expert, the row that it takes and the one that it gives, [P] int64; and how many pairs each
+        expert has, [num_experts] int64. It gives [P, hidden_size].
+        """
+        suits = GroupedExperts.suits(held)
+        return (GroupedExperts if suits else LoopedExperts)(held, activation)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        *,
+        value_dim: int,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Store new tokens' keys and values; causal attention over their sequences.
+
+        Args:
+            query: [num_tokens, num_heads, key_dim].
+            key, value: [num_tokens, num_kv_heads, …]; values are empty where they are the first
+                `value_dim` of the keys.
+            window: the latest positions seen; None for all.
+            sinks: [num_heads] float32; logits that take part in the softmax's sum alone.
+
+        Returns:
+            [num_tokens, num_heads, value_dim].
+        """
+        cache.clear(batch.begun_blocks)
+        cache.write(batch.slots, key, value)
+
+        def attend(group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if group.is_fresh:
+                keys, values = group.by_head(key), group.by_head(value)
+            else:
+                keys, values = cache.read(group.block_tables, group.num_positions)
+            if values.shape[-1] == 0:  # the latent is both
+                values = keys[..., :value_dim]
+            is_causal = group.is_causal(window)
+            out = _attend(
+                group.by_head(query),
+                keys,
+                values,
+                mask=None if is_causal else group.mask(window, query.dtype),
+                is_causal=is_causal,
+                scale=scale,
+                sinks=sinks,
+            )
+            return out.transpose(1, 2).flatten(0, 1)
+
+        if len(batch.groups) == 1:  # all tokens, in their order
+            return attend(batch.groups[0], query, key, value)
+        out = query.new_empty((*query.shape[:2], value_dim))
+        for group in batch.groups:
+            of_group = (x.index_select(0, group.tokens) for x in (query, key, value))
+            out[group.tokens] = attend(group, *of_group)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32.
+
+        Args:
+            x: [num_rows, size].
+            weight: [size] float32.
+        """
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+    def rms_norm_heads_(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm of every head, maybe in place.
+
+        Args:
+            x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
+            weight: [num_heads, head_dim] float32.
+        """
+        return (F.rms_norm(x.float(), x.shape[2:], None, eps) * weight).to(x.dtype)
+
+    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+        """Turn the last `rotary_dim` values of each head by their angles, maybe in place.
+
+        Args:
+            x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
+            cos, sin: [num_tokens, 1, rotary_dim] float32; the first half of `sin` is negative.
+            interleave: pairs are (2i, 2i + 1), and come out as (i, i + rotary_dim / 2): queries and
+                keys may leave them in either order, as long as both do.
+        """
+        dim = cos.shape[-1]
+        turning = x[..., x.shape[-1] - dim :].float()
+        if interleave:
+            turning = torch.cat([turning[..., 0::2], turning[..., 1::2]], dim=-1)
+        swapped = turning.roll(dim // 2, dims=-1)
+        turned = torch.addcmul(turning * cos, swapped, sin).to(x.dtype)
+        if dim == x.shape[-1]:
+            return turned
+        return torch.cat([x[..., : x.shape[-1] - dim], turned], dim=-1)
+
+    def choose_copies(
+        self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
+    ) -> Tensor:
+        """[T, K] int32; physical ids of logical experts, whose copies take turns in order of pairs.
+
+        Args:
+            topk_ids: [T, K] int64.
+            table: [num_experts, most copies] int64; physical ids.
+            num_copies: [num_experts] int64; how many of them are to be used.
+            first: the turn to begin with.
+        """
+        assert topk_ids.dtype is torch.int64, "kernels take its memory as it is"
+        ids = topk_ids.flatten()
+        copy: Tensor | int = 0
+        if table.shape[1] > 1:
+            copy = (_num_equal_before(ids) + first) % num_copies[ids]
+        return table[ids, copy].view_as(topk_ids).int()
+
+    def rows_by_peer(self, ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
+        """Rows for the peers id // divisor, which know the ids as id % divisor.
+
+        Args:
+            ids: [T, K] int32, rows may be apart; -1 for none.
+        """
+        peers = torch.div(ids, divisor, rounding_mode="floor")
+        reached = torch.zeros(len(ids), num_peers + 1, dtype=torch.bool, device=ids.device)
+        reached = reached.scatter_(1, peers.where(peers >= 0, num_peers).long(), True)
+        reached = reached[:, :num_peers]
+        peer, tokens = reached.t().nonzero(as_tuple=True)
+        is_theirs = peers.index_select(0, tokens) == peer[:, None]
+        ids_there = torch.where(is_theirs, ids.index_select(0, tokens) % divisor, -1)
+        places = torch.full(reached.shape, -1, device=ids.device)
+        places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
+        return PeerRows(reached.sum(0), tokens, ids_there, places)
+
+    def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
+        """Pairs by the groups (id - first) // divisor; ids of other groups belong to no pair.
+
+        Args:
+            ids: [R, K] int32, rows may be apart.
+        """
+        groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
+        pair = ((groups >= 0) & (groups < num_groups)).nonzero().squeeze(1)  # row · K + choice
+        groups = groups[pair]
+        order = stable_order(groups, num_groups)
+        numbers = torch.full((ids.numel(),), -1, device=ids.device)
+        numbers[pair] = torch.arange(len(pair), device=ids.device)
+        counts = torch.bincount(groups, minlength=num_groups)
+        return PairGroups(counts, pair[order] // ids.shape[1], order, numbers.view(ids.shape))
+
+    def gather_sum(self, values: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum some rows of `values`, in float32 and in the order given; zero where there are none.
+
+        Args:
+            values: [num_values, H].
+            places: [R, M] int64; the rows that go into each sum, -1 for none.
+            weights: [R, M] float32; None for ones.
+
+        Returns:
+            [R, H] in the dtype of `values`.
+        """
+        total = values.new_zeros((len(places), values.shape[1]), dtype=torch.float32)
+        for number, column in enumerate(places.unbind(1)):
+            there = (column >= 0).nonzero().squeeze(1)
+            rows = values[column[there]].float()
+            if weights is not None:
+                rows *= weights[there, number, None]
+            total.index_add_(0, there, rows)  # no row twice
+        return total.to(values.dtype)
+
+    def sum_parts(self, rows: Tensor, num_parts: int) -> Tensor:
+        """[num_rows / num_parts, size]; equal parts of rows added up, in float32 and in order."""
+        parts = rows.view(num_parts, len(rows) // num_parts, rows.shape[1])
+        return parts.sum(dim=0, dtype=torch.float32).to(rows.dtype)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax attention of new tokens over the positions of their sequences.
+
+    Args:
+        query: [num_seqs, num_heads, num_scheduled, key_dim].
+        keys, values: [num_seqs, num_kv_heads, num_positions, …].
+        mask: [num_seqs or 1, 1, num_scheduled, num_positions]; addends to the logits.
+        is_causal: query i sees positions 0 to i; without a mask.
+        sinks: [num_heads] float32.
+
+    Returns:
+        [num_seqs, num_heads, num_scheduled, value_dim].
+    """
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    logits = (query @ keys.transpose(-1, -2)).float() * scale
+    if is_causal:
+        mask = logits.new_full(logits.shape[-2:], -torch.inf).triu(1)
+    if mask is not None:
+        logits = logits + mask
+    sink = sinks[None, :, None, None].expand(*logits.shape[:3], 1)
+    weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    return weights.to(values.dtype) @ values
+
+
+def inverse(order: Tensor) -> Tensor:
+    """[n]; where each of n things stands in an order of them."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
+
+
+def stable_order(values: Tensor, num_values: int) -> Tensor:
+    """[n]; the order of values [n] that are less than `num_values`, equal ones as they stand."""
+    if values.device.type == "cpu":
+        narrow = values.numpy().astype(np.min_scalar_type(num_values))  # numpy then sorts by radix
+        return torch.from_numpy(np.argsort(narrow, kind="stable"))
+    return torch.argsort(values, stable=True)
+
+
+def _num_equal_before(ids: Tensor) -> Tensor:
+    """[n]; how many equal ids stand before each."""
+    order = torch.argsort(ids, stable=True)
+    ordered, places = ids[order], torch.arange(len(ids), device=ids.device)
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    start = torch.where(is_first, places, 0).cummax(0).values if len(ids) else places
+    num_before = torch.empty_like(places)
+    num_before[order] = places - start
+    return num_before
