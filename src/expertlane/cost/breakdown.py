@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 _CAUSES = list(ProjectedCause)
 _INDEX = {cause: place for place, cause in enumerate(_CAUSES)}
-_CAUSE_OF_TRANSFER = {
+CAUSE_OF_TRANSFER = {
     Stage.DISPATCH: ProjectedCause.DISPATCH_COMBINE,
     Stage.COMBINE: ProjectedCause.DISPATCH_COMBINE,
     Stage.COLLECTIVES: ProjectedCause.TP_COLLECTIVES,
@@ -161,7 +161,7 @@ class WhyTable:
             posted = groups.largest(ran.start[LIKELY])
             imbalance_s = np.clip(posted - ran.wait[LIKELY], 0.0, blocked_s)
             spent[_INDEX[ProjectedCause.IMBALANCE]] += times * imbalance_s
-            cause = _CAUSE_OF_TRANSFER[ran.entry.step.stage]
+            cause = CAUSE_OF_TRANSFER[ran.entry.step.stage]
             spent[_INDEX[cause]] += times * (blocked_s - imbalance_s)
 
     def _add_operations(self, spent: Floats, span: Span, table: LogTable) -> tuple[float, float]:
@@ -184,17 +184,32 @@ class WhyTable:
         return flops, num_bytes
 
     def _add_work(self, spent: Floats, step: Operation, work_s: Floats) -> None:
-        dtype = self._dtype_of(step)
-        peak = self._device.flops_per_s.get(dtype, self._device.flops_per_s[self._dtype])
-        read = step.weight_bytes + step.kv_bytes
-        is_reading = read / self._device.memory_bytes_per_s > step.flops / peak
-        reads_s = np.where(is_reading, work_s, 0.0)
-        weights_s = reads_s * (step.weight_bytes / np.maximum(read, 1))
-        spent[_INDEX[ProjectedCause.WEIGHT_READS]] += weights_s
-        spent[_INDEX[ProjectedCause.KV_READS]] += reads_s - weights_s
-        is_expert = step.stage is Stage.EXPERTS
-        cause = ProjectedCause.EXPERT_COMPUTE if is_expert else ProjectedCause.OTHER_COMPUTE
-        spent[_INDEX[cause]] += work_s - reads_s
+        shares = cause_shares(step, self._device, self._dtype_of(step), self._dtype)
+        for cause, share in shares:
+            spent[_INDEX[cause]] += work_s * share
+
+
+def cause_shares(
+    step: Operation, device: Device, dtype: str, other_dtype: str
+) -> list[tuple[ProjectedCause, Floats]]:
+    """Shares [A] of an operation's time: bound by reading, split by bytes, or by computing.
+
+    Args:
+        dtype: that it computes in.
+        other_dtype: whose peak counts where the datasheet has none for `dtype`.
+    """
+    peak = device.flops_per_s.get(dtype, device.flops_per_s[other_dtype])
+    read = step.weight_bytes + step.kv_bytes
+    is_reading = read / device.memory_bytes_per_s > step.flops / peak
+    of_weights = np.where(is_reading, step.weight_bytes / np.maximum(read, 1), 0.0)
+    of_cache = np.where(is_reading, step.kv_bytes / np.maximum(read, 1), 0.0)
+    is_expert = step.stage is Stage.EXPERTS
+    cause = ProjectedCause.EXPERT_COMPUTE if is_expert else ProjectedCause.OTHER_COMPUTE
+    return [
+        (ProjectedCause.WEIGHT_READS, of_weights),
+        (ProjectedCause.KV_READS, of_cache),
+        (cause, 1 - of_weights - of_cache),
+    ]
 
 
 def _split_idle(spent: list[Floats], idle: list[Floats]) -> None:

@@ -15,7 +15,7 @@ from expertlane.cost.laws.execution import BOUNDS, Terms
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.launches import FUSED
+from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step_log import rank_events
@@ -77,7 +77,7 @@ class Projector:
             types=setting.types,
             payload=options.payload,
             ranks_per_node=cluster.profile.ranks_per_node,
-            launches=FUSED,
+            kernels=GPU_LIBRARIES,
         )
 
     def step(self, size: StepSize) -> StepProjection:

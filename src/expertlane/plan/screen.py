@@ -11,14 +11,13 @@ from expertlane.balance.placement_file import Placements
 from expertlane.cost.laws.execution import Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Ints
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.memory import capacity, prefill_step_tokens
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.prices import price
 from expertlane.plan.setting import Setting, Traffic
-from expertlane.plan.spread import Spread, mean_spread, sampled_layers, spread_of
-from expertlane.plan.stage_cost import StagePlan
+from expertlane.plan.stage_times import StageSteps, price
 from expertlane.plan.structure import Screened, Structure
 from expertlane.spec.deployment import DispatchChoice
 from expertlane.spec.layout import Layout
@@ -41,7 +40,7 @@ class Screen:
         self._profile = cluster.profile
         self._links = LinkModel(cluster.profile)
         self._terms = Terms.of(cluster.profile, setting.execution)
-        self._spreads: dict[tuple[object, ...], Spread] = {}
+        self._fan_outs: dict[tuple[object, ...], ExpectedFanOut] = {}
         self._layers = sampled_layers(model, setting.routing)
 
     def run(
@@ -102,11 +101,11 @@ class Screen:
             prefill_tokens,
         )
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
-        plan = StagePlan(
+        plan = StageSteps(
             model,
             setting.types,
             mesh,
-            self._spread(mesh, placement, candidate.options.num_redundant_experts),
+            self._fan_out(mesh, placement, candidate.options.num_redundant_experts),
             form,
             candidate.options.payload,
         )
@@ -117,14 +116,18 @@ class Screen:
         """Sequences of a data-parallel rank if all are running."""
         return -(-self._traffic.num_sequences // (layout.replicas * layout.dp))
 
-    def _spread(self, mesh: StageMesh, placement: Placement, num_redundant: int) -> Spread:
+    def _fan_out(self, mesh: StageMesh, placement: Placement, num_redundant: int) -> ExpectedFanOut:
         layout = mesh.layout
         key = layout.dp * layout.tp, layout.ep, num_redundant
-        if key not in self._spreads:
-            self._spreads[key] = mean_spread(
-                [spread_of(mesh, placement, self._setting.routing, each) for each in self._layers]
+        if key not in self._fan_outs:
+            routing = self._setting.routing
+            self._fan_outs[key] = ExpectedFanOut.mean(
+                [
+                    ExpectedFanOut.of_sample(mesh, placement, routing, layer)
+                    for layer in self._layers
+                ]
             )
-        return self._spreads[key]
+        return self._fan_outs[key]
 
 
 def _numbers_up_to(most: int) -> Ints:

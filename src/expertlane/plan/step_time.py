@@ -7,7 +7,7 @@ import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
 from expertlane.cost.step.operation import Floats, Ints
-from expertlane.plan.prices import Priced
+from expertlane.plan.stage_times import ScenarioTimes
 from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.names import ProjectedCause
 
@@ -53,7 +53,7 @@ class Pipelining:
 
 
 def step_estimates(
-    stages: Sequence[Priced],
+    stages: Sequence[ScenarioTimes],
     imbalance_s: Sequence[Floats],
     hand_over_s: Floats,
     places: Ints,
@@ -105,7 +105,7 @@ def step_estimates(
 
 
 def _micro_batch(
-    priced: Priced,
+    priced: ScenarioTimes,
     imbalance_s: Floats,
     places: Ints,
     terms: Terms,

@@ -9,14 +9,14 @@ import numpy as np
 
 from expertlane.cost.laws.execution import Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.operation import Floats, HandOver, Ints
 from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.memory import Capacity
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.prices import Priced
-from expertlane.plan.scenario import Scenarios, ScenarioSteps
 from expertlane.plan.setting import Traffic
-from expertlane.plan.stage_cost import StagePlan
+from expertlane.plan.stage_times import ScenarioTimes, StageSteps
 from expertlane.plan.step_time import Pipelining, StepEstimates, step_estimates
 
 
@@ -71,16 +71,16 @@ class _Part(NamedTuple):
 class _Phase:
     """The parts of one phase, and what they take."""
 
-    def __init__(self, plan: StagePlan, parts: list[_Part]) -> None:
+    def __init__(self, plan: StageSteps, parts: list[_Part]) -> None:
         self._plan = plan
         self._parts = sorted(set(parts))
         columns = np.array(self._parts, dtype=np.int64).T
         self.scenarios = Scenarios(plan.tp, *columns)
         self.lists = plan.lists(self.scenarios)
-        self.stages: list[Priced] = []
+        self.stages: list[ScenarioTimes] = []
         self.imbalance_s: list[Floats] = []
 
-    def take_prices(self, priced: Iterator[Priced]) -> None:
+    def take_prices(self, priced: Iterator[ScenarioTimes]) -> None:
         """Those of `lists`, in order."""
         own = list(islice(priced, len(self.lists)))
         self.stages, self.imbalance_s = self._plan.stages(own), self._plan.imbalance_s(own)
@@ -105,7 +105,7 @@ class Structure:
     def __init__(
         self,
         candidates: list[Candidate],
-        plan: StagePlan,
+        plan: StageSteps,
         mesh: StageMesh,
         traffic: Traffic,
         room: Capacity,
@@ -126,7 +126,7 @@ class Structure:
         """Whether any sequence does."""
         return self._room.max_seqs > 0
 
-    def lists(self) -> list[ScenarioSteps]:
+    def lists(self) -> list[ExpectedStepList]:
         """All steps of both phases; to be priced."""
         hows = [how_of(candidate) for candidate in self.candidates]
         decode = [part for how in hows for part in self._decode_parts(how)]
@@ -134,7 +134,7 @@ class Structure:
         self._phases = [_Phase(self._plan, decode), _Phase(self._plan, prefill)]
         return [steps for phase in self._phases for steps in phase.lists]
 
-    def take_prices(self, priced: Iterator[Priced]) -> None:
+    def take_prices(self, priced: Iterator[ScenarioTimes]) -> None:
         """Those of `lists`, in order."""
         for phase in self._phases:
             phase.take_prices(priced)

@@ -16,7 +16,7 @@ from expertlane.cost.multi_token import Stretch, with_drafting_layer
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.sharing import StepSharing
-from expertlane.cost.step.launches import EAGER, FUSED
+from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
 from expertlane.results.step_record import StepRecord
@@ -258,7 +258,7 @@ class Simulator:
             payload=setup.options.payload,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
-            launches=EAGER if OVERHEAD_S in profile.terms else FUSED,
+            kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
         parts = self.model, layout, builder, setup.routing, self._pricing, self._terms

@@ -92,7 +92,7 @@ class LinkModel:
             ends = np.cumsum([len(load.group_size) for load in loads])
             whole = self._times(kind, stage, _joined(loads))
             for index, begin, end in zip(indices, [0, *ends[:-1]], ends, strict=True):
-                found[index] = _part(whole, slice(begin, end))
+                found[index] = whole.part(slice(begin, end))
         return [found[index] for index in range(len(transfers))]
 
     def _times(self, kind: TransferKind, stage: Stage, load: LinkLoad) -> Times:
@@ -342,16 +342,6 @@ def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
         num_peers=np.concatenate([each.num_peers for each in loads], axis=1),
         group_size=np.concatenate([each.group_size for each in loads]),
         num_nodes=np.concatenate([each.num_nodes for each in loads]),
-    )
-
-
-def _part(times: Times, ranks: slice) -> Times:
-    return Times(
-        seconds=times.seconds[ranks],
-        low=times.low[ranks],
-        high=times.high[ranks],
-        basis=times.basis,
-        is_extrapolated=times.is_extrapolated[ranks],
     )
 
 

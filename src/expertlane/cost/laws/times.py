@@ -37,3 +37,13 @@ class Times:
     high: Floats
     basis: Basis
     is_extrapolated: npt.NDArray[np.bool_]
+
+    def part(self, ranks: slice) -> "Times":
+        """Of some of the ranks."""
+        return Times(
+            self.seconds[ranks],
+            self.low[ranks],
+            self.high[ranks],
+            self.basis,
+            self.is_extrapolated[ranks],
+        )

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.step.operation import HandOver, Ints, Operation, Step
 from expertlane.cost.step.program import Section, StageProgram, StepProgram
@@ -49,10 +51,10 @@ class _StageCounters:
     def __init__(self, mesh: StageMesh, num_layers: int, num_experts: int) -> None:
         num_ranks, num_stages = mesh.size, len(Stage)
         self._mesh = mesh
-        self._flops = np.zeros((num_stages, num_ranks), dtype=np.int64)
+        self._flops: npt.NDArray[Any] = np.zeros((num_stages, num_ranks), dtype=np.int64)
         self._weight_bytes = np.zeros_like(self._flops)
         self._num_collectives = np.zeros_like(self._flops)
-        self._kv_bytes = np.zeros(num_ranks, dtype=np.int64)
+        self._kv_bytes: npt.NDArray[Any] = np.zeros(num_ranks, dtype=np.int64)
         shape = num_ranks, num_stages, len(Traffic), mesh.layout.world_size
         self._sent_bytes = np.zeros(shape, dtype=np.int64)
         stage = slice(mesh.first_rank, mesh.first_rank + num_ranks)
