@@ -20,7 +20,7 @@ from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.plan.setting import Setting
+from expertlane.plan.request import Setting
 from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
 from expertlane.results.projection import Estimate, StepProjection
 from expertlane.results.step_record import RankEvents
