@@ -6,21 +6,18 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile import Device
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import StageWork
-from expertlane.cost.step.operation import Operation
+from expertlane.cost.step.operation import Floats, Operation
 from expertlane.cost.step.program import StageProgram, StepProgram
 from expertlane.cost.step.totals import distinct_sections
 from expertlane.cost.step_log import LogTable
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.spec.names import ProjectedCause, Stage
-
-Floats = npt.NDArray[np.float64]
 
 _CAUSES = list(ProjectedCause)
 _INDEX = {cause: place for place, cause in enumerate(_CAUSES)}

@@ -3,15 +3,13 @@
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import Floats
 from expertlane.cost.timeline import bounds_of
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-
-Floats = npt.NDArray[np.float64]
 
 
 class KVTransfers(Protocol):

@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
@@ -15,11 +14,17 @@ from expertlane.cost.laws.links import LinkModel, Loaded
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.step.operation import Ints, Kind, Operation, Step, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    Floats,
+    Ints,
+    Kind,
+    Operation,
+    Step,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step.program import PartProgram, Section, StepProgram
 from expertlane.spec.names import Stage
-
-Floats = npt.NDArray[np.float64]
 
 LoadedT = TypeVar("LoadedT", bound=Loaded)
 

@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.pricing import Block, Compiler, Entry
-from expertlane.cost.step.operation import Transfer
-
-Floats = npt.NDArray[np.float64]
+from expertlane.cost.step.operation import Floats, Transfer
 
 _MIN_REPEATS = 3  # layers of a block below which looking for a period does not pay
 _ROUNDING = 1e-9

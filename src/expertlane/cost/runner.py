@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.multi_token import MultiTokenAdapter
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.routing import RoutingSource
+from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
 from expertlane.cost.step_log import rank_events, stage_seconds
@@ -98,8 +98,6 @@ class StepSharing:
         alike = max(num_decodes * step, self._few_positions)
         return num_decodes, round(int(num_computed.sum()) / alike), chunks
 
-
-Floats = npt.NDArray[np.float64]
 
 MADE_UP_TOKEN = 0
 

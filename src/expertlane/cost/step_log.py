@@ -6,16 +6,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.replay import Log
-from expertlane.cost.step.operation import OUTSIDE, Ints, Operation, Step, Transfer
+from expertlane.cost.step.operation import OUTSIDE, Floats, Ints, Operation, Step, Transfer
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.results.step_record import RankEvents
 from expertlane.spec.names import Stage, Track
-
-Floats = npt.NDArray[np.float64]
 
 
 class LogTable:

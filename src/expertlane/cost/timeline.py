@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
 from expertlane.cost.laws.times import Times
 from expertlane.cost.pricing import Compiler, StageWork
 from expertlane.cost.replay import Clocks, Log, Replay
-
-Floats = npt.NDArray[np.float64]
+from expertlane.cost.step.operation import Floats
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.roofline import ITEM_BYTES, Roofline, roofline
+from expertlane.cost.laws.roofline import Roofline, roofline
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times
-from expertlane.cost.step.operation import SIZES, Kind
+from expertlane.cost.number_types import ITEM_BYTES
+from expertlane.cost.step.operation import SIZES, Floats, Kind
 from expertlane.errors import SpecError
-
-Floats = npt.NDArray[np.float64]
 
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
 _WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type stands in

@@ -5,14 +5,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.step.operation import ExpectedTransfer, Operation, Transfer
+from expertlane.cost.step.operation import ExpectedTransfer, Floats, Operation, Transfer
 from expertlane.errors import UserError
 from expertlane.spec.names import Stage
-
-Floats = npt.NDArray[np.float64]
 
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")

@@ -42,9 +42,9 @@ import numpy.typing as npt
 
 from expertlane.cost.laws.link_bounds import bound_times, term_of
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Floats, Surface
+from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times
-from expertlane.cost.step.operation import HandOver, Ints, LinkLoad, TransferKind
+from expertlane.cost.step.operation import Floats, HandOver, Ints, LinkLoad, TransferKind
 from expertlane.spec.names import Link, Stage
 
 _WIDER_FOR_TWICE_THE_NODES = 1.6

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.roofline import ITEM_BYTES
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.errors import SpecError
 from expertlane.spec.files import CONFIG_BYTES, write_text
 from expertlane.spec.names import Link

@@ -6,7 +6,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from expertlane.cost.step.operation import Floats
 
 
 class Basis(IntEnum):

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,39 +37,6 @@ class AttentionSizes:
     num_decode_groups: int
     num_prefill_groups: int
     num_queries: int = 1
-
-
-class TokenSizes(Protocol):
-    """What steps ask of a part of a micro-batch; arrays as long as there are ranks."""
-
-    @property
-    def tokens(self) -> Ints:
-        """[R]; new tokens of each rank's data-parallel rank."""
-        ...
-
-    @property
-    def owned(self) -> Ints:
-        """[R]; those that a rank owns between attention and the next attention."""
-        ...
-
-    @property
-    def num_yielding(self) -> Ints:
-        """[R]; sequences of a rank's data-parallel rank that get a next token."""
-        ...
-
-    @property
-    def owned_yielding(self) -> Ints:
-        """[R]; how many of the tokens that a rank owns yield a next one."""
-        ...
-
-    @property
-    def asks_logits(self) -> npt.NDArray[np.bool_]:
-        """[R]; whether a rank's sequences ask for more than the likeliest token."""
-        ...
-
-    def attention(self, window: int | None) -> AttentionSizes:
-        """Sizes under a window: how many latest positions a token sees; None for all."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,7 +284,7 @@ class Scenarios:
         return np.zeros(self.size, dtype=np.bool_)
 
     def attention(self, window: int | None) -> AttentionSizes:
-        """As `TokenSizes.attention`."""
+        """As `PartSizes.attention`."""
         is_decode = self.num_new == 1
         pairs, positions = _pairs_and_positions(self.num_new, self.num_cached, window)
         decodes, prompts = self.num_seqs * is_decode, self.num_seqs * ~is_decode
@@ -332,6 +298,10 @@ class Scenarios:
             num_decode_groups=int(decodes.any()),
             num_prefill_groups=int(prompts.any()),
         )
+
+
+# What steps ask of a part of a micro-batch: arrays over ranks, or over scenarios of one rank.
+TokenSizes = PartSizes | Scenarios
 
 
 def _pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:

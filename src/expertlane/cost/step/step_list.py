@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -26,38 +26,42 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 
 
-class RankArrays(Protocol):
-    """What operations ask of where ranks sit."""
+@dataclass(frozen=True)
+class OneRank:
+    """Stands for all ranks of a stage, in `size` scenarios; it has the longest shares.
+
+    Attributes:
+        stage: what it is one of.
+    """
+
+    stage: StageMesh
+    size: int
 
     @property
     def layout(self) -> Layout:
         """Of the deployment."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Length of all arrays, A."""
-        ...
+        return self.stage.layout
 
     @property
     def tp_rank(self) -> Ints:
-        """[A]."""
-        ...
+        """[S]."""
+        return np.zeros(self.size, dtype=np.int64)
 
-    @property
-    def etp_rank(self) -> Ints:
-        """[A]."""
-        ...
+    etp_rank = tp_rank
 
     @property
     def ep_per_node(self) -> int:
         """Ranks of an `ep` group on one node."""
-        ...
+        return self.stage.ep_per_node
 
     @property
     def num_ep_nodes(self) -> int:
         """Nodes that an `ep` group lies on."""
-        ...
+        return self.stage.num_ep_nodes
+
+
+# Where ranks sit: coordinates of all of them, or of the one that stands for all.
+RankArrays = StageMesh | OneRank
 
 
 class StepWriter(ABC):
@@ -243,40 +247,6 @@ class StepList(StepWriter):
                 neighbours=mesh.neighbours(axis),
             )
         )
-
-
-@dataclass(frozen=True)
-class OneRank:
-    """Stands for all ranks of a stage, in `size` scenarios; it has the longest shares.
-
-    Attributes:
-        stage: what it is one of.
-    """
-
-    stage: StageMesh
-    size: int
-
-    @property
-    def layout(self) -> Layout:
-        """Of the deployment."""
-        return self.stage.layout
-
-    @property
-    def tp_rank(self) -> Ints:
-        """[S]."""
-        return np.zeros(self.size, dtype=np.int64)
-
-    etp_rank = tp_rank
-
-    @property
-    def ep_per_node(self) -> int:
-        """Ranks of an `ep` group on one node."""
-        return self.stage.ep_per_node
-
-    @property
-    def num_ep_nodes(self) -> int:
-        """Nodes that an `ep` group lies on."""
-        return self.stage.num_ep_nodes
 
 
 class ExpectedStepList(StepWriter):
