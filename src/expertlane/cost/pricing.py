@@ -10,11 +10,12 @@ import numpy as np
 
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
-from expertlane.cost.laws.links import LinkModel, Loaded
+from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
+    ExpectedTransfer,
     Floats,
     Ints,
     Kind,
@@ -26,7 +27,7 @@ from expertlane.cost.step.operation import (
 from expertlane.cost.step.program import PartProgram, Section, StepProgram
 from expertlane.spec.names import Stage
 
-LoadedT = TypeVar("LoadedT", bound=Loaded)
+TransferT = TypeVar("TransferT", Transfer, ExpectedTransfer)
 
 _NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
 
@@ -326,7 +327,7 @@ class Pricing:
         return times
 
 
-def forwarding_hops(transfers: Sequence[LoadedT]) -> Iterator[tuple[LoadedT, LoadedT]]:
+def forwarding_hops(transfers: Sequence[TransferT]) -> Iterator[tuple[TransferT, TransferT]]:
     """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them."""
     for stage in dict.fromkeys(each.stage for each in transfers):
         hops = [

@@ -47,3 +47,18 @@ class Times:
             self.basis,
             self.is_extrapolated[ranks],
         )
+
+
+def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
+    """`a` on the ranks of `first`, `b` on the others."""
+    if first.all():
+        return a
+    if not first.any():
+        return b
+    return Times(
+        seconds=np.where(first, a.seconds, b.seconds),
+        low=np.where(first, a.low, b.low),
+        high=np.where(first, a.high, b.high),
+        basis=max(a.basis, b.basis),
+        is_extrapolated=np.where(first, a.is_extrapolated, b.is_extrapolated),
+    )

@@ -267,3 +267,6 @@ class ExpectedTransfer:
             group_size=np.full(num, 1 + sum(self.num_peers)),
             num_nodes=np.full(num, self.num_nodes),
         )
+
+
+AnyTransfer = Transfer | ExpectedTransfer
