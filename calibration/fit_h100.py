@@ -19,7 +19,7 @@ from tables import MissingTablesError
 
 from expertlane.cost.laws.profile_file import write_profile
 
-_PROFILE = Path(__file__).parent.parent / "src/expertlane/cost/profiles/h100.toml"
+_PROFILE = Path(__file__).parent.parent / "src/expertlane/cost/laws/profiles/h100.toml"
 _FITTERS: list[Fitter] = [*COMPUTE, *LINKS]
 
 
