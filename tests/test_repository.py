@@ -98,7 +98,7 @@ def test_the_readme_gives_the_make_targets():
 # What is read again at once, or shown in a message; no file or output for others.
 OTHER_JSON = {
     "chat_template.py",
-    "experiment_file.py",
+    "experiment.py",
     "file.py",
     "fork_server.py",
     "template_process.py",
@@ -112,7 +112,7 @@ def test_json_is_written_in_one_way():
         for path in source.rglob("*.py")
         if re.search(r"\bjson\.dumps?\(", path.read_text(encoding="utf-8"))
     }
-    assert found <= OTHER_JSON | {"strict_json.py"}
+    assert found <= OTHER_JSON | {"files.py"}
     for value in (math.nan, [{"a": math.inf}], {"b": -math.inf}):
         with pytest.raises(ValueError, match="not JSON compliant"):
             strict_json(value)
