@@ -17,8 +17,8 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
 from expertlane.plan.search import Search
-from expertlane.plan.setting import Goals, Question, Setting, Traffic
 from expertlane.plan.two_pools import TwoPoolSearch
 from expertlane.spec.model import PRESETS
 
@@ -64,12 +64,12 @@ def main() -> None:
     cluster = parse_cluster(f"h100x{num_devices}")
     routing = PowerLawRouting.of(MODEL, 0.0, num_sampled_layers=2)
     setting = Setting(NumberTypes(), Execution.GRAPH, routing)
-    question = Question(MODEL, cluster, TRAFFIC, Goals(), setting)
-    search = Search(question)
+    request = PlanRequest(MODEL, cluster, TRAFFIC, Goals(), setting)
+    search = Search(request)
     num_candidates = len(search.candidates)
     screen_s = seconds(lambda: search.screen())
     whole_s = seconds(lambda: search.one_pool())
-    pools_s = seconds(lambda: TwoPoolSearch(question).run())
+    pools_s = seconds(lambda: TwoPoolSearch(request).run())
     help_s = started_s("-m", "expertlane", "plan", "--help")
     start_s = started_s("-c", "import expertlane.cli.plan, expertlane.plan.make")
     rows = {

@@ -24,7 +24,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import SpecError
 from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.setting import Setting
+from expertlane.plan.request import Setting
 from expertlane.results.projection import StepProjection
 from expertlane.spec.deployment import DispatchForm, Options
 from expertlane.spec.from_hf import from_hf

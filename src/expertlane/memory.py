@@ -2,16 +2,26 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 
 from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.cost.kv_transfer import held_kv_width
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.errors import CapacityError
+from expertlane.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Shape,
+    cut_dim,
+    expert_shapes,
+    layer_shapes,
+    tensor_shape,
+)
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import LatentAttention
 from expertlane.spec.workload import Workload
 
 BLOCK_SIZE = 16
@@ -129,150 +139,91 @@ def rank_memory(
         for layer in range(model.num_hidden_layers)
     ]
     inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
-    kinds = Counter((model.is_dense(layer), of_layer[layer]) for layer in layers)
-    params = Params()
-    for (is_dense, num_experts), count in kinds.items():
-        of_layer_kind = layer_params(model, layout, at, is_dense=is_dense, num_experts=num_experts)
-        params += of_layer_kind * count
+    num_bytes = sum(
+        count * _layer_bytes(model, layout, at, types, is_dense, num_experts)
+        for (is_dense, num_experts), count in Counter(
+            (model.is_dense(layer), of_layer[layer]) for layer in layers
+        ).items()
+    )
+    outside = (EMBEDDING,) * (at.pp_rank == 0) + (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
+    held = {name: _num_held(model, layout, at, name, tensor_shape(model, name)) for name in outside}
+    num_bytes += sum(num * _item_bytes(name, types) for name, num in held.items())
     largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
-    if at.pp_rank == 0:
-        embedding = embedding_params(model)
-        params += embedding
-        largest_matrix = max(largest_matrix, embedding.kept)
-    if at.pp_rank == layout.pp - 1:
-        head = head_params(model, layout, at)
-        params += head
-        largest_matrix = max(largest_matrix, head.kept)
+    largest_matrix = max(largest_matrix, *held.values(), 0)
     # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
     num_tokens = limits.max_num_batched_tokens
     num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
     num_slots = max((placed.num_slots for placed in placements if placed is not None), default=1)
     num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
-    if model.latent is None:
-        kv_width = 2 * max(model.kv_size // layout.tp, model.head_dim)
-    else:  # the latent is replicated
-        kv_width = model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
+    kv_width = held_kv_width(model, layout.tp)
     # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
     num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
     num_values += num_pairs * (2 * model.hidden_size + inner)
     num_positions = limits.num_blocks * limits.block_size
     return RankMemory(
-        weight_bytes=params.num_bytes(types),
+        weight_bytes=num_bytes,
         kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
         activation_bytes=num_values * types.activation_bytes,
         loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
     )
 
 
-@dataclass(frozen=True)
-class Params:
-    """Numbers of parameters, by the type they are held in.
-
-    Attributes:
-        matrices: in the type of weights; those that float8 checkpoints quantise.
-        kept: in `NumberTypes.kept`: embedding, head, biases, and what latent attention absorbs.
-        wide: in float32: norms and routers.
-    """
-
-    matrices: int = 0
-    kept: int = 0
-    wide: int = 0
-
-    def __add__(self, other: "Params") -> "Params":
-        return Params(
-            self.matrices + other.matrices, self.kept + other.kept, self.wide + other.wide
-        )
-
-    def __mul__(self, times: int) -> "Params":
-        return Params(times * self.matrices, times * self.kept, times * self.wide)
-
-    def num_bytes(self, types: NumberTypes) -> int:
-        """Scales of float8 are not counted."""
-        return (
-            self.matrices * types.weight_bytes
-            + self.kept * ITEM_BYTES[types.kept]
-            + self.wide * ITEM_BYTES["float32"]
-        )
+_WIDE = {
+    *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
+    *("sinks", "router", "router_bias", "correction_bias"),
+}
+_KEPT = {EMBEDDING, HEAD, "query_norm", "key_norm", "kv_b", "shared_gate"}
+_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
+_OF_KEYS = {"key", "key_bias", "value", "value_bias"}
+_ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
-def embedding_params(model: ModelConfig) -> Params:
-    """Of a rank of the first stage; it is not cut."""
-    return Params(kept=model.vocab_size * model.hidden_size)
-
-
-def head_params(model: ModelConfig, layout: Layout, at: Coordinates) -> Params:
-    """Of a rank of the last stage: its rows, also where the head is the embedding; final norm."""
-    rows = len(partition(model.vocab_size, layout.tp)[at.tp_rank])
-    return Params(kept=rows * model.hidden_size, wide=model.hidden_size)
-
-
-def layer_params(
-    model: ModelConfig, layout: Layout, at: Coordinates, *, is_dense: bool, num_experts: int
-) -> Params:
-    """Of a layer.
+def _layer_bytes(
+    model: ModelConfig,
+    layout: Layout,
+    at: Coordinates,
+    types: NumberTypes,
+    is_dense: bool,
+    num_experts: int,
+) -> int:
+    """Of a layer's weights; scales of float8 are not counted.
 
     Args:
         num_experts: that the rank holds, or holds a slice of.
     """
-    params = Params(wide=2 * model.hidden_size) + _attention(model, layout.tp, at.tp_rank)
-    if is_dense:
-        return params + _mlp(model, model.intermediate_size, layout, at)
-    routing, hidden = model.routing, model.hidden_size
-    num_biases = int(routing.router_bias) + int(routing.correction_bias)
-    router = Params(wide=model.num_experts * (hidden + num_biases))
-    shared = _mlp(model, model.shared_expert_intermediate_size, layout, at)
-    gate = Params(kept=hidden if model.shared_expert_gate else 0)
-    return params + router + shared + gate + _expert(model, layout, at) * num_experts
+    num_of = dict.fromkeys(shapes := layer_shapes(model, is_dense), 1)
+    if num_experts:
+        experts = {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
+        shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
+    return sum(
+        num_of[name] * _num_held(model, layout, at, name, shape) * _item_bytes(name, types)
+        for name, shape in shapes.items()
+    )
 
 
-def _attention(model: ModelConfig, tp: int, tp_rank: int) -> Params:
-    heads = model.num_attention_heads // tp
-    if model.latent is None:
-        params = _grouped_query(model, heads, max(1, model.num_kv_heads // tp))
-    else:
-        params = _latent(model, model.latent, heads)
-    has_bias = model.output_bias and tp_rank == 0  # partial sums are added up
-    return params + Params(kept=model.hidden_size if has_bias else 0)
+def _num_held(model: ModelConfig, layout: Layout, at: Coordinates, name: str, shape: Shape) -> int:
+    """Values of a tensor that a rank holds; key/value heads fewer than `tp` by several ranks."""
+    of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
+    if part in _ADDED_ONCE:
+        return prod(shape) if (at.etp_rank if of_expert else at.tp_rank) == 0 else 0
+    full, held = shape[cut_dim(name)], shape[cut_dim(name)]
+    if of_expert:
+        held = len(partition(full, layout.etp)[at.etp_rank])
+    elif name == HEAD or name.startswith(("dense.", "shared.")):
+        held = len(partition(full, layout.tp)[at.tp_rank])
+    elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
+        held = full // layout.tp
+    elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
+        held = max(1, model.num_kv_heads // layout.tp) * model.head_dim
+    return prod(shape) // full * held
 
 
-def _grouped_query(model: ModelConfig, heads: int, kv_heads: int) -> Params:
-    """Key/value heads fewer than `tp` are held by several ranks each."""
-    hidden, dim = model.hidden_size, model.head_dim
-    width = (heads + 2 * kv_heads) * dim
-    kept = width if model.qkv_bias else 0
-    if model.qk_norm == "head":
-        kept += 2 * dim
-    elif model.qk_norm == "full":
-        kept += (heads + kv_heads) * dim
-    matrices = hidden * width + hidden * heads * dim
-    return Params(matrices, kept, wide=heads if model.attention_sinks else 0)
-
-
-def _latent(model: ModelConfig, latent: LatentAttention, heads: int) -> Params:
-    """Both projections down are whole on every rank."""
-    hidden, rank = model.hidden_size, latent.kv_lora_rank
-    matrices = hidden * (rank + latent.qk_rope_head_dim) + hidden * heads * latent.v_head_dim
-    wide, query_in = rank, hidden
-    if latent.q_lora_rank is not None:
-        matrices += hidden * latent.q_lora_rank
-        wide, query_in = wide + latent.q_lora_rank, latent.q_lora_rank
-    matrices += query_in * heads * model.head_dim
-    absorbed = rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-    return Params(matrices, absorbed, wide)
-
-
-def _mlp(model: ModelConfig, inner: int, layout: Layout, at: Coordinates) -> Params:
-    """A dense MLP or the shared expert."""
-    return Params(model.num_mlp_params(len(partition(inner, layout.tp)[at.tp_rank])))
-
-
-def _expert(model: ModelConfig, layout: Layout, at: Coordinates) -> Params:
-    inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
-    kept = 0
-    if model.expert_bias:
-        kept = (2 if model.gated_mlp else 1) * inner
-        kept += model.hidden_size if at.etp_rank == 0 else 0  # partial sums are added up
-    return Params(model.num_mlp_params(inner), kept)
+def _item_bytes(name: str, types: NumberTypes) -> int:
+    """Of a value: norms and routers are float32; float8 is for matrices alone."""
+    part = name.rpartition(".")[2]
+    if part in _WIDE:
+        return ITEM_BYTES["float32"]
+    return ITEM_BYTES[types.kept] if part in _KEPT or part.endswith("_bias") else types.weight_bytes
 
 
 _RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said

@@ -12,7 +12,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import UniformRouting
 from expertlane.errors import CapacityError
 from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.setting import Setting
+from expertlane.plan.request import Setting
 from expertlane.progress import Silent
 from expertlane.results.projection import Projection
 from expertlane.spec.deployment import Deployment, Options

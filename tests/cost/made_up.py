@@ -86,7 +86,7 @@ def run(
     work: list[list[StageWork]], num_ranks: int, terms: Terms | None = None, plan_s: float = 0.0
 ) -> StepTimes:
     """A step on clocks at zero."""
-    return Timeline(terms or Terms.free(), len(work), num_ranks).run(work, plan_s, may_jump=False)
+    return Timeline(terms or Terms.free(), len(work), num_ranks).run(work, plan_s, may_skip=False)
 
 
 def terms(execution: Execution, launch_s: float) -> Terms:

@@ -7,7 +7,7 @@ import pytest
 
 from cost.projected import MODEL, TYPES, make_scheduler
 from expertlane.balance.placement_file import placements_of
-from expertlane.cost.multi_token import MultiToken, Stretch, further_drafts
+from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, further_drafts
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.program import ProgramBuilder
@@ -85,14 +85,14 @@ def test_tokens_a_step(acceptance, tokens, steps):
 
 
 def test_positions_grow_by_what_a_step_yields():
-    stretch = Stretch(MultiToken(1, 0.5))
+    adapter = MultiTokenAdapter(MultiToken(1, 0.5))
     plan = make_scheduler(num_requests=1).next_plan()
     assert plan is not None
     seen = []
     for step in range(4):
         decode = batch([1], [5 + step], [True])
-        stretched = stretch.of(replace(plan, micro_batches=((decode,),)))
-        seen.append(int(stretched.micro_batches[0][0].num_computed_tokens[0]))
+        adapted = adapter.adapt(replace(plan, micro_batches=((decode,),)))
+        seen.append(int(adapted.micro_batches[0][0].num_computed_tokens[0]))
     assert seen == [5, 6, 8, 10]  # 5 + 1.5 steps, rounded to even
 
 

@@ -12,8 +12,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting, UniformRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.dispatch_counter import DispatchCounter
-from expertlane.cost.step.launches import OWN_KERNELS
+from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
@@ -191,25 +190,6 @@ def test_windows_keep_layers_apart():
     assert len({id(section.steps) for section in sections}) == 5
 
 
-def test_a_shared_counter_gives_the_same():
-    counter = DispatchCounter(num_kept=2)
-    plan = random_plan(np.random.default_rng(5), 2, 2, MODEL.vocab_size, PREFILL)
-    routing = UniformRouting(4, 2, num_sampled_layers=1)
-    alone = count(builder().build(plan, routing), 2, 4)
-    for _ in range(2):
-        shared = count(builder(counter=counter).build(plan, routing), 2, 4)
-        for one, other in zip(alone, shared, strict=True):
-            np.testing.assert_array_equal(one.sent_bytes, other.sent_bytes)
-            np.testing.assert_array_equal(one.num_tokens_per_expert, other.num_tokens_per_expert)
-    of_layer = [
-        section.counts for section in program_of(counter=counter).stages[0][0].parts[0].sections
-    ]
-    again = [
-        section.counts for section in program_of(counter=counter).stages[0][0].parts[0].sections
-    ]
-    assert of_layer[1] is not again[1]  # another source of routing
-
-
 def test_other_placements():
     made = builder()
     made.place((Placement(4, ((2, 3), (0, 1))),) * 2)
@@ -238,12 +218,19 @@ def test_float8_weights():
     assert payload[0] == 2 * payload[1]
 
 
-def test_own_kernels_launch_less():
+def test_fused_kernels_launch_less():
     def launches(**more):
-        sections = program_of(**more).stages[0][0].parts[0].sections
+        sections = program_of(types=NumberTypes(), **more).stages[0][0].parts[0].sections
         return sum(step.num_kernels for step in sections[1].steps)
 
-    assert launches(types=NumberTypes(), launches=OWN_KERNELS) < launches(types=NumberTypes()) / 3
+    assert launches(kernels=GPU_LIBRARIES) < launches() / 3
+
+
+@pytest.mark.parametrize(("form", "num"), [("all_to_all", 0), ("hierarchical", 1)])
+def test_kernels_of_gpu_libraries_tell_no_counts_in_flat_dispatch(form, num):
+    program = program_of(form, "dp=4,ep=4", ranks_per_node=2, kernels=GPU_LIBRARIES)
+    steps = program.stages[0][0].parts[0].sections[1].steps
+    assert sum(isinstance(step, Transfer) and step.syncs_host for step in steps) == num
 
 
 def test_hand_over_between_nodes():

@@ -26,8 +26,10 @@ def test_layers_that_repeat_are_not_run_one_by_one():
         for execution in Execution:
             given = terms(execution, 0.75)
             jumping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0)
-            stepping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0, may_jump=False)
-            assert len(jumping.spans[0][0].log.ran) < len(stepping.spans[0][0].log.ran) / 3
+            stepping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0, may_skip=False)
+            assert (
+                len(jumping.spans[0][0].log.executed) < len(stepping.spans[0][0].log.executed) / 3
+            )
             np.testing.assert_allclose(jumping.spans[0][0].end, stepping.spans[0][0].end)
             (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
             np.testing.assert_allclose(fast.wall_s, slow.wall_s, atol=1e-9)
@@ -57,10 +59,10 @@ def test_layers_that_alternate_are_not_run_one_by_one():
     odd = [compute(2.0, 1.0), send(1.0, 1.0), compute(1.0, 1.0)]
     parts = [blocks_of([(layer, (even, odd)[layer % 2]) for layer in range(41)])]
     seconds_of = {}
-    for may_jump in (True, False):
-        times = Timeline(Terms.free(), 1, 2).run([[StageWork(parts)]], 0.0, may_jump=may_jump)
-        (seconds_of[may_jump],) = stage_seconds(times, 41, count_idle=False)
-        assert (len(times.spans[0][0].log.ran) < 30) == may_jump
+    for may_skip in (True, False):
+        times = Timeline(Terms.free(), 1, 2).run([[StageWork(parts)]], 0.0, may_skip=may_skip)
+        (seconds_of[may_skip],) = stage_seconds(times, 41, count_idle=False)
+        assert (len(times.spans[0][0].log.executed) < 30) == may_skip
     np.testing.assert_allclose(seconds_of[True].wall_s, seconds_of[False].wall_s, atol=1e-9)
 
 
@@ -71,15 +73,15 @@ def test_layers_that_alternate_are_not_run_one_by_one():
     launch_s=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
     num_layers=st.integers(3, 40),
 )
-def test_jumps_are_exact(parts, execution, launch_s, num_layers):
+def test_skipped_layers_are_exact(parts, execution, launch_s, num_layers):
     parts = [
         [Block([timed for block in blocks for timed in block.steps], range(num_layers))]
         for blocks in parts
     ]
     given_terms = Terms(execution, launch_s * np.array([0.5, 1.0, 2.0]), np.zeros(3))
     fast, slow = (
-        Timeline(given_terms, 1, 3).run(one_stage(*parts), 0.0, may_jump=may_jump)
-        for may_jump in (True, False)
+        Timeline(given_terms, 1, 3).run(one_stage(*parts), 0.0, may_skip=may_skip)
+        for may_skip in (True, False)
     )
     np.testing.assert_allclose(fast.spans[0][0].end, slow.spans[0][0].end, rtol=1e-7)
     (of_fast,), (of_slow,) = (

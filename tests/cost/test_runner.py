@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cost.projected import DRIVER_S, MODEL, make_runner, make_scheduler
+from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, make_runner, make_scheduler
+from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
-from expertlane.cost.runner import MADE_UP_TOKEN
-from expertlane.cost.sharing import KnownWork, StepSharing
+from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
 from expertlane.metrics import latency, summarise
 from expertlane.results.chrome_trace import to_json
 from expertlane.results.step_record import MachinePeak
@@ -159,6 +159,23 @@ def test_steps_used_least_lately_are_forgotten():
     assert len(made) == 4
 
 
+class Breakdowns:
+    """Of the last spell of each phase, on the first replica."""
+
+    def __init__(self):
+        self.of_phase = {}
+        self._phase = None
+
+    def observe(self, step):
+        if step.plan.replica:
+            return
+        phase = step.plan.phase
+        if phase is not self._phase:
+            self.of_phase[phase] = BreakdownTable(PROFILE.device, TYPES.weights)
+        self._phase = phase
+        self.of_phase[phase].add(step.times)
+
+
 class NoneAlike(StepSharing):
     """Every step has routing of its own."""
 
@@ -169,10 +186,11 @@ class NoneAlike(StepSharing):
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
 @pytest.mark.parametrize(("layout", "options"), DEPLOYMENTS, ids=str)
 def test_a_step_from_rest_goes_as_it_would_at_its_own_time(layout, options, execution):
-    flags = {"execution": execution, "explain": True}
-    as_it_comes, steps = project(layout, options, runner_flags=flags)
-    flags["sharing"] = NoneAlike(1, 1)
-    repeated, again = project(layout, options, runner_flags=flags)
+    tables, tables_again = Breakdowns(), Breakdowns()
+    flags = {"execution": execution, "observe": tables.observe}
+    _, steps = project(layout, options, runner_flags=flags)
+    flags |= {"sharing": NoneAlike(1, 1), "observe": tables_again.observe}
+    _, again = project(layout, options, runner_flags=flags)
     for (_, one), (_, other) in zip(steps, again, strict=True):
         assert other.submitted_s == pytest.approx(one.submitted_s, rel=1e-12)
         assert other.finished_s == pytest.approx(one.finished_s, rel=1e-12)
@@ -180,20 +198,18 @@ def test_a_step_from_rest_goes_as_it_would_at_its_own_time(layout, options, exec
             np.testing.assert_allclose(its.wall_s, mine.wall_s, atol=1e-15)
             np.testing.assert_allclose(its.blocked_s, mine.blocked_s, atol=1e-15)
     for phase in Phase:
-        mine, its = as_it_comes.why(phase), repeated.why(phase)
+        mine, its = tables.of_phase[phase].result(), tables_again.of_phase[phase].result()
         assert its.seconds == pytest.approx(mine.seconds)
         assert its.shares == pytest.approx(mine.shares, abs=1e-9)
 
 
-def test_why():
-    runner, _ = project("dp=2,ep=2", Options(), runner_flags={"explain": True})
+def test_breakdowns_of_observed_steps():
+    tables = Breakdowns()
+    project("dp=2,ep=2", Options(), runner_flags={"observe": tables.observe})
     for phase in Phase:
-        table = runner.why(phase)
+        table = tables.of_phase[phase].result()
         assert sum(table.shares.values()) == pytest.approx(1.0)
         assert 0 < table.bytes_utilisation < 1
-    with pytest.raises(ValueError, match="not asked for"):
-        project("tp=1", Options())[0].why(Phase.DECODE)
-    assert make_runner(explain=True).why(Phase.DECODE) is None
 
 
 def test_time_passes_until_a_moment():

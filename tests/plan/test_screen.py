@@ -8,15 +8,15 @@ import pytest
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.routing import TraceRouting, UniformRouting
+from expertlane.cost.step.expected_counts import sampled_layers
 from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.plan.project import Projector, StepSize
+from expertlane.plan.request import Traffic
 from expertlane.plan.screen import Screen
-from expertlane.plan.setting import Traffic
-from expertlane.plan.spread import sampled_layers
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
-from plan.questions import MIXED, PAPER, TRAFFIC, cluster_of, setting_of
+from plan.requests import MIXED, PAPER, TRAFFIC, cluster_of, setting_of
 
 CAUSES = list(ProjectedCause)
 

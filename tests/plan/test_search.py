@@ -4,13 +4,12 @@ import pytest
 
 from expertlane.errors import UserError
 from expertlane.plan.candidates import MOST_DEVICES
-from expertlane.plan.families import best_of_families, family_of, pareto
-from expertlane.plan.finals import NUM_FINALISTS
-from expertlane.plan.losing import why_it_loses
-from expertlane.plan.setting import Goals, Question, Traffic
+from expertlane.plan.explanation import best_of_families, family_of, pareto, why_it_loses
+from expertlane.plan.request import Goals, PlanRequest, Traffic
+from expertlane.plan.search import NUM_FINALISTS
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.layout import Layout
-from plan.questions import MIXED, PAPER, TRAFFIC, cluster_of, search_of, setting_of
+from plan.requests import MIXED, PAPER, TRAFFIC, cluster_of, search_of, setting_of
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +127,10 @@ def test_a_sequence_alone_is_served_by_tensor_parallelism():
 
 def test_two_pools_keep_the_limits_in_full():
     traffic = Traffic(256, 2048, 64)
-    question = MIXED, cluster_of(4), traffic
-    free = TwoPoolSearch(Question(*question, Goals(), setting_of(MIXED))).run()
+    request = MIXED, cluster_of(4), traffic
+    free = TwoPoolSearch(PlanRequest(*request, Goals(), setting_of(MIXED))).run()
     limit = 0.95 * free.served.tpot_s[1, 0]
-    kept = TwoPoolSearch(Question(*question, Goals(max_tpot_s=limit), setting_of(MIXED))).run()
+    kept = TwoPoolSearch(PlanRequest(*request, Goals(max_tpot_s=limit), setting_of(MIXED))).run()
     assert kept.served.tpot_s[1, 0] <= limit
     assert kept.tps <= free.tps
 
@@ -146,7 +145,7 @@ def test_two_pools_keep_the_limits_in_full():
 )
 def test_why_there_are_no_two_pools(model, num_devices, goals, why):
     search = TwoPoolSearch(
-        Question(model, cluster_of(num_devices), TRAFFIC, goals, setting_of(model))
+        PlanRequest(model, cluster_of(num_devices), TRAFFIC, goals, setting_of(model))
     )
     assert search.run() == why
 
@@ -167,7 +166,7 @@ def test_progress_counts_every_candidate_and_finalist():
 
 def test_two_pools_share_the_devices():
     traffic = Traffic(256, 2048, 64)
-    search = TwoPoolSearch(Question(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED)))
+    search = TwoPoolSearch(PlanRequest(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED)))
     done: list[int] = []
     pools = search.run(done.append)
     assert isinstance(pools, TwoPools)

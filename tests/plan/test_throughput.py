@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from expertlane.plan.setting import Goals, Traffic
-from expertlane.plan.structure import Prompts
-from expertlane.plan.throughput import Steps, one_pool, two_pools
+from expertlane.plan.request import Goals, Traffic
+from expertlane.plan.throughput import Prompts, Steps, one_pool, two_pools
 from expertlane.spec.layout import Layout
 
 TRAFFIC = Traffic(num_sequences=8, prompt_len=100, output_len=10)

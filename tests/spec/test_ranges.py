@@ -6,7 +6,7 @@ import pytest
 
 from expertlane.cli.engine_options import EngineOptions
 from expertlane.errors import SpecError, UserError
-from expertlane.plan.setting import Traffic
+from expertlane.plan.request import Traffic
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Cluster, Experiment

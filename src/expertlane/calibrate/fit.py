@@ -10,9 +10,10 @@ from expertlane.calibrate.points import flops_of
 from expertlane.cost.laws.fitting import Rows, fit_surface
 from expertlane.cost.laws.links import roofline_s
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.roofline import ITEM_BYTES, roofline
+from expertlane.cost.laws.roofline import roofline
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.cost.step.operation import Kind
 from expertlane.engine.measure.points import Point, TransferPoint
 from expertlane.spec.names import Link

@@ -24,8 +24,8 @@ from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.cli.engine_options import FoundModel
-    from expertlane.plan.serve_commands import Served
-    from expertlane.plan.setting import Goals, Traffic
+    from expertlane.plan.commands import ServeTarget
+    from expertlane.plan.request import Goals, Traffic
     from expertlane.spec.deployment import PayloadType
     from expertlane.spec.model import ModelConfig
 
@@ -107,9 +107,9 @@ def plan(
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.finals import NUM_FINALISTS
     from expertlane.plan.make import Plan
-    from expertlane.plan.setting import Question, Setting
+    from expertlane.plan.request import PlanRequest, Setting
+    from expertlane.plan.search import NUM_FINALISTS
     from expertlane.spec.files import write_text
 
     found, devices = find_model(model, weights=False), parse_cluster(cluster)
@@ -122,7 +122,9 @@ def plan(
     name = slug("plan", found.config.name, devices)
     folder = results_folder(out, name)
     cautions = tuple(filter(None, [priced_wider(found, types)]))
-    plan = Plan(Question(found.config, devices, traffic, goals, setting), routing.words, cautions)
+    plan = Plan(
+        PlanRequest(found.config, devices, traffic, goals, setting), routing.words, cautions
+    )
     with progress_on_stderr() as progress:
         for task, total, part in (
             ("one pool: every layout and option", plan.num_candidates, plan.screen),
@@ -143,19 +145,19 @@ def plan(
     publish(results, folder, as_json=as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)])
 
 
-def _served(found: "FoundModel") -> "Served":
+def _served(found: "FoundModel") -> "ServeTarget":
     """A folder by its absolute path: a relative one could be taken for a hub id."""
-    from expertlane.plan.serve_commands import Served
+    from expertlane.plan.commands import ServeTarget
 
     if found.folder is None:
-        return Served("MODEL")
+        return ServeTarget("MODEL")
     is_local = os.path.isdir(os.path.expanduser(found.name))
     model = os.path.abspath(found.folder) if is_local else found.name
-    return Served(model, found.quantization)
+    return ServeTarget(model, found.quantization)
 
 
 def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
-    from expertlane.plan.setting import Goals
+    from expertlane.plan.request import Goals
 
     take_option("--max-tpot-ms", max_tpot_ms)
     take_option("--max-ttft-ms", max_ttft_ms)
@@ -165,7 +167,7 @@ def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
 
 def _traffic(text: str, model: "ModelConfig") -> "Traffic":
     """Read `num_sequences=256,prompt_len=1024,output_len=256`; what is left out is the default."""
-    from expertlane.plan.setting import Traffic
+    from expertlane.plan.request import Traffic
     from expertlane.spec.workload import Workload
 
     values: dict[str, int] = {}

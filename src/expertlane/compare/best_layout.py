@@ -7,11 +7,10 @@ import numpy as np
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import UserError
-from expertlane.plan.families import pareto
-from expertlane.plan.option import Finalist, Option
-from expertlane.plan.search import OnePool, Search
-from expertlane.plan.setting import Goals, Question, Setting, Traffic
-from expertlane.plan.throughput import Served
+from expertlane.plan.explanation import pareto
+from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
+from expertlane.plan.search import Finalist, OnePool, Option, Search
+from expertlane.plan.throughput import ThroughputCurve
 from expertlane.progress import Progress
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import (
@@ -49,7 +48,7 @@ def plan_beside(
     decoding = _search(model, cluster, Traffic(num_seqs, 1, 2 * context - 1), setting)
     progress.advance()
     whole = Traffic(num_seqs, workload.prompt_len, workload.output_len)
-    search = Search(Question(model, cluster, whole, Goals(), setting))
+    search = Search(PlanRequest(model, cluster, whole, Goals(), setting))
     try:
         found = search.one_pool()
     except UserError:  # nothing fits
@@ -69,7 +68,7 @@ def _search(
     model: ModelConfig, cluster: ModelledCluster, traffic: Traffic, setting: Setting
 ) -> OnePool | None:
     try:
-        return Search(Question(model, cluster, traffic, Goals(), setting)).one_pool()
+        return Search(PlanRequest(model, cluster, traffic, Goals(), setting)).one_pool()
     except UserError:  # nothing fits
         return None
 
@@ -122,7 +121,7 @@ def _of_finalist(name: str, finalist: Finalist) -> ServedDeployment:
     return _served_at(name, finalist.option, finalist.served, 0)
 
 
-def _served_at(name: str, option: Option, served: Served, place: int) -> ServedDeployment:
+def _served_at(name: str, option: Option, served: ThroughputCurve, place: int) -> ServedDeployment:
     """At one of its numbers of sequences."""
     layout, options = option.candidate
     return ServedDeployment(

@@ -34,7 +34,7 @@ def projected_assumptions(
         Assumption(
             "kernels",
             "as fused as those of GPU libraries; an estimate",
-            "no option; the engine's own are more and smaller (cost/step/launches.py)",
+            "no option; the engine's own are more and smaller (cost/step/kernel_sets.py)",
         ),
         Assumption(
             "flat dispatch",

@@ -15,7 +15,7 @@ from expertlane.errors import CapacityError, UserError
 from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, capacity, prefill_step_tokens
 from expertlane.plan.candidates import FORMS, MOST_DEVICES
 from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.setting import Setting
+from expertlane.plan.request import Setting
 from expertlane.progress import Progress
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.projection import (

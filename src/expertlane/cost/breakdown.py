@@ -1,25 +1,27 @@
-"""Where a projected step's time goes: its share by cause, and how busy devices are."""
+"""Where a projected step's time goes: by cause, by what its times rest on, and beside its floor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile import Device
-from expertlane.cost.step.operation import Operation
+from expertlane.cost.laws.times import Basis
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.pricing import StageWork
+from expertlane.cost.step.operation import Floats, Operation
+from expertlane.cost.step.program import StageProgram, StepProgram
+from expertlane.cost.step.totals import distinct_sections
 from expertlane.cost.step_log import LogTable
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.spec.names import ProjectedCause, Stage
 
-Floats = npt.NDArray[np.float64]
-
 _CAUSES = list(ProjectedCause)
 _INDEX = {cause: place for place, cause in enumerate(_CAUSES)}
-_CAUSE_OF_TRANSFER = {
+CAUSE_OF_TRANSFER = {
     Stage.DISPATCH: ProjectedCause.DISPATCH_COMBINE,
     Stage.COMBINE: ProjectedCause.DISPATCH_COMBINE,
     Stage.COLLECTIVES: ProjectedCause.TP_COLLECTIVES,
@@ -27,7 +29,7 @@ _CAUSE_OF_TRANSFER = {
 
 
 @dataclass(frozen=True)
-class Why:
+class Breakdown:
     """Of some steps on the virtual clock, the likely times.
 
     Attributes:
@@ -51,7 +53,7 @@ class _SpanCauses(NamedTuple):
     num_bytes: float
 
 
-class WhyTable:
+class BreakdownTable:
     """Adds up steps of one phase that follow each other on a `Timeline`.
 
     An operation whose reads take longer than its FLOPs, both at the datasheet's peak, is bound by
@@ -78,9 +80,9 @@ class WhyTable:
         self._flops = self._bytes = 0.0
         self._known: WeakKeyDictionary[Span, _SpanCauses] = WeakKeyDictionary()
 
-    def cleared(self) -> "WhyTable":
+    def cleared(self) -> "BreakdownTable":
         """An empty table, quicker with what this one has seen before."""
-        table = WhyTable(self._device, self._dtype, self._dtype_of)
+        table = BreakdownTable(self._device, self._dtype, self._dtype_of)
         table._known = self._known
         return table
 
@@ -105,7 +107,7 @@ class WhyTable:
                 self._bytes += causes.num_bytes
         self._last = times
 
-    def result(self) -> Why:
+    def result(self) -> Breakdown:
         """The table so far.
 
         Raises:
@@ -122,7 +124,7 @@ class WhyTable:
         seconds, num_ranks = end_s - self._begin_s, by_rank.shape[1]
         total_s = max(float(by_rank.sum()), np.finfo(float).tiny)
         rank_s = max(seconds * num_ranks, np.finfo(float).tiny)
-        return Why(
+        return Breakdown(
             seconds=seconds,
             shares={cause: float(by_rank[at].sum()) / total_s for cause, at in _INDEX.items()},
             flops_utilisation=self._flops / rank_s / self._device.flops_per_s[self._dtype],
@@ -154,22 +156,24 @@ class WhyTable:
         spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
 
     def _add_transfers(self, spent: Floats, span: Span, table: LogTable) -> None:
-        for ran, blocked_s, times in zip(span.log.ran, table.blocked_s, table.times, strict=True):
-            groups = ran.entry.groups
+        for done, blocked_s, times in zip(
+            span.log.executed, table.blocked_s, table.times, strict=True
+        ):
+            groups = done.entry.groups
             if groups is None:
                 continue
-            posted = groups.largest(ran.start[LIKELY])
-            imbalance_s = np.clip(posted - ran.wait[LIKELY], 0.0, blocked_s)
+            posted = groups.largest(done.start[LIKELY])
+            imbalance_s = np.clip(posted - done.wait[LIKELY], 0.0, blocked_s)
             spent[_INDEX[ProjectedCause.IMBALANCE]] += times * imbalance_s
-            cause = _CAUSE_OF_TRANSFER[ran.entry.step.stage]
+            cause = CAUSE_OF_TRANSFER[done.entry.step.stage]
             spent[_INDEX[cause]] += times * (blocked_s - imbalance_s)
 
     def _add_operations(self, spent: Floats, span: Span, table: LogTable) -> tuple[float, float]:
         """FLOPs and bytes read of all ranks."""
         flops = num_bytes = 0.0
         took_s = table.column("end") - table.column("start")
-        for ran, of_rank_s, times in zip(span.log.ran, took_s, table.times, strict=True):
-            entry = ran.entry
+        for done, of_rank_s, times in zip(span.log.executed, took_s, table.times, strict=True):
+            entry = done.entry
             if not isinstance(entry.step, Operation):
                 continue
             overhead_s = entry.overhead_s[LIKELY]
@@ -184,17 +188,32 @@ class WhyTable:
         return flops, num_bytes
 
     def _add_work(self, spent: Floats, step: Operation, work_s: Floats) -> None:
-        dtype = self._dtype_of(step)
-        peak = self._device.flops_per_s.get(dtype, self._device.flops_per_s[self._dtype])
-        read = step.weight_bytes + step.kv_bytes
-        is_reading = read / self._device.memory_bytes_per_s > step.flops / peak
-        reads_s = np.where(is_reading, work_s, 0.0)
-        weights_s = reads_s * (step.weight_bytes / np.maximum(read, 1))
-        spent[_INDEX[ProjectedCause.WEIGHT_READS]] += weights_s
-        spent[_INDEX[ProjectedCause.KV_READS]] += reads_s - weights_s
-        is_expert = step.stage is Stage.EXPERTS
-        cause = ProjectedCause.EXPERT_COMPUTE if is_expert else ProjectedCause.OTHER_COMPUTE
-        spent[_INDEX[cause]] += work_s - reads_s
+        shares = cause_shares(step, self._device, self._dtype_of(step), self._dtype)
+        for cause, share in shares:
+            spent[_INDEX[cause]] += work_s * share
+
+
+def cause_shares(
+    step: Operation, device: Device, dtype: str, other_dtype: str
+) -> list[tuple[ProjectedCause, Floats]]:
+    """Shares [A] of an operation's time: bound by reading, split by bytes, or by computing.
+
+    Args:
+        dtype: that it computes in.
+        other_dtype: whose peak counts where the datasheet has none for `dtype`.
+    """
+    peak = device.flops_per_s.get(dtype, device.flops_per_s[other_dtype])
+    read = step.weight_bytes + step.kv_bytes
+    is_reading = read / device.memory_bytes_per_s > step.flops / peak
+    of_weights = np.where(is_reading, step.weight_bytes / np.maximum(read, 1), 0.0)
+    of_cache = np.where(is_reading, step.kv_bytes / np.maximum(read, 1), 0.0)
+    is_expert = step.stage is Stage.EXPERTS
+    cause = ProjectedCause.EXPERT_COMPUTE if is_expert else ProjectedCause.OTHER_COMPUTE
+    return [
+        (ProjectedCause.WEIGHT_READS, of_weights),
+        (ProjectedCause.KV_READS, of_cache),
+        (cause, 1 - of_weights - of_cache),
+    ]
 
 
 def _split_idle(spent: list[Floats], idle: list[Floats]) -> None:
@@ -204,3 +223,60 @@ def _split_idle(spent: list[Floats], idle: list[Floats]) -> None:
         of_causes[_INDEX[ProjectedCause.ENGINE]] += least
         of_causes[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += of_stage.min() - least
         of_causes[_INDEX[ProjectedCause.IMBALANCE]] += of_stage - of_stage.min()
+
+
+def floor_s(programs: Sequence[StepProgram], device: Device, types: NumberTypes) -> float:
+    """Seconds that no deployment of this layout can be under.
+
+    A micro-batch's way through all stages, or all micro-batches on the busiest stage; of each
+    stage's busiest rank the larger of bytes read over bandwidth and FLOPs over peak.
+
+    Args:
+        programs: of steps in flight together.
+    """
+    least = np.concatenate(
+        [
+            [[_least_s(each, device, types) for each in of_stage] for of_stage in program.stages]
+            for program in programs
+        ],
+        axis=1,
+    )  # [pp, micro-batches]
+    return float(max(least.sum(axis=0).max(), least.sum(axis=1).max()))
+
+
+def _least_s(program: StageProgram, device: Device, types: NumberTypes) -> float:
+    reading, computing = np.zeros((2, program.mesh.size))
+    for part in program.parts:
+        for section, num in distinct_sections(part):
+            for step in section.steps:
+                if isinstance(step, Operation):
+                    peak = device.flops_per_s[step.dtype or types.weights]
+                    computing += num * step.flops / peak
+                    read = step.weight_bytes + step.kv_bytes
+                    reading += num * read / device.memory_bytes_per_s
+    return float(np.maximum(reading, computing).max())
+
+
+def basis_seconds(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[Floats, float]:
+    """[num_bases] likely seconds of operations and transfers, rank mean; extrapolated ones."""
+    by_basis, outside = np.zeros(len(Basis)), 0.0
+    for work in works:
+        for stage in (each for of_stage in work for each in of_stage):
+            for block in (block for part in stage.parts for block in part):
+                for timed in block.steps:
+                    seconds = timed.times.seconds * len(block.layers)
+                    by_basis[timed.times.basis] += float(seconds.mean())
+                    outside += float((seconds * timed.times.is_extrapolated).mean())
+    return by_basis, outside
+
+
+def basis_shares(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[dict[str, float], float]:
+    """Of all likely seconds of operations and transfers, by basis; and those extrapolated."""
+    return shares_of(*basis_seconds(works))
+
+
+def shares_of(basis_s: Floats, extrapolated_s: float) -> tuple[dict[str, float], float]:
+    """Seconds as shares, by the label of a basis; none that is zero."""
+    total = float(basis_s.sum()) or 1.0
+    shares = {basis.label: float(basis_s[basis]) / total for basis in Basis if basis_s[basis]}
+    return shares, extrapolated_s / total

@@ -3,15 +3,13 @@
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import Floats
 from expertlane.cost.timeline import bounds_of
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-
-Floats = npt.NDArray[np.float64]
 
 
 class KVTransfers(Protocol):
@@ -45,8 +43,8 @@ class ModelledKVTransfers:
     ) -> None:
         self._links = links
         self._remote = remote
-        whole = sum(_widths(model)) * types.kv_bytes
-        held = _held_width(model, decode.tp) * types.kv_bytes
+        whole = held_kv_width(model, 1) * types.kv_bytes
+        held = held_kv_width(model, decode.tp) * types.kv_bytes
         self._sent_bytes = np.repeat(_num_layers(model, prefill) * whole / prefill.tp, prefill.tp)
         self._received_bytes = np.repeat(_num_layers(model, decode) * held, decode.tp)
 
@@ -62,15 +60,12 @@ def _num_layers(model: ModelConfig, layout: Layout) -> Floats:
     return np.array([len(each) for each in layers], dtype=np.float64)
 
 
-def _widths(model: ModelConfig) -> tuple[int, int]:
-    """Of a position in a layer's cache: keys and values, or latent and rotated part."""
-    if model.latent is None:
-        return model.kv_size, model.kv_size
-    return model.latent.kv_lora_rank, model.latent.qk_rope_head_dim
+def held_kv_width(model: ModelConfig, tp: int) -> int:
+    """Values of a position in a layer's cache that a rank holds: a head at least, a whole latent.
 
-
-def _held_width(model: ModelConfig, tp: int) -> int:
-    """What a rank holds of it: at least one head, and all of a latent."""
+    Args:
+        tp: ranks that share the heads; 1 for all of them.
+    """
     if model.latent is not None:
-        return sum(_widths(model))
+        return model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
     return 2 * max(1, model.num_kv_heads // tp) * model.head_dim

@@ -54,14 +54,14 @@ class MultiToken:
         return 1 + ceil(round((output_len - 1) / self.tokens_per_step, 6))
 
 
-class Stretch:
-    """Lets the positions of sequences grow by more than the one a step that plans know of."""
+class MultiTokenAdapter:
+    """Moves the positions of plans: they grow by more than the one a step that schedulers know."""
 
     def __init__(self, multi_token: MultiToken) -> None:
         self._extra = multi_token.tokens_per_step - 1
         self._num_decodes: Floats = np.zeros(1024)  # by sequence
 
-    def of(self, plan: StepPlan) -> StepPlan:
+    def adapt(self, plan: StepPlan) -> StepPlan:
         """The plan with decodes where they stand."""
         parts = tuple(tuple(map(self._batch, part)) for part in plan.micro_batches)
         return replace(plan, micro_batches=parts)
@@ -94,7 +94,7 @@ def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
 def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """Hidden states and the embeddings of what followed, normed, and made one."""
     moved = 6 * part.owned * (model.hidden_size * out.types.activation_bytes)
-    out.memory(Stage.EMBED, moved, out.launches.embed + 2 * out.norm_kernels)
+    out.memory(Stage.EMBED, moved, out.kernels.embed + 2 * out.norm_kernels)
     out.gemm(Stage.EMBED, part.owned, model.hidden_size, 2 * model.hidden_size)
 
 

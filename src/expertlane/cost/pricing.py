@@ -1,13 +1,12 @@
 """From a step's program to work with times: what the device and the links say of each step."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
@@ -15,11 +14,20 @@ from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.step.operation import Ints, Kind, Operation, Step, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    ExpectedTransfer,
+    Floats,
+    Ints,
+    Kind,
+    Operation,
+    Step,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step.program import PartProgram, Section, StepProgram
 from expertlane.spec.names import Stage
 
-Floats = npt.NDArray[np.float64]
+TransferT = TypeVar("TransferT", Transfer, ExpectedTransfer)
 
 _NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
 
@@ -311,20 +319,25 @@ class Pricing:
         return known[key]
 
     def _forwarded(self, steps: Sequence[Step]) -> dict[int, Times]:
-        """Times of pairs of all-to-alls in one stage, one over nodes and one inside, by id."""
+        """Times of pairs of hops, by id."""
         times: dict[int, Times] = {}
         transfers = [step for step in steps if isinstance(step, Transfer)]
-        for stage in {each.stage for each in transfers}:
-            hops = [
-                each
-                for each in transfers
-                if each.stage is stage and each.kind is TransferKind.ALL_TO_ALL
-            ]
-            if len(hops) != 2:
-                continue
-            between, inside = sorted(hops, key=lambda hop: -int(hop.load.num_nodes.max()))
+        for between, inside in forwarding_hops(transfers):
             times[id(between)], times[id(inside)] = self._links.forwarded(between, inside)
         return times
+
+
+def forwarding_hops(transfers: Sequence[TransferT]) -> Iterator[tuple[TransferT, TransferT]]:
+    """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them."""
+    for stage in dict.fromkeys(each.stage for each in transfers):
+        hops = [
+            each
+            for each in transfers
+            if each.stage is stage and each.kind is TransferKind.ALL_TO_ALL
+        ]
+        if len(hops) == 2:
+            between, inside = sorted(hops, key=lambda hop: -int(hop.load.num_nodes.max()))
+            yield between, inside
 
 
 def _of_ranks(times: Times, num_ranks: int) -> Times:

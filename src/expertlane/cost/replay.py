@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.pricing import Block, Compiler, Entry
-from expertlane.cost.step.operation import Transfer
-
-Floats = npt.NDArray[np.float64]
+from expertlane.cost.step.operation import Floats, Transfer
 
 _MIN_REPEATS = 3  # layers of a block below which looking for a period does not pay
 _ROUNDING = 1e-9
@@ -47,7 +44,7 @@ class Clocks:
         return Clocks(self.compute + by, self.network + by, self.host + by)
 
 
-class Ran(NamedTuple):
+class ExecutedStep(NamedTuple):
     """An operation that ran, or a transfer that was posted and waited for.
 
     Attributes:
@@ -81,7 +78,7 @@ class Ran(NamedTuple):
         return self.layers[self.place + times] + self.entry.offset
 
 
-class Jump(NamedTuple):
+class RepeatedLayers(NamedTuple):
     """Layers that went like those before: `times` more of the log's `first` to `last`."""
 
     first: int
@@ -93,8 +90,8 @@ class Jump(NamedTuple):
 class Log:
     """What ran, in the order of each rank."""
 
-    ran: list[Ran] = field(default_factory=list)
-    jumps: list[Jump] = field(default_factory=list)
+    executed: list[ExecutedStep] = field(default_factory=list)
+    repeated: list[RepeatedLayers] = field(default_factory=list)
 
 
 class _Pending(NamedTuple):
@@ -150,14 +147,14 @@ class Replay:
     transfer of its own is in flight, a share is lost (`TimedStep.contention`).
 
     Args:
-        may_jump: a block's layers that go exactly like the two before are not run one by one.
+        may_skip: a block's layers that go exactly like the two before are not run one by one.
     """
 
-    def __init__(self, compiler: Compiler, clocks: Clocks, *, may_jump: bool = True) -> None:
+    def __init__(self, compiler: Compiler, clocks: Clocks, *, may_skip: bool = True) -> None:
         self.clocks = clocks
         self.log = Log()
         self._compiler = compiler
-        self._may_jump = may_jump
+        self._may_skip = may_skip
         self._period = _Period()
 
     def run(self, parts: Sequence[Sequence[Block]]) -> Log:
@@ -167,7 +164,7 @@ class Replay:
         ]
         queue: deque[tuple[_Cursor, _Pending | None]] = deque((each, None) for each in cursors)
         while queue:
-            if self._may_jump and queue[0][0] is cursors[0]:
+            if self._may_skip and queue[0][0] is cursors[0]:
                 self._skip_layers(queue)
             cursor, pending = queue.popleft()
             if pending is not None:
@@ -203,7 +200,7 @@ class Replay:
             end = np.minimum(end + lost, start + entry.seconds * beside.stretch)
         self.clocks.compute = end
         at = (entry, cursor.part, cursor.layers, cursor.place)
-        self.log.ran.append(Ran(*at, begin, start, start, start, end, end))
+        self.log.executed.append(ExecutedStep(*at, begin, start, start, start, end, end))
 
     def _post(self, cursor: _Cursor, entry: Entry) -> _Pending:
         clocks, groups, step = self.clocks, entry.groups, entry.step
@@ -225,7 +222,7 @@ class Replay:
             clocks.host = np.maximum(clocks.host, end)
         at = (pending.entry, cursor.part, pending.layers, pending.place)
         moments = (pending.begin, pending.posted, pending.met, wait, end, done)
-        self.log.ran.append(Ran(*at, *moments))
+        self.log.executed.append(ExecutedStep(*at, *moments))
 
     def _skip_layers(self, queue: deque[tuple[_Cursor, _Pending | None]]) -> None:
         """Where two layers of a block took equally long on every rank, so do the rest of it."""
@@ -241,11 +238,11 @@ class Replay:
             (cursor.block, cursor.step, cursor.place - first.place, pending is None)
             for cursor, pending in queue
         ]
-        step_s = self._period.step(places, state, len(self.log.ran))
+        step_s = self._period.step(places, state, len(self.log.executed))
         times = min(cursor.num_left for cursor, _ in queue)
         if step_s is None or times < 1 or not self._is_in_step(step_s):
             return
-        self.log.jumps.append(Jump(self._period.first, self._period.last, times))
+        self.log.repeated.append(RepeatedLayers(self._period.first, self._period.last, times))
         clocks.compute, clocks.network, clocks.host, *dones = state + times * step_s
         shifted = iter(zip(dones, step_s[3:], strict=True))
         for number, (cursor, pending) in enumerate(queue):
@@ -275,7 +272,7 @@ class Replay:
         tolerance = _ROUNDING * np.abs(of_device).max()
         if np.abs(step_s[[1, *range(3, len(step_s))]] - of_device).max() > tolerance:
             return False
-        ran = self.log.ran[self._period.first : self._period.last]
+        ran = self.log.executed[self._period.first : self._period.last]
         for groups in {each.entry.groups for each in ran if each.entry.groups is not None}:
             if (groups.largest(of_device) - of_device > tolerance).any():
                 return False

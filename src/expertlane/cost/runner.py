@@ -1,29 +1,103 @@
 """The runner on a virtual clock: prices step plans in place of executing them; without torch."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from expertlane.cost.breakdown import Why, WhyTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
-from expertlane.cost.multi_token import Stretch
+from expertlane.cost.multi_token import MultiTokenAdapter
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.routing import RoutingSource
-from expertlane.cost.sharing import KnownWork, StepSharing
+from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
 from expertlane.cost.step_log import rank_events, stage_seconds
-from expertlane.cost.timeline import StepTimes, Timeline
+from expertlane.cost.timeline import ColdStart, StepTimes, Timeline
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 
-Floats = npt.NDArray[np.float64]
+_KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks
+_FEWEST_KEPT = 64
+
+
+@dataclass(eq=False)
+class KnownWork:
+    """A step as it was counted and priced.
+
+    Attributes:
+        work: [num_stages][num_micro_batches].
+        cold_start: how it went when all ranks were at rest before; None if that did not come yet.
+    """
+
+    program: StepProgram
+    work: Sequence[Sequence[StageWork]]
+    cold_start: ColdStart | None = None
+
+
+class StepSharing:
+    """The steps of one deployment, for runners that may share it.
+
+    A step takes the work of an earlier one whose sequences are as many on every data-parallel rank
+    and micro-batch, and about as long: of those with one new token, the positions of a rank,
+    summed up, round to the same multiple of `context_step` a sequence, or of `few_positions` where
+    that is more; of the others, new and cached positions of each to one of `context_step`. So it
+    also takes that step's routing, a sample of the same distribution, and its counters. The steps
+    used least lately are forgotten.
+
+    Args:
+        num_ranks: of a replica.
+        few_positions: of a rank, which take next to no time beside the rest of a step.
+    """
+
+    def __init__(self, context_step: int, num_ranks: int, few_positions: int = 1) -> None:
+        self._context_step = context_step
+        self._few_positions = few_positions
+        self._most_kept = max(_FEWEST_KEPT, _KEPT_RANKS // num_ranks)
+        self._known: OrderedDict[object, KnownWork] = OrderedDict()
+
+    def find(self, plan: StepPlan, make: Callable[[], KnownWork]) -> KnownWork:
+        """The work of a step like this one; made where there was none."""
+        key = plan.replica, tuple([tuple(map(self._size, part)) for part in plan.micro_batches])
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = make()
+            if len(self._known) > self._most_kept:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(key)
+        return known
+
+    def _size(self, batch: Batch) -> object:
+        """What batches that are alike have in common."""
+        if not batch.num_seqs:
+            return None
+        step, num_computed = self._context_step, batch.num_computed_tokens
+        num_chunks = 0
+        chunks: tuple[tuple[int, int, bool], ...] = ()
+        if batch.num_tokens > batch.num_seqs:
+            is_chunk = batch.num_scheduled_tokens > 1
+            chunks = tuple(
+                sorted(
+                    (round(new / step), round(cached / step), yields)
+                    for new, cached, yields in zip(
+                        batch.num_scheduled_tokens[is_chunk].tolist(),
+                        num_computed[is_chunk].tolist(),
+                        batch.yields_token[is_chunk].tolist(),
+                        strict=True,
+                    )
+                )
+            )
+            num_chunks, num_computed = len(chunks), num_computed[~is_chunk]
+        num_decodes = batch.num_seqs - num_chunks
+        alike = max(num_decodes * step, self._few_positions)
+        return num_decodes, round(int(num_computed.sum()) / alike), chunks
+
 
 MADE_UP_TOKEN = 0
 
@@ -57,7 +131,6 @@ class PricedStep:
 class _Replica:
     timeline: Timeline
     phase: Phase | None = None
-    why: dict[Phase, WhyTable] = field(default_factory=dict)
 
 
 class CostRunner:
@@ -77,9 +150,8 @@ class CostRunner:
 
     Args:
         sharing: of steps that are alike; None to count and price every step for itself.
-        explain: keep `why` tables.
         observe: told of every step.
-        stretch: of multi-token prediction; decode steps then go further than their plans say.
+        multi_token: of multi-token prediction; decode steps then go further than their plans say.
     """
 
     def __init__(
@@ -92,9 +164,8 @@ class CostRunner:
         terms: Terms,
         *,
         sharing: StepSharing | None = None,
-        explain: bool = False,
         observe: Callable[[PricedStep], None] | None = None,
-        stretch: Stretch | None = None,
+        multi_token: MultiTokenAdapter | None = None,
         lead: int = LIKELY,
     ) -> None:
         self.lead = lead
@@ -108,9 +179,8 @@ class CostRunner:
         self._terms = terms
         self._num_ranks = layout.replica_size
         self._sharing = sharing
-        self._explain = explain
         self._observe = observe
-        self._stretch = stretch
+        self._multi_token = multi_token
         self._num_tokens = 0
         self._replicas = [
             _Replica(Timeline(terms, layout.pp, layout.stage_size)) for _ in range(layout.replicas)
@@ -124,14 +194,12 @@ class CostRunner:
         """Begin a step."""
         submitted_s = self.now_s
         self.now_s = submitted_s + self._terms.step_s(self._num_ranks)
-        if self._stretch is not None:
-            plan = self._stretch.of(plan)
+        if self._multi_token is not None:
+            plan = self._multi_token.adapt(plan)
         known = self._work(plan)
         replica = self._replicas[plan.replica]
         times = self._run(replica.timeline, known, plan)
         same_phase, replica.phase = replica.phase is plan.phase, plan.phase
-        if self._explain:
-            self._add_why(replica, plan.phase, times, is_new=not same_phase)
         if self._observe is not None:
             self._observe(PricedStep(plan, known.program, known.work, times))
         records: tuple[RankRecord, ...] = ()
@@ -178,25 +246,6 @@ class CostRunner:
             for plan, outcome in steps
         ]
 
-    def why(self, phase: Phase, replica: int = 0) -> Why | None:
-        """Where the time of the last spell of a phase went; None if there was none.
-
-        Raises:
-            ValueError: the runner was not told to explain.
-        """
-        if not self._explain:
-            raise ValueError("why tables were not asked for")
-        table = self._replicas[replica].why.get(phase)
-        return table.result() if table else None
-
-    def _add_why(self, replica: _Replica, phase: Phase, times: StepTimes, *, is_new: bool) -> None:
-        if is_new:
-            pricing = self._pricing
-            replica.why[phase] = WhyTable(
-                pricing.profile.device, pricing.types.weights, pricing.dtype
-            )
-        replica.why[phase].add(times)
-
     def _work(self, plan: StepPlan) -> KnownWork:
         def make() -> KnownWork:
             program = self._builder.build(plan, self._routing, first_token=self._num_tokens)
@@ -208,12 +257,12 @@ class CostRunner:
         return known
 
     def _run(self, timeline: Timeline, known: KnownWork, plan: StepPlan) -> StepTimes:
-        may_jump = not plan.record_events
-        if self._sharing is None or not may_jump or not timeline.is_at_rest(self.now_s):
-            return timeline.run(known.work, self.now_s, may_jump=may_jump)
-        if known.from_rest is None:
-            known.from_rest = timeline.from_rest(known.work)
-        return timeline.repeat(known.from_rest, self.now_s)
+        may_skip = not plan.record_events
+        if self._sharing is None or not may_skip or not timeline.is_at_rest(self.now_s):
+            return timeline.run(known.work, self.now_s, may_skip=may_skip)
+        if known.cold_start is None:
+            known.cold_start = timeline.cold_start(known.work)
+        return timeline.repeat(known.cold_start, self.now_s)
 
     def _records(
         self, plan: StepPlan, program: StepProgram, times: StepTimes, *, count_idle: bool

@@ -6,16 +6,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.replay import Log
-from expertlane.cost.step.operation import OUTSIDE, Ints, Operation, Step, Transfer
+from expertlane.cost.step.operation import OUTSIDE, Floats, Ints, Operation, Step, Transfer
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.results.step_record import RankEvents
 from expertlane.spec.names import Stage, Track
-
-Floats = npt.NDArray[np.float64]
 
 
 class LogTable:
@@ -31,18 +28,19 @@ class LogTable:
 
     def __init__(self, log: Log, num_ranks: int) -> None:
         self._log = log
-        self._shape = (len(log.ran), num_ranks)
-        self.steps: list[Step] = [ran.entry.step for ran in log.ran]
-        self.part = np.array([ran.part for ran in log.ran], dtype=np.int64)
-        self.is_transfer = np.array([ran.entry.groups is not None for ran in log.ran], dtype=bool)
+        self._shape = (len(log.executed), num_ranks)
+        executed = log.executed
+        self.steps: list[Step] = [each.entry.step for each in executed]
+        self.part = np.array([each.part for each in executed], dtype=np.int64)
+        self.is_transfer = np.array([each.entry.groups is not None for each in executed], bool)
         self.stages = np.array([step.stage for step in self.steps], dtype=np.int64)
         self.rows, self.layers = _expanded(log)
 
     def column(self, name: str) -> Floats:
-        """One of the moments of a `Ran`, other than `met`."""
-        if not self._log.ran:
+        """One of the moments of a `ExecutedStep`, other than `met`."""
+        if not self._log.executed:
             return np.zeros(self._shape)
-        return np.array([getattr(ran, name)[LIKELY] for ran in self._log.ran])
+        return np.array([getattr(ran, name)[LIKELY] for ran in self._log.executed])
 
     @cached_property
     def times(self) -> Ints:
@@ -63,12 +61,12 @@ class LogTable:
 
 
 def _expanded(log: Log) -> tuple[Ints, Ints]:
-    rows = [np.arange(len(log.ran))]
-    layers = [[ran.layer for ran in log.ran]]
-    for first, last, times in log.jumps:
+    rows = [np.arange(len(log.executed))]
+    layers = [[ran.layer for ran in log.executed]]
+    for first, last, times in log.repeated:
         for further in range(1, times + 1):
             rows.append(np.arange(first, last))
-            layers.append([ran.layer_after(further) for ran in log.ran[first:last]])
+            layers.append([ran.layer_after(further) for ran in log.executed[first:last]])
     return np.concatenate(rows), np.concatenate(layers).astype(np.int64)
 
 
@@ -144,10 +142,10 @@ class Event(NamedTuple):
 
 
 def events(times: StepTimes) -> Iterator[Event]:
-    """Every operation, transfer and hand-over of a step run without jumps."""
+    """Every operation, transfer and hand-over of a step run with every layer run."""
     for pp_rank, spans in enumerate(times.spans):
         for micro_batch, span in enumerate(spans):
-            for ran in span.log.ran:
+            for ran in span.log.executed:
                 step, is_transfer = ran.entry.step, ran.entry.groups is not None
                 begin, end = (ran.met, ran.done) if is_transfer else (ran.start, ran.end)
                 yield Event(
@@ -179,7 +177,7 @@ _TRACKS = list(Track)
 
 
 def rank_events(times: StepTimes) -> dict[tuple[int, int], RankEvents]:
-    """By pipeline stage and place in it; of a step that was run without jumps."""
+    """By pipeline stage and place in it; of a step that was run with every layer run."""
     begin_s = float(min(spans[0].begin[LIKELY].min() for spans in times.spans))
     start_s = float(times.origin_s[LIKELY]) + begin_s
     of_stage: list[list[Event]] = [[] for _ in times.spans]

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
 from expertlane.cost.laws.times import Times
 from expertlane.cost.pricing import Compiler, StageWork
 from expertlane.cost.replay import Clocks, Log, Replay
-
-Floats = npt.NDArray[np.float64]
+from expertlane.cost.step.operation import Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ class StepTimes:
 
 
 @dataclass(frozen=True, eq=False)
-class FromRest:
+class ColdStart:
     """A step that began at zero with all ranks at rest; it goes alike whenever they are.
 
     Attributes:
@@ -91,14 +89,14 @@ class Timeline:
         work: Sequence[Sequence[StageWork]],
         plan_s: Floats | float,
         *,
-        may_jump: bool = True,
+        may_skip: bool = True,
     ) -> StepTimes:
         """Take a step through all stages.
 
         Args:
             work: [num_stages][num_micro_batches].
             plan_s: [B], or one for all; when the plan reaches the ranks.
-            may_jump: layers that repeat exactly are not run one by one (`Replay`), so that not
+            may_skip: layers that repeat exactly are not run one by one (`Replay`), so that not
                 all of them are in the logs.
         """
         compiler = self._compiler
@@ -114,7 +112,7 @@ class Timeline:
             spans.append(
                 [
                     self._micro_batch(
-                        clocks, of_micro_batch, arrival, Replay(compiler, clocks, may_jump=may_jump)
+                        clocks, of_micro_batch, arrival, Replay(compiler, clocks, may_skip=may_skip)
                     )
                     for of_micro_batch, arrival in zip(of_stage, arrivals, strict=True)
                 ]
@@ -131,12 +129,12 @@ class Timeline:
             for each in (clocks.compute, clocks.network, clocks.host)
         )
 
-    def from_rest(self, work: Sequence[Sequence[StageWork]]) -> FromRest:
+    def cold_start(self, work: Sequence[Sequence[StageWork]]) -> ColdStart:
         """How a step goes that begins at zero; this timeline stays as it is."""
         other = Timeline(self._terms, len(self._stages), self._num_ranks)
-        return FromRest(other.run(work, 0.0), other._stages)
+        return ColdStart(other.run(work, 0.0), other._stages)
 
-    def repeat(self, known: FromRest, plan_s: Floats) -> StepTimes:
+    def repeat(self, known: ColdStart, plan_s: Floats) -> StepTimes:
         """Take a step through all stages whose ranks are at rest; as `run` would."""
         idle_s = [plan_s[:, None] - clocks.compute for clocks in self._stages]
         self._stages = [clocks.later(plan_s) for clocks in known.stages]

@@ -51,16 +51,23 @@ def tensor_shape(model: ModelConfig, name: str) -> Shape:
 def tensor_names(model: ModelConfig) -> Iterator[str]:
     """All tensors of a model, layer by layer; a tied head is none."""
     yield EMBEDDING
-    attention, moe = _attention_shapes(model), _moe_shapes(model)
-    expert, dense = _expert_shapes(model), _mlp_shapes(model, "dense", model.intermediate_size)
+    of_kinds = [layer_shapes(model, is_dense) for is_dense in (False, True)]
+    expert = expert_shapes(model)
     for layer in range(model.num_hidden_layers):
-        parts = [*attention, *(dense if model.is_dense(layer) else moe)]
-        yield from (layer_name(layer, part) for part in parts)
-        for index in range(0 if model.is_dense(layer) else model.num_experts):
+        is_dense = model.is_dense(layer)
+        yield from (layer_name(layer, part) for part in of_kinds[is_dense])
+        for index in range(0 if is_dense else model.num_experts):
             yield from (expert_name(layer, index, part) for part in expert)
     yield FINAL_NORM
     if not model.tie_word_embeddings:
         yield HEAD
+
+
+def layer_shapes(model: ModelConfig, is_dense: bool) -> dict[str, Shape]:
+    """Shapes of a layer's tensors, its experts aside, by name without the layer."""
+    if is_dense:
+        return _attention_shapes(model) | _mlp_shapes(model, "dense", model.intermediate_size)
+    return _attention_shapes(model) | _moe_shapes(model)
 
 
 @lru_cache(maxsize=16)
@@ -69,7 +76,7 @@ def _shapes(model: ModelConfig) -> dict[str, Shape]:
     in_layers = _attention_shapes(model) | _moe_shapes(model)
     if model.dense_layers:
         in_layers |= _mlp_shapes(model, "dense", model.intermediate_size)
-    in_layers |= {f"experts.{part}": shape for part, shape in _expert_shapes(model).items()}
+    in_layers |= {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
     outside = {
         EMBEDDING: (model.vocab_size, model.hidden_size),
         FINAL_NORM: (model.hidden_size,),
@@ -130,7 +137,8 @@ def _mlp_shapes(model: ModelConfig, prefix: str, inner: int) -> dict[str, Shape]
     return {f"{prefix}.{part}": shape for part, shape in _matrices(model, inner).items()}
 
 
-def _expert_shapes(model: ModelConfig) -> dict[str, Shape]:
+def expert_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shapes of an expert's tensors, such as `up` or `up_bias`."""
     shapes = _matrices(model, model.moe_intermediate_size)
     if model.expert_bias:
         shapes |= {f"{part}_bias": shape[:1] for part, shape in shapes.items()}

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
@@ -13,9 +14,7 @@ from expertlane.ops.backend import backend_for
 class ReplicaChoice:
     """One rank's choice of a copy for each of its pairs.
 
-    A copy on the rank itself comes first, else those on its node, else all. Of several it takes
-    the one that it has given the fewest pairs of this batch, and each rank begins with another, so
-    that the load is spread without a word between ranks. It depends on the batch alone.
+    As `balance.copies` defines it. It depends on the batch alone.
 
     Attributes:
         ops: what computes here.
@@ -28,9 +27,11 @@ class ReplicaChoice:
     ) -> None:
         self.ops = backend_for(device)
         ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
-        nearest = [_nearest(ranks, ep_rank, nodes) for ranks in placement.ranks_of_experts()]
-        num_copies = np.array([len(ranks) for ranks in nearest])
-        ranks = np.array([np.resize(ranks, num_copies.max()) for ranks in nearest])
+        is_held = placement.slots().T >= 0
+        usable = usable_copies(is_held, np.array([ep_rank]), np.array([nodes]))[0]
+        num_copies = usable.sum(axis=1)
+        ranks = np.argsort(~usable, axis=1, kind="stable")[:, : num_copies.max()]
+        ranks = np.where(np.arange(ranks.shape[1]) < num_copies[:, None], ranks, ranks[:, :1])
         self.num_slots = max(map(len, placement.experts_of_rank))
         slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
         self._ep = placement.ep
@@ -63,9 +64,3 @@ class ReplicaChoice:
         remote_ranks = int((ranks - here).sum())
         remote_nodes = int((nodes - (here > 0).long()).sum())
         self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)
-
-
-def _nearest(ranks: list[int], ep_rank: int, nodes: list[int]) -> list[int]:
-    if ep_rank in ranks:
-        return [ep_rank]
-    return [rank for rank in ranks if nodes[rank] == nodes[ep_rank]] or ranks

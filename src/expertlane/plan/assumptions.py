@@ -3,7 +3,7 @@
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.setting import Setting, Traffic
+from expertlane.plan.request import Setting, Traffic
 from expertlane.results.plan import PlanAssumption
 
 _FIXED = "not an option"

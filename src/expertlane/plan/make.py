@@ -7,20 +7,19 @@ from datetime import UTC, datetime
 
 from expertlane.plan.assumptions import plan_assumptions
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.experiment_text import experiment_text
-from expertlane.plan.families import best_of_families
+from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands
+from expertlane.plan.explanation import best_of_families
 from expertlane.plan.outcome import best_deployments, families, papers, pareto_front, pools
+from expertlane.plan.request import PlanRequest
+from expertlane.plan.screen import Screened
 from expertlane.plan.search import OnePool, Search
-from expertlane.plan.serve_commands import Served, serve_commands
-from expertlane.plan.setting import Question
-from expertlane.plan.structure import Screened
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.plan import NoPools, PlanResults, ServeCommandResult
 from expertlane.spec.files import strict_json
 
 
 class Plan:
-    """The question, and what is found of it step by step.
+    """The request, and what is found of it step by step.
 
     Args:
         routing: which experts tokens choose, in words.
@@ -29,15 +28,15 @@ class Plan:
 
     def __init__(
         self,
-        question: Question,
+        request: PlanRequest,
         routing: str,
         cautions: tuple[str, ...] = (),
     ) -> None:
         self._cautions = cautions
-        self._question = question
+        self._request = request
         self._routing = routing
-        self._search = Search(question)
-        self._pool_search = TwoPoolSearch(question)
+        self._search = Search(request)
+        self._pool_search = TwoPoolSearch(request)
         self._screened: list[Screened] = []
         self._found: OnePool | None = None
         self._pools: TwoPools | NoPools = "over limits"
@@ -89,7 +88,7 @@ class Plan:
         return self._found
 
     def results(
-        self, *, command: str, version: str, served: Served, experiment: str | None
+        self, *, command: str, version: str, served: ServeTarget, experiment: str | None
     ) -> PlanResults:
         """All that is shown.
 
@@ -100,9 +99,9 @@ class Plan:
         """
         found, traffic, goals, setting = (
             self.found,
-            self._question.traffic,
-            self._question.goals,
-            self._question.setting,
+            self._request.traffic,
+            self._request.goals,
+            self._request.setting,
         )
         two = self._pools
         winner = found.finalists[0].option.candidate
@@ -111,10 +110,10 @@ class Plan:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             version=version,
             model=json.loads(
-                strict_json(asdict(self._question.model))
+                strict_json(asdict(self._request.model))
             ),  # lists, as they are read back
-            cluster=str(self._question.cluster),
-            device=self._question.cluster.profile.device.name,
+            cluster=str(self._request.cluster),
+            device=self._request.cluster.profile.device.name,
             num_sequences=traffic.num_sequences,
             prompt_len=traffic.prompt_len,
             output_len=traffic.output_len,
@@ -123,7 +122,7 @@ class Plan:
             best=best_deployments(found, traffic, self._search),
             families=families(found, traffic),
             pareto=pareto_front(found),
-            papers=papers(found, traffic, self._search, self._question.model),
+            papers=papers(found, traffic, self._search, self._request.model),
             two_pools=pools(two) if isinstance(two, TwoPools) else None,
             no_two_pools=None if isinstance(two, TwoPools) else two,
             num_candidates=found.num_candidates,
@@ -132,15 +131,15 @@ class Plan:
             num_pool_candidates=self.num_pool_candidates,
             commands=self._commands(winner, served),
             experiment=experiment,
-            assumptions=plan_assumptions(self._question.cluster, traffic, setting, self._routing),
+            assumptions=plan_assumptions(self._request.cluster, traffic, setting, self._routing),
             cautions=self._cautions,
         )
 
-    def _commands(self, winner: Candidate, served: Served) -> tuple[ServeCommandResult, ...]:
-        per_node = self._question.cluster.profile.ranks_per_node
+    def _commands(self, winner: Candidate, served: ServeTarget) -> tuple[ServeCommandResult, ...]:
+        per_node = self._request.cluster.profile.ranks_per_node
         nodes = -(-winner.layout.replica_size // per_node)
         commands = serve_commands(
-            winner, served, self._question.setting.types, self._question.traffic.full_len + 1, nodes
+            winner, served, self._request.setting.types, self._request.traffic.full_len + 1, nodes
         )
         return tuple(ServeCommandResult(**asdict(each)) for each in commands)
 
@@ -152,10 +151,10 @@ class Plan:
         """
         return experiment_text(
             name,
-            self._question.model,
+            self._request.model,
             checkpoint,
-            self._question.traffic,
-            self._question.cluster.profile.ranks_per_node,
+            self._request.traffic,
+            self._request.cluster.profile.ranks_per_node,
             self._compared(),
             comment,
         )

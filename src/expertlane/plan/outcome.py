@@ -5,13 +5,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.families import best_of_families, pareto
-from expertlane.plan.losing import why_it_loses
-from expertlane.plan.option import Finalist, Option
-from expertlane.plan.search import OnePool, Search
-from expertlane.plan.setting import Traffic
-from expertlane.plan.throughput import LIKELY, Served, Steps
+from expertlane.plan.explanation import best_of_families, pareto, why_it_loses
+from expertlane.plan.request import Traffic
+from expertlane.plan.search import Finalist, OnePool, Option, Search
+from expertlane.plan.throughput import Steps, ThroughputCurve
 from expertlane.plan.two_pools import TwoPools
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.plan import PlannedDeployment, PlannedPools
@@ -100,7 +99,7 @@ def _of_option(option: Option, place: int, why: str = "") -> PlannedDeployment:
 def _planned(
     option: Option,
     steps: Steps,
-    served: Served,
+    served: ThroughputCurve,
     place: int,
     why: str,
     decode: StepProjection | None = None,

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.cost.breakdown import Why, WhyTable
+from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.laws.execution import BOUNDS, Terms
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.launches import FUSED
+from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
+from expertlane.cost.step.totals import most_weight_bytes
 from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.plan.setting import Setting
-from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
+from expertlane.plan.request import Setting
 from expertlane.results.projection import Estimate, StepProjection
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
@@ -77,13 +77,13 @@ class Projector:
             types=setting.types,
             payload=options.payload,
             ranks_per_node=cluster.profile.ranks_per_node,
-            launches=FUSED,
+            kernels=GPU_LIBRARIES,
         )
 
     def step(self, size: StepSize) -> StepProjection:
         """One step; of rotating micro-batches, a round."""
         programs, works = self._priced(size)
-        seconds, why = self._run(works)
+        seconds, breakdown = self._run(works)
         num_tokens = size.num_seqs * size.num_new
         by_basis, extrapolated = basis_shares(works)
         low, likely, high = (float(each) for each in seconds)
@@ -92,10 +92,10 @@ class Projector:
             num_tokens=num_tokens,
             step_s=Estimate(likely, low, high),
             tps=Estimate(num_tokens / likely, num_tokens / high, num_tokens / low),
-            shares={str(cause): float(share) for cause, share in why.shares.items()},
+            shares={str(cause): float(share) for cause, share in breakdown.shares.items()},
             floor_s=floor_s(programs, self._device, self._setting.types),
-            flops_utilisation=float(why.flops_utilisation),
-            read_utilisation=float(why.bytes_utilisation),
+            flops_utilisation=float(breakdown.flops_utilisation),
+            read_utilisation=float(breakdown.bytes_utilisation),
             basis_shares=by_basis,
             extrapolated_share=extrapolated,
             weight_bytes=most_weight_bytes(programs),
@@ -108,7 +108,7 @@ class Projector:
         layout = self._layout
         timeline = Timeline(self._terms, layout.pp, layout.stage_size)
         events: list[tuple[int, int, RankEvents]] = []
-        for times, place in self._rounds(works, timeline, may_jump=False)[-len(works) :]:
+        for times, place in self._rounds(works, timeline, may_skip=False)[-len(works) :]:
             events += [
                 (pp_rank * layout.stage_size + of_stage, place, of_rank)
                 for (pp_rank, of_stage), of_rank in rank_events(times).items()
@@ -159,18 +159,18 @@ class Projector:
             if any(half)
         ]
 
-    def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Why]:
+    def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Breakdown]:
         """[3]; seconds of a round in the steady state, and where they go."""
         timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
-        why = WhyTable(self._device, self._setting.types.weights, self._pricing.dtype)
+        table = BreakdownTable(self._device, self._setting.types.weights, self._pricing.dtype)
         ran = self._rounds(works, timeline)
         for times, _ in ran:
-            why.add(times)
+            table.add(times)
         before, after = (ran[place][0].end_s for place in (-1 - len(works), -1))
-        return after - before, why.result()
+        return after - before, table.result()
 
     def _rounds(
-        self, works: Sequence[list[list[StageWork]]], timeline: Timeline, *, may_jump: bool = True
+        self, works: Sequence[list[list[StageWork]]], timeline: Timeline, *, may_skip: bool = True
     ) -> list[tuple[StepTimes, int]]:
         """Steps up to the steady state, each with its group; the last round is in it."""
         driver_s = self._terms.step_s(self._layout.replica_size)
@@ -178,7 +178,7 @@ class Projector:
         ran = []
         for _ in range(_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
-                times = timeline.run(work, ends[place] + driver_s, may_jump=may_jump)
+                times = timeline.run(work, ends[place] + driver_s, may_skip=may_skip)
                 ends[place] = times.end_s
                 ran.append((times, place))
         return ran

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from expertlane.cost.kv_transfer import ModelledKVTransfers
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.option import Finalist, Option
-from expertlane.plan.search import Search
-from expertlane.plan.setting import Goals, Question, Traffic
-from expertlane.plan.throughput import LIKELY, Served, two_pools
+from expertlane.plan.request import Goals, PlanRequest, Traffic
+from expertlane.plan.search import Finalist, Option, Search
+from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.plan import NoPools
 from expertlane.spec.layout import Layout
 
@@ -33,7 +33,7 @@ class TwoPools:
     prefill: Finalist
     decode: Finalist
     transfer_s: Floats
-    served: Served
+    served: ThroughputCurve
 
     @property
     def tps(self) -> float:
@@ -56,16 +56,16 @@ class TwoPoolSearch:
 
     def __init__(
         self,
-        question: Question,
+        request: PlanRequest,
     ) -> None:
-        self._question = question
-        self._links = LinkModel(question.cluster.profile)
-        cluster = question.cluster
+        self._request = request
+        self._links = LinkModel(request.cluster.profile)
+        cluster = request.cluster
         num_devices = cluster.num_devices
         sizes = {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
         searches = {
             size: Search(
-                replace(question, cluster=replace(cluster, num_devices=size), goals=Goals())
+                replace(request, cluster=replace(cluster, num_devices=size), goals=Goals())
             )
             for size in sorted(sizes | {num_devices - size for size in sizes})
         }
@@ -101,8 +101,8 @@ class TwoPoolSearch:
                 split,
                 prefill,
                 decode,
-                self._question.goals,
-                self._question.traffic,
+                self._request.goals,
+                self._request.traffic,
                 self._transfer_s,
             )
         return self._best_in_full(sorted(pairs, key=lambda pair: -pair.tps)) or "over limits"
@@ -117,9 +117,9 @@ class TwoPoolSearch:
                 continue
             num_tried += 1
             found = self._in_full(pair)
-            if found.served.best(self._question.goals) is not None:
+            if found.served.best(self._request.goals) is not None:
                 return found
-            if found.served.breach(replace(self._question.goals, max_ttft_s=None))[0] > 1:
+            if found.served.breach(replace(self._request.goals, max_ttft_s=None))[0] > 1:
                 too_slow.add(decoding)
         return None
 
@@ -131,20 +131,20 @@ class TwoPoolSearch:
         transfer_s = self._transfer_s(
             prefill.option.candidate.layout, decode.option.candidate.layout
         )
-        served = two_pools(prefill.steps, decode.steps, transfer_s, self._question.traffic)
+        served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.traffic)
         return TwoPools(prefill, decode, transfer_s, served)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""
         transfers = ModelledKVTransfers(
-            self._question.model,
-            self._question.setting.types,
+            self._request.model,
+            self._request.setting.types,
             prefill,
             decode,
             self._links,
-            remote=self._question.cluster.num_nodes > 1,
+            remote=self._request.cluster.num_nodes > 1,
         )
-        return transfers.seconds(self._question.traffic.prompt_len)
+        return transfers.seconds(self._request.traffic.prompt_len)
 
 
 def _pairs(

@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.runner import CostRunner, StepHandle
+from expertlane.cost.step.operation import Floats
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.workload import TimedRequest
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(eq=False)

@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.cost.breakdown import shares_of
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.step_facts import shares_of
 from expertlane.results.layout_sizes import LayoutSizes
 from expertlane.results.simulation import (
     Number,
@@ -37,7 +37,7 @@ from expertlane.results.traffic import TrafficBytes
 from expertlane.simulate.assumptions import assumptions
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator, roles
-from expertlane.simulate.tally import PhaseTally
+from expertlane.simulate.totals import PhaseTotals
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
 from expertlane.spec.workload import Load
@@ -62,7 +62,7 @@ def simulation(
         version: of expertlane.
         caution: what a reader must know of the weights, in a sentence.
     """
-    tokens = np.sum([pool.tally.num_tokens_per_expert for pool in outcome.pools], axis=0)
+    tokens = np.sum([pool.totals.num_tokens_per_expert for pool in outcome.pools], axis=0)
     cluster, setup = simulator.cluster, simulator.setup
     return Simulation(
         command=command,
@@ -125,8 +125,8 @@ def _load(load: Load, seed: int, outcome: Outcome) -> SimulatedLoad:
 
 def main_basis(outcome: Outcome) -> str:
     """What most of all steps' time rests on."""
-    phases = [tally for pool in outcome.pools for tally in pool.tally.phases.values()]
-    return _main(np.sum([tally.basis_s for tally in phases], axis=0))
+    phases = [totals for pool in outcome.pools for totals in pool.totals.phases.values()]
+    return _main(np.sum([totals.basis_s for totals in phases], axis=0))
 
 
 def service(outcome: Outcome) -> Service:
@@ -167,7 +167,7 @@ def _pool(
 ) -> PoolSimulation:
     memory = pool.memory
     phases = {
-        phase: _phase(tally, largest.get(phase)) for phase, tally in pool.tally.phases.items()
+        phase: _phase(totals, largest.get(phase)) for phase, totals in pool.totals.phases.items()
     }
     return PoolSimulation(
         role=role,
@@ -180,38 +180,38 @@ def _pool(
             device_bytes=int(device_bytes),
             num_resident=pool.num_resident,
         ),
-        most_running=pool.tally.most_running,
+        most_running=pool.totals.most_running,
         num_preemptions=pool.pool.scheduler.num_preemptions,
         prefill=phases.get(Phase.PREFILL),
         decode=phases.get(Phase.DECODE),
     )
 
 
-def _phase(tally: PhaseTally, largest: StepRecord | None) -> PhaseSimulation:
-    num, basis = len(tally.step_s), _main(tally.basis_s)
-    basis_shares, extrapolated = shares_of(tally.basis_s, tally.extrapolated_s)
-    why = tally.why_s / (tally.why_s.sum() or 1.0)
-    explained_s = tally.explained_s or 1.0
-    step_s = np.array(tally.step_s)
+def _phase(totals: PhaseTotals, largest: StepRecord | None) -> PhaseSimulation:
+    num, basis = len(totals.step_s), _main(totals.basis_s)
+    basis_shares, extrapolated = shares_of(totals.basis_s, totals.extrapolated_s)
+    why = totals.why_s / (totals.why_s.sum() or 1.0)
+    explained_s = totals.explained_s or 1.0
+    step_s = np.array(totals.step_s)
     return PhaseSimulation(
         num_steps=num,
-        num_tokens=tally.num_tokens / num,
-        num_seqs=tally.num_seqs / num,
+        num_tokens=totals.num_tokens / num,
+        num_seqs=totals.num_seqs / num,
         seconds=_number(step_s.sum(axis=0), basis),
         step_s=_spread(step_s, basis),
         shares={str(cause): float(why[place]) for place, cause in enumerate(ProjectedCause)},
-        floor_s=tally.floor_s / num,
-        flops_utilisation=tally.flops_s / explained_s,
-        read_utilisation=tally.read_s / explained_s,
+        floor_s=totals.floor_s / num,
+        flops_utilisation=totals.flops_s / explained_s,
+        read_utilisation=totals.read_s / explained_s,
         basis_shares=basis_shares,
         extrapolated_share=extrapolated,
         traffic_bytes={
-            link.label: TrafficBytes(*(round(each / num) for each in tally.sent_bytes[link]))
+            link.label: TrafficBytes(*(round(each / num) for each in totals.sent_bytes[link]))
             for link in Link
         },
         sent_bytes=_sent_bytes(largest),
         tokens_by_ranks_reached=_reached(largest),
-        rank_pairs=tally.rank_pairs / num,
+        rank_pairs=totals.rank_pairs / num,
         timeline=_timeline(largest),
     )
 

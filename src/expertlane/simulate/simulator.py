@@ -12,11 +12,10 @@ from expertlane.cost.kv_transfer import ModelledKVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
-from expertlane.cost.multi_token import Stretch, with_drafting_layer
+from expertlane.cost.multi_token import MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.runner import CostRunner
-from expertlane.cost.sharing import StepSharing
-from expertlane.cost.step.launches import EAGER, FUSED
+from expertlane.cost.runner import CostRunner, StepSharing
+from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
 from expertlane.results.step_record import StepRecord
@@ -25,7 +24,7 @@ from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulate.pools import Pool, Served, serve, serve_apart
 from expertlane.simulate.setup import ServingSetup, are_apart, check_devices
-from expertlane.simulate.tally import Tally
+from expertlane.simulate.totals import PoolTotals
 from expertlane.spec.deployment import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -52,7 +51,7 @@ class SimulatedPool:
     limits: Limits
     num_resident: int
     pool: Pool
-    tally: Tally
+    totals: PoolTotals
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +177,7 @@ class Simulator:
                 on_finished=on_finished,
             )
         for each in pools:
-            each.tally.close()
+            each.totals.close()
         return Outcome(requests, served, pools)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
@@ -203,9 +202,10 @@ class Simulator:
         """By pool and phase, with events; ranks are the pool's."""
         return [
             {
-                phase: self._traced(place, replace(tally.largest, phase=phase))
+                phase: self._traced(place, replace(totals.largest, phase=phase))
                 for phase in Phase
-                if (tally := pool.tally.phases.get(phase)) is not None and tally.largest is not None
+                if (totals := pool.totals.phases.get(phase)) is not None
+                and totals.largest is not None
             }
             for place, pool in enumerate(outcome.pools)
         ]
@@ -231,7 +231,7 @@ class Simulator:
             layout, self.setup.options, self._scheduled(limits), record=False
         )
         num_drafts = self.setup.multi_token.num_drafts
-        tally = Tally(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
+        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
         blocks = ceil(limits.max_model_len / limits.block_size)
         of_rank = min(limits.num_blocks // blocks, limits.max_num_seqs)
         return SimulatedPool(
@@ -239,12 +239,14 @@ class Simulator:
             memory=self._memory(place),
             limits=limits,
             num_resident=of_rank * layout.dp * layout.replicas,
-            pool=Pool(scheduler, self._runner(place, tally, lead)),
-            tally=tally,
+            pool=Pool(scheduler, self._runner(place, totals, lead)),
+            totals=totals,
         )
 
-    def _runner(self, place: int, tally: Tally | None = None, lead: int = LIKELY) -> CostRunner:
-        """Of a pool; without a tally for single steps as they are planned."""
+    def _runner(
+        self, place: int, totals: PoolTotals | None = None, lead: int = LIKELY
+    ) -> CostRunner:
+        """Of a pool; without totals for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
         layout, drafts = setup.layouts[place], setup.multi_token.num_drafts
         form = setup.options.dispatch
@@ -258,18 +260,18 @@ class Simulator:
             payload=setup.options.payload,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
-            launches=EAGER if OVERHEAD_S in profile.terms else FUSED,
+            kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
         parts = self.model, layout, builder, setup.routing, self._pricing, self._terms
-        if tally is None:
+        if totals is None:
             return CostRunner(*parts)
-        stretch = Stretch(setup.multi_token) if drafts else None
+        multi_token = MultiTokenAdapter(setup.multi_token) if drafts else None
         return CostRunner(
             *parts,
             sharing=self._sharing[place],
-            observe=tally.observe if lead == LIKELY else None,
-            stretch=stretch,
+            observe=totals.observe if lead == LIKELY else None,
+            multi_token=multi_token,
             lead=lead,
         )
 

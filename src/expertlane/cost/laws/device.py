@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.roofline import ITEM_BYTES, Roofline, roofline
+from expertlane.cost.laws.roofline import Roofline, roofline
 from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis, Times
-from expertlane.cost.step.operation import SIZES, Kind
+from expertlane.cost.laws.times import Basis, Times, where
+from expertlane.cost.number_types import ITEM_BYTES
+from expertlane.cost.step.operation import SIZES, Floats, Kind
 from expertlane.errors import SpecError
-
-Floats = npt.NDArray[np.float64]
 
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
 _WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type stands in
@@ -139,12 +137,4 @@ def _faster(times: Times, other: Surface, base: Roofline) -> Times:
     found = other.times(base.seconds, base.at)
     _, doublings = other.look_up(base.at)
     is_faster = (found.seconds < times.seconds) & (doublings <= _KNOWN_DOUBLINGS)
-    if not is_faster.any():
-        return times
-    return Times(
-        seconds=np.where(is_faster, found.seconds, times.seconds),
-        low=np.where(is_faster, found.low, times.low),
-        high=np.where(is_faster, found.high, times.high),
-        basis=max(times.basis, found.basis),
-        is_extrapolated=np.where(is_faster, found.is_extrapolated, times.is_extrapolated),
-    )
+    return where(is_faster, found, times)

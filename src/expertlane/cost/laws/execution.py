@@ -5,14 +5,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.step.operation import Step, Transfer
+from expertlane.cost.step.operation import AnyTransfer, Floats, Operation
 from expertlane.errors import UserError
 from expertlane.spec.names import Stage
-
-Floats = npt.NDArray[np.float64]
 
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
@@ -55,16 +52,10 @@ class Terms:
         """[3]; the driver's part of a step of a replica of so many ranks."""
         return self.driver_s + (num_ranks - 1) * self.driver_per_rank_s
 
-    def overhead_s(self, step: Step) -> Floats:
+    def overhead_s(self, step: Operation | AnyTransfer) -> Floats:
         """[3]; of a step in series, beside what its law says: the engine's own work around it."""
-        if isinstance(step, Transfer):
-            return self.of_transfers_s
-        return self.in_series.get(step.stage.label, self.launch_s)
-
-    @property
-    def of_transfers_s(self) -> Floats:
-        """[3]; `overhead_s` of a transfer."""
-        return self.in_series.get(OF_TRANSFERS, self.launch_s)
+        place = step.stage.label if isinstance(step, Operation) else OF_TRANSFERS
+        return self.in_series.get(place, self.launch_s)
 
     @classmethod
     def of(cls, profile: Profile, execution: Execution) -> "Terms":

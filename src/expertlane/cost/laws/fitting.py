@@ -8,9 +8,7 @@ import numpy.typing as npt
 
 from expertlane.cost.laws.surface import Surface, corner_weights, places
 from expertlane.cost.laws.times import Basis
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from expertlane.cost.step.operation import Floats, Ints
 
 _HUBER = 1.5  # of the residuals' robust deviation, from where on a row weighs less
 _NUM_ROUNDS = 5

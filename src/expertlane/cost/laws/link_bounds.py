@@ -8,8 +8,8 @@ and `send`, `intra_node` and `inter_node`; a profile may give better ones.
 import numpy as np
 
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Floats
 from expertlane.cost.laws.times import Basis, Times
+from expertlane.cost.step.operation import Floats
 from expertlane.spec.names import Link
 
 QUANTITIES = ("floor_s", "floor_per_peer_s", "floor_per_doubling_s", "efficiency")

@@ -35,39 +35,25 @@ slows while such a transfer runs beside it.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.link_bounds import bound_times, term_of
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Floats, Surface
-from expertlane.cost.laws.times import Basis, Times
-from expertlane.cost.step.operation import HandOver, Ints, LinkLoad, TransferKind
+from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Basis, Times, where
+from expertlane.cost.step.operation import (
+    AnyTransfer,
+    Floats,
+    HandOver,
+    Ints,
+    LinkLoad,
+    TransferKind,
+)
 from expertlane.spec.names import Link, Stage
 
 _WIDER_FOR_TWICE_THE_NODES = 1.6
 _DISPATCHING = {Stage.DISPATCH: "dispatch", Stage.COMBINE: "combine"}
-
-
-class Loaded(Protocol):
-    """What prices of a transfer turn on: a `Transfer`, or its load alone."""
-
-    @property
-    def kind(self) -> TransferKind:
-        """Its law."""
-        ...
-
-    @property
-    def stage(self) -> Stage:
-        """DISPATCH and COMBINE have laws of their own."""
-        ...
-
-    @property
-    def load(self) -> LinkLoad:
-        """What every rank sends and receives."""
-        ...
 
 
 class LinkModel:
@@ -76,11 +62,11 @@ class LinkModel:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
 
-    def times(self, transfer: Loaded) -> Times:
+    def times(self, transfer: AnyTransfer) -> Times:
         """Seconds of every rank for its own load; 0 in groups of one."""
         return self._times(transfer.kind, transfer.stage, transfer.load)
 
-    def times_of(self, transfers: Sequence[Loaded]) -> list[Times]:
+    def times_of(self, transfers: Sequence[AnyTransfer]) -> list[Times]:
         """The same of many at once, in their order; far cheaper than one by one."""
         alike: dict[tuple[TransferKind, Stage, bool], list[int]] = {}
         for index, each in enumerate(transfers):
@@ -92,14 +78,14 @@ class LinkModel:
             ends = np.cumsum([len(load.group_size) for load in loads])
             whole = self._times(kind, stage, _joined(loads))
             for index, begin, end in zip(indices, [0, *ends[:-1]], ends, strict=True):
-                found[index] = _part(whole, slice(begin, end))
+                found[index] = whole.part(slice(begin, end))
         return [found[index] for index in range(len(transfers))]
 
     def _times(self, kind: TransferKind, stage: Stage, load: LinkLoad) -> Times:
         carried = np.maximum(load.out_bytes, load.in_bytes)
         if kind is TransferKind.SEND:
             is_sending = carried.sum(axis=0) > 0
-            return _where(is_sending, self._send(carried), _nothing(len(is_sending)))
+            return where(is_sending, self._send(carried), _nothing(len(is_sending)))
         in_group = load.group_size > 1
         if not in_group.any():
             return _nothing(len(in_group))
@@ -115,10 +101,10 @@ class LinkModel:
             else:
                 inside = self._inside(kind, stage, load, carried)
                 across = self._across(kind, stage, load, carried)
-                together = _where(spans, across, inside)
-        return _where(in_group, together, _nothing(len(in_group)))
+                together = where(spans, across, inside)
+        return where(in_group, together, _nothing(len(in_group)))
 
-    def forwarded(self, between: Loaded, inside: Loaded) -> tuple[Times, Times]:
+    def forwarded(self, between: AnyTransfer, inside: AnyTransfer) -> tuple[Times, Times]:
         """Both hops of a hierarchical dispatch or combine, if forwarding begins as copies arrive.
 
         Args:
@@ -154,13 +140,13 @@ class LinkModel:
         )
         rest = replace(rest, low=np.minimum(rest.low, rest.seconds))
         rest = replace(rest, high=np.maximum(rest.high, rest.seconds))
-        return _where(has_both, alone, apart[0]), _where(has_both, rest, apart[1])
+        return where(has_both, alone, apart[0]), where(has_both, rest, apart[1])
 
     def hand_over(self, hand_over: HandOver) -> Times:
         """Seconds of every rank's message to the next pipeline stage; 0 where it has none."""
         sent = hand_over.sent_bytes.astype(np.float64)
         carried = np.where([~hand_over.is_remote, hand_over.is_remote], sent, 0.0)
-        return _where(sent > 0, self._send(carried), _nothing(len(sent)))
+        return where(sent > 0, self._send(carried), _nothing(len(sent)))
 
     def kv_transfer(self, sent_bytes: Floats, received_bytes: Floats, remote: bool = True) -> Times:
         """Keys and values from one pool's ranks to another's, all at once, as one message each.
@@ -176,9 +162,9 @@ class LinkModel:
         carried = np.zeros((len(Link), 1))
         link = Link.INTER_NODE if remote else Link.INTRA_NODE
         carried[link] = max(sent_bytes.max(initial=0), received_bytes.max(initial=0))
-        return _where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
+        return where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
 
-    def contention(self, transfer: Loaded) -> Term:
+    def contention(self, transfer: AnyTransfer) -> Term:
         """By what share compute slows while the transfer runs beside it."""
         name = f"contention.{transfer.kind}"
         law = self._profile.surfaces.get(
@@ -212,7 +198,7 @@ class LinkModel:
             )
         fastest = known[0]
         for other in known[1:]:
-            fastest = _where(other.seconds < fastest.seconds, other, fastest)
+            fastest = where(other.seconds < fastest.seconds, other, fastest)
         return fastest
 
     def _across(self, kind: TransferKind, stage: Stage, load: LinkLoad, carried: Floats) -> Times:
@@ -240,7 +226,7 @@ class LinkModel:
         )
         if inside is None:
             return over_nics
-        return _where((inside.seconds > over_nics.seconds) & (near > 0), inside, over_nics)
+        return where((inside.seconds > over_nics.seconds) & (near > 0), inside, over_nics)
 
     def _send(self, carried: Floats) -> Times:
         """Point to point; `carried`: [2, R] by link."""
@@ -260,7 +246,7 @@ class LinkModel:
             found.append(times)
         over_nic = found[1].seconds * (carried[Link.INTER_NODE] > 0)
         inside = found[0].seconds * (carried[Link.INTRA_NODE] > 0)
-        return _where(over_nic > inside, found[1], found[0])
+        return where(over_nic > inside, found[1], found[0])
 
     def _surface_times(
         self,
@@ -345,31 +331,6 @@ def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
     )
 
 
-def _part(times: Times, ranks: slice) -> Times:
-    return Times(
-        seconds=times.seconds[ranks],
-        low=times.low[ranks],
-        high=times.high[ranks],
-        basis=times.basis,
-        is_extrapolated=times.is_extrapolated[ranks],
-    )
-
-
 def _nothing(num_ranks: int) -> Times:
     zeros = np.zeros(num_ranks)
     return Times(zeros, zeros, zeros, Basis.MEASURED, zeros.astype(np.bool_))
-
-
-def _where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
-    """`a` on the ranks of `first`, `b` on the others."""
-    if first.all():
-        return a
-    if not first.any():
-        return b
-    return Times(
-        seconds=np.where(first, a.seconds, b.seconds),
-        low=np.where(first, a.low, b.low),
-        high=np.where(first, a.high, b.high),
-        basis=max(a.basis, b.basis),
-        is_extrapolated=np.where(first, a.is_extrapolated, b.is_extrapolated),
-    )

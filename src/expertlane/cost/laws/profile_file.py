@@ -10,19 +10,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.roofline import ITEM_BYTES
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.errors import SpecError
 from expertlane.spec.files import CONFIG_BYTES, write_text
 from expertlane.spec.names import Link
 from expertlane.spec.parse import read_toml
 from expertlane.spec.ranges import RANGES, shown
+
+Law = TypeVar("Law", Surface, Term)
 
 _PER_LOGARITHM = 1000  # of a table's numbers
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
@@ -204,26 +206,21 @@ def _with_laws_of(own: Profile, like: _Table) -> Profile:
     if name == own.name:
         raise SpecError(f"{like.place('profile')} is this profile itself")
     other = read_profile(name)
-    surfaces = {
-        key: replace(
-            surface,
-            low=surface.low / wider,
-            high=surface.high * wider,
-            basis=Basis.BOUND,
-            origin=f"as {name}, over this datasheet's roofline: {surface.origin}",
-        )
-        for key, surface in other.surfaces.items()
-    }
-    terms = {
-        key: replace(
-            term,
-            low=term.low / wider,
-            high=term.high * wider,
-            basis=Basis.BOUND,
-            origin=f"as {name}: {term.origin}",
-        )
-        for key, term in other.terms.items()
-    }
+
+    def widened(laws: Mapping[str, Law], origin: str) -> dict[str, Law]:
+        return {
+            key: replace(
+                law,
+                low=law.low / wider,
+                high=law.high * wider,
+                basis=Basis.BOUND,
+                origin=f"{origin}: {law.origin}",
+            )
+            for key, law in laws.items()
+        }
+
+    surfaces = widened(other.surfaces, f"as {name}, over this datasheet's roofline")
+    terms = widened(other.terms, f"as {name}")
     return replace(own, surfaces={**surfaces, **own.surfaces}, terms={**terms, **own.terms})
 
 

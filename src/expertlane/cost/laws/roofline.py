@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Device
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.number_types import ITEM_BYTES
+from expertlane.cost.step.operation import Floats, Kind
 from expertlane.errors import SpecError
 
-Floats = npt.NDArray[np.float64]
 Sizes = Mapping[str, Floats | float]
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 _Work = tuple[Floats | float, Floats | float, dict[str, Floats | float]]
 
 

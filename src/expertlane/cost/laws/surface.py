@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.times import Basis, Times
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from expertlane.cost.step.operation import Floats, Ints
 
 _WIDER_PER_DOUBLING = 0.1  # of a bound, for every doubling of a size outside the knots
 _OUTSIDE = 1e-9  # of a logarithm; less is rounding

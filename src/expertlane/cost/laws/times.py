@@ -6,7 +6,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from expertlane.cost.step.operation import Floats
 
 
 class Basis(IntEnum):
@@ -37,3 +37,28 @@ class Times:
     high: Floats
     basis: Basis
     is_extrapolated: npt.NDArray[np.bool_]
+
+    def part(self, ranks: slice) -> "Times":
+        """Of some of the ranks."""
+        return Times(
+            self.seconds[ranks],
+            self.low[ranks],
+            self.high[ranks],
+            self.basis,
+            self.is_extrapolated[ranks],
+        )
+
+
+def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
+    """`a` on the ranks of `first`, `b` on the others."""
+    if first.all():
+        return a
+    if not first.any():
+        return b
+    return Times(
+        seconds=np.where(first, a.seconds, b.seconds),
+        low=np.where(first, a.low, b.low),
+        high=np.where(first, a.high, b.high),
+        basis=max(a.basis, b.basis),
+        is_extrapolated=np.where(first, a.is_extrapolated, b.is_extrapolated),
+    )

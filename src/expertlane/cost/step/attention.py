@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
-from expertlane.cost.step.launches import Launches
+from expertlane.cost.step.kernel_sets import KernelSet
 from expertlane.cost.step.operation import Ints, Kind
 from expertlane.cost.step.step_list import StepWriter
 from expertlane.spec.model import ModelConfig
@@ -35,14 +35,14 @@ def _grouped_query(
     width = (heads + 2 * kv_heads) * dim
     out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
     turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
-    launches = out.launches
-    num_passes, num_kernels = 2, launches.rotate + launches.write
+    kernels = out.kernels
+    num_passes, num_kernels = 2, kernels.rotate + kernels.write
     if model.qk_norm == "full":
-        out.memory(Stage.ATTENTION, turned_bytes, launches.squares)
+        out.memory(Stage.ATTENTION, turned_bytes, kernels.squares)
         out.all_gather(Stage.COLLECTIVES, "tp", part.tokens, 0, _SQUARES_BYTES)
-        num_passes, num_kernels = num_passes + 2, num_kernels + launches.scale
+        num_passes, num_kernels = num_passes + 2, num_kernels + kernels.scale
     elif model.qk_norm == "head":
-        num_passes, num_kernels = num_passes + 2, num_kernels + launches.head_norm
+        num_passes, num_kernels = num_passes + 2, num_kernels + kernels.head_norm
     stored_bytes = part.tokens * (2 * kv_heads * dim * (item + out.types.kv_bytes))
     out.memory(Stage.ATTENTION, num_passes * turned_bytes + stored_bytes, num_kernels)
     _core(
@@ -68,15 +68,15 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
     out.gemm(Stage.ATTENTION, tokens, rank + rope, model.hidden_size)
     # Queries are turned and put together with their part in the latent; so is the one key.
-    in_latent = 0 if out.launches.expands_latent else rank + rope
+    in_latent = 0 if out.kernels.expands_latent else rank + rope
     moved = 2 * heads * (model.head_dim + in_latent) * item + 4 * (rank + rope) * item
-    num_kernels = 2 * out.launches.rotate + out.norm_kernels + out.launches.write
+    num_kernels = 2 * out.kernels.rotate + out.norm_kernels + out.kernels.write
     out.memory(Stage.ATTENTION, tokens * (moved + (rank + rope) * types.kv_bytes), num_kernels)
     sizes, absorbed = part.attention(None), tokens
-    if out.launches.expands_latent and sizes.num_prefill_groups:
+    if out.kernels.expands_latent and sizes.num_prefill_groups:
         _expanded(out, model, latent, heads, sizes)
         sizes, absorbed = replace(sizes, num_prefill_groups=0), sizes.decode_seqs
-    if not out.launches.expands_latent or sizes.num_decode_groups:
+    if not out.kernels.expands_latent or sizes.num_decode_groups:
         out.gemm(Stage.ATTENTION, absorbed, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
         _core(
             out,
@@ -125,7 +125,7 @@ def _core(
     Several queries of a decode read the cache once, as more heads would.
     """
     prefill, decode = kinds
-    launches = out.launches
+    kernels = out.kernels
     if sizes.num_prefill_groups:
         out.operation(
             prefill,
@@ -139,7 +139,7 @@ def _core(
             },
             flops=sizes.prefill_pairs * flops_per_pair,
             kv_bytes=sizes.prefill_positions * position_bytes,
-            num_kernels=_calls(sizes.num_prefill_groups, launches) * launches.prefill_group,
+            num_kernels=_calls(sizes.num_prefill_groups, kernels) * kernels.prefill_group,
         )
     if sizes.num_decode_groups:
         out.operation(
@@ -153,9 +153,9 @@ def _core(
             },
             flops=sizes.decode_positions * (sizes.num_queries * flops_per_pair),
             kv_bytes=sizes.decode_positions * position_bytes,
-            num_kernels=_calls(sizes.num_decode_groups, launches) * launches.decode_group,
+            num_kernels=_calls(sizes.num_decode_groups, kernels) * kernels.decode_group,
         )
 
 
-def _calls(num_groups: int, launches: Launches) -> int:
-    return num_groups if launches.is_grouped else 1
+def _calls(num_groups: int, kernels: KernelSet) -> int:
+    return num_groups if kernels.is_grouped else 1

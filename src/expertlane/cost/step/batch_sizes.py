@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,39 +37,6 @@ class AttentionSizes:
     num_decode_groups: int
     num_prefill_groups: int
     num_queries: int = 1
-
-
-class TokenSizes(Protocol):
-    """What steps ask of a part of a micro-batch; arrays as long as there are ranks."""
-
-    @property
-    def tokens(self) -> Ints:
-        """[R]; new tokens of each rank's data-parallel rank."""
-        ...
-
-    @property
-    def owned(self) -> Ints:
-        """[R]; those that a rank owns between attention and the next attention."""
-        ...
-
-    @property
-    def num_yielding(self) -> Ints:
-        """[R]; sequences of a rank's data-parallel rank that get a next token."""
-        ...
-
-    @property
-    def owned_yielding(self) -> Ints:
-        """[R]; how many of the tokens that a rank owns yield a next one."""
-        ...
-
-    @property
-    def asks_logits(self) -> npt.NDArray[np.bool_]:
-        """[R]; whether a rank's sequences ask for more than the likeliest token."""
-        ...
-
-    def attention(self, window: int | None) -> AttentionSizes:
-        """Sizes under a window: how many latest positions a token sees; None for all."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +195,7 @@ class PartSizes:
         return 1 + self.num_drafts * self._is_decode
 
     def _attention(self, window: int | None) -> AttentionSizes:
-        after = self.num_cached + self.num_new
-        pairs = pairs_up_to(after, window) - pairs_up_to(self.num_cached, window)
-        positions = after if window is None else np.minimum(after, self.num_new + window - 1)
+        pairs, positions = _pairs_and_positions(self.num_new, self.num_cached, window)
         is_decode = self._is_decode
         is_prefill = ~is_decode
         decode_groups, prefill_groups = self._num_groups
@@ -266,7 +230,88 @@ def _most_kinds(dp_rank: Ints, kind: Ints) -> int:
     return int(np.bincount(distinct >> 2 * _POSITION_BITS).max())
 
 
-def pairs_up_to(length: Ints, window: int | None) -> Ints:
+@dataclass(frozen=True, eq=False)
+class Scenarios:
+    """Alike sequences of the data-parallel rank that has most; S scenarios in place of R ranks.
+
+    Attributes:
+        num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions
+            cached before them. A scenario is all decodes or all prompts.
+        stage_seqs: [S]; sequences of all data-parallel ranks, of which some may be idle.
+    """
+
+    tp: int
+    num_seqs: Ints
+    num_new: Ints
+    num_cached: Ints
+    stage_seqs: Ints
+
+    @property
+    def size(self) -> int:
+        """S."""
+        return len(self.num_seqs)
+
+    @property
+    def tokens(self) -> Ints:
+        """[S]; of a data-parallel rank."""
+        return self.num_seqs * self.num_new
+
+    @property
+    def stage_tokens(self) -> Ints:
+        """[S]; of all data-parallel ranks."""
+        return self.stage_seqs * self.num_new
+
+    @property
+    def owned(self) -> Ints:
+        """[S]; of the rank that owns most."""
+        owned: Ints = -(-self.tokens // self.tp)
+        return owned
+
+    @property
+    def num_yielding(self) -> Ints:
+        """[S]."""
+        return self.num_seqs
+
+    @property
+    def owned_yielding(self) -> Ints:
+        """[S]; on average."""
+        owned: Ints = -(-self.num_seqs // self.tp)
+        return owned
+
+    @property
+    def asks_logits(self) -> npt.NDArray[np.bool_]:
+        """[S]; none asks for more than the likeliest token."""
+        return np.zeros(self.size, dtype=np.bool_)
+
+    def attention(self, window: int | None) -> AttentionSizes:
+        """As `PartSizes.attention`."""
+        is_decode = self.num_new == 1
+        pairs, positions = _pairs_and_positions(self.num_new, self.num_cached, window)
+        decodes, prompts = self.num_seqs * is_decode, self.num_seqs * ~is_decode
+        return AttentionSizes(
+            decode_seqs=decodes,
+            decode_positions=decodes * positions,
+            prefill_seqs=prompts,
+            prefill_tokens=prompts * self.num_new,
+            prefill_pairs=prompts * pairs,
+            prefill_positions=prompts * positions,
+            num_decode_groups=int(decodes.any()),
+            num_prefill_groups=int(prompts.any()),
+        )
+
+
+# What steps ask of a part of a micro-batch: arrays over ranks, or over scenarios of one rank.
+TokenSizes = PartSizes | Scenarios
+
+
+def _pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
+    """[S] twice; query-key pairs of the new tokens of sequences, and positions seen by any."""
+    after = num_cached + num_new
+    pairs = _pairs_up_to(after, window) - _pairs_up_to(num_cached, window)
+    return pairs, after if window is None else np.minimum(after, num_new + window - 1)
+
+
+def _pairs_up_to(length: Ints, window: int | None) -> Ints:
     """[S]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
     if window is None:
         return length * (length + 1) // 2

@@ -2,16 +2,13 @@
 
 import numpy as np
 
-from expertlane.cost.number_types import NumberTypes, PayloadBytes
+from expertlane.cost.number_types import PayloadBytes
 from expertlane.cost.step.attention import attention_steps
-from expertlane.cost.step.batch_sizes import PartSizes, TokenSizes
+from expertlane.cost.step.batch_sizes import TokenSizes
+from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.dispatch import ExpertSteps
-from expertlane.cost.step.dispatch_counts import DispatchCounts
-from expertlane.cost.step.launches import EAGER, Launches
 from expertlane.cost.step.mlp import mlp_steps, tp_shares
-from expertlane.cost.step.operation import Step
-from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.cost.step.step_list import StepList, StepWriter
+from expertlane.cost.step.step_list import StepWriter
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
@@ -21,51 +18,42 @@ _LOGIT_BYTES, _CANDIDATE_BYTES = 4, 16  # a float32; value and id of the likelie
 
 
 def layer_steps(
+    out: StepWriter,
     model: ModelConfig,
-    types: NumberTypes,
-    mesh: StageMesh,
-    part: PartSizes,
     layer: int,
+    part: TokenSizes,
     counts: DispatchCounts | None,
     form: DispatchForm,
     payload: PayloadType,
-    launches: Launches = EAGER,
-) -> tuple[Step, ...]:
+) -> None:
     """A decoder layer, from hidden states to hidden states of the tokens each rank owns.
 
     Args:
         layer: its number says its window.
         counts: of its tokens; None for a dense layer.
     """
-    out = StepList(mesh, types, layer, launches)
     attention_steps(out, model, model.window_of_layer(layer), part)
     if counts is None:
-        norm_steps(out, model, part)
+        _norm_steps(out, model, part)
         mlp_steps(out, model, model.intermediate_size, part)
-        return tuple(out.steps)
-    router_steps(out, model, part)
-    width = PayloadBytes.of(payload, types.activation_bytes, model.hidden_size)
+        return
+    _router_steps(out, model, part)
+    width = PayloadBytes.of(payload, out.types.activation_bytes, model.hidden_size)
     ExpertSteps(out, model, part, counts, form, width).put_down()
-    shared_expert_steps(out, model, part)
-    return tuple(out.steps)
-
-
-def shared_expert_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """The expert that every token takes, if there is one."""
     if model.shared_expert_intermediate_size:
         inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
         mlp_steps(out, model, inner, part, is_scaled=is_scaled)
 
 
-def norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The residual of attention, and the norm before MLP or router."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.memory(Stage.ROUTER, 5 * part.owned * hidden_bytes, 1 + out.norm_kernels)
 
 
-def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+def _router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """That norm, and the choice of experts."""
-    norm_steps(out, model, part)
+    _norm_steps(out, model, part)
     routing, owned = model.routing, part.owned
     widened = 1 if out.types.activations != _ROUTER_TYPE else 0
     out.gemm(
@@ -76,11 +64,11 @@ def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
         dtype=_ROUTER_TYPE,
         num_kernels=1 + widened,
     )
-    num_kernels, num_passes = out.launches.route, 1
+    num_kernels, num_passes = out.kernels.route, 1
     if routing.scoring_func != "softmax" or not routing.norm_topk_prob or routing.correction_bias:
-        num_kernels, num_passes = out.launches.scored_route, 4
+        num_kernels, num_passes = out.kernels.scored_route, 4
     if routing.n_group > 1:
-        num_kernels, num_passes = out.launches.grouped_route, 7
+        num_kernels, num_passes = out.kernels.grouped_route, 7
     num_bytes = owned * (num_passes * model.num_experts * _LOGIT_BYTES)
     out.memory(Stage.ROUTER, num_bytes, num_kernels)
 
@@ -88,7 +76,7 @@ def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
 def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The hidden states of the tokens each rank owns."""
     moved = 2 * part.owned * (model.hidden_size * out.types.activation_bytes)
-    out.memory(Stage.EMBED, moved, out.launches.embed)
+    out.memory(Stage.EMBED, moved, out.kernels.embed)
 
 
 def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
@@ -96,14 +84,14 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     types, mesh = out.types, out.mesh
     hidden_bytes = model.hidden_size * types.activation_bytes
     num_seqs = part.num_yielding
-    kernels = out.norm_kernels + out.launches.last
+    kernels = out.norm_kernels + out.kernels.last
     out.memory(Stage.HEAD, 4 * part.owned_yielding * hidden_bytes, kernels)
     out.all_gather(Stage.COLLECTIVES, "tp", part.owned_yielding, hidden_bytes)
     vocab = tp_shares(model.vocab_size, mesh)
     out.gemm(Stage.HEAD, num_seqs, vocab, model.hidden_size, dtype=types.kept)
     needs_logits = part.asks_logits
     logits_bytes = num_seqs * vocab * (_LOGIT_BYTES + types.activation_bytes)
-    out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, out.launches.argmax)
+    out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, out.kernels.argmax)
     # Of all logits the vocabulary is the rows; of candidates the sequences are.
     out.all_gather(
         Stage.COLLECTIVES,
@@ -114,4 +102,4 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     )
     if mesh.layout.tp > 1:
         gathered = np.where(needs_logits, model.vocab_size * _LOGIT_BYTES, _CANDIDATE_BYTES)
-        out.memory(Stage.HEAD, num_seqs * gathered, out.launches.best)
+        out.memory(Stage.HEAD, num_seqs * gathered, out.kernels.best)

@@ -25,11 +25,11 @@ def mlp_steps(
     for _ in range(num_inner):
         out.gemm(Stage.EXPERTS, part.tokens, own, hidden)
     moved = part.tokens * own * ((num_inner + 1) * item)
-    out.memory(Stage.EXPERTS, moved, out.launches.activation)
+    out.memory(Stage.EXPERTS, moved, out.kernels.activation)
     out.gemm(Stage.EXPERTS, part.tokens, hidden, own)
     out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden * item)
     num_rows = 6 if is_scaled else 3
-    num_kernels = 1 + (out.launches.gate if is_scaled else 0)
+    num_kernels = 1 + (out.kernels.gate if is_scaled else 0)
     out.memory(Stage.EXPERTS, part.owned * (num_rows * hidden * item), num_kernels)
 
 

@@ -16,6 +16,7 @@ from expertlane.spec.names import Stage
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Amounts = Ints | Floats  # counted, or expected
 
 OUTSIDE = -1  # in place of a layer: embedding, head, hand-over
 
@@ -69,7 +70,7 @@ class Operation:
     Attributes:
         layer: hidden layer, or `OUTSIDE`.
         sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
-        flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them.
+        flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them, or expected.
         num_kernels: launches where nothing is captured in a graph.
         dtype: of its numbers, where it is not that of the weights: the router's is float32.
     """
@@ -78,9 +79,9 @@ class Operation:
     stage: Stage
     layer: int
     sizes: Mapping[str, Floats | float]
-    flops: Ints
-    weight_bytes: Ints
-    kv_bytes: Ints
+    flops: Amounts
+    weight_bytes: Amounts
+    kv_bytes: Amounts
     num_kernels: int = 1
     dtype: str | None = None
 
@@ -218,3 +219,54 @@ class HandOver:
 
 
 Step = Operation | Transfer
+
+
+@dataclass(frozen=True, eq=False)
+class RowsByLink:
+    """Rows that one rank sends to others of its group, and as many that it receives.
+
+    Attributes:
+        near, far: [S]; on its own node, and on other nodes.
+    """
+
+    near: Amounts
+    far: Amounts
+
+    @property
+    def T(self) -> "RowsByLink":
+        """The same rows on their way back; named as an array's."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedTransfer:
+    """A collective as one rank of its group sees it, in S scenarios; priced as a `Transfer`.
+
+    Attributes:
+        sent_bytes: [num_kinds_of_traffic, num_links, S]; as many are received.
+        num_peers: [num_links]; other ranks of the group.
+        num_nodes: that the group is on.
+    """
+
+    kind: TransferKind
+    stage: Stage
+    sent_bytes: Floats
+    num_peers: tuple[int, int]
+    num_nodes: int
+    num_kernels: int
+
+    @cached_property
+    def load(self) -> LinkLoad:
+        """What the rank sends and receives over each kind of link."""
+        num_bytes = self.sent_bytes.sum(axis=0)
+        num = num_bytes.shape[1]
+        return LinkLoad(
+            out_bytes=num_bytes,
+            in_bytes=num_bytes,
+            num_peers=np.repeat(np.array(self.num_peers)[:, None], num, axis=1),
+            group_size=np.full(num, 1 + sum(self.num_peers)),
+            num_nodes=np.full(num, self.num_nodes),
+        )
+
+
+AnyTransfer = Transfer | ExpectedTransfer

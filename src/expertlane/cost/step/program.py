@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from expertlane.balance.copies import CopyChoice
+from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.multi_token import further_drafts, projection_steps
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.dispatch_counter import DispatchCounter, PartRouting
-from expertlane.cost.step.dispatch_counts import DispatchCounts
-from expertlane.cost.step.launches import EAGER, Launches
+from expertlane.cost.step.counts import TokenCounts, count_dispatch
+from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
-from expertlane.cost.step.operation import OUTSIDE, HandOver, Step
+from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, Step
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import StepList, StepWriter
 from expertlane.schedule.plan import Batch, StepPlan
@@ -35,7 +36,7 @@ class Section:
 
     layer: int
     steps: tuple[Step, ...]
-    counts: DispatchCounts | None = None
+    counts: TokenCounts | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,20 @@ class StepProgram:
     stages: tuple[tuple[StageProgram, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class PartRouting:
+    """Where the tokens of a part of a micro-batch stand in their source of routing.
+
+    Attributes:
+        first, before, owned: as `RoutingSource.topk_ids` takes them.
+    """
+
+    source: RoutingSource
+    first: int
+    before: Ints
+    owned: Ints
+
+
 class ProgramBuilder:
     """Makes programs of step plans for one deployment.
 
@@ -84,8 +99,7 @@ class ProgramBuilder:
         placements: [num_hidden_layers]; None for a dense layer.
         dispatch: form and overlap by the number of tokens.
         block_size: positions of a block of the paged cache.
-        launches: the engine's, where no graph is captured.
-        counter: of tokens by rank; builders may share one.
+        kernels: those of the engine, or others that are priced in their place.
         num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
             more layer that the last stage holds, and verified in the next step (`multi_token`).
     """
@@ -101,8 +115,7 @@ class ProgramBuilder:
         payload: PayloadType = "model",
         ranks_per_node: int = 8,
         block_size: int = 16,
-        launches: Launches = EAGER,
-        counter: DispatchCounter | None = None,
+        kernels: KernelSet = ENGINE,
         num_drafts: int = 0,
     ) -> None:
         layout.check_model(model)
@@ -113,15 +126,16 @@ class ProgramBuilder:
         self._payload = payload
         self._ranks_per_node = ranks_per_node
         self._block_size = block_size
-        self._launches = launches
+        self._kernels = kernels
         self._num_drafts = num_drafts
-        self._counter = DispatchCounter() if counter is None else counter
+        self._choices: dict[tuple[int, int], CopyChoice] = {}  # by placement and place on nodes
         self._meshes: dict[tuple[int, int], StageMesh] = {}
         self._placements = placements
 
     def place(self, placements: Placements) -> None:
         """Go over to other placements of the experts."""
         self._placements = placements
+        self._choices.clear()
 
     def mesh(self, replica: int, pp_rank: int) -> StageMesh:
         """A pipeline stage of a replica."""
@@ -225,55 +239,69 @@ class ProgramBuilder:
         record: bool = False,
     ) -> PartProgram:
         """A part of a micro-batch on one pipeline stage; arguments as `build_sized`'s."""
-        model, layout, mesh = self._model, self._layout, self.mesh(replica, pp_rank)
-        common = model, self._types, mesh, sizes
-        by_node = form == "hierarchical" and layout.ep > 1
+        model, mesh = self._model, self.mesh(replica, pp_rank)
         sections = []
         if pp_rank == 0:
             sections.append(self._outside(embedding_steps, mesh, sizes))
         built: dict[object, Section] = {}
-        for layer in layout.layers_of_stage(model.num_hidden_layers, pp_rank):
+        for layer in self._layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self._placements[layer]
             key: object = model.window_of_layer(layer)
             if placement is not None:
                 key = key, id(placement), routing.source.sample_of(layer)
             if key not in built:
-                counts = None
-                if placement is not None:
-                    counts = self._counter.count(
-                        layer, placement, mesh, routing, by_node=by_node, fan_out=record
-                    )
-                steps = layer_steps(*common, layer, counts, form, self._payload, self._launches)
-                built[key] = Section(layer, steps, counts)
+                built[key] = self._layer(layer, mesh, form, sizes, routing, fan_out=record)
             sections.append(replace(built[key], layer=layer))
-        if pp_rank == layout.pp - 1:
+        if pp_rank == self._layout.pp - 1:
             sections.append(self._outside(head_steps, mesh, sizes))
-            sections += self._drafts(form, sizes, routing, replica)
+            sections += self._drafts(form, sizes, routing, mesh)
         return PartProgram(tuple(sections))
 
+    def _layer(
+        self,
+        layer: int,
+        mesh: StageMesh,
+        form: DispatchForm,
+        sizes: PartSizes,
+        routing: PartRouting,
+        *,
+        fan_out: bool,
+    ) -> Section:
+        placement, counts = self._placements[layer], None
+        if placement is not None:
+            counts = count_dispatch(
+                routing.source.topk_ids(layer, routing.first, routing.before, routing.owned),
+                routing.owned,
+                self._choice(placement, mesh),
+                mesh,
+                by_node=form == "hierarchical" and self._layout.ep > 1,
+                fan_out=fan_out,
+            )
+        out = StepList(mesh, self._types, layer, self._kernels)
+        layer_steps(out, self._model, layer, sizes, counts, form, self._payload)
+        return Section(layer, tuple(out.steps), counts)
+
+    def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
+        key = id(placement), mesh.first_rank % self._ranks_per_node
+        if key not in self._choices:
+            self._choices[key] = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
+        return self._choices[key]
+
     def _drafts(
-        self, form: DispatchForm, sizes: PartSizes, routing: PartRouting, replica: int
+        self, form: DispatchForm, sizes: PartSizes, routing: PartRouting, mesh: StageMesh
     ) -> Iterator[Section]:
         """The guesses for the next step, on the last stage: a pass each of a layer and the head.
 
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
-        last, mesh = self._model.num_hidden_layers - 1, self.mesh(replica, self._layout.pp - 1)
-        placement, by_node = self._placements[last], form == "hierarchical" and self._layout.ep > 1
+        last = self._model.num_hidden_layers - 1
         for draft in range(self._num_drafts):
             of_pass = further_drafts(sizes, draft) if draft else sizes
             if not of_pass.num_new.size:
                 return
-            counts = None
-            if placement is not None:
-                tokens = replace(routing, owned=of_pass.owned) if draft else routing
-                counts = self._counter.count(
-                    last, placement, mesh, tokens, by_node=by_node, fan_out=False
-                )
+            tokens = replace(routing, owned=of_pass.owned) if draft else routing
             yield self._outside(projection_steps, mesh, of_pass)
-            common = self._model, self._types, mesh, of_pass, last, counts
-            steps = layer_steps(*common, form, self._payload, self._launches)
-            yield Section(last, steps, counts)
+            yield self._layer(last, mesh, form, of_pass, tokens, fan_out=False)
             yield self._outside(head_steps, mesh, further_drafts(sizes, draft))
 
     def _outside(
@@ -283,6 +311,6 @@ class ProgramBuilder:
         sizes: PartSizes,
     ) -> Section:
         """Embedding or head."""
-        out = StepList(mesh, self._types, OUTSIDE, self._launches)
+        out = StepList(mesh, self._types, OUTSIDE, self._kernels)
         steps(out, self._model, sizes)
         return Section(OUTSIDE, tuple(out.steps))

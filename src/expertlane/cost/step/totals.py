@@ -1,14 +1,17 @@
 """Programs added up: what the engine's counters say of the same step."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.step.operation import HandOver, Ints, Operation, Step
-from expertlane.cost.step.program import Section, StageProgram, StepProgram
+from expertlane.cost.step.program import PartProgram, Section, StageProgram, StepProgram
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.spec.names import Stage, Traffic
+from expertlane.spec.names import Link, Stage, Traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +52,10 @@ class _StageCounters:
     def __init__(self, mesh: StageMesh, num_layers: int, num_experts: int) -> None:
         num_ranks, num_stages = mesh.size, len(Stage)
         self._mesh = mesh
-        self._flops = np.zeros((num_stages, num_ranks), dtype=np.int64)
+        self._flops: npt.NDArray[Any] = np.zeros((num_stages, num_ranks), dtype=np.int64)
         self._weight_bytes = np.zeros_like(self._flops)
         self._num_collectives = np.zeros_like(self._flops)
-        self._kv_bytes = np.zeros(num_ranks, dtype=np.int64)
+        self._kv_bytes: npt.NDArray[Any] = np.zeros(num_ranks, dtype=np.int64)
         shape = num_ranks, num_stages, len(Traffic), mesh.layout.world_size
         self._sent_bytes = np.zeros(shape, dtype=np.int64)
         stage = slice(mesh.first_rank, mesh.first_rank + num_ranks)
@@ -64,11 +67,10 @@ class _StageCounters:
     def add(self, stage: StageProgram) -> None:
         """A micro-batch's programs."""
         for part in stage.parts:
-            times = Counter(id(section.steps) for section in part.sections)
+            for section, num in distinct_sections(part):
+                for step in section.steps:
+                    self._add_step(step, num)
             for section in part.sections:
-                if num := times.pop(id(section.steps), 0):
-                    for step in section.steps:
-                        self._add_step(step, num)
                 self._add_routing(section)
         if stage.hand_over is not None:
             self._add_hand_over(stage.hand_over)
@@ -120,3 +122,63 @@ class _StageCounters:
             )
             for place in range(self._mesh.size)
         ]
+
+
+def expert_loads(program: StepProgram, num_layers: int, num_experts: int) -> tuple[Ints, float]:
+    """Tokens of each expert, [num_layers, num_experts], and how uneven ranks are.
+
+    Returns:
+        The second: pairs of a layer's busiest rank over the mean, mean over layers; 1 where there
+        are no experts.
+    """
+    tokens = np.zeros((num_layers, num_experts), dtype=np.int64)
+    over_mean = []
+    for part in (part for of_stage in program.stages for stage in of_stage for part in stage.parts):
+        for section in part.sections:
+            if section.counts is not None:
+                tokens[section.layer] += section.counts.num_tokens_per_expert.sum(axis=0)
+                pairs = section.counts.pairs_of_ep_rank
+                over_mean.append(pairs.max() / max(pairs.mean(), 1e-9))
+    return tokens, float(np.mean(over_mean)) if over_mean else 1.0
+
+
+def sent_bytes(program: StepProgram) -> Ints:
+    """[num_links, num_kinds_of_traffic]; what all ranks of a step send to others."""
+    sent = np.zeros((len(Link), len(Traffic)), dtype=np.int64)
+    for stage in (stage for of_stage in program.stages for stage in of_stage):
+        for part in stage.parts:
+            for section, num in distinct_sections(part):
+                for step in section.steps:
+                    if not isinstance(step, Operation):
+                        is_far = step.node[:, None] != step.node
+                        everything = step.sent_bytes.sum(axis=(1, 2))
+                        far = (step.sent_bytes * is_far).sum(axis=(1, 2))
+                        sent[Link.INTER_NODE] += num * far
+                        sent[Link.INTRA_NODE] += num * (everything - far)
+        if stage.hand_over is not None:
+            of_ranks, is_far = stage.hand_over.sent_bytes, stage.hand_over.is_remote
+            sent[Link.INTER_NODE, Traffic.PAYLOAD] += of_ranks[is_far].sum()
+            sent[Link.INTRA_NODE, Traffic.PAYLOAD] += of_ranks[~is_far].sum()
+    return sent
+
+
+def most_weight_bytes(programs: Sequence[StepProgram]) -> int:
+    """What the rank that reads most weights reads of them, in all micro-batches."""
+    most = 0.0
+    for stage in range(len(programs[0].stages)):
+        of_rank = np.zeros(programs[0].stages[stage][0].mesh.size)
+        for each in (each for program in programs for each in program.stages[stage]):
+            for section in (section for part in each.parts for section in part.sections):
+                for step in section.steps:
+                    if isinstance(step, Operation):
+                        of_rank += step.weight_bytes
+        most = max(most, float(of_rank.max()))
+    return int(most)
+
+
+def distinct_sections(part: PartProgram) -> Iterator[tuple[Section, int]]:
+    """Sections that do different things, each with how many layers do the same."""
+    times = Counter(id(section.steps) for section in part.sections)
+    for section in part.sections:
+        if num := times.pop(id(section.steps), 0):
+            yield section, num

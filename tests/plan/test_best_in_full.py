@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.plan.finals import NUM_FINALISTS, best_in_full
-from expertlane.plan.option import Finalist
-from expertlane.plan.setting import Goals
-from plan.questions import search_of
+from expertlane.plan.request import Goals
+from expertlane.plan.search import NUM_FINALISTS, Finalist, best_in_full
+from plan.requests import search_of
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from expertlane.cost.breakdown import WhyTable
+from expertlane.cost.breakdown import BreakdownTable, basis_seconds, floor_s
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.cost.step.program import StepProgram
-from expertlane.plan.step_facts import StepFacts
+from expertlane.cost.step.totals import expert_loads, sent_bytes
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
@@ -21,8 +21,38 @@ _WINDOW = 16  # steps explained in a row
 _MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pricing
 
 
+@dataclass(frozen=True, eq=False)
+class StepFacts:
+    """What a priced step tells beside its time.
+
+    Attributes:
+        floor_s: as `floor_s`.
+        basis_s: [num_bases]; likely seconds of operations and transfers, mean over ranks.
+        extrapolated_s: of them, those beyond the sizes that were fitted.
+        sent_bytes: [num_links, num_kinds_of_traffic]; to other ranks.
+        num_tokens_per_expert, rank_pairs: as `expert_loads`.
+    """
+
+    floor_s: float
+    basis_s: Floats
+    extrapolated_s: float
+    sent_bytes: Ints
+    num_tokens_per_expert: Ints
+    rank_pairs: float
+
+    @classmethod
+    def of(cls, step: PricedStep, pricing: Pricing, model: ModelConfig) -> "StepFacts":
+        """Of a step's program with its times."""
+        return cls(
+            floor_s([step.program], pricing.profile.device, pricing.types),
+            *basis_seconds([step.work]),
+            sent_bytes(step.program),
+            *expert_loads(step.program, model.num_hidden_layers, model.num_experts),
+        )
+
+
 @dataclass(eq=False)
-class PhaseTally:
+class PhaseTotals:
     """Steps of one phase; sums unless it says otherwise.
 
     Attributes:
@@ -69,7 +99,7 @@ class PhaseTally:
         if num_tokens > self.largest_size:
             self.largest, self.largest_size = plan, num_tokens
 
-    def explain(self, table: WhyTable) -> None:
+    def explain(self, table: BreakdownTable) -> None:
         """Some more steps that follow each other."""
         why = table.result()
         self.why_s = self.why_s + why.seconds * np.array(list(why.shares.values()))
@@ -78,7 +108,7 @@ class PhaseTally:
         self.read_s += why.seconds * why.bytes_utilisation
 
 
-class Tally:
+class PoolTotals:
     """Watches the steps of one pool.
 
     Where time goes is looked at on the first replica, and of very many steps on some.
@@ -100,7 +130,7 @@ class Tally:
         num_running: Callable[[], int],
         num_drafts: int = 0,
     ) -> None:
-        self.phases: dict[Phase, PhaseTally] = {}
+        self.phases: dict[Phase, PhaseTotals] = {}
         shape = model.num_hidden_layers, model.num_experts
         self.num_tokens_per_expert = np.zeros(shape, dtype=np.int64)
         self.most_running = 0
@@ -110,24 +140,22 @@ class Tally:
         self._num_drafts = num_drafts
         self._facts: WeakKeyDictionary[StepProgram, StepFacts] = WeakKeyDictionary()
         device, types = pricing.profile.device, pricing.types
-        self._empty = WhyTable(device, types.weights, pricing.dtype)
-        self._table: WhyTable | None = None
+        self._empty = BreakdownTable(device, types.weights, pricing.dtype)
+        self._table: BreakdownTable | None = None
         self._explained: Phase | None = None
 
     def observe(self, step: PricedStep) -> None:
         """Take a step in."""
         facts = self._facts.get(step.program)
         if facts is None:
-            device, types = self._pricing.profile.device, self._pricing.types
-            facts = StepFacts.of(step.program, step.work, device, types, self._model)
-            self._facts[step.program] = facts
+            facts = self._facts[step.program] = StepFacts.of(step, self._pricing, self._model)
         phase = _phase(step.plan)
-        tally = self.phases.setdefault(phase, PhaseTally())
-        tally.add(step.plan, facts, _seconds(step), self._num_drafts)
+        totals = self.phases.setdefault(phase, PhaseTotals())
+        totals.add(step.plan, facts, _seconds(step), self._num_drafts)
         self.num_tokens_per_expert += facts.num_tokens_per_expert
         self.most_running = max(self.most_running, self._num_running())
         if step.plan.replica == 0:
-            self._explain(step, phase, tally)
+            self._explain(step, phase, totals)
 
     def close(self) -> None:
         """No step comes any more."""
@@ -135,8 +163,8 @@ class Tally:
             self.phases[self._explained].explain(self._table)
         self._table = None
 
-    def _explain(self, step: PricedStep, phase: Phase, tally: PhaseTally) -> None:
-        number = len(tally.step_s) - 1
+    def _explain(self, step: PricedStep, phase: Phase, totals: PhaseTotals) -> None:
+        number = len(totals.step_s) - 1
         window = number // _WINDOW
         stride = 1 + number // _MOST_EXPLAINED
         is_watched = window % stride == 0

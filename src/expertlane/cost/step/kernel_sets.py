@@ -1,13 +1,20 @@
-"""How many kernels the engine launches for what it does, where nothing is captured in a graph."""
+"""Sets of kernels that steps are priced with: the engine's, and one that it does not have.
+
+What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
+`GPU_LIBRARIES` it differs where those do otherwise: `counts_first` and `expands_latent`.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Launches:
-    """Numbers of launches; read off the engine's tensor operations.
+class KernelSet:
+    """Numbers of launches, where nothing is captured in a graph, and what kernels do at once.
+
+    The default numbers are read off the engine's tensor operations.
 
     Attributes:
+        name: whose kernels they are.
         norm, widened_norm: a norm in float32, and in a type that is widened for it.
         rotate, write: rotation of queries and keys; new keys and values to the cache.
         head_norm: of queries and keys, each head by itself.
@@ -31,6 +38,7 @@ class Launches:
             all tokens attend in the latent.
     """
 
+    name: str
     norm: int = 1
     widened_norm: int = 3
     rotate: int = 7
@@ -68,29 +76,11 @@ class Launches:
     expands_latent: bool = False
 
 
-EAGER = Launches()
-
-# On a CPU in bfloat16, where the engine has kernels of its own for most of it.
-OWN_KERNELS = Launches(
-    widened_norm=1,
-    rotate=1,
-    write=2,
-    head_norm=1,
-    decode_group=1,
-    prefill_group=1,
-    is_grouped=False,
-    choose=1,
-    by_peer=1,
-    by_expert=1,
-    sum_term=0,
-    sum_once=1,
-    expert=0,
-    expert_product=0,
-    experts_once=1,
-)
+ENGINE = KernelSet("the engine's tensor operations")
 
 # Of GPU libraries, which fuse what the engine does in many tensor operations; an estimate.
-FUSED = Launches(
+GPU_LIBRARIES = KernelSet(
+    "GPU libraries",
     widened_norm=1,
     rotate=1,
     write=1,
@@ -126,3 +116,5 @@ FUSED = Launches(
     kernels_move=True,
     expands_latent=True,
 )
+
+KERNEL_SETS = (ENGINE, GPU_LIBRARIES)

@@ -1,35 +1,40 @@
-"""Which of an expert's copies a rank sends its tokens to, as the engine's ranks choose."""
+"""Which copy of an expert computes a token-expert pair: the definition that all others are held to.
+
+A rank's pairs go to the copy on the rank itself, else to those on its node, else to all of them.
+Several copies take turns in the order of the rank's pairs, beginning with the rank's number in its
+stage: so ranks begin with different copies, and the load is spread without a word between them.
+
+R ranks of a stage, E experts, T tokens, K = top_k.
+"""
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.balance.placement import Placement
-from expertlane.cost.step.operation import Ints
-from expertlane.cost.step.stage_mesh import StageMesh
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 class CopyChoice:
     """The choice of all ranks of a stage.
 
-    A copy on the rank itself comes first, else those on its node, else all; of several a rank
-    takes each in turn, beginning with its own number.
+    Args:
+        ep_rank: [R].
+        nodes: [R, ep]; the nodes of the ranks of each rank's `ep` group.
 
     Attributes:
         num_experts: logical ones.
     """
 
-    def __init__(self, placement: Placement, mesh: StageMesh) -> None:
+    def __init__(self, placement: Placement, ep_rank: Ints, nodes: Ints) -> None:
         self.num_experts = placement.num_experts
         held = placement.slots().T >= 0  # [E, ep]
         self._only: Ints | None = None
         if (held.sum(axis=1) == 1).all():
             self._only = held.argmax(axis=1)
             return
-        nodes = mesh.nodes_of_ep_group  # [R, ep]
-        is_own = np.arange(placement.ep) == mesh.ep_rank[:, None]
-        is_near = nodes == mesh.node[:, None]
-        usable = held & is_own[:, None]  # [R, E, ep]
-        for others in (held & is_near[:, None], np.broadcast_to(held, usable.shape)):
-            usable = np.where(usable.any(axis=2, keepdims=True), usable, others)
+        usable = usable_copies(held, ep_rank, nodes)
         self._num_copies = usable.sum(axis=2).ravel()  # [R · E]
         order = np.argsort(~usable, axis=2, kind="stable")[..., : self._num_copies.max()]
         self._table = order.reshape(len(self._num_copies), -1)
@@ -55,6 +60,21 @@ class CopyChoice:
         turns[open_pairs] = _num_equal_before(chooser[open_pairs], len(self._num_copies)) + first
         ranks: Ints = self._table[chooser, turns % num_copies]
         return ranks.reshape(topk_ids.shape)
+
+
+def usable_copies(is_held: Bools, ep_rank: Ints, nodes: Ints) -> Bools:
+    """[R, E, ep]; whether a rank sends pairs of an expert to an ep rank.
+
+    Args:
+        is_held: [E, ep]; whether an ep rank has a copy; some has.
+        ep_rank, nodes: as `CopyChoice` has them.
+    """
+    is_own = np.arange(is_held.shape[1]) == ep_rank[:, None]  # [R, ep]
+    is_near = nodes == np.take_along_axis(nodes, ep_rank[:, None], axis=1)
+    usable: Bools = is_held & is_own[:, None]
+    for others in (is_held & is_near[:, None], np.broadcast_to(is_held, usable.shape)):
+        usable = np.where(usable.any(axis=2, keepdims=True), usable, others)
+    return usable
 
 
 def _num_equal_before(values: Ints, num_values: int) -> Ints:

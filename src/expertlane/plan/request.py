@@ -63,7 +63,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """Which deployment of a model to choose on a cluster, for what."""
 
     model: ModelConfig

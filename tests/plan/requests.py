@@ -1,11 +1,11 @@
-"""Small questions for a planner."""
+"""Small requests to a planner."""
 
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
 from expertlane.plan.search import Search
-from expertlane.plan.setting import Goals, Question, Setting, Traffic
 from expertlane.spec.model import PRESETS, ModelConfig
 
 PAPER = PRESETS["paper"]
@@ -47,4 +47,4 @@ def search_of(
     **setting,
 ) -> Search:
     cluster, setting = cluster_of(num_devices), setting_of(model, **setting)
-    return Search(Question(model, cluster, traffic, goals or Goals(), setting))
+    return Search(PlanRequest(model, cluster, traffic, goals or Goals(), setting))

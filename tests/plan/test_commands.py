@@ -4,7 +4,7 @@ import pytest
 
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.serve_commands import Served, serve_commands
+from expertlane.plan.commands import ServeTarget, serve_commands
 from expertlane.spec.deployment import Options
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
@@ -26,7 +26,7 @@ FP8, MXFP4 = Quantization("fp8", is_float8=True), Quantization("mxfp4", is_float
 def test_types_of_weights(weights, stored, words, note):
     candidate = Candidate(Layout(tp=4), Options())
     types = NumberTypes.asked(weights)
-    for each in serve_commands(candidate, Served("/there/mine", stored), types, 100, 1):
+    for each in serve_commands(candidate, ServeTarget("/there/mine", stored), types, 100, 1):
         assert "/there/mine" in each.command
         assert words in each.command
         assert ("--dtype" in each.command) == ("--dtype" in words)

@@ -1,16 +1,23 @@
-"""A deployment as the command lines of vLLM and SGLang, where they can express it.
+"""A deployment as others take it: an experiment file, and the command lines of vLLM and SGLang.
 
 Options as documented for vLLM 0.14 (docs.vllm.ai, "Expert Parallel Deployment") and SGLang
 (docs.sglang.io, "Expert Parallelism"). Replicas are servers of their own; each command is for one.
 """
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import tomli_w
 
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
+from expertlane.plan.request import Traffic
+from expertlane.spec.deployment import Options
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
+from expertlane.spec.model import PRESETS, ModelConfig
 
 _VLLM_ALL_TO_ALL = {
     "all_gather": "allgather_reducescatter",
@@ -35,7 +42,7 @@ class ServeCommand:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServeTarget:
     """What the other systems shall load.
 
     Attributes:
@@ -48,7 +55,7 @@ class Served:
 
 
 def serve_commands(
-    candidate: Candidate, served: Served, types: NumberTypes, max_model_len: int, nodes: int
+    candidate: Candidate, served: ServeTarget, types: NumberTypes, max_model_len: int, nodes: int
 ) -> list[ServeCommand]:
     """The commands of both systems for one replica.
 
@@ -62,7 +69,7 @@ def serve_commands(
 
 
 def _vllm(
-    candidate: Candidate, served: Served, types: NumberTypes, max_model_len: int, nodes: int
+    candidate: Candidate, served: ServeTarget, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
     if layout.ep > 1 and layout.etp > 1:
@@ -100,14 +107,14 @@ def _vllm(
     return ServeCommand("vLLM", shlex.join(words), "; ".join(notes))
 
 
-def _weights(types: NumberTypes, served: Served) -> list[str]:
+def _weights(types: NumberTypes, served: ServeTarget) -> list[str]:
     """Both systems quantise to float8 as they load; what is stored so already needs no word."""
     if types.weights != "float8":
         return ["--dtype", types.weights]
     return [] if served.quantization else ["--quantization", "fp8"]
 
 
-def _kept_weights(types: NumberTypes, served: Served) -> list[str]:
+def _kept_weights(types: NumberTypes, served: ServeTarget) -> list[str]:
     stored = served.quantization
     if stored is None or (stored.is_float8 and types.weights == "float8"):
         return []
@@ -115,7 +122,7 @@ def _kept_weights(types: NumberTypes, served: Served) -> list[str]:
 
 
 def _sglang(
-    candidate: Candidate, served: Served, types: NumberTypes, max_model_len: int, nodes: int
+    candidate: Candidate, served: ServeTarget, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
     is_deepep = layout.ep > 1 and options.dispatch in _SGLANG_MODE
@@ -145,3 +152,59 @@ def _sglang(
         words += ["--nnodes", str(nodes), "--node-rank", "N", "--dist-init-addr", "HOST:PORT"]
         notes.append(f"once on each node, with N from 0 to {nodes - 1}")
     return ServeCommand("SGLang", shlex.join(words), "; ".join(notes))
+
+
+def experiment_text(
+    name: str,
+    model: ModelConfig,
+    checkpoint: str | None,
+    traffic: Traffic,
+    ranks_per_node: int,
+    deployments: Sequence[tuple[str, Candidate]],
+    comment: str,
+) -> str:
+    """TOML; the first deployment is the baseline.
+
+    Args:
+        checkpoint: its folder; None for a preset, or a model by its sizes.
+        comment: a line that begins the file.
+    """
+    document = {
+        "name": name,
+        "seed": 0,
+        "model": _model(model, checkpoint),
+        "workload": {
+            "num_sequences": traffic.num_sequences,
+            "prompt_len": traffic.prompt_len,
+            "output_len": traffic.output_len,
+        },
+        "cluster": {"ranks_per_node": ranks_per_node},
+        "deployments": [
+            {"name": label, "layout": str(candidate.layout), **_options(candidate.options)}
+            for label, candidate in deployments
+        ],
+    }
+    return f"# {comment}\n\n{tomli_w.dumps(document)}"
+
+
+def _model(model: ModelConfig, checkpoint: str | None) -> dict[str, Any]:
+    if checkpoint is not None:
+        return {"checkpoint": checkpoint}
+    if PRESETS.get(model.name) == model:
+        return {"preset": model.name}
+    sizes = asdict(model)
+    return {
+        each.name: sizes[each.name]
+        for each in fields(model)
+        if each.default is MISSING or getattr(model, each.name) != each.default
+    }
+
+
+def _options(options: Options) -> dict[str, Any]:
+    """Those that are not the default."""
+    plain = Options()
+    return {
+        each.name: getattr(options, each.name)
+        for each in fields(options)
+        if getattr(options, each.name) != getattr(plain, each.name)
+    }

@@ -1,0 +1,211 @@
+"""How the tokens of a stage spread over the ranks of their experts, in one layer.
+
+All that describes a dispatch form (`cost.step.dispatch`) turns on `DispatchCounts`. There are three
+kinds: *real* counts of what the ranks of a run chose, and *sampled* ones of choices that were drawn
+or traced (both `TokenCounts`), and *expected* ones of a rank that stands for all
+(`cost.step.expected_counts`).
+
+R ranks of the stage, T tokens of them all, K = top_k, E experts; A is R, or a number of scenarios.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.copies import CopyChoice
+from expertlane.cost.step.operation import Amounts, Ints, RowsByLink
+from expertlane.cost.step.stage_mesh import StageMesh
+
+# Rows by source and destination, [R, R], of which those outside a transfer's groups do not count;
+# or those of the rank that stands for all.
+Exchange = Amounts | RowsByLink
+
+
+@dataclass(frozen=True, eq=False)
+class NodeCounts:
+    """What hierarchical dispatch turns on beside `DispatchCounts`; [A] each.
+
+    Attributes:
+        rows_sent: one row for each node that a token of the rank reaches, its own too.
+        rows: those rows within `ep_inter` groups.
+        rows_arriving: those that the rank gets, to be handed on inside its node.
+        rows_forwarded: rows to ep ranks of its node that it hands on, those that stay among them.
+        forwarded: those rows within `ep_intra` groups.
+    """
+
+    rows_sent: Amounts
+    rows: Exchange
+    rows_arriving: Amounts
+    rows_forwarded: Amounts
+    forwarded: Exchange
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchCounts:
+    """All that the sizes of dispatch, experts and combine turn on; [A] each.
+
+    A row is a token on its way to an ep rank, one however many of that rank's experts it chose. A
+    pair is a token with one of its experts.
+
+    Attributes:
+        stage_tokens: tokens of all ranks of the stage.
+        rows_sent: rows of the rank's own tokens, those that stay among them.
+        rows, pairs: rows within `ep` groups, and their pairs.
+        rows_arriving, pairs_arriving: those that the rank gets within its `ep` group, before they
+            are gathered over `etp`.
+        rows_computed, pairs_computed: those that the rank's experts compute.
+        active_experts: experts of the rank with any pair.
+        by_node: None unless the form is hierarchical.
+    """
+
+    stage_tokens: Amounts
+    rows_sent: Amounts
+    rows: Exchange
+    pairs: Exchange
+    rows_arriving: Amounts
+    pairs_arriving: Amounts
+    rows_computed: Amounts
+    pairs_computed: Amounts
+    active_experts: Amounts
+    by_node: NodeCounts | None
+
+
+@dataclass(frozen=True, eq=False)
+class FanOut:
+    """How far tokens spread; the counters of a record.
+
+    Attributes:
+        by_ranks_reached, by_nodes_reached: [R, ep + 1]; tokens by how many they reach.
+        num_remote_rank_copies: [R]; (token, rank on another node) pairs.
+        num_remote_node_copies: [R]; (token, other node) pairs.
+    """
+
+    by_ranks_reached: Ints
+    by_nodes_reached: Ints
+    num_remote_rank_copies: Ints
+    num_remote_node_copies: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCounts(DispatchCounts):
+    """Counts of all ranks of a stage, from the experts that each of their tokens chose.
+
+    Attributes:
+        rows_to: [R, ep]; tokens of each rank that reach each ep rank.
+        pairs_of_ep_rank: [ep]; pairs that each computes.
+        num_tokens_per_expert: [ep, E]; the same by expert.
+        fan_out: None unless asked for, and on a stage of one rank.
+    """
+
+    rows_to: Ints
+    pairs_of_ep_rank: Ints
+    num_tokens_per_expert: Ints
+    fan_out: FanOut | None
+
+
+def count_dispatch(
+    topk_ids: Ints,
+    owned: Ints,
+    choice: CopyChoice,
+    mesh: StageMesh,
+    *,
+    by_node: bool = False,
+    fan_out: bool = False,
+) -> TokenCounts:
+    """Count one layer's tokens.
+
+    Args:
+        topk_ids: [T, K] int64; logical experts, rank after rank.
+        owned: [R]; how many of the tokens are whose.
+        by_node: count `by_node`, for the hierarchical form.
+        fan_out: count `fan_out`, for a record.
+    """
+    ep, num_ranks, num_experts = mesh.layout.ep, mesh.size, choice.num_experts
+    rank = np.arange(num_ranks).repeat(owned)
+    ep_ranks = choice.ep_ranks(topk_ids, rank)
+    at = rank[:, None] * ep + ep_ranks
+    pairs_to = np.bincount(at.ravel(), minlength=num_ranks * ep).reshape(num_ranks, ep)
+    place = (ep_ranks * num_experts + topk_ids).ravel()
+    per_expert = np.bincount(place, minlength=ep * num_experts).reshape(ep, num_experts)
+    reached = np.zeros((len(rank), ep), dtype=np.bool_)
+    reached[np.arange(len(rank))[:, None], ep_ranks] = True
+    rows_to = _sum_of_rank(reached, owned)
+    pairs_of_ep_rank = pairs_to.sum(axis=0)
+    return TokenCounts(
+        stage_tokens=np.full(num_ranks, owned.sum()),
+        rows_sent=rows_to.sum(axis=1),
+        rows=rows_to[:, mesh.ep_rank],
+        pairs=pairs_to[:, mesh.ep_rank],
+        rows_arriving=_arriving(rows_to, mesh),
+        pairs_arriving=_arriving(pairs_to, mesh),
+        rows_computed=rows_to.sum(axis=0)[mesh.ep_rank],
+        pairs_computed=pairs_of_ep_rank[mesh.ep_rank],
+        active_experts=np.count_nonzero(per_expert, axis=1)[mesh.ep_rank],
+        by_node=_count_by_node(reached, rows_to, owned, mesh) if by_node else None,
+        rows_to=rows_to,
+        pairs_of_ep_rank=pairs_of_ep_rank,
+        num_tokens_per_expert=per_expert,
+        fan_out=_fan_out(reached, rank, mesh) if fan_out and num_ranks > 1 else None,
+    )
+
+
+def _arriving(rows: Ints, mesh: StageMesh) -> Ints:
+    """[R]; of rows [R, ep], those that a rank takes in from ranks with its own etp_rank."""
+    ep = rows.shape[1]
+    arriving: Ints = rows.reshape(ep, mesh.layout.etp, ep).sum(axis=0).T.ravel()
+    return arriving
+
+
+def _count_by_node(
+    reached: npt.NDArray[np.bool_], rows_to: Ints, owned: Ints, mesh: StageMesh
+) -> NodeCounts:
+    num_nodes, size, etp = mesh.num_ep_nodes, mesh.ep_per_node, mesh.layout.etp
+    of_nodes = reached.reshape(len(reached), num_nodes, size)
+    to_nodes = _sum_of_rank(np.logical_or.reduce(of_nodes, axis=2), owned)  # [R, nodes]
+    arriving = to_nodes.reshape(num_nodes, size, etp, num_nodes).sum(axis=0)
+    # [node of the token, place in it, etp, node of the expert's rank, its place]
+    inside = rows_to.reshape(num_nodes, size, etp, num_nodes, size).sum(axis=0)
+    inside = inside.transpose(2, 0, 1, 3).reshape(mesh.size, size)  # by place in the own node
+    return NodeCounts(
+        rows_sent=to_nodes.sum(axis=1),
+        rows=to_nodes[:, mesh.ep_rank // size],
+        rows_arriving=arriving.transpose(2, 0, 1).ravel(),
+        rows_forwarded=inside.sum(axis=1),
+        forwarded=inside[:, mesh.ep_rank % size],
+    )
+
+
+def _sum_of_rank(values: npt.NDArray[np.bool_], owned: Ints) -> Ints:
+    """[R, n]; sums of values [T, n] over each rank's tokens."""
+    sums = np.zeros((len(owned), values.shape[1]), dtype=np.int64)
+    some = owned > 0
+    if some.any():
+        starts = (np.cumsum(owned) - owned)[some]
+        sums[some] = np.add.reduceat(values, starts, axis=0, dtype=np.int64)
+    return sums
+
+
+def _fan_out(reached: npt.NDArray[np.bool_], rank: Ints, mesh: StageMesh) -> FanOut:
+    ep, num_ranks = mesh.layout.ep, mesh.size
+    ranks, nodes, here = np.zeros((3, len(rank)), dtype=np.int64)
+    for etp_rank in range(mesh.layout.etp):  # their ep groups may lie on nodes differently
+        starts_node = np.diff(mesh.nodes_of_ep_group[etp_rank], prepend=-1) > 0  # [ep]
+        own = (np.cumsum(starts_node) - 1)[mesh.ep_rank[rank]]
+        tokens = np.flatnonzero(mesh.etp_rank[rank] == etp_rank)
+        there = np.add.reduceat(  # ranks reached on each node
+            reached[tokens], np.flatnonzero(starts_node), axis=1, dtype=np.int64
+        )
+        ranks[tokens], nodes[tokens] = there.sum(axis=1), np.count_nonzero(there, axis=1)
+        here[tokens] = there[np.arange(len(tokens)), own[tokens]]
+
+    def histogram(values: Ints) -> Ints:
+        at = rank * (ep + 1) + values
+        return np.bincount(at, minlength=num_ranks * (ep + 1)).reshape(num_ranks, ep + 1)
+
+    def total(values: Ints) -> Ints:
+        return np.bincount(rank, values, num_ranks).astype(np.int64)
+
+    return FanOut(
+        histogram(ranks), histogram(nodes), total(ranks - here), total(nodes - (here > 0))
+    )

@@ -1,0 +1,222 @@
+"""Expected counts of dispatch: of one rank that stands for all of a stage, over many scenarios.
+
+Means come from a sample of routed tokens, counted as the engine routes them. The busiest rank of a
+step has more than its share by chance too: of n ranks, about the expected largest of n normal
+variables above the mean (P. Royston, "Expected Normal Order Statistics", Applied Statistics 31,
+1982, gives exact ones; the median of the largest serves here).
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+from statistics import NormalDist
+
+import numpy as np
+
+from expertlane.balance.copies import CopyChoice
+from expertlane.balance.placement import Placement
+from expertlane.cost.routing import RoutingSource
+from expertlane.cost.step.batch_sizes import Scenarios
+from expertlane.cost.step.counts import DispatchCounts, Exchange, NodeCounts, count_dispatch
+from expertlane.cost.step.operation import Floats, Ints, RowsByLink
+from expertlane.cost.step.stage_mesh import Axis, StageMesh
+from expertlane.errors import SpecError
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+
+_SAMPLE_TOKENS = 2048  # of a layer
+_MOST_LAYERS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedFanOut:
+    """How far a token of one MoE layer spreads on one stage: `DispatchCounts` for each token.
+
+    Attributes:
+        reached, nodes_reached: rows that it is sent as, to ep ranks and to nodes, its own too.
+        rows, pairs, node_rows, forwarded: [num_links]; rows sent to other ranks of the groups.
+            Those of hierarchical dispatch are 0 where a group lies unevenly on nodes.
+        hot: pairs of the busiest ep rank over the mean, in the long run.
+        num_slots: of the busiest rank.
+        chosen: [ep, most slots]; how likely a token of the stage has a pair there; the busiest rank
+            and each rank's most popular expert first.
+    """
+
+    reached: float
+    nodes_reached: float
+    rows: Floats
+    pairs: Floats
+    node_rows: Floats
+    forwarded: Floats
+    hot: float
+    num_slots: int
+    chosen: Floats
+
+    @classmethod
+    def of_sample(
+        cls, mesh: StageMesh, placement: Placement, routing: RoutingSource, layer: int
+    ) -> "ExpectedFanOut":
+        """Count a sample of a layer's tokens, equally many on each rank."""
+        per_rank = max(1, _SAMPLE_TOKENS // mesh.size)
+        owned = np.full(mesh.size, per_rank)
+        num_tokens = per_rank * mesh.size
+        topk_ids = routing.topk_ids(layer, 0, np.zeros_like(owned), owned)
+        choice = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
+        counts = count_dispatch(topk_ids, owned, choice, mesh, by_node=_lies_evenly(mesh))
+
+        def by_link(axis: Axis, rows: Exchange) -> Floats:
+            assert isinstance(rows, np.ndarray), "between each pair of ranks"
+            sent, is_near = rows * mesh.peers(axis), mesh.node[:, None] == mesh.node
+            return np.array([sent[is_near].sum(), sent[~is_near].sum()]) / num_tokens
+
+        of_nodes = counts.by_node
+        busiest_first = np.argsort(-counts.pairs_of_ep_rank, kind="stable")
+        held = [list(placement.experts_of_rank[rank]) for rank in busiest_first]
+        chosen = np.zeros((len(held), max(map(len, held))))
+        for place, (rank, experts) in enumerate(zip(busiest_first, held, strict=True)):
+            num_tokens_of = counts.num_tokens_per_expert[rank, experts]
+            chosen[place, : len(experts)] = np.sort(num_tokens_of)[::-1] / num_tokens
+        return cls(
+            reached=counts.rows_to.sum() / num_tokens,
+            nodes_reached=0.0 if of_nodes is None else of_nodes.rows_sent.sum() / num_tokens,
+            rows=by_link("ep", counts.rows),
+            pairs=by_link("ep", counts.pairs),
+            node_rows=np.zeros(2) if of_nodes is None else by_link("ep_inter", of_nodes.rows),
+            forwarded=np.zeros(2) if of_nodes is None else by_link("ep_intra", of_nodes.forwarded),
+            hot=_hotness(counts.pairs_of_ep_rank, topk_ids.size),
+            num_slots=len(held[0]),
+            chosen=chosen,
+        )
+
+    @classmethod
+    def mean(cls, layers: Sequence["ExpectedFanOut"]) -> "ExpectedFanOut":
+        """Of some layers of one placement, or of placements with as many slots."""
+        most = max(each.chosen.shape[1] for each in layers)
+        of_layers = np.zeros((len(layers), layers[0].chosen.shape[0], most))
+        for chosen, each in zip(of_layers, layers, strict=True):
+            chosen[:, : each.chosen.shape[1]] = each.chosen
+        means = {
+            field.name: np.mean([getattr(each, field.name) for each in layers], axis=0)
+            for field in fields(cls)
+            if field.name not in ("num_slots", "chosen")
+        }
+        num_slots = max(each.num_slots for each in layers)
+        return cls(**means, num_slots=num_slots, chosen=of_layers.mean(axis=0))
+
+
+def sampled_layers(model: ModelConfig, routing: RoutingSource) -> list[int]:
+    """A few MoE layers that stand for all, evenly chosen; none twice of the same sample.
+
+    A model without any stands for itself by its first layer.
+    """
+    of_sample: dict[Hashable, int] = {}
+    for layer in range(model.num_hidden_layers):
+        if not model.is_dense(layer):
+            of_sample.setdefault(routing.sample_of(layer), layer)
+    layers = list(of_sample.values()) or [0]
+    places = np.linspace(0, len(layers) - 1, min(len(layers), _MOST_LAYERS)).round().astype(int)
+    return [layers[place] for place in places]
+
+
+def mean_counts(
+    fan_out: ExpectedFanOut, part: Scenarios, layout: Layout, top_k: int, *, by_node: bool = False
+) -> DispatchCounts:
+    """Of a rank with a mean load; sampled counts of all ranks are as much on average."""
+    tokens = part.stage_tokens.astype(np.float64)
+    has_any = _has_any(fan_out.chosen.ravel(), tokens)
+    pairs, rows = tokens * (top_k / layout.ep), tokens * (fan_out.reached / layout.ep)
+    active = has_any.sum(axis=1) / layout.ep
+    own = rows, pairs, rows / layout.etp, pairs / layout.etp, active
+    return _counts(fan_out, part, own, np.ones(part.size), by_node)
+
+
+def busiest_counts(
+    fan_out: ExpectedFanOut, part: Scenarios, layout: Layout, top_k: int, *, by_node: bool = False
+) -> DispatchCounts:
+    """Of the rank whose experts have most to do, rounded up: it has whole pairs."""
+    tokens = part.stage_tokens.astype(np.float64)
+    mean = tokens * (top_k / layout.ep)
+    pairs = np.where(mean > 0, _busiest_of(mean * fan_out.hot, layout.ep), 0)
+    pairs = np.minimum(pairs, tokens * min(top_k, fan_out.num_slots))
+    hot = np.divide(pairs, mean, out=np.ones_like(mean), where=mean > 0)
+    rows = np.minimum(hot * tokens * (fan_out.reached / layout.ep), pairs)
+    has_any = _has_any(fan_out.chosen[0], tokens)
+    deviation = np.sqrt((has_any * (1 - has_any)).sum(axis=1))
+    active = has_any.sum(axis=1) + _largest_normal(layout.ep) * deviation
+    active = np.minimum(active, fan_out.num_slots)
+    rows, pairs = np.ceil(rows), np.ceil(pairs)
+    own = rows, pairs, np.ceil(rows / layout.etp), np.ceil(pairs / layout.etp), np.ceil(active)
+    return _counts(fan_out, part, own, hot, by_node)
+
+
+def _counts(
+    fan_out: ExpectedFanOut,
+    part: Scenarios,
+    own: tuple[Floats, Floats, Floats, Floats, Floats],
+    hot: Floats,
+    by_node: bool,
+) -> DispatchCounts:
+    """With what follows from the rank's own tokens.
+
+    Args:
+        own: [S] each; rows and pairs that the rank computes, those that arrive, active experts.
+        hot: [S]; what goes over the rank's links, over the mean.
+    """
+    rows, pairs, rows_arriving, pairs_arriving, active = own
+    owned = part.owned.astype(np.float64)
+
+    def sent(of_token: Floats) -> RowsByLink:
+        return RowsByLink(*(owned * hot * each for each in of_token))
+
+    of_nodes = None
+    if by_node:
+        node_rows = owned * fan_out.nodes_reached
+        handed_on = fan_out.forwarded / fan_out.reached
+        of_nodes = NodeCounts(
+            rows_sent=node_rows,
+            rows=sent(fan_out.node_rows),
+            rows_arriving=node_rows,
+            rows_forwarded=rows_arriving,
+            forwarded=RowsByLink(*(each * rows_arriving for each in handed_on)),
+        )
+    return DispatchCounts(
+        stage_tokens=part.stage_tokens,
+        rows_sent=owned * fan_out.reached,
+        rows=sent(fan_out.rows),
+        pairs=sent(fan_out.pairs),
+        rows_arriving=rows_arriving,
+        pairs_arriving=pairs_arriving,
+        rows_computed=rows,
+        pairs_computed=pairs,
+        active_experts=active,
+        by_node=of_nodes,
+    )
+
+
+def _has_any(chosen: Floats, stage_tokens: Floats) -> Floats:
+    """[S, slots]; how likely any of the stage's tokens has a pair in a slot."""
+    has_any: Floats = 1 - (1 - np.minimum(chosen, 1)) ** stage_tokens[:, None]
+    return has_any
+
+
+def _busiest_of(mean: Floats, num_ranks: int) -> Floats:
+    """What the busiest of ranks has if each has `mean` things on average, by chance alone."""
+    return mean + _largest_normal(num_ranks) * np.sqrt(mean)
+
+
+def _largest_normal(num: int) -> float:
+    """The median of the largest of `num` standard normal variables."""
+    return NormalDist().inv_cdf(0.5 ** (1 / num)) if num > 1 else 0.0
+
+
+def _hotness(pairs: Ints, num_pairs: int) -> float:
+    """The sample's largest share over the mean, less what chance alone makes of an even one."""
+    mean = num_pairs / len(pairs)
+    excess = pairs.max() / _busiest_of(np.array(mean), len(pairs))
+    return float(max(1.0, excess))
+
+
+def _lies_evenly(mesh: StageMesh) -> bool:
+    try:
+        return mesh.ep_per_node > 0
+    except SpecError:
+        return False

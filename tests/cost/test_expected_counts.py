@@ -1,0 +1,192 @@
+"""Contract 8 for expected counts: one rank that stands for all counts what ranks do on average."""
+
+import numpy as np
+import pytest
+
+from cost.tiny_models import MODELS
+from expertlane.balance.copies import CopyChoice
+from expertlane.balance.placement import Placement
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import GivenRouting, PowerLawRouting
+from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
+from expertlane.cost.step.counts import count_dispatch
+from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts
+from expertlane.cost.step.kernel_sets import KERNEL_SETS
+from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.operation import Operation
+from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.cost.step.step_list import ExpectedStepList, OneRank, StepList
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Link
+
+FORMS = ("all_to_all", "all_gather", "hierarchical")
+SAMPLE_TOKENS = 2048  # of which expected counts are means
+# Layouts with ranks of a node, and redundant experts; all ranks' shares are equal.
+PLACES = (
+    ("tp=1", 8, 0),
+    ("tp=2", 1, 0),
+    ("dp=4,ep=4", 2, 0),
+    ("dp=4,ep=4", 2, 4),
+    ("tp=4,ep=2", 2, 2),
+    ("dp=2,tp=2,ep=4", 2, 8),
+    ("dp=8,ep=8", 4, 8),
+    ("dp=4,tp=2,ep=4", 4, 0),
+    ("pp=2,dp=2,tp=2,ep=2", 4, 2),
+)
+EVEN = {"moe_intermediate_size": 16, "vocab_size": 32, "num_key_value_heads": 4}
+MODEL_NAMES = ("plain", "full_norm", "latent", "windows")
+
+
+def model_of(name):
+    """Sizes that all ranks have equal shares of."""
+    sizes = dict(EVEN)
+    if MODELS[name].shared_expert_intermediate_size:
+        sizes["shared_expert_intermediate_size"] = 16
+    return MODELS[name].with_overrides(**sizes)
+
+
+class Stage:
+    """Steps of one layer of a stage, from sampled and from expected counts of the same tokens."""
+
+    def __init__(self, model, place, form, kernels, num_new, payload="model"):
+        layout, ranks_per_node, redundant = place
+        layout = Layout.parse(layout)
+        self.mesh = StageMesh.of(layout, 0, 0, ranks_per_node)
+        self.placement = Placement.linear(model.num_experts, layout.ep, redundant)
+        self.routing = PowerLawRouting.of(model, 0.7, num_sampled_layers=1)
+        self.form = form
+        self._model, self._kernels, self._payload = model, kernels, payload
+        self._fan_out = ExpectedFanOut.of_sample(self.mesh, self.placement, self.routing, 1)
+        self._num_seqs = SAMPLE_TOKENS // self.mesh.size * layout.tp // num_new
+        self._num_new = num_new
+
+    @property
+    def part(self):
+        layout = self.mesh.layout
+        return PartSizes.even(layout.dp, layout.tp, self._num_seqs, self._num_new, 20)
+
+    @property
+    def scenarios(self):
+        layout = self.mesh.layout
+        num = np.array([self._num_seqs])
+        new, cached = np.array([self._num_new]), np.array([20])
+        return Scenarios(layout.tp, num, new, cached, num * layout.dp)
+
+    def sampled(self, first=0):
+        owned = self.part.owned
+        choice = CopyChoice(self.placement, self.mesh.ep_rank, self.mesh.nodes_of_ep_group)
+        ids = self.routing.topk_ids(1, first, np.zeros_like(owned), owned)
+        return count_dispatch(ids, owned, choice, self.mesh, by_node=self._by_node)
+
+    @property
+    def _by_node(self):
+        return self.form == "hierarchical" and self.mesh.layout.ep > 1
+
+    def expected(self, counts=mean_counts):
+        top_k = self._model.num_experts_per_tok
+        layout = self.mesh.layout
+        return counts(self._fan_out, self.scenarios, layout, top_k, by_node=self._by_node)
+
+    def steps(self, counts, part, mesh, kind):
+        """Embedding, an MoE layer and the head."""
+        out = kind(mesh, NumberTypes(), 1, self._kernels)
+        embedding_steps(out, self._model, part)
+        layer_steps(out, self._model, 1, part, counts, self.form, self._payload)
+        head_steps(out, self._model, part)
+        return out.steps
+
+    def of_ranks(self):
+        return self.steps(self.sampled(), self.part, self.mesh, StepList)
+
+    def of_one_rank(self, counts=mean_counts):
+        scenarios = self.scenarios
+        mesh = OneRank(self.mesh, scenarios.size)
+        return self.steps(self.expected(counts), scenarios, mesh, ExpectedStepList)
+
+
+def sent_by_link(transfer, node):
+    """[num_kinds_of_traffic, num_links]; mean over ranks."""
+    is_near = node[:, None] == node
+    sent = np.zeros((len(transfer.sent_bytes), len(Link)))
+    sent[:, Link.INTRA_NODE] = (transfer.sent_bytes * is_near).sum(axis=(1, 2))
+    sent[:, Link.INTER_NODE] = (transfer.sent_bytes * ~is_near).sum(axis=(1, 2))
+    return sent / len(node)
+
+
+def check_equal_in_the_mean(stage):
+    of_ranks, of_one = stage.of_ranks(), stage.of_one_rank()
+    kinds = [[(each.kind, each.stage, each.num_kernels) for each in s] for s in (of_ranks, of_one)]
+    assert kinds[0] == kinds[1]
+    for exact, expected in zip(of_ranks, of_one, strict=True):
+        if isinstance(exact, Operation):
+            for name in ("flops", "weight_bytes", "kv_bytes"):
+                mean = getattr(exact, name).mean()
+                assert getattr(expected, name) == pytest.approx([mean], rel=1e-9), (exact, name)
+            for name, size in exact.sizes.items():
+                of_one_rank = np.broadcast_to(expected.sizes[name], 1)
+                assert of_one_rank == pytest.approx([np.mean(size)], rel=1e-9), (exact, name)
+        else:
+            sent = sent_by_link(exact, stage.mesh.node)
+            np.testing.assert_allclose(expected.sent_bytes[..., 0], sent, rtol=1e-9)
+            np.testing.assert_array_equal(expected.load.group_size, exact.load.group_size[:1])
+            np.testing.assert_array_equal(expected.load.num_nodes, exact.load.num_nodes[:1])
+
+
+def cases():
+    for number, place in enumerate(PLACES):
+        for form in FORMS:
+            yield pytest.param(place, form, MODEL_NAMES[number % 4], id=f"{place}-{form}")
+
+
+@pytest.mark.parametrize("kernels", KERNEL_SETS, ids=lambda each: each.name)
+@pytest.mark.parametrize(("place", "form", "name"), list(cases()))
+def test_one_rank_counts_the_mean_of_all(place, form, name, kernels):
+    for num_new in (1, 4):
+        check_equal_in_the_mean(Stage(model_of(name), place, form, kernels, num_new))
+
+
+@pytest.mark.parametrize("payload", ["bfloat16", "float8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_narrow_payloads(form, payload):
+    place = ("dp=4,tp=2,ep=4", 4, 4)
+    model = model_of("plain").with_overrides(hidden_size=160)
+    check_equal_in_the_mean(Stage(model, place, form, KERNEL_SETS[0], 1, payload))
+
+
+def test_sampled_counts_are_real_ones_of_the_same_choices():
+    stage = Stage(model_of("plain"), ("dp=2,tp=2,ep=4", 2, 4), "hierarchical", KERNEL_SETS[0], 1)
+    owned, sampled = stage.part.owned, stage.sampled()
+    nothing = np.zeros_like(owned)
+    ids = np.split(stage.routing.topk_ids(1, 0, nothing, owned), np.cumsum(owned)[:-1])
+    stage.routing = GivenRouting([{1: each} for each in ids])
+    real = stage.sampled()
+    for name in ("rows", "pairs", "num_tokens_per_expert", "active_experts", "rows_arriving"):
+        np.testing.assert_array_equal(getattr(real, name), getattr(sampled, name))
+    np.testing.assert_array_equal(real.by_node.forwarded, sampled.by_node.forwarded)
+
+
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_active_experts_of_few_tokens(redundant):
+    """So few that most experts have none; each expected number against many steps' mean."""
+    model = model_of("plain").with_overrides(num_experts=32, num_experts_per_tok=2)
+    stage = Stage(model, ("dp=4,ep=4", 2, redundant), "all_to_all", KERNEL_SETS[0], 1)
+    stage._num_seqs = 2  # 8 tokens of the stage
+    steps = [stage.sampled(8 * step).active_experts for step in range(SAMPLE_TOKENS // 8)]
+    mean, most = np.mean(steps), np.mean([each.max() for each in steps])
+    expected, busiest = (
+        stage.expected(each).active_experts[0] for each in (mean_counts, busiest_counts)
+    )
+    # Copies take turns by rank and step, which spreads few tokens further than chance would.
+    assert expected == pytest.approx(mean, rel=0.1)
+    assert mean < busiest
+    assert most - 0.5 < busiest < most + 1.5  # rounded up
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_busiest_rank_has_no_less_than_the_mean(form):
+    stage = Stage(model_of("plain"), ("dp=8,ep=8", 4, 8), form, KERNEL_SETS[0], 1)
+    mean, busiest = stage.expected(), stage.expected(busiest_counts)
+    for name in ("rows_computed", "pairs_computed", "rows_arriving", "active_experts"):
+        assert getattr(busiest, name) >= getattr(mean, name)
+        assert getattr(busiest, name) % 1 == 0
+    assert busiest.pairs_computed == pytest.approx([stage.sampled().pairs_computed.max()], rel=0.1)
