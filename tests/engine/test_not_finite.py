@@ -141,7 +141,7 @@ def test_others_go_on_as_ever(poisoned, undisturbed, layout, value, dtype, optio
         assert [(c.token_id, c.finish_reason) for c in chunks] == [(None, FinishReason.ERROR)]
         assert chunks[0].error.startswith(line(1, 1))
         assert not llm.engine.has_unfinished
-        while llm.engine._in_flight:
+        while llm.engine._loop.uncommitted:
             llm.engine.step()
         check_empty(llm.engine._scheduler)
 

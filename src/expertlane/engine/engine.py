@@ -9,7 +9,8 @@ from expertlane.engine.detokenizer import IncrementalDetokenizer
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
-from expertlane.schedule.plan import HandleT, Runner, StepOutcome, StepPlan
+from expertlane.schedule.drive import DriveLoop
+from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import FinishReason, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.sampling import SamplingParams
@@ -59,10 +60,9 @@ class Engine(Generic[HandleT]):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._runner = runner
+        self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
-        self._in_flight: dict[HandleT, StepPlan] = {}
         self._live: dict[str, _Live] = {}
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
@@ -150,22 +150,16 @@ class Engine(Generic[HandleT]):
         Raises:
             RankError: a rank died, hung or failed.
         """
-        self._submit()
+        self._loop.submit()
         chunks, self._ended = self._ended, []
-        if not self._in_flight:
+        finished = self._loop.commit_next()
+        if finished is None:
             return chunks
-        handle = self._runner.first_done(list(self._in_flight))
-        outcome = self._runner.collect(handle)
-        self._scheduler.finish(self._in_flight.pop(handle), outcome)
         stepped, failed = self._scheduler.stepped, self._scheduler.failed
-        self._submit()
+        self._loop.submit()
         for request in failed:
             chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
-        return chunks + self._take(stepped, outcome)
-
-    def _submit(self) -> None:
-        while (plan := self._scheduler.next_plan()) is not None:
-            self._in_flight[self._runner.submit(plan)] = plan
+        return chunks + self._take(stepped, finished.outcome)
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""

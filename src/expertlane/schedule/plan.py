@@ -142,6 +142,6 @@ class Scheduler(Protocol):
         """The next step to submit, or None while nothing more may be in flight or all is done."""
         ...
 
-    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take in the tokens of a finished step."""
         ...

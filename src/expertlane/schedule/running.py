@@ -213,7 +213,7 @@ class RunningTable:
         self.last_token[yielding] = UNKNOWN
         self.num_pending += len(yielding) - int(num_scheduled.sum())
 
-    def finish(
+    def commit(
         self,
         rows: Rows,
         computed: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
@@ -256,7 +256,7 @@ class RunningTable:
         going_on = rows[~self._is_cancelled[rows]]
         for row in going_on.tolist():
             self.blocks.forget(self.blocks_of(row))
-        self._is_cancelled[going_on] = True  # `finish` releases those that are in no other step
+        self._is_cancelled[going_on] = True  # `commit` releases those that are in no other step
         self._num_cancelled += len(going_on)
         return [self.request(row) for row in going_on.tolist()]
 

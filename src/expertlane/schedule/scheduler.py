@@ -58,7 +58,7 @@ class ContinuousScheduler:
 
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
-        stepped: the requests that got a token in the step finished last.
+        stepped: the requests that got a token in the step committed last.
         failed: those that it ended in an error.
         num_preemptions: since the start.
     """
@@ -145,7 +145,7 @@ class ContinuousScheduler:
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a request now; a token it gets from a step in flight is dropped.
 
-        Its blocks are freed at once, or when that step is finished: ranks still write to them.
+        Its blocks are freed at once, or when that step is committed: ranks still write to them.
 
         Returns:
             False if no unfinished request has this id; it may just have finished.
@@ -170,7 +170,7 @@ class ContinuousScheduler:
                     return plan
         return None
 
-    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take in the tokens of a finished step.
 
         A request whose logits were not finite ends in an error; one that shares blocks of others
@@ -181,7 +181,7 @@ class ContinuousScheduler:
         for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
             before = batch.num_computed_tokens
             computed = before, before + batch.num_scheduled_tokens
-            stepped, without_token = table.finish(rows, computed, batch.yields_token, outcome)
+            stepped, without_token = table.commit(rows, computed, batch.yields_token, outcome)
             self.stepped += stepped
             for request in without_token:
                 if request.has_cached:
