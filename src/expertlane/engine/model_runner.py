@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.engine.commands import (
     Deploy,
+    DiscardSteps,
     RankOutcome,
-    RunStep,
     SetDispatch,
     StageSpec,
+    run_step,
 )
 from expertlane.engine.dispatch_timing import modes_of, time_dispatch
 from expertlane.engine.pool import RankPool, Ticket
@@ -78,11 +79,25 @@ class ModelRunner:
             pool.call(SetDispatch(table), ranks=range(layout.world_size))
             self.dispatch_table = table
 
-    def submit(self, plan: StepPlan) -> StepHandle:
-        """Send a plan to the ranks of its replica."""
-        ranks = self._layout.ranks_of_replica(plan.replica)
+    def submit(self, plan: StepPlan, placements: Placements | None = None) -> StepHandle:
+        """Send a plan to the ranks of its replica, to each its own part.
+
+        Args:
+            placements: [num_hidden_layers]; of experts from this step on; None as they are.
+        """
         submitted_s = time.perf_counter()
-        return StepHandle(self._pool.submit(RunStep(plan), ranks=ranks), submitted_s)
+        commands = run_step(self._layout, plan, placements)
+        return StepHandle(self._pool.submit_each(commands), submitted_s)
+
+    def discard(self, plans: Sequence[StepPlan]) -> None:
+        """Undo the steps that are not committed, once they have run; they may be submitted again.
+
+        Args:
+            plans: all of them.
+        """
+        for replica in {plan.replica for plan in plans}:
+            steps = tuple(plan.step for plan in plans if plan.replica == replica)
+            self._pool.submit(DiscardSteps(steps), ranks=self._layout.ranks_of_replica(replica))
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""

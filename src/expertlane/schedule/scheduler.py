@@ -222,6 +222,7 @@ class ContinuousScheduler:
             micro_batches=self._cut([batch for _, batch in built]),
             admitted=reduce(or_, (draft.admitted for draft in drafts)),
             released=tuple(self._released[replica]),
+            num_uncommitted=self._num_in_flight[replica],
             **self._flags,
         )
         self._released[replica].clear()

@@ -288,7 +288,9 @@ def _batch(
         block_tables=tables,
         yields_token=np.ones(seqs, dtype=np.bool_),
     )
-    made = ForwardBatch([batch], Layout(), Coordinates(0, 0, 0, 0, 0, 0), device, _BLOCK_SIZE)
+    made = ForwardBatch(
+        batch, [batch.num_tokens], Layout(), Coordinates(0, 0, 0, 0, 0, 0), device, _BLOCK_SIZE
+    )
     assert len(made.slots), "made once"
     if device.type == "cpu":
         assert len(made.paged_sequences.lengths), "made once"
