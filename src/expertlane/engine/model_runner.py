@@ -109,21 +109,27 @@ class ModelRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
-        finished_s = handle.finished_s or time.perf_counter()
-        token_ids: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
-        logits: dict[int, list[np.ndarray]] = {}
-        for outcome in outcomes:
-            token_ids |= outcome.token_ids
-            logprobs |= outcome.logprobs
-            for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
-                logits.setdefault(seq, []).append(part)
-        return StepOutcome(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
-            not_finite=tuple(seq for outcome in outcomes for seq in outcome.not_finite),
-            records=tuple(o.record for o in outcomes if o.record is not None),
-            submitted_s=handle.submitted_s,
-            finished_s=finished_s,
-        )
+        return outcome_of(outcomes, handle.submitted_s, handle.finished_s or time.perf_counter())
+
+
+def outcome_of(
+    outcomes: Sequence[RankOutcome], submitted_s: float, finished_s: float
+) -> StepOutcome:
+    """The ranks' parts of an outcome, in rank order, as one."""
+    token_ids: dict[int, int] = {}
+    logprobs: dict[int, TokenLogprobs] = {}
+    logits: dict[int, list[np.ndarray]] = {}
+    for outcome in outcomes:
+        token_ids |= outcome.token_ids
+        logprobs |= outcome.logprobs
+        for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
+            logits.setdefault(seq, []).append(part)
+    return StepOutcome(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
+        not_finite=tuple(seq for outcome in outcomes for seq in outcome.not_finite),
+        records=tuple(o.record for o in outcomes if o.record is not None),
+        submitted_s=submitted_s,
+        finished_s=finished_s,
+    )
