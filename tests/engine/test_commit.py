@@ -286,7 +286,7 @@ LIMITS = Limits(MODEL.vocab_size, 64, num_blocks=24, block_size=4, max_num_seqs=
 
 
 def run_on_ranks(pools, chosen, discard_at, *, rebalance):
-    """Output tokens of a load on real ranks; after some commits all that is in flight runs again."""
+    """Output tokens, and what ran them; after some commits all that is in flight runs again."""
     pool, layout = pools.pool(chosen.layout.world_size), chosen.layout
     runner = ModelRunner(pool, MODEL, chosen, LIMITS, seed=0, ranks_per_node=2)
     if rebalance:

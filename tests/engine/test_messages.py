@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from expertlane.engine import commands, messages
 from expertlane.engine.commands import Deploy, RankOutcome, RunStep, SetDispatch, result_type
-from expertlane.engine.handlers import HANDLERS
 from expertlane.engine.messages import (
     MAX_MESSAGE_BYTES,
     Channel,
@@ -27,6 +26,7 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
+from expertlane.engine.stage import HANDLERS
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.names import Phase

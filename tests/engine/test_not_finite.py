@@ -12,8 +12,8 @@ from distributed.running import deployment
 from engine.stub_runner import StubEngine, expected, run
 from expertlane.compare.run import run_comparison
 from expertlane.compare.serving_benchmark import serve
+from expertlane.engine.engine import RequestOutput
 from expertlane.engine.llm import LLM
-from expertlane.engine.outputs import RequestOutput
 from expertlane.errors import ModelError
 from expertlane.progress import Silent
 from expertlane.schedule.drive import drive

@@ -8,8 +8,7 @@ import torch
 
 from distributed.running import deployment
 from expertlane.balance.trace import read_trace, write_trace
-from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.routing_recorder import RoutingRecorder
+from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.errors import UserError
 from expertlane.model import reference as reference_module
 from expertlane.moe.reference import moe_block, router_logits

@@ -13,7 +13,7 @@ from expertlane.balance.moves import Move
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.measure.points import Point, TransferPoint
 from expertlane.results.step_record import RankRecord
-from expertlane.schedule.plan import RankStep, StepPlan
+from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -155,20 +155,6 @@ class RunStep(Command[RankOutcome]):
 
     step: RankStep
     placements: Placements | None = None
-
-
-def run_step(
-    layout: Layout, plan: StepPlan, placements: Placements | None = None
-) -> list[tuple[RunStep, list[int]]]:
-    """The commands of a step, each with the ranks that get it; none gets more than its own part.
-
-    Args:
-        placements: as `RunStep.placements`.
-    """
-    return [
-        (RunStep(step, placements), layout.ranks_of_dp_rank(plan.replica, dp_rank))
-        for dp_rank, step in enumerate(plan.of_dp_ranks())
-    ]
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,21 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.cache_size import with_blocks
 from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.checkpoint_check import check_checkpoint
 from expertlane.engine.commands import RankMachine
-from expertlane.engine.deployment_check import check_deployment
-from expertlane.engine.engine import Engine, Prompt
+from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
 from expertlane.engine.hub import resolve_model
-from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.model_runner import RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import runner_for
-from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
 from expertlane.engine.shared_engine import SharedEngine, Waiter
-from expertlane.engine.start import describe_ranks, start_pool
+from expertlane.engine.start import (
+    check_checkpoint,
+    check_deployment,
+    describe_ranks,
+    start_pool,
+    with_blocks,
+)
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
 from expertlane.schedule.limits import Limits

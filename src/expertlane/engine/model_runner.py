@@ -3,22 +3,26 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter
 from expertlane.engine.commands import (
     Deploy,
     DiscardSteps,
     RankOutcome,
+    RunStep,
     SetDispatch,
     StageSpec,
-    run_step,
 )
 from expertlane.engine.dispatch_timing import modes_of, time_dispatch
 from expertlane.engine.pool import RankPool, Ticket
+from expertlane.errors import UserError
 from expertlane.schedule.limits import Limits
-from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.plan import HandleT, Runner, StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
@@ -75,9 +79,12 @@ class ModelRunner:
         self.dispatch_table: DispatchTable | None = None
         if options.is_timed:
             modes = modes_of(layout, options, ranks_per_node)
-            table = time_dispatch(pool, layout, limits, modes)
-            pool.call(SetDispatch(table), ranks=range(layout.world_size))
-            self.dispatch_table = table
+            self.dispatch_table = time_dispatch(self, layout, limits, modes)
+            self.set_dispatch(self.dispatch_table)
+
+    def set_dispatch(self, table: DispatchTable) -> None:
+        """Choose how steps run from now on."""
+        self._pool.call(SetDispatch(table), ranks=range(self._layout.world_size))
 
     def submit(self, plan: StepPlan, placements: Placements | None = None) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part.
@@ -86,7 +93,10 @@ class ModelRunner:
             placements: [num_hidden_layers]; of experts from this step on; None as they are.
         """
         submitted_s = time.perf_counter()
-        commands = run_step(self._layout, plan, placements)
+        commands = [
+            (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
+            for dp_rank, step in enumerate(plan.of_dp_ranks())
+        ]
         return StepHandle(self._pool.submit_each(commands), submitted_s)
 
     def discard(self, plans: Sequence[StepPlan]) -> None:
@@ -133,3 +143,70 @@ def outcome_of(
         submitted_s=submitted_s,
         finished_s=finished_s,
     )
+
+
+class RoutingRecorder(Generic[HandleT]):
+    """Passes plans on to `runner`; implements `schedule.plan.Runner`.
+
+    The plans must ask for `record_routing`. What is kept grows with every token; a step that was
+    never collected is not in it.
+
+    Raises:
+        UserError: the model has no MoE layer.
+    """
+
+    def __init__(self, runner: Runner[HandleT], model: ModelConfig) -> None:
+        self._runner = runner
+        self._model = model
+        self._moe_layers = moe_layers(model)
+        self._step_of: dict[HandleT, int] = {}
+        # [steps collected]; the step, and by rank of its replica the choices in each layer
+        self._kept: list[tuple[int, list[dict[int, npt.NDArray[np.int32]]]]] = []
+
+    def submit(self, plan: StepPlan) -> HandleT:
+        """Begin a step."""
+        handle = self._runner.submit(plan)
+        self._step_of[handle] = plan.step
+        return handle
+
+    def first_done(self, handles: Sequence[HandleT]) -> HandleT:
+        """Wait until one of the steps is finished, and say which."""
+        return self._runner.first_done(handles)
+
+    def collect(self, handle: HandleT) -> StepOutcome:
+        """Wait for a step, take its outcome, and keep its routing, whole or not at all."""
+        outcome = self._runner.collect(handle)
+        step = self._step_of.pop(handle)
+        self._kept.append((step, [record.topk_ids for record in outcome.records]))
+        return outcome
+
+    def trace(self) -> RoutingTrace:
+        """The steps collected so far.
+
+        Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
+        order of computation: the same in all layers, since all stages cut a plan's batches alike.
+        """
+        model = self._model
+        writer = RoutingTraceWriter(
+            model.name, model.num_experts, model.num_experts_per_tok, self._moe_layers
+        )
+        for step, of_ranks in self._kept:
+            for of_rank in of_ranks:
+                for layer, topk_ids in of_rank.items():
+                    writer.add(step, layer, topk_ids)
+        return writer.trace()
+
+
+def moe_layers(model: ModelConfig) -> list[int]:
+    """The indices of the MoE layers, of which there must be one for routing to be recorded.
+
+    Raises:
+        UserError: there is none.
+    """
+    layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
+    if not layers:
+        raise UserError(
+            f"{model.name} has no routing to record: all its {model.num_hidden_layers} layers are "
+            "dense"
+        )
+    return layers

@@ -1,15 +1,16 @@
 """One engine for several threads: of those that wait for steps, one runs them for all."""
 
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
-from expertlane.engine.engine import Engine, Prompt
-from expertlane.engine.interrupts import deferred_interrupts
-from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
 from expertlane.errors import RankError
 from expertlane.spec.sampling import SamplingParams
 
@@ -213,3 +214,25 @@ class SharedEngine:
         for chunk in self._engine.step():
             if (arrived := self._arrivals.get(chunk.request_id)) is not None:
                 arrived.append(chunk)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Only note a Ctrl-C; a second one raises `KeyboardInterrupt` at once. In the main thread.
+
+    Yields:
+        Whether there was one, to be called.
+    """
+    is_noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_noted
+        if is_noted:
+            raise KeyboardInterrupt
+        is_noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: is_noted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -17,9 +17,16 @@ from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
 from expertlane.engine.commands import (
     Deploy,
+    DescribeMachine,
     DiscardSteps,
     FinishMoves,
     HeldBytes,
+    MeasureContention,
+    MeasureLaunches,
+    MeasureOperations,
+    MeasureRates,
+    MeasureTransfers,
+    PinToCore,
     RankOutcome,
     RunStep,
     SetDispatch,
@@ -28,8 +35,12 @@ from expertlane.engine.commands import (
     TimeOneMove,
 )
 from expertlane.engine.dispatch_timing import forms_of
+from expertlane.engine.measure.operations import measure_launches, measure_operations, pin_to_core
+from expertlane.engine.measure.rates import measure_rates
+from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
-from expertlane.engine.worker import RankContext
+from expertlane.engine.rank_machine import describe
+from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
@@ -354,3 +365,21 @@ class DeployedStage:
     def _needs_logits(self, part: ForwardBatch) -> bool:
         """Whether any sequence of the part asks for more than its likeliest token."""
         return any(seq in self._sampler for seq in part.yielding_seq_ids)
+
+
+HANDLERS: Handlers = {
+    DescribeMachine: describe,
+    Deploy: deploy,
+    SetDispatch: set_dispatch,
+    RunStep: run_step,
+    DiscardSteps: discard_steps,
+    StartMoves: start_moves,
+    FinishMoves: finish_moves,
+    TimeOneMove: time_one_move,
+    MeasureRates: measure_rates,
+    PinToCore: pin_to_core,
+    MeasureOperations: measure_operations,
+    MeasureLaunches: measure_launches,
+    MeasureTransfers: measure_transfers,
+    MeasureContention: measure_contention,
+}
