@@ -1,7 +1,7 @@
 """Requests in, tokens out: the scheduler and the ranks as one, a step at a time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Generic
@@ -9,7 +9,7 @@ from typing import Generic
 from expertlane.engine.detokenizer import IncrementalDetokenizer
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
-from expertlane.schedule.drive import DriveLoop
+from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import FinishReason, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -107,6 +107,7 @@ class Engine(Generic[HandleT]):
     Args:
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
+        on_commit: called with every step.
     """
 
     def __init__(
@@ -116,11 +117,13 @@ class Engine(Generic[HandleT]):
         *,
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
+        on_commit: Callable[[FinishedStep], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
+        self._on_commit = on_commit
         self._live: dict[str, _Live] = {}
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
@@ -213,6 +216,8 @@ class Engine(Generic[HandleT]):
         finished = self._loop.commit_next()
         if finished is None:
             return chunks
+        if self._on_commit is not None:
+            self._on_commit(finished)
         stepped, failed = self._scheduler.stepped, self._scheduler.failed
         self._loop.submit()
         for request in failed:

@@ -146,10 +146,8 @@ class LLM:
                 wanted, num_blocks, self.model, chosen, placements, self.machine
             )
             runner = self._load(deployment, seed, ranks_per_node)
-            self._routing = RoutingRecorder(runner, self.model) if record_routing else None
-            self.engine = self._put_scheduler_before(
-                self._routing or runner, deployment, eos_token_ids
-            )
+            self._routing = RoutingRecorder(self.model) if record_routing else None
+            self.engine = self._put_scheduler_before(runner, deployment, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close()
@@ -179,7 +177,13 @@ class LLM:
             record=deployment.options.rebalance_steps > 0,
             record_routing=self._routing is not None,
         )
-        return Engine(scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer)
+        return Engine(
+            scheduler,
+            runner,
+            eos_token_ids=eos_token_ids,
+            tokenizer=self.tokenizer,
+            on_commit=self._routing.add if self._routing is not None else None,
+        )
 
     def __enter__(self) -> "LLM":
         return self

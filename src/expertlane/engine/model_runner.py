@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,9 @@ from expertlane.engine.commands import (
 from expertlane.engine.dispatch_timing import modes_of, time_dispatch
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.errors import UserError
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.limits import Limits
-from expertlane.schedule.plan import HandleT, Runner, StepOutcome, StepPlan
+from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
@@ -145,43 +145,26 @@ def outcome_of(
     )
 
 
-class RoutingRecorder(Generic[HandleT]):
-    """Passes plans on to `runner`; implements `schedule.plan.Runner`.
-
-    The plans must ask for `record_routing`. What is kept grows with every token; a step that was
-    never collected is not in it.
+class RoutingRecorder:
+    """Keeps which experts each token of committed steps chose; memory grows with every token.
 
     Raises:
         UserError: the model has no MoE layer.
     """
 
-    def __init__(self, runner: Runner[HandleT], model: ModelConfig) -> None:
-        self._runner = runner
+    def __init__(self, model: ModelConfig) -> None:
         self._model = model
         self._moe_layers = moe_layers(model)
-        self._step_of: dict[HandleT, int] = {}
-        # [steps collected]; the step, and by rank of its replica the choices in each layer
+        # [num_steps]; the step, and by rank of its replica the choices in each layer
         self._kept: list[tuple[int, list[dict[int, npt.NDArray[np.int32]]]]] = []
 
-    def submit(self, plan: StepPlan) -> HandleT:
-        """Begin a step."""
-        handle = self._runner.submit(plan)
-        self._step_of[handle] = plan.step
-        return handle
-
-    def first_done(self, handles: Sequence[HandleT]) -> HandleT:
-        """Wait until one of the steps is finished, and say which."""
-        return self._runner.first_done(handles)
-
-    def collect(self, handle: HandleT) -> StepOutcome:
-        """Wait for a step, take its outcome, and keep its routing, whole or not at all."""
-        outcome = self._runner.collect(handle)
-        step = self._step_of.pop(handle)
-        self._kept.append((step, [record.topk_ids for record in outcome.records]))
-        return outcome
+    def add(self, finished: FinishedStep) -> None:
+        """Keep the routing of a step, whose plan asked for `record_routing`."""
+        kept = [record.topk_ids for record in finished.outcome.records]
+        self._kept.append((finished.plan.step, kept))
 
     def trace(self) -> RoutingTrace:
-        """The steps collected so far.
+        """The steps so far.
 
         Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
         order of computation: the same in all layers, since all stages cut a plan's batches alike.

@@ -85,38 +85,11 @@ def _nodes_for(spec: StageSpec, options: Options) -> int:
     return spec.ranks_per_node if is_wanted else 0
 
 
-def set_dispatch(context: RankContext, command: SetDispatch) -> None:
-    """Choose how steps run from now on."""
-    context.deployed.set_dispatch(command.table)
-
-
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
         return deployed.run(command.step, command.placements)
-
-
-def discard_steps(context: RankContext, command: DiscardSteps) -> None:
-    """Undo the given steps as far as they have run; all others are committed."""
-    deployed: DeployedStage = context.deployed
-    deployed.discard(command.steps)
-
-
-def start_moves(context: RankContext, command: StartMoves) -> None:
-    """Start to send and receive the experts of some moves."""
-    context.deployed.migration.start_moves(command.moves)
-
-
-def finish_moves(context: RankContext, _: FinishMoves) -> None:
-    """Wait for what was started."""
-    context.deployed.migration.finish_moves()
-
-
-def time_one_move(context: RankContext, _: TimeOneMove) -> tuple[int, float]:
-    """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group."""
-    timed: tuple[int, float] = context.deployed.migration.time_one_move()
-    return timed
 
 
 @dataclass(eq=False)
@@ -370,12 +343,12 @@ class DeployedStage:
 HANDLERS: Handlers = {
     DescribeMachine: describe,
     Deploy: deploy,
-    SetDispatch: set_dispatch,
+    SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,
-    DiscardSteps: discard_steps,
-    StartMoves: start_moves,
-    FinishMoves: finish_moves,
-    TimeOneMove: time_one_move,
+    DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
+    FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
+    TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
     MeasureRates: measure_rates,
     PinToCore: pin_to_core,
     MeasureOperations: measure_operations,
