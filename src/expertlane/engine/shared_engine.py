@@ -31,18 +31,18 @@ class Waiter:
 class _Turn:
     """A thread's exclusive use of the engine, once all earlier turns have ended: a context."""
 
-    __slots__ = ("_shared", "begin", "thread")
+    __slots__ = ("_shared", "may_begin", "thread")
 
     def __init__(self, shared: "SharedEngine") -> None:
         self.thread = threading.get_ident()
-        self.begin: SimpleQueue[None] | None = None  # for those that must wait
+        self.may_begin: SimpleQueue[None] | None = None  # for those that must wait
         self._shared = shared
 
     def __enter__(self) -> None:
         try:
             self._shared.enqueue(self)
-            if self.begin is not None:
-                self.begin.get()
+            if self.may_begin is not None:
+                self.may_begin.get()
         except BaseException:
             self._shared.end(self)
             raise
@@ -84,7 +84,7 @@ class SharedEngine:
             for left in [each for each in self._turns if each.thread == turn.thread]:
                 self.end(left)
             if self._turns:
-                turn.begin = SimpleQueue()
+                turn.may_begin = SimpleQueue()
             self._turns.append(turn)
 
     def end(self, turn: _Turn) -> None:
@@ -96,8 +96,8 @@ class SharedEngine:
             if had_it:
                 self._cancel_now()
             self._turns.remove(turn)
-            if had_it and self._turns and (begin := self._turns[0].begin) is not None:
-                begin.put(None)
+            if had_it and self._turns and (may_begin := self._turns[0].may_begin) is not None:
+                may_begin.put(None)
 
     def add(
         self,

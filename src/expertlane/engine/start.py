@@ -135,7 +135,7 @@ def check_checkpoint(
     checkpoint = StoredTensors(folder, model)
     unused = checkpoint.check()
     if unused:
-        text = f"{folder}: config.json has no use for {_shown(unused)}"
+        text = f"{folder}: config.json has no use for {_listed(unused)}"
         if not ignore_unused_tensors:
             raise SpecError(
                 f"{text}; to go on without: --ignore-unused-tensors (ignore_unused_tensors=True)"
@@ -154,7 +154,7 @@ def _discard(line: str) -> None:
     pass
 
 
-def _shown(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     shown, num_more = ", ".join(names[:_NUM_SHOWN]), len(names) - _NUM_SHOWN
     kind = "tensor" if len(names) == 1 else "tensors"
     return f"{kind} {shown}" + (f" and {num_more} more" if num_more > 0 else "")

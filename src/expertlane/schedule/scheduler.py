@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.schedule.draft import BatchDraft
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.schedule.request import FinishReason, Request, RequestState
-from expertlane.schedule.running import Rows, RunningTable
+from expertlane.schedule.running import BatchDraft, Rows, RunningTable
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
@@ -236,7 +235,7 @@ class ContinuousScheduler:
         for draft, (rows, batch) in zip(drafts, built, strict=True):
             if batch.num_seqs:
                 scheduled, yields = batch.num_scheduled_tokens, batch.yields_token
-                draft.table.begin(rows, plan.step, scheduled, yields)
+                draft.table.begin_step(rows, plan.step, scheduled, yields)
                 flight.append((draft.table, rows, batch))
         self._in_flight[plan.step] = _Flight(plan.replica, plan.phase, flight)
         self._num_in_flight[plan.replica] += 1
