@@ -43,7 +43,7 @@ def main() -> None:
     import bench_dispatch
     import bench_step
 
-    from expertlane.engine.handlers import HANDLERS
+    from expertlane.engine.stage import HANDLERS
 
     own: dict[type[Command[Any]], Any] = {
         MeasureCollectives: bench_collectives.measure,

@@ -40,7 +40,7 @@ BLOCK_SIZE, BLOCKS_A_SEQ = 16, 8
 
 def bare_steps(context: Any, command: RunBareSteps) -> list[float]:
     """Runs on the rank."""
-    from expertlane.engine.deployed_stage import run_step
+    from expertlane.engine.stage import run_step
 
     batch_size = command.batch_size
     random, seconds = np.random.default_rng(0), []
@@ -56,7 +56,7 @@ def bare_steps(context: Any, command: RunBareSteps) -> list[float]:
         )
         plan = StepPlan(step, 0, Phase.DECODE, ((batch,),), record=False)
         began = time.perf_counter()
-        run_step(context, RunStep(plan))
+        run_step(context, RunStep(plan.of_dp_ranks()[0]))
         seconds.append(time.perf_counter() - began)
     return seconds
 

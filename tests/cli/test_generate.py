@@ -15,7 +15,7 @@ from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import answers, engine_options
 from expertlane.cli.generate import sampling_params
-from expertlane.engine.outputs import RequestOutput
+from expertlane.engine.engine import RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import not_finite

@@ -14,8 +14,8 @@ from distributed.running import deployment, run_deployment
 from expertlane.compare import run as compare_module
 from expertlane.compare.run import check_memory, measure_peak, run_comparison
 from expertlane.cost.number_types import NumberTypes
-from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.commands import DescribeMachine
+from expertlane.engine.start import fit_to_machine
 from expertlane.errors import CapacityError
 from expertlane.memory import rank_memory, workload_limits
 from expertlane.progress import Silent

@@ -13,7 +13,7 @@ from expertlane.compare.serving_benchmark import (
     run_loads,
     serve,
 )
-from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.engine import Chunk, RequestOutput
 from expertlane.errors import UserError
 from expertlane.progress import Silent
 from expertlane.results.layout_sizes import LayoutSizes

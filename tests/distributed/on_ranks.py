@@ -238,7 +238,7 @@ def local_ranks(
 
 
 def main() -> None:
-    from expertlane.engine.handlers import HANDLERS
+    from expertlane.engine.stage import HANDLERS
 
     fork_server.main(
         {

@@ -100,6 +100,6 @@ class Forced:
     def next_plan(self) -> StepPlan | None:
         return self._scheduler.next_plan()
 
-    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         forced = {seq: next(self._tokens[seq]) for seq in outcome.token_ids}
-        self._scheduler.finish(plan, replace(outcome, token_ids=forced))
+        self._scheduler.commit(plan, replace(outcome, token_ids=forced))

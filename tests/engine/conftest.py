@@ -25,13 +25,16 @@ class StubPool:
 def stub_llm(monkeypatch):
     """An LLM with a `StubRunner` in place of ranks, as its attribute `runner`."""
 
+    runners = []
+
     def make_runner(pool, model, deployment, limits, **kwargs):
-        return StubRunner(limits, deployment.layout, lookahead=True)
+        runners.append(StubRunner(limits, deployment.layout, lookahead=True))
+        return runners[-1]
 
     model = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
     monkeypatch.setitem(PRESETS, "stub", model)
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
     monkeypatch.setattr(llm_module, "runner_for", make_runner)
     with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
-        llm.runner = llm.engine._runner
+        (llm.runner,) = runners
         yield llm

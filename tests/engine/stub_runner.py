@@ -8,8 +8,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from expertlane.engine.engine import Engine
-from expertlane.engine.outputs import Chunk
+from expertlane.engine.engine import Chunk, Engine
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome, StepPlan

@@ -26,7 +26,7 @@ PROMPTS = [[7, 4, 11, 11, 14], [3], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 
 def check_idle(llm: LLM) -> None:
     """No request and no block is left; what may be left is a step of cancelled requests."""
-    while llm.engine._in_flight:
+    while llm.engine._loop.uncommitted:
         llm.engine.step()
     assert not llm.engine.has_unfinished
     check_empty(llm.engine._scheduler)

@@ -61,7 +61,7 @@ def threads():
 
 
 def check_idle(llm: LLM) -> None:
-    while llm.engine._in_flight:
+    while llm.engine._loop.uncommitted:
         llm.engine.step()
     assert not llm.engine.has_unfinished
     check_empty(llm.engine._scheduler)

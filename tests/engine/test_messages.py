@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from expertlane.engine import commands, messages
 from expertlane.engine.commands import Deploy, RankOutcome, RunStep, SetDispatch, result_type
-from expertlane.engine.handlers import HANDLERS
 from expertlane.engine.messages import (
     MAX_MESSAGE_BYTES,
     Channel,
@@ -27,6 +26,7 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
+from expertlane.engine.stage import HANDLERS
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.names import Phase
@@ -89,9 +89,15 @@ def test_a_step_plan_arrives_as_it_was(pair, num_seqs):
         np.zeros(0, dtype=np.int64),
     )
     plan = StepPlan(
-        7, 1, Phase.DECODE, ((batch(num_seqs), batch(0)),) * 2, {12: state}, released=(3, 4)
+        7,
+        1,
+        Phase.DECODE,
+        ((batch(num_seqs), batch(0)),) * 2,
+        admitted={0: state},
+        released=(3, 4),
     )
-    command = RunStep(plan)
+    command = RunStep(plan.of_dp_ranks()[0])
+    assert bool(command.step.admitted) == (num_seqs > 0)  # sequence 0 begins on this rank
     message = through(encode(MessageKind.COMMAND, command), pair)
     assert message.kind is MessageKind.COMMAND
     assert equal(CommandDecoder(HANDLERS).decode(message), command)
@@ -231,7 +237,7 @@ def test_arrays_that_are_not_what_they_should_be(pair, array, said):
 def test_damaged_messages_are_refused_or_harmless(data):
     """Whatever is changed in a message, decoding gives a value or a `MessageError`."""
     plan = StepPlan(1, 0, Phase.PREFILL, ((batch(2),),))
-    encoded = encode(MessageKind.COMMAND, RunStep(plan))
+    encoded = encode(MessageKind.COMMAND, RunStep(*plan.of_dp_ranks()))
     at = data.draw(st.integers(0, len(encoded) - 1))
     damaged = changed(encoded, at, bytes([data.draw(st.integers(0, 255))]))
     ours, theirs = socket.socketpair()

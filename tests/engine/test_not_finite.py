@@ -12,8 +12,8 @@ from distributed.running import deployment
 from engine.stub_runner import StubEngine, expected, run
 from expertlane.compare.run import run_comparison
 from expertlane.compare.serving_benchmark import serve
+from expertlane.engine.engine import RequestOutput
 from expertlane.engine.llm import LLM
-from expertlane.engine.outputs import RequestOutput
 from expertlane.errors import ModelError
 from expertlane.progress import Silent
 from expertlane.schedule.drive import drive
@@ -141,7 +141,7 @@ def test_others_go_on_as_ever(poisoned, undisturbed, layout, value, dtype, optio
         assert [(c.token_id, c.finish_reason) for c in chunks] == [(None, FinishReason.ERROR)]
         assert chunks[0].error.startswith(line(1, 1))
         assert not llm.engine.has_unfinished
-        while llm.engine._in_flight:
+        while llm.engine._loop.uncommitted:
             llm.engine.step()
         check_empty(llm.engine._scheduler)
 

@@ -8,12 +8,11 @@ import torch
 
 from distributed.running import deployment
 from expertlane.balance.trace import read_trace, write_trace
-from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.routing_recorder import RoutingRecorder
+from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.errors import UserError
 from expertlane.model import reference as reference_module
 from expertlane.moe.reference import moe_block, router_logits
-from expertlane.schedule.drive import drive
+from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome
 from expertlane.schedule.request import Request
@@ -35,19 +34,20 @@ PROMPTS = [
 
 def record(pools, model, chosen, limits=LIMITS):
     """The trace, and the finished steps."""
-    runner = RoutingRecorder(
-        ModelRunner(
-            pools.pool(chosen.layout.world_size), model, chosen, limits, seed=0, ranks_per_node=2
-        ),
-        model,
+    recorder = RoutingRecorder(model)
+    runner = ModelRunner(
+        pools.pool(chosen.layout.world_size), model, chosen, limits, seed=0, ranks_per_node=2
     )
     scheduler = ContinuousScheduler(
         chosen.layout, chosen.options, limits, record=False, record_routing=True
     )
     for seq, prompt in enumerate(PROMPTS):
         scheduler.add(Request(str(seq), prompt, max_tokens=OUTPUT_LEN))
-    steps = list(drive(scheduler, runner))
-    return runner.trace(), steps
+    steps = []
+    for step in drive(scheduler, runner):
+        recorder.add(step)
+        steps.append(step)
+    return recorder.trace(), steps
 
 
 def fed_tokens(steps):
@@ -149,37 +149,23 @@ def test_dense_layers_have_none(pools):
 def test_a_model_without_moe_layers_is_refused():
     model = TINY.with_overrides(dense_layers=(0, 1, 2, 3), intermediate_size=24)
     with pytest.raises(UserError, match="all its 4 layers are dense"):
-        RoutingRecorder(None, model)
+        RoutingRecorder(model)
 
 
-class HandmadeRunner:
-    """One token a step, whose experts are the step's number and the next; rank 1 has none."""
-
-    def submit(self, plan):
-        return f"step {plan.step}"
-
-    def first_done(self, handles):
-        return handles[-1]
-
-    def collect(self, handle):
-        step = int(handle.removeprefix("step "))
-        if step == 1:
-            raise KeyboardInterrupt
-        ids = np.array([[step, step + 1]], dtype=np.int32)
-        ranks = [SimpleNamespace(topk_ids=dict.fromkeys(range(4), each)) for each in (ids, ids[:0])]
-        return StepOutcome({}, {}, tuple(ranks), 0.0, 0.0)
+def handmade_step(step):
+    """One token, whose experts are the step's number and the next; rank 1 has none."""
+    ids = np.array([[step, step + 1]], dtype=np.int32)
+    ranks = [SimpleNamespace(topk_ids=dict.fromkeys(range(4), each)) for each in (ids, ids[:0])]
+    outcome = StepOutcome({}, {}, tuple(ranks), 0.0, 0.0)
+    return FinishedStep(SimpleNamespace(step=step), outcome)
 
 
-def test_steps_may_end_in_any_order_and_one_that_was_cut_is_left_out(tmp_path):
-    runner = RoutingRecorder(HandmadeRunner(), TINY)
-    assert runner.trace().num_tokens == 0
-    handles = [runner.submit(SimpleNamespace(step=step)) for step in range(4)]
-    assert runner.first_done(handles) == "step 3"
-    for handle in (handles[3], handles[0]):
-        runner.collect(handle)
-    with pytest.raises(KeyboardInterrupt):
-        runner.collect(handles[1])
-    write_trace(runner.trace(), tmp_path / "trace.npz")
+def test_steps_may_end_in_any_order(tmp_path):
+    recorder = RoutingRecorder(TINY)
+    assert recorder.trace().num_tokens == 0
+    for step in (3, 0):
+        recorder.add(handmade_step(step))
+    write_trace(recorder.trace(), tmp_path / "trace.npz")
     trace = read_trace(tmp_path / "trace.npz")
     assert trace.step.tolist() == [0, 3]
     assert trace.topk_ids.tolist() == [[[0, 1], [3, 4]]] * 4

@@ -61,7 +61,7 @@ class Soak:
                 if chunk.finish_reason is not None:
                     self._end(chunk.request_id)
             self._maybe_cancel()  # what is in flight may be hit here as well
-        while self._engine._in_flight:
+        while self._engine._loop.uncommitted:
             assert self._engine.step() == []
 
     def _add(self) -> None:

@@ -65,7 +65,9 @@ def attend(weights):
             max_len=MAX_LEN,
         )
         layout = Layout()
-        forward_batch = ForwardBatch([batch], layout, layout.coordinates(0), CPU, BLOCK_SIZE)
+        forward_batch = ForwardBatch(
+            batch, [batch.num_tokens], layout, layout.coordinates(0), CPU, BLOCK_SIZE
+        )
         x = torch.cat([torch.empty(0, 6), *(x for _, _, x in parts)])
         return interleave([attention.forward(x, forward_batch, cache)])[0].split(lengths)
 

@@ -18,7 +18,8 @@ def batch(*parts):
 
 def forward_batch(*batches, tp=1, rank=0):
     layout = Layout(dp=len(batches), tp=tp)
-    return ForwardBatch(batches, layout, layout.coordinates(rank), CPU, BLOCK_SIZE)
+    at, num_tokens = layout.coordinates(rank), [batch.num_tokens for batch in batches]
+    return ForwardBatch(batches[at.dp_rank], num_tokens, layout, at, CPU, BLOCK_SIZE)
 
 
 def test_slots_are_where_the_block_tables_say():

@@ -45,7 +45,9 @@ def generate(vocab_size, params, batches, prompts=None, scale=2.0):
     """
     sampler = Sampler(vocab_size, CPU)
     for seq_id, asked in params.items():
-        sampler.admit(seq_id, state(asked, (prompts or {}).get(seq_id, ()), seed=seq_id))
+        sampler.begin_step(
+            admitted={seq_id: state(asked, (prompts or {}).get(seq_id, ()), seed=seq_id)}
+        )
     tokens = {seq_id: [] for batch in batches for seq_id in batch}
     logprobs = {seq_id: [] for seq_id in tokens}
     for batch in batches:
@@ -165,11 +167,11 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_been(asked, when):
     vocab_size, prompt = 40, (3, 4)
     whole = generate(vocab_size, {5: asked}, [[5]] * 6, {5: prompt})[0][5]
     sampler = Sampler(vocab_size, CPU)
-    sampler.admit(5, state(asked, prompt, seed=5))
+    sampler.begin_step(admitted={5: state(asked, prompt, seed=5)})
     again = []
     for step in range(6):
         if step == when:
-            sampler.admit(5, state(asked, prompt, again, seed=5))
+            sampler.begin_step(admitted={5: state(asked, prompt, again, seed=5)})
         again += sampler.sample([5], logits_of(step, 5, vocab_size)[None])[0]
     assert again == whole
 
@@ -188,7 +190,7 @@ def test_tokens_come_as_often_as_they_should(asked, scores):
     num_draws, logits = 4000, torch.tensor([2.0, 1.0, 0.0, -1.0, -math.inf])
     sampler = Sampler(5, CPU)
     for seq_id in range(100):
-        sampler.admit(seq_id, state(SamplingParams(**asked), seed=seq_id))
+        sampler.begin_step(admitted={seq_id: state(SamplingParams(**asked), seed=seq_id)})
     counts = np.zeros(5)
     for _ in range(num_draws // 100):
         chosen, _ = sampler.sample(list(range(100)), logits.expand(100, 5))
@@ -200,10 +202,47 @@ def test_tokens_come_as_often_as_they_should(asked, scores):
     assert squares.sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(PARAMS, min_size=1, max_size=3), st.data())
+def test_steps_that_are_undone_and_taken_again_choose_the_same(asked, data):
+    """With sequences that come, begin again and go between them."""
+    vocab_size, num_steps = 30, 8
+    seqs = range(len(asked))
+    drawn = [data.draw(st.sets(st.sampled_from(seqs))) for _ in range(num_steps)]  # come or go
+    known, plans = set(), []
+    for changed in drawn:
+        plans.append((changed & known, changed - known))
+        known ^= changed
+
+    def step(sampler, number):
+        released, admitted = plans[number]
+        states = {seq: state(asked[seq], (1, 2), (number,), seed=seq) for seq in admitted}
+        begun = sampler.begin_step(released, states)
+        logits = torch.stack([logits_of(number, seq, vocab_size) for seq in seqs])
+        return begun, sampler.sample(list(seqs), logits)
+
+    sampler = Sampler(vocab_size, CPU)
+    expected = [step(sampler, number)[1] for number in range(num_steps)]
+    sampler, number, uncommitted = Sampler(vocab_size, CPU), 0, []
+    for _ in range(3 * num_steps):
+        if data.draw(st.booleans()) and uncommitted:
+            for begun in reversed(uncommitted):
+                sampler.undo(begun)
+            number -= len(uncommitted)
+            uncommitted.clear()
+        elif data.draw(st.booleans()) and uncommitted:
+            sampler.commit(uncommitted.pop(0))
+        elif number < num_steps:
+            begun, found = step(sampler, number)
+            assert found == expected[number]
+            uncommitted.append(begun)
+            number += 1
+
+
 def test_the_same_seed_draws_the_same_and_another_does_not():
     sampler = Sampler(1000, CPU)
     for seq_id, seed in enumerate((1, 1, 2)):
-        sampler.admit(seq_id, state(SamplingParams(), seed=seed))
+        sampler.begin_step(admitted={seq_id: state(SamplingParams(), seed=seed)})
     logits = torch.zeros(3, 1000)
     drawn = np.array([sampler.sample([0, 1, 2], logits)[0] for _ in range(10)])
     assert (drawn[:, 0] == drawn[:, 1]).all()
@@ -231,7 +270,7 @@ def test_limits_at_which_drawing_is_greedy(asked):
 @pytest.mark.parametrize("asked", [{"temperature": 1e9}, {"top_k": 9}, {"top_p": 1 - 1e-16}])
 def test_limits_at_which_every_token_can_be_drawn(asked):
     sampler = Sampler(4, CPU)
-    sampler.admit(0, state(SamplingParams(**asked)))
+    sampler.begin_step(admitted={0: state(SamplingParams(**asked))})
     logits = torch.tensor([[0.1, 0.2, 0.0, -0.3]])
     assert {sampler.sample([0], logits)[0][0] for _ in range(60)} == {0, 1, 2, 3}
 
@@ -239,7 +278,7 @@ def test_limits_at_which_every_token_can_be_drawn(asked):
 def test_presence_and_frequency_penalties_by_hand():
     sampler = Sampler(3, CPU)
     asked = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
-    sampler.admit(0, state(asked, prompt=[0, 0, 0]))
+    sampler.begin_step(admitted={0: state(asked, prompt=[0, 0, 0])})
     # The prompt costs nothing; a first time costs 0.75, each more 0.25. So token 0 scores 1, .25,
     # .25, 0, -.25, -.5 and token 1 scores .5, .5, -.25, -.25, -.25, -.25.
     chosen = [sampler.sample([0], torch.tensor([[1.0, 0.5, -9.0]]))[0][0] for _ in range(6)]
@@ -248,7 +287,9 @@ def test_presence_and_frequency_penalties_by_hand():
 
 def test_repetition_penalty_by_hand():
     sampler = Sampler(4, CPU)
-    sampler.admit(0, state(SamplingParams(temperature=0, repetition_penalty=2), prompt=[1, 3]))
+    sampler.begin_step(
+        admitted={0: state(SamplingParams(temperature=0, repetition_penalty=2), prompt=[1, 3])}
+    )
     logits = torch.tensor([[1.0, 1.9, 0.9, -math.inf]])  # token 1 counts 0.95 from the start
     assert [sampler.sample([0], logits)[0][0] for _ in range(3)] == [0, 1, 1]
     negative = torch.tensor([[-1.0, -0.6, -1.1, -9.0]])  # seen: 0, 1 and 3, at -2, -1.2 and -18
@@ -260,7 +301,7 @@ def test_an_extreme_repetition_penalty_leaves_something_to_choose(penalty):
     sampler = Sampler(2, CPU)
     for seq_id, temperature in enumerate((0, 1)):
         asked = SamplingParams(temperature=temperature, repetition_penalty=penalty)
-        sampler.admit(seq_id, state(asked, prompt=[0, 1]))
+        sampler.begin_step(admitted={seq_id: state(asked, prompt=[0, 1])})
     for logits in ([8.0, 9.0], [-9.0, -8.0]):
         greedy, drawn = sampler.sample([0, 1], torch.tensor([logits, logits]))[0]
         assert greedy == 1
@@ -271,10 +312,10 @@ def test_log_probabilities_are_the_model_s_own():
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0]]).expand(4, 4)
     asked = {"temperature": 0, "repetition_penalty": 50}
     sampler = Sampler(4, CPU)
-    sampler.admit(10, state(SamplingParams(**asked, logprobs=2), prompt=[1, 3]))
-    sampler.admit(11, state(SamplingParams(**asked), prompt=[1, 3]))
-    sampler.admit(12, state(SamplingParams(temperature=0, logprobs=0)))
-    sampler.admit(13, state(SamplingParams(temperature=0, logprobs=20)))
+    sampler.begin_step(admitted={10: state(SamplingParams(**asked, logprobs=2), prompt=[1, 3])})
+    sampler.begin_step(admitted={11: state(SamplingParams(**asked), prompt=[1, 3])})
+    sampler.begin_step(admitted={12: state(SamplingParams(temperature=0, logprobs=0))})
+    sampler.begin_step(admitted={13: state(SamplingParams(temperature=0, logprobs=20))})
     token_ids, logprobs = sampler.sample([10, 11, 12, 13], logits)
     assert token_ids == [2, 2, 1, 1]
     expected = logits[0].log_softmax(0).tolist()
@@ -288,18 +329,18 @@ def test_log_probabilities_are_the_model_s_own():
 def test_sequences_come_and_go():
     sampler = Sampler(10, CPU)
     assert 1 not in sampler
-    sampler.admit(1, state(SamplingParams()))
-    sampler.admit(2, state(SamplingParams()))
+    sampler.begin_step(admitted={1: state(SamplingParams())})
+    sampler.begin_step(admitted={2: state(SamplingParams())})
     assert 1 in sampler
     greedy = torch.arange(10.0)[None].expand(2, 10) * 0.01
     drawn = [sampler.sample([1, 2], greedy)[0] for _ in range(5)]
-    sampler.forget([1, 77])
+    sampler.begin_step(released=[1, 77])
     assert 1 not in sampler
     assert 2 in sampler
     assert [sampler.sample([1, 2], greedy)[0][0] for _ in range(5)] == [9] * 5
-    sampler.admit(1, state(SamplingParams()))
+    sampler.begin_step(admitted={1: state(SamplingParams())})
     assert [sampler.sample([1, 2], greedy)[0][0] for _ in range(5)] == [a for a, _ in drawn]
-    sampler.forget_all()
+    sampler.begin_step(released=[1, 2])
     assert 2 not in sampler
     assert sampler.sample([1, 2], greedy) == ([9, 9], {})
 
@@ -309,7 +350,7 @@ def test_no_sequences_and_one_token(admitted):
     sampler = Sampler(1, CPU)
     if admitted:
         asked = SamplingParams(top_k=1, top_p=0.5, min_p=0.5, repetition_penalty=2, logprobs=1)
-        sampler.admit(0, state(asked, prompt=[0]))
+        sampler.begin_step(admitted={0: state(asked, prompt=[0])})
     assert sampler.sample([], torch.empty(0, 1)) == ([], {})
     token_ids, logprobs = sampler.sample([0], torch.tensor([[-3.0]]))
     assert token_ids == [0]
@@ -323,7 +364,7 @@ def test_equal_logits_are_drawn_alike_and_chosen_by_the_lowest_id():
         SamplingParams(temperature=0, logprobs=1),
     ]
     for seq_id, params in enumerate(asked):
-        sampler.admit(seq_id, state(params))
+        sampler.begin_step(admitted={seq_id: state(params)})
     logits = torch.tensor([[0.0, 5.0, 1.0, 5.0, 5.0, 0.0]]).expand(2, 6)
     drawn = set()
     for _ in range(30):
@@ -359,7 +400,7 @@ def test_only_rows_that_are_not_finite_get_no_token(way, bad):
     def sample(second):
         sampler = Sampler(4, CPU)
         for seq_id, params in asked.items():
-            sampler.admit(seq_id, state(params, prompt=[1, 2], seed=seq_id))
+            sampler.begin_step(admitted={seq_id: state(params, prompt=[1, 2], seed=seq_id)})
         logits = torch.tensor([MASKED, second, [0.0, 1.0, 2.0, 3.0]])
         return [sampler.sample([0, 1, 2], logits) for _ in range(4)]
 

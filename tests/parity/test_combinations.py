@@ -269,7 +269,7 @@ class Combination:
                 self.logprobs[seq].append(outcome.logprobs[seq].logprob)
             reference = self.asked[self.arrivals[seq].number].run
             forced[seq] = int(reference.tokens[len(self.requests[seq].output_token_ids)])
-        self.scheduler.finish(plan, replace(outcome, token_ids=forced))
+        self.scheduler.commit(plan, replace(outcome, token_ids=forced))
 
     def check(self) -> None:
         """Hold all tokens of all requests against the reference at once."""

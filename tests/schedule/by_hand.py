@@ -46,7 +46,7 @@ def answer(scheduler: ContinuousScheduler, plan: StepPlan, token: int = 7) -> No
         for batch in batches
         for seq in batch.seq_ids[batch.yields_token].tolist()
     ]
-    scheduler.finish(plan, StepOutcome(dict.fromkeys(yielding, token), {}, (), 0.0, 0.0))
+    scheduler.commit(plan, StepOutcome(dict.fromkeys(yielding, token), {}, (), 0.0, 0.0))
 
 
 def step(scheduler: ContinuousScheduler, token: int = 7) -> StepPlan:

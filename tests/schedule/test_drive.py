@@ -6,10 +6,12 @@ from expertlane.spec.names import Phase
 
 
 class LoggingScheduler:
-    """Gives `num_steps` plans, up to `max_in_flight` at a time."""
+    """Gives plans of the replicas, up to `max_in_flight` at a time."""
 
-    def __init__(self, num_steps: int, max_in_flight: int, log: list[str]) -> None:
-        self.plans = [StepPlan(step, 0, Phase.DECODE, ()) for step in range(num_steps)]
+    def __init__(self, replicas: list[int], max_in_flight: int, log: list[str]) -> None:
+        self.plans = [
+            StepPlan(step, replica, Phase.DECODE, ()) for step, replica in enumerate(replicas)
+        ]
         self.max_in_flight = max_in_flight
         self.in_flight = 0
         self.log = log
@@ -20,9 +22,9 @@ class LoggingScheduler:
         self.in_flight += 1
         return self.plans.pop(0)
 
-    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         self.in_flight -= 1
-        self.log.append(f"finish {plan.step} with {outcome.token_ids[0]}")
+        self.log.append(f"commit {plan.step} with {outcome.token_ids[0]}")
 
 
 class LastFirstRunner:
@@ -46,7 +48,7 @@ class LastFirstRunner:
 
 def test_the_order_of_events():
     log: list[str] = []
-    for finished in drive(LoggingScheduler(3, 2, log), LastFirstRunner(log)):
+    for finished in drive(LoggingScheduler([0, 1, 0], 2, log), LastFirstRunner(log)):
         event = f"yield {finished.plan.step} with {finished.outcome.token_ids[0]}"
         log.append(event)
     assert log == [
@@ -54,28 +56,28 @@ def test_the_order_of_events():
         "submit 1",
         "choose of 2",
         "collect handle 1",
-        "finish 1 with 10",
+        "commit 1 with 10",
         "yield 1 with 10",
         "submit 2",
-        "choose of 2",
-        "collect handle 2",
-        "finish 2 with 20",
-        "yield 2 with 20",
-        "choose of 1",
+        "choose of 1",  # step 2 is of the same replica as step 0, and later
         "collect handle 0",
-        "finish 0 with 0",
+        "commit 0 with 0",
         "yield 0 with 0",
+        "choose of 1",
+        "collect handle 2",
+        "commit 2 with 20",
+        "yield 2 with 20",
     ]
 
 
 def test_one_step():
     log: list[str] = []
-    assert [f.plan.step for f in drive(LoggingScheduler(1, 1, log), LastFirstRunner(log))] == [0]
+    assert [f.plan.step for f in drive(LoggingScheduler([0], 1, log), LastFirstRunner(log))] == [0]
 
 
 def test_no_step_touches_no_runner():
     log: list[str] = []
-    assert list(drive(LoggingScheduler(0, 1, log), LastFirstRunner(log))) == []
+    assert list(drive(LoggingScheduler([], 1, log), LastFirstRunner(log))) == []
     assert log == []
 
 
@@ -86,5 +88,5 @@ def test_a_runner_s_error_comes_through():
 
     log: list[str] = []
     with pytest.raises(RuntimeError, match="rank 3 died"):
-        list(drive(LoggingScheduler(2, 1, log), BrokenRunner(log)))
+        list(drive(LoggingScheduler([0, 0], 1, log), BrokenRunner(log)))
     assert log == ["submit 0", "choose of 1"]

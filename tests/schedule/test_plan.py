@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.schedule.plan import Batch
+from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.spec.names import Phase
+from expertlane.spec.sampling import SamplingParams, SamplingState
 from schedule.handmade import paged_batch
 
 
@@ -58,3 +60,38 @@ def test_every_token_is_in_one_part(lengths, num_parts):
 @pytest.mark.parametrize(("num_seqs", "sizes"), [(6, [2, 2, 2]), (7, [2, 3, 2]), (2, [1, 0, 1])])
 def test_equal_sequences_are_shared_out_near_equally(num_seqs, sizes):
     assert [part.num_seqs for part in make_batch([3] * num_seqs).split(3)] == sizes
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.one_of(st.lists(st.just(1), max_size=9), st.lists(st.integers(1, 9), max_size=9)))
+def test_the_sizes_of_halves(lengths):
+    batch = make_batch(lengths)
+    assert batch.num_tokens_of_halves() == [part.num_tokens for part in batch.split(2)]
+
+
+def test_a_data_parallel_rank_gets_its_own_batches_and_the_others_sizes():
+    nothing = np.empty(0, dtype=np.int64)
+    states = {seq: SamplingState(SamplingParams(), seq, nothing, nothing) for seq in (10, 11, 30)}
+    other = paged_batch([(30, 1, 5, 4), (31, 2, 5, 1)])
+    plan = StepPlan(
+        7,
+        1,
+        Phase.DECODE,
+        ((make_batch([2, 1]), make_batch([])), (make_batch([]), other)),
+        admitted=states,
+        released=(3,),
+        num_uncommitted=1,
+        record=False,
+    )
+    first, second = plan.of_dp_ranks()
+    for step in (first, second):
+        assert (step.step, step.replica, step.phase) == (7, 1, Phase.DECODE)
+        assert (step.released, step.num_uncommitted, step.record) == ((3,), 1, False)
+        assert [part.num_tokens for part in step.micro_batches] == [[3, 0], [0, 5]]
+        halves = [part.num_tokens_of_halves for part in step.micro_batches]
+        assert halves == [[[2, 1], [0, 0]], [[0, 0], [4, 1]]]
+        assert [part.can_split for part in step.micro_batches] == [True, True]
+    assert [part.own.seq_ids.tolist() for part in first.micro_batches] == [[10, 11], []]
+    assert [part.own.seq_ids.tolist() for part in second.micro_batches] == [[], [30, 31]]
+    assert first.admitted.keys() == {10, 11}
+    assert second.admitted.keys() == {30}

@@ -150,7 +150,7 @@ def test_full_blocks_are_shared_once_they_are_computed():
     plan = scheduler.next_plan()
     # Both in one step: nothing to share yet.
     assert scheduled(plan) == [[{0: 10, 1: 10}]]
-    scheduler.finish(plan, runner.collect(runner.submit(plan)))
+    scheduler.commit(plan, runner.collect(runner.submit(plan)))
     late = runner.add(request("c", prompt_len=10, max_tokens=2))
     plan = scheduler.next_plan()
     assert scheduled(plan) == [[{0: 1, 1: 1, 2: 2}]]  # 2 of its 3 blocks are there
@@ -162,7 +162,7 @@ def test_full_blocks_are_shared_once_they_are_computed():
     assert (manager.num_hits, manager.num_cached) == (2, 2)
     runner.submit(plan)
     for _ in range(2):
-        scheduler.finish(plan, runner.collect(plan.step))
+        scheduler.commit(plan, runner.collect(plan.step))
         plan = scheduler.next_plan()
         if plan is not None:
             runner.submit(plan)

@@ -123,7 +123,7 @@ class Run:
                 step = next(n for n in in_flight if self.runner.in_flight[n].replica == replica)
             done = self.runner.in_flight[step]
             outcome = self.runner.collect(step)
-            self.scheduler.finish(done, outcome)
+            self.scheduler.commit(done, outcome)
             check_tables(self.scheduler, self.limits)
 
     def to_the_end(self) -> None:
@@ -286,7 +286,7 @@ def test_a_low_priority_waits_no_longer_than_its_aging(priority, aging_steps, se
         runner.add(Request(f"urgent {step}", rng.integers(0, 50, 2), max_tokens=6))
         plan = scheduler.next_plan()
         runner.submit(plan)
-        scheduler.finish(plan, runner.collect(plan.step))
+        scheduler.commit(plan, runner.collect(plan.step))
         if patient.state is RequestState.FINISHED:
             break
     assert patient.state is RequestState.FINISHED

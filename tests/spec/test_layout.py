@@ -108,6 +108,7 @@ def test_rank_order_is_replica_pp_dp_tp_with_tp_innermost(layout):
         stage = place.replica * layout.pp + place.pp_rank
         assert stage * layout.stage_size + in_stage == rank
         assert rank in layout.ranks_of_replica(place.replica)
+        assert rank in layout.ranks_of_dp_rank(place.replica, place.dp_rank)
 
 
 @given(layouts())

@@ -10,8 +10,8 @@ from expertlane.cli.engine_options import FoundModel
 from expertlane.errors import ModelError, UserError
 
 if TYPE_CHECKING:
+    from expertlane.engine.engine import RequestOutput
     from expertlane.engine.llm import LLM
-    from expertlane.engine.outputs import RequestOutput
     from expertlane.spec.sampling import SamplingParams
 
 _PROMPT = "> "
@@ -63,7 +63,7 @@ class Chat:
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
-        from expertlane.engine.interrupts import deferred_interrupts
+        from expertlane.engine.shared_engine import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(

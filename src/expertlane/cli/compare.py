@@ -174,7 +174,7 @@ def compare(
     take_option("--timeout-s", timeout_s)
     comparisons = _comparisons(experiment, model, top_k, out)
     from expertlane.cli.output import check_folder, is_first_process
-    from expertlane.engine.deployment_check import check_experiment
+    from expertlane.engine.start import check_experiment
 
     for each, _ in comparisons:
         check_experiment(each)
@@ -240,7 +240,7 @@ def _with_checked_checkpoint(
     Raises:
         SpecError: the checkpoint does not hold what its config.json says.
     """
-    from expertlane.engine.checkpoint_check import check_checkpoint
+    from expertlane.engine.start import check_checkpoint
 
     first = comparisons[0][0]  # they differ in experts per token alone
     if first.checkpoint is None:

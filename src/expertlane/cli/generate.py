@@ -47,9 +47,8 @@ from expertlane.spec.ranges import RANGES, shown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from expertlane.engine.engine import Prompt
+    from expertlane.engine.engine import Prompt, RequestOutput
     from expertlane.engine.llm import LLM
-    from expertlane.engine.outputs import RequestOutput
     from expertlane.spec.layout import Layout
     from expertlane.spec.sampling import SamplingParams
 

@@ -261,7 +261,7 @@ def _check(
         UserError: it could not be run to its end.
     """
     from expertlane.cli.output import check_folder
-    from expertlane.engine.deployment_check import check_deployment
+    from expertlane.engine.start import check_deployment
     from expertlane.simulate.setup import check_devices
     from expertlane.spec.deployment import Deployment
 

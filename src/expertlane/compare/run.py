@@ -13,13 +13,11 @@ import numpy.typing as npt
 from expertlane import __version__
 from expertlane.compare.collect import build_results, deployment_result
 from expertlane.compare.collect_rebalances import rebalance_results
-from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.commands import HeldBytes, MeasureRates, RankMachine
-from expertlane.engine.deployment_check import check_deployment
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
-from expertlane.engine.start import describe_ranks
+from expertlane.engine.start import check_deployment, describe_ranks, fit_to_machine
 from expertlane.errors import CapacityError, ModelError, UserError
 from expertlane.memory import workload_limits
 from expertlane.metrics import summarise

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from expertlane import __version__
+from expertlane.engine.engine import Chunk, RequestOutput
 from expertlane.engine.llm import LLM
-from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.layout_sizes import LayoutSizes

@@ -1,6 +1,6 @@
 """What the launcher asks of a rank, each with the type of its answer; importable without torch.
 
-`engine.handlers` has what a rank does for each command.
+`engine.stage.HANDLERS` has what a rank does for each command.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from expertlane.balance.moves import Move
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.measure.points import Point, TransferPoint
 from expertlane.results.step_record import RankRecord
-from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -147,9 +147,21 @@ class SetDispatch(Command[None]):
 
 @dataclass(frozen=True)
 class RunStep(Command[RankOutcome]):
-    """Execute one step plan on the rank's stage."""
+    """Execute one step on the rank's stage.
 
-    plan: StepPlan
+    Attributes:
+        placements: [num_hidden_layers]; of experts from this step on; None as they are.
+    """
+
+    step: RankStep
+    placements: Placements | None = None
+
+
+@dataclass(frozen=True)
+class DiscardSteps(Command[None]):
+    """Undo these steps, as far as they have run; all others are committed."""
+
+    steps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -162,13 +174,6 @@ class StartMoves(Command[None]):
 @dataclass(frozen=True)
 class FinishMoves(Command[None]):
     """Wait for the moves that were started."""
-
-
-@dataclass(frozen=True)
-class ApplyPlacements(Command[None]):
-    """Take new placements into use, [num_hidden_layers]; what is not held any more is freed."""
-
-    placements: Placements
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@ import time
 from collections.abc import Mapping, Sequence
 from math import hypot, sqrt
 from statistics import mean, quantiles
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from expertlane.engine.commands import RunStep, SetDispatch
-from expertlane.engine.pool import RankPool
 from expertlane.errors import SpecError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
@@ -22,6 +20,9 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+
+if TYPE_CHECKING:
+    from expertlane.engine.model_runner import ModelRunner
 
 ModeT = TypeVar("ModeT")
 
@@ -55,7 +56,7 @@ def modes_of(layout: Layout, options: Options, ranks_per_node: int) -> tuple[Dis
 
 
 def time_dispatch(
-    pool: RankPool, layout: Layout, limits: Limits, modes: Sequence[DispatchMode]
+    runner: "ModelRunner", layout: Layout, limits: Limits, modes: Sequence[DispatchMode]
 ) -> DispatchTable:
     """Time steps of the first replica in each mode and with several numbers of tokens."""
     if len(modes) == 1:
@@ -66,7 +67,7 @@ def time_dispatch(
         fits = limits.num_blocks * limits.block_size >= num_tokens
         if size > 1 and not (fits and num_tokens <= limits.max_num_batched_tokens):
             break
-        step_s = _step_s(pool, layout, _plan(layout, limits, num_tokens), modes)
+        step_s = _step_s(runner, _plan(layout, limits, num_tokens), modes)
         rows.append(DispatchRow(size, step_s))
         if min(step_s) > _LONG_STEP_S:
             break
@@ -74,14 +75,13 @@ def time_dispatch(
 
 
 def _step_s(
-    pool: RankPool, layout: Layout, plan: StepPlan, modes: Sequence[DispatchMode]
+    runner: "ModelRunner", plan: StepPlan, modes: Sequence[DispatchMode]
 ) -> tuple[float, ...]:
     """[num_modes]; seconds of the plan's step in each mode, which take turns.
 
     What cannot be split takes as long with overlap as without. Some modes are soon hopeless and
     timed no further.
     """
-    ranks = layout.ranks_of_replica(0)
     can_split = any(batch.num_seqs > 1 for batch in plan.micro_batches[0])
     as_run = [mode if can_split else DispatchMode(mode.form) for mode in modes]
     seconds: dict[DispatchMode, list[float]] = {mode: [] for mode in as_run}
@@ -95,9 +95,9 @@ def _step_s(
             if len(timed) == 1:
                 break
         for mode in timed[:: 1 if number % 2 else -1]:
-            pool.call(SetDispatch(DispatchTable.fixed(mode.form, mode.overlap)), ranks=ranks)
+            runner.set_dispatch(DispatchTable.fixed(mode.form, mode.overlap))
             submitted_s = time.perf_counter()
-            pool.call(RunStep(plan), ranks=ranks)
+            runner.collect(runner.submit(plan))
             if number:
                 seconds[mode].append(time.perf_counter() - submitted_s)
     return tuple(middle_mean(seconds[mode]) for mode in as_run)

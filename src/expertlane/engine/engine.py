@@ -1,20 +1,79 @@
 """Requests in, tokens out: the scheduler and the ranks as one, a step at a time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Generic
 
 from expertlane.engine.detokenizer import IncrementalDetokenizer
-from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
-from expertlane.schedule.plan import HandleT, Runner, StepOutcome, StepPlan
+from expertlane.schedule.drive import DriveLoop, FinishedStep
+from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import FinishReason, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(eq=False)
+class RequestOutput:
+    """A request and all that came of it.
+
+    Attributes:
+        prompt: None where the prompt was given as tokens.
+        token_ids: the output, with the token that ended it.
+        text: of the output; without what stopped it, and empty without a tokenizer.
+        logprobs: [len(token_ids)]; empty unless asked for.
+        finish_reason: None while it goes on.
+        error: why it ended in an error, in a line; None where it did not.
+        num_preemptions: how often its keys and values were dropped and computed again.
+        arrival_s: when it was added, on `time.perf_counter`.
+        token_times_s: [len(token_ids)]; when each token came, on the same clock.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    arrival_s: float
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+    token_times_s: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to the first token; None before there is one."""
+        return self.token_times_s[0] - self.arrival_s if self.token_times_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None before there are two."""
+        times = self.token_times_s
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
+@dataclass(slots=True)  # not frozen: made once a token, that would take three times as long
+class Chunk:
+    """What a step brought a request.
+
+    Attributes:
+        token_id: the new token; None where the request ended without one.
+        text: the new text that is certain; may be empty.
+        finish_reason: set in a request's last chunk.
+        error: as `RequestOutput.error`.
+    """
+
+    request_id: str
+    token_id: int | None
+    text: str
+    finish_reason: FinishReason | None
+    error: str | None = None
 
 
 class _Live:
@@ -48,6 +107,7 @@ class Engine(Generic[HandleT]):
     Args:
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
+        on_commit: called with every step.
     """
 
     def __init__(
@@ -57,12 +117,13 @@ class Engine(Generic[HandleT]):
         *,
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
+        on_commit: Callable[[FinishedStep], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._runner = runner
+        self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
-        self._in_flight: dict[HandleT, StepPlan] = {}
+        self._on_commit = on_commit
         self._live: dict[str, _Live] = {}
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
@@ -150,22 +211,18 @@ class Engine(Generic[HandleT]):
         Raises:
             RankError: a rank died, hung or failed.
         """
-        self._submit()
+        self._loop.submit()
         chunks, self._ended = self._ended, []
-        if not self._in_flight:
+        finished = self._loop.commit_next()
+        if finished is None:
             return chunks
-        handle = self._runner.first_done(list(self._in_flight))
-        outcome = self._runner.collect(handle)
-        self._scheduler.finish(self._in_flight.pop(handle), outcome)
+        if self._on_commit is not None:
+            self._on_commit(finished)
         stepped, failed = self._scheduler.stepped, self._scheduler.failed
-        self._submit()
+        self._loop.submit()
         for request in failed:
             chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
-        return chunks + self._take(stepped, outcome)
-
-    def _submit(self) -> None:
-        while (plan := self._scheduler.next_plan()) is not None:
-            self._in_flight[self._runner.submit(plan)] = plan
+        return chunks + self._take(stepped, finished.outcome)
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""

@@ -156,7 +156,7 @@ def main(handlers: "Handlers | None" = None) -> None:
     for fd in settings.descriptors():
         os.set_inheritable(fd, False)  # by programs that ranks start
     if handlers is None:
-        from expertlane.engine.handlers import HANDLERS  # torch, and what ranks run, for all ranks
+        from expertlane.engine.stage import HANDLERS  # torch, and what ranks run, for all ranks
 
         handlers = HANDLERS
 

@@ -12,19 +12,21 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.cache_size import with_blocks
 from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.checkpoint_check import check_checkpoint
 from expertlane.engine.commands import RankMachine
-from expertlane.engine.deployment_check import check_deployment
-from expertlane.engine.engine import Engine, Prompt
+from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
 from expertlane.engine.hub import resolve_model
-from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.model_runner import RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import runner_for
-from expertlane.engine.routing_recorder import RoutingRecorder, moe_layers
 from expertlane.engine.shared_engine import SharedEngine, Waiter
-from expertlane.engine.start import describe_ranks, start_pool
+from expertlane.engine.start import (
+    check_checkpoint,
+    check_deployment,
+    describe_ranks,
+    start_pool,
+    with_blocks,
+)
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
 from expertlane.schedule.limits import Limits
@@ -144,10 +146,8 @@ class LLM:
                 wanted, num_blocks, self.model, chosen, placements, self.machine
             )
             runner = self._load(deployment, seed, ranks_per_node)
-            self._routing = RoutingRecorder(runner, self.model) if record_routing else None
-            self.engine = self._put_scheduler_before(
-                self._routing or runner, deployment, eos_token_ids
-            )
+            self._routing = RoutingRecorder(self.model) if record_routing else None
+            self.engine = self._put_scheduler_before(runner, deployment, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close()
@@ -177,7 +177,13 @@ class LLM:
             record=deployment.options.rebalance_steps > 0,
             record_routing=self._routing is not None,
         )
-        return Engine(scheduler, runner, eos_token_ids=eos_token_ids, tokenizer=self.tokenizer)
+        return Engine(
+            scheduler,
+            runner,
+            eos_token_ids=eos_token_ids,
+            tokenizer=self.tokenizer,
+            on_commit=self._routing.add if self._routing is not None else None,
+        )
 
     def __enter__(self) -> "LLM":
         return self

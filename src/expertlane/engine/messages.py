@@ -24,8 +24,10 @@ ValueT = TypeVar("ValueT")
 _HEADER = struct.Struct("<4sIQQ")  # magic, kind, bytes of the value, bytes of the arrays
 _MAGIC = b"XLM1"
 _ALIGNMENT = 64
+_ZEROS = bytes(_ALIGNMENT)
 MAX_MESSAGE_BYTES = 1 << 30
 _DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "<i4", "<i8", "<f4", "<f8")}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class MessageKind(IntEnum):
@@ -182,13 +184,16 @@ class _Arrays:
     def add(self, value: object) -> object:
         if isinstance(value, np.generic):
             return value.item()
-        if not isinstance(value, np.ndarray) or value.dtype.str not in _DTYPES:
+        if not isinstance(value, np.ndarray) or value.dtype not in _CODES:
             raise TypeError(f"a {type(value).__name__} cannot be sent")
         offset = self.size
         data = value.tobytes()
-        self.parts += [data, bytes(-len(data) % _ALIGNMENT)]
-        self.size += len(data) + len(self.parts[-1])
-        return [value.dtype.str, value.shape, offset]
+        self.size += len(data)
+        self.parts.append(data)
+        if padding := -len(data) % _ALIGNMENT:
+            self.parts.append(_ZEROS[:padding])
+            self.size += padding
+        return [_CODES[value.dtype], value.shape, offset]
 
 
 def encode(kind: MessageKind, value: object) -> bytes:

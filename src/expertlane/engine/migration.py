@@ -1,23 +1,28 @@
-"""What runs on a rank while experts move: weights travel beside steps, then all switch at once.
+"""What runs on a rank while experts move: weights travel beside steps, then all are used at once.
 
-Transfers go over the `ep` group, between ranks of one etp_rank. Commands come in the same order on
-every rank, between steps: `start_moves` starts the transfers of some moves and returns at once, so
-that they go on under the steps that follow; `finish_moves` waits for them; `apply_placements` takes
-what arrived into use. A rank holds what arrives beside what it has until then.
+Transfers go over the `ep` group, between ranks of one etp_rank. Every rank starts and finishes the
+same moves between the same two steps; they go on under the steps between. What arrived is used from
+the step on that brings the new placements. A rank holds it beside what it has until then, and what
+it gives up until that step is committed.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from expertlane.balance.moves import Move
+from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import Placements
 from expertlane.comm.collectives import Pending
-from expertlane.comm.progress import NO_LAYER
-from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
-from expertlane.engine.worker import RankContext
+from expertlane.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.model.transformer import TransformerStage
 from expertlane.ops.experts import Expert
 from expertlane.spec.names import Stage
+
+Arrived = dict[int, dict[int, Expert]]  # by hidden layer and logical expert
 
 
 @dataclass(eq=False)
@@ -28,76 +33,95 @@ class _Arriving:
 
 
 @dataclass(eq=False)
-class Migration:
-    """What is under way on a rank.
+class PlacementsBefore:
+    """What brings the placements back that others have replaced.
 
     Attributes:
-        arrived: by hidden layer and logical expert, what is not in use yet.
+        layers: by hidden layer, the placement and the experts held then.
+        arrived: what had arrived for the new ones.
     """
 
-    sending: list[Pending] = field(default_factory=list)
-    arriving: list[_Arriving] = field(default_factory=list)
-    arrived: dict[int, dict[int, Expert]] = field(default_factory=dict)
+    layers: dict[int, tuple[Placement, dict[int, Expert]]]
+    arrived: Arrived
 
 
-def start_moves(context: RankContext, command: StartMoves) -> None:
-    """Start to send and receive the experts of some moves."""
-    stage, migration = context.deployed.stage, context.deployed.migration
-    ep, blocks = stage.mesh.ep, stage.moe_blocks
-    for move in command.moves:
-        block = blocks.get(move.layer)
-        if block is None or ep.rank not in (move.source, move.rank):
-            continue
-        if move.source == ep.rank:
-            held = block.placement.experts_of_rank[ep.rank].index(move.expert)
-            sending = ep.send(_as_bytes(block.experts.held[held]), move.rank)
-            assert sending is not None, "an expert has weights"
-            migration.sending.append(sending)
-        else:
-            room = _as_bytes(block.experts.held[0])  # all experts of a rank have one shape
-            pending = ep.receive(torch.empty_like(room), move.source)
-            migration.arriving.append(_Arriving(move.layer, move.expert, pending))
+class Migration:
+    """Moves of a rank's experts, and the placements that follow from them."""
 
+    def __init__(self, stage: TransformerStage, progress: ProgressReporter) -> None:
+        self._stage = stage
+        self._progress = progress
+        self._sending: list[Pending] = []
+        self._arriving: list[_Arriving] = []
+        self._arrived: Arrived = {}  # and not in use yet
 
-def finish_moves(context: RankContext, _: FinishMoves | None = None) -> None:
-    """Wait for what was started."""
-    migration: Migration = context.deployed.migration
-    blocks = context.deployed.stage.moe_blocks
-    context.progress.enter(Stage.SETUP, NO_LAYER)
-    for sending in migration.sending:
-        sending.wait()
-    for arriving in migration.arriving:
-        like = blocks[arriving.layer].experts.held[0]
-        expert = _from_bytes(arriving.pending.wait(), like)
-        migration.arrived.setdefault(arriving.layer, {})[arriving.expert] = expert
-    migration.sending, migration.arriving = [], []
-    context.progress.enter(Stage.IDLE, NO_LAYER)
+    def start_moves(self, moves: Sequence[Move]) -> None:
+        """Start to send and receive experts, `Move.layer` being a hidden layer."""
+        ep, blocks = self._stage.mesh.ep, self._stage.moe_blocks
+        for move in moves:
+            block = blocks.get(move.layer)
+            if block is None or ep.rank not in (move.source, move.rank):
+                continue
+            if move.source == ep.rank:
+                held = block.placement.experts_of_rank[ep.rank].index(move.expert)
+                sending = ep.send(_as_bytes(block.experts.held[held]), move.rank)
+                assert sending is not None, "an expert has weights"
+                self._sending.append(sending)
+            else:
+                room = _as_bytes(block.experts.held[0])  # all experts of a rank have one shape
+                pending = ep.receive(torch.empty_like(room), move.source)
+                self._arriving.append(_Arriving(move.layer, move.expert, pending))
 
+    def finish_moves(self) -> None:
+        """Wait for what was started."""
+        blocks = self._stage.moe_blocks
+        self._progress.enter(Stage.SETUP, NO_LAYER)
+        for sending in self._sending:
+            sending.wait()
+        for arriving in self._arriving:
+            like = blocks[arriving.layer].experts.held[0]
+            expert = _from_bytes(arriving.pending.wait(), like)
+            self._arrived.setdefault(arriving.layer, {})[arriving.expert] = expert
+        self._sending, self._arriving = [], []
+        self._progress.enter(Stage.IDLE, NO_LAYER)
 
-def apply_placements(context: RankContext, command: ApplyPlacements) -> None:
-    """Take new placements into use; what is not held any more is freed."""
-    migration: Migration = context.deployed.migration
-    for layer, block in context.deployed.stage.moe_blocks.items():
-        placement = command.placements[layer]
-        assert placement is not None, "an MoE layer has a placement"
-        if placement != block.placement:
-            block.switch(placement, migration.arrived.get(layer, {}))
-    migration.arrived = {}
+    def forget_arrived(self) -> None:
+        """Drop what arrived for placements that never came."""
+        self._arrived = {}
 
+    def apply_placements(self, placements: Placements) -> PlacementsBefore:
+        """Take new placements, [num_hidden_layers], into use."""
+        before = PlacementsBefore({}, self._arrived)
+        for layer, block in self._stage.moe_blocks.items():
+            placement = placements[layer]
+            assert placement is not None, "an MoE layer has a placement"
+            if placement != block.placement:
+                own = block.placement.experts_of_rank[self._stage.mesh.at.ep_rank]
+                held = dict(zip(own, block.experts.held, strict=True))
+                before.layers[layer] = block.placement, held
+                block.apply_placement(placement, self._arrived.get(layer, {}))
+        self._arrived = {}
+        return before
 
-def time_one_move(context: RankContext, _: TimeOneMove) -> tuple[int, float]:
-    """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group."""
-    stage = context.deployed.stage
-    ep, blocks = stage.mesh.ep, list(stage.moe_blocks.values())
-    if not blocks:
-        return 0, 0.0
-    own = _as_bytes(blocks[0].experts.held[0])
-    began_s = time.perf_counter()
-    sending = ep.send(own, (ep.rank + 1) % ep.size)
-    ep.receive(torch.empty_like(own), (ep.rank - 1) % ep.size).wait()
-    if sending is not None:
-        sending.wait()
-    return own.numel(), time.perf_counter() - began_s
+    def restore(self, before: PlacementsBefore) -> None:
+        """Take the last `apply_placements` back."""
+        blocks = self._stage.moe_blocks
+        for layer, (placement, held) in before.layers.items():
+            blocks[layer].apply_placement(placement, held)
+        self._arrived = before.arrived
+
+    def time_one_move(self) -> tuple[int, float]:
+        """Bytes of an expert, and seconds in which each rank sends one to the next of its ep."""
+        ep, blocks = self._stage.mesh.ep, list(self._stage.moe_blocks.values())
+        if not blocks:
+            return 0, 0.0
+        own = _as_bytes(blocks[0].experts.held[0])
+        began_s = time.perf_counter()
+        sending = ep.send(own, (ep.rank + 1) % ep.size)
+        ep.receive(torch.empty_like(own), (ep.rank - 1) % ep.size).wait()
+        if sending is not None:
+            sending.wait()
+        return own.numel(), time.perf_counter() - began_s
 
 
 def _as_bytes(expert: Expert) -> Tensor:

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter
 from expertlane.engine.commands import (
     Deploy,
+    DiscardSteps,
     RankOutcome,
     RunStep,
     SetDispatch,
@@ -16,6 +19,8 @@ from expertlane.engine.commands import (
 )
 from expertlane.engine.dispatch_timing import modes_of, time_dispatch
 from expertlane.engine.pool import RankPool, Ticket
+from expertlane.errors import UserError
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment, DispatchTable
@@ -74,15 +79,35 @@ class ModelRunner:
         self.dispatch_table: DispatchTable | None = None
         if options.is_timed:
             modes = modes_of(layout, options, ranks_per_node)
-            table = time_dispatch(pool, layout, limits, modes)
-            pool.call(SetDispatch(table), ranks=range(layout.world_size))
-            self.dispatch_table = table
+            self.dispatch_table = time_dispatch(self, layout, limits, modes)
+            self.set_dispatch(self.dispatch_table)
 
-    def submit(self, plan: StepPlan) -> StepHandle:
-        """Send a plan to the ranks of its replica."""
-        ranks = self._layout.ranks_of_replica(plan.replica)
+    def set_dispatch(self, table: DispatchTable) -> None:
+        """Choose how steps run from now on."""
+        self._pool.call(SetDispatch(table), ranks=range(self._layout.world_size))
+
+    def submit(self, plan: StepPlan, placements: Placements | None = None) -> StepHandle:
+        """Send a plan to the ranks of its replica, to each its own part.
+
+        Args:
+            placements: [num_hidden_layers]; of experts from this step on; None as they are.
+        """
         submitted_s = time.perf_counter()
-        return StepHandle(self._pool.submit(RunStep(plan), ranks=ranks), submitted_s)
+        commands = [
+            (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
+            for dp_rank, step in enumerate(plan.of_dp_ranks())
+        ]
+        return StepHandle(self._pool.submit_each(commands), submitted_s)
+
+    def discard(self, plans: Sequence[StepPlan]) -> None:
+        """Undo the steps that are not committed, once they have run; they may be submitted again.
+
+        Args:
+            plans: all of them.
+        """
+        for replica in {plan.replica for plan in plans}:
+            steps = tuple(plan.step for plan in plans if plan.replica == replica)
+            self._pool.submit(DiscardSteps(steps), ranks=self._layout.ranks_of_replica(replica))
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
@@ -94,21 +119,77 @@ class ModelRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
-        finished_s = handle.finished_s or time.perf_counter()
-        token_ids: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
-        logits: dict[int, list[np.ndarray]] = {}
-        for outcome in outcomes:
-            token_ids |= outcome.token_ids
-            logprobs |= outcome.logprobs
-            for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
-                logits.setdefault(seq, []).append(part)
-        return StepOutcome(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
-            not_finite=tuple(seq for outcome in outcomes for seq in outcome.not_finite),
-            records=tuple(o.record for o in outcomes if o.record is not None),
-            submitted_s=handle.submitted_s,
-            finished_s=finished_s,
+        return outcome_of(outcomes, handle.submitted_s, handle.finished_s or time.perf_counter())
+
+
+def outcome_of(
+    outcomes: Sequence[RankOutcome], submitted_s: float, finished_s: float
+) -> StepOutcome:
+    """The ranks' parts of an outcome, in rank order, as one."""
+    token_ids: dict[int, int] = {}
+    logprobs: dict[int, TokenLogprobs] = {}
+    logits: dict[int, list[np.ndarray]] = {}
+    for outcome in outcomes:
+        token_ids |= outcome.token_ids
+        logprobs |= outcome.logprobs
+        for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
+            logits.setdefault(seq, []).append(part)
+    return StepOutcome(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
+        not_finite=tuple(seq for outcome in outcomes for seq in outcome.not_finite),
+        records=tuple(o.record for o in outcomes if o.record is not None),
+        submitted_s=submitted_s,
+        finished_s=finished_s,
+    )
+
+
+class RoutingRecorder:
+    """Keeps which experts each token of committed steps chose; memory grows with every token.
+
+    Raises:
+        UserError: the model has no MoE layer.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._model = model
+        self._moe_layers = moe_layers(model)
+        # [num_steps]; the step, and by rank of its replica the choices in each layer
+        self._kept: list[tuple[int, list[dict[int, npt.NDArray[np.int32]]]]] = []
+
+    def add(self, finished: FinishedStep) -> None:
+        """Keep the routing of a step, whose plan asked for `record_routing`."""
+        kept = [record.topk_ids for record in finished.outcome.records]
+        self._kept.append((finished.plan.step, kept))
+
+    def trace(self) -> RoutingTrace:
+        """The steps so far.
+
+        Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
+        order of computation: the same in all layers, since all stages cut a plan's batches alike.
+        """
+        model = self._model
+        writer = RoutingTraceWriter(
+            model.name, model.num_experts, model.num_experts_per_tok, self._moe_layers
         )
+        for step, of_ranks in self._kept:
+            for of_rank in of_ranks:
+                for layer, topk_ids in of_rank.items():
+                    writer.add(step, layer, topk_ids)
+        return writer.trace()
+
+
+def moe_layers(model: ModelConfig) -> list[int]:
+    """The indices of the MoE layers, of which there must be one for routing to be recorded.
+
+    Raises:
+        UserError: there is none.
+    """
+    layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
+    if not layers:
+        raise UserError(
+            f"{model.name} has no routing to record: all its {model.num_hidden_layers} layers are "
+            "dense"
+        )
+    return layers

@@ -176,20 +176,28 @@ class RankPool:
         self, command: Command[ResultT], *, ranks: Sequence[int] | None = None
     ) -> Ticket[ResultT]:
         """Begin a command on some ranks, all by default; each takes its commands in order."""
+        return self.submit_each([(command, range(self.num_ranks) if ranks is None else ranks)])
+
+    def submit_each(
+        self, commands: Sequence[tuple[Command[ResultT], Sequence[int]]]
+    ) -> Ticket[ResultT]:
+        """Begin commands of one type, each on ranks of its own, under one ticket."""
         if self._closed:
             raise RankError("the ranks are gone; start new ones")
         if os.getpid() != self._own_pid:
             raise RankError("the ranks belong to the process that this one was forked from")
-        ticket = Ticket(range(self.num_ranks) if ranks is None else ranks, self._decoder(command))
-        encoded = encode(MessageKind.COMMAND, command)  # once for all
-        for rank in ticket.ranks:
-            self._waiting[rank].append(ticket)
-            try:
-                self._ranks.channels[rank].send(encoded)
-            except BlockingIOError:
-                self._fail(self._hang(ticket, self._timeout_s))
-            except OSError:
-                self._fail(self._death(rank))
+        ranks = sorted(rank for _, of_command in commands for rank in of_command)
+        ticket = Ticket(ranks, self._decoder(commands[0][0]))
+        for command, of_command in commands:
+            encoded = encode(MessageKind.COMMAND, command)  # once for all
+            for rank in of_command:
+                self._waiting[rank].append(ticket)
+                try:
+                    self._ranks.channels[rank].send(encoded)
+                except BlockingIOError:
+                    self._fail(self._hang(ticket, self._timeout_s))
+                except OSError:
+                    self._fail(self._death(rank))
         return ticket
 
     def _decoder(self, command: Command[ResultT]) -> Decoder[ResultT]:

@@ -21,7 +21,7 @@ from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.balance.rebalance import Proposal, propose
 from expertlane.balance.tracker import LoadTracker
-from expertlane.engine.commands import ApplyPlacements, FinishMoves, StartMoves, TimeOneMove
+from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
 from expertlane.results.step_record import RankRecord
@@ -85,6 +85,7 @@ class _Replica:
         self.next: Placements | None = None
         self.slices: list[list[Move]] = []
         self.under_way = False
+        self.newest_load = -1  # the step of the load that came last
 
     @property
     def now(self) -> list[Placement]:
@@ -140,7 +141,9 @@ class RebalancingRunner:
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
         self.decisions: list[Rebalance] = []
         self.loads: list[StepLoad] = []
-        self._steps: dict[StepHandle, int] = {}
+        self._plans: dict[StepHandle, StepPlan] = {}
+        self._discarded: set[int] = set()  # steps that are to be submitted again
+        self._new_placements: dict[int, Placements] = {}  # by the step that brings them
         timed = [
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
@@ -148,8 +151,26 @@ class RebalancingRunner:
         self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Begin a step, after what is to happen before it."""
+        """Begin a step, after what is to happen before it; a discarded one as it was."""
         replica = self._replicas[plan.replica]
+        if plan.step in self._discarded:
+            self._discarded.remove(plan.step)
+        else:
+            self._new_placements.pop(plan.step, None)  # of an earlier scheduler
+            self._begin(replica, plan)
+        handle = self._runner.submit(plan, self._new_placements.get(plan.step))
+        self._plans[handle] = plan
+        return handle
+
+    def discard(self, plans: Sequence[StepPlan]) -> None:
+        """As `ModelRunner.discard`; experts that are on their way stay so."""
+        self._runner.discard(plans)
+        self._discarded = {plan.step for plan in plans}
+
+    def _begin(self, replica: _Replica, plan: StepPlan) -> None:
+        """What happens before a new step: a slice of experts moves, or a decision is taken."""
+        if plan.step <= replica.newest_load:  # another scheduler's
+            replica.newest_load = -1
         if replica.next is not None:
             self._move_on(replica, plan)
         elif replica.planning is None and replica.num_since >= self._num_steps:
@@ -157,9 +178,6 @@ class RebalancingRunner:
         if replica.planning is not None and replica.planning.done():
             proposal, replica.planning = replica.planning.result(), None
             self._decide(replica, proposal, plan)
-        handle = self._runner.submit(plan)
-        self._steps[handle] = plan.step
-        return handle
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
@@ -168,14 +186,14 @@ class RebalancingRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step, and take its load into account."""
         outcome = self._runner.collect(handle)
-        step = self._steps.pop(handle)
-        if outcome.records:
-            self._take(step, outcome.records)
+        plan = self._plans.pop(handle)
+        replica = self._replicas[plan.replica]
+        if outcome.records and plan.step > replica.newest_load:  # else it was discarded since
+            replica.newest_load = plan.step
+            self._take(replica, plan, outcome.records)
         return outcome
 
-    def _take(self, step: int, records: Sequence[RankRecord]) -> None:
-        number = self._layout.coordinates(records[0].rank).replica
-        replica = self._replicas[number]
+    def _take(self, replica: _Replica, plan: StepPlan, records: Sequence[RankRecord]) -> None:
         of_rank = np.array([record.num_tokens_per_expert for record in records])
         load = of_rank.sum(axis=0)
         expert_s = np.array([record.cpu_s[..., Stage.EXPERTS].sum() for record in records])
@@ -187,7 +205,7 @@ class RebalancingRunner:
             replica.pair_cost.add(of_rank[own].sum(axis=(1, 2)), expert_s[own])
         most = int(of_rank.sum(axis=2).max(axis=0).sum())
         mean = float(load.sum()) / self._layout.ep
-        self.loads.append(StepLoad(number, step, most, mean, float(expert_s.max())))
+        self.loads.append(StepLoad(plan.replica, plan.step, most, mean, float(expert_s.max())))
 
     def _begin_planning(self, replica: _Replica) -> None:
         replica.num_since = 0
@@ -239,7 +257,7 @@ class RebalancingRunner:
             replica.under_way = True
             return
         assert replica.next is not None, "moves are for placements to come"
-        self._pool.submit(ApplyPlacements(replica.next), ranks=ranks)
+        self._new_placements[plan.step] = replica.next
         replica.placements, replica.next = replica.next, None
         replica.tracker = LoadTracker(
             len(replica.layers), replica.now[0].num_experts, self._num_steps

@@ -1,15 +1,16 @@
 """One engine for several threads: of those that wait for steps, one runs them for all."""
 
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
-from expertlane.engine.engine import Engine, Prompt
-from expertlane.engine.interrupts import deferred_interrupts
-from expertlane.engine.outputs import Chunk, RequestOutput
+from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
 from expertlane.errors import RankError
 from expertlane.spec.sampling import SamplingParams
 
@@ -30,18 +31,18 @@ class Waiter:
 class _Turn:
     """A thread's exclusive use of the engine, once all earlier turns have ended: a context."""
 
-    __slots__ = ("_shared", "begin", "thread")
+    __slots__ = ("_shared", "may_begin", "thread")
 
     def __init__(self, shared: "SharedEngine") -> None:
         self.thread = threading.get_ident()
-        self.begin: SimpleQueue[None] | None = None  # for those that must wait
+        self.may_begin: SimpleQueue[None] | None = None  # for those that must wait
         self._shared = shared
 
     def __enter__(self) -> None:
         try:
             self._shared.enqueue(self)
-            if self.begin is not None:
-                self.begin.get()
+            if self.may_begin is not None:
+                self.may_begin.get()
         except BaseException:
             self._shared.end(self)
             raise
@@ -83,7 +84,7 @@ class SharedEngine:
             for left in [each for each in self._turns if each.thread == turn.thread]:
                 self.end(left)
             if self._turns:
-                turn.begin = SimpleQueue()
+                turn.may_begin = SimpleQueue()
             self._turns.append(turn)
 
     def end(self, turn: _Turn) -> None:
@@ -95,8 +96,8 @@ class SharedEngine:
             if had_it:
                 self._cancel_now()
             self._turns.remove(turn)
-            if had_it and self._turns and (begin := self._turns[0].begin) is not None:
-                begin.put(None)
+            if had_it and self._turns and (may_begin := self._turns[0].may_begin) is not None:
+                may_begin.put(None)
 
     def add(
         self,
@@ -213,3 +214,25 @@ class SharedEngine:
         for chunk in self._engine.step():
             if (arrived := self._arrivals.get(chunk.request_id)) is not None:
                 arrived.append(chunk)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Only note a Ctrl-C; a second one raises `KeyboardInterrupt` at once. In the main thread.
+
+    Yields:
+        Whether there was one, to be called.
+    """
+    is_noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_noted
+        if is_noted:
+            raise KeyboardInterrupt
+        is_noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: is_noted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,10 +1,24 @@
-"""One way to get ranks, from a laptop to a cluster."""
+"""What happens before a model runs: checks, ranks, and room for its cache."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_rank, run_torchrun_rank
-from expertlane.errors import CapacityError, UserError
+from expertlane.errors import CapacityError, SpecError, UserError
+from expertlane.memory import fit_cache
+from expertlane.model.stored_tensors import StoredTensors
+from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import RANGES, take
 
 
 def start_pool(
@@ -55,3 +69,148 @@ def describe_ranks(pool: RankPool) -> list[RankMachine]:
                 "make them alike"
             )
     return machines
+
+
+def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node: int) -> Placements:
+    """Check a deployment; gives the placement that its experts begin with.
+
+    Args:
+        ranks_per_node: 0 where only the launcher will know.
+
+    Raises:
+        UserError: the model cannot be laid out, its experts placed or moved, or its hidden
+            states sent so.
+    """
+    layout, options = deployment.layout, deployment.options
+    layout.check_model(model)
+    take("ranks_per_node", ranks_per_node)
+    if options.dispatch == "hierarchical" and ranks_per_node:
+        layout.ep_ranks_per_node(ranks_per_node)
+    if options.rebalance_steps and layout.ep == 1:
+        raise UserError(
+            f"rebalance_steps is {options.rebalance_steps}, but layout {layout} has ep=1, where no "
+            "expert can move; valid: 0, or a layout with ep=2 or more"
+        )
+    if options.payload == "float8" and model.hidden_size % 4:
+        raise UserError(
+            f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
+        )
+    return placements_of(model, layout, options)
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Check all deployments of an experiment.
+
+    Raises:
+        UserError: of the first one that cannot be; the text begins with its name.
+    """
+    for deployment in experiment.deployments + experiment.scaling:
+        try:
+            check_deployment(experiment.model, deployment, experiment.cluster.ranks_per_node)
+        except UserError as error:
+            raise UserError(f"deployment {deployment.name!r}: {error}") from None
+
+
+_NUM_SHOWN = 3
+
+
+def check_checkpoint(
+    model: ModelConfig, folder: Path, *, ignore_unused_tensors: bool, log: Callable[[str], None]
+) -> ModelConfig:
+    """Compare a checkpoint with its model, by the headers of its files.
+
+    Args:
+        ignore_unused_tensors: go on with a warning where the model has no use for some tensors.
+        log: gets warnings, a line each; under torchrun those of the first process.
+
+    Returns:
+        The model that ranks are to load: its head is not tied to its embedding where the
+        checkpoint has another head, as in transformers 5.
+
+    Raises:
+        SpecError: a tensor is missing, has a wrong shape, or is not used.
+    """
+    if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one prints
+        log = _discard
+    checkpoint = StoredTensors(folder, model)
+    unused = checkpoint.check()
+    if unused:
+        text = f"{folder}: config.json has no use for {_listed(unused)}"
+        if not ignore_unused_tensors:
+            raise SpecError(
+                f"{text}; to go on without: --ignore-unused-tensors (ignore_unused_tensors=True)"
+            )
+        log(f"warning: {text}; going on without")
+    if not checkpoint.has_head_of_its_own():
+        return model
+    log(
+        f"warning: {folder}: config.json ties the output head to the embedding, but "
+        "lm_head.weight is another; it is used"
+    )
+    return model.with_overrides(tie_word_embeddings=False)
+
+
+def _discard(line: str) -> None:
+    pass
+
+
+def _listed(names: list[str]) -> str:
+    shown, num_more = ", ".join(names[:_NUM_SHOWN]), len(names) - _NUM_SHOWN
+    kind = "tensor" if len(names) == 1 else "tensors"
+    return f"{kind} {shown}" + (f" and {num_more} more" if num_more > 0 else "")
+
+
+_FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
+_CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
+
+
+def fit_to_machine(
+    model: ModelConfig,
+    layout: Layout,
+    limits: Limits,
+    seen: Sequence[RankMachine],
+    cpu_cache_share: float = 1.0,
+    placements: Placements | None = None,
+) -> Limits:
+    """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
+
+    Args:
+        seen: [num_ranks]; those of the layout first.
+        placements: [num_hidden_layers]; linear ones without copies if not given.
+        cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
+
+    Raises:
+        CapacityError: not even one sequence fits; with both numbers.
+    """
+    tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
+    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
+    free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
+    share = 1.0 if tightest.on_gpu else cpu_cache_share
+    return fit_cache(
+        model, layout, limits, NumberTypes.all_of(tightest.dtype), free_bytes, share, placements
+    )
+
+
+def with_blocks(
+    wanted: Limits,
+    num_blocks: int | None,
+    model: ModelConfig,
+    layout: Layout,
+    placements: Placements,
+    seen: Sequence[RankMachine],
+) -> Limits:
+    """The limits with `num_blocks`; with None as many as serve, or as there is room for.
+
+    Raises:
+        CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
+    """
+    if num_blocks is None:
+        enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
+        wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
+        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
+    fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
+    if fitting.num_blocks < num_blocks:
+        raise CapacityError(
+            f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
+        )
+    return fitting

@@ -183,7 +183,7 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
         end_with_parent(_PARENT)  # it would wait minutes for a store that is gone
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    from expertlane.engine.handlers import HANDLERS
+    from expertlane.engine.stage import HANDLERS
     from expertlane.engine.worker import RankSettings, serve
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C

@@ -65,7 +65,7 @@ class RankContext:
 
     Attributes:
         meshes: process groups; made once, since making them is collective and slow.
-        deployed: what `engine.deployed_stage` put here; None before.
+        deployed: what `engine.stage` put here; None before.
     """
 
     settings: RankSettings

@@ -25,7 +25,8 @@ class ForwardBatch:
         pages: where its tokens stand in the cache.
 
     Args:
-        batches: [dp]; the same part of every data-parallel rank's batch.
+        batch: of this data-parallel rank.
+        num_tokens: [dp]; of the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
         block_size: positions a block of the paged cache.
         dispatch_form: how its tokens travel to experts; the same on all ranks of the stage.
@@ -33,7 +34,8 @@ class ForwardBatch:
 
     def __init__(
         self,
-        batches: Sequence[Batch],
+        batch: Batch,
+        num_tokens: Sequence[int],
         layout: Layout,
         at: Coordinates,
         device: torch.device,
@@ -41,14 +43,14 @@ class ForwardBatch:
         dispatch_form: DispatchForm = "all_to_all",
     ) -> None:
         self.dispatch_form = dispatch_form
-        self.batch = batches[at.dp_rank]
-        self.pages = PagedBatch(self.batch, block_size, device)
+        self.batch = batch
+        self.pages = PagedBatch(batch, block_size, device)
         self._device = device
         self._at = at
         self._slices = partition(self.batch.num_tokens, layout.tp)
         self.tokens_of_tp_rank = [len(part) for part in self._slices]
         self.tokens_of_stage_rank = [
-            len(part) for batch in batches for part in partition(batch.num_tokens, layout.tp)
+            len(part) for of_dp_rank in num_tokens for part in partition(of_dp_rank, layout.tp)
         ]
         self._rotation: Rotation | None = None
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]

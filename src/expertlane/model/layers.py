@@ -233,8 +233,8 @@ class MoEBlock:
             for form in self._forms
         }
 
-    def switch(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
-        """Go over to another placement.
+    def apply_placement(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
+        """Take another placement into use.
 
         Args:
             arrived: by logical expert, those that this rank did not hold so far.

@@ -1,7 +1,9 @@
 """Chooses the next tokens of the sequences a rank finishes, each as its request asks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +12,38 @@ from expertlane.model.sampled_batch import SampledBatch, SampledSequence
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 _CACHED_VALUES = 1 << 18  # logits a CPU works on at a time; several times as fast as on millions
+
+
+@dataclass(eq=False)
+class _Admitted:
+    """A sequence as it was admitted, and its committed tokens since.
+
+    Attributes:
+        sequence: what sampling needs of both, and of tokens that are not committed; made when a
+            token is sampled.
+    """
+
+    state: SamplingState
+    token_ids: list[int] = field(default_factory=list)
+    sequence: SampledSequence | None = None
+
+    def as_committed(self) -> SamplingState:
+        """With the tokens since as output."""
+        output = np.concatenate((self.state.output_token_ids, np.array(self.token_ids, np.int64)))
+        return replace(self.state, output_token_ids=output)
+
+
+@dataclass(eq=False)
+class SamplerStep:
+    """What a step has changed, and `Sampler.undo` takes back.
+
+    Attributes:
+        before: what was known of sequences that it released or admitted; None of unknown ones.
+        chosen: sequences, None for those that are not sampled, and their tokens.
+    """
+
+    before: dict[int, _Admitted | None]
+    chosen: list[tuple[list[_Admitted | None], list[int]]] = field(default_factory=list)
 
 
 class Sampler:
@@ -25,31 +59,49 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._states: dict[int, SamplingState] = {}
-        # Made when a sequence is first sampled: only one of the ranks that are told of it does.
-        self._sequences: dict[int, SampledSequence] = {}
+        self._admitted: dict[int, _Admitted] = {}
         # Batches come again step after step. No sequence is in two: the batch has what changes.
-        self._batches: dict[tuple[int, ...], SampledBatch] = {}
+        self._batches: dict[tuple[int, ...], tuple[list[_Admitted | None], SampledBatch]] = {}
+        self._step = SamplerStep({})
 
     def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self._states
+        return seq_id in self._admitted
 
-    def admit(self, seq_id: int, state: SamplingState) -> None:
-        """Sample a sequence so from now on, whatever was known of it before."""
-        self.forget([seq_id])
-        self._states[seq_id] = state
+    def begin_step(
+        self, released: Iterable[int] = (), admitted: Mapping[int, SamplingState] | None = None
+    ) -> SamplerStep:
+        """Begin a step; it is to be committed, or else undone before all steps before it.
 
-    def forget(self, seq_ids: Iterable[int]) -> None:
-        """Drop what is known of sequences; unknown ones are passed over."""
-        forgotten = list(seq_ids)
-        for seq_id in forgotten:
-            self._states.pop(seq_id, None)
-            self._sequences.pop(seq_id, None)
-        self._drop_batches(forgotten)
+        Args:
+            released: sequences to forget first; unknown ones are passed over.
+            admitted: how to sample sequences from now on, whatever was known of them before.
+        """
+        admitted = admitted or {}
+        changed = [*released, *admitted]
+        self._step = SamplerStep({seq_id: self._admitted.get(seq_id) for seq_id in changed})
+        for seq_id in changed:
+            self._admitted.pop(seq_id, None)
+        self._admitted |= {seq_id: _Admitted(state) for seq_id, state in admitted.items()}
+        self._drop_batches(changed)
+        return self._step
 
-    def forget_all(self) -> None:
-        """Know no sequence."""
-        self.forget(list(self._states))
+    def commit(self, step: SamplerStep) -> None:
+        """Make the oldest step's choices final."""
+        for sequences, token_ids in step.chosen:
+            for admitted, token_id in zip(sequences, token_ids, strict=True):
+                if admitted is not None:
+                    admitted.token_ids.append(max(token_id, 0))
+
+    def undo(self, step: SamplerStep) -> None:
+        """Be as before the newest step."""
+        for seq_id, before in step.before.items():
+            if before is None:
+                self._admitted.pop(seq_id, None)
+            else:
+                self._admitted[seq_id] = before
+        for admitted in self._admitted.values():
+            admitted.sequence = None  # it has counted tokens of this step
+        self._batches.clear()
 
     def sample(
         self, seq_ids: list[int], logits: Tensor
@@ -64,15 +116,17 @@ class Sampler:
             The token ids, [num_seqs], `NO_TOKEN` where the greatest logit is not finite; and the
             log-probabilities by sequence id where asked for.
         """
-        if self._states.keys().isdisjoint(seq_ids):
+        if self._admitted.keys().isdisjoint(seq_ids):
             return likeliest(logits).tolist(), {}
         token_ids: list[int] = []
         logprobs: dict[int, TokenLogprobs] = {}
         for part in self._parts(len(seq_ids)):
             own_ids, own_logits = seq_ids[part], logits[part]
-            batch = self._batch(tuple(own_ids))
+            sequences, batch = self._batch(tuple(own_ids))
             chosen = batch.choose(own_logits)
-            token_ids += chosen.tolist()
+            of_part: list[int] = chosen.tolist()
+            self._step.chosen.append((sequences, of_part))
+            token_ids += of_part
             for row, found in batch.logprobs(own_logits, chosen):
                 logprobs[own_ids[row]] = found
         return token_ids, logprobs
@@ -83,18 +137,20 @@ class Sampler:
             step = max(1, _CACHED_VALUES // self._vocab_size)
         return [slice(start, start + step) for start in range(0, num_seqs, step)]
 
-    def _batch(self, seq_ids: tuple[int, ...]) -> SampledBatch:
+    def _batch(self, seq_ids: tuple[int, ...]) -> tuple[list[_Admitted | None], SampledBatch]:
         if seq_ids not in self._batches:
             self._drop_batches(seq_ids)
-            sequences = [self._sequence(seq_id) for seq_id in seq_ids]
-            self._batches[seq_ids] = SampledBatch(sequences, self._vocab_size, self._device)
+            admitted = [self._admitted.get(seq_id) for seq_id in seq_ids]
+            sequences = [None if each is None else self._sequence(each) for each in admitted]
+            batch = SampledBatch(sequences, self._vocab_size, self._device)
+            self._batches[seq_ids] = admitted, batch
         return self._batches[seq_ids]
 
-    def _sequence(self, seq_id: int) -> SampledSequence | None:
-        if seq_id not in self._sequences and seq_id in self._states:
-            state = self._states[seq_id]
-            self._sequences[seq_id] = SampledSequence(state, self._vocab_size, self._device)
-        return self._sequences.get(seq_id)
+    def _sequence(self, admitted: _Admitted) -> SampledSequence:
+        if admitted.sequence is None:
+            state = admitted.as_committed()
+            admitted.sequence = SampledSequence(state, self._vocab_size, self._device)
+        return admitted.sequence
 
     def _drop_batches(self, seq_ids: Iterable[int]) -> None:
         members = set(seq_ids)

@@ -1,7 +1,7 @@
 """The loop between a scheduler and a runner; the same for real ranks and for a cost model."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 from expertlane.errors import ModelError
 from expertlane.results.step_record import StepRecord
@@ -16,25 +16,69 @@ class FinishedStep(NamedTuple):
     outcome: StepOutcome
 
 
+class DriveLoop(Generic[HandleT]):
+    """Keeps a runner busy with what a scheduler plans, and commits steps as they finish.
+
+    The steps of a replica are committed in the order in which they were planned.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner[HandleT]) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._uncommitted: dict[int, StepPlan] = {}  # by step, in the order of planning
+        self._handles: dict[int, HandleT] = {}  # of those that were submitted
+
+    @property
+    def uncommitted(self) -> list[StepPlan]:
+        """The steps that were planned and are not committed, in their order."""
+        return list(self._uncommitted.values())
+
+    @property
+    def next_handles(self) -> list[HandleT]:
+        """Of the oldest uncommitted step of each replica: those that may finish next."""
+        oldest: dict[int, int] = {}
+        for step, plan in self._uncommitted.items():
+            oldest.setdefault(plan.replica, step)
+        return [self._handles[step] for step in oldest.values()]
+
+    def submit(self) -> None:
+        """Begin all steps that the scheduler gives."""
+        while (plan := self._scheduler.next_plan()) is not None:
+            self._uncommitted[plan.step] = plan
+            self._handles[plan.step] = self._runner.submit(plan)
+
+    def submit_again(self) -> None:
+        """Begin all uncommitted steps anew, once the runner has discarded them."""
+        for step, plan in self._uncommitted.items():
+            self._handles[step] = self._runner.submit(plan)
+
+    def commit_next(self) -> FinishedStep | None:
+        """Wait until a step is finished and commit it; None if none is under way."""
+        if not self._uncommitted:
+            return None
+        handle = self._runner.first_done(self.next_handles)
+        step = next(step for step, of_step in self._handles.items() if of_step is handle)
+        plan, outcome = self._uncommitted[step], self._runner.collect(handle)
+        self._scheduler.commit(plan, outcome)
+        del self._uncommitted[step], self._handles[step]
+        return FinishedStep(plan, outcome)
+
+
 def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedStep]:
-    """Submit what the scheduler gives and yield steps as they finish, until it gives no more.
+    """Yield steps as they finish, until the scheduler gives no more.
 
     Raises:
         ModelError: a sequence found no next token, since its logits are not finite.
     """
-    in_flight: dict[HandleT, StepPlan] = {}
+    loop = DriveLoop(scheduler, runner)
     while True:
-        while (plan := scheduler.next_plan()) is not None:
-            in_flight[runner.submit(plan)] = plan
-        if not in_flight:
+        loop.submit()
+        finished = loop.commit_next()
+        if finished is None:
             return
-        handle = runner.first_done(list(in_flight))
-        plan = in_flight.pop(handle)
-        outcome = runner.collect(handle)
-        for seq in outcome.not_finite:
-            raise ModelError(f"sequence {seq + 1}: {not_finite(plan.step)}")
-        scheduler.finish(plan, outcome)
-        yield FinishedStep(plan, outcome)
+        for seq in finished.outcome.not_finite:
+            raise ModelError(f"sequence {seq + 1}: {not_finite(finished.plan.step)}")
+        yield finished
 
 
 def step_records(steps: Iterable[FinishedStep], run: int = 0) -> Iterator[StepRecord]:

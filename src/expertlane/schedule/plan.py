@@ -1,7 +1,7 @@
 """What a scheduler hands to a runner, what comes back, and the runner's protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -51,10 +51,7 @@ class Batch:
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Cut into `num_parts` batches at sequence borders, near-equal in tokens."""
-        ends = np.concatenate(([0], np.cumsum(self.num_scheduled_tokens)))
-        shares = np.arange(num_parts + 1) * (self.num_tokens / num_parts)
-        halfway = (ends[:-1] + ends[1:]) / 2
-        borders = np.searchsorted(halfway, shares, side="right").tolist()  # the nearest ends
+        borders, ends = self._borders(num_parts)
         return [
             Batch(
                 self.seq_ids[start:stop],
@@ -67,18 +64,57 @@ class Batch:
             for start, stop in pairwise(borders)
         ]
 
+    def num_tokens_of_halves(self) -> list[int]:
+        """[2]; new tokens of the two batches that `split` gives."""
+        if self.num_tokens == self.num_seqs:  # a decode step has no time to lose
+            first = (self.num_tokens + 1) // 2
+        else:
+            borders, ends = self._borders(2)
+            first = int(ends[borders[1]])
+        return [first, self.num_tokens - first]
+
+    def _borders(self, num_parts: int) -> tuple[list[int], npt.NDArray[np.int64]]:
+        """Between which sequences to cut, and the first token of each sequence."""
+        ends = np.concatenate(([0], np.cumsum(self.num_scheduled_tokens)))
+        shares = np.arange(num_parts + 1) * (self.num_tokens / num_parts)
+        halfway = (ends[:-1] + ends[1:]) / 2
+        return np.searchsorted(halfway, shares, side="right").tolist(), ends  # the nearest ends
+
 
 @dataclass(frozen=True, eq=False)
-class StepPlan:
-    """One step of one replica: for every micro-batch, the batch of every data-parallel rank.
-
-    All ranks of the replica take part, also those whose batches are empty.
+class RankBatch:
+    """A micro-batch as one data-parallel rank gets it: the batches of the others as sizes.
 
     Attributes:
-        micro_batches: [num_micro_batches][dp].
+        num_tokens: [dp]; new tokens of every data-parallel rank.
+        num_tokens_of_halves: [dp][2]; the same if all batches are split in two.
+        can_split: whether any of the batches has several sequences.
+    """
+
+    own: Batch
+    num_tokens: list[int]
+    num_tokens_of_halves: list[list[int]]
+    can_split: bool
+
+    @classmethod
+    def of_dp_ranks(cls, batches: Sequence[Batch]) -> "list[RankBatch]":
+        """[dp]; of the batches of all data-parallel ranks."""
+        num_tokens = [batch.num_tokens for batch in batches]
+        of_halves = [batch.num_tokens_of_halves() for batch in batches]
+        can_split = any(batch.num_seqs > 1 for batch in batches)
+        return [cls(batch, num_tokens, of_halves, can_split) for batch in batches]
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What every rank of a replica is told of a step.
+
+    Attributes:
         admitted: by sequence id, how to sample the sequences that begin, or begin again, with
             this step; those that take the likeliest token are not in it.
         released: earlier such sequences that do not go on; they come before `admitted`.
+        num_uncommitted: how many steps of the replica before this one are not committed: all
+            others are, and what they changed is never undone.
         return_logits: send the logits of every sequence's last token back with the outcome.
         record: fill in times and counters.
         record_routing: keep the experts that each token chose too; implies `record`.
@@ -88,13 +124,56 @@ class StepPlan:
     step: int
     replica: int
     phase: Phase
-    micro_batches: tuple[tuple[Batch, ...], ...]
+    _: KW_ONLY
     admitted: dict[int, SamplingState] = field(default_factory=dict)
     released: tuple[int, ...] = ()
+    num_uncommitted: int = 0
     return_logits: bool = False
     record: bool = True
     record_routing: bool = False
     record_events: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RankStep(_Step):
+    """A step as one data-parallel rank gets it.
+
+    Attributes:
+        micro_batches: [num_micro_batches].
+        admitted: of its own sequences.
+    """
+
+    micro_batches: tuple[RankBatch, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan(_Step):
+    """One step of one replica: for every micro-batch, the batch of every data-parallel rank.
+
+    All ranks of the replica take part, also those whose batches are empty.
+
+    A step is committed when the scheduler has taken in its outcome. Until then it can be discarded
+    and run again, after all steps before it, with the same outcome: keys and values are written at
+    their tokens' own positions, and what else it changes on ranks can be undone.
+
+    Attributes:
+        micro_batches: [num_micro_batches][dp].
+    """
+
+    micro_batches: tuple[tuple[Batch, ...], ...]
+
+    def of_dp_ranks(self) -> list[RankStep]:
+        """[dp]; what each data-parallel rank has to know of it."""
+        parts = [RankBatch.of_dp_ranks(batches) for batches in self.micro_batches]
+        steps = []
+        for micro_batches in zip(*parts, strict=True):
+            admitted = self.admitted
+            if admitted:
+                own = {seq for part in micro_batches for seq in part.own.seq_ids.tolist()}
+                admitted = {seq: state for seq, state in admitted.items() if seq in own}
+            changed = {"micro_batches": micro_batches, "admitted": admitted}
+            steps.append(RankStep(**(vars(self) | changed)))
+        return steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +199,10 @@ class StepOutcome:
 
 
 class Runner(Protocol[HandleT]):
-    """Executes step plans; up to `pp` steps over disjoint sequences may be in flight a replica."""
+    """Executes step plans; up to `pp` steps over disjoint sequences may be in flight a replica.
+
+    The steps of a replica end in the order in which they were submitted.
+    """
 
     def submit(self, plan: StepPlan) -> HandleT:
         """Begin a step."""
@@ -136,12 +218,16 @@ class Runner(Protocol[HandleT]):
 
 
 class Scheduler(Protocol):
-    """Decides what runs next."""
+    """Decides what runs next.
+
+    Only a commit gives requests their tokens, ends them and frees their blocks. It waits for
+    nothing, so nothing that happens to ranks can leave it half done.
+    """
 
     def next_plan(self) -> StepPlan | None:
         """The next step to submit, or None while nothing more may be in flight or all is done."""
         ...
 
-    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take in the tokens of a finished step."""
         ...

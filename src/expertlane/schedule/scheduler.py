@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.schedule.draft import BatchDraft
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.schedule.request import FinishReason, Request, RequestState
-from expertlane.schedule.running import Rows, RunningTable
+from expertlane.schedule.running import BatchDraft, Rows, RunningTable
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
@@ -58,7 +57,7 @@ class ContinuousScheduler:
 
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
-        stepped: the requests that got a token in the step finished last.
+        stepped: the requests that got a token in the step committed last.
         failed: those that it ended in an error.
         num_preemptions: since the start.
     """
@@ -145,7 +144,7 @@ class ContinuousScheduler:
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a request now; a token it gets from a step in flight is dropped.
 
-        Its blocks are freed at once, or when that step is finished: ranks still write to them.
+        Its blocks are freed at once, or when that step is committed: ranks still write to them.
 
         Returns:
             False if no unfinished request has this id; it may just have finished.
@@ -170,7 +169,7 @@ class ContinuousScheduler:
                     return plan
         return None
 
-    def finish(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take in the tokens of a finished step.
 
         A request whose logits were not finite ends in an error; one that shares blocks of others
@@ -181,7 +180,7 @@ class ContinuousScheduler:
         for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
             before = batch.num_computed_tokens
             computed = before, before + batch.num_scheduled_tokens
-            stepped, without_token = table.finish(rows, computed, batch.yields_token, outcome)
+            stepped, without_token = table.commit(rows, computed, batch.yields_token, outcome)
             self.stepped += stepped
             for request in without_token:
                 if request.has_cached:
@@ -222,6 +221,7 @@ class ContinuousScheduler:
             micro_batches=self._cut([batch for _, batch in built]),
             admitted=reduce(or_, (draft.admitted for draft in drafts)),
             released=tuple(self._released[replica]),
+            num_uncommitted=self._num_in_flight[replica],
             **self._flags,
         )
         self._released[replica].clear()
@@ -235,7 +235,7 @@ class ContinuousScheduler:
         for draft, (rows, batch) in zip(drafts, built, strict=True):
             if batch.num_seqs:
                 scheduled, yields = batch.num_scheduled_tokens, batch.yields_token
-                draft.table.begin(rows, plan.step, scheduled, yields)
+                draft.table.begin_step(rows, plan.step, scheduled, yields)
                 flight.append((draft.table, rows, batch))
         self._in_flight[plan.step] = _Flight(plan.replica, plan.phase, flight)
         self._num_in_flight[plan.replica] += 1

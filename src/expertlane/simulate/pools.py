@@ -12,9 +12,9 @@ import numpy as np
 
 from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY
-from expertlane.cost.runner import CostRunner, StepHandle
+from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import Floats
-from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.workload import TimedRequest
@@ -62,7 +62,7 @@ class Pool:
         self.runner = runner
         self._inbox: list[tuple[float, int, Floats, Request]] = []  # a heap, by arrival
         self._num_arrivals = 0
-        self._in_flight: dict[StepHandle, StepPlan] = {}
+        self._loop = DriveLoop(scheduler, runner)
 
     def deliver(self, request: Request, at_s: Floats) -> None:
         """A request arrives at a moment [B]; it is added then, or when the step then ends."""
@@ -73,27 +73,25 @@ class Pool:
     @property
     def next_s(self) -> float | None:
         """When something happens next; None if nothing will without a delivery."""
-        if self._in_flight:
-            return min(float(handle.finished_s[self.runner.lead]) for handle in self._in_flight)
+        if handles := self._loop.next_handles:
+            return min(float(handle.finished_s[self.runner.lead]) for handle in handles)
         return self._inbox[0][0] if self._inbox else None
 
     def advance(self) -> list[tuple[Request, Floats]]:
         """Let the next thing happen: requests that got a token then, and when, [B]."""
         stepped: list[tuple[Request, Floats]] = []
-        if self._in_flight:
-            handle = self.runner.first_done(list(self._in_flight))
-            plan = self._in_flight.pop(handle)
-            self.scheduler.finish(plan, self.runner.collect(handle))
-            stepped = [(request, handle.finished_s) for request in self.scheduler.stepped]
-        else:
+        finished = self._loop.commit_next()
+        if finished is None:
             self.runner.wait_until(self._inbox[0][2])
+        else:
+            _, finished_s = self.runner.bounds[finished.plan.step]
+            stepped = [(request, finished_s) for request in self.scheduler.stepped]
         self._take_in()
         return stepped
 
     def submit(self) -> None:
         """Begin whatever steps can begin now."""
-        while (plan := self.scheduler.next_plan()) is not None:
-            self._in_flight[self.runner.submit(plan)] = plan
+        self._loop.submit()
 
     def _take_in(self) -> None:
         while self._inbox and self._inbox[0][0] <= self.runner.now_s[self.runner.lead]:

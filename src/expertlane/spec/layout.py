@@ -140,6 +140,15 @@ class Layout:
         """All ranks of one replica."""
         return range(replica * self.replica_size, (replica + 1) * self.replica_size)
 
+    def ranks_of_dp_rank(self, replica: int, dp_rank: int) -> list[int]:
+        """Global ranks that compute one data-parallel rank's sequences, in order."""
+        first = replica * self.replica_size + dp_rank * self.tp
+        return [
+            first + pp_rank * self.stage_size + tp_rank
+            for pp_rank in range(self.pp)
+            for tp_rank in range(self.tp)
+        ]
+
     def layers_of_stage(self, num_hidden_layers: int, pp_rank: int) -> range:
         """The layers a pipeline stage holds; near-equal."""
         return partition(num_hidden_layers, self.pp)[pp_rank]

@@ -2,36 +2,51 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from expertlane.balance.placement_file import Placements
 from expertlane.comm.clock import clock_for
 from expertlane.comm.collectives import Pending
 from expertlane.comm.interleave import interleave
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
-from expertlane.engine import migration
 from expertlane.engine.commands import (
     Deploy,
+    DescribeMachine,
+    DiscardSteps,
+    FinishMoves,
     HeldBytes,
+    MeasureContention,
+    MeasureLaunches,
+    MeasureOperations,
+    MeasureRates,
+    MeasureTransfers,
+    PinToCore,
     RankOutcome,
     RunStep,
     SetDispatch,
     StageSpec,
+    StartMoves,
+    TimeOneMove,
 )
 from expertlane.engine.dispatch_timing import forms_of
-from expertlane.engine.worker import RankContext
+from expertlane.engine.measure.machine import describe_machine, measure_rates
+from expertlane.engine.measure.operations import measure_launches, measure_operations, pin_to_core
+from expertlane.engine.measure.transfers import measure_contention, measure_transfers
+from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.sampler import Sampler
+from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
-from expertlane.schedule.plan import UNKNOWN, Batch, StepPlan
+from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import DispatchMode, DispatchTable, Options, PayloadType
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
@@ -41,7 +56,7 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     """Build this rank's stage, or keep it if only options changed."""
     spec, options = command.spec, command.options
     if context.deployed is not None:
-        migration.finish_moves(context)  # buffers must not go while bytes travel
+        context.deployed.migration.finish_moves()  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
     context.meshes.make(spec.layout, _nodes_for(spec, options))
     held = HeldBytes(0, 0)
@@ -68,16 +83,27 @@ def _nodes_for(spec: StageSpec, options: Options) -> int:
     return spec.ranks_per_node if is_wanted else 0
 
 
-def set_dispatch(context: RankContext, command: SetDispatch) -> None:
-    """Choose how steps run from now on."""
-    context.deployed.set_dispatch(command.table)
-
-
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
-        return deployed.run(command.plan)
+        return deployed.run(command.step, command.placements)
+
+
+@dataclass(eq=False)
+class _Changes:
+    """What a step has changed, beside the cache, and how to undo it.
+
+    Attributes:
+        sampled: by the sampler; None but on the last stage.
+        placements: what its placements replaced; None where it has brought none.
+        chosen: its tokens, by sequence id.
+    """
+
+    step: int
+    sampled: SamplerStep | None
+    placements: PlacementsBefore | None
+    chosen: dict[int, int] = field(default_factory=dict)
 
 
 class DeployedStage:
@@ -109,14 +135,14 @@ class DeployedStage:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
         self.stage = TransformerStage(model, spec.placements, source, self._mesh, self._recorder)
-        self.migration = migration.Migration()
+        self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
-        self._sampler = Sampler(model.vocab_size, platform.device)
         self._dispatch = DispatchTable.fixed("all_to_all")
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
-        self._chosen: dict[int, int] = {}  # the last step's tokens, by sequence id
+        self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
+        self._uncommitted: deque[_Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
@@ -128,13 +154,14 @@ class DeployedStage:
 
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache; what is `auto` is timed first, then set."""
-        self.migration = migration.Migration()  # what arrived for a switch that never came
+        self.migration.forget_arrived()
         self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
             self.set_dispatch(DispatchTable.fixed(options.dispatch, options.overlap))
         self._block_size = block_size
         self._phase = None
-        self._sampler.forget_all()
+        self._sampler = Sampler(self.spec.model.vocab_size, self._device)
+        self._uncommitted.clear()
         self.stage.allocate_cache(num_blocks, block_size)
 
     def set_dispatch(self, table: DispatchTable) -> None:
@@ -142,43 +169,81 @@ class DeployedStage:
         self._dispatch = table
         self.stage.set_forms(table.forms, self._payload)
 
-    def run(self, plan: StepPlan) -> RankOutcome:
-        """Take the plan's micro-batches through this stage, one after the other."""
+    def run(self, step: RankStep, placements: Placements | None = None) -> RankOutcome:
+        """Take a step's micro-batches through this stage, one after the other.
+
+        Args:
+            placements: of experts from this step on; None for those that they have.
+        """
+        self._commit(len(self._uncommitted) - step.num_uncommitted)
+        before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
+        changes = self._begin_changes(step, placements)
         recorder = self._recorder
-        same_phase = plan.phase is self._phase
-        self._phase = plan.phase
+        same_phase = step.phase is self._phase
+        self._phase = step.phase
         recorder.begin_step(
-            plan.step,
-            len(plan.micro_batches),
-            record=plan.record,
+            step.step,
+            len(step.micro_batches),
+            record=step.record,
             count_idle=same_phase,
-            record_routing=plan.record_routing,
-            record_events=plan.record_events,
+            record_routing=step.record_routing,
+            record_events=step.record_events,
         )
         # A step that far back was collected before this one was submitted: its sends are through.
         while len(self._sends) >= self.spec.layout.pp:
             for send in self._sends.popleft():
                 send.wait()
         self._sends.append([])
-        if self._mesh.is_last_stage:
-            self._sampler.forget(plan.released)
-            for seq_id, state in plan.admitted.items():
-                self._sampler.admit(seq_id, state)
         outcome = RankOutcome()
-        inputs = [self._begin_input(micro_batch) for micro_batch in plan.micro_batches]
-        self._chosen = {}
+        inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
             for part, result in self._run_micro_batch(parts, arriving):
                 recorder.enter(Stage.HEAD)
-                self._take(part.yielding_seq_ids, result, outcome, plan.return_logits)
+                seq_ids = part.yielding_seq_ids
+                changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
         outcome.record = recorder.end_step()
         return outcome
 
+    def _begin_changes(self, step: RankStep, placements: Placements | None) -> _Changes:
+        sampled = replaced = None
+        if placements is not None:
+            replaced = self.migration.apply_placements(placements)
+        if self._mesh.is_last_stage:
+            sampled = self._sampler.begin_step(step.released, step.admitted)
+        changes = _Changes(step.step, sampled, replaced)
+        self._uncommitted.append(changes)
+        return changes
+
+    def _commit(self, num_steps: int) -> None:
+        """Keep what the oldest uncommitted steps have changed for good."""
+        for _ in range(num_steps):
+            changes = self._uncommitted.popleft()
+            self._committed = changes.chosen
+            if changes.sampled is not None:
+                self._sampler.commit(changes.sampled)
+
+    def discard(self, steps: Sequence[int]) -> None:
+        """Undo these of the latest steps; those before them are committed.
+
+        What they wrote to the cache stays: when they run again, in their order, they write it anew
+        before they read it.
+        """
+        while self._uncommitted and self._uncommitted[-1].step in steps:
+            changes = self._uncommitted.pop()
+            if changes.sampled is not None:
+                self._sampler.undo(changes.sampled)
+            if changes.placements is not None:
+                self.migration.restore(changes.placements)
+        self._commit(len(self._uncommitted))
+
     def _take(
         self, seq_ids: list[int], result: HeadResult, outcome: RankOutcome, return_logits: bool
-    ) -> None:
-        """Choose a part's next tokens; one rank of a tensor-parallel group tells them."""
+    ) -> dict[int, int]:
+        """Choose a part's next tokens, by sequence id; one rank of a tensor-parallel group tells.
+
+        Where there is none, the token is 0: a step that is under way goes on with any.
+        """
         logprobs: dict[int, TokenLogprobs] = {}
         if result.token_ids is not None:
             chosen = result.token_ids.tolist()
@@ -187,57 +252,60 @@ class DeployedStage:
             chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
         tokens = dict(zip(seq_ids, chosen, strict=True))
         failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
-        self._chosen |= tokens
-        for seq in failed:  # a step that is under way still takes it: with any token
-            self._chosen[seq] = 0
-            del tokens[seq]
         if self._mesh.at.tp_rank == 0:
             outcome.token_ids |= tokens
             outcome.logprobs |= logprobs
             outcome.not_finite += failed
+            for seq in failed:
+                del outcome.token_ids[seq]
         if return_logits:
             outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
+        return tokens | dict.fromkeys(failed, 0)
 
-    def _with_chosen(self, batch: Batch) -> Batch:
-        """The batch with the tokens that the scheduler did not know."""
+    def _with_chosen(self, batch: Batch, chosen: dict[int, int]) -> Batch:
+        """The batch with the tokens that the scheduler did not know: those of the step before."""
         is_unknown = batch.token_ids == UNKNOWN
         if not is_unknown.any():
             return batch
         token_ids = batch.token_ids.copy()
         seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
-        token_ids[is_unknown] = [self._chosen[seq] for seq in seq_ids.tolist()]
+        token_ids[is_unknown] = [chosen[seq] for seq in seq_ids.tolist()]
         return replace(batch, token_ids=token_ids)
 
     def _begin_input(
-        self, micro_batch: Sequence[Batch]
+        self, micro_batch: RankBatch, chosen: dict[int, int]
     ) -> tuple[list[ForwardBatch], Pending | None]:
         """The parts of a micro-batch, and their hidden states on the way from the stage before.
 
         A part without a token on any rank of the stage is left out by all of them.
+
+        Args:
+            chosen: the tokens of the step before.
         """
         mesh = self._mesh
         first = mesh.is_first_stage
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
-        own, mode = mesh.at.dp_rank, self._choose(micro_batch)
-        by_dp_rank = [
-            (self._with_chosen(batch) if dp_rank == own else batch).split(1 + mode.overlap)
-            for dp_rank, batch in enumerate(micro_batch)
-        ]
+        mode = self._choose(micro_batch)
+        own, sizes = [self._with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
+        if mode.overlap:
+            own = own[0].split(2)
+            sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
         parts = [
-            ForwardBatch(batches, mesh.layout, mesh.at, self._device, self._block_size, mode.form)
-            for batches in zip(*by_dp_rank, strict=True)
-            if any(batch.num_tokens for batch in batches)
+            ForwardBatch(
+                batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size, mode.form
+            )
+            for batch, num_tokens in zip(own, sizes, strict=True)
+            if any(num_tokens)
         ]
         if first:
             return parts, None
         room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
         return parts, mesh.pp.receive(room, mesh.at.pp_rank - 1)
 
-    def _choose(self, micro_batch: Sequence[Batch]) -> DispatchMode:
+    def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """By what all ranks of all stages see alike, before the batch is split."""
-        most = max(batch.num_tokens for batch in micro_batch)
-        can_split = any(batch.num_seqs > 1 for batch in micro_batch)
-        return self._dispatch.choose(-(-most // self.spec.layout.tp), can_split)
+        most = max(micro_batch.num_tokens)
+        return self._dispatch.choose(-(-most // self.spec.layout.tp), micro_batch.can_split)
 
     def _run_micro_batch(
         self, parts: list[ForwardBatch], arriving: Pending | None
@@ -268,3 +336,21 @@ class DeployedStage:
     def _needs_logits(self, part: ForwardBatch) -> bool:
         """Whether any sequence of the part asks for more than its likeliest token."""
         return any(seq in self._sampler for seq in part.yielding_seq_ids)
+
+
+HANDLERS: Handlers = {
+    DescribeMachine: describe_machine,
+    Deploy: deploy,
+    SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
+    RunStep: run_step,
+    DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
+    FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
+    TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
+    MeasureRates: measure_rates,
+    PinToCore: pin_to_core,
+    MeasureOperations: measure_operations,
+    MeasureLaunches: measure_launches,
+    MeasureTransfers: measure_transfers,
+    MeasureContention: measure_contention,
+}

@@ -1,0 +1,348 @@
+"""Steps that were not committed are discarded and run again: the outcome is the same."""
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from expertlane.model.head import HeadResult
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distributed.running import Inline, deployment
+from expertlane.balance.placement_file import placements_of
+from expertlane.engine.model_runner import ModelRunner, outcome_of
+from expertlane.engine.rebalancing import RebalancingRunner
+from expertlane.engine.stage import DeployedStage
+from expertlane.model.sampler import Sampler
+from expertlane.schedule.drive import DriveLoop
+from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.sampling import SamplingParams
+from schedule.paged import UNWRITTEN, check_empty, sequences
+
+VOCAB_SIZE, POISON = 26, 25
+CPU = torch.device("cpu")
+PARAMS = (
+    None,
+    SamplingParams(temperature=0, repetition_penalty=1.8),
+    SamplingParams(temperature=0.8, frequency_penalty=0.7, presence_penalty=-0.3),
+    SamplingParams(top_k=5, top_p=0.9, repetition_penalty=1.2, logprobs=2),
+)
+
+
+class Interrupted(Exception):
+    """As if a rank had died."""
+
+
+class TokenStage(DeployedStage):
+    """A stage whose cache holds token ids and whose logits are drawn from all before them."""
+
+    def __init__(self, layout: Layout, limits: Limits, *, can_fail: bool) -> None:
+        self.spec = SimpleNamespace(layout=layout)
+        self._recorder = SimpleNamespace(
+            begin_step=lambda *args, **kwargs: None,
+            set_micro_batch=lambda number: None,
+            enter=lambda stage: None,
+            end_step=lambda: None,
+        )
+        self._mesh = SimpleNamespace(is_last_stage=True, at=SimpleNamespace(tp_rank=0))
+        self.migration = StubMigration()
+        self._phase = None
+        self._sends = deque()
+        self._sampler = Sampler(VOCAB_SIZE, CPU)
+        self._committed, self._uncommitted = {}, deque()
+        self._cache = np.full((limits.num_blocks, limits.block_size), UNWRITTEN)
+        self._can_fail = can_fail
+
+    def _begin_input(self, micro_batch, chosen):
+        return [self._with_chosen(micro_batch.own, chosen)], None
+
+    def _run_micro_batch(self, parts, arriving):
+        (batch,) = parts
+        size, seq_ids, logits = self._cache.shape[1], [], [torch.empty(0, VOCAB_SIZE)]
+        for seq, start, fed, table, yields in sequences(batch):
+            positions = np.arange(start + len(fed))
+            places = table[positions // size], positions % size
+            self._cache[places[0][start:], places[1][start:]] = fed
+            known = self._cache[places].tolist()
+            assert UNWRITTEN not in known, "it reads what was never written"
+            if yields:
+                seq_ids.append(seq)
+                logits.append(self._logits(known))
+        part, rows = SimpleNamespace(yielding_seq_ids=seq_ids), torch.cat(logits)
+        return [(part, HeadResult(None, rows, rows))]
+
+    def _logits(self, known):
+        drawn = torch.from_numpy(np.random.default_rng(known).normal(size=(1, VOCAB_SIZE))).float()
+        return drawn * torch.nan if self._can_fail and POISON in known else drawn
+
+    def state(self):
+        """All that outlives a step."""
+        sampled = {
+            seq: each.as_committed().output_token_ids.tolist()
+            for seq, each in self._sampler._admitted.items()
+        }
+        return self.migration.now, sampled, self._cache.tolist()
+
+
+class StubMigration:
+    """Placements are numbers."""
+
+    def __init__(self):
+        self.now = 0
+
+    def apply_placements(self, placements):
+        before, self.now = self.now, placements
+        return before
+
+    def restore(self, before):
+        self.now = before
+
+
+class StageRunner:
+    """Runs every step at once, on a stage of each data-parallel rank; may fail wherever ranks may.
+
+    Every few steps bring new placements.
+    """
+
+    def __init__(self, layout, limits, interrupt, *, can_fail):
+        self.stages = [
+            [TokenStage(layout, limits, can_fail=can_fail) for _ in range(layout.dp)]
+            for _ in range(layout.replicas)
+        ]
+        self.placement_of_step = {}
+        self._interrupt = interrupt
+
+    def submit(self, plan):
+        self._interrupt()
+        outcomes, placements = [], plan.step if plan.step % 4 == 3 else None
+        for stage, step in zip(self.stages[plan.replica], plan.of_dp_ranks(), strict=True):
+            outcomes.append(stage.run(step, placements))
+            self.placement_of_step[plan.step] = stage.migration.now
+            self._interrupt()  # the other ranks have not got it
+        return plan, outcomes
+
+    def first_done(self, handles):
+        self._interrupt()
+        return handles[0]
+
+    def collect(self, handle):
+        outcome = outcome_of(handle[1], 0.0, 0.0)
+        self._interrupt()
+        return outcome
+
+    def discard(self, plans):
+        for replica, stages in enumerate(self.stages):
+            steps = [plan.step for plan in plans if plan.replica == replica]
+            if steps:
+                for stage in stages:
+                    stage.discard(steps)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    layout: Layout
+    options: Options
+    limits: Limits
+    num_requests: int
+    can_fail: bool
+    seed: int
+
+    def play(self, interrupt_rate):
+        """All that a run leaves: requests, block tables, and ranks; with how often it failed."""
+        rng = np.random.default_rng(self.seed)
+        failing = np.random.default_rng(self.seed + 1)
+        num_interrupts = 0
+
+        def interrupt():
+            nonlocal num_interrupts
+            if failing.random() < interrupt_rate:
+                num_interrupts += 1
+                raise Interrupted
+
+        scheduler = ContinuousScheduler(
+            self.layout, self.options, self.limits, lookahead=self.layout.pp == 1
+        )
+        runner = StageRunner(self.layout, self.limits, interrupt, can_fail=self.can_fail)
+        loop = DriveLoop(scheduler, runner)
+        to_come, requests, logprobs = [self._draw(rng, i) for i in range(self.num_requests)], [], {}
+        while to_come or scheduler.has_unfinished:
+            while to_come and rng.random() < 0.6:
+                requests.append(to_come.pop(0))
+                scheduler.add(requests[-1])
+            if requests and rng.random() < 0.05:
+                scheduler.cancel(requests[rng.integers(len(requests))].request_id)
+            finished = self._next(loop, runner, interrupt)
+            if finished is not None:
+                for seq, found in finished.outcome.logprobs.items():
+                    logprobs.setdefault(seq, []).append(found)
+        check_empty(scheduler)
+        for stage in chain.from_iterable(runner.stages):
+            stage.discard([])  # commits all
+        left = {
+            "requests": [(r.output_token_ids, r.finish_reason, r.error) for r in requests],
+            "preemptions": [r.num_preemptions for r in requests],
+            "logprobs": logprobs,
+            "blocks": [vars(t.blocks) for t in chain.from_iterable(scheduler.tables)],
+            "ranks": [stage.state() for stage in chain.from_iterable(runner.stages)],
+            "placements": runner.placement_of_step,
+        }
+        return left, num_interrupts
+
+    def _next(self, loop, runner, interrupt):
+        """The next committed step, however often it takes."""
+        while True:
+            try:
+                loop.submit()
+                finished = loop.commit_next()
+                break
+            except Interrupted:
+                self._again(loop, runner)
+        try:
+            interrupt()  # before ranks know of the commit
+        except Interrupted:
+            self._again(loop, runner)
+        return finished
+
+    def _again(self, loop, runner):
+        while True:
+            runner.discard(loop.uncommitted)
+            try:
+                return loop.submit_again()
+            except Interrupted:
+                continue
+
+    def _draw(self, rng, number):
+        prompt = rng.integers(0, VOCAB_SIZE - 1, rng.integers(1, 12))
+        num_shared = int(rng.integers(0, len(prompt) + 1))
+        prompt[:num_shared] = np.arange(num_shared) % 3
+        return Request(
+            str(number),
+            prompt,
+            max_tokens=int(rng.integers(1, 10)),
+            stop_token_ids=[int(rng.integers(0, VOCAB_SIZE))],
+            sampling=PARAMS[rng.integers(len(PARAMS))],
+            sampling_seed=number,
+        )
+
+
+scenarios = st.builds(
+    Scenario,
+    layout=st.sampled_from(
+        [Layout(), Layout(dp=2), Layout(replicas=2), Layout(pp=2), Layout(pp=3, dp=2)]
+    ),
+    options=st.builds(
+        Options,
+        num_micro_batches=st.integers(1, 3),
+        micro_batch_schedule=st.sampled_from(["drained", "rotating"]),
+    ),
+    limits=st.builds(
+        Limits,
+        vocab_size=st.just(VOCAB_SIZE),
+        max_model_len=st.just(40),
+        num_blocks=st.integers(10, 30),
+        block_size=st.integers(2, 4),
+        max_num_batched_tokens=st.integers(3, 20),
+        max_num_seqs=st.integers(2, 6),
+        prefix_caching=st.booleans(),
+    ),
+    num_requests=st.integers(1, 12),
+    can_fail=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(scenarios, st.sampled_from([0.05, 0.2]))
+def test_interrupted_runs_leave_what_undisturbed_ones_leave(scenario, interrupt_rate):
+    expected, _ = scenario.play(0.0)
+    found, _ = scenario.play(interrupt_rate)
+    assert found == expected
+
+
+def test_the_scenarios_have_all_that_can_go_wrong():
+    """Many interrupts, preemptions, requests that fail, and new placements."""
+    limits = Limits(VOCAB_SIZE, 40, 12, 2, max_num_batched_tokens=12, max_num_seqs=6)
+    scenario = Scenario(Layout(dp=2), Options(), limits, 40, can_fail=True, seed=3)
+    left, num_interrupts = scenario.play(0.1)
+    assert num_interrupts > 10
+    assert sum(left["preemptions"]) > 0
+    assert any(error for _, _, error in left["requests"])
+    assert len(set(left["placements"].values())) > 3
+    assert len(left["logprobs"]) > 3
+    assert left == scenario.play(0.0)[0]
+
+
+MODEL = PRESETS["paper-tiny"]
+LIMITS = Limits(MODEL.vocab_size, 64, num_blocks=24, block_size=4, max_num_seqs=4)
+
+
+def run_on_ranks(pools, chosen, discard_at, *, rebalance):
+    """Output tokens, and what ran them; after some commits all that is in flight runs again."""
+    pool, layout = pools.pool(chosen.layout.world_size), chosen.layout
+    runner = ModelRunner(pool, MODEL, chosen, LIMITS, seed=0, ranks_per_node=2)
+    if rebalance:
+        runner = RebalancingRunner(
+            runner,
+            pool,
+            layout,
+            placements_of(MODEL, layout, chosen.options),
+            ranks_per_node=2,
+            num_steps=2,
+            log=lambda line: None,
+            worth=lambda decision: decision.num_bytes,
+            executor=Inline(),
+        )
+    scheduler = ContinuousScheduler(layout, chosen.options, LIMITS, lookahead=layout.pp == 1)
+    loop = DriveLoop(scheduler, runner)
+    rng, requests, num_commits = np.random.default_rng(5), [], 0
+    for number in range(10):
+        params = PARAMS[number % len(PARAMS)]
+        prompt = rng.integers(0, MODEL.vocab_size, rng.integers(2, 9))
+        requests.append(
+            Request(
+                str(number),
+                prompt,
+                max_tokens=int(rng.integers(4, 14)),
+                sampling=params,
+                sampling_seed=number,
+            )
+        )
+    while requests[-1].seq_id < 0 or scheduler.has_unfinished:
+        if num_commits % 2 == 0 and requests[-1].seq_id < 0:
+            scheduler.add(next(each for each in requests if each.seq_id < 0))
+        loop.submit()
+        if num_commits in discard_at:
+            runner.discard(loop.uncommitted)
+            loop.submit_again()
+        loop.commit_next()
+        num_commits += 1
+    return [request.output_token_ids for request in requests], runner
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "rebalance"),
+    [
+        ("tp=2", {}, False),
+        ("dp=2,ep=2", {"num_redundant_experts": 2}, True),
+        ("pp=2,dp=2,ep=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}, True),
+        ("replicas=2,dp=2,ep=2", {"overlap": True}, False),
+    ],
+)
+def test_ranks_run_discarded_steps_again(pools, layout, options, rebalance):
+    chosen = deployment(layout, **options)
+    tokens, _ = run_on_ranks(pools, chosen, (), rebalance=rebalance)
+    again, runner = run_on_ranks(pools, chosen, range(1, 60, 2), rebalance=rebalance)
+    assert again == tokens
+    if rebalance:
+        assert any(each.switched is not None for each in runner.decisions)
+        steps = [(load.replica, load.step) for load in runner.loads]
+        assert len(set(steps)) == len(steps)  # none was counted twice
