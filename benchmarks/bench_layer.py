@@ -38,7 +38,7 @@ from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
-BLOCK_SIZE, MOST_REPEATS = 16, 50
+BLOCK_SIZE, MOST_REPEATS, MOST_S = 16, 50, 0.5
 SMALL = ModelConfig(
     name="small",
     num_hidden_layers=1,
@@ -149,9 +149,7 @@ class Bench:
         looped = LoopedExperts(experts.held, experts.activation)
         variants = {type(each).__name__: each for each in (chosen, looped)}
         for name, apply in variants.items():
-            taken_s = self._seconds(
-                lambda apply=apply: apply(*given, arrived.num_tokens_per_expert)
-            )
+            taken_s = self._seconds(lambda apply=apply: apply(*given))
             yield self._row(f"experts, {num_tokens} tokens", name, taken_s, num_bytes, flops)
 
     def _row(self, what: str, variant: str, taken_s: float, num_bytes: int, flops: int) -> Row:
@@ -167,14 +165,14 @@ class Bench:
             "flops_per_s": flops / taken_s,
         }
 
-    def _seconds(self, work: Callable[[], object], most_s: float = 1.0) -> float:
+    def _seconds(self, work: Callable[[], object]) -> float:
         """The median of some calls, each with the device's work done."""
         finish = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         for _ in range(2):
             work()
         finish()
         seconds: list[float] = []
-        until = time.perf_counter() + most_s
+        until = time.perf_counter() + MOST_S
         while len(seconds) < MOST_REPEATS and (time.perf_counter() < until or len(seconds) < 3):
             began = time.perf_counter()
             work()
