@@ -124,7 +124,9 @@ class Bench:
         at = self._layout.coordinates(0)
 
         def step() -> None:
-            part = ForwardBatch(batch, [batch.num_tokens], self._layout, at, self.device, BLOCK_SIZE)
+            part = ForwardBatch(
+                batch, [batch.num_tokens], self._layout, at, self.device, BLOCK_SIZE
+            )
             interleave([self.stage.forward(self.stage.embed(part), part, False)])
 
         self._recorder.begin_step(0, 1, record=True, count_idle=False)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from expertlane.model.head import HeadResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from expertlane.engine.model_runner import ModelRunner, outcome_of
 from expertlane.engine.rebalancing import RebalancingRunner
 from expertlane.engine.stage import DeployedStage
 from expertlane.model.sampler import Sampler
+from expertlane.model.transformer import HeadResult
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
