@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
+from expertlane.results.estimate import Strict
 from expertlane.results.step_record import RankEvents, StepRecord
-from expertlane.results.strict import Strict
 from expertlane.spec.names import Phase, Stage, Track
 
 MOST_RANKS = 32
