@@ -14,8 +14,12 @@ from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError
 from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, capacity, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES
-from expertlane.plan.explanation import cluster_record, conditions_of
-from expertlane.plan.project import DeploymentProjector, StepSize
+from expertlane.plan.project import (
+    DeploymentProjector,
+    StepSize,
+    cluster_record,
+    conditions_of,
+)
 from expertlane.plan.setting import Setting
 from expertlane.progress import Progress
 from expertlane.results.record import (

@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import ModelledCluster
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
@@ -16,6 +14,7 @@ from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.families import best_of_families, pareto
 from expertlane.plan.losing import why_it_loses
 from expertlane.plan.option import Finalist, Option
+from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.search import OnePool, Search
 from expertlane.plan.serve_commands import Served as Loaded
 from expertlane.plan.serve_commands import serve_commands
@@ -37,7 +36,7 @@ from expertlane.results.record import (
     PoolRecord,
     ServingRecord,
 )
-from expertlane.results.results import Assumption, Cluster, NoPools, PlanSummary, Results
+from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
 from expertlane.spec.paper import LAYOUTS, is_papers_model
 
 _NUM_BEST = 8
@@ -331,25 +330,6 @@ def serving_record(served: Served, place: int) -> ServingRecord:
         num_running=int(served.num_seqs[place]),
         ttft_s=mean(served.ttft_s[:, place]),
         tpot_s=mean(served.tpot_s[:, place]),
-    )
-
-
-def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
-    """As records have them."""
-    return Conditions(top_k, execution.value, routing, types.weights, types.kv)
-
-
-def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
-    """As results have it."""
-    device = cluster.profile.device
-    return Cluster(
-        name=str(cluster),
-        device=device.name,
-        num_devices=cluster.num_devices,
-        ranks_per_node=cluster.profile.ranks_per_node,
-        memory_bytes=device.memory_bytes,
-        memory_bytes_per_s=device.memory_bytes_per_s,
-        flops_per_s=device.flops_per_s[types.weights],
     )
 
 

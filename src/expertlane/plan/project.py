@@ -12,8 +12,9 @@ import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.breakdown import Why, WhyTable
-from expertlane.cost.laws.execution import BOUNDS, Terms
+from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.launches import FUSED
@@ -26,7 +27,8 @@ from expertlane.plan.candidates import FORMS
 from expertlane.plan.setting import Setting
 from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import StepsRecord
+from expertlane.results.record import Conditions, StepsRecord
+from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
 from expertlane.spec.deployment import Deployment, Options
@@ -234,3 +236,22 @@ def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterat
             except UserError:  # not as many on each node: it can't be chosen
                 continue
         yield replace(options, dispatch=form, overlap=overlap)
+
+
+def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
+    """As records have them."""
+    return Conditions(top_k, execution.value, routing, types.weights, types.kv)
+
+
+def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
+    """As results have it."""
+    device = cluster.profile.device
+    return Cluster(
+        name=str(cluster),
+        device=device.name,
+        num_devices=cluster.num_devices,
+        ranks_per_node=cluster.profile.ranks_per_node,
+        memory_bytes=device.memory_bytes,
+        memory_bytes_per_s=device.memory_bytes_per_s,
+        flops_per_s=device.flops_per_s[types.weights],
+    )

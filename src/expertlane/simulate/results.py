@@ -10,7 +10,7 @@ from expertlane.cost.laws.times import Basis
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.explanation import cluster_record, conditions_of
+from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.step_facts import shares_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
