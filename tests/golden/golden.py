@@ -18,6 +18,7 @@ from pathlib import Path
 
 import expertlane
 from golden.cases import CASES, HERE, Case, prepare
+from golden.old_names import old
 from golden.reduce import Columns, Json, differences, measured, projected
 
 MOST_SHOWN = 20
@@ -68,7 +69,7 @@ def run_case(case: Case, folder: Path) -> Columns:
         raise RuntimeError(f"{case.name}: exit code {done.returncode}\n{last}")
     in_file = case.command != "balance"
     text = (folder / out / "results.json").read_text(encoding="utf-8") if in_file else done.stdout
-    results = _without_place(json.loads(text), str(folder))
+    results = old(_without_place(json.loads(text), str(folder)))
     if case.source == "measured":
         return measured(results)
     if results.get("deployments"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.results.file import AnyResults
+    from expertlane.results.results import Results
 
 JSON_HELP = "Print results.json instead of tables."
 FILES = "results.json, report.md and report.html"
@@ -34,7 +34,7 @@ def results_folder(out: Path | None, name: str) -> Path:
 
 
 def publish(
-    results: "AnyResults",
+    results: "Results",
     folder: Path,
     *,
     as_json: bool,
@@ -62,9 +62,7 @@ def publish(
     print_message(f"written: {', '.join(map(str, written))}")
 
 
-def write_reports(
-    results: "AnyResults", folder: Path, *, traffic: bool = False
-) -> tuple[Path, ...]:
+def write_reports(results: "Results", folder: Path, *, traffic: bool = False) -> tuple[Path, ...]:
     """Write report.md and report.html; return their paths.
 
     Raises:

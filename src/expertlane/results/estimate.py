@@ -1,6 +1,6 @@
 """One number of a result, and the summary of many."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,10 +24,16 @@ class Estimate(Strict):
     high: float | None = None
 
     @classmethod
-    def between(cls, bounds: Sequence[float]) -> "Estimate":
+    def between(cls, bounds: Iterable[float]) -> "Estimate":
         """Of what all terms at their low, likely and high values give, whichever is largest."""
         first, likely, last = map(float, bounds)
         return cls(likely, min(first, likely, last), max(first, likely, last))
+
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """Low, value and high; all alike where it was measured."""
+        low, high = (self.value if each is None else each for each in (self.low, self.high))
+        return low, self.value, high
 
     def __mul__(self, factor: float) -> "Estimate":
         """By a factor above 0."""
@@ -38,6 +44,11 @@ class Estimate(Strict):
         """By a divisor above 0."""
         low, high = (None if each is None else each / divisor for each in (self.low, self.high))
         return Estimate(self.value / divisor, low, high)
+
+    def __rtruediv__(self, amount: float) -> "Estimate":
+        """An amount over times, for example: a rate, whose bounds come the other way round."""
+        low, high = (None if each is None else amount / each for each in (self.high, self.low))
+        return Estimate(amount / self.value, low, high)
 
 
 @dataclass(frozen=True)

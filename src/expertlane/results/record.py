@@ -63,7 +63,7 @@ class StepsRecord(Strict):
         wall_s: measured: of the phase. Projected: of the one step, or round where micro-batches
             rotate, in the steady state. Simulated: of all steps; where they overlap, more than
             the time that passed.
-        tps: tokens a second over the whole system; None where steps of other phases are between.
+        tps: `num_tokens` over `wall_s`, over the whole system.
         tps_of_runs: of each repetition by itself.
         step_s: of a step, from its submission (modelled: from when the first rank turns to it) to
             its finish; with steps in flight together it holds their queueing.
@@ -95,10 +95,10 @@ class StepsRecord(Strict):
     num_tokens: int
     num_seqs: int
     wall_s: Estimate
+    tps: Estimate
     pool: PoolRole = "both"
     context: int | None = None
     num_rounds: int | None = None
-    tps: Estimate | None = None
     tps_of_runs: tuple[float, ...] = ()
     step_s: Summary | None = None
     token_s: Summary | None = None

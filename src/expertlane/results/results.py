@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -130,7 +130,12 @@ class Assumption(Strict):
 
 @dataclass(frozen=True)
 class ServeCommand(Strict):
-    """A command line of another system; `note` may be empty."""
+    """A command line of another system.
+
+    Attributes:
+        command: None where the system cannot express the deployment.
+        note: what differs from the deployment, or why there is no command; may be empty.
+    """
 
     system: str
     command: str | None
@@ -236,6 +241,18 @@ class Results(Strict):
             question=json.loads(strict_json(plain)),  # lists, as they are read back
             deployments=tuple(deployments),
             **parts,
+        )
+
+    def beside(self, projected: "Results") -> "Results":
+        """What was measured, with a projection of the same experiment."""
+        return replace(
+            self,
+            question=projected.question | self.question,
+            deployments=self.deployments + projected.deployments,
+            cluster=projected.cluster,
+            assumptions=self.assumptions + projected.assumptions,
+            plans=projected.plans,
+            context=projected.context,
         )
 
     def select(

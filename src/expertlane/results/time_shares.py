@@ -1,4 +1,4 @@
-"""Where the ranks' time goes: own work, exposed transfers, waiting, bubbles, between steps."""
+"""Where the ranks' time goes, what limits a phase, and what it would cost without waiting."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.results.step_record import StepRecord
+from expertlane.results.record import Bottleneck, CriticalPath, StepsRecord
+from expertlane.results.step_record import StepRecord, by_pipeline_stage
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
+
+# Below this share of the wall time a rank that waits less than the others is not called slow.
+STRAGGLER_SHARE = 0.05
 
 # Stages in which all ranks of a pipeline stage meet.
 _MEETINGS = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]
@@ -46,7 +50,7 @@ class StageTime:
     bubble_s: npt.NDArray[np.float64]
     exposed_s: float
 
-    def breakdown_s(self, wall_s: float, num_rounds: int) -> dict[Cause, float]:
+    def breakdown_s(self, wall_s: float, num_rounds: int) -> dict[str, float]:
         """Seconds a round by cause, mean over ranks; their sum is the wall time of a round.
 
         What the ranks do not account for is `Cause.ENGINE`. A rank may still tidy up after the
@@ -61,7 +65,7 @@ class StageTime:
         causes[Cause.WAITING] = float(self.waiting_s.mean())
         causes[Cause.PIPELINE_BUBBLE] = float(self.bubble_s.mean())
         causes[Cause.ENGINE] = float(np.maximum(wall_s - accounted_s, 0.0).mean())
-        return {cause: seconds / num_rounds for cause, seconds in causes.items()}
+        return {cause.value: seconds / num_rounds for cause, seconds in causes.items()}
 
 
 def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
@@ -111,32 +115,86 @@ def _meeting(layout: Layout, ranks: list[int], stage: Stage) -> list[list[int]]:
     return list(groups.values())
 
 
-def hidden_communication(step_off_s: float, step_on_s: float, exposed_s: float) -> float | None:
-    """The share of exposed communication that overlap hides; negative where overlap costs time.
+def find_bottleneck(layout: Layout, steps: StepsRecord) -> Bottleneck:
+    """Name the largest cause of a measured phase, and the straggler if there is one."""
+    cause, share = steps.largest
+    straggler, excess_s = _straggler(layout, np.array(steps.waiting_s))
+    sentence = f"{cause}, {share:.0%} of {steps.phase.value}"
+    excess = excess_s / steps.wall_s.value
+    if excess <= STRAGGLER_SHARE:
+        return Bottleneck(steps.phase, Cause(cause), share, None, sentence)
+    sentence += f"; straggler: rank {straggler}, for which others wait {excess:.0%} of the time"
+    return Bottleneck(steps.phase, Cause(cause), share, straggler, sentence)
 
-    Args:
-        step_off_s, step_on_s: mean decode step (of a round, where micro-batches rotate) without
-            and with overlap.
-        exposed_s: `StageTime.exposed_s` of decoding without overlap, per such step.
 
-    Returns:
-        (step_off_s - step_on_s) / exposed_s, or None where nothing was exposed.
+def _straggler(layout: Layout, waiting_s: npt.NDArray[np.float64]) -> tuple[int, float]:
+    """The rank that waits least within its pipeline stage, and how much longer the others wait.
+
+    Of several pipeline stages, the one where that difference is largest.
     """
-    return (step_off_s - step_on_s) / exposed_s if exposed_s > 0 else None
+    if layout.stage_size == 1:
+        return 0, 0.0
+    by_stage = waiting_s.reshape(-1, layout.stage_size)
+    least = by_stage.min(axis=1)
+    of_others = (by_stage.sum(axis=1) - least) / (layout.stage_size - 1)
+    stage = int(np.argmax(of_others - least))
+    rank = stage * layout.stage_size + int(by_stage[stage].argmin())
+    return rank, float(of_others[stage] - least[stage])
 
 
-def by_pipeline_stage(
-    layout: Layout, step: StepRecord
-) -> list[tuple[list[int], npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Ranks, `wall_s` and `blocked_s` [ranks, micro-batches, slots, stages] by pipeline stage."""
-    groups = defaultdict(list)
-    for record in step.records:
-        groups[layout.coordinates(record.rank).pp_rank].append(record)
-    return [
-        (
-            [record.rank for record in records],
-            np.stack([record.wall_s for record in records]),
-            np.stack([record.blocked_s for record in records]),
-        )
-        for records in groups.values()
-    ]
+def critical_path(layout: Layout, steps: Sequence[StepRecord]) -> CriticalPath:
+    """Chain the steps of one phase through the pipeline.
+
+    The ranks of a pipeline stage are taken to meet after every (micro-batch, layer slot, stage),
+    so each of these costs the largest `cpu_s` among them. Summed per micro-batch m and pipeline
+    stage s to t[m, s], with time spent waiting for a plan left out, they follow the usual
+    recurrence finish[m, s] = max(finish[m - 1, s], finish[m, s - 1]) + t[m, s]. It runs on over
+    the steps of a replica in the order of submission; a step begins no sooner than the last
+    tokens of its own sequences are ready. Drained steps thus follow one another, and rotating
+    micro-batches fill the pipeline.
+    """
+    total_s, step_s = 0.0, []
+    for run in sorted({step.run for step in steps}):
+        run_s, of_steps_s = _one_run(layout, [step for step in steps if step.run == run])
+        total_s += run_s
+        step_s += of_steps_s
+    num_tokens = sum(step.num_tokens for step in steps)
+    return CriticalPath(
+        total_s=total_s,
+        tps=num_tokens / total_s if total_s else 0.0,
+        step_s=float(np.median(step_s)),
+    )
+
+
+def _one_run(layout: Layout, steps: Sequence[StepRecord]) -> tuple[float, list[float]]:
+    """The whole of a run, and each step."""
+    total_s, step_s = 0.0, []
+    for replica in range(layout.replicas):
+        free = [0.0] * layout.pp
+        ready: dict[int, float] = {}
+        of_replica = (step for step in steps if step.replica == replica)
+        for step in sorted(of_replica, key=lambda step: step.submitted_s):
+            begin = max((ready.get(seq, 0.0) for seq in step.seq_ids), default=0.0)
+            for of_micro_batch in _stage_cpu_s(layout, step):
+                finish = begin
+                for pp_rank, cpu_s in enumerate(of_micro_batch):
+                    finish = free[pp_rank] = max(free[pp_rank], finish) + float(cpu_s)
+            ready |= dict.fromkeys(step.seq_ids, free[-1])
+            step_s.append(free[-1] - begin)
+        total_s = max(total_s, free[-1])
+    return total_s, step_s
+
+
+def _stage_cpu_s(layout: Layout, step: StepRecord) -> npt.NDArray[np.float64]:
+    """[num_micro_batches, pp]; a step's critical CPU time."""
+    times = np.zeros((step.num_micro_batches, layout.pp))
+    for pp_rank in range(layout.pp):
+        of_stage = [
+            record.cpu_s
+            for record in step.records
+            if layout.coordinates(record.rank).pp_rank == pp_rank
+        ]
+        largest = np.max(of_stage, axis=0)
+        largest[..., Stage.IDLE] = 0.0
+        times[:, pp_rank] = largest.sum(axis=(1, 2))
+    return times
