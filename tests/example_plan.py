@@ -8,7 +8,6 @@ from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
     FAMILY,
-    PAPER,
     PARETO,
     DeploymentRecord,
     PoolRecord,
@@ -84,8 +83,6 @@ PLAN = Results(
         planned(TENSOR, 8_000, FAMILY, "no expert parallelism, pipeline", in_full=False),
         planned(Layout(tp=16), 500, PARETO, in_full=False),
         planned(NEAR, 20_000, PARETO, in_full=False),
-        planned(TENSOR, 8_000, PAPER, "the paper's baseline"),
-        planned(EXPERT, 16_000, PAPER, "the paper's proposal"),
     ),
     cluster=Cluster("h100x16", "a device", 16, 8, 80e9, 3.35e12, 989e12),
     assumptions=(Assumption("types", "float16", change="--dtype"),),

@@ -35,6 +35,7 @@ def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
     """
     from expertlane.cli.output import check_folder, print_json
     from expertlane.cli.publish import write_reports
+    from expertlane.report.sections import report_of
     from expertlane.results.file import FILE_NAME
     from expertlane.results.file import read as read_results
     from expertlane.spec.printable import printable
@@ -44,7 +45,7 @@ def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
     folder = out or path.parent
     check_folder(folder)
     try:
-        written = [str(each) for each in write_reports(kept, folder)]
+        written = [str(each) for each in write_reports(report_of(kept), folder)]
     except ExpertlaneError:
         raise
     except Exception as error:  # a file that is well-formed and yet makes no sense

@@ -1,7 +1,7 @@
 """An experiment's deployments on a modelled cluster: what `compare --project` adds."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 from expertlane.balance.placement_file import placements_of
@@ -36,7 +36,6 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.paper import LAYOUTS, TOP_KS, is_papers_model
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
@@ -64,7 +63,7 @@ class ExperimentProjector:
         self._cluster = cluster
         self._types = NumberTypes.all_of(number_type)
         self._skew = skew
-        self._sources: dict[tuple[int, str], RoutingSource] = {}
+        self._sources: dict[str, RoutingSource] = {}
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
         self.check()
@@ -110,16 +109,6 @@ class ExperimentProjector:
         )
 
     @property
-    def top_ks(self) -> tuple[int, ...]:
-        """The model's own, and for the paper's experiment the other usual ones."""
-        experiment = self._experiment
-        own = (experiment.model.num_experts_per_tok,)
-        layouts = {each.layout for each in experiment.deployments}
-        if is_papers_model(asdict(experiment.model)) and set(LAYOUTS) <= layouts:
-            return tuple(dict.fromkeys((*own, *TOP_KS)))
-        return own
-
-    @property
     def _executions(self) -> tuple[Execution, ...]:
         if OVERHEAD_S in self._cluster.profile.terms:
             return (Execution.SERIAL,)
@@ -134,23 +123,21 @@ class ExperimentProjector:
         cached = (workload.prompt_len - num_new) // 2
         return StepSize(num_seqs, num_new, cached, phase=Phase.PREFILL)
 
-    def _conditions(self, top_k: int, execution: Execution, routing: str) -> Conditions:
+    def _conditions(self, execution: Execution, routing: str) -> Conditions:
+        top_k = self._experiment.model.num_experts_per_tok
         return conditions_of(top_k, execution, routing, self._types)
 
-    def _usual(self, top_k: int) -> Conditions:
+    @property
+    def _usual(self) -> Conditions:
         """Those that are spoken of."""
-        return self._conditions(top_k, self._executions[0], "balanced")
-
-    def _model(self, top_k: int) -> ModelConfig:
-        return self._experiment.model.with_overrides(num_experts_per_tok=top_k)
+        return self._conditions(self._executions[0], "balanced")
 
     def _setting(self, conditions: Conditions) -> Setting:
-        key = conditions.top_k, conditions.routing
-        if key not in self._sources:
-            model = self._model(conditions.top_k)
-            skew = 0.0 if conditions.routing == "balanced" else self._skew
-            self._sources[key] = PowerLawRouting.of(model, skew)
-        source = self._sources[key]
+        routing = conditions.routing
+        if routing not in self._sources:
+            skew = 0.0 if routing == "balanced" else self._skew
+            self._sources[routing] = PowerLawRouting.of(self._experiment.model, skew)
+        source = self._sources[routing]
         execution = Execution(conditions.execution)
         return Setting(self._types, execution, source, step_tokens=STEP_TOKENS)
 
@@ -158,7 +145,7 @@ class ExperimentProjector:
         deployments = self._experiment.deployments
         all_conditions = [
             self._conditions(*each)
-            for each in product(self.top_ks, self._executions, ("balanced", "skewed"))
+            for each in product(self._executions, ("balanced", "skewed"))
         ]
         progress.task(f"projecting on {self._cluster}", len(all_conditions) * len(deployments))
         rows: list[DeploymentRecord] = []
@@ -174,12 +161,12 @@ class ExperimentProjector:
         self, rows: list[DeploymentRecord], context: int, progress: Progress
     ) -> list[DeploymentRecord]:
         """With steps of other batch sizes and timelines, under the usual conditions."""
-        usual = self._usual(self.top_ks[0])
+        usual = self._usual
         deployments = self._experiment.deployments
         progress.task("batch sizes and timelines", len(deployments))
         closer = list(rows)
         for place, deployment in enumerate(deployments):
-            model = self._model(usual.top_k)
+            model = self._experiment.model
             steps = DeploymentProjector(model, deployment, self._cluster, self._setting(usual))
             assert rows[place].name == deployment.name, "usual conditions come first"
             resident = self._resident(model, deployment, context)
@@ -207,7 +194,7 @@ class ExperimentProjector:
                 alike = row.conditions and replace(row.conditions, routing=at.routing)
                 if (row.name, alike) == (deployment.name, at):
                     return replace(row, conditions=at)
-        model = self._model(at.top_k)
+        model = self._experiment.model
         room = self._room(model, deployment.layout, deployment.options)
         steps = DeploymentProjector(model, deployment, self._cluster, self._setting(at))
         layout = deployment.layout
@@ -283,7 +270,7 @@ class ExperimentProjector:
     def _scaled(self, deployment: Deployment, context: int) -> DeploymentRecord:
         model, layout = self._experiment.model, deployment.layout
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
-        usual = self._usual(model.num_experts_per_tok)
+        usual = self._usual
         steps = DeploymentProjector(model, deployment, cluster, self._setting(usual))
         num_all = self._experiment.workload.num_sequences
         share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
@@ -313,34 +300,28 @@ class ExperimentProjector:
     def _planned(
         self, rows: Sequence[DeploymentRecord], context: int, progress: Progress
     ) -> tuple[list[DeploymentRecord], tuple[PlanSummary, ...]]:
-        """The rows with what a planner finds for each top-k under the usual conditions."""
-        top_ks = self.top_ks if self._cluster.num_devices <= MOST_DEVICES else ()
-        progress.task("looking for better layouts", 2 * len(top_ks))
-        planned, plans = list(rows), []
-        for top_k in top_ks:
-            usual = self._usual(top_k)
-            places = [place for place, row in enumerate(rows) if row.conditions == usual]
+        """The rows with what a planner finds under the usual conditions, which come first."""
+        if self._cluster.num_devices > MOST_DEVICES:
+            return list(rows), ()
+        usual, num_own = self._usual, len(self._experiment.deployments)
 
-            def row_of(deployment: Deployment, at: Conditions = usual) -> DeploymentRecord:
-                return self._row(deployment, at, [])
+        def row_of(deployment: Deployment) -> DeploymentRecord:
+            return self._row(deployment, usual, [])
 
-            summary, found = plan_beside(
-                self._model(top_k),
-                self._cluster,
-                self._experiment.workload,
-                self._setting(usual),
-                usual,
-                context,
-                [rows[place] for place in places],
-                row_of,
-                progress,
-            )
-            plans.append(summary)
-            for place, row in zip(places, found, strict=False):
-                planned[place] = row
-            planned += found[len(places) :]
+        progress.task("looking for better layouts", 2)
+        summary, found = plan_beside(
+            self._experiment.model,
+            self._cluster,
+            self._experiment.workload,
+            self._setting(usual),
+            usual,
+            context,
+            rows[:num_own],
+            row_of,
+            progress,
+        )
         progress.done()
-        return planned, tuple(plans)
+        return [*found[:num_own], *rows[num_own:], *found[num_own:]], (summary,)
 
 
 def _batches(num_all: int) -> list[int]:

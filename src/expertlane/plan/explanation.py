@@ -27,7 +27,6 @@ from expertlane.results.record import (
     BEST,
     DECODE_POOL,
     FAMILY,
-    PAPER,
     PARETO,
     PREFILL_POOL,
     TWO_POOLS,
@@ -37,11 +36,9 @@ from expertlane.results.record import (
     ServingRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
-from expertlane.spec.paper import LAYOUTS, is_papers_model
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
-_PAPERS = ("the paper's baseline", "the paper's proposal")
 _NUM_PARETO = 12
 _FIXED = "not an option"
 
@@ -156,7 +153,6 @@ class Plan:
                 *self._best(),
                 *self._families(),
                 *pareto_records(found.options, _NUM_PARETO, self._conditions),
-                *self._papers(),
                 *self._two(),
             ],
             cluster=cluster_record(question.cluster, setting.types),
@@ -233,20 +229,6 @@ class Plan:
             )
             for family, option in best_of_families(self.found.options).items()
         ]
-
-    def _papers(self) -> list[DeploymentRecord]:
-        """The paper's layouts, each with its best options, in full where they keep the limits."""
-        if not is_papers_model(asdict(self._question.model)):
-            return []
-        records = []
-        for name, layout in zip(_PAPERS, LAYOUTS, strict=True):
-            options = [each for each in self.found.options if each.candidate.layout == layout]
-            best = max(options, key=lambda option: option.tps, default=None)
-            finalist = None if best is None else self._search.finish_within(best)
-            if finalist is not None:
-                record = self._in_full(finalist, PAPER, name=name, timelines=True)
-                records.append(replace(record, why=self._why(finalist.option)))
-        return records
 
     def _two(self) -> list[DeploymentRecord]:
         """Two pools as they serve together, and each by itself."""

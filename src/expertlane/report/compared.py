@@ -63,6 +63,11 @@ class Row:
         return (median or self.step.round_s).value
 
 
+def step_of(row: Row) -> StepsRecord:
+    """The step that is spoken of."""
+    return row.step
+
+
 @dataclass(frozen=True)
 class Gain:
     """One deployment against another.
@@ -226,9 +231,10 @@ def projected(results: Results, conditions: Conditions | None = None) -> Compari
     if not results.conditions:
         return None
     conditions = conditions or results.conditions[0]
-    context, num_seqs = results.context, num_sequences(results)
+    context = results.context or 0
     records = results.select("projected", EXPERIMENT, conditions)
-    assert context is not None, "a projection speaks of one"
+    decodes = records[0].steps_of(Phase.DECODE)  # at each context, that of all sequences first
+    num_seqs = next((step.num_seqs for step in decodes if step.context == context), 0)
     steps = [each.decode_of(context, num_seqs) for each in records]
     found = results.select("projected", FASTEST, conditions)
     planned = [Row(None, each, s) for each in found if (s := each.decode_of(context, num_seqs))]
@@ -238,15 +244,10 @@ def projected(results: Results, conditions: Conditions | None = None) -> Compari
         _rows(records, steps),
         conditions,
         context,
-        tuple(sorted({s.context for s in records[0].steps_of(Phase.DECODE) if s.context})),
+        tuple(sorted({step.context for step in decodes if step.context is not None})),
         num_seqs,
         planned[0] if planned else None,
     )
-
-
-def num_sequences(results: Results) -> int:
-    """Of a comparison's workload."""
-    return int(results.question["experiment"]["workload"]["num_sequences"])
 
 
 def _rows(

@@ -9,6 +9,7 @@ from expertlane.results.record import Source
 from expertlane.spec.printable import printable
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Column(Heading, Generic[T]):
         """As text."""
         value = self.get(item)
         return NONE if value is None else self.show(value)
+
+    def of(self, part: Callable[[U], T]) -> "Column[U]":
+        """The same of a part of something else."""
+        return Column(
+            self.heading,
+            self.is_number,
+            lambda whole: self.get(part(whole)),
+            self.show,
+            self.source,
+        )
 
 
 def text(heading: str, get: Callable[[T], Any], source: Source | None = None) -> Column[T]:

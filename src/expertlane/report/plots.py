@@ -160,7 +160,7 @@ def _measured_timelines(
         step, options = steps[phase][name], rows[name].record.options
         assert step.timeline is not None, "it is drawn"
         is_round = options.micro_batch_schedule == "rotating" and phase is Phase.DECODE
-        median = step.step_s and step.step_s.median
+        median = step.step_s.median if step.step_s else None
         usual_s = likely(step.round_s if is_round or median is None else median)
         own_s = step.timeline.end_us / _US_PER_S
         what = "a mean round" if is_round else "the median step"
@@ -245,19 +245,17 @@ def _projected_sizes(results: Results) -> list[Chart]:
     found = scaling(results, "projected")
     if not found:
         return []
+    names = ("the same sequences", "as many sequences a GPU")
+    steps = [[each.work for each in found], [each.share or each.work for each in found]]
     curves = [
         Curve(
             name,
             tuple(
                 Point(each.record.num_ranks, step.tps, _fit(step))
-                for each in found
-                if (step := get(each))
+                for each, step in zip(found, of_sizes, strict=True)
             ),
         )
-        for name, get in (
-            ("the same sequences", lambda size: size.work),
-            ("as many sequences a GPU", lambda size: size.share),
-        )
+        for name, of_sizes in zip(names, steps, strict=True)
     ]
     return [
         curves_chart(
@@ -442,7 +440,7 @@ def bench(results: Results) -> tuple[Section, ...]:
                 "TPOT by load",
                 load,
                 latency,
-                curves(lambda each: (ms := _tpot_ms(each)) and Point(_load(each), ms)),
+                curves(lambda each: Point(_load(each), ms) if (ms := _tpot_ms(each)) else None),
                 note="Medians over requests; the lines up from them go to the 95th percentile.",
             ),
             curves_chart(
@@ -451,8 +449,9 @@ def bench(results: Results) -> tuple[Section, ...]:
                 output,
                 curves(
                     lambda each: (
-                        (ms := _tpot_ms(each))
-                        and Point(ms.value, each.serving.output_tps, each.load)
+                        Point(ms.value, each.serving.output_tps, each.load)
+                        if (ms := _tpot_ms(each))
+                        else None
                     )
                 ),
                 note="Up and left is better. TPOT is the median over requests.",

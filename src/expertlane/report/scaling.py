@@ -54,7 +54,7 @@ def parallelism(comparison: Comparison) -> Section:
         number(f"weights read by a {unit}, step", weight_bytes_of_rank, bytes_si),
     )
     return Section(
-        f"{_prefix(comparison.source)}Experts at once",
+        _heading(comparison.source, "Experts at once"),
         (
             f"Most experts of a layer computing at once, by layout: {most}, with {leaders}.",
             Table.of("", columns, rows, comparison.source),
@@ -65,14 +65,14 @@ def parallelism(comparison: Comparison) -> Section:
     )
 
 
-def _prefix(source: Source) -> str:
-    return "" if source == "measured" else "Projected: "
+def _heading(source: Source, words: str) -> str:
+    return words if source == "measured" else f"Projected: {words[0].lower()}{words[1:]}"
 
 
 def overlap(comparison: Comparison) -> Section:
     """What overlap hides, of each two deployments that differ in nothing else."""
     pairs = comparison.overlapped
-    heading = f"{_prefix(comparison.source)}Communication hidden by overlap"
+    heading = _heading(comparison.source, "Communication hidden by overlap")
     if not pairs:
         return Section(heading, ("No two deployments differ in overlap alone.",))
     num_paying = sum(pair.gained_s > 0 for pair in pairs)
@@ -112,7 +112,7 @@ def sizes(results: Results, comparison: Comparison) -> Section:
     unit = unit_of(source)
     parts: list[Words] = ["This experiment runs no layouts of growing ep."]
     if found:
-        parts = [_sizes_sentence(found, unit), _sizes_table(found, source)]
+        parts = [sizes_sentence(found, unit), _sizes_table(found, source)]
         parts += _beyond(found) if source == "projected" else []
     if source == "measured":
         if results.machine is not None and results.machine.is_oversubscribed:
@@ -132,7 +132,7 @@ def sizes(results: Results, comparison: Comparison) -> Section:
             ),
         )
         parts.append(Table.of(f"Per rank, {comparison.phase}", columns, comparison.rows))
-    return Section(f"{_prefix(source)}Scaling", tuple(parts))
+    return Section(_heading(source, "Scaling"), tuple(parts))
 
 
 def per_rank(size: Size, steps: StepsRecord | None) -> float:
@@ -146,7 +146,8 @@ def critical_per_rank(size: Size) -> float:
     return path.tps / size.record.num_ranks if path else 0.0
 
 
-def _sizes_sentence(found: Sequence[Size], unit: str) -> str:
+def sizes_sentence(found: Sequence[Size], unit: str) -> str:
+    """How TPS of a rank changes from the first to the last size."""
     first, last = found[0], found[-1]
 
     def factor(get: Callable[[Size], float]) -> str:

@@ -47,7 +47,7 @@ def served(results: Results) -> list[Served]:
 def fastest(results: Results) -> str:
     """What gave most output, in a sentence."""
     best = max(served(results), key=lambda each: each.serving.output_tps.value)
-    mean = best.serving.tpot_s and best.serving.tpot_s.mean
+    mean = best.serving.tpot_s.mean if best.serving.tpot_s else None
     tpot = "" if mean is None else f", TPOT {milliseconds(mean)} ms on average"
     return (
         f"Most output: {figures(best.serving.output_tps)} tokens/s with {best.record.layout} at "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from expertlane.report.document import Section, Table, text
+from expertlane.report.document import Column, Section, Table, text
 from expertlane.report.numbers import NONE, bytes_si, counted, figures, percent, rate_si
 from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source
 from expertlane.results.results import Assumption, Machine, Results
@@ -23,9 +23,9 @@ def cautions(results: Results) -> Iterator[str]:
             f"{critical if results.kind == 'comparison' else ''}."
         )
     num_preemptions = sum(
-        each.num_preemptions or 0
+        sum(each.num_preemptions or 0 for each in record.serving)
+        + sum(each.num_preemptions or 0 for each in record.pools)
         for record in results.deployments
-        for each in (*record.serving, *record.pools)
     )
     if num_preemptions:
         yield f"{counted(num_preemptions, 'preemption')}: the cache was too small for all that ran."
@@ -42,9 +42,9 @@ def cautions(results: Results) -> Iterator[str]:
 def assumptions(results: Results, source: Source, heading: str = "Assumptions") -> Section:
     """What numbers of one source take for granted."""
     rows = [each for each in results.assumptions if each.source == source]
-    columns = [
-        text[Assumption]("what", lambda each: each.name),
-        text[Assumption]("here", lambda each: each.value),
+    columns: list[Column[Assumption]] = [
+        text("what", lambda each: each.name),
+        text("here", lambda each: each.value),
     ]
     if any(each.why for each in rows):
         columns.append(text("why", lambda each: each.why))

@@ -74,7 +74,7 @@ def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table
     best = comparison.best_baseline
     columns: tuple[Column[Row], ...] = (
         *NAMED,
-        number("prefill TPS", _prefill, figures),
+        number("prefill TPS", _prefill, figures, "measured"),
         number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
         number("decode TPS", lambda row: row.record.decode and _decode(row).tps, figures),
         number("runs", lambda row: row.tps_range, low_high, "measured"),
@@ -235,7 +235,8 @@ def _conditions(
         words = in_words(comparison.conditions).partition(", ")[2]
         return number(words, lambda row: get(rows[row.number]), show)
 
-    return Table.of(title, (*NAMED, *map(under, of_all)), of_all[0].rows)
+    named = NAMED if show is milliseconds or show is figures else NAMED[:1]
+    return Table.of(title, (*named, *map(under, of_all)), of_all[0].rows)
 
 
 def _graph_against_eager(of_all: Sequence[Comparison]) -> list[str]:

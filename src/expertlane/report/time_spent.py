@@ -13,6 +13,15 @@ _SIDE_BY_SIDE = 9  # columns of one table that fits 80 characters
 _LEAST_SHARE = 5e-4  # of the step; a cause below it everywhere has no row
 _SURE = 0.5
 
+
+def _on_basis(basis: str) -> Column[StepsRecord]:
+    return number(f"time {basis}", lambda step: step.basis_shares.get(basis), percent)
+
+
+def _due_to(cause: str) -> Column[StepsRecord]:
+    return number(cause, lambda step: step.shares.get(cause) or None, percent)
+
+
 IN_ALL: Column[StepsRecord] = number("ms in all", lambda step: step.round_s, milliseconds)
 FACTS: tuple[Column[StepsRecord], ...] = (
     number("low–high", lambda step: step.round_s, low_high_ms),
@@ -20,10 +29,7 @@ FACTS: tuple[Column[StepsRecord], ...] = (
     number("floor, ms", lambda step: step.floor_s, milliseconds),
     number("of peak FLOP/s", lambda step: step.flops_utilisation, percent),
     number("of peak bytes/s", lambda step: step.read_utilisation, percent),
-    *(
-        number(f"time {basis}", lambda step, of=basis: step.basis_shares.get(of), percent)
-        for basis in ("measured", "fitted", "bound")
-    ),
+    *map(_on_basis, ("measured", "fitted", "bound")),
     number("time extrapolated", lambda step: step.extrapolated_share, percent),
 )
 HOW_TO_READ_FACTS = (
@@ -41,8 +47,8 @@ def causes(
 ) -> tuple[Table, ...]:
     """Shares of the time, steps side by side under their names, and what else is said of them."""
     named = dict.fromkeys(cause for _, step in steps for cause in step.breakdown_s)
-    facts: list[Column[StepsRecord]] = [
-        number(cause, lambda step, of=cause: step.shares.get(of) or None, percent)
+    facts = [
+        _due_to(cause)
         for cause in named
         if any(step.shares.get(cause, 0.0) > _LEAST_SHARE for _, step in steps)
     ]
@@ -58,7 +64,7 @@ def bottlenecks(comparison: Comparison) -> Section:
     )
     waits: tuple[Column[StepsRecord], ...] = (
         number("transfers and waiting", communication_share, percent),
-        number("blocked in them, ms", lambda step: step.exposed_s, milliseconds),
+        number("in dispatch and combine, ms", lambda step: step.exposed_s, milliseconds),
     )
     return Section(
         "Bottlenecks",
@@ -70,7 +76,7 @@ def bottlenecks(comparison: Comparison) -> Section:
             "waits for is the transfer. A straggler waits less than the others of its pipeline "
             "stage, by over 5% of the time. Pipeline bubble: blocked in a hand-over, its transfer "
             "included, or idle while another stage works. Between steps: all ranks without a plan. "
-            "Blocked: in dispatch and combine, added up over pipeline stages.",
+            "In dispatch and combine: blocked, waiting included; added up over pipeline stages.",
         ),
     )
 

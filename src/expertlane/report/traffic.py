@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from expertlane.report.compared import Comparison, Overlapped, Row
+from expertlane.report.compared import Comparison, Overlapped, Row, step_of
 from expertlane.report.document import Column, Heading, Section, Table, number, text
 from expertlane.report.matrix import matrix
 from expertlane.report.numbers import (
@@ -44,11 +44,7 @@ def work_and_traffic(comparison: Comparison) -> Section:
     sent: tuple[Column[Row], ...] = (
         *NAMED,
         *(
-            number(
-                f"{link.label} {heading}",
-                lambda row, of=(link, kind): _per_token(row.step, *of),
-                bytes_si,
-            )
+            _sent(f"{link.label} {heading}", link, kind).of(step_of)
             for link in Link
             for kind, heading in ((Traffic.PAYLOAD, ""), (Traffic.METADATA, "meta"))
         ),
@@ -67,10 +63,13 @@ def work_and_traffic(comparison: Comparison) -> Section:
     )
 
 
-def _per_token(step: StepsRecord, link: Link, kind: Traffic) -> float | None:
-    if step.traffic is None or link.label not in step.traffic.by_link:
-        return None
-    return float(getattr(step.traffic.by_link[link.label], kind.label)) / step.num_tokens
+def _sent(heading: str, link: Link, kind: Traffic) -> Column[StepsRecord]:
+    def per_token(step: StepsRecord) -> float | None:
+        if step.traffic is None or link.label not in step.traffic.by_link:
+            return None
+        return float(getattr(step.traffic.by_link[link.label], kind.label)) / step.num_tokens
+
+    return number(heading, per_token, bytes_si)
 
 
 def _collectives(row: Row) -> float:
@@ -217,10 +216,11 @@ def _facts(row: Row, pair: Overlapped | None) -> Iterator[tuple[str, str]]:
         yield "payload rounded", error_in_words(error)
     yield "receives most", _rank(traffic.receiver, bytes_si)
     yield "computes most", _rank(traffic.busiest, lambda num: f"{num:,} token-expert pairs")
-    hottest = expert and (
-        f"layer {expert.layer}, expert {expert.expert}: {percent(expert.share)} of its layer's pairs"
-    )
-    yield "hottest expert", hottest or NONE
+    hottest = NONE
+    if expert is not None:
+        share = percent(expert.share)
+        hottest = f"layer {expert.layer}, expert {expert.expert}: {share} of its layer's pairs"
+    yield "hottest expert", hottest
     least_even = layer and (
         f"layer {layer.layer}: fullest expert {times(layer.max_over_mean)} the mean"
     )
@@ -304,11 +304,7 @@ def experts_and_traffic(
             figures,
         ),
         *(
-            number(
-                f"{link.label} {kind.label} a token",
-                lambda step, of=(link, kind): _per_token(step, *of) or None,
-                bytes_si,
-            )
+            _sent(f"{link.label} {kind.label} a token", link, kind)
             for link in Link
             for kind in Traffic
         ),

@@ -126,6 +126,9 @@ def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> 
         for name, each in seconds.items()
         for place, cause in enumerate(causes)
     ]
+    in_all: Column[Mapping[str, float]] = number(
+        "in all", lambda each: sum(each.values()), milliseconds
+    )
     return Chart(
         title,
         "Stacked bars, one a deployment: the milliseconds of a step by what they go to. "
@@ -146,18 +149,16 @@ def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> 
         },
         Table.across(
             title,
-            [
-                *(
-                    number(cause, lambda each, of=cause: each.get(of, 0.0), milliseconds)
-                    for cause in causes
-                ),
-                number("in all", lambda each: sum(each.values()), milliseconds),
-            ],
+            [*map(_due_to, causes), in_all],
             list(seconds.items()),
         ),
         legend=tuple(Legend(cause, OF_CAUSE[cause]) for cause in causes),
         note=note,
     )
+
+
+def _due_to(cause: str) -> Column[Mapping[str, float]]:
+    return number(cause, lambda each: each.get(cause, 0.0), milliseconds)
 
 
 def _largest(name: str, seconds: Mapping[str, float]) -> str:
