@@ -101,9 +101,8 @@ def study_of(results: Sequence[Results]) -> Report:
         missing = set(LAYOUTS) - {record.layout for record in each.deployments}
         if each.kind != "comparison" or missing:
             raise UserError(f"not the paper's experiment: {each.command}")
-        for comparison in (measured(each), projected(each)):
-            if comparison is not None:
-                sections.append(goals(each, comparison))
+        compared = (measured(each), projected(each))
+        sections += [goals(each, comparison) for comparison in compared if comparison]
         if each.conditions and is_papers_model(each):
             projections.append(each)
     if projections:
