@@ -34,14 +34,19 @@ def test_the_goals_are_judged_whatever_the_source():
     assert "Overlap hides 87%: #3 takes 160 ms a step without it, #4 120 ms with it" in said
     assert "critical-path TPS per rank goes to 0.0781×" in said
     assert modelled.heading.startswith("The four design goals, projected (h100x16, top-2, graph")
-    assert "fewest weights read by a GPU in a step: 6.00 GB, with #1, #2, #3, #4." in words(modelled)
+    fewest = "fewest weights read by a GPU in a step: 6.00 GB, with #1, #2, #3, #4."
+    assert fewest in words(modelled)
     for each in (measured, modelled):
         assert len(tables(each)[0].rows) == 4
 
 
 def test_overlap_that_costs_or_has_nothing_to_hide():
     given = example_results.results(
-        [(example_results.TENSOR, 0.2), (example_results.EXPERT, 0.1), (example_results.OVERLAP, 0.12)]
+        [
+            (example_results.TENSOR, 0.2),
+            (example_results.EXPERT, 0.1),
+            (example_results.OVERLAP, 0.12),
+        ]
     )
     assert "Overlap costs 20.0 ms: #2 takes" in words(of(given).sections[0])
     (pair,) = projected(example_projection.usual()).overlapped
@@ -122,7 +127,7 @@ def test_it_runs(tmp_path):
     write(example_results.usual(), tmp_path)
     command = [sys.executable, str(PATH), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("# The paper's claims, held against results\n\n## The four design")
+    assert done.stdout.startswith("# The paper's claims, held against results\n\n## The four")
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=True
     )

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-import example_results as example
 import example_projection
+import example_results as example
 from expertlane.report.compared import measured, projected
 from expertlane.report.setup import cautions
 from expertlane.report.verdict import verdict
@@ -194,6 +194,8 @@ def test_bounds_that_do_not_touch_tell_a_faster_one() -> None:
 
 def test_a_projection_of_baselines_alone() -> None:
     results = example_projection.usual()
-    rows = tuple(replace(each, is_baseline=EXPERIMENT in each.roles) for each in results.deployments)
+    rows = tuple(
+        replace(each, is_baseline=EXPERIMENT in each.roles) for each in results.deployments
+    )
     said = of_projection(replace(results, deployments=rows))
     assert "No deployment is a proposal; all are baselines." in said

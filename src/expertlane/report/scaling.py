@@ -112,7 +112,7 @@ def sizes(results: Results, comparison: Comparison) -> Section:
     unit = unit_of(source)
     parts: list[Words] = ["This experiment runs no layouts of growing ep."]
     if found:
-        parts = [sizes_sentence(found, unit), _sizes_table(found, source)]
+        parts = [sizes_sentence(found, unit), *_sizes_tables(found, source)]
         parts += _beyond(found) if source == "projected" else []
     if source == "measured":
         if results.machine is not None and results.machine.is_oversubscribed:
@@ -170,7 +170,7 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
     )
 
 
-def _sizes_table(found: Sequence[Size], source: Source) -> Table:
+def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
     first, unit = found[0], unit_of(source)
 
     def to_first(get: Callable[[Size], float], of: Source | None = None) -> Column[Size]:
@@ -195,7 +195,6 @@ def _sizes_table(found: Sequence[Size], source: Source) -> Table:
             "weights a GPU", lambda size: size.record.pools[0].weight_bytes, bytes_si, "projected"
         ),
         number("TPS", lambda size: size.work, tps),
-        number("1000 TPS, low–high", lambda size: size.work.tps, low_high_thousands, "projected"),
         number(f"per {unit}", work, figures),
         to_first(work),
         number("critical-path TPS per rank", critical_per_rank, figures, "measured"),
@@ -207,7 +206,13 @@ def _sizes_table(found: Sequence[Size], source: Source) -> Table:
         number("per GPU", share, figures, "projected"),
         to_first(share, "projected"),
     )
-    return Table.of("Growing ep", columns, found, source)
+    bounds: tuple[Column[Size], ...] = (
+        columns[0],
+        number("same work", lambda size: size.work.tps, low_high_thousands),
+        number("same share", lambda size: size.share and size.share.tps, low_high_thousands),
+    )
+    low_high = [Table.of("Low to high, 1000 TPS", bounds, found)] if found[0].share else []
+    return [Table.of("Growing ep", columns, found, source), *low_high]
 
 
 def _beyond(found: Sequence[Size]) -> list[str]:
