@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from expertlane.results.plan import PlanResults
 
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.engine_options import find_model
 from expertlane.cli.projection_options import number_types
 from expertlane.cost.laws.profile_file import parse_cluster
-from expertlane.results.plan import PlanResults
 from expertlane.spec.experiment import read_experiment
 
 TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
