@@ -31,8 +31,9 @@ from expertlane.engine.dispatch_timing import still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
-from expertlane.metrics import hidden_communication, stage_time
+from expertlane.results.derived import hidden_communication
 from expertlane.results.step_record import StepRecord
+from expertlane.results.time_shares import stage_time
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment, DispatchMode, DispatchTable, Options

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import expertlane.compare
+import expertlane.compare.machine
 import expertlane.engine
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.report
@@ -86,9 +87,9 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     install(
         expertlane.compare,
         "run",
-        check_memory=fake.check_memory,
         run_comparison=fake.run_comparison,
     )
+    monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
     install(expertlane.report, "markdown", render=render)

@@ -55,20 +55,20 @@ def test_all_deployments_compute_what_transformers_does(results, checkpoints):
 
 def test_a_layer_without_experts_counts_for_none(results):
     tensor, expert, _ = results.deployments
-    assert [rank.num_experts_per_layer for rank in tensor.per_rank] == [
+    assert [rank.num_experts_per_layer for rank in tensor.held] == [
         *[(8, 0, 0, 0)] * 2,
         *[(0, 0, 8, 8)] * 2,
     ]
-    assert {rank.num_experts_per_layer for rank in expert.per_rank} == {(2, 0, 2, 2)}
-    assert expert.expert_load.max_over_mean[1] == 0
+    assert {rank.num_experts_per_layer for rank in expert.held} == {(2, 0, 2, 2)}
+    assert expert.expert_max_over_mean[1] == 0
     # 60 prompt tokens take 3 of 8 experts each: none of the layers that have any stays idle.
     assert expert.prefill.active_expert_share > 0.9
 
 
 def test_the_checkpoint_is_recorded(results, checkpoints, tmp_path):
     folder = str(checkpoints.folder(FAMILY))
-    assert results.experiment["checkpoint"] == folder
-    assert results.experiment["model"]["name"] == FAMILY
+    assert results.question["experiment"]["checkpoint"] == folder
+    assert results.question["experiment"]["model"]["name"] == FAMILY
     assert read(write(results, tmp_path)) == results
     assert f"| weights | {folder} |" in markdown.render(results).replace("\\_", "_")
 
@@ -101,5 +101,5 @@ def test_other_numbers_of_experts_per_token(experiment, pools):
     results = run_comparison(one, pools.pool(4), Silent(), command="")
     assert results.assumptions[0].value == "1 of 8"
     assert results.assumptions[0].why == "asked for; the checkpoint's own is 3"
-    loads = results.deployments[0].expert_load.num_tokens_per_expert
+    loads = results.deployments[0].num_tokens_per_expert
     assert [sum(layer) for layer in loads] == [2 * 5 * (12 + 3), 0, *[2 * 5 * (12 + 3)] * 2]

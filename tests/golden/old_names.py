@@ -444,7 +444,7 @@ def _plan(results: Results) -> Json:
         "commands": [asdict(each) for each in plan.commands],
         "experiment": plan.experiment,
         "assumptions": [
-            {"name": each.name, "value": each.value, "change": each.change}
+            {"name": each.name, "value": each.value, "change": each.change or "not an option"}
             for each in results.assumptions
         ],
         "cautions": results.cautions,

@@ -40,7 +40,6 @@ from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
 _NUM_PARETO = 12
-_FIXED = "not an option"
 
 
 class Plan:
@@ -337,7 +336,7 @@ def _assumptions(question: Question, routing: RoutingChoice) -> tuple[Assumption
         (
             "kernels",
             "as fused as libraries have them; flat dispatch without an exchange of counts",
-            _FIXED,
+            "",
         ),
         (
             "TPOT",
@@ -349,19 +348,19 @@ def _assumptions(question: Question, routing: RoutingChoice) -> tuple[Assumption
             "TTFT",
             "to the end of a prompt's last step, which computes the first token; its mean wait "
             "in the queue (M/D/1) included",
-            _FIXED,
+            "",
         ),
         (
             "memory",
             f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
             "GB; whole sequences in the cache",
-            _FIXED,
+            "",
         ),
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
         (
             "bounds",
             "all terms low together, all high together: wider than independent errors",
-            _FIXED,
+            "",
         ),
     )
     return tuple(Assumption(name, value, change=change) for name, value, change in rows)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 _PERCENTILES = (50, 95, 99)
 
@@ -67,3 +68,11 @@ class Summary(Strict):
             return None
         percentiles = map(float, np.percentile(values, _PERCENTILES))
         return cls(Estimate(float(np.mean(values))), *map(Estimate, percentiles))
+
+    @classmethod
+    def between(cls, values: npt.NDArray[np.float64]) -> "Summary | None":
+        """Of projected values [n, 3], each at its low, likely and high; None of no values."""
+        if not len(values):
+            return None
+        percentiles = np.percentile(values, _PERCENTILES, axis=0)
+        return cls(*map(Estimate.between, (values.mean(axis=0), *percentiles)))

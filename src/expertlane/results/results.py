@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from expertlane import __version__
 from expertlane.errors import UserError
 from expertlane.results.estimate import Strict
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.spec.files import strict_json
+from expertlane.version import __version__
 
 SCHEMA_VERSION = 6
 

@@ -1,14 +1,14 @@
 """From a simulated load to its record, and what that takes for granted."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from expertlane.cost.laws.execution import BOUNDS, DRIVER_S, LIKELY, OVERHEAD_S, Execution
+from expertlane.cost.laws.execution import DRIVER_S, LIKELY, OVERHEAD_S, Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.routing import RoutingChoice
-from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.step_facts import shares_of
@@ -24,6 +24,7 @@ from expertlane.results.results import Assumption, Results
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
+from expertlane.simulate.pools import serving_record
 from expertlane.simulate.setup import ServingSetup, are_apart
 from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator, roles
 from expertlane.simulate.tally import PhaseTally
@@ -126,32 +127,12 @@ def _pool(role: PoolRole, pool: SimulatedPool, device_bytes: float) -> PoolRecor
 
 
 def _serving(simulator: Simulator, outcome: Outcome) -> ServingRecord:
-    """What users would feel."""
-    load = simulator.load
     phases = [tally for pool in outcome.pools for tally in pool.tally.phases.values()]
     basis_s = np.sum([tally.basis_s for tally in phases], axis=0)
-    output_lens = np.array([each.output_len for each in outcome.requests])
-    due = np.array([each.due_s for each in outcome.served])  # [num_requests, 3]
-    first = np.array([each.token_times_s[0] for each in outcome.served])
-    last = np.array([each.token_times_s[-1] for each in outcome.served])
-    goes_on = output_lens > 1
-    tpot = (last - first)[goes_on] / (output_lens[goes_on, None] - 1)
-    wall_s = Estimate.between(last.max(axis=0) - due.min(axis=0))
-    num_output = int(output_lens.sum())
-    num_prompt = sum(each.prompt_len for each in outcome.served)
-    return ServingRecord(
-        batch=load.batch,
-        rate=load.rate,
-        num_requests=len(output_lens),
-        num_prompt_tokens=num_prompt,
-        num_output_tokens=num_output,
-        wall_s=wall_s,
-        ttft_s=_summary(first - due),
-        tpot_s=_summary(tpot) if len(tpot) else None,
-        e2e_s=_summary(last - due),
-        output_tps=num_output / wall_s,
-        total_tps=(num_output + num_prompt) / wall_s,
-        requests_per_s=len(output_lens) / wall_s,
+    return replace(
+        serving_record(outcome.served, [each.output_len for each in outcome.requests]),
+        batch=simulator.load.batch,
+        rate=simulator.load.rate,
         basis=list(Basis)[int(basis_s.argmax())].label,
     )
 
@@ -173,7 +154,7 @@ def _steps(
         num_seqs=tally.num_seqs,
         wall_s=wall_s,
         tps=tally.num_tokens / wall_s,
-        step_s=_summary(step_s),
+        step_s=Summary.between(step_s),
         breakdown_s=dict(zip(map(str, ProjectedCause), shares.tolist(), strict=True)),
         floor_s=tally.floor_s / num,
         flops_utilisation=tally.flops_s / explained_s,
@@ -203,13 +184,6 @@ def _traffic(tally: PhaseTally, largest: StepRecord | None) -> TrafficRecord:
         fan_out=FanOut(tuple(np.trim_zeros(reached, "b").tolist())) if reached.any() else None,
         busiest_over_mean=over_mean,
     )
-
-
-def _summary(values: Floats) -> Summary:
-    """Of values [n, 3]: a bound's statistics are of the values under that bound."""
-    assert values.shape[1] == len(BOUNDS)
-    median, p95, p99 = np.percentile(values, (50, 95, 99), axis=0)
-    return Summary(*map(Estimate.between, (values.mean(axis=0), median, p95, p99)))
 
 
 def _assumptions(

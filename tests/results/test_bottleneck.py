@@ -1,14 +1,24 @@
-import numpy as np
-
-from expertlane.metrics import find_bottleneck
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import StepsRecord
+from expertlane.results.time_shares import find_bottleneck
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
 
-BREAKDOWN = {Cause.EXPERTS: 0.5, Cause.WAITING: 0.25, Cause.ENGINE: 0.25}
+BREAKDOWN = {Cause.EXPERTS.value: 0.5, Cause.WAITING.value: 0.25, Cause.ENGINE.value: 0.25}
 
 
 def find(layout: Layout, waiting_s: list[float]):
-    return find_bottleneck(layout, Phase.DECODE, BREAKDOWN, np.array(waiting_s), wall_s=10.0)
+    steps = StepsRecord(
+        phase=Phase.DECODE,
+        num_steps=10,
+        num_tokens=10,
+        num_seqs=10,
+        wall_s=Estimate(10.0),
+        tps=Estimate(1.0),
+        breakdown_s=BREAKDOWN,
+        waiting_s=tuple(waiting_s),
+    )
+    return find_bottleneck(layout, steps)
 
 
 def test_largest_cause_and_no_straggler() -> None:

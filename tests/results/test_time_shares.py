@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from expertlane.metrics import hidden_communication, stage_time
+from expertlane.results.derived import hidden_communication
+from expertlane.results.time_shares import stage_time
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
 from records import rank_record, step_record
