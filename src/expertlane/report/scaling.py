@@ -200,9 +200,6 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         number("critical-path TPS per rank", critical_per_rank, figures, "measured"),
         to_first(critical_per_rank, "measured"),
         number("TPS, same share", lambda size: size.share, tps, "projected"),
-        number(
-            "low–high", lambda size: size.share and size.share.tps, low_high_thousands, "projected"
-        ),
         number("per GPU", share, figures, "projected"),
         to_first(share, "projected"),
     )
