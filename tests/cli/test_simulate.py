@@ -66,7 +66,7 @@ def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
     out, err = simulate(run, *EP16, *opened)
     assert "simulating 6 requests 3 times" in err
-    assert "200 requests/s: 6 requests" in out
+    assert "200 req/s: 6 requests" in out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from distributed.running import deployment
 from expertlane.compare.run import run_comparison
 from expertlane.progress import Silent
 from expertlane.report import markdown
+from expertlane.report.sections import report_of
 from expertlane.results.file import read, write
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
@@ -70,7 +71,7 @@ def test_the_checkpoint_is_recorded(results, checkpoints, tmp_path):
     assert results.question["experiment"]["checkpoint"] == folder
     assert results.question["experiment"]["model"]["name"] == FAMILY
     assert read(write(results, tmp_path)) == results
-    assert f"| weights | {folder} |" in markdown.render(results).replace("\\_", "_")
+    assert f"| weights | {folder} |" in markdown.render(report_of(results)).replace("\\_", "_")
 
 
 def test_assumptions_are_true_of_a_checkpoint(results):
@@ -89,7 +90,7 @@ def test_assumptions_are_true_of_a_checkpoint(results):
         "float32",
         "the machine's choice, or --dtype; the checkpoint's own is float32",
     )
-    assert "random, seed" not in markdown.render(results)
+    assert "random, seed" not in markdown.render(report_of(results))
 
 
 def test_other_numbers_of_experts_per_token(experiment, pools):
