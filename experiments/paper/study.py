@@ -247,7 +247,7 @@ class Combination:
             "baseline": self.baseline.name,
             "proposal": self.proposal.name,
             "context": f"{self.context:,}",
-            "experts per token": top_k,
+            "top-k": top_k,
             "execution": execution,
             "routing": routing,
         }

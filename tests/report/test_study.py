@@ -67,7 +67,7 @@ def test_where_the_reported_factor_would_come_from():
     assert max(each.factor.value for each in best) == pytest.approx(4 / 1.9)
 
     text = words(section(of(results), "Projected: where 3.75× would come from"))
-    assert "128 combinations (2 baselines × 2 proposals × 4 contexts × 2 experts per tok" in text
+    assert "128 combinations (2 baselines × 2 proposals × 4 contexts × 2 top-ks" in text
     assert "32 reach 3.75×" in text
     assert "share: baseline TP 8 × PP 2 (all), routing balanced (all)" in text
     assert "Against the best baseline of the same conditions and context: 0 of 64 reach it" in text

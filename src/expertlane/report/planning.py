@@ -183,7 +183,7 @@ def _best(results: Results) -> Section:
     why: Column[DeploymentRecord] = text("why", lambda each: each.why)
     rows = [each for _, each in ranked]
     loses = [each for each in rows if each.why]
-    parts: list[Words] = [Table.of("", (place, _HOW, _SEQS, *_TPS, *_TPOT, ttft), rows)]
+    parts: list[Words] = [Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], ttft), rows)]
     if loses:
         parts.append(Table.of("Why they lose to the first", (place, why), loses))
     return Section("Best deployments (projected in full)", tuple(parts), "top")

@@ -181,8 +181,9 @@ def _squares(
 ) -> list[Plot]:
     parts = _loads(loads)
     for phase, of_phase in sent.items():
+        alone = "" if len(of_phase) > 1 else ": who sends to whom"
         matrices = [
-            (name, traffic_chart(name, payload, per_node))
+            (name, traffic_chart(f"{name}{alone}", payload, per_node))
             for name, seen in of_phase.items()
             if (payload := seen.sent_bytes.get(Traffic.PAYLOAD.label))
         ]
