@@ -21,8 +21,8 @@ from expertlane.errors import CapacityError
 from expertlane.memory import rank_memory, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
+from expertlane.report.compared import measured, scaling
 from expertlane.report.sections import report_of
-from expertlane.results.derived import hidden_by_overlap, scaling_points
 from expertlane.results.file import read, write
 from expertlane.results.record import EXPERIMENT as EXPERIMENT_ROLE
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
@@ -168,12 +168,11 @@ def test_what_ranks_hold_is_what_was_predicted(results):
 
 
 def test_overlap_and_scaling_are_there(results):
-    (hidden,) = hidden_by_overlap(results.select("measured", EXPERIMENT_ROLE))
-    scaling = scaling_points(results)
-    assert (hidden.off, hidden.on) == ("dp=4,ep=4", "overlap")
-    assert [point.ep_size for point in scaling] == SCALING_EP
-    assert [point.num_ranks for point in scaling] == SCALING_EP
-    assert scaling[0].relative_tps_per_rank == 1
+    (pair,) = measured(results).overlapped
+    assert (pair.off.name, pair.on.name) == ("dp=4,ep=4", "overlap")
+    sizes = scaling(results, "measured")
+    assert [each.record.layout.ep for each in sizes] == SCALING_EP
+    assert [each.record.num_ranks for each in sizes] == SCALING_EP
 
 
 def test_results_are_read_back_as_written(results, tmp_path):

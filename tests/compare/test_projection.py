@@ -14,7 +14,7 @@ from expertlane.errors import CapacityError
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.setting import Setting
 from expertlane.progress import Silent
-from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING
+from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments
@@ -44,8 +44,13 @@ def projection() -> Results:
     return project(SMALL, "h100x4")
 
 
+def usual(found: Results) -> tuple[DeploymentRecord, ...]:
+    """Under the conditions that are spoken of."""
+    return found.select("projected", EXPERIMENT, found.conditions[0])
+
+
 def test_every_deployment_stands_under_every_condition(projection):
-    assert projection.top_ks == (2,)
+    assert {each.top_k for each in projection.conditions} == {2}
     assert [(each.execution, each.routing) for each in projection.conditions] == [
         ("graph", "balanced"),
         ("graph", "skewed"),
@@ -66,7 +71,7 @@ def test_a_row_is_what_the_projector_says(projection):
     setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, UniformRouting(16, 2))
     cluster = parse_cluster("h100x4")
     projector = Projector(SMALL.model, EXPERT.layout, EXPERT.options, cluster, setting)
-    row = projection.usual(2)[1]
+    row = usual(projection)[1]
     assert row.decode_of(128, 64) == projector.step(StepSize(64, 1, 128))
     assert row.prefill is not None
     assert row.prefill.num_tokens == 64 * 200  # all prompts, they are short
@@ -97,7 +102,7 @@ def test_routing_is_no_matter_without_expert_parallelism(projection):
 
 
 def test_auto_takes_the_fastest_of_each_size(projection):
-    _, expert, auto = projection.usual(2)
+    _, expert, auto = usual(projection)
     for given, chosen in zip(expert.steps, auto.steps, strict=True):
         assert chosen.round_s.value <= given.round_s.value
 
@@ -116,12 +121,12 @@ def test_the_planners_best_is_at_least_as_good_as_all(projection):
     (fastest,) = projection.select("projected", FASTEST)
     best = fastest.decode_of(projection.context, 64)
     assert best is not None
-    for row in projection.usual(2):
+    for row in usual(projection):
         step = row.decode_of(projection.context, 64)
         assert step is not None
         assert best.tps.value >= step.tps.value
     (first,) = projection.select("projected", BEST)
-    own = {each.name: each for each in projection.usual(2) if each.serving}
+    own = {each.name: each for each in usual(projection) if each.serving}
     assert {"tensor", "expert"} <= {*own}
     most = max(each.serving[0].output_tps.value for each in own.values())
     assert most <= 1.02 * first.serving[0].output_tps.value
@@ -132,7 +137,7 @@ def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
     workload = Workload(num_sequences=1024, prompt_len=10_000, output_len=4)
     experiment = replace(SMALL, model=PRESETS["paper"], workload=workload, scaling=())
     found = ExperimentProjector(experiment, cluster, "float16", 1.0).run(Silent(), "")
-    own = {each.name: each for each in found.usual(2) if each.serving}
+    own = {each.name: each for each in usual(found) if each.serving}
     assert {"tensor", "expert"} <= own.keys()
     for each in own.values():
         assert each.serving[0].num_running == each.pools[0].num_resident < 1024

@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from expertlane.results.derived import hidden_by_overlap, scaling_points
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
@@ -15,7 +14,6 @@ from expertlane.results.record import (
     EXPERIMENT,
     FAMILY,
     FASTEST,
-    PAPER,
     PARETO,
     PREFILL_POOL,
     SCALING,
@@ -28,6 +26,7 @@ from expertlane.results.results import Assumption, Results
 from expertlane.results.traffic import TrafficRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+from golden.old_derived import hidden_by_overlap, scaling_points
 
 Json = Any
 _NO_OPTION_UNSAID = {"execution", "sizes never measured"}
@@ -283,7 +282,7 @@ def _planned(results: Results, top_k: int) -> Json:
         ]
 
     plan = next(each for each in results.plans if each.top_k == top_k)
-    own = [each for each in results.usual(top_k) if each.serving]
+    own = [each for each in of(EXPERIMENT) if each.serving]
     fastest = of(FASTEST)
     return {
         "top_k": top_k,
@@ -435,7 +434,6 @@ def _plan(results: Results) -> Json:
         "best": [_planned_deployment(each) for each in of(BEST)],
         "families": {each.name: _planned_deployment(each) for each in of(FAMILY)},
         "pareto": [_planned_deployment(each) for each in of(PARETO)],
-        "papers": {each.name: _planned_deployment(each) for each in of(PAPER)},
         "two_pools": _two_pools(*two) if two else None,
         **{
             key: getattr(plan, key)

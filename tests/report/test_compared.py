@@ -14,6 +14,7 @@ from expertlane.report.compared import (
     scaling,
     stages_at_once,
 )
+from expertlane.report.scaling import critical_per_rank, per_rank
 from expertlane.results.record import EXPERIMENT
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
@@ -117,6 +118,41 @@ def test_uneven_experts() -> None:
     uneven = Deployment("EP 3", Layout(dp=3, ep=3))
     record = measured(example.results([(uneven, 0.1)])).first.record
     assert experts_per_rank(record) == {5, 6}
+
+
+def test_pairs_differ_in_overlap_alone() -> None:
+    deployments = [(example.TENSOR, 0.5), (example.OVERLAP, 0.4), (example.EXPERT, 0.5)]
+    (pair,) = measured(example.results(deployments)).overlapped
+    assert (pair.off.name, pair.on.name) == ("EP 16", "EP 16, two-batch overlap")
+    assert pair.exposed_s == pytest.approx((0.1 + 15 * 0.3) / 16 * 0.5)
+    assert pair.hidden == pytest.approx(0.1 / pair.exposed_s)
+    assert measured(example.results(deployments[::2])).overlapped == []
+
+
+def test_scaling_takes_in_deployments_of_its_family() -> None:
+    two = Deployment("EP 2", Layout(dp=2, ep=2))
+    mixed = Deployment("literal", Layout(dp=2, tp=8, ep=2))
+    results = example.results(
+        [
+            (example.TENSOR, 0.5),
+            (mixed, 0.5),
+            (example.EXPERT, 0.125),
+            (example.OVERLAP, 0.1),
+        ],
+        scaling=[(two, 0.25), (example.SMALL, 0.5)],
+    )
+    sizes = scaling(results, "measured")
+    assert [each.record.name for each in sizes] == ["EP 1", "EP 2", "EP 16"]
+    assert [each.work.tps.value for each in sizes] == [32, 64, 128]
+    assert [per_rank(each, each.work) for each in sizes] == [32, 32, 8]
+    assert critical_per_rank(sizes[2]) == pytest.approx(1280 / 16)
+
+
+def test_no_scaling() -> None:
+    assert scaling(example.results([(example.EXPERT, 0.5)]), "measured") == []
+    small = [(example.SMALL, 0.5)]
+    alone = example.results([(example.TENSOR, 0.5)], scaling=small, output_len=1)
+    assert scaling(alone, "measured") == []
 
 
 def test_an_experiments_own_join_its_scaling_sizes() -> None:

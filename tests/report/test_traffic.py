@@ -12,7 +12,6 @@ from expertlane.report.document import Figure, Table
 from expertlane.report.matrix import matrix
 from expertlane.report.sections import report_of
 from expertlane.report.traffic import details, hot_spots
-from expertlane.results.record import EXPERIMENT
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from report.shown import in_terminal, with_traffic
@@ -132,38 +131,7 @@ def test_the_long_form_by_hand():
     copies = "64 with one a rank, 32 with one a node: a copy a node saves 50%"
     assert found["copies between nodes"] == copies
     assert found["receives most"] == "rank 0: 3.39 kB, 1.04× the mean"  # two steps of 1,695
-    assert found["exposed communication"].startswith("34.5 ms a round")
-    assert found["hidden communication"] == "87% of what EP 16 exposes"
     assert found["come last"] == "rank 0 at 100% of 2 dispatches and combines"
-
-
-def hidden(number, *pairs):
-    """Of one deployment of the usual ones or of others."""
-    given = [(example.TENSOR, 0.4), (example.ROTATING, 0.32), *pairs]
-    return facts(example.results(given), number)["hidden communication"]
-
-
-def test_what_is_hidden_of_nothing():
-    usual = ((example.EXPERT, 0.16), (example.OVERLAP, 0.12))
-    assert hidden(3, *usual) == "— (overlap is off)"
-    alone = hidden(3, (example.OVERLAP, 0.12))
-    assert alone == "— (no deployment differs from this one in overlap alone)"
-    options = replace(example.OVERLAP.options, overlap="auto")
-    chosen = replace(example.OVERLAP, options=options)
-    assert hidden(4, (example.EXPERT, 0.16), (chosen, 0.12)) == (
-        "— (overlap is chosen by the number of tokens)"
-    )
-    results = example.usual()
-    *before, plain, overlapped = results.select("measured", EXPERIMENT)
-    steps = tuple(replace(each, exposed_s=0.0) for each in plain.steps)
-    deployments = (*before, replace(plain, steps=steps), overlapped)
-    nothing = replace(results, deployments=deployments)
-    assert facts(nothing, 4)["hidden communication"] == "— (EP 16 exposes none)"
-
-
-def test_overlap_that_hides_nothing():
-    found = hidden(4, (example.EXPERT, 0.16), (example.OVERLAP, 0.162))
-    assert found == "none: with overlap a step takes 2.00 ms longer than EP 16"
 
 
 def test_steps_that_differ_are_told_by_mean_and_ends():
@@ -203,7 +171,7 @@ def test_records_without_fan_out_say_nothing_of_it():
     given = replace(results, deployments=(changed, *results.deployments[1:]))
     found = facts(given, 1)
     assert "copies between nodes" not in found
-    assert found["receives most"] == found["hottest expert"] == "—"
+    assert found["receives most"] == found["computes most"] == "—"
     spread = hot_spots(measured(given)).parts[0]
     assert spread.rows[0][2:6] == ("—",) * 4
     assert report_of(given, traffic=True)
@@ -216,5 +184,3 @@ def test_a_narrower_payload_says_what_it_changes():
     given = replace(results, deployments=(rounded, *results.deployments[1:]))
     line = "#1 sends hidden states as float8: they change by 2.63% (root mean square)."
     assert hot_spots(measured(given)).parts[-1] == line
-    assert facts(given, 1)["payload rounded"] == "2.63% (root mean square)"
-    assert "payload rounded" not in facts(given, 2)

@@ -15,7 +15,7 @@ from expertlane.results.file import read, write
 from expertlane.results.record import EXPERIMENT, SCALING, Conditions
 from expertlane.results.results import one_source
 
-MODULES = ("estimate", "record", "results", "metrics", "time_shares", "traffic", "derived", "file")
+MODULES = ("estimate", "record", "results", "metrics", "time_shares", "traffic", "file")
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
@@ -61,9 +61,8 @@ def test_records_by_source_role_and_conditions():
     measured, projected = example.usual(), example_projection.usual()
     assert [each.name for each in measured.select("measured", SCALING)] == ["EP 1"]
     assert len(measured.select("measured", EXPERIMENT)) == 4
-    assert projected.top_ks == (2, 1)
     assert projected.conditions[0] == Conditions(2, "graph", "balanced", "float16", "float16")
-    assert [row.conditions.top_k for row in projected.usual(1)] == [1] * 4
+    assert len(projected.select("projected", EXPERIMENT, projected.conditions[0])) == 4
     first = projected.deployments[0]
     assert tuple({step.context: None for step in first.steps[1:]}) == example_projection.CONTEXTS
     assert first.decode_of(10_000, 768).fits

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from expertlane.results.derived import hidden_communication
 from expertlane.results.time_shares import stage_time
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
@@ -130,9 +129,3 @@ def test_the_records_stay_as_they_were() -> None:
     stage_time(Layout(dp=2, ep=2), [step_record(0, 1, [0], records)])
     for record, wall_s in zip(records, before, strict=True):
         np.testing.assert_array_equal(record.wall_s, wall_s)
-
-
-def test_hidden_communication() -> None:
-    assert hidden_communication(1.0, 0.75, 0.5) == 0.5
-    assert hidden_communication(1.0, 1.25, 0.5) == -0.5
-    assert hidden_communication(1.0, 0.5, 0.0) is None

@@ -144,8 +144,7 @@ class ExperimentProjector:
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
         deployments = self._experiment.deployments
         all_conditions = [
-            self._conditions(*each)
-            for each in product(self._executions, ("balanced", "skewed"))
+            self._conditions(*each) for each in product(self._executions, ("balanced", "skewed"))
         ]
         progress.task(f"projecting on {self._cluster}", len(all_conditions) * len(deployments))
         rows: list[DeploymentRecord] = []

@@ -116,8 +116,13 @@ class Overlapped:
 
     @property
     def hidden(self) -> float | None:
-        """The time gained over what was exposed; None where nothing was."""
-        return self.gained_s / self.exposed_s if self.exposed_s > 0 else None
+        """Of what was exposed, the share that overlap hides; None where nothing was."""
+        return hidden_share(self.gained_s, self.exposed_s)
+
+
+def hidden_share(gained_s: float, exposed_s: float) -> float | None:
+    """The time of a step that overlap gains over what is exposed without it."""
+    return gained_s / exposed_s if exposed_s > 0 else None
 
 
 @dataclass(frozen=True)

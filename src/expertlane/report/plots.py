@@ -1,6 +1,7 @@
 """The plots of a page: one set, whatever the source; measured and projected never share one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import Literal
 
 from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
@@ -14,9 +15,9 @@ from expertlane.report.numbers import likely, milliseconds
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.scaling import critical_per_rank, per_rank
 from expertlane.report.serving import Served, phases_of, served
-from expertlane.report.speed import in_words
+from expertlane.report.speed import in_words, unit_of
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import BEST, FAMILY, PARETO, DeploymentRecord, StepsRecord
+from expertlane.results.record import BEST, FAMILY, PARETO, DeploymentRecord, Source, StepsRecord
 from expertlane.results.results import Results
 from expertlane.results.traffic import TrafficRecord
 from expertlane.spec.names import Phase, Traffic
@@ -52,7 +53,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
             _plots("Where the time goes, measured", (*largest, *_causes(steps))),
             _plots("One step, rank by rank, measured", _measured_timelines(compared, steps, cast)),
             _plots("Experts and traffic, measured", _squares(loads, sent, per_node)),
-            _plots("Scaling, measured", _measured_sizes(results)),
+            _plots("Scaling, measured", _sizes(results, "measured")),
         )
     cluster = results.cluster.name if results.cluster else ""
     what = f"projected for {cluster} ({in_words(compared.conditions)})"
@@ -65,7 +66,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
         _plots(f"Where the time goes, {what}", _causes(steps)),
         _plots(f"One step, rank by rank, {what}", _timelines(words, steps, cast)),
         _plots(f"Context and batch, {what}", _by_context(compared)),
-        _plots(f"Scaling, {what}", _projected_sizes(results)),
+        _plots(f"Scaling, {what}", _sizes(results, "projected")),
         _plots(f"Throughput against latency, projected for {cluster}", _front(results, compared)),
     )
 
@@ -213,65 +214,45 @@ def _loads(loads: _Loads) -> list[Plot]:
     return [Tabs(title, drawn)] if len(drawn) > 1 else [chart for _, chart in drawn]
 
 
-def _measured_sizes(results: Results) -> list[Chart]:
-    found = scaling(results, "measured")
+def _sizes(results: Results, source: Source) -> list[Chart]:
+    """How TPS grows with the number of ranks: of each of them where it was measured."""
+    found = scaling(results, source)
     if not found:
         return []
-    curves = [
-        Curve(
-            name,
-            tuple(
-                Point(each.record.num_ranks, Estimate(get(each)), each.record.name)
-                for each in found
-            ),
+    if source == "measured":
+        curves = {
+            "wall time": [Estimate(per_rank(each, each.work)) for each in found],
+            "critical-path CPU time": [Estimate(critical_per_rank(each)) for each in found],
+        }
+        title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
+        note = (
+            "Linear scaling is a level line. Critical-path CPU time is what one core a rank would "
+            "take, transfers left out."
         )
-        for name, get in (
-            ("wall time", lambda size: per_rank(size, size.work)),
-            ("critical-path CPU time", critical_per_rank),
+    else:
+        curves = {
+            "the same sequences": [each.work.tps for each in found],
+            "as many sequences a GPU": [(each.share or each.work).tps for each in found],
+        }
+        title, y = "Decode tokens a second by the number of GPUs", "tokens/s"
+        note = (
+            "One expert-parallel group of all GPUs; linear scaling is a straight line that rises "
+            "tenfold over a tenfold of GPUs."
         )
-    ]
-    return [
-        curves_chart(
-            "Decode tokens a second and rank, by the number of ranks",
-            Axis("ranks", "log"),
-            Axis("tokens/s a rank"),
-            curves,
-            note="Linear scaling is a level line. Critical-path CPU time is what one core a rank "
-            "would take, transfers left out.",
+    points = {
+        name: tuple(
+            Point(each.record.num_ranks, at, f"{each.record.name}{_fit(each.work, ', ')}")
+            for each, at in zip(found, of_curve, strict=True)
         )
-    ]
+        for name, of_curve in curves.items()
+    }
+    scale: Literal["linear", "log"] = "linear" if source == "measured" else "log"
+    x = Axis(f"{unit_of(source)}s", "log")
+    return [curves_chart(title, x, Axis(y, scale), list(starmap(Curve, points.items())), note=note)]
 
 
-def _projected_sizes(results: Results) -> list[Chart]:
-    found = scaling(results, "projected")
-    if not found:
-        return []
-    names = ("the same sequences", "as many sequences a GPU")
-    steps = [[each.work for each in found], [each.share or each.work for each in found]]
-    curves = [
-        Curve(
-            name,
-            tuple(
-                Point(each.record.num_ranks, step.tps, _fit(step))
-                for each, step in zip(found, of_sizes, strict=True)
-            ),
-        )
-        for name, of_sizes in zip(names, steps, strict=True)
-    ]
-    return [
-        curves_chart(
-            "Decode tokens a second by the number of GPUs",
-            Axis("GPUs", "log"),
-            Axis("tokens/s", "log"),
-            curves,
-            note="One expert-parallel group of all GPUs; linear scaling is a straight line "
-            "that rises tenfold over a tenfold of GPUs.",
-        )
-    ]
-
-
-def _fit(step: StepsRecord) -> str:
-    return "" if step.fits else "does not fit"
+def _fit(step: StepsRecord, between: str = "") -> str:
+    return "" if step.fits else f"{between}does not fit"
 
 
 def _by_context(compared: Comparison) -> list[Chart]:

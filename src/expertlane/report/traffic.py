@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from expertlane.report.compared import Comparison, Overlapped, Row, step_of
+from expertlane.report.compared import Comparison, Row, step_of
 from expertlane.report.document import Column, Heading, Section, Table, number, text
 from expertlane.report.matrix import matrix
 from expertlane.report.numbers import (
@@ -174,14 +174,13 @@ def _straggler(row: Row) -> str | None:
 
 def details(comparison: Comparison, ranks_per_node: int) -> tuple[Section, ...]:
     """The long form: a section a deployment, with the matrix of who sent how much to whom."""
-    pairs = {pair.on.number: pair for pair in comparison.overlapped}
     return tuple(
         Section(
             f"Traffic of #{row.number} {row.name}, {comparison.phase}",
             (
                 matrix(seen(row).sent_bytes[Traffic.PAYLOAD.label], ranks_per_node),
                 _by_stage(seen(row)),
-                Table.facts(_facts(row, pairs.get(row.number)), title="All repetitions"),
+                Table.facts(_facts(seen(row)), title="All repetitions"),
             ),
         )
         for row in comparison.rows
@@ -205,29 +204,14 @@ def _by_stage(traffic: TrafficRecord) -> Table:
     )
 
 
-def _facts(row: Row, pair: Overlapped | None) -> Iterator[tuple[str, str]]:
-    traffic = seen(row)
-    expert, layer, error = traffic.expert, traffic.layer, traffic.payload_error
+def _facts(traffic: TrafficRecord) -> Iterator[tuple[str, str]]:
+    """What the short form does not say."""
     for link in Link:
         yield f"payload of a step, {link.label}", _of_steps(traffic, link)
     if traffic.fan_out:
         yield from _fan_out(traffic.fan_out)
-    if error is not None:
-        yield "payload rounded", error_in_words(error)
     yield "receives most", _rank(traffic.receiver, bytes_si)
     yield "computes most", _rank(traffic.busiest, lambda num: f"{num:,} token-expert pairs")
-    hottest = NONE
-    if expert is not None:
-        share = percent(expert.share)
-        hottest = f"layer {expert.layer}, expert {expert.expert}: {share} of its layer's pairs"
-    yield "hottest expert", hottest
-    least_even = layer and (
-        f"layer {layer.layer}: fullest expert {times(layer.max_over_mean)} the mean"
-    )
-    yield "least even layer", least_even or NONE
-    blocked = milliseconds(row.step.exposed_s or 0.0)
-    yield "exposed communication", f"{blocked} ms a round blocked in dispatch and combine"
-    yield "hidden communication", _hidden(row, pair)
     yield "come last", _last(traffic)
 
 
@@ -265,21 +249,6 @@ def _rank(hot: HottestRank | None, amount: Callable[[int], str]) -> str:
     if hot is None:
         return NONE
     return f"rank {hot.rank}: {amount(hot.amount)}, {times(hot.over_mean)} the mean"
-
-
-def _hidden(row: Row, pair: Overlapped | None) -> str:
-    overlap = row.record.options.overlap
-    if overlap is not True:
-        why = "overlap is chosen by the number of tokens" if overlap else "overlap is off"
-        return f"{NONE} ({why})"
-    if pair is None:
-        return f"{NONE} (no deployment differs from this one in overlap alone)"
-    if pair.hidden is None:
-        return f"{NONE} ({pair.off.name} exposes none)"
-    if pair.hidden < 0:
-        more = milliseconds(-pair.gained_s)
-        return f"none: with overlap a step takes {more} ms longer than {pair.off.name}"
-    return f"{percent(pair.hidden)} of what {pair.off.name} exposes"
 
 
 def _last(traffic: TrafficRecord) -> str:

@@ -26,7 +26,6 @@ FASTEST = "fastest"  # a comparison's plan: the fastest decode step of all seque
 BEST = "best"  # a plan's best of one pool, projected in full; the first wins
 FAMILY = "family"  # a plan's best of a kind of deployment, as screened; its name is the kind's
 PARETO = "pareto"  # as screened: none has both more tokens a second and a lower TPOT
-PAPER = "paper"  # one of the paper's two deployments in a plan
 TWO_POOLS = "two pools"  # a plan's best of two pools, as they serve together
 PREFILL_POOL = "prefill pool"  # and each of the two by itself
 DECODE_POOL = "decode pool"

@@ -273,16 +273,6 @@ class Results(Strict):
         found = (each.conditions for each in self.select("projected", EXPERIMENT))
         return tuple(dict.fromkeys(each for each in found if each is not None))
 
-    @property
-    def top_ks(self) -> tuple[int, ...]:
-        """Of them; the model's own first."""
-        return tuple(dict.fromkeys(each.top_k for each in self.conditions))
-
-    def usual(self, top_k: int) -> tuple[DeploymentRecord, ...]:
-        """An experiment's projected deployments under the first conditions of this top-k."""
-        first = next(each for each in self.conditions if each.top_k == top_k)
-        return self.select("projected", EXPERIMENT, first)
-
 
 def one_source(records: Sequence[DeploymentRecord]) -> Source:
     """The source of records that are to be compared.
