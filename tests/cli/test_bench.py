@@ -8,12 +8,11 @@ import pytest
 from rich.console import Console
 
 from cli.stub_llm import StubLLM
-from example_serving import POINT, RECORD, RESULTS
+from example_serving import POINT, RESULTS
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, write_placement
 from expertlane.cli import engine_options
 from expertlane.report import terminal
-from expertlane.results.estimate import Estimate
 from expertlane.results.file import to_json
 
 SHORT = ["--prompt-len", "2:8", "--output-len", "1:3"]
@@ -268,15 +267,14 @@ def test_the_widest_table_keeps_all_its_numbers(width):
 
 def test_notes():
     machine = replace(RESULTS.machine, num_cores=1)
-    point = replace(POINT, num_preemptions=1, tpot_s=None, itl_s=None, prefill_tps=Estimate(2.0))
-    records = (replace(RECORD, serving=(point,)),)
-    results = replace(RESULTS, machine=machine, deployments=records, foreign_cpu_share=0.5)
+    point = replace(POINT, num_preemptions=1, tpot_s=None, itl_s=None, prefill_tps=2.0)
+    results = replace(RESULTS, machine=machine, points=(point,), foreign_cpu_share=0.5)
     text = " ".join(shown(results, 100).split())
     assert "512 ranks share 1 core: this compares work and waiting on this machine" in text
     assert "1 preemption: the cache was too small for all that ran." in text
     assert "Other processes used 50% of the cores meanwhile" in text
     assert "TPOT — — — —" in text
-    assert json.loads(to_json(results))["deployments"][0]["serving"][0]["itl_s"] is None
+    assert json.loads(to_json(results))["points"][0]["itl_s"] is None
     on_gpu = replace(RESULTS, machine=replace(machine, device="a GPU"))
     assert "ranks share" not in shown(on_gpu, 100)
     assert "Other processes" not in shown(on_gpu, 100)
