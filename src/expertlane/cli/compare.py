@@ -165,7 +165,7 @@ def compare(
       expertlane compare --trace
           what every rank does when, step by step
       expertlane compare paper --project
-          the paper's experiment on a modelled cluster of 16 H100, judged
+          the paper's experiment on a modelled cluster of 16 H100
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
           for other programs
       torchrun --nproc-per-node 16 -m expertlane compare
