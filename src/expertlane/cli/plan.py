@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane import __version__
 from expertlane.cli.projection_options import (
     ClusterOption,
     ExecutionOption,
@@ -99,7 +98,7 @@ def plan(
           by the experts that your own traffic chooses
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
-      expertlane plan paper --json | jq '.best[0].layout'
+      expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
     from expertlane.cli.engine_options import find_model
@@ -107,8 +106,8 @@ def plan(
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.make import Plan
     from expertlane.plan.request import PlanRequest, Setting
+    from expertlane.plan.results import Plan
     from expertlane.plan.search import NUM_FINALISTS
     from expertlane.spec.files import write_text
 
@@ -122,9 +121,7 @@ def plan(
     name = slug("plan", found.config.name, devices)
     folder = results_folder(out, name)
     cautions = tuple(filter(None, [priced_wider(found, types)]))
-    plan = Plan(
-        PlanRequest(found.config, devices, traffic, goals, setting), routing.words, cautions
-    )
+    plan = Plan(PlanRequest(found.config, devices, traffic, goals, setting), routing, cautions)
     with progress_on_stderr() as progress:
         for task, total, part in (
             ("one pool: every layout and option", plan.num_candidates, plan.screen),
@@ -136,8 +133,7 @@ def plan(
             progress.done()
     results = plan.results(
         command=command_line(),
-        version=__version__,
-        served=_served(found),
+        loaded=_served(found),
         experiment=str(folder / _EXPERIMENT),
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None

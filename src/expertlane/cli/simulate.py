@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane import __version__
 from expertlane.cli.engine_options import (
     BlockSize,
     Dispatch,
@@ -212,7 +211,6 @@ def simulate(
         routing,
         seed,
         command=command_line(),
-        version=__version__,
         caution=priced_wider(found_model, setup.types),
     )
 

@@ -12,7 +12,7 @@ from expertlane.cost.step.operation import Floats
 from expertlane.plan.request import Goals, PlanRequest, Traffic
 from expertlane.plan.search import Finalist, Option, Search
 from expertlane.plan.throughput import ThroughputCurve, two_pools
-from expertlane.results.plan import NoPools
+from expertlane.results.results import NoPools
 from expertlane.spec.layout import Layout
 
 _PARTS = 4  # the devices are cut into so many parts, of which some prefill
