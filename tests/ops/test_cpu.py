@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.cpu import Bfloat16Backend, PackedLinear
 from expertlane.ops.experts import Activation, Expert
-from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -178,7 +178,7 @@ def attend(
     new = (x.flatten(0, 1)[batch.slots] for x in (keys, values))
     cache = KVCache(1, 1, 1, 1, 1, torch.bfloat16, CPU)
     cache.keys, cache.values = keys, values
-    return OURS.paged_attention(query, *new, cache, batch, **options)
+    return OURS.paged_attention(query, *new, cache, batch, AttentionParams(**options))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from expertlane.ops.experts import Activation, Expert
-from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -131,8 +131,8 @@ def test_paged_attention(random, device, dtype, sequences, kv_heads, window, has
     cache.keys[:], cache.values[:] = random(2, *cache.keys.shape)
     before = cache.keys.flatten(0, 1).double(), cache.values.flatten(0, 1).double()
     sinks = torch.linspace(-1, 2, heads, device=device) if has_sinks else None
-    options = {"value_dim": dim, "scale": dim**-0.5, "window": window, "sinks": sinks}
-    found = OPS.paged_attention(query, key, value, cache, batch, **options)
+    params = AttentionParams(dim, dim**-0.5, window, sinks)
+    found = OPS.paged_attention(query, key, value, cache, batch, params)
     for new, old in zip((key, value), before, strict=True):
         old[batch.slots] = new.double()
     token = 0

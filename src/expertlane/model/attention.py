@@ -18,48 +18,21 @@ from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.tensors import layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
-from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.kv_cache import AttentionParams, KVCache
 from expertlane.ops.linear import Linear
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
 
 class _PagedHeads:
-    """What both kinds share: attention over the cache, and the counters."""
+    """What both kinds share: what computes, and the counters."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        source: WeightSource,
-        rotary: RotaryEmbedding,
-        recorder: Recorder,
-    ) -> None:
-        self._scale = model.softmax_scale
-        self._window = model.window_of_layer(layer)
+    _params: AttentionParams
+
+    def __init__(self, source: WeightSource, rotary: RotaryEmbedding, recorder: Recorder) -> None:
         self._rotary = rotary
         self._recorder = recorder
         self._ops = backend_for(source.device)
-
-    def _attend(
-        self,
-        batch: ForwardBatch,
-        cache: KVCache,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """[num_tokens, num_heads, value_dim] of queries, keys and values [num_tokens, heads, …]."""
-        return self._ops.paged_attention(
-            *(query, key, value, cache, batch.pages),
-            value_dim=self.value_dim,
-            scale=self._scale,
-            window=self._window,
-            sinks=sinks,
-        )
-
-    value_dim: int
 
     def _count(
         self,
@@ -70,14 +43,16 @@ class _PagedHeads:
         num_other_weights: int = 0,
     ) -> None:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
-        num_tokens = batch.batch.num_tokens
-        pairs = batch.num_query_key_pairs(self._window)
-        widths = cache.keys.shape[-1] + self.value_dim
+        if not self._recorder.is_recording:
+            return
+        num_tokens, window = batch.batch.num_tokens, self._params.window
+        pairs = batch.num_query_key_pairs(window)
+        widths = cache.keys.shape[-1] + self._params.value_dim
         num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
         self._recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * num_heads * widths,
             weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
-            kv_bytes=cache.position_bytes * batch.num_positions_read(self._window),
+            kv_bytes=cache.position_bytes * batch.num_positions_read(window),
         )
 
 
@@ -93,11 +68,11 @@ class Attention(_PagedHeads):
         rotary: RotaryEmbedding,
         recorder: Recorder,
     ) -> None:
-        super().__init__(model, layer, source, rotary, recorder)
+        super().__init__(source, rotary, recorder)
         ops = self._ops
         tp, tp_rank, dim = mesh.layout.tp, mesh.at.tp_rank, model.head_dim
         self._mesh = mesh
-        self.value_dim = self._head_dim = dim
+        self._head_dim = dim
         self.num_heads = model.num_attention_heads // tp
         self.num_kv_heads = max(1, model.num_kv_heads // tp)
         self._kv_copies = max(1, tp // model.num_kv_heads)  # ranks that hold the same kv head
@@ -127,9 +102,11 @@ class Attention(_PagedHeads):
                 [norm.expand(count, dim) for norm, count in zip(norms, counts, strict=True)]
             )
         own_heads = range(tp_rank * self.num_heads, (tp_rank + 1) * self.num_heads)
-        self._sinks = None
+        sinks = None
         if model.attention_sinks:
-            self._sinks = source.take(layer_name(layer, "sinks"), own_heads, torch.float32)
+            sinks = source.take(layer_name(layer, "sinks"), own_heads, torch.float32)
+        window = model.window_of_layer(layer)
+        self._params = AttentionParams(dim, model.softmax_scale, window, sinks)
         # A bias is added once, not by every rank of the group whose partial sums are added up.
         output_bias = take("output_bias") if model.output_bias and tp_rank == 0 else None
         self._output = ops.linear(take("output", heads), output_bias)
@@ -158,7 +135,7 @@ class Attention(_PagedHeads):
             query_key = self._ops.rms_norm_heads_(query_key, self._head_norms, self._eps)
         query_key = self._rotary.rotate_(query_key, batch.rotation(self._rotary))
         query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
-        attended = self._attend(batch, cache, query, key, value, self._sinks)
+        attended = self._ops.paged_attention(query, key, value, cache, batch.pages, self._params)
         self._count(batch, cache, (self._query_key_value, self._output), self.num_heads)
         return self._output(attended.flatten(1))
 
@@ -196,12 +173,13 @@ class LatentAttention(_PagedHeads):
         rotary: RotaryEmbedding,
         recorder: Recorder,
     ) -> None:
-        super().__init__(model, layer, source, rotary, recorder)
+        super().__init__(source, rotary, recorder)
         ops = self._ops
         latent = model.latent
         assert latent is not None, "the model has latent attention"
         self._latent = latent
-        self.value_dim = latent.kv_lora_rank
+        window = model.window_of_layer(layer)
+        self._params = AttentionParams(latent.kv_lora_rank, model.softmax_scale, window)
         self._head_dim = model.head_dim
         self.num_heads = model.num_attention_heads // mesh.layout.tp
         own = range(mesh.at.tp_rank * self.num_heads, (mesh.at.tp_rank + 1) * self.num_heads)
@@ -254,7 +232,9 @@ class LatentAttention(_PagedHeads):
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
         query = torch.cat([in_latent, rope], dim=-1)
-        attended = self._attend(batch, cache, query, key, key[..., :0])
+        attended = self._ops.paged_attention(
+            query, key, key[..., :0], cache, batch.pages, self._params
+        )
         out = torch.einsum("thr,hvr->thv", attended, self._value_b)
         num_weights = self._key_b.numel() + self._value_b.numel()
         self._count(batch, cache, linears, self.num_heads, num_weights)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.experts import Activation, ApplyExperts, Expert
-from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.linear import Linear
 from expertlane.ops.torch_backend import PairGroups, PeerRows, TorchBackend
 
@@ -110,22 +110,13 @@ class Bfloat16Backend(CpuBackend):
         value: Tensor,
         cache: KVCache,
         batch: PagedBatch,
-        *,
-        value_dim: int,
-        scale: float,
-        window: int | None,
-        sinks: Tensor | None,
+        params: AttentionParams,
     ) -> Tensor:
+        value_dim, scale, window, sinks = params
         num_tokens, num_heads, key_dim = query.shape
         keys, values = cache.keys, cache.values
         if keys.dtype is not torch.bfloat16 or key_dim % 32 or value_dim % 16:
-            return super().paged_attention(
-                *(query, key, value, cache, batch),
-                value_dim=value_dim,
-                scale=scale,
-                window=window,
-                sinks=sinks,
-            )
+            return super().paged_attention(query, key, value, cache, batch, params)
         cache.write(batch.slots, key, value)
         out = query.new_empty(num_tokens, num_heads, value_dim)
         sequences = batch.sequences

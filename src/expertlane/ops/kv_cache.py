@@ -92,6 +92,22 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(pages).view(dtype).view(shape)
 
 
+class AttentionParams(NamedTuple):
+    """What a layer's attention is, whatever the batch.
+
+    Attributes:
+        value_dim: of a head's value; with latent attention, that many first ones of the key.
+        scale: of the logits.
+        window: the latest positions seen; None for all.
+        sinks: [num_heads] float32; logits that take part in the softmax's sum alone.
+    """
+
+    value_dim: int
+    scale: float
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
 class PagedSequences(NamedTuple):
     """Where sequences' new tokens are, and their blocks; all int64.
 

@@ -20,7 +20,7 @@ from expertlane.ops.experts import (
     GroupedExperts,
     LoopedExperts,
 )
-from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.linear import Linear, OnednnLinear
 
 
@@ -82,24 +82,19 @@ class TorchBackend:
         value: Tensor,
         cache: KVCache,
         batch: PagedBatch,
-        *,
-        value_dim: int,
-        scale: float,
-        window: int | None,
-        sinks: Tensor | None,
+        params: AttentionParams,
     ) -> Tensor:
         """Store new tokens' keys and values; causal attention over their sequences.
 
         Args:
             query: [num_tokens, num_heads, key_dim].
-            key, value: [num_tokens, num_kv_heads, …]; values are empty where they are the first
-                `value_dim` of the keys.
-            window: the latest positions seen; None for all.
-            sinks: [num_heads] float32; logits that take part in the softmax's sum alone.
+            key, value: [num_tokens, num_kv_heads, …]; values are empty where they are a part of
+                the keys.
 
         Returns:
             [num_tokens, num_heads, value_dim].
         """
+        value_dim, scale, window, sinks = params
         cache.clear(batch.begun_blocks)
         cache.write(batch.slots, key, value)
 

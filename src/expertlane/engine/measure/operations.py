@@ -23,7 +23,7 @@ from expertlane.engine.worker import RankContext
 from expertlane.moe.experts import ExpertInput, Experts
 from expertlane.ops.backend import DTYPES, backend_for
 from expertlane.ops.experts import Activation, Expert
-from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.linear import Linear
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
@@ -239,13 +239,8 @@ def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
     query = torch.full((tokens, heads, key_dim), 0.1, dtype=dtype, device=device)
     key = torch.full((tokens, kv_heads, key_dim), 0.1, dtype=dtype, device=device)
     value = torch.full((tokens, kv_heads, cache.values.shape[-1]), 0.1, dtype=dtype, device=device)
-    return lambda: ops.paged_attention(
-        *(query, key, value, cache, next(turns)),
-        value_dim=value_dim,
-        scale=key_dim**-0.5,
-        window=None,
-        sinks=None,
-    )
+    params = AttentionParams(value_dim, scale=key_dim**-0.5)
+    return lambda: ops.paged_attention(query, key, value, cache, next(turns), params)
 
 
 def _cache(
