@@ -11,6 +11,7 @@ help: ## Show this list
 
 compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 local ranks
 	@$(BIN)/expertlane compare
+	@echo "The paper's goals, judged by it: $(BIN)/python experiments/paper/study.py results/paper-small"
 
 # Then what computes numbers again, with torch alone and without each instruction set in turn (of
 # that, float32 has nothing to say: the baseline is all it uses).

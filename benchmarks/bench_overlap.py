@@ -7,7 +7,7 @@ to 256 tokens of a rank are a decode step of so many sequences, more are prompts
 the launcher's, from submitting the plan to having all outcomes, the median of the rounds; choices
 that have become hopeless are run no further. Steps of few tokens scatter much, since ranks wait
 for each other: `±` is half of the 95 % interval of auto / best by resampling rounds. `hides` is the
-repository's definition, `metrics.hidden_communication`, of the form that is fastest without
+repository's definition, `report.compared.hidden_share`, of the form that is fastest without
 overlap; what is exposed comes from steps of their own, since recording takes time. Run it with
 nothing else on the machine:
 
@@ -31,8 +31,9 @@ from expertlane.engine.dispatch_timing import still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.start import start_pool
-from expertlane.metrics import hidden_communication, stage_time
+from expertlane.report.compared import hidden_share
 from expertlane.results.step_record import StepRecord
+from expertlane.results.time_shares import stage_time
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.deployment import Deployment, DispatchMode, DispatchTable, Options
@@ -174,7 +175,7 @@ def measure(pool: RankPool, runner: ModelRunner, num_tokens: int, point_s: float
         "half_interval": half_interval(seconds[AUTO], seconds[best]),
         "plain": str(plain),
         "exposed_s": exposed_s,
-        "hidden": hidden_communication(off_s, on_s, exposed_s) if num_tokens > 1 else None,
+        "hidden": hidden_share(off_s - on_s, exposed_s) if num_tokens > 1 else None,
         "overlap_costs_s": on_s - off_s,
     }
 

@@ -25,7 +25,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import SpecError
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.setting import Setting
-from expertlane.results.projection import StepProjection
+from expertlane.results.record import StepsRecord
 from expertlane.spec.deployment import DispatchForm, Options
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
@@ -142,10 +142,10 @@ def _judge_published(package: Path) -> None:
             StepSize(num_seqs, each.num_new, each.num_cached)
         )
         scale = each.tokens_per_seq * _PER_NODE / each.layout.world_size
-        tps = [scale * value for value in (step.tps.value, step.tps.low, step.tps.high)]
+        low, tps, high = (scale * bound for bound in step.tps.bounds)
         print(
-            f"| {each.name} | {each.tps:,} | {tps[0]:,.0f} | {tps[1]:,.0f} | {tps[2]:,.0f} | "
-            f"{tps[0] / each.tps - 1:+.0%} |"
+            f"| {each.name} | {each.tps:,} | {tps:,.0f} | {low:,.0f} | {high:,.0f} | "
+            f"{tps / each.tps - 1:+.0%} |"
         )
 
 
@@ -185,18 +185,18 @@ def _of_row(model: ModelConfig, row: dict[str, str]) -> Iterator[tuple[str, floa
     prefill = _step(model, row, prefix[0], StepSize(0, isl, 0))
     decode = _step(model, row, prefix[1], StepSize(0, 1, isl + osl // 2))
     if decode is not None and row["silicon_tpot_ms"]:
-        step_s = decode.step_s.value
+        step_s = decode.round_s.value
         if row["mode"] == "agg" and prefill is not None:
             # Others' prompts between the steps: each sequence's share of prefill a token.
             step_s += decode.num_tokens * isl / osl / prefill.tps.value
         yield "TPOT", 1e3 * step_s, float(row["silicon_tpot_ms"])
     if prefill is not None and row["silicon_ttft_ms"] and row["mode"] == "disagg":
-        yield "TTFT", 1e3 * prefill.step_s.value, float(row["silicon_ttft_ms"])
+        yield "TTFT", 1e3 * prefill.round_s.value, float(row["silicon_ttft_ms"])
 
 
 def _step(
     model: ModelConfig, row: dict[str, str], prefix: str, size: StepSize
-) -> StepProjection | None:
+) -> StepsRecord | None:
     """None where the row's sizes are no layout of ours."""
 
     def number(name: str) -> int:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[1] / "src" / "expertlane" / "__init__.py"
+_PACKAGE = Path(__file__).parents[1] / "src" / "expertlane" / "version.py"
 
 project = "expertlane"
 author = "the expertlane authors"

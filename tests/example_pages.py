@@ -6,68 +6,47 @@ import example_projection
 import example_results
 import example_timelines
 from example_plan import PLAN
-from example_projection import row
-from example_serving import POINT, RESULTS
+from example_serving import POINT, RECORD, RESULTS
 from example_simulation import SIMULATION
-from expertlane.results.file import AnyResults
-from expertlane.results.projection import Estimate, Planned, Projection, ServedDeployment
-from expertlane.results.schema import Results
-from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS
-from expertlane.spec.names import Phase
-
-
-def projection() -> Projection:
-    """With batch sizes, timelines and the planner's front."""
-    found = example_projection.usual()
-    closer = tuple(
-        replace(
-            each,
-            by_batch=tuple(
-                example_projection.step(batch / 100, found.context, batch)
-                for batch in (1, 64, 1024)
-            ),
-            timelines={phase: example_timelines.timeline(16) for phase in Phase},
-        )
-        if each.conditions == found.conditions[0]
-        else each
-        for each in found.deployments
-    )
-    best = row("dp=4,tp=4,ep=16; plain", Layout(dp=4, tp=4, ep=16), 1.6)
-    front = tuple(
-        ServedDeployment(
-            best.name,
-            best.layout,
-            best.options,
-            batch,
-            Estimate(1e3 * batch, 5e2 * batch, 2e3 * batch),
-            Estimate(0.001 * batch, 0.0005 * batch, 0.002 * batch),
-        )
-        for batch in (1, 8)
-    )
-    planned = tuple(
-        Planned(each.top_k, 10, 1, each.decode, each.served, front) for each in found.planned
-    )
-    return replace(found, deployments=closer, planned=planned)
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import EXPERIMENT, DeploymentRecord
+from expertlane.results.results import Results
 
 
 def projected() -> Results:
-    """The paper's experiment, projected alone."""
-    model = {name: getattr(PRESETS["paper"], name) for name in vars(PRESETS["paper"])}
-    return example_projection.results(model, projection())
+    """The paper's experiment, projected alone: with batch sizes, timelines and the planner's."""
+    found = example_projection.usual()
+    usual = found.conditions[0]
+    context = example_projection.CONTEXT
+
+    def closer(record: DeploymentRecord) -> DeploymentRecord:
+        if EXPERIMENT not in record.roles or record.conditions != usual:
+            return record
+        of_all = record.decode_of(context, example_projection.NUM_SEQS)
+        timeline = example_timelines.timeline(16)
+        steps = [
+            replace(step, timeline=timeline) if step in (record.prefill, of_all) else step
+            for step in record.steps
+        ]
+        fewer = (example_projection.step(batch / 100, context, batch) for batch in (1, 64))
+        return replace(record, steps=(*steps, *fewer))
+
+    front = example_projection.front(usual)
+    return replace(found, deployments=(*map(closer, found.deployments), *front))
 
 
 def both() -> Results:
     """Measured, with a projection beside it."""
-    return replace(example_results.usual(), projection=projection())
+    return example_results.usual().beside(projected())
 
 
-def serving() -> AnyResults:
+def serving() -> Results:
     """Three loads on one layout."""
     points = tuple(
-        replace(POINT, batch=batch, rate=None, output_tps=100.0 * batch) for batch in (1, 8, 32)
+        replace(POINT, batch=batch, rate=None, output_tps=Estimate(100.0 * batch))
+        for batch in (1, 8, 32)
     )
-    return replace(RESULTS, points=points)
+    return replace(RESULTS, deployments=(replace(RECORD, serving=points),))
 
 
 KINDS = {

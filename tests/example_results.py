@@ -1,15 +1,18 @@
 """Results of made-up runs, built through the same calls as real ones."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 import example_timelines
-from expertlane.compare.collect import build_results, deployment_result
+from expertlane.compare.assumptions import measured_assumptions
+from expertlane.compare.run import measured_record
 from expertlane.engine.commands import HeldBytes
 from expertlane.memory import workload_limits
-from expertlane.metrics import MachinePeak, summarise
-from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
+from expertlane.results.metrics import num_tokens_per_expert, phase_record
+from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
+from expertlane.results.results import Machine, MachinePeak, Results
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
@@ -39,7 +42,17 @@ SMALL = Deployment("EP 1", Layout())
 def machine(num_cores: int = 2) -> Machine:
     """A made-up machine."""
     return Machine(
-        "Example CPU", "cpu", num_cores, 0, 8 * 10**9, 16, RANKS_PER_NODE, "gloo", "float32", PEAK
+        cpu_name="Example CPU",
+        device="cpu",
+        num_cores=num_cores,
+        num_idle_gpus=0,
+        memory_bytes=8 * 10**9,
+        num_ranks=16,
+        ranks_per_node=RANKS_PER_NODE,
+        backend="gloo",
+        dtype="float32",
+        kernels="torch",
+        peak=PEAK,
     )
 
 
@@ -95,30 +108,29 @@ def steps(
     ]
 
 
-def result(deployment: Deployment, step_s: float, *, output_len: int = 3) -> DeploymentResult:
+def record(
+    deployment: Deployment, step_s: float, role: str = EXPERIMENT, *, output_len: int = 3
+) -> DeploymentRecord:
     """What a deployment with decode steps of `step_s` and a prefill of 10 such gives."""
-    workload = Workload(WORKLOAD.num_sequences, WORKLOAD.prompt_len, output_len)
     layout = deployment.layout
-    metrics = summarise(
-        layout,
-        steps(deployment, Phase.PREFILL, start_s=0, step_s=10 * step_s, num_rounds=1),
-        steps(deployment, Phase.DECODE, start_s=50, step_s=step_s, num_rounds=output_len - 1),
-        PEAK,
-        RANKS_PER_NODE,
-    )
-    return deployment_result(
+    prefill = steps(deployment, Phase.PREFILL, start_s=0, step_s=10 * step_s, num_rounds=1)
+    decode = steps(deployment, Phase.DECODE, start_s=50, step_s=step_s, num_rounds=output_len - 1)
+    phases = [
+        replace(
+            phase_record(layout, of_phase, PEAK, RANKS_PER_NODE),
+            timeline=example_timelines.timeline(layout.world_size, times * step_s),
+        )
+        for of_phase, times in ((prefill, 10), (decode, 1))
+        if of_phase
+    ]
+    return measured_record(
         deployment,
         MODEL,
-        workload,
-        metrics,
+        phases,
         [HeldBytes(1000 + rank, 100) for rank in range(layout.world_size)],
-        np.zeros((workload.num_sequences, output_len), dtype=np.int64),
-        deployment.is_baseline,
-        RANKS_PER_NODE,
-        {
-            phase: example_timelines.timeline(layout.world_size, times * step_s)
-            for phase, times in ((Phase.PREFILL, 10), (Phase.DECODE, 1))
-        },
+        np.zeros((WORKLOAD.num_sequences, output_len), dtype=np.int64),
+        roles=(role,),
+        num_tokens_per_expert=num_tokens_per_expert([*prefill, *decode]),
     )
 
 
@@ -137,17 +149,22 @@ def results(
         tuple(deployment for deployment, _ in step_s),
         tuple(deployment for deployment, _ in scaling),
     )
-    return build_results(
-        experiment,
-        command="expertlane compare",
-        machine=machine(num_cores),
-        versions=Versions("0.1.0", "3.11", "2.9"),
-        deployments=[result(*each, output_len=output_len) for each in step_s],
-        scaling=[result(*each, output_len=output_len) for each in scaling],
-        limits={
-            each.name: workload_limits(experiment.workload, MODEL, each.layout)
-            for each in experiment.deployments + experiment.scaling
-        },
+    limits = {
+        each.name: workload_limits(experiment.workload, MODEL, each.layout)
+        for each in experiment.deployments + experiment.scaling
+    }
+    where = machine(num_cores)
+    return Results.now(
+        "comparison",
+        "expertlane compare",
+        {"experiment": experiment},
+        [
+            *(record(*each, output_len=output_len) for each in step_s),
+            *(record(*each, SCALING, output_len=output_len) for each in scaling),
+        ],
+        torch_version="2.9",
+        machine=where,
+        assumptions=measured_assumptions(experiment, where, limits),
     )
 
 

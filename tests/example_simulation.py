@@ -1,72 +1,108 @@
 """A simulation of made-up numbers."""
 
 import example_timelines
-from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.simulation import (
-    Number,
-    PhaseSimulation,
-    PoolSimulation,
-    RankMemoryResult,
-    Service,
-    SimulatedCluster,
-    SimulatedDeployment,
-    SimulatedLoad,
-    Simulation,
-    SimulationAssumption,
-    SoftwareVersions,
-    Spread,
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import (
+    Conditions,
+    DeploymentRecord,
+    PoolRecord,
+    ServingRecord,
+    StepsRecord,
 )
-from expertlane.results.traffic import TrafficBytes
+from expertlane.results.results import Assumption, Cluster, Results, Versions
+from expertlane.results.traffic import FanOut, TrafficBytes, TrafficRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Link
+from expertlane.spec.names import Link, Phase
 
-NUMBER = Number(2.0, 1.0, 4.0, "fitted")
-SPREAD = Spread(NUMBER, NUMBER, NUMBER)
-SIZES = LayoutSizes.of(Layout(dp=16, ep=16))
-PHASE = PhaseSimulation(
+NUMBER = Estimate(2.0, 1.0, 4.0)
+SPREAD = Summary(NUMBER, NUMBER, NUMBER, NUMBER)
+STEPS = StepsRecord(
+    phase=Phase.PREFILL,
     num_steps=3,
-    num_tokens=5.5,
-    num_seqs=2.0,
-    seconds=NUMBER,
+    num_tokens=16,
+    num_seqs=6,
+    wall_s=NUMBER,
+    tps=16 / NUMBER,
     step_s=SPREAD,
-    shares={"weight reads": 0.75, "launch": 0.25},
+    breakdown_s={"weight reads": 1.5, "launch": 0.5},
     floor_s=0.5,
     flops_utilisation=0.1,
     read_utilisation=0.2,
     basis_shares={"fitted": 1.0},
     extrapolated_share=0.0,
-    traffic_bytes={link.label: TrafficBytes(3, 2, 1) for link in Link},
-    sent_bytes=tuple(
-        tuple(0 if source == to else 1000 + to for to in range(16)) for source in range(16)
+    traffic=TrafficRecord(
+        by_link={link.label: TrafficBytes(9, 6, 3) for link in Link},
+        sent_bytes={
+            "payload": tuple(
+                tuple(0 if source == to else 1000 + to for to in range(16)) for source in range(16)
+            )
+        },
+        fan_out=FanOut((0, 3, 1)),
+        busiest_over_mean=1.5,
     ),
-    tokens_by_ranks_reached=(0, 3, 1),
-    rank_pairs=1.5,
     timeline=example_timelines.timeline(16),
 )
-SIMULATION = Simulation(
+RECORD = DeploymentRecord(
+    name="dp=16,ep=16",
+    layout=Layout(dp=16, ep=16),
+    options=Options(),
+    source="projected",
+    conditions=Conditions(2, "graph", "uniform", "bfloat16", "bfloat16"),
+    pools=(
+        PoolRecord(
+            weight_bytes=1,
+            kv_bytes=2,
+            activation_bytes=3,
+            allowed_bytes=9,
+            device_bytes=10,
+            num_resident=4,
+            most_running=4,
+            num_preemptions=0,
+        ),
+    ),
+    steps=(STEPS,),
+    serving=(
+        ServingRecord(
+            batch=8,
+            num_requests=8,
+            num_prompt_tokens=256,
+            num_output_tokens=48,
+            wall_s=NUMBER,
+            ttft_s=SPREAD,
+            e2e_s=SPREAD,
+            output_tps=NUMBER,
+            total_tps=NUMBER,
+            requests_per_s=NUMBER,
+            basis="fitted",
+        ),
+    ),
+    num_tokens_per_expert=((0, 0), (5, 3)),
+)
+SIMULATION = Results(
+    kind="simulation",
     command="expertlane simulate paper",
     created="2026-01-01T00:00:00+00:00",
-    versions=SoftwareVersions("0", "3", "2"),
-    model={"name": "paper", "sliding_window": []},
-    cluster=SimulatedCluster("h100x16", "a GPU", 16, 8, 0),
-    deployment=SimulatedDeployment(
-        layout=SIZES,
-        prefill_layout=None,
-        options=Options(),
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        execution="graph",
-        routing="uniform",
-        max_num_seqs=256,
-        max_num_batched_tokens=2048,
-        block_size=16,
-        mtp=0,
-        mtp_acceptance=0.0,
-    ),
-    workload=SimulatedLoad(8, None, 8, "32", "4:8", 0, 256, 48),
-    assumptions=(SimulationAssumption("routing", "uniform", "--routing", "the best case"),),
-    service=Service(SPREAD, None, SPREAD, NUMBER, NUMBER, NUMBER, NUMBER),
-    pools=(PoolSimulation("both", SIZES, RankMemoryResult(1, 2, 3, 9, 10, 4), 4, 0, PHASE, None),),
-    num_tokens_per_expert=((0, 0), (5, 3)),
+    versions=Versions("0", "3", "2"),
+    question={
+        "model": {"name": "paper", "sliding_window": []},
+        "workload": {
+            "batch": 8,
+            "rate": None,
+            "num_requests": 8,
+            "prompt_len": "32",
+            "output_len": "4:8",
+            "seed": 0,
+        },
+        "serving": {
+            "max_num_seqs": 256,
+            "max_num_batched_tokens": 2048,
+            "block_size": 16,
+            "mtp": 0,
+            "mtp_acceptance": 0.0,
+        },
+    },
+    deployments=(RECORD,),
+    cluster=Cluster("h100x16", "a GPU", 16, 8, 80e9, 3.35e12, 989e12),
+    assumptions=(Assumption("routing", "uniform", "the best case", "--routing"),),
 )

@@ -4,13 +4,14 @@
 first asked for.
 """
 
+from expertlane.version import __version__
+
 TYPE_CHECKING = False  # as typing's, which takes longer to import than all else here
 if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
     from expertlane.spec.deployment import Options
     from expertlane.spec.sampling import SamplingParams
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "Options", "SamplingParams", "__version__"]
 
 _HOMES = {

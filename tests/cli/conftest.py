@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import expertlane.compare
+import expertlane.compare.machine
 import expertlane.engine
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.report
@@ -69,10 +70,15 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     def write(results: Any, folder: Path) -> Path:
         return write_text(folder / "results.json", as_json(results))
 
-    def render(results: Any, *, traffic: bool) -> str:
+    def report_of(results: Any, *, traffic: bool = False) -> tuple[str, bool]:
+        return str(results), traffic
+
+    def render(report: tuple[str, bool]) -> str:
+        results, traffic = report
         return f"# {results} ×\n" + ("who sent what\n" if traffic else "")
 
-    def show(results: Any, console: Any, *, traffic: bool) -> None:
+    def show(report: tuple[str, bool], console: Any) -> None:
+        results, traffic = report
         console.print(f"{results}!" + (" who sent what" if traffic else ""))
 
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:
@@ -86,14 +92,15 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     install(
         expertlane.compare,
         "run",
-        check_memory=fake.check_memory,
         run_comparison=fake.run_comparison,
     )
+    monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
+    install(expertlane.report, "sections", report_of=report_of)
     install(expertlane.report, "markdown", render=render)
     install(expertlane.report, "terminal", show=show)
-    install(expertlane.report, "html", render=lambda results: f"<title>{results} ×</title>\n")
+    install(expertlane.report, "html", render=lambda report: f"<title>{report[0]} ×</title>\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)

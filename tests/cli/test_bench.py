@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 
 from cli.stub_llm import StubLLM
-from example_serving import POINT, RESULTS
+from example_serving import POINT, RECORD, RESULTS
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, write_placement
 from expertlane.cli import model
 from expertlane.report import terminal
+from expertlane.report.sections import report_of
 from expertlane.results.file import to_json
 
 SHORT = ["--prompt-len", "2:8", "--output-len", "1:3"]
@@ -45,20 +46,17 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
     assert code == 0
     assert Path(out_folder, "results.json").read_text(encoding="utf-8") == out
     found = json.loads(out)
-    assert (found["schema_version"], found["kind"], found["model"]) == (2, "bench", "paper-tiny")
+    asked = found["question"]
+    assert (found["schema_version"], found["kind"], asked["model"]) == (6, "bench", "paper-tiny")
     assert found["command"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
-    assert (found["seed"], found["prompt_len"], found["output_len"]) == (5, "2:8", "1:3")
+    assert asked["workload"] == {"prompt_len": "2:8", "output_len": "1:3", "seed": 5}
     assert found["machine"]["device"]
     assert found["machine"]["num_cores"] >= 1
     assert re.match(r"\d+\.\d+", found["versions"]["torch"])
     assert 0 <= found["foreign_cpu_share"] <= 1
-    points = found["points"]
-    assert [(each["layout"]["ep_size"], each["batch"]) for each in points] == [
-        (1, 1),
-        (1, 3),
-        (2, 1),
-        (2, 3),
-    ]
+    assert [each["layout"]["ep"] for each in found["deployments"]] == [1, 2]
+    points = [point for each in found["deployments"] for point in each["serving"]]
+    assert [each["batch"] for each in points] == [1, 3, 1, 3]
     for point, same in zip(points[:2], points[2:], strict=True):  # the same requests
         assert point["num_prompt_tokens"] == same["num_prompt_tokens"]
         assert point["num_output_tokens"] == same["num_output_tokens"]
@@ -66,9 +64,11 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
         assert point["num_requests"] == point["batch"]
         assert point["num_requests"] <= point["num_output_tokens"] <= 3 * point["num_requests"]
         assert point["rate"] is None
-        assert point["output_tps"] == pytest.approx(point["num_output_tokens"] / point["wall_s"])
-        assert point["prefill_tps"] > 0
-        assert point["ttft_s"]["p50"] <= point["e2e_s"]["p50"] <= point["e2e_s"]["p99"]
+        tps = point["num_output_tokens"] / point["wall_s"]["value"]
+        assert point["output_tps"]["value"] == pytest.approx(tps)
+        assert point["prefill_tps"]["value"] > 0
+        ttft_s, e2e_s = point["ttft_s"], point["e2e_s"]
+        assert ttft_s["median"]["value"] <= e2e_s["median"]["value"] <= e2e_s["p99"]["value"]
     lines = [line.partition(":")[0] for line in err.splitlines()]
     assert lines == [
         "loading paper-tiny on 1 rank (tp=1)",
@@ -103,7 +103,7 @@ def test_a_rate_and_its_table(run, stub):
 def test_the_default_is_a_sweep(run, stub):
     code, out, _ = run("bench", "paper-tiny", "--json")
     assert code == 0
-    points = json.loads(out)["points"]
+    points = json.loads(out)["deployments"][0]["serving"]
     assert [(each["batch"], each["num_requests"]) for each in points] == [(1, 1), (8, 8), (32, 32)]
     assert all(each["num_output_tokens"] == 32 * each["num_requests"] for each in points)
 
@@ -111,7 +111,7 @@ def test_the_default_is_a_sweep(run, stub):
 def test_more_requests_than_the_batch(run, stub):
     code, out, _ = run("bench", "paper-tiny", "--batch", "2", "--num-requests", "5", "--json")
     assert code == 0
-    (point,) = json.loads(out)["points"]
+    (point,) = json.loads(out)["deployments"][0]["serving"]
     assert (point["batch"], point["num_requests"], point["prefill_tps"]) == (2, 5, None)
 
 
@@ -193,9 +193,10 @@ def test_options_are_written_down(run, stub, tmp_path):
     code, out, _ = run("bench", "paper-tiny", "--batch", "1", *SHORT, *options, "--json")
     assert code == 0
     found = json.loads(out)
-    assert found["ranks_per_node"] == 1
-    assert found["options"]["dispatch"] == "hierarchical"
-    assert found["options"]["placement_file"] == str(tmp_path / "placement.json")
+    assert found["question"]["ranks_per_node"] == found["machine"]["ranks_per_node"] == 1
+    (record,) = found["deployments"]
+    assert record["options"]["dispatch"] == "hierarchical"
+    assert record["options"]["placement_file"] == str(tmp_path / "placement.json")
 
 
 def test_a_placement_of_something_else(run, stub, tmp_path):
@@ -252,7 +253,7 @@ def test_one_layout_a_run_of_torchrun(run, stub, monkeypatch):
 
 def shown(results, width):
     stream = io.StringIO()
-    terminal.show(results, Console(file=stream, width=width))
+    terminal.show(report_of(results), Console(file=stream, width=width))
     return stream.getvalue()
 
 
@@ -268,13 +269,14 @@ def test_the_widest_table_keeps_all_its_numbers(width):
 def test_notes():
     machine = replace(RESULTS.machine, num_cores=1)
     point = replace(POINT, num_preemptions=1, tpot_s=None, itl_s=None, prefill_tps=2.0)
-    results = replace(RESULTS, machine=machine, points=(point,), foreign_cpu_share=0.5)
+    record = replace(RECORD, serving=(point,))
+    results = replace(RESULTS, machine=machine, deployments=(record,), foreign_cpu_share=0.5)
     text = " ".join(shown(results, 100).split())
-    assert "512 ranks share 1 core: this compares work and waiting on this machine" in text
+    assert "512 ranks share 1 core: wall times compare work and waiting on this machine" in text
     assert "1 preemption: the cache was too small for all that ran." in text
     assert "Other processes used 50% of the cores meanwhile" in text
     assert "TPOT — — — —" in text
-    assert json.loads(to_json(results))["points"][0]["itl_s"] is None
+    assert json.loads(to_json(results))["deployments"][0]["serving"][0]["itl_s"] is None
     on_gpu = replace(RESULTS, machine=replace(machine, device="a GPU"))
     assert "ranks share" not in shown(on_gpu, 100)
     assert "Other processes" not in shown(on_gpu, 100)

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 import example_results
-from expertlane.compare import local_memory
+from expertlane.compare import machine
 from expertlane.errors import CapacityError
 from expertlane.results.file import read
+from expertlane.results.record import EXPERIMENT, SCALING
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
 
 SHORT = """
 name = "short"
@@ -45,7 +47,7 @@ def few_layouts(model, num_devices):
 def too_small(tmp_path, monkeypatch):
     """A machine whose memory holds none of it, an empty folder, and a planner that tries little."""
     monkeypatch.setattr("expertlane.plan.search.valid_layouts", few_layouts)
-    monkeypatch.setattr("expertlane.compare.local_memory._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.compare.machine._ACCELERATORS", ())
     monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -64,15 +66,13 @@ def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
     )
     assert "Projected: verdict (h100x16, nothing here was measured)" in out
     assert "Nothing was measured here: deployment 'TP 8 × PP 2'" in " ".join(out.split())
-    assert "Projected: where 3.75× would come from" in out
-    assert "reported, not projected" in out
+    assert "Projected: where 3.75× would come from" not in out  # that is the paper's study
     assert max(map(len, out.splitlines())) <= 80
 
     results = read(Path("results/short/results.json"))
-    assert results.deployments == ()
+    assert results.select("measured") == ()
     assert results.machine is None
-    assert results.projection is not None
-    assert results.projection.top_ks == (2, 1)
+    assert {each.top_k for each in results.conditions} == {2}
     assert "starting" not in err  # no rank
     assert "Projected: verdict" in Path("results/short/report.md").read_text(encoding="utf-8")
 
@@ -82,25 +82,27 @@ def test_another_cluster_and_json(too_small, run):
         "compare", "short.toml", "--project", "--json", "--cluster", "h200x16", "--skew", "0.5"
     )
     assert code == 0
-    projection = json.loads(out)["projection"]
-    assert (projection["cluster"], projection["skew"]) == ("h200x16", 0.5)
+    found = json.loads(out)
+    assert (found["cluster"]["name"], found["question"]["skew"]) == ("h200x16", 0.5)
 
 
 def test_what_fits_is_measured_with_the_projection_beside_it(
     too_small, comparison, run, monkeypatch
 ):
-    monkeypatch.setattr(local_memory, "memory_shortage", lambda experiment, dtype: None)
+    monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
     comparison.answer = example_results.usual()
     code, out, err = run("compare", "short.toml", "--project")
     assert code == 0
     assert len(comparison.calls) == 1
-    assert "projection=Projection(cluster='h100x16'" in out
+    assert "cluster=Cluster(name='h100x16'" in out
+    assert "source='measured'" in out
+    assert "source='projected'" in out
     assert err.index("projecting on h100x16") < err.index("starting 16 ranks")
     assert "nothing is measured" not in err
 
 
 def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypatch):
-    monkeypatch.setattr(local_memory, "memory_shortage", lambda experiment, dtype: None)
+    monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
     comparison.too_large = CapacityError("needs 2 GB but 1 GB is free")
     code, out, err = run("compare", "short.toml", "--project")
     assert code == 0
@@ -115,9 +117,10 @@ def test_the_papers_experiment_at_full_size(too_small, run):
     assert code == 0
     assert "TPOT at" in out
     results = read(Path("results/paper/results.json"))
-    assert results.projection is not None
-    assert results.projection.contexts == (1, 128, 1024, 10_000)
-    assert [each.layout.ep_size for each in results.projection.scaling][-1] == 64
+    first = results.select("projected", EXPERIMENT)[0]
+    contexts = {step.context for step in first.steps_of(Phase.DECODE)}
+    assert contexts == {1, 128, 1024, 10_000}
+    assert [each.layout.ep for each in results.select("projected", SCALING)][-1] == 64
 
 
 def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run):

@@ -12,7 +12,8 @@ from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
 from expertlane.cli.options import ProjectionOptions
 from expertlane.cost.laws.profile_file import parse_cluster
-from expertlane.results.plan import PlanResults
+from expertlane.results.record import BEST
+from expertlane.results.results import Results
 from expertlane.spec.experiment import read_experiment
 
 TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
@@ -46,9 +47,10 @@ def test_a_plan_is_printed_and_written(run, here):
     assert experiment.model.name == "paper-tiny"
     assert experiment.workload.num_sequences == 8
     data = json.loads((folder / "results.json").read_text())
-    best = data["best"][0]
+    best = data["deployments"][0]
+    assert best["roles"] == ["best"]
     planned = experiment.deployments[-1]
-    assert planned.layout.dp == best["layout"]["dp_size"]
+    assert planned.layout.dp == best["layout"]["dp"]
     assert planned.options.dispatch == best["options"]["dispatch"]
 
 
@@ -58,10 +60,12 @@ def test_json_is_the_file_and_reads_back(run, here):
     code, out, err = run(*TINY, "--workload", WORKLOAD, "--json", "--out", "mine")
     assert code == 0, err
     assert (here / "mine" / "results.json").read_text() == out
-    results = TypeAdapter(PlanResults).validate_json(out)
-    assert results.num_candidates > 5
-    assert results.best[0].why == ""
-    assert results.best[0].tps.low <= results.best[0].tps.value <= results.best[0].tps.high
+    results = TypeAdapter(Results).validate_json(out)
+    assert results.plans[0].num_candidates > 5
+    best = results.select("projected", BEST)[0]
+    assert best.why == ""
+    tps = best.serving[0].output_tps
+    assert tps.low <= tps.value <= tps.high
 
 
 def test_a_checkpoint_needs_only_its_configuration(run, here):
@@ -70,7 +74,7 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
         "plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD, "--out", "there"
     )
     assert code == 0, err
-    commands = json.loads((here / "there" / "results.json").read_text())["commands"]
+    commands = json.loads((here / "there" / "results.json").read_text())["plans"][0]["commands"]
     assert all(str(here / "mine") in each["command"] for each in commands)
     written = tomllib.loads((here / "there" / "experiment.toml").read_text())
     assert written["model"] == {"checkpoint": str(here / "mine")}

@@ -36,8 +36,8 @@ MISTAKES = {
     "cut off": ("whole"[:3], "FILE is not JSON: Expecting value at line 1, column 1"),
     "of an older version": (
         json.dumps(OLD),
-        "FILE has schema_version 4 of a comparison; this expertlane reads 5: repeat the command "
-        "that wrote it",
+        "FILE has schema_version 4 of a comparison; this expertlane reads 6: repeat the command "
+        "that wrote it, 'expertlane compare'",
     ),
     "another file": ('{"name": "x"}', "FILE is not a results file: it has no schema_version"),
     "unknown kind": (
@@ -47,7 +47,7 @@ MISTAKES = {
     "nested": ("[" * 100_000, "FILE: nested too deeply; valid: 100 levels at most"),
     "changed": (
         to_json(example_pages.serving()).replace('"batch": 8', '"batch": "eight"'),
-        "FILE: points.1.batch Input should be a valid integer",
+        "FILE: deployments.0.serving.1.batch Input should be a valid integer",
     ),
 }
 
@@ -55,7 +55,7 @@ MISTAKES = {
 WHOLE = to_json(example_pages.KINDS["measured"]())
 DAMAGED = {
     "no number": (
-        ('"decode": {', '"decode": {"tps": NaN, '),
+        ('"num_steps": ', '"num_steps": NaN, "n": '),
         ": NaN is not valid JSON; numbers must be finite",
     ),
     "a column too short": (

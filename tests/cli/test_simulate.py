@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli.small_checkpoint import checkpoint
-from expertlane.results.file import read_any
+from expertlane.results.file import read
+from expertlane.spec.names import Phase
 
 LOAD = ["--batch", "8", "--prompt-len", "4:16", "--output-len", "2:6"]
 EP16 = ["--layout", "dp=16,ep=16", "--cluster", "h100x16"]
@@ -40,31 +41,32 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     for part in ("low–high", "TTFT", "floor", "weight reads", "fitted", "--routing", "inter-node"):
         assert part in out
     assert "simulating 8 requests: done" in err
-    found = read_any(tmp_path / "new" / "results.json")
-    assert found.deployment.num_ranks == 16
-    assert found.cluster.num_idle == 0
-    assert found.workload.num_output_tokens >= 8 * 2
-    for phase in (found.pools[0].prefill, found.pools[0].decode):
-        assert phase is not None
+    found = read(tmp_path / "new" / "results.json")
+    (record,) = found.deployments
+    assert record.num_ranks == found.cluster.num_devices == 16
+    assert record.serving[0].num_output_tokens >= 8 * 2
+    assert [step.phase for step in record.steps] == [Phase.PREFILL, Phase.DECODE]
+    for phase in record.steps:
         assert sum(phase.shares.values()) == pytest.approx(1)
         assert sum(phase.basis_shares.values()) == pytest.approx(1)
         assert phase.step_s.mean.low <= phase.step_s.mean.value <= phase.step_s.mean.high
         assert phase.floor_s < phase.step_s.mean.low
-    assert found.service.output_tps.low < found.service.output_tps.value
+    assert record.serving[0].output_tps.low < record.serving[0].output_tps.value
 
 
 def test_the_same_load_gives_the_same_numbers(run):
     first, again = (as_json(run, *EP16, *LOAD) for _ in range(2))
-    assert first["service"] == again["service"]
+    assert first["deployments"] == again["deployments"]
     other = as_json(run, *EP16, *LOAD, "--seed", "1")
-    assert other["service"] != first["service"]
+    of_seeds = [each["deployments"][0]["serving"] for each in (first, other)]
+    assert of_seeds[0] != of_seeds[1]
 
 
 def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
     out, err = simulate(run, *EP16, *opened)
     assert "simulating 6 requests 3 times" in err
-    assert "200 requests/s: 6 requests" in out
+    assert "200 req/s: 6 requests" in out
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_arrivals_have_bounds_of_their_own(run):
 def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
     checkpoint(tmp_path / "mine", quantization_config={"quant_method": method})
     found = as_json(run, "--layout", "dp=2,ep=2", *EP16[2:], *LOAD, model=str(tmp_path / "mine"))
-    assert found["deployment"]["dtype"] == weights
+    assert found["deployments"][0]["conditions"]["dtype"] == weights
     why = next(each["why"] for each in found["assumptions"] if each["name"] == "weights")
     assert ("priced as bfloat16, for want of a law" in why) == caution
 
@@ -82,10 +84,10 @@ def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
 def test_two_pools(run):
     layouts = ["--layout", "dp=4,ep=4", "--prefill-layout", "tp=2", "--cluster", "h100x8"]
     found = as_json(run, *layouts, *LOAD)
-    prefill, decode = found["pools"]
-    assert (prefill["role"], prefill["decode"]) == ("prefill", None)
-    assert (decode["role"], decode["prefill"]) == ("decode", None)
-    assert found["cluster"]["num_idle"] == 2
+    (record,) = found["deployments"]
+    assert [each["role"] for each in record["pools"]] == ["prefill", "decode"]
+    steps = [(each["pool"], each["phase"]) for each in record["steps"]]
+    assert steps == [("prefill", "prefill"), ("decode", "decode")]
     out, _ = simulate(run, *layouts, *LOAD)
     assert "2 devices of the cluster stay idle." in out
     assert "tp=2 + dp=4,ep=4" in out
@@ -94,18 +96,18 @@ def test_two_pools(run):
 def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
     load = ["--batch", "8", "--prompt-len", "8", "--output-len", "31"]
     plain, wrong, right = (
-        as_json(run, *EP16, *load, *options)
+        as_json(run, *EP16, *load, *options)["deployments"][0]
         for options in (
             [],
             ["--mtp", "1", "--mtp-acceptance", "0"],
             ["--mtp", "1", "--mtp-acceptance", "1"],
         )
     )
-    tpot_s = [each["service"]["tpot_s"]["mean"]["value"] for each in (plain, wrong, right)]
+    tpot_s = [each["serving"][0]["tpot_s"]["mean"]["value"] for each in (plain, wrong, right)]
     assert tpot_s[2] < tpot_s[0] < tpot_s[1]
-    steps = [each["pools"][0]["decode"]["num_steps"] for each in (plain, wrong, right)]
+    steps = [each["steps"][1]["num_steps"] for each in (plain, wrong, right)]
     assert steps == [30, 30, 15]
-    weights = [each["pools"][0]["memory"]["weight_bytes"] for each in (plain, wrong)]
+    weights = [each["pools"][0]["weight_bytes"] for each in (plain, wrong)]
     assert weights[0] < weights[1]
 
 
@@ -121,11 +123,12 @@ def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
 def test_replicas_send_among_themselves(run, tmp_path):
     layout = ["--layout", "replicas=2,dp=2,ep=2", "--cluster", "h100x4"]
     found = as_json(run, *layout, *LOAD, "--out", str(tmp_path / "out"))
-    (pool,) = found["pools"]
-    for phase in ("prefill", "decode"):
-        assert [len(row) for row in pool[phase]["sent_bytes"]] == [2, 2]
-        assert [row[i] for i, row in enumerate(pool[phase]["sent_bytes"])] == [0, 0]
-        assert sum(map(sum, pool[phase]["sent_bytes"])) > 0
+    (record,) = found["deployments"]
+    for step in record["steps"]:
+        sent_bytes = step["traffic"]["sent_bytes"]["payload"]
+        assert [len(row) for row in sent_bytes] == [2, 2]
+        assert [row[i] for i, row in enumerate(sent_bytes)] == [0, 0]
+        assert sum(map(sum, sent_bytes)) > 0
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -140,13 +143,15 @@ def test_replicas_send_among_themselves(run, tmp_path):
 )
 def test_options_of_a_deployment(run, options):
     found = as_json(run, *EP16, *LOAD, *options)
-    assert found["service"]["output_tps"]["value"] > 0
+    assert found["deployments"][0]["serving"][0]["output_tps"]["value"] > 0
 
 
 def test_skewed_routing_loads_ranks_unevenly(run):
-    even, skewed = (as_json(run, *EP16, *LOAD, "--skew", skew) for skew in ("0", "1.5"))
-    skewed_max, even_max = (max(map(max, each["num_tokens_per_expert"])) for each in (skewed, even))
-    assert skewed_max > even_max
+    even, skewed = (
+        as_json(run, *EP16, *LOAD, "--skew", skew)["deployments"][0]["num_tokens_per_expert"]
+        for skew in ("0", "1.5")
+    )
+    assert max(map(max, skewed)) > max(map(max, even))
 
 
 def test_sequences_that_wait_for_room(run):

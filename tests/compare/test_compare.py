@@ -11,8 +11,9 @@ import pytest
 
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
-from expertlane.compare import run as compare_module
-from expertlane.compare.run import check_memory, measure_peak, run_comparison
+from expertlane.compare import machine as compare_module
+from expertlane.compare.machine import check_memory, measure_peak
+from expertlane.compare.run import run_comparison
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.cache_size import fit_to_machine
 from expertlane.engine.commands import DescribeMachine
@@ -20,7 +21,10 @@ from expertlane.errors import CapacityError
 from expertlane.memory import rank_memory, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
+from expertlane.report.compared import measured, scaling
+from expertlane.report.sections import report_of
 from expertlane.results.file import read, write
+from expertlane.results.record import EXPERIMENT as EXPERIMENT_ROLE
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage, Track
@@ -104,14 +108,10 @@ def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
 
 
 def test_every_deployment_is_there_and_measured(results):
-    assert [each.name for each in results.deployments] == [
-        "tp=2,pp=2",
-        "rotating",
-        "dp=4,ep=4",
-        "overlap",
-    ]
+    own = results.select("measured", EXPERIMENT_ROLE)
+    assert [each.name for each in own] == ["tp=2,pp=2", "rotating", "dp=4,ep=4", "overlap"]
     assert {each.source for each in results.deployments} == {"measured"}
-    assert [each.is_baseline for each in results.deployments] == [True, True, False, False]
+    assert [each.is_baseline for each in own] == [True, True, False, False]
     assert results.machine.num_ranks == 4
     assert results.machine.ranks_per_node == 2
     assert results.machine.dtype == "float32"
@@ -125,40 +125,40 @@ def test_all_compute_the_same_tokens(results, pools):
 
 
 def test_tokens_are_counted_once(results):
-    for each in results.deployments:
+    own = results.select("measured", EXPERIMENT_ROLE)
+    for each in own:
         assert each.prefill.num_tokens == 2 * 9 * 5  # two runs
         assert each.decode.num_tokens == 2 * 9 * 3
         assert each.decode.num_rounds == 2 * 3
         assert len(each.decode.tps_of_runs) == 2
-        loads = each.expert_load.num_tokens_per_expert
+        loads = each.num_tokens_per_expert
         assert [sum(layer) for layer in loads] == [2 * 9 * (5 + 3) * 2] * 4
-        assert loads == results.deployments[0].expert_load.num_tokens_per_expert
+        assert loads == own[0].num_tokens_per_expert
 
 
 def test_numbers_agree_with_each_other(results):
     for each in results.deployments:
         for phase in (each.prefill, each.decode):
-            assert phase.tps == pytest.approx(phase.num_tokens / phase.wall_s)
+            assert phase.tps.value == pytest.approx(phase.num_tokens / phase.wall_s.value)
             assert phase.critical_path.total_s > 0
-            assert 0 < phase.utilisation.flops < 1
-        assert 0 < each.decode.tpot_s.median <= each.decode.tpot_s.p95
-        assert 0 < each.prefill.ttft_s.median <= each.prefill.ttft_s.p95
+            assert 0 < phase.flops_utilisation < 1
+            assert 0 < phase.token_s.median.value <= phase.token_s.p95.value
 
 
 def test_causes_add_up_to_the_wall_time(results):
     for each in results.deployments:
-        for phase, result in ((Phase.PREFILL, each.prefill), (Phase.DECODE, each.decode)):
-            causes = each.breakdown_s[phase]
+        for result in (each.prefill, each.decode):
+            causes = result.breakdown_s
             assert all(seconds >= -1e-9 for seconds in causes.values()), causes
-            share = sum(causes.values()) * result.num_rounds / result.wall_s
+            share = sum(causes.values()) * result.num_rounds / result.wall_s.value
             assert share == pytest.approx(1)
 
 
 def test_what_ranks_hold_is_what_was_predicted(results):
     for each in results.deployments:
-        layout = each.layout.layout
-        assert [rank.rank for rank in each.per_rank] == list(range(4))
-        for rank in each.per_rank:
+        layout = each.layout
+        assert [rank.rank for rank in each.held] == list(range(layout.world_size))
+        for rank in each.held:
             limits = workload_limits(EXPERIMENT.workload, EXPERIMENT.model, layout)
             need = rank_memory(
                 EXPERIMENT.model, layout, limits, rank.rank, NumberTypes.all_of("float32")
@@ -168,16 +168,17 @@ def test_what_ranks_hold_is_what_was_predicted(results):
 
 
 def test_overlap_and_scaling_are_there(results):
-    (hidden,) = results.hidden_communication
-    assert (hidden.off, hidden.on) == ("dp=4,ep=4", "overlap")
-    assert [point.ep_size for point in results.scaling] == SCALING_EP
-    assert [point.num_ranks for point in results.scaling] == SCALING_EP
-    assert results.scaling[0].relative_tps_per_rank == 1
+    (pair,) = measured(results).overlapped
+    assert (pair.off.name, pair.on.name) == ("dp=4,ep=4", "overlap")
+    sizes = scaling(results, "measured")
+    assert [each.record.layout.ep for each in sizes] == SCALING_EP
+    assert [each.record.num_ranks for each in sizes] == SCALING_EP
 
 
 def test_results_are_read_back_as_written(results, tmp_path):
     assert read(write(results, tmp_path)) == results
-    assert markdown.render(read(tmp_path / "results.json")) == markdown.render(results)
+    again = report_of(read(tmp_path / "results.json"))
+    assert markdown.render(again) == markdown.render(report_of(results))
 
 
 def test_progress_is_told_of_every_deployment(compared):

@@ -10,6 +10,7 @@ from distributed.running import deployment
 from expertlane.compare.run import run_comparison
 from expertlane.progress import Silent
 from expertlane.report import markdown
+from expertlane.report.sections import report_of
 from expertlane.results.file import read, write
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
@@ -55,22 +56,22 @@ def test_all_deployments_compute_what_transformers_does(results, checkpoints):
 
 def test_a_layer_without_experts_counts_for_none(results):
     tensor, expert, _ = results.deployments
-    assert [rank.num_experts_per_layer for rank in tensor.per_rank] == [
+    assert [rank.num_experts_per_layer for rank in tensor.held] == [
         *[(8, 0, 0, 0)] * 2,
         *[(0, 0, 8, 8)] * 2,
     ]
-    assert {rank.num_experts_per_layer for rank in expert.per_rank} == {(2, 0, 2, 2)}
-    assert expert.expert_load.max_over_mean[1] == 0
+    assert {rank.num_experts_per_layer for rank in expert.held} == {(2, 0, 2, 2)}
+    assert expert.expert_max_over_mean[1] == 0
     # 60 prompt tokens take 3 of 8 experts each: none of the layers that have any stays idle.
     assert expert.prefill.active_expert_share > 0.9
 
 
 def test_the_checkpoint_is_recorded(results, checkpoints, tmp_path):
     folder = str(checkpoints.folder(FAMILY))
-    assert results.experiment["checkpoint"] == folder
-    assert results.experiment["model"]["name"] == FAMILY
+    assert results.question["experiment"]["checkpoint"] == folder
+    assert results.question["experiment"]["model"]["name"] == FAMILY
     assert read(write(results, tmp_path)) == results
-    assert f"| weights | {folder} |" in markdown.render(results).replace("\\_", "_")
+    assert f"| weights | {folder} |" in markdown.render(report_of(results)).replace("\\_", "_")
 
 
 def test_assumptions_are_true_of_a_checkpoint(results):
@@ -89,7 +90,7 @@ def test_assumptions_are_true_of_a_checkpoint(results):
         "float32",
         "the machine's choice, or --dtype; the checkpoint's own is float32",
     )
-    assert "random, seed" not in markdown.render(results)
+    assert "random, seed" not in markdown.render(report_of(results))
 
 
 def test_other_numbers_of_experts_per_token(experiment, pools):
@@ -101,5 +102,5 @@ def test_other_numbers_of_experts_per_token(experiment, pools):
     results = run_comparison(one, pools.pool(4), Silent(), command="")
     assert results.assumptions[0].value == "1 of 8"
     assert results.assumptions[0].why == "asked for; the checkpoint's own is 3"
-    loads = results.deployments[0].expert_load.num_tokens_per_expert
+    loads = results.deployments[0].num_tokens_per_expert
     assert [sum(layer) for layer in loads] == [2 * 5 * (12 + 3), 0, *[2 * 5 * (12 + 3)] * 2]

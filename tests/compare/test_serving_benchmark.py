@@ -16,13 +16,17 @@ from expertlane.compare.serving_benchmark import (
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.errors import UserError
 from expertlane.progress import Silent
-from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.serving import Spread
+from expertlane.results.estimate import Estimate, Summary
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import check_lengths
 
 FOUR = LengthRange(4, 4)
+
+
+def spread(*values):
+    """Mean, median, 95 and 99 %."""
+    return Summary(*map(Estimate, values))
 
 
 class FakeEngine:
@@ -110,10 +114,10 @@ def test_an_open_loop_adds_what_is_due_and_sleeps_when_idle():
     assert [each.output.token_times_s for each in served] == [[102, 104, 105], [104], [112]]
     assert engine.slept == [5]
     assert engine.most_running == 2
-    point = measure(Layout(), Load(3, FOUR, FOUR, rate=1.0), served)
-    assert point.ttft_s.mean == pytest.approx((2 + 3.5 + 2) / 3)  # from due times
+    point = measure(Load(3, FOUR, FOUR, rate=1.0), served)
+    assert point.ttft_s.mean.value == pytest.approx((2 + 3.5 + 2) / 3)  # from due times
     assert point.prefill_tps is None
-    assert point.wall_s == 12
+    assert point.wall_s.value == 12
 
 
 def test_requests_are_greedy_and_go_on_beyond_the_end_of_a_sequence():
@@ -130,48 +134,42 @@ def test_no_requests():
 
 def test_the_numbers_of_a_closed_loop():
     _, served = run(timed((3, 0), (1, 0)), 2)
-    point = measure(Layout(dp=2), Load(2, FOUR, FOUR, batch=2), served)
+    point = measure(Load(2, FOUR, FOUR, batch=2), served)
     # Both have a first token at 102; the first request goes on at 103 and 104.
-    assert point.layout == LayoutSizes(1, 1, 2, 1, 1)
     assert (point.batch, point.rate) == (2, None)
     assert (point.num_requests, point.num_prompt_tokens, point.num_output_tokens) == (2, 4, 4)
-    assert point.wall_s == 4
-    assert (point.output_tps, point.total_tps, point.requests_per_s) == (1, 2, 0.5)
-    assert point.prefill_tps == 2
-    assert point.ttft_s == Spread(2, 2, 2, 2)
-    assert point.tpot_s == point.itl_s == Spread(1, 1, 1, 1)
-    assert point.e2e_s.mean == 3
-    assert point.e2e_s.p50 == 3
-    assert point.e2e_s.p99 == pytest.approx(3.98)
+    assert point.wall_s.value == 4
+    assert (point.output_tps.value, point.total_tps.value) == (1, 2)
+    assert point.requests_per_s == Estimate(0.5)
+    assert point.prefill_tps == Estimate(2)
+    assert point.ttft_s == spread(2, 2, 2, 2)
+    assert point.tpot_s == point.itl_s == spread(1, 1, 1, 1)
+    assert point.e2e_s.mean.value == 3
+    assert point.e2e_s.median.value == 3
+    assert point.e2e_s.p99.value == pytest.approx(3.98)
 
 
 def test_one_token_has_no_time_between_tokens():
     _, served = run(timed((1, 0)), 1)
-    point = measure(Layout(), Load(1, FOUR, FOUR, batch=1), served)
+    point = measure(Load(1, FOUR, FOUR, batch=1), served)
     assert (point.tpot_s, point.itl_s) == (None, None)
-    assert point.ttft_s == point.e2e_s == Spread(2, 2, 2, 2)
+    assert point.ttft_s == point.e2e_s == spread(2, 2, 2, 2)
 
 
 def test_prefill_needs_all_requests_at_once():
     _, served = run(timed((1, 0), (1, 0)), 1)
-    assert measure(Layout(), Load(2, FOUR, FOUR, batch=1), served).prefill_tps is None
+    assert measure(Load(2, FOUR, FOUR, batch=1), served).prefill_tps is None
 
 
 def test_tpot_is_of_requests_and_itl_of_tokens():
     slow = RequestOutput("0", None, [1], 0.0, [0] * 2, token_times_s=[1.0, 11.0])
     fast = RequestOutput("1", None, [1], 0.0, [0] * 11, token_times_s=[1.0 + i for i in range(11)])
     fast.num_preemptions = 3
-    point = measure(Layout(), Load(2, FOUR, FOUR, rate=1.0), [Served(0.0, slow), Served(0.0, fast)])
-    assert point.tpot_s.mean == pytest.approx(5.5)
-    assert point.itl_s.mean == pytest.approx(20 / 11)
-    assert point.itl_s.p50 == 1
+    point = measure(Load(2, FOUR, FOUR, rate=1.0), [Served(0.0, slow), Served(0.0, fast)])
+    assert point.tpot_s.mean.value == pytest.approx(5.5)
+    assert point.itl_s.mean.value == pytest.approx(20 / 11)
+    assert point.itl_s.median.value == 1
     assert point.num_preemptions == 3
-
-
-def test_spread():
-    assert Spread.of([]) is None
-    spread = Spread.of([float(value) for value in range(101)])
-    assert spread == Spread(50, 50, 95, 99)
 
 
 def test_drawn_requests_are_as_asked_for():
@@ -237,7 +235,6 @@ def test_each_point_is_warmed_up_with_prompts_of_its_own():
     assert (closed.num_requests, closed.num_output_tokens) == (3, 15)
     assert (opened.num_requests, opened.rate) == (10, 1e6)
     assert 10 <= opened.num_output_tokens <= 50
-    assert closed.layout == LayoutSizes.of(Layout(tp=2))
     assert told == [("tp=2, batch 2", 3), 1, 1, 1, ("tp=2, 1e+06 req/s", 10), *[1] * 10]
     assert len(llm.prompts) == 2 + 3 + 8 + 10
     assert len(set(map(tuple, llm.prompts))) == len(llm.prompts)

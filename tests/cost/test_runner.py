@@ -11,9 +11,9 @@ from cost.projected import DRIVER_S, MODEL, make_runner, make_scheduler
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN
 from expertlane.cost.sharing import KnownWork, StepSharing
-from expertlane.metrics import latency, summarise
 from expertlane.results.chrome_trace import to_json
-from expertlane.results.step_record import MachinePeak
+from expertlane.results.metrics import latency, phase_record
+from expertlane.results.results import MachinePeak
 from expertlane.schedule.drive import drive, step_records
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -47,13 +47,14 @@ def test_metrics_take_what_it_gives(layout, options):
     records = list(step_records(steps))
     of_phase = {phase: [record for record in records if record.phase is phase] for phase in Phase}
     layout = Layout.parse(layout)
-    metrics = summarise(layout, *of_phase.values(), PEAK, ranks_per_node=4)
-    for phase in (metrics.prefill, metrics.decode):
-        round_s = phase.latency.wall_s / phase.latency.num_rounds
-        assert sum(phase.breakdown_s.values()) == pytest.approx(round_s)
-        assert phase.latency.tps > 0
-    assert metrics.decode.latency.num_tokens == 8 * 2
-    assert metrics.prefill.latency.num_tokens == 8 * 5
+    prefill, decode = (
+        phase_record(layout, steps, PEAK, ranks_per_node=4) for steps in of_phase.values()
+    )
+    for phase in (prefill, decode):
+        assert sum(phase.breakdown_s.values()) == pytest.approx(phase.round_s.value)
+        assert phase.tps.value > 0
+    assert decode.num_tokens == 8 * 2
+    assert prefill.num_tokens == 8 * 5
     for record in records:
         assert len(record.records) == layout.replica_size
         for rank in record.records:
@@ -89,10 +90,10 @@ def test_rotating_steps_are_in_flight_together():
 def test_bounds(layout, options):
     runner, steps = project(layout, options)
     found = [latency(list(step_records(runner.at_bound(steps, b)))) for b in range(len(BOUNDS))]
-    walls = [each.wall_s for each in found]
+    walls = [each.wall_s.value for each in found]
     assert walls == sorted(walls)
     assert walls[0] < walls[2]
-    assert walls[LIKELY] == pytest.approx(latency(list(step_records(steps))).wall_s)
+    assert walls[LIKELY] == pytest.approx(latency(list(step_records(steps))).wall_s.value)
 
 
 def test_memory_bounds_admission():

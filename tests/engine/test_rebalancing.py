@@ -9,7 +9,7 @@ import pytest
 
 from distributed.running import Inline, deployment
 from expertlane.balance.placement_file import placements_of
-from expertlane.compare.collect_rebalances import rebalance_results
+from expertlane.compare.run import rebalance_records
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner, runner_for
 from expertlane.memory import workload_limits
@@ -86,7 +86,7 @@ def test_a_gate_that_refuses_moves_nothing(pools):
     assert runner.decisions
     assert all(each.switched is None for each in runner.decisions)
     assert all("saves" in line and "costs" in line for line in lines)
-    assert all(result.load_after is None for result in rebalance_results(runner))
+    assert all(result.load_after is None for result in rebalance_records(runner))
 
 
 def test_the_load_after_a_switch_is_more_even_as_predicted(pools):
@@ -94,7 +94,7 @@ def test_the_load_after_a_switch_is_more_even_as_predicted(pools):
     _, runner, _ = run(
         pools, chosen, worth=lambda decision: decision.gain_s, num_steps=6, model=SKEWED
     )
-    first = rebalance_results(runner)[0]
+    first = rebalance_records(runner)[0]
     assert first.switched is not None
     assert first.predicted_after < first.predicted_before
     assert first.load_after < first.load_before

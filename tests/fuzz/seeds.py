@@ -123,7 +123,7 @@ def results() -> list[dict[str, Any]]:
     """One of each kind."""
     found = [
         example_results.results([(example_results.SMALL, 0.2)]),
-        example_projection.results({"name": "paper"}, example_projection.usual()),
+        example_projection.results(example_projection.usual().deployments, {"name": "paper"}),
         example_plan.PLAN,
         example_simulation.SIMULATION,
         example_pages.serving(),

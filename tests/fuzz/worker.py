@@ -32,8 +32,8 @@ def _import_all() -> None:
     import expertlane.compare.run
     import expertlane.engine.llm
     import expertlane.engine.start
+    import expertlane.plan.explanation
     import expertlane.plan.finals
-    import expertlane.plan.make
     import expertlane.report.html
     import expertlane.report.markdown
     import expertlane.report.terminal

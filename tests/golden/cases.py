@@ -187,7 +187,7 @@ _LOAD = "--batch 64 --prompt-len 512 --output-len 32"
 _DRAWN = "--prompt-len 64:1024 --output-len 8:64"
 
 PROJECTED = (
-    Case("compare paper", "compare paper --project"),
+    Case("compare paper", "compare paper --project --top-k 2,1"),
     Case("compare mixtral", "compare mixtral.toml --project --cluster a100x8 --skew 0.6"),
     Case("compare deepseek", "compare deepseek.toml --project --cluster b200x16 --skew 0.5"),
     _plan("paper h100x16", "paper --cluster h100x16"),

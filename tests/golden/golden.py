@@ -18,6 +18,7 @@ from pathlib import Path
 
 import expertlane
 from golden.cases import CASES, HERE, Case, prepare
+from golden.old_names import old
 from golden.reduce import Columns, Json, differences, measured, projected
 
 MOST_SHOWN = 20
@@ -67,13 +68,38 @@ def run_case(case: Case, folder: Path) -> Columns:
         last = "\n".join(done.stderr.splitlines()[-5:])
         raise RuntimeError(f"{case.name}: exit code {done.returncode}\n{last}")
     in_file = case.command != "balance"
-    text = (folder / out / "results.json").read_text(encoding="utf-8") if in_file else done.stdout
-    results = _without_place(json.loads(text), str(folder))
+    kept = folder / out / "results.json"
+    if "--top-k" in case.arguments:
+        text = json.dumps(joined(*(folder / out / name / kept.name for name in ("top2", "top1"))))
+    else:
+        text = kept.read_text(encoding="utf-8") if in_file else done.stdout
+    results = old(_without_place(json.loads(text), str(folder)))
     if case.source == "measured":
         return measured(results)
     if results.get("deployments"):
         raise RuntimeError(f"{case.name}: this machine is large enough to measure it")
     return projected(results)
+
+
+def joined(first: Path, second: Path) -> Json:
+    """One file of two projections, as they were kept before each had a file of its own.
+
+    Of the second there were no sizes, no timelines, and no steps of fewer sequences.
+    """
+    results, other = (json.loads(path.read_text(encoding="utf-8")) for path in (first, second))
+    for record in other["deployments"]:
+        if "scaling" in record["roles"]:
+            continue
+        at_context = [
+            place
+            for place, step in enumerate(record["steps"])
+            if (step["num_seqs"], step["context"]) == (1, results["context"])
+        ]
+        steps = record["steps"][: at_context[-1]] if at_context else record["steps"]
+        record["steps"] = [{**step, "timeline": None} for step in steps]
+        results["deployments"].append(record)
+    results["plans"] += other["plans"]
+    return results
 
 
 def _environment() -> dict[str, str]:

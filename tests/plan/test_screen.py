@@ -45,13 +45,13 @@ def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, ex
         place = len(each.num_seqs) - 1
         size = StepSize(int(each.num_seqs[place]) * num_caches, 1, traffic.mean_context)
         step = projector.step(size)
-        assert each.decode.seconds[1, place] == pytest.approx(step.step_s.value, rel=0.1)
+        assert each.decode.seconds[1, place] == pytest.approx(step.round_s.value, rel=0.1)
         low, likely, high = each.decode.seconds[:, place]
         assert low <= likely <= high
         prompts = each.prompts
         size = StepSize(prompts.num_seqs * num_caches, prompts.num_new, prompts.num_cached)
         assert each.prefill.seconds[1, 0] == pytest.approx(
-            projector.step(size).step_s.value, rel=0.12
+            projector.step(size).round_s.value, rel=0.12
         )
 
 
@@ -65,7 +65,7 @@ def test_idle_ranks_agree_with_the_whole_model(num_sequences):
         each = of_candidate[f"{layout}; plain"]
         projector = Projector(PAPER, *each.candidate, cluster, setting)
         step = projector.step(StepSize(num_sequences, 1, traffic.mean_context))
-        assert each.decode.seconds[1, -1] == pytest.approx(step.step_s.value, rel=0.15)
+        assert each.decode.seconds[1, -1] == pytest.approx(step.round_s.value, rel=0.15)
 
 
 def test_causes_add_up_to_the_step():
@@ -114,7 +114,7 @@ def test_a_trace_is_judged_by_several_layers():
         setting = replace(setting_of(PAPER), routing=routing)
         (found,) = Screen(PAPER, cluster, traffic, setting).run(candidates, lambda _: None)
         step = Projector(PAPER, *candidates[0], cluster, setting).step(StepSize(512, 512, 0))
-        seconds[name] = found.prefill.seconds[1, 0], step.step_s.value
+        seconds[name] = found.prefill.seconds[1, 0], step.round_s.value
     screened, in_full = (seconds["trace"][k] / seconds["even"][k] for k in (0, 1))
     assert in_full > 3
     assert 0.6 * in_full < screened < 1.4 * in_full

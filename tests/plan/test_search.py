@@ -23,7 +23,7 @@ def test_the_best_comes_first_and_is_projected_in_full(found):
     assert tps == sorted(tps, reverse=True)
     best = found.finalists[0]
     assert best.decode.num_tokens == best.num_seqs
-    assert best.decode.step_s.low <= best.decode.step_s.value <= best.decode.step_s.high
+    assert best.decode.wall_s.low <= best.decode.wall_s.value <= best.decode.wall_s.high
     assert sum(best.decode.shares.values()) == pytest.approx(1)
     assert best.tps == pytest.approx(max(option.tps for option in found.options), rel=0.1)
 
@@ -117,7 +117,7 @@ def test_no_more_sequences_at_once_than_asked(num_sequences):
     for each in found.finalists:
         assert each.num_seqs == each.decode.num_tokens <= num_sequences
         assert each.prefill.num_tokens <= num_sequences * traffic.prompt_len
-        assert each.tps <= each.num_seqs / each.decode.step_s.value
+        assert each.tps <= each.num_seqs / each.decode.round_s.value
 
 
 def test_a_sequence_alone_is_served_by_tensor_parallelism():

@@ -12,7 +12,9 @@ import example_pages
 import example_results
 from expertlane.report import html
 from expertlane.report.numbers import figures, milliseconds
+from expertlane.report.sections import report_of
 from expertlane.results.file import to_json
+from expertlane.results.record import EXPERIMENT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -37,7 +39,7 @@ def opened(browser: Browser, tmp_path: Path):
 
     def open_page(results, width: int = 1280, scheme: str = "light") -> Page:
         path = tmp_path / "report.html"
-        path.write_text(html.render(results), encoding="utf-8")
+        path.write_text(html.render(report_of(results)), encoding="utf-8")
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
         )
@@ -102,7 +104,7 @@ def test_timelines_zoom_together_by_buttons_keys_and_wheel(opened):
     plots = group.locator(".plot[data-drawn]")
     assert plots.count() >= 2
     before = [plot.screenshot() for plot in plots.all()]
-    until = max(each.timelines["decode"].shown_us for each in results.deployments) / 1e3
+    until = max(each.decode.timeline.shown_us for each in results.deployments) / 1e3
 
     group.get_by_role("button", name="Zoom in").click()
     assert stretch(group) == pytest.approx((until / 4, 3 * until / 4))
@@ -140,7 +142,7 @@ def test_hovering_over_a_timeline_tells_its_event(opened):
         if tooltip.count():
             seen.add(tooltip.inner_text())
     assert seen
-    step = results.deployments[0].timelines["decode"]
+    step = results.deployments[0].decode.timeline
     first = step.ranks[0]
     for words in seen:
         told = dict(re.split(r"[:\s]*\t", line, maxsplit=1) for line in words.splitlines() if line)
@@ -209,12 +211,13 @@ def test_hovering_over_a_bar_tells_its_value(opened):
     plot = page.locator("section", has_text="Speed, measured").last.locator(".plot").first
     plot.scroll_into_view_if_needed()
     bars = plot.locator("path[aria-roledescription=bar]")
-    assert bars.count() == len(results.deployments)
-    for bar, deployment in zip(bars.all(), results.deployments, strict=True):
+    deployments = results.select("measured", EXPERIMENT)
+    assert bars.count() == len(deployments)
+    for bar, deployment in zip(bars.all(), deployments, strict=True):
         bar.hover()
         expect(page.locator("#vg-tooltip-element.visible")).to_contain_text(deployment.name)
         words = page.locator("#vg-tooltip-element").inner_text()
-        assert figures(deployment.decode.tps) in words
+        assert figures(deployment.decode.tps.value) in words
 
 
 def cells(table) -> list[list[str]]:
@@ -224,21 +227,24 @@ def cells(table) -> list[list[str]]:
 
 
 def test_tables_equal_results_json(opened):
-    given = json.loads(to_json(example_results.usual()))
-    page = opened(example_results.usual())
+    results = example_results.usual()
+    given = json.loads(to_json(results))["deployments"]
+    given = [each for each in given if EXPERIMENT in each["roles"]]
+    page = opened(results)
     speed = page.locator("table", has_text="decode TPS").first
-    for row, deployment in zip(cells(speed), given["deployments"], strict=True):
+    for row, deployment in zip(cells(speed), given, strict=True):
+        prefill, decode = deployment["steps"]
         assert row[1:4] == [
             deployment["name"],
-            figures(deployment["prefill"]["tps"]),
-            milliseconds(deployment["prefill"]["ttft_s"]["median"]),
+            figures(prefill["tps"]["value"]),
+            milliseconds(prefill["token_s"]["median"]["value"]),
         ]
-        assert row[4] == figures(deployment["decode"]["tps"])
-        assert row[6] == milliseconds(deployment["decode"]["tpot_s"]["median"])
-    causes = page.locator("table", has=page.locator("caption", has_text="Time of decode by cause"))
-    for row in cells(causes.first)[:-1]:
-        for cell, deployment in zip(row[1:], given["deployments"], strict=True):
-            assert cell == milliseconds(deployment["breakdown_s"]["decode"][row[0]])
+        assert row[4] == figures(decode["tps"]["value"])
+        assert row[6] == milliseconds(decode["token_s"]["median"]["value"])
+    caption = page.locator("caption", has_text="Time of a decode step by cause")
+    for row in cells(page.locator("table", has=caption).first)[:-1]:
+        for cell, deployment in zip(row[1:], given, strict=True):
+            assert cell == milliseconds(deployment["steps"][1]["breakdown_s"][row[0]])
 
 
 def test_tabs_by_keyboard(opened):
@@ -263,7 +269,7 @@ def test_a_timeline_is_saved_as_a_chrome_trace(opened, tmp_path):
         group.get_by_role("button", name="Save as Chrome trace").first.click()
     saved.value.save_as(tmp_path / "trace.json")
     trace = json.loads((tmp_path / "trace.json").read_text())
-    step = results.deployments[0].timelines["decode"]
+    step = results.deployments[0].decode.timeline
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert len(events) == sum(len(rank.stage) for rank in step.ranks)
     assert {event["pid"] for event in events} == {rank.rank for rank in step.ranks}

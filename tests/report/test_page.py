@@ -10,9 +10,14 @@ import pytest
 import example_pages
 import example_results
 import example_timelines
-from expertlane.report import html, kinds
-from expertlane.report.document import Chart, Table, Tabs, Timelines
-from expertlane.results.file import AnyResults
+from expertlane.report import html
+from expertlane.report.document import Chart, Table
+from expertlane.report.planning import tpot
+from expertlane.report.sections import report_of
+from expertlane.results.record import EXPERIMENT, PARETO
+from expertlane.results.results import Results
+from expertlane.spec.names import Phase
+from report.shown import with_traffic
 
 KINDS = pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 
@@ -57,20 +62,17 @@ class Page(HTMLParser):
             self.words.append(data)
 
 
-def charts_of(results: AnyResults) -> list[Chart]:
-    found: list[Chart] = []
-    for section in kinds.page_sections(results):
-        for part in section.parts:
-            if isinstance(part, Chart):
-                found.append(part)
-            elif isinstance(part, Tabs | Timelines):
-                found += [chart for _, chart in part.charts]
-    return found
+def charts_of(results: Results) -> list[Chart]:
+    return [chart for section in report_of(results).sections for chart in section.charts]
+
+
+def page_of(results: Results) -> Page:
+    return Page(html.render(report_of(results)))
 
 
 @KINDS
 def test_the_page_is_whole_and_asks_nothing_of_the_network(make):
-    page = Page(html.render(make()))
+    page = page_of(make())
     assert len(set(page.ids)) == len(page.ids)
     assert all(link.startswith(("#", "data:")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= {*page.ids}
@@ -81,9 +83,10 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(make):
 @KINDS
 def test_everything_of_the_other_reports_is_in_it(make):
     results = make()
-    words = " ".join(" ".join(Page(html.render(results)).words).split())
-    assert kinds.headline(results) in words
-    for section in kinds.sections(results):
+    words = " ".join(" ".join(page_of(results).words).split())
+    report = report_of(results)
+    assert report.headline in words
+    for section in report.sections:
         assert section.heading in words
         for part in section.parts:
             if isinstance(part, str):
@@ -108,12 +111,12 @@ def test_every_plot_has_words_and_a_table(make):
 @KINDS
 def test_what_is_plotted_reaches_the_script(make):
     results = make()
-    data = json.loads(Page(html.render(results)).data)
+    data = json.loads(page_of(results).data)
     assert [each["title"] for each in data.values()] == [each.title for each in charts_of(results)]
 
 
-def values_of(results: AnyResults, title: str) -> list[dict[str, object]]:
-    data = json.loads(Page(html.render(results)).data)
+def values_of(results: Results, title: str) -> list[dict[str, object]]:
+    data = json.loads(page_of(results).data)
     (found,) = (each for each in data.values() if each["title"] == title)
     return found["spec"]["data"]["values"]
 
@@ -121,19 +124,21 @@ def values_of(results: AnyResults, title: str) -> list[dict[str, object]]:
 def test_bars_are_the_measured_values():
     results = example_results.usual()
     values = values_of(results, "Decode tokens a second")
-    assert [value["value"] for value in values] == [each.decode.tps for each in results.deployments]
+    assert [value["value"] for value in values] == [
+        each.decode.tps.value for each in results.select("measured", EXPERIMENT)
+    ]
     assert [value["kind"] == "baseline" for value in values] == [
-        each.is_baseline for each in results.deployments
+        each.is_baseline for each in results.select("measured", EXPERIMENT)
     ]
 
 
 def test_causes_are_the_measured_seconds():
     results = example_results.usual()
-    values = values_of(results, "Time of decode by cause")
+    values = values_of(results, "Time of a decode step by cause")
     assert values
     by_name = {f"#{place} {each.name}": each for place, each in enumerate(results.deployments, 1)}
     for value in values:
-        seconds = by_name[value["deployment"]].breakdown_s["decode"][value["cause"]]
+        seconds = by_name[value["deployment"]].decode.breakdown_s[value["cause"]]
         assert value["ms"] == pytest.approx(1e3 * seconds)
 
 
@@ -142,12 +147,7 @@ def test_squares_are_the_measured_counts():
     loads = ((1, 2, 3, 4), (10, 0, 20, 10))
     first, *others = results.deployments
     sent = ((0, 7, 1), (2, 0, 3), (4, 5, 0))
-    traffic = replace(first.traffic["decode"], sent_bytes={"payload": sent})
-    first = replace(
-        first,
-        expert_load=replace(first.expert_load, num_tokens_per_expert=loads),
-        traffic={"decode": traffic},
-    )
+    first = with_traffic(replace(first, num_tokens_per_expert=loads), sent_bytes={"payload": sent})
     changed = replace(results, deployments=(first, *others))
     load = [
         value
@@ -159,12 +159,12 @@ def test_squares_are_the_measured_counts():
     for value in load:
         layer = loads[value["layer"]]
         assert value["load"] == pytest.approx(layer[value["expert"]] / (sum(layer) / 4))
-    squares = [
-        value
+    chart = next(
+        each
         for each in charts_of(changed)
         if each.title == f"#1 {first.name}" and "each pair of ranks" in each.words
-        for value in each.spec["layer"][0].get("data", each.spec["data"])["values"]
-    ]
+    )
+    squares = chart.spec["layer"][0].get("data", chart.spec["data"])["values"]
     assert {(value["source"], value["destination"]): value["bytes"] for value in squares} == {
         (source, to): sent[source][to] for source in range(3) for to in range(3)
     }
@@ -174,13 +174,12 @@ def test_squares_are_the_measured_counts():
 
 def test_curves_are_the_projected_steps():
     results = example_pages.projected()
-    projection = results.projection
     values = values_of(results, "TPOT against context, 1,024 sequences")
-    for row in projection.usual(2):
+    for row in results.select("projected", EXPERIMENT, results.conditions[0]):
         of_row = [value for value in values if value["curve"] == row.name]
-        steps = [step for step in row.decode if step.num_tokens == projection.num_sequences]
+        steps = [step for step in row.steps_of(Phase.DECODE) if step.num_seqs == 1024]
         assert [(value["x"], value["y"]) for value in of_row] == [
-            (step.context, pytest.approx(1e3 * step.step_s.value)) for step in steps
+            (step.context, pytest.approx(1e3 * step.round_s.value)) for step in steps
         ]
 
 
@@ -189,12 +188,13 @@ def test_the_front_is_the_planners():
     values = values_of(plan, "Tokens a second against TPOT")
     front = [value for value in values if value["curve"] == "front"]
     assert [(value["x"], value["y"]) for value in front] == [
-        (pytest.approx(1e3 * each.tpot_s.value), each.tps.value) for each in plan.pareto
+        (pytest.approx(1e3 * tpot(each).value), each.serving[0].output_tps.value)
+        for each in plan.select("projected", PARETO)
     ]
 
 
 def test_the_colours_of_plots_are_in_the_style_sheet():
-    text = html.render(example_pages.both())
+    text = html.render(report_of(example_pages.both()))
     used = set(re.findall(r'"(--[a-z]+)"', Page(text).data))
     assert {"--blue", "--ink"} <= used
     for name in used:
@@ -204,16 +204,12 @@ def test_the_colours_of_plots_are_in_the_style_sheet():
 def test_measured_and_projected_never_share_a_section():
     """What is only in a projection is not in a measured section, and the other way round."""
     both = example_pages.both()
-    alone = kinds.page_sections(replace(both, projection=None))
-    sections = kinds.page_sections(both)
+    alone = replace(both, deployments=both.select("measured"))
+    sections = report_of(both).of_place("plots")
     measured = [each for each in sections if each.heading.endswith(", measured")]
     projected = [each for each in sections if "projected for" in each.heading]
     assert len(measured) + len(projected) == len(sections)
-    assert tuple(measured) == alone
-    titles = {
-        legend.label for chart in charts_of(example_pages.projected()) for legend in chart.legend
-    }
-    assert {"reported by the paper: baseline: TP=8, PP=2"} <= titles
+    assert measured == report_of(alone).of_place("plots")
 
 
 def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
@@ -234,16 +230,15 @@ def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
 
 def test_a_model_without_experts():
     results = example_results.usual()
-    dense = replace(results.deployments[0].expert_load, num_tokens_per_expert=((0, 0), (0, 0)))
     deployments = tuple(
         replace(
             each,
-            expert_load=dense,
-            per_rank=tuple(replace(rank, num_experts_per_layer=(0, 0)) for rank in each.per_rank),
+            num_tokens_per_expert=((0, 0), (0, 0)),
+            held=tuple(replace(rank, num_experts_per_layer=(0, 0)) for rank in each.held),
         )
         for each in results.deployments
     )
-    words = " ".join(Page(html.render(replace(results, deployments=deployments))).words)
+    words = " ".join(page_of(replace(results, deployments=deployments)).words)
     assert "no experts" in words
     assert "Load of the experts" not in words
 
@@ -252,7 +247,7 @@ def test_names_that_look_like_markup_stay_words():
     results = example_results.usual()
     first, *others = results.deployments
     name = '</script><b title="x">&'
-    page = Page(html.render(replace(results, deployments=(replace(first, name=name), *others))))
+    page = page_of(replace(results, deployments=(replace(first, name=name), *others)))
     assert name in "".join(page.words)
 
 
@@ -272,9 +267,13 @@ def test_sixteen_ranks_with_full_timelines_stay_small():
     full = replace(step, ranks=many)
     assert sum(len(rank.stage) for rank in full.ranks) > 4000
     deployments = [
-        replace(each, name=f"{each.name} {copy}", timelines=dict.fromkeys(each.timelines, full))
+        replace(
+            each,
+            name=f"{each.name} {copy}",
+            steps=tuple(replace(step, timeline=full) for step in each.steps),
+        )
         for copy in range(3)
         for each in results.deployments
     ]
-    text = html.render(replace(results, deployments=tuple(deployments)))
+    text = html.render(report_of(replace(results, deployments=tuple(deployments))))
     assert len(text.encode()) < 5e6

@@ -1,47 +1,45 @@
 """The page of a projection, from hand-made values."""
 
-import io
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console
 
 import example_projection as example
 import example_results
-from expertlane.report import content, markdown, terminal
-from expertlane.report.document import Section, Table
-from expertlane.report.projected_paper import against_best, combinations
-from expertlane.results.schema import Results
-from expertlane.spec.model import PRESETS
+from expertlane.report import markdown
+from expertlane.report.document import Table
+from expertlane.report.sections import report_of
+from expertlane.results.record import EXPERIMENT, FASTEST, SCALING
+from expertlane.results.results import Results
+from report.shown import in_terminal, section, tables
+from report.shown import words as words_of
 
-PAPER = asdict(PRESETS["paper"])
-SMALL = asdict(PRESETS["paper-small"])
 
-
-def section(results: Results, beginning: str) -> Section:
-    found = [each for each in content.sections(results) if each.heading.startswith(beginning)]
-    assert found, beginning
-    return found[0]
+def usual() -> Results:
+    """Of the model's own top-k alone, as a projection is made."""
+    found = example.usual()
+    own = (each for each in found.deployments if each.conditions and each.conditions.top_k == 2)
+    return replace(found, deployments=tuple(own), plans=found.plans[:1])
 
 
 def table(results: Results, beginning: str, number: int = 0) -> Table:
-    tables = [part for part in section(results, beginning).parts if isinstance(part, Table)]
-    return tables[number]
+    return tables(section(report_of(results), beginning))[number]
 
 
 def words(results: Results, beginning: str) -> str:
-    return " ".join(part for part in section(results, beginning).parts if isinstance(part, str))
+    return words_of(section(report_of(results), beginning))
 
 
 def test_the_verdict_stands_first_with_every_part() -> None:
-    results = example.results(PAPER)
-    assert content.sections(results)[0].heading == (
+    results = usual()
+    assert report_of(results).sections[0].heading == (
         "Projected: verdict (h100x16, nothing here was measured)"
     )
     assert table(results, "Projected: verdict").rows == (
-        ("baseline: TP 8 × PP 2", "32,000", "16.0–64.0", "32.0", "16.0–64.0", "1.00", "0.500"),
+        ("1", "first: TP 8 × PP 2", "32,000", "16.0–64.0", "32.0", "16.0–64.0", "1.00", "0.500"),
         (
+            "2",
             "best baseline: DP 2 × TP 8, EP 2",
             "64,000",
             "32.0–128",
@@ -51,6 +49,7 @@ def test_the_verdict_stands_first_with_every_part() -> None:
             "1.00",
         ),
         (
+            "4",
             "best proposal: EP 16 + overlap",
             "134,737",
             "67.4–269",
@@ -60,6 +59,7 @@ def test_the_verdict_stands_first_with_every_part() -> None:
             "2.11",
         ),
         (
+            "—",
             "planner's best: dp=4,tp=4,ep=16; plain",
             "160,000",
             "80.0–320",
@@ -71,13 +71,13 @@ def test_the_verdict_stands_first_with_every_part() -> None:
     )
     text = words(results, "Projected: verdict")
     assert "Nothing was measured here: it needs 16 GB but 1 GB is free." in text
-    assert "Top-2: EP 16 + overlap has 4.21× the decode TPS of the first baseline" in text
+    assert "Against the first deployment, TP 8 × PP 2: 4.21× the throughput" in text
     assert "With skewed routing the best proposal, EP 16 + overlap, has 2.11× the decode" in text
     assert "Most of it is extrapolated: 90% of these steps' time" in text
 
 
 def test_steps_that_do_not_fit_are_marked_and_those_that_do_stand_beside() -> None:
-    results = example.results(PAPER)
+    results = usual()
     rows = table(results, "Projected: speed (top-2").rows
     assert rows[0] == ("1", "TP 8 × PP 2", "204,800", "8.00", "16.0", "32.0", "64.0*", "48.0")
     assert "* 1,024 sequences of so many tokens do not fit" in words(results, "Projected: speed")
@@ -86,7 +86,7 @@ def test_steps_that_do_not_fit_are_marked_and_those_that_do_stand_beside() -> No
 
 
 def test_every_condition_has_a_column() -> None:
-    results = example.results(PAPER)
+    results = usual()
     first = table(results, "Projected: routing and execution")
     assert [column.heading for column in first.columns[2:]] == [
         "graph, balanced",
@@ -99,103 +99,62 @@ def test_every_condition_has_a_column() -> None:
     assert "Without graphs a decode step takes up to 50% longer." in text
 
 
-def test_the_goals_have_evidence() -> None:
-    results = example.results(PAPER)
-    assert "at once: 16, with #3, #4" in words(results, "Projected, goals 1 and 2")
-    overlap = table(results, "Projected, goal 3").rows[0]
-    assert overlap == (
-        "top-2", "#3, #4", "8.00", "7.60", "1.60", "25%", "0 B", "5.3%",
-    )  # fmt: skip
-    scaling = words(results, "Projected, goal 4")
-    assert "TPS per GPU goes to 0.250×" in scaling
-    assert "as if they did: ep=1; ep=1 has 72.0 GB of weights on a GPU where 70.0 GB" in scaling
-    assert "GPUs are filled with copies of experts" in scaling
-
-
-def test_where_the_reported_factor_would_come_from() -> None:
-    projection = example.usual()
-    found = combinations(projection)
-    assert len(found) == 2 * 2 * 4 * 8
-    reaching = [each for each in found if each.factor >= 3.75]
-    assert {each.baseline.name for each in reaching} == {"TP 8 × PP 2"}
-    assert {each.baseline.routing for each in reaching} == {"balanced"}
-    assert len(reaching) == 2 * 4 * 4  # both proposals, all contexts, top-k and execution
-    best = against_best(found)
-    assert len(best) == 2 * 4 * 8
-    assert max(each.factor for each in best) == pytest.approx(4 / 1.9)
-
-    results = example.results(PAPER)
-    text = words(results, "Projected: where 3.75× would come from")
-    assert text.startswith("128 combinations (2 baselines × 2 proposals × 4 contexts × 2 numbers")
-    assert "32 reach 3.75×" in text
-    assert "share: baseline TP 8 × PP 2 (all), routing balanced (all)" in text
-    assert "Against the best baseline of the same conditions and context: 0 of 64 reach it" in text
-    numbers = words(results, "Projected: the reported numbers")
-    assert "120,000 TPS: within the bounds of" in numbers
-    assert "The reported 2.2 ms is above it only up to" in numbers
-
-
-def test_reported_values_stand_in_a_table_of_their_own() -> None:
-    results = example.results(PAPER)
-    for each in content.sections(results):
-        for part in each.parts:
-            if isinstance(part, Table) and "450,000" in str(part.rows):
-                assert each.heading == "The paper's table (reported, not projected)"
-
-
-def test_a_model_that_is_not_the_papers_is_not_held_against_it() -> None:
-    headings = [each.heading for each in content.sections(example.results(SMALL))]
-    assert not any("reported" in heading or "3.75" in heading for heading in headings)
-    assert any(heading.startswith("Projected: speed") for heading in headings)
-
-
 def test_the_planners_best_is_set_against_each() -> None:
-    text = words(example.results(PAPER), "Projected: the best layout")
-    assert "the fastest is dp=4,tp=4,ep=16; plain: 160,000 TPS" in text
+    text = words(usual(), "Projected: the best layout")
+    assert "the fastest is dp=4,tp=4,ep=16; plain: 160,000 (80,000–320,000) TPS" in text
     assert "5.00× TP 8 × PP 2; 2.50× DP 2 × TP 8, EP 2; 1.25× EP 16; 1.19× EP 16 + overlap" in text
-    assert "Top-1, decode at 1,024: of 1,679 deployments (1 too large) none holds all" in text
     assert "with 2.50× the output of TP 8 × PP 2" in text
+
+
+def test_nothing_fits_a_planner_beside() -> None:
+    results = usual()
+    rows = tuple(each for each in results.deployments if FASTEST not in each.roles)
+    text = words(replace(results, deployments=rows), "Projected: the best layout")
+    assert "Decode at 1,024: of 1,679 deployments (1 too large) none holds all 1,024" in text
 
 
 def test_a_projection_beside_a_measurement_has_sections_of_its_own() -> None:
     measured = example_results.usual()
-    plain = content.sections(measured)
-    projection = replace(example.usual(), not_measured=None)
-    both = content.sections(replace(measured, projection=projection))
-    added = [each for each in both if each not in plain]
-    assert [each for each in both if each in plain] == list(plain)
-    assert all(each.heading.startswith("Projected") for each in added)
+    plain = report_of(measured).sections
+    both = report_of(measured.beside(replace(usual(), not_measured=None))).sections
+    headings = [each.heading for each in plain]
+    assert [each.heading for each in both if each.heading in headings] == headings
+    same = [each for each in both if each in plain]
+    assert {each.heading for each in plain} - {each.heading for each in same} <= {
+        "Controlled variables (the same for every deployment)"
+    }
+    for each in both:
+        assert each in plain or "rojected" in each.heading or "Controlled" in each.heading
 
 
 def test_all_baselines_and_no_scaling_are_said() -> None:
-    projection = example.usual()
-    rows = tuple(replace(row, is_baseline=True) for row in projection.deployments)
-    alone = replace(projection, deployments=rows, scaling=(), planned=())
-    results = example.results(SMALL, alone)
-    assert "no deployment is a proposal" in words(results, "Projected: verdict")
-    assert "no layouts of growing ep" in words(results, "Projected, goal 4")
-    assert "Not looked for" in words(results, "Projected: the best layout")
+    results = usual()
+    rows = tuple(
+        replace(row, is_baseline=True)
+        for row in results.deployments
+        if EXPERIMENT in row.roles and SCALING not in row.roles
+    )
+    alone = replace(results, deployments=rows, plans=())
+    assert "No deployment is a proposal" in words(alone, "Projected: verdict")
+    assert "no layouts of growing ep" in words(alone, "Projected: scaling")
+    assert "Not looked for" in words(alone, "Projected: the best layout")
 
 
 @pytest.mark.parametrize("width", [80, 100])
-@pytest.mark.parametrize("model", [PAPER, SMALL])
-def test_no_line_is_wider_than_the_console_and_no_number_cut(model, width: int) -> None:
-    results = example.results(model)
-    stream = io.StringIO()
-    terminal.show(results, Console(file=stream, width=width))
-    text = stream.getvalue()
+def test_no_line_is_wider_than_the_console_and_no_number_cut(width: int) -> None:
+    results = usual()
+    text = in_terminal(results, width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert "…" not in text
-    for each in content.sections(results):
-        for part in each.parts:
-            if isinstance(part, Table):
-                for row in part.rows:
-                    for column, cell in zip(part.columns, row, strict=True):
-                        assert not column.is_number or cell in text
+    for each in report_of(results).of_place("top", "tables"):
+        for part in tables(each):
+            for row in part.rows:
+                for column, cell in zip(part.columns, row, strict=True):
+                    assert not column.is_number or cell in text
 
 
 def test_markdown_holds_every_section() -> None:
-    results = example.results(PAPER)
-    page = markdown.render(results)
-    for each in content.sections(results):
+    report = report_of(usual())
+    page = markdown.render(report)
+    for each in report.of_place("top", "tables"):
         assert f"\n## {each.heading}\n" in page.replace("\\", "")

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 from example_results import usual
-from expertlane.report.rebalance import rebalancing
-from expertlane.results.rebalance import RebalanceResult
+from expertlane.report.compared import measured
+from expertlane.report.traffic import rebalancing
+from expertlane.results.record import DeploymentRecord, RebalanceRecord
 
-MOVED = RebalanceResult(
+MOVED = RebalanceRecord(
     replica=0,
     step=8,
     switched=11,
@@ -23,13 +24,17 @@ MOVED = RebalanceResult(
 STAYED = replace(MOVED, step=19, switched=None, gain_s=0.1, load_after=None, experts_s_after=None)
 
 
+def of(*records: DeploymentRecord):
+    return rebalancing(measured(replace(usual(), deployments=records)))
+
+
 def test_no_deployment_rebalances():
-    assert rebalancing(usual().deployments) is None
+    assert not of(*usual().deployments).parts
 
 
 def test_what_was_done_and_what_came_of_it():
     first, *others = usual().deployments
-    section = rebalancing((first, replace(others[0], rebalances=(MOVED, STAYED))))
+    section = of(first, replace(others[0], rebalances=(MOVED, STAYED)))
     decisions, effects, _ = section.parts
     assert decisions.rows == (
         ("2", "8", "500", "250", "6.00 MB", "moved", "11"),
@@ -43,5 +48,5 @@ def test_what_was_done_and_what_came_of_it():
 
 def test_moves_that_the_work_did_not_wait_for():
     too_late = replace(MOVED, switched=None, load_after=None, experts_s_after=None)
-    section = rebalancing((replace(usual().deployments[0], rebalances=(too_late,)),))
+    section = of(replace(usual().deployments[0], rebalances=(too_late,)))
     assert section.parts[0].rows[0][5:] == ("too late", "—")

@@ -8,14 +8,15 @@ from rich.console import Console
 
 import example_results as example
 import example_serving
-from expertlane.report import content, markdown, terminal
-from expertlane.report.document import Figure, Section, Table
-from expertlane.report.rounding import same_tokens
-from expertlane.results.rebalance import RebalanceResult
-from expertlane.results.schema import Results
+from expertlane.report import markdown, terminal
+from expertlane.report.document import Figure, Report, Section, Table
+from expertlane.report.sections import report_of
+from expertlane.report.setup import same_tokens
+from expertlane.results.record import RebalanceRecord
+from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase
+from report.shown import in_terminal, section, tables, with_traffic
 
 # The report's own box, with borders that can be seen; the line below the headings has none.
 _WITH_BORDERS = Box("    \n  │ \n ── \n  │ \n    \n    \n  │ \n    \n")
@@ -38,23 +39,17 @@ def alone() -> Results:
     return example.results([(example.SMALL, 0.1)], output_len=1, num_cores=1)
 
 
-def shown(results: Results, width: int) -> str:
-    stream = io.StringIO()
-    terminal.show(results, Console(file=stream, width=width))
-    return stream.getvalue()
-
-
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("make", [example.usual, many, alone])
 def test_no_line_is_wider_than_the_console(make, width: int) -> None:
-    assert max(map(cell_len, shown(make(), width).splitlines())) <= width
+    assert max(map(cell_len, in_terminal(make(), width).splitlines())) <= width
 
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_no_number_is_cut(width: int) -> None:
-    text = shown(many(), width)
-    for table in (part for section in content.sections(many()) for part in section.parts):
-        if isinstance(table, Table):
+    text = in_terminal(many(), width)
+    for part in report_of(many()).of_place("top", "tables"):
+        for table in tables(part):
             for row in table.rows:
                 for column, cell in zip(table.columns, row, strict=True):
                     assert not column.is_number or cell in text
@@ -63,7 +58,7 @@ def test_no_number_is_cut(width: int) -> None:
 
 def rebalanced() -> Results:
     """Decisions with large numbers."""
-    taken = RebalanceResult(
+    taken = RebalanceRecord(
         replica=0,
         step=123_456,
         switched=123_789,
@@ -96,8 +91,8 @@ def columns_as_drawn(table: Table, width: int) -> list[str]:
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("make", [example.usual, many, alone, rebalanced])
 def test_no_heading_and_no_cell_vanishes(make, width: int) -> None:
-    for section in content.sections(make(), traffic=True):
-        for table in (part for part in section.parts if isinstance(part, Table)):
+    for part in report_of(make(), traffic=True).of_place("top", "tables"):
+        for table in tables(part):
             headings = (column.heading for column in table.columns)
             expected = [
                 "".join("".join(column).split())
@@ -108,19 +103,19 @@ def test_no_heading_and_no_cell_vanishes(make, width: int) -> None:
 
 def test_both_renderers_hold_every_part() -> None:
     given = example.usual()
-    page = markdown.render(given)
-    text = " ".join(shown(given, 100).split())
-    for section in content.sections(given):
-        assert section.heading in text
-        assert f"\n## {section.heading}\n" in page
-        for part in section.parts:
+    page = markdown.render(report_of(given))
+    text = " ".join(in_terminal(given, 100).split())
+    for each in report_of(given).of_place("top", "tables"):
+        assert each.heading in text
+        assert f"\n## {each.heading}\n" in page
+        for part in each.parts:
             if isinstance(part, str):
                 assert " ".join(part.split()) in text
 
 
 def test_markdown_tables_are_rectangular() -> None:
-    lines = [line for line in markdown.render(many()).splitlines() if line.startswith("|")]
-    page = markdown.render(many())
+    page = markdown.render(report_of(many()))
+    lines = [line for line in page.splitlines() if line.startswith("|")]
     assert page.startswith("# expertlane: example, top-2\n\n## Verdict\n\nFaster here: ")
     assert (
         "| # | deployment | layout | ranks | each rank holds, weights |\n"
@@ -134,42 +129,29 @@ def test_markdown_tables_are_rectangular() -> None:
 
 def test_markdown_escapes_what_it_would_read() -> None:
     odd = Deployment("a|b *c* <d> `e`", Layout())
-    page = markdown.render(example.results([(odd, 0.1)]))
+    page = markdown.render(report_of(example.results([(odd, 0.1)])))
     assert r"| 1 | a\|b \*c\* \<d> \`e\` |" in page
 
 
 def test_markup_in_a_name_is_printed_as_it_is() -> None:
     odd = Deployment("[red]x[/red]", Layout())
-    assert "[red]x[/red]" in shown(example.results([(odd, 0.1)]), 100)
+    assert "[red]x[/red]" in in_terminal(example.results([(odd, 0.1)]), 100)
 
 
 def test_shared_cores_are_told() -> None:
-    assert "16 ranks share 2 cores" in markdown.render(example.usual())
+    assert "16 ranks share 2 cores" in markdown.render(report_of(example.usual()))
     own = example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.1)], num_cores=16)
-    assert "ranks share" not in markdown.render(own)
-
-
-def test_the_papers_numbers_are_labelled_and_apart() -> None:
-    sections = content.sections(example.usual())
-    paper = sections[-1]
-    assert "reported, other hardware" in paper.heading
-    table = next(part for part in paper.parts if isinstance(part, Table))
-    assert table.rows == (
-        ("baseline: TP=8, PP=2", "reported", "120,000", "8.3", "1.00×", "1.00×"),
-        ("proposed: EP=16", "reported", "450,000", "2.2", "3.75×", "3.77×"),
-    )
-    for section in sections[:-1]:
-        for part in section.parts:
-            assert not isinstance(part, Table) or "450,000" not in str(part.rows)
+    assert "ranks share" not in markdown.render(report_of(own))
 
 
 def test_other_tokens_are_told() -> None:
     given = example.usual()
     other = replace(given.deployments[2], tokens_sha256="0" * 64)
-    changed = replace(given, deployments=(*given.deployments[:2], other, given.deployments[3]))
-    assert "identical in all 4 deployments" in markdown.render(given)
+    deployments = (*given.deployments[:2], other, *given.deployments[3:])
+    changed = replace(given, deployments=deployments)
+    assert "identical in all 4 deployments" in markdown.render(report_of(given))
     assert "identical to the first deployment's in 3 of 4; others with #3 (nothing is rounded)" in (
-        markdown.render(changed).replace("\\", "")
+        markdown.render(report_of(changed)).replace("\\", "")
     )
 
 
@@ -177,15 +159,10 @@ def test_other_tokens_of_deployments_that_round_are_told_so() -> None:
     def of(*changes: tuple[bool, bool]) -> str:
         """Of three deployments; which round, and whose tokens are others."""
         exact = example.usual().deployments[0]
-        (phase,) = {*exact.traffic} - {Phase.PREFILL}
-        rounded = {phase: replace(exact.traffic[phase], payload_error=0.002)}
+        rounded = with_traffic(exact, payload_error=0.002)
         return same_tokens(
             [
-                replace(
-                    exact,
-                    traffic=rounded if rounds else exact.traffic,
-                    tokens_sha256="1" * 64 if is_other else "0" * 64,
-                )
+                replace(rounded if rounds else exact, tokens_sha256=("1" if is_other else "0") * 64)
                 for rounds, is_other in changes
             ]
         )
@@ -205,8 +182,7 @@ def test_other_tokens_of_deployments_that_round_are_told_so() -> None:
 
 def test_gains_against_the_best_baseline_stand_apart_where_it_is_not_the_first() -> None:
     def titles(results: Results) -> list[str]:
-        gains = next(part for part in content.sections(results) if part.heading == "Gains")
-        return [part.title for part in gains.parts if isinstance(part, Table)]
+        return [each.title for each in tables(section(report_of(results), "Gains"))]
 
     assert titles(example.usual()) == [
         "Against the first, TP 8 × PP 2",
@@ -221,13 +197,13 @@ ESCAPED = "[red]EP[/red] [link=http://x]\\x1b]0;t\\x07\\x9b2J\\u202e|`\\n# no he
 
 
 def test_names_neither_move_a_cursor_nor_break_a_table() -> None:
-    results = replace(example_serving.RESULTS, model=NASTY, command=NASTY)
-    stream = io.StringIO()
-    terminal.show(results, Console(file=stream, width=400))
-    text = markdown.render(results)
-    for each in (stream.getvalue(), text):
+    results = example_serving.RESULTS
+    results = replace(results, question={**results.question, "model": NASTY}, command=NASTY)
+    shown = in_terminal(results, 400)
+    text = markdown.render(report_of(results))
+    for each in (shown, text):
         assert not set(each) & set("\x1b\x07\x9b\u202e\r")
-    assert ESCAPED in stream.getvalue()
+    assert ESCAPED in shown
     assert "# no heading" not in text.splitlines()
     named = [line for line in text.splitlines() if "no heading" in line and line[0] == "|"]
     assert named
@@ -236,8 +212,7 @@ def test_names_neither_move_a_cursor_nor_break_a_table() -> None:
         assert "\\[red]" in line
 
 
-def test_a_fence_is_longer_than_what_is_in_it(monkeypatch) -> None:
+def test_a_fence_is_longer_than_what_is_in_it() -> None:
     part = Figure("a", ("x ```", "````", "<script>"))
-    monkeypatch.setattr(markdown.kinds, "sections", lambda *_, **__: (Section("b", (part,)),))
-    text = markdown.render(alone())
+    text = markdown.render(Report("", "", "", "", "", (Section("b", (part,)),)))
     assert text.endswith("\n`````text\nx ```\n````\n<script>\n`````\n")

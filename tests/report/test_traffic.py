@@ -1,30 +1,32 @@
-import io
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from rich.console import Console
 
 import example_results as example
-from expertlane.report import content, markdown, terminal
-from expertlane.report.comparison import compare
+from expertlane.report import markdown
+from expertlane.report.compared import measured
 from expertlane.report.document import Figure, Table
 from expertlane.report.matrix import matrix
+from expertlane.report.sections import report_of
 from expertlane.report.traffic import details, hot_spots
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
+from report.shown import in_terminal, with_traffic
 
 
 def shown(results, width):
-    stream = io.StringIO()
-    terminal.show(results, Console(file=stream, width=width), traffic=True)
-    return stream.getvalue()
+    return in_terminal(results, width, traffic=True)
+
+
+def sections(results):
+    return details(measured(results), results.machine.ranks_per_node)
 
 
 def facts(results, number):
-    section = details(results, compare(results), results.machine)[number - 1]
+    section = sections(results)[number - 1]
     return dict(section.parts[-1].rows)
 
 
@@ -91,7 +93,7 @@ def test_no_line_is_wider_than_the_console_and_no_matrix_is_broken(width):
     results = example.usual()
     text = shown(results, width)
     assert max(map(cell_len, text.splitlines())) <= width
-    for section in details(results, compare(results), results.machine):
+    for section in sections(results):
         for part in section.parts:
             if isinstance(part, Figure):
                 assert all(f" {line}" in text for line in part.lines)
@@ -99,7 +101,8 @@ def test_no_line_is_wider_than_the_console_and_no_matrix_is_broken(width):
 
 def test_the_short_form_is_always_there_and_the_long_one_if_asked_for():
     results = example.usual()
-    page, full = markdown.render(results), markdown.render(results, traffic=True)
+    page = markdown.render(report_of(results))
+    full = markdown.render(report_of(results, traffic=True))
     for text in (page, full):
         assert "\n## Spread and hot spots of decode\n" in text
     assert "Traffic of #3" not in page
@@ -109,7 +112,7 @@ def test_the_short_form_is_always_there_and_the_long_one_if_asked_for():
 
 def test_the_short_form_by_hand():
     # Of four tokens one reaches one rank, three two; one reaches two nodes.
-    section = hot_spots(compare(example.usual()))
+    section = hot_spots(measured(example.usual()))
     spread, hottest = (part for part in section.parts if isinstance(part, Table))
     padding = "0.3%"  # 15 × 5 of 16 × 15 × 108 bytes
     assert spread.rows[2] == ("3", "EP 16", "1.75", "1.25", "0.500", "0.250", padding)
@@ -128,46 +131,15 @@ def test_the_long_form_by_hand():
     copies = "64 with one a rank, 32 with one a node: a copy a node saves 50%"
     assert found["copies between nodes"] == copies
     assert found["receives most"] == "rank 0: 3.39 kB, 1.04× the mean"  # two steps of 1,695
-    assert found["exposed communication"].startswith("34.5 ms a round")
-    assert found["hidden communication"] == "87% of what EP 16 exposes"
     assert found["come last"] == "rank 0 at 100% of 2 dispatches and combines"
-
-
-def test_what_is_hidden_of_nothing():
-    results = example.usual()
-    (pair,) = results.hidden_communication
-
-    def hidden(number, *pairs):
-        return facts(replace(results, hidden_communication=pairs), number)["hidden communication"]
-
-    assert hidden(3, pair) == "— (overlap is off)"
-    assert hidden(4) == "— (no deployment differs from this one in overlap alone)"
-    assert hidden(4, replace(pair, hidden=None)) == "— (EP 16 exposes none)"
-    *before, last = results.deployments
-    results = replace(
-        results,
-        deployments=(*before, replace(last, options=replace(last.options, overlap="auto"))),
-    )
-    assert hidden(4) == "— (overlap is chosen by the number of tokens)"
-
-
-def test_overlap_that_hides_nothing():
-    results = example.usual()
-    (pair,) = results.hidden_communication
-    slower = replace(pair, step_on_s=pair.step_off_s + 0.002, hidden=-0.1)
-    found = facts(replace(results, hidden_communication=(slower,)), 4)["hidden communication"]
-    assert found == "none: with overlap a step takes 2.00 ms longer than EP 16"
 
 
 def test_steps_that_differ_are_told_by_mean_and_ends():
     results = example.usual()
     first = results.deployments[0]
-    phase = compare(results).phase
-    uneven = replace(
-        first.traffic[phase],
-        payload_bytes_of_step={"intra-node": (1000, 2000, 6000), "inter-node": (0, 0, 0)},
+    changed = with_traffic(
+        first, payload_bytes_of_step={"intra-node": (1000, 2000, 6000), "inter-node": (0, 0, 0)}
     )
-    changed = replace(first, traffic={phase: uneven})
     found = facts(replace(results, deployments=(changed, *results.deployments[1:])), 1)
     assert found["payload of a step, intra-node"] == "3.00 kB in the mean, 1.00 kB to 6.00 kB"
     assert found["payload of a step, inter-node"] == "0 B"
@@ -181,42 +153,34 @@ def test_one_rank_alone():
 
 def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
     results = example.usual()
-    page = " ".join(markdown.render(results).split())
+    page = " ".join(markdown.render(report_of(results)).split())
     assert "Over all steps of all repetitions." in page
     assert "expert-parallel ones; where an expert is cut over ranks, it goes to all" in page
     assert "prefill and decode counted together, in the layer where that is most" in page
     assert "its fullest expert over the mean, decode alone; load max/mean, above, counts" in page
-    *_, stages, values = details(results, compare(results), results.machine)[0].parts
+    *_, stages, values = sections(results)[0].parts
     assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")
 
 
 def test_records_without_fan_out_say_nothing_of_it():
     results = example.usual()
-    phase = compare(results).phase
     first = results.deployments[0]
-    bare = replace(first.traffic[phase], fan_out=None, receiver=None, busiest=None, expert=None,
-                   layer=None)  # fmt: skip
-    changed = replace(first, traffic={phase: bare})
+    changed = with_traffic(
+        first, fan_out=None, receiver=None, busiest=None, expert=None, layer=None
+    )
     given = replace(results, deployments=(changed, *results.deployments[1:]))
     found = facts(given, 1)
     assert "copies between nodes" not in found
-    assert found["receives most"] == found["hottest expert"] == "—"
-    spread = hot_spots(compare(given)).parts[0]
+    assert found["receives most"] == found["computes most"] == "—"
+    spread = hot_spots(measured(given)).parts[0]
     assert spread.rows[0][2:6] == ("—",) * 4
-    assert content.sections(given, traffic=True)
+    assert report_of(given, traffic=True)
 
 
 def test_a_narrower_payload_says_what_it_changes():
     results = example.usual()
-    phase = compare(results).phase
-    first = results.deployments[0]
-    rounded = replace(
-        first,
-        options=replace(first.options, payload="float8"),
-        traffic={phase: replace(first.traffic[phase], payload_error=0.0263)},
-    )
+    first = with_traffic(results.deployments[0], payload_error=0.0263)
+    rounded = replace(first, options=replace(first.options, payload="float8"))
     given = replace(results, deployments=(rounded, *results.deployments[1:]))
     line = "#1 sends hidden states as float8: they change by 2.63% (root mean square)."
-    assert hot_spots(compare(given)).parts[-1] == line
-    assert facts(given, 1)["payload rounded"] == "2.63% (root mean square)"
-    assert "payload rounded" not in facts(given, 2)
+    assert hot_spots(measured(given)).parts[-1] == line

@@ -2,14 +2,20 @@ from dataclasses import replace
 
 import pytest
 
+import example_projection
 import example_results as example
-from expertlane.report.comparison import compare
-from expertlane.report.verdict import foreign_load, oversubscription, verdict
-from expertlane.results.schema import Results
+from expertlane.report.compared import measured, projected
+from expertlane.report.setup import cautions
+from expertlane.report.verdict import verdict
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import EXPERIMENT
+from expertlane.results.results import Results
 
 
 def sentences(results: Results) -> tuple[str, ...]:
-    return verdict(compare(results), results.machine)
+    comparison = measured(results)
+    assert comparison is not None
+    return verdict(comparison, results)
 
 
 def test_proposal_against_the_best_baseline_and_the_first() -> None:
@@ -56,7 +62,7 @@ def test_the_largest_part_of_the_faster_is_named_where_it_is_another() -> None:
 def test_equally_fast() -> None:
     which = sentences(example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.2)]))[0]
     assert which == (
-        "Too close to call here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 "
+        "Too close to tell here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 "
         "decode TPS; TPOT 200 ms against 200 ms (the same)."
     )
 
@@ -70,7 +76,7 @@ def test_without_a_baseline_the_fastest_is_held_against_the_first() -> None:
 
 def test_one_deployment() -> None:
     assert sentences(example.results([(example.EXPERT, 0.2)])) == (
-        "EP 16 alone: 80.0 decode TPS, TPOT 200 ms; nothing to compare it with.",
+        "EP 16 alone here: 80.0 decode TPS, TPOT 200 ms; nothing to compare it with.",
     )
 
 
@@ -85,9 +91,11 @@ def rounding(results: Results, number: int) -> Results:
     """The same with a deployment that sends hidden states as bfloat16; `number`: from 1."""
     changed = [*results.deployments]
     given = changed[number - 1]
-    traffic = {phase: replace(seen, payload_error=0.00165) for phase, seen in given.traffic.items()}
+    steps = tuple(
+        replace(each, traffic=replace(each.traffic, payload_error=0.00165)) for each in given.steps
+    )
     options = replace(given.options, payload="bfloat16")
-    changed[number - 1] = replace(given, options=options, traffic=traffic)
+    changed[number - 1] = replace(given, options=options, steps=steps)
     return replace(results, deployments=tuple(changed))
 
 
@@ -115,13 +123,13 @@ def test_rounding_of_a_deployment_that_is_not_named_is_no_matter_of_the_verdict(
     [(2, "16 ranks share 2 cores: wall times"), (1, "16 ranks share 1 core: wall times")],
 )
 def test_ranks_that_share_cores(num_cores: int, start: str) -> None:
-    line = oversubscription(example.machine(num_cores))
-    assert line is not None
+    (line,) = cautions(example.results([(example.TENSOR, 0.1)], num_cores=num_cores))
     assert line.startswith(start)
+    assert line.endswith("critical-path CPU time is the figure closest to one core a rank.")
 
 
 def test_a_core_for_each_rank() -> None:
-    assert oversubscription(example.machine(16)) is None
+    assert not [*cautions(example.results([(example.TENSOR, 0.1)], num_cores=16))]
     given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], num_cores=16)
     assert len(sentences(given)) == 2  # nothing on critical paths: wall times stand
 
@@ -129,14 +137,65 @@ def test_a_core_for_each_rank() -> None:
 def test_runs_that_overlap_are_too_close_to_call() -> None:
     given = example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.1)])
     tensor, expert = given.deployments
-    decode = replace(expert.decode, tps_of_runs=(70.0, 250.0))
-    given = replace(given, deployments=(tensor, replace(expert, decode=decode)))
-    assert sentences(given)[0].startswith("Too close to call here: EP 16 and the best baseline")
+    steps = tuple(replace(each, tps_of_runs=(70.0, 250.0)) for each in expert.steps)
+    given = replace(given, deployments=(tensor, replace(expert, steps=steps)))
+    assert sentences(given)[0].startswith("Too close to tell here: EP 16 and the best baseline")
 
 
 @pytest.mark.parametrize(("share", "is_told"), [(0.0, False), (0.04, False), (0.2, True)])
 def test_load_of_other_processes(share: float, is_told: bool) -> None:
     given = replace(example.results([(example.TENSOR, 0.2)]), foreign_cpu_share=share)
-    line = foreign_load(given)
-    assert (line is not None) == is_told
-    assert line is None or line.startswith("Other processes used 20% of the cores meanwhile")
+    lines = [each for each in cautions(given) if "cores meanwhile" in each]
+    assert bool(lines) == is_told
+    for line in lines:
+        assert line.startswith("Other processes used 20% of the cores meanwhile")
+
+
+def of_projection(results: Results) -> tuple[str, ...]:
+    comparison = projected(results)
+    assert comparison is not None
+    return verdict(comparison, results)
+
+
+def test_a_projection_is_judged_in_the_same_words() -> None:
+    which, why, by_context, prefill, skewed = of_projection(example_projection.usual())
+    assert which == (
+        "Too close to tell on h100x16, projected: EP 16 + overlap and the best baseline, DP 2 × "
+        "TP 8, EP 2: 134,737 against 64,000 decode TPS; TPOT 7.60 ms against 16.0 ms (2.11× "
+        "lower). Against the first deployment, TP 8 × PP 2: 4.21× the throughput, TPOT 4.21× lower."
+    )
+    assert why.startswith(
+        "Why: per token of every sequence at 1,024 tokens of context, the largest difference is "
+        "weight reads: 8.00 ms (50%) with DP 2 × TP 8, EP 2, 3.80 ms (50%) with EP 16 + overlap."
+    )
+    assert by_context == (
+        "From 1 to 10,000 tokens of context EP 16 + overlap has 2.11× the decode TPS of DP 2 × "
+        "TP 8, EP 2 and 4.21× that of TP 8 × PP 2."
+    )
+    assert prefill.startswith("Prefill: 862,316 TPS with EP 16 + overlap, 409,600 with DP 2 × TP 8")
+    assert skewed.startswith("With skewed routing the best proposal, EP 16 + overlap, has 2.11× ")
+
+
+def test_bounds_that_do_not_touch_tell_a_faster_one() -> None:
+    results = example_projection.usual()
+
+    def surer(record):
+        steps = (
+            replace(each, tps=Estimate(each.tps.value, 0.9 * each.tps.value, 1.1 * each.tps.value))
+            for each in record.steps
+        )
+        return replace(record, steps=tuple(steps))
+
+    sure = replace(results, deployments=tuple(map(surer, results.deployments)))
+    assert of_projection(sure)[0].startswith(
+        "Faster on h100x16, projected: EP 16 + overlap, with 2.11× the throughput of the best "
+    )
+
+
+def test_a_projection_of_baselines_alone() -> None:
+    results = example_projection.usual()
+    rows = tuple(
+        replace(each, is_baseline=EXPERIMENT in each.roles) for each in results.deployments
+    )
+    said = of_projection(replace(results, deployments=rows))
+    assert "No deployment is a proposal; all are baselines." in said

@@ -39,7 +39,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 def test_nothing_decoded_and_one_deployment(tmp_path: Path) -> None:
     given = example.results([(example.SMALL, 0.5)], output_len=1)
     assert given.deployments[0].decode is None
-    assert list(given.deployments[0].breakdown_s) == [Phase.PREFILL]
+    assert [each.phase for each in given.deployments[0].steps] == [Phase.PREFILL]
     assert read(write(given, tmp_path)) == given
 
 
@@ -64,16 +64,17 @@ def test_a_dispatch_table_is_kept(tmp_path: Path) -> None:
 
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
-    assert data["schema_version"] == 5
+    assert data["schema_version"] == 6
     deployment = data["deployments"][0]
-    assert deployment["layout"] == {
-        "replicas": 1, "pp_size": 2, "dp_size": 1, "tp_size": 8, "ep_size": 1,
-    }  # fmt: skip
+    assert deployment["layout"] == {"replicas": 1, "pp": 2, "dp": 1, "tp": 8, "ep": 1}
     assert deployment["source"] == "measured"
-    assert deployment["decode"]["tpot_s"].keys() == {"median", "p95"}
-    assert deployment["traffic_bytes"]["decode"]["inter-node"]["payload"] == 2 * 16 * 8 * 100
-    assert deployment["breakdown_s"]["decode"]["experts"] == pytest.approx(0.2)
-    assert data["experiment"]["model"]["hidden_size"] == 64
+    prefill, decode = deployment["steps"]
+    assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")
+    assert decode["tps"] == {"value": pytest.approx(16 / 0.4), "low": None, "high": None}
+    assert decode["token_s"].keys() == {"mean", "median", "p95", "p99"}
+    assert decode["traffic"]["by_link"]["inter-node"]["payload"] == 2 * 16 * 8 * 100
+    assert decode["breakdown_s"]["experts"] == pytest.approx(0.2)
+    assert data["question"]["experiment"]["model"]["hidden_size"] == 64
 
 
 def test_an_older_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -121,8 +122,8 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
 def test_another_schema_version(written: Path) -> None:
     change(written, schema_version=1)
     assert complaint(written) == (
-        "FILE has schema_version 1 of a comparison; this expertlane reads 5: repeat the command "
-        "that wrote it"
+        "FILE has schema_version 1 of a comparison; this expertlane reads 6: repeat the command "
+        "that wrote it, 'expertlane compare'"
     )
 
 
@@ -133,9 +134,9 @@ def test_unknown_key(written: Path) -> None:
 
 def test_missing_key(written: Path) -> None:
     data = json.loads(written.read_text())
-    del data["deployments"][1]["prefill"]["tps"]
+    del data["deployments"][1]["steps"][0]["tps"]
     written.write_text(json.dumps(data))
-    assert complaint(written) == "FILE: deployments.1.prefill.tps is missing"
+    assert complaint(written) == "FILE: deployments.1.steps.0.tps is missing"
 
 
 def test_a_value_of_another_type(written: Path) -> None:
@@ -147,6 +148,6 @@ def test_a_value_of_another_type(written: Path) -> None:
 
 def test_a_layout_that_cannot_be(written: Path) -> None:
     data = json.loads(written.read_text())
-    data["deployments"][0]["layout"]["ep_size"] = 3
+    data["deployments"][0]["layout"]["ep"] = 3
     written.write_text(json.dumps(data))
     assert "ep=3 does not divide" in complaint(written)

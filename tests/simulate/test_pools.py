@@ -7,9 +7,9 @@ import pytest
 
 from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, make_runner, make_scheduler
 from expertlane.cost.kv_transfer import ModelledKVTransfers
-from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
-from expertlane.simulate.pools import Pool, Serves, serve, serve_apart
+from expertlane.simulate.pools import Pool, serve, serve_apart, serving_record
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load, TimedRequest, draw_requests
 
@@ -80,14 +80,17 @@ def test_random_arrivals_are_all_served_whole():
     for each in served:
         assert (np.diff(likely(each.token_times_s)) > 0).all()
         assert each.ttft_s[LIKELY] > 0
-    found = [Serves.of(served, bound) for bound in range(len(BOUNDS))]
-    assert found[0].output_tps > found[1].output_tps > found[2].output_tps
+    found = serving_record(served)
+    low, likely_tps, high = found.output_tps.bounds
+    assert low < likely_tps < high
     num_output = sum(each.output_len for each in drawn)
     end_s = max(likely(each.token_times_s)[-1] for each in served)
-    assert found[LIKELY].output_tps == pytest.approx(num_output / end_s)
+    assert likely_tps == pytest.approx(num_output / end_s)
     num_prompt = sum(len(each.prompt_token_ids) for each in drawn)
-    assert found[LIKELY].total_tps == pytest.approx((num_output + num_prompt) / end_s)
-    assert len(found[LIKELY].tpot_s) == 40
+    assert found.total_tps.value == pytest.approx((num_output + num_prompt) / end_s)
+    assert found.num_requests == 40
+    tpot_s = [each.tpot_s[LIKELY] for each in served]
+    assert found.tpot_s.mean.value == pytest.approx(np.mean(tpot_s))
 
 
 def test_two_pools_and_the_transfer_between_them():
@@ -126,9 +129,10 @@ def test_each_data_parallel_rank_sends_by_itself():
 def test_prompts_do_not_hold_up_decodes_in_another_pool():
     many = requests(*np.arange(20) * 2 * DRIVER_S, prompt_len=40, output_len=9)
     sizes = {"max_num_batched_tokens": 40, "num_blocks": 512}
-    together = Serves.of(serve(pool(**sizes), many))
-    apart = Serves.of(serve_apart(pool(**sizes), pool(**sizes), FixedTransfers(1e-6), many))
-    assert max(apart.tpot_s) < max(together.tpot_s)
+    together = serve(pool(**sizes), many)
+    apart = serve_apart(pool(**sizes), pool(**sizes), FixedTransfers(1e-6), many)
+    slowest = [max(each.tpot_s[LIKELY] for each in served) for served in (apart, together)]
+    assert slowest[0] < slowest[1]
 
 
 def test_a_single_token_needs_no_second_pool():
@@ -136,7 +140,7 @@ def test_a_single_token_needs_no_second_pool():
     served = serve_apart(pool(), pool(), transfers, requests(0.0, 0.0, output_len=1))
     assert transfers.asked_for == []
     assert all(each.tpot_s is None for each in served)
-    assert Serves.of(served).tpot_s == ()
+    assert serving_record(served).tpot_s is None
 
 
 def test_a_preempted_request_computes_its_prompt_where_it_decodes():

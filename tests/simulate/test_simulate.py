@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import Execution
@@ -10,7 +9,7 @@ from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.sharing import StepSharing
-from expertlane.simulate.pools import Serves
+from expertlane.simulate.pools import serving_record
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
 from expertlane.spec.deployment import Options
@@ -68,9 +67,10 @@ def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(StepSharing, "find", lambda self, plan, make: make())
         every = apart.run(0)
-    of_runs = [Serves.of(each.served) for each in (every, shared)]
-    assert of_runs[1].output_tps == pytest.approx(of_runs[0].output_tps, rel=0.01)
-    assert np.mean(of_runs[1].tpot_s) == pytest.approx(np.mean(of_runs[0].tpot_s), rel=0.01)
+    of_runs = [serving_record(each.served) for each in (every, shared)]
+    assert of_runs[1].output_tps.value == pytest.approx(of_runs[0].output_tps.value, rel=0.01)
+    tpot_s = [each.tpot_s.mean.value for each in of_runs]
+    assert tpot_s[1] == pytest.approx(tpot_s[0], rel=0.01)
     num_steps = sum(len(each.step_s) for each in shared.pools[0].tally.phases.values())
     assert every.pools[0].pool.runner.num_priced == num_steps > 200
     assert shared.pools[0].pool.runner.num_priced < num_steps / 5

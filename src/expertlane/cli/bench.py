@@ -12,7 +12,7 @@ from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, sl
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.results.serving import ServingResults
+    from expertlane.results.results import Results
     from expertlane.spec.layout import Layout
     from expertlane.spec.workload import Load
 
@@ -53,7 +53,7 @@ def bench(model: ModelArgument, load: LoadOptions, own: _Options, engine: Engine
       expertlane bench ./my-checkpoint
       expertlane bench ./my-checkpoint --batch 1,32 --layout tp=2 --layout dp=2,ep=2
       expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512 --output-len 16:128
-      expertlane bench paper-tiny --json | jq '.points[].output_tps'
+      expertlane bench paper-tiny --json | jq '.deployments[].serving[].output_tps.value'
     """
     loads = load.loads()
     found = find_model(model)
@@ -92,35 +92,44 @@ def _run(
     loads: "list[Load]",
     layouts: "list[Layout]",
     seed: int,
-) -> "ServingResults":
+) -> "Results":
     """All loads on each layout in turn."""
-    from datetime import UTC, datetime
-
     from expertlane.cli.output import command_line, progress_on_stderr
-    from expertlane.compare.serving_benchmark import describe, run_loads
+    from expertlane.compare.machine import machine_record
+    from expertlane.compare.serving_benchmark import run_loads
     from expertlane.ops.host import ForeignLoad
-    from expertlane.results.serving import Point, ServingResults
+    from expertlane.results.record import DeploymentRecord
+    from expertlane.results.results import Results
 
-    points: list[Point] = []
+    records = []
     foreign_cpu_share = 0.0
     for layout in layouts:
         with found.load(layout, engine) as llm:
-            machine, versions = describe(llm)
+            seen = llm.machine
             foreign = ForeignLoad()
             with progress_on_stderr() as progress:
-                points += run_loads(llm, layout, loads, seed, progress)
+                serving = tuple(run_loads(llm, layout, loads, seed, progress))
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
-    return ServingResults(
-        command=command_line(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions,
-        machine=machine,
-        model=found.name,
-        options=engine.options,
-        ranks_per_node=engine.ranks_per_node,
-        seed=seed,
-        prompt_len=str(loads[0].prompt_len),
-        output_len=str(loads[0].output_len),
-        points=tuple(points),
+        records.append(
+            DeploymentRecord(str(layout), layout, engine.options, "measured", serving=serving)
+        )
+    num_ranks = max(layout.world_size for layout in layouts)
+    ranks_per_node = engine.ranks_per_node or seen[0].ranks_per_node
+    first = loads[0]
+    return Results.now(
+        "bench",
+        command_line(),
+        {
+            "model": found.name,
+            "workload": {
+                "prompt_len": str(first.prompt_len),
+                "output_len": str(first.output_len),
+                "seed": seed,
+            },
+            "ranks_per_node": engine.ranks_per_node,
+        },
+        records,
+        torch_version=seen[0].torch_version,
+        machine=machine_record(seen, num_ranks, ranks_per_node),
         foreign_cpu_share=foreign_cpu_share,
     )

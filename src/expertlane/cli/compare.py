@@ -124,8 +124,8 @@ def compare(
       expertlane compare --trace
           what every rank does when, step by step
       expertlane compare paper --project
-          the paper's experiment on a modelled cluster of 16 H100, judged
-      expertlane compare --json | jq '.deployments[].decode.tps'
+          the paper's experiment on a modelled cluster of 16 H100
+      expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
           for other programs
       torchrun --nproc-per-node 16 -m expertlane compare
           on ranks that torchrun started
@@ -172,7 +172,8 @@ def _measure(
         CapacityError: one of them does not fit; raised before the first is run.
     """
     from expertlane.cli.output import command_line, progress_on_stderr
-    from expertlane.compare.run import check_memory, run_comparison
+    from expertlane.compare.machine import check_memory
+    from expertlane.compare.run import run_comparison
     from expertlane.engine.start import start_pool
 
     num_ranks = max(each.num_ranks for each, _ in comparisons)
@@ -225,7 +226,7 @@ def _with_checked_checkpoint(
 
 def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:
     """Why one of them can't be run here, if that is known before any rank is started."""
-    from expertlane.compare.local_memory import memory_shortage
+    from expertlane.compare.machine import memory_shortage
 
     reasons = (memory_shortage(each, dtype) for each, _ in comparisons)
     return next(filter(None, reasons), None)

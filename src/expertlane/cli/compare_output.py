@@ -11,8 +11,7 @@ from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
-    from expertlane.results.projection import Projection
-    from expertlane.results.schema import Results
+    from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
 
@@ -31,7 +30,7 @@ class Shown:
     """
 
     def __init__(
-        self, projections: "Mapping[int, Projection]", *, as_json: bool, traffic: bool
+        self, projections: "Mapping[int, Results]", *, as_json: bool, traffic: bool
     ) -> None:
         self._projections = projections
         self._as_json = as_json
@@ -49,7 +48,7 @@ class Shown:
         from expertlane.results.chrome_trace import trace_names, write_trace
 
         if id(experiment) in self._projections:
-            results = replace(results, projection=self._projections[id(experiment)])
+            results = results.beside(self._projections[id(experiment)])
         self.num_published += 1
         names = trace_names(traces)
 
@@ -60,12 +59,10 @@ class Shown:
 
     def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""
-        from expertlane.cli.output import command_line, print_message
-        from expertlane.compare.projected_results import projected_results
+        from expertlane.cli.output import print_message
 
         print_message(f"expertlane: nothing is measured here: {reason}")
-        projection = replace(self._projections[id(experiment)], not_measured=reason)
-        results = projected_results(experiment, projection, command_line())
+        results = replace(self._projections[id(experiment)], not_measured=reason)
         publish(results, folder, as_json=self._as_json)
 
 
@@ -100,12 +97,12 @@ def projectors_of(
     return found
 
 
-def projections_of(projectors: "Mapping[int, ExperimentProjector]") -> "dict[int, Projection]":
+def projections_of(projectors: "Mapping[int, ExperimentProjector]") -> "dict[int, Results]":
     """All of them, before anything is measured: what fails does so early."""
-    from expertlane.cli.output import progress_on_stderr
+    from expertlane.cli.output import command_line, progress_on_stderr
 
     projections = {}
     for experiment, projector in projectors.items():
         with progress_on_stderr() as progress:
-            projections[experiment] = projector.run(progress)
+            projections[experiment] = projector.run(progress, command_line())
     return projections

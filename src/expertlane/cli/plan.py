@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from expertlane import __version__
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
@@ -77,7 +76,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
           by the experts that your own traffic chooses
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
-      expertlane plan paper --json | jq '.best[0].layout'
+      expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
     from expertlane.cli.model import find_model
@@ -85,8 +84,8 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
+    from expertlane.plan.explanation import Plan
     from expertlane.plan.finals import NUM_FINALISTS
-    from expertlane.plan.make import Plan
     from expertlane.plan.setting import Question, Setting
     from expertlane.spec.files import write_text
 
@@ -102,7 +101,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     name = slug("plan", found.config.name, devices)
     folder = results_folder(own.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
-    plan = Plan(Question(found.config, devices, traffic, goals, setting), routing.words, cautions)
+    plan = Plan(Question(found.config, devices, traffic, goals, setting), routing, cautions)
     with progress_on_stderr() as progress:
         for task, total, part in (
             ("one pool: every layout and option", plan.num_candidates, plan.screen),
@@ -114,8 +113,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
             progress.done()
     results = plan.results(
         command=command_line(),
-        version=__version__,
-        served=_served(found),
+        loaded=_served(found),
         experiment=str(folder / _EXPERIMENT),
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None

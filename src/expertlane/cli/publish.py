@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.results.file import AnyResults
+    from expertlane.report.document import Report
+    from expertlane.results.results import Results
 
 JSON_HELP = "Print results.json instead of tables."
 FILES = "results.json, report.md and report.html"
@@ -34,7 +35,7 @@ def results_folder(out: Path | None, name: str) -> Path:
 
 
 def publish(
-    results: "AnyResults",
+    results: "Results",
     folder: Path,
     *,
     as_json: bool,
@@ -49,22 +50,22 @@ def publish(
     """
     from expertlane.cli.output import print_json, print_message, stdout_console
     from expertlane.report import terminal
+    from expertlane.report.sections import report_of
     from expertlane.results.file import to_json, write
 
     written = [write(results, folder)]  # first: what was found is kept whatever comes
+    report = report_of(results, traffic=traffic)
     try:
         if as_json:
             print_json(to_json(results))
         else:
-            terminal.show(results, stdout_console(), traffic=traffic)
+            terminal.show(report, stdout_console())
     finally:  # also where standard output takes nothing
-        written += [*write_reports(results, folder, traffic=traffic), *also()]
+        written += [*write_reports(report, folder), *also()]
     print_message(f"written: {', '.join(map(str, written))}")
 
 
-def write_reports(
-    results: "AnyResults", folder: Path, *, traffic: bool = False
-) -> tuple[Path, ...]:
+def write_reports(report: "Report", folder: Path) -> tuple[Path, ...]:
     """Write report.md and report.html; return their paths.
 
     Raises:
@@ -73,10 +74,7 @@ def write_reports(
     from expertlane.report import html, markdown
     from expertlane.spec.files import write_text
 
-    texts = {
-        "report.md": markdown.render(results, traffic=traffic),
-        "report.html": html.render(results),
-    }
+    texts = {"report.md": markdown.render(report), "report.html": html.render(report)}
     for name in texts:
         if (folder / name).is_dir():
             raise UserError(f"cannot write {folder / name}: it is a folder")

@@ -39,15 +39,17 @@ def report(
     """
     from expertlane.cli.output import check_folder, print_json
     from expertlane.cli.publish import write_reports
-    from expertlane.results.file import FILE_NAME, read_any
+    from expertlane.report.sections import report_of
+    from expertlane.results.file import FILE_NAME
+    from expertlane.results.file import read as read_results
     from expertlane.spec.printable import printable
 
     path = results / FILE_NAME if results.is_dir() else results
-    read = read_any(path)
+    kept = read_results(path)
     folder = out or path.parent
     check_folder(folder)
     try:
-        written = [str(each) for each in write_reports(read, folder)]
+        written = [str(each) for each in write_reports(report_of(kept), folder)]
     except ExpertlaneError:
         raise
     except Exception as error:  # a file that is well-formed and yet makes no sense

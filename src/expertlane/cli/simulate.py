@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from expertlane import __version__
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     DeploymentOptions,
@@ -144,7 +143,6 @@ def simulate(
         routing,
         seed,
         command=command_line(),
-        version=__version__,
         caution=found_model.priced_wider(setup.types),
     )
 

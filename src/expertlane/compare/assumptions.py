@@ -1,20 +1,26 @@
-"""What an experiment takes for granted, printed beside its numbers."""
+"""What an experiment takes for granted, measured and projected, printed beside its numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from expertlane.memory import workload_limits
-from expertlane.results.schema import Assumption, Machine
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.number_types import NumberTypes
+from expertlane.memory import FREE_SHARE, workload_limits
+from expertlane.plan.project import StepSize
+from expertlane.results.results import Assumption, Machine
 from expertlane.schedule.limits import Limits
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import read_config
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Link
 
 _ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
 
 
-def assumptions(
+def measured_assumptions(
     experiment: Experiment, machine: Machine, limits: Mapping[str, Limits]
 ) -> tuple[Assumption, ...]:
     """The choices that the paper, or a checkpoint, leaves open, as this experiment makes them.
@@ -27,7 +33,8 @@ def assumptions(
     else:
         model = _of_checkpoint(experiment, Path(experiment.checkpoint))
     workload = _of_workload(experiment, limits)
-    return (*model, *workload, *_of_deployments(experiment, machine))
+    rows = (*model, *workload, *_of_deployments(experiment, machine))
+    return tuple(replace(each, source="measured") for each in rows)
 
 
 def _of_seeded_model(experiment: Experiment) -> list[Assumption]:
@@ -181,3 +188,115 @@ def _of_deployments(experiment: Experiment, machine: Machine) -> list[Assumption
             )
         )
     return rows
+
+
+def projected_assumptions(
+    experiment: Experiment,
+    cluster: ModelledCluster,
+    types: NumberTypes,
+    skew: float,
+    executions: Sequence[Execution],
+    prefill: StepSize,
+) -> tuple[Assumption, ...]:
+    """What a projection of the experiment takes for granted."""
+    rows = [
+        *_of_cluster(cluster),
+        Assumption(
+            "execution",
+            " and ".join(executions),
+            "both are shown; the main tables have the first: graph launches a step's kernels at "
+            "once, eager each by itself"
+            if len(executions) > 1
+            else "a CPU's calls and its work take turns",
+        ),
+        Assumption(
+            "kernels",
+            "as fused as those of GPU libraries; an estimate",
+            "the engine's own are more and smaller (cost/step/launches.py)",
+        ),
+        Assumption(
+            "flat dispatch",
+            "sends no counts before rows",
+            "kernels with buffers of a static size need none and can be captured",
+        ),
+        Assumption(
+            "routing",
+            f"balanced: uniform; skewed: popularity falls with rank to the power of -{skew:g}",
+            "experts are drawn for each token, so balanced loads scatter as well",
+            "--skew",
+        ),
+        Assumption(
+            "decode step",
+            f"all {experiment.workload.num_sequences:,} sequences, one token each, all at the "
+            "same context",
+            "TPS × TPOT is then their number",
+            "the experiment's num_sequences",
+        ),
+        Assumption(
+            "prefill step",
+            f"{prefill.num_seqs * prefill.num_new:,} tokens over the system: {prefill.num_seqs} "
+            f"prompts × {prefill.num_new}, {prefill.num_cached:,} positions before each",
+            "as large as a measured comparison's, half way through a prompt",
+        ),
+        Assumption(
+            "memory",
+            f"{FREE_SHARE:.0%} of a device's may be taken",
+            "the rest is the framework's",
+        ),
+        *_of_types(types),
+        *_of_sizes(experiment),
+    ]
+    if any(each.options.rebalance_steps for each in experiment.deployments):
+        rows.append(Assumption("rebalancing", "none", "experts stay where they begin"))
+    return tuple(rows)
+
+
+def _of_cluster(cluster: ModelledCluster) -> list[Assumption]:
+    profile, device = cluster.profile, cluster.profile.device
+    bases = {each.basis for each in profile.surfaces.values()}
+    bases |= {each.basis for each in profile.terms.values()}
+    near, far = (
+        f"{profile.links[link].bytes_per_s / 1e9:g} GB/s" if link in profile.links else "no figure"
+        for link in (Link.INTRA_NODE, Link.INTER_NODE)
+    )
+    return [
+        Assumption(
+            "cluster",
+            f"{cluster}: {device.name}, {cluster.profile.ranks_per_node} a node; "
+            f"{near} inside a node, {far} between nodes, a device and direction",
+            change="--cluster",
+        ),
+        Assumption(
+            "profile",
+            f"{profile.name}: {', '.join(each.label for each in sorted(bases))}",
+            "measured: on the machine itself; fitted: to published measurements; "
+            "bound: a datasheet's limit or an assumption, with wide bounds",
+            "--cluster",
+        ),
+    ]
+
+
+def _of_types(types: NumberTypes) -> list[Assumption]:
+    rows = [Assumption("number type", str(types), change="--dtype")]
+    if types.weights == "float16":
+        rows.append(
+            Assumption(
+                "float16",
+                "takes as long as bfloat16",
+                "published tables have no float16, so it counts as bound and is 15% wider",
+                "--dtype bfloat16",
+            )
+        )
+    return rows
+
+
+def _of_sizes(experiment: Experiment) -> list[Assumption]:
+    model = experiment.model
+    return [
+        Assumption(
+            "sizes never measured",
+            f"experts {model.moe_intermediate_size:,} wide, heads of {model.head_dim}",
+            "the profile's laws go on from the nearest sizes that were fitted, with wider bounds "
+            "for every doubling beyond; the share of time that lies outside is in the tables",
+        )
+    ]

@@ -1,39 +1,41 @@
 """An experiment's deployments on a modelled cluster: what `compare --project` adds."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 from expertlane.balance.placement_file import placements_of
+from expertlane.compare.assumptions import projected_assumptions
 from expertlane.compare.best_layout import plan_beside
-from expertlane.compare.projected_assumptions import projected_assumptions
 from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
-from expertlane.errors import CapacityError, UserError
+from expertlane.errors import CapacityError
 from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, capacity, prefill_step_tokens
-from expertlane.plan.candidates import FORMS, MOST_DEVICES
-from expertlane.plan.project import Projector, StepSize
+from expertlane.plan.candidates import MOST_DEVICES
+from expertlane.plan.project import (
+    DeploymentProjector,
+    StepSize,
+    cluster_record,
+    conditions_of,
+)
 from expertlane.plan.setting import Setting
 from expertlane.progress import Progress
-from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.projection import (
-    ModelledDevice,
-    Planned,
-    ProjectedDeployment,
-    ProjectedMemory,
-    ProjectedScaling,
-    Projection,
-    StepProjection,
+from expertlane.results.record import (
+    EXPERIMENT,
+    SCALING,
+    Conditions,
+    DeploymentRecord,
+    PoolRecord,
+    StepsRecord,
 )
-from expertlane.results.timeline import StepTimeline
+from expertlane.results.results import PlanSummary, Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.paper import LAYOUTS, TOP_KS, is_papers_model
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
@@ -44,15 +46,6 @@ _BATCH_FACTOR = 4  # from one batch size to the next
 def usual_number_type(cluster: ModelledCluster) -> str:
     """What the engine's ranks compute in if nobody says otherwise: float16 on GPUs."""
     return "float32" if OVERHEAD_S in cluster.profile.terms else "float16"
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What deployments are projected under; `routing` names its source."""
-
-    top_k: int
-    execution: Execution
-    routing: str
 
 
 class ExperimentProjector:
@@ -70,7 +63,7 @@ class ExperimentProjector:
         self._cluster = cluster
         self._types = NumberTypes.all_of(number_type)
         self._skew = skew
-        self._sources: dict[tuple[int, str], RoutingSource] = {}
+        self._sources: dict[str, RoutingSource] = {}
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
         self.check()
@@ -90,47 +83,30 @@ class ExperimentProjector:
                     f"{self._cluster} has {self._cluster.num_devices}; take {name}x{needed} or more"
                 )
 
-    def run(self, progress: Progress) -> Projection:
-        """Everything."""
+    def run(self, progress: Progress, command: str) -> Results:
+        """Everything, as results of a projection alone.
+
+        Args:
+            command: how a user repeats it.
+        """
         experiment, cluster = self._experiment, self._cluster
         rows = self._rows(progress)
         context = self._context(rows)
         rows = self._seen_closer(rows, context, progress)
         scaling = self._scaling(context, progress)
-        top_ks = self.top_ks if cluster.num_devices <= MOST_DEVICES else ()
-        progress.task("looking for better layouts", 2 * len(top_ks))
-        planned = [self._planned(top_k, context, rows, progress) for top_k in top_ks]
-        progress.done()
-        device = cluster.profile.device
-        return Projection(
-            cluster=str(cluster),
-            device=ModelledDevice(
-                device.name,
-                device.memory_bytes,
-                device.memory_bytes_per_s,
-                device.flops_per_s[self._types.weights],
-            ),
-            types=str(self._types),
-            num_sequences=experiment.workload.num_sequences,
-            context=context,
-            skew=self._skew,
-            deployments=tuple(rows),
-            scaling=scaling,
-            planned=tuple(planned),
+        rows, plans = self._planned(rows, context, progress)
+        return Results.now(
+            "comparison",
+            command,
+            {"experiment": experiment, "skew": self._skew},
+            [*rows, *scaling],
+            cluster=cluster_record(cluster, self._types),
             assumptions=projected_assumptions(
                 experiment, cluster, self._types, self._skew, self._executions, self._prefill_size
             ),
+            plans=plans,
+            context=context,
         )
-
-    @property
-    def top_ks(self) -> tuple[int, ...]:
-        """The model's own, and for the paper's experiment the other usual ones."""
-        experiment = self._experiment
-        own = (experiment.model.num_experts_per_tok,)
-        layouts = {each.layout for each in experiment.deployments}
-        if is_papers_model(asdict(experiment.model)) and set(LAYOUTS) <= layouts:
-            return tuple(dict.fromkeys((*own, *TOP_KS)))
-        return own
 
     @property
     def _executions(self) -> tuple[Execution, ...]:
@@ -144,94 +120,106 @@ class ExperimentProjector:
         workload = self._experiment.workload
         num_new = min(PREFILL_TOKENS, workload.prompt_len)
         num_seqs = min(workload.num_sequences, max(1, STEP_TOKENS // num_new))
-        return StepSize(num_seqs, num_new, (workload.prompt_len - num_new) // 2)
+        cached = (workload.prompt_len - num_new) // 2
+        return StepSize(num_seqs, num_new, cached, phase=Phase.PREFILL)
 
-    def _model(self, top_k: int) -> ModelConfig:
-        return self._experiment.model.with_overrides(num_experts_per_tok=top_k)
+    def _conditions(self, execution: Execution, routing: str) -> Conditions:
+        top_k = self._experiment.model.num_experts_per_tok
+        return conditions_of(top_k, execution, routing, self._types)
+
+    @property
+    def _usual(self) -> Conditions:
+        """Those that are spoken of."""
+        return self._conditions(self._executions[0], "balanced")
 
     def _setting(self, conditions: Conditions) -> Setting:
-        key = conditions.top_k, conditions.routing
-        if key not in self._sources:
-            model = self._model(conditions.top_k)
-            skew = 0.0 if conditions.routing == "balanced" else self._skew
-            self._sources[key] = PowerLawRouting.of(model, skew)
-        source = self._sources[key]
-        return Setting(self._types, conditions.execution, source, step_tokens=STEP_TOKENS)
+        routing = conditions.routing
+        if routing not in self._sources:
+            skew = 0.0 if routing == "balanced" else self._skew
+            self._sources[routing] = PowerLawRouting.of(self._experiment.model, skew)
+        source = self._sources[routing]
+        execution = Execution(conditions.execution)
+        return Setting(self._types, execution, source, step_tokens=STEP_TOKENS)
 
-    def _rows(self, progress: Progress) -> list[ProjectedDeployment]:
+    def _rows(self, progress: Progress) -> list[DeploymentRecord]:
         deployments = self._experiment.deployments
         all_conditions = [
-            Conditions(*each)
-            for each in product(self.top_ks, self._executions, ("balanced", "skewed"))
+            self._conditions(*each) for each in product(self._executions, ("balanced", "skewed"))
         ]
         progress.task(f"projecting on {self._cluster}", len(all_conditions) * len(deployments))
-        rows: list[ProjectedDeployment] = []
+        rows: list[DeploymentRecord] = []
         for conditions in all_conditions:
             for deployment in deployments:
-                rows.append(self._row(deployment, conditions, rows))
+                row = self._row(deployment, conditions, rows)
+                rows.append(replace(row, roles=(EXPERIMENT,)))
                 progress.advance()
         progress.done()
         return rows
 
     def _seen_closer(
-        self, rows: list[ProjectedDeployment], context: int, progress: Progress
-    ) -> list[ProjectedDeployment]:
+        self, rows: list[DeploymentRecord], context: int, progress: Progress
+    ) -> list[DeploymentRecord]:
         """With steps of other batch sizes and timelines, under the usual conditions."""
-        usual = Conditions(self.top_ks[0], self._executions[0], "balanced")
+        usual = self._usual
         deployments = self._experiment.deployments
         progress.task("batch sizes and timelines", len(deployments))
         closer = list(rows)
         for place, deployment in enumerate(deployments):
-            model = self._model(usual.top_k)
-            steps = _Steps(model, deployment, self._cluster, self._setting(usual))
+            model = self._experiment.model
+            steps = DeploymentProjector(model, deployment, self._cluster, self._setting(usual))
             assert rows[place].name == deployment.name, "usual conditions come first"
             resident = self._resident(model, deployment, context)
             num_all = self._experiment.workload.num_sequences
             batches = [*_batches(num_all), num_all]
             sizes = [StepSize(num, 1, context, fits=resident >= num) for num in batches]
-            timelines = {Phase.DECODE: steps.timeline(sizes[-1])}
-            if rows[place].prefill is not None:
-                timelines[Phase.PREFILL] = steps.timeline(self._prefill_size)
-            closer[place] = replace(
-                rows[place], by_batch=tuple(map(steps.step, sizes)), timelines=timelines
-            )
+            of_all = rows[place].decode_of(context, num_all)
+            seen = []
+            for step in rows[place].steps:
+                size = self._prefill_size if step.phase is Phase.PREFILL else sizes[-1]
+                if step.phase is Phase.PREFILL or step is of_all:
+                    step = replace(step, timeline=steps.timeline(size))
+                seen.append(step)
+            fewer = map(steps.step, sizes[:-1])
+            closer[place] = replace(rows[place], steps=(*seen, *fewer))
             progress.advance()
         progress.done()
         return closer
 
     def _row(
-        self, deployment: Deployment, at: Conditions, before: list[ProjectedDeployment]
-    ) -> ProjectedDeployment:
+        self, deployment: Deployment, at: Conditions, before: list[DeploymentRecord]
+    ) -> DeploymentRecord:
         if deployment.layout.ep == 1:  # every rank has a part of every expert: routing is no matter
             for row in before:
-                if (row.name, row.conditions[:2]) == (deployment.name, (at.top_k, at.execution)):
-                    return replace(row, routing=at.routing)
-        model = self._model(at.top_k)
+                alike = row.conditions and replace(row.conditions, routing=at.routing)
+                if (row.name, alike) == (deployment.name, at):
+                    return replace(row, conditions=at)
+        model = self._experiment.model
         room = self._room(model, deployment.layout, deployment.options)
-        steps = _Steps(model, deployment, self._cluster, self._setting(at))
+        steps = DeploymentProjector(model, deployment, self._cluster, self._setting(at))
         layout = deployment.layout
-        return ProjectedDeployment(
+        prefill = (steps.step(self._prefill_size),) if room.max_seqs else ()
+        return DeploymentRecord(
             name=deployment.name,
-            layout=LayoutSizes.of(layout),
+            layout=layout,
             options=deployment.options,
+            source="projected",
             is_baseline=deployment.is_baseline,
-            top_k=at.top_k,
-            execution=str(at.execution),
-            routing=at.routing,
-            memory=ProjectedMemory(
-                weight_bytes=room.memory.weight_bytes,
-                activation_bytes=room.memory.activation_bytes,
-                sequence_bytes=room.memory.kv_bytes,
-                device_bytes=int(room.free_bytes),
-                num_resident=room.max_seqs * layout.dp * layout.replicas,
+            conditions=at,
+            pools=(
+                PoolRecord(
+                    weight_bytes=room.memory.weight_bytes,
+                    activation_bytes=room.memory.activation_bytes,
+                    sequence_bytes=room.memory.kv_bytes,
+                    allowed_bytes=int(room.free_bytes),
+                    num_resident=room.max_seqs * layout.dp * layout.replicas,
+                ),
             ),
-            prefill=steps.step(self._prefill_size) if room.max_seqs else None,
-            decode=tuple(self._decode(steps, model, deployment)),
+            steps=(*prefill, *self._decode(steps, model, deployment)),
         )
 
     def _decode(
-        self, steps: "_Steps", model: ModelConfig, deployment: Deployment
-    ) -> Iterator[StepProjection]:
+        self, steps: DeploymentProjector, model: ModelConfig, deployment: Deployment
+    ) -> Iterator[StepsRecord]:
         num_seqs = self._experiment.workload.num_sequences
         for context in self._contexts:
             resident = self._resident(model, deployment, context)
@@ -258,16 +246,16 @@ class ExperimentProjector:
             prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),
         )
 
-    def _context(self, rows: list[ProjectedDeployment]) -> int:
+    def _context(self, rows: list[DeploymentRecord]) -> int:
         """The longest that all sequences fit with everywhere; else the shortest."""
         fitting = [
             context
             for context in self._contexts
-            if all(step.fits for row in rows for step in row.decode if step.context == context)
+            if all(step.fits for row in rows for step in row.steps if step.context == context)
         ]
         return max(fitting, default=self._contexts[0])
 
-    def _scaling(self, context: int, progress: Progress) -> tuple[ProjectedScaling, ...]:
+    def _scaling(self, context: int, progress: Progress) -> list[DeploymentRecord]:
         """The experiment's sizes, and doublings of them beyond its ranks."""
         family = _scaling_family(self._experiment)
         progress.task("scaling", len(family))
@@ -276,77 +264,63 @@ class ExperimentProjector:
             found.append(self._scaled(deployment, context))
             progress.advance()
         progress.done()
-        return tuple(found)
+        return found
 
-    def _scaled(self, deployment: Deployment, context: int) -> ProjectedScaling:
+    def _scaled(self, deployment: Deployment, context: int) -> DeploymentRecord:
         model, layout = self._experiment.model, deployment.layout
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
-        usual = Conditions(model.num_experts_per_tok, self._executions[0], "balanced")
-        steps = _Steps(model, deployment, cluster, self._setting(usual))
+        usual = self._usual
+        steps = DeploymentProjector(model, deployment, cluster, self._setting(usual))
         num_all = self._experiment.workload.num_sequences
         share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
         resident = self._resident(model, deployment, context)
         room = self._room(model, layout, deployment.options, context + 1)
         placed = next(filter(None, placements_of(model, layout, deployment.options)), None)
-        return ProjectedScaling(
+        sizes = dict.fromkeys((num_all, share))  # once where they are alike
+        return DeploymentRecord(
             name=deployment.name,
-            layout=LayoutSizes.of(layout),
-            num_ranks=layout.world_size,
-            num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
-            weight_bytes=room.memory.weight_bytes,
-            device_bytes=int(FREE_SHARE * cluster.profile.device.memory_bytes),
-            same_work=steps.step(StepSize(num_all, 1, context, fits=resident >= num_all)),
-            same_share=steps.step(StepSize(share, 1, context, fits=resident >= share)),
+            layout=layout,
+            options=deployment.options,
+            source="projected",
+            roles=(SCALING,),
+            conditions=usual,
+            pools=(
+                PoolRecord(
+                    weight_bytes=room.memory.weight_bytes,
+                    allowed_bytes=int(FREE_SHARE * cluster.profile.device.memory_bytes),
+                    num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
+                ),
+            ),
+            steps=tuple(
+                steps.step(StepSize(num, 1, context, fits=resident >= num)) for num in sizes
+            ),
         )
 
     def _planned(
-        self, top_k: int, context: int, rows: list[ProjectedDeployment], progress: Progress
-    ) -> Planned:
-        usual = Conditions(top_k, self._executions[0], "balanced")
-        own = [row for row in rows if row.conditions == (top_k, usual.execution, usual.routing)]
+        self, rows: Sequence[DeploymentRecord], context: int, progress: Progress
+    ) -> tuple[list[DeploymentRecord], tuple[PlanSummary, ...]]:
+        """The rows with what a planner finds under the usual conditions, which come first."""
+        if self._cluster.num_devices > MOST_DEVICES:
+            return list(rows), ()
+        usual, num_own = self._usual, len(self._experiment.deployments)
 
-        def row_of(deployment: Deployment) -> ProjectedDeployment:
-            return self._row(deployment, usual, own)
+        def row_of(deployment: Deployment) -> DeploymentRecord:
+            return self._row(deployment, usual, [])
 
-        return plan_beside(
-            self._model(top_k),
+        progress.task("looking for better layouts", 2)
+        summary, found = plan_beside(
+            self._experiment.model,
             self._cluster,
             self._experiment.workload,
             self._setting(usual),
+            usual,
             context,
-            own,
+            rows[:num_own],
             row_of,
             progress,
         )
-
-
-class _Steps:
-    """A deployment's steps; one that chooses by a table takes the fastest of each size."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        deployment: Deployment,
-        cluster: ModelledCluster,
-        setting: Setting,
-    ) -> None:
-        self._projectors = [
-            Projector(model, deployment.layout, options, cluster, setting)
-            for options in _fixed(deployment.options, deployment.layout, cluster)
-        ]
-
-    def step(self, size: StepSize) -> StepProjection:
-        """One step."""
-        return min(
-            (each.step(size) for each in self._projectors), key=lambda step: step.step_s.value
-        )
-
-    def timeline(self, size: StepSize) -> StepTimeline:
-        """What every rank does when in the same step."""
-        if len(self._projectors) == 1:
-            return self._projectors[0].timeline(size)
-        fastest = min(self._projectors, key=lambda each: each.step(size).step_s.value)
-        return fastest.timeline(size)
+        progress.done()
+        return [*found[:num_own], *rows[num_own:], *found[num_own:]], (summary,)
 
 
 def _batches(num_all: int) -> list[int]:
@@ -355,19 +329,6 @@ def _batches(num_all: int) -> list[int]:
     while batches[-1] * _BATCH_FACTOR < num_all:
         batches.append(batches[-1] * _BATCH_FACTOR)
     return [each for each in batches if each < num_all]
-
-
-def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterator[Options]:
-    """All that `auto` could come down to."""
-    forms = FORMS if options.dispatch == "auto" else (options.dispatch,)
-    overlaps = (False, True) if options.overlap == "auto" else (options.overlap,)
-    for form, overlap in product(forms, overlaps):
-        if form == "hierarchical" and options.dispatch == "auto":
-            try:
-                layout.ep_ranks_per_node(cluster.profile.ranks_per_node)
-            except UserError:  # not as many on each node: it can't be chosen
-                continue
-        yield replace(options, dispatch=form, overlap=overlap)
 
 
 def _scaling_family(experiment: Experiment) -> list[Deployment]:

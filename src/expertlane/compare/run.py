@@ -1,40 +1,46 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
-import platform
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane import __version__
-from expertlane.compare.collect import build_results, deployment_result
-from expertlane.compare.collect_rebalances import rebalance_results
-from expertlane.engine.cache_size import fit_to_machine
-from expertlane.engine.commands import HeldBytes, MeasureRates, RankMachine
-from expertlane.engine.deployment_check import check_deployment
+from expertlane.balance.placement_file import placements_of
+from expertlane.compare.assumptions import measured_assumptions
+from expertlane.compare.machine import deployment_limits, machine_record, measure_peak
+from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import RebalancingRunner, runner_for
+from expertlane.engine.rebalancing import Rebalance, RebalancingRunner, StepLoad, runner_for
 from expertlane.engine.start import describe_ranks
-from expertlane.errors import CapacityError, ModelError, UserError
-from expertlane.memory import workload_limits
-from expertlane.metrics import summarise
+from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
-from expertlane.results.rebalance import RebalanceResult
-from expertlane.results.schema import DeploymentResult, Machine, Results, Versions
-from expertlane.results.step_record import MachinePeak, StepRecord
+from expertlane.results.metrics import num_tokens_per_expert, phase_record
+from expertlane.results.record import (
+    EXPERIMENT,
+    SCALING,
+    DeploymentRecord,
+    HeldRecord,
+    RebalanceRecord,
+    StepsRecord,
+)
+from expertlane.results.results import MachinePeak, Results
+from expertlane.results.step_record import StepRecord
+from expertlane.results.time_shares import find_bottleneck
 from expertlane.results.timeline import StepTimeline, timelines_of
 from expertlane.schedule.drive import FinishedStep, drive, step_records
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
@@ -78,84 +84,68 @@ def run_comparison(
                     on_trace(deployment.name, traced)
     for deployment in experiment.scaling:
         runs.measure(deployment, 0)
-    hosts = {each.host: each for each in seen}.values()
-    machine = Machine(
-        cpu_name=seen[0].cpu_name,
-        device=seen[0].device,
-        num_cores=sum(each.num_cores for each in hosts),
-        num_idle_gpus=sum(each.num_idle_gpus for each in hosts),
-        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
-        num_ranks=experiment.num_ranks,
-        ranks_per_node=ranks_per_node,
-        backend=seen[0].backend,
-        dtype=seen[0].dtype,
-        peak=peak,
-    )
-    return build_results(
-        experiment,
-        command=command,
+    machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
+    return Results.now(
+        "comparison",
+        command,
+        {"experiment": experiment},
+        [
+            *(runs.record(each, EXPERIMENT) for each in experiment.deployments),
+            *(runs.record(each, SCALING) for each in experiment.scaling),
+        ],
+        torch_version=seen[0].torch_version,
         machine=machine,
-        versions=Versions(__version__, platform.python_version(), seen[0].torch_version),
-        deployments=[runs.result(each) for each in experiment.deployments],
-        scaling=[runs.result(each) for each in experiment.scaling],
-        limits=runs.limits,
+        assumptions=measured_assumptions(experiment, machine, runs.limits),
         foreign_cpu_share=runs.foreign_cpu_share,
     )
 
 
-def check_memory(experiment: Experiment, pool: RankPool) -> None:
-    """Compare what every deployment needs with what is free, before anything is allocated.
-
-    Raises:
-        CapacityError: the first deployment that does not fit, with both numbers.
-    """
-    seen = describe_ranks(pool)
-    for deployment in experiment.deployments + experiment.scaling:
-        deployment_limits(experiment, deployment, seen)
-
-
-def deployment_limits(
-    experiment: Experiment, deployment: Deployment, seen: Sequence[RankMachine]
-) -> Limits:
-    """The scheduler's sizes; the cache holds the whole workload, or else what memory there is.
+def measured_record(
+    deployment: Deployment,
+    model: ModelConfig,
+    phases: Sequence[StepsRecord],
+    held: Sequence[HeldBytes],
+    tokens: npt.NDArray[np.int64],
+    **parts: Any,
+) -> DeploymentRecord:
+    """A deployment's record.
 
     Args:
-        seen: [num_ranks].
+        phases: prefill, and decode if there was any.
+        held: [num_ranks]; what each rank has allocated.
+        tokens: [num_sequences, output_len]; all generated tokens.
+        parts: further fields of the record.
 
     Raises:
-        UserError: its experts cannot be placed or reached so.
-        CapacityError: not even one sequence fits, with both numbers.
+        ValueError: `held` is not of the layout's ranks.
     """
-    model, layout = experiment.model, deployment.layout
-    limits = workload_limits(experiment.workload, model, layout)
-    ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
-    try:
-        placements = check_deployment(model, deployment, ranks_per_node)
-    except UserError as error:
-        raise UserError(f"deployment {deployment.name!r}: {error}") from None
-    try:
-        return fit_to_machine(model, layout, limits, seen, placements=placements)
-    except CapacityError as error:
-        raise CapacityError(
-            f"deployment {deployment.name!r}: {error}; use a smaller model or shorter sequences"
-        ) from None
+    layout = deployment.layout
+    if len(held) != layout.world_size:
+        raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
+    placements = placements_of(model, layout, deployment.options)
 
+    def num_experts(rank: int) -> tuple[int, ...]:
+        at = layout.coordinates(rank)
+        own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+        return tuple(
+            len(placed.experts_of_rank[at.ep_rank]) if placed and layer in own_layers else 0
+            for layer, placed in enumerate(placements)
+        )
 
-def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
-    """Measure at once on as many ranks as have a core or a device of their own."""
-    measuring = [
-        rank
-        for rank, each in enumerate(seen)
-        if each.on_gpu or rank % each.ranks_per_node < each.num_cores
-    ]
-    rates = pool.call(MeasureRates(), ranks=measuring)
-    on_gpu = seen[0].on_gpu
-    return MachinePeak(
-        gemm_flops_per_s=sum(each.gemm_flops_per_s for each in rates),
-        read_bytes_per_s=sum(each.read_bytes_per_s for each in rates),
-        num_units=len(rates) if on_gpu else sum(each.num_threads for each in rates),
-        unit="GPU" if on_gpu else "core",
-        dtype=seen[0].dtype,
+    return DeploymentRecord(
+        name=deployment.name,
+        layout=layout,
+        options=deployment.options,
+        source="measured",
+        is_baseline=deployment.is_baseline,
+        steps=tuple(phases),
+        held=tuple(
+            HeldRecord(rank, num_experts(rank), each.weight_bytes, each.kv_bytes)
+            for rank, each in enumerate(held)
+        ),
+        bottleneck=find_bottleneck(layout, phases[-1]),
+        tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+        **parts,
     )
 
 
@@ -223,7 +213,7 @@ class _Runs:
         self._tokens: dict[str, npt.NDArray[np.int64]] = {}
         self._held: dict[str, list[HeldBytes]] = {}
         self._dispatch: dict[str, DispatchTable | None] = {}
-        self._rebalances: dict[str, tuple[RebalanceResult, ...]] = {}
+        self._rebalances: dict[str, tuple[RebalanceRecord, ...]] = {}
         self._timelines: dict[str, dict[Phase, StepTimeline]] = {}
         self._foreign = ForeignLoad()
 
@@ -259,7 +249,7 @@ class _Runs:
             progress.advance(len(record.seq_ids))
         progress.done()
         if isinstance(runner, RebalancingRunner):
-            self._rebalances[name] = rebalance_results(runner)
+            self._rebalances[name] = rebalance_records(runner)
         self._tokens[name] = np.array([request.output_token_ids for request in requests])
         return runner
 
@@ -326,25 +316,68 @@ class _Runs:
         for _ in _drive(deployment, scheduler, runner):
             pass
 
-    def result(self, deployment: Deployment) -> DeploymentResult:
+    def record(self, deployment: Deployment, role: str) -> DeploymentRecord:
         """All runs of a deployment together."""
-        name = deployment.name
-        return deployment_result(
+        name, layout = deployment.name, deployment.layout
+        timelines = self._timelines.get(name, {})
+        prefill, decode = self._prefill[name], self._decode[name]
+        phases = [
+            replace(
+                phase_record(layout, steps, self._peak, self._ranks_per_node),
+                timeline=timelines.get(steps[0].phase),
+            )
+            for steps in (prefill, decode)
+            if steps
+        ]
+        return measured_record(
             deployment,
             self._experiment.model,
-            self._experiment.workload,
-            summarise(
-                deployment.layout,
-                self._prefill[name],
-                self._decode[name],
-                self._peak,
-                self._ranks_per_node,
-            ),
+            phases,
             self._held[name],
             self._tokens[name],
-            is_baseline=deployment.is_baseline,
-            ranks_per_node=self._ranks_per_node,
-            timelines=self._timelines.get(name, {}),
+            roles=(role,),
+            num_tokens_per_expert=num_tokens_per_expert(
+                [*self._prefill[name], *self._decode[name]]
+            ),
             rebalances=self._rebalances.get(name, ()),
             dispatch_table=self._dispatch[name],
         )
+
+
+def rebalance_records(runner: RebalancingRunner) -> tuple[RebalanceRecord, ...]:
+    """All decisions of a run, with the loads seen before and after."""
+    return tuple(_rebalance(each, runner) for each in runner.decisions)
+
+
+def _rebalance(taken: Rebalance, runner: RebalancingRunner) -> RebalanceRecord:
+    num_steps = taken.decision.num_steps
+    own = [each for each in runner.loads if each.replica == taken.replica]
+    before = [each for each in own if each.step < taken.step][-num_steps:]
+    after: list[StepLoad] = []
+    if taken.switched is not None:
+        later = [each for each in runner.decisions if each.replica == taken.replica]
+        ends = [each.switched for each in later if (each.switched or 0) > taken.switched]
+        until = min((end for end in ends if end is not None), default=own[-1].step + 1)
+        after = [each for each in own if taken.switched <= each.step < until][:num_steps]
+    return RebalanceRecord(
+        replica=taken.replica,
+        step=taken.step,
+        switched=taken.switched,
+        gain_s=taken.decision.gain_s,
+        cost_s=taken.decision.cost_s,
+        num_bytes=taken.decision.num_bytes,
+        predicted_before=taken.predicted_before,
+        predicted_after=taken.predicted_after,
+        load_before=_load(before),
+        load_after=_load(after) if after else None,
+        experts_s_before=_experts_s(before),
+        experts_s_after=_experts_s(after) if after else None,
+    )
+
+
+def _load(steps: Sequence[StepLoad]) -> float:
+    return sum(each.most for each in steps) / sum(each.mean for each in steps)
+
+
+def _experts_s(steps: Sequence[StepLoad]) -> float:
+    return sum(each.experts_s for each in steps) / len(steps)

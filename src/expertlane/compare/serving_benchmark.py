@@ -5,7 +5,6 @@ far the engine is (Poisson arrivals). All times of a request count from when it 
 one that the loop could only add late, because a step was under way, does not look faster.
 """
 
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,14 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from expertlane import __version__
 from expertlane.engine.llm import LLM
 from expertlane.engine.outputs import Chunk, RequestOutput
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
-from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.schema import Versions
-from expertlane.results.serving import Point, ServingMachine, Spread
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import ServingRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import (
@@ -105,23 +102,18 @@ def serve(
     return served
 
 
-def measure(layout: Layout, load: Load, served: Sequence[Served]) -> Point:
+def measure(load: Load, served: Sequence[Served]) -> ServingRecord:
     """The numbers of a load that has been served, each request with one token or more."""
     outputs = [each.output for each in served]
     started_s = min(each.due_s for each in served)
-    wall_s = max(output.token_times_s[-1] for output in outputs) - started_s
+    wall_s = Estimate(max(output.token_times_s[-1] for output in outputs) - started_s)
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     num_output_tokens = sum(len(output.token_ids) for output in outputs)
-    ttft_s = Spread.of([each.output.token_times_s[0] - each.due_s for each in served])
-    e2e_s = Spread.of([each.output.token_times_s[-1] - each.due_s for each in served])
-    assert ttft_s is not None
-    assert e2e_s is not None
     prefill_tps = None
     if load.batch is not None and load.batch >= load.num_requests:
         prefilled_s = max(output.token_times_s[0] for output in outputs)
-        prefill_tps = num_prompt_tokens / (prefilled_s - started_s)
-    return Point(
-        layout=LayoutSizes.of(layout),
+        prefill_tps = Estimate(num_prompt_tokens / (prefilled_s - started_s))
+    return ServingRecord(
         batch=load.batch,
         rate=load.rate,
         num_requests=len(outputs),
@@ -129,12 +121,12 @@ def measure(layout: Layout, load: Load, served: Sequence[Served]) -> Point:
         num_output_tokens=num_output_tokens,
         num_preemptions=sum(output.num_preemptions for output in outputs),
         wall_s=wall_s,
-        ttft_s=ttft_s,
-        tpot_s=Spread.of([output.tpot_s for output in outputs if output.tpot_s is not None]),
-        itl_s=Spread.of(
+        ttft_s=Summary.of([each.output.token_times_s[0] - each.due_s for each in served]),
+        tpot_s=Summary.of([output.tpot_s for output in outputs if output.tpot_s is not None]),
+        itl_s=Summary.of(
             [gap for output in outputs for gap in np.diff(output.token_times_s).tolist()]
         ),
-        e2e_s=e2e_s,
+        e2e_s=Summary.of([each.output.token_times_s[-1] - each.due_s for each in served]),
         output_tps=num_output_tokens / wall_s,
         total_tps=(num_prompt_tokens + num_output_tokens) / wall_s,
         requests_per_s=len(outputs) / wall_s,
@@ -144,7 +136,7 @@ def measure(layout: Layout, load: Load, served: Sequence[Served]) -> Point:
 
 def run_loads(
     llm: LLM, layout: Layout, loads: Sequence[Load], seed: int, progress: Progress
-) -> Iterator[Point]:
+) -> Iterator[ServingRecord]:
     """Warm up and measure one load after the other; each has prompts of its own.
 
     Raises:
@@ -159,23 +151,7 @@ def run_loads(
         requests = draw_requests(load, llm.model.vocab_size, [seed, index, 0])
         served = serve(llm.engine, requests, load.batch, on_finished=progress.advance)
         progress.done()
-        yield measure(layout, load, served)
-
-
-def describe(llm: LLM) -> tuple[ServingMachine, Versions]:
-    """Where a model's ranks run, and on what software."""
-    seen = llm.machine
-    hosts = {each.host: each for each in seen}.values()
-    machine = ServingMachine(
-        cpu_name=seen[0].cpu_name,
-        device=seen[0].device,
-        num_cores=sum(each.num_cores for each in hosts),
-        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
-        backend=seen[0].backend,
-        dtype=seen[0].dtype,
-        kernels=seen[0].kernels,
-    )
-    return machine, Versions(__version__, platform.python_version(), seen[0].torch_version)
+        yield measure(load, served)
 
 
 def _warm_up(load: Load) -> Load:

@@ -8,7 +8,7 @@ from expertlane.plan.candidates import Candidate
 from expertlane.plan.setting import Goals
 from expertlane.plan.structure import Screened
 from expertlane.plan.throughput import LIKELY, Served, Steps
-from expertlane.results.projection import StepProjection
+from expertlane.results.record import StepsRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ class Finalist:
     """
 
     option: Option
-    decode: StepProjection
-    prefill: StepProjection
+    decode: StepsRecord
+    prefill: StepsRecord
     steps: Steps
     served: Served
 

@@ -4,15 +4,17 @@ Every rank's own counts are priced and replayed on a virtual clock, so this is t
 where `plan.screen` has one rank stand for all.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.breakdown import Why, WhyTable
-from expertlane.cost.laws.execution import BOUNDS, Terms
+from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.launches import FUSED
@@ -20,14 +22,19 @@ from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
+from expertlane.errors import UserError
+from expertlane.plan.candidates import FORMS
 from expertlane.plan.setting import Setting
 from expertlane.plan.step_facts import basis_shares, floor_s, most_weight_bytes
-from expertlane.results.projection import Estimate, StepProjection
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import Conditions, StepsRecord
+from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 
 _ROUNDS = 3  # of rotating micro-batches; the last one counts
 
@@ -46,6 +53,7 @@ class StepSize:
     num_new: int
     num_cached: int
     fits: bool = True
+    phase: Phase = Phase.DECODE
 
 
 class Projector:
@@ -80,25 +88,29 @@ class Projector:
             launches=FUSED,
         )
 
-    def step(self, size: StepSize) -> StepProjection:
+    def step(self, size: StepSize) -> StepsRecord:
         """One step; of rotating micro-batches, a round."""
         programs, works = self._priced(size)
         seconds, why = self._run(works)
         num_tokens = size.num_seqs * size.num_new
         by_basis, extrapolated = basis_shares(works)
-        low, likely, high = (float(each) for each in seconds)
-        return StepProjection(
+        wall_s = Estimate.between(seconds)
+        return StepsRecord(
+            phase=size.phase,
             context=size.num_cached,
+            num_steps=1,
+            num_rounds=1,
             num_tokens=num_tokens,
-            step_s=Estimate(likely, low, high),
-            tps=Estimate(num_tokens / likely, num_tokens / high, num_tokens / low),
-            shares={str(cause): float(share) for cause, share in why.shares.items()},
+            num_seqs=size.num_seqs,
+            wall_s=wall_s,
+            tps=num_tokens / wall_s,
+            breakdown_s={str(cause): wall_s.value * share for cause, share in why.shares.items()},
             floor_s=floor_s(programs, self._device, self._setting.types),
             flops_utilisation=float(why.flops_utilisation),
             read_utilisation=float(why.bytes_utilisation),
             basis_shares=by_basis,
             extrapolated_share=extrapolated,
-            weight_bytes=most_weight_bytes(programs),
+            most_weight_bytes=most_weight_bytes(programs),
             fits=size.fits,
         )
 
@@ -182,3 +194,64 @@ class Projector:
                 ends[place] = times.end_s
                 ran.append((times, place))
         return ran
+
+
+class DeploymentProjector:
+    """A deployment's steps; one that chooses by a table takes the fastest of each size."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        deployment: Deployment,
+        cluster: ModelledCluster,
+        setting: Setting,
+    ) -> None:
+        self._projectors = [
+            Projector(model, deployment.layout, options, cluster, setting)
+            for options in _fixed(deployment.options, deployment.layout, cluster)
+        ]
+
+    def step(self, size: StepSize) -> StepsRecord:
+        """One step."""
+        return min(
+            (each.step(size) for each in self._projectors), key=lambda step: step.round_s.value
+        )
+
+    def timeline(self, size: StepSize) -> StepTimeline:
+        """What every rank does when in the same step."""
+        if len(self._projectors) == 1:
+            return self._projectors[0].timeline(size)
+        fastest = min(self._projectors, key=lambda each: each.step(size).round_s.value)
+        return fastest.timeline(size)
+
+
+def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterator[Options]:
+    """All that `auto` could come down to."""
+    forms = FORMS if options.dispatch == "auto" else (options.dispatch,)
+    overlaps = (False, True) if options.overlap == "auto" else (options.overlap,)
+    for form, overlap in product(forms, overlaps):
+        if form == "hierarchical" and options.dispatch == "auto":
+            try:
+                layout.ep_ranks_per_node(cluster.profile.ranks_per_node)
+            except UserError:  # not as many on each node: it can't be chosen
+                continue
+        yield replace(options, dispatch=form, overlap=overlap)
+
+
+def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
+    """As records have them."""
+    return Conditions(top_k, execution.value, routing, types.weights, types.kv)
+
+
+def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
+    """As results have it."""
+    device = cluster.profile.device
+    return Cluster(
+        name=str(cluster),
+        device=device.name,
+        num_devices=cluster.num_devices,
+        ranks_per_node=cluster.profile.ranks_per_node,
+        memory_bytes=device.memory_bytes,
+        memory_bytes_per_s=device.memory_bytes_per_s,
+        flops_per_s=device.flops_per_s[types.weights],
+    )

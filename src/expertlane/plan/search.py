@@ -17,7 +17,7 @@ from expertlane.plan.screen import Screen
 from expertlane.plan.setting import Question
 from expertlane.plan.structure import Screened
 from expertlane.plan.throughput import LIKELY, Steps, one_pool
-from expertlane.results.projection import StepProjection
+from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
 from expertlane.spec.names import Phase
 
@@ -177,7 +177,12 @@ class Search:
     def _sizes(self, option: Option, num_seqs: int) -> dict[Phase, StepSize]:
         prompts = option.steps.prompts
         return {
-            Phase.PREFILL: StepSize(option.steps.num_prompts, prompts.num_new, prompts.num_cached),
+            Phase.PREFILL: StepSize(
+                option.steps.num_prompts,
+                prompts.num_new,
+                prompts.num_cached,
+                phase=Phase.PREFILL,
+            ),
             Phase.DECODE: StepSize(num_seqs, 1, self._question.traffic.mean_context),
         }
 
@@ -215,5 +220,5 @@ class Search:
         )
 
 
-def _bounds(step: StepProjection) -> Floats:
-    return np.array([step.step_s.low, step.step_s.value, step.step_s.high])
+def _bounds(step: StepsRecord) -> Floats:
+    return np.array(step.round_s.bounds)

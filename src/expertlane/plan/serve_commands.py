@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
+from expertlane.results.results import ServeCommand
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
 
@@ -18,20 +19,6 @@ _VLLM_ALL_TO_ALL = {
     "hierarchical": "deepep_high_throughput",
 }
 _SGLANG_MODE = {"all_to_all": "low_latency", "hierarchical": "normal"}
-
-
-@dataclass(frozen=True)
-class ServeCommand:
-    """One server's command.
-
-    Attributes:
-        command: None where the system cannot express the deployment.
-        note: what differs from the deployment, or why there is no command; may be empty.
-    """
-
-    system: str
-    command: str | None
-    note: str
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from expertlane.plan.option import Finalist, Option
 from expertlane.plan.search import Search
 from expertlane.plan.setting import Goals, Question, Traffic
 from expertlane.plan.throughput import LIKELY, Served, two_pools
-from expertlane.results.plan import NoPools
+from expertlane.results.results import NoPools
 from expertlane.spec.layout import Layout
 
 _PARTS = 4  # the devices are cut into so many parts, of which some prefill

@@ -1,17 +1,68 @@
-"""The shape of a report, the same for the terminal and for Markdown."""
+"""The shape of a report, whatever it is of and wherever it is shown."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
+from expertlane.report.numbers import NONE
+from expertlane.results.record import Source
 from expertlane.spec.printable import printable
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column's heading and the side its cells lean to."""
+class Heading:
+    """A drawn column's heading and the side its cells lean to."""
 
     heading: str
     is_number: bool = True
+
+
+@dataclass(frozen=True)
+class Column(Heading, Generic[T]):
+    """What a table says of each item.
+
+    Attributes:
+        get: from an item; None is shown as a dash.
+        show: how that is written.
+        source: of the records that it is said of; None where it is said of all.
+    """
+
+    get: Callable[[T], Any] = str
+    show: Callable[[Any], str] = str
+    source: Source | None = None
+
+    def cell(self, item: T) -> str:
+        """As text."""
+        value = self.get(item)
+        return NONE if value is None else self.show(value)
+
+    def of(self, part: Callable[[U], T]) -> "Column[U]":
+        """The same of a part of something else."""
+        return Column(
+            self.heading,
+            self.is_number,
+            lambda whole: self.get(part(whole)),
+            self.show,
+            self.source,
+        )
+
+
+def text(heading: str, get: Callable[[T], Any], source: Source | None = None) -> Column[T]:
+    """A column of words."""
+    return Column(heading, False, get, str, source)
+
+
+def number(
+    heading: str,
+    get: Callable[[T], Any],
+    show: Callable[[Any], str] = str,
+    source: Source | None = None,
+) -> Column[T]:
+    """A column of numbers."""
+    return Column(heading, True, get, show, source)
 
 
 @dataclass(frozen=True)
@@ -24,8 +75,41 @@ class Table:
     """
 
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[Heading, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Sequence[Column[T]],
+        items: Iterable[T],
+        source: Source | None = None,
+    ) -> "Table":
+        """A row for each item; of the columns, those for records of this source."""
+        columns = [each for each in columns if each.source in (None, source)]
+        rows = (tuple(column.cell(item) for column in columns) for item in items)
+        headings = tuple(Heading(each.heading, each.is_number) for each in columns)
+        return cls(title, headings, tuple(rows))
+
+    @classmethod
+    def across(
+        cls, title: str, facts: Sequence[Column[T]], items: Sequence[tuple[str, T]]
+    ) -> "Table":
+        """A column for each item under its name, a row for each fact that any of them has."""
+        rows = [(fact.heading, *(fact.cell(item) for _, item in items)) for fact in facts]
+        headings = (Heading("", False), *(Heading(name) for name, _ in items))
+        return cls(title, headings, tuple(row for row in rows if {*row[1:]} != {NONE}))
+
+    @classmethod
+    def facts(
+        cls,
+        rows: Iterable[tuple[str, ...]],
+        headings: Sequence[str] = ("what", "value"),
+        title: str = "",
+    ) -> "Table":
+        """Words alone."""
+        return cls(title, tuple(Heading(each, False) for each in headings), tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -34,52 +118,6 @@ class Figure:
 
     title: str
     lines: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, then paragraphs, tables and figures in order.
-
-    Attributes:
-        leads: whether it belongs on top of a page.
-    """
-
-    heading: str
-    parts: tuple[str | Table | Figure, ...]
-    leads: bool = False
-
-
-def printable_section(section: Section) -> Section:
-    """The section with its unsafe characters escaped: names in it are anybody's."""
-    return replace(
-        section,
-        heading=printable(section.heading),
-        parts=tuple(map(_printable_part, section.parts)),
-    )
-
-
-def _printable_part(part: str | Table | Figure) -> str | Table | Figure:
-    match part:
-        case str():
-            return printable(part)
-        case Table():
-            return Table(
-                printable(part.title),
-                tuple(replace(each, heading=printable(each.heading)) for each in part.columns),
-                tuple(tuple(map(printable, row)) for row in part.rows),
-            )
-        case Figure():
-            return Figure(printable(part.title), tuple(map(printable, part.lines)))
-
-
-def text(heading: str) -> Column:
-    """A column of words."""
-    return Column(heading, is_number=False)
-
-
-def number(heading: str) -> Column:
-    """A column of numbers."""
-    return Column(heading)
 
 
 @dataclass(frozen=True)
@@ -129,9 +167,80 @@ class Timelines:
     open: frozenset[str]
 
 
+Words = str | Table | Figure
+Plot = Chart | Tabs | Timelines
+
+
 @dataclass(frozen=True)
-class PageSection:
-    """A part of a page, with plots among its words and tables."""
+class Section:
+    """A heading, then paragraphs, tables, figures and plots in order.
+
+    Attributes:
+        place: on top of a page, among its plots, which are on pages alone, or with its tables.
+    """
 
     heading: str
-    parts: tuple[str | Table | Figure | Chart | Tabs | Timelines, ...]
+    parts: tuple[Words | Plot, ...]
+    place: Literal["top", "plots", "tables"] = "tables"
+
+    @property
+    def words(self) -> Iterator[Words]:
+        """All but the plots."""
+        return (part for part in self.parts if isinstance(part, Words))
+
+    @property
+    def charts(self) -> Iterator[Chart]:
+        """Every plot by itself."""
+        for part in self.parts:
+            if isinstance(part, Chart):
+                yield part
+            elif isinstance(part, Tabs | Timelines):
+                yield from (chart for _, chart in part.charts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is shown of something; unsafe characters of names in its words are escaped.
+
+    Attributes:
+        headline: what was found, in a sentence or two.
+        source: `measured`, `projected`, or what else a reader must know of all numbers.
+        command, created: how it was made, and when (ISO 8601).
+    """
+
+    title: str
+    headline: str
+    source: str
+    command: str
+    created: str
+    sections: tuple[Section, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("title", "headline"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+        filled = (each for each in self.sections if each.parts)
+        object.__setattr__(self, "sections", tuple(map(_printable, filled)))
+
+    def of_place(self, *places: str) -> list[Section]:
+        """Some sections."""
+        return [each for each in self.sections if each.place in places]
+
+
+def _printable(section: Section) -> Section:
+    parts = tuple(map(_printable_part, section.parts))
+    return replace(section, heading=printable(section.heading), parts=parts)
+
+
+def _printable_part(part: Words | Plot) -> Words | Plot:
+    match part:
+        case str():
+            return printable(part)
+        case Table():
+            return Table(
+                printable(part.title),
+                tuple(replace(each, heading=printable(each.heading)) for each in part.columns),
+                tuple(tuple(map(printable, row)) for row in part.rows),
+            )
+        case Figure():
+            return Figure(printable(part.title), tuple(map(printable, part.lines)))
+    return part

@@ -1,6 +1,5 @@
 """A report as one page that opens anywhere, offline: `report.html`."""
 
-from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
@@ -10,55 +9,34 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from expertlane import __version__
-from expertlane.report import kinds
-from expertlane.report.document import (
-    Chart,
-    Figure,
-    PageSection,
-    Section,
-    Table,
-    Tabs,
-    Timelines,
-)
-from expertlane.results.file import AnyResults
+from expertlane.report.document import Chart, Figure, Plot, Report, Table, Tabs, Timelines, Words
 from expertlane.spec.files import strict_json
 
 
-def render(results: AnyResults) -> str:
+def render(report: Report) -> str:
     """The whole page, its style sheet, script, plotting library and data in it."""
     charts = _Charts()
-    sections = kinds.sections(results)
-    lead = [section for section in sections if section.leads]
-    rest = [section for section in sections if not section.leads]
-    pages = kinds.page_sections(results)
+    shown: dict[str, list[dict[str, Any]]] = {"top": [], "plots": [], "tables": []}
+    in_order = report.of_place("top") + report.of_place("plots") + report.of_place("tables")
+    for place, section in enumerate(in_order, 1):
+        parts = [_part(part, charts) for part in section.parts if part != report.headline]
+        shown[section.place].append(
+            {"id": f"section-{place}", "heading": section.heading, "parts": parts}
+        )
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    named = _numbered((*lead, *pages, *rest))
-    headline = kinds.headline(results)
-    shown = [_shown(section, name, headline, charts) for section, name in named]
-    num_first = len(lead)
-    num_charted = num_first + len(pages)
     return environment.from_string(_asset("template.html.j2")).render(
-        title=kinds.title(results),
-        headline=headline,
-        source=kinds.source(results),
-        created=_moment(results.created),
-        command=results.command,
+        report=report,
+        created=datetime.fromisoformat(report.created).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        lead=shown[:num_first],
-        sections=shown[num_first:num_charted],
-        rest=shown[num_charted:],
+        sections=shown["top"] + shown["plots"],
+        rest=shown["tables"],
         css=Markup(_asset("page.css")),
         script=Markup(_asset("page.js")),
         library=Markup(_library()),
         charts=Markup(charts.json()),
     )
-
-
-def _moment(created: str) -> str:
-    """`2026-11-25 10:32 UTC`."""
-    return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class _Charts:
@@ -71,15 +49,7 @@ class _Charts:
         """What the template needs of it."""
         name = f"chart-{len(self._charts) + 1}"
         self._charts[name] = {"title": chart.title, "spec": chart.spec, "data": chart.data}
-        return {
-            "id": name,
-            "title": chart.title,
-            "words": chart.words,
-            "legend": chart.legend,
-            "note": chart.note,
-            "table": chart.table,
-            "is_timeline": chart.data is not None,
-        } | more
+        return vars(chart) | {"id": name, "is_timeline": chart.data is not None} | more
 
     def json(self) -> str:
         """For the script; nothing in it ends an element of the page."""
@@ -87,20 +57,7 @@ class _Charts:
         return text.replace("<", "\\u003c")
 
 
-def _numbered(sections: Sequence[Section | PageSection]) -> Iterator[tuple[Any, str]]:
-    """Each with an id to link to."""
-    for place, section in enumerate(sections, 1):
-        yield section, f"section-{place}"
-
-
-def _shown(
-    section: Section | PageSection, name: str, headline: str, charts: _Charts
-) -> dict[str, Any]:
-    parts = [_part(part, charts) for part in section.parts if part != headline]
-    return {"id": name, "heading": section.heading, "parts": parts}
-
-
-def _part(part: str | Table | Figure | Chart | Tabs | Timelines, charts: _Charts) -> dict[str, Any]:
+def _part(part: Words | Plot, charts: _Charts) -> dict[str, Any]:
     match part:
         case str():
             return {"kind": "words", "words": part}

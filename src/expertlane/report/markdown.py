@@ -2,21 +2,19 @@
 
 import re
 
-from expertlane.report import kinds
-from expertlane.report.document import Figure, Table
-from expertlane.results.file import AnyResults
+from expertlane.report.document import Figure, Report, Table, Words
 
 
-def render(results: AnyResults, *, traffic: bool = False) -> str:
-    """The whole report; with `traffic`, who sent what to whom in every deployment."""
-    blocks = [f"# {_escaped(kinds.title(results))}"]
-    for section in kinds.sections(results, traffic=traffic):
+def render(report: Report) -> str:
+    """All but the plots."""
+    blocks = [f"# {_escaped(report.title)}"]
+    for section in report.of_place("top", "tables"):
         blocks.append(f"## {_escaped(section.heading)}")
-        blocks += map(_part, section.parts)
+        blocks += map(_part, section.words)
     return "\n\n".join(blocks) + "\n"
 
 
-def _part(part: str | Table | Figure) -> str:
+def _part(part: Words) -> str:
     if isinstance(part, Table):
         return _table(part)
     if isinstance(part, Figure):

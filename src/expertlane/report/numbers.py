@@ -2,13 +2,17 @@
 
 import math
 
+from expertlane.results.estimate import Estimate
+
 NONE = "—"
+Amount = float | Estimate  # an estimate's likely value is what is written
 
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def figures(value: float) -> str:
+def figures(amount: Amount) -> str:
     """Three significant digits, never in powers of ten: `1,234`, `12.3`, `0.0123`."""
+    value = likely(amount)
     if value == 0:
         return "0"
     rounded = float(f"{value:.3g}")
@@ -16,14 +20,24 @@ def figures(value: float) -> str:
     return f"{rounded if abs(value) < 1000 else value:,.{num_decimals}f}"
 
 
+def likely(amount: Amount) -> float:
+    """Without its bounds."""
+    return amount.value if isinstance(amount, Estimate) else amount
+
+
 def signed(value: float) -> str:
     """`figures` with a sign in front."""
     return ("+" if value > 0 else "") + figures(value)
 
 
-def milliseconds(seconds: float) -> str:
+def milliseconds(seconds: Amount) -> str:
     """Seconds as milliseconds, the unit left to the column."""
-    return figures(1e3 * seconds)
+    return figures(1e3 * likely(seconds))
+
+
+def whole(count: float) -> str:
+    """`1,234`."""
+    return f"{count:,.0f}"
 
 
 def percent(share: float) -> str:
@@ -54,6 +68,28 @@ def _scaled(value: float, unit: str) -> str:
         if abs(rounded) >= scale:
             return f"{figures(rounded / scale)} {prefix}{unit}"
     return f"{figures(rounded)} {unit}"
+
+
+def low_high(estimate: Estimate) -> str:
+    """`4.79–8.87`; a dash where nothing is known of bounds."""
+    if estimate.low is None or estimate.high is None:
+        return NONE
+    return f"{figures(estimate.low)}–{figures(estimate.high)}"
+
+
+def low_high_ms(seconds: Estimate) -> str:
+    """`low_high` in milliseconds."""
+    return low_high(seconds * 1e3)
+
+
+def low_high_thousands(estimate: Estimate) -> str:
+    """`low_high` in thousands."""
+    return low_high(estimate / 1e3)
+
+
+def with_bounds(estimate: Estimate) -> str:
+    """`6.40 (3.20–12.8)`."""
+    return f"{figures(estimate)} ({low_high(estimate)})"
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,142 +1,272 @@
-"""What `expertlane bench` found, as sections of a report."""
+"""What requests feel: under a load on an engine, of a simulation, and as a plan expects it."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from expertlane.report.document import Section, Table, number, text
-from expertlane.report.numbers import NONE, bytes_si, counted, figures, milliseconds, percent
-from expertlane.results.serving import Point, ServingResults, Spread
+from expertlane.report.document import Column, Section, Table, number, text
+from expertlane.report.numbers import (
+    bytes_si,
+    counted,
+    figures,
+    low_high,
+    low_high_ms,
+    milliseconds,
+    percent,
+    times,
+    whole,
+)
+from expertlane.report.setup import cautions
+from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import DeploymentRecord, PoolRecord, ServingRecord, StepsRecord
+from expertlane.results.results import Results
+from expertlane.spec.names import Phase
 
-_FOREIGN_LOAD = 0.05  # of the cores; less is noise
+_NARROW = 0.05  # of the time; less is not worth a sentence
+_UNSURE = 0.2  # of the time that is extrapolated, from where on a sentence says so
 
 
-def title(results: ServingResults) -> str:
-    """The report's heading."""
+class Served(NamedTuple):
+    """A deployment under one load."""
+
+    record: DeploymentRecord
+    serving: ServingRecord
+
+    @property
+    def load(self) -> str:
+        """`batch 8` or `2.5 req/s`."""
+        batch = self.serving.batch
+        return f"{self.serving.rate:g} req/s" if batch is None else f"batch {batch:,}"
+
+
+def served(results: Results) -> list[Served]:
+    """Every load on every deployment."""
+    return [Served(record, each) for record in results.deployments for each in record.serving]
+
+
+def fastest(results: Results) -> str:
+    """What gave most output, in a sentence."""
+    best = max(served(results), key=lambda each: each.serving.output_tps.value)
+    mean = best.serving.tpot_s.mean if best.serving.tpot_s else None
+    tpot = "" if mean is None else f", TPOT {milliseconds(mean)} ms on average"
     return (
-        f"expertlane bench: {results.model}, prompts of {results.prompt_len} and outputs of "
-        f"{results.output_len} tokens"
+        f"Most output: {figures(best.serving.output_tps)} tokens/s with {best.record.layout} at "
+        f"{best.load}{tpot}."
     )
 
 
-def sections(results: ServingResults) -> tuple[Section, ...]:
-    """Everything below the heading, in order."""
+def throughput(results: Results) -> Table:
+    """Requests and tokens a second."""
+    columns: tuple[Column[Served], ...] = (
+        text("layout", lambda each: each.record.layout, "measured"),
+        text("load", lambda each: each.load),
+        number("requests", lambda each: each.serving.num_requests, whole),
+        number("output", lambda each: each.serving.output_tps, figures),
+        number("low–high", lambda each: each.serving.output_tps, low_high, "projected"),
+        number("a device", _per_device, figures, "projected"),
+        number("total", lambda each: each.serving.total_tps, figures),
+        number("prefill", lambda each: each.serving.prefill_tps, figures, "measured"),
+        number("requests/s", lambda each: each.serving.requests_per_s, figures),
+    )
+    rows = served(results)
+    return Table.of("", columns, rows, rows[0].record.source)
+
+
+def _per_device(each: Served) -> float:
+    return each.serving.output_tps.value / each.record.num_ranks
+
+
+class _Latency(NamedTuple):
+    of: Served | None  # named in its first row alone
+    name: str
+    seconds: Summary | None
+
+
+def latency(results: Results) -> Table:
+    """Every kind of it."""
+    rows = [
+        _Latency(each if name == "TTFT" else None, name, seconds)
+        for each in served(results)
+        for name, seconds in (
+            ("TTFT", each.serving.ttft_s),
+            ("TPOT", each.serving.tpot_s),
+            ("ITL", each.serving.itl_s),
+            ("E2E", each.serving.e2e_s),
+        )
+        if seconds or name != "ITL"
+    ]
+
+    def of(name: str) -> Column[_Latency]:
+        return number(name, lambda row: row.seconds and getattr(row.seconds, name), milliseconds)
+
+    def bounds(name: str) -> Column[_Latency]:
+        return number(
+            "low–high",
+            lambda row: row.seconds and getattr(row.seconds, name),
+            low_high_ms,
+            "projected",
+        )
+
+    columns: tuple[Column[_Latency], ...] = (
+        text("layout", lambda row: row.of.record.layout if row.of else "", "measured"),
+        text("load", lambda row: row.of.load if row.of else "", "measured"),
+        text("", lambda row: row.name),
+        of("mean"),
+        of("median"),
+        bounds("median"),
+        of("p95"),
+        bounds("p95"),
+        of("p99"),
+    )
+    return Table.of("", columns, rows, results.deployments[0].source)
+
+
+def bench(results: Results) -> tuple[Section, ...]:
+    """What a load on an engine gave."""
     return (
-        Section("Verdict", verdict(results), leads=True),
-        Section("Throughput, tokens a second (measured)", (_throughput(results),), leads=True),
-        Section("Latency, ms (measured)", (_latency(results),)),
-        _setup(results),
+        Section("Verdict", (fastest(results), *cautions(results)), "top"),
+        Section("Throughput, tokens a second (measured)", (throughput(results),), "top"),
+        Section("Latency, ms (measured)", (latency(results),)),
     )
 
 
-def load_name(point: Point) -> str:
-    """`batch 8` or `2.5 req/s`."""
-    return f"{point.rate:g} req/s" if point.batch is None else f"batch {point.batch}"
+# Simulation: one deployment.
 
 
-def verdict(results: ServingResults) -> tuple[str, ...]:
-    """What gave most output, and what to keep in mind of it."""
-    return (_fastest(results), *_caveats(results))
+def phases_of(record: DeploymentRecord) -> list[tuple[str, StepsRecord]]:
+    """The steps of each phase in the pool that is for it, by the phase's name."""
+    other = {Phase.PREFILL: "decode", Phase.DECODE: "prefill"}
+    return [(str(each.phase), each) for each in record.steps if each.pool != other[each.phase]]
 
 
-def _fastest(results: ServingResults) -> str:
-    best = max(results.points, key=lambda point: point.output_tps)
-    tpot = "" if best.tpot_s is None else f", TPOT {milliseconds(best.tpot_s.mean)} ms on average"
+def simulation(results: Results) -> tuple[Section, ...]:
+    """What users would feel, and why."""
+    record = results.deployments[0]
+    phases, pools = phases_of(record), record.pools
+    load = results.question["workload"]
+    requests = counted(record.serving[0].num_requests or 0, "request")
     return (
-        f"Most output: {figures(best.output_tps)} tokens/s with {best.layout.layout} at "
-        f"{load_name(best)}{tpot}."
-    )
-
-
-def _throughput(results: ServingResults) -> Table:
-    return Table(
-        "",
-        (
-            text("layout"),
-            text("load"),
-            number("requests"),
-            number("output"),
-            number("total"),
-            number("prefill"),
-            number("requests/s"),
-        ),
-        tuple(
+        Section("What limits it", tuple(limits(results)), "top"),
+        Section(
+            "What users would feel (projected)",
             (
-                str(point.layout.layout),
-                load_name(point),
-                f"{point.num_requests:,}",
-                figures(point.output_tps),
-                figures(point.total_tps),
-                NONE if point.prefill_tps is None else figures(point.prefill_tps),
-                figures(point.requests_per_s),
+                f"{served(results)[0].load}: {requests}, prompts of {load['prompt_len']} and "
+                f"outputs of {load['output_len']} tokens. Throughput is in tokens a second, "
+                "latency in ms.",
+                throughput(results),
+                latency(results),
+            ),
+            "top",
+        ),
+        Section(
+            "Where the time goes",
+            (
+                *causes("", phases),
+                Table.across("Steps", (*_COUNTS, IN_ALL, *FACTS), phases),
+                "Mean over ranks and steps; steps with any prompt in them count as prefill. Reads: "
+                "of operations that are bound by memory. Waiting is until the last rank of a group "
+                f"came; exposed is what even that one waits. {HOW_TO_READ_FACTS}",
+            ),
+        ),
+        Section(
+            "Memory of the fullest rank",
+            (
+                Table.across("", MEMORY, [(_pool_name(record, pool), pool) for pool in pools]),
+                "Sequences are of the whole pool. The cache is no larger than this load could use.",
+            ),
+        ),
+    )
+
+
+_COUNTS: tuple[Column[StepsRecord], ...] = (
+    number("steps", lambda step: step.num_steps, whole),
+    number("tokens a step", lambda step: step.num_tokens / step.num_steps, figures),
+    number("sequences a step", lambda step: step.num_seqs / step.num_steps, figures),
+)
+MEMORY: tuple[Column[PoolRecord], ...] = (
+    number("weights", lambda pool: pool.weight_bytes, bytes_si),
+    number("key/value cache", lambda pool: pool.kv_bytes, bytes_si),
+    number("activations of the largest step", lambda pool: pool.activation_bytes, bytes_si),
+    number("a sequence of full length", lambda pool: pool.sequence_bytes, bytes_si),
+    number("allowed in all", lambda pool: pool.allowed_bytes, bytes_si),
+    number("sequences of full length that fit", lambda pool: pool.num_resident, whole),
+    number("most sequences at once", lambda pool: pool.most_running, whole),
+    number("preemptions", lambda pool: pool.num_preemptions, whole),
+)
+
+
+def _pool_name(record: DeploymentRecord, pool: PoolRecord) -> str:
+    if pool.role == "both":
+        return ""
+    return f"{pool.role} ({record.prefill_layout if pool.role == 'prefill' else record.layout})"
+
+
+def feels(results: Results) -> str:
+    """What users would feel, and what limits it, in a sentence."""
+    record = results.deployments[0]
+    serving, phases = record.serving[0], phases_of(record)
+    medians = "".join(
+        f"{name} {milliseconds(seconds.median)} ms, "
+        for name, seconds in (("TPOT", serving.tpot_s), ("TTFT", serving.ttft_s))
+        if seconds and seconds.median
+    )
+    name, step = max(phases, key=lambda named: named[1].wall_s.value)
+    cause, share = step.largest
+    return (
+        f"{figures(serving.output_tps)} output tokens/s, {medians.removesuffix(', ')} (medians); "
+        f"most of the time is {name}, limited by {cause} ({percent(share)} of it)."
+    )
+
+
+def limits(results: Results) -> Iterator[str]:
+    """What holds the deployment back, and by how much; the main thing first."""
+    record = results.deployments[0]
+    phases = phases_of(record)
+    total_s = sum(step.wall_s.value for _, step in phases)
+    busiest = max(phases, key=lambda named: named[1].wall_s.value)
+    for name, step in sorted(phases, key=lambda named: named is not busiest):
+        cause, share = step.largest
+        without = milliseconds(step.round_s.value * (1 - share))
+        yield (
+            f"{name.capitalize()} is limited by {cause}: {percent(share)} of the time. A step "
+            f"takes {ms_with_bounds(step.round_s)} ms on average, {times(over_floor(step) or 0)} "
+            f"its floor of {milliseconds(step.floor_s or 0)} ms"
+            + (f"; without {cause} it would take {without} ms." if share > _NARROW else ".")
+        )
+    if len(phases) > 1:
+        name, step = busiest
+        yield f"{percent(step.wall_s.value / total_s)} of the steps' time is {name}."
+    yield from _held_back(results, record)
+    yield from cautions(results)
+    unsure = sum((step.extrapolated_share or 0) * step.wall_s.value for _, step in phases) / total_s
+    if unsure > _UNSURE:
+        yield (
+            f"{percent(unsure)} of the time lies outside the sizes that were measured: take the "
+            "bounds, not the values."
+        )
+
+
+def ms_with_bounds(estimate: Estimate) -> str:
+    """`6.40 (3.20–12.8)`, of seconds."""
+    return f"{milliseconds(estimate)} ({low_high_ms(estimate)})"
+
+
+def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
+    wanted, layout = record.serving[0].batch, record.layout
+    slots = layout.dp * layout.replicas * results.question["serving"]["max_num_seqs"]
+    for pool in record.pools:
+        running, room = pool.most_running or 0, pool.num_resident or 0
+        if (
+            pool.role != "prefill"
+            and wanted is not None
+            and running < wanted
+            and (room < min(wanted, slots) or slots < wanted)
+        ):
+            lacking = "room (--max-num-seqs)" if slots <= room else "memory"
+            yield (
+                f"At most {counted(running, 'sequence')} of {wanted:,} ran at once, for want of "
+                f"{lacking}."
             )
-            for point in results.points
-        ),
-    )
-
-
-def _latency(results: ServingResults) -> Table:
-    return Table(
-        "",
-        (
-            text("layout"),
-            text("load"),
-            text(""),
-            *(number(each) for each in ("mean", "p50", "p95", "p99")),
-        ),
-        tuple(row for point in results.points for row in _latency_rows(point)),
-    )
-
-
-def _latency_rows(point: Point) -> Iterator[tuple[str, ...]]:
-    rows: tuple[tuple[str, Spread | None], ...] = (
-        ("TTFT", point.ttft_s),
-        ("TPOT", point.tpot_s),
-        ("ITL", point.itl_s),
-        ("E2E", point.e2e_s),
-    )
-    of_row = str(point.layout.layout), load_name(point)
-    for metric, spread in rows:
-        yield (*of_row, metric, *_spread(spread))
-        of_row = "", ""
-
-
-def _spread(spread: Spread | None) -> tuple[str, ...]:
-    if spread is None:
-        return (NONE,) * 4
-    return tuple(map(milliseconds, (spread.mean, spread.p50, spread.p95, spread.p99)))
-
-
-def _caveats(results: ServingResults) -> Iterator[str]:
-    num_cores = results.machine.num_cores
-    num_ranks = max(point.layout.layout.world_size for point in results.points)
-    if results.machine.is_oversubscribed_by(num_ranks):
-        yield (
-            f"{num_ranks} ranks share {counted(num_cores, 'core')}: this compares work and "
-            "waiting on this machine, not a cluster."
-        )
-    if num_preemptions := sum(point.num_preemptions for point in results.points):
-        yield f"{counted(num_preemptions, 'preemption')}: the cache was too small for all that ran."
-    if results.foreign_cpu_share >= _FOREIGN_LOAD:
-        yield (
-            f"Other processes used {percent(results.foreign_cpu_share)} of the cores meanwhile: "
-            "repeat it on an idle machine."
-        )
-
-
-def _setup(results: ServingResults) -> Section:
-    machine, versions = results.machine, results.versions
-    rows = (
-        (
-            "machine",
-            f"{machine.cpu_name}, {counted(machine.num_cores, 'core')}, "
-            f"{bytes_si(machine.memory_bytes)}, device {machine.device}, {machine.backend}",
-        ),
-        ("dtype", f"{machine.dtype}, kernels of {machine.kernels}"),
-        ("options", str(results.options)),
-        ("seed", str(results.seed)),
-        (
-            "software",
-            f"expertlane {versions.expertlane}, torch {versions.torch}, Python {versions.python}",
-        ),
-        ("run", f"{results.command}, {results.created}"),
-    )
-    return Section("What was measured", (Table("", (text("what"), text("value")), rows),))
+    num_idle = results.cluster.num_devices - record.num_ranks if results.cluster else 0
+    if num_idle:
+        yield f"{counted(num_idle, 'device')} of the cluster stay idle."

@@ -9,21 +9,19 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from expertlane.report import kinds
-from expertlane.report.document import Figure, Table
-from expertlane.results.file import AnyResults
+from expertlane.report.document import Figure, Report, Table
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
 
 
-def show(results: AnyResults, console: Console, *, traffic: bool = False) -> None:
-    """Print the whole report, no wider than the console; with `traffic`, every matrix too."""
-    console.print(Rule(Text(kinds.title(results), style="bold"), characters="═"))
-    for section in kinds.sections(results, traffic=traffic):
+def show(report: Report, console: Console) -> None:
+    """Print all but the plots, no wider than the console."""
+    console.print(Rule(Text(report.title, style="bold"), characters="═"))
+    for section in report.of_place("top", "tables"):
         console.print()
         console.print(Text(section.heading, style="bold cyan"))
-        for position, part in enumerate(section.parts):
+        for position, part in enumerate(section.words):
             if isinstance(part, str):
                 console.print(Padding(Text(part), (0, 0, 0, 1), expand=False))
                 continue

@@ -1,56 +1,143 @@
-"""How far tokens spread, where traffic and load are hottest, and who keeps the others waiting."""
+"""Work, bytes and load: how far tokens spread, what is hottest, and who keeps others waiting."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-from expertlane.report.comparison import Comparison, Row
-from expertlane.report.document import Section, Table, number, text
+from expertlane.report.compared import Comparison, Row, step_of
+from expertlane.report.document import Column, Heading, Section, Table, number, text
 from expertlane.report.matrix import matrix
-from expertlane.report.numbers import NONE, bytes_si, figures, milliseconds, percent, times
-from expertlane.report.rounding import error_in_words
-from expertlane.results.schema import HiddenCommunication, Machine, Results
-from expertlane.results.traffic import FanOutResult, HottestRankResult, TrafficResult
-from expertlane.spec.names import Link, Phase, Traffic
+from expertlane.report.numbers import (
+    NONE,
+    bytes_si,
+    figures,
+    milliseconds,
+    percent,
+    times,
+)
+from expertlane.report.speed import NAMED
+from expertlane.report.verdict import error_in_words
+from expertlane.results.record import DeploymentRecord, RebalanceRecord, StepsRecord
+from expertlane.results.traffic import FanOut, HottestRank, TrafficRecord
+from expertlane.spec.names import Link, Traffic
 
 _NUM_LAST_NAMED = 3
+
+
+def work_and_traffic(comparison: Comparison) -> Section:
+    """CPU time, utilisation, balance and bytes."""
+    work: tuple[Column[Row], ...] = (
+        *NAMED,
+        number("CPU ms per token", lambda row: row.step.cpu_s_per_token, milliseconds),
+        number(
+            "critical-path TPS",
+            lambda row: row.step.critical_path and row.step.critical_path.tps,
+            figures,
+        ),
+        number(
+            "critical-path ms per step",
+            lambda row: row.step.critical_path and row.step.critical_path.step_s,
+            milliseconds,
+        ),
+        number("of peak FLOP/s", lambda row: row.step.flops_utilisation, percent),
+        number("of peak bytes/s", lambda row: row.step.read_utilisation, percent),
+        number("load max/mean", lambda row: max(row.record.expert_max_over_mean), figures),
+    )
+    sent: tuple[Column[Row], ...] = (
+        *NAMED,
+        *(
+            _sent(f"{link.label} {heading}", link, kind).of(step_of)
+            for link in Link
+            for kind, heading in ((Traffic.PAYLOAD, ""), (Traffic.METADATA, "meta"))
+        ),
+        number("collectives per rank, round", _collectives, figures),
+    )
+    return Section(
+        f"Work and traffic of {comparison.phase}",
+        (
+            Table.of("", work, comparison.rows),
+            Table.of("Sent to other ranks, per token", sent, comparison.rows),
+            "Critical path: per stage the largest CPU time among ranks, chained through the "
+            "pipeline; transfers and other threads left out. Load: token-expert pairs of the "
+            "fullest expert over the mean, prefill and decode counted together, in the layer "
+            "where that is most.",
+        ),
+    )
+
+
+def _sent(heading: str, link: Link, kind: Traffic) -> Column[StepsRecord]:
+    def per_token(step: StepsRecord) -> float | None:
+        if step.traffic is None or link.label not in step.traffic.by_link:
+            return None
+        return float(getattr(step.traffic.by_link[link.label], kind.label)) / step.num_tokens
+
+    return number(heading, per_token, bytes_si)
+
+
+def _collectives(row: Row) -> float:
+    num_rounds = row.step.num_rounds or row.step.num_steps
+    return sum(row.step.num_collectives.values()) / row.record.num_ranks / num_rounds
+
+
+def seen(row: Row) -> TrafficRecord:
+    """A row's traffic.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if row.step.traffic is None:
+        raise ValueError(f"{row.name} has no traffic")
+    return row.step.traffic
 
 
 def hot_spots(comparison: Comparison) -> Section:
     """The short form: one line a deployment and table."""
     errors = tuple(
-        f"#{row.number} sends hidden states as {row.deployment.options.payload}: they change by "
+        f"#{row.number} sends hidden states as {row.record.options.payload}: they change by "
         f"{error_in_words(error)}."
         for row in comparison.rows
-        if (error := row.deployment.traffic[comparison.phase].payload_error) is not None
+        if (error := seen(row).payload_error) is not None
+    )
+
+    def spread(
+        heading: str, get: Callable[[FanOut], float | None], show: Callable[[float], str] = figures
+    ) -> Column[Row]:
+        def value(row: Row) -> float | None:
+            fan_out = seen(row).fan_out
+            return get(fan_out) if fan_out else None
+
+        return number(heading, value, show)
+
+    spreads: tuple[Column[Row], ...] = (
+        *NAMED,
+        spread("ranks per token", lambda fan_out: fan_out.ranks_per_token),
+        spread("nodes per token", lambda fan_out: fan_out.nodes_per_token),
+        spread(
+            "copies between nodes, per token",
+            lambda fan_out: _copies(fan_out, fan_out.num_remote_rank_copies),
+        ),
+        spread("with one a node", lambda fan_out: _copies(fan_out, fan_out.num_remote_node_copies)),
+        number("padding", lambda row: _padding(seen(row)), percent),
+    )
+    hottest: tuple[Column[Row], ...] = (
+        *NAMED,
+        number("receives most", lambda row: _hot(seen(row).receiver)),
+        number("computes most", lambda row: _hot(seen(row).busiest)),
+        number(
+            "hottest expert",
+            lambda row: (
+                (hot := seen(row).expert) and f"{hot.layer}/{hot.expert} ({percent(hot.share)})"
+            ),
+        ),
+        number(
+            "least even layer",
+            lambda row: (hot := seen(row).layer) and f"{hot.layer} ({times(hot.max_over_mean)})",
+        ),
+        number("comes last", _straggler),
     )
     return Section(
         f"Spread and hot spots of {comparison.phase}",
         (
-            Table(
-                "",
-                (
-                    text("#"),
-                    text("deployment"),
-                    number("ranks per token"),
-                    number("nodes per token"),
-                    number("copies between nodes, per token"),
-                    number("with one a node"),
-                    number("padding"),
-                ),
-                tuple(_spread(row, comparison.phase) for row in comparison.rows),
-            ),
-            Table(
-                "",
-                (
-                    text("#"),
-                    text("deployment"),
-                    number("receives most"),
-                    number("computes most"),
-                    number("hottest expert"),
-                    number("least even layer"),
-                    number("comes last"),
-                ),
-                tuple(_hottest(row, comparison.phase) for row in comparison.rows),
-            ),
+            Table.of("", spreads, comparison.rows),
+            Table.of("", hottest, comparison.rows),
             "Over all steps of all repetitions. A token counts once a layer. Ranks per token: "
             "expert-parallel ones; where an expert is cut over ranks, it goes to all of them. "
             "Copies between nodes: with one copy to each such rank reached; with one a node, what "
@@ -65,115 +152,71 @@ def hot_spots(comparison: Comparison) -> Section:
     )
 
 
-def _spread(row: Row, phase: Phase) -> tuple[str, ...]:
-    seen = row.deployment.traffic[phase]
-    of_link = row.deployment.traffic_bytes[phase].values()
-    total = sum(each.payload + each.metadata + each.padding for each in of_link)
+def _copies(fan_out: FanOut, num: int | None) -> float | None:
+    return None if num is None else num / sum(fan_out.tokens_by_ranks_reached)
+
+
+def _padding(traffic: TrafficRecord) -> float | None:
+    of_link = traffic.by_link.values()
     padding = sum(each.padding for each in of_link)
-    fan_out = seen.fan_out
-    spread = (NONE,) * 4
-    if fan_out is not None:
-        num_tokens = sum(fan_out.tokens_by_ranks_reached)
-        spread = (
-            figures(fan_out.ranks_per_token),
-            figures(fan_out.nodes_per_token),
-            figures(fan_out.num_remote_rank_copies / num_tokens),
-            figures(fan_out.num_remote_node_copies / num_tokens),
-        )
-    share = percent(padding / total) if padding else NONE
-    return (str(row.number), row.deployment.name, *spread, share)
+    total = padding + sum(each.payload + each.metadata for each in of_link)
+    return padding / total if padding else None
 
 
-def _hottest(row: Row, phase: Phase) -> tuple[str, ...]:
-    seen = row.deployment.traffic[phase]
-    expert, layer, last = seen.expert, seen.layer, seen.straggler
-    return (
-        str(row.number),
-        row.deployment.name,
-        *(f"{hot.rank} ({times(hot.over_mean)})" if hot else NONE
-          for hot in (seen.receiver, seen.busiest)),
-        f"{expert.layer}/{expert.expert} ({percent(expert.share)})" if expert else NONE,
-        f"{layer.layer} ({times(layer.max_over_mean)})" if layer else NONE,
-        NONE if last is None else f"{last} ({percent(seen.last_share(last))})",
-    )  # fmt: skip
+def _hot(rank: HottestRank | None) -> str | None:
+    return f"{rank.rank} ({times(rank.over_mean)})" if rank else None
 
 
-def details(results: Results, comparison: Comparison, machine: Machine) -> tuple[Section, ...]:
+def _straggler(row: Row) -> str | None:
+    last = seen(row).straggler
+    return None if last is None else f"{last} ({percent(seen(row).last_share(last))})"
+
+
+def details(comparison: Comparison, ranks_per_node: int) -> tuple[Section, ...]:
     """The long form: a section a deployment, with the matrix of who sent how much to whom."""
-    pairs = {pair.on: pair for pair in results.hidden_communication}
     return tuple(
         Section(
-            f"Traffic of #{row.number} {row.deployment.name}, {comparison.phase}",
+            f"Traffic of #{row.number} {row.name}, {comparison.phase}",
             (
-                matrix(
-                    row.deployment.traffic[comparison.phase].sent_bytes[Traffic.PAYLOAD.label],
-                    machine.ranks_per_node,
-                ),
-                _bytes(row, comparison.phase),
-                _facts(row, comparison.phase, pairs.get(row.deployment.name)),
+                matrix(seen(row).sent_bytes[Traffic.PAYLOAD.label], ranks_per_node),
+                _by_stage(seen(row)),
+                Table.facts(_facts(seen(row)), title="All repetitions"),
             ),
         )
         for row in comparison.rows
     )
 
 
-def _bytes(row: Row, phase: Phase) -> Table:
-    seen = row.deployment.traffic[phase]
+def _by_stage(traffic: TrafficRecord) -> Table:
+    columns = (
+        Heading("stage", False),
+        Heading("link", False),
+        *(Heading(kind.label) for kind in Traffic),
+    )
+    rows = [
+        (stage, link.label, *(bytes_si(getattr(of_link[link.label], k.label)) for k in Traffic))
+        for stage, of_link in traffic.by_stage.items()
+        for link in Link
+        if any(vars(of_link[link.label]).values())
+    ]
     return Table(
-        "Sent by stage, all repetitions",
-        (
-            text("stage"),
-            text("link"),
-            *(number(kind.label) for kind in Traffic),
-        ),
-        tuple(
-            (
-                stage,
-                link.label,
-                *(bytes_si(getattr(of_link[link.label], kind.label)) for kind in Traffic),
-            )
-            for stage, of_link in seen.by_stage.items()
-            for link in Link
-            if any(getattr(of_link[link.label], kind.label) for kind in Traffic)
-        )
-        or (("all", "any", *("0 B" for _ in Traffic)),),
+        "Sent by stage, all repetitions", columns, tuple(rows) or (("all", "any", *("0 B",) * 3),)
     )
 
 
-def _facts(row: Row, phase: Phase, pair: HiddenCommunication | None) -> Table:
-    seen = row.deployment.traffic[phase]
-    expert, layer, error = seen.expert, seen.layer, seen.payload_error
-    rows = [
-        *((f"payload of a step, {link.label}", _of_steps(seen, link)) for link in Link),
-        *(_fan_out_rows(seen.fan_out) if seen.fan_out else ()),
-        *((("payload rounded", error_in_words(error)),) if error is not None else ()),
-        ("receives most", _rank(seen.receiver, bytes_si)),
-        ("computes most", _rank(seen.busiest, lambda amount: f"{amount:,} token-expert pairs")),
-        (
-            "hottest expert",
-            f"layer {expert.layer}, expert {expert.expert}: {percent(expert.share)} of its "
-            "layer's pairs"
-            if expert
-            else NONE,
-        ),
-        (
-            "least even layer",
-            f"layer {layer.layer}: fullest expert {times(layer.max_over_mean)} the mean"
-            if layer
-            else NONE,
-        ),
-        (
-            "exposed communication",
-            f"{milliseconds(row.phase.exposed_s)} ms a round blocked in dispatch and combine",
-        ),
-        ("hidden communication", _hidden(row, pair)),
-        ("come last", _last(seen)),
-    ]
-    return Table("All repetitions", (text("what"), text("value")), tuple(rows))
+def _facts(traffic: TrafficRecord) -> Iterator[tuple[str, str]]:
+    """What the short form does not say."""
+    for link in Link:
+        yield f"payload of a step, {link.label}", _of_steps(traffic, link)
+    if traffic.fan_out:
+        yield from _fan_out(traffic.fan_out)
+    yield "receives most", _rank(traffic.receiver, bytes_si)
+    yield "computes most", _rank(traffic.busiest, lambda num: f"{num:,} token-expert pairs")
+    yield "come last", _last(traffic)
 
 
-def _of_steps(seen: TrafficResult, link: Link) -> str:
-    of_step = seen.payload_bytes_of_step[link.label]
+def _of_steps(traffic: TrafficRecord, link: Link) -> str:
+    of_step = traffic.payload_bytes_of_step[link.label]
     least, most = min(of_step), max(of_step)
     if least == most:
         return bytes_si(most)
@@ -181,25 +224,20 @@ def _of_steps(seen: TrafficResult, link: Link) -> str:
     return f"{bytes_si(mean)} in the mean, {bytes_si(least)} to {bytes_si(most)}"
 
 
-def _fan_out_rows(fan_out: FanOutResult) -> tuple[tuple[str, str], ...]:
-    copies, least = fan_out.num_remote_rank_copies, fan_out.num_remote_node_copies
-    saved = f": a copy a node saves {percent(fan_out.num_saved_copies / copies)}" if copies else ""
-    return (
-        (
-            "per token",
-            f"{figures(fan_out.experts_per_token)} experts, "
-            f"{figures(fan_out.ranks_per_token)} ranks, {figures(fan_out.nodes_per_token)} nodes",
-        ),
-        ("tokens by ranks reached", _histogram(fan_out.tokens_by_ranks_reached)),
-        ("tokens by nodes reached", _histogram(fan_out.tokens_by_nodes_reached)),
-        (
-            "copies between nodes",
-            f"{copies:,} with one a rank, {least:,} with one a node{saved}",
-        ),
+def _fan_out(fan_out: FanOut) -> Iterator[tuple[str, str]]:
+    copies, least = fan_out.num_remote_rank_copies or 0, fan_out.num_remote_node_copies or 0
+    saved = f": a copy a node saves {percent((copies - least) / copies)}" if copies else ""
+    yield (
+        "per token",
+        f"{figures(fan_out.experts_per_token or 0)} experts, "
+        f"{figures(fan_out.ranks_per_token)} ranks, {figures(fan_out.nodes_per_token or 0)} nodes",
     )
+    yield "tokens by ranks reached", _histogram(fan_out.tokens_by_ranks_reached)
+    yield "tokens by nodes reached", _histogram(fan_out.tokens_by_nodes_reached)
+    yield "copies between nodes", f"{copies:,} with one a rank, {least:,} with one a node{saved}"
 
 
-def _histogram(tokens: tuple[int, ...]) -> str:
+def _histogram(tokens: Sequence[int]) -> str:
     """`1: 25%, 2: 75%`."""
     total = sum(tokens)
     return ", ".join(
@@ -207,33 +245,93 @@ def _histogram(tokens: tuple[int, ...]) -> str:
     )
 
 
-def _rank(hot: HottestRankResult | None, amount: Callable[[int], str]) -> str:
+def _rank(hot: HottestRank | None, amount: Callable[[int], str]) -> str:
     if hot is None:
         return NONE
     return f"rank {hot.rank}: {amount(hot.amount)}, {times(hot.over_mean)} the mean"
 
 
-def _hidden(row: Row, pair: HiddenCommunication | None) -> str:
-    if not row.deployment.options.overlap:
-        return f"{NONE} (overlap is off)"
-    if row.deployment.options.overlap == "auto":
-        return f"{NONE} (overlap is chosen by the number of tokens)"
-    if pair is None:
-        return f"{NONE} (no deployment differs from this one in overlap alone)"
-    if pair.hidden is None:
-        return f"{NONE} ({pair.off} exposes none)"
-    if pair.hidden < 0:
-        more = milliseconds(pair.step_on_s - pair.step_off_s)
-        return f"none: with overlap a step takes {more} ms longer than {pair.off}"
-    return f"{percent(pair.hidden)} of what {pair.off} exposes"
-
-
-def _last(seen: TrafficResult) -> str:
+def _last(traffic: TrafficRecord) -> str:
     """The ranks that come last most often."""
-    ranks = [rank for rank, num in enumerate(seen.num_last_arrivals) if num]
-    ranks.sort(key=seen.last_share, reverse=True)
+    ranks = [rank for rank, num in enumerate(traffic.num_last_arrivals) if num]
+    ranks.sort(key=traffic.last_share, reverse=True)
     named = [
-        f"rank {rank} at {percent(seen.last_share(rank))} of {seen.num_meetings[rank]:,}"
+        f"rank {rank} at {percent(traffic.last_share(rank))} of {traffic.num_meetings[rank]:,}"
         for rank in ranks[:_NUM_LAST_NAMED]
     ]
     return (", ".join(named) + " dispatches and combines") if named else NONE
+
+
+def experts_and_traffic(
+    record: DeploymentRecord, steps: Sequence[tuple[str, StepsRecord]]
+) -> Section:
+    """Of a simulation: bytes a token, and how even the load was."""
+    facts: list[Column[StepsRecord]] = [
+        number(
+            "busiest rank's pairs over the mean",
+            lambda step: step.traffic and step.traffic.busiest_over_mean,
+            figures,
+        ),
+        *(
+            _sent(f"{link.label} {kind.label} a token", link, kind)
+            for link in Link
+            for kind in Traffic
+        ),
+    ]
+    loads = [load for load in record.expert_max_over_mean if load]
+    sentence = (
+        f"Fullest expert over the mean, all steps together: {figures(max(loads))} in the least "
+        f"even layer, {figures(sum(loads) / len(loads))} in the mean layer."
+        if loads
+        else "No expert got a token."
+    )
+    return Section("Experts and traffic", (Table.across("", facts, steps), sentence))
+
+
+_Decision = tuple[int, RebalanceRecord]  # with the number of its deployment
+
+
+def rebalancing(comparison: Comparison) -> Section:
+    """All decisions to move experts; empty where no deployment rebalances."""
+    taken = [(row.number or 0, each) for row in comparison.rows for each in row.record.rebalances]
+    if not taken:
+        return Section("Rebalancing", ())
+    named: tuple[Column[_Decision], ...] = (
+        text("#", lambda one: one[0]),
+        number("step", lambda one: one[1].step),
+    )
+    decisions: tuple[Column[_Decision], ...] = (
+        *named,
+        number("saves ms", lambda one: one[1].gain_s, milliseconds),
+        number("costs ms", lambda one: one[1].cost_s, milliseconds),
+        number("to move", lambda one: one[1].num_bytes, bytes_si),
+        text("done", lambda one: _done(one[1])),
+        number("in use", lambda one: one[1].switched),
+    )
+    effects: tuple[Column[_Decision], ...] = (
+        *named,
+        number("load before", lambda one: one[1].load_before, times),
+        number("load after", lambda one: one[1].load_after, times),
+        number("load predicted", lambda one: one[1].predicted_after, times),
+        number("experts ms before", lambda one: one[1].experts_s_before, milliseconds),
+        number("experts ms after", lambda one: one[1].experts_s_after, milliseconds),
+    )
+    return Section(
+        "Rebalancing",
+        (
+            Table.of("Decisions", decisions, taken),
+            Table.of("Effects", effects, taken),
+            "The last repetition. Saves, costs: predicted, over as many steps as the decision was "
+            "taken by. In use: from that step on; too late: the work ended before the experts "
+            "were there. Load: the fullest rank over the mean, all layers, counted in as many "
+            "steps before the decision and after the switch; predicted: after, if tokens came "
+            "evenly from all ranks. Experts: processor time a step of the rank that spends most "
+            "on experts.",
+        ),
+    )
+
+
+def _done(each: RebalanceRecord) -> str:
+    if each.switched is not None:
+        return "moved"
+    return "too late" if each.gain_s > each.cost_s else "stayed"

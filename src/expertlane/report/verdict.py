@@ -1,112 +1,91 @@
-"""Which deployment was faster, by what factor, and where the difference lies: in sentences."""
+"""Which deployment is faster, by what factor, and where the difference lies: in sentences."""
 
-from expertlane.report.comparison import Comparison, Row, gain
+from collections.abc import Iterator, Sequence
+
+from expertlane.report.compared import Comparison, Row, gain, projected
 from expertlane.report.numbers import figures, milliseconds, percent, times
-from expertlane.report.rounding import caveats
-from expertlane.results.schema import Machine, Results
-from expertlane.spec.names import Cause, Phase
+from expertlane.results.results import Results
+from expertlane.spec.names import Phase
 
 # Factors this close to 1 are called equal: one run of a few steps does not tell them apart.
 _EVEN = 0.05
-_FOREIGN_LOAD = 0.05
 
 
-def verdict(comparison: Comparison, machine: Machine) -> tuple[str, ...]:
-    """The paragraphs on top of a report."""
+def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
+    """The paragraphs on top: which is faster, and why; then what else a reader must know of it."""
+    where = "here" if comparison.source == "measured" else f"on {_cluster(results)}, projected"
     pair = _pair(comparison)
     if pair is None:
-        only = comparison.rows[0]
+        only = comparison.first
         return (
-            f"{only.deployment.name} alone: {figures(only.phase.tps)} {comparison.phase} TPS, "
-            f"{comparison.latency_name} {milliseconds(only.latency_s.median)} ms; nothing to "
+            f"{only.name} alone {where}: {figures(only.tps)} {comparison.phase} TPS, "
+            f"{comparison.latency_name} {milliseconds(only.latency_s)} ms; nothing to "
             "compare it with.",
         )
     faster, slower = pair
-    sentences = [_which(comparison, faster, slower), _why(comparison, faster, slower)]
-    named = [comparison.rows[0], faster, slower]
-    by_critical_path = _pair_by_critical_path(comparison)
-    if machine.is_oversubscribed and by_critical_path is not None:
-        sentences.append(_by_critical_path(*by_critical_path))
-        named += by_critical_path
+    sentences = [_which(comparison, faster, slower, where), _why(comparison, faster, slower)]
+    named = [comparison.first, faster, slower]
+    if comparison.source == "projected":
+        sentences += [_by_context(comparison), _prefill(comparison), _skewed(results, comparison)]
+    elif results.machine is not None and results.machine.is_oversubscribed:
+        ahead = _pair_by_critical_path(comparison)
+        if ahead is not None:
+            sentences.append(_by_critical_path(*ahead))
+            named += ahead
     numbers = {row.number for row in named}
     rows = [row for row in comparison.rows if row.number in numbers]
-    return (*filter(None, sentences), *caveats(rows, comparison.phase))
+    return (*filter(None, sentences), *_rounding(rows))
 
 
-def oversubscription(machine: Machine) -> str | None:
-    """What ranks that share cores mean for the numbers, or None where each has its own."""
-    if not machine.is_oversubscribed:
-        return None
-    return (
-        f"{machine.num_ranks} ranks share {machine.num_cores} "
-        f"core{'s' if machine.num_cores > 1 else ''}: wall times compare work and waiting on this "
-        "machine, not a cluster; critical-path CPU time is the figure closest to one core a rank."
-    )
-
-
-def foreign_load(results: Results) -> str | None:
-    """What else ran on the host, or None where it was little."""
-    share = results.foreign_cpu_share
-    if share < _FOREIGN_LOAD:
-        return None
-    used = f"Other processes used {percent(share)} of the cores meanwhile"
-    return f"{used}: repeat it on an idle machine."
+def _cluster(results: Results) -> str:
+    return results.cluster.name if results.cluster else "a cluster"
 
 
 def _pair(comparison: Comparison) -> tuple[Row, Row] | None:
     """The faster and the slower of best proposal and best baseline; else fastest and first."""
     proposal, baseline = comparison.best_proposal, comparison.best_baseline
     if proposal is None or baseline is None:
-        proposal, baseline = comparison.fastest, comparison.rows[0]
+        proposal, baseline = comparison.fastest, comparison.first
         if proposal is baseline:
             rest = comparison.rows[1:]
             if not rest:
                 return None
-            baseline = max(rest, key=lambda row: row.phase.tps)
-    if proposal.phase.tps >= baseline.phase.tps:
-        return proposal, baseline
-    return baseline, proposal
+            baseline = max(rest, key=lambda row: row.tps)
+    return (proposal, baseline) if proposal.tps >= baseline.tps else (baseline, proposal)
 
 
-def _which(comparison: Comparison, faster: Row, slower: Row) -> str:
-    between = gain(faster.deployment, slower.deployment, comparison.phase)
-    name = comparison.latency_name
+def _which(comparison: Comparison, faster: Row, slower: Row, where: str) -> str:
+    between, name, first = gain(faster, slower), comparison.latency_name, comparison.first
     latencies = (
-        f"{name} {milliseconds(faster.latency_s.median)} ms against "
-        f"{milliseconds(slower.latency_s.median)} ms ({_latency_words(between.latency_factor)})"
+        f"{name} {milliseconds(faster.latency_s)} ms against "
+        f"{milliseconds(slower.latency_s)} ms ({_latency_words(between.latency_factor)})"
     )
-    rates = (
-        f"{figures(faster.phase.tps)} against {figures(slower.phase.tps)} {comparison.phase} TPS"
+    rates = f"{figures(faster.tps)} against {figures(slower.tps)} {comparison.phase} TPS"
+    fast, slow = (
+        f"the best baseline, {row.name}" if row is comparison.best_baseline else row.name
+        for row in (faster, slower)
     )
-    fast, slow = _role(comparison, faster), _role(comparison, slower)
-    if between.throughput_factor < 1 + _EVEN or _runs_overlap(faster, slower):
-        sentence = f"Too close to call here: {fast} and {slow}: {rates}; {latencies}."
+    if is_close(faster, slower):
+        sentence = f"Too close to tell {where}: {fast} and {slow}: {rates}; {latencies}."
     else:
         sentence = (
-            f"Faster here: {fast}, with {times(between.throughput_factor)} the throughput of "
+            f"Faster {where}: {fast}, with {times(between.throughput_factor)} the throughput of "
             f"{slow}: {rates}; {latencies}."
         )
-    first = comparison.rows[0]
     if first not in (faster, slower):
-        factor = faster.against_first
+        factor = gain(faster, first)
         sentence += (
-            f" Against the first deployment, {first.deployment.name}: "
+            f" Against the first deployment, {first.name}: "
             f"{times(factor.throughput_factor)} the throughput, "
             f"{name} {_latency_words(factor.latency_factor)}."
         )
     return sentence
 
 
-def _runs_overlap(faster: Row, slower: Row) -> bool:
-    """Whether some repetition of the slower one was as fast as one of the faster."""
-    return max(slower.phase.tps_of_runs) >= min(faster.phase.tps_of_runs)
-
-
-def _role(comparison: Comparison, row: Row) -> str:
-    name = row.deployment.name
-    if row is comparison.best_baseline:
-        return f"the best baseline, {name}"
-    return name
+def is_close(faster: Row, slower: Row) -> bool:
+    """Whether they differ by little, or some repetition or bound of one is within the other's."""
+    low, high = faster.tps_range.bounds[0], slower.tps_range.bounds[-1]
+    return faster.tps < (1 + _EVEN) * slower.tps or high >= low
 
 
 def _latency_words(factor: float) -> str:
@@ -117,61 +96,124 @@ def _latency_words(factor: float) -> str:
 
 def _why(comparison: Comparison, faster: Row, slower: Row) -> str:
     """The cause that costs the slower one most more, and the faster one's own largest."""
-    phase = comparison.phase
-    fast_s = faster.deployment.breakdown_s[phase]
-    slow_s = slower.deployment.breakdown_s[phase]
-    excess_s = {cause: slow_s[cause] - fast_s[cause] for cause in slow_s}
+    fast_s, slow_s = faster.step.breakdown_s, slower.step.breakdown_s
+    excess_s = {cause: slow_s[cause] - fast_s.get(cause, 0.0) for cause in slow_s}
     main = max(excess_s, key=lambda cause: excess_s[cause])
-    largest = max(fast_s, key=lambda cause: fast_s[cause])
+    largest, _ = faster.step.largest
     if excess_s[main] <= 0:
         return ""
-    unit = "per token of every sequence" if phase is Phase.DECODE else "over the prefill"
+    unit = "per token of every sequence" if comparison.phase is Phase.DECODE else "over the prefill"
+    if comparison.context is not None:
+        unit += f" at {comparison.context:,} tokens of context"
     sentence = (
-        f"Why: {unit}, the largest difference is {main.value}: "
-        f"{_part(slower, phase, main)} with {slower.deployment.name}, "
-        f"{_part(faster, phase, main)} with {faster.deployment.name}."
+        f"Why: {unit}, the largest difference is {main}: {_part(slower, main)} with "
+        f"{slower.name}, {_part(faster, main)} with {faster.name}."
     )
-    if largest is not main:
-        sentence += (
-            f" The largest part of {faster.deployment.name} is {largest.value}, "
-            f"{_part(faster, phase, largest)}."
-        )
+    if largest != main:
+        sentence += f" The largest part of {faster.name} is {largest}, {_part(faster, largest)}."
     return sentence
 
 
-def _part(row: Row, phase: Phase, cause: Cause) -> str:
-    seconds = row.deployment.breakdown_s[phase][cause]
-    return f"{milliseconds(seconds)} ms ({percent(row.deployment.cause_shares(phase)[cause])})"
+def _part(row: Row, cause: str) -> str:
+    seconds = row.step.breakdown_s.get(cause, 0.0)
+    return f"{milliseconds(seconds)} ms ({percent(row.step.shares.get(cause, 0.0))})"
+
+
+def _by_context(comparison: Comparison) -> str:
+    """What the best proposal gains from the shortest to the longest context."""
+    proposal, best, first = comparison.best_proposal, comparison.best_baseline, comparison.first
+    contexts = comparison.contexts
+    if proposal is None:
+        return "No deployment is a proposal; all are baselines."
+    if best is None or len(contexts) < 2:
+        return ""
+
+    def factors(other: Row) -> str:
+        found = [
+            comparison.at(proposal, each).tps.value / comparison.at(other, each).tps.value
+            for each in contexts
+        ]
+        low, high = times(min(found)), times(max(found))
+        return low if low == high else f"{figures(min(found))} to {high}"
+
+    also = "" if best is first else f" and {factors(first)} that of {first.name}"
+    return (
+        f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context {proposal.name} has "
+        f"{factors(best)} the decode TPS of {best.name}{also}."
+    )
+
+
+def _prefill(comparison: Comparison) -> str:
+    known = [(row, row.record.prefill.tps.value) for row in comparison.rows if row.record.prefill]
+    of_baselines = [each for each in known if each[0].record.is_baseline]
+    of_proposals = [each for each in known if not each[0].record.is_baseline]
+    if not of_baselines or not of_proposals:
+        return ""
+    best, proposal = (max(some, key=lambda each: each[1]) for some in (of_baselines, of_proposals))
+    return (
+        f"Prefill: {figures(proposal[1])} TPS with {proposal[0].name}, {figures(best[1])} with "
+        f"{best[0].name} ({times(proposal[1] / best[1])})."
+    )
+
+
+def _skewed(results: Results, comparison: Comparison) -> str:
+    skewed = next((each for each in results.conditions if each.routing == "skewed"), None)
+    other = projected(results, skewed) if skewed else None
+    if other is None or other.best_baseline is None or other.best_proposal is None:
+        return ""
+    best, proposal = other.best_baseline, other.best_proposal
+    return (
+        f"With skewed routing the best proposal, {proposal.name}, has "
+        f"{times(proposal.tps / best.tps)} the decode TPS of the best baseline, {best.name}, at "
+        f"{comparison.context:,} tokens."
+    )
 
 
 def _pair_by_critical_path(comparison: Comparison) -> tuple[Row, Row] | None:
     """The best proposal and the best baseline by that measure, the one ahead first."""
-
-    def tps(row: Row) -> float:
-        return row.phase.critical_path.tps
-
-    baselines = [row for row in comparison.rows if row.deployment.is_baseline]
-    proposals = [row for row in comparison.rows if not row.deployment.is_baseline]
+    baselines = [row for row in comparison.rows if row.record.is_baseline]
+    proposals = [row for row in comparison.rows if not row.record.is_baseline]
     if not baselines or not proposals:
         return None
-    best = max(baselines, key=tps), max(proposals, key=tps)
-    ahead, behind = sorted(best, key=tps, reverse=True)
-    return (ahead, behind) if tps(behind) else None
+    best = max(baselines, key=critical_path_tps), max(proposals, key=critical_path_tps)
+    ahead, behind = sorted(best, key=critical_path_tps, reverse=True)
+    return (ahead, behind) if critical_path_tps(behind) else None
+
+
+def critical_path_tps(row: Row) -> float:
+    """By CPU time on the critical path; 0 where none was counted."""
+    path = row.step.critical_path
+    return path.tps if path else 0.0
 
 
 def _by_critical_path(ahead: Row, behind: Row) -> str:
     """The same two deployments or others, whichever they are by wall time."""
-    tps, tps_behind = ahead.phase.critical_path.tps, behind.phase.critical_path.tps
+    tps, tps_behind = critical_path_tps(ahead), critical_path_tps(behind)
     rates = f"{figures(tps)} against {figures(tps_behind)} TPS"
     factor = tps / tps_behind
     if factor < 1 + _EVEN:
-        outcome = f"{ahead.deployment.name} and {behind.deployment.name} are even: {rates}"
+        outcome = f"{ahead.name} and {behind.name} are even: {rates}"
     else:
         outcome = (
-            f"{ahead.deployment.name} is ahead, with {times(factor)} the throughput of "
-            f"{behind.deployment.name}: {rates}"
+            f"{ahead.name} is ahead, with {times(factor)} the throughput of {behind.name}: {rates}"
         )
     return (
         "By critical-path CPU time, as if every rank had a core and transfers were free, "
         f"{outcome}. That favours deployments that communicate most."
     )
+
+
+def _rounding(rows: Sequence[Row]) -> Iterator[str]:
+    """One sentence for each that rounds hidden states: it is not the same computation."""
+    for row in rows:
+        error = row.step.traffic.payload_error if row.step.traffic else None
+        if error:
+            yield (
+                f"{row.name} rounds hidden states to {row.record.options.payload} on their way to "
+                f"experts, by {error_in_words(error)}: it does not compute quite the same."
+            )
+
+
+def error_in_words(error: float) -> str:
+    """`0.165% (root mean square)`; `error`: over the root mean square of the hidden states."""
+    return f"{figures(100 * error)}% (root mean square)"

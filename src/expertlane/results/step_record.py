@@ -1,11 +1,12 @@
 """What was measured and counted during one step."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 
 
@@ -115,21 +116,18 @@ class StepRecord:
     spell: int = 0
 
 
-@dataclass(frozen=True)
-class MachinePeak:
-    """Measured peak rates of the whole machine, all its cores or devices together.
-
-    Attributes:
-        gemm_flops_per_s: of a large matrix product in `dtype`.
-        read_bytes_per_s: of reading memory too large for any cache.
-        num_units, unit: how many cores or GPUs the measurement used.
-        dtype: of the matrix product, for example `float32`.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-
-    gemm_flops_per_s: float
-    read_bytes_per_s: float
-    num_units: int
-    unit: str
-    dtype: str
+def by_pipeline_stage(
+    layout: Layout, step: StepRecord
+) -> list[tuple[list[int], npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Ranks, `wall_s` and `blocked_s` [ranks, micro-batches, slots, stages] by pipeline stage."""
+    groups = defaultdict(list)
+    for record in step.records:
+        groups[layout.coordinates(record.rank).pp_rank].append(record)
+    return [
+        (
+            [record.rank for record in records],
+            np.stack([record.wall_s for record in records]),
+            np.stack([record.blocked_s for record in records]),
+        )
+        for records in groups.values()
+    ]

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
+from expertlane.results.estimate import Strict
 from expertlane.results.step_record import RankEvents, StepRecord
-from expertlane.results.strict import Strict
 from expertlane.spec.names import Phase, Stage, Track
 
 MOST_RANKS = 32
@@ -120,7 +119,7 @@ def timeline_of(
         _columns([(first, each) for rank, first, each in events if rank == ranks[place]], zero_s)
         for place in places
     ]
-    begins_us = np.sort(np.concatenate([of_rank.begin_us for of_rank in columns]))
+    begins_us = np.sort(np.concatenate([of_rank["begin_us"] for of_rank in columns]))
     cut_us = float(begins_us[MOST_EVENTS]) if len(begins_us) > MOST_EVENTS else np.inf
     return StepTimeline(
         num_tokens=num_tokens,
@@ -131,48 +130,36 @@ def timeline_of(
         tracks=tuple(_TRACKS),
         stages=tuple(stage.label for stage in Stage),
         ranks=tuple(
-            of_rank.timeline(ranks[place], cut_us)
+            _rank_timeline(ranks[place], of_rank, cut_us)
             for place, of_rank in zip(places, columns, strict=True)
         ),
     )
 
 
-class _Columns(NamedTuple):
-    """Of one rank, [N], by when they begin."""
-
-    track: npt.NDArray[np.int64]
-    stage: npt.NDArray[np.int64]
-    layer: npt.NDArray[np.int64]
-    micro_batch: npt.NDArray[np.int64]
-    begin_us: npt.NDArray[np.float64]
-    duration_us: npt.NDArray[np.float64]
-
-    def timeline(self, rank: int, cut_us: float) -> RankTimeline:
-        """What begins before `cut_us`."""
-        num = int(np.searchsorted(self.begin_us, cut_us))
-        return RankTimeline(
-            rank=rank,
-            track=tuple(self.track[:num].tolist()),
-            stage=tuple(self.stage[:num].tolist()),
-            layer=tuple(self.layer[:num].tolist()),
-            micro_batch=tuple(self.micro_batch[:num].tolist()),
-            begin_us=tuple(self.begin_us[:num].round(_DIGITS).tolist()),
-            duration_us=tuple(self.duration_us[:num].round(_DIGITS).tolist()),
-        )
-
-
-def _columns(of_rank: Sequence[tuple[int, RankEvents]], zero_s: float) -> _Columns:
+def _columns(
+    of_rank: Sequence[tuple[int, RankEvents]], zero_s: float
+) -> dict[str, npt.NDArray[np.float64]]:
+    """The columns of `RankTimeline`, [N] each, by when they begin."""
     parts = [
-        (
-            each.track,
-            each.stage,
-            each.layer,
-            each.micro_batch + first,
-            _US_PER_S * (each.start_s - zero_s + each.begin_s),
-            _US_PER_S * (each.end_s - each.begin_s),
-        )
+        {
+            "track": each.track,
+            "stage": each.stage,
+            "layer": each.layer,
+            "micro_batch": each.micro_batch + first,
+            "begin_us": _US_PER_S * (each.start_s - zero_s + each.begin_s),
+            "duration_us": _US_PER_S * (each.end_s - each.begin_s),
+        }
         for first, each in of_rank
     ]
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    order = np.argsort(columns[-2], kind="stable")
-    return _Columns(*(column[order] for column in columns))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(columns["begin_us"], kind="stable")
+    return {name: column[order] for name, column in columns.items()}
+
+
+def _rank_timeline(
+    rank: int, columns: dict[str, npt.NDArray[np.float64]], cut_us: float
+) -> RankTimeline:
+    """What begins before `cut_us`."""
+    num = int(np.searchsorted(columns["begin_us"], cut_us))
+    shown = {name: tuple(column[:num].round(_DIGITS).tolist()) for name, column in columns.items()}
+    return RankTimeline(rank, **shown)

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.kv_transfer import KVTransfers
-from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.laws.execution import BOUNDS
 from expertlane.cost.runner import CostRunner, StepHandle
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import ServingRecord
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -220,30 +222,33 @@ class _Serving:
         self._decode.deliver(moved, there_s)
 
 
-@dataclass(frozen=True)
-class Serves:
-    """What users of a load would feel, by one hand of the clock.
+def serving_record(
+    served: Sequence[Served], output_lens: Sequence[int] | None = None
+) -> ServingRecord:
+    """What users of a load would feel.
 
-    Attributes:
-        ttft_s, tpot_s: of each request, in order; the second without those of a single token.
-        output_tps, total_tps: tokens a second from the first arrival to the last token.
+    Args:
+        output_lens: tokens of each request; if not given, as many as there are times.
     """
-
-    ttft_s: tuple[float, ...]
-    tpot_s: tuple[float, ...]
-    output_tps: float
-    total_tps: float
-
-    @classmethod
-    def of(cls, served: Sequence[Served], bound: int = LIKELY) -> "Serves":
-        """Of requests that have all been served."""
-        num_output = sum(len(each.token_times_s) for each in served)
-        num_prompt = sum(each.prompt_len for each in served)
-        begin_s = min(float(each.due_s[bound]) for each in served)
-        end_s = max(float(each.token_times_s[-1][bound]) for each in served)
-        return cls(
-            ttft_s=tuple(float(each.ttft_s[bound]) for each in served),
-            tpot_s=tuple(float(each.tpot_s[bound]) for each in served if each.tpot_s is not None),
-            output_tps=num_output / (end_s - begin_s),
-            total_tps=(num_output + num_prompt) / (end_s - begin_s),
-        )
+    if output_lens is None:
+        output_lens = [len(each.token_times_s) for each in served]
+    lens = np.array(output_lens)
+    due = np.array([each.due_s for each in served])  # [num_requests, 3]
+    first = np.array([each.token_times_s[0] for each in served])
+    last = np.array([each.token_times_s[-1] for each in served])
+    goes_on = lens > 1
+    tpot = (last - first)[goes_on] / (lens[goes_on, None] - 1)
+    wall_s = Estimate.between(last.max(axis=0) - due.min(axis=0))
+    num_output, num_prompt = int(lens.sum()), sum(each.prompt_len for each in served)
+    return ServingRecord(
+        num_requests=len(served),
+        num_prompt_tokens=num_prompt,
+        num_output_tokens=num_output,
+        wall_s=wall_s,
+        ttft_s=Summary.between(first - due),
+        tpot_s=Summary.between(tpot),
+        e2e_s=Summary.between(last - due),
+        output_tps=num_output / wall_s,
+        total_tps=(num_output + num_prompt) / wall_s,
+        requests_per_s=len(served) / wall_s,
+    )

@@ -1,48 +1,40 @@
-"""From a simulated load to the numbers that results keep."""
+"""From a simulated load to its record, and what that takes for granted."""
 
-import json
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
+from expertlane.cost.laws.execution import DRIVER_S, LIKELY, OVERHEAD_S, Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.routing import RoutingChoice
-from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
+from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.step_facts import shares_of
-from expertlane.results.layout_sizes import LayoutSizes
-from expertlane.results.simulation import (
-    Number,
-    PhaseSimulation,
-    PoolSimulation,
-    RankMemoryResult,
-    Service,
-    SimulatedCluster,
-    SimulatedDeployment,
-    SimulatedLoad,
-    Simulation,
-    SoftwareVersions,
-    Spread,
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import (
+    DeploymentRecord,
+    PoolRecord,
+    PoolRole,
+    ServingRecord,
+    StepsRecord,
 )
+from expertlane.results.results import Assumption, Results
 from expertlane.results.step_record import StepRecord
-from expertlane.results.timeline import StepTimeline, timelines_of
-from expertlane.results.traffic import TrafficBytes
-from expertlane.simulate.assumptions import assumptions
-from expertlane.simulate.setup import ServingSetup
+from expertlane.results.timeline import timelines_of
+from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
+from expertlane.simulate.pools import serving_record
+from expertlane.simulate.setup import ServingSetup, are_apart
 from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator, roles
 from expertlane.simulate.tally import PhaseTally
-from expertlane.spec.files import strict_json
-from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
-from expertlane.spec.workload import Load
+from expertlane.spec.names import Phase, ProjectedCause, Traffic
 
-_P95 = 95
+_HOW = {
+    Execution.GRAPH: "a micro-batch's kernels are launched at once, as captured graphs",
+    Execution.EAGER: "the host launches every kernel, ahead of the device",
+    Execution.SERIAL: "a CPU's calls and its work take turns; the profile has no other way",
+}
 
 
 def simulation(
@@ -52,206 +44,234 @@ def simulation(
     seed: int,
     *,
     command: str,
-    version: str,
     caution: str | None = None,
-) -> Simulation:
+) -> Results:
     """All of `results.json`.
 
     Args:
         command: how a user repeats it.
-        version: of expertlane.
         caution: what a reader must know of the weights, in a sentence.
     """
+    cluster, setup, load = simulator.cluster, simulator.setup, simulator.load
+    drafts = setup.multi_token
+    question = {
+        "model": simulator.model,
+        "workload": {
+            "batch": load.batch,
+            "rate": load.rate,
+            "num_requests": load.num_requests,
+            "prompt_len": str(load.prompt_len),
+            "output_len": str(load.output_len),
+            "seed": seed,
+        },
+        "serving": {
+            "max_num_seqs": setup.max_num_seqs,
+            "max_num_batched_tokens": setup.max_num_batched_tokens,
+            "block_size": setup.block_size,
+            "mtp": drafts.num_drafts,
+            "mtp_acceptance": drafts.acceptance,
+        },
+    }
+    return Results.now(
+        "simulation",
+        command,
+        question,
+        [_record(simulator, outcome, routing)],
+        cluster=cluster_record(cluster, setup.types),
+        assumptions=_assumptions(setup, cluster, simulator.execution, routing, caution),
+    )
+
+
+def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> DeploymentRecord:
+    setup, top_k = simulator.setup, simulator.model.num_experts_per_tok
+    device_bytes = simulator.cluster.profile.device.memory_bytes
+    of_pools = list(zip(roles(outcome), outcome.pools, strict=True))
     tokens = np.sum([pool.tally.num_tokens_per_expert for pool in outcome.pools], axis=0)
-    cluster, setup = simulator.cluster, simulator.setup
-    return Simulation(
-        command=command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=SoftwareVersions(version, platform.python_version(), np.__version__),
-        model=json.loads(strict_json(asdict(simulator.model))),  # lists, as they are read back
-        cluster=_cluster(cluster, setup),
-        deployment=_deployment(setup, simulator.execution, routing),
-        workload=_load(simulator.load, seed, outcome),
-        assumptions=assumptions(setup, cluster, simulator.execution, routing, caution),
-        service=service(outcome),
-        pools=_pools(simulator, outcome),
+    name = str(setup.layout)
+    if setup.prefill_layout is not None:
+        name = f"{setup.prefill_layout} prefills, {name} decodes"
+    return DeploymentRecord(
+        name=name,
+        layout=setup.layout,
+        options=setup.options,
+        source="projected",
+        prefill_layout=setup.prefill_layout,
+        conditions=conditions_of(top_k, simulator.execution, routing.option, setup.types),
+        pools=tuple(_pool(role, pool, device_bytes) for role, pool in of_pools),
+        steps=tuple(
+            _steps(role, phase, pool.tally.phases[phase], largest)
+            for (role, pool), largest in zip(
+                of_pools, simulator.largest_steps(outcome), strict=True
+            )
+            for phase in Phase
+            if phase in pool.tally.phases
+        ),
+        serving=(_serving(simulator, outcome),),
         num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in tokens),
     )
 
 
-def _cluster(cluster: ModelledCluster, setup: ServingSetup) -> SimulatedCluster:
-    num_used = sum(layout.world_size for layout in setup.layouts)
-    return SimulatedCluster(
-        name=str(cluster),
-        device=cluster.profile.device.name,
-        num_devices=cluster.num_devices,
-        ranks_per_node=cluster.profile.ranks_per_node,
-        num_idle=cluster.num_devices - num_used,
-    )
-
-
-def _deployment(
-    setup: ServingSetup, execution: Execution, routing: RoutingChoice
-) -> SimulatedDeployment:
-    prefill = setup.prefill_layout
-    return SimulatedDeployment(
-        layout=LayoutSizes.of(setup.layout),
-        prefill_layout=None if prefill is None else LayoutSizes.of(prefill),
-        options=setup.options,
-        dtype=setup.types.weights,
-        kv_dtype=setup.types.kv,
-        execution=execution.value,
-        routing=routing.option,
-        max_num_seqs=setup.max_num_seqs,
-        max_num_batched_tokens=setup.max_num_batched_tokens,
-        block_size=setup.block_size,
-        mtp=setup.multi_token.num_drafts,
-        mtp_acceptance=setup.multi_token.acceptance,
-    )
-
-
-def _load(load: Load, seed: int, outcome: Outcome) -> SimulatedLoad:
-    return SimulatedLoad(
-        batch=load.batch,
-        rate=load.rate,
-        num_requests=load.num_requests,
-        prompt_len=str(load.prompt_len),
-        output_len=str(load.output_len),
-        seed=seed,
-        num_prompt_tokens=sum(each.prompt_len for each in outcome.served),
-        num_output_tokens=sum(each.output_len for each in outcome.requests),
-    )
-
-
-def main_basis(outcome: Outcome) -> str:
-    """What most of all steps' time rests on."""
-    phases = [tally for pool in outcome.pools for tally in pool.tally.phases.values()]
-    return _main(np.sum([tally.basis_s for tally in phases], axis=0))
-
-
-def service(outcome: Outcome) -> Service:
-    """What users would feel."""
-    basis = main_basis(outcome)
-    output_lens = np.array([each.output_len for each in outcome.requests])
-    due = np.array([each.due_s for each in outcome.served])  # [num_requests, 3]
-    first = np.array([each.token_times_s[0] for each in outcome.served])
-    last = np.array([each.token_times_s[-1] for each in outcome.served])
-    goes_on = output_lens > 1
-    tpot = (last - first)[goes_on] / (output_lens[goes_on, None] - 1)
-    wall_s = last.max(axis=0) - due.min(axis=0)
-    num_output = int(output_lens.sum())
-    num_prompt = sum(each.prompt_len for each in outcome.served)
-    return Service(
-        ttft_s=_spread(first - due, basis),
-        tpot_s=_spread(tpot, basis) if len(tpot) else None,
-        e2e_s=_spread(last - due, basis),
-        output_tps=_number(num_output / wall_s, basis),
-        total_tps=_number((num_output + num_prompt) / wall_s, basis),
-        requests_per_s=_number(len(output_lens) / wall_s, basis),
-        wall_s=_number(wall_s, basis),
-    )
-
-
-def _pools(simulator: Simulator, outcome: Outcome) -> tuple[PoolSimulation, ...]:
-    """What each pool did."""
-    device_bytes = simulator.cluster.profile.device.memory_bytes
-    of_pools = zip(outcome.pools, roles(outcome), simulator.largest_steps(outcome), strict=True)
-    return tuple(_pool(pool, role, device_bytes, largest) for pool, role, largest in of_pools)
-
-
-def _pool(
-    pool: SimulatedPool,
-    role: Literal["both", "prefill", "decode"],
-    device_bytes: float,
-    largest: Mapping[Phase, StepRecord],
-) -> PoolSimulation:
+def _pool(role: PoolRole, pool: SimulatedPool, device_bytes: float) -> PoolRecord:
     memory = pool.memory
-    phases = {
-        phase: _phase(tally, largest.get(phase)) for phase, tally in pool.tally.phases.items()
-    }
-    return PoolSimulation(
+    return PoolRecord(
         role=role,
-        layout=LayoutSizes.of(pool.layout),
-        memory=RankMemoryResult(
-            weight_bytes=memory.weight_bytes,
-            kv_bytes=memory.kv_bytes,
-            activation_bytes=memory.activation_bytes,
-            allowed_bytes=int(FREE_SHARE * device_bytes),
-            device_bytes=int(device_bytes),
-            num_resident=pool.num_resident,
-        ),
+        weight_bytes=memory.weight_bytes,
+        kv_bytes=memory.kv_bytes,
+        activation_bytes=memory.activation_bytes,
+        allowed_bytes=int(FREE_SHARE * device_bytes),
+        device_bytes=int(device_bytes),
+        num_resident=pool.num_resident,
         most_running=pool.tally.most_running,
         num_preemptions=pool.pool.scheduler.num_preemptions,
-        prefill=phases.get(Phase.PREFILL),
-        decode=phases.get(Phase.DECODE),
     )
 
 
-def _phase(tally: PhaseTally, largest: StepRecord | None) -> PhaseSimulation:
-    num, basis = len(tally.step_s), _main(tally.basis_s)
+def _serving(simulator: Simulator, outcome: Outcome) -> ServingRecord:
+    phases = [tally for pool in outcome.pools for tally in pool.tally.phases.values()]
+    basis_s = np.sum([tally.basis_s for tally in phases], axis=0)
+    return replace(
+        serving_record(outcome.served, [each.output_len for each in outcome.requests]),
+        batch=simulator.load.batch,
+        rate=simulator.load.rate,
+        basis=list(Basis)[int(basis_s.argmax())].label,
+    )
+
+
+def _steps(
+    pool: PoolRole, phase: Phase, tally: PhaseTally, largest: Mapping[Phase, StepRecord]
+) -> StepsRecord:
+    num, step_s = len(tally.step_s), np.array(tally.step_s)
     basis_shares, extrapolated = shares_of(tally.basis_s, tally.extrapolated_s)
-    why = tally.why_s / (tally.why_s.sum() or 1.0)
+    shares = tally.why_s / (tally.why_s.sum() or 1.0) * float(step_s[:, LIKELY].mean())
     explained_s = tally.explained_s or 1.0
-    step_s = np.array(tally.step_s)
-    return PhaseSimulation(
+    wall_s = Estimate.between(step_s.sum(axis=0))
+    step = largest.get(phase)
+    return StepsRecord(
+        phase=phase,
+        pool=pool,
         num_steps=num,
-        num_tokens=tally.num_tokens / num,
-        num_seqs=tally.num_seqs / num,
-        seconds=_number(step_s.sum(axis=0), basis),
-        step_s=_spread(step_s, basis),
-        shares={str(cause): float(why[place]) for place, cause in enumerate(ProjectedCause)},
+        num_tokens=tally.num_tokens,
+        num_seqs=tally.num_seqs,
+        wall_s=wall_s,
+        tps=tally.num_tokens / wall_s,
+        step_s=Summary.between(step_s),
+        breakdown_s=dict(zip(map(str, ProjectedCause), shares.tolist(), strict=True)),
         floor_s=tally.floor_s / num,
         flops_utilisation=tally.flops_s / explained_s,
         read_utilisation=tally.read_s / explained_s,
         basis_shares=basis_shares,
         extrapolated_share=extrapolated,
-        traffic_bytes={
-            link.label: TrafficBytes(*(round(each / num) for each in tally.sent_bytes[link]))
-            for link in Link
-        },
-        sent_bytes=_sent_bytes(largest),
-        tokens_by_ranks_reached=_reached(largest),
-        rank_pairs=tally.rank_pairs / num,
-        timeline=_timeline(largest),
+        traffic=_traffic(tally, step),
+        timeline=None if step is None else timelines_of([step]).get(phase),
     )
 
 
-def _timeline(step: StepRecord | None) -> StepTimeline | None:
-    return None if step is None else timelines_of([step]).get(step.phase)
-
-
-def _sent_bytes(step: StepRecord | None) -> tuple[tuple[int, ...], ...]:
-    """[source][destination]; payload of a step, between the ranks of its replica."""
-    records = [] if step is None else sorted(step.records, key=lambda record: record.rank)
+def _traffic(tally: PhaseTally, largest: StepRecord | None) -> TrafficRecord:
+    by_link = bytes_by_link(tally.sent_bytes)
+    over_mean = tally.rank_pairs / len(tally.step_s)
+    if largest is None:
+        return TrafficRecord(by_link, busiest_over_mean=over_mean)
+    records = sorted(largest.records, key=lambda record: record.rank)
     ranks = [record.rank for record in records]
-    return tuple(
+    payload = tuple(
         tuple(record.sent_bytes[:, Traffic.PAYLOAD].sum(axis=0)[ranks].tolist())
         for record in records
     )
-
-
-def _reached(step: StepRecord | None) -> tuple[int, ...]:
-    if step is None:
-        return ()
-    tokens = np.sum([record.tokens_by_ranks_reached for record in step.records], axis=0)
-    return tuple(np.trim_zeros(tokens, "b").tolist())
-
-
-def _main(basis_s: Floats) -> str:
-    return list(Basis)[int(basis_s.argmax())].label
-
-
-def _spread(values: npt.NDArray[np.float64], basis: str) -> Spread:
-    """Of values [n, 3]."""
-    kinds: Sequence[Callable[[Floats], Floats]] = (
-        lambda of: of.mean(axis=0),
-        lambda of: np.median(of, axis=0),
-        lambda of: np.percentile(of, _P95, axis=0),
+    reached = np.sum([record.tokens_by_ranks_reached for record in records], axis=0)
+    return TrafficRecord(
+        by_link,
+        sent_bytes={Traffic.PAYLOAD.label: payload},
+        fan_out=FanOut(tuple(np.trim_zeros(reached, "b").tolist())) if reached.any() else None,
+        busiest_over_mean=over_mean,
     )
-    return Spread(*(_number(kind(values), basis) for kind in kinds))
 
 
-def _number(values: Floats, basis: str) -> Number:
-    """Of [3]; by the clock's hands, so that a rate's come the other way round."""
-    assert len(values) == len(BOUNDS)
-    return Number(float(values[LIKELY]), float(values.min()), float(values.max()), basis)
+def _assumptions(
+    setup: ServingSetup,
+    cluster: ModelledCluster,
+    execution: Execution,
+    routing: RoutingChoice,
+    caution: str | None = None,
+) -> tuple[Assumption, ...]:
+    """In the order in which a reader would ask.
+
+    Args:
+        caution: what there is to be known of the weights, in a sentence.
+    """
+    beside = caution or "hidden states are bfloat16 beside float8"
+    rows = [
+        ("weights", setup.types.weights, "--dtype", beside),
+        ("keys and values", setup.types.kv, "--kv-dtype", "as hidden states, if not said"),
+        ("execution", execution.value, "--execution", _HOW[execution]),
+        ("routing", routing.option, "--routing-trace, --skew", routing.words),
+        (
+            "step",
+            f"{setup.max_num_batched_tokens} tokens, {setup.max_num_seqs} sequences",
+            "--max-num-batched-tokens, --max-num-seqs",
+            "of a data-parallel rank at most; prompts go in chunks beside decodes",
+        ),
+        (
+            "memory",
+            f"{FREE_SHARE:.0%} of a device",
+            "",
+            "the rest is for the framework; a sequence is admitted when its blocks are free",
+        ),
+        (
+            "ranks",
+            f"{cluster.profile.ranks_per_node} a node, in order",
+            "--cluster",
+            "tensor-parallel ranks are innermost, so that they share a node",
+        ),
+        ("prompts", "nothing in common", "", "no prefix is found in the cache"),
+        ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
+        (
+            "between steps",
+            f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",
+            "--cluster",
+            "scheduling and sending a plan; not hidden behind the step before",
+        ),
+    ]
+    if OVERHEAD_S not in cluster.profile.terms:
+        rows.append(
+            ("kernels", "of GPU libraries", "", "fused as there, not one for each tensor operation")
+        )
+    rows += _of_pools(setup, cluster) + _of_drafts(setup)
+    return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
+
+
+def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, str, str, str]]:
+    if setup.prefill_layout is None:
+        return []
+    where = "on other nodes" if are_apart(cluster, setup) else "on the same node"
+    return [
+        (
+            "two pools",
+            f"{setup.prefill_layout} prefills, {setup.layout} decodes",
+            "--prefill-layout",
+            "each with its own scheduler, and as if it began on a node's first device",
+        ),
+        (
+            "key/value transfer",
+            where,
+            "--prefill-layout",
+            "after the prompt and its first token (TTFT ends there, TPOT has the transfer), one "
+            "request after the other, beside both pools' own work",
+        ),
+    ]
+
+
+def _of_drafts(setup: ServingSetup) -> list[tuple[str, str, str, str]]:
+    drafts = setup.multi_token
+    if not drafts.num_drafts:
+        return []
+    return [
+        (
+            "multi-token prediction",
+            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} right: "
+            f"{drafts.tokens_per_step:.3g} tokens a step",
+            "--mtp, --mtp-acceptance",
+            f"a decode takes {1 + drafts.num_drafts} tokens through the model, then "
+            f"{drafts.num_drafts} passes of one more layer and the head; every step of every "
+            "sequence yields the average; the scheduler's cache is cut to fill up as early",
+        )
+    ]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from expertlane.cost.sharing import StepSharing
 from expertlane.cost.step.launches import EAGER, FUSED
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
+from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
@@ -71,7 +71,7 @@ class Outcome:
     pools: tuple[SimulatedPool, ...]
 
 
-def roles(outcome: Outcome) -> tuple[Literal["both", "prefill", "decode"], ...]:
+def roles(outcome: Outcome) -> tuple[PoolRole, ...]:
     """What each pool is for."""
     return ("both",) if len(outcome.pools) == 1 else ("prefill", "decode")
 

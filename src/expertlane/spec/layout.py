@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
@@ -36,6 +36,8 @@ class Layout:
     Raises:
         SpecError: a size or the number of ranks is out of range, or `ep` does not divide `dp × tp`.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     replicas: int = 1
     pp: int = 1

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from expertlane.report.charts.colours import BASELINE, OF_CAUSE, PROPOSAL
 from expertlane.report.charts.encoding import AXIS, Spec, colour, nominal, quantity, tooltip
-from expertlane.report.document import Chart, Legend, Table, number, text
-from expertlane.report.numbers import NONE, figures, milliseconds, percent
+from expertlane.report.document import Chart, Column, Legend, Table, number, text
+from expertlane.report.numbers import figures, low_high, milliseconds, percent
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import StepsRecord
 
 _BAR_PX = 26
 _LEAST_S = 1e-9  # less is a rounding's rest
@@ -15,20 +17,11 @@ _SEEN = 0.0005  # of a bar's length; less is left out
 
 @dataclass(frozen=True)
 class Bar:
-    """A value, and what it may lie between where that is known."""
+    """One deployment's."""
 
     name: str
-    value: float
-    is_baseline: bool
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def between(self) -> str:
-        """`1.2–3.4`."""
-        if self.low is None or self.high is None:
-            return NONE
-        return f"{figures(self.low)}–{figures(self.high)}"
+    of: Estimate
+    is_baseline: bool = False
 
 
 def speed_chart(
@@ -50,49 +43,46 @@ def speed_chart(
         for place, kind in enumerate(zip(kinds, (BASELINE, PROPOSAL), strict=True))
         if any(bar.is_baseline is not bool(place) for bar in bars)
     ]
-    has_ranges = any(bar.low is not None for bar in bars)
-    fastest = max(bars, key=lambda bar: bar.value)
+    has_ranges = any(bar.of.low is not None for bar in bars)
+    fastest = max(bars, key=lambda bar: bar.of.value)
+    values = [
+        {
+            "deployment": bar.name,
+            "value": bar.of.value,
+            "low": bar.of.low,
+            "high": bar.of.high,
+            "kind": kinds[not bar.is_baseline],
+            "shown": figures(bar.of),
+            "between": low_high(bar.of),
+        }
+        for bar in bars
+    ]
+    columns: tuple[Column[Bar], ...] = (
+        text("deployment", lambda bar: bar.name),
+        text("kind", lambda bar: kinds[not bar.is_baseline]),
+        number(unit, lambda bar: bar.of, figures),
+        number(between, lambda bar: bar.of, low_high),
+    )
+    hover = tooltip(deployment="deployment", kind="kind", shown=unit, between=between)
     return Chart(
         title,
         f"Bars of {unit} of {len(bars)} deployments; the longest is {fastest.name}'s, "
-        f"{figures(fastest.value)}.",
-        _speed_spec(unit, bars, between, kinds, shown, has_ranges=has_ranges),
-        Table(
-            title,
-            (text("deployment"), text("kind"), number(unit), number(between)),
-            tuple(
-                (bar.name, kinds[not bar.is_baseline], figures(bar.value), bar.between)
-                for bar in bars
-            ),
-        ),
+        f"{figures(fastest.of)}.",
+        {
+            "data": {"values": values},
+            "height": _BAR_PX * len(bars),
+            "layer": _layers(unit, shown, hover, has_ranges=has_ranges),
+        },
+        Table.of(title, columns, bars),
         legend=tuple(Legend(*kind) for kind in shown) if len(shown) > 1 else (),
         note=f"The line over a bar: {between}." if has_ranges else "",
     )
 
 
-def _speed_spec(
-    unit: str,
-    bars: Sequence[Bar],
-    between: str,
-    kinds: tuple[str, str],
-    shown: Sequence[tuple[str, str]],
-    *,
-    has_ranges: bool,
-) -> Spec:
-    values = [
-        {
-            "deployment": bar.name,
-            "value": bar.value,
-            "low": bar.low,
-            "high": bar.high,
-            "kind": kinds[not bar.is_baseline],
-            "shown": figures(bar.value),
-            "between": bar.between,
-        }
-        for bar in bars
-    ]
+def _layers(
+    unit: str, shown: Sequence[tuple[str, str]], hover: list[Spec], *, has_ranges: bool
+) -> list[Spec]:
     y = nominal("deployment")
-    hover = tooltip(deployment="deployment", kind="kind", shown=unit, between=between)
     colouring = colour("kind", [name for name, _ in shown], [each for _, each in shown])
     layers: list[Spec] = [
         {
@@ -109,18 +99,14 @@ def _speed_spec(
                 "encoding": x | {"y": y, "tooltip": hover},
             }
         )
-    return {"data": {"values": values}, "height": _BAR_PX * len(bars), "layer": layers}
+    return layers
 
 
-def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note: str) -> Chart:
-    """A stacked bar a deployment.
-
-    Args:
-        seconds: by deployment and cause, in the order in which they are stacked.
-    """
+def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> Chart:
+    """A stacked bar a deployment, its causes in the order in which they are kept."""
     seconds = {
-        name: {cause: s if s > _LEAST_S else 0.0 for cause, s in each.items()}
-        for name, each in seconds.items()
+        name: {cause: s if s > _LEAST_S else 0.0 for cause, s in step.breakdown_s.items()}
+        for name, step in steps.items()
     }
     longest_s = max(sum(each.values()) for each in seconds.values())
     causes = [
@@ -140,6 +126,9 @@ def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note
         for name, each in seconds.items()
         for place, cause in enumerate(causes)
     ]
+    in_all: Column[Mapping[str, float]] = number(
+        "in all", lambda each: sum(each.values()), milliseconds
+    )
     return Chart(
         title,
         "Stacked bars, one a deployment: the milliseconds of a step by what they go to. "
@@ -158,20 +147,18 @@ def causes_chart(title: str, seconds: Mapping[str, Mapping[str, float]], *, note
                 ),
             },
         },
-        Table(
+        Table.across(
             title,
-            (text("ms"), *(number(name) for name in seconds)),
-            (
-                *(
-                    (cause, *(milliseconds(each.get(cause, 0.0)) for each in seconds.values()))
-                    for cause in causes
-                ),
-                ("in all", *(milliseconds(sum(each.values())) for each in seconds.values())),
-            ),
+            [*map(_due_to, causes), in_all],
+            list(seconds.items()),
         ),
         legend=tuple(Legend(cause, OF_CAUSE[cause]) for cause in causes),
         note=note,
     )
+
+
+def _due_to(cause: str) -> Column[Mapping[str, float]]:
+    return number(cause, lambda each: each.get(cause, 0.0), milliseconds)
 
 
 def _largest(name: str, seconds: Mapping[str, float]) -> str:

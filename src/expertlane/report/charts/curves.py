@@ -12,8 +12,9 @@ from expertlane.report.charts.colours import (
     SHAPES,
 )
 from expertlane.report.charts.encoding import AXIS, Spec, colour, quantity, tooltip
-from expertlane.report.document import Chart, Legend, Table, number, text
-from expertlane.report.numbers import NONE, figures
+from expertlane.report.document import Chart, Column, Legend, Table, number, text
+from expertlane.report.numbers import NONE, figures, low_high
+from expertlane.results.estimate import Estimate
 
 _HEIGHT_PX = 280
 _PADDING_PX = 14
@@ -27,20 +28,11 @@ _PATHS = {
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a place, with what it may lie between, and more to say on hovering."""
+    """A value at a place, and more to say on hovering."""
 
     x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
+    y: Estimate
     words: str = ""
-
-    @property
-    def between(self) -> str:
-        """`1.2–3.4`."""
-        if self.low is None or self.high is None:
-            return NONE
-        return f"{figures(self.low)}–{figures(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -116,12 +108,12 @@ def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str,
         {
             "curve": curve.name,
             "x": point.x,
-            "y": point.y,
-            "low": point.low,
-            "high": point.high,
+            "y": point.y.value,
+            "low": point.y.low,
+            "high": point.y.high,
             "at": f"{point.x:,.6g}",
             "shown": figures(point.y),
-            "between": point.between,
+            "between": low_high(point.y),
             "words": point.words or NONE,
         }
         for curve in sorted(curves, key=lambda each: each.role != "back")  # grey ones below
@@ -154,7 +146,7 @@ def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str,
         },
     ]
     ranged = [curve.name for curve in curves if curve.role == "front"]
-    if any(point.low is not None for curve in curves for point in curve.points):
+    if any(point.y.low is not None for curve in curves for point in curve.points):
         layers.insert(
             1,
             {
@@ -170,25 +162,13 @@ def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str,
 
 
 def _table(title: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Table:
-    has_words = any(point.words for curve in curves for point in curve.points)
-    return Table(
-        title,
-        (
-            text("deployment"),
-            number(x.name),
-            number(y.name),
-            number("low–high"),
-            *([text("with")] if has_words else []),
-        ),
-        tuple(
-            (
-                curve.name,
-                f"{point.x:,.6g}",
-                figures(point.y),
-                point.between,
-                *([point.words or NONE] if has_words else []),
-            )
-            for curve in curves
-            for point in curve.points
-        ),
-    )
+    points = [(curve.name, point) for curve in curves for point in curve.points]
+    columns: list[Column[tuple[str, Point]]] = [
+        text("deployment", lambda named: named[0]),
+        number(x.name, lambda named: f"{named[1].x:,.6g}"),
+        number(y.name, lambda named: named[1].y, figures),
+        number("low–high", lambda named: named[1].y, low_high),
+    ]
+    if any(point.words for _, point in points):
+        columns.append(text("with", lambda named: named[1].words or NONE))
+    return Table.of(title, columns, points)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from expertlane.report.charts.colours import SERIES
 from expertlane.report.charts.encoding import Spec, colour, nominal, quantity, tooltip
-from expertlane.report.document import Chart, Legend, Table, number, text
+from expertlane.report.document import Chart, Heading, Legend, Table
 from expertlane.report.numbers import figures, percent
 
 _HEIGHT_PX = 200
@@ -34,7 +34,7 @@ def fan_out_chart(title: str, tokens: Mapping[str, Sequence[int]]) -> Chart | No
         _spec(by_place, reached, names, colours),
         Table(
             title,
-            (text("deployment"), number("mean"), *(number(str(place)) for place in reached)),
+            (Heading("deployment", False), *map(Heading, ["mean", *map(str, reached)])),
             tuple(
                 (name, figures(_mean(shares[name])), *map(percent, each))
                 for name, each in by_place.items()

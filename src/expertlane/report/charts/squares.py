@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 
 from expertlane.report.charts.encoding import Spec, nominal, quantity, tooltip
-from expertlane.report.document import Chart, Table, number
+from expertlane.report.document import Chart, Column, Heading, Table, number
 from expertlane.report.matrix import between_nodes
-from expertlane.report.numbers import bytes_si, counted, percent, times
+from expertlane.report.numbers import bytes_si, counted, percent, times, whole
 
 _CELL_PX, _LEAST_CELL_PX = 18, 3
 _LEAST_PX, _ROW_PX, _MOST_PX = 120, 24, 420
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
 _MOST_RANKS = 32
 _EVEN_IS_HALF = 2.0  # least end of the scale, so that an even load looks like one
+_Layer = tuple[int, Sequence[int]]
 _SCALE = "cividis"  # Nuñez, Anderton and Renslow (2018): even for all kinds of colour vision
 
 
@@ -73,27 +74,19 @@ def _thinned(field: str, num: int) -> Spec:
     return nominal(field, field) | {"axis": axis, "sort": "ascending", "scale": scale}
 
 
-def _load_table(title: str, layers: Sequence[tuple[int, Sequence[int]]]) -> Table:
+def _load_table(title: str, layers: Sequence[_Layer]) -> Table:
     num_experts = len(layers[0][1])
     if len(layers) * num_experts > _MOST_IN_TABLE:
-        return Table(
-            f"{title}: each layer's fullest expert",
-            (number("layer"), number("expert"), number("share"), number("over the mean")),
-            tuple(
-                (
-                    str(layer),
-                    str(max(range(num_experts), key=tokens.__getitem__)),
-                    percent(max(tokens) / sum(tokens)),
-                    times(max(tokens) * num_experts / sum(tokens)),
-                )
-                for layer, tokens in layers
-            ),
+        fullest: tuple[Column[_Layer], ...] = (
+            number("layer", lambda each: each[0]),
+            number("expert", lambda each: max(range(num_experts), key=each[1].__getitem__)),
+            number("share", lambda each: max(each[1]) / sum(each[1]), percent),
+            number("over the mean", lambda each: max(each[1]) * num_experts / sum(each[1]), times),
         )
-    return Table(
-        f"{title}: token-expert pairs",
-        (number("layer"), *(number(f"expert {expert}") for expert in range(num_experts))),
-        tuple((str(layer), *(f"{num:,}" for num in tokens)) for layer, tokens in layers),
-    )
+        return Table.of(f"{title}: each layer's fullest expert", fullest, layers)
+    columns = ["layer", *(f"expert {expert}" for expert in range(num_experts))]
+    rows = tuple((str(layer), *map(whole, tokens)) for layer, tokens in layers)
+    return Table(f"{title}: token-expert pairs", tuple(map(Heading, columns)), rows)
 
 
 def traffic_chart(
@@ -124,7 +117,7 @@ def traffic_chart(
         _traffic_spec(cells, what, borders),
         Table(
             f"{title}: {what}s of the rows send to {what}s of the columns",
-            (number("from"), *(number(f"to {place}") for place in range(size))),
+            tuple(map(Heading, ["from", *(f"to {place}" for place in range(size))])),
             tuple((str(place), *map(bytes_si, row)) for place, row in enumerate(cells)),
         ),
         note="Payload bytes." + (" The lines are the borders between nodes." if borders else ""),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from expertlane.report.charts.colours import BUBBLE, OF_STAGE
 from expertlane.report.charts.encoding import Spec, colour, tooltip
-from expertlane.report.document import Chart, Legend, Table, Timelines, number
+from expertlane.report.document import Chart, Heading, Legend, Table, Timelines
 from expertlane.report.numbers import counted, milliseconds, percent
 from expertlane.results.timeline import RankTimeline, StepTimeline
 from expertlane.spec.names import Stage, Track
@@ -22,7 +22,7 @@ _WAITS = "waits"
 def timelines_chart(
     title: str,
     timelines: Mapping[str, StepTimeline],
-    first: Collection[str],
+    first: Collection[str] = (),
     *,
     notes: Mapping[str, str] | None = None,
     is_measured: bool = False,
@@ -219,6 +219,6 @@ def _table(name: str, shown: _Shown) -> Table:
             if stage in spent:
                 spent[stage] += duration
         rows.append((str(rank.rank), *(milliseconds(each / _US_PER_S) for each in spent.values())))
-    columns = (number("rank"), *(number(shown.stages[place]) for place in shown.used))
+    columns = tuple(map(Heading, ["rank", *(shown.stages[place] for place in shown.used)]))
     of_part = f", {_extent(shown)}" if shown.is_cut else ""
     return Table(f"{name}: ms by stage{of_part}", columns, tuple(rows))

@@ -1,0 +1,139 @@
+"""The machine: what it is, how fast at best, and whether its memory holds an experiment."""
+
+import os
+from collections.abc import Sequence
+
+from expertlane.engine.cache_size import fit_to_machine
+from expertlane.engine.commands import MeasureRates, RankMachine
+from expertlane.engine.deployment_check import check_deployment
+from expertlane.engine.pool import RankPool
+from expertlane.engine.start import describe_ranks
+from expertlane.errors import CapacityError, UserError
+from expertlane.memory import workload_limits
+from expertlane.ops import host
+from expertlane.results.results import Machine, MachinePeak
+from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.experiment import Experiment
+
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
+
+
+def machine_record(
+    seen: Sequence[RankMachine],
+    num_ranks: int,
+    ranks_per_node: int,
+    peak: MachinePeak | None = None,
+) -> Machine:
+    """Where ranks run.
+
+    Args:
+        seen: what each of them sees.
+        num_ranks: of the largest deployment.
+        ranks_per_node: consecutive ranks that count as on one node.
+    """
+    hosts = {each.host: each for each in seen}.values()
+    return Machine(
+        cpu_name=seen[0].cpu_name,
+        device=seen[0].device,
+        num_cores=sum(each.num_cores for each in hosts),
+        num_idle_gpus=sum(each.num_idle_gpus for each in hosts),
+        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+        backend=seen[0].backend,
+        dtype=seen[0].dtype,
+        kernels=seen[0].kernels,
+        peak=peak,
+    )
+
+
+def check_memory(experiment: Experiment, pool: RankPool) -> None:
+    """Compare what every deployment needs with what is free, before anything is allocated.
+
+    Raises:
+        CapacityError: the first deployment that does not fit, with both numbers.
+    """
+    seen = describe_ranks(pool)
+    for deployment in experiment.deployments + experiment.scaling:
+        deployment_limits(experiment, deployment, seen)
+
+
+def deployment_limits(
+    experiment: Experiment, deployment: Deployment, seen: Sequence[RankMachine]
+) -> Limits:
+    """The scheduler's sizes; the cache holds the whole workload, or else what memory there is.
+
+    Args:
+        seen: [num_ranks].
+
+    Raises:
+        UserError: its experts cannot be placed or reached so.
+        CapacityError: not even one sequence fits, with both numbers.
+    """
+    model, layout = experiment.model, deployment.layout
+    limits = workload_limits(experiment.workload, model, layout)
+    ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
+    try:
+        placements = check_deployment(model, deployment, ranks_per_node)
+    except UserError as error:
+        raise UserError(f"deployment {deployment.name!r}: {error}") from None
+    try:
+        return fit_to_machine(model, layout, limits, seen, placements=placements)
+    except CapacityError as error:
+        raise CapacityError(
+            f"deployment {deployment.name!r}: {error}; use a smaller model or shorter sequences"
+        ) from None
+
+
+def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
+    """Measure at once on as many ranks as have a core or a device of their own."""
+    measuring = [
+        rank
+        for rank, each in enumerate(seen)
+        if each.on_gpu or rank % each.ranks_per_node < each.num_cores
+    ]
+    rates = pool.call(MeasureRates(), ranks=measuring)
+    on_gpu = seen[0].on_gpu
+    return MachinePeak(
+        gemm_flops_per_s=sum(each.gemm_flops_per_s for each in rates),
+        read_bytes_per_s=sum(each.read_bytes_per_s for each in rates),
+        num_units=len(rates) if on_gpu else sum(each.num_threads for each in rates),
+        unit="GPU" if on_gpu else "core",
+        dtype=seen[0].dtype,
+    )
+
+
+def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:
+    """Why an experiment can't run on this machine's CPU, with both numbers.
+
+    Args:
+        dtype: of weights and activations; None for a CPU's own choice.
+
+    Returns:
+        None where it fits, and where ranks may run elsewhere: on GPUs or on those of torchrun.
+    """
+    if "WORLD_SIZE" in os.environ or any(map(os.path.exists, _ACCELERATORS)):
+        return None
+    free_bytes, memory_bytes = host.memory_bytes()
+    rank = RankMachine(
+        host="",
+        num_cores=host.num_cores(),
+        cpu_name="",
+        device="cpu",
+        backend="gloo",
+        dtype=dtype or "float32",
+        kernels="torch",
+        torch_version="",
+        memory_bytes=memory_bytes,
+        free_bytes=free_bytes,
+        ranks_per_node=experiment.num_ranks,
+        num_idle_gpus=0,
+    )
+    seen = [rank] * experiment.num_ranks
+    try:
+        for deployment in experiment.deployments + experiment.scaling:
+            deployment_limits(experiment, deployment, seen)
+    except CapacityError as error:
+        return str(error)
+    return None

@@ -1,0 +1,346 @@
+"""Deployments set against each other: of one source, under one set of conditions, in one phase."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import (
+    EXPERIMENT,
+    FASTEST,
+    SCALING,
+    Conditions,
+    DeploymentRecord,
+    Source,
+    StepsRecord,
+)
+from expertlane.results.results import Results
+from expertlane.spec.names import Cause, Phase, ProjectedCause
+
+
+@dataclass(frozen=True)
+class Row:
+    """One deployment.
+
+    Attributes:
+        number: its place in all tables, from 1; None of one that is not the experiment's.
+        step: the step that is spoken of, or all that were measured.
+    """
+
+    number: int | None
+    record: DeploymentRecord
+    step: StepsRecord
+
+    @property
+    def name(self) -> str:
+        """As the experiment has it."""
+        return self.record.name
+
+    @property
+    def label(self) -> str:
+        """With the number that tables have, so that names cut short can be told apart."""
+        return f"#{self.number} {self.name}"
+
+    def called(self, part: str) -> "Row":
+        """Under the part that it plays."""
+        return replace(self, record=replace(self.record, name=f"{part}: {self.name}"))
+
+    @property
+    def tps(self) -> float:
+        """The likely value, or the mean of all repetitions."""
+        return self.step.tps.value
+
+    @property
+    def tps_range(self) -> Estimate:
+        """From the slowest to the fastest repetition; projected, from the low to the high bound."""
+        runs = self.step.tps_of_runs
+        return Estimate(self.tps, min(runs), max(runs)) if len(runs) > 1 else self.step.tps
+
+    @property
+    def latency_s(self) -> float:
+        """The median of TPOT or TTFT; projected, the step in which each sequence gets a token."""
+        median = self.step.token_s.median if self.step.token_s else None
+        return (median or self.step.round_s).value
+
+
+def step_of(row: Row) -> StepsRecord:
+    """The step that is spoken of."""
+    return row.step
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One deployment against another.
+
+    Attributes:
+        tps: more tokens per second; negative is fewer.
+        throughput_factor: over the other's TPS; above 1 is faster.
+        latency_s: more seconds a token; negative is faster.
+        latency_factor: the other's latency over this one's; above 1 is faster.
+    """
+
+    tps: float
+    throughput_factor: float
+    latency_s: float
+    latency_factor: float
+
+
+def gain(row: Row, other: Row) -> Gain:
+    """What `row` gains over `other`."""
+    return Gain(
+        row.tps - other.tps,
+        row.tps / other.tps,
+        row.latency_s - other.latency_s,
+        other.latency_s / row.latency_s,
+    )
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """Two deployments that differ in overlap alone."""
+
+    off: Row
+    on: Row
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of a step blocked in dispatch and combine without overlap."""
+        if self.off.step.exposed_s is not None:
+            return self.off.step.exposed_s
+        return self.off.step.breakdown_s.get(ProjectedCause.DISPATCH_COMBINE, 0.0)
+
+    @property
+    def gained_s(self) -> float:
+        """Of a step (of a round, where micro-batches rotate); negative where overlap costs time."""
+        return self.off.step.round_s.value - self.on.step.round_s.value
+
+    @property
+    def hidden(self) -> float | None:
+        """Of what was exposed, the share that overlap hides; None where nothing was."""
+        return hidden_share(self.gained_s, self.exposed_s)
+
+
+def hidden_share(gained_s: float, exposed_s: float) -> float | None:
+    """The time of a step that overlap gains over what is exposed without it."""
+    return gained_s / exposed_s if exposed_s > 0 else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All deployments in one phase: decode, or prefill where nothing was decoded.
+
+    Attributes:
+        rows: in the experiment's order.
+        conditions: None where it was measured.
+        context: of the projected step that is spoken of; None where it was measured.
+        contexts: all there are, ascending.
+        num_seqs: of the workload.
+        planned: the fastest step that a planner found, if one was looked for.
+    """
+
+    source: Source
+    phase: Phase
+    rows: tuple[Row, ...]
+    conditions: Conditions | None = None
+    context: int | None = None
+    contexts: tuple[int, ...] = ()
+    num_seqs: int = 0
+    planned: Row | None = None
+
+    @property
+    def latency_name(self) -> str:
+        """What the latency is called."""
+        return "TPOT" if self.phase is Phase.DECODE else "TTFT"
+
+    @property
+    def first(self) -> Row:
+        """What the experiment begins with."""
+        return self.rows[0]
+
+    @property
+    def fastest(self) -> Row:
+        """Of the highest TPS."""
+        return max(self.rows, key=lambda row: row.tps)
+
+    @cached_property
+    def best_baseline(self) -> Row | None:
+        """The fastest that is a baseline, or None."""
+        return _fastest(row for row in self.rows if row.record.is_baseline)
+
+    @cached_property
+    def best_proposal(self) -> Row | None:
+        """The fastest that is no baseline, or None."""
+        return _fastest(row for row in self.rows if not row.record.is_baseline)
+
+    @property
+    def cast(self) -> list[Row]:
+        """The first, the best baseline and the best proposal: those that are spoken of."""
+        cast = [self.first, self.best_baseline, self.best_proposal]
+        return list({row.number: row for row in cast if row is not None}.values())
+
+    @property
+    def overlapped(self) -> list[Overlapped]:
+        """Each two that decode and differ in overlap alone."""
+        if self.phase is not Phase.DECODE:
+            return []
+        return [
+            Overlapped(off, on)
+            for off in self.rows
+            for on in self.rows
+            if on.record.options.overlap is True
+            and off.record.layout == on.record.layout
+            and off.record.options == replace(on.record.options, overlap=False)
+        ]
+
+    def at(self, row: Row, context: int) -> StepsRecord:
+        """The projected decode step of all sequences.
+
+        Raises:
+            ValueError: there is none at this context.
+        """
+        step = row.record.decode_of(context, self.num_seqs)
+        if step is None:
+            raise ValueError(f"{row.name} has no step at {context}")
+        return step
+
+    def fitting(self, row: Row) -> StepsRecord | None:
+        """At the longest context the step of as many as fit, where that is not all."""
+        longest = self.contexts[-1]
+        if self.at(row, longest).fits:
+            return None
+        steps = row.record.steps_of(Phase.DECODE)
+        fewer = (s for s in steps if s.context == longest and s.num_seqs < self.num_seqs)
+        return next(fewer, None)
+
+
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    return max(rows, key=lambda row: row.tps, default=None)
+
+
+def measured(results: Results) -> Comparison | None:
+    """What was measured, if anything was."""
+    records = results.select("measured", EXPERIMENT)
+    if not records:
+        return None
+    phase = Phase.DECODE if all(each.decode for each in records) else Phase.PREFILL
+    steps = [each.decode if phase is Phase.DECODE else each.prefill for each in records]
+    return Comparison("measured", phase, _rows(records, steps))
+
+
+def projected(results: Results, conditions: Conditions | None = None) -> Comparison | None:
+    """What was projected under some conditions, or under the usual ones; if anything was.
+
+    Raises:
+        ValueError: a deployment has no step at the context that is spoken of.
+    """
+    if not results.conditions:
+        return None
+    conditions = conditions or results.conditions[0]
+    context = results.context or 0
+    records = results.select("projected", EXPERIMENT, conditions)
+    decodes = records[0].steps_of(Phase.DECODE)  # at each context, that of all sequences first
+    num_seqs = next((step.num_seqs for step in decodes if step.context == context), 0)
+    steps = [each.decode_of(context, num_seqs) for each in records]
+    found = results.select("projected", FASTEST, conditions)
+    planned = [Row(None, each, s) for each in found if (s := each.decode_of(context, num_seqs))]
+    return Comparison(
+        "projected",
+        Phase.DECODE,
+        _rows(records, steps),
+        conditions,
+        context,
+        tuple(sorted({step.context for step in decodes if step.context is not None})),
+        num_seqs,
+        planned[0] if planned else None,
+    )
+
+
+def _rows(
+    records: Sequence[DeploymentRecord], steps: Sequence[StepsRecord | None]
+) -> tuple[Row, ...]:
+    rows = []
+    for place, (record, step) in enumerate(zip(records, steps, strict=True), 1):
+        if step is None:
+            raise ValueError(f"{record.name} has no step to compare")
+        rows.append(Row(place, record, step))
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a family of layouts.
+
+    Attributes:
+        work: decode steps of all sequences.
+        share: projected: a step of as many sequences a rank as the experiment's largest has.
+    """
+
+    record: DeploymentRecord
+    work: StepsRecord
+    share: StepsRecord | None = None
+
+
+def scaling(results: Results, source: Source) -> list[Size]:
+    """By size; where it was measured, the experiment's own join at sizes that others lack.
+
+    Those of the same family do: layouts that differ in `dp` and `ep` alone, same options.
+    """
+    records = list(results.select(source, SCALING))
+    if source == "measured":
+        families = {_family(each) for each in records}
+        own = results.select(source, EXPERIMENT)
+        records += [each for each in own if _family(each) in families]
+    by_size: dict[int, Size] = {}
+    for record in records:
+        steps = record.steps_of(Phase.DECODE)
+        if steps:
+            share = steps[-1] if source == "projected" else None
+            by_size.setdefault(record.layout.ep, Size(record, steps[0], share))
+    return [by_size[size] for size in sorted(by_size)]
+
+
+def _family(record: DeploymentRecord) -> tuple[object, ...]:
+    layout = record.layout
+    return layout.replicas, layout.pp, layout.tp, layout.etp, record.options
+
+
+def experts_at_once(record: DeploymentRecord) -> int:
+    """Experts of one layer that compute at the same time: `ep` in each replica."""
+    return record.layout.ep * record.layout.replicas
+
+
+def stages_at_once(record: DeploymentRecord) -> int:
+    """Pipeline stages with work at the same time: no more than micro-batches to fill them."""
+    return min(record.layout.pp, record.options.num_micro_batches)
+
+
+def experts_per_rank(record: DeploymentRecord) -> set[int]:
+    """How many experts of a layer a rank holds all or a part of; several where `ep` is uneven."""
+    held = (num for rank in record.held for num in rank.num_experts_per_layer)
+    return {num for num in held if num}
+
+
+def part_of_expert(record: DeploymentRecord) -> str:
+    """`all`, or the share of each expert that a rank holds."""
+    return "all" if record.layout.etp == 1 else f"1/{record.layout.etp}"
+
+
+def weight_bytes_of_rank(row: Row) -> float:
+    """Weights that a rank reads while every sequence goes one token on.
+
+    Projected: of the rank that reads most; measured: mean over ranks.
+    """
+    step = row.step
+    if step.most_weight_bytes is not None:
+        return step.most_weight_bytes
+    total = sum(step.weight_bytes.values())
+    return total / row.record.num_ranks / (step.num_rounds or step.num_steps)
+
+
+COMMUNICATION = (
+    Cause.DISPATCH_COMBINE,
+    Cause.TP_COLLECTIVES,
+    Cause.HAND_OVER,
+    Cause.WAITING,
+    Cause.PIPELINE_BUBBLE,
+)

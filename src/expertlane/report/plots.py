@@ -1,0 +1,456 @@
+"""The plots of a page: one set, whatever the source; measured and projected never share one."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import starmap
+from typing import Literal
+
+from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
+from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
+from expertlane.report.charts.fan_out import fan_out_chart
+from expertlane.report.charts.squares import load_chart, traffic_chart
+from expertlane.report.charts.timeline import timelines_chart
+from expertlane.report.compared import Comparison, Row, scaling
+from expertlane.report.document import Chart, Plot, Section, Tabs, Words
+from expertlane.report.numbers import likely, milliseconds
+from expertlane.report.planning import explained, named, serving, tpot
+from expertlane.report.scaling import critical_per_rank, per_rank
+from expertlane.report.serving import Served, phases_of, served
+from expertlane.report.speed import in_words, unit_of
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import BEST, FAMILY, PARETO, DeploymentRecord, Source, StepsRecord
+from expertlane.results.results import Results
+from expertlane.results.traffic import TrafficRecord
+from expertlane.spec.names import Phase, Traffic
+
+_PHASES = (Phase.DECODE, Phase.PREFILL)
+_MS_PER_S, _US_PER_S = 1e3, 1e6
+_UNTYPICAL = 0.25  # of the usual time
+_Named = Mapping[str, StepsRecord]
+
+
+def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
+    return Section(heading, tuple(parts), "plots")
+
+
+def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
+    """Of a comparison's deployments, under the usual conditions unless a plot says otherwise."""
+    cast = [row.label for row in compared.cast]
+    steps = {phase: _steps(compared, phase) for phase in _PHASES}
+    if compared.source == "measured":
+        sent = {
+            phase: {name: step.traffic for name, step in of.items() if step.traffic}
+            for phase, of in steps.items()
+        }
+        loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
+        per_node = results.machine.ranks_per_node if results.machine else 1
+        largest = [
+            f"The largest part of {row.name} is {row.record.bottleneck.sentence}."
+            for row in compared.cast
+            if row.record.bottleneck
+        ]
+        return (
+            _plots("Speed, measured", _speed(compared)),
+            _plots("Where the time goes, measured", (*largest, *_causes(steps))),
+            _plots("One step, rank by rank, measured", _measured_timelines(compared, steps, cast)),
+            _plots("Experts and traffic, measured", _squares(loads, sent, per_node)),
+            _plots("Scaling, measured", _sizes(results, "measured")),
+        )
+    cluster = results.cluster.name if results.cluster else ""
+    what = f"projected for {cluster} ({in_words(compared.conditions)})"
+    words = (
+        "A step in the steady state of each deployment, all on the same time axis; of rotating "
+        "micro-batches one of each, which lie over the round before and after. "
+    )
+    return (
+        _plots(f"Speed, {what}", _speed(compared)),
+        _plots(f"Where the time goes, {what}", _causes(steps)),
+        _plots(f"One step, rank by rank, {what}", _timelines(words, steps, cast)),
+        _plots(f"Context and batch, {what}", _by_context(compared)),
+        _plots(f"Scaling, {what}", _sizes(results, "projected")),
+        _plots(f"Throughput against latency, projected for {cluster}", _front(results, compared)),
+    )
+
+
+def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
+    """By the deployment's label; of decoding, the step that is spoken of."""
+    of_phase = {
+        row.label: row.step if phase is compared.phase else row.record.prefill
+        for row in compared.rows
+        if phase in (compared.phase, Phase.PREFILL)
+    }
+    return {name: step for name, step in of_phase.items() if step is not None}
+
+
+def _speed(compared: Comparison) -> tuple[Tabs, ...]:
+    is_measured = compared.source == "measured"
+    at = "" if is_measured else f" at {compared.context:,} tokens of context"
+    bars = {str(compared.phase): [_bar(row, row.tps_range) for row in compared.rows]}
+    if not is_measured:
+        prefills = [(row, row.record.prefill) for row in compared.rows]
+        bars["prefill"] = [_bar(row, step.tps) for row, step in prefills if step]
+    charts = [
+        (
+            phase,
+            speed_chart(
+                f"{phase} tokens a second{at if phase == 'decode' else ''}".capitalize(),
+                f"{phase} tokens/s",
+                of_phase,
+                between="slowest–fastest run" if is_measured else "low–high",
+            ),
+        )
+        for phase, of_phase in bars.items()
+        if of_phase
+    ]
+    return (Tabs("Speed", tuple(charts)),)
+
+
+def _bar(row: Row, of: Estimate) -> Bar:
+    return Bar(row.label, of, row.record.is_baseline)
+
+
+def _causes(steps: Mapping[Phase, _Named]) -> tuple[Tabs, ...]:
+    charts = [
+        (
+            str(phase),
+            causes_chart(
+                f"Time of a {phase} step by cause",
+                of_phase,
+                note="Mean over ranks, while every sequence goes one token on or through its "
+                "prompt. Reads: of operations that memory bounds.",
+            ),
+        )
+        for phase, of_phase in steps.items()
+        if of_phase
+    ]
+    return (Tabs("Time by cause", tuple(charts)),) if charts else ()
+
+
+def _timelines(
+    words: str,
+    steps: Mapping[Phase, _Named],
+    first: Sequence[str] = (),
+    *,
+    what: str = "One {} step",
+    notes: Callable[[Phase, str], str] | None = None,
+) -> list[Words | Plot]:
+    drawn: list[Words | Plot] = []
+    for phase, of_phase in steps.items():
+        timelines = {name: step.timeline for name, step in of_phase.items() if step.timeline}
+        if timelines:
+            drawn.append(
+                timelines_chart(
+                    what.format(phase),
+                    timelines,
+                    first,
+                    notes={name: notes(phase, name) for name in timelines} if notes else None,
+                    is_measured=notes is not None,
+                )
+            )
+    lower = "what it waits for" if notes else "its transfers"
+    how = f"{words}Upper half of a row: what the rank computes; lower half: {lower}. Gaps are idle."
+    return [how, *drawn] if drawn else []
+
+
+def _measured_timelines(
+    compared: Comparison, steps: Mapping[Phase, _Named], cast: Sequence[str]
+) -> list[Words | Plot]:
+    rows = {row.label: row for row in compared.rows}
+
+    def typical(phase: Phase, name: str) -> str:
+        """How the step that is drawn compares with those that were measured."""
+        step, options = steps[phase][name], rows[name].record.options
+        assert step.timeline is not None, "it is drawn"
+        is_round = options.micro_batch_schedule == "rotating" and phase is Phase.DECODE
+        median = step.step_s.median if step.step_s else None
+        usual_s = likely(step.round_s if is_round or median is None else median)
+        own_s = step.timeline.end_us / _US_PER_S
+        what = "a mean round" if is_round else "the median step"
+        words = f"It took {milliseconds(own_s)} ms; {what} of the run {milliseconds(usual_s)} ms."
+        if abs(own_s / usual_s - 1) > _UNTYPICAL:
+            words += " So it is not typical: look at its shape, not at its length."
+        return words
+
+    words = "A step of each deployment from a short run of its own, all on the same time axis. "
+    return _timelines(words, steps, cast, notes=typical)
+
+
+_Loads = Mapping[str, Sequence[Sequence[int]]]
+
+
+def _squares(
+    loads: _Loads, sent: Mapping[Phase, Mapping[str, TrafficRecord]], per_node: int
+) -> list[Plot]:
+    parts = _loads(loads)
+    for phase, of_phase in sent.items():
+        alone = "" if len(of_phase) > 1 else ": who sends to whom"
+        matrices = [
+            (name, traffic_chart(f"{name}{alone}", payload, per_node))
+            for name, seen in of_phase.items()
+            if (payload := seen.sent_bytes.get(Traffic.PAYLOAD.label))
+        ]
+        drawn = tuple((name, chart) for name, chart in matrices if chart is not None)
+        if drawn:
+            parts.append(Tabs(f"Who sends to whom in {phase}", drawn))
+        tokens = {
+            name: seen.fan_out.tokens_by_ranks_reached
+            for name, seen in of_phase.items()
+            if seen.fan_out
+        }
+        fan_out = fan_out_chart(f"Ranks that a token reaches in {phase}", tokens)
+        if fan_out is not None:
+            parts.append(fan_out)
+    return parts
+
+
+def _loads(loads: _Loads) -> list[Plot]:
+    """One plot where all had the same; none without experts."""
+    title = "Load of the experts"
+    if len(set(loads.values())) == 1:
+        also = ", the same in all deployments" if len(loads) > 1 else ""
+        charts = [("", load_chart(f"{title}{also}", next(iter(loads.values()))))]
+    else:
+        charts = [(name, load_chart(name, load)) for name, load in loads.items()]
+    drawn = tuple((name, chart) for name, chart in charts if chart is not None)
+    return [Tabs(title, drawn)] if len(drawn) > 1 else [chart for _, chart in drawn]
+
+
+def _sizes(results: Results, source: Source) -> list[Chart]:
+    """How TPS grows with the number of ranks: of each of them where it was measured."""
+    found = scaling(results, source)
+    if not found:
+        return []
+    if source == "measured":
+        curves = {
+            "wall time": [Estimate(per_rank(each, each.work)) for each in found],
+            "critical-path CPU time": [Estimate(critical_per_rank(each)) for each in found],
+        }
+        title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
+        note = (
+            "Linear scaling is a level line. Critical-path CPU time is what one core a rank would "
+            "take, transfers left out."
+        )
+    else:
+        curves = {
+            "the same sequences": [each.work.tps for each in found],
+            "as many sequences a GPU": [(each.share or each.work).tps for each in found],
+        }
+        title, y = "Decode tokens a second by the number of GPUs", "tokens/s"
+        note = (
+            "One expert-parallel group of all GPUs; linear scaling is a straight line that rises "
+            "tenfold over a tenfold of GPUs."
+        )
+    points = {
+        name: tuple(
+            Point(each.record.num_ranks, at, f"{each.record.name}{_fit(each.work, ', ')}")
+            for each, at in zip(found, of_curve, strict=True)
+        )
+        for name, of_curve in curves.items()
+    }
+    scale: Literal["linear", "log"] = "linear" if source == "measured" else "log"
+    x = Axis(f"{unit_of(source)}s", "log")
+    return [curves_chart(title, x, Axis(y, scale), list(starmap(Curve, points.items())), note=note)]
+
+
+def _fit(step: StepsRecord, between: str = "") -> str:
+    return "" if step.fits else f"{between}does not fit"
+
+
+def _by_context(compared: Comparison) -> list[Chart]:
+    seen = {row.number for row in compared.cast}
+
+    def curve(row: Row, of: Callable[[StepsRecord], int], steps: Iterable[StepsRecord]) -> Curve:
+        return Curve(
+            row.name,
+            tuple(Point(of(step), step.round_s * _MS_PER_S, _fit(step)) for step in steps),
+            role="front" if row.number in seen else "back",
+            is_dashed=row.record.is_baseline,
+        )
+
+    by_context = [
+        curve(
+            row,
+            lambda step: step.context or 0,
+            [compared.at(row, context) for context in compared.contexts],
+        )
+        for row in compared.rows
+    ]
+    by_batch = [
+        curve(row, lambda step: step.num_seqs, sorted(of_row, key=lambda step: step.num_seqs))
+        for row in compared.rows
+        if len(of_row := [s for s in row.record.steps if s.context == compared.context]) > 1
+    ]
+    charts = [
+        curves_chart(
+            f"TPOT against context, {compared.num_seqs:,} sequences",
+            Axis("tokens of context", "log"),
+            Axis("TPOT, ms", "log"),
+            by_context,
+            note="Lines through the points: low to high. Dashed: baselines.",
+        )
+    ]
+    if by_batch:
+        charts.append(
+            curves_chart(
+                f"TPOT against batch, {compared.context:,} tokens of context",
+                Axis("sequences", "log"),
+                Axis("TPOT, ms", "log"),
+                by_batch,
+                note="Sequences of the whole system, one token each a step. Dashed: baselines.",
+            )
+        )
+    return charts
+
+
+def _planned(record: DeploymentRecord) -> Point:
+    words = f"{named(record)}, {serving(record).num_running or 0:,} at once"
+    return Point(_MS_PER_S * tpot(record).value, serving(record).output_tps, words)
+
+
+def _front(results: Results, compared: Comparison) -> list[Chart]:
+    front = results.select("projected", PARETO, compared.conditions)
+    return [front_chart(results, compared)] if front else []
+
+
+def front_chart(
+    results: Results, compared: Comparison, others: Sequence[Curve] = (), note: str = ""
+) -> Chart:
+    """The planner's front, the experiment's own deployments, and others if there are any."""
+    front = results.select("projected", PARETO, compared.conditions)
+    curves = [Curve("the planner's front", tuple(map(_planned, front)))]
+    seen = {row.number for row in compared.cast}
+    for row in compared.rows:
+        at = Point(_MS_PER_S * row.step.round_s.value, row.step.tps, _fit(row.step))
+        role: Literal["front", "back"] = "front" if row.number in seen else "back"
+        curves.append(Curve(row.name, (at,), is_joined=False, role=role))
+    return curves_chart(
+        f"Decode tokens a second against TPOT, {in_words(compared.conditions)}",
+        Axis("TPOT, ms", "log"),
+        Axis("decode tokens/s", "log"),
+        [*curves, *others],
+        note=f"Decoding alone, at {compared.context:,} tokens of context. No deployment of one "
+        "pool is above and left of the front, which is screened. The experiment's own have all "
+        f"{compared.num_seqs:,} sequences.{note}",
+    )
+
+
+def plan(results: Results) -> tuple[Section, ...]:
+    """Of a plan; everything is projected."""
+    best = results.select("projected", BEST)
+    bars = [
+        Bar(f"#{place} {named(each)}", serving(each).output_tps)
+        for place, each in enumerate(best, 1)
+    ]
+    rows = {f"{number} {named(each)}": each for number, each in explained(results)}
+    steps = {
+        phase: {name: step for name, each in rows.items() for step in each.steps_of(phase)}
+        for phase in _PHASES
+    }
+    curves = [
+        Curve("front", tuple(map(_planned, results.select("projected", PARETO)))),
+        Curve("the best within the limits", (_planned(best[0]),), is_joined=False),
+        *(
+            Curve(f"best of: {each.name}", (_planned(each),), is_joined=False, role="back")
+            for each in results.select("projected", FAMILY)
+        ),
+    ]
+    front = curves_chart(
+        "Tokens a second against TPOT",
+        Axis("TPOT, ms", "log"),
+        Axis("output tokens/s", "log"),
+        curves,
+        note="No deployment of one pool is above and left of the front. The front and the best of "
+        "each kind are screened, the others projected in full.",
+    )
+    speed = speed_chart("Output tokens a second", "output tokens/s", bars, between="low–high")
+    words = "A step of each at its own number of sequences or prompts, written under it. "
+    return (
+        _plots("Throughput against latency, projected", [front]),
+        _plots("The best deployments, projected", [speed]),
+        _plots("Where the time goes, projected", _causes(steps)),
+        _plots("One step, rank by rank, projected", _timelines(words, steps)),
+    )
+
+
+def simulation(results: Results) -> tuple[Section, ...]:
+    """Of one simulated deployment."""
+    record = results.deployments[0]
+    phases = dict(phases_of(record))
+    steps = {step.phase: {name: step} for name, step in phases.items()}
+    sent = {
+        step.phase: {f"The largest {name} step": step.traffic}
+        for name, step in phases.items()
+        if step.traffic
+    }
+    causes = causes_chart("Time of a mean step by cause", phases, note="Mean over ranks.")
+    per_node = results.cluster.ranks_per_node if results.cluster else 1
+    loads = {record.name: record.num_tokens_per_expert}
+    timelines = _timelines("A step by itself. ", steps, what="The largest {} step")
+    return (
+        _plots("Where the time goes, projected", [causes]),
+        _plots("One step, rank by rank, projected", timelines),
+        _plots("Experts and traffic, projected", _squares(loads, sent, per_node)),
+    )
+
+
+def bench(results: Results) -> tuple[Section, ...]:
+    """Of a load on an engine; everything was measured."""
+    by_layout: dict[str, list[Served]] = {}
+    for each in served(results):
+        by_layout.setdefault(str(each.record.layout), []).append(each)
+    is_closed = served(results)[0].serving.batch is not None
+    load = Axis("requests at once" if is_closed else "requests a second", "log")
+    output, latency = Axis("output tokens/s"), Axis("TPOT, ms")
+
+    def curves(point: Callable[[Served], Point | None]) -> list[Curve]:
+        return [
+            Curve(layout, tuple(filter(None, map(point, points))))
+            for layout, points in by_layout.items()
+        ]
+
+    charts = [
+        curves_chart(
+            "Output tokens a second by load",
+            load,
+            output,
+            curves(lambda each: Point(_load(each), each.serving.output_tps)),
+            note="",
+        )
+    ]
+    if any(_tpot_ms(each) for each in served(results)):
+        charts += [
+            curves_chart(
+                "TPOT by load",
+                load,
+                latency,
+                curves(lambda each: Point(_load(each), ms) if (ms := _tpot_ms(each)) else None),
+                note="Medians over requests; the lines up from them go to the 95th percentile.",
+            ),
+            curves_chart(
+                "Tokens a second against TPOT",
+                latency,
+                output,
+                curves(
+                    lambda each: (
+                        Point(ms.value, each.serving.output_tps, each.load)
+                        if (ms := _tpot_ms(each))
+                        else None
+                    )
+                ),
+                note="Up and left is better. TPOT is the median over requests.",
+            ),
+        ]
+    return (_plots("Throughput and latency, measured", charts),)
+
+
+def _load(each: Served) -> float:
+    batch = each.serving.batch
+    return each.serving.rate or 0.0 if batch is None else float(batch)
+
+
+def _tpot_ms(each: Served) -> Estimate | None:
+    """The median, up to the 95th percentile."""
+    seconds = each.serving.tpot_s
+    if seconds is None or seconds.median is None or seconds.p95 is None:
+        return None
+    median = _MS_PER_S * seconds.median.value
+    return Estimate(median, median, _MS_PER_S * seconds.p95.value)

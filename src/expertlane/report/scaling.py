@@ -1,0 +1,232 @@
+"""What parallelism gives: experts at once, communication hidden by overlap, growing sizes."""
+
+from collections.abc import Callable, Sequence
+
+from expertlane.report.compared import (
+    Comparison,
+    Overlapped,
+    Row,
+    Size,
+    experts_at_once,
+    experts_per_rank,
+    part_of_expert,
+    scaling,
+    stages_at_once,
+    weight_bytes_of_rank,
+)
+from expertlane.report.document import Column, Section, Table, Words, number, text
+from expertlane.report.numbers import (
+    NONE,
+    bytes_si,
+    counted,
+    figures,
+    low_high_thousands,
+    milliseconds,
+    percent,
+    span,
+    times,
+)
+from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
+from expertlane.report.verdict import critical_path_tps
+from expertlane.results.record import Source, StepsRecord
+from expertlane.results.results import Results
+
+
+def parallelism(comparison: Comparison) -> Section:
+    """Experts that compute at the same time, and how many share a rank."""
+    unit, rows = unit_of(comparison.source), comparison.rows
+    of_rows = [(experts_at_once(row.record), row.number) for row in rows]
+    most = max(num for num, _ in of_rows)
+    leaders = ", ".join(f"#{place}" for num, place in of_rows if num == most)
+    columns: tuple[Column[Row], ...] = (
+        *NAMED,
+        number("experts at once, of a layer", lambda row: experts_at_once(row.record)),
+        number(
+            "of the model", lambda row: experts_at_once(row.record) * stages_at_once(row.record)
+        ),
+        number(
+            "experts with tokens", lambda row: row.step.active_expert_share, percent, "measured"
+        ),
+        number(
+            f"of a layer per {unit}", lambda row: experts_per_rank(row.record), span, "measured"
+        ),
+        number("part of each", lambda row: part_of_expert(row.record)),
+        number(f"weights read by a {unit}, step", weight_bytes_of_rank, bytes_si),
+    )
+    return Section(
+        _heading(comparison.source, "Experts at once"),
+        (
+            f"Most experts of a layer computing at once, by layout: {most}, with {leaders}.",
+            Table.of("", columns, rows, comparison.source),
+            "Of a layer: ep × replicas; of the model: × pipeline stages that the micro-batches can "
+            "fill. Weights: while every sequence goes one token on; each micro-batch, or half of "
+            "one, reads an expert's weights once if it has a token for it.",
+        ),
+    )
+
+
+def _heading(source: Source, words: str) -> str:
+    return words if source == "measured" else f"Projected: {words[0].lower()}{words[1:]}"
+
+
+def overlap(comparison: Comparison) -> Section:
+    """What overlap hides, of each two deployments that differ in nothing else."""
+    pairs = comparison.overlapped
+    heading = _heading(comparison.source, "Communication hidden by overlap")
+    if not pairs:
+        return Section(heading, ("No two deployments differ in overlap alone.",))
+    num_paying = sum(pair.gained_s > 0 for pair in pairs)
+    columns: tuple[Column[Overlapped], ...] = (
+        text("without, with", lambda pair: f"#{pair.off.number}, #{pair.on.number}"),
+        number("step without, ms", lambda pair: pair.off.step.round_s, milliseconds),
+        number("with, ms", lambda pair: pair.on.step.round_s, milliseconds),
+        number("exposed without, ms", lambda pair: pair.exposed_s, milliseconds),
+        number("hidden", lambda pair: pair.hidden, percent),
+        number(
+            "more weights read",
+            lambda pair: weight_bytes_of_rank(pair.on) - weight_bytes_of_rank(pair.off),
+            bytes_si,
+        ),
+        number("prefill TPS gained", _prefill_gain, percent),
+    )
+    return Section(
+        heading,
+        (
+            f"Overlap shortens the decode step in {num_paying} of "
+            f"{counted(len(pairs), 'pair')}. Each half of a batch reads the weights for "
+            "itself: where a step is bound by weights, that costs more than it hides. Exposed: "
+            "blocked in dispatch and combine; hidden: the time gained over that.",
+            Table.of("", columns, pairs),
+        ),
+    )
+
+
+def _prefill_gain(pair: Overlapped) -> float | None:
+    off, on = pair.off.record.prefill, pair.on.record.prefill
+    return on.tps.value / off.tps.value - 1 if off and on else None
+
+
+def sizes(results: Results, comparison: Comparison) -> Section:
+    """Decoding by expert-parallel size, and by rank."""
+    found, source = scaling(results, comparison.source), comparison.source
+    unit = unit_of(source)
+    parts: list[Words] = ["This experiment runs no layouts of growing ep."]
+    if found:
+        parts = [sizes_sentence(found, unit), *_sizes_tables(found, source)]
+        parts += _beyond(found) if source == "projected" else []
+    if source == "measured":
+        if results.machine is not None and results.machine.is_oversubscribed:
+            num_cores = counted(results.machine.num_cores, "core")
+            parts.append(
+                f"TPS per rank must fall where {results.machine.num_ranks} ranks share "
+                f"{num_cores}: read the critical path instead."
+            )
+        columns: tuple[Column[Row], ...] = (
+            *NAMED,
+            number("ranks", lambda row: row.record.num_ranks),
+            number("TPS per rank", lambda row: row.tps / row.record.num_ranks, figures),
+            number(
+                "critical-path TPS per rank",
+                lambda row: critical_path_tps(row) / row.record.num_ranks,
+                figures,
+            ),
+        )
+        parts.append(Table.of(f"Per rank, {comparison.phase}", columns, comparison.rows))
+    return Section(_heading(source, "Scaling"), tuple(parts))
+
+
+def per_rank(size: Size, steps: StepsRecord | None) -> float:
+    """TPS of a rank."""
+    return steps.tps.value / size.record.num_ranks if steps else 0.0
+
+
+def critical_per_rank(size: Size) -> float:
+    """TPS of a rank by CPU time on the critical path; 0 where none was counted."""
+    path = size.work.critical_path
+    return path.tps / size.record.num_ranks if path else 0.0
+
+
+def sizes_sentence(found: Sequence[Size], unit: str) -> str:
+    """How TPS of a rank changes from the first to the last size."""
+    first, last = found[0], found[-1]
+
+    def factor(get: Callable[[Size], float]) -> str:
+        return times(get(last) / get(first)) if get(first) else NONE
+
+    head = (
+        f"From {counted(first.record.num_ranks, unit)} (ep={first.record.layout.ep}) to "
+        f"{counted(last.record.num_ranks, unit)} (ep={last.record.layout.ep}), the same workload: "
+    )
+    same = factor(lambda size: per_rank(size, size.work))
+    if last.share is None:
+        return (
+            f"{head}critical-path TPS per rank goes to {factor(critical_per_rank)}, TPS per rank "
+            f"to {same}; linear would be 1.00×."
+        )
+    return (
+        f"{head}TPS per GPU goes to {same}; with as many sequences on each GPU to "
+        f"{factor(lambda size: per_rank(size, size.share))}, since a GPU that holds fewer experts "
+        "reads fewer weights; linear would be 1.00×."
+    )
+
+
+def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
+    first, unit = found[0], unit_of(source)
+
+    def to_first(get: Callable[[Size], float], of: Source | None = None) -> Column[Size]:
+        return number("to the first", lambda size: get(size) / get(first), times, of)
+
+    def work(size: Size) -> float:
+        return per_rank(size, size.work)
+
+    def share(size: Size) -> float:
+        return per_rank(size, size.share)
+
+    columns: tuple[Column[Size], ...] = (
+        number("ep", lambda size: size.record.layout.ep),
+        number("ranks", lambda size: size.record.num_ranks, str, "measured"),
+        number(
+            "experts a GPU",
+            lambda size: size.record.pools[0].num_slots_per_rank,
+            str,
+            "projected",
+        ),
+        number(
+            "weights a GPU", lambda size: size.record.pools[0].weight_bytes, bytes_si, "projected"
+        ),
+        number("TPS", lambda size: size.work, tps),
+        number(f"per {unit}", work, figures),
+        to_first(work),
+        number("critical-path TPS per rank", critical_per_rank, figures, "measured"),
+        to_first(critical_per_rank, "measured"),
+        number("TPS, same share", lambda size: size.share, tps, "projected"),
+        number("per GPU", share, figures, "projected"),
+        to_first(share, "projected"),
+    )
+    bounds: tuple[Column[Size], ...] = (
+        columns[0],
+        number("same work", lambda size: size.work.tps, low_high_thousands),
+        number("same share", lambda size: size.share and size.share.tps, low_high_thousands),
+    )
+    low_high = [Table.of("Low to high, 1000 TPS", bounds, found)] if found[0].share else []
+    return [Table.of("Growing ep", columns, found, source), *low_high]
+
+
+def _beyond(found: Sequence[Size]) -> list[str]:
+    """What does not fit, and where experts are copied."""
+    parts = []
+    too_large = [each for each in found if not each.work.fits]
+    if too_large:
+        size = too_large[0].record
+        names = ", ".join(f"ep={each.record.layout.ep}" for each in too_large)
+        parts.append(
+            f"{BEYOND} Not all sequences fit beside the weights, as if they did: {names}; "
+            f"ep={size.layout.ep} has {bytes_si(size.pools[0].weight_bytes or 0)} of weights on a "
+            f"GPU where {bytes_si(size.pools[0].allowed_bytes or 0)} may be taken."
+        )
+    slots = [
+        (each.record.pools[0].num_slots_per_rank or 0) * each.record.layout.ep for each in found
+    ]
+    if max(slots) > slots[0]:
+        parts.append("Beyond one expert a GPU, GPUs are filled with copies of experts.")
+    return parts

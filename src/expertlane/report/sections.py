@@ -1,0 +1,178 @@
+"""Which sections the report of each kind of results has, in order."""
+
+from expertlane.report import planning, plots, serving
+from expertlane.report.compared import Comparison, Row, measured, projected
+from expertlane.report.document import Report, Section
+from expertlane.report.scaling import overlap, parallelism, sizes
+from expertlane.report.setup import assumptions, cautions, setup
+from expertlane.report.speed import (
+    by_conditions,
+    by_context,
+    deployments,
+    gains,
+    in_words,
+    memory,
+    speed,
+)
+from expertlane.report.time_spent import bottlenecks, firmness, projected_time, rests_on
+from expertlane.report.traffic import (
+    details,
+    experts_and_traffic,
+    hot_spots,
+    rebalancing,
+    work_and_traffic,
+)
+from expertlane.report.verdict import verdict
+from expertlane.results.results import Results
+
+
+def report_of(results: Results, *, traffic: bool = False) -> Report:
+    """Everything; with `traffic`, of a measured comparison each deployment's in detail."""
+    match results.kind:
+        case "comparison":
+            name, headline, sections = _comparison(results, traffic=traffic)
+        case "plan":
+            name, headline, sections = _plan(results)
+        case "simulation":
+            name, headline, sections = _simulation(results)
+        case "bench":
+            name, headline, sections = _bench(results)
+    sources = sorted({each.source for each in results.deployments})
+    return Report(
+        f"expertlane{name}",
+        headline,
+        ", and apart: ".join(sources),
+        results.command,
+        results.created,
+        sections,
+    )
+
+
+_Made = tuple[str, str, tuple[Section, ...]]
+
+
+def _comparison(results: Results, *, traffic: bool) -> _Made:
+    own, modelled = measured(results), projected(results)
+    sections: list[Section] = []
+    headline = ""
+    if own is not None:
+        said = verdict(own, results)
+        headline = said[0]
+        sections += [Section("Verdict", (*said, *cautions(results)), "top")]
+        sections += _measured(results, own, traffic=traffic)
+    if modelled is not None:
+        headline = headline or verdict(modelled, results)[0]
+        sections += _projected(results, modelled)
+    sections += [
+        assumptions(results, "measured"),
+        setup(results, "Controlled variables (the same for every deployment)"),
+    ]
+    experiment = results.question["experiment"]
+    top_k = experiment.get("model", {}).get("num_experts_per_tok")
+    name = experiment.get("name", "comparison")
+    return f": {name}" + (f", top-{top_k}" if top_k else ""), headline, tuple(sections)
+
+
+def _measured(results: Results, own: Comparison, *, traffic: bool) -> list[Section]:
+    per_node = results.machine.ranks_per_node if results.machine else 1
+    return [
+        deployments(own),
+        *plots.comparison(results, own),
+        gains(own),
+        bottlenecks(own),
+        work_and_traffic(own),
+        hot_spots(own),
+        rebalancing(own),
+        *(details(own, per_node) if traffic else ()),
+        parallelism(own),
+        overlap(own),
+        sizes(results, own),
+    ]
+
+
+def _projected(results: Results, modelled: Comparison) -> list[Section]:
+    cluster = results.cluster
+    assert cluster is not None, "projections have one"
+    conditions = modelled.conditions
+    assert conditions is not None, "and conditions"
+    types = conditions.dtype
+    if conditions.kv_dtype != types:
+        types += f", keys and values in {conditions.kv_dtype}"
+    is_alone = not results.select("measured")
+    return [
+        Section(
+            f"Projected: verdict ({cluster.name}, nothing here was measured)",
+            (
+                f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
+                f"tokens of context, {types}; likely values with their bounds:",
+                speed(modelled, _cast(modelled), in_words(conditions)),
+                *verdict(modelled, results),
+                firmness([row.step for row in modelled.rows]),
+                *(cautions(results) if is_alone else ()),
+            ),
+            "top",
+        ),
+        *plots.comparison(results, modelled),
+        by_context(modelled),
+        by_conditions(results, modelled),
+        memory(results, modelled),
+        projected_time(modelled),
+        rests_on(results, modelled),
+        parallelism(modelled),
+        overlap(modelled),
+        sizes(results, modelled),
+        planning.beside(results, modelled),
+        assumptions(results, "projected", "Projected: assumptions"),
+    ]
+
+
+def _cast(modelled: Comparison) -> list[Row]:
+    """Who plays which part."""
+    best = modelled.best_baseline
+    names = {modelled.first.number: "first"}
+    if best is not None:
+        names[best.number] = (
+            "baseline, also the best" if best is modelled.first else "best baseline"
+        )
+    if modelled.best_proposal is not None:
+        names[modelled.best_proposal.number] = "best proposal"
+    cast = [*modelled.cast, *([modelled.planned] if modelled.planned else [])]
+    return [row.called(names.get(row.number, "planner's best")) for row in cast]
+
+
+def _plan(results: Results) -> _Made:
+    cluster = results.cluster.name if results.cluster else ""
+    sections = planning.plan(results)
+    return (
+        f" plan: {results.question['model']['name']} on {cluster}",
+        planning.verdict(results)[0],
+        (*sections, *plots.plan(results), assumptions(results, "projected")),
+    )
+
+
+def _simulation(results: Results) -> _Made:
+    record, cluster = results.deployments[0], results.cluster
+    layouts = [record.prefill_layout, record.layout]
+    layout = " + ".join(str(each) for each in layouts if each is not None)
+    return (
+        f" simulate: {results.question['model']['name']} as {layout} on "
+        f"{cluster.name if cluster else ''}",
+        serving.feels(results),
+        (
+            *serving.simulation(results),
+            *plots.simulation(results),
+            experts_and_traffic(record, serving.phases_of(record)),
+            assumptions(results, "projected"),
+            setup(results, "What was simulated"),
+        ),
+    )
+
+
+def _bench(results: Results) -> _Made:
+    load = results.question["workload"]
+    return (
+        f" bench: {results.question['model']}, prompts of {load['prompt_len']} and outputs of "
+        f"{load['output_len']} tokens",
+        serving.fastest(results),
+        (*serving.bench(results), *plots.bench(results), setup(results, "What was measured")),
+    )

@@ -1,0 +1,152 @@
+"""What every report says of its run: cautions, assumptions, and what was the same for all."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from expertlane.report.document import Column, Section, Table, text
+from expertlane.report.numbers import NONE, bytes_si, counted, figures, percent, rate_si
+from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source
+from expertlane.results.results import Assumption, Machine, Results
+
+_FOREIGN_LOAD = 0.05  # of the cores; less is noise
+
+
+def cautions(results: Results) -> Iterator[str]:
+    """What a reader must know of the numbers, in sentences."""
+    machine = results.machine
+    num_ranks = max((each.num_ranks for each in results.select("measured")), default=0)
+    if machine is not None and machine.is_oversubscribed_by(num_ranks):
+        critical = "; critical-path CPU time is the figure closest to one core a rank"
+        yield (
+            f"{num_ranks} ranks share {counted(machine.num_cores, 'core')}: wall times compare "
+            "work and waiting on this machine, not a cluster"
+            f"{critical if results.kind == 'comparison' else ''}."
+        )
+    num_preemptions = sum(
+        sum(each.num_preemptions or 0 for each in record.serving)
+        + sum(each.num_preemptions or 0 for each in record.pools)
+        for record in results.deployments
+    )
+    if num_preemptions:
+        yield f"{counted(num_preemptions, 'preemption')}: the cache was too small for all that ran."
+    if results.foreign_cpu_share >= _FOREIGN_LOAD:
+        yield (
+            f"Other processes used {percent(results.foreign_cpu_share)} of the cores meanwhile: "
+            "repeat it on an idle machine."
+        )
+    if results.not_measured:
+        yield f"Nothing was measured here: {results.not_measured}."
+    yield from results.cautions
+
+
+def assumptions(results: Results, source: Source, heading: str = "Assumptions") -> Section:
+    """What numbers of one source take for granted."""
+    rows = [each for each in results.assumptions if each.source == source]
+    columns: list[Column[Assumption]] = [
+        text("what", lambda each: each.name),
+        text("here", lambda each: each.value),
+    ]
+    if any(each.why for each in rows):
+        columns.append(text("why", lambda each: each.why))
+    if any(each.change for each in rows):
+        columns.append(text("change it by", lambda each: each.change))
+    return Section(heading, (Table.of("", columns, rows),) if rows else ())
+
+
+def setup(results: Results, heading: str) -> Section:
+    """What all deployments have in common, and how to repeat it."""
+    experiment = results.question.get("experiment", results.question)
+    versions, records = results.versions, results.deployments
+    rows = []
+    if results.kind == "comparison":
+        rows += [
+            ("model", _listed(experiment.get("model", {}))),
+            ("workload", _listed(experiment.get("workload", {}))),
+            (
+                "weights",
+                experiment.get("checkpoint") or f"random, seed {experiment.get('seed', NONE)}",
+            ),
+        ]
+    if results.machine is not None:
+        rows += _machine(results.machine)
+    if results.cluster is not None:
+        cluster = results.cluster
+        rows.append(
+            (
+                "cluster",
+                f"{cluster.name}: {cluster.num_devices} × {cluster.device}, "
+                f"{cluster.ranks_per_node} a node",
+            )
+        )
+    if results.kind in ("simulation", "bench"):
+        rows.append(("options", str(records[0].options)))
+        rows.append(("seed", str(experiment.get("workload", {}).get("seed", NONE))))
+    software = [f"expertlane {versions.expertlane}", f"Python {versions.python}"]
+    if versions.torch:
+        software.insert(1, f"torch {versions.torch}")
+    rows += [
+        ("software", ", ".join(software)),
+        ("run", f"{results.command}, {results.created}"),
+    ]
+    compared = results.select("measured", EXPERIMENT)
+    if compared:
+        rows.append(("generated tokens", same_tokens(compared)))
+    return Section(heading, (Table.facts(rows),))
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _machine(machine: Machine) -> list[tuple[str, str]]:
+    peak = machine.peak
+    rows = [
+        (
+            "machine",
+            f"{machine.cpu_name}, {counted(machine.num_cores, 'core')}, "
+            f"{bytes_si(machine.memory_bytes)}, device {machine.device}, {machine.backend}",
+        ),
+        ("dtype", f"{machine.dtype}, kernels of {machine.kernels}"),
+        (
+            "ranks",
+            f"{machine.num_ranks}, {figures(machine.ranks_per_core)} a core, "
+            f"{machine.ranks_per_node} a node for the traffic counters",
+        ),
+    ]
+    if peak is not None:
+        measured = (
+            f"{rate_si(peak.gemm_flops_per_s, 'FLOP')} ({peak.dtype}), "
+            f"{rate_si(peak.read_bytes_per_s, 'B')} read, on {counted(peak.num_units, peak.unit)}"
+        )
+        rows.insert(1, ("measured peak", measured))
+    return rows
+
+
+def same_tokens(records: Sequence[DeploymentRecord]) -> str:
+    """Which deployments generated the same tokens, and which of the others round."""
+    first = records[0]
+    others = [
+        (f"#{number}", _rounds(each))
+        for number, each in enumerate(records, start=1)
+        if each.tokens_sha256 != first.tokens_sha256
+    ]
+    num_all = len(records)
+    if not others:
+        return (
+            f"identical in all {num_all} deployments (SHA-256 {(first.tokens_sha256 or '')[:12]})"
+        )
+    equal = f"identical to the first deployment's in {num_all - len(others)} of {num_all}"
+    if _rounds(first):
+        names = ", ".join(name for name, _ in others)
+        return f"{equal}; others with {names}: the first rounds hidden states"
+    rounded = ", ".join(name for name, rounds in others if rounds)
+    exact = ", ".join(name for name, rounds in others if not rounds)
+    groups = (
+        f"with {rounded} (hidden states are rounded)" if rounded else "",
+        f"with {exact} (nothing is rounded)" if exact else "",
+    )
+    return f"{equal}; others {' and '.join(filter(None, groups))}"
+
+
+def _rounds(record: DeploymentRecord) -> bool:
+    return any(step.traffic and step.traffic.payload_error for step in record.steps)

@@ -1,0 +1,306 @@
+"""How fast deployments are: against each other, by context and conditions, by size."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from expertlane.report.compared import (
+    Comparison,
+    Row,
+    experts_per_rank,
+    gain,
+    part_of_expert,
+    projected,
+)
+from expertlane.report.document import Column, Section, Table, Words, number, text
+from expertlane.report.numbers import (
+    bytes_si,
+    figures,
+    low_high,
+    low_high_ms,
+    low_high_thousands,
+    milliseconds,
+    percent,
+    signed,
+    span,
+    times,
+    whole,
+)
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import Conditions, Source, StepsRecord
+from expertlane.results.results import Results
+
+NAMED: tuple[Column[Row], ...] = (
+    text("#", lambda row: row.number),
+    text("deployment", lambda row: row.name),
+)
+BEYOND = "*"  # of a step whose sequences do not all fit
+_EVEN = 0.05  # less is no difference
+
+
+def unit_of(source: Source) -> str:
+    """What a deployment runs on, in words."""
+    return "rank" if source == "measured" else "GPU"
+
+
+def deployments(comparison: Comparison) -> Section:
+    """What was measured, and how fast it was."""
+    columns: tuple[Column[Row], ...] = (
+        *NAMED,
+        text("layout", lambda row: row.record.layout),
+        number("ranks", lambda row: row.record.num_ranks),
+        text("each rank holds, weights", _holds),
+    )
+    return Section(
+        f"Deployments ({comparison.source})",
+        (
+            Table.of("", columns, comparison.rows),
+            speed(comparison, comparison.rows),
+            f"Factors are of {comparison.phase} TPS, a mean. Runs: the slowest and the fastest "
+            "repetition; what is closer together than that is not told apart. TTFT and TPOT are "
+            "medians. × best base: against the best baseline.",
+            *(
+                f"#{row.number} dispatches by {table}: tokens of a rank in a micro-batch, timed at "
+                "its start."
+                for row in comparison.rows
+                if (table := row.record.dispatch_table) is not None
+            ),
+        ),
+        place="top",
+    )
+
+
+def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table:
+    """Throughput and latency, and factors of TPS."""
+    best = comparison.best_baseline
+    columns: tuple[Column[Row], ...] = (
+        *NAMED,
+        number("prefill TPS", _prefill, figures, "measured"),
+        number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
+        number("decode TPS", lambda row: row.record.decode and _decode(row).tps, figures),
+        number("runs", lambda row: row.tps_range, low_high, "measured"),
+        number("1000 TPS, low–high", lambda row: row.step.tps, low_high_thousands, "projected"),
+        number("TPOT ms", lambda row: _median(row.record.decode), milliseconds, "measured"),
+        number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured"),
+        number("TPOT ms", lambda row: row.step.round_s, milliseconds, "projected"),
+        number("low–high", lambda row: row.step.round_s, low_high_ms, "projected"),
+        number("× first", lambda row: row.tps / comparison.first.tps, figures),
+        number("× best base", lambda row: row.tps / best.tps if best else None, figures),
+    )
+    return Table.of(title, columns, rows, comparison.source)
+
+
+def _decode(row: Row) -> StepsRecord:
+    """Projected, of one context."""
+    return row.step if row.step.context is not None else (row.record.decode or row.step)
+
+
+def _median(steps: StepsRecord | None) -> float | None:
+    return steps.token_s.median.value if steps and steps.token_s and steps.token_s.median else None
+
+
+def _p95(steps: StepsRecord | None) -> float | None:
+    return steps.token_s.p95.value if steps and steps.token_s and steps.token_s.p95 else None
+
+
+def _holds(row: Row) -> str:
+    held = row.record.held
+    layers = {sum(1 for num in rank.num_experts_per_layer if num) for rank in held}
+    num_experts = experts_per_rank(row.record)
+    memory = max((rank.weight_bytes for rank in held), default=0)
+    if not num_experts:
+        return f"no experts; up to {bytes_si(memory)}"
+    return (
+        f"{span(layers)} layer{'' if layers == {1} else 's'} × {span(num_experts)} "
+        f"expert{'' if num_experts == {1} else 's'}, {part_of_expert(row.record)} of each; "
+        f"up to {bytes_si(memory)}"
+    )
+
+
+def gains(comparison: Comparison) -> Section:
+    """Against the first, and against the best baseline."""
+    first, best = comparison.first, comparison.best_baseline
+    is_one = best is None or best is first
+    also = ", also the best baseline" if best is first else ""
+    parts = [_gains(f"Against the first, {first.name}{also}", comparison, first)]
+    if best is not None and not is_one:
+        parts.append(_gains(f"Against the best baseline, {best.name}", comparison, best))
+    return Section("Gains", tuple(parts))
+
+
+def _gains(title: str, comparison: Comparison, other: Row) -> Table:
+    columns: tuple[Column[Row], ...] = (
+        *NAMED,
+        number(f"{comparison.phase} TPS gained", lambda row: gain(row, other).tps, signed),
+        number("throughput", lambda row: gain(row, other).throughput_factor, times),
+        number(
+            f"{comparison.latency_name} ms changed",
+            lambda row: 1e3 * gain(row, other).latency_s,
+            signed,
+        ),
+        number("latency", lambda row: gain(row, other).latency_factor, times),
+    )
+    return Table.of(title, columns, comparison.rows)
+
+
+def in_words(conditions: Conditions | None) -> str:
+    """`top-2, graph, balanced`."""
+    if conditions is None:
+        return ""
+    return f"top-{conditions.top_k}, {conditions.execution}, {conditions.routing}"
+
+
+def by_context(comparison: Comparison) -> Section:
+    """Projected: TPOT and TPS at every context, and prefill."""
+    rows, longest = comparison.rows, comparison.contexts[-1]
+    factor: Column[Row] = number(
+        f"× first at {comparison.context:,}", lambda row: row.tps / comparison.first.tps, figures
+    )
+    bounds = _steps(comparison, "TPOT", lambda step: low_high_ms(step.round_s), as_fits=False)
+    parts: list[Words] = [
+        Table.of(
+            "Prefill TPS, and TPOT in ms by context",
+            (*NAMED, number("prefill TPS", _prefill, figures), *_steps(comparison, "TPOT", tpot)),
+            rows,
+        ),
+        Table.of("Decode TPS by context", (*NAMED, *_steps(comparison, "TPS", tps), factor), rows),
+        Table.of(
+            "Low to high: prefill TPS in thousands, and TPOT in ms by context",
+            (NAMED[0], number("prefill, 1000 TPS", _prefill, low_high_thousands), *bounds),
+            rows,
+        ),
+    ]
+    if any(not comparison.at(row, longest).fits for row in rows):
+        parts.append(
+            f"{BEYOND} {comparison.num_seqs:,} sequences of so many tokens do not fit into "
+            "memory: as if they did. Beside it, as many as fit (see memory)."
+        )
+    return Section(f"Projected: speed ({in_words(comparison.conditions)})", tuple(parts))
+
+
+def _steps(
+    comparison: Comparison, what: str, show: Callable[[StepsRecord], str], *, as_fits: bool = True
+) -> list[Column[Row]]:
+    """A column for each context, and one of what fits at the longest where that is not all."""
+    made: list[Column[Row]] = [
+        number(f"{what} at {context:,}", partial(comparison.at, context=context), show)
+        for context in comparison.contexts
+    ]
+    if as_fits and any(map(comparison.fitting, comparison.rows)):
+        made.append(number(f"at {comparison.contexts[-1]:,}, as fits", comparison.fitting, show))
+    return made
+
+
+def _prefill(row: Row) -> Estimate | None:
+    return row.record.prefill.tps if row.record.prefill else None
+
+
+def tpot(step: StepsRecord) -> str:
+    """Milliseconds; marked where the sequences do not fit."""
+    return milliseconds(step.round_s) + ("" if step.fits else BEYOND)
+
+
+def tps(step: StepsRecord) -> str:
+    """Tokens a second; marked where the sequences do not fit."""
+    return figures(step.tps) + ("" if step.fits else BEYOND)
+
+
+def by_conditions(results: Results, usual: Comparison) -> Section:
+    """Projected: the step that is spoken of, and prefill, under all conditions."""
+    of_all = [found for each in results.conditions if (found := projected(results, each))]
+    context = f"{usual.context:,} tokens of context"
+    parts: list[Words] = [
+        _conditions(f"TPOT in ms at {context}", of_all, _round, milliseconds),
+        _conditions(f"TPOT in ms at {context}, low to high", of_all, _round, low_high_ms),
+        _conditions("Prefill TPS", of_all, _prefill, figures),
+        _conditions("Prefill TPS, low to high in thousands", of_all, _prefill, low_high_thousands),
+        *_graph_against_eager(of_all),
+        f"Skewed: a power law of popularity, alpha {results.question.get('skew', 0):g}. Layouts "
+        "with ep=1 cut every expert over all ranks of a stage: no routing makes one of them late.",
+    ]
+    return Section("Projected: routing and execution", tuple(parts))
+
+
+def _round(row: Row) -> Estimate:
+    return row.step.round_s
+
+
+def _conditions(
+    title: str,
+    of_all: Sequence[Comparison],
+    get: Callable[[Row], Estimate | None],
+    show: Callable[[Estimate], str],
+) -> Table:
+    def under(comparison: Comparison) -> Column[Row]:
+        rows = {row.number: row for row in comparison.rows}
+        words = in_words(comparison.conditions).partition(", ")[2]
+        return number(words, lambda row: get(rows[row.number]), show)
+
+    named = NAMED if show is milliseconds or show is figures else NAMED[:1]
+    return Table.of(title, (*named, *map(under, of_all)), of_all[0].rows)
+
+
+def _graph_against_eager(of_all: Sequence[Comparison]) -> list[str]:
+    """By how much steps differ, where both are projected."""
+    by_case = {
+        (each.conditions.routing, each.conditions.execution): each
+        for each in of_all
+        if each.conditions
+    }
+    differences = [
+        abs(other.round_s.value / step.round_s.value - 1)
+        for (routing, execution), graph in by_case.items()
+        if execution == "graph" and (eager := by_case.get((routing, "eager")))
+        for row, late in zip(graph.rows, eager.rows, strict=True)
+        for context in graph.contexts
+        for step, other in ((graph.at(row, context), eager.at(late, context)),)
+    ]
+    if not differences:
+        return []
+    most = percent(max(differences))
+    if max(differences) >= _EVEN:
+        return [f"Without graphs a decode step takes up to {most} longer."]
+    return [
+        f"Graphs or not changes a decode step by {most} at most: launches of fused kernels run "
+        "ahead of a device that is this busy."
+    ]
+
+
+def memory(results: Results, comparison: Comparison) -> Section:
+    """Projected: what a GPU holds, and how many sequences of full length there is room for."""
+    wanted = comparison.num_seqs
+    pools = [row.record.pools[0] for row in comparison.rows]
+    num_fitting = [pool.num_resident or 0 for pool in pools]
+    columns: tuple[Column[Row], ...] = (
+        *NAMED,
+        number("weights", lambda row: row.record.pools[0].weight_bytes, bytes_si),
+        number("activations", lambda row: row.record.pools[0].activation_bytes, bytes_si),
+        number("keys and values of all", lambda row: _kv_bytes(row, wanted), bytes_si),
+        number(
+            "sequences that fit",
+            lambda row: min(row.record.pools[0].num_resident or 0, wanted),
+            whole,
+        ),
+    )
+    num_short = sum(num < wanted for num in num_fitting)
+    if not num_short:
+        sentence = f"All {wanted:,} sequences fit at full length everywhere."
+    elif num_short == len(pools):
+        sentence = f"No deployment holds all {wanted:,} sequences at full length."
+    else:
+        sentence = f"{num_short} of {len(pools)} do not hold all {wanted:,} sequences."
+    assert results.cluster is not None, "projections have one"
+    return Section(
+        "Projected: memory of the fullest GPU",
+        (
+            Table.of("", columns, comparison.rows),
+            f"{sentence} A GPU has {bytes_si(results.cluster.memory_bytes)}, of which "
+            f"{bytes_si(pools[0].allowed_bytes or 0)} may be taken. Sequences at their full "
+            "length, prompt and output.",
+        ),
+    )
+
+
+def _kv_bytes(row: Row, num_seqs: int) -> float:
+    """Data-parallel ranks have sequences of their own."""
+    num_caches = row.record.layout.dp * row.record.layout.replicas
+    return (row.record.pools[0].sequence_bytes or 0) * num_seqs / num_caches

@@ -1,0 +1,78 @@
+"""One number of a result, and the summary of many."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+_PERCENTILES = (50, 95, 99)
+
+
+class Strict:
+    """Read back only what was written: no unknown key, no value of another type."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True)
+class Estimate(Strict):
+    """A number; low ≤ value ≤ high where it is projected, both None where it is not."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def between(cls, bounds: Iterable[float]) -> "Estimate":
+        """Of what all terms at their low, likely and high values give, whichever is largest."""
+        first, likely, last = map(float, bounds)
+        return cls(likely, min(first, likely, last), max(first, likely, last))
+
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """Low, value and high; all alike where it was measured."""
+        low, high = (self.value if each is None else each for each in (self.low, self.high))
+        return low, self.value, high
+
+    def __mul__(self, factor: float) -> "Estimate":
+        """By a factor above 0."""
+        low, high = (None if each is None else each * factor for each in (self.low, self.high))
+        return Estimate(self.value * factor, low, high)
+
+    def __truediv__(self, divisor: float) -> "Estimate":
+        """By a divisor above 0."""
+        low, high = (None if each is None else each / divisor for each in (self.low, self.high))
+        return Estimate(self.value / divisor, low, high)
+
+    def __rtruediv__(self, amount: float) -> "Estimate":
+        """An amount over times, for example: a rate, whose bounds come the other way round."""
+        low, high = (None if each is None else amount / each for each in (self.high, self.low))
+        return Estimate(amount / self.value, low, high)
+
+
+@dataclass(frozen=True)
+class Summary(Strict):
+    """Of many values; None what is not known of them."""
+
+    mean: Estimate | None = None
+    median: Estimate | None = None
+    p95: Estimate | None = None
+    p99: Estimate | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary | None":
+        """Of measured values; None of no values."""
+        if not len(values):
+            return None
+        percentiles = map(float, np.percentile(values, _PERCENTILES))
+        return cls(Estimate(float(np.mean(values))), *map(Estimate, percentiles))
+
+    @classmethod
+    def between(cls, values: npt.NDArray[np.float64]) -> "Summary | None":
+        """Of projected values [n, 3], each at its low, likely and high; None of no values."""
+        if not len(values):
+            return None
+        percentiles = np.percentile(values, _PERCENTILES, axis=0)
+        return cls(*map(Estimate.between, (values.mean(axis=0), *percentiles)))

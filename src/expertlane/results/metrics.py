@@ -1,0 +1,135 @@
+"""From the finished steps of a phase to its record: speed, counts, and where the time goes."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import StepsRecord
+from expertlane.results.results import MachinePeak
+from expertlane.results.step_record import StepRecord
+from expertlane.results.time_shares import critical_path, stage_time
+from expertlane.results.traffic import traffic_record
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage
+
+_Counts = npt.NDArray[np.int64]
+
+
+def phase_record(
+    layout: Layout, steps: Sequence[StepRecord], peak: MachinePeak, ranks_per_node: int
+) -> StepsRecord:
+    """Everything about the measured steps of one phase, of all replicas, in any order.
+
+    Args:
+        ranks_per_node: consecutive ranks that share a node.
+
+    Raises:
+        ValueError: there are no steps, or one of them carries no rank records.
+    """
+    speed = latency(steps)
+    if not all(step.records for step in steps):
+        raise ValueError("a step without rank records: its plan did not ask for them")
+    time = stage_time(layout, steps)
+    records = [record for step in steps for record in step.records]
+    flops = _by_stage([record.flops for record in records])
+    weight_bytes = _by_stage([record.weight_bytes for record in records])
+    kv_bytes = sum(record.kv_bytes for record in records)
+    num_read = sum(weight_bytes.values()) + kv_bytes
+    wall_s, num_rounds = speed.wall_s.value, speed.num_rounds or 1
+    return replace(
+        speed,
+        breakdown_s=time.breakdown_s(wall_s, num_rounds),
+        exposed_s=time.exposed_s / num_rounds,
+        flops_utilisation=sum(flops.values()) / wall_s / peak.gemm_flops_per_s,
+        read_utilisation=num_read / wall_s / peak.read_bytes_per_s,
+        flops=flops,
+        weight_bytes=weight_bytes,
+        num_collectives=_by_stage([record.num_collectives for record in records]),
+        kv_bytes=kv_bytes,
+        active_expert_share=_active_expert_share(steps),
+        cpu_s_per_token=sum(record.process_cpu_s for record in records) / speed.num_tokens,
+        critical_path=critical_path(layout, steps),
+        stage_s={stage.label: tuple(time.stage_s[:, stage].tolist()) for stage in Stage},
+        waiting_s=tuple(time.waiting_s.tolist()),
+        bubble_s=tuple(time.bubble_s.tolist()),
+        traffic=traffic_record(layout, steps, ranks_per_node),
+    )
+
+
+def latency(steps: Sequence[StepRecord]) -> StepsRecord:
+    """Throughput and latency alone of the steps of one phase, in any order.
+
+    A token's time counts from its sequence's last token, or the start of its spell of steps.
+
+    Raises:
+        ValueError: there are no steps, or no sequence took part in any.
+    """
+    if not any(step.seq_ids for step in steps):
+        raise ValueError("no step with a sequence in it")
+    wall_s, num_rounds, intervals, tps_of_runs = 0.0, 0, [], []
+    for run in sorted({step.run for step in steps}):
+        of_run = [step for step in steps if step.run == run]
+        run_s = 0.0
+        for spell in sorted({step.spell for step in of_run}):
+            of_spell = [step for step in of_run if step.spell == spell]
+            start_s = min(step.submitted_s for step in of_spell)
+            run_s += max(step.finished_s for step in of_spell) - start_s
+            tokens_s = _token_times(of_spell, start_s)
+            num_rounds += max(map(len, tokens_s), default=1) - 1
+            intervals += [np.diff(times) for times in tokens_s]
+        wall_s += run_s
+        tps_of_runs.append(sum(step.num_tokens for step in of_run) / run_s)
+    of_tokens = np.concatenate(intervals)
+    of_steps = [step.finished_s - step.submitted_s for step in steps]
+    num_tokens = sum(step.num_tokens for step in steps)
+    return StepsRecord(
+        phase=steps[0].phase,
+        num_steps=len(steps),
+        num_rounds=num_rounds,
+        num_tokens=num_tokens,
+        num_seqs=sum(len(step.seq_ids) for step in steps),
+        wall_s=Estimate(wall_s),
+        tps=Estimate(num_tokens / wall_s),
+        tps_of_runs=tuple(tps_of_runs),
+        step_s=Summary.of(of_steps),
+        token_s=Summary.of(of_tokens.tolist()),
+    )
+
+
+def _token_times(steps: Sequence[StepRecord], start_s: float) -> list[list[float]]:
+    """Of every sequence: the start, then when each of its tokens came."""
+    times: defaultdict[int, list[float]] = defaultdict(lambda: [start_s])
+    for step in sorted(steps, key=lambda step: step.finished_s):
+        for seq in step.seq_ids:
+            times[seq].append(step.finished_s)
+    return list(times.values())
+
+
+def num_tokens_per_expert(steps: Sequence[StepRecord]) -> tuple[tuple[int, ...], ...]:
+    """[num_layers][num_experts]; token-expert pairs of all steps."""
+    total = _total([record.num_tokens_per_expert for step in steps for record in step.records])
+    return tuple(tuple(map(int, layer)) for layer in total)
+
+
+def _by_stage(counts: Sequence[_Counts]) -> dict[str, int]:
+    """Sums by the stages where anything was counted; [num_stages] each."""
+    total = _total(counts)
+    return {stage.label: int(total[stage]) for stage in Stage if total[stage]}
+
+
+def _total(arrays: Sequence[_Counts]) -> _Counts:
+    total: _Counts = np.sum(arrays, axis=0)
+    return total
+
+
+def _active_expert_share(steps: Sequence[StepRecord]) -> float:
+    shares = []
+    for step in steps:
+        is_active = _total([record.num_tokens_per_expert for record in step.records]) > 0
+        has_experts = is_active.any(axis=1)  # no token skips a layer that has any
+        shares.append(is_active[has_experts].mean() if has_experts.any() else 0.0)
+    return float(np.mean(shares))

@@ -1,0 +1,374 @@
+"""The one record of a deployment, whether it was measured, projected or reported.
+
+Every number is of the record's one `source`. What a source cannot say is None or empty.
+Dictionaries are keyed by the words of `spec.names`: causes, the labels of stages and of links.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from expertlane.results.estimate import Estimate, Strict, Summary
+from expertlane.results.timeline import StepTimeline
+from expertlane.results.traffic import TrafficRecord
+from expertlane.spec.deployment import DispatchTable, Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Cause, Phase
+
+Source = Literal["measured", "projected", "reported"]
+PoolRole = Literal["both", "prefill", "decode"]
+
+# Why a record is there; one may have several.
+EXPERIMENT = "experiment"  # it is one of an experiment's deployments
+SCALING = "scaling"  # one size of a family
+FASTEST = "fastest"  # a comparison's plan: the fastest decode step of all sequences
+BEST = "best"  # a plan's best of one pool, projected in full; the first wins
+FAMILY = "family"  # a plan's best of a kind of deployment, as screened; its name is the kind's
+PARETO = "pareto"  # as screened: none has both more tokens a second and a lower TPOT
+TWO_POOLS = "two pools"  # a plan's best of two pools, as they serve together
+PREFILL_POOL = "prefill pool"  # and each of the two by itself
+DECODE_POOL = "decode pool"
+
+
+@dataclass(frozen=True)
+class CriticalPath(Strict):
+    """CPU time on the critical path: what one core a rank would cost, transfers left out.
+
+    Attributes:
+        total_s: the whole phase; of the slowest replica.
+        tps: the phase's tokens over `total_s`; 0 where no CPU time was counted.
+        step_s: median of a step, from when the last tokens of its sequences were ready.
+    """
+
+    total_s: float
+    tps: float
+    step_s: float
+
+
+@dataclass(frozen=True)
+class StepsRecord(Strict):
+    """The steps of one phase: all that were measured or simulated, or one that was projected.
+
+    Counts are sums over ranks and steps. A simulated step with any prompt in it is a prefill.
+
+    Attributes:
+        pool: the ranks that ran them: all, or those of one of two pools.
+        context: positions that each sequence has cached before the step; None where it varies.
+        num_steps: steps of all replicas; a rotating micro-batch's counts as one.
+        num_rounds: times every sequence went one token on; None where steps mix freely.
+        num_tokens: computed, drafts among them.
+        num_seqs: sequences that took part, added up over steps.
+        wall_s: measured: of the phase. Projected: of the one step, or round where micro-batches
+            rotate, in the steady state. Simulated: of all steps; where they overlap, more than
+            the time that passed.
+        tps: `num_tokens` over `wall_s`, over the whole system.
+        tps_of_runs: of each repetition by itself.
+        step_s: of a step, from its submission (modelled: from when the first rank turns to it) to
+            its finish; with steps in flight together it holds their queueing.
+        token_s: of a prefill TTFT, from the phase's start; of a decode TPOT, over the intervals
+            between a sequence's tokens.
+        breakdown_s: by cause, `Cause` where measured, else `ProjectedCause`; seconds of a round, of
+            a simulated step; mean over ranks.
+        exposed_s: seconds a round blocked in dispatch and combine, mean over the ranks of a
+            pipeline stage, added up over stages.
+        floor_s: of a round or simulated step (mean): bytes of weights, keys and values over memory
+            bandwidth or FLOPs over peak, the larger, of the busiest rank: no deployment of this
+            layout is faster.
+        flops_utilisation, read_utilisation: of peak FLOP/s and of memory bandwidth.
+        flops, weight_bytes, num_collectives: by stage; those where anything was counted.
+        kv_bytes: keys and values read.
+        most_weight_bytes: what the rank that reads most weights reads of them in a round.
+        active_expert_share: of the experts of a layer, those with a token in a step; mean.
+        stage_s: by stage; [num_ranks]; without waiting and bubbles.
+        waiting_s, bubble_s: [num_ranks]; for other ranks, and for other pipeline stages.
+        basis_shares: of the time of operations and transfers by what it rests on: measured,
+            fitted, bound.
+        extrapolated_share: of that time, what lies outside the sizes that were fitted.
+        fits: whether so many sequences of this context fit into memory.
+        timeline: of one step: measured, from a short run by itself; simulated, the largest.
+    """
+
+    phase: Phase
+    num_steps: int
+    num_tokens: int
+    num_seqs: int
+    wall_s: Estimate
+    tps: Estimate
+    pool: PoolRole = "both"
+    context: int | None = None
+    num_rounds: int | None = None
+    tps_of_runs: tuple[float, ...] = ()
+    step_s: Summary | None = None
+    token_s: Summary | None = None
+    breakdown_s: dict[str, float] = field(default_factory=dict)
+    exposed_s: float | None = None
+    floor_s: float | None = None
+    flops_utilisation: float | None = None
+    read_utilisation: float | None = None
+    flops: dict[str, int] = field(default_factory=dict)
+    weight_bytes: dict[str, int] = field(default_factory=dict)
+    num_collectives: dict[str, int] = field(default_factory=dict)
+    kv_bytes: int | None = None
+    most_weight_bytes: int | None = None
+    active_expert_share: float | None = None
+    cpu_s_per_token: float | None = None
+    critical_path: CriticalPath | None = None
+    stage_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    waiting_s: tuple[float, ...] = ()
+    bubble_s: tuple[float, ...] = ()
+    traffic: TrafficRecord | None = None
+    basis_shares: dict[str, float] = field(default_factory=dict)
+    extrapolated_share: float | None = None
+    fits: bool = True
+    timeline: StepTimeline | None = None
+
+    @property
+    def round_s(self) -> Estimate:
+        """Mean time in which every sequence went one token on; a step's where none is counted."""
+        return self.wall_s / (self.num_rounds or self.num_steps)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the time by cause; they add up to 1."""
+        total = sum(self.breakdown_s.values()) or 1.0
+        return {cause: seconds / total for cause, seconds in self.breakdown_s.items()}
+
+    @property
+    def largest(self) -> tuple[str, float]:
+        """The cause with the largest share."""
+        return max(self.shares.items(), key=lambda item: item[1])
+
+    @property
+    def basis(self) -> str | None:
+        """What most of the time rests on; None where it was measured."""
+        return max(self.basis_shares, key=lambda each: self.basis_shares[each], default=None)
+
+
+@dataclass(frozen=True)
+class ServingRecord(Strict):
+    """What requests felt under one load.
+
+    Attributes:
+        batch: requests kept unfinished; None in an open loop.
+        rate: requests that arrive a second; None in a closed one.
+        num_running: planned: sequences that run at once, over the whole system.
+        wall_s: from the first request's due time to the last token.
+        output_tps, total_tps: output tokens a second, and prompt and output tokens.
+        prefill_tps: prompt tokens a second while nothing is decoded. Measured: over the time until
+            every request has its first token, decodes in between included; None unless all
+            requests were there at once.
+        ttft_s: from a request's due time to its first token; None where a queue would grow without
+            end.
+        tpot_s: of each request, the mean time of a token after the first; None where none has two.
+        itl_s: all times between successive tokens of a request.
+        e2e_s: from a request's due time to its last token.
+        transfer_s: of a prompt's keys and values from one pool to the other.
+        basis: what most of it rests on: measured, fitted or bound; None where it was measured here.
+    """
+
+    output_tps: Estimate
+    batch: int | None = None
+    rate: float | None = None
+    num_running: int | None = None
+    num_requests: int | None = None
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+    num_preemptions: int | None = None
+    wall_s: Estimate | None = None
+    total_tps: Estimate | None = None
+    prefill_tps: Estimate | None = None
+    requests_per_s: Estimate | None = None
+    ttft_s: Summary | None = None
+    tpot_s: Summary | None = None
+    itl_s: Summary | None = None
+    e2e_s: Summary | None = None
+    transfer_s: Estimate | None = None
+    basis: str | None = None
+
+
+@dataclass(frozen=True)
+class PoolRecord(Strict):
+    """Ranks that serve together: bytes of the fullest, and what they had room for.
+
+    Attributes:
+        kv_bytes: of the whole cache as it is laid out.
+        activation_bytes: of the largest step.
+        sequence_bytes: keys and values of one sequence at its full length.
+        allowed_bytes: what a rank may take of `device_bytes`.
+        num_resident: sequences of full length that fit at once, over the whole pool; 0 where not
+            even the weights fit.
+        num_slots_per_rank: experts of a layer, copies included, on a rank.
+        most_running: sequences that held memory at once.
+    """
+
+    role: PoolRole = "both"
+    weight_bytes: int | None = None
+    kv_bytes: int | None = None
+    activation_bytes: int | None = None
+    sequence_bytes: int | None = None
+    allowed_bytes: int | None = None
+    device_bytes: int | None = None
+    num_resident: int | None = None
+    num_slots_per_rank: int | None = None
+    most_running: int | None = None
+    num_preemptions: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldRecord(Strict):
+    """What one rank held in memory.
+
+    Attributes:
+        num_experts_per_layer: [num_layers]; experts of which it holds all or a part.
+    """
+
+    rank: int
+    num_experts_per_layer: tuple[int, ...]
+    weight_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Bottleneck(Strict):
+    """The largest part of a step, and the rank the others wait for, if one stands out.
+
+    Attributes:
+        share: of the wall time, mean over ranks.
+        sentence: the same for a reader.
+    """
+
+    phase: Phase
+    cause: Cause
+    share: float
+    straggler: int | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class RebalanceRecord(Strict):
+    """A decision to move experts: what was predicted, what was done, and what was seen.
+
+    Loads are those of the fullest rank over the mean, summed over layers; seconds those of the
+    experts of the rank that spent most in a step. Before: the steps that the decision was taken by;
+    after: as many steps after the switch, or as many as there were.
+
+    Attributes:
+        step: before which it was taken.
+        switched: the step before which experts were in their new places; None where they stayed,
+            or the work ended first.
+        gain_s, cost_s: predicted, over as many steps as the decision was taken by.
+        num_bytes: of weights to move.
+        predicted_before, predicted_after: load, if tokens came evenly from all ranks.
+        load_before, load_after: as counted; None after where nothing was switched.
+        experts_s_before, experts_s_after: a step.
+    """
+
+    replica: int
+    step: int
+    switched: int | None
+    gain_s: float
+    cost_s: float
+    num_bytes: int
+    predicted_before: float
+    predicted_after: float
+    load_before: float
+    load_after: float | None
+    experts_s_before: float
+    experts_s_after: float | None
+
+
+@dataclass(frozen=True)
+class Conditions(Strict):
+    """What a projection takes for granted, and deployments must share to be compared.
+
+    Attributes:
+        top_k: experts of a token.
+        execution: `graph`, `eager` or `serial`: how work gets onto the devices.
+        routing: which experts tokens are taken to choose: `balanced`, `skewed`, or as a user asks
+            for it, `--skew 0.8`.
+        dtype, kv_dtype: of weights, and of keys and values.
+    """
+
+    top_k: int
+    execution: str
+    routing: str
+    dtype: str
+    kv_dtype: str
+
+
+@dataclass(frozen=True)
+class DeploymentRecord(Strict):
+    """One deployment.
+
+    Attributes:
+        layout: of the pool that decodes, where two serve.
+        prefill_layout: of the pool that computes prompts; None where `layout` does both.
+        is_baseline: whether it stands for what an experiment compares against.
+        roles: why it is there, of the words above.
+        conditions: None where it was measured.
+        pools: one, or the one that prefills and the one that decodes.
+        serving: one for each load, or for the one that was asked for.
+        held: [num_ranks].
+        num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps.
+        rebalances: decisions about moving experts, in its last run.
+        dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
+        tokens_sha256: of all generated tokens, to compare runs by.
+        why: what makes it slower than the best of a plan; empty for that.
+    """
+
+    name: str
+    layout: Layout
+    options: Options
+    source: Source
+    prefill_layout: Layout | None = None
+    is_baseline: bool = False
+    roles: tuple[str, ...] = ()
+    conditions: Conditions | None = None
+    pools: tuple[PoolRecord, ...] = ()
+    steps: tuple[StepsRecord, ...] = ()
+    serving: tuple[ServingRecord, ...] = ()
+    held: tuple[HeldRecord, ...] = ()
+    num_tokens_per_expert: tuple[tuple[int, ...], ...] = ()
+    bottleneck: Bottleneck | None = None
+    rebalances: tuple[RebalanceRecord, ...] = ()
+    dispatch_table: DispatchTable | None = None
+    tokens_sha256: str | None = None
+    why: str = ""
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all pools."""
+        prefill = self.prefill_layout
+        return self.layout.world_size + (0 if prefill is None else prefill.world_size)
+
+    @property
+    def prefill(self) -> StepsRecord | None:
+        """The first of prefill, if there is any."""
+        return next(iter(self.steps_of(Phase.PREFILL)), None)
+
+    @property
+    def decode(self) -> StepsRecord | None:
+        """The first of decoding, if there is any."""
+        return next(iter(self.steps_of(Phase.DECODE)), None)
+
+    def steps_of(self, phase: Phase) -> tuple[StepsRecord, ...]:
+        """Projected: by context, of all sequences, then of as many as fit; then of fewer."""
+        return tuple(each for each in self.steps if each.phase is phase)
+
+    def decode_of(self, context: int, num_seqs: int) -> StepsRecord | None:
+        """The projected decode step of so many sequences, if there is one."""
+        found = (
+            step
+            for step in self.steps_of(Phase.DECODE)
+            if (step.context, step.num_seqs) == (context, num_seqs)
+        )
+        return next(found, None)
+
+    @property
+    def expert_max_over_mean(self) -> tuple[float, ...]:
+        """[num_layers]; the fullest expert's pairs over the mean, 1 is even, 0 where none came."""
+        of_layers = np.array(self.num_tokens_per_expert, dtype=np.float64)
+        mean = of_layers.mean(axis=-1)
+        ratio = np.divide(of_layers.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)
+        return tuple(ratio.tolist())

@@ -1,0 +1,290 @@
+"""All that one command found: the schema of `results.json`, whatever the command."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from expertlane.errors import UserError
+from expertlane.results.estimate import Strict
+from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
+from expertlane.spec.files import strict_json
+from expertlane.version import __version__
+
+SCHEMA_VERSION = 6
+
+Kind = Literal["comparison", "simulation", "plan", "bench"]
+NoPools = Literal["no split", "too large", "over limits"]
+
+
+@dataclass(frozen=True)
+class Versions(Strict):
+    """Of the software that ran; torch is None where nothing was measured."""
+
+    expertlane: str
+    python: str
+    numpy: str
+    torch: str | None = None
+
+
+@dataclass(frozen=True)
+class MachinePeak(Strict):
+    """Measured peak rates of the whole machine, all its cores or devices together.
+
+    Attributes:
+        gemm_flops_per_s: of a large matrix product in `dtype`.
+        read_bytes_per_s: of reading memory too large for any cache.
+        num_units, unit: how many cores or GPUs the measurement used.
+        dtype: of the matrix product, for example `float32`.
+    """
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+    num_units: int
+    unit: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Machine(Strict):
+    """Where it ran.
+
+    Attributes:
+        device: `cpu`, or the name of the accelerator.
+        num_cores: cores the ranks may use, of all hosts.
+        num_idle_gpus: GPUs that were not used, because there are fewer than ranks.
+        memory_bytes: of the machine.
+        num_ranks: of the largest deployment.
+        ranks_per_node: consecutive ranks whose traffic counts as inside a node.
+        backend: of the collectives, for example `gloo`.
+        dtype: of weights and activations.
+        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
+            where ours would have been better.
+        peak: None where no utilisation is given.
+    """
+
+    cpu_name: str
+    device: str
+    num_cores: int
+    num_idle_gpus: int
+    memory_bytes: int
+    num_ranks: int
+    ranks_per_node: int
+    backend: str
+    dtype: str
+    kernels: str
+    peak: MachinePeak | None = None
+
+    @property
+    def ranks_per_core(self) -> float:
+        """Above 1, ranks take turns."""
+        return self.num_ranks / self.num_cores
+
+    def is_oversubscribed_by(self, num_ranks: int) -> bool:
+        """Whether so many ranks share cores that each of them needs for its computations."""
+        return self.device == "cpu" and num_ranks > self.num_cores
+
+    @property
+    def is_oversubscribed(self) -> bool:
+        """By the largest deployment."""
+        return self.is_oversubscribed_by(self.num_ranks)
+
+
+@dataclass(frozen=True)
+class Cluster(Strict):
+    """What was modelled; figures are of one device's datasheet.
+
+    Attributes:
+        name: as `--cluster` takes it.
+        flops_per_s: dense, in the type of weights.
+    """
+
+    name: str
+    device: str
+    num_devices: int
+    ranks_per_node: int
+    memory_bytes: float
+    memory_bytes_per_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Assumption(Strict):
+    """What numbers take for granted.
+
+    Attributes:
+        source: the numbers that it is about.
+        change: the option that changes it; empty where nothing does.
+    """
+
+    name: str
+    value: str
+    why: str = ""
+    change: str = ""
+    source: Source = "projected"
+
+
+@dataclass(frozen=True)
+class ServeCommand(Strict):
+    """A command line of another system.
+
+    Attributes:
+        command: None where the system cannot express the deployment.
+        note: what differs from the deployment, or why there is no command; may be empty.
+    """
+
+    system: str
+    command: str | None
+    note: str
+
+
+@dataclass(frozen=True)
+class PlanSummary(Strict):
+    """What a search looked at; the deployments that it found are records.
+
+    Attributes:
+        top_k: of the model that was planned for.
+        num_candidates, num_too_large, num_over_limits: deployments of one pool.
+        num_pool_candidates: deployments tried for two pools.
+        no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
+            or none keeps the limits.
+        commands: the best, as other systems take it.
+        experiment: the file for `expertlane compare` that was written; None if none was.
+    """
+
+    top_k: int
+    num_candidates: int
+    num_too_large: int
+    num_over_limits: int = 0
+    num_pool_candidates: int = 0
+    no_two_pools: NoPools | None = None
+    commands: tuple[ServeCommand, ...] = ()
+    experiment: str | None = None
+
+
+@dataclass(frozen=True)
+class Results(Strict):
+    """All of one file.
+
+    Attributes:
+        command: how a user repeats it.
+        created: ISO 8601, UTC.
+        question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
+            deployments), and `skew` of its projection; simulation: `model`, `workload`, `serving`;
+            plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
+            `ranks_per_node`.
+        machine: where it was measured; None where nothing was.
+        cluster: what was modelled; None where nothing was.
+        cautions: what a reader must know of the numbers, in sentences.
+        plans: a plan's one, or of a comparison's projection one for each top-k.
+        context: of a comparison's projection the one that is spoken of: the longest at which all
+            sequences fit everywhere, else the shortest.
+        not_measured: why a comparison was projected alone.
+        foreign_cpu_share: of the host's cores, what other processes used while it ran.
+
+    Raises:
+        UserError: no deployment, a measured one without a machine, a projected one without a
+            cluster, or one measured deployment of a comparison twice.
+    """
+
+    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+    kind: Kind
+    command: str
+    created: str
+    versions: Versions
+    question: dict[str, Any]
+    deployments: tuple[DeploymentRecord, ...]
+    machine: Machine | None = None
+    cluster: Cluster | None = None
+    assumptions: tuple[Assumption, ...] = ()
+    cautions: tuple[str, ...] = ()
+    plans: tuple[PlanSummary, ...] = ()
+    context: int | None = None
+    not_measured: str | None = None
+    foreign_cpu_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.deployments:
+            raise UserError("results without a deployment")
+        if self.machine is None and self.select("measured"):
+            raise UserError("results that were measured, without the machine")
+        if self.cluster is None and self.select("projected"):
+            raise UserError("results that were projected, without the cluster")
+        names = [each.name for each in self.select("measured")]
+        if self.kind == "comparison" and len(set(names)) < len(names):
+            raise UserError(f"results with one deployment twice: {', '.join(names)}")
+
+    @classmethod
+    def now(
+        cls,
+        kind: Kind,
+        command: str,
+        question: dict[str, Any],
+        deployments: Sequence[DeploymentRecord],
+        *,
+        torch_version: str | None = None,
+        **parts: Any,
+    ) -> "Results":
+        """Of a command that has just ended, by this software; `question` may hold dataclasses."""
+        plain = {key: _plain(value) for key, value in question.items()}
+        return cls(
+            kind=kind,
+            command=command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=Versions(
+                __version__, platform.python_version(), np.__version__, torch_version
+            ),
+            question=json.loads(strict_json(plain)),  # lists, as they are read back
+            deployments=tuple(deployments),
+            **parts,
+        )
+
+    def beside(self, projected: "Results") -> "Results":
+        """What was measured, with a projection of the same experiment."""
+        return replace(
+            self,
+            question=projected.question | self.question,
+            deployments=self.deployments + projected.deployments,
+            cluster=projected.cluster,
+            assumptions=self.assumptions + projected.assumptions,
+            plans=projected.plans,
+            context=projected.context,
+        )
+
+    def select(
+        self, source: Source, role: str | None = None, conditions: Conditions | None = None
+    ) -> tuple[DeploymentRecord, ...]:
+        """The records of one source that have a role, under the same conditions if given."""
+        return tuple(
+            each
+            for each in self.deployments
+            if each.source == source
+            and (role is None or role in each.roles)
+            and (conditions is None or each.conditions == conditions)
+        )
+
+    @property
+    def conditions(self) -> tuple[Conditions, ...]:
+        """Those of an experiment's projected deployments, each once, the usual ones first."""
+        found = (each.conditions for each in self.select("projected", EXPERIMENT))
+        return tuple(dict.fromkeys(each for each in found if each is not None))
+
+
+def one_source(records: Sequence[DeploymentRecord]) -> Source:
+    """The source of records that are to be compared.
+
+    Raises:
+        ValueError: there are none, or they are of several sources.
+    """
+    sources = {each.source for each in records}
+    if len(sources) != 1:
+        raise ValueError(f"records of {', '.join(sorted(sources)) or 'no source'} are no group")
+    return sources.pop()
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value

@@ -1,0 +1,47 @@
+"""What tests ask of a report."""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from expertlane.report import terminal
+from expertlane.report.document import Report, Section, Table
+from expertlane.report.sections import report_of
+from expertlane.results.record import DeploymentRecord
+from expertlane.results.results import Results
+
+
+def in_terminal(results: Results, width: int, *, traffic: bool = False) -> str:
+    """As it is printed."""
+    stream = io.StringIO()
+    terminal.show(report_of(results, traffic=traffic), Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def section(report: Report, beginning: str) -> Section:
+    """The first whose heading begins so, plots aside."""
+    sections = report.of_place("top", "tables")
+    found = [each for each in sections if each.heading.startswith(beginning)]
+    assert found, beginning
+    return found[0]
+
+
+def with_traffic(record: DeploymentRecord, **changes: Any) -> DeploymentRecord:
+    """The same with other traffic in all of its steps."""
+    steps = (
+        replace(each, traffic=replace(each.traffic, **changes)) if each.traffic else each
+        for each in record.steps
+    )
+    return replace(record, steps=tuple(steps))
+
+
+def tables(part: Section) -> list[Table]:
+    """In order."""
+    return [each for each in part.parts if isinstance(each, Table)]
+
+
+def words(part: Section) -> str:
+    """All sentences."""
+    return " ".join(each for each in part.parts if isinstance(each, str))

@@ -1,0 +1,136 @@
+"""The paper's study, on the public Python API."""
+
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import example_pages
+import example_projection
+import example_results
+from expertlane.errors import UserError
+from expertlane.report import html, markdown
+from expertlane.report.compared import projected
+from expertlane.results.file import write
+from report.shown import section, tables, words
+
+PATH = Path(__file__).parents[2] / "experiments" / "paper" / "study.py"
+study = runpy.run_path(str(PATH), run_name="study")
+
+
+def of(*results):
+    return study["study_of"](results)
+
+
+def test_the_goals_are_judged_whatever_the_source():
+    measured, modelled = of(example_pages.both()).sections[:2]
+    assert measured.heading == "The four design goals, measured (this machine)"
+    said = words(measured)
+    assert "by layout 16 experts of a layer compute at once with #3, #4." in said
+    assert "one expert of a layer to a rank: #3, #4" in said
+    assert "Overlap hides 87%: #3 takes 160 ms a step without it, #4 120 ms with it" in said
+    assert "critical-path TPS per rank goes to 0.0781×" in said
+    assert modelled.heading.startswith("The four design goals, projected (h100x16, top-2, graph")
+    fewest = "fewest weights read by a GPU in a step: 6.00 GB, with #1, #2, #3, #4."
+    assert fewest in words(modelled)
+    for each in (measured, modelled):
+        assert len(tables(each)[0].rows) == 4
+
+
+def test_overlap_that_costs_or_has_nothing_to_hide():
+    given = example_results.results(
+        [
+            (example_results.TENSOR, 0.2),
+            (example_results.EXPERT, 0.1),
+            (example_results.OVERLAP, 0.12),
+        ]
+    )
+    assert "Overlap costs 20.0 ms: #2 takes" in words(of(given).sections[0])
+    (pair,) = projected(example_projection.usual()).overlapped
+    free = replace(pair, off=replace(pair.off, step=replace(pair.off.step, breakdown_s={})))
+    assert study["hidden"](free).startswith("Nothing to hide: #3 takes 8.00 ms")
+
+
+def test_where_the_reported_factor_would_come_from():
+    results = example_pages.projected()
+    found = study["combinations"]([results])
+    assert len(found) == 2 * 2 * 4 * 8
+    reaching = [each for each in found if each.reaches]
+    assert {each.baseline.name for each in reaching} == {"TP 8 × PP 2"}
+    assert {each.comparison.conditions.routing for each in reaching} == {"balanced"}
+    assert len(reaching) == 2 * 4 * 4  # both proposals, all contexts, top-k and execution
+    best = study["against_best"](found)
+    assert len(best) == 2 * 4 * 8
+    assert max(each.factor.value for each in best) == pytest.approx(4 / 1.9)
+
+    text = words(section(of(results), "Projected: where 3.75× would come from"))
+    assert "128 combinations (2 baselines × 2 proposals × 4 contexts × 2 top-ks" in text
+    assert "32 reach 3.75×" in text
+    assert "share: baseline TP 8 × PP 2 (all), routing balanced (all)" in text
+    assert "Against the best baseline of the same conditions and context: 0 of 64 reach it" in text
+    numbers = words(section(of(results), "Projected: the reported numbers"))
+    assert "120,000 TPS: within the bounds of" in numbers
+    assert "The reported 2.2 ms is above it only up to" in numbers
+
+
+def test_several_files_are_judged_together():
+    results = example_pages.projected()
+    halves = [
+        replace(
+            results,
+            deployments=tuple(
+                each for each in results.deployments if each.conditions.top_k == top_k
+            ),
+        )
+        for top_k in (2, 1)
+    ]
+    factor = "Projected: where 3.75× would come from"
+    assert section(of(*halves), factor) == section(of(results), factor)
+
+
+def test_reported_values_stand_in_a_table_of_their_own():
+    report = of(example_pages.projected())
+    for each in report.sections:
+        for table in tables(each):
+            if "450,000" in str(table.rows):
+                assert each.heading == "The paper's table (reported, other hardware)"
+                assert table.rows == (
+                    ("baseline: TP=8, PP=2", "reported", "120,000", "8.3", "1.00×", "1.00×"),
+                    ("proposed: EP=16", "reported", "450,000", "2.2", "3.75×", "3.77×"),
+                )
+    labels = {each.label for part in report.sections for c in part.charts for each in c.legend}
+    assert "reported by the paper: baseline: TP=8, PP=2" in labels
+    assert "reported by the paper" in html.render(report)
+
+
+def test_another_model_is_not_held_against_the_paper():
+    results = example_pages.projected()
+    question = {
+        **results.question,
+        "experiment": {**results.question["experiment"], "model": {"name": "small"}},
+    }
+    text = markdown.render(of(replace(results, question=question)))
+    assert "The paper's numbers are of another model" in text
+    assert "would come from" not in text
+
+
+def test_other_experiments_are_refused():
+    alone = example_results.results([(example_results.EXPERT, 0.1)])
+    with pytest.raises(UserError, match="not the paper's experiment: expertlane compare"):
+        of(alone)
+
+
+def test_it_runs(tmp_path):
+    write(example_results.usual(), tmp_path)
+    command = [sys.executable, str(PATH), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("# The paper's claims, held against results\n\n## The four")
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert {*done.stdout.split()} == {str(tmp_path / f"study.{kind}") for kind in ("md", "html")}
+    done = subprocess.run([*command[:2], str(tmp_path / "none")], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
