@@ -191,6 +191,7 @@ def test_sequences_that_wait_for_room(run):
         (["--block-size", "0"], ["--block-size is 0", "1 to 65,536"]),
         (["--max-num-seqs", "0"], ["--max-num-seqs is 0", "1 to 1,048,576"]),
         (["--seed", "-1"], ["--seed is -1"]),
+        (["--trace", "."], ["--trace is .", "is a folder; give a file: step.json"]),
         (["--cluster", "a100x16", "--dtype", "float8"], ["float8", "bfloat16"]),
         (["--redundant", "999"], ["at most 240 can be redundant"]),
     ],

@@ -75,7 +75,7 @@ def calibrate(own: _Options) -> None:
 
 def _checked(own: _Options) -> Path:
     """Where to write, once all that can be known before measuring is known to be right."""
-    from expertlane.cli.output import check_folder
+    from expertlane.cli.output import check_file
     from expertlane.engine.torchrun import is_under_torchrun
 
     if not _NAME.fullmatch(own.name):
@@ -88,11 +88,9 @@ def _checked(own: _Options) -> Path:
     path = Path(f"{own.name}.toml") if own.out is None else own.out
     if path.suffix != ".toml":
         raise UserError(f"--out is {path}; a profile's file must end in .toml")
-    if path.is_dir():
-        raise UserError(f"--out is {path}, which is a folder; give a file that ends in .toml")
     if is_under_torchrun():
         raise UserError("calibrate measures one machine and starts its own ranks; no torchrun")
-    check_folder(path.parent)
+    check_file("--out", path, "machine.toml")
     return path
 
 

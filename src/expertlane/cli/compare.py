@@ -140,9 +140,8 @@ def compare(
     projectors = projectors_of(
         comparisons, projection.project, projection.cluster, projection.skew, number_type
     )
-    if is_first_process():
-        for _, folder in comparisons:
-            check_folder(folder)
+    for _, folder in comparisons:
+        check_folder(folder)
     projections = projections_of(projectors) if is_first_process() else {}
     shown = Shown(projections, as_json=own.as_json, traffic=own.traffic)
     reason = _shortage(comparisons, number_type) if projectors else None
@@ -171,19 +170,16 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.cli.output import command_line, progress_on_stderr
+    from expertlane.cli.output import command_line, progress_on_stderr, task_on_stderr
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
     from expertlane.engine.start import start_pool
 
     num_ranks = max(each.num_ranks for each, _ in comparisons)
-    with progress_on_stderr() as progress:
-        progress.task(f"starting {num_ranks} ranks", 1)
+    with task_on_stderr(f"starting {num_ranks} ranks"):
         pool = start_pool(
             num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
         )
-        progress.advance()
-        progress.done()
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
     with pool:

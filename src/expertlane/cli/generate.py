@@ -136,6 +136,8 @@ def generate(
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
+    from expertlane.cli.output import check_file, print_message
+
     if sampling.logprobs is not None and not own.as_json:
         raise UserError("--logprobs needs --json, which prints them")
     if own.system is not None and not own.chat:
@@ -146,7 +148,7 @@ def generate(
     layout = found.lay_out(own.layout)
     params = sampling_params(found.folder, vars(sampling))
     if own.record_routing is not None:
-        _check_file(own.record_routing)
+        check_file("--record-routing", own.record_routing, "trace.npz")
     if own.chat:
         conversation = Chat(found, params, own.system)
         with _load(found, layout, engine, own.record_routing) as llm:
@@ -156,7 +158,6 @@ def generate(
         _check_texts(given, found)
         with _load(found, layout, engine, own.record_routing) as llm:
             outputs = _continue(llm, given, params, own.as_json)
-    from expertlane.cli.output import print_message
 
     if outputs:
         print_message(answers.summary(outputs, params.max_tokens))
@@ -222,20 +223,6 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
     has_tokenizer = found.folder is not None and (found.folder / TOKENIZER).is_file()
     if not has_tokenizer and any(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"{found.name} has no tokenizer; give prompts with --token-ids")
-
-
-def _check_file(path: Path) -> None:
-    """Check, before anything runs, that a trace can be written there.
-
-    Raises:
-        UserError: it is a folder, or its folder is not writable.
-    """
-    from expertlane.cli.output import check_folder, is_first_process
-
-    if path.is_dir():
-        raise UserError(f"--record-routing is {path}, which is a folder; give a file: trace.npz")
-    if is_first_process():
-        check_folder(path.parent)
 
 
 @contextmanager
@@ -313,9 +300,7 @@ class Chat:
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._opening)
         self._outputs: list[RequestOutput] = []
-        self._render(
-            "Hello"
-        )  # what a template refuses always, it refuses before the model is loaded
+        self._render("Hello")  # what a template always refuses, it refuses before anything loads
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
         """Answer messages until there are no more; gives all answers."""

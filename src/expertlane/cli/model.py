@@ -62,21 +62,17 @@ class FoundModel:
             UserError: it cannot be laid out so, or does not fit.
             RankError: a rank died, hung or failed.
         """
-        from expertlane.cli.output import progress_on_stderr
+        from expertlane.cli.output import task_on_stderr
         from expertlane.engine.llm import LLM
 
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
-        with progress_on_stderr() as progress:
-            progress.task(f"loading {self.name} on {ranks} ({layout})", 1)
-            llm = LLM(
+        with task_on_stderr(f"loading {self.name} on {ranks} ({layout})"):
+            return LLM(
                 self.folder or self.name,
                 layout=layout,
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
-            progress.advance()
-            progress.done()
-        return llm
 
     def number_types(
         self, projection: "ProjectionOptions", cluster: "ModelledCluster"

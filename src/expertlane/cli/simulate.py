@@ -73,13 +73,25 @@ class _Load(LoadOptions):
     output_len: str = length_option("128", "an output")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Deployment(DeploymentOptions):
+    def __post_init__(self) -> None:
+        for name in ("dispatch", "overlap"):
+            if getattr(self, name) == "auto":
+                raise UserError(
+                    f"--{name} auto is timed on real ranks; simulate each of the others, or let "
+                    "expertlane plan choose"
+                )
+        super().__post_init__()
+
+
 @takes_groups
 def simulate(
     model: ModelArgument,
     own: _Options,
     load_options: _Load,
     projection: ProjectionOptions,
-    deployment: DeploymentOptions,
+    deployment: _Deployment,
     scheduler: SchedulerOptions,
 ) -> None:
     """Project what a deployment would do on a cluster that is not here.
@@ -98,12 +110,6 @@ def simulate(
           --cluster h100x16 --trace step.json
     """
     load = _one_load(load_options)
-    for name in ("dispatch", "overlap"):
-        if getattr(deployment, name) == "auto":
-            raise UserError(
-                f"--{name} auto is timed on real ranks; simulate each of the others, or let "
-                "expertlane plan choose"
-            )
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
 
@@ -186,7 +192,7 @@ def _check(
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.cli.output import check_folder
+    from expertlane.cli.output import check_file
     from expertlane.engine.deployment_check import check_deployment
     from expertlane.simulate.setup import check_devices
     from expertlane.spec.deployment import Deployment
@@ -197,20 +203,14 @@ def _check(
             config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
         )
     if trace is not None:
-        check_folder(trace.absolute().parent)
-        if trace.is_dir():
-            raise UserError(f"--trace is {trace}, a folder; give a file: {trace / 'step.json'}")
+        check_file("--trace", trace, "step.json")
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
-    from expertlane.cli.output import progress_on_stderr
+    from expertlane.cli.output import task_on_stderr
 
-    with progress_on_stderr() as progress:
-        num_runs = simulator.num_runs
-        times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
-        progress.task(
-            f"simulating {load.num_requests:,} requests{times}", num_runs * load.num_requests
-        )
-        outcome = simulator.run(seed, progress.advance)
-        progress.done()
-    return outcome
+    num_runs = simulator.num_runs
+    times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
+    description = f"simulating {load.num_requests:,} requests{times}"
+    with task_on_stderr(description, num_runs * load.num_requests) as advance:
+        return simulator.run(seed, advance)
