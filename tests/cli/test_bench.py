@@ -11,7 +11,7 @@ from cli.stub_llm import StubLLM
 from example_serving import POINT, RECORD, RESULTS
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, write_placement
-from expertlane.cli import engine_options
+from expertlane.cli import model
 from expertlane.report import terminal
 from expertlane.report.sections import report_of
 from expertlane.results.file import to_json
@@ -30,7 +30,7 @@ def stub(monkeypatch):
         llm.limits = replace(llm.limits, num_blocks=options.num_blocks or 1000)
         return llm
 
-    monkeypatch.setattr(engine_options.FoundModel, "load", load)
+    monkeypatch.setattr(model.FoundModel, "load", load)
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     return layouts

@@ -14,7 +14,7 @@ MISTAKES = [
     (["--timeout-s", "0"], "--timeout-s is 0.0; it must be a number above 0, at most 1,000,000"),
     (
         ["--out", "folder.toml"],
-        "--out is folder.toml, which is a folder; give a file that ends in .toml",
+        "--out is folder.toml, which is a folder; give a file: machine.toml",
     ),
 ]
 

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
-from expertlane.cli import answers, engine_options
+from expertlane.cli import answers, model
 from expertlane.cli.generate import sampling_params
 from expertlane.engine.engine import RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
@@ -74,14 +74,14 @@ def stub(monkeypatch, type_in):
         if folder is None:
             llm = StubLLM(TINY)
         else:
-            found = engine_options.find_model(str(folder))
+            found = model.find_model(str(folder))
             llm = StubLLM(found.config, Tokenizer.from_folder(folder))
 
         def load(self, layout, options, *, record_routing):
             llm.layout, llm.options, llm.records_routing = layout, options, record_routing
             return llm
 
-        monkeypatch.setattr(engine_options.FoundModel, "load", load)
+        monkeypatch.setattr(model.FoundModel, "load", load)
         return llm
 
     return use
@@ -410,7 +410,7 @@ def test_a_chat_without_messages(run, stub, checkpoint, type_in):
 def test_a_template_that_refuses_does_so_before_anything_is_loaded(
     run, monkeypatch, type_in, checkpoint, tmp_path
 ):
-    monkeypatch.setattr(engine_options.FoundModel, "load", None)
+    monkeypatch.setattr(model.FoundModel, "load", None)
     folder = tmp_path / "strict"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):

@@ -4,7 +4,7 @@ import pytest
 
 from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
-from expertlane.cli import engine_options
+from expertlane.cli import model
 from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS
 
@@ -20,7 +20,7 @@ def stub(monkeypatch):
         llm.layout, llm.options, llm.records_routing = layout, options, record_routing
         return llm
 
-    monkeypatch.setattr(engine_options.FoundModel, "load", load)
+    monkeypatch.setattr(model.FoundModel, "load", load)
     return llm
 
 
@@ -42,15 +42,15 @@ def test_engine_options_are_handed_over(run, stub):
     options += ["--ranks-per-node", "1"]
     assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
     assert str(stub.layout) == "dp=2,ep=2"
-    assert stub.options == engine_options.EngineOptions(
-        dtype="bfloat16",
-        max_model_len=9,
-        num_blocks=8,
-        block_size=4,
-        max_num_seqs=3,
-        max_num_batched_tokens=7,
-        prefix_caching=False,
-        options=Options(
+    assert stub.options.for_llm() == {
+        "dtype": "bfloat16",
+        "max_model_len": 9,
+        "num_blocks": 8,
+        "block_size": 4,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 7,
+        "prefix_caching": False,
+        "options": Options(
             overlap=True,
             num_micro_batches=2,
             micro_batch_schedule="rotating",
@@ -58,11 +58,11 @@ def test_engine_options_are_handed_over(run, stub):
             placement="round_robin",
             num_redundant_experts=4,
         ),
-        ranks_per_node=1,
-        timeout_s=5.0,
-        oversubscribe=True,
-        ignore_unused_tensors=True,
-    )
+        "ranks_per_node": 1,
+        "timeout_s": 5.0,
+        "oversubscribe": True,
+        "ignore_unused_tensors": True,
+    }
     assert not stub.records_routing
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
 
 
 def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine_options.FoundModel, "load", None)
+    monkeypatch.setattr(model.FoundModel, "load", None)
     (tmp_path / "taken").touch()
     for path, line in [
         (tmp_path, f"--record-routing is {tmp_path}, which is a folder; give a file: trace.npz"),

@@ -9,8 +9,8 @@ import pytest
 
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
-from expertlane.cli.engine_options import find_model
-from expertlane.cli.projection_options import number_types
+from expertlane.cli.model import find_model
+from expertlane.cli.options import ProjectionOptions
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.results.record import BEST
 from expertlane.results.results import Results
@@ -169,7 +169,10 @@ def test_torch_is_not_imported(here):
 
 def test_a_preset_is_in_a_type_that_the_devices_have():
     found, cluster = find_model("paper-small", weights=False), parse_cluster("h100x2")
-    assert number_types(found, None, None, cluster).weights == "float16"
+    options = ProjectionOptions(
+        routing_trace=None, skew=0.0, dtype=None, kv_dtype=None, execution="graph"
+    )
+    assert found.number_types(options, cluster).weights == "float16"
     device = replace(cluster.profile.device, flops_per_s={"float32": 1e12})
     own = replace(cluster, profile=replace(cluster.profile, device=device))
-    assert number_types(found, None, None, own).weights == "float32"
+    assert found.number_types(options, own).weights == "float32"

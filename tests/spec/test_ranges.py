@@ -4,7 +4,7 @@ import typing
 import numpy as np
 import pytest
 
-from expertlane.cli.engine_options import EngineOptions
+from expertlane.cli.options import EngineOptions, LaunchOptions, SchedulerOptions
 from expertlane.errors import SpecError, UserError
 from expertlane.plan.request import Traffic
 from expertlane.schedule.limits import Limits
@@ -27,9 +27,11 @@ READ = (
     Load,
     ModelConfig,
     Options,
+    LaunchOptions,
     RopeScaling,
     Routing,
     SamplingParams,
+    SchedulerOptions,
     Traffic,
     Workload,
 )

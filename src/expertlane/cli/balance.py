@@ -1,12 +1,12 @@
 """`expertlane balance`: how even a placement of experts is on a routing trace, and a better one."""
 
-from dataclasses import asdict
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from expertlane.cli.options import takes_groups
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take, take_option
@@ -22,71 +22,58 @@ if TYPE_CHECKING:
 _MAX_ROWS = 20  # layers in the table
 
 
-class Method(StrEnum):
-    """How the new placement is made."""
-
-    AUTO = "auto"
-    LINEAR = "linear"
-    ROUND_ROBIN = "round_robin"
-
-
-_Trace = Annotated[Path, typer.Argument(help="A routing trace (.npz).", show_default=False)]
-_Ranks = Annotated[
-    int,
-    typer.Option(
-        metavar="N", help="Expert-parallel ranks: those that an expert is cut over count as one."
-    ),
-]
-_RanksPerNode = Annotated[
-    int | None,
-    typer.Option(
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    trace: Path = typer.Argument(help="A routing trace (.npz).")
+    ranks: int = typer.Option(
+        ...,
+        metavar="N",
+        help="Expert-parallel ranks: those that an expert is cut over count as one.",
+    )
+    ranks_per_node: int | None = typer.Option(
+        None,
         metavar="N",
         help="Consecutive expert-parallel ranks on a node, counted as --ranks. Default: all, one "
         "node.",
-        show_default=False,
-    ),
-]
-_Redundant = Annotated[
-    int, typer.Option(metavar="N", help="Physical experts of a layer beyond one of each.")
-]
-_Method = Annotated[
-    Method,
-    typer.Option(help="The new placement: auto balances; the others place experts in order."),
-]
-_Judged = Annotated[
-    Path | None,
-    typer.Option(
-        "--placement",
-        metavar="FILE",
-        help="Judge this placement instead of making one.",
-        show_default=False,
-    ),
-]
-_NoCoactivation = Annotated[
-    bool,
-    typer.Option(
+    )
+    redundant: int = typer.Option(
+        0, metavar="N", help="Physical experts of a layer beyond one of each."
+    )
+    method: Literal["auto", "linear", "round_robin"] = typer.Option(
+        "auto", help="The new placement: auto balances; the others place experts in order."
+    )
+    placement: Path | None = typer.Option(
+        None, metavar="FILE", help="Judge this placement instead of making one."
+    )
+    no_coactivation: bool = typer.Option(
+        False,
         "--no-coactivation",
         help="Balance alone: take no notice of which experts are chosen together.",
-    ),
-]
-_Output = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Write the new placement (JSON).", show_default=False),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+    )
+    output: Path | None = typer.Option(None, metavar="FILE", help="Write the new placement (JSON).")
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables.")
+    per_node: int = field(init=False)  # ranks
+
+    def __post_init__(self) -> None:
+        take_option("--ranks", self.ranks)
+        take("num_redundant_experts", self.redundant, "--redundant")
+        per_node = self.ranks if self.ranks_per_node is None else self.ranks_per_node
+        if per_node < 1 or self.ranks % per_node:
+            raise UserError(
+                f"--ranks-per-node is {per_node}; it must divide --ranks, which is {self.ranks}"
+            )
+        object.__setattr__(self, "per_node", per_node)
+        if self.placement is not None and (
+            self.method != "auto" or self.redundant or self.no_coactivation or self.output
+        ):
+            raise UserError(
+                "--placement judges a placement as it is; valid without --method, --redundant, "
+                "--no-coactivation and --output"
+            )
 
 
-def balance(
-    trace: _Trace,
-    ranks: _Ranks,
-    ranks_per_node: _RanksPerNode = None,
-    redundant: _Redundant = 0,
-    method: _Method = Method.AUTO,
-    placement: _Judged = None,
-    no_coactivation: _NoCoactivation = False,
-    output: _Output = None,
-    as_json: _Json = False,
-) -> None:
+@takes_groups
+def balance(own: _Options) -> None:
     """Place a model's experts so that ranks are evenly loaded and few tokens cross nodes.
 
     Reads which experts each token of a trace chose. Compares experts placed in order (before)
@@ -112,62 +99,41 @@ def balance(
       expertlane balance trace.npz --ranks 16 --json | jq '.total.after'
           for other programs
     """
-    nodes_of = _checked_ranks_per_node(ranks, ranks_per_node, redundant)
-    if placement is not None and (method != Method.AUTO or redundant or no_coactivation or output):
-        raise UserError(
-            "--placement judges a placement as it is; valid without --method, --redundant, "
-            "--no-coactivation and --output"
-        )
     from expertlane.balance.trace import read_trace
 
-    read = read_trace(trace)
-    take("num_slots", redundant + read.num_experts, f"--redundant {redundant}: physical experts")
-    if placement is None:
-        after = _made(read, ranks, nodes_of, redundant, method, not no_coactivation)
-        num_redundant = redundant
+    read = read_trace(own.trace)
+    take(
+        "num_slots",
+        own.redundant + read.num_experts,
+        f"--redundant {own.redundant}: physical experts",
+    )
+    if own.placement is None:
+        after = _made(read, own)
+        num_redundant = own.redundant
     else:
-        after = _read(placement, read, ranks)
+        after = _read(own.placement, read, own.ranks)
         num_redundant = max(each.num_slots for each in after) - read.num_experts
-    before = _linear(read, ranks, num_redundant)
-    _publish(read, before, after, nodes_of, output, as_json)
+    before = _linear(read, own.ranks, num_redundant)
+    _publish(read, before, after, own)
 
 
-def _checked_ranks_per_node(ranks: int, ranks_per_node: int | None, redundant: int) -> int:
-    take_option("--ranks", ranks)
-    take("num_redundant_experts", redundant, "--redundant")
-    if ranks_per_node is None:
-        return ranks
-    if ranks_per_node < 1 or ranks % ranks_per_node:
-        raise UserError(
-            f"--ranks-per-node is {ranks_per_node}; it must divide --ranks, which is {ranks}"
-        )
-    return ranks_per_node
-
-
-def _made(
-    trace: "RoutingTrace",
-    ranks: int,
-    ranks_per_node: int,
-    redundant: int,
-    method: Method,
-    with_coactivation: bool,
-) -> "list[Placement]":
+def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
     from expertlane.balance.judge import coactivation
     from expertlane.balance.placement import Placement
     from expertlane.balance.planner import plan_placement
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
     try:
-        if method == Method.LINEAR:
-            return _linear(trace, ranks, redundant)
-        if method == Method.ROUND_ROBIN:
-            return [Placement.round_robin(num_experts, ranks, redundant)] * num_layers
+        if own.method == "linear":
+            return _linear(trace, own.ranks, own.redundant)
+        if own.method == "round_robin":
+            return [Placement.round_robin(num_experts, own.ranks, own.redundant)] * num_layers
         together = None
-        if with_coactivation and ranks > ranks_per_node:
+        if not own.no_coactivation and own.ranks > own.per_node:
             together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
-        return plan_placement(trace.load(), ranks, ranks_per_node, redundant, together)
+        return plan_placement(trace.load(), own.ranks, own.per_node, own.redundant, together)
     except SpecError as error:
-        raise UserError(f"--redundant {redundant}, --ranks {ranks}: {error}") from None
+        raise UserError(f"--redundant {own.redundant}, --ranks {own.ranks}: {error}") from None
 
 
 def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":
@@ -190,9 +156,7 @@ def _publish(
     trace: "RoutingTrace",
     before: "list[Placement]",
     after: "list[Placement]",
-    ranks_per_node: int,
-    output: Path | None,
-    as_json: bool,
+    own: _Options,
 ) -> None:
     from expertlane.balance.judge import compare
     from expertlane.balance.moves import keep_slots
@@ -200,27 +164,27 @@ def _publish(
     from expertlane.cli.output import print_json, print_message, stdout_console
 
     after = keep_slots(before, after)
-    compared = compare(trace, before, after, ranks_per_node)
-    if output is not None:
-        write_placement(_of_model(trace, after), output)
-    if as_json:
+    compared = compare(trace, before, after, own.per_node)
+    if own.output is not None:
+        write_placement(_of_model(trace, after), own.output)
+    if own.as_json:
         shown = {
             "model": trace.model,
             "num_experts": trace.num_experts,
             "num_experts_per_tok": trace.num_experts_per_tok,
             "num_tokens": trace.num_tokens,
             "ep": before[0].ep,
-            "ranks_per_node": ranks_per_node,
+            "ranks_per_node": own.per_node,
             "num_slots": max(each.num_slots for each in after),
             "layers": [asdict(each) for each in compared[:-1]],
             "total": asdict(compared[-1]),
         }
         print_json(strict_json(shown) + "\n")
     else:
-        title = _title(trace, after, ranks_per_node)
+        title = _title(trace, after, own.per_node)
         _show(title, compared, trace.num_tokens, stdout_console())
-    if output is not None:
-        print_message(f"written: {output}")
+    if own.output is not None:
+        print_message(f"written: {own.output}")
 
 
 def _title(trace: "RoutingTrace", placements: "list[Placement]", ranks_per_node: int) -> str:

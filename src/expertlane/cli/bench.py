@@ -1,104 +1,38 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, IgnoreUnusedTensors, Oversubscribe
-from expertlane.cli.engine_options import (
-    BlockSize,
-    Dispatch,
-    DispatchOption,
-    DtypeOption,
-    EngineOptions,
-    FoundModel,
-    MaxModelLen,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
-    MicroBatches,
-    MicroBatchSchedule,
-    ModelArgument,
-    NoPrefixCaching,
-    NumBlocks,
-    NumMicroBatches,
-    OverlapOption,
-    Overlaps,
-    PayloadOption,
-    PayloadTypes,
-    PlacementOption,
-    RanksPerNode,
-    Rebalance,
-    Redundant,
-    TimeoutS,
-    deployment_options,
-    find_model,
-)
-from expertlane.cli.load_options import (
-    Batch,
-    NumRequests,
-    OutputLen,
-    PromptLen,
-    Rate,
-    Seed,
-    parse_loads,
-)
+from expertlane.cli.model import FoundModel, find_model
+from expertlane.cli.options import EngineOptions, LoadOptions, ModelArgument, takes_groups
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
-from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.results.results import Results
     from expertlane.spec.layout import Layout
     from expertlane.spec.workload import Load
 
-_Layouts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--layout",
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    layout: list[str] | None = typer.Option(
+        None,
         metavar="LAYOUT",
         help="How ranks are arranged, tp=2,ep=2 for example. May be repeated: each gets the same "
         "requests, one after the other. Default: tp=1.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
-_Out = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help=f"Folder for {FILES}. Default: results/bench-MODEL."),
-]
+    )
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    out: Path | None = typer.Option(
+        None, metavar="DIR", help=f"Folder for {FILES}. Default: results/bench-MODEL."
+    )
 
 
-def bench(
-    model: ModelArgument,
-    batch: Batch = None,
-    rate: Rate = None,
-    num_requests: NumRequests = None,
-    prompt_len: PromptLen = "32",
-    output_len: OutputLen = "32",
-    layout: _Layouts = None,
-    seed: Seed = 0,
-    as_json: _Json = False,
-    out: _Out = None,
-    dtype: DtypeOption = None,
-    max_model_len: MaxModelLen = None,
-    num_blocks: NumBlocks = None,
-    block_size: BlockSize = 16,
-    max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
-    no_prefix_caching: NoPrefixCaching = False,
-    overlap: OverlapOption = Overlaps.OFF,
-    num_micro_batches: NumMicroBatches = 1,
-    micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
-    dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
-    payload: PayloadOption = PayloadTypes.MODEL,
-    placement: PlacementOption = "linear",
-    redundant: Redundant = 0,
-    rebalance: Rebalance = 0,
-    ranks_per_node: RanksPerNode = 0,
-    timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
-    oversubscribe: Oversubscribe = False,
-    ignore_unused_tensors: IgnoreUnusedTensors = False,
-) -> None:
+@takes_groups
+def bench(model: ModelArgument, load: LoadOptions, own: _Options, engine: EngineOptions) -> None:
     """Put load on a model and measure throughput and latency.
 
     A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
@@ -121,42 +55,18 @@ def bench(
       expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512 --output-len 16:128
       expertlane bench paper-tiny --json | jq '.deployments[].serving[].output_tps.value'
     """
-    options = EngineOptions(
-        dtype=dtype,
-        max_model_len=max_model_len,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        prefix_caching=not no_prefix_caching,
-        options=deployment_options(
-            overlap=overlap,
-            num_micro_batches=num_micro_batches,
-            micro_batch_schedule=micro_batch_schedule,
-            dispatch=dispatch,
-            payload=payload,
-            placement=placement,
-            redundant=redundant,
-            rebalance=rebalance,
-        ),
-        ranks_per_node=ranks_per_node,
-        timeout_s=timeout_s,
-        oversubscribe=oversubscribe,
-        ignore_unused_tensors=ignore_unused_tensors,
-    )
-    loads = parse_loads(batch, rate, num_requests, prompt_len, output_len)
-    take_option("--seed", seed)
+    loads = load.loads()
     found = find_model(model)
-    layouts = [found.lay_out(each) for each in layout or ["tp=1"]]
-    _check(found, options, loads, layouts)
-    folder = results_folder(out, slug("bench", found.config.name))
-    results = _run(found, options, loads, layouts, seed)
-    publish(results, folder, as_json=as_json)
+    layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
+    _check(found, engine, loads, layouts)
+    folder = results_folder(own.out, slug("bench", found.config.name))
+    results = _run(found, engine, loads, layouts, load.seed)
+    publish(results, folder, as_json=own.as_json)
 
 
 def _check(
     found: FoundModel,
-    options: EngineOptions,
+    engine: EngineOptions,
     loads: "list[Load]",
     layouts: "list[Layout]",
 ) -> None:
@@ -169,16 +79,16 @@ def _check(
     from expertlane.spec.workload import check_lengths
 
     for load in loads:
-        check_lengths(load, options.max_model_len or found.config.max_position_embeddings)
+        check_lengths(load, engine.max_model_len or found.config.max_position_embeddings)
     for layout in layouts:
-        found.check(layout, options)
+        found.check(layout, engine)
     if len(layouts) > 1 and is_under_torchrun():
         raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
 
 
 def _run(
     found: FoundModel,
-    options: EngineOptions,
+    engine: EngineOptions,
     loads: "list[Load]",
     layouts: "list[Layout]",
     seed: int,
@@ -194,17 +104,17 @@ def _run(
     records = []
     foreign_cpu_share = 0.0
     for layout in layouts:
-        with found.load(layout, options) as llm:
+        with found.load(layout, engine) as llm:
             seen = llm.machine
             foreign = ForeignLoad()
             with progress_on_stderr() as progress:
                 serving = tuple(run_loads(llm, layout, loads, seed, progress))
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
         records.append(
-            DeploymentRecord(str(layout), layout, options.options, "measured", serving=serving)
+            DeploymentRecord(str(layout), layout, engine.options, "measured", serving=serving)
         )
     num_ranks = max(layout.world_size for layout in layouts)
-    ranks_per_node = options.ranks_per_node or seen[0].ranks_per_node
+    ranks_per_node = engine.ranks_per_node or seen[0].ranks_per_node
     first = loads[0]
     return Results.now(
         "bench",
@@ -216,7 +126,7 @@ def _run(
                 "output_len": str(first.output_len),
                 "seed": seed,
             },
-            "ranks_per_node": options.ranks_per_node,
+            "ranks_per_node": engine.ranks_per_node,
         },
         records,
         torch_version=seen[0].torch_version,

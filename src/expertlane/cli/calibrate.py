@@ -1,12 +1,13 @@
 """`expertlane calibrate`: measure this machine, and write what the cluster model needs of it."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, Dtype
+from expertlane.cli.options import Dtype, dtype_option, takes_groups, timeout_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take_option
@@ -17,40 +18,27 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-_NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="What the machine shall be called.")
-]
-_Ranks = Annotated[
-    int | None,
-    typer.Option(
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    name: str = typer.Argument(
+        "this-machine", metavar="NAME", help="What the machine shall be called."
+    )
+    ranks: int | None = typer.Option(
+        None,
         metavar="N",
         help="Ranks that measure, all at once. Default: as many as there are GPUs, else cores.",
-        show_default=False,
-    ),
-]
-_Dtype = Annotated[
-    Dtype | None, typer.Option(help="Of weights and activations. Default: the machine's choice.")
-]
-_Out = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="The profile to write (.toml). Default: NAME.toml.", show_default=False
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-_TimeoutS = Annotated[
-    float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
-]
+    )
+    dtype: Dtype | None = dtype_option("the machine's choice")
+    out: Path | None = typer.Option(
+        None, metavar="FILE", help="The profile to write (.toml). Default: NAME.toml."
+    )
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables.")
+    timeout_s: float = timeout_option()
 
 
-def calibrate(
-    name: _NameArgument = "this-machine",
-    ranks: _Ranks = None,
-    dtype: _Dtype = None,
-    out: _Out = None,
-    as_json: _Json = False,
-    timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
-) -> None:
+@takes_groups
+def calibrate(own: _Options) -> None:
     """Measure this machine, so that deployments on it can be projected.
 
     Times products, experts, attention, small operations, collectives over 2, 4, 8 … ranks, and
@@ -72,57 +60,53 @@ def calibrate(
       expertlane calibrate --ranks 1 --json | jq '.memory_bytes_per_s'
           one rank alone; for other programs
     """
-    path = _checked(name, ranks, out, timeout_s)
+    path = _checked(own)
     from expertlane.cli.output import print_json, print_message
     from expertlane.cost.laws.profile_file import write_profile
 
-    calibration, profile = _measure(name, ranks, dtype, timeout_s)
+    calibration, profile = _measure(own)
     write_profile(profile, path)
-    if as_json:
+    if own.as_json:
         print_json(strict_json(_summary(profile, calibration, path)) + "\n")
     else:
         _show(profile, calibration)
     print_message(f"written: {path}")
 
 
-def _checked(name: str, ranks: int | None, out: Path | None, timeout_s: float) -> Path:
+def _checked(own: _Options) -> Path:
     """Where to write, once all that can be known before measuring is known to be right."""
-    from expertlane.cli.output import check_folder
+    from expertlane.cli.output import check_file
     from expertlane.engine.torchrun import is_under_torchrun
 
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(own.name):
         raise UserError(
-            f"NAME is {name!r}; it must be up to 64 letters, digits, dots, dashes and underscores"
+            f"NAME is {own.name!r}; it must be up to 64 letters, digits, dots, dashes and "
+            "underscores"
         )
-    take_option("--ranks", ranks)
-    take_option("--timeout-s", timeout_s)
-    path = Path(f"{name}.toml") if out is None else out
+    take_option("--ranks", own.ranks)
+    take_option("--timeout-s", own.timeout_s)
+    path = Path(f"{own.name}.toml") if own.out is None else own.out
     if path.suffix != ".toml":
         raise UserError(f"--out is {path}; a profile's file must end in .toml")
-    if path.is_dir():
-        raise UserError(f"--out is {path}, which is a folder; give a file that ends in .toml")
     if is_under_torchrun():
         raise UserError("calibrate measures one machine and starts its own ranks; no torchrun")
-    check_folder(path.parent)
+    check_file("--out", path, "machine.toml")
     return path
 
 
-def _measure(
-    name: str, ranks: int | None, dtype: Dtype | None, timeout_s: float
-) -> "tuple[Calibration, Profile]":
+def _measure(own: _Options) -> "tuple[Calibration, Profile]":
     from expertlane.calibrate.run import Calibration, num_devices
     from expertlane.cli.output import progress_on_stderr
     from expertlane.engine.start import start_pool
 
-    num_ranks = ranks or num_devices()
-    dtype_name = None if dtype is None else dtype.value
-    pool = start_pool(num_ranks, timeout_s=timeout_s, dtype=dtype_name)
+    num_ranks = own.ranks or num_devices()
+    pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype)
     assert pool is not None, "not under torchrun"
     with pool:
         calibration = Calibration(pool, num_ranks)
         with progress_on_stderr() as progress:
             calibration.run(progress)
-        return calibration, calibration.profile(name)
+        return calibration, calibration.profile(own.name)
 
 
 def _summary(profile: "Profile", calibration: "Calibration", path: Path) -> dict[str, object]:

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from dataclasses import replace
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,134 +14,94 @@ from expertlane.cli.compare_output import (
     projections_of,
     projectors_of,
 )
+from expertlane.cli.options import (
+    Dtype,
+    LaunchOptions,
+    cluster_option,
+    dtype_option,
+    parse_list,
+    takes_groups,
+)
 from expertlane.cli.publish import FILES, JSON_HELP, slug
 from expertlane.errors import CapacityError, SpecError, UserError
-from expertlane.spec.ranges import RANGES, shown, take_option
+from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
-    from expertlane.engine.pool import RankPool
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
 
 DEFAULT_EXPERIMENT = "paper-small"
-DEFAULT_TIMEOUT_S = 60.0
 
 
-class Dtype(StrEnum):
-    """What weights and activations are held in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-_ExperimentArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A TOML file, or the name of an experiment that comes with expertlane: "
-        "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
-        "load balanced), paper (full size)."
-    ),
-]
-_ModelOption = Annotated[
-    str | None,
-    typer.Option(
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    model: str | None = typer.Option(
+        None,
         metavar="MODEL",
         help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
         "a preset, whose weights are random.",
-    ),
-]
-_TopK = Annotated[
-    str | None,
-    typer.Option(
+    )
+    top_k: str | None = typer.Option(
+        None,
         metavar="K[,K…]",
-        help="Experts per token in place of the model's; with several, one comparison "
-        "each, one after the other.",
-    ),
-]
-_Out = Annotated[
-    Path | None,
-    typer.Option(
+        help="Experts per token in place of the model's; with several, one comparison each, one "
+        "after the other.",
+    )
+    out: Path | None = typer.Option(
+        None,
         metavar="DIR",
         help=f"Folder for {FILES} (with several K, its subfolders topK). "
         "Default: results/NAME, with -MODEL and -topK added where those options are given.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
-_Traffic = Annotated[
-    bool,
-    typer.Option(
+    )
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    traffic: bool = typer.Option(
+        False,
         "--traffic",
         help="Also show, of each deployment: who sent how much to whom, how far tokens spread, "
         "what is hottest, who comes last.",
-    ),
-]
-_Trace = Annotated[
-    bool,
-    typer.Option(
+    )
+    trace: bool = typer.Option(
+        False,
         "--trace",
         help="Also write trace-NAME.json of each deployment: what every rank did when, in one "
         "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
-    ),
-]
-_Project = Annotated[
-    bool,
-    typer.Option(
+    )
+    dtype: Dtype | None = dtype_option("the machine's choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Projection:
+    project: bool = typer.Option(
+        False,
         "--project",
         help="Also show what a cluster model says of the same deployments, in tables of its own; "
         "alone where this machine is too small to run them.",
-    ),
-]
-_Cluster = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PROFILExN",
-        help="The modelled cluster for --project: so many devices of a profile (h100, h200, b200, "
-        "a100, or a TOML file of expertlane calibrate). Default: as many h100 as ranks.",
-    ),
-]
-_Skew = Annotated[
-    float,
-    typer.Option(
+    )
+    cluster: str | None = cluster_option(
+        None, "The modelled cluster for --project", "Default: as many h100 as ranks."
+    )
+    skew: float = typer.Option(
+        DEFAULT_SKEW,
         metavar="ALPHA",
         help="For --project: beside balanced routing, one where experts' popularity falls with "
         "their rank to the power of -ALPHA.",
-    ),
-]
-Oversubscribe = Annotated[
-    bool, typer.Option("--oversubscribe", help="Allow more than 32 local ranks a core.")
-]
-IgnoreUnusedTensors = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-unused-tensors",
-        help="Go on, with a warning, where a checkpoint holds tensors that its config.json has "
-        "no use for.",
-    ),
-]
-_TimeoutS = Annotated[
-    float, typer.Option(metavar="SECONDS", help="Longest wait for a rank without progress.")
-]
-_Dtype = Annotated[
-    Dtype | None, typer.Option(help="Of weights and activations. Default: the machine's choice.")
-]
+    )
 
 
+@takes_groups
 def compare(
-    experiment: _ExperimentArgument = DEFAULT_EXPERIMENT,
-    model: _ModelOption = None,
-    top_k: _TopK = None,
-    out: _Out = None,
-    as_json: _Json = False,
-    traffic: _Traffic = False,
-    trace: _Trace = False,
-    oversubscribe: Oversubscribe = False,
-    ignore_unused_tensors: IgnoreUnusedTensors = False,
-    timeout_s: _TimeoutS = DEFAULT_TIMEOUT_S,
-    dtype: _Dtype = None,
-    project: _Project = False,
-    cluster: _Cluster = None,
-    skew: _Skew = DEFAULT_SKEW,
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or the name of an experiment that comes with expertlane: "
+            "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
+            "load balanced), paper (full size)."
+        ),
+    ] = DEFAULT_EXPERIMENT,
+    *,
+    own: _Options,
+    launch: LaunchOptions,
+    projection: _Projection,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
@@ -171,25 +130,25 @@ def compare(
       torchrun --nproc-per-node 16 -m expertlane compare
           on ranks that torchrun started
     """
-    take_option("--timeout-s", timeout_s)
-    comparisons = _comparisons(experiment, model, top_k, out)
+    comparisons = _comparisons(experiment, own)
     from expertlane.cli.output import check_folder, is_first_process
     from expertlane.engine.start import check_experiment
 
     for each, _ in comparisons:
         check_experiment(each)
-    number_type = _dtype_of(comparisons, dtype)
-    projectors = projectors_of(comparisons, project, cluster, skew, number_type)
-    if is_first_process():
-        for _, folder in comparisons:
-            check_folder(folder)
+    number_type = _dtype_of(comparisons, own.dtype)
+    projectors = projectors_of(
+        comparisons, projection.project, projection.cluster, projection.skew, number_type
+    )
+    for _, folder in comparisons:
+        check_folder(folder)
     projections = projections_of(projectors) if is_first_process() else {}
-    shown = Shown(projections, as_json=as_json, traffic=traffic)
+    shown = Shown(projections, as_json=own.as_json, traffic=own.traffic)
     reason = _shortage(comparisons, number_type) if projectors else None
     if reason is None:
-        comparisons = _with_checked_checkpoint(comparisons, ignore_unused_tensors)
+        comparisons = _with_checked_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, shown, timeout_s, number_type, oversubscribe, trace)
+            _measure(comparisons, shown, launch, number_type, own.trace)
             return
         except CapacityError as error:
             if not projectors or shown.num_published:
@@ -202,9 +161,8 @@ def compare(
 def _measure(
     comparisons: "list[tuple[Experiment, Path]]",
     shown: Shown,
-    timeout_s: float,
+    launch: LaunchOptions,
     dtype: str | None,
-    oversubscribe: bool,
     trace: bool,
 ) -> None:
     """Run all on the same ranks.
@@ -212,12 +170,16 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.cli.output import command_line, progress_on_stderr
+    from expertlane.cli.output import command_line, progress_on_stderr, task_on_stderr
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
+    from expertlane.engine.start import start_pool
 
     num_ranks = max(each.num_ranks for each, _ in comparisons)
-    pool = _start(num_ranks, timeout_s, dtype, oversubscribe)
+    with task_on_stderr(f"starting {num_ranks} ranks"):
+        pool = start_pool(
+            num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
+        )
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
     with pool:
@@ -266,36 +228,36 @@ def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -
     return next(filter(None, reasons), None)
 
 
-def _comparisons(
-    argument: str, model_name: str | None, top_k: str | None, out: Path | None
-) -> list[tuple["Experiment", Path]]:
+def _comparisons(argument: str, own: _Options) -> list[tuple["Experiment", Path]]:
     """What to run, and the folder of each; all checked before the first one runs."""
     from expertlane.engine.hub import resolve_model
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)
-    if model_name is not None:
-        experiment = _with_model(experiment, model_name)
-    if top_k is None:
-        return [(experiment, out or Path("results", experiment.name))]
-    top_ks = _parse_top_ks(top_k)
+    if own.model is not None:
+        experiment = _with_model(experiment, own.model)
+    if own.top_k is None:
+        return [(experiment, own.out or Path("results", experiment.name))]
+    top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
+    if len(set(top_ks)) < len(top_ks):
+        raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
     comparisons = []
     for k in top_ks:
         try:
             model = experiment.model.with_overrides(num_experts_per_tok=k)
         except SpecError as error:
             raise SpecError(f"--top-k {k}: {error}") from None
-        if out is None:
+        if own.out is None:
             folder = Path("results", f"{experiment.name}-top{k}")
         else:
-            folder = out / f"top{k}" if len(top_ks) > 1 else out
+            folder = own.out / f"top{k}" if len(top_ks) > 1 else own.out
         comparisons.append((replace(experiment, model=model), folder))
     return comparisons
 
 
 def _with_model(experiment: "Experiment", model_name: str) -> "Experiment":
     """The experiment's deployments and workload on another model."""
-    from expertlane.cli.engine_options import find_model
+    from expertlane.cli.model import find_model
 
     found = find_model(model_name)
     try:
@@ -309,43 +271,11 @@ def _with_model(experiment: "Experiment", model_name: str) -> "Experiment":
         raise SpecError(f"--model {model_name}: {error}") from None
 
 
-def _parse_top_ks(text: str) -> list[int]:
-    allowed = RANGES["num_experts_per_tok"]
-    top_ks = [allowed.parse(part) for part in text.split(",")]
-    if None in top_ks:
-        raise UserError(
-            f"--top-k is {shown(text)}; it must be {allowed}, or several with commas between: 2,1"
-        )
-    if len(set(top_ks)) < len(top_ks):
-        raise UserError(f"--top-k is {shown(text)}; a number is given twice")
-    return [int(top_k) for top_k in top_ks if top_k is not None]
-
-
 def _dtype_of(comparisons: "list[tuple[Experiment, Path]]", dtype: Dtype | None) -> str | None:
     """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
     from expertlane.engine.llm import own_dtype
 
     if dtype is not None:
-        return dtype.value
+        return dtype
     first = comparisons[0][0]  # they differ in experts per token alone
     return own_dtype(first.model if first.checkpoint else None)
-
-
-def _start(
-    num_ranks: int, timeout_s: float, dtype: str | None, oversubscribe: bool
-) -> "RankPool | None":
-    """Start the ranks, saying so on stderr."""
-    from expertlane.cli.output import progress_on_stderr
-    from expertlane.engine.start import start_pool
-
-    with progress_on_stderr() as progress:
-        progress.task(f"starting {num_ranks} ranks", 1)
-        pool = start_pool(
-            num_ranks,
-            timeout_s=timeout_s,
-            dtype=dtype,
-            oversubscribe=oversubscribe,
-        )
-        progress.advance()
-        progress.done()
-    return pool

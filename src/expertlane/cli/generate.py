@@ -2,47 +2,19 @@
 
 import sys
 from collections import deque
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from expertlane.cli import answers
-from expertlane.cli.chat import Chat
-from expertlane.cli.compare import DEFAULT_TIMEOUT_S, IgnoreUnusedTensors, Oversubscribe
-from expertlane.cli.engine_options import (
-    BlockSize,
-    Dispatch,
-    DispatchOption,
-    DtypeOption,
-    EngineOptions,
-    FoundModel,
-    MaxModelLen,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
-    MicroBatches,
-    MicroBatchSchedule,
-    ModelArgument,
-    NoPrefixCaching,
-    NumBlocks,
-    NumMicroBatches,
-    OverlapOption,
-    Overlaps,
-    PayloadOption,
-    PayloadTypes,
-    PlacementOption,
-    RanksPerNode,
-    Rebalance,
-    Redundant,
-    TimeoutS,
-    deployment_options,
-    find_model,
-)
+from expertlane.cli.model import FoundModel, find_model
+from expertlane.cli.options import EngineOptions, ModelArgument, parse_list, takes_groups
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import PROMPTS_BYTES, read_stream
-from expertlane.spec.ranges import RANGES, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,129 +24,94 @@ if TYPE_CHECKING:
     from expertlane.spec.layout import Layout
     from expertlane.spec.sampling import SamplingParams
 
-_Prompts = Annotated[
-    list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to be continued.")
-]
-_File = Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")]
-_TokenIds = Annotated[
-    list[str] | None,
-    typer.Option(metavar="ID[,ID…]", help="A prompt as token ids; may be repeated."),
-]
-_Chat = Annotated[
-    bool,
-    typer.Option("--chat", help="A conversation, a line a message; by the model's chat template."),
-]
-_System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="The conversation's system message.")
-]
-_LayoutOption = Annotated[
-    str, typer.Option(metavar="LAYOUT", help="How ranks are arranged: tp=2,ep=2 for example.")
-]
-_MaxTokens = Annotated[
-    int | None, typer.Option(metavar="N", help="Output tokens at most. Default: 256.")
-]
-_Temperature = Annotated[
-    float | None, typer.Option(metavar="T", help="0 takes the likeliest token. Default: 1.")
-]
-_TopK = Annotated[
-    int | None,
-    typer.Option(metavar="K", help="Draw from the K likeliest tokens. Default: 0, from all."),
-]
-_TopP = Annotated[
-    float | None,
-    typer.Option(metavar="P", help="Draw from the likeliest tokens of share P. Default: 1."),
-]
-_MinP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="P", help="Draw from tokens P times as likely as the likeliest. Default: 0."
-    ),
-]
-_RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(metavar="X", help="Above 1: less of what prompt or output hold. Default: 1."),
-]
-_PresencePenalty = Annotated[
-    float | None,
-    typer.Option(metavar="X", help="Above 0: less of what the output holds. Default: 0."),
-]
-_FrequencyPenalty = Annotated[
-    float | None,
-    typer.Option(metavar="X", help="Above 0: less of what the output holds often. Default: 0."),
-]
-_Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Equal seeds draw equally. Default: a new one.")
-]
-_Stop = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEXT", help="Ends the output; may be repeated."),
-]
-_StopTokenId = Annotated[
-    list[int] | None,
-    typer.Option(metavar="ID", help="A token that ends the output; may be repeated."),
-]
-_IgnoreEos = Annotated[
-    bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")
-]
-_Logprobs = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="With --json: log-probabilities of each token and of the N likeliest ones.",
-    ),
-]
-_RecordRouting = Annotated[
-    Path | None,
-    typer.Option(
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one a line.")
+    token_ids: list[str] | None = typer.Option(
+        None, metavar="ID[,ID…]", help="A prompt as token ids; may be repeated."
+    )
+    chat: bool = typer.Option(
+        False, "--chat", help="A conversation, a line a message; by the model's chat template."
+    )
+    system: str | None = typer.Option(
+        None, metavar="TEXT", help="The conversation's system message."
+    )
+    as_json: bool = typer.Option(
+        False, "--json", help="Print one JSON object a prompt, a line each."
+    )
+    record_routing: Path | None = typer.Option(
+        None,
         metavar="FILE",
         help="Write which experts each token chose to FILE (.npz), for expertlane balance.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt, a line each.")]
+    )
+    layout: str = typer.Option(
+        "tp=1", metavar="LAYOUT", help="How ranks are arranged: tp=2,ep=2 for example."
+    )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Those of `SamplingParams`, under its names; None for what is not given."""
+
+    max_tokens: int | None = typer.Option(
+        None, metavar="N", help="Output tokens at most. Default: 256."
+    )
+    temperature: float | None = typer.Option(
+        None, metavar="T", help="0 takes the likeliest token. Default: 1."
+    )
+    top_k: int | None = typer.Option(
+        None, metavar="K", help="Draw from the K likeliest tokens. Default: 0, from all."
+    )
+    top_p: float | None = typer.Option(
+        None, metavar="P", help="Draw from the likeliest tokens of share P. Default: 1."
+    )
+    min_p: float | None = typer.Option(
+        None,
+        metavar="P",
+        help="Draw from tokens P times as likely as the likeliest. Default: 0.",
+    )
+    repetition_penalty: float | None = typer.Option(
+        None, metavar="X", help="Above 1: less of what prompt or output hold. Default: 1."
+    )
+    presence_penalty: float | None = typer.Option(
+        None, metavar="X", help="Above 0: less of what the output holds. Default: 0."
+    )
+    frequency_penalty: float | None = typer.Option(
+        None, metavar="X", help="Above 0: less of what the output holds often. Default: 0."
+    )
+    seed: int | None = typer.Option(
+        None, metavar="N", help="Equal seeds draw equally. Default: a new one."
+    )
+    stop: list[str] | None = typer.Option(
+        None, metavar="TEXT", help="Ends the output; may be repeated."
+    )
+    stop_token_ids: list[int] | None = typer.Option(
+        None,
+        "--stop-token-id",
+        metavar="ID",
+        help="A token that ends the output; may be repeated.",
+    )
+    ignore_eos: bool = typer.Option(
+        False, "--ignore-eos", help="Go on after an end-of-sequence token."
+    )
+    logprobs: int | None = typer.Option(
+        None,
+        metavar="N",
+        help="With --json: log-probabilities of each token and of the N likeliest ones.",
+    )
+
+
+@takes_groups
 def generate(
     model: ModelArgument,
-    prompts: _Prompts = None,
-    file: _File = None,
-    token_ids: _TokenIds = None,
-    chat: _Chat = False,
-    system: _System = None,
-    as_json: _Json = False,
-    max_tokens: _MaxTokens = None,
-    temperature: _Temperature = None,
-    top_k: _TopK = None,
-    top_p: _TopP = None,
-    min_p: _MinP = None,
-    repetition_penalty: _RepetitionPenalty = None,
-    presence_penalty: _PresencePenalty = None,
-    frequency_penalty: _FrequencyPenalty = None,
-    seed: _Seed = None,
-    stop: _Stop = None,
-    stop_token_id: _StopTokenId = None,
-    ignore_eos: _IgnoreEos = False,
-    logprobs: _Logprobs = None,
-    record_routing: _RecordRouting = None,
-    layout: _LayoutOption = "tp=1",
-    dtype: DtypeOption = None,
-    max_model_len: MaxModelLen = None,
-    num_blocks: NumBlocks = None,
-    block_size: BlockSize = 16,
-    max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
-    no_prefix_caching: NoPrefixCaching = False,
-    overlap: OverlapOption = Overlaps.OFF,
-    num_micro_batches: NumMicroBatches = 1,
-    micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
-    dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
-    payload: PayloadOption = PayloadTypes.MODEL,
-    placement: PlacementOption = "linear",
-    redundant: Redundant = 0,
-    rebalance: Rebalance = 0,
-    ranks_per_node: RanksPerNode = 0,
-    timeout_s: TimeoutS = DEFAULT_TIMEOUT_S,
-    oversubscribe: Oversubscribe = False,
-    ignore_unused_tensors: IgnoreUnusedTensors = False,
+    *,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to be continued.")
+    ] = None,
+    own: _Options,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
 ) -> None:
     """Continue prompts with a model, or talk to it.
 
@@ -200,70 +137,33 @@ def generate(
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
-    sampling = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "stop": tuple(stop) if stop else None,
-        "stop_token_ids": tuple(stop_token_id) if stop_token_id else None,
-        "ignore_eos": ignore_eos or None,
-        "logprobs": logprobs,
-    }
-    options = EngineOptions(
-        dtype=dtype,
-        max_model_len=max_model_len,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        prefix_caching=not no_prefix_caching,
-        options=deployment_options(
-            overlap=overlap,
-            num_micro_batches=num_micro_batches,
-            micro_batch_schedule=micro_batch_schedule,
-            dispatch=dispatch,
-            payload=payload,
-            placement=placement,
-            redundant=redundant,
-            rebalance=rebalance,
-        ),
-        ranks_per_node=ranks_per_node,
-        timeout_s=timeout_s,
-        oversubscribe=oversubscribe,
-        ignore_unused_tensors=ignore_unused_tensors,
-    )
-    if logprobs is not None and not as_json:
+    from expertlane.cli.output import check_file, print_message
+
+    if sampling.logprobs is not None and not own.as_json:
         raise UserError("--logprobs needs --json, which prints them")
-    if system is not None and not chat:
+    if own.system is not None and not own.chat:
         raise UserError("--system needs --chat")
-    if chat and (prompts or file or token_ids or as_json):
+    if own.chat and (prompts or own.file or own.token_ids or own.as_json):
         raise UserError("--chat reads standard input; leave prompts and --json out")
     found = find_model(model)
-    chosen = found.lay_out(layout)
-    params = sampling_params(found.folder, sampling)
-    if record_routing is not None:
-        _check_file(record_routing)
-    if chat:
-        conversation = Chat(found, params, system)
-        with _load(found, chosen, options, record_routing) as llm:
+    layout = found.lay_out(own.layout)
+    params = sampling_params(found.folder, vars(sampling))
+    if own.record_routing is not None:
+        check_file("--record-routing", own.record_routing, "trace.npz")
+    if own.chat:
+        conversation = Chat(found, params, own.system)
+        with _load(found, layout, engine, own.record_routing) as llm:
             outputs = conversation.hold(llm)
     else:
-        given = _gather(prompts or [], file, token_ids or [])
+        given = _gather(prompts or [], own.file, own.token_ids or [])
         _check_texts(given, found)
-        with _load(found, chosen, options, record_routing) as llm:
-            outputs = _continue(llm, given, params, as_json)
-    from expertlane.cli.output import print_message
+        with _load(found, layout, engine, own.record_routing) as llm:
+            outputs = _continue(llm, given, params, own.as_json)
 
     if outputs:
         print_message(answers.summary(outputs, params.max_tokens))
     errors = [output.error for output in outputs if output.error is not None]
-    if errors and not chat:  # a chat told of each when it came
+    if errors and not own.chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
         raise ModelError(f"{errors[0]}{more}")
 
@@ -272,7 +172,7 @@ def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingPara
     """What the user asks for, over what the checkpoint recommends.
 
     Args:
-        given: by the names of `SamplingParams`; None for what was not given.
+        given: by the names of `SamplingParams`; None for what is not given.
 
     Raises:
         UserError: a value is not valid.
@@ -297,7 +197,7 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
     prompts: list[Prompt] = [*texts]
     if file is not None:
         prompts += _lines(read_stream(file, PROMPTS_BYTES), str(file))
-    prompts += map(_parse_token_ids, token_ids)
+    prompts += [parse_list("--token-ids", "stop_token_ids", each, "1,2") for each in token_ids]
     if prompts or not is_first_process():  # the ranks of torchrun share one standard input
         return prompts
     if sys.stdin is None or sys.stdin.isatty():
@@ -318,17 +218,6 @@ def _lines(text: str, source: str) -> list[str]:
     return lines
 
 
-def _parse_token_ids(text: str) -> list[int]:
-    allowed = RANGES["stop_token_ids"]
-    token_ids = [allowed.parse(part) for part in text.split(",")]
-    if None in token_ids:
-        raise UserError(
-            f"--token-ids is {shown(text)}; it must be {allowed}, or several with commas between: "
-            "1,2"
-        )
-    return [int(token_id) for token_id in token_ids if token_id is not None]
-
-
 def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
     from expertlane.engine.tokenizer import TOKENIZER
 
@@ -337,26 +226,12 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
         raise UserError(f"{found.name} has no tokenizer; give prompts with --token-ids")
 
 
-def _check_file(path: Path) -> None:
-    """Check, before anything runs, that a trace can be written there.
-
-    Raises:
-        UserError: it is a folder, or its folder is not writable.
-    """
-    from expertlane.cli.output import check_folder, is_first_process
-
-    if path.is_dir():
-        raise UserError(f"--record-routing is {path}, which is a folder; give a file: trace.npz")
-    if is_first_process():
-        check_folder(path.parent)
-
-
 @contextmanager
 def _load(
-    found: FoundModel, layout: "Layout", options: EngineOptions, record_routing: Path | None
-) -> "Iterator[LLM]":
+    found: FoundModel, layout: "Layout", engine: EngineOptions, record_routing: Path | None
+) -> Iterator["LLM"]:
     """The loaded model; when it is left, however that is, the routing so far is written."""
-    with found.load(layout, options, record_routing=record_routing is not None) as llm:
+    with found.load(layout, engine, record_routing=record_routing is not None) as llm:
         try:
             yield llm
         finally:
@@ -398,3 +273,104 @@ def _continue(
             else:
                 answers.write(answers.as_text(llm, output))
     return outputs
+
+
+_PROMPT = "> "
+
+
+class Chat:
+    """A conversation with a model, a line a message: what was said, and how to go on.
+
+    Args:
+        params: of every answer.
+        system: the message that each conversation begins with.
+
+    Raises:
+        UserError: the model has no tokenizer or no chat template, or it takes no such message.
+    """
+
+    def __init__(self, found: FoundModel, params: "SamplingParams", system: str | None) -> None:
+        from expertlane.engine.chat_template import ChatTemplate
+        from expertlane.engine.tokenizer import Tokenizer
+
+        if found.folder is None:
+            raise UserError(f"{found.name} has no tokenizer, which a chat needs")
+        self._template = ChatTemplate.from_folder(found.folder)
+        self._tokenizer = Tokenizer.from_folder(found.folder)
+        self._params = params
+        self._opening = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._opening)
+        self._outputs: list[RequestOutput] = []
+        self._render("Hello")  # what a template always refuses, it refuses before anything loads
+
+    def hold(self, llm: "LLM") -> "list[RequestOutput]":
+        """Answer messages until there are no more; gives all answers."""
+        from expertlane.cli.output import print_message
+
+        for message in _read_messages():
+            if message == "/exit":
+                break
+            if message == "/reset":
+                self._messages = list(self._opening)
+                continue
+            try:
+                self._answer(llm, message)
+            except (UserError, ModelError) as error:
+                if not sys.stdin.isatty():
+                    raise
+                print_message(f"{error}; this message is left out (try /reset)")
+        return self._outputs
+
+    def _answer(self, llm: "LLM", message: str) -> None:
+        from expertlane.engine.interrupts import deferred_interrupts
+
+        number = str(len(self._outputs) + 1)
+        output = llm.engine.add(
+            number, self._render(message), self._params, name=f"message {number}"
+        )
+        self._outputs.append(output)
+        with deferred_interrupts() as is_interrupted:  # a step must be completed
+            answers.stream(llm, output, is_interrupted)
+        if output.error is not None:
+            raise ModelError(output.error)
+        # A stopped answer stays as far as it came: the roles must alternate.
+        self._messages += [
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": output.text},
+        ]
+
+    def _render(self, message: str) -> list[int]:
+        text = self._template.render([*self._messages, {"role": "user", "content": message}])
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _read_messages() -> Iterator[str]:
+    """Lines that are not blank, each as soon as it is there."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # some builds of Python lack it
+            import readline  # noqa: F401  (input() lets lines be edited then)
+        print("/reset forgets all, /exit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    while True:
+        try:
+            line = _ask() if is_terminal else next(sys.stdin)
+        except (EOFError, StopIteration):
+            if is_terminal:
+                print(file=sys.stderr)  # Ctrl-D leaves the cursor behind the prompt
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: byte {error.start} is not {error.encoding}") from None
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print(file=sys.stderr)  # as shells do: another line
+            continue
+        if line.strip():
+            yield line.strip()
+
+
+def _ask() -> str:
+    if sys.stdout.isatty():
+        return input(_PROMPT)
+    print(_PROMPT, end="", file=sys.stderr, flush=True)  # answers go to a file: nothing but them
+    return input()

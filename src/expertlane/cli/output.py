@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -60,9 +60,13 @@ def command_line() -> str:
 def check_folder(folder: Path) -> None:
     """Check, before anything runs, that results can be written there; leaves nothing behind.
 
+    Only in the process that writes.
+
     Raises:
         UserError: a part of the path is no folder, or not writable.
     """
+    if not is_first_process():
+        return
     for path in (folder, *folder.absolute().parents):
         try:
             exists = path.exists()
@@ -78,6 +82,20 @@ def check_folder(folder: Path) -> None:
                 raise UserError(
                     f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
                 ) from None
+
+
+def check_file(option: str, path: Path, example: str) -> None:
+    """Check, before anything runs, that a file can be written there.
+
+    Args:
+        example: a file's name, for the message.
+
+    Raises:
+        UserError: it is a folder, or its folder is not writable.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} is {path}, which is a folder; give a file: {example}")
+    check_folder(path.parent)
 
 
 @contextmanager
@@ -99,6 +117,15 @@ def progress_on_stderr() -> Iterator[Progress]:
         )
         with bars:
             yield _Bars(bars)
+
+
+@contextmanager
+def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[[], None]]:
+    """One task's progress on stderr; gives what advances it."""
+    with progress_on_stderr() as progress:
+        progress.task(description, total)
+        yield progress.advance
+        progress.done()
 
 
 class _Lines:

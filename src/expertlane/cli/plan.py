@@ -1,28 +1,19 @@
 """`expertlane plan`: which deployment of a model to choose on a cluster, and why."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from expertlane.cli.projection_options import (
-    ClusterOption,
-    ExecutionOption,
-    Executions,
-    KvTypeOption,
-    NumberTypeOption,
-    RoutingTraceOption,
-    SkewOption,
-    number_types,
-    priced_wider,
-)
+from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 from expertlane.spec.ranges import RANGES, shown, take_option
 
 if TYPE_CHECKING:
-    from expertlane.cli.engine_options import FoundModel
+    from expertlane.cli.model import FoundModel
     from expertlane.plan.commands import ServeTarget
     from expertlane.plan.request import Goals, Traffic
     from expertlane.spec.deployment import PayloadType
@@ -32,54 +23,41 @@ _EXPERIMENT = "experiment.toml"
 _DEFAULT_WORKLOAD = {"num_sequences": 256, "prompt_len": 1024, "output_len": 256}
 DEFAULT_WORKLOAD = ",".join(f"{key}={number}" for key, number in _DEFAULT_WORKLOAD.items())
 
-_Model = Annotated[
-    str,
-    typer.Argument(
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    model: str = typer.Argument(
         help="A checkpoint's folder (its config.json is enough), a hub id (org/name), or a preset: "
         "paper-tiny, paper-small, paper."
-    ),
-]
-_Workload = Annotated[
-    str,
-    typer.Option(
+    )
+    cluster: str = cluster_option("h100x16")
+    workload: str = typer.Option(
+        DEFAULT_WORKLOAD,
         metavar="KEY=N,…",
         help="num_sequences: how many are to be served at once; prompt_len, output_len: tokens of "
         "each.",
-    ),
-]
-_MaxTpotMs = Annotated[
-    float | None,
-    typer.Option(metavar="MS", help="Longest mean time of an output token."),
-]
-_MaxTtftMs = Annotated[
-    float | None,
-    typer.Option(metavar="MS", help="Longest mean time from a prompt's arrival to a first token."),
-]
-_Out = Annotated[
-    Path | None,
-    typer.Option(
+    )
+    max_tpot_ms: float | None = typer.Option(
+        None, metavar="MS", help="Longest mean time of an output token."
+    )
+    max_ttft_ms: float | None = typer.Option(
+        None, metavar="MS", help="Longest mean time from a prompt's arrival to a first token."
+    )
+    out: Path | None = typer.Option(
+        None,
         metavar="DIR",
         help=f"Folder for {FILES}, and the winner as experiment.toml. Default: "
         "results/plan-MODEL-CLUSTER.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
+    )
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+
+    def __post_init__(self) -> None:
+        take_option("--max-tpot-ms", self.max_tpot_ms)
+        take_option("--max-ttft-ms", self.max_ttft_ms)
 
 
-def plan(
-    model: _Model,
-    cluster: ClusterOption = "h100x16",
-    workload: _Workload = DEFAULT_WORKLOAD,
-    max_tpot_ms: _MaxTpotMs = None,
-    max_ttft_ms: _MaxTtftMs = None,
-    routing_trace: RoutingTraceOption = None,
-    skew: SkewOption = 0.0,
-    dtype: NumberTypeOption = None,
-    kv_dtype: KvTypeOption = None,
-    execution: ExecutionOption = Executions.GRAPH,
-    out: _Out = None,
-    as_json: _Json = False,
-) -> None:
+@takes_groups
+def plan(own: _Options, projection: ProjectionOptions) -> None:
     """Find the deployment that serves most tokens a second on a cluster, within limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
@@ -101,7 +79,7 @@ def plan(
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
-    from expertlane.cli.engine_options import find_model
+    from expertlane.cli.model import find_model
     from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
@@ -111,16 +89,18 @@ def plan(
     from expertlane.plan.search import NUM_FINALISTS
     from expertlane.spec.files import write_text
 
-    found, devices = find_model(model, weights=False), parse_cluster(cluster)
-    goals = _goals(max_tpot_ms, max_ttft_ms)
-    traffic = _traffic(workload, found.config)
-    routing = choose_routing(found.config, routing_trace, skew, num_sampled_layers=2)
-    types = number_types(found, dtype, kv_dtype, devices)
+    found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
+    goals = _goals(own.max_tpot_ms, own.max_ttft_ms)
+    traffic = _traffic(own.workload, found.config)
+    routing = choose_routing(
+        found.config, projection.routing_trace, projection.skew, num_sampled_layers=2
+    )
+    types = found.number_types(projection, devices)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
-    setting = Setting(types, Execution(execution.value), routing.source, payload)
+    setting = Setting(types, Execution(projection.execution), routing.source, payload)
     name = slug("plan", found.config.name, devices)
-    folder = results_folder(out, name)
-    cautions = tuple(filter(None, [priced_wider(found, types)]))
+    folder = results_folder(own.out, name)
+    cautions = tuple(filter(None, [found.priced_wider(types)]))
     plan = Plan(PlanRequest(found.config, devices, traffic, goals, setting), routing, cautions)
     with progress_on_stderr() as progress:
         for task, total, part in (
@@ -138,7 +118,9 @@ def plan(
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    publish(results, folder, as_json=as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)])
+    publish(
+        results, folder, as_json=own.as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)]
+    )
 
 
 def _served(found: "FoundModel") -> "ServeTarget":
@@ -155,8 +137,6 @@ def _served(found: "FoundModel") -> "ServeTarget":
 def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
     from expertlane.plan.request import Goals
 
-    take_option("--max-tpot-ms", max_tpot_ms)
-    take_option("--max-ttft-ms", max_ttft_ms)
     seconds = [None if value is None else value / 1e3 for value in (max_tpot_ms, max_ttft_ms)]
     return Goals(*seconds)
 

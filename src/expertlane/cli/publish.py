@@ -26,11 +26,10 @@ def results_folder(out: Path | None, name: str) -> Path:
     Raises:
         UserError: nothing can be written there.
     """
-    from expertlane.cli.output import check_folder, is_first_process
+    from expertlane.cli.output import check_folder
 
     folder = out or Path("results", name)
-    if is_first_process():
-        check_folder(folder)
+    check_folder(folder)
     return folder
 
 

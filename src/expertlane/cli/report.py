@@ -8,21 +8,25 @@ import typer
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 
-_Results = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RESULTS",
-        help="A results.json of compare, plan, simulate or bench, or the folder it is in.",
-    ),
-]
-_Out = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder for report.md and report.html. Default: beside it."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the paths of what was written.")]
 
-
-def report(results: _Results, out: _Out = None, as_json: _Json = False) -> None:
+def report(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RESULTS",
+            help="A results.json of compare, plan, simulate or bench, or the folder it is in.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for report.md and report.html. Default: beside it."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the paths of what was written.")
+    ] = False,
+) -> None:
     """Make report.html and report.md again from kept results; runs nothing.
 
     report.html is one file that opens offline: the verdict, where the time goes, every rank's

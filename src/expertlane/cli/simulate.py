@@ -1,46 +1,23 @@
 """`expertlane simulate`: one deployment on a modelled cluster, on a virtual clock."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from expertlane.cli.engine_options import (
-    BlockSize,
-    Dispatch,
-    DispatchOption,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
-    MicroBatches,
-    MicroBatchSchedule,
+from expertlane.cli.model import find_model
+from expertlane.cli.options import (
+    DeploymentOptions,
+    LoadOptions,
     ModelArgument,
-    NumMicroBatches,
-    OverlapOption,
-    Overlaps,
-    PayloadOption,
-    PayloadTypes,
-    PlacementOption,
-    Redundant,
-    deployment_options,
-    find_model,
-)
-from expertlane.cli.load_options import (
-    NumRequests,
-    OutputLen,
-    PromptLen,
-    Seed,
-    parse_loads,
-)
-from expertlane.cli.projection_options import (
-    ClusterOption,
-    ExecutionOption,
-    Executions,
-    KvTypeOption,
-    NumberTypeOption,
-    RoutingTraceOption,
-    SkewOption,
-    number_types,
-    priced_wider,
+    ProjectionOptions,
+    SchedulerOptions,
+    batch_option,
+    cluster_option,
+    length_option,
+    rate_option,
+    takes_groups,
 )
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import SpecError, UserError
@@ -57,85 +34,65 @@ if TYPE_CHECKING:
 _DEFAULT_BATCH = "64"
 
 
-_Layout = Annotated[
-    str, typer.Option(metavar="LAYOUT", help="How ranks are arranged, dp=16,ep=16 for example.")
-]
-_PrefillLayout = Annotated[
-    str | None,
-    typer.Option(
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    layout: str = typer.Option(
+        ..., metavar="LAYOUT", help="How ranks are arranged, dp=16,ep=16 for example."
+    )
+    cluster: str = cluster_option(...)
+    prefill_layout: str | None = typer.Option(
+        None,
         metavar="LAYOUT",
         help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
         "and values travel between them.",
-    ),
-]
-_Batch = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N", help=f"Closed loop: keep N requests unfinished. Default: {_DEFAULT_BATCH}."
-    ),
-]
-_Rate = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R",
-        help="Open loop in place of --batch: R requests a second arrive at random times.",
-    ),
-]
-_Mtp = Annotated[
-    int, typer.Option(metavar="N", help="Multi-token prediction: N tokens guessed a step.")
-]
-_MtpAcceptance = Annotated[
-    float | None,
-    typer.Option(metavar="P", help="How often a guess is right, 0 to 1; needed with --mtp."),
-]
-_Trace = Annotated[
-    Path | None,
-    typer.Option(
+    )
+    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N tokens guessed a step.")
+    mtp_acceptance: float | None = typer.Option(
+        None, metavar="P", help="How often a guess is right, 0 to 1; needed with --mtp."
+    )
+    trace: Path | None = typer.Option(
+        None,
         metavar="FILE",
         help="Also write what every rank does when, in one prefill and one decode step; open it "
         "in ui.perfetto.dev or chrome://tracing.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
-_Out = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help=f"Folder for {FILES}. Default: results/simulate-MODEL-CLUSTER."
-    ),
-]
+    )
+    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    out: Path | None = typer.Option(
+        None, metavar="DIR", help=f"Folder for {FILES}. Default: results/simulate-MODEL-CLUSTER."
+    )
+
+    def __post_init__(self) -> None:
+        take_option("--mtp-acceptance", self.mtp_acceptance)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Load(LoadOptions):
+    batch: str | None = batch_option(f". Default: {_DEFAULT_BATCH}.", "N")
+    rate: str | None = rate_option("R")
+    prompt_len: str = length_option("1024", "a prompt")
+    output_len: str = length_option("128", "an output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Deployment(DeploymentOptions):
+    def __post_init__(self) -> None:
+        for name in ("dispatch", "overlap"):
+            if getattr(self, name) == "auto":
+                raise UserError(
+                    f"--{name} auto is timed on real ranks; simulate each of the others, or let "
+                    "expertlane plan choose"
+                )
+        super().__post_init__()
+
+
+@takes_groups
 def simulate(
     model: ModelArgument,
-    layout: _Layout,
-    cluster: ClusterOption,
-    prefill_layout: _PrefillLayout = None,
-    batch: _Batch = None,
-    rate: _Rate = None,
-    num_requests: NumRequests = None,
-    prompt_len: PromptLen = "1024",
-    output_len: OutputLen = "128",
-    seed: Seed = 0,
-    dtype: NumberTypeOption = None,
-    kv_dtype: KvTypeOption = None,
-    execution: ExecutionOption = Executions.GRAPH,
-    routing_trace: RoutingTraceOption = None,
-    skew: SkewOption = 0.0,
-    dispatch: DispatchOption = Dispatch.ALL_TO_ALL,
-    overlap: OverlapOption = Overlaps.OFF,
-    num_micro_batches: NumMicroBatches = 1,
-    micro_batch_schedule: MicroBatchSchedule = MicroBatches.DRAINED,
-    payload: PayloadOption = PayloadTypes.MODEL,
-    placement: PlacementOption = "linear",
-    redundant: Redundant = 0,
-    mtp: _Mtp = 0,
-    mtp_acceptance: _MtpAcceptance = None,
-    max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
-    block_size: BlockSize = 16,
-    trace: _Trace = None,
-    as_json: _Json = False,
-    out: _Out = None,
+    own: _Options,
+    load_options: _Load,
+    projection: ProjectionOptions,
+    deployment: _Deployment,
+    scheduler: SchedulerOptions,
 ) -> None:
     """Project what a deployment would do on a cluster that is not here.
 
@@ -152,31 +109,12 @@ def simulate(
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
           --cluster h100x16 --trace step.json
     """
-    from expertlane.cost.laws.execution import Execution
-
-    load = _load(batch, rate, num_requests, prompt_len, output_len)
-    take_option("--seed", seed)
-    take_option("--mtp-acceptance", mtp_acceptance)
-    for name, choice in (("dispatch", dispatch), ("overlap", overlap)):
-        if choice.value == "auto":
-            raise UserError(
-                f"--{name} auto is timed on real ranks; simulate each of the others, or let "
-                "expertlane plan choose"
-            )
-    options = deployment_options(
-        overlap=overlap,
-        num_micro_batches=num_micro_batches,
-        micro_batch_schedule=micro_batch_schedule,
-        dispatch=dispatch,
-        payload=payload,
-        placement=placement,
-        redundant=redundant,
-        rebalance=0,
-    )
-    multi_token = _multi_token(mtp, mtp_acceptance)
+    load = _one_load(load_options)
+    multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
 
     from expertlane.cli.output import command_line
+    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
@@ -185,24 +123,24 @@ def simulate(
     from expertlane.simulate.simulator import Simulator
     from expertlane.spec.workload import check_lengths
 
-    config = found_model.config
-    modelled = parse_cluster(cluster)
-    routing = choose_routing(config, routing_trace, skew, seed)
+    config, trace, seed = found_model.config, own.trace, load_options.seed
+    modelled = parse_cluster(own.cluster)
+    routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     setup = ServingSetup(
-        layout=found_model.lay_out(layout),
-        prefill_layout=None if prefill_layout is None else found_model.lay_out(prefill_layout),
-        options=options,
-        types=number_types(found_model, dtype, kv_dtype, modelled),
-        execution=Execution(execution.value),
+        layout=found_model.lay_out(own.layout),
+        prefill_layout=None
+        if own.prefill_layout is None
+        else found_model.lay_out(own.prefill_layout),
+        options=deployment.options,
+        types=found_model.number_types(projection, modelled),
+        execution=Execution(projection.execution),
         routing=routing.source,
         multi_token=multi_token,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
+        **vars(scheduler),
     )
     check_lengths(load, config.max_position_embeddings)
     _check(config, modelled, setup, trace)
-    folder = results_folder(out, slug("simulate", config.name, cluster))
+    folder = results_folder(own.out, slug("simulate", config.name, own.cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
     results = simulation(
@@ -211,23 +149,19 @@ def simulate(
         routing,
         seed,
         command=command_line(),
-        caution=priced_wider(found_model, setup.types),
+        caution=found_model.priced_wider(setup.types),
     )
 
     def write_steps() -> list[Path]:
         return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
 
-    publish(results, folder, as_json=as_json, also=write_steps)
+    publish(results, folder, as_json=own.as_json, also=write_steps)
 
 
-def _load(
-    batch: str | None, rate: str | None, num_requests: int | None, prompt_len: str, output_len: str
-) -> "Load":
-    if rate is None:
-        batch = _DEFAULT_BATCH if batch is None else batch
-    loads = parse_loads(batch, rate, num_requests, prompt_len, output_len)
+def _one_load(options: _Load) -> "Load":
+    loads = options.loads(_DEFAULT_BATCH)
     if len(loads) > 1:
-        given = f"--batch {batch}" if rate is None else f"--rate {rate}"
+        given = f"--batch {options.batch}" if options.rate is None else f"--rate {options.rate}"
         raise UserError(f"{given} is {len(loads)} loads; simulate takes one a run")
     return loads[0]
 
@@ -258,7 +192,7 @@ def _check(
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.cli.output import check_folder
+    from expertlane.cli.output import check_file
     from expertlane.engine.start import check_deployment
     from expertlane.simulate.setup import check_devices
     from expertlane.spec.deployment import Deployment
@@ -269,20 +203,14 @@ def _check(
             config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
         )
     if trace is not None:
-        check_folder(trace.absolute().parent)
-        if trace.is_dir():
-            raise UserError(f"--trace is {trace}, a folder; give a file: {trace / 'step.json'}")
+        check_file("--trace", trace, "step.json")
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
-    from expertlane.cli.output import progress_on_stderr
+    from expertlane.cli.output import task_on_stderr
 
-    with progress_on_stderr() as progress:
-        num_runs = simulator.num_runs
-        times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
-        progress.task(
-            f"simulating {load.num_requests:,} requests{times}", num_runs * load.num_requests
-        )
-        outcome = simulator.run(seed, progress.advance)
-        progress.done()
-    return outcome
+    num_runs = simulator.num_runs
+    times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
+    description = f"simulating {load.num_requests:,} requests{times}"
+    with task_on_stderr(description, num_runs * load.num_requests) as advance:
+        return simulator.run(seed, advance)

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
-
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
 from expertlane.spec.ranges import take_fields
@@ -223,6 +221,8 @@ class DispatchTable:
 
     def _spans_of(self, places: Sequence[int]) -> list[tuple[int, DispatchMode]]:
         """The largest number of tokens of each span in which one of some modes is fastest."""
+        import numpy as np  # not for the help of a command, which names the options
+
         sizes = [row.num_tokens for row in self.rows]
         num_tokens = np.arange(1, sizes[-1] + 1)
         step_s = [

@@ -1,0 +1,125 @@
+"""The model that a command is given: found, laid out, checked, loaded, priced."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertlane.cli.options import EngineOptions, ProjectionOptions
+    from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.cost.number_types import NumberTypes
+    from expertlane.engine.llm import LLM
+    from expertlane.spec.hf_config import Quantization
+    from expertlane.spec.layout import Layout
+    from expertlane.spec.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model before it is loaded.
+
+    Attributes:
+        name: as the user gave it.
+        folder: of the checkpoint; None for a preset.
+        quantization: of the checkpoint's weights; None where they are as computed with.
+    """
+
+    name: str
+    config: "ModelConfig"
+    folder: Path | None
+    quantization: "Quantization | None" = None
+
+    def lay_out(self, layout: str) -> "Layout":
+        """Read a layout.
+
+        Raises:
+            UserError: it is none, or the model cannot be laid out so.
+        """
+        from expertlane.spec.layout import Layout
+
+        chosen = Layout.parse(layout)
+        chosen.check_model(self.config)
+        return chosen
+
+    def check(self, layout: "Layout", engine: "EngineOptions") -> None:
+        """Check what can be known before ranks are started.
+
+        Raises:
+            UserError: experts cannot be placed or reached so.
+        """
+        from expertlane.engine.deployment_check import check_deployment
+        from expertlane.spec.deployment import Deployment
+
+        deployment = Deployment(self.name, layout, engine.options)
+        check_deployment(self.config, deployment, engine.ranks_per_node)
+
+    def load(
+        self, layout: "Layout", engine: "EngineOptions", *, record_routing: bool = False
+    ) -> "LLM":
+        """Start the ranks and load the model, saying so on stderr.
+
+        Raises:
+            UserError: it cannot be laid out so, or does not fit.
+            RankError: a rank died, hung or failed.
+        """
+        from expertlane.cli.output import task_on_stderr
+        from expertlane.engine.llm import LLM
+
+        ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
+        with task_on_stderr(f"loading {self.name} on {ranks} ({layout})"):
+            return LLM(
+                self.folder or self.name,
+                layout=layout,
+                record_routing=record_routing,
+                **engine.for_llm(),
+            )
+
+    def number_types(
+        self, projection: "ProjectionOptions", cluster: "ModelledCluster"
+    ) -> "NumberTypes":
+        """What was asked for, else the checkpoint's own.
+
+        A preset is in float16, as in the paper, or in what the devices have if they lack it: a
+        profile of `expertlane calibrate` has one type.
+        """
+        from expertlane.cost.number_types import NumberTypes
+
+        known = cluster.profile.device.flops_per_s
+        own: str = self.config.dtype if self.folder else "float16"
+        if not self.folder and own not in known:
+            own = next(iter(known))
+        if self.quantization is not None and self.quantization.is_float8:
+            own = "float8"
+        return NumberTypes.asked(projection.dtype or own, projection.kv_dtype)
+
+    def priced_wider(self, types: "NumberTypes") -> str | None:
+        """A sentence where a checkpoint's weights are narrower than any that can be priced."""
+        if self.quantization is None or self.quantization.is_float8:
+            return None
+        nearer = "" if types.weights == "float8" else "; --dtype float8 comes nearer"
+        return (
+            f"The checkpoint's weights are {self.quantization.method} but priced as "
+            f"{types.weights}, for want of a law of narrower ones: their memory and reads come out "
+            f"too large{nearer}."
+        )
+
+
+def find_model(name: str, *, weights: bool = True) -> FoundModel:
+    """Find a preset or a checkpoint, downloaded first if need be.
+
+    Args:
+        weights: else a checkpoint's configuration is all that is needed.
+
+    Raises:
+        UserError: there is none, or its configuration cannot be read.
+    """
+    from expertlane.engine.hub import resolve_model
+    from expertlane.spec.from_hf import read_model
+    from expertlane.spec.hf_config import quantization_of, read_config
+    from expertlane.spec.model import PRESETS
+
+    if name in PRESETS:
+        return FoundModel(name, PRESETS[name], None)
+    folder = resolve_model(name, weights=weights)
+    config = read_model(folder, name, weights=weights)
+    return FoundModel(name, config, folder, quantization_of(read_config(folder)))

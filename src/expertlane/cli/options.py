@@ -1,0 +1,397 @@
+"""Options of the commands: how groups of them are declared, and the groups that commands share.
+
+A group is a dataclass whose fields are options; a command takes groups as its parameters.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+
+from expertlane.errors import UserError
+from expertlane.spec.deployment import (
+    DispatchChoice,
+    MicroBatchSchedule,
+    Options,
+    PayloadType,
+    PlacementMethod,
+)
+from expertlane.spec.ranges import RANGES, shown, take_fields, take_option
+
+if TYPE_CHECKING:
+    from expertlane.spec.workload import LengthRange, Load
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+NumberType = Literal["float32", "float16", "bfloat16", "float8"]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint's folder, a hub id (org/name), or a preset, whose weights are random: "
+        "paper-tiny, paper-small, paper.",
+    ),
+]
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer takes it: in place of each group, its options."""
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        _call(command, values)
+
+    parameters = _parameters(command)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _parameters(taker: Any) -> list[inspect.Parameter]:
+    found = []
+    for each in inspect.signature(taker).parameters.values():
+        if is_dataclass(each.annotation):
+            found += _parameters(each.annotation)
+        else:
+            found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    return found
+
+
+def _call(taker: Any, values: dict[str, Any]) -> Any:
+    return taker(
+        **{
+            name: _call(each.annotation, values) if is_dataclass(each.annotation) else values[name]
+            for name, each in inspect.signature(taker).parameters.items()
+        }
+    )
+
+
+def _check(group: Any) -> None:
+    take_fields(group, lambda name: f"--{name.replace('_', '-')}")
+
+
+def timeout_option() -> Any:
+    """How long to wait for ranks."""
+    return typer.Option(60.0, metavar="SECONDS", help="Longest wait for a rank without progress.")
+
+
+def dtype_option(default: str) -> Any:
+    """What ranks compute in."""
+    return typer.Option(None, help=f"Of weights and activations. Default: {default}.")
+
+
+def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> Any:
+    """A modelled cluster."""
+    return typer.Option(
+        default,
+        metavar="PROFILExN",
+        help=f"{what}: so many devices of a profile (h100, h200, b200, a100, or a TOML file of "
+        f"expertlane calibrate). {more}".rstrip(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerOptions:
+    """How many requests run at once, in the engine and on a modelled cluster.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    block_size: int = typer.Option(16, metavar="N", help="Positions in a block of the cache.")
+    max_num_seqs: int = typer.Option(
+        256, metavar="N", help="Requests running at once, a data-parallel rank."
+    )
+    max_num_batched_tokens: int = typer.Option(
+        2048, metavar="N", help="New tokens in a step, a data-parallel rank."
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploymentOptions:
+    """How a deployment runs, whether on real ranks or on modelled ones.
+
+    Attributes:
+        options: the same as `spec` has it.
+
+    Raises:
+        UserError: a value is not valid, or there is no such file.
+    """
+
+    overlap: Literal["off", "on", "auto"] = typer.Option(
+        "off",
+        help="Whether one half of a batch computes while the other half travels; auto: where that "
+        "is faster for a step's number of tokens, timed at the start.",
+    )
+    num_micro_batches: int = typer.Option(
+        1, metavar="N", help="Parts a batch is cut into for the pipeline."
+    )
+    micro_batch_schedule: MicroBatchSchedule = typer.Option(
+        "drained", help="Whether micro-batches wait for each other after each token."
+    )
+    dispatch: DispatchChoice = typer.Option(
+        "all_to_all",
+        help="How tokens travel to experts: a copy to each rank reached, all tokens to all ranks, "
+        "a copy to each node reached, forwarded inside, or the fastest for a step's number of "
+        "tokens, timed at the start.",
+    )
+    payload: PayloadType = typer.Option(
+        "model",
+        help="The type in which hidden states travel to experts; a narrower one than the model's "
+        "rounds them. How much that changes, expertlane compare measures.",
+    )
+    placement: str = typer.Option(
+        "linear",
+        metavar="linear|round_robin|FILE",
+        help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
+        "by expertlane balance.",
+    )
+    redundant: int = typer.Option(
+        0, metavar="N", help="Copies of experts beside each MoE layer's own, to share load."
+    )
+    options: Options = field(init=False)
+
+    def __post_init__(self) -> None:
+        methods = get_args(PlacementMethod)
+        is_method = self.placement in methods
+        if not (is_method or os.path.isfile(self.placement)):
+            raise UserError(
+                f"--placement is {self.placement!r}, and there is no such file; valid: "
+                f"{', '.join(methods)}, or a file written by expertlane balance"
+            )
+        if self.redundant and not is_method:
+            raise UserError(
+                f"--redundant is {self.redundant}, but {self.placement} says which copies there are"
+            )
+        where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
+        options = Options(
+            overlap="auto" if self.overlap == "auto" else self.overlap == "on",
+            num_micro_batches=self.num_micro_batches,
+            micro_batch_schedule=self.micro_batch_schedule,
+            dispatch=self.dispatch,
+            payload=self.payload,
+            num_redundant_experts=self.redundant,
+            **where,
+        )
+        object.__setattr__(self, "options", options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """How real ranks are started.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    timeout_s: float = timeout_option()
+    oversubscribe: bool = typer.Option(
+        False, "--oversubscribe", help="Allow more than 32 local ranks a core."
+    )
+    ignore_unused_tensors: bool = typer.Option(
+        False,
+        "--ignore-unused-tensors",
+        help="Go on, with a warning, where a checkpoint holds tensors that its config.json has no "
+        "use for.",
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of `LLM`.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    dtype: Dtype | None = typer.Option(
+        None,
+        help="Of weights and activations. Default: the checkpoint's, else the machine's choice.",
+    )
+    max_model_len: int | None = typer.Option(
+        None, metavar="N", help="Positions a sequence may take. Default: the model's."
+    )
+    num_blocks: int | None = typer.Option(
+        None, metavar="N", help="Blocks of the key/value cache. Default: what memory has room for."
+    )
+    scheduler: SchedulerOptions
+    no_prefix_caching: bool = typer.Option(
+        False, "--no-prefix-caching", help="Compute equal beginnings of prompts anew."
+    )
+    deployment: DeploymentOptions
+    rebalance_steps: int = typer.Option(
+        0,
+        "--rebalance",
+        metavar="STEPS",
+        help="Move experts while requests run, by the load of so many steps, where that pays. "
+        "0: never.",
+    )
+    ranks_per_node: int = typer.Option(
+        0,
+        metavar="N",
+        help="Consecutive ranks that count as one node, on one machine too. 0: as they were "
+        "started.",
+    )
+    launch: LaunchOptions
+    options: Options = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = replace(self.deployment.options, rebalance_steps=self.rebalance_steps)
+        object.__setattr__(self, "options", options)
+        _check(self)
+
+    def for_llm(self) -> dict[str, Any]:
+        """The arguments of `LLM`."""
+        return {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "num_blocks": self.num_blocks,
+            "prefix_caching": not self.no_prefix_caching,
+            "options": self.options,
+            "ranks_per_node": self.ranks_per_node,
+            **vars(self.scheduler),
+            **vars(self.launch),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionOptions:
+    """What of a modelled cluster is not its profile's."""
+
+    routing_trace: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="Which experts tokens choose, as recorded by expertlane generate --record-routing.",
+    )
+    skew: float = typer.Option(
+        0.0,
+        metavar="ALPHA",
+        help="Without a trace: experts' popularity falls with their rank to the power of -ALPHA; "
+        "0 for experts alike.",
+    )
+    dtype: NumberType | None = typer.Option(
+        None, help="Of weights. Default: the checkpoint's, float16 for a preset."
+    )
+    kv_dtype: NumberType | None = typer.Option(
+        None, help="Of cached keys and values. Default: that of hidden states."
+    )
+    execution: Literal["graph", "eager"] = typer.Option(
+        "graph", help="Whether a step is captured as a CUDA graph or launched kernel by kernel."
+    )
+
+
+def batch_option(help: str, metavar: str) -> Any:
+    """Of a closed loop."""
+    return typer.Option(
+        None, metavar=metavar, help=f"Closed loop: keep N requests unfinished{help}"
+    )
+
+
+def rate_option(metavar: str) -> Any:
+    """Of an open loop."""
+    return typer.Option(
+        None,
+        metavar=metavar,
+        help="Open loop in place of --batch: R requests a second arrive at random times.",
+    )
+
+
+def length_option(default: str, of: str) -> Any:
+    """How long a prompt or an output is."""
+    return typer.Option(
+        default, metavar="N[:N]", help=f"Tokens of {of}; of a range, drawn uniformly."
+    )
+
+
+_DEFAULT_BATCH = "1,8,32"
+_DEFAULT_SIZE = 100  # of an open loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What is put on an engine.
+
+    Raises:
+        UserError: the seed is out of its range.
+    """
+
+    batch: str | None = batch_option(
+        f"; with several, one point each. Default: {_DEFAULT_BATCH}.", "N[,N…]"
+    )
+    rate: str | None = rate_option("R[,R…]")
+    num_requests: int | None = typer.Option(
+        None,
+        metavar="N",
+        help=f"Of a point. Default: the batch; with --rate {_DEFAULT_SIZE}.",
+    )
+    prompt_len: str = length_option("32", "a prompt")
+    output_len: str = length_option("32", "an output")
+    seed: int = typer.Option(0, metavar="N", help="Of prompts, lengths and arrivals.")
+
+    def __post_init__(self) -> None:
+        take_option("--seed", self.seed)
+
+    def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":
+        """What to measure, a point each.
+
+        Raises:
+            UserError: it is not clear what.
+        """
+        from expertlane.spec.workload import Load
+
+        lengths = _length("prompt", self.prompt_len), _length("output", self.output_len)
+        if self.batch is not None and self.rate is not None:
+            raise UserError("--batch and --rate exclude each other; run one, then the other")
+        num_requests = take_option("--num-requests", self.num_requests)
+        if self.rate is not None:
+            rates = parse_list("--rate", "rate", self.rate, "2,5")
+            return [Load(num_requests or _DEFAULT_SIZE, *lengths, rate=each) for each in rates]
+        batches = parse_list("--batch", "batch", self.batch or default_batch, "1,8,32")
+        if num_requests is not None and num_requests < max(batches):
+            raise UserError(
+                f"--num-requests is {num_requests} but --batch has {max(batches)}; it must be as "
+                "many or more"
+            )
+        return [Load(num_requests or each, *lengths, batch=each) for each in batches]
+
+
+def _length(name: str, text: str) -> "LengthRange":
+    from expertlane.spec.workload import LengthRange
+
+    allowed = RANGES[f"{name}_len"]
+    ends = [allowed.parse(part) for part in text.split(":")]
+    low, high = ends[0], ends[-1]
+    if low is None or high is None or len(ends) > 2 or low > high:
+        raise UserError(
+            f"--{name}-len is {shown(text)}; it must be {allowed}, or two, the lower one first: "
+            "32:512"
+        )
+    return LengthRange(int(low), int(high))
+
+
+def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:
+    """The numbers of an option, with commas between.
+
+    Args:
+        field: whose range they have.
+
+    Raises:
+        UserError: one is none, or out of its range.
+    """
+    allowed = RANGES[field]
+    numbers = [allowed.parse(part) for part in text.split(",")]
+    if None in numbers:
+        raise UserError(
+            f"{name} is {shown(text)}; it must be {allowed}, or several with commas between: "
+            f"{example}"
+        )
+    return numbers
