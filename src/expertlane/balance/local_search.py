@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.packing import EMPTY, CopiesOnNodes, Floats, Ints
+from expertlane.balance.packing import EMPTY, Bools, CopiesOnNodes, Floats, Ints
 
 
 def shift_copies(
     slots: Ints, load: Floats, num_nodes: int, choice: Ints, keeps_even: bool = True
-) -> npt.NDArray[np.bool_]:
+) -> Bools:
     """In each layer, turn one redundant copy into a copy of an expert of the fullest rank.
 
     The fullest rank shares that expert with one rank more; the other copies of the expert that
@@ -44,7 +44,7 @@ def shift_copies(
     flat = np.stack(reached, axis=1).reshape(len(slots), -1)
     choice = np.minimum(choice, flat.shape[1] - 1)
     chosen = np.argsort(flat, axis=1, kind="stable")[rows, choice]
-    changed: npt.NDArray[np.bool_] = np.isfinite(flat[rows, chosen])
+    changed: Bools = np.isfinite(flat[rows, chosen])
     slot, loser = np.divmod(chosen, num_losers)
     for row in np.nonzero(changed)[0]:
         of_rank = slots[row, at[slot[row]][row, loser[row]]]
@@ -65,11 +65,11 @@ class _State:
 
     load: Floats
     copies: CopiesOnNodes
-    holds: npt.NDArray[np.bool_]
+    holds: Bools
     weight: Floats
     loads: Floats
-    may_gain: npt.NDArray[np.bool_]
-    may_lose: npt.NDArray[np.bool_]
+    may_gain: Bools
+    may_lose: Bools
 
     @classmethod
     def of(cls, slots: Ints, load: Floats, num_nodes: int, keeps_even: bool) -> "_State":
@@ -189,7 +189,7 @@ def lower_maximum(
 
 
 def _best_swaps(
-    slots: Ints, weights: Floats, may_move_to: npt.NDArray[np.bool_]
+    slots: Ints, weights: Floats, may_move_to: Bools
 ) -> tuple[Floats, tuple[Ints, Ints, Ints, Ints]]:
     """For each layer the best swap of the fullest rank, and the load of the fuller of the two."""
     num_layers = len(slots)
@@ -208,9 +208,7 @@ def _best_swaps(
     return worse[rows, slot, other_rank, other_slot], (fullest, slot, other_rank, other_slot)
 
 
-def _may_swap(
-    slots: Ints, fullest: Ints, may_move_to: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
+def _may_swap(slots: Ints, fullest: Ints, may_move_to: Bools) -> Bools:
     """Whether a swap leaves both ranks without an expert twice, and shares as they are.
 
     Never with the rank itself.
@@ -226,7 +224,7 @@ def _may_swap(
     goes = may_move_to[rows[:, None, None], own[:, :, None], node[..., 0]][..., None]
     comes = may_move_to[rows[:, None, None], slots, own_node[..., None]][:, None]
     stays = (node == own_node[..., None])[:, None]
-    may: npt.NDArray[np.bool_] = ~has_own & ~is_held & is_real & (stays | (goes & comes))
+    may: Bools = ~has_own & ~is_held & is_real & (stays | (goes & comes))
     return may
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
-from expertlane.spec.files import CONFIG_BYTES, strict_json, write_whole
+from expertlane.spec.files import CONFIG_BYTES, strict_json, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.parse import read_json
@@ -115,11 +115,7 @@ def write_placement(placement: ModelPlacement, path: Path) -> None:
     )
     opening = strict_json(head, indent=2, ensure_ascii=False).removesuffix("\n}")
     text = f'{opening},\n  "layers": [\n{lines}\n  ]\n}}\n'
-    write_whole(path, lambda file: _write_text(file, text))
-
-
-def _write_text(file: Any, text: str) -> None:
-    file.write(text.encode())
+    write_text(path, text)
 
 
 def read_placement(path: Path) -> ModelPlacement:
@@ -140,7 +136,7 @@ def _parse(data: object) -> ModelPlacement:
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UserError("not a placement file: it has no schema_version")
     version = data["schema_version"]
-    if not _is_int(version) or version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
             f"schema_version is {shown(version)}; this expertlane reads {SCHEMA_VERSION}"
         )
@@ -187,10 +183,6 @@ def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
         raise UserError(f"{what} lacks {min(missing)}")
     if unknown := data.keys() - keys:
         raise UserError(f"{what} has the unknown key {shown(min(unknown))}; it has {sorted(keys)}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 Placements = tuple[Placement | None, ...]

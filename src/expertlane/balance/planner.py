@@ -1,6 +1,6 @@
 """A placement that evens out a load: copies of hot experts, packed so that no rank is fuller."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from expertlane.balance.local_search import (
     shift_copies,
     weights_of_slots,
 )
-from expertlane.balance.locality import Items, swap_between_nodes
+from expertlane.balance.locality import PhysicalExperts, swap_between_nodes
 from expertlane.balance.packing import (
     EMPTY,
     CopiesOnNodes,
@@ -23,9 +23,8 @@ from expertlane.balance.packing import (
     num_copies,
     pack,
 )
-from expertlane.balance.placement import Placement, check_num_slots
+from expertlane.balance.placement import Placement, partition_slots
 from expertlane.errors import SpecError
-from expertlane.spec.layout import partition
 
 _EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
 _EVEN_ENOUGH = 1.005  # the same where crossings can be saved
@@ -68,7 +67,12 @@ def plan_placement(
             that are not full.
     """
     num_layers, num_experts = load.shape
-    room = _room(num_layers, num_experts, ep, ranks_per_node, num_redundant)
+    if ranks_per_node < 1 or ep % ranks_per_node:
+        raise SpecError(f"{ep} ep ranks do not fill nodes of {ranks_per_node} ranks")
+    if num_redundant < 0:
+        raise SpecError(f"{num_redundant} redundant experts; valid: 0 or more")
+    of_ranks = partition_slots(num_experts, ep, num_redundant)
+    room = np.tile([len(slots) for slots in of_ranks], (num_layers, 1))  # [num_layers, ep]
     if not num_layers:
         return []
     loads = load.astype(np.float64)
@@ -80,23 +84,7 @@ def plan_placement(
         slots = _exchanged(slots, loads, limit, coactivation, num_nodes)
     elif num_nodes > 1:
         slots = _exchanged(slots, loads, np.zeros(num_layers), None, num_nodes)
-    return [
-        Placement(num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in layer))
-        for layer in slots
-    ]
-
-
-def _room(
-    num_layers: int, num_experts: int, ep: int, ranks_per_node: int, num_redundant: int
-) -> Ints:
-    """[num_layers, ep]; the slots of each rank."""
-    if ranks_per_node < 1 or ep % ranks_per_node:
-        raise SpecError(f"{ep} ep ranks do not fill nodes of {ranks_per_node} ranks")
-    if num_redundant < 0:
-        raise SpecError(f"{num_redundant} redundant experts; valid: 0 or more")
-    num_slots = max(num_experts + num_redundant, ep)
-    check_num_slots(num_experts, ep, num_slots)
-    return np.tile([len(slots) for slots in partition(num_slots, ep)], (num_layers, 1))
+    return [Placement.of_table(num_experts, of_layer) for of_layer in slots]
 
 
 def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
@@ -201,23 +189,15 @@ def _regrouped(
     """
     num_layers, ep, num_slots = slots.shape
     per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
-    weights = weights_of_slots(slots, per_copy)
-    limit = np.maximum(weights.sum(axis=2).max(axis=1), limit)
+    limit = np.maximum(rank_loads(slots, load, num_nodes).max(axis=1), limit)
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
     by_node = np.full((num_layers, num_nodes, num_slots * ep // num_nodes), EMPTY, dtype=np.int64)
-    for layer, of_layer in enumerate(slots):
-        rank, slot = np.nonzero(of_layer != EMPTY)
-        items = Items.of(
-            of_layer[rank, slot],
-            weights[layer, rank, slot],
-            load[layer],
-            coactivation[layer],
-            num_nodes,
-        )
+    layers = _physical_experts(slots, load, coactivation, num_nodes)
+    for layer, (experts, rank) in enumerate(layers):
         of_node = np.full(num_nodes, limit[layer] * ep / num_nodes)
-        node = node_of_rank[rank]
-        node = swap_between_nodes(items, node, np.arange(num_nodes), of_node, _NODE_ROUNDS)
-        by_node[layer] = _table(items.experts, node, by_node[layer].shape)
+        nodes = np.arange(num_nodes)
+        node = swap_between_nodes(experts, node_of_rank[rank], nodes, of_node, _NODE_ROUNDS)
+        by_node[layer] = _table(experts.logical, node, by_node[layer].shape)
     # Each node packed like a layer of its own; then all ranks of a layer where that was too coarse.
     num_packed = num_layers * num_nodes
     per_copy = per_copy.swapaxes(1, 2).reshape(num_packed, -1)
@@ -238,20 +218,27 @@ def _exchanged(
     """Single experts exchanged between ranks of different nodes, no maximum raised over `limit`."""
     ep = slots.shape[1]
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
+    limit = np.maximum(rank_loads(slots, load, num_nodes).max(axis=1), limit)
+    exchanged = np.empty_like(slots)
+    layers = _physical_experts(slots, load, coactivation, num_nodes)
+    for layer, (experts, rank) in enumerate(layers):
+        of_rank = np.full(ep, limit[layer])
+        rank = swap_between_nodes(experts, rank, node_of_rank, of_rank, _RANK_ROUNDS)
+        exchanged[layer] = _table(experts.logical, rank, slots[layer].shape)
+    return exchanged
+
+
+def _physical_experts(
+    slots: Ints, load: Floats, coactivation: Coactivation | None, num_nodes: int
+) -> Iterator[tuple[PhysicalExperts, Ints]]:
+    """Of each layer, with the rank of each."""
     per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
     weights = weights_of_slots(slots, per_copy)
-    limit = np.maximum(weights.sum(axis=2).max(axis=1), limit)
-    exchanged = np.empty_like(slots)
     for layer, of_layer in enumerate(slots):
         rank, slot = np.nonzero(of_layer != EMPTY)
         known = None if coactivation is None else coactivation[layer]
-        items = Items.of(
-            of_layer[rank, slot], weights[layer, rank, slot], load[layer], known, num_nodes
-        )
-        of_rank = np.full(ep, limit[layer])
-        rank = swap_between_nodes(items, rank, node_of_rank, of_rank, _RANK_ROUNDS)
-        exchanged[layer] = _table(items.experts, rank, of_layer.shape)
-    return exchanged
+        logical, weight = of_layer[rank, slot], weights[layer, rank, slot]
+        yield PhysicalExperts.of(logical, weight, load[layer], known, num_nodes), rank
 
 
 def _table(experts: Ints, row_of: Ints, shape: tuple[int, ...]) -> Ints:

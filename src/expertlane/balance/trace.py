@@ -152,14 +152,6 @@ class RoutingTraceWriter:
             np.repeat(np.array(steps, dtype=np.int64), [each.shape[1] for each in columns]),
         )
 
-    def write(self, path: Path) -> None:
-        """Write all that was added.
-
-        Raises:
-            UserError: the folder can't be written to.
-        """
-        write_trace(self.trace(), path)
-
 
 def write_trace(trace: RoutingTrace, path: Path) -> None:
     """Write a trace as a compressed `.npz`, under exactly the name given.
