@@ -8,10 +8,9 @@ from typing import Any
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
-from expertlane.spec.files import CONFIG_BYTES, strict_json, write_text
+from expertlane.spec.files import CONFIG_BYTES, read_json, strict_json, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.parse import read_json
 from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1

@@ -12,8 +12,7 @@ from expertlane.results.plan import PlanResults
 from expertlane.results.schema import Results
 from expertlane.results.serving import ServingResults
 from expertlane.results.simulation import Simulation
-from expertlane.spec.files import RESULTS_BYTES, strict_json, write_text
-from expertlane.spec.parse import read_json
+from expertlane.spec.files import RESULTS_BYTES, read_json, strict_json, write_text
 from expertlane.spec.ranges import shown
 
 FILE_NAME = "results.json"

@@ -12,12 +12,11 @@ from typing import Any, ClassVar, TypeVar
 
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.files import CONFIG_BYTES
+from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.parse import read_toml
-from expertlane.spec.ranges import take_fields
+from expertlane.spec.ranges import STRICT, take_fields
 from expertlane.spec.workload import Workload
 
 
@@ -31,7 +30,7 @@ class Cluster:
             as two nodes of 8.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     ranks_per_node: int = 0
 
@@ -92,7 +91,6 @@ class Experiment:
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
 
 
-_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 _TABLES = ("model", "workload", "cluster")
 _ARRAYS = ("deployments", "scaling")
 _WANTED = {
@@ -111,7 +109,7 @@ FindCheckpoint = Callable[[str, Path], Path]
 
 @dataclass(frozen=True)
 class _Header:
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     seed: int = 0
 
@@ -120,7 +118,7 @@ class _Header:
 class _Head:
     """A deployment's table without its options."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     layout: str
     baseline: bool = False

@@ -5,9 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
-from expertlane.spec.ranges import MAX_PARAMS, take_fields
-
-_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+from expertlane.spec.ranges import MAX_PARAMS, STRICT, take_fields
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ModelConfig:
         SpecError: numbers that are out of their ranges or do not fit each other.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: str
     num_hidden_layers: int

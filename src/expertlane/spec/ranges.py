@@ -6,6 +6,7 @@ yet low enough that nothing overflows 64 bits and no list or array exceeds a mac
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, get_args
@@ -17,6 +18,9 @@ MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
 _SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
+
+
+STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # pydantic's, of what is read
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,9 @@ class Range:
         return f"{kind}, {_end(self.low)} to {_end(self.high)}"
 
 
-def _whole(low: int, high: int) -> Range:
-    return Range(low, high)
-
-
-def _number(low: float, high: float) -> Range:
-    return Range(low, high, is_whole=False)
-
-
-def _above(low: float, high: float) -> Range:
-    return Range(low, high, is_whole=False, is_above=True)
-
+_whole = Range
+_number = partial(Range, is_whole=False)
+_above = partial(Range, is_whole=False, is_above=True)
 
 _AXIS = _whole(1, MAX_RANKS)
 _WIDTH = _whole(1, 2**20)
