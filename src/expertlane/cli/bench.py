@@ -88,7 +88,7 @@ def _check(
 
 def _run(
     found: FoundModel,
-    engine: EngineOptions,
+    options: EngineOptions,
     loads: "list[Load]",
     layouts: "list[Layout]",
     seed: int,
@@ -104,7 +104,7 @@ def _run(
     points: list[Point] = []
     foreign_cpu_share = 0.0
     for layout in layouts:
-        with found.load(layout, engine) as llm:
+        with found.load(layout, options) as llm:
             machine, versions = describe(llm)
             foreign = ForeignLoad()
             with progress_on_stderr() as progress:
@@ -116,8 +116,8 @@ def _run(
         versions=versions,
         machine=machine,
         model=found.name,
-        options=engine.options,
-        ranks_per_node=engine.ranks_per_node,
+        options=options.options,
+        ranks_per_node=options.ranks_per_node,
         seed=seed,
         prompt_len=str(loads[0].prompt_len),
         output_len=str(loads[0].output_len),

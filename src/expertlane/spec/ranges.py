@@ -4,7 +4,7 @@ A number is looked up by its field's name. Limits are far beyond any model or cl
 yet low enough that nothing overflows 64 bits and no list or array exceeds a machine's memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
@@ -242,6 +242,29 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
         else:
             taken = allowed.take(called, value)
         object.__setattr__(instance, field.name, taken)
+
+
+def parse_sizes(what: str, noun: str, text: str, valid: Sequence[str]) -> dict[str, int]:
+    """Read `tp=8,pp=2`: names with whole numbers in their ranges, none twice; perhaps none at all.
+
+    Args:
+        what, noun: what a message calls the whole, and a name.
+
+    Raises:
+        SpecError: it breaks one of these rules.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in valid:
+            raise SpecError(f"{what}: unknown {noun} {shown(name)}; valid: {', '.join(valid)}")
+        if name in sizes:
+            raise SpecError(f"{what}: {name} is given twice")
+        size = RANGES[name].parse(value)
+        if size is None:
+            raise SpecError(f"{what}: {name} is {shown(value)}; it must be {RANGES[name]}")
+        sizes[name] = int(size)
+    return sizes
 
 
 def shown(value: object) -> str:
