@@ -19,11 +19,11 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.norm import rms_norm, rms_norm_heads_
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.ops.linear import Linear
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 def attend(

@@ -10,9 +10,9 @@ from torch import Tensor
 from expertlane.model.checkpoint_names import MXFP4_BLOCK, Stored
 from expertlane.model.shards import MAX_MAPPED_BYTES
 from expertlane.model.stored_tensors import FP8, PLAIN_TYPES, StoredTensors
-from expertlane.model.tensors import Shape, cut_dim
 from expertlane.model.weights import WeightSource
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import Shape, cut_dim
 
 _MAX_COPIED_BYTES = MAX_MAPPED_BYTES // 4  # at a time
 
@@ -35,7 +35,7 @@ class Checkpoint(StoredTensors):
         """A logical tensor, or a slice of it, in memory of its own.
 
         Args:
-            name: one of `model.tensors`.
+            name: one of `spec.tensors`.
             rows, columns: of the logical shape, in steps of 1; None for all. Vectors have rows.
             dtype: of the result, quantised or not; None for the model's.
 

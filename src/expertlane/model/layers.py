@@ -16,7 +16,6 @@ from expertlane.model.kv_cache import KVCache
 from expertlane.model.mlp import MLP
 from expertlane.model.norm import rms_norm
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import expert_name, layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.experts import Activation, Expert, Experts
@@ -28,6 +27,7 @@ from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import expert_name, layer_name
 
 
 class DecoderLayer:

@@ -12,12 +12,12 @@ from torch import Tensor
 from expertlane.comm.interleave import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
-from expertlane.model.tensors import layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.moe.experts import Activation
 from expertlane.ops.linear import Linear
 from expertlane.spec.layout import partition
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 class MLP:

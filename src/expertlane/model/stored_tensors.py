@@ -6,7 +6,6 @@ from typing import Literal
 from expertlane.errors import SpecError
 from expertlane.model.checkpoint_names import MXFP4_BLOCK, Stored, is_left_unread, stored_places
 from expertlane.model.shards import Shards
-from expertlane.model.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (
     family_of,
@@ -15,6 +14,7 @@ from expertlane.spec.hf_config import (
     weight_block_size,
 )
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
 
 PLAIN_TYPES = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"

@@ -14,12 +14,12 @@ from expertlane.model.head import HeadResult, OutputHead
 from expertlane.model.kv_cache import KVCache
 from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD
 from expertlane.model.weights import WeightSource
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 
 class TransformerStage:

@@ -11,10 +11,15 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
   and for experts `gate_bias`, `up_bias`, `down_bias`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING
 
-from expertlane.spec.model import ModelConfig
+if TYPE_CHECKING:  # a model counts its parameters by its tensors
+    from expertlane.spec.model import ModelConfig
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
@@ -51,25 +56,49 @@ def tensor_shape(model: ModelConfig, name: str) -> Shape:
 def tensor_names(model: ModelConfig) -> Iterator[str]:
     """All tensors of a model, layer by layer; a tied head is none."""
     yield EMBEDDING
-    attention, moe = _attention_shapes(model), _moe_shapes(model)
-    expert, dense = _expert_shapes(model), _mlp_shapes(model, "dense", model.intermediate_size)
+    of_kinds = [layer_shapes(model, is_dense) for is_dense in (False, True)]
+    expert = expert_shapes(model)
     for layer in range(model.num_hidden_layers):
-        parts = [*attention, *(dense if model.is_dense(layer) else moe)]
-        yield from (layer_name(layer, part) for part in parts)
-        for index in range(0 if model.is_dense(layer) else model.num_experts):
+        is_dense = model.is_dense(layer)
+        yield from (layer_name(layer, part) for part in of_kinds[is_dense])
+        for index in range(0 if is_dense else model.num_experts):
             yield from (expert_name(layer, index, part) for part in expert)
     yield FINAL_NORM
     if not model.tie_word_embeddings:
         yield HEAD
 
 
+def layer_shapes(model: ModelConfig, is_dense: bool) -> dict[str, Shape]:
+    """Shapes of a layer's tensors, its experts aside, by name without the layer."""
+    if is_dense:
+        return _attention_shapes(model) | _mlp_shapes(model, "dense", model.intermediate_size)
+    return _attention_shapes(model) | _moe_shapes(model)
+
+
+def num_params(model: ModelConfig) -> int:
+    """All parameters of a model."""
+
+    def total(shapes: dict[str, Shape]) -> int:
+        return sum(map(prod, shapes.values()))
+
+    num_dense, hidden = len(model.dense_layers), model.hidden_size
+    moe_layer = total(layer_shapes(model, False)) + model.num_experts * total(expert_shapes(model))
+    return (
+        num_dense * total(layer_shapes(model, True))
+        + (model.num_hidden_layers - num_dense) * moe_layer
+        + (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
+        + hidden
+    )
+
+
 @lru_cache(maxsize=16)
 def _shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes by name, without the numbers of layer and expert."""
-    in_layers = _attention_shapes(model) | _moe_shapes(model)
+    in_layers = layer_shapes(model, False) | {
+        f"experts.{part}": shape for part, shape in expert_shapes(model).items()
+    }
     if model.dense_layers:
-        in_layers |= _mlp_shapes(model, "dense", model.intermediate_size)
-    in_layers |= {f"experts.{part}": shape for part, shape in _expert_shapes(model).items()}
+        in_layers |= layer_shapes(model, True)
     outside = {
         EMBEDDING: (model.vocab_size, model.hidden_size),
         FINAL_NORM: (model.hidden_size,),
@@ -130,7 +159,8 @@ def _mlp_shapes(model: ModelConfig, prefix: str, inner: int) -> dict[str, Shape]
     return {f"{prefix}.{part}": shape for part, shape in _matrices(model, inner).items()}
 
 
-def _expert_shapes(model: ModelConfig) -> dict[str, Shape]:
+def expert_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shapes of an expert's tensors, such as `up` or `up_bias`."""
     shapes = _matrices(model, model.moe_intermediate_size)
     if model.expert_bias:
         shapes |= {f"{part}_bias": shape[:1] for part, shape in shapes.items()}
