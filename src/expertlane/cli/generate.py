@@ -142,13 +142,11 @@ def generate(
         raise UserError("--system needs --chat")
     if own.chat and (prompts or own.file or own.token_ids or own.as_json):
         raise UserError("--chat reads standard input; leave prompts and --json out")
-    from expertlane.cli.output import check_file, print_message
-
     found = find_model(model)
     layout = found.lay_out(own.layout)
     params = sampling_params(found.folder, vars(sampling))
     if own.record_routing is not None:
-        check_file("--record-routing", own.record_routing, "trace.npz")
+        _check_file(own.record_routing)
     if own.chat:
         conversation = Chat(found, params, own.system)
         with _load(found, layout, engine, own.record_routing) as llm:
@@ -158,6 +156,8 @@ def generate(
         _check_texts(given, found)
         with _load(found, layout, engine, own.record_routing) as llm:
             outputs = _continue(llm, given, params, own.as_json)
+    from expertlane.cli.output import print_message
+
     if outputs:
         print_message(answers.summary(outputs, params.max_tokens))
     errors = [output.error for output in outputs if output.error is not None]
@@ -222,6 +222,20 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
     has_tokenizer = found.folder is not None and (found.folder / TOKENIZER).is_file()
     if not has_tokenizer and any(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"{found.name} has no tokenizer; give prompts with --token-ids")
+
+
+def _check_file(path: Path) -> None:
+    """Check, before anything runs, that a trace can be written there.
+
+    Raises:
+        UserError: it is a folder, or its folder is not writable.
+    """
+    from expertlane.cli.output import check_folder, is_first_process
+
+    if path.is_dir():
+        raise UserError(f"--record-routing is {path}, which is a folder; give a file: trace.npz")
+    if is_first_process():
+        check_folder(path.parent)
 
 
 @contextmanager

@@ -80,18 +80,6 @@ def check_folder(folder: Path) -> None:
                 ) from None
 
 
-def check_file(option: str, path: Path, example: str) -> None:
-    """Check, before anything runs, that a file can be written there.
-
-    Raises:
-        UserError: it is a folder, or its folder is not writable.
-    """
-    if path.is_dir():
-        raise UserError(f"{option} is {path}, which is a folder; give a file: {example}")
-    if is_first_process():
-        check_folder(path.absolute().parent)
-
-
 @contextmanager
 def progress_on_stderr() -> Iterator[Progress]:
     """Progress as a bar on a terminal, as a line per finished task elsewhere."""

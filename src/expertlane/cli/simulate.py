@@ -188,7 +188,7 @@ def _check(
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.cli.output import check_file
+    from expertlane.cli.output import check_folder
     from expertlane.engine.deployment_check import check_deployment
     from expertlane.simulate.setup import check_devices
     from expertlane.spec.deployment import Deployment
@@ -199,7 +199,9 @@ def _check(
             config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
         )
     if trace is not None:
-        check_file("--trace", trace, "step.json")
+        check_folder(trace.absolute().parent)
+        if trace.is_dir():
+            raise UserError(f"--trace is {trace}, a folder; give a file: {trace / 'step.json'}")
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
