@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from expertlane.balance.placement import Placement
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Options
 from expertlane.spec.files import CONFIG_BYTES, read_json, strict_json, write_text
 from expertlane.spec.layout import Layout
@@ -125,10 +125,8 @@ def read_placement(path: Path) -> ModelPlacement:
             a placement; one line that names the file.
     """
     data = read_json(path, CONFIG_BYTES)
-    try:
+    with naming(path):
         return _parse(data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _parse(data: object) -> ModelPlacement:
@@ -154,10 +152,8 @@ def _parse(data: object) -> ModelPlacement:
             raise UserError(f"layer {layer} is given twice")
         if len(experts_of_rank) != ep:
             raise UserError(f"layer {layer} has {len(experts_of_rank)} ranks; ep is {ep}")
-        try:
+        with naming(f"layer {layer}"):
             layers[layer] = Placement(num_experts, experts_of_rank)
-        except SpecError as error:
-            raise SpecError(f"layer {layer}: {error}") from error
     return ModelPlacement(data["model"], num_experts, layers)
 
 

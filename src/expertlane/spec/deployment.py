@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
@@ -60,15 +60,6 @@ class Options:
 
     def __post_init__(self) -> None:
         take_fields(self)
-        for name, valid in (
-            ("micro_batch_schedule", get_args(MicroBatchSchedule)),
-            ("dispatch", get_args(DispatchChoice)),
-            ("payload", get_args(PayloadType)),
-            ("placement", get_args(PlacementMethod)),
-        ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise SpecError(f"{name} is {value!r}; valid: {', '.join(valid)}")
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):

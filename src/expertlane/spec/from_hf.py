@@ -101,6 +101,12 @@ def _attention(fields: ConfigReader) -> dict[str, Any]:
     }
 
 
+def _biased_attention(fields: ConfigReader) -> dict[str, Any]:
+    """The same, with biases of all projections or of none."""
+    bias = fields.get(bool, "attention_bias")
+    return {**_attention(fields), "qkv_bias": bias, "output_bias": bias}
+
+
 def _rope_parameters(fields: ConfigReader) -> ConfigReader:
     """Of `rope_scaling` (transformers 4) or `rope_parameters` (5); null means the default."""
     parameters = fields.raw("rope_scaling", "rope_parameters")
@@ -163,24 +169,27 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _layer_types(fields: ConfigReader, default: list[str]) -> list[str]:
+def _has_window(fields: ConfigReader) -> list[bool] | None:
+    """Of each layer by `layer_types`; None where it is null or missing."""
     types = fields.raw("layer_types")
-    types = default if types is None else types
+    if types is None:
+        return None
     if not isinstance(types, list):
         raise fields.error(f"layer_types is {types!r}; it must be a list")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise fields.error(f"layer type {kind!r} is not supported")
-    return types
+    return [kind == "sliding_attention" for kind in types]
 
 
-def _windows_by_type(fields: ConfigReader, default: list[str]) -> tuple[int | None, ...]:
-    """One window a layer from `layer_types`, or from a family's default for them."""
-    types = _layer_types(fields, default)
-    if "sliding_attention" not in types:
+def _windows_by_type(fields: ConfigReader, default: list[bool]) -> tuple[int | None, ...]:
+    """One window a layer; which have one `layer_types` says, else a family's default."""
+    has_window = _has_window(fields)
+    has_window = default if has_window is None else has_window
+    if not any(has_window):
         return ()
     window = fields.get(int, "sliding_window")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    return tuple(window if has else None for has in has_window)
 
 
 def _windows_everywhere(fields: ConfigReader) -> tuple[int | None, ...]:
@@ -203,7 +212,6 @@ def _qwen_moe(fields: ConfigReader) -> dict[str, Any]:
     layers = range(fields.get(int, "num_hidden_layers"))
     dense = tuple(layer for layer in layers if layer in mlp_only or (layer + 1) % step)
     return {
-        **_attention(fields),
         **_same(fields, ModelConfig, "moe_intermediate_size"),
         "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
         "dense_layers": dense,
@@ -216,17 +224,16 @@ def _qwen2_moe(fields: ConfigReader) -> dict[str, Any]:
     if fields.get(bool, "use_sliding_window"):
         first_full = fields.get(int, "max_window_layers")
         layers = range(fields.get(int, "num_hidden_layers"))
-        even = ["sliding_attention" if i % 2 == 0 and i < first_full else "full" for i in layers]
-        windows = _windows_by_type(
-            fields, [kind.replace("full", "full_attention") for kind in even]
-        )
-    elif "sliding_attention" in _layer_types(fields, []):
+        has_window = [i % 2 == 0 and i < first_full for i in layers]
+        windows = _windows_by_type(fields, has_window)
+    elif any(_has_window(fields) or ()):
         # transformers 5 then masks all positions in such layers, which no model can mean.
         raise fields.error(
             "layer_types has 'sliding_attention' but use_sliding_window is false; make one agree "
             "with the other"
         )
     return {
+        **_attention(fields),
         **_qwen_moe(fields),
         **_same(fields, ModelConfig, "qkv_bias", "shared_expert_intermediate_size"),
         "sliding_window": windows,
@@ -236,11 +243,9 @@ def _qwen2_moe(fields: ConfigReader) -> dict[str, Any]:
 
 def _qwen3_moe(fields: ConfigReader) -> dict[str, Any]:
     has_windows = fields.get(bool, "use_sliding_window")
-    bias = fields.get(bool, "attention_bias")
     return {
         **_qwen_moe(fields),
-        "qkv_bias": bias,
-        "output_bias": bias,
+        **_biased_attention(fields),
         "qk_norm": "head",
         "sliding_window": _windows_everywhere(fields) if has_windows else (),
     }
@@ -248,12 +253,9 @@ def _qwen3_moe(fields: ConfigReader) -> dict[str, Any]:
 
 def _olmoe(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("clip_qkv")
-    bias = fields.get(bool, "attention_bias")
     return {
-        **_attention(fields),
+        **_biased_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "qkv_bias": bias,
-        "output_bias": bias,
         "qk_norm": "full",
         "routing": Routing(**_same(fields, Routing, "norm_topk_prob")),
     }
@@ -317,16 +319,12 @@ def _deepseek_v3(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _gpt_oss(fields: ConfigReader) -> dict[str, Any]:
-    bias = fields.get(bool, "attention_bias")
     layers = range(fields.get(int, "num_hidden_layers"))
-    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
     return {
-        **_attention(fields),
+        **_biased_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "qkv_bias": bias,
-        "output_bias": bias,
         "attention_sinks": True,
-        "sliding_window": _windows_by_type(fields, alternating),
+        "sliding_window": _windows_by_type(fields, [i % 2 == 0 for i in layers]),
         **_same(fields, ModelConfig, "swiglu_limit", "swiglu_alpha"),
         "expert_bias": True,
         "routing": Routing(router_bias=True),

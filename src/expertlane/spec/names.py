@@ -26,9 +26,6 @@ class Stage(_Labelled):
     SETUP = 10  # building groups and weights; never part of a step
 
 
-COMMUNICATION_STAGES = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES, Stage.HAND_OVER)
-
-
 class Track(StrEnum):
     """What of a rank is busy; the rows of a trace."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from expertlane.errors import SpecError
 
@@ -220,18 +220,21 @@ def take_option(name: str, value: object) -> Any:
 
 
 def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
-    """Check all fields of a dataclass that have a range; ints and floats replace other numbers.
+    """Check all fields of a dataclass that have a range or are one of several words.
 
-    None is valid where the field's type says so; in a tuple, every item but None is checked.
+    Ints and floats replace other numbers. None is valid where the field's type says so; in a
+    tuple, every item but None is checked.
 
     Args:
         name: what a message calls a field.
 
     Raises:
-        SpecError: one is out of its range.
+        SpecError: one is out of its range, or none of the words.
     """
     for field in fields(instance):
         value = getattr(instance, field.name)
+        if get_origin(field.type) is Literal and value not in (words := get_args(field.type)):
+            raise SpecError(f"{name(field.name)} is {shown(value)}; valid: {', '.join(words)}")
         if field.name not in RANGES or (value is None and NoneType in get_args(field.type)):
             continue
         allowed, called = RANGES[field.name], name(field.name)
