@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from expertlane.balance.local_search import (
     MIN_GAIN,
+    loads_of_slots,
     lower_maximum,
-    rank_loads,
-    shift_copies,
+    search_copies,
     weights_of_slots,
 )
 from expertlane.balance.locality import PhysicalExperts, swap_between_nodes
@@ -28,8 +28,6 @@ from expertlane.errors import SpecError
 
 _EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
 _EVEN_ENOUGH = 1.005  # the same where crossings can be saved
-_MAX_SHIFTS = 40  # of a layer
-_NUM_CHOICES = 20  # shifts tried in vain before a layer is left as it is
 _NODE_ROUNDS = 150  # bounds; the search ends long before
 _RANK_ROUNDS = 60
 
@@ -107,7 +105,7 @@ def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
         if not len(hard):
             break
         tried = _packed(load[hard], room[hard], num_nodes, valid)
-        reached = rank_loads(tried, load[hard], num_nodes).max(axis=1)
+        reached = loads_of_slots(tried, load[hard], num_nodes).max(axis=1)
         better = reached < highest[hard]
         slots[hard[better]], highest[hard[better]] = tried[better], reached[better]
     return slots, np.minimum(_greedy(load, room), _EVEN_ENOUGH * mean)
@@ -134,46 +132,6 @@ def _items(copies: Ints) -> Ints:
     return np.array([np.repeat(experts, each) for each in copies], dtype=np.int64)
 
 
-def search_copies(
-    slots: Ints,
-    load: Floats,
-    num_nodes: int,
-    target: Floats,
-    num_swaps: int | None = None,
-    keeps_even: bool = True,
-) -> None:
-    """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
-
-    Args:
-        slots: [num_layers, ep, most slots].
-        load: [num_layers, num_experts].
-        num_nodes: equal numbers of consecutive ranks.
-        target: [num_layers]; a load of the fullest rank that is low enough.
-        num_swaps: at most so many after each shift; None for as many as help.
-        keeps_even: no shift makes the copies of an expert share its load unevenly.
-    """
-    highest = rank_loads(slots, load, num_nodes).max(axis=1)
-    mean = load.sum(axis=1) / slots.shape[1]
-    choice = np.zeros(len(slots), dtype=np.int64)
-    active = np.arange(len(slots))
-    for _ in range(_MAX_SHIFTS):
-        active = active[(highest[active] > target[active]) & (choice[active] < _NUM_CHOICES)]
-        if not len(active):
-            break
-        tried = slots[active]
-        changed = shift_copies(tried, load[active], num_nodes, choice[active], keeps_even)
-        active, tried = active[changed], tried[changed]
-        if num_swaps is None:
-            tried = lower_maximum(tried, load[active], num_nodes)
-        else:
-            tried = lower_maximum(tried, load[active], num_nodes, max_rounds=num_swaps)
-        reached = rank_loads(tried, load[active], num_nodes).max(axis=1)
-        better = reached < highest[active] - MIN_GAIN * mean[active]
-        choice[active] = np.where(better, 0, choice[active] + 1)
-        at = active[better]
-        slots[at], highest[at] = tried[better], reached[better]
-
-
 def _regrouped(
     slots: Ints,
     load: Floats,
@@ -189,7 +147,7 @@ def _regrouped(
     """
     num_layers, ep, num_slots = slots.shape
     per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
-    limit = np.maximum(rank_loads(slots, load, num_nodes).max(axis=1), limit)
+    limit = np.maximum(loads_of_slots(slots, load, num_nodes).max(axis=1), limit)
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
     by_node = np.full((num_layers, num_nodes, num_slots * ep // num_nodes), EMPTY, dtype=np.int64)
     layers = _physical_experts(slots, load, coactivation, num_nodes)
@@ -204,7 +162,7 @@ def _regrouped(
     packed = pack(by_node.reshape(num_packed, -1), per_copy, room.reshape(num_packed, -1))
     packed = lower_maximum(packed.reshape(slots.shape), load, num_nodes, limit)
     search_copies(packed, load, num_nodes, limit)
-    is_fuller = rank_loads(packed, load, num_nodes).max(axis=1) > limit * (1 + MIN_GAIN)
+    is_fuller = loads_of_slots(packed, load, num_nodes).max(axis=1) > limit * (1 + MIN_GAIN)
     return np.where(is_fuller[:, None, None], slots, packed)
 
 
@@ -218,7 +176,7 @@ def _exchanged(
     """Single experts exchanged between ranks of different nodes, no maximum raised over `limit`."""
     ep = slots.shape[1]
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
-    limit = np.maximum(rank_loads(slots, load, num_nodes).max(axis=1), limit)
+    limit = np.maximum(loads_of_slots(slots, load, num_nodes).max(axis=1), limit)
     exchanged = np.empty_like(slots)
     layers = _physical_experts(slots, load, coactivation, num_nodes)
     for layer, (experts, rank) in enumerate(layers):

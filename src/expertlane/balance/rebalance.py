@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.gain import Decision, RebalanceGate
-from expertlane.balance.local_search import lower_maximum
+from expertlane.balance.local_search import lower_maximum, search_copies
 from expertlane.balance.moves import keep_slots, moves
 from expertlane.balance.packing import EMPTY, Ints
 from expertlane.balance.placement import Placement, rank_loads
-from expertlane.balance.planner import plan_placement, search_copies
+from expertlane.balance.planner import plan_placement
 from expertlane.balance.tracker import total_max_over_mean
 
 _EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
@@ -92,7 +92,7 @@ def improve_placements(
         for rank, experts in enumerate(placed.experts_of_rank):
             slots[layer, rank, : len(experts)] = experts
     num_nodes = now[0].ep // ranks_per_node
-    search_copies(slots, loads, num_nodes, target, num_swaps=0)
+    search_copies(slots, loads, num_nodes, target, max_swaps=0)
     slots = lower_maximum(slots, loads, num_nodes, target)
     search_copies(slots, loads, num_nodes, target)
     search_copies(slots, loads, num_nodes, target, keeps_even=False)
