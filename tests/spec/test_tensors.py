@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 
 from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_names import stored_places
+from expertlane.model.checkpoint_names import tensor_locations
 from expertlane.spec.model import PRESETS
 from expertlane.spec.tensors import (
     cut_dim,
@@ -61,5 +61,5 @@ def test_a_model_s_tensors_are_all_that_its_checkpoint_holds(checkpoints, family
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = set(file.keys())
     kind = model.name if model.name != "deepseek_v2_lite" else "deepseek_v2"
-    assert {stored_places(kind, name)[0].name for name in names} == stored
+    assert {tensor_locations(kind, name)[0].name for name in names} == stored
     checkpoint.check()
