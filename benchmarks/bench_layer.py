@@ -28,7 +28,6 @@ from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.tensors import tensor_shape
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import WeightSource
 from expertlane.moe.experts import ExpertInput
@@ -37,6 +36,7 @@ from expertlane.ops.experts import LoopedExperts
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import tensor_shape
 
 BLOCK_SIZE, MOST_REPEATS, MOST_S = 16, 50, 0.5
 SMALL = ModelConfig(

@@ -15,6 +15,7 @@ from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.tensors import num_params
 from expertlane.spec.workload import Workload
 
 PAPER = PRESETS["paper"]
@@ -94,7 +95,7 @@ def test_the_literal_reading_holds_eighths_of_eight_experts():
 
 def test_one_rank_holds_the_whole_model():
     memory = memory_of("tp=1", 1, 0)
-    assert memory.weight_bytes == 4 * TINY.num_params
+    assert memory.weight_bytes == 4 * num_params(TINY)
     assert memory.kv_bytes == 4 * 4 * 2 * 64  # layers × bytes × (key and value)
     assert memory.activation_bytes == 4 * (1 * 512 + 2 * 256)
 
@@ -168,7 +169,7 @@ def test_dense_layers_and_shared_experts_count():
     model = plain.with_overrides(
         dense_layers=(0,), intermediate_size=96, shared_expert_intermediate_size=32
     )
-    per_expert = plain.num_expert_params
+    per_expert = 3 * 64 * 128
 
     def more(layout: str) -> int:
         of = (memory_of(layout, 1, 0, each).weight_bytes for each in (model, plain))

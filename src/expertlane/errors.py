@@ -9,6 +9,9 @@ ExpertlaneError
 └── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ExpertlaneError(Exception):
     """Base of all errors raised on purpose; its text is one line for the user."""
@@ -42,3 +45,16 @@ class TerminatedError(ExpertlaneError):
     """The process was told to end by SIGTERM or SIGHUP."""
 
     exit_code = 143  # 128 + SIGTERM, as shells have it
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Begin the text of a user's mistake with the place where it was made, such as a file.
+
+    Raises:
+        UserError: the one that was raised, of its own class.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{place}: {error}") from None

@@ -8,7 +8,11 @@ from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.kv_transfer import held_kv_width
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.errors import CapacityError
-from expertlane.model.tensors import (
+from expertlane.schedule.limits import Limits
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Coordinates, Layout, partition
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
@@ -18,10 +22,6 @@ from expertlane.model.tensors import (
     layer_shapes,
     tensor_shape,
 )
-from expertlane.schedule.limits import Limits
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Coordinates, Layout, partition
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
 BLOCK_SIZE = 16

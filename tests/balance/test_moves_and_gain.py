@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from expertlane.balance.gain import Decision, RebalanceGate
 from expertlane.balance.moves import Move, keep_slots, moves
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.planner import plan_placement
 
 
@@ -79,28 +79,36 @@ GATE = RebalanceGate(
 NOW = [Placement(4, ((0, 1), (2, 3)))]
 THEN = [Placement(4, ((0, 3), (2, 1)))]
 LOAD = np.array([[30, 20, 10, 4]])
+NOW_LOADS, THEN_LOADS = rank_loads(NOW, LOAD, 2), rank_loads(THEN, LOAD, 2)
 
 
 def test_gain_and_cost_by_hand():
     # Fullest: 50 now, 34 then; 16 pairs x 1 ms, seen over 8 steps, for 256.
-    assert GATE.gain_s(LOAD, 8, NOW, THEN, 2) == pytest.approx(16e-3 * 256 / 8)
+    assert GATE.gain_s(NOW_LOADS, THEN_LOADS, 8) == pytest.approx(16e-3 * 256 / 8)
     # Both ranks send one and receive one, in one slice; then a stall.
     (both,) = GATE.slices(moves(NOW, THEN, 2))
     assert GATE.cost_s([both]) == pytest.approx((1 + 1) * 0.03)
     assert GATE.cost_s([]) == 0
-    decision = GATE.decide(LOAD, 8, NOW, THEN, ranks_per_node=2)
+    decision = GATE.decide(NOW_LOADS, THEN_LOADS, 8, moves(NOW, THEN, 2))
     assert decision.is_worth
     assert decision.line == (
         "rebalance: saves 0.512 s over the next 256 steps, costs 0.06 s (96 MB to move): go"
     )
 
 
+def test_at_best_all_ranks_are_alike():
+    # Fullest: 50 now, 32 at best.
+    assert GATE.at_best(NOW_LOADS, 8).gain_s == pytest.approx(18e-3 * 256 / 8)
+    assert GATE.at_best(NOW_LOADS, 8).cost_s == pytest.approx(2 * 0.03)
+
+
 def test_it_stays_where_little_is_gained():
-    assert GATE.decide(LOAD, 256, NOW, THEN, 2).line == (
+    assert GATE.decide(NOW_LOADS, THEN_LOADS, 256, moves(NOW, THEN, 2)).line == (
         "rebalance: saves 0.016 s over the next 256 steps, costs 0.06 s (96 MB to move): stay"
     )
-    assert GATE.decide(LOAD, 8, THEN, NOW, 2).gain_s == pytest.approx(-0.512)
-    nothing = GATE.decide(LOAD, 0, NOW, NOW, 2)
+    back = GATE.decide(THEN_LOADS, NOW_LOADS, 8, moves(THEN, NOW, 2))
+    assert back.gain_s == pytest.approx(-0.512)
+    nothing = GATE.decide(NOW_LOADS, NOW_LOADS, 0, [])
     assert nothing == Decision(gain_s=0.0, cost_s=0.0, num_bytes=0, num_steps=256)
     assert not nothing.is_worth
 
@@ -115,7 +123,7 @@ def test_a_slice_takes_as_long_as_its_busiest_rank():
 
 def test_layers_add_up():
     two = np.concatenate([LOAD, LOAD])
-    assert GATE.gain_s(two, 8, NOW * 2, THEN * 2, 2) == pytest.approx(
-        2 * GATE.gain_s(LOAD, 8, NOW, THEN, 2)
-    )
-    assert GATE.gain_s(two, 8, NOW * 2, NOW + THEN, 2) == GATE.gain_s(LOAD, 8, NOW, THEN, 2)
+    gain_s = GATE.gain_s(NOW_LOADS, THEN_LOADS, 8)
+    now = rank_loads(NOW * 2, two, 2)
+    assert GATE.gain_s(now, rank_loads(THEN * 2, two, 2), 8) == pytest.approx(2 * gain_s)
+    assert GATE.gain_s(now, rank_loads(NOW + THEN, two, 2), 8) == gain_s

@@ -39,7 +39,7 @@ def test_gathered_step_by_step(tmp_path):
     writer.add(0, 0, IDS[0, :1].astype(np.int64))  # a step's layer may come in parts
     writer.add(0, 0, IDS[0, 1:2])
     writer.add(0, 2, IDS[1, :2])
-    writer.write(tmp_path / "trace.npz")
+    write_trace(writer.trace(), tmp_path / "trace.npz")
     check_same(read_trace(tmp_path / "trace.npz"), TRACE)
 
 
@@ -49,7 +49,7 @@ def test_no_tokens(tmp_path, steps):
     for step in steps:
         for layer in (0, 2):
             writer.add(step, layer, np.zeros((0, 2), dtype=np.int64))
-    writer.write(tmp_path / "trace.npz")
+    write_trace(writer.trace(), tmp_path / "trace.npz")
     trace = read_trace(tmp_path / "trace.npz")
     assert trace.topk_ids.shape == (2, 0, 2)
     np.testing.assert_array_equal(trace.load(), np.zeros((2, 4)))

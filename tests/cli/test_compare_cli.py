@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertlane.errors import CapacityError, RankError
-from expertlane.model.checkpoint_names import stored_places
-from expertlane.model.tensors import tensor_names, tensor_shape
+from expertlane.model.checkpoint_names import tensor_locations
 from expertlane.spec.experiment import read_experiment, shipped_experiments
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of
 from expertlane.spec.model import PRESETS
 from expertlane.spec.ranges import RANGES
+from expertlane.spec.tensors import tensor_names, tensor_shape
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
 
@@ -115,7 +115,7 @@ def put_checkpoint(folder: str, **config: object) -> Path:
     model = from_hf(SMALL_CHECKPOINT)
     family = family_of(SMALL_CHECKPOINT)
     stored = {
-        stored_places(family, name)[0].name: torch.zeros(tensor_shape(model, name))
+        tensor_locations(family, name)[0].name: torch.zeros(tensor_shape(model, name))
         for name in tensor_names(model)
     }
     save_file(stored, path / "model.safetensors")

@@ -120,7 +120,10 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 96: plan a part of it"),
         (("paper-tiny", "--max-tpot-ms", "0"), "--max-tpot-ms is 0.0; it must be a number"),
         (("paper-tiny", "--max-ttft-ms", "nan"), "--max-ttft-ms is nan; it must be a number"),
-        (("paper-tiny", "--workload", "prompts=3"), "--workload has 'prompts=3'; it takes"),
+        (
+            ("paper-tiny", "--workload", "prompts=3"),
+            "--workload: unknown key 'prompts'; valid: num_sequences",
+        ),
         (("paper-tiny", "--workload", "prompt_len=x"), "prompt_len is 'x'; it must be a whole"),
         (("paper-tiny", "--workload", "prompt_len=0"), "prompt_len is '0'; it must be a whole"),
         (("paper-tiny", "--workload", "output_len=2,output_len=2"), "output_len is given twice"),

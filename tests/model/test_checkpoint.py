@@ -10,7 +10,7 @@ from expertlane.errors import SpecError
 from expertlane.model import checkpoint as checkpoint_module
 from expertlane.model import shards
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
-from expertlane.model.tensors import tensor_names, tensor_shape
+from expertlane.spec.tensors import tensor_names, tensor_shape
 from model.families import FAMILIES, load_model, make_model
 from model.quantised import save_fp8, save_mxfp4
 

@@ -7,7 +7,7 @@ import transformers
 
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_defaults import DEFAULTS, NUM_EXPERTS
+from expertlane.spec.hf_defaults import FAMILIES
 
 _CLASSES = {
     "mixtral": transformers.MixtralConfig,
@@ -18,7 +18,8 @@ _CLASSES = {
     "deepseek_v3": transformers.DeepseekV3Config,
     "gpt_oss": transformers.GptOssConfig,
 }
-FAMILIES = tuple(_CLASSES)
+DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
+NUM_EXPERTS = {name: family.num_experts for name, family in FAMILIES.items()}
 # Fields that no class declares; without one, what the family computes without.
 _UNDECLARED = {
     "architectures",
@@ -101,13 +102,13 @@ def _own_names(key):
     return next((group for group in _SPELLINGS if key in group), (key,))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _CLASSES)
 def test_the_table_is_transformers_own(family):
     theirs = _theirs(family)
     assert DEFAULTS[family] == {key: theirs[key] for key in DEFAULTS[family]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _CLASSES)
 def test_names_of_the_number_of_experts_are_transformers_own(family):
     cls, names = _CLASSES[family], NUM_EXPERTS[family]
     mapped = [name for pair in cls.attribute_map.items() for name in pair if "experts" in name]
@@ -122,7 +123,7 @@ def test_names_of_the_number_of_experts_are_transformers_own(family):
     assert from_hf({"model_type": family} | both | _FEW).num_experts == taken
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _CLASSES)
 def test_the_table_has_every_field_that_is_read_and_declared(family):
     declared = {each.name for each in dataclasses.fields(_CLASSES[family])}
     for key in _asked(family) - _UNDECLARED - set(NUM_EXPERTS[family]) - {"dtype", "torch_dtype"}:
@@ -132,7 +133,7 @@ def test_the_table_has_every_field_that_is_read_and_declared(family):
     assert any(name in DEFAULTS[family] for name in NUM_EXPERTS[family])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _CLASSES)
 def test_a_field_left_out_is_as_if_it_were_spelled_out(family):
     spelled = _spelled_out(family)
     theirs = _theirs(family)
@@ -149,7 +150,7 @@ def test_a_field_left_out_is_as_if_it_were_spelled_out(family):
     assert num_compared >= 15
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _CLASSES)
 def test_both_spellings_of_positions_and_types(family):
     """transformers 4: at the top level; 5: in `rope_parameters`. Each with a field left out."""
     base = {"model_type": family, "num_experts_per_tok": 2}
@@ -177,7 +178,7 @@ def _takes_null(family, key):
     return True
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", _CLASSES)
 def test_null_is_what_transformers_makes_of_it(family):
     """Compared by what the class holds once it is made."""
     base = {"model_type": family} | _VARIANTS.get(family, {}) | {"num_experts_per_tok": 4}

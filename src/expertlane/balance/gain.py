@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import Move, moves
-from expertlane.balance.placement import Placement
+from expertlane.balance.moves import Move
+from expertlane.balance.packing import Floats
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,18 @@ class RebalanceGate:
     slice_bytes: int
     num_steps: int
 
-    def gain_s(
-        self,
-        load: npt.NDArray[np.integer],
-        num_steps_tracked: int,
-        now: Sequence[Placement],
-        then: Sequence[Placement],
-        ranks_per_node: int,
-    ) -> float:
+    def gain_s(self, now: Floats, then: Floats, num_steps_tracked: int) -> float:
         """Seconds saved over the coming window, if the load stays as it was; may be negative.
 
         The critical path of a layer is its fullest rank:
         sum over layers of (fullest now - fullest then) x pair_s x num_steps / num_steps_tracked.
-        Loads of ranks are those of `Placement.rank_loads`.
 
         Args:
-            load: [num_layers, num_experts], of the steps tracked.
-            now, then: [num_layers].
-            ranks_per_node: consecutive ranks that share a node.
+            now, then: [num_layers, ep]; `rank_loads` of the steps tracked.
         """
         if not num_steps_tracked:
             return 0.0
-        pairs = self._fullest(load, now, ranks_per_node) - self._fullest(load, then, ranks_per_node)
+        pairs = float(now.max(axis=1).sum() - then.max(axis=1).sum())
         return pairs * self.pair_s * self.num_steps / num_steps_tracked
 
     def slices(self, needed: Sequence[Move]) -> list[list[Move]]:
@@ -63,48 +53,27 @@ class RebalanceGate:
         """Seconds that it costs: for each slice its busiest rank's transfers, and a stall."""
         return sum(_most_of_a_rank(each) + 1 for each in slices) * self.move_s
 
-    def at_best(
-        self,
-        load: npt.NDArray[np.integer],
-        num_steps_tracked: int,
-        now: Sequence[Placement],
-        ranks_per_node: int,
-    ) -> "Decision":
+    def at_best(self, now: Floats, num_steps_tracked: int) -> "Decision":
         """All ranks alike, for one expert moved: no placement can bring more, or cost less."""
-        fullest = self._fullest(load, now, ranks_per_node)
-        pairs = fullest - float(load.sum()) / now[0].ep
-        window = self.num_steps / max(1, num_steps_tracked)
+        even = now.mean(axis=1, keepdims=True)
         return Decision(
-            gain_s=pairs * self.pair_s * window,
+            gain_s=self.gain_s(now, even, num_steps_tracked),
             cost_s=2 * self.move_s,
             num_bytes=self.expert_bytes,
             num_steps=self.num_steps,
         )
 
-    def _fullest(
-        self,
-        load: npt.NDArray[np.integer],
-        placements: Sequence[Placement],
-        ranks_per_node: int,
-    ) -> float:
-        """Load of the fullest rank, summed over layers."""
-        return sum(
-            float(placed.rank_loads(of_layer, ranks_per_node).max())
-            for of_layer, placed in zip(load, placements, strict=True)
-        )
-
     def decide(
-        self,
-        load: npt.NDArray[np.integer],
-        num_steps_tracked: int,
-        now: Sequence[Placement],
-        then: Sequence[Placement],
-        ranks_per_node: int,
+        self, now: Floats, then: Floats, num_steps_tracked: int, needed: Sequence[Move]
     ) -> "Decision":
-        """Weigh `then` against `now`; the arguments are those of `gain_s` and of `moves`."""
-        slices = self.slices(moves(now, then, ranks_per_node))
+        """Weigh a placement against the present one; the loads are those of `gain_s`.
+
+        Args:
+            needed: the moves that lead there.
+        """
+        slices = self.slices(needed)
         return Decision(
-            gain_s=self.gain_s(load, num_steps_tracked, now, then, ranks_per_node),
+            gain_s=self.gain_s(now, then, num_steps_tracked),
             cost_s=self.cost_s(slices),
             num_bytes=sum(map(len, slices)) * self.expert_bytes,
             num_steps=self.num_steps,

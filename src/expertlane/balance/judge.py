@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.moves import moves
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.trace import RoutingTrace
-from expertlane.balance.tracker import max_over_mean
+from expertlane.balance.tracker import max_over_mean, total_max_over_mean
 
 
 @dataclass(frozen=True)
-class Judged:
+class PlacementScore:
     """A placement of one layer, or of all, on a trace.
 
     Attributes:
@@ -36,8 +36,8 @@ class Comparison:
     """
 
     layer: int | None
-    before: Judged
-    after: Judged
+    before: PlacementScore
+    after: PlacementScore
     num_moves: int
 
 
@@ -57,10 +57,10 @@ def compare(
     num_moves = np.bincount(
         [move.layer for move in needed if move.source != move.rank], minlength=len(before)
     )
-    old, new = (_judge(trace, each, ranks_per_node) for each in (before, after))
+    old, new = (_score(trace, each, ranks_per_node) for each in (before, after))
     return [
-        Comparison(layer, *judged, int(count))
-        for layer, judged, count in zip(
+        Comparison(layer, *scores, int(count))
+        for layer, scores, count in zip(
             (*trace.layers, None),
             zip(old, new, strict=True),
             (*num_moves, num_moves.sum()),
@@ -69,27 +69,24 @@ def compare(
     ]
 
 
-def _judge(
+def _score(
     trace: RoutingTrace, placements: Sequence[Placement], ranks_per_node: int
-) -> list[Judged]:
+) -> list[PlacementScore]:
     """Of each layer, then of all."""
-    loads = np.stack(
-        [
-            each.rank_loads(load, ranks_per_node)
-            for each, load in zip(placements, trace.load(), strict=True)
-        ]
-    )
+    loads = rank_loads(placements, trace.load(), ranks_per_node)
     num_nodes = placements[0].ep // ranks_per_node
     source_node = spread_sources(trace.num_tokens, num_nodes)
     copies = [
         cross_node_copies(ids, each, ranks_per_node, source_node)
         for ids, each in zip(trace.topk_ids, placements, strict=True)
     ]
-    mean = float(loads.mean(axis=1).sum())
-    of_all = float(loads.max(axis=1).sum()) / mean if mean else 0.0
     return [
-        *(Judged(float(ratio), n) for ratio, n in zip(max_over_mean(loads), copies, strict=True)),
-        Judged(of_all, sum(copies)),
+        PlacementScore(ratio, num_copies)
+        for ratio, num_copies in zip(
+            (*max_over_mean(loads).tolist(), total_max_over_mean(loads)),
+            (*copies, sum(copies)),
+            strict=True,
+        )
     ]
 
 

@@ -5,12 +5,54 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.packing import EMPTY, CopiesOnNodes, Floats, Ints
+from expertlane.balance.packing import EMPTY, Bools, CopiesOnNodes, Floats, Ints
+
+MIN_GAIN = 1e-9  # of the mean load; less is rounding
+MAX_SWAPS = 300  # of a layer
+_MAX_SHIFTS = 40  # of a layer
+_NUM_CHOICES = 20  # shifts tried in vain before a layer is left as it is
 
 
-def shift_copies(
+def search_copies(
+    slots: Ints,
+    load: Floats,
+    num_nodes: int,
+    target: Floats,
+    max_swaps: int = MAX_SWAPS,
+    keeps_even: bool = True,
+) -> None:
+    """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
+
+    Args:
+        slots: [num_layers, ep, most slots].
+        load: [num_layers, num_experts].
+        num_nodes: equal numbers of consecutive ranks.
+        target: [num_layers]; a load of the fullest rank that is low enough.
+        max_swaps: after each shift.
+        keeps_even: no shift makes the copies of an expert share its load unevenly.
+    """
+    highest = loads_of_slots(slots, load, num_nodes).max(axis=1)
+    mean = load.sum(axis=1) / slots.shape[1]
+    choice = np.zeros(len(slots), dtype=np.int64)
+    active = np.arange(len(slots))
+    for _ in range(_MAX_SHIFTS):
+        active = active[(highest[active] > target[active]) & (choice[active] < _NUM_CHOICES)]
+        if not len(active):
+            break
+        tried = slots[active]
+        changed = _shift_copies(tried, load[active], num_nodes, choice[active], keeps_even)
+        active, tried = active[changed], tried[changed]
+        tried = lower_maximum(tried, load[active], num_nodes, max_swaps=max_swaps)
+        reached = loads_of_slots(tried, load[active], num_nodes).max(axis=1)
+        better = reached < highest[active] - MIN_GAIN * mean[active]
+        choice[active] = np.where(better, 0, choice[active] + 1)
+        at = active[better]
+        slots[at], highest[at] = tried[better], reached[better]
+
+
+def _shift_copies(
     slots: Ints, load: Floats, num_nodes: int, choice: Ints, keeps_even: bool = True
-) -> npt.NDArray[np.bool_]:
+) -> Bools:
     """In each layer, turn one redundant copy into a copy of an expert of the fullest rank.
 
     The fullest rank shares that expert with one rank more; the other copies of the expert that
@@ -44,7 +86,7 @@ def shift_copies(
     flat = np.stack(reached, axis=1).reshape(len(slots), -1)
     choice = np.minimum(choice, flat.shape[1] - 1)
     chosen = np.argsort(flat, axis=1, kind="stable")[rows, choice]
-    changed: npt.NDArray[np.bool_] = np.isfinite(flat[rows, chosen])
+    changed: Bools = np.isfinite(flat[rows, chosen])
     slot, loser = np.divmod(chosen, num_losers)
     for row in np.nonzero(changed)[0]:
         of_rank = slots[row, at[slot[row]][row, loser[row]]]
@@ -65,15 +107,15 @@ class _State:
 
     load: Floats
     copies: CopiesOnNodes
-    holds: npt.NDArray[np.bool_]
+    holds: Bools
     weight: Floats
     loads: Floats
-    may_gain: npt.NDArray[np.bool_]
-    may_lose: npt.NDArray[np.bool_]
+    may_gain: Bools
+    may_lose: Bools
 
     @classmethod
     def of(cls, slots: Ints, load: Floats, num_nodes: int, keeps_even: bool) -> "_State":
-        """The state that slots give; arguments are those of `shift_copies`."""
+        """The state that slots give; arguments are those of `_shift_copies`."""
         copies = CopiesOnNodes.of(slots, load.shape[1], num_nodes)
         num_on_node = slots.shape[1] // num_nodes
         may_gain = np.repeat(copies.may_gain() | (not keeps_even), num_on_node, axis=2)
@@ -122,10 +164,7 @@ class _State:
         return np.where(can, reached, np.inf)
 
 
-MIN_GAIN = 1e-9  # of the mean load; less is rounding
-
-
-def rank_loads(slots: Ints, load: Floats, num_nodes: int) -> Floats:
+def loads_of_slots(slots: Ints, load: Floats, num_nodes: int) -> Floats:
     """[num_layers, num_ranks]; the load of each rank, as the engine's senders choose copies.
 
     Args:
@@ -153,7 +192,7 @@ def lower_maximum(
     load: Floats,
     num_nodes: int,
     target: Floats | None = None,
-    max_rounds: int = 300,
+    max_swaps: int = MAX_SWAPS,
 ) -> Ints:
     """Swap pairs of experts while the fullest rank gets emptier; layers go on side by side.
 
@@ -175,7 +214,7 @@ def lower_maximum(
     if target is None:
         target = np.full(len(slots), -np.inf)
     min_gain = MIN_GAIN * load.sum(axis=1) / slots.shape[1]
-    for _ in range(max_rounds):
+    for _ in range(max_swaps):
         if not len(active):
             break
         copies = CopiesOnNodes.of(slots[active], load.shape[1], num_nodes)
@@ -189,7 +228,7 @@ def lower_maximum(
 
 
 def _best_swaps(
-    slots: Ints, weights: Floats, may_move_to: npt.NDArray[np.bool_]
+    slots: Ints, weights: Floats, may_move_to: Bools
 ) -> tuple[Floats, tuple[Ints, Ints, Ints, Ints]]:
     """For each layer the best swap of the fullest rank, and the load of the fuller of the two."""
     num_layers = len(slots)
@@ -208,9 +247,7 @@ def _best_swaps(
     return worse[rows, slot, other_rank, other_slot], (fullest, slot, other_rank, other_slot)
 
 
-def _may_swap(
-    slots: Ints, fullest: Ints, may_move_to: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
+def _may_swap(slots: Ints, fullest: Ints, may_move_to: Bools) -> Bools:
     """Whether a swap leaves both ranks without an expert twice, and shares as they are.
 
     Never with the rank itself.
@@ -226,7 +263,7 @@ def _may_swap(
     goes = may_move_to[rows[:, None, None], own[:, :, None], node[..., 0]][..., None]
     comes = may_move_to[rows[:, None, None], slots, own_node[..., None]][:, None]
     stays = (node == own_node[..., None])[:, None]
-    may: npt.NDArray[np.bool_] = ~has_own & ~is_held & is_real & (stays | (goes & comes))
+    may: Bools = ~has_own & ~is_held & is_real & (stays | (goes & comes))
     return may
 
 

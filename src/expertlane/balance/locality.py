@@ -14,110 +14,105 @@ _MIN_GAIN = 1e-6  # of the layer's load
 
 
 @dataclass(frozen=True)
-class Items:
+class PhysicalExperts:
     """The physical experts of a layer.
 
     Attributes:
-        experts: [num_items]; the logical expert of each.
-        weight: [num_items]; its load.
-        bonds: [num_items, num_items]; the crossings that a pair saves on one node.
-        spread: [num_items]; the crossings that an expert's presence on one more node saves.
+        logical: [num_slots]; the logical expert of each.
+        weight: [num_slots]; its load.
+        bonds: [num_slots, num_slots]; the crossings that a pair saves on one node.
+        presence: [num_slots]; the crossings that an expert's presence on one more node saves.
     """
 
-    experts: Ints
+    logical: Ints
     weight: Floats
     bonds: npt.NDArray[np.float32]
-    spread: npt.NDArray[np.float32]
+    presence: npt.NDArray[np.float32]
 
     @classmethod
     def of(
         cls,
-        experts: Ints,
+        logical: Ints,
         weight: Floats,
         load: Floats,
         coactivation: npt.NDArray[np.floating] | None,
         num_nodes: int,
-    ) -> "Items":
-        """Items with what they save, for tokens that sit on each node with equal chance.
+    ) -> "PhysicalExperts":
+        """Physical experts with what they save, for tokens that sit on each node with equal chance.
 
         A token finds an expert of c copies at home on the share (nodes with a copy) / num_nodes,
         and goes to a given one of its copies in 1/c of the other cases.
 
         Args:
-            experts, weight: [num_items].
+            logical, weight: [num_slots].
             load: [num_experts].
             coactivation: [num_experts, num_experts], or None to know of no pairs.
         """
-        copies = np.bincount(experts, minlength=len(load))[experts]
-        bonds = np.zeros((len(experts), len(experts)), dtype=np.float32)
+        copies = np.bincount(logical, minlength=len(load))[logical]
+        bonds = np.zeros((len(logical), len(logical)), dtype=np.float32)
         if coactivation is not None:
             share = (_SHARE_SAVED * (1 - 1 / num_nodes)) ** 0.5 / copies
-            bonds[:] = coactivation[np.ix_(experts, experts)] * np.outer(share, share)
-            bonds[experts[:, None] == experts] = 0.0
-        return cls(
-            experts,
-            weight,
-            bonds,
-            (load[experts] / num_nodes).astype(np.float32),
-        )
+            bonds[:] = coactivation[np.ix_(logical, logical)] * np.outer(share, share)
+            bonds[logical[:, None] == logical] = 0.0
+        return cls(logical, weight, bonds, (load[logical] / num_nodes).astype(np.float32))
 
 
 def swap_between_nodes(
-    items: Items, bin_of: Ints, node_of_bin: Ints, limit: Floats, max_rounds: int
+    experts: PhysicalExperts, bin_of: Ints, node_of_bin: Ints, limit: Floats, max_rounds: int
 ) -> Ints:
-    """Swap items of different nodes while that saves crossings and no bin exceeds its limit.
+    """Swap experts of different nodes while that saves crossings and no bin exceeds its limit.
 
     Args:
-        bin_of: [num_items]; a rank, or a node if ranks are packed later.
+        bin_of: [num_slots]; a rank, or a node if ranks are packed later.
         node_of_bin: [num_bins].
         limit: [num_bins]; of load. A bin may be above it only if it was.
 
     Returns:
-        The new bin of each item.
+        The new bin of each.
     """
     bin_of = bin_of.copy()
-    loads = np.bincount(bin_of, weights=items.weight, minlength=len(limit)).astype(np.float64)
-    slack = _MIN_GAIN * max(float(items.weight.sum()), 1e-30)
+    loads = np.bincount(bin_of, weights=experts.weight, minlength=len(limit)).astype(np.float64)
+    slack = _MIN_GAIN * max(float(experts.weight.sum()), 1e-30)
     for _ in range(max_rounds):
-        gain = _gains(items, node_of_bin[bin_of], int(node_of_bin.max()) + 1)
-        fits = _fits(items.weight, bin_of, loads, limit)
+        gain = _gains(experts, node_of_bin[bin_of], int(node_of_bin.max()) + 1)
+        fits = _fits(experts.weight, bin_of, loads, limit)
         gain = np.where(fits & fits.T, gain, -np.inf)
-        made = _make_best(items, bin_of, node_of_bin, loads, limit, gain, slack)
+        made = _make_best(experts, bin_of, node_of_bin, loads, limit, gain, slack)
         if not made:
             break
     return bin_of
 
 
-def _gains(items: Items, node_of: Ints, num_nodes: int) -> npt.NDArray[np.float32]:
-    """[num_items, num_items]; crossings saved if two items change places; -inf where they can't."""
+def _gains(experts: PhysicalExperts, node_of: Ints, num_nodes: int) -> npt.NDArray[np.float32]:
+    """[num_slots, num_slots]; crossings saved if two change places; -inf where they can't."""
     is_on = np.zeros((len(node_of), num_nodes), dtype=np.float32)
     is_on[np.arange(len(node_of)), node_of] = 1.0
-    bond = items.bonds @ is_on  # of an item with all of a node
-    num_there = np.zeros((int(items.experts.max()) + 1, num_nodes), dtype=np.int64)
-    np.add.at(num_there, (items.experts, node_of), 1)
-    num_there = num_there[items.experts]  # [num_items, num_nodes]; copies of an item's expert
+    bond = experts.bonds @ is_on  # of each with all of a node
+    num_there = np.zeros((int(experts.logical.max()) + 1, num_nodes), dtype=np.int64)
+    np.add.at(num_there, (experts.logical, node_of), 1)
+    num_there = num_there[experts.logical]  # [num_slots, num_nodes]; copies of each one's expert
     at_home = np.arange(len(node_of)), node_of
     # Moving to a node without the expert saves its share there, and loses it here if the last.
     move = bond - bond[at_home][:, None]
-    move += (items.spread * (num_there[at_home] > 1))[:, None]
+    move += (experts.presence * (num_there[at_home] > 1))[:, None]
     # Elsewhere a move would leave unlike numbers of copies on nodes, and with them unlike loads.
     may_move = (num_there.max(axis=1) == 1) | (num_there.sum(axis=1) == 2)
     move[(num_there > 0) | ~may_move[:, None]] = -np.inf
     gain = move[:, node_of]
     gain = gain + gain.T
-    gain -= 2 * items.bonds
+    gain -= 2 * experts.bonds
     return gain
 
 
 def _fits(weight: Floats, bin_of: Ints, loads: Floats, limit: Floats) -> npt.NDArray[np.bool_]:
-    """[num_items, num_items]; whether the first one's bin can take the second one in its place."""
+    """[num_slots, num_slots]; whether the first one's bin can take the second one in its place."""
     room = (limit - loads)[bin_of] + weight
     fits: npt.NDArray[np.bool_] = weight[None] <= np.maximum(room, weight)[:, None]
     return fits
 
 
 def _make_best(
-    items: Items,
+    experts: PhysicalExperts,
     bin_of: Ints,
     node_of_bin: Ints,
     loads: Floats,
@@ -126,7 +121,7 @@ def _make_best(
     slack: float,
 ) -> int:
     """Make the best swaps of experts not yet moved in this round; in place; gives their number."""
-    weight, experts = items.weight, items.experts
+    weight, logical = experts.weight, experts.logical
     best = gain.max(axis=1)
     before = node_of_bin[bin_of]
     after = before.copy()
@@ -136,14 +131,14 @@ def _make_best(
         other = int(gain[one].argmax())
         if best[one] <= slack or made == _SWAPS_AT_ONCE:
             break
-        pair = {int(experts[one]), int(experts[other])}
+        pair = {int(logical[one]), int(logical[other])}
         a, b = bin_of[one], bin_of[other]
         change = weight[one] - weight[other]
         if (
             pair & moved
             or loads[a] - change > max(limit[a], loads[a])
             or loads[b] + change > max(limit[b], loads[b])
-            or best[one] + _bond_drift(items.bonds, before, after, one, other) <= slack
+            or best[one] + _bond_drift(experts.bonds, before, after, one, other) <= slack
         ):
             continue
         bin_of[one], bin_of[other] = b, a

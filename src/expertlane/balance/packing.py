@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 EMPTY = -1  # in a table of slots or items: there is none
 
@@ -105,9 +106,7 @@ def nodes_of_copies(num_nodes: int, ranks_per_node: int) -> Ints:
     return most
 
 
-def _where_shares_stay_even(
-    fits: npt.NDArray[np.bool_], on_node: Ints, copies: Ints, num_nodes: Ints
-) -> npt.NDArray[np.bool_]:
+def _where_shares_stay_even(fits: Bools, on_node: Ints, copies: Ints, num_nodes: Ints) -> Bools:
     """[num_layers, num_ranks]; of the ranks that fit those on nodes short of copies, if any.
 
     Args:
@@ -140,7 +139,7 @@ def greedy_maximum(items: Ints, per_copy: Floats, room: Ints) -> Floats:
     return highest
 
 
-def _exchange_in(slots: Ints, room: Ints, holds: npt.NDArray[np.bool_], expert: int) -> None:
+def _exchange_in(slots: Ints, room: Ints, holds: Bools, expert: int) -> None:
     """Place an expert where all ranks with room hold it already, in place.
 
     A full rank without it hands another expert over to a rank with room. There is one to hand
@@ -160,9 +159,6 @@ def _exchange_in(slots: Ints, room: Ints, holds: npt.NDArray[np.bool_], expert: 
     slots[free, num_held[free]] = moved
     holds[full, [moved, expert]] = False, True
     holds[free, moved] = True
-
-
-Bools = npt.NDArray[np.bool_]
 
 
 def share_of_ranks(is_held: Bools, ranks_per_node: int) -> Floats:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.packing import EMPTY, pack, share_of_ranks
+from expertlane.balance.packing import EMPTY, Ints, pack, share_of_ranks
 from expertlane.errors import SpecError
 from expertlane.spec.layout import partition
 
@@ -63,13 +63,9 @@ class Placement:
         Raises:
             SpecError: some rank would hold an expert twice.
         """
-        num_slots = max(num_experts + num_redundant, ep)
-        check_num_slots(num_experts, ep, num_slots)
+        ranks = partition_slots(num_experts, ep, num_redundant)
         return cls(
-            num_experts,
-            tuple(
-                tuple(slot % num_experts for slot in slots) for slots in partition(num_slots, ep)
-            ),
+            num_experts, tuple(tuple(slot % num_experts for slot in slots) for slots in ranks)
         )
 
     @classmethod
@@ -81,14 +77,20 @@ class Placement:
         Raises:
             SpecError: some rank would hold an expert twice.
         """
-        num_slots = max(num_experts + num_redundant, ep)
-        check_num_slots(num_experts, ep, num_slots)
+        room = [len(slots) for slots in partition_slots(num_experts, ep, num_redundant)]
         # Of experts with equal load the packer gives each rank in turn one.
         slots = pack(
-            np.arange(num_slots)[None] % num_experts,
-            np.ones((1, num_experts)),
-            np.array([[len(slots) for slots in partition(num_slots, ep)]]),
-        )[0]
+            np.arange(sum(room))[None] % num_experts, np.ones((1, num_experts)), np.array([room])
+        )
+        return cls.of_table(num_experts, slots[0])
+
+    @classmethod
+    def of_table(cls, num_experts: int, slots: Ints) -> "Placement":
+        """The placement that a table of slots is.
+
+        Args:
+            slots: [ep, most slots]; experts, then EMPTY.
+        """
         return cls(num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in slots))
 
     @property
@@ -101,7 +103,7 @@ class Placement:
         """Physical experts of all ranks."""
         return sum(map(len, self.experts_of_rank))
 
-    def slots(self) -> npt.NDArray[np.int64]:
+    def slots(self) -> Ints:
         """[ep, num_experts]; the slot in which a rank holds an expert, -1 where it does not."""
         table = np.full((self.ep, self.num_experts), -1, dtype=np.int64)
         for rank, experts in enumerate(self.experts_of_rank):
@@ -121,8 +123,8 @@ class Placement:
     ) -> npt.NDArray[np.float64]:
         """[ep]; the load of each rank if tokens are spread evenly over the ranks that send them.
 
-        Senders choose among copies as the engine's do: see `balance.sharing`. Of an expert with
-        few pairs in a batch, the copies that come first in turn get more than is told here.
+        Senders choose among copies as the engine's do: see `packing.share_of_ranks`. Of an expert
+        with few pairs in a batch, the copies that come first in turn get more than is told here.
 
         Args:
             load: [num_experts].
@@ -133,14 +135,32 @@ class Placement:
         return loads
 
 
-def check_num_slots(num_experts: int, ep: int, num_slots: int) -> None:
-    """Check that so many physical experts fit, none twice on a rank.
+def rank_loads(
+    placements: Sequence[Placement], load: npt.NDArray[np.number], ranks_per_node: int
+) -> npt.NDArray[np.float64]:
+    """[num_layers, ep]; `Placement.rank_loads` of each layer.
+
+    Args:
+        load: [num_layers, num_experts].
+    """
+    return np.stack(
+        [
+            placed.rank_loads(of_layer, ranks_per_node)
+            for placed, of_layer in zip(placements, load, strict=True)
+        ]
+    )
+
+
+def partition_slots(num_experts: int, ep: int, num_redundant: int) -> list[range]:
+    """The slots of each rank, near-equal in number, the longer ones first; every rank has one.
 
     Raises:
-        SpecError: they do not.
+        SpecError: some rank would hold an expert twice.
     """
+    num_slots = max(num_experts + num_redundant, ep)
     if num_slots > num_experts * ep:
         raise SpecError(
             f"{num_slots} physical experts on {ep} ranks: a rank holds each of the {num_experts} "
             f"experts at most once, so at most {num_experts * ep - num_experts} can be redundant"
         )
+    return partition(num_slots, ep)

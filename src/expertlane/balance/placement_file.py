@@ -6,12 +6,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from expertlane.balance.placement import Placement
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Options
-from expertlane.spec.files import CONFIG_BYTES, strict_json, write_whole
+from expertlane.spec.files import CONFIG_BYTES, read_json, strict_json, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.parse import read_json
 from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1
@@ -115,11 +114,7 @@ def write_placement(placement: ModelPlacement, path: Path) -> None:
     )
     opening = strict_json(head, indent=2, ensure_ascii=False).removesuffix("\n}")
     text = f'{opening},\n  "layers": [\n{lines}\n  ]\n}}\n'
-    write_whole(path, lambda file: _write_text(file, text))
-
-
-def _write_text(file: Any, text: str) -> None:
-    file.write(text.encode())
+    write_text(path, text)
 
 
 def read_placement(path: Path) -> ModelPlacement:
@@ -130,17 +125,15 @@ def read_placement(path: Path) -> ModelPlacement:
             a placement; one line that names the file.
     """
     data = read_json(path, CONFIG_BYTES)
-    try:
+    with naming(path):
         return _parse(data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _parse(data: object) -> ModelPlacement:
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UserError("not a placement file: it has no schema_version")
     version = data["schema_version"]
-    if not _is_int(version) or version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise UserError(
             f"schema_version is {shown(version)}; this expertlane reads {SCHEMA_VERSION}"
         )
@@ -159,10 +152,8 @@ def _parse(data: object) -> ModelPlacement:
             raise UserError(f"layer {layer} is given twice")
         if len(experts_of_rank) != ep:
             raise UserError(f"layer {layer} has {len(experts_of_rank)} ranks; ep is {ep}")
-        try:
+        with naming(f"layer {layer}"):
             layers[layer] = Placement(num_experts, experts_of_rank)
-        except SpecError as error:
-            raise SpecError(f"layer {layer}: {error}") from error
     return ModelPlacement(data["model"], num_experts, layers)
 
 
@@ -187,10 +178,6 @@ def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
         raise UserError(f"{what} lacks {min(missing)}")
     if unknown := data.keys() - keys:
         raise UserError(f"{what} has the unknown key {shown(min(unknown))}; it has {sorted(keys)}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 Placements = tuple[Placement | None, ...]

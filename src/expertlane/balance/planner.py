@@ -1,18 +1,18 @@
 """A placement that evens out a load: copies of hot experts, packed so that no rank is fuller."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.local_search import (
     MIN_GAIN,
+    loads_of_slots,
     lower_maximum,
-    rank_loads,
-    shift_copies,
+    search_copies,
     weights_of_slots,
 )
-from expertlane.balance.locality import Items, swap_between_nodes
+from expertlane.balance.locality import PhysicalExperts, swap_between_nodes
 from expertlane.balance.packing import (
     EMPTY,
     CopiesOnNodes,
@@ -23,14 +23,11 @@ from expertlane.balance.packing import (
     num_copies,
     pack,
 )
-from expertlane.balance.placement import Placement, check_num_slots
+from expertlane.balance.placement import Placement, partition_slots
 from expertlane.errors import SpecError
-from expertlane.spec.layout import partition
 
 _EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
 _EVEN_ENOUGH = 1.005  # the same where crossings can be saved
-_MAX_SHIFTS = 40  # of a layer
-_NUM_CHOICES = 20  # shifts tried in vain before a layer is left as it is
 _NODE_ROUNDS = 150  # bounds; the search ends long before
 _RANK_ROUNDS = 60
 
@@ -68,7 +65,12 @@ def plan_placement(
             that are not full.
     """
     num_layers, num_experts = load.shape
-    room = _room(num_layers, num_experts, ep, ranks_per_node, num_redundant)
+    if ranks_per_node < 1 or ep % ranks_per_node:
+        raise SpecError(f"{ep} ep ranks do not fill nodes of {ranks_per_node} ranks")
+    if num_redundant < 0:
+        raise SpecError(f"{num_redundant} redundant experts; valid: 0 or more")
+    of_ranks = partition_slots(num_experts, ep, num_redundant)
+    room = np.tile([len(slots) for slots in of_ranks], (num_layers, 1))  # [num_layers, ep]
     if not num_layers:
         return []
     loads = load.astype(np.float64)
@@ -80,23 +82,7 @@ def plan_placement(
         slots = _exchanged(slots, loads, limit, coactivation, num_nodes)
     elif num_nodes > 1:
         slots = _exchanged(slots, loads, np.zeros(num_layers), None, num_nodes)
-    return [
-        Placement(num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in layer))
-        for layer in slots
-    ]
-
-
-def _room(
-    num_layers: int, num_experts: int, ep: int, ranks_per_node: int, num_redundant: int
-) -> Ints:
-    """[num_layers, ep]; the slots of each rank."""
-    if ranks_per_node < 1 or ep % ranks_per_node:
-        raise SpecError(f"{ep} ep ranks do not fill nodes of {ranks_per_node} ranks")
-    if num_redundant < 0:
-        raise SpecError(f"{num_redundant} redundant experts; valid: 0 or more")
-    num_slots = max(num_experts + num_redundant, ep)
-    check_num_slots(num_experts, ep, num_slots)
-    return np.tile([len(slots) for slots in partition(num_slots, ep)], (num_layers, 1))
+    return [Placement.of_table(num_experts, of_layer) for of_layer in slots]
 
 
 def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
@@ -119,7 +105,7 @@ def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
         if not len(hard):
             break
         tried = _packed(load[hard], room[hard], num_nodes, valid)
-        reached = rank_loads(tried, load[hard], num_nodes).max(axis=1)
+        reached = loads_of_slots(tried, load[hard], num_nodes).max(axis=1)
         better = reached < highest[hard]
         slots[hard[better]], highest[hard[better]] = tried[better], reached[better]
     return slots, np.minimum(_greedy(load, room), _EVEN_ENOUGH * mean)
@@ -146,46 +132,6 @@ def _items(copies: Ints) -> Ints:
     return np.array([np.repeat(experts, each) for each in copies], dtype=np.int64)
 
 
-def search_copies(
-    slots: Ints,
-    load: Floats,
-    num_nodes: int,
-    target: Floats,
-    num_swaps: int | None = None,
-    keeps_even: bool = True,
-) -> None:
-    """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
-
-    Args:
-        slots: [num_layers, ep, most slots].
-        load: [num_layers, num_experts].
-        num_nodes: equal numbers of consecutive ranks.
-        target: [num_layers]; a load of the fullest rank that is low enough.
-        num_swaps: at most so many after each shift; None for as many as help.
-        keeps_even: no shift makes the copies of an expert share its load unevenly.
-    """
-    highest = rank_loads(slots, load, num_nodes).max(axis=1)
-    mean = load.sum(axis=1) / slots.shape[1]
-    choice = np.zeros(len(slots), dtype=np.int64)
-    active = np.arange(len(slots))
-    for _ in range(_MAX_SHIFTS):
-        active = active[(highest[active] > target[active]) & (choice[active] < _NUM_CHOICES)]
-        if not len(active):
-            break
-        tried = slots[active]
-        changed = shift_copies(tried, load[active], num_nodes, choice[active], keeps_even)
-        active, tried = active[changed], tried[changed]
-        if num_swaps is None:
-            tried = lower_maximum(tried, load[active], num_nodes)
-        else:
-            tried = lower_maximum(tried, load[active], num_nodes, max_rounds=num_swaps)
-        reached = rank_loads(tried, load[active], num_nodes).max(axis=1)
-        better = reached < highest[active] - MIN_GAIN * mean[active]
-        choice[active] = np.where(better, 0, choice[active] + 1)
-        at = active[better]
-        slots[at], highest[at] = tried[better], reached[better]
-
-
 def _regrouped(
     slots: Ints,
     load: Floats,
@@ -201,30 +147,22 @@ def _regrouped(
     """
     num_layers, ep, num_slots = slots.shape
     per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
-    weights = weights_of_slots(slots, per_copy)
-    limit = np.maximum(weights.sum(axis=2).max(axis=1), limit)
+    limit = np.maximum(loads_of_slots(slots, load, num_nodes).max(axis=1), limit)
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
     by_node = np.full((num_layers, num_nodes, num_slots * ep // num_nodes), EMPTY, dtype=np.int64)
-    for layer, of_layer in enumerate(slots):
-        rank, slot = np.nonzero(of_layer != EMPTY)
-        items = Items.of(
-            of_layer[rank, slot],
-            weights[layer, rank, slot],
-            load[layer],
-            coactivation[layer],
-            num_nodes,
-        )
+    layers = _physical_experts(slots, load, coactivation, num_nodes)
+    for layer, (experts, rank) in enumerate(layers):
         of_node = np.full(num_nodes, limit[layer] * ep / num_nodes)
-        node = node_of_rank[rank]
-        node = swap_between_nodes(items, node, np.arange(num_nodes), of_node, _NODE_ROUNDS)
-        by_node[layer] = _table(items.experts, node, by_node[layer].shape)
+        nodes = np.arange(num_nodes)
+        node = swap_between_nodes(experts, node_of_rank[rank], nodes, of_node, _NODE_ROUNDS)
+        by_node[layer] = _table(experts.logical, node, by_node[layer].shape)
     # Each node packed like a layer of its own; then all ranks of a layer where that was too coarse.
     num_packed = num_layers * num_nodes
     per_copy = per_copy.swapaxes(1, 2).reshape(num_packed, -1)
     packed = pack(by_node.reshape(num_packed, -1), per_copy, room.reshape(num_packed, -1))
     packed = lower_maximum(packed.reshape(slots.shape), load, num_nodes, limit)
     search_copies(packed, load, num_nodes, limit)
-    is_fuller = rank_loads(packed, load, num_nodes).max(axis=1) > limit * (1 + MIN_GAIN)
+    is_fuller = loads_of_slots(packed, load, num_nodes).max(axis=1) > limit * (1 + MIN_GAIN)
     return np.where(is_fuller[:, None, None], slots, packed)
 
 
@@ -238,20 +176,27 @@ def _exchanged(
     """Single experts exchanged between ranks of different nodes, no maximum raised over `limit`."""
     ep = slots.shape[1]
     node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
+    limit = np.maximum(loads_of_slots(slots, load, num_nodes).max(axis=1), limit)
+    exchanged = np.empty_like(slots)
+    layers = _physical_experts(slots, load, coactivation, num_nodes)
+    for layer, (experts, rank) in enumerate(layers):
+        of_rank = np.full(ep, limit[layer])
+        rank = swap_between_nodes(experts, rank, node_of_rank, of_rank, _RANK_ROUNDS)
+        exchanged[layer] = _table(experts.logical, rank, slots[layer].shape)
+    return exchanged
+
+
+def _physical_experts(
+    slots: Ints, load: Floats, coactivation: Coactivation | None, num_nodes: int
+) -> Iterator[tuple[PhysicalExperts, Ints]]:
+    """Of each layer, with the rank of each."""
     per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
     weights = weights_of_slots(slots, per_copy)
-    limit = np.maximum(weights.sum(axis=2).max(axis=1), limit)
-    exchanged = np.empty_like(slots)
     for layer, of_layer in enumerate(slots):
         rank, slot = np.nonzero(of_layer != EMPTY)
         known = None if coactivation is None else coactivation[layer]
-        items = Items.of(
-            of_layer[rank, slot], weights[layer, rank, slot], load[layer], known, num_nodes
-        )
-        of_rank = np.full(ep, limit[layer])
-        rank = swap_between_nodes(items, rank, node_of_rank, of_rank, _RANK_ROUNDS)
-        exchanged[layer] = _table(items.experts, rank, of_layer.shape)
-    return exchanged
+        logical, weight = of_layer[rank, slot], weights[layer, rank, slot]
+        yield PhysicalExperts.of(logical, weight, load[layer], known, num_nodes), rank
 
 
 def _table(experts: Ints, row_of: Ints, shape: tuple[int, ...]) -> Ints:

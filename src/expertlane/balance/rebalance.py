@@ -7,11 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.gain import Decision, RebalanceGate
-from expertlane.balance.local_search import lower_maximum
-from expertlane.balance.moves import keep_slots
+from expertlane.balance.local_search import lower_maximum, search_copies
+from expertlane.balance.moves import keep_slots, moves
 from expertlane.balance.packing import EMPTY, Ints
-from expertlane.balance.placement import Placement
-from expertlane.balance.planner import plan_placement, search_copies
+from expertlane.balance.placement import Placement, rank_loads
+from expertlane.balance.planner import plan_placement
+from expertlane.balance.tracker import total_max_over_mean
 
 _EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
 
@@ -51,32 +52,22 @@ def propose(
         ranks_per_node: consecutive expert-parallel ranks that share a node; loads are told for
             any, plans are made for full nodes.
     """
-    before = max_over_mean(load, now, ranks_per_node)
-    at_best = gate.at_best(load, num_steps_tracked, now, ranks_per_node)
+    loads = rank_loads(now, load, ranks_per_node)
+    before = total_max_over_mean(loads)
+    at_best = gate.at_best(loads, num_steps_tracked)
     if worth(at_best) <= 0:
         return Proposal(at_best, now, before, before)
     ep, num_redundant = now[0].ep, now[0].num_slots - now[0].num_experts
     full = ranks_per_node if ep % ranks_per_node == 0 else ep
     planned = [improve_placements(load, now, full, even) for even in _EVEN]
     planned.append(plan_placement(load, ep, full, num_redundant))
-    choices = [
-        (gate.decide(load, num_steps_tracked, now, then, ranks_per_node), then)
-        for then in (keep_slots(now, each) for each in planned)
-    ]
-    decision, then = max(choices, key=lambda each: worth(each[0]))
-    return Proposal(decision, then, before, max_over_mean(load, then, ranks_per_node))
-
-
-def max_over_mean(
-    load: npt.NDArray[np.int64], placements: Sequence[Placement], ranks_per_node: int
-) -> float:
-    """Sum over layers of the fullest ranks over the sum of the means; 0 without tokens."""
-    of_rank = [
-        placed.rank_loads(each, ranks_per_node)
-        for each, placed in zip(load, placements, strict=True)
-    ]
-    mean = sum(float(each.mean()) for each in of_rank)
-    return sum(float(each.max()) for each in of_rank) / mean if mean else 0.0
+    proposals = []
+    for then in (keep_slots(now, each) for each in planned):
+        reached = rank_loads(then, load, ranks_per_node)
+        needed = moves(now, then, ranks_per_node)
+        decision = gate.decide(loads, reached, num_steps_tracked, needed)
+        proposals.append(Proposal(decision, then, before, total_max_over_mean(reached)))
+    return max(proposals, key=lambda each: worth(each.decision))
 
 
 def improve_placements(
@@ -101,13 +92,11 @@ def improve_placements(
         for rank, experts in enumerate(placed.experts_of_rank):
             slots[layer, rank, : len(experts)] = experts
     num_nodes = now[0].ep // ranks_per_node
-    search_copies(slots, loads, num_nodes, target, num_swaps=0)
+    search_copies(slots, loads, num_nodes, target, max_swaps=0)
     slots = lower_maximum(slots, loads, num_nodes, target)
     search_copies(slots, loads, num_nodes, target)
     search_copies(slots, loads, num_nodes, target, keeps_even=False)
     return [
-        Placement(
-            placed.num_experts, tuple(tuple(rank[rank != EMPTY].tolist()) for rank in of_layer)
-        )
+        Placement.of_table(placed.num_experts, of_layer)
         for placed, of_layer in zip(now, slots, strict=True)
     ]

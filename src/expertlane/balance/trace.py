@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.files import TRACE_BYTES, check_regular, write_whole
 from expertlane.spec.ranges import RANGES, shown, take
 
@@ -152,14 +152,6 @@ class RoutingTraceWriter:
             np.repeat(np.array(steps, dtype=np.int64), [each.shape[1] for each in columns]),
         )
 
-    def write(self, path: Path) -> None:
-        """Write all that was added.
-
-        Raises:
-            UserError: the folder can't be written to.
-        """
-        write_trace(self.trace(), path)
-
 
 def write_trace(trace: RoutingTrace, path: Path) -> None:
     """Write a trace as a compressed `.npz`, under exactly the name given.
@@ -196,10 +188,8 @@ def read_trace(path: Path) -> RoutingTrace:
         raise UserError(f"{path} is not a routing trace, or is damaged") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
+    with naming(path):
         return _parse(found)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, npt.NDArray[Any]]:

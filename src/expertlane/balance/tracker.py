@@ -1,4 +1,4 @@
-"""The load of the latest steps."""
+"""The load of the latest steps, and how even a load is."""
 
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +48,10 @@ class LoadTracker:
         return self._sum.copy()
 
 
-def max_over_mean(
-    num_tokens: npt.NDArray[np.int64] | npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
+Loads = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+
+
+def max_over_mean(num_tokens: Loads) -> npt.NDArray[np.float64]:
     """Load imbalance along the last axis: the fullest over the mean; 1 is even, 0 is no load.
 
     Args:
@@ -62,3 +63,13 @@ def max_over_mean(
         fullest, mean, out=np.zeros_like(mean), where=mean > 0
     )
     return ratio
+
+
+def total_max_over_mean(num_tokens: Loads) -> float:
+    """Sum over layers of the fullest ranks over the sum of the means; 0 without tokens.
+
+    Args:
+        num_tokens: [num_layers, num_ranks].
+    """
+    mean = float(num_tokens.mean(axis=1).sum())
+    return float(num_tokens.max(axis=1).sum()) / mean if mean else 0.0

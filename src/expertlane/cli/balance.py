@@ -14,7 +14,7 @@ from expertlane.spec.ranges import take, take_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from expertlane.balance.judge import Comparison, Judged
+    from expertlane.balance.judge import Comparison, PlacementScore
     from expertlane.balance.placement import Placement
     from expertlane.balance.placement_file import ModelPlacement
     from expertlane.balance.trace import RoutingTrace
@@ -260,8 +260,8 @@ def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:
     ]
 
 
-def _crossings(judged: "Judged", num_tokens: int) -> str:
-    return f"{judged.cross_node_copies / max(num_tokens, 1):.3f}"
+def _crossings(score: "PlacementScore", num_tokens: int) -> str:
+    return f"{score.cross_node_copies / max(num_tokens, 1):.3f}"
 
 
 def _of_model(trace: "RoutingTrace", placements: "list[Placement]") -> "ModelPlacement":

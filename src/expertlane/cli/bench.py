@@ -88,7 +88,7 @@ def _check(
 
 def _run(
     found: FoundModel,
-    engine: EngineOptions,
+    options: EngineOptions,
     loads: "list[Load]",
     layouts: "list[Layout]",
     seed: int,
@@ -104,17 +104,17 @@ def _run(
     records = []
     foreign_cpu_share = 0.0
     for layout in layouts:
-        with found.load(layout, engine) as llm:
+        with found.load(layout, options) as llm:
             seen = llm.machine
             foreign = ForeignLoad()
             with progress_on_stderr() as progress:
                 serving = tuple(run_loads(llm, layout, loads, seed, progress))
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
         records.append(
-            DeploymentRecord(str(layout), layout, engine.options, "measured", serving=serving)
+            DeploymentRecord(str(layout), layout, options.options, "measured", serving=serving)
         )
     num_ranks = max(layout.world_size for layout in layouts)
-    ranks_per_node = engine.ranks_per_node or seen[0].ranks_per_node
+    ranks_per_node = options.ranks_per_node or seen[0].ranks_per_node
     first = loads[0]
     return Results.now(
         "bench",
@@ -126,7 +126,7 @@ def _run(
                 "output_len": str(first.output_len),
                 "seed": seed,
             },
-            "ranks_per_node": engine.ranks_per_node,
+            "ranks_per_node": options.ranks_per_node,
         },
         records,
         torch_version=seen[0].torch_version,

@@ -10,7 +10,7 @@ import typer
 
 from expertlane.cli.compare_output import (
     DEFAULT_SKEW,
-    Shown,
+    ResultPrinter,
     projections_of,
     projectors_of,
 )
@@ -143,24 +143,24 @@ def compare(
     for _, folder in comparisons:
         check_folder(folder)
     projections = projections_of(projectors) if is_first_process() else {}
-    shown = Shown(projections, as_json=own.as_json, traffic=own.traffic)
+    printer = ResultPrinter(projections, as_json=own.as_json, traffic=own.traffic)
     reason = _shortage(comparisons, number_type) if projectors else None
     if reason is None:
         comparisons = _with_checked_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, shown, launch, number_type, own.trace)
+            _measure(comparisons, printer, launch, number_type, own.trace)
             return
         except CapacityError as error:
-            if not projectors or shown.num_published:
+            if not projectors or printer.num_published:
                 raise
             reason = str(error)
     for each, folder in comparisons:
-        shown.publish_projection(each, folder, reason)
+        printer.publish_projection(each, folder, reason)
 
 
 def _measure(
     comparisons: "list[tuple[Experiment, Path]]",
-    shown: Shown,
+    printer: ResultPrinter,
     launch: LaunchOptions,
     dtype: str | None,
     trace: bool,
@@ -192,7 +192,7 @@ def _measure(
                 results = run_comparison(
                     each, pool, progress, command=command_line(), on_trace=on_trace
                 )
-            shown.publish(results, each, folder, traces)
+            printer.publish(results, each, folder, traces)
 
 
 def _with_checked_checkpoint(

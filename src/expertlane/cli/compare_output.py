@@ -19,7 +19,7 @@ DEFAULT_PROFILE = "h100"
 DEFAULT_SKEW = 1.0
 
 
-class Shown:
+class ResultPrinter:
     """Prints and writes what was found, with a projection beside it if asked for.
 
     Args:

@@ -47,7 +47,7 @@ class FoundModel:
         Raises:
             UserError: experts cannot be placed or reached so.
         """
-        from expertlane.engine.deployment_check import check_deployment
+        from expertlane.engine.start import check_deployment
         from expertlane.spec.deployment import Deployment
 
         deployment = Deployment(self.name, layout, engine.options)

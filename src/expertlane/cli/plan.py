@@ -10,7 +10,7 @@ import typer
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
 from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
-from expertlane.spec.ranges import RANGES, shown, take_option
+from expertlane.spec.ranges import parse_sizes, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.cli.model import FoundModel
@@ -146,20 +146,9 @@ def _traffic(text: str, model: "ModelConfig") -> "Traffic":
     from expertlane.plan.request import Traffic
     from expertlane.spec.workload import Workload
 
-    values: dict[str, int] = {}
-    for part in text.split(","):
-        key, _, value = (piece.strip() for piece in part.partition("="))
-        if key not in _DEFAULT_WORKLOAD:
-            raise UserError(
-                f"--workload has {shown(part.strip())}; it takes {', '.join(_DEFAULT_WORKLOAD)}, "
-                f"for example {DEFAULT_WORKLOAD}"
-            )
-        if key in values:
-            raise UserError(f"--workload: {key} is given twice")
-        number = RANGES[key].parse(value)
-        if number is None:
-            raise UserError(f"--workload: {key} is {shown(value)}; it must be {RANGES[key]}")
-        values[key] = int(number)
-    values = _DEFAULT_WORKLOAD | values
+    given = parse_sizes("--workload", "key", text, tuple(_DEFAULT_WORKLOAD))
+    if not given:
+        raise UserError(f"--workload is {shown(text)}; an example: {DEFAULT_WORKLOAD}")
+    values = _DEFAULT_WORKLOAD | given
     Workload(**values).check_model(model)
     return Traffic(**values)

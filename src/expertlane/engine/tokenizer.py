@@ -8,9 +8,8 @@ from typing import Any, Self
 import tokenizers
 
 from expertlane.errors import UserError
-from expertlane.spec.files import INDEX_BYTES, check_regular
-from expertlane.spec.hf_config import Fields
-from expertlane.spec.parse import read_json_object
+from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
+from expertlane.spec.hf_config import ConfigReader
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = "tokenizer.json"
@@ -130,7 +129,7 @@ def configured_eos_token_ids(folder: Path) -> frozenset[int]:
     """
     found: set[int] = set()
     for name in (_GENERATION_CONFIG, "config.json"):
-        fields = Fields(read_json(folder / name), str(folder / name))
+        fields = ConfigReader(read_json(folder / name), str(folder / name))
         eos = fields.raw("eos_token_id")
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         found.update(fields.typed(int, "eos_token_id", token_id) for token_id in eos)

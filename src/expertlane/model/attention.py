@@ -15,13 +15,13 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
 from expertlane.ops.linear import Linear
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 class _PagedHeads:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expertlane.model.checkpoint_names import MXFP4_BLOCK, Stored
+from expertlane.model.checkpoint_names import MXFP4_BLOCK, TensorLocation
 from expertlane.model.shards import MAX_MAPPED_BYTES
 from expertlane.model.stored_tensors import FP8, PLAIN_TYPES, StoredTensors
-from expertlane.model.tensors import Shape, cut_dim
 from expertlane.model.weights import WeightSource
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import Shape, cut_dim
 
 _MAX_COPIED_BYTES = MAX_MAPPED_BYTES // 4  # at a time
 
@@ -35,7 +35,7 @@ class Checkpoint(StoredTensors):
         """A logical tensor, or a slice of it, in memory of its own.
 
         Args:
-            name: one of `model.tensors`.
+            name: one of `spec.tensors`.
             rows, columns: of the logical shape, in steps of 1; None for all. Vectors have rows.
             dtype: of the result, quantised or not; None for the model's.
 
@@ -84,7 +84,7 @@ class Checkpoint(StoredTensors):
             self._shards.count_read(len(part) * row_bytes)
 
     def _read_fp8(
-        self, stored: Stored, shape: Shape, parts: list[range], dtype: torch.dtype
+        self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
     ) -> Tensor:
         block_size, scale_name = self._block_size, f"{stored.name}_scale_inv"
         if block_size is None or len(parts) != 2 or stored.expert is not None:
@@ -101,7 +101,7 @@ class Checkpoint(StoredTensors):
         return dequantize_fp8(weight, scales, block_size, (parts[0].start, parts[1].start), dtype)
 
     def _read_mxfp4(
-        self, stored: Stored, shape: Shape, parts: list[range], dtype: torch.dtype
+        self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
     ) -> Tensor:
         rows, columns = parts
         inside = range(columns.start // MXFP4_BLOCK, -(-columns.stop // MXFP4_BLOCK))
@@ -115,7 +115,7 @@ class Checkpoint(StoredTensors):
         return values[:, first : first + len(columns)].contiguous()
 
 
-def _index(stored: Stored, parts: list[range], num_rows: int) -> Index:
+def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:
     """Logical rows and columns as indices of the stored tensor.
 
     Args:

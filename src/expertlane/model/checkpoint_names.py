@@ -56,7 +56,7 @@ _OF_MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorLocation:
     """A logical tensor's place in a checkpoint.
 
     Attributes:
@@ -74,24 +74,24 @@ class Stored:
     transposed: bool = False
 
 
-def stored_places(family: str, name: str) -> tuple[Stored, ...]:
-    """Where the logical tensor `name` may be, the usual place first.
+def tensor_locations(family: str, name: str) -> tuple[TensorLocation, ...]:
+    """Where the logical tensor `name` may be, the usual one first.
 
     Besides what a family publishes, Mixtral-like ones may have been saved with all experts of a
     layer in one tensor, as transformers 5 holds them.
     """
     if name in _OUTSIDE:
-        return (Stored(_OUTSIDE[name]),)
+        return (TensorLocation(_OUTSIDE[name]),)
     _, layer, part = name.split(".", 2)
     prefix = f"model.layers.{layer}"
     if part.startswith("experts."):
         _, expert, matrix = part.split(".")
-        return _expert_places(family, prefix, int(expert), matrix)
+        return _expert_locations(family, prefix, int(expert), matrix)
     own = _OWN_IN_LAYER.get(family, {})
-    places = [Stored(f"{prefix}.{own.get(part) or _IN_LAYER[part]}")]
+    locations = [TensorLocation(f"{prefix}.{own.get(part) or _IN_LAYER[part]}")]
     if part in own and part in _IN_LAYER:
-        places.append(Stored(f"{prefix}.{_IN_LAYER[part]}"))
-    return tuple(places)
+        locations.append(TensorLocation(f"{prefix}.{_IN_LAYER[part]}"))
+    return tuple(locations)
 
 
 def is_left_unread(stored_name: str, extra_layers: range) -> bool:
@@ -104,16 +104,18 @@ def is_left_unread(stored_name: str, extra_layers: range) -> bool:
     return _OLD_BUFFER in stored_name or (layer is not None and int(layer[1]) in extra_layers)
 
 
-def _expert_places(family: str, prefix: str, expert: int, matrix: str) -> tuple[Stored, ...]:
+def _expert_locations(
+    family: str, prefix: str, expert: int, matrix: str
+) -> tuple[TensorLocation, ...]:
     matrix, _, bias = matrix.partition("_")
     fused = "down_proj" if matrix == "down" else "gate_up_proj"
     fused = f"{prefix}.mlp.experts.{fused}{f'_{bias}' if bias else ''}"
     half = {"gate": 0, "up": 1, "down": None}[matrix]
-    together = Stored(fused, expert, half)
+    together = TensorLocation(fused, expert, half)
     if family == "gpt_oss":
         return (replace(together, interleaved=half is not None, transposed=not bias),)
     if family == "mixtral":
         alone = f"block_sparse_moe.experts.{expert}.{_OF_MIXTRAL_EXPERT[matrix]}"
     else:
         alone = f"mlp.experts.{expert}.{_OF_EXPERT[matrix]}"
-    return Stored(f"{prefix}.{alone}.weight"), together
+    return TensorLocation(f"{prefix}.{alone}.weight"), together

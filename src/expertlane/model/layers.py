@@ -13,7 +13,6 @@ from expertlane.comm.recorder import Recorder
 from expertlane.model.attention import Attention, LatentAttention
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import expert_name, layer_name
 from expertlane.model.weights import WeightSource
 from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import make_dispatcher
@@ -28,6 +27,7 @@ from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import expert_name, layer_name
 
 
 class DecoderLayer:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD, expert_name, layer_name
 from expertlane.model.weights import draw
 from expertlane.moe.reference import moe_block, router_margin
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD, expert_name, layer_name
 
 _LAYER_PARTS = ("attention_norm", "query", "key", "value", "output", "moe_norm", "router")
 

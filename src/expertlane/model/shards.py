@@ -13,8 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from expertlane.errors import SpecError
-from expertlane.spec.files import INDEX_BYTES, check_regular
-from expertlane.spec.parse import read_json_object
+from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 from expertlane.errors import SpecError
-from expertlane.model.checkpoint_names import MXFP4_BLOCK, Stored, is_left_unread, stored_places
+from expertlane.model.checkpoint_names import (
+    MXFP4_BLOCK,
+    TensorLocation,
+    is_left_unread,
+    tensor_locations,
+)
 from expertlane.model.shards import Shards
-from expertlane.model.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (
     family_of,
@@ -15,6 +19,7 @@ from expertlane.spec.hf_config import (
     weight_block_size,
 )
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
 
 PLAIN_TYPES = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
@@ -65,7 +70,7 @@ class StoredTensors:
         for name in tensor_names(self.model):
             used.update(self._stored_names(self._locate(name)[0]))
         if self._has_both_tied():
-            used.add(stored_places(self._family, HEAD)[0].name)
+            used.add(tensor_locations(self._family, HEAD)[0].name)
         first = self.model.num_hidden_layers
         extra_layers = range(first, first + self._num_extra_layers)
         unused = {
@@ -84,7 +89,7 @@ class StoredTensors:
         """
         if not self._has_both_tied():
             return False
-        names = [stored_places(self._family, name)[0].name for name in (EMBEDDING, HEAD)]
+        names = [tensor_locations(self._family, name)[0].name for name in (EMBEDDING, HEAD)]
         for name in names:
             self._check_shape(name, list(tensor_shape(self.model, EMBEDDING)))
         if len({self._stored_type(name) for name in names}) > 1:
@@ -97,10 +102,12 @@ class StoredTensors:
         )
 
     def _has_both_tied(self) -> bool:
-        places = (stored_places(self._family, name)[0] for name in (EMBEDDING, HEAD))
-        return self.model.tie_word_embeddings and all(each.name in self._shards for each in places)
+        locations = (tensor_locations(self._family, name)[0] for name in (EMBEDDING, HEAD))
+        return self.model.tie_word_embeddings and all(
+            each.name in self._shards for each in locations
+        )
 
-    def _stored_names(self, stored: Stored) -> list[str]:
+    def _stored_names(self, stored: TensorLocation) -> list[str]:
         """A tensor's own name, or those of its quantised form."""
         if self._is_mxfp4(stored):
             return [f"{stored.name}_blocks", f"{stored.name}_scales"]
@@ -117,21 +124,23 @@ class StoredTensors:
             f"{', '.join(PLAIN_TYPES)}, or quantised as config.json says"
         )
 
-    def _is_mxfp4(self, stored: Stored) -> bool:
+    def _is_mxfp4(self, stored: TensorLocation) -> bool:
         return f"{stored.name}_blocks" in self._shards
 
-    def _locate(self, name: str) -> tuple[Stored, Shape]:
+    def _locate(self, name: str) -> tuple[TensorLocation, Shape]:
         """Where a logical tensor is, and its logical shape; its stored shape has been checked."""
-        places = stored_places(self._family, name)
+        locations = tensor_locations(self._family, name)
         if name in (EMBEDDING, HEAD) and self.model.tie_word_embeddings:
             name = EMBEDDING  # one of them is enough
-            places = stored_places(self._family, EMBEDDING) + stored_places(self._family, HEAD)
+            locations = tensor_locations(self._family, EMBEDDING) + tensor_locations(
+                self._family, HEAD
+            )
         shape = tensor_shape(self.model, name)
-        for stored in places:
+        for stored in locations:
             if stored.name in self._shards or self._is_mxfp4(stored):
                 break
         else:
-            raise SpecError(f"{self.folder}: tensor {places[0].name} is missing")
+            raise SpecError(f"{self.folder}: tensor {locations[0].name} is missing")
         expected = list(shape)
         if stored.half is not None:
             expected[0] *= 2

@@ -14,7 +14,6 @@ from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.tensors import EMBEDDING, FINAL_NORM, HEAD
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
@@ -22,6 +21,7 @@ from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 
 class HeadResult(NamedTuple):

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.tensors import EMBEDDING, HEAD, cut_dim, tensor_shape
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, tensor_shape
 
 
 class WeightSource(ABC):

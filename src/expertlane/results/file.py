@@ -8,8 +8,7 @@ from typing import Any, get_args
 
 from expertlane.errors import UserError
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.files import RESULTS_BYTES, strict_json, write_text
-from expertlane.spec.parse import read_json
+from expertlane.spec.files import RESULTS_BYTES, read_json, strict_json, write_text
 from expertlane.spec.ranges import shown
 
 FILE_NAME = "results.json"

@@ -4,11 +4,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
-from expertlane.spec.ranges import take_fields
+from expertlane.spec.ranges import STRICT, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
@@ -46,7 +46,7 @@ class Options:
         SpecError: a value is not valid.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     overlap: OverlapChoice = False
     num_micro_batches: int = 1
@@ -60,15 +60,6 @@ class Options:
 
     def __post_init__(self) -> None:
         take_fields(self)
-        for name, valid in (
-            ("micro_batch_schedule", get_args(MicroBatchSchedule)),
-            ("dispatch", get_args(DispatchChoice)),
-            ("payload", get_args(PayloadType)),
-            ("placement", get_args(PlacementMethod)),
-        ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise SpecError(f"{name} is {value!r}; valid: {', '.join(valid)}")
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):
@@ -133,7 +124,7 @@ class DispatchMode:
         overlap: in two halves, one of which computes while the other's tokens travel.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     form: DispatchForm
     overlap: bool = False
@@ -151,7 +142,7 @@ class DispatchRow:
         step_s: [num_modes]; the time of a step with so many.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     num_tokens: int
     step_s: tuple[float, ...]
@@ -169,7 +160,7 @@ class DispatchTable:
         SpecError: no row, or one that does not have a time for each mode.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     modes: tuple[DispatchMode, ...]
     rows: tuple[DispatchRow, ...]

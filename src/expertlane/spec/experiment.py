@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.files import CONFIG_BYTES
+from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.parse import read_toml
-from expertlane.spec.ranges import take_fields
+from expertlane.spec.ranges import STRICT, take_fields
 from expertlane.spec.workload import Workload
 
 
@@ -31,7 +30,7 @@ class Cluster:
             as two nodes of 8.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     ranks_per_node: int = 0
 
@@ -81,10 +80,8 @@ class Experiment:
         self.workload.check_model(self.model)
         self.workload.check_size()
         for deployment in self.deployments + self.scaling:
-            try:
+            with naming(f"deployment {deployment.name!r}"):
                 deployment.layout.check_model(self.model)
-            except SpecError as error:
-                raise SpecError(f"deployment {deployment.name!r}: {error}") from None
 
     @property
     def num_ranks(self) -> int:
@@ -92,7 +89,6 @@ class Experiment:
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
 
 
-_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 _TABLES = ("model", "workload", "cluster")
 _ARRAYS = ("deployments", "scaling")
 _WANTED = {
@@ -111,7 +107,7 @@ FindCheckpoint = Callable[[str, Path], Path]
 
 @dataclass(frozen=True)
 class _Header:
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     seed: int = 0
 
@@ -120,7 +116,7 @@ class _Header:
 class _Head:
     """A deployment's table without its options."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     layout: str
     baseline: bool = False
@@ -175,10 +171,8 @@ def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below)
             begins with the path.
     """
     document = read_toml(path, CONFIG_BYTES)
-    try:
+    with naming(path):
         return _experiment(document, path.parent, find_checkpoint)
-    except SpecError as error:
-        raise SpecError(f"{path}: {error}") from None
 
 
 def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> Experiment:
@@ -189,9 +183,6 @@ def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> E
     for table in ("model", "workload"):
         if table not in document:
             raise SpecError(f"the table [{table}] is missing")
-    workload, cluster = document["workload"], document.get("cluster", {})
-    _check_keys(workload, _field_names(Workload), "[workload]")
-    _check_keys(cluster, _field_names(Cluster), "[cluster]")
     header = _build(_Header, {k: v for k, v in document.items() if k in ("name", "seed")}, "")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", header.name):
         raise SpecError(
@@ -204,8 +195,8 @@ def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> E
         seed=header.seed,
         model=model,
         checkpoint=checkpoint,
-        workload=_build(Workload, workload, "[workload]"),
-        cluster=_build(Cluster, cluster, "[cluster]"),
+        workload=_build(Workload, document["workload"], "[workload]"),
+        cluster=_build(Cluster, document.get("cluster", {}), "[cluster]"),
         deployments=_deployments(document, "deployments", base),
         scaling=_deployments(document, "scaling", base),
     )
@@ -263,7 +254,7 @@ def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deploy
                     f"{where}: baseline is false, but the first deployment is always one"
                 )
             table = {"baseline": True} | table
-        try:
+        with naming(where):
             head = _build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
             options = _build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
             if options.placement_file is not None:
@@ -271,8 +262,6 @@ def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deploy
                 options = replace(options, placement_file=os.path.abspath(base / path))
             layout = Layout.parse(head.layout)
             deployments.append(Deployment(head.name, layout, options, head.baseline))
-        except SpecError as error:
-            raise SpecError(f"{where}: {error}") from None
     return tuple(deployments)
 
 
@@ -283,9 +272,10 @@ def _path(key: str, value: str) -> str:
 
 
 def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
-    """Make a dataclass of a table of known keys; `where` begins an error's text."""
+    """Make a dataclass of a table; `where` begins an error's text."""
     from pydantic import TypeAdapter, ValidationError
 
+    _check_keys(table, _field_names(kind), where)
     prefix = f"{where}: " if where else ""
     for key, value in table.items():
         if isinstance(value, float) and not math.isfinite(value):

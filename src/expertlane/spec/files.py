@@ -1,13 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all; read up to a size, malformed ones refused with one line."""
 
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isinf
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.ranges import shown
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -54,6 +58,16 @@ PROMPTS_BYTES = 256 * _MIB
 TRACE_BYTES = 1024 * _MIB  # of a routing trace, decompressed too
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL byte in the name
+        raise SpecError(f"cannot read {str(path)!r}: {error}") from None
+
+
 def check_regular(path: Path, most_bytes: int | None = None) -> int:
     """The size in bytes of a regular file, without opening it: opening a FIFO would hang.
 
@@ -61,12 +75,8 @@ def check_regular(path: Path, most_bytes: int | None = None) -> int:
         SpecError: it is missing, not a regular file (links are followed), or larger than
             `most_bytes`.
     """
-    try:
+    with _reading(path):
         status = path.stat()
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL byte in the name
-        raise SpecError(f"cannot read {str(path)!r}: {error}") from None
     if stat.S_ISDIR(status.st_mode):
         raise SpecError(f"cannot read {path}: it is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):
@@ -78,22 +88,14 @@ def check_regular(path: Path, most_bytes: int | None = None) -> int:
     return status.st_size
 
 
-def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """The contents of a regular file.
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a regular file in UTF-8, with or without a byte order mark.
 
     Raises:
-        SpecError: as `check_regular`, or it cannot be read.
+        SpecError: as `check_regular`, or it cannot be read, or is not UTF-8.
     """
     check_regular(path, most_bytes)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            data = file.read(most_bytes + 1)
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > most_bytes:  # it grew, or its size is unknown, as in /proc
-        raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
-    return data
+    return _read(path, most_bytes, os.O_NONBLOCK)
 
 
 def read_stream(path: Path, most_bytes: int) -> str:
@@ -104,28 +106,14 @@ def read_stream(path: Path, most_bytes: int) -> str:
     Raises:
         SpecError: it cannot be read, is too long, or is not UTF-8.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(most_bytes + 1)
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL byte in the name
-        raise SpecError(f"cannot read {str(path)!r}: {error}") from None
-    if len(data) > most_bytes:
+    return _read(path, most_bytes)
+
+
+def _read(path: Path, most_bytes: int, flags: int = 0) -> str:
+    with _reading(path), open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:  # it grew, or its size is unknown, as in /proc
         raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
-    return _decoded(path, data)
-
-
-def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        SpecError: as `read_bytes`, or it is not UTF-8.
-    """
-    return _decoded(path, read_bytes(path, most_bytes))
-
-
-def _decoded(path: Path, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -142,3 +130,125 @@ def strict_json(value: Any, **layout: Any) -> str:
         ValueError: a number in it is NaN or infinite, which JSON cannot express.
     """
     return json.dumps(value, allow_nan=False, **layout)
+
+
+_MAX_DIGITS = 40  # of a whole number; Python itself takes no more than 4,300
+_MAX_DEPTH = 100  # of nested lists and tables
+
+
+class _InvalidError(ValueError):
+    """Well-formed, but not accepted."""
+
+
+def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        lenient: read it as other programs do: the last one of two equal keys counts, and NaN and
+            Infinity are numbers.
+
+    Raises:
+        SpecError: it is missing, not a regular file, too large, not UTF-8, malformed, nested too
+            deeply, or has a number of too many digits.
+    """
+    text = read_text(path, most_bytes)
+    try:
+        value = json.loads(
+            text,
+            parse_int=_whole,
+            parse_float=None if lenient else _finite,
+            parse_constant=None if lenient else _refuse_constant,
+            object_pairs_hook=None if lenient else _unique,
+        )
+        _check_depth(value)
+    except json.JSONDecodeError as error:
+        raise SpecError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except _InvalidError as error:
+        raise SpecError(f"{path}: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{path}: {_TOO_DEEP}") from None
+    return value
+
+
+def read_json_object(path: Path, most_bytes: int, *, lenient: bool = False) -> dict[str, Any]:
+    """As `read_json`, for a file that must hold an object.
+
+    Raises:
+        SpecError: as `read_json`, or it holds something else.
+    """
+    value = read_json(path, most_bytes, lenient=lenient)
+    if not isinstance(value, dict):
+        raise SpecError(f"{path} must hold a JSON object")
+    return value
+
+
+def read_toml(path: Path, most_bytes: int) -> dict[str, Any]:
+    """The table in a TOML file.
+
+    Raises:
+        SpecError: it is missing, not a regular file, too large, not UTF-8, malformed, nested too
+            deeply, or has a number of too many digits.
+    """
+    import tomllib  # not for the help of commands
+
+    text = read_text(path, most_bytes)
+    try:
+        table = tomllib.loads(text)
+        _check_depth(table)
+    except _InvalidError as error:
+        raise SpecError(f"{path}: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{path}: {_TOO_DEEP}") from None
+    except ValueError as error:  # also a number of too many digits
+        lines = text.split("\n")
+        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
+        what = str(error).replace("at end of document", end)
+        raise SpecError(f"{path}: malformed TOML: {what}") from None
+    return table
+
+
+_TOO_DEEP = f"nested too deeply; valid: {_MAX_DEPTH} levels at most"
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise _InvalidError(f"a number has {len(digits):,} digits; valid: at most {_MAX_DIGITS}")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise _InvalidError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise _InvalidError(f"{word} is not valid JSON; numbers must be finite")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        num_times = Counter(key for key, _ in pairs)
+        raise _InvalidError(
+            f"the key {shown(max(num_times, key=num_times.__getitem__))} is given twice"
+        )
+    return table
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise _InvalidError(_TOO_DEEP)

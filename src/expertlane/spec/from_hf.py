@@ -4,18 +4,29 @@ A family computes what its transformers class does; `docs/families.md` has the t
 also decides what a field means where it is left out or null.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from expertlane.spec.hf_config import Fields, family_of, read_config, weight_block_size
-from expertlane.spec.hf_defaults import DEFAULTS, NUM_EXPERTS
+from expertlane.spec.hf_config import ConfigReader, family_of, read_config, weight_block_size
+from expertlane.spec.hf_defaults import FAMILIES
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_SAME = (  # in every family
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
 
 
 def from_hf(
@@ -34,11 +45,11 @@ def from_hf(
     family = family_of(config)
     if weights:
         weight_block_size(config)
-    fields = Fields(config, name or family, DEFAULTS[family])
+    fields = ConfigReader(config, name or family, FAMILIES[family].defaults)
     if fields.get(str, "hidden_act") != "silu":
         raise fields.unsupported("hidden_act")
-    num_experts = fields.get(int, *NUM_EXPERTS[family])
-    return ModelConfig(num_experts=num_experts, **_common(fields) | _FAMILIES[family](fields))
+    num_experts = fields.get(int, *FAMILIES[family].num_experts)
+    return ModelConfig(num_experts=num_experts, **_common(fields) | _READERS[family](fields))
 
 
 def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig:
@@ -54,7 +65,7 @@ def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig
     return from_hf(read_config(folder), Path(os.path.abspath(given)).name, weights=weights)
 
 
-def _common(fields: Fields) -> dict[str, Any]:
+def _common(fields: ConfigReader) -> dict[str, Any]:
     """What every family says in the same way."""
     eos = fields.raw("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -65,22 +76,21 @@ def _common(fields: Fields) -> dict[str, Any]:
         raise fields.error(f"dtype {dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
     return {
         "name": fields.name,
-        "num_hidden_layers": fields.get(int, "num_hidden_layers"),
-        "hidden_size": fields.get(int, "hidden_size"),
-        "num_attention_heads": fields.get(int, "num_attention_heads"),
-        "num_experts_per_tok": fields.get(int, "num_experts_per_tok"),
-        "vocab_size": fields.get(int, "vocab_size"),
-        "max_position_embeddings": fields.get(int, "max_position_embeddings"),
-        "rms_norm_eps": fields.get(float, "rms_norm_eps"),
+        **_same(fields, ModelConfig, *_SAME),
         "gated_mlp": True,
         "hidden_act": "silu",
-        "tie_word_embeddings": fields.get(bool, "tie_word_embeddings"),
         "eos_token_ids": tuple(fields.typed(int, "eos_token_id", token) for token in eos),
         "dtype": dtype,
     }
 
 
-def _attention(fields: Fields) -> dict[str, Any]:
+def _same(fields: ConfigReader, kind: type[Any], *names: str) -> dict[str, Any]:
+    """What a `config.json` calls as the dataclass `kind` does."""
+    types = {each.name: each.type for each in dataclasses.fields(kind)}
+    return {name: fields.get((get_args(types[name]) or (types[name],))[0], name) for name in names}
+
+
+def _attention(fields: ConfigReader) -> dict[str, Any]:
     """Attention with keys and values of their own: heads and rotary positions."""
     heads = fields.get(int, "num_attention_heads")
     head_dim = fields.get(int, "head_dim", default=fields.get(int, "hidden_size") // heads)
@@ -91,17 +101,23 @@ def _attention(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _rope_parameters(fields: Fields) -> Fields:
+def _biased_attention(fields: ConfigReader) -> dict[str, Any]:
+    """The same, with biases of all projections or of none."""
+    bias = fields.get(bool, "attention_bias")
+    return {**_attention(fields), "qkv_bias": bias, "output_bias": bias}
+
+
+def _rope_parameters(fields: ConfigReader) -> ConfigReader:
     """Of `rope_scaling` (transformers 4) or `rope_parameters` (5); null means the default."""
     parameters = fields.raw("rope_scaling", "rope_parameters")
     parameters = fields.defaults["rope_parameters"] if parameters is None else parameters
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
         raise fields.error("rope parameters that differ by layer are not supported")
-    return Fields(parameters, fields.name, {"truncate": True})
+    return ConfigReader(parameters, fields.name, {"truncate": True})
 
 
-def _rope(fields: Fields) -> dict[str, Any]:
+def _rope(fields: ConfigReader) -> dict[str, Any]:
     """Rotary positions."""
     rope = _rope_parameters(fields)
     for holder in (fields, rope):
@@ -121,19 +137,16 @@ def _rope(fields: Fields) -> dict[str, Any]:
     if kind == "yarn":
         scaling = _yarn(rope, trained, max_len)
     elif kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
         scaling = RopeScaling(
-            "llama3",
-            rope.get(float, "factor"),
-            trained,
-            low_freq_factor=rope.get(float, "low_freq_factor"),
-            high_freq_factor=rope.get(float, "high_freq_factor"),
+            "llama3", original_max_position_embeddings=trained, **_same(rope, RopeScaling, *names)
         )
     else:
         scaling = RopeScaling("linear", rope.get(float, "factor"), trained)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _yarn(rope: Fields, trained: int, max_len: int) -> RopeScaling:
+def _yarn(rope: ConfigReader, trained: int, max_len: int) -> RopeScaling:
     factor = rope.get(float, "factor", default=max_len / trained)
     mscale, mscale_all_dim = rope.optional(float, "mscale"), rope.optional(float, "mscale_all_dim")
     if mscale and mscale_all_dim:
@@ -156,32 +169,35 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _layer_types(fields: Fields, default: list[str]) -> list[str]:
+def _has_window(fields: ConfigReader) -> list[bool] | None:
+    """Of each layer by `layer_types`; None where it is null or missing."""
     types = fields.raw("layer_types")
-    types = default if types is None else types
+    if types is None:
+        return None
     if not isinstance(types, list):
         raise fields.error(f"layer_types is {types!r}; it must be a list")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise fields.error(f"layer type {kind!r} is not supported")
-    return types
+    return [kind == "sliding_attention" for kind in types]
 
 
-def _windows_by_type(fields: Fields, default: list[str]) -> tuple[int | None, ...]:
-    """One window a layer from `layer_types`, or from a family's default for them."""
-    types = _layer_types(fields, default)
-    if "sliding_attention" not in types:
+def _windows_by_type(fields: ConfigReader, default: list[bool]) -> tuple[int | None, ...]:
+    """One window a layer; which have one `layer_types` says, else a family's default."""
+    has_window = _has_window(fields)
+    has_window = default if has_window is None else has_window
+    if not any(has_window):
         return ()
     window = fields.get(int, "sliding_window")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    return tuple(window if has else None for has in has_window)
 
 
-def _windows_everywhere(fields: Fields) -> tuple[int | None, ...]:
+def _windows_everywhere(fields: ConfigReader) -> tuple[int | None, ...]:
     window = fields.optional(int, "sliding_window")
     return () if window is None else (window,) * fields.get(int, "num_hidden_layers")
 
 
-def _mixtral(fields: Fields) -> dict[str, Any]:
+def _mixtral(fields: ConfigReader) -> dict[str, Any]:
     return {
         **_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
@@ -189,83 +205,74 @@ def _mixtral(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _qwen_moe(fields: Fields) -> dict[str, Any]:
+def _qwen_moe(fields: ConfigReader) -> dict[str, Any]:
     """What Qwen2-MoE and Qwen3-MoE have in common."""
     mlp_only = fields.integers("mlp_only_layers")
     step = fields.get(int, "decoder_sparse_step")
     layers = range(fields.get(int, "num_hidden_layers"))
     dense = tuple(layer for layer in layers if layer in mlp_only or (layer + 1) % step)
     return {
-        **_attention(fields),
-        "moe_intermediate_size": fields.get(int, "moe_intermediate_size"),
+        **_same(fields, ModelConfig, "moe_intermediate_size"),
         "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
         "dense_layers": dense,
-        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob")),
+        "routing": Routing(**_same(fields, Routing, "norm_topk_prob")),
     }
 
 
-def _qwen2_moe(fields: Fields) -> dict[str, Any]:
+def _qwen2_moe(fields: ConfigReader) -> dict[str, Any]:
     windows: tuple[int | None, ...] = ()
     if fields.get(bool, "use_sliding_window"):
         first_full = fields.get(int, "max_window_layers")
         layers = range(fields.get(int, "num_hidden_layers"))
-        even = ["sliding_attention" if i % 2 == 0 and i < first_full else "full" for i in layers]
-        windows = _windows_by_type(
-            fields, [kind.replace("full", "full_attention") for kind in even]
-        )
-    elif "sliding_attention" in _layer_types(fields, []):
+        has_window = [i % 2 == 0 and i < first_full for i in layers]
+        windows = _windows_by_type(fields, has_window)
+    elif any(_has_window(fields) or ()):
         # transformers 5 then masks all positions in such layers, which no model can mean.
         raise fields.error(
             "layer_types has 'sliding_attention' but use_sliding_window is false; make one agree "
             "with the other"
         )
     return {
+        **_attention(fields),
         **_qwen_moe(fields),
-        "qkv_bias": fields.get(bool, "qkv_bias"),
+        **_same(fields, ModelConfig, "qkv_bias", "shared_expert_intermediate_size"),
         "sliding_window": windows,
-        "shared_expert_intermediate_size": fields.get(int, "shared_expert_intermediate_size"),
         "shared_expert_gate": True,
     }
 
 
-def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+def _qwen3_moe(fields: ConfigReader) -> dict[str, Any]:
     has_windows = fields.get(bool, "use_sliding_window")
-    bias = fields.get(bool, "attention_bias")
     return {
         **_qwen_moe(fields),
-        "qkv_bias": bias,
-        "output_bias": bias,
+        **_biased_attention(fields),
         "qk_norm": "head",
         "sliding_window": _windows_everywhere(fields) if has_windows else (),
     }
 
 
-def _olmoe(fields: Fields) -> dict[str, Any]:
+def _olmoe(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("clip_qkv")
-    bias = fields.get(bool, "attention_bias")
     return {
-        **_attention(fields),
+        **_biased_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "qkv_bias": bias,
-        "output_bias": bias,
         "qk_norm": "full",
-        "routing": Routing(norm_topk_prob=fields.get(bool, "norm_topk_prob")),
+        "routing": Routing(**_same(fields, Routing, "norm_topk_prob")),
     }
 
 
-def _deepseek(fields: Fields) -> dict[str, Any]:
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _deepseek(fields: ConfigReader) -> dict[str, Any]:
     """What DeepSeek-V2 and V3 have in common: latent attention, dense first layers."""
     for key in ("attention_bias", "mlp_bias"):
         fields.expect(key, False)
     fields.expect("moe_layer_freq", 1)
     rope, all_dim = _rope(fields), _rope_parameters(fields).optional(float, "mscale_all_dim")
     scaling: RopeScaling | None = rope.get("rope_scaling")
-    nope, rotary = fields.get(int, "qk_nope_head_dim"), fields.get(int, "qk_rope_head_dim")
     latent = LatentAttention(
-        kv_lora_rank=fields.get(int, "kv_lora_rank"),
-        qk_nope_head_dim=nope,
-        qk_rope_head_dim=rotary,
-        v_head_dim=fields.get(int, "v_head_dim"),
+        **_same(fields, LatentAttention, *_LATENT),
         q_lora_rank=fields.optional(int, "q_lora_rank"),
         mscale=_yarn_mscale(scaling.factor, all_dim) if scaling and all_dim else 1.0,
     )
@@ -273,7 +280,7 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
     expert = fields.get(int, "moe_intermediate_size")
     return {
         **rope,
-        "head_dim": nope + rotary,
+        "head_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
         "latent": latent,
         "moe_intermediate_size": expert,
         "intermediate_size": fields.get(int, "intermediate_size") if num_dense else 0,
@@ -282,7 +289,7 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _deepseek_v2(fields: Fields) -> dict[str, Any]:
+def _deepseek_v2(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("scoring_func", "softmax")
     fields.expect("norm_topk_prob", False)
     fields.expect("topk_method", "greedy", "group_limited_greedy")
@@ -297,41 +304,34 @@ def _deepseek_v2(fields: Fields) -> dict[str, Any]:
     return {**_deepseek(fields), "rope_interleave": True, "routing": routing}
 
 
-def _deepseek_v3(fields: Fields) -> dict[str, Any]:
+def _deepseek_v3(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
     routing = Routing(
         scoring_func="sigmoid",
         norm_topk_prob=bool(fields.optional(bool, "norm_topk_prob")),
-        routed_scaling_factor=fields.get(float, "routed_scaling_factor"),
         correction_bias=True,
-        n_group=fields.get(int, "n_group"),
-        topk_group=fields.get(int, "topk_group"),
+        **_same(fields, Routing, "routed_scaling_factor", "n_group", "topk_group"),
         group_score="top2_sum",
     )
     interleave = bool(fields.optional(bool, "rope_interleave"))
     return {**_deepseek(fields), "rope_interleave": interleave, "routing": routing}
 
 
-def _gpt_oss(fields: Fields) -> dict[str, Any]:
-    bias = fields.get(bool, "attention_bias")
+def _gpt_oss(fields: ConfigReader) -> dict[str, Any]:
     layers = range(fields.get(int, "num_hidden_layers"))
-    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
     return {
-        **_attention(fields),
+        **_biased_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "qkv_bias": bias,
-        "output_bias": bias,
         "attention_sinks": True,
-        "sliding_window": _windows_by_type(fields, alternating),
-        "swiglu_limit": fields.get(float, "swiglu_limit"),
-        "swiglu_alpha": fields.get(float, "swiglu_alpha"),
+        "sliding_window": _windows_by_type(fields, [i % 2 == 0 for i in layers]),
+        **_same(fields, ModelConfig, "swiglu_limit", "swiglu_alpha"),
         "expert_bias": True,
         "routing": Routing(router_bias=True),
     }
 
 
-_FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,

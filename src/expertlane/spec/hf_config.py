@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.errors import SpecError
-from expertlane.spec.files import CONFIG_BYTES
-from expertlane.spec.hf_defaults import DEFAULTS
-from expertlane.spec.parse import read_json_object
+from expertlane.spec.files import CONFIG_BYTES, read_json_object
+from expertlane.spec.hf_defaults import FAMILIES
 from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 
-_ARCHITECTURES = {
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-}
 _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
@@ -61,14 +51,14 @@ def family_of(config: dict[str, Any]) -> str:
         SpecError: the architecture is another.
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
-    for family, architecture in _ARCHITECTURES.items():
-        if architectures == [architecture] or (not architectures and model_type == family):
+    for family, known in FAMILIES.items():
+        if architectures == [known.architecture] or (not architectures and model_type == family):
             return family
     given = architectures or model_type
     given = given[0] if isinstance(given, list) and len(given) == 1 else given
     raise SpecError(
         f"architecture {shown(given)} is not supported; supported: "
-        f"{', '.join(_ARCHITECTURES.values())}"
+        f"{', '.join(known.architecture for known in FAMILIES.values())}"
     )
 
 
@@ -123,11 +113,11 @@ def num_extra_layers(config: dict[str, Any]) -> int:
         SpecError: the architecture is not supported, or the number is not valid.
     """
     family = family_of(config)
-    fields = Fields(config, family, DEFAULTS[family])
-    return fields.get(int, "num_nextn_predict_layers", "num_mtp_layers", default=0)
+    reader = ConfigReader(config, family, FAMILIES[family].defaults)
+    return reader.get(int, "num_nextn_predict_layers", "num_mtp_layers", default=0)
 
 
-class Fields:
+class ConfigReader:
     """Typed look-ups in a configuration.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_RANKS, RANGES, take_fields
+from expertlane.spec.ranges import MAX_RANKS, parse_sizes, take_fields
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
 
@@ -64,19 +64,7 @@ class Layout:
         Raises:
             SpecError: an unknown or repeated axis, a value no whole number, or a broken rule.
         """
-        sizes: dict[str, int] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            axis, _, value = (piece.strip() for piece in part.partition("="))
-            if axis not in _AXES:
-                raise SpecError(
-                    f"layout {text!r}: unknown axis {axis!r}; valid: {', '.join(_AXES)}"
-                )
-            if axis in sizes:
-                raise SpecError(f"layout {text!r}: {axis} is given twice")
-            size = RANGES[axis].parse(value)
-            if size is None:
-                raise SpecError(f"layout {text!r}: {axis} is {value!r}; it must be {RANGES[axis]}")
-            sizes[axis] = int(size)
+        sizes = parse_sizes(f"layout {text!r}", "axis", text, _AXES)
         if not sizes:
             raise SpecError(f"layout {text!r} names no axis; an example: tp=8,pp=2")
         return cls(**sizes)

@@ -5,9 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
-from expertlane.spec.ranges import MAX_PARAMS, take_fields
-
-_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+from expertlane.spec.ranges import MAX_PARAMS, STRICT, take_fields
+from expertlane.spec.tensors import num_params
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ModelConfig:
         SpecError: numbers that are out of their ranges or do not fit each other.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: str
     num_hidden_layers: int
@@ -97,10 +96,8 @@ class ModelConfig:
         self._check_attention()
         self._check_routing()
         self._check_mlps()
-        if self.num_params > MAX_PARAMS:
-            raise self._error(
-                f"it has {self.num_params:,} parameters; valid: {MAX_PARAMS:,} at most"
-            )
+        if (size := num_params(self)) > MAX_PARAMS:
+            raise self._error(f"it has {size:,} parameters; valid: {MAX_PARAMS:,} at most")
 
     def _error(self, text: str) -> SpecError:
         return SpecError(f"model {self.name}: {text}")
@@ -224,55 +221,9 @@ class ModelConfig:
         """Whether a layer has a dense MLP in place of router and experts."""
         return layer in self.dense_layers
 
-    @property
-    def num_expert_params(self) -> int:
-        """Parameters of one expert."""
-        num_inner = 2 if self.gated_mlp else 1
-        bias = num_inner * self.moe_intermediate_size + self.hidden_size if self.expert_bias else 0
-        return self.num_mlp_params(self.moe_intermediate_size) + bias
-
     def num_mlp_params(self, inner: int) -> int:
         """Parameters of an MLP of inner width `inner`, biases aside."""
         return (3 if self.gated_mlp else 2) * self.hidden_size * inner
-
-    @property
-    def num_attention_params(self) -> int:
-        """Parameters of one layer's attention, the norm before it aside."""
-        hidden = self.hidden_size
-        output = hidden * self.attention_output_size + (hidden if self.output_bias else 0)
-        if self.latent is not None:
-            latent, rank = self.latent, self.latent.q_lora_rank
-            query = hidden * self.attention_size
-            if rank is not None:
-                query = rank * (hidden + 1 + self.attention_size)
-            down = hidden * (latent.kv_lora_rank + latent.qk_rope_head_dim) + latent.kv_lora_rank
-            width = self.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-            return query + down + latent.kv_lora_rank * width + output
-        width = self.attention_size + 2 * self.kv_size
-        params = hidden * width + output
-        params += width if self.qkv_bias else 0
-        params += self.num_attention_heads if self.attention_sinks else 0
-        if self.qk_norm == "head":
-            params += 2 * self.head_dim
-        elif self.qk_norm == "full":
-            params += self.attention_size + self.kv_size
-        return params
-
-    @property
-    def num_params(self) -> int:
-        """All parameters of the model."""
-        hidden, num_dense = self.hidden_size, len(self.dense_layers)
-        num_biases = int(self.routing.router_bias) + int(self.routing.correction_bias)
-        moe = self.num_experts * (hidden + num_biases + self.num_expert_params)
-        moe += self.num_mlp_params(self.shared_expert_intermediate_size)
-        moe += hidden if self.shared_expert_gate else 0
-        return (
-            self.num_hidden_layers * (self.num_attention_params + 2 * hidden)
-            + (self.num_hidden_layers - num_dense) * moe
-            + num_dense * self.num_mlp_params(self.intermediate_size)
-            + (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
-            + hidden
-        )
 
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
         """The same model with some fields replaced."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+from expertlane.spec.ranges import STRICT
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RopeScaling:
         attention_factor: yarn; cosines and sines are multiplied by it.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     rope_type: Literal["linear", "llama3", "yarn"]
     factor: float
@@ -47,7 +47,7 @@ class LatentAttention:
         norm_eps: of the norms of the latents; they do not take the model's rms_norm_eps.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     kv_lora_rank: int
     qk_nope_head_dim: int
@@ -78,7 +78,7 @@ class Routing:
             scores + correction bias.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True

@@ -3,7 +3,14 @@
 from enum import IntEnum, StrEnum
 
 
-class Stage(IntEnum):
+class _Labelled(IntEnum):
+    @property
+    def label(self) -> str:
+        """The name as a user reads it, for example `hand-over`."""
+        return self.name.lower().replace("_", "-")
+
+
+class Stage(_Labelled):
     """What a rank is doing; the index of a column in every per-stage array."""
 
     IDLE = 0  # waiting for the next plan
@@ -17,14 +24,6 @@ class Stage(IntEnum):
     HAND_OVER = 8  # activations from one pipeline stage to the next
     HEAD = 9
     SETUP = 10  # building groups and weights; never part of a step
-
-    @property
-    def label(self) -> str:
-        """The name as a user reads it, for example `hand-over`."""
-        return self.name.lower().replace("_", "-")
-
-
-COMMUNICATION_STAGES = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES, Stage.HAND_OVER)
 
 
 class Track(StrEnum):
@@ -78,26 +77,16 @@ class ProjectedCause(StrEnum):
     ENGINE = "between steps"
 
 
-class Traffic(IntEnum):
+class Traffic(_Labelled):
     """What a byte on a link is."""
 
     PAYLOAD = 0  # hidden states
     METADATA = 1  # counts, expert ids, router weights, argmax candidates
     PADDING = 2  # rows that only fill a static shape
 
-    @property
-    def label(self) -> str:
-        """The name as a user reads it."""
-        return self.name.lower()
 
-
-class Link(IntEnum):
+class Link(_Labelled):
     """Which kind of link a byte crosses."""
 
     INTRA_NODE = 0
     INTER_NODE = 1
-
-    @property
-    def label(self) -> str:
-        """The name as a user reads it."""
-        return self.name.lower().replace("_", "-")

@@ -4,11 +4,12 @@ A number is looked up by its field's name. Limits are far beyond any model or cl
 yet low enough that nothing overflows 64 bits and no list or array exceeds a machine's memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from expertlane.errors import SpecError
 
@@ -17,6 +18,9 @@ MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
 _SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
+
+
+STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # pydantic's, of what is read
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,9 @@ class Range:
         return f"{kind}, {_end(self.low)} to {_end(self.high)}"
 
 
-def _whole(low: int, high: int) -> Range:
-    return Range(low, high)
-
-
-def _number(low: float, high: float) -> Range:
-    return Range(low, high, is_whole=False)
-
-
-def _above(low: float, high: float) -> Range:
-    return Range(low, high, is_whole=False, is_above=True)
-
+_whole = Range
+_number = partial(Range, is_whole=False)
+_above = partial(Range, is_whole=False, is_above=True)
 
 _AXIS = _whole(1, MAX_RANKS)
 _WIDTH = _whole(1, 2**20)
@@ -224,18 +220,21 @@ def take_option(name: str, value: object) -> Any:
 
 
 def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
-    """Check all fields of a dataclass that have a range; ints and floats replace other numbers.
+    """Check all fields of a dataclass that have a range or are one of several words.
 
-    None is valid where the field's type says so; in a tuple, every item but None is checked.
+    Ints and floats replace other numbers. None is valid where the field's type says so; in a
+    tuple, every item but None is checked.
 
     Args:
         name: what a message calls a field.
 
     Raises:
-        SpecError: one is out of its range.
+        SpecError: one is out of its range, or none of the words.
     """
     for field in fields(instance):
         value = getattr(instance, field.name)
+        if get_origin(field.type) is Literal and value not in (words := get_args(field.type)):
+            raise SpecError(f"{name(field.name)} is {shown(value)}; valid: {', '.join(words)}")
         if field.name not in RANGES or (value is None and NoneType in get_args(field.type)):
             continue
         allowed, called = RANGES[field.name], name(field.name)
@@ -246,6 +245,29 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
         else:
             taken = allowed.take(called, value)
         object.__setattr__(instance, field.name, taken)
+
+
+def parse_sizes(what: str, noun: str, text: str, valid: Sequence[str]) -> dict[str, int]:
+    """Read `tp=8,pp=2`: names with whole numbers in their ranges, none twice; perhaps none at all.
+
+    Args:
+        what, noun: what a message calls the whole, and a name.
+
+    Raises:
+        SpecError: it breaks one of these rules.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in valid:
+            raise SpecError(f"{what}: unknown {noun} {shown(name)}; valid: {', '.join(valid)}")
+        if name in sizes:
+            raise SpecError(f"{what}: {name} is given twice")
+        size = RANGES[name].parse(value)
+        if size is None:
+            raise SpecError(f"{what}: {name} is {shown(value)}; it must be {RANGES[name]}")
+        sizes[name] = int(size)
+    return sizes
 
 
 def shown(value: object) -> str:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, take, take_fields
+from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, STRICT, take, take_fields
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Workload:
         SpecError: a number is out of its range.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     num_sequences: int
     prompt_len: int

@@ -19,9 +19,8 @@ from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.errors import SpecError
-from expertlane.spec.files import CONFIG_BYTES, write_text
+from expertlane.spec.files import CONFIG_BYTES, read_toml, write_text
 from expertlane.spec.names import Link
-from expertlane.spec.parse import read_toml
 from expertlane.spec.ranges import RANGES, shown
 
 Law = TypeVar("Law", Surface, Term)

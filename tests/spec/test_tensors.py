@@ -4,9 +4,16 @@ import pytest
 from safetensors import safe_open
 
 from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_names import stored_places
-from expertlane.model.tensors import cut_dim, expert_name, layer_name, tensor_names, tensor_shape
+from expertlane.model.checkpoint_names import tensor_locations
 from expertlane.spec.model import PRESETS
+from expertlane.spec.tensors import (
+    cut_dim,
+    expert_name,
+    layer_name,
+    num_params,
+    tensor_names,
+    tensor_shape,
+)
 from model.families import FAMILIES
 
 
@@ -50,9 +57,9 @@ def test_a_model_s_tensors_are_all_that_its_checkpoint_holds(checkpoints, family
     model = checkpoint.model
     names = list(tensor_names(model))
     assert len(set(names)) == len(names)
-    assert sum(math.prod(tensor_shape(model, name)) for name in names) == model.num_params
+    assert sum(math.prod(tensor_shape(model, name)) for name in names) == num_params(model)
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = set(file.keys())
     kind = model.name if model.name != "deepseek_v2_lite" else "deepseek_v2"
-    assert {stored_places(kind, name)[0].name for name in names} == stored
+    assert {tensor_locations(kind, name)[0].name for name in names} == stored
     checkpoint.check()

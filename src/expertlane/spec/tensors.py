@@ -11,10 +11,15 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
   and for experts `gate_bias`, `up_bias`, `down_bias`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING
 
-from expertlane.spec.model import ModelConfig
+if TYPE_CHECKING:  # a model counts its parameters by its tensors
+    from expertlane.spec.model import ModelConfig
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
@@ -70,13 +75,30 @@ def layer_shapes(model: ModelConfig, is_dense: bool) -> dict[str, Shape]:
     return _attention_shapes(model) | _moe_shapes(model)
 
 
+def num_params(model: ModelConfig) -> int:
+    """All parameters of a model."""
+
+    def total(shapes: dict[str, Shape]) -> int:
+        return sum(map(prod, shapes.values()))
+
+    num_dense, hidden = len(model.dense_layers), model.hidden_size
+    moe_layer = total(layer_shapes(model, False)) + model.num_experts * total(expert_shapes(model))
+    return (
+        num_dense * total(layer_shapes(model, True))
+        + (model.num_hidden_layers - num_dense) * moe_layer
+        + (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
+        + hidden
+    )
+
+
 @lru_cache(maxsize=16)
 def _shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes by name, without the numbers of layer and expert."""
-    in_layers = _attention_shapes(model) | _moe_shapes(model)
+    in_layers = layer_shapes(model, False) | {
+        f"experts.{part}": shape for part, shape in expert_shapes(model).items()
+    }
     if model.dense_layers:
-        in_layers |= _mlp_shapes(model, "dense", model.intermediate_size)
-    in_layers |= {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
+        in_layers |= layer_shapes(model, True)
     outside = {
         EMBEDDING: (model.vocab_size, model.hidden_size),
         FINAL_NORM: (model.hidden_size,),
