@@ -146,7 +146,7 @@ def _traffic(text: str, model: "ModelConfig") -> "Traffic":
     from expertlane.plan.request import Traffic
     from expertlane.spec.workload import Workload
 
-    given = parse_sizes("--workload", "key", text, tuple(_DEFAULT_WORKLOAD))
+    given = parse_sizes("--workload", "unknown key", text, tuple(_DEFAULT_WORKLOAD))
     if not given:
         raise UserError(f"--workload is {shown(text)}; an example: {DEFAULT_WORKLOAD}")
     values = _DEFAULT_WORKLOAD | given

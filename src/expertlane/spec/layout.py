@@ -64,7 +64,7 @@ class Layout:
         Raises:
             SpecError: an unknown or repeated axis, a value no whole number, or a broken rule.
         """
-        sizes = parse_sizes(f"layout {text!r}", "axis", text, _AXES)
+        sizes = parse_sizes(f"layout {text!r}", "unknown axis", text, _AXES)
         if not sizes:
             raise SpecError(f"layout {text!r} names no axis; an example: tp=8,pp=2")
         return cls(**sizes)

@@ -247,11 +247,11 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
         object.__setattr__(instance, field.name, taken)
 
 
-def parse_sizes(what: str, noun: str, text: str, valid: Sequence[str]) -> dict[str, int]:
+def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dict[str, int]:
     """Read `tp=8,pp=2`: names with whole numbers in their ranges, none twice; perhaps none at all.
 
     Args:
-        what, noun: what a message calls the whole, and a name.
+        what, unknown: what a message calls the whole, and a name that is none of the valid ones.
 
     Raises:
         SpecError: it breaks one of these rules.
@@ -260,7 +260,7 @@ def parse_sizes(what: str, noun: str, text: str, valid: Sequence[str]) -> dict[s
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in valid:
-            raise SpecError(f"{what}: unknown {noun} {shown(name)}; valid: {', '.join(valid)}")
+            raise SpecError(f"{what}: {unknown} {shown(name)}; valid: {', '.join(valid)}")
         if name in sizes:
             raise SpecError(f"{what}: {name} is given twice")
         size = RANGES[name].parse(value)
