@@ -57,7 +57,7 @@ class CopyChoice:
         turns, num_copies = np.zeros_like(chooser), self._num_copies[chooser]
         open_pairs = np.flatnonzero(num_copies > 1)
         first = rank[open_pairs // topk_ids.shape[1]]
-        turns[open_pairs] = _num_equal_before(chooser[open_pairs], len(self._num_copies)) + first
+        turns[open_pairs] = num_equal_before(chooser[open_pairs], len(self._num_copies)) + first
         ranks: Ints = self._table[chooser, turns % num_copies]
         return ranks.reshape(topk_ids.shape)
 
@@ -77,7 +77,7 @@ def usable_copies(is_held: Bools, ep_rank: Ints, nodes: Ints) -> Bools:
     return usable
 
 
-def _num_equal_before(values: Ints, num_values: int) -> Ints:
+def num_equal_before(values: Ints, num_values: int) -> Ints:
     """[n]; how many equal values stand before each."""
     narrow = values.astype(np.min_scalar_type(num_values))  # sorted by radix where 16 bits serve
     order = np.argsort(narrow, kind="stable")

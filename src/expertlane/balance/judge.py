@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.copies import num_equal_before
 from expertlane.balance.moves import moves
 from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.trace import RoutingTrace
@@ -143,16 +144,7 @@ def cross_node_copies(
     expert_of_pair = topk_ids.ravel().astype(np.int64)
     is_remote = ~is_on_node[expert_of_pair, source_node[token]]
     token, remote = token[is_remote], expert_of_pair[is_remote]
-    copy = _turn(remote, placement.num_experts) % num_copies[remote]
+    copy = num_equal_before(remote, placement.num_experts) % num_copies[remote]
     reached = np.zeros((num_tokens, num_nodes), dtype=bool)
     reached[token, node_of_copy[remote, copy]] = True
     return int(reached.sum())
-
-
-def _turn(experts: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.int64]:
-    """For each pair, how many earlier ones chose the same expert."""
-    order = np.argsort(experts, kind="stable")
-    counts = np.bincount(experts, minlength=num_experts)
-    turn = np.empty_like(experts)
-    turn[order] = np.arange(len(experts)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return turn

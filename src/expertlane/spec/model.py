@@ -221,10 +221,6 @@ class ModelConfig:
         """Whether a layer has a dense MLP in place of router and experts."""
         return layer in self.dense_layers
 
-    def num_mlp_params(self, inner: int) -> int:
-        """Parameters of an MLP of inner width `inner`, biases aside."""
-        return (3 if self.gated_mlp else 2) * self.hidden_size * inner
-
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
         """The same model with some fields replaced."""
         return replace(self, **overrides)
