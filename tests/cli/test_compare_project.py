@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import example_results
+from cli.small_checkpoint import checkpoint
 from expertlane.compare import machine
 from expertlane.errors import CapacityError
 from expertlane.results.file import read
@@ -99,6 +100,19 @@ def test_what_fits_is_measured_with_the_projection_beside_it(
     assert "source='projected'" in out
     assert err.index("projecting on h100x16") < err.index("starting 16 ranks")
     assert "nothing is measured" not in err
+
+
+def test_a_checkpoints_projection_stands_beside_it_too(too_small, comparison, run, monkeypatch):
+    """What is read of the weights makes the experiment another object, of the same results."""
+    monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
+    monkeypatch.setattr("expertlane.engine.start.check_checkpoint", lambda model, *_, **__: model)
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_local_experts": 16}
+    checkpoint(Path("moe"), max_position_embeddings=256, **sizes)
+    comparison.answer = example_results.usual()
+    code, out, err = run("compare", "short.toml", "--model", "moe", "--project")
+    assert code == 0, err
+    assert "source='measured'" in out
+    assert "source='projected'" in out
 
 
 def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypatch):

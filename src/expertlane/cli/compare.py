@@ -154,8 +154,8 @@ def compare(
             if not projectors or printer.num_published:
                 raise
             reason = str(error)
-    for each, folder in comparisons:
-        printer.publish_projection(each, folder, reason)
+    for _, folder in comparisons:
+        printer.publish_projection(folder, reason)
 
 
 def _measure(
@@ -192,7 +192,7 @@ def _measure(
                 results = run_comparison(
                     each, pool, progress, command=command_line(), on_trace=on_trace
                 )
-            printer.publish(results, each, folder, traces)
+            printer.publish(results, folder, traces)
 
 
 def _with_checked_checkpoint(

@@ -23,14 +23,14 @@ class ResultPrinter:
     """Prints and writes what was found, with a projection beside it if asked for.
 
     Args:
-        projections: by the id of an experiment.
+        projections: by the folder of results.
 
     Attributes:
         num_published: comparisons so far.
     """
 
     def __init__(
-        self, projections: "Mapping[int, Results]", *, as_json: bool, traffic: bool
+        self, projections: "Mapping[Path, Results]", *, as_json: bool, traffic: bool
     ) -> None:
         self._projections = projections
         self._as_json = as_json
@@ -40,15 +40,14 @@ class ResultPrinter:
     def publish(
         self,
         results: "Results",
-        experiment: "Experiment",
         folder: Path,
         traces: "Mapping[str, Sequence[StepRecord]]",
     ) -> None:
         """What was measured."""
         from expertlane.results.chrome_trace import trace_names, write_trace
 
-        if id(experiment) in self._projections:
-            results = results.beside(self._projections[id(experiment)])
+        if folder in self._projections:
+            results = results.beside(self._projections[folder])
         self.num_published += 1
         names = trace_names(traces)
 
@@ -57,12 +56,12 @@ class ResultPrinter:
 
         publish(results, folder, as_json=self._as_json, traffic=self._traffic, also=write_traces)
 
-    def publish_projection(self, experiment: "Experiment", folder: Path, reason: str) -> None:
+    def publish_projection(self, folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""
         from expertlane.cli.output import print_message
 
         print_message(f"expertlane: nothing is measured here: {reason}")
-        results = replace(self._projections[id(experiment)], not_measured=reason)
+        results = replace(self._projections[folder], not_measured=reason)
         publish(results, folder, as_json=self._as_json)
 
 
@@ -72,8 +71,8 @@ def projectors_of(
     cluster: str | None,
     skew: float,
     dtype: str | None,
-) -> "dict[int, ExperimentProjector]":
-    """One for each experiment, by its id; none if no projection was asked for.
+) -> "dict[Path, ExperimentProjector]":
+    """One for each experiment, by its folder; none if no projection was asked for.
 
     Raises:
         UserError: an option of projections without one, an unknown cluster, or one with too few
@@ -89,20 +88,20 @@ def projectors_of(
     from expertlane.cost.laws.profile_file import parse_cluster
 
     found = {}
-    for experiment, _ in comparisons:
+    for experiment, folder in comparisons:
         name = f"{DEFAULT_PROFILE}x{experiment.num_ranks}" if cluster is None else cluster
         modelled = parse_cluster(name)
         number_type = dtype or usual_number_type(modelled)
-        found[id(experiment)] = ExperimentProjector(experiment, modelled, number_type, skew)
+        found[folder] = ExperimentProjector(experiment, modelled, number_type, skew)
     return found
 
 
-def projections_of(projectors: "Mapping[int, ExperimentProjector]") -> "dict[int, Results]":
+def projections_of(projectors: "Mapping[Path, ExperimentProjector]") -> "dict[Path, Results]":
     """All of them, before anything is measured: what fails does so early."""
     from expertlane.cli.output import command_line, progress_on_stderr
 
     projections = {}
-    for experiment, projector in projectors.items():
+    for folder, projector in projectors.items():
         with progress_on_stderr() as progress:
-            projections[experiment] = projector.run(progress, command_line())
+            projections[folder] = projector.run(progress, command_line())
     return projections

@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.spec.ranges import STRICT
+
 _PERCENTILES = (50, 95, 99)
 
 
 class Strict:
     """Read back only what was written: no unknown key, no value of another type."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
 
 @dataclass(frozen=True)

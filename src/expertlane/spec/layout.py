@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_RANKS, parse_sizes, take_fields
+from expertlane.spec.ranges import MAX_RANKS, STRICT, parse_sizes, take_fields
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
 
@@ -37,7 +37,7 @@ class Layout:
         SpecError: a size or the number of ranks is out of range, or `ep` does not divide `dp × tp`.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     replicas: int = 1
     pp: int = 1
