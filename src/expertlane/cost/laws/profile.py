@@ -62,7 +62,7 @@ class Profile:
         ranks_per_node: devices of a node.
         links: by kind of link.
         surfaces: by what they are for and a type or variant: `gemm.bfloat16`,
-            `all_gather.intra_node`; `cost.laws.device` and `cost.laws.links` say which they look for.
+            `all_gather.intra_node`; `laws.device` and `laws.links` say which they look for.
         terms: single numbers by name: floors, overheads, contention.
     """
 
