@@ -71,10 +71,15 @@ def test_tokens_and_counters_are_those_of_local_ranks(under_torchrun, tmp_path):
     theirs, ours = json.loads(out)["deployments"], json.loads(local_out)["deployments"]
     assert len(theirs) == len(ours) == 2
     for one, other in zip(theirs, ours, strict=True):
-        for key in ("name", "tokens_sha256", "expert_load", "traffic_bytes"):
+        for key in ("name", "tokens_sha256", "num_tokens_per_expert"):
             assert one[key] == other[key]
-        for key in ("flops", "weight_bytes", "kv_bytes", "num_collectives"):
-            assert one["decode"][key] == other["decode"][key]
+        assert one["num_tokens_per_expert"], "counted"
+        assert [step["phase"] for step in one["steps"]] == ["prefill", "decode"]
+        for step, other_step in zip(one["steps"], other["steps"], strict=True):
+            for key in ("flops", "weight_bytes", "kv_bytes", "num_collectives"):
+                assert step[key] == other_step[key]
+                assert step[key], "counted"
+            assert step["traffic"]["by_link"] == other_step["traffic"]["by_link"]
     assert theirs[0]["tokens_sha256"] == theirs[1]["tokens_sha256"]
 
 
