@@ -1,6 +1,6 @@
 """Which sections the report of each kind of results has, in order."""
 
-from expertlane.report import planning, plots, serving
+from expertlane.report import bench_plots, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, measured, projected
 from expertlane.report.document import Report, Section
 from expertlane.report.scaling import overlap, parallelism, sizes
@@ -174,5 +174,5 @@ def _bench(results: Results) -> _Made:
         f" bench: {results.question['model']}, prompts of {load['prompt_len']} and outputs of "
         f"{load['output_len']} tokens",
         serving.fastest(results),
-        (*serving.bench(results), *plots.bench(results), setup(results, "What was measured")),
+        (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
     )

@@ -88,6 +88,18 @@ def seen(row: Row) -> TrafficRecord:
     return row.step.traffic
 
 
+def _spread(
+    heading: str, get: Callable[[FanOut], float | None], show: Callable[[float], str] = figures
+) -> Column[Row]:
+    """Of how far tokens spread."""
+
+    def value(row: Row) -> float | None:
+        fan_out = seen(row).fan_out
+        return get(fan_out) if fan_out else None
+
+    return number(heading, value, show)
+
+
 def hot_spots(comparison: Comparison) -> Section:
     """The short form: one line a deployment and table."""
     errors = tuple(
@@ -97,24 +109,17 @@ def hot_spots(comparison: Comparison) -> Section:
         if (error := seen(row).payload_error) is not None
     )
 
-    def spread(
-        heading: str, get: Callable[[FanOut], float | None], show: Callable[[float], str] = figures
-    ) -> Column[Row]:
-        def value(row: Row) -> float | None:
-            fan_out = seen(row).fan_out
-            return get(fan_out) if fan_out else None
-
-        return number(heading, value, show)
-
     spreads: tuple[Column[Row], ...] = (
         *NAMED,
-        spread("ranks per token", lambda fan_out: fan_out.ranks_per_token),
-        spread("nodes per token", lambda fan_out: fan_out.nodes_per_token),
-        spread(
+        _spread("ranks per token", lambda fan_out: fan_out.ranks_per_token),
+        _spread("nodes per token", lambda fan_out: fan_out.nodes_per_token),
+        _spread(
             "copies between nodes, per token",
             lambda fan_out: _copies(fan_out, fan_out.num_remote_rank_copies),
         ),
-        spread("with one a node", lambda fan_out: _copies(fan_out, fan_out.num_remote_node_copies)),
+        _spread(
+            "with one a node", lambda fan_out: _copies(fan_out, fan_out.num_remote_node_copies)
+        ),
         number("padding", lambda row: _padding(seen(row)), percent),
     )
     hottest: tuple[Column[Row], ...] = (
