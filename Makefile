@@ -28,7 +28,7 @@ test-full: $(VENV)/.dev ## Run all tests
 gpu: ## Try this machine's GPU with the torch that is installed: tests, speed, a profile
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
-check: $(VENV)/.dev ## Lint, formatting, types, and which room imports which
+check: $(VENV)/.dev ## Lint, formatting, types, and which package imports which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
