@@ -101,7 +101,7 @@ def _link(law: str) -> Link:
 
 
 def _bytes(law: str, loads: Loads, profile: Profile) -> Array:
-    """[N]; as `cost.links` counts the axis `bytes`."""
+    """[N]; as `cost.laws.links` counts the axis `bytes`."""
     if _link(law) is Link.INTRA_NODE:
         return loads.near_bytes
     if "forwarded" not in law:

@@ -40,7 +40,8 @@ name = "EP"
 layout = "dp=2,ep=2"
 """
 PLAN = "plan paper --cluster h100x8 --workload num_sequences=64,prompt_len=512,output_len=32"
-PAGE = ("report/html", "report/pages", "report/charts")  # what makes report.html
+# What makes report.html.
+PAGE = ("report/html", "report/plots", "report/bench_plots", "report/charts")
 
 
 class Counter:

@@ -4,7 +4,7 @@
     python experiments/paper/study.py results/paper-small
 
     expertlane compare paper --project --top-k 2,1
-    python experiments/paper/study.py results/paper-top2 results/paper-top1 --out results/paper
+    python experiments/paper/study.py results/paper-top2 results/paper-top1 --out results/study
 
 Judges the paper's four design goals, and, where the model is the paper's own, what would have to
 be true for its reported numbers. Reads kept results and runs nothing. Measured, projected and

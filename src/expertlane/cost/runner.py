@@ -136,7 +136,7 @@ class _Replica:
 class CostRunner:
     """Executes step plans on a virtual clock; implements `schedule.plan.Runner`.
 
-    The clock has three hands, B: low, likely and high. What is scheduled when follows from one of
+    The clock has B times: low, likely and high. What is scheduled when follows from one of
     them, `lead`, and the others go along, each with its own times. Every token is `MADE_UP_TOKEN`.
 
     A step takes the driver `Terms.step_s` before the ranks have its plan; several replicas share
@@ -228,7 +228,7 @@ class CostRunner:
         )
 
     def at_bound(self, steps: Iterable[FinishedStep], bound: int) -> list[FinishedStep]:
-        """The same steps, without records, as one hand of the clock saw them.
+        """The same steps, without records, by one bound of the clock.
 
         Args:
             bound: place in `BOUNDS`.

@@ -1,4 +1,4 @@
-"""Ranks of this machine: started through the fork server, ended without a trace."""
+"""Ranks of this machine: started through the fork server; none is left when they end."""
 
 import contextlib
 import os

@@ -98,7 +98,7 @@ class Pool:
     def _take_in(self) -> None:
         while self._inbox and self._inbox[0][0] <= self.runner.now_s[self.runner.lead]:
             _, _, at_s, request = heapq.heappop(self._inbox)
-            self.runner.wait_until(at_s)  # by another hand of the clock it may come later
+            self.runner.wait_until(at_s)  # by another bound it may come later
             self.scheduler.add(request)
 
 

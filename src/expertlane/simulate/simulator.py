@@ -132,7 +132,7 @@ class Simulator:
         """How often the load is served to know the bounds.
 
         Where requests arrive by themselves, slower steps have more of them wait and run together,
-        so that each hand of the clock needs a schedule of its own.
+        so that each bound needs a schedule of its own.
         """
         return 1 if self.load.rate is None else len(BOUNDS)
 
@@ -149,7 +149,7 @@ class Simulator:
             outcome if hand == LIKELY else self._run(seed, hand, on_finished)
             for hand in range(len(BOUNDS))
         ]
-        served = [_merged(of_hands) for of_hands in zip(*(run.served for run in runs), strict=True)]
+        served = [_merged(of_runs) for of_runs in zip(*(run.served for run in runs), strict=True)]
         return replace(outcome, served=served)
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
@@ -337,15 +337,15 @@ class Simulator:
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 
-def _merged(of_hands: Sequence[Served]) -> Served:
-    """A request as each hand of the clock saw it in the run that it led."""
-    likely = of_hands[LIKELY]
-    hands = range(len(BOUNDS))
-    times = zip(*(each.token_times_s for each in of_hands), strict=True)
+def _merged(of_runs: Sequence[Served]) -> Served:
+    """A request with the times of each bound, from the run that this bound scheduled."""
+    likely = of_runs[LIKELY]
+    bounds = range(len(BOUNDS))
+    times = zip(*(each.token_times_s for each in of_runs), strict=True)
     return replace(
         likely,
-        due_s=np.array([of_hands[hand].due_s[hand] for hand in hands]),
+        due_s=np.array([of_runs[bound].due_s[bound] for bound in bounds]),
         token_times_s=[
-            np.array([of_hand[hand] for hand, of_hand in enumerate(each)]) for each in times
+            np.array([of_bound[bound] for bound, of_bound in enumerate(each)]) for each in times
         ],
     )

@@ -63,7 +63,10 @@ class Options:
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):
-            raise SpecError("a placement_file says it all; give no placement or redundant experts")
+            raise SpecError(
+                "placement_file already names each expert's rank; give no placement or redundant "
+                "experts"
+            )
         if not isinstance(self.overlap, bool) and self.overlap != "auto":
             raise SpecError(f"overlap is {self.overlap!r}; it must be true, false or 'auto'")
 

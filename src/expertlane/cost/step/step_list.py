@@ -1,4 +1,4 @@
-"""Steps of a layer, put down one after the other with their counts."""
+"""Steps of a layer, one after the other, with their counts."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

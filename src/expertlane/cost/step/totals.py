@@ -16,7 +16,7 @@ from expertlane.spec.names import Link, Stage, Traffic
 
 @dataclass(frozen=True, eq=False)
 class RankCounts:
-    """One rank's counters of a step, as `spec.record.RankRecord` has them.
+    """One rank's counters of a step, as `results.step_record.RankRecord` has them.
 
     Attributes:
         rank: global rank.
