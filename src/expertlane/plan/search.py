@@ -307,15 +307,6 @@ class Search:
         )
         return Finalist(option, decode, prefill, steps, one_pool(steps, self._request.traffic))
 
-    def finish_within(self, option: Option) -> Finalist | None:
-        """An option in full, at the best number of sequences that keeps the limits then too."""
-        while option.place is not None:
-            finalist = self.finish(option)
-            if finalist.keeps(self._request.goals):
-                return finalist
-            option = option.next_best(self._request.goals)
-        return None
-
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""
         projector = self._projector(finalist.option)

@@ -12,8 +12,6 @@ from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.step.operation import Floats
 from expertlane.spec.names import Link
 
-QUANTITIES = ("floor_s", "floor_per_peer_s", "floor_per_doubling_s", "efficiency")
-
 
 def _assumed(value: float, low: float, high: float, why: str) -> Term:
     return Term(value, low, high, Basis.BOUND, f"assumption: {why}")

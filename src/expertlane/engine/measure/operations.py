@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +26,6 @@ from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.linear import Linear
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
-
-ItemT = TypeVar("ItemT")
 
 _COLD_BYTES = 192 << 20  # of weights or cache, used in turn: more than caches hold
 _GPU_COLD_BYTES = 1 << 30
