@@ -5,11 +5,17 @@ import pytest
 from distributed.running import deployment, run_deployment
 from expertlane.engine import dispatch_timing
 from expertlane.engine.commands import SetDispatch
-from expertlane.engine.dispatch_timing import forms_of, middle_mean, modes_of, still_hopeful
+from expertlane.engine.dispatch_timing import middle_mean, modes_of, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.memory import workload_limits
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable, Options
+from expertlane.spec.deployment import (
+    DispatchMode,
+    DispatchRow,
+    DispatchTable,
+    Options,
+    dispatch_forms,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage
@@ -27,10 +33,11 @@ WORKLOAD = Workload(num_sequences=8, prompt_len=20, output_len=4, seed=3)
         ("dp=4,ep=4", 4, ("all_to_all", "all_gather")),
         ("dp=4,ep=4", 2, ("all_to_all", "all_gather", "hierarchical")),
         ("dp=4,ep=4", 3, ("all_to_all", "all_gather")),
+        ("dp=4,ep=4", 1, ("all_to_all", "all_gather")),
     ],
 )
 def test_forms_that_make_a_difference(layout, ranks_per_node, forms):
-    assert forms_of(Layout.parse(layout), ranks_per_node) == forms
+    assert dispatch_forms(Layout.parse(layout), ranks_per_node) == forms
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from expertlane.errors import SpecError
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import (
@@ -17,6 +16,7 @@ from expertlane.spec.deployment import (
     DispatchRow,
     DispatchTable,
     Options,
+    dispatch_forms,
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
@@ -33,21 +33,12 @@ _SIZE_S = 5.0  # of a size, after the least rounds
 _LEAST_ROUNDS, _JUDGED_ROUNDS, _MOST_ROUNDS = 2, 8, 200
 
 
-def forms_of(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
-    """Those that make a difference: hierarchical only where nodes hold equally many of several."""
-    if layout.ep == 1:
-        return ("all_gather",)
-    try:
-        has_hierarchy = layout.ep_ranks_per_node(ranks_per_node) < layout.ep
-    except SpecError:
-        has_hierarchy = False
-    return ("all_to_all", "all_gather", *(("hierarchical",) if has_hierarchy else ()))
-
-
 def modes_of(layout: Layout, options: Options, ranks_per_node: int) -> tuple[DispatchMode, ...]:
     """What is to be chosen from; without overlap first. One rank alone has nothing to overlap."""
     forms: tuple[DispatchForm, ...] = (
-        forms_of(layout, ranks_per_node) if options.dispatch == "auto" else (options.dispatch,)
+        dispatch_forms(layout, ranks_per_node)
+        if options.dispatch == "auto"
+        else (options.dispatch,)
     )
     overlaps: tuple[bool, ...] = (False, True) if layout.stage_size > 1 else (False,)
     if options.overlap != "auto":

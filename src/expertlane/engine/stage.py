@@ -34,7 +34,6 @@ from expertlane.engine.commands import (
     StartMoves,
     TimeOneMove,
 )
-from expertlane.engine.dispatch_timing import forms_of
 from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations, pin_to_core
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
@@ -47,7 +46,13 @@ from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
-from expertlane.spec.deployment import DispatchMode, DispatchTable, Options, PayloadType
+from expertlane.spec.deployment import (
+    DispatchMode,
+    DispatchTable,
+    Options,
+    PayloadType,
+    dispatch_forms,
+)
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -79,7 +84,7 @@ def _nodes_for(spec: StageSpec, options: Options) -> int:
     """`ranks_per_node` where groups by node are needed, else 0."""
     is_wanted = options.dispatch == "hierarchical"
     if options.dispatch == "auto":
-        is_wanted = "hierarchical" in forms_of(spec.layout, spec.ranks_per_node)
+        is_wanted = "hierarchical" in dispatch_forms(spec.layout, spec.ranks_per_node)
     return spec.ranks_per_node if is_wanted else 0
 
 
@@ -161,6 +166,7 @@ class DeployedStage:
         self._block_size = block_size
         self._phase = None
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
+        self._committed = {}
         self._uncommitted.clear()
         self.stage.allocate_cache(num_blocks, block_size)
 

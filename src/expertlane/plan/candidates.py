@@ -5,11 +5,16 @@ from typing import NamedTuple
 
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.errors import CapacityError, SpecError
-from expertlane.spec.deployment import DispatchForm, MicroBatchSchedule, Options, PayloadType
+from expertlane.spec.deployment import (
+    DispatchForm,
+    MicroBatchSchedule,
+    Options,
+    PayloadType,
+    dispatch_forms,
+)
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
 
-FORMS: tuple[DispatchForm, ...] = ("all_to_all", "all_gather", "hierarchical")
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (1, "drained"),
     (2, "drained"),
@@ -100,18 +105,7 @@ def _fits(layout: Layout, model: ModelConfig) -> bool:
 def _forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
     if layout.ep == 1:  # every form is the all-gather then; the default's name is plainest
         return ("all_to_all",)
-    if not _spans_nodes(layout, ranks_per_node):
-        return FORMS[:2]
-    return FORMS
-
-
-def _spans_nodes(layout: Layout, ranks_per_node: int) -> bool:
-    """Whether hierarchical dispatch differs from the flat one, and can be."""
-    try:
-        on_node = layout.ep_ranks_per_node(ranks_per_node)
-    except SpecError:
-        return False
-    return 1 < on_node < layout.ep
+    return dispatch_forms(layout, ranks_per_node)
 
 
 def _redundancies(layout: Layout, model: ModelConfig) -> tuple[int, ...]:

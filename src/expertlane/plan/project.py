@@ -23,15 +23,13 @@ from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import most_weight_bytes
 from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.errors import UserError
-from expertlane.plan.candidates import FORMS
 from expertlane.plan.request import Setting
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import Conditions, StepsRecord
 from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment, DispatchForm, Options, dispatch_forms
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -229,14 +227,13 @@ class DeploymentProjector:
 
 def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterator[Options]:
     """All that `auto` could come down to."""
-    forms = FORMS if options.dispatch == "auto" else (options.dispatch,)
+    forms: Sequence[DispatchForm] = (
+        dispatch_forms(layout, cluster.profile.ranks_per_node)
+        if options.dispatch == "auto"
+        else (options.dispatch,)
+    )
     overlaps = (False, True) if options.overlap == "auto" else (options.overlap,)
     for form, overlap in product(forms, overlaps):
-        if form == "hierarchical" and options.dispatch == "auto":
-            try:
-                layout.ep_ranks_per_node(cluster.profile.ranks_per_node)
-            except UserError:  # not as many on each node: it can't be chosen
-                continue
         yield replace(options, dispatch=form, overlap=overlap)
 
 

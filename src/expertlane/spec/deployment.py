@@ -226,3 +226,17 @@ class DispatchTable:
         fastest = np.argmin(step_s, axis=0)
         ends = [*np.flatnonzero(np.diff(fastest)).tolist(), len(fastest) - 1]
         return [(int(num_tokens[end]), self.modes[places[fastest[end]]]) for end in ends]
+
+
+def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
+    """The forms that differ on a layout: hierarchical where several nodes hold several ranks each.
+
+    Without expert parallelism every form is the all-gather.
+    """
+    if layout.ep == 1:
+        return ("all_gather",)
+    try:
+        has_hierarchy = 1 < layout.ep_ranks_per_node(ranks_per_node) < layout.ep
+    except SpecError:  # not equally many on each node
+        has_hierarchy = False
+    return ("all_to_all", "all_gather", *(("hierarchical",) if has_hierarchy else ()))
