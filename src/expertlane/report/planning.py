@@ -30,9 +30,9 @@ from expertlane.results.record import (
     TWO_POOLS,
     DeploymentRecord,
     ServingRecord,
-    StepsRecord,
 )
 from expertlane.results.results import NoPools, Results
+from expertlane.spec.names import Phase
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "there is no way to split the devices between them",
@@ -214,15 +214,20 @@ def explained(results: Results) -> list[tuple[str, DeploymentRecord]]:
 
 
 def _time(results: Results) -> Section:
-    steps: list[tuple[str, StepsRecord]] = [
-        (f"{name} {step.phase}", step)
-        for name, each in explained(results)
-        for step in (each.decode, each.prefill)
-        if step is not None
+    of_phases = {
+        phase: [
+            (name, step) for name, each in explained(results) for step in each.steps_of(phase)[:1]
+        ]
+        for phase in (Phase.DECODE, Phase.PREFILL)
+    }
+    tables = [
+        table
+        for phase, steps in of_phases.items()
+        for table in causes(str(phase).capitalize(), steps, FACTS)
     ]
     return Section(
         "Where the time of a step goes",
-        (*causes("", steps, FACTS), f"Mean over ranks. {HOW_TO_READ_FACTS}"),
+        (*tables, f"Mean over ranks. {HOW_TO_READ_FACTS}"),
     )
 
 

@@ -56,24 +56,34 @@ def fastest(results: Results) -> str:
 
 
 def throughput(results: Results) -> Table:
-    """Requests and tokens a second."""
+    """Requests and tokens a second, as measured."""
     columns: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.record.layout, "measured"),
+        text("layout", lambda each: each.record.layout),
         text("load", lambda each: each.load),
         number("requests", lambda each: each.serving.num_requests, whole),
         number("output", lambda each: each.serving.output_tps, figures),
-        number("low–high", lambda each: each.serving.output_tps, low_high, "projected"),
-        number("a device", _per_device, figures, "projected"),
         number("total", lambda each: each.serving.total_tps, figures),
-        number("prefill", lambda each: each.serving.prefill_tps, figures, "measured"),
+        number("prefill", lambda each: each.serving.prefill_tps, figures),
         number("requests/s", lambda each: each.serving.requests_per_s, figures),
     )
-    rows = served(results)
-    return Table.of("", columns, rows, rows[0].record.source)
+    return Table.of("", columns, served(results))
 
 
-def _per_device(each: Served) -> float:
-    return each.serving.output_tps.value / each.record.num_ranks
+def rates(record: DeploymentRecord) -> Table:
+    """Requests and tokens a second of one load, each with its bounds."""
+    serving = record.serving[0]
+    rows: list[tuple[str, Estimate | None]] = [
+        ("output tokens/s", serving.output_tps),
+        ("output tokens/s a device", serving.output_tps / record.num_ranks),
+        ("total tokens/s", serving.total_tps),
+        ("requests/s", serving.requests_per_s),
+    ]
+    columns: tuple[Column[tuple[str, Estimate | None]], ...] = (
+        text("", lambda row: row[0]),
+        number("likely", lambda row: row[1], figures),
+        number("low–high", lambda row: row[1], low_high),
+    )
+    return Table.of("", columns, rows)
 
 
 class _Latency(NamedTuple):
@@ -116,7 +126,12 @@ def latency(results: Results) -> Table:
         bounds("median"),
         of("p95"),
         bounds("p95"),
-        of("p99"),
+        number(
+            "p99",
+            lambda row: row.seconds and row.seconds.p99,
+            milliseconds,
+            "measured",
+        ),
     )
     return Table.of("", columns, rows, results.deployments[0].source)
 
@@ -151,9 +166,8 @@ def simulation(results: Results) -> tuple[Section, ...]:
             "What users would feel (projected)",
             (
                 f"{served(results)[0].load}: {requests}, prompts of {load['prompt_len']} and "
-                f"outputs of {load['output_len']} tokens. Throughput is in tokens a second, "
-                "latency in ms.",
-                throughput(results),
+                f"outputs of {load['output_len']} tokens. Latency is in ms.",
+                rates(record),
                 latency(results),
             ),
             "top",
