@@ -2,20 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.spec.ranges import STRICT
+from expertlane.spec.ranges import Strict
 
 _PERCENTILES = (50, 95, 99)
-
-
-class Strict:
-    """Read back only what was written: no unknown key, no value of another type."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
 
 @dataclass(frozen=True)

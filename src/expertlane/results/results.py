@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.results.estimate import Strict
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.spec.files import strict_json
+from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
 
 SCHEMA_VERSION = 6

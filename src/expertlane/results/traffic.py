@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.results.estimate import Strict
 from expertlane.results.step_record import RankRecord, StepRecord, by_pipeline_stage
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
+from expertlane.spec.ranges import Strict
 
 _Counts = npt.NDArray[np.int64]
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Deployment, Options
@@ -16,12 +16,12 @@ from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.ranges import STRICT, take_fields
+from expertlane.spec.ranges import Strict, take_fields
 from expertlane.spec.workload import Workload
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Strict):
     """How ranks sit on nodes.
 
     Attributes:
@@ -29,8 +29,6 @@ class Cluster:
             (all local ranks on one node). Declaring 8 lets 16 local ranks count their traffic
             as two nodes of 8.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     ranks_per_node: int = 0
 
@@ -106,17 +104,15 @@ FindCheckpoint = Callable[[str, Path], Path]
 
 
 @dataclass(frozen=True)
-class _Header:
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+class _Header(Strict):
     name: str
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class _Head:
+class _Head(Strict):
     """A deployment's table without its options."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     layout: str
     baseline: bool = False

@@ -1,16 +1,16 @@
 """What a Mixture-of-Experts transformer is made of, under Hugging Face's names."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
-from expertlane.spec.ranges import MAX_PARAMS, STRICT, take_fields
+from expertlane.spec.ranges import MAX_PARAMS, Strict, take_fields
 from expertlane.spec.tensors import num_params
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Strict):
     """A pre-norm decoder with root-mean-square norms and MoE or dense MLPs.
 
     The defaults are the paper's model: multi-head attention with rotary positions in every layer,
@@ -40,8 +40,6 @@ class ModelConfig:
     Raises:
         SpecError: numbers that are out of their ranges or do not fit each other.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     name: str
     num_hidden_layers: int

@@ -1,13 +1,13 @@
 """Parts of a model that have sizes of their own: rotary scaling, latent attention, routing."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from expertlane.spec.ranges import STRICT
+from expertlane.spec.ranges import Strict
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Strict):
     """How rotary frequencies are stretched beyond the length a model was trained at.
 
     `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
@@ -21,8 +21,6 @@ class RopeScaling:
         attention_factor: yarn; cosines and sines are multiplied by it.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
     rope_type: Literal["linear", "llama3", "yarn"]
     factor: float
     original_max_position_embeddings: int
@@ -35,7 +33,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class LatentAttention:
+class LatentAttention(Strict):
     """Multi-head latent attention (DeepSeek-AI 2024): keys and values come from a short latent.
 
     A head's query and key are `qk_nope_head_dim` values without positions, then
@@ -47,8 +45,6 @@ class LatentAttention:
         norm_eps: of the norms of the latents; they do not take the model's rms_norm_eps.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -59,7 +55,7 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Strict):
     """How a router's logits become choices and weights.
 
     Scores are `scoring_func` of the logits over all experts. The choice is the
@@ -77,8 +73,6 @@ class Routing:
         group_score: what groups are compared by: their largest, or the sum of their two largest
             scores + correction bias.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from expertlane.errors import SpecError
 
@@ -20,7 +20,10 @@ _SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 
 
-STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # pydantic's, of what is read
+class Strict:
+    """Base of what pydantic reads: no unknown key, no value of another type."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True)
