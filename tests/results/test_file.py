@@ -129,7 +129,7 @@ def test_another_schema_version(written: Path) -> None:
 
 def test_unknown_key(written: Path) -> None:
     change(written, colour="red")
-    assert complaint(written) == "FILE: colour is an unknown key"
+    assert complaint(written) == "FILE: unknown key 'colour' in the file; the nearest is 'cluster'"
 
 
 def test_missing_key(written: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_value_of_another_type(written: Path) -> None:
     data = json.loads(written.read_text())
     data["machine"]["num_cores"] = "two"
     written.write_text(json.dumps(data))
-    assert complaint(written) == "FILE: machine.num_cores Input should be a valid integer"
+    assert complaint(written) == 'FILE: machine.num_cores is "two"; it must be a whole number'
 
 
 def test_a_layout_that_cannot_be(written: Path) -> None:

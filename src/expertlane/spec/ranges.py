@@ -16,7 +16,7 @@ from expertlane.errors import SpecError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
-_SHOWN_LENGTH = 60  # of a wrong value, in a message
+SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 
 
@@ -189,7 +189,6 @@ RANGES: dict[str, Range] = {
     "topk_group": _EXPERTS,
     # placement files
     "layer": _whole(0, 1023),
-    "expert": _whole(0, 4095),
     # profiles
     "memory_bytes": _number(1, 1e18),
     "memory_bytes_per_s": _PER_S,
@@ -280,7 +279,7 @@ def shown(value: object) -> str:
         return f"a number of about {1 + int(value.bit_length() * 0.30103):,} digits"
     item = getattr(value, "item", None)  # of numpy's numbers
     text = repr(item() if item is not None and getattr(value, "ndim", 1) == 0 else value)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 
 def _end(number: float) -> str:
