@@ -9,7 +9,7 @@ import numpy.typing as npt
 from expertlane.balance.gain import Decision, RebalanceGate
 from expertlane.balance.local_search import lower_maximum, search_copies
 from expertlane.balance.moves import keep_slots, moves
-from expertlane.balance.packing import EMPTY, Ints
+from expertlane.balance.packing import EMPTY, Ints, Packing
 from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.tracker import total_max_over_mean
@@ -91,12 +91,12 @@ def improve_placements(
     for layer, placed in enumerate(now):
         for rank, experts in enumerate(placed.experts_of_rank):
             slots[layer, rank, : len(experts)] = experts
-    num_nodes = now[0].ep // ranks_per_node
-    search_copies(slots, loads, num_nodes, target, max_swaps=0)
-    slots = lower_maximum(slots, loads, num_nodes, target)
-    search_copies(slots, loads, num_nodes, target)
-    search_copies(slots, loads, num_nodes, target, keeps_even=False)
+    packing = Packing(slots, loads, now[0].ep // ranks_per_node)
+    packing = search_copies(packing, target, max_swaps=0)
+    packing = lower_maximum(packing, target)
+    packing = search_copies(packing, target)
+    packing = search_copies(packing, target, keeps_even=False)
     return [
         Placement.of_table(placed.num_experts, of_layer)
-        for placed, of_layer in zip(now, slots, strict=True)
+        for placed, of_layer in zip(now, packing.slots, strict=True)
     ]
