@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.gain import Decision, RebalanceGate
 from expertlane.balance.moves import Move, keep_slots, moves
 from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.planner import plan_placement
+from expertlane.balance.rebalance import Decision, RebalanceGate
 
 
 def test_what_stays_keeps_its_slot():

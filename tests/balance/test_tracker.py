@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from expertlane.balance.tracker import LoadTracker
+from expertlane.balance.rebalance import LoadTracker
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 20])

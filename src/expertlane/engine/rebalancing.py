@@ -15,12 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.balance.gain import Decision, PairCost, RebalanceGate
 from expertlane.balance.moves import Move, moves
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.balance.rebalance import Proposal, propose
-from expertlane.balance.tracker import LoadTracker
+from expertlane.balance.rebalance import (
+    Decision,
+    LoadTracker,
+    PairCost,
+    Proposal,
+    RebalanceGate,
+    propose,
+)
 from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
