@@ -5,8 +5,7 @@ import pytest
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting, UniformRouting
-from expertlane.spec.model import PRESETS
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import PRESETS, Routing
 
 NOTHING = np.zeros(2, dtype=np.int64)
 

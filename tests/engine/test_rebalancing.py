@@ -16,8 +16,7 @@ from expertlane.memory import workload_limits
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.model import PRESETS
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.workload import Workload
 
 TINY = PRESETS["paper-tiny"]

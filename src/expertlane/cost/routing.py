@@ -11,8 +11,7 @@ import numpy.typing as npt
 from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import UserError
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import ModelConfig, Routing
 from expertlane.spec.ranges import take_option
 
 _DRAWN_TOGETHER = 1024  # tokens

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.backend import backend_for
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import RopeScaling
+from expertlane.spec.model import ModelConfig, RopeScaling
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:

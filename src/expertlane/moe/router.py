@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import Routing
 
 _TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
 

@@ -18,8 +18,7 @@ from expertlane.spec.hf_config import (
     read_config,
     weight_block_size,
 )
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAME = (  # in every family

@@ -6,8 +6,7 @@ from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.kernel_sets import KernelSet
 from expertlane.cost.step.operation import Ints, Kind
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import LatentAttention
+from expertlane.spec.model import LatentAttention, ModelConfig
 from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
