@@ -123,24 +123,6 @@ def _where_shares_stay_even(fits: Bools, on_node: Ints, copies: Ints, num_nodes:
     return np.where(wanted.any(axis=1, keepdims=True), wanted, fits)
 
 
-def greedy_maximum(items: Ints, per_copy: Floats, room: Ints) -> Floats:
-    """[num_layers]; the fullest rank's load if copies of an expert might share a rank.
-
-    Args:
-        items, per_copy, room: those of `pack`, without EMPTY.
-    """
-    rows = np.arange(len(room))
-    weight = -np.sort(-np.take_along_axis(per_copy, items, axis=1), axis=1)
-    num_held = np.zeros_like(room)
-    loads = np.zeros(room.shape)
-    for of_item in weight.T:
-        rank = np.where(num_held < room, loads, np.inf).argmin(axis=1)
-        loads[rows, rank] += of_item
-        num_held[rows, rank] += 1
-    highest: Floats = loads.max(axis=1)
-    return highest
-
-
 def _exchange_in(slots: Ints, room: Ints, holds: Bools, expert: int) -> None:
     """Place an expert where all ranks with room hold it already, in place.
 

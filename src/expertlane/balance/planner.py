@@ -13,7 +13,6 @@ from expertlane.balance.packing import (
     Floats,
     Ints,
     Packing,
-    greedy_maximum,
     nodes_of_copies,
     num_copies,
     pack,
@@ -115,7 +114,9 @@ def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Packing:
 def _greedy(load: Floats, room: Ints) -> Floats:
     """[num_layers]; what greedy packing leaves on the fullest rank, all copies taken as alike."""
     copies = num_copies(load, int(room[0].sum()), np.arange(1, room.shape[1] + 1))
-    return greedy_maximum(_items(copies), load / copies, room)
+    weight = np.take_along_axis(load / copies, _items(copies), axis=1)
+    alone = np.tile(np.arange(weight.shape[1]), (len(load), 1))  # as if each were another expert's
+    return Packing(pack(alone, weight, room), weight, 1).highest
 
 
 def _items(copies: Ints) -> Ints:

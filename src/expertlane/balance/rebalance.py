@@ -1,6 +1,6 @@
 """Moving experts while requests run: the load of the latest steps, where to go, what it brings."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,25 +19,17 @@ _EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; 
 class LoadTracker:
     """The number of tokens of each expert, summed over the last `window` steps.
 
-    A step replaces the oldest one in a ring, so that it costs the same for any window.
+    A step costs the same for any window.
     """
 
     def __init__(self, num_layers: int, num_experts: int, window: int) -> None:
-        if window < 1:
-            raise ValueError(f"window is {window}; it must be at least 1")
-        self._steps = np.zeros((window, num_layers, num_experts), dtype=np.int64)
+        self._steps: deque[npt.NDArray[np.integer]] = deque(maxlen=window)
         self._sum = np.zeros((num_layers, num_experts), dtype=np.int64)
-        self._num_added = 0
-
-    @property
-    def window(self) -> int:
-        """Steps it looks back, at most."""
-        return len(self._steps)
 
     @property
     def num_steps(self) -> int:
         """Steps that `load` sums."""
-        return min(self._num_added, self.window)
+        return len(self._steps)
 
     def add(self, num_tokens_per_expert: npt.NDArray[np.integer]) -> None:
         """Add a step.
@@ -45,15 +37,10 @@ class LoadTracker:
         Args:
             num_tokens_per_expert: [num_layers, num_experts].
         """
-        if num_tokens_per_expert.shape != self._sum.shape:
-            raise ValueError(
-                f"load of shape {num_tokens_per_expert.shape}; tracked is {self._sum.shape}"
-            )
-        oldest = self._steps[self._num_added % self.window]
+        if len(self._steps) == self._steps.maxlen:
+            self._sum -= self._steps[0]
         self._sum += num_tokens_per_expert
-        self._sum -= oldest
-        oldest[:] = num_tokens_per_expert
-        self._num_added += 1
+        self._steps.append(num_tokens_per_expert.copy())
 
     def load(self) -> npt.NDArray[np.int64]:
         """[num_layers, num_experts]; a copy."""
@@ -151,17 +138,12 @@ class Decision:
     num_steps: int
 
     @property
-    def is_worth(self) -> bool:
-        """Whether it saves more than it costs."""
-        return self.gain_s > self.cost_s
-
-    @property
     def line(self) -> str:
         """Both sides, in one line for a log."""
         return (
             f"rebalance: saves {self.gain_s:.3g} s over the next {self.num_steps} steps, "
             f"costs {self.cost_s:.3g} s ({self.num_bytes / 1e6:.3g} MB to move): "
-            + ("go" if self.is_worth else "stay")
+            + ("go" if self.gain_s > self.cost_s else "stay")
         )
 
 
