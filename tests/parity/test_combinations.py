@@ -20,7 +20,6 @@ from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner
 from expertlane.errors import SpecError
-from expertlane.model.reference import ReferenceRun
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request
@@ -29,6 +28,7 @@ from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from parity.contract import check_contract
+from parity.reference import ReferenceRun
 from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
 from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
