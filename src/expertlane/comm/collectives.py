@@ -98,18 +98,9 @@ class Group:
         self.size = len(ranks)
         self.rank = self.ranks.index(rank)
 
-    def _count(
-        self,
-        send: Sequence[int],
-        row_bytes: int,
-        metadata_bytes: int,
-        padding_rows: Sequence[int] | None,
-    ) -> None:
+    def _count(self, send: Sequence[int], row_bytes: int, metadata_bytes: int) -> None:
         recorder, ranks = self._recorder, self.ranks
         recorder.count_collective()
-        if padding_rows is not None:
-            recorder.count_sent(Traffic.PADDING, ranks, padding_rows, row_bytes)
-            send = [rows - empty for rows, empty in zip(send, padding_rows, strict=True)]
         recorder.count_sent(Traffic.PAYLOAD, ranks, send, row_bytes - metadata_bytes)
         recorder.count_sent(Traffic.METADATA, ranks, send, metadata_bytes)
 
@@ -119,12 +110,11 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int,
-        finish: Callable[[Tensor], Tensor],
-        padding_rows: Sequence[int] | None = None,
+        finish: Callable[[Tensor], Tensor] = lambda received: received,
     ) -> Pending:
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
-        self._count(send, row_bytes, metadata_bytes, padding_rows)
+        self._count(send, row_bytes, metadata_bytes)
         received = rows.new_empty((sum(receive), rows.shape[1]))
         with _blaming_peers():
             work = dist.all_to_all_single(
@@ -143,7 +133,6 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int = 0,
-        padding_rows: Sequence[int] | None = None,
     ) -> Pending:
         """Send consecutive rows to the ranks of the group, and get theirs in rank order.
 
@@ -151,17 +140,13 @@ class Group:
             rows: [sum(send), width].
             send, receive: [size]; numbers of rows, zeros allowed.
             metadata_bytes: how many bytes of each row are no hidden state; only counted.
-            padding_rows: [size]; how many rows to each rank only fill a static shape; None is
-                none. Only counted: all their bytes are padding.
 
         Returns:
             [sum(receive), width] when waited for.
         """
         if self.size == 1:
             return Pending(self._recorder, (), lambda: rows, None)
-        return self._exchange(
-            rows, send, receive, metadata_bytes, lambda received: received, padding_rows
-        )
+        return self._exchange(rows, send, receive, metadata_bytes)
 
     def all_gather(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
@@ -179,15 +164,13 @@ class Group:
         if max(num_rows_of) * rows.shape[1] * rows.itemsize >= _MANY_BYTES:
             return self._gather_by_sends(rows.contiguous(), num_rows_of, metadata_bytes)
         send = [rows.shape[0]] * self.size
-        return self._exchange(
-            rows.repeat(self.size, 1), send, num_rows_of, metadata_bytes, lambda received: received
-        )
+        return self._exchange(rows.repeat(self.size, 1), send, num_rows_of, metadata_bytes)
 
     def _gather_by_sends(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int
     ) -> Pending:
         row_bytes = rows.shape[1] * rows.itemsize
-        self._count([len(rows)] * self.size, row_bytes, metadata_bytes, None)
+        self._count([len(rows)] * self.size, row_bytes, metadata_bytes)
         received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
         parts = torch.split(received, list(num_rows_of))
         operations = []
