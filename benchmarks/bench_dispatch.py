@@ -40,10 +40,11 @@ from expertlane.engine.worker import RankContext
 from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import Dispatcher, make_dispatcher
 from expertlane.moe.payload import Payload
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 
 HIDDEN_SIZE, NUM_EXPERTS = 1024, 32
-FORMS = ("all_to_all", "all_gather", "hierarchical")
+FORMS = tuple(DISPATCH_FORMS)
 NUM_ROUNDS, SAMPLE_TOKENS = 5, 1024  # a sample repeats few tokens up to so many
 MOST_TOKENS = 16384  # of all ranks; all_gather holds them on each rank, four times over
 

@@ -21,7 +21,7 @@ from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
@@ -133,7 +133,9 @@ class DispatchAndCombine(Command[MoeResult | None]):
 
 def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> MoeResult | None:
     layout, placement, form = command.layout, command.placement, command.form
-    joined = join(context, layout, command.ranks_per_node, hierarchical=form == "hierarchical")
+    joined = join(
+        context, layout, command.ranks_per_node, hierarchical=DISPATCH_FORMS[form].by_node
+    )
     if joined is None:
         return None
     mesh, recorder = joined

@@ -47,11 +47,11 @@ from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
     DispatchMode,
     DispatchTable,
     Options,
     PayloadType,
-    dispatch_forms,
 )
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
@@ -63,7 +63,9 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     if context.deployed is not None:
         context.deployed.migration.finish_moves()  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    context.meshes.make(spec.layout, _nodes_for(spec, options))
+    forms = options.forms(spec.layout, spec.ranks_per_node)
+    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
+    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -78,14 +80,6 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
-
-
-def _nodes_for(spec: StageSpec, options: Options) -> int:
-    """`ranks_per_node` where groups by node are needed, else 0."""
-    is_wanted = options.dispatch == "hierarchical"
-    if options.dispatch == "auto":
-        is_wanted = "hierarchical" in dispatch_forms(spec.layout, spec.ranks_per_node)
-    return spec.ranks_per_node if is_wanted else 0
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:

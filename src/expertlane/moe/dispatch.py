@@ -4,7 +4,7 @@ All of them drop no token, whatever the load. Shapes: T tokens of this rank, K =
 the experts' rank, P token-expert pairs there, H = hidden_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from expertlane.moe.experts import ExpertInput
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
 from expertlane.ops.torch_backend import TorchBackend
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.deployment import DispatchForm, form_on
 
 
 class Dispatcher(Protocol):
@@ -79,6 +79,13 @@ class LocalDispatcher:
         yield
 
 
+_DISPATCHERS: dict[DispatchForm, Callable[..., Dispatcher]] = {
+    "all_to_all": AllToAllDispatcher,
+    "all_gather": AllGatherDispatcher,
+    "hierarchical": HierarchicalDispatcher,
+}
+
+
 def make_dispatcher(
     form: DispatchForm,
     mesh: ParallelMesh,
@@ -86,11 +93,8 @@ def make_dispatcher(
     choice: ReplicaChoice,
     payload: Payload,
 ) -> Dispatcher:
-    """The form's dispatcher; without expert parallelism every rank needs every token."""
-    if mesh.stage.size == 1:
+    """What the form comes down to on the layout."""
+    own = form_on(mesh.layout, form)
+    if own is None:
         return LocalDispatcher(placement.num_experts, choice.ops)
-    if form == "all_gather" or mesh.layout.ep == 1:
-        return AllGatherDispatcher(mesh, placement, choice, payload)
-    if form == "hierarchical":
-        return HierarchicalDispatcher(mesh, placement, choice, payload)
-    return AllToAllDispatcher(mesh, placement, choice, payload)
+    return _DISPATCHERS[own](mesh, placement, choice, payload)
