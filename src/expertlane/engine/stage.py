@@ -133,7 +133,7 @@ class DeployedStage:
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
-        self.stage = TransformerStage(model, spec.placements, source, self._mesh, self._recorder)
+        self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
         self._dispatch = DispatchTable.fixed("all_to_all")
