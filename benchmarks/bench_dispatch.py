@@ -32,10 +32,9 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.comm.clock import HostClock
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine.worker import RankContext
 from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import Dispatcher, ReplicaChoice

@@ -22,11 +22,10 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.comm.clock import clock_for
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import WeightSource

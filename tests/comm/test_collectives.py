@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 
 from distributed.on_ranks import Collective, PassOn
-from expertlane.comm.clock import HostClock
 from expertlane.comm.collectives import Group
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent

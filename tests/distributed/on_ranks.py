@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.clock import HostClock
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine import fork_server
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks

@@ -1,4 +1,4 @@
-"""The seam to `torch.distributed`: the only file that starts a transfer.
+"""The seam to `torch.distributed`: the only file that starts a transfer, or waits for one.
 
 Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
 asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
@@ -8,8 +8,9 @@ and receives: an all-to-all would need a copy of the rows for every rank.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -227,3 +228,31 @@ class Group:
             with _blaming_peers():
                 works = [dist.irecv(rows, src=self.ranks[source], group=self._process_group)]
         return Pending(self._recorder, works, lambda: rows, None)
+
+
+ResultT = TypeVar("ResultT")
+
+# A computation that begins a transfer, yields it where it waits, and is sent its result. One batch
+# is exhausting one such generator; two-batch overlap is interleaving two, so that one computes
+# while the other's tokens travel.
+Steps = Generator[Pending, Tensor, ResultT]
+
+
+def interleave(computations: Sequence[Steps[ResultT]]) -> list[ResultT]:
+    """Run all computations to their ends, switching at every wait; results in the given order.
+
+    Each is run up to its next wait in turn, so every rank that runs the same computations begins
+    their transfers in the same order, whatever the sizes.
+    """
+    results: dict[int, ResultT] = {}
+    waiting: deque[tuple[int, Pending | None]] = deque((i, None) for i in range(len(computations)))
+    while waiting:
+        index, pending = waiting.popleft()
+        computation = computations[index]
+        try:
+            following = computation.send(pending.wait()) if pending else next(computation)
+        except StopIteration as stop:
+            results[index] = stop.value
+        else:
+            waiting.append((index, following))
+    return [results[index] for index in range(len(computations))]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of

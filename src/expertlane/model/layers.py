@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.model.attention import Attention, LatentAttention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.model.attention import RotaryEmbedding
 from expertlane.model.draw import NO_TOKEN, likeliest

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.moe.payload import bytes_of, columns_of, pack_all, unpack
 from expertlane.ops.products import PairGroups

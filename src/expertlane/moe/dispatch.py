@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
 from expertlane.ops.products import PairGroups

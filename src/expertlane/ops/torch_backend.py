@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.attention_group import AttentionGroup
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import (
     Activation,
     ApplyExperts,

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.clock import clock_for
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore
 from expertlane.engine.measure.points import Point
