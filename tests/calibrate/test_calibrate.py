@@ -20,7 +20,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.step.operation import SIZES, HandOver, Kind, Transfer, TransferKind
+from expertlane.cost.step.operation import SIZES, HandOver, Kind, RankGroups, Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
@@ -95,7 +95,7 @@ def test_the_device_and_its_links_are_priced(profile):
     sent[0, 0, 1] = sent[0, 1, 0] = 4096
     nodes = np.zeros(2, dtype=np.int64)
     for kind in (TransferKind.ALL_TO_ALL, TransferKind.ALL_GATHER, TransferKind.REDUCE_SCATTER):
-        transfer = Transfer(kind, Stage.DISPATCH, 0, nodes, nodes, sent)
+        transfer = Transfer(kind, Stage.DISPATCH, 0, RankGroups(nodes, nodes), sent)
         assert links.times(transfer).basis is Basis.MEASURED
         assert 0 <= links.contention(transfer).value <= 1
     handed = links.hand_over(HandOver(np.array([4096]), np.array([False])))

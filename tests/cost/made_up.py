@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Block, StageWork, TimedStep
-from expertlane.cost.step.operation import OUTSIDE, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    OUTSIDE,
+    Kind,
+    Operation,
+    RankGroups,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step_log import events
 from expertlane.cost.timeline import StepTimes, Timeline
 from expertlane.spec.names import Stage, Traffic
@@ -63,8 +70,7 @@ def send(
         TransferKind.ALL_TO_ALL,
         stage,
         layer,
-        np.array(group or [0] * num_ranks),
-        np.zeros(num_ranks, dtype=np.int64),
+        RankGroups(np.array(group or [0] * num_ranks), np.zeros(num_ranks, dtype=np.int64)),
         np.zeros((len(Traffic), num_ranks, num_ranks), dtype=np.int64),
         num_kernels,
         **flags,

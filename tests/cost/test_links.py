@@ -10,7 +10,7 @@ from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.step.operation import HandOver, Transfer, TransferKind
+from expertlane.cost.step.operation import HandOver, RankGroups, Transfer, TransferKind
 from expertlane.spec.names import Link, Stage
 
 NVLINK, NIC = 400e9, 50e9
@@ -62,7 +62,7 @@ def transfer(
 ) -> Transfer:
     sent = np.asarray(sent, dtype=np.int64)
     group = group or [0] * len(sent)
-    return Transfer(kind, stage, 0, np.array(group), np.array(node), sent[None])
+    return Transfer(kind, stage, 0, RankGroups(np.array(group), np.array(node)), sent[None])
 
 
 def evenly(num_ranks: int, num_bytes: int) -> np.ndarray:
@@ -248,11 +248,12 @@ def loads(draw: st.DrawFn) -> Transfer:
     )
     kind = draw(st.sampled_from(GROUPED))
     stage = draw(st.sampled_from([Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]))
-    return Transfer(kind, stage, 0, group.astype(np.int64), node, sent.astype(np.int64)[None])
+    groups = RankGroups(group.astype(np.int64), node)
+    return Transfer(kind, stage, 0, groups, sent.astype(np.int64)[None])
 
 
 def doubled(of: Transfer) -> Transfer:
-    return Transfer(of.kind, of.stage, of.layer, of.group, of.node, of.sent_bytes * 2)
+    return Transfer(of.kind, of.stage, of.layer, of.groups, of.sent_bytes * 2)
 
 
 @given(st.lists(loads(), max_size=4))

@@ -259,8 +259,8 @@ def test_links_of_a_transfer():
         if isinstance(step, Transfer) and step.kind is TransferKind.ALL_TO_ALL
     ]
     between, inside = transfers[:2]
-    assert between.group.tolist() == [0, 1, 0, 1]
-    assert inside.group.tolist() == [0, 0, 1, 1]
+    assert between.groups.group.tolist() == [0, 1, 0, 1]
+    assert inside.groups.group.tolist() == [0, 0, 1, 1]
     assert between.load.num_peers.tolist() == [[0] * 4, [1] * 4]
     assert inside.load.num_peers.tolist() == [[1] * 4, [0] * 4]
     assert between.load.num_nodes.tolist() == [2] * 4

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,19 +15,17 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
-    ExpectedTransfer,
     Floats,
-    Ints,
     Kind,
+    OneOfGroup,
     Operation,
+    RankGroups,
     Step,
     Transfer,
     TransferKind,
 )
 from expertlane.cost.step.program import PartProgram, Section, StepProgram
 from expertlane.spec.names import Stage
-
-TransferT = TypeVar("TransferT", Transfer, ExpectedTransfer)
 
 _NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
 
@@ -115,28 +113,6 @@ def _repetition(ids: Sequence[int], place: int) -> tuple[int, int]:
     return best
 
 
-class Groups:
-    """Disjoint groups of a stage's ranks."""
-
-    def __init__(self, group: Ints) -> None:
-        _, place, sizes = np.unique(group, return_inverse=True, return_counts=True)
-        self._place = place
-        self._is_one = len(sizes) == 1
-        self._is_alone = len(sizes) == len(group)
-        self._order = np.argsort(place, kind="stable")
-        self._starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-
-    def largest(self, values: Floats) -> Floats:
-        """The largest within each rank's group: from [..., R] to [..., R], or [..., 1] of one."""
-        if self._is_one:
-            most: Floats = np.maximum.reduce(values, axis=-1, keepdims=True)
-            return most
-        if self._is_alone:
-            return values
-        by_group = np.maximum.reduceat(values.take(self._order, -1), self._starts, axis=-1)
-        return by_group.take(self._place, -1)
-
-
 class Entry(NamedTuple):
     """A step as the replay reads it.
 
@@ -154,7 +130,7 @@ class Entry(NamedTuple):
     seconds: Floats
     launch_s: Floats | None
     overhead_s: Floats
-    groups: Groups | None
+    groups: RankGroups | None
     offset: int
     lost_share: Floats
     stretch: Floats
@@ -166,7 +142,6 @@ class Compiler:
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
         self._blocks: WeakKeyDictionary[Block, list[Entry]] = WeakKeyDictionary()
-        self._groups: dict[bytes, Groups] = {}
         self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
     def entries(self, block: Block) -> list[Entry]:
@@ -189,7 +164,8 @@ class Compiler:
         is_eager = self._terms.execution is Execution.EAGER
         entries = []
         for place, step in enumerate(steps):
-            groups = self._groups_of(step) if isinstance(step, Transfer) else None
+            groups = step.groups if isinstance(step, Transfer) else None
+            assert not isinstance(groups, OneOfGroup), "screening has no clock"
             contention = block.steps[place].contention
             if groups is not None:
                 work_s[place] = groups.largest(seconds[place])
@@ -210,12 +186,6 @@ class Compiler:
                 )
             )
         return entries
-
-    def _groups_of(self, step: Transfer) -> Groups:
-        key = step.group.tobytes()
-        if key not in self._groups:
-            self._groups[key] = Groups(step.group)
-        return self._groups[key]
 
     def _contention(self, share: float) -> tuple[Floats, Floats]:
         """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
@@ -313,7 +283,7 @@ class Pricing:
         """Of a part's transfers those of tensor-parallel groups are alike in all layers."""
         if step.stage is not Stage.COLLECTIVES:
             return self._links.times(step)
-        key = step.kind, step.group.tobytes(), step.sent_bytes.tobytes()
+        key = step.kind, step.groups, step.sent_bytes.tobytes()
         if key not in known:
             known[key] = self._links.times(step)
         return known[key]
@@ -327,7 +297,7 @@ class Pricing:
         return times
 
 
-def forwarding_hops(transfers: Sequence[TransferT]) -> Iterator[tuple[TransferT, TransferT]]:
+def forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:
     """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them."""
     for stage in dict.fromkeys(each.stage for each in transfers):
         hops = [

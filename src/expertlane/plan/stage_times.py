@@ -27,13 +27,13 @@ from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
     OUTSIDE,
     SIZES,
-    ExpectedTransfer,
     Floats,
     Kind,
     Operation,
+    Transfer,
 )
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.cost.step.step_list import ExpectedStepList, OneRank
+from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.cost.timeline import bounds_of
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.model import ModelConfig
@@ -129,13 +129,12 @@ class StageSteps:
     def lists(self, part: Scenarios) -> list[ExpectedStepList]:
         """Embedding, head, each kind of layer, and a mean rank's experts; to be priced."""
         model, layout, payload = self._model, self._mesh.layout, self._payload
-        rank = OneRank(self._mesh, part.size)
         by_node = form_of(self._form, layout) == "hierarchical"
         of_experts = self._fan_out, part, layout, model.num_experts_per_tok
         busiest = busiest_counts(*of_experts, by_node=by_node)
 
         def begun(layer: int) -> ExpectedStepList:
-            return ExpectedStepList(rank, self._types, layer, GPU_LIBRARIES)
+            return ExpectedStepList(self._mesh, part.size, self._types, layer, GPU_LIBRARIES)
 
         embedding, head, mean = begun(OUTSIDE), begun(OUTSIDE), begun(0)
         embedding_steps(embedding, model, part)
@@ -198,7 +197,7 @@ def price(
     times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
     priced = []
     for of_list in lists:
-        size = of_list.mesh.size
+        size = of_list.size
         compute, moved = np.zeros((2, len(ProjectedCause), 3, size))
         slowed, experts, bound = np.zeros((3, size))
         in_series = np.zeros(3)
@@ -228,7 +227,7 @@ def _operation_times(
     for of_list in lists:
         for step in of_list.steps:
             if isinstance(step, Operation):
-                alike[step.kind, law_dtype(types, step)].append((step, of_list.mesh.size))
+                alike[step.kind, law_dtype(types, step)].append((step, of_list.size))
     found = {}
     for (kind, dtype), operations in alike.items():
         sizes = {
@@ -245,9 +244,7 @@ def _operation_times(
 
 def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
     """By the id of a transfer; both hops of a hierarchical dispatch together."""
-    by_list = [
-        [step for step in of_list.steps if isinstance(step, ExpectedTransfer)] for of_list in lists
-    ]
+    by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
     transfers = [transfer for of_list in by_list for transfer in of_list]
     times = links.times_of(transfers)
     found = {id(transfer): each for transfer, each in zip(transfers, times, strict=True)}

@@ -7,7 +7,7 @@ from enum import StrEnum
 import numpy as np
 
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.step.operation import AnyTransfer, Floats, Operation
+from expertlane.cost.step.operation import Floats, Operation, Transfer
 from expertlane.errors import UserError
 from expertlane.spec.names import Stage
 
@@ -52,7 +52,7 @@ class Terms:
         """[3]; the driver's part of a step of a replica of so many ranks."""
         return self.driver_s + (num_ranks - 1) * self.driver_per_rank_s
 
-    def overhead_s(self, step: Operation | AnyTransfer) -> Floats:
+    def overhead_s(self, step: Operation | Transfer) -> Floats:
         """[3]; of a step in series, beside what its law says: the engine's own work around it."""
         place = step.stage.label if isinstance(step, Operation) else OF_TRANSFERS
         return self.in_series.get(place, self.launch_s)

@@ -43,11 +43,11 @@ from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times, where
 from expertlane.cost.step.operation import (
-    AnyTransfer,
     Floats,
     HandOver,
     Ints,
     LinkLoad,
+    Transfer,
     TransferKind,
 )
 from expertlane.spec.names import Link, Stage
@@ -62,11 +62,11 @@ class LinkModel:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
 
-    def times(self, transfer: AnyTransfer) -> Times:
+    def times(self, transfer: Transfer) -> Times:
         """Seconds of every rank for its own load; 0 in groups of one."""
         return self._times(transfer.kind, transfer.stage, transfer.load)
 
-    def times_of(self, transfers: Sequence[AnyTransfer]) -> list[Times]:
+    def times_of(self, transfers: Sequence[Transfer]) -> list[Times]:
         """The same of many at once, in their order; far cheaper than one by one."""
         alike: dict[tuple[TransferKind, Stage, bool], list[int]] = {}
         for index, each in enumerate(transfers):
@@ -104,7 +104,7 @@ class LinkModel:
                 together = where(spans, across, inside)
         return where(in_group, together, _nothing(len(in_group)))
 
-    def forwarded(self, between: AnyTransfer, inside: AnyTransfer) -> tuple[Times, Times]:
+    def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
         """Both hops of a hierarchical dispatch or combine, if forwarding begins as copies arrive.
 
         Args:
@@ -164,7 +164,7 @@ class LinkModel:
         carried[link] = max(sent_bytes.max(initial=0), received_bytes.max(initial=0))
         return where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
 
-    def contention(self, transfer: AnyTransfer) -> Term:
+    def contention(self, transfer: Transfer) -> Term:
         """By what share compute slows while the transfer runs beside it."""
         name = f"contention.{transfer.kind}"
         law = self._profile.surfaces.get(

@@ -65,7 +65,7 @@ class ExpertSteps:
         """The products alone."""
         model, out, kernels, counts = self._model, self._out, self._kernels, self._counts
         matrices = 3 if model.gated_mlp else 2
-        inner = shares(model.moe_intermediate_size, self._layout.etp, out.mesh.etp_rank)
+        inner = shares(model.moe_intermediate_size, self._layout.etp, out.etp_rank)
         num_weights = inner * (model.hidden_size * matrices)
         of_expert = kernels.expert + matrices * kernels.expert_product
         out.operation(
