@@ -24,7 +24,8 @@ from expertlane.spec.names import Stage, Traffic
 def seconds(values: Sequence[float], low: float = 1.0, high: float = 1.0) -> Times:
     """Bounds as factors."""
     likely = np.array(values, dtype=np.float64)
-    return Times(likely, likely * low, likely * high, Basis.BOUND, np.zeros(len(likely), bool))
+    bounds = np.array([likely * low, likely, likely * high])
+    return Times(bounds, Basis.BOUND, np.zeros(len(likely), bool))
 
 
 def compute(

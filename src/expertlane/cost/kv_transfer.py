@@ -7,7 +7,6 @@ import numpy as np
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import Floats
-from expertlane.cost.timeline import bounds_of
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
@@ -51,7 +50,7 @@ class ModelledKVTransfers:
     def seconds(self, num_tokens: int) -> Floats:
         """[B]; of a prompt of so many tokens."""
         sent, received = num_tokens * self._sent_bytes, num_tokens * self._received_bytes
-        return bounds_of(self._links.kv_transfer(sent, received, self._remote))[:, 0]
+        return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
 def _num_layers(model: ModelConfig, layout: Layout) -> Floats:

@@ -15,8 +15,8 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
+    ATTENTION,
     Floats,
-    Kind,
     OneOfGroup,
     Operation,
     RankGroups,
@@ -153,7 +153,7 @@ class Compiler:
 
     def _compile(self, block: Block) -> list[Entry]:
         steps = [timed.step for timed in block.steps]
-        seconds = np.array([(t.low, t.seconds, t.high) for t in (s.times for s in block.steps)])
+        seconds = np.array([timed.times.bounds for timed in block.steps])
         num_kernels = np.array([step.num_kernels for step in steps])
         launch_s = num_kernels[:, None, None] * self._terms.launch_s[:, None]
         overhead_s = np.zeros_like(launch_s)
@@ -198,17 +198,10 @@ class Compiler:
 
 _MOST_KNOWN = 4096
 
-_READ_THE_CACHE = (
-    Kind.PREFILL_ATTENTION,
-    Kind.DECODE_ATTENTION,
-    Kind.LATENT_PREFILL,
-    Kind.LATENT_DECODE,
-)
-
 
 def law_dtype(types: NumberTypes, operation: Operation) -> str:
     """The type that an operation's law is for."""
-    if operation.kind in _READ_THE_CACHE:
+    if operation.kind in ATTENTION:
         return types.kv
     return operation.dtype or types.weights
 
@@ -273,7 +266,7 @@ class Pricing:
         key = step.kind, dtype, num_ranks, *step.sizes, *sizes
         times = self._known.get(key)
         if times is None:
-            times = _of_ranks(self._device.times(step.kind, dtype, step.sizes), num_ranks)
+            times = self._device.times(step.kind, dtype, step.sizes).of_ranks(num_ranks)
             self._known[key] = times
             if len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
@@ -308,16 +301,3 @@ def forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, T
         if len(hops) == 2:
             between, inside = sorted(hops, key=lambda hop: -int(hop.load.num_nodes.max()))
             yield between, inside
-
-
-def _of_ranks(times: Times, num_ranks: int) -> Times:
-    """[R] also where all ranks have the same sizes."""
-    if times.seconds.shape == times.low.shape == times.high.shape == (num_ranks,):
-        return times
-    return Times(
-        seconds=np.broadcast_to(times.seconds, (num_ranks,)),
-        low=np.broadcast_to(times.low, (num_ranks,)),
-        high=np.broadcast_to(times.high, (num_ranks,)),
-        basis=times.basis,
-        is_extrapolated=np.broadcast_to(times.is_extrapolated, (num_ranks,)),
-    )

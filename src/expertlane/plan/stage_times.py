@@ -34,7 +34,6 @@ from expertlane.cost.step.operation import (
 )
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.cost.timeline import bounds_of
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import ProjectedCause
@@ -202,7 +201,7 @@ def price(
         slowed, experts, bound = np.zeros((3, size))
         in_series = np.zeros(3)
         for step in of_list.steps:
-            seconds = bounds_of(times[id(step)])
+            seconds = times[id(step)].bounds
             bound += seconds[LIKELY] * (times[id(step)].basis is Basis.BOUND)
             if isinstance(step, Operation):
                 dtype = law_dtype(types, step)

@@ -124,12 +124,7 @@ def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
     least_s = np.where(peak_s > _OUT_OF_CACHES_S, peak_s, 0.0)
     if not least_s.any():
         return times
-    return replace(
-        times,
-        seconds=np.maximum(times.seconds, least_s),
-        low=np.maximum(times.low, least_s),
-        high=np.maximum(times.high, least_s),
-    )
+    return replace(times, bounds=np.maximum(times.bounds, least_s))
 
 
 def _faster(times: Times, other: Surface, base: Roofline) -> Times:

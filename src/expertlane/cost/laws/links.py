@@ -132,14 +132,9 @@ class LinkModel:
         alone = self._surface_times(surface, nic, first.group_size, first.num_nodes)
         if whole is None or alone is None:
             return apart
-        rest = replace(
-            whole,
-            seconds=np.maximum(whole.seconds - alone.seconds, 0),
-            low=np.maximum(whole.low - alone.low, 0),
-            high=np.maximum(whole.high - alone.high, 0),
-        )
-        rest = replace(rest, low=np.minimum(rest.low, rest.seconds))
-        rest = replace(rest, high=np.maximum(rest.high, rest.seconds))
+        low, likely, high = np.maximum(whole.bounds - alone.bounds, 0)
+        bounds = np.array([np.minimum(low, likely), likely, np.maximum(high, likely)])
+        rest = replace(whole, bounds=bounds)
         return where(has_both, alone, apart[0]), where(has_both, rest, apart[1])
 
     def hand_over(self, hand_over: HandOver) -> Times:
@@ -309,7 +304,8 @@ def law_times(
     if ".forwarded." in name and "nodes" in surface.axes:
         # Twice the nodes fitted took 1.5 to 1.6 times as long as said (docs/validation.md).
         beyond = np.maximum(np.log2(at["nodes"] / surface.axes["nodes"][-1]), 0)
-        times = replace(times, high=times.high * _WIDER_FOR_TWICE_THE_NODES**beyond)
+        high = times.high * _WIDER_FOR_TWICE_THE_NODES**beyond
+        times = replace(times, bounds=np.array([times.low, times.seconds, high]))
     return times
 
 
@@ -332,5 +328,4 @@ def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
 
 
 def _nothing(num_ranks: int) -> Times:
-    zeros = np.zeros(num_ranks)
-    return Times(zeros, zeros, zeros, Basis.MEASURED, zeros.astype(np.bool_))
+    return Times(np.zeros((3, num_ranks)), Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))

@@ -78,7 +78,6 @@ class ExpertSteps:
                 "inner": inner,
                 "matrices": matrices,
             },
-            flops=2 * counts.pairs_computed * num_weights,
             weight_bytes=counts.active_experts * num_weights * out.weight_item,
             num_kernels=kernels.experts_once + math.ceil(counts.active_experts.max()) * of_expert,
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,32 @@ SIZES: dict[Kind, tuple[str, ...]] = {
     Kind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
     Kind.MEMORY: ("bytes",),
 }
+
+
+ATTENTION = (
+    Kind.PREFILL_ATTENTION,
+    Kind.DECODE_ATTENTION,
+    Kind.LATENT_PREFILL,
+    Kind.LATENT_DECODE,
+)
+
+
+def flops_of(kind: Kind, sizes: Mapping[str, npt.NDArray[Any] | float]) -> npt.NDArray[Any] | float:
+    """FLOPs of an operation, a multiply and an add counted as two; whole where its sizes are.
+
+    Args:
+        sizes: those that `SIZES` names for the kind.
+    """
+    if kind is Kind.MEMORY:
+        return 0
+    if kind is Kind.GEMM:
+        return 2 * sizes["m"] * sizes["n"] * sizes["k"]
+    if kind is Kind.EXPERTS:
+        return 2 * sizes["pairs"] * (sizes["hidden"] * sizes["inner"] * sizes["matrices"])
+    pairs = sizes["query_key_pairs" if "query_key_pairs" in sizes else "positions"]
+    if "head_dim" in sizes:
+        return 4 * pairs * sizes["heads"] * sizes["head_dim"]
+    return 2 * pairs * sizes["heads"] * (sizes["key_dim"] + sizes["value_dim"])
 
 
 @dataclass(frozen=True, eq=False)

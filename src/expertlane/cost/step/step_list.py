@@ -20,6 +20,7 @@ from expertlane.cost.step.operation import (
     Step,
     Transfer,
     TransferKind,
+    flops_of,
 )
 from expertlane.cost.step.stage_mesh import Axis, StageMesh
 from expertlane.spec.names import Stage
@@ -85,18 +86,13 @@ class StepWriter(ABC):
         """
         num_weights = np.asarray(n) * np.asarray(k)
         item = ITEM_BYTES[dtype] if dtype else self.weight_item
-        self.steps.append(
-            Operation(
-                kind=Kind.GEMM,
-                stage=stage,
-                layer=self._layer,
-                sizes={"m": _floats(m), "n": _floats(n), "k": _floats(k)},
-                flops=2 * m * num_weights,
-                weight_bytes=(m > 0) * (num_weights * item),
-                kv_bytes=self._none,
-                num_kernels=num_kernels,
-                dtype=dtype,
-            )
+        self.operation(
+            Kind.GEMM,
+            stage,
+            {"m": m, "n": n, "k": k},
+            weight_bytes=(m > 0) * (num_weights * item),
+            num_kernels=num_kernels,
+            dtype=dtype,
         )
 
     def memory(self, stage: Stage, num_bytes: Amounts, num_kernels: int = 1) -> None:
@@ -109,22 +105,23 @@ class StepWriter(ABC):
         stage: Stage,
         sizes: dict[str, Amounts | int],
         *,
-        flops: Amounts | None = None,
         weight_bytes: Amounts | None = None,
         kv_bytes: Amounts | None = None,
         num_kernels: int = 1,
+        dtype: str | None = None,
     ) -> None:
-        """Any other operation; counts left out are zeros."""
+        """Any other operation; bytes left out are zeros."""
         self.steps.append(
             Operation(
                 kind=kind,
                 stage=stage,
                 layer=self._layer,
                 sizes={name: _floats(size) for name, size in sizes.items()},
-                flops=self._none if flops is None else flops,
+                flops=self._none + flops_of(kind, sizes),
                 weight_bytes=self._none if weight_bytes is None else weight_bytes,
                 kv_bytes=self._none if kv_bytes is None else kv_bytes,
                 num_kernels=num_kernels,
+                dtype=dtype,
             )
         )
 
