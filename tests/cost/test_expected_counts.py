@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from cost.given_routing import GivenRouting
 from cost.tiny_models import MODELS
 from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import GivenRouting, PowerLawRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
 from expertlane.cost.step.counts import count_dispatch
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts
@@ -96,12 +97,12 @@ class Stage:
 
     def of_ranks(self):
         return self.steps(
-            self.sampled(), self.part, StepList(self.mesh, NumberTypes(), 1, self._kernels)
+            self.sampled(), self.part, StepList(self.mesh, NumberTypes(), self._kernels)
         )
 
     def of_one_rank(self, counts=mean_counts):
         scenarios = self.scenarios
-        out = ExpectedStepList(self.mesh, scenarios.size, NumberTypes(), 1, self._kernels)
+        out = ExpectedStepList(self.mesh, scenarios.size, NumberTypes(), self._kernels)
         return self.steps(self.expected(counts), scenarios, out)
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from cost.given_routing import GivenRouting
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting, UniformRouting
+from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.spec.model import PRESETS
 from expertlane.spec.model_parts import Routing
 
@@ -87,14 +88,14 @@ def test_same_seed_same_choices_whatever_was_asked_before():
 
 
 def test_layers_take_turns_with_samples():
-    source = UniformRouting(16, 4, num_sampled_layers=3)
+    source = PowerLawRouting(16, 4, num_sampled_layers=3)
     assert source.sample_of(1) == source.sample_of(4) != source.sample_of(2)
     np.testing.assert_array_equal(some(source, 50, layer=1), some(source, 50, layer=4))
     assert (some(source, 50, layer=1) != some(source, 50, layer=2)).any()
 
 
 def test_parts_of_a_step_go_on_where_others_end():
-    source = UniformRouting(16, 4)
+    source = PowerLawRouting(16, 4)
     whole = some(source, 30)
     second = source.topk_ids(0, 0, np.array([7, 5]), np.array([10, 8]))
     np.testing.assert_array_equal(second, whole[12:30])

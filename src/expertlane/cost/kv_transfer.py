@@ -1,7 +1,5 @@
 """Keys and values on their way from the pool that prefilled to the one that decodes."""
 
-from typing import Protocol
-
 import numpy as np
 
 from expertlane.cost.laws.links import LinkModel
@@ -11,16 +9,8 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
 
-class KVTransfers(Protocol):
-    """How long a request's keys and values travel from one pool to the other."""
-
-    def seconds(self, num_tokens: int) -> Floats:
-        """[B]; of a prompt of so many tokens."""
-        ...
-
-
-class ModelledKVTransfers:
-    """By the links of a profile.
+class KVTransfers:
+    """How long a request's keys and values travel from one pool to the other.
 
     The ranks of the data-parallel rank that prefilled send equal parts of what each pipeline stage
     holds; each rank that will decode gets all that it has to hold, copies of shared heads too.

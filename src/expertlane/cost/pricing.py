@@ -233,10 +233,6 @@ class Pricing:
             for of_micro_batches in program.stages
         ]
 
-    def dtype(self, operation: Operation) -> str:
-        """The type that an operation's law is for."""
-        return law_dtype(self.types, operation)
-
     def _part(self, part: PartProgram, num_ranks: int) -> list[Block]:
         priced: dict[int, Sequence[TimedStep]] = {}
         transfers: dict[Hashable, Times] = {}
@@ -259,7 +255,7 @@ class Pricing:
         return timed
 
     def _operation(self, step: Operation, num_ranks: int) -> Times:
-        dtype = self.dtype(step)
+        dtype = law_dtype(self.types, step)
         sizes = [
             size.tobytes() if isinstance(size, np.ndarray) else size for size in step.sizes.values()
         ]

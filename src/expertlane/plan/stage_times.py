@@ -25,7 +25,6 @@ from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts,
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
-    OUTSIDE,
     SIZES,
     Floats,
     Kind,
@@ -132,15 +131,15 @@ class StageSteps:
         of_experts = self._fan_out, part, layout, model.num_experts_per_tok
         busiest = busiest_counts(*of_experts, by_node=by_node)
 
-        def begun(layer: int) -> ExpectedStepList:
-            return ExpectedStepList(self._mesh, part.size, self._types, layer, GPU_LIBRARIES)
+        def begun() -> ExpectedStepList:
+            return ExpectedStepList(self._mesh, part.size, self._types, GPU_LIBRARIES)
 
-        embedding, head, mean = begun(OUTSIDE), begun(OUTSIDE), begun(0)
+        embedding, head, mean = begun(), begun(), begun()
         embedding_steps(embedding, model, part)
         head_steps(head, model, part)
         layers = []
         for (is_dense, _), layer in self._layers.items():
-            layers.append(begun(layer))
+            layers.append(begun())
             counts = None if is_dense else busiest
             layer_steps(layers[-1], model, layer, part, counts, self._form, payload)
         width = PayloadBytes.of(payload, self._types.activation_bytes, model.hidden_size)
@@ -204,8 +203,7 @@ def price(
             seconds = times[id(step)].bounds
             bound += seconds[LIKELY] * (times[id(step)].basis is Basis.BOUND)
             if isinstance(step, Operation):
-                dtype = law_dtype(types, step)
-                for cause, share in cause_shares(step, profile.device, dtype, types.weights):
+                for cause, share in cause_shares(step, profile.device, types):
                     compute[_PLACE[cause]] += seconds * share
                 experts += seconds[LIKELY] * (step.kind is Kind.EXPERTS)
             else:

@@ -40,7 +40,6 @@ import numpy as np
 
 from expertlane.cost.laws.link_bounds import bound_times, term_of
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times, where
 from expertlane.cost.step.operation import (
     Floats,
@@ -125,7 +124,7 @@ class LinkModel:
         nic = np.maximum(first.out_bytes, first.in_bytes)[Link.INTER_NODE]
         near = np.maximum(second.out_bytes, second.in_bytes)[Link.INTRA_NODE]
         rate = term_of(self._profile, f"forwarding_bytes_per_s.{name}")
-        share = 0.0 if rate is None else self._rate(Link.INTER_NODE) / rate.value
+        share = 0.0 if rate is None else self._profile.link_rate(Link.INTER_NODE) / rate.value
         whole = self._surface_times(
             surface, np.maximum(nic, near * share), first.group_size, first.num_nodes
         )
@@ -244,21 +243,10 @@ class LinkModel:
         return where(over_nic > inside, found[1], found[0])
 
     def _surface_times(
-        self,
-        name: str,
-        link_bytes: Floats,
-        ranks: Ints,
-        nodes: Ints,
+        self, name: str, link_bytes: Floats, ranks: Ints, nodes: Ints
     ) -> Times | None:
         """[R]; None where the profile has no such surface."""
-        surface = self._profile.surfaces.get(name)
-        if surface is None:
-            return None
-        link = Link.INTER_NODE if name.endswith("inter_node") else Link.INTRA_NODE
-        return law_times(self._profile, name, surface, link, link_bytes, ranks, nodes)
-
-    def _rate(self, link: Link) -> float:
-        return self._profile.link_rate(link)
+        return law_times(self._profile, name, link_bytes, ranks, nodes)
 
 
 def roofline_s(
@@ -286,13 +274,15 @@ def roofline_s(
 def law_times(
     profile: Profile,
     name: str,
-    surface: Surface,
-    link: Link,
     link_bytes: Floats,
     ranks: Ints | Floats,
     nodes: Ints | Floats,
-) -> Times:
-    """[R]; the times of one surface."""
+) -> Times | None:
+    """[R]; the times of one surface; None where the profile has no such."""
+    surface = profile.surfaces.get(name)
+    if surface is None:
+        return None
+    link = Link.INTER_NODE if name.endswith("inter_node") else Link.INTRA_NODE
     link_bytes = np.maximum(link_bytes, surface.axes["bytes"][0])
     at = {
         "bytes": link_bytes,

@@ -95,7 +95,6 @@ class Operation:
     """One computation of every rank of a stage.
 
     Attributes:
-        layer: hidden layer, or `OUTSIDE`.
         sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
         flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them, or expected.
         num_kernels: launches where nothing is captured in a graph.
@@ -104,7 +103,6 @@ class Operation:
 
     kind: Kind
     stage: Stage
-    layer: int
     sizes: Mapping[str, Floats | float]
     flops: Amounts
     weight_bytes: Amounts
@@ -129,7 +127,6 @@ class Transfer:
 
     Attributes:
         stage: DISPATCH, COMBINE or COLLECTIVES.
-        layer: hidden layer, or `OUTSIDE`.
         groups: of all ranks; or the one rank that stands for all.
         sent_bytes: [num_kinds_of_traffic, R, R] by source and destination, zero on the diagonals;
             of one rank as `OneOfGroup.load` takes them, [num_kinds_of_traffic, num_links, S].
@@ -141,7 +138,6 @@ class Transfer:
 
     kind: TransferKind
     stage: Stage
-    layer: int
     groups: "RankGroups | OneOfGroup"
     sent_bytes: Amounts
     num_kernels: int = 1

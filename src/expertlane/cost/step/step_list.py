@@ -40,7 +40,6 @@ class StepWriter(ABC):
         self,
         mesh: StageMesh,
         types: NumberTypes,
-        layer: int,
         kernels: KernelSet,
         tp_rank: Ints,
         etp_rank: Ints,
@@ -50,7 +49,6 @@ class StepWriter(ABC):
         self.kernels = kernels
         self.tp_rank, self.etp_rank = tp_rank, etp_rank
         self.steps: list[Step] = []
-        self._layer = layer
         self.transfer_kernels = {
             TransferKind.ALL_GATHER: kernels.gathered,
             TransferKind.REDUCE_SCATTER: kernels.reduced,
@@ -115,7 +113,6 @@ class StepWriter(ABC):
             Operation(
                 kind=kind,
                 stage=stage,
-                layer=self._layer,
                 sizes={name: _floats(size) for name, size in sizes.items()},
                 flops=self._none + flops_of(kind, sizes),
                 weight_bytes=self._none if weight_bytes is None else weight_bytes,
@@ -173,7 +170,6 @@ class StepWriter(ABC):
             Transfer(
                 kind=kind,
                 stage=stage,
-                layer=self._layer,
                 groups=of_ranks,
                 sent_bytes=sent_bytes,
                 num_kernels=self.transfer_kernels[kind],
@@ -196,10 +192,8 @@ class StepWriter(ABC):
 class StepList(StepWriter):
     """What the ranks of a stage do in turn; arrays over ranks."""
 
-    def __init__(
-        self, mesh: StageMesh, types: NumberTypes, layer: int, kernels: KernelSet = ENGINE
-    ) -> None:
-        super().__init__(mesh, types, layer, kernels, mesh.tp_rank, mesh.etp_rank)
+    def __init__(self, mesh: StageMesh, types: NumberTypes, kernels: KernelSet = ENGINE) -> None:
+        super().__init__(mesh, types, kernels, mesh.tp_rank, mesh.etp_rank)
 
     def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
         return rows[:, None]
@@ -218,11 +212,9 @@ class ExpectedStepList(StepWriter):
     It has the longest shares.
     """
 
-    def __init__(
-        self, mesh: StageMesh, size: int, types: NumberTypes, layer: int, kernels: KernelSet
-    ) -> None:
+    def __init__(self, mesh: StageMesh, size: int, types: NumberTypes, kernels: KernelSet) -> None:
         first = np.zeros(size, dtype=np.int64)
-        super().__init__(mesh, types, layer, kernels, first, first)
+        super().__init__(mesh, types, kernels, first, first)
         self.size = size
 
     def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,28 +10,8 @@ import numpy.typing as npt
 from expertlane.cost.step.operation import HandOver, Ints, Operation, Step
 from expertlane.cost.step.program import PartProgram, Section, StageProgram, StepProgram
 from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.results.step_record import RankCounts
 from expertlane.spec.names import Link, Stage, Traffic
-
-
-@dataclass(frozen=True, eq=False)
-class RankCounts:
-    """One rank's counters of a step, as `results.step_record.RankRecord` has them.
-
-    Attributes:
-        rank: global rank.
-    """
-
-    rank: int
-    flops: Ints
-    weight_bytes: Ints
-    kv_bytes: int
-    sent_bytes: Ints
-    num_collectives: Ints
-    num_tokens_per_expert: Ints
-    tokens_by_ranks_reached: Ints
-    tokens_by_nodes_reached: Ints
-    num_remote_rank_copies: int
-    num_remote_node_copies: int
 
 
 def count(program: StepProgram, num_layers: int, num_experts: int) -> list[RankCounts]:
