@@ -83,12 +83,6 @@ class PowerLawRouting:
         """Layers take turns."""
         return layer % self._num_samples
 
-    def popularity(self, layer: int) -> Floats:
-        """[num_experts]; the weights that a layer's experts are drawn by, 1 in all."""
-        weights = 1 / self._rarity(self.sample_of(layer))
-        popularity: Floats = weights / weights.sum()
-        return popularity
-
     def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
         """As the protocol says; ranks' tokens follow each other in those drawn."""
         first, num = first + int(before.sum()), int(owned.sum())

@@ -60,14 +60,6 @@ class DeviceModel:
             return times
         return replace(times, is_extrapolated=times.is_extrapolated & (base.seconds > 0))
 
-    def law(self, kind: Kind, dtype: str) -> Surface:
-        """The correction that `times` uses, with its bounds and origin.
-
-        Raises:
-            SpecError: the profile has no figure for the type.
-        """
-        return self._law(kind, dtype)[0]
-
     def _others(self, kind: Kind, dtype: str) -> list[Surface]:
         """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
         begin = f"{kind}.{dtype}."

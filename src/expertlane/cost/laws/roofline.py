@@ -89,8 +89,8 @@ def _experts(sizes: Sizes, item: int) -> _Work:
 
 def _attention(sizes: Sizes, item: int) -> _Work:
     is_prefill, is_latent = "tokens" in sizes, "key_dim" in sizes
-    seqs, positions, heads = sizes["seqs"], sizes["positions"], sizes["heads"]
-    queries = sizes["tokens"] if is_prefill else seqs
+    queries, heads = sizes["tokens" if is_prefill else "seqs"], sizes["heads"]
+    positions = sizes["positions"]
     if is_latent:
         key_dim, both = sizes["key_dim"], sizes["key_dim"] + sizes["value_dim"]
         num_bytes = item * positions * key_dim + max(item, 2) * queries * heads * both
@@ -102,12 +102,14 @@ def _attention(sizes: Sizes, item: int) -> _Work:
         widths = {"group": heads / kv_heads, "head_dim": head_dim}
     if is_prefill:
         keys_per_query = sizes["query_key_pairs"] / np.maximum(queries, 1)
-        return num_bytes, {
-            "keys_per_query": keys_per_query,
-            "query_heads": queries * heads,
-        } | widths
-    of_seqs = {"seqs": seqs, "heads": heads} if is_latent else {"seq_kv_heads": seqs * kv_heads}
-    return num_bytes, {"positions_per_seq": positions / np.maximum(seqs, 1)} | of_seqs | widths
+        at = {"keys_per_query": keys_per_query, "query_heads": queries * heads}
+    elif is_latent:
+        at = {"seqs": queries, "heads": heads}
+    else:
+        at = {"seq_kv_heads": queries * kv_heads}
+    if not is_prefill:
+        at["positions_per_seq"] = positions / np.maximum(queries, 1)
+    return num_bytes, at | widths
 
 
 def _memory(sizes: Sizes, item: int) -> _Work:

@@ -129,11 +129,6 @@ class ProgramBuilder:
         self._meshes: dict[tuple[int, int], StageMesh] = {}
         self._placements = placements
 
-    def place(self, placements: Placements) -> None:
-        """Go over to other placements of the experts."""
-        self._placements = placements
-        self._choices.clear()
-
     def mesh(self, replica: int, pp_rank: int) -> StageMesh:
         """A pipeline stage of a replica."""
         key = replica, pp_rank
