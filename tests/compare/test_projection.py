@@ -9,7 +9,7 @@ from expertlane.compare.projection import ExperimentProjector, usual_number_type
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import CapacityError
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.request import Setting
@@ -68,7 +68,7 @@ def test_every_deployment_stands_under_every_condition(projection):
 
 
 def test_a_row_is_what_the_projector_says(projection):
-    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, UniformRouting(16, 2))
+    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, PowerLawRouting(16, 2))
     cluster = parse_cluster("h100x4")
     projector = Projector(SMALL.model, EXPERT.layout, EXPERT.options, cluster, setting)
     row = usual(projection)[1]

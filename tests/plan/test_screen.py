@@ -7,7 +7,7 @@ import pytest
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.routing import TraceRouting, UniformRouting
+from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.cost.step.expected_counts import sampled_layers
 from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.plan.project import Projector, StepSize
@@ -109,7 +109,7 @@ def test_a_trace_is_judged_by_several_layers():
     seconds = {}
     for name, routing in (
         ("trace", TraceRouting(trace)),
-        ("even", UniformRouting(PAPER.num_experts, top_k)),
+        ("even", PowerLawRouting(PAPER.num_experts, top_k)),
     ):
         setting = replace(setting_of(PAPER), routing=routing)
         (found,) = Screen(PAPER, cluster, traffic, setting).run(candidates, lambda _: None)
@@ -121,10 +121,10 @@ def test_a_trace_is_judged_by_several_layers():
 
 
 def test_layers_of_one_sample_stand_once():
-    routing = UniformRouting(PAPER.num_experts, 2, num_sampled_layers=3)
+    routing = PowerLawRouting(PAPER.num_experts, 2, num_sampled_layers=3)
     assert sampled_layers(PAPER, routing) == [0, 1, 2]
     dense_first = MIXED  # its first layer has no experts
-    assert sampled_layers(dense_first, UniformRouting(32, 4, num_sampled_layers=1)) == [1]
+    assert sampled_layers(dense_first, PowerLawRouting(32, 4, num_sampled_layers=1)) == [1]
 
 
 def test_what_does_not_fit_has_no_estimate():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, make_runner, make_scheduler
-from expertlane.cost.kv_transfer import ModelledKVTransfers
+from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.simulate.pools import Pool, serve, serve_apart, serving_record
@@ -163,9 +163,7 @@ def test_a_preempted_request_computes_its_prompt_where_it_decodes():
 )
 def test_the_busiest_rank_decides_how_long_a_transfer_takes(prefill, decode, expected):
     links = LinkModel(PROFILE)
-    transfers = ModelledKVTransfers(
-        MODEL, TYPES, Layout.parse(prefill), Layout.parse(decode), links
-    )
+    transfers = KVTransfers(MODEL, TYPES, Layout.parse(prefill), Layout.parse(decode), links)
     num_bytes = expected * 1000 * MODEL.num_hidden_layers * 2 * MODEL.kv_size * TYPES.kv_bytes
     whole = links.kv_transfer(np.array([num_bytes]), np.array([num_bytes]))
     assert transfers.seconds(1000)[LIKELY] == pytest.approx(whole.seconds[0])

@@ -173,7 +173,7 @@ class Projector:
     def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Breakdown]:
         """[3]; seconds of a round in the steady state, and where they go."""
         timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
-        table = BreakdownTable(self._device, self._setting.types.weights, self._pricing.dtype)
+        table = BreakdownTable(self._device, self._setting.types)
         ran = self._rounds(works, timeline)
         for times, _ in ran:
             table.add(times)

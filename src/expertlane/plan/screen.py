@@ -210,8 +210,7 @@ class Structure:
         ranks = np.arange(layout.replica_size - layout.stage_size)
         per_node = self._mesh.ranks_per_node
         is_remote = bool((ranks // per_node != (ranks + layout.stage_size) // per_node).any())
-        times = links.hand_over(HandOver(num_bytes, np.full(len(num_bytes), is_remote)))
-        return np.stack([times.low, times.seconds, times.high])
+        return links.hand_over(HandOver(num_bytes, np.full(len(num_bytes), is_remote))).bounds
 
 
 def pipelining_of(candidate: Candidate) -> Pipelining:

@@ -25,16 +25,14 @@ from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts,
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
-    OUTSIDE,
     SIZES,
-    ExpectedTransfer,
     Floats,
     Kind,
     Operation,
+    Transfer,
 )
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.cost.step.step_list import ExpectedStepList, OneRank
-from expertlane.cost.timeline import bounds_of
+from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import ProjectedCause
@@ -129,20 +127,19 @@ class StageSteps:
     def lists(self, part: Scenarios) -> list[ExpectedStepList]:
         """Embedding, head, each kind of layer, and a mean rank's experts; to be priced."""
         model, layout, payload = self._model, self._mesh.layout, self._payload
-        rank = OneRank(self._mesh, part.size)
         by_node = is_by_node_on(layout, self._form)
         of_experts = self._fan_out, part, layout, model.num_experts_per_tok
         busiest = busiest_counts(*of_experts, by_node=by_node)
 
-        def begun(layer: int) -> ExpectedStepList:
-            return ExpectedStepList(rank, self._types, layer, GPU_LIBRARIES)
+        def begun() -> ExpectedStepList:
+            return ExpectedStepList(self._mesh, part.size, self._types, GPU_LIBRARIES)
 
-        embedding, head, mean = begun(OUTSIDE), begun(OUTSIDE), begun(0)
+        embedding, head, mean = begun(), begun(), begun()
         embedding_steps(embedding, model, part)
         head_steps(head, model, part)
         layers = []
         for (is_dense, _), layer in self._layers.items():
-            layers.append(begun(layer))
+            layers.append(begun())
             counts = None if is_dense else busiest
             layer_steps(layers[-1], model, layer, part, counts, self._form, payload)
         width = PayloadBytes.of(payload, self._types.activation_bytes, model.hidden_size)
@@ -198,16 +195,15 @@ def price(
     times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
     priced = []
     for of_list in lists:
-        size = of_list.mesh.size
+        size = of_list.size
         compute, moved = np.zeros((2, len(ProjectedCause), 3, size))
         slowed, experts, bound = np.zeros((3, size))
         in_series = np.zeros(3)
         for step in of_list.steps:
-            seconds = bounds_of(times[id(step)])
+            seconds = times[id(step)].bounds
             bound += seconds[LIKELY] * (times[id(step)].basis is Basis.BOUND)
             if isinstance(step, Operation):
-                dtype = law_dtype(types, step)
-                for cause, share in cause_shares(step, profile.device, dtype, types.weights):
+                for cause, share in cause_shares(step, profile.device, types):
                     compute[_PLACE[cause]] += seconds * share
                 experts += seconds[LIKELY] * (step.kind is Kind.EXPERTS)
             else:
@@ -228,7 +224,7 @@ def _operation_times(
     for of_list in lists:
         for step in of_list.steps:
             if isinstance(step, Operation):
-                alike[step.kind, law_dtype(types, step)].append((step, of_list.mesh.size))
+                alike[step.kind, law_dtype(types, step)].append((step, of_list.size))
     found = {}
     for (kind, dtype), operations in alike.items():
         sizes = {
@@ -245,9 +241,7 @@ def _operation_times(
 
 def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
     """By the id of a transfer; both hops of a hierarchical dispatch together."""
-    by_list = [
-        [step for step in of_list.steps if isinstance(step, ExpectedTransfer)] for of_list in lists
-    ]
+    by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
     transfers = [transfer for of_list in by_list for transfer in of_list]
     times = links.times_of(transfers)
     found = {id(transfer): each for transfer, each in zip(transfers, times, strict=True)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expertlane.cost.kv_transfer import ModelledKVTransfers
+from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
@@ -136,7 +136,7 @@ class TwoPoolSearch:
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""
-        transfers = ModelledKVTransfers(
+        transfers = KVTransfers(
             self._request.model,
             self._request.setting.types,
             prefill,

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.cost.kv_transfer import ModelledKVTransfers
+from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
@@ -164,7 +164,7 @@ class Simulator:
             served = serve(pools[0].pool, shortened, load.batch, on_finished=on_finished)
         else:
             prefill, decode = pools
-            transfers = ModelledKVTransfers(
+            transfers = KVTransfers(
                 self.model,
                 setup.types,
                 prefill.layout,
@@ -263,7 +263,7 @@ class Simulator:
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
-        parts = self.model, layout, builder, setup.routing, self._pricing, self._terms
+        parts = builder, setup.routing, self._pricing, self._terms
         if totals is None:
             return CostRunner(*parts)
         multi_token = MultiTokenAdapter(setup.multi_token) if drafts else None

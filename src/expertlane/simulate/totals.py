@@ -139,8 +139,7 @@ class PoolTotals:
         self._num_running = num_running
         self._num_drafts = num_drafts
         self._facts: WeakKeyDictionary[StepProgram, StepFacts] = WeakKeyDictionary()
-        device, types = pricing.profile.device, pricing.types
-        self._empty = BreakdownTable(device, types.weights, pricing.dtype)
+        self._empty = BreakdownTable(pricing.profile.device, pricing.types)
         self._table: BreakdownTable | None = None
         self._explained: Phase | None = None
 
