@@ -16,11 +16,11 @@ from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, capacity, prefi
 from expertlane.plan.candidates import MOST_DEVICES
 from expertlane.plan.project import (
     DeploymentProjector,
+    Setting,
     StepSize,
     cluster_record,
     conditions_of,
 )
-from expertlane.plan.request import Setting
 from expertlane.progress import Progress
 from expertlane.results.record import (
     EXPERIMENT,
