@@ -9,7 +9,7 @@ from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.runner import StepSharing
-from expertlane.simulate.pools import serving_record
+from expertlane.results.metrics import serving_record
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
 from expertlane.spec.deployment import Options

@@ -13,6 +13,7 @@ from expertlane.cost.routing import RoutingChoice
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.metrics import serving_record
 from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
@@ -24,7 +25,6 @@ from expertlane.results.results import Assumption, Results
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
-from expertlane.simulate.pools import serving_record
 from expertlane.simulate.setup import ServingSetup, are_apart
 from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator, roles
 from expertlane.simulate.totals import PhaseTotals
@@ -130,7 +130,7 @@ def _serving(simulator: Simulator, outcome: Outcome) -> ServingRecord:
     phases = [totals for pool in outcome.pools for totals in pool.totals.phases.values()]
     basis_s = np.sum([totals.basis_s for totals in phases], axis=0)
     return replace(
-        serving_record(outcome.served, [each.output_len for each in outcome.requests]),
+        serving_record(outcome.served),
         batch=simulator.load.batch,
         rate=simulator.load.rate,
         basis=list(Basis)[int(basis_s.argmax())].label,
@@ -154,7 +154,7 @@ def _steps(
         num_seqs=totals.num_seqs,
         wall_s=wall_s,
         tps=totals.num_tokens / wall_s,
-        step_s=Summary.between(step_s),
+        step_s=Summary.of(step_s),
         breakdown_s=dict(zip(map(str, ProjectedCause), shares.tolist(), strict=True)),
         floor_s=totals.floor_s / num,
         flops_utilisation=totals.flops_s / explained_s,

@@ -15,21 +15,23 @@ from expertlane.cost.multi_token import MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.runner import CostRunner, StepSharing
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
+from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
+from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.simulate.pools import Pool, Served, serve, serve_apart
+from expertlane.simulate.pools import Pool, serve, serve_apart
 from expertlane.simulate.setup import ServingSetup, are_apart, check_devices
 from expertlane.simulate.totals import PoolTotals
 from expertlane.spec.deployment import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.workload import Load, TimedRequest, draw_requests
+from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
@@ -59,14 +61,11 @@ class Outcome:
     """A load that was served.
 
     Attributes:
-        requests: what was asked for.
-        served: [num_requests]; a time for each step that gave a request tokens, one or, with
-            multi-token prediction, more.
+        served: [num_requests]; with multi-token prediction a step may give several tokens.
         pools: one, or the one that prefills and the one that decodes.
     """
 
-    requests: list[TimedRequest]
-    served: list[Served]
+    served: list[ServedRequest[Floats]]
     pools: tuple[SimulatedPool, ...]
 
 
@@ -178,7 +177,11 @@ class Simulator:
             )
         for each in pools:
             each.totals.close()
-        return Outcome(requests, served, pools)
+        whole = [
+            replace(each, output_len=wanted.output_len)
+            for each, wanted in zip(served, requests, strict=True)
+        ]
+        return Outcome(whole, pools)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
         """The largest prefill and the largest decode step, one after the other, with events.
@@ -337,7 +340,7 @@ class Simulator:
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 
-def _merged(of_runs: Sequence[Served]) -> Served:
+def _merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
     """A request with the times of each bound, from the run that this bound scheduled."""
     likely = of_runs[LIKELY]
     bounds = range(len(BOUNDS))
