@@ -10,8 +10,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.runner import StepSharing
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Simulator
+from expertlane.simulate.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -28,7 +28,6 @@ from expertlane.results.record import (
     TWO_POOLS,
     Conditions,
     DeploymentRecord,
-    PoolRecord,
     ServingRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
@@ -234,8 +233,7 @@ def _record(
     role: str,
     conditions: Conditions,
 ) -> DeploymentRecord:
-    capacity, (layout, options) = option.capacity, option.candidate
-    memory = capacity.memory
+    layout, options = option.candidate
     return DeploymentRecord(
         name=str(option.candidate),
         layout=layout,
@@ -243,14 +241,7 @@ def _record(
         source="projected",
         roles=(role,),
         conditions=conditions,
-        pools=(
-            PoolRecord(
-                weight_bytes=memory.weight_bytes,
-                activation_bytes=memory.activation_bytes,
-                sequence_bytes=memory.kv_bytes,
-                allowed_bytes=int(capacity.free_bytes),
-            ),
-        ),
+        pools=(option.capacity.record(),),
         serving=(replace(serving, prefill_tps=Estimate.between(steps.prefill_tps)),),
     )
 

@@ -18,7 +18,7 @@ from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Floats, HandOver, Ints
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.timeline import bounds_of
-from expertlane.memory import Capacity, capacity, prefill_step_tokens
+from expertlane.memory import Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.stage_times import ScenarioTimes, StageSteps, price
 from expertlane.plan.throughput import (
@@ -292,14 +292,8 @@ class Screen:
         prefill_tokens = prefill_step_tokens(
             layout, workload.num_sequences, workload.prompt_len, setting.step_tokens
         )
-        room = capacity(
-            model,
-            layout,
-            placements,
-            setting.types,
-            self._profile.device.memory_bytes,
-            workload.max_len,
-            prefill_tokens,
+        room = PlacedModel(model, layout, setting.types, placements).capacity(
+            self._profile.device.memory_bytes, workload.max_len, prefill_tokens
         )
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
         fan_out = self._fan_out(mesh, placement)
