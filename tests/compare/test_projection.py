@@ -11,8 +11,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import CapacityError
-from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.request import Setting
+from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.progress import Silent
 from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord
 from expertlane.results.results import Results

@@ -9,9 +9,8 @@ from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
-from expertlane.simulate.pools import serving_record
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Simulator
+from expertlane.results.metrics import serving_record
+from expertlane.simulate.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

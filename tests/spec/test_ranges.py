@@ -6,7 +6,6 @@ import pytest
 
 from expertlane.cli.options import EngineOptions, LaunchOptions, SchedulerOptions
 from expertlane.errors import SpecError, UserError
-from expertlane.plan.request import Traffic
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Cluster, Experiment
@@ -31,7 +30,6 @@ READ = (
     Routing,
     SamplingParams,
     SchedulerOptions,
-    Traffic,
     Workload,
 )
 

@@ -26,8 +26,7 @@ from expertlane.spec.ranges import take_option
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.simulate.setup import ServingSetup
-    from expertlane.simulate.simulator import Outcome, Simulator
+    from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
     from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import Load
 
@@ -119,8 +118,7 @@ def simulate(
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.setup import ServingSetup
-    from expertlane.simulate.simulator import Simulator
+    from expertlane.simulate.simulator import ServingSetup, Simulator
     from expertlane.spec.workload import check_lengths
 
     config, trace, seed = found_model.config, own.trace, load_options.seed
@@ -194,11 +192,11 @@ def _check(
     """
     from expertlane.cli.output import check_file
     from expertlane.engine.start import check_deployment
-    from expertlane.simulate.setup import check_devices
+    from expertlane.simulate.simulator import check_devices
     from expertlane.spec.deployment import Deployment
 
     check_devices(cluster, setup)
-    for layout in setup.layouts:
+    for layout in setup.pools.values():
         check_deployment(
             config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
         )

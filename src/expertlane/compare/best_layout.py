@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.errors import UserError
-from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
+from expertlane.plan.candidates import Goals, PlanRequest
+from expertlane.plan.project import Setting
 from expertlane.plan.results import finalist_record, pareto_records
 from expertlane.plan.search import OnePool, Search
 from expertlane.progress import Progress
@@ -42,11 +43,10 @@ def plan_beside(
     """
     num_seqs = workload.num_sequences
     # Prompts of one token and outputs around the context: next to nothing but decode steps.
-    around = Traffic(num_seqs, 1, 2 * context - 1)
+    around = Workload(num_seqs, 1, 2 * context - 1)
     decoding = _found(Search(PlanRequest(model, cluster, around, Goals(), setting)))
     progress.advance()
-    whole = Traffic(num_seqs, workload.prompt_len, workload.output_len)
-    search = Search(PlanRequest(model, cluster, whole, Goals(), setting))
+    search = Search(PlanRequest(model, cluster, workload, Goals(), setting))
     found = _found(search)
     progress.advance()
     rows = list(own)

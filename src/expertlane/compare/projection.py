@@ -12,15 +12,15 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError
-from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, capacity, prefill_step_tokens
+from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES
 from expertlane.plan.project import (
     DeploymentProjector,
+    Setting,
     StepSize,
     cluster_record,
     conditions_of,
 )
-from expertlane.plan.request import Setting
 from expertlane.progress import Progress
 from expertlane.results.record import (
     EXPERIMENT,
@@ -205,15 +205,7 @@ class ExperimentProjector:
             source="projected",
             is_baseline=deployment.is_baseline,
             conditions=at,
-            pools=(
-                PoolRecord(
-                    weight_bytes=room.memory.weight_bytes,
-                    activation_bytes=room.memory.activation_bytes,
-                    sequence_bytes=room.memory.kv_bytes,
-                    allowed_bytes=int(room.free_bytes),
-                    num_resident=room.max_seqs * layout.dp * layout.replicas,
-                ),
-            ),
+            pools=(replace(room.record(), num_resident=room.num_resident),),
             steps=(*prefill, *self._decode(steps, model, deployment)),
         )
 
@@ -228,19 +220,16 @@ class ExperimentProjector:
                 yield steps.step(StepSize(resident, 1, context))
 
     def _resident(self, model: ModelConfig, deployment: Deployment, context: int) -> int:
-        layout = deployment.layout
-        room = self._room(model, layout, deployment.options, context + 1)
-        return room.max_seqs * layout.dp * layout.replicas
+        room = self._room(model, deployment.layout, deployment.options, context + 1)
+        return room.num_resident
 
     def _room(
         self, model: ModelConfig, layout: Layout, options: Options, full_len: int | None = None
     ) -> Capacity:
         workload = self._experiment.workload
-        return capacity(
-            model,
-            layout,
-            placements_of(model, layout, options),
-            self._types,
+        return PlacedModel(
+            model, layout, self._types, placements_of(model, layout, options)
+        ).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
             prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),

@@ -32,6 +32,11 @@ class Workload(Strict):
         """Positions a sequence takes: the last output token is never fed back."""
         return self.prompt_len + self.output_len - 1
 
+    @property
+    def mean_context(self) -> int:
+        """Positions cached before a decode step, on average."""
+        return self.prompt_len + (self.output_len - 1) // 2
+
     def check_model(self, model: ModelConfig) -> None:
         """Check that every sequence fits the model's positions.
 
