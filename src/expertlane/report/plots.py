@@ -13,7 +13,6 @@ from expertlane.report.compared import Comparison, Row, scaling
 from expertlane.report.document import Chart, Plot, Section, Tabs, Words
 from expertlane.report.numbers import likely, milliseconds
 from expertlane.report.planning import explained, named, serving, tpot
-from expertlane.report.scaling import critical_per_rank, per_rank
 from expertlane.report.serving import phases_of
 from expertlane.report.speed import in_words, unit_of
 from expertlane.results.estimate import Estimate
@@ -221,8 +220,8 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         return []
     if source == "measured":
         curves = {
-            "wall time": [Estimate(per_rank(each, each.work)) for each in found],
-            "critical-path CPU time": [Estimate(critical_per_rank(each)) for each in found],
+            "wall time": [Estimate(each.tps_per_rank) for each in found],
+            "critical-path CPU time": [Estimate(each.critical_path_tps_per_rank) for each in found],
         }
         title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
         note = (
@@ -231,8 +230,8 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         )
     else:
         curves = {
-            "the same sequences": [each.work.tps for each in found],
-            "as many sequences a GPU": [(each.share or each.work).tps for each in found],
+            "the same sequences": [each.step.tps for each in found],
+            "as many sequences a GPU": [each.share.tps for each in found],
         }
         title, y = "Decode tokens a second by the number of GPUs", "tokens/s"
         note = (
@@ -241,7 +240,7 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         )
     points = {
         name: tuple(
-            Point(each.record.num_ranks, at, f"{each.record.name}{_fit(each.work, ', ')}")
+            Point(each.record.num_ranks, at, f"{each.record.name}{_fit(each.step, ', ')}")
             for each, at in zip(found, of_curve, strict=True)
         )
         for name, of_curve in curves.items()
