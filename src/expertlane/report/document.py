@@ -82,7 +82,7 @@ class Table:
     def of(
         cls,
         title: str,
-        columns: Sequence[Column[T]],
+        columns: Iterable[Column[T]],
         items: Iterable[T],
         source: Source | None = None,
     ) -> "Table":
@@ -145,7 +145,7 @@ class Chart:
     words: str
     spec: dict[str, Any]
     table: Table
-    legend: tuple[Legend, ...] = ()
+    legend: Sequence[Legend] = ()
     note: str = ""
     data: dict[str, Any] | None = None
 

@@ -1,6 +1,7 @@
 """How far tokens spread: on how many ranks the experts of a token are."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from expertlane.report.charts.colours import SERIES
 from expertlane.report.charts.encoding import Spec, colour, nominal, quantity, tooltip
@@ -25,13 +26,13 @@ def fan_out_chart(title: str, tokens: Mapping[str, Sequence[int]]) -> Chart | No
         name: [each[place] if place < len(each) else 0.0 for place in reached]
         for name, each in shares.items()
     }
-    names, colours = list(shares), [SERIES[place % len(SERIES)] for place in range(len(shares))]
+    legend = list(map(Legend, shares, cycle(SERIES)))
     return Chart(
         title,
         "Shares of tokens by how many ranks they reach. In the mean: "
         + "; ".join(f"{name} {figures(_mean(each))}" for name, each in shares.items())
         + ".",
-        _spec(by_place, reached, names, colours),
+        _spec(by_place, reached, legend),
         Table(
             title,
             (Heading("deployment", False), *map(Heading, ["mean", *map(str, reached)])),
@@ -40,7 +41,7 @@ def fan_out_chart(title: str, tokens: Mapping[str, Sequence[int]]) -> Chart | No
                 for name, each in by_place.items()
             ),
         ),
-        legend=tuple(Legend(*each) for each in zip(names, colours, strict=True)),
+        legend=legend,
         note="A token counts once a layer; its own rank counts if it has one of its experts.",
     )
 
@@ -50,10 +51,7 @@ def _mean(shares: Sequence[float]) -> float:
 
 
 def _spec(
-    by_place: Mapping[str, Sequence[float]],
-    reached: range,
-    names: Sequence[str],
-    colours: Sequence[str],
+    by_place: Mapping[str, Sequence[float]], reached: range, legend: Sequence[Legend]
 ) -> Spec:
     values = [
         {"deployment": name, "ranks": place, "share": share, "shown": percent(share)}
@@ -68,8 +66,8 @@ def _spec(
         "encoding": {
             "x": ranks,
             "xOffset": nominal("deployment"),
-            "y": quantity("share", "share of tokens") | {"axis": {"format": "%"}},
-            "color": colour("deployment", names, colours),
+            "y": quantity("share", "share of tokens", {"format": "%"}),
+            "color": colour("deployment", legend),
             "tooltip": tooltip(deployment="deployment", ranks="ranks", shown="tokens"),
         },
     }

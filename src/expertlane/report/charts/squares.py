@@ -52,12 +52,12 @@ def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart | None:
             "encoding": {
                 "x": _thinned("expert", len(layers[0][1])),
                 "y": _thinned("layer", len(layers)),
-                "color": {
-                    "field": "load",
-                    "type": "quantitative",
-                    "title": "times the mean",
-                    "scale": {"scheme": _SCALE, "domain": [0, max(_EVEN_IS_HALF, hottest["load"])]},
-                },
+                "color": quantity(
+                    "load",
+                    "times the mean",
+                    scheme=_SCALE,
+                    domain=[0, max(_EVEN_IS_HALF, hottest["load"])],
+                ),
                 "tooltip": tooltip(layer="layer", expert="expert", pairs="pairs", shown="load"),
             },
         },
@@ -148,10 +148,9 @@ def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[f
     squares: Spec = {
         "mark": {"type": "rect", "stroke": "--card", "strokeWidth": 0.5},
         "encoding": {
-            "x": quantity("left", f"to {what}", domain=domain, nice=False) | {"axis": axis},
+            "x": quantity("left", f"to {what}", axis, domain=domain, nice=False),
             "x2": {"field": "right"},
-            "y": quantity("top", f"from {what}", domain=domain, nice=False, reverse=True)
-            | {"axis": axis},
+            "y": quantity("top", f"from {what}", axis, domain=domain, nice=False, reverse=True),
             "y2": {"field": "bottom"},
             "color": colouring | {"legend": {"format": "~s"}},
             "tooltip": tooltip(source=f"from {what}", destination=f"to {what}", shown="payload"),
