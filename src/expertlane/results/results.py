@@ -274,17 +274,5 @@ class Results(Strict):
         return tuple(dict.fromkeys(each for each in found if each is not None))
 
 
-def one_source(records: Sequence[DeploymentRecord]) -> Source:
-    """The source of records that are to be compared.
-
-    Raises:
-        ValueError: there are none, or they are of several sources.
-    """
-    sources = {each.source for each in records}
-    if len(sources) != 1:
-        raise ValueError(f"records of {', '.join(sorted(sources)) or 'no source'} are no group")
-    return sources.pop()
-
-
 def _plain(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
