@@ -52,7 +52,7 @@ from expertlane.report.scaling import sizes_sentence
 from expertlane.report.speed import NAMED, in_words, unit_of
 from expertlane.report.time_spent import communication_share
 from expertlane.results.estimate import Estimate
-from expertlane.results.file import FILE_NAME, read
+from expertlane.results.file import read
 from expertlane.results.results import Results
 from expertlane.spec.files import write_text
 from expertlane.spec.layout import Layout
@@ -464,8 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for study.md and study.html")
     options = parser.parse_args(arguments)
     try:
-        paths = [path / FILE_NAME if path.is_dir() else path for path in options.results]
-        study = study_of([read(path) for path in paths])
+        study = study_of([read(path, "comparison") for path in options.results])
         if options.out is None:
             print(markdown.render(study), end="")
         else:

@@ -13,10 +13,10 @@ from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
 
 
-def in_terminal(results: Results, width: int, *, traffic: bool = False) -> str:
+def in_terminal(results: Results, width: int) -> str:
     """As it is printed."""
     stream = io.StringIO()
-    terminal.show(report_of(results, traffic=traffic), Console(file=stream, width=width))
+    terminal.show(report_of(results), Console(file=stream, width=width))
     return stream.getvalue()
 
 

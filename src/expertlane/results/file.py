@@ -32,18 +32,22 @@ def write(results: Results, folder: Path) -> Path:
     return write_text(folder / FILE_NAME, to_json(results))
 
 
-def read(path: Path) -> Results:
-    """Read a `results.json` of any command.
+def read(path: Path, kind: Kind | None = None) -> Results:
+    """Read a `results.json`, or that of a folder.
+
+    Args:
+        kind: the only one that is taken; records of other kinds lack some parts. None takes any.
 
     Raises:
-        UserError: the file is missing or damaged, of no known kind or another schema version, or
-            a key is unknown, missing or of another type; one line that names the place.
+        UserError: the file is missing or damaged, of no known or another kind or schema version,
+            or a key is unknown, missing or of another type; one line that names the place.
     """
     from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
 
+    path = path / FILE_NAME if path.is_dir() else path
     data = _load(path)
     try:
-        return TypeAdapter(Results).validate_json(json.dumps(data))
+        results = TypeAdapter(Results).validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -51,6 +55,9 @@ def read(path: Path) -> Results:
         raise UserError(f"{path}: {place} {what.get(first['type'], first['msg'])}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    if kind not in (None, results.kind):
+        raise UserError(f"{path} is of a {results.kind}, not of a {kind}")
+    return results
 
 
 def _load(path: Path) -> dict[str, Any]:

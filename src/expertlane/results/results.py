@@ -174,7 +174,8 @@ class Results(Strict):
         command: how a user repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
-            deployments), and `skew` of its projection; simulation: `model`, `workload`, `serving`;
+            deployments), `skew` of its projection, and `traffic` where each deployment's is to be
+            shown in detail; simulation: `model`, `workload`, `serving`;
             plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
             `ranks_per_node`.
         machine: where it was measured; None where nothing was.
@@ -254,6 +255,10 @@ class Results(Strict):
             plans=projected.plans,
             context=projected.context,
         )
+
+    def with_traffic(self) -> "Results":
+        """The same, shown with each deployment's traffic in detail."""
+        return replace(self, question=self.question | {"traffic": True})
 
     def select(
         self, source: Source, role: str | None = None, conditions: Conditions | None = None
