@@ -151,3 +151,9 @@ def test_a_layout_that_cannot_be(written: Path) -> None:
     data["deployments"][0]["layout"]["ep"] = 3
     written.write_text(json.dumps(data))
     assert "ep=3 does not divide" in complaint(written)
+
+
+def test_a_folder_and_the_only_kind_that_is_wanted(written: Path) -> None:
+    assert read(written.parent, "comparison") == read(written)
+    with pytest.raises(UserError, match=r"results\.json is of a comparison, not of a plan"):
+        read(written, "plan")

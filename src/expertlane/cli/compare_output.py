@@ -48,13 +48,15 @@ class ResultPrinter:
 
         if folder in self._projections:
             results = results.beside(self._projections[folder])
+        if self._traffic:
+            results = results.with_traffic()
         self.num_published += 1
         names = trace_names(traces)
 
         def write_traces() -> list[Path]:
             return [write_trace(folder / names[each], steps) for each, steps in traces.items()]
 
-        publish(results, folder, as_json=self._as_json, traffic=self._traffic, also=write_traces)
+        publish(results, folder, as_json=self._as_json, also=write_traces)
 
     def publish_projection(self, folder: Path, reason: str) -> None:
         """A projection alone, and why nothing was measured."""

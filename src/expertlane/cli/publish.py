@@ -38,13 +38,11 @@ def publish(
     folder: Path,
     *,
     as_json: bool,
-    traffic: bool = False,
     also: Callable[[], Sequence[Path]] = tuple,
 ) -> None:
     """Print results, write them and their reports, and say on stderr what was written.
 
     Args:
-        traffic: of a comparison, who sent what to whom.
         also: writes files of the command's own, after the results.
     """
     from expertlane.cli.output import print_json, print_message, stdout_console
@@ -53,7 +51,7 @@ def publish(
     from expertlane.results.file import to_json, write
 
     written = [write(results, folder)]  # first: what was found is kept whatever comes
-    report = report_of(results, traffic=traffic)
+    report = report_of(results)
     try:
         if as_json:
             print_json(to_json(results))

@@ -31,16 +31,23 @@ def write(results: Results, folder: Path) -> Path:
     return write_text(folder / FILE_NAME, to_json(results))
 
 
-def read(path: Path) -> Results:
-    """Read a `results.json` of any command.
+def read(path: Path, kind: Kind | None = None) -> Results:
+    """Read a `results.json`, or that of a folder.
+
+    Args:
+        kind: the only one that is taken; records of other kinds lack some parts. None takes any.
 
     Raises:
-        UserError: the file is missing or damaged, of no known kind or another schema version, or
-            a key is unknown, missing or of another type; one line that names the place.
+        UserError: the file is missing or damaged, of no known or another kind or schema version,
+            or a key is unknown, missing or of another type; one line that names the place.
     """
+    path = path / FILE_NAME if path.is_dir() else path
     data = _load(path)
     with naming(path):
-        return build(Results, data)
+        results = build(Results, data)
+    if kind not in (None, results.kind):
+        raise UserError(f"{path} is of a {results.kind}, not of a {kind}")
+    return results
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -125,18 +125,9 @@ class StepRecord:
     spell: int = 0
 
 
-def by_pipeline_stage(
-    layout: Layout, step: StepRecord
-) -> list[tuple[list[int], npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Ranks, `wall_s` and `blocked_s` [ranks, micro-batches, slots, stages] by pipeline stage."""
+def by_pipeline_stage(layout: Layout, step: StepRecord) -> dict[int, list[RankRecord]]:
+    """The records of the ranks of each pipeline stage."""
     groups = defaultdict(list)
     for record in step.records:
         groups[layout.coordinates(record.rank).pp_rank].append(record)
-    return [
-        (
-            [record.rank for record in records],
-            np.stack([record.wall_s for record in records]),
-            np.stack([record.blocked_s for record in records]),
-        )
-        for records in groups.values()
-    ]
+    return groups

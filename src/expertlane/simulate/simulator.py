@@ -30,7 +30,7 @@ from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulate.pools import Pool, serve, serve_apart
 from expertlane.simulate.totals import PoolTotals
-from expertlane.spec.deployment import DispatchTable, Options
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
