@@ -81,7 +81,7 @@ def _check(
     for load in loads:
         check_lengths(load, engine.max_model_len or found.config.max_position_embeddings)
     for layout in layouts:
-        found.check(layout, engine)
+        found.check(layout, engine.options, engine.ranks_per_node)
     if len(layouts) > 1 and is_under_torchrun():
         raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
 

@@ -132,7 +132,7 @@ def compare(
     """
     comparisons = _comparisons(experiment, own)
     from expertlane.cli.output import check_folder, is_first_process
-    from expertlane.engine.start import check_experiment
+    from expertlane.compare.machine import check_experiment
 
     for each, _ in comparisons:
         check_experiment(each)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.engine.llm import LLM
+    from expertlane.spec.deployment import Options
     from expertlane.spec.hf_config import Quantization
     from expertlane.spec.layout import Layout
     from expertlane.spec.model import ModelConfig
@@ -41,7 +42,7 @@ class FoundModel:
         chosen.check_model(self.config)
         return chosen
 
-    def check(self, layout: "Layout", engine: "EngineOptions") -> None:
+    def check(self, layout: "Layout", options: "Options", ranks_per_node: int) -> None:
         """Check what can be known before ranks are started.
 
         Raises:
@@ -50,8 +51,7 @@ class FoundModel:
         from expertlane.engine.start import check_deployment
         from expertlane.spec.deployment import Deployment
 
-        deployment = Deployment(self.name, layout, engine.options)
-        check_deployment(self.config, deployment, engine.ranks_per_node)
+        check_deployment(self.config, Deployment(self.name, layout, options), ranks_per_node)
 
     def load(
         self, layout: "Layout", engine: "EngineOptions", *, record_routing: bool = False

@@ -24,11 +24,8 @@ from expertlane.errors import SpecError, UserError
 from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
-    from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import Load
 
 _DEFAULT_BATCH = "64"
@@ -113,13 +110,13 @@ def simulate(
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
 
-    from expertlane.cli.output import command_line
+    from expertlane.cli.output import check_file, command_line
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.setup import ServingSetup
+    from expertlane.simulate.setup import ServingSetup, check_devices
     from expertlane.simulate.simulator import Simulator
     from expertlane.spec.workload import check_lengths
 
@@ -139,7 +136,11 @@ def simulate(
         **vars(scheduler),
     )
     check_lengths(load, config.max_position_embeddings)
-    _check(config, modelled, setup, trace)
+    check_devices(modelled, setup)
+    for layout in setup.layouts:
+        found_model.check(layout, setup.options, modelled.profile.ranks_per_node)
+    if trace is not None:
+        check_file("--trace", trace, "step.json")
     folder = results_folder(own.out, slug("simulate", config.name, own.cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
@@ -179,31 +180,6 @@ def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
         return MultiToken(num_drafts, acceptance or 0.0)
     except SpecError as error:
         raise SpecError(f"--mtp: {error}") from None
-
-
-def _check(
-    config: "ModelConfig",
-    cluster: "ModelledCluster",
-    setup: "ServingSetup",
-    trace: Path | None,
-) -> None:
-    """What can be known before anything is simulated.
-
-    Raises:
-        UserError: it could not be run to its end.
-    """
-    from expertlane.cli.output import check_file
-    from expertlane.engine.start import check_deployment
-    from expertlane.simulate.setup import check_devices
-    from expertlane.spec.deployment import Deployment
-
-    check_devices(cluster, setup)
-    for layout in setup.layouts:
-        check_deployment(
-            config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
-        )
-    if trace is not None:
-        check_file("--trace", trace, "step.json")
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
