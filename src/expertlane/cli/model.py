@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertlane.cli.output import task_on_stderr
+
 if TYPE_CHECKING:
     from expertlane.cli.options import EngineOptions, ProjectionOptions
     from expertlane.cost.laws.profile_file import ModelledCluster
@@ -62,7 +64,6 @@ class FoundModel:
             UserError: it cannot be laid out so, or does not fit.
             RankError: a rank died, hung or failed.
         """
-        from expertlane.cli.output import task_on_stderr
         from expertlane.engine.llm import LLM
 
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
