@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertlane.cli.output import task_on_stderr
+
 if TYPE_CHECKING:
     from expertlane.cli.options import EngineOptions, ProjectionOptions
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.engine.llm import LLM
+    from expertlane.spec.deployment import Options
     from expertlane.spec.hf_config import Quantization
     from expertlane.spec.layout import Layout
     from expertlane.spec.model import ModelConfig
@@ -41,7 +44,7 @@ class FoundModel:
         chosen.check_model(self.config)
         return chosen
 
-    def check(self, layout: "Layout", engine: "EngineOptions") -> None:
+    def check(self, layout: "Layout", options: "Options", ranks_per_node: int) -> None:
         """Check what can be known before ranks are started.
 
         Raises:
@@ -50,8 +53,7 @@ class FoundModel:
         from expertlane.engine.start import check_deployment
         from expertlane.spec.deployment import Deployment
 
-        deployment = Deployment(self.name, layout, engine.options)
-        check_deployment(self.config, deployment, engine.ranks_per_node)
+        check_deployment(self.config, Deployment(self.name, layout, options), ranks_per_node)
 
     def load(
         self, layout: "Layout", engine: "EngineOptions", *, record_routing: bool = False
@@ -62,7 +64,6 @@ class FoundModel:
             UserError: it cannot be laid out so, or does not fit.
             RankError: a rank died, hung or failed.
         """
-        from expertlane.cli.output import task_on_stderr
         from expertlane.engine.llm import LLM
 
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"

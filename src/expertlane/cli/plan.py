@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from expertlane.cli import output
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
-from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 from expertlane.spec.ranges import parse_sizes, shown, take_option
 
@@ -46,10 +46,10 @@ class _Options:
     out: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help=f"Folder for {FILES}, and the winner as experiment.toml. Default: "
+        help=f"Folder for {output.FILES}, and the winner as experiment.toml. Default: "
         "results/plan-MODEL-CLUSTER.",
     )
-    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
 
     def __post_init__(self) -> None:
         take_option("--max-tpot-ms", self.max_tpot_ms)
@@ -73,14 +73,13 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
           --workload num_sequences=1024,prompt_len=2000,output_len=500
           the most tokens a second with at most 50 ms a token
       expertlane plan org/model --dtype float8 --routing-trace trace.npz
-          by the experts that your own workload chooses
+          by the experts that your own traffic chooses
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
     from expertlane.cli.model import find_model
-    from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
@@ -98,20 +97,20 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     types = found.number_types(projection, devices)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
-    name = slug("plan", found.config.name, devices)
-    folder = results_folder(own.out, name)
+    name = output.slug("plan", found.config.name, devices)
+    folder = output.results_folder(own.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
     request = PlanRequest(found.config, devices, workload, Goals(*seconds), setting)
-    with progress_on_stderr() as progress:
+    with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
-        command=command_line(),
+        command=output.command_line(),
         loaded=_served(found),
         experiment=str(folder / _EXPERIMENT),
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    publish(
+    output.publish(
         results, folder, as_json=own.as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)]
     )
 

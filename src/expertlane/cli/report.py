@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from expertlane.cli.output import check_folder, print_json, write_reports
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 
@@ -37,8 +38,6 @@ def report(
       expertlane report results/paper-small
       expertlane report results/paper-small/results.json --out shared
     """
-    from expertlane.cli.output import check_folder, print_json
-    from expertlane.cli.publish import write_reports
     from expertlane.report.sections import report_of
     from expertlane.results.file import read as read_results
     from expertlane.spec.printable import printable

@@ -15,7 +15,6 @@ from expertlane.memory import PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.limits import Limits
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import RANGES, take
@@ -96,19 +95,6 @@ def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node:
             f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
         )
     return placements_of(model, layout, options)
-
-
-def check_experiment(experiment: Experiment) -> None:
-    """Check all deployments of an experiment.
-
-    Raises:
-        UserError: of the first one that cannot be; the text begins with its name.
-    """
-    for deployment in experiment.deployments + experiment.scaling:
-        try:
-            check_deployment(experiment.model, deployment, experiment.cluster.ranks_per_node)
-        except UserError as error:
-            raise UserError(f"deployment {deployment.name!r}: {error}") from None
 
 
 _NUM_SHOWN = 3
