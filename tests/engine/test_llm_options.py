@@ -24,7 +24,7 @@ def stub(monkeypatch):
         return StubRunner(limits, deployment.layout, lookahead=True)
 
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "runner_for", make_runner)
+    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
     return found
 
 

@@ -17,7 +17,7 @@ from expertlane.compare.machine import deployment_limits, machine_record, measur
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalance, RebalancingRunner, StepLoad, runner_for
+from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.engine.start import describe_ranks
 from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
@@ -173,7 +173,7 @@ def _typical(
 def _drive(
     deployment: Deployment,
     scheduler: ContinuousScheduler,
-    runner: ModelRunner | RebalancingRunner,
+    runner: ModelRunner,
 ) -> Iterator[FinishedStep]:
     try:
         yield from drive(scheduler, runner)
@@ -222,13 +222,13 @@ class _Runs:
         """Of this host's cores, since the first run."""
         return self._foreign.share()
 
-    def measure(self, deployment: Deployment, run: int) -> ModelRunner | RebalancingRunner:
+    def measure(self, deployment: Deployment, run: int) -> ModelRunner:
         """Deploy, warm up, and run the workload once; gives what ran it."""
         experiment, name = self._experiment, deployment.name
         workload, progress, limits = experiment.workload, self._progress, self.limits[name]
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{name}, again" if run else name, 1 + num_tokens)
-        runner = runner_for(
+        runner = ModelRunner(
             self._pool,
             experiment.model,
             deployment,
@@ -236,7 +236,6 @@ class _Runs:
             seed=experiment.seed,
             ranks_per_node=self._ranks_per_node,
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
-            log=lambda line: None,  # results tell of it
         )
         self._held[name] = runner.held
         self._dispatch.setdefault(name, runner.dispatch_table)
@@ -248,14 +247,12 @@ class _Runs:
             steps[name].append(record)
             progress.advance(len(record.seq_ids))
         progress.done()
-        if isinstance(runner, RebalancingRunner):
-            self._rebalances[name] = rebalance_records(runner)
+        if runner.rebalancer is not None:
+            self._rebalances[name] = rebalance_records(runner.rebalancer)
         self._tokens[name] = np.array([request.output_token_ids for request in requests])
         return runner
 
-    def trace(
-        self, deployment: Deployment, runner: ModelRunner | RebalancingRunner
-    ) -> list[StepRecord]:
+    def trace(self, deployment: Deployment, runner: ModelRunner) -> list[StepRecord]:
         """A prefill and a decode step of the workload with short outputs.
 
         Of those with most tokens the one that takes about as long as most did when measured; of
@@ -304,7 +301,7 @@ class _Runs:
             scheduler.add(request)
         return scheduler, requests
 
-    def _warm_up(self, deployment: Deployment, runner: ModelRunner | RebalancingRunner) -> None:
+    def _warm_up(self, deployment: Deployment, runner: ModelRunner) -> None:
         """Short prompts and one decode step, unrecorded."""
         workload = self._experiment.workload
         short = replace(
@@ -344,18 +341,18 @@ class _Runs:
         )
 
 
-def rebalance_records(runner: RebalancingRunner) -> tuple[RebalanceRecord, ...]:
+def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
     """All decisions of a run, with the loads seen before and after."""
-    return tuple(_rebalance(each, runner) for each in runner.decisions)
+    return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
 
 
-def _rebalance(taken: Rebalance, runner: RebalancingRunner) -> RebalanceRecord:
+def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
     num_steps = taken.decision.num_steps
-    own = [each for each in runner.loads if each.replica == taken.replica]
+    own = [each for each in rebalancer.loads if each.replica == taken.replica]
     before = [each for each in own if each.step < taken.step][-num_steps:]
     after: list[StepLoad] = []
     if taken.switched is not None:
-        later = [each for each in runner.decisions if each.replica == taken.replica]
+        later = [each for each in rebalancer.decisions if each.replica == taken.replica]
         ends = [each.switched for each in later if (each.switched or 0) > taken.switched]
         until = min((end for end in ends if end is not None), default=own[-1].step + 1)
         after = [each for each in own if taken.switched <= each.step < until][:num_steps]

@@ -16,9 +16,8 @@ from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
 from expertlane.engine.hub import resolve_model
-from expertlane.engine.model_runner import RoutingRecorder, moe_layers
+from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import runner_for
 from expertlane.engine.shared_engine import SharedEngine, Waiter
 from expertlane.engine.start import (
     check_checkpoint,
@@ -145,26 +144,22 @@ class LLM:
             self.limits = with_blocks(
                 wanted, num_blocks, self.model, chosen, placements, self.machine
             )
-            runner = self._load(deployment, seed, ranks_per_node)
+            runner = ModelRunner(
+                pool,
+                self.model,
+                deployment,
+                self.limits,
+                seed=seed,
+                ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
+                checkpoint=self._folder,
+                log=_print_to_stderr,
+            )
             self._routing = RoutingRecorder(self.model) if record_routing else None
             self.engine = self._put_scheduler_before(runner, deployment, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close()
             raise
-
-    def _load(self, deployment: Deployment, seed: int, ranks_per_node: int) -> Runner[Any]:
-        """Load the model on the ranks."""
-        return runner_for(
-            self._pool,
-            self.model,
-            deployment,
-            self.limits,
-            seed=seed,
-            ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
-            checkpoint=self._folder,
-            log=_print_to_stderr,
-        )
 
     def _put_scheduler_before(
         self, runner: Runner[Any], deployment: Deployment, eos_token_ids: frozenset[int]
