@@ -18,7 +18,7 @@ from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
 from expertlane.engine.hub import resolve_model
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
-from expertlane.engine.shared_engine import SharedEngine, Waiter
+from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.start import (
     check_checkpoint,
     check_deployment,
@@ -232,7 +232,7 @@ class LLM:
         """
         outputs = self._add(prompts, params)
         try:
-            self._shared.wait(Waiter(_all_finished(outputs)))
+            self._shared.wait(_all_finished(outputs))
         except BaseException:
             self._cancel(outputs)
             raise
@@ -253,11 +253,10 @@ class LLM:
         outputs = self._add(prompts, params, arrived)
         places = {output.request_id: place for place, output in enumerate(outputs)}
         num_unfinished = len(outputs)
-        waiter = Waiter(lambda: bool(arrived))
         try:
             while num_unfinished:
                 if not arrived:
-                    self._shared.wait(waiter)
+                    self._shared.wait(lambda: bool(arrived))
                 chunk = arrived.popleft()
                 num_unfinished -= chunk.finish_reason is not None
                 yield places[chunk.request_id], chunk

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.engine.commands import Command
 from expertlane.engine.messages import (
     Channel,
-    CommandDecoder,
+    Decoder,
     Failure,
     FailureKind,
     Heartbeat,
@@ -136,7 +138,7 @@ def serve(
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
     sender = _Sender(channel)
-    commands = CommandDecoder(handlers)
+    commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     try:
         progress = _open_board(settings, sender).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
@@ -163,7 +165,7 @@ def serve(
     return 1
 
 
-def _next_command(channel: Channel, commands: CommandDecoder) -> Command[Any] | None:
+def _next_command(channel: Channel, commands: Decoder[Command[Any]]) -> Command[Any] | None:
     """None when the launcher is done, or gone."""
     try:
         message = channel.receive()
