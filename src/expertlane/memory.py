@@ -8,7 +8,7 @@ from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.kv_transfer import held_kv_width
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.errors import CapacityError
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import ModelConfig

@@ -9,8 +9,7 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout

@@ -25,7 +25,7 @@ from expertlane.cost.step.program import PartProgram, ProgramBuilder, StepProgra
 from expertlane.cost.step.totals import RankCounts, count
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchMode, DispatchRow, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Traffic

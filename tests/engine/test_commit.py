@@ -19,8 +19,7 @@ from expertlane.engine.stage import DeployedStage
 from expertlane.model.sampler import Sampler
 from expertlane.model.transformer import HeadResult
 from expertlane.schedule.drive import DriveLoop
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

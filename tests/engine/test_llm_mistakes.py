@@ -8,8 +8,8 @@ import pytest
 
 import expertlane
 from expertlane.engine import llm as llm_module
+from expertlane.engine.launch import check_experiment
 from expertlane.engine.llm import LLM, _as_list
-from expertlane.engine.start import check_experiment
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment

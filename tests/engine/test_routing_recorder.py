@@ -13,9 +13,8 @@ from expertlane.errors import UserError
 from expertlane.model import reference as reference_module
 from expertlane.moe.reference import moe_block, router_logits
 from expertlane.schedule.drive import FinishedStep, drive
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import PRESETS

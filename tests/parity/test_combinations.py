@@ -21,9 +21,8 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.errors import SpecError
 from expertlane.model.reference import ReferenceRun
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout

@@ -132,7 +132,7 @@ def compare(
     """
     comparisons = _comparisons(experiment, own)
     from expertlane.cli.output import check_folder, is_first_process
-    from expertlane.engine.start import check_experiment
+    from expertlane.engine.launch import check_experiment
 
     for each, _ in comparisons:
         check_experiment(each)
@@ -173,7 +173,7 @@ def _measure(
     from expertlane.cli.output import command_line, progress_on_stderr, task_on_stderr
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
-    from expertlane.engine.start import start_pool
+    from expertlane.engine.launch import start_pool
 
     num_ranks = max(each.num_ranks for each, _ in comparisons)
     with task_on_stderr(f"starting {num_ranks} ranks"):
@@ -203,7 +203,7 @@ def _with_checked_checkpoint(
     Raises:
         SpecError: the checkpoint does not hold what its config.json says.
     """
-    from expertlane.engine.start import check_checkpoint
+    from expertlane.engine.launch import check_checkpoint
 
     first = comparisons[0][0]  # they differ in experts per token alone
     if first.checkpoint is None:
@@ -230,7 +230,7 @@ def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -
 
 def _comparisons(argument: str, own: _Options) -> list[tuple["Experiment", Path]]:
     """What to run, and the folder of each; all checked before the first one runs."""
-    from expertlane.engine.hub import resolve_model
+    from expertlane.engine.checkpoint_folder import resolve_model
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)

@@ -193,7 +193,7 @@ def _check(
         UserError: it could not be run to its end.
     """
     from expertlane.cli.output import check_file
-    from expertlane.engine.start import check_deployment
+    from expertlane.engine.launch import check_deployment
     from expertlane.simulate.setup import check_devices
     from expertlane.spec.deployment import Deployment
 

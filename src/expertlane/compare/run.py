@@ -15,10 +15,10 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import deployment_limits, machine_record, measure_peak
 from expertlane.engine.commands import HeldBytes, RankMachine
+from expertlane.engine.launch import describe_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
-from expertlane.engine.start import describe_ranks
 from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress

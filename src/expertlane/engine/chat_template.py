@@ -35,8 +35,7 @@ _MAX_EXPANSION = 4
 # Isolated: neither the working directory nor the environment decides what is imported. Packages
 # outside the standard library come from where this process has them.
 _PROGRAM = (
-    "import sys; sys.path += sys.argv[1:]; "
-    "from expertlane.engine.template_process import serve; serve()"
+    "import sys; sys.path += sys.argv[1:]; from expertlane.engine.chat_sandbox import main; main()"
 )
 _PACKAGES = ("expertlane", "jinja2", "markupsafe")
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # all that it gets: others may be secrets

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Generic
 
-from expertlane.engine.detokenizer import IncrementalDetokenizer
-from expertlane.engine.tokenizer import Tokenizer
+from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome

@@ -17,13 +17,13 @@ from expertlane.engine.commands import (
     StageSpec,
 )
 from expertlane.engine.dispatch_timing import modes_of, time_dispatch
+from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.start import check_deployment
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs

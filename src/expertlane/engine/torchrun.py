@@ -18,7 +18,8 @@ import msgspec
 
 from expertlane.engine.fork_server import end_with_parent, python_command
 from expertlane.engine.local_ranks import RunFiles
-from expertlane.engine.meeting import (
+from expertlane.engine.messages import Channel
+from expertlane.engine.rendezvous import (
     CONNECT_TIMEOUT_S,
     RankAcceptor,
     handshake,
@@ -26,7 +27,6 @@ from expertlane.engine.meeting import (
     listen,
     new_secret,
 )
-from expertlane.engine.messages import Channel
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

@@ -19,8 +19,8 @@ from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulate.pools import Pool, Served, serve, serve_apart
 from expertlane.simulate.setup import ServingSetup, are_apart, check_devices

@@ -26,7 +26,7 @@ _MAX_ERROR_CHARACTERS = 500
 _PIECE_BYTES = 2**20
 
 
-def serve() -> None:
+def main() -> None:
     """Answer until the connection is closed: first a template with its limits, then its chats."""
     requests = _requests(os.getppid())
     given = json.loads(next(requests))

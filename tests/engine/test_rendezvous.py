@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from expertlane.engine import meeting
-from expertlane.engine.meeting import RankAcceptor, handshake, hash_of, listen, new_secret
+from expertlane.engine.rendezvous import RankAcceptor, handshake, hash_of, listen, new_secret
 from expertlane.errors import RankError, UserError
 
 NUM_RANKS = 3

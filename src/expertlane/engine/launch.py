@@ -13,7 +13,7 @@ from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_ran
 from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import fit_cache
 from expertlane.model.stored_tensors import StoredTensors
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
