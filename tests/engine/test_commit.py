@@ -76,7 +76,10 @@ class TokenStage(DeployedStage):
             if yields:
                 seq_ids.append(seq)
                 logits.append(self._logits(known))
-        part, rows = SimpleNamespace(yielding_seq_ids=seq_ids), torch.cat(logits)
+        part, rows = (
+            SimpleNamespace(batch=SimpleNamespace(yielding_seq_ids=seq_ids)),
+            torch.cat(logits),
+        )
         return [(part, HeadResult(None, rows, rows))]
 
     def _logits(self, known):

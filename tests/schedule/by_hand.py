@@ -40,10 +40,7 @@ def add(scheduler: ContinuousScheduler, *requests: Request) -> tuple[Request, ..
 def answer(scheduler: ContinuousScheduler, plan: StepPlan, token: int = 7) -> None:
     """Finish a step: every sequence that yields a token yields `token`."""
     yielding = [
-        seq
-        for batches in plan.micro_batches
-        for batch in batches
-        for seq in batch.seq_ids[batch.yields_token].tolist()
+        seq for batches in plan.micro_batches for batch in batches for seq in batch.yielding_seq_ids
     ]
     scheduler.commit(plan, StepOutcome(dict.fromkeys(yielding, token), {}, (), 0.0, 0.0))
 

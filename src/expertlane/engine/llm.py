@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from numbers import Integral
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -28,7 +27,6 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
-from expertlane.schedule.plan import Runner
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
@@ -144,26 +142,31 @@ class LLM:
             self.limits = with_blocks(
                 wanted, num_blocks, self.model, chosen, placements, self.machine
             )
-            runner = ModelRunner(
-                pool,
-                self.model,
-                deployment,
-                self.limits,
-                seed=seed,
-                ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
-                checkpoint=self._folder,
-                log=_print_to_stderr,
-            )
             self._routing = RoutingRecorder(self.model) if record_routing else None
-            self.engine = self._put_scheduler_before(runner, deployment, eos_token_ids)
+            self.engine = self._make_engine(deployment, seed, ranks_per_node, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close()
             raise
 
-    def _put_scheduler_before(
-        self, runner: Runner[Any], deployment: Deployment, eos_token_ids: frozenset[int]
+    def _make_engine(
+        self,
+        deployment: Deployment,
+        seed: int,
+        ranks_per_node: int,
+        eos_token_ids: frozenset[int],
     ) -> Engine[Any]:
+        """Load the model on the ranks, and put a scheduler before it."""
+        runner = ModelRunner(
+            self._pool,
+            self.model,
+            deployment,
+            self.limits,
+            seed=seed,
+            ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
+            checkpoint=self._folder,
+            log=_print_to_stderr,
+        )
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,
@@ -177,18 +180,13 @@ class LLM:
             runner,
             eos_token_ids=eos_token_ids,
             tokenizer=self.tokenizer,
-            on_commit=self._routing.add if self._routing is not None else None,
+            on_commit=None if self._routing is None else self._routing.add,
         )
 
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

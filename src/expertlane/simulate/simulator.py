@@ -19,6 +19,7 @@ from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -213,17 +214,8 @@ class Simulator:
     def _traced(self, place: int, plan: StepPlan) -> StepRecord:
         runner = self._runner(place)
         done = runner.collect(runner.submit(replace(plan, record=True, record_events=True)))
-        batches = [batch for part in plan.micro_batches for batch in part]
-        return StepRecord(
-            phase=plan.phase,
-            replica=plan.replica,
-            num_micro_batches=len(plan.micro_batches),
-            seq_ids=tuple(seq for batch in batches for seq in batch.seq_ids.tolist()),
-            num_tokens=sum(batch.num_tokens for batch in batches),
-            submitted_s=done.submitted_s,
-            finished_s=done.finished_s,
-            records=done.records,
-        )
+        seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
+        return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
     def _pool(self, place: int, lead: int) -> SimulatedPool:
         layout, limits = self.setup.layouts[place], self._limits[place]
