@@ -47,9 +47,9 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import TraceRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.start import start_pool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout

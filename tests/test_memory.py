@@ -11,7 +11,7 @@ from expertlane.errors import CapacityError
 from expertlane.memory import PlacedModel, RankMemory, workload_limits
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -9,7 +9,7 @@ from expertlane.cost.kv_transfer import held_kv_width
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import (

@@ -12,8 +12,8 @@ import pytest
 
 import expertlane.compare
 import expertlane.compare.machine
+import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
-import expertlane.engine.start
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
@@ -87,7 +87,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(package, name, module, raising=False)
 
-    monkeypatch.setattr(expertlane.engine.start, "start_pool", fake.start_pool)
+    monkeypatch.setattr(expertlane.engine.launch, "start_pool", fake.start_pool)
     install(
         expertlane.compare,
         "run",

@@ -17,7 +17,7 @@ from expertlane.compare.machine import check_memory, measure_peak
 from expertlane.compare.run import run_comparison
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine
-from expertlane.engine.start import fit_to_machine
+from expertlane.engine.launch import fit_to_machine
 from expertlane.errors import CapacityError
 from expertlane.memory import PlacedModel, workload_limits
 from expertlane.progress import Silent

@@ -12,8 +12,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout

@@ -26,7 +26,7 @@ from expertlane.cost.step.totals import count
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.results.step_record import RankCounts
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
     Deployment,

@@ -6,7 +6,7 @@ import pytest
 
 from expertlane.cli.options import EngineOptions, LaunchOptions, SchedulerOptions
 from expertlane.errors import SpecError, UserError
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.layout import Layout

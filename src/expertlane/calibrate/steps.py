@@ -34,8 +34,8 @@ from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import HandleT, Runner
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

@@ -95,7 +95,7 @@ def _checked(own: _Options) -> Path:
 
 def _measure(own: _Options) -> "tuple[Calibration, Profile]":
     from expertlane.calibrate.run import Calibration, num_devices
-    from expertlane.engine.start import start_pool
+    from expertlane.engine.launch import start_pool
 
     num_ranks = own.ranks or num_devices()
     pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype)

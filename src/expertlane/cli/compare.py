@@ -213,7 +213,7 @@ def _measure(
     """
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
-    from expertlane.engine.start import start_pool
+    from expertlane.engine.launch import start_pool
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
@@ -262,7 +262,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
     Raises:
         SpecError: the checkpoint does not hold what its config.json says.
     """
-    from expertlane.engine.start import check_checkpoint
+    from expertlane.engine.launch import check_checkpoint
 
     first = comparisons[0].experiment  # they differ in experts per token alone
     if first.checkpoint is None:
@@ -280,7 +280,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
 
 def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
     """All checked before the first one runs."""
-    from expertlane.engine.hub import resolve_model
+    from expertlane.engine.checkpoint_folder import resolve_model
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)

@@ -50,7 +50,7 @@ class FoundModel:
         Raises:
             UserError: experts cannot be placed or reached so.
         """
-        from expertlane.engine.start import check_deployment
+        from expertlane.engine.launch import check_deployment
         from expertlane.spec.deployment import Deployment
 
         check_deployment(self.config, Deployment(self.name, layout, options), ranks_per_node)
@@ -114,7 +114,7 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
     Raises:
         UserError: there is none, or its configuration cannot be read.
     """
-    from expertlane.engine.hub import resolve_model
+    from expertlane.engine.checkpoint_folder import resolve_model
     from expertlane.spec.from_hf import read_model
     from expertlane.spec.hf_config import quantization_of, read_config
     from expertlane.spec.model import PRESETS

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import MeasureRates, RankMachine
+from expertlane.engine.launch import check_deployment, describe_ranks, fit_to_machine
 from expertlane.engine.pool import RankPool
-from expertlane.engine.start import check_deployment, describe_ranks, fit_to_machine
 from expertlane.errors import CapacityError, naming
 from expertlane.memory import workload_limits
 from expertlane.ops import host
 from expertlane.results.results import Machine, MachinePeak
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")

@@ -15,9 +15,10 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
 from expertlane.engine.commands import HeldBytes
+from expertlane.engine.launch import describe_ranks
+from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalance, RebalancingRunner, StepLoad, runner_for
-from expertlane.engine.start import describe_ranks
+from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
@@ -35,8 +36,7 @@ from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import find_bottleneck
 from expertlane.results.timeline import StepTimeline, timelines_of
 from expertlane.schedule.drive import drive, step_records
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
@@ -207,7 +207,7 @@ class _Deployed:
         workload = experiment.workload
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{name}, again" if run else name, 1 + num_tokens)
-        self._runner = runner_for(
+        self._runner = ModelRunner(
             self._pool,
             experiment.model,
             self.deployment,
@@ -215,7 +215,6 @@ class _Deployed:
             seed=experiment.seed,
             ranks_per_node=self._ranks_per_node,
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
-            log=lambda line: None,  # results tell of it
         )
         if run == 0:
             self._dispatch = self._runner.dispatch_table
@@ -300,23 +299,23 @@ class _Deployed:
             self._tokens,
             roles=(role,),
             num_tokens_per_expert=num_tokens_per_expert([*chain(*steps.values())]),
-            rebalances=rebalance_records(runner) if isinstance(runner, RebalancingRunner) else (),
+            rebalances=rebalance_records(runner.rebalancer) if runner.rebalancer else (),
             dispatch_table=self._dispatch,
         )
 
 
-def rebalance_records(runner: RebalancingRunner) -> tuple[RebalanceRecord, ...]:
+def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
     """All decisions of a run, with the loads seen before and after."""
-    return tuple(_rebalance(each, runner) for each in runner.decisions)
+    return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
 
 
-def _rebalance(taken: Rebalance, runner: RebalancingRunner) -> RebalanceRecord:
+def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
     num_steps = taken.decision.num_steps
-    own = [each for each in runner.loads if each.replica == taken.replica]
+    own = [each for each in rebalancer.loads if each.replica == taken.replica]
     before = [each for each in own if each.step < taken.step][-num_steps:]
     after: list[StepLoad] = []
     if taken.switched is not None:
-        later = [each for each in runner.decisions if each.replica == taken.replica]
+        later = [each for each in rebalancer.decisions if each.replica == taken.replica]
         ends = [each.switched for each in later if (each.switched or 0) > taken.switched]
         until = min((end for end in ends if end is not None), default=own[-1].step + 1)
         after = [each for each in own if taken.switched <= each.step < until][:num_steps]

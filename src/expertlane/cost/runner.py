@@ -212,8 +212,7 @@ class CostRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Let time pass until a step is finished, and take its outcome."""
         self.wait_until(handle.finished_s)
-        batches = [batch for part in handle.plan.micro_batches for batch in part]
-        seq_ids = [seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()]
+        seq_ids = [seq for batch in handle.plan.batches for seq in batch.yielding_seq_ids]
         return StepOutcome(
             token_ids=dict.fromkeys(seq_ids, MADE_UP_TOKEN),
             logits={},
@@ -229,7 +228,7 @@ class CostRunner:
             return KnownWork(program, self._pricing.work(program))
 
         known = make() if self._sharing is None else self._sharing.find(plan, make)
-        self._num_tokens += sum(batch.num_tokens for part in plan.micro_batches for batch in part)
+        self._num_tokens += sum(batch.num_tokens for batch in plan.batches)
         return known
 
     def _run(self, timeline: Timeline, known: KnownWork, plan: StepPlan) -> StepTimes:

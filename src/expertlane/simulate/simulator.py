@@ -24,9 +24,9 @@ from expertlane.memory import FREE_SHARE, PlacedModel, RankMemory
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
-from expertlane.schedule.drive import FinishedStep, step_records
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulate.pools import Pool, serve, serve_apart
 from expertlane.simulate.totals import PoolTotals
@@ -273,10 +273,8 @@ class Simulator:
     def _traced(self, ranks: PoolRanks, plan: StepPlan) -> StepRecord:
         runner = self._runner(ranks)
         done = runner.collect(runner.submit(replace(plan, record=True, record_events=True)))
-        (step,) = step_records([FinishedStep(plan, done)])
-        batches = [batch for part in plan.micro_batches for batch in part]
-        seq_ids = [seq for batch in batches for seq in batch.seq_ids.tolist()]
-        return replace(step, seq_ids=tuple(seq_ids))
+        seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
+        return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
     def _pool(self, ranks: PoolRanks, lead: int) -> SimulatedPool:
         limits = self._scheduled(ranks.limits)

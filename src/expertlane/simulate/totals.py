@@ -81,7 +81,7 @@ class PhaseTotals:
 
     def add(self, plan: StepPlan, seconds: Floats, num_drafts: int) -> None:
         """One more step, whose facts are in `facts`."""
-        batches = [batch for part in plan.micro_batches for batch in part]
+        batches = plan.batches
         num_tokens = sum(batch.num_tokens for batch in batches)
         if num_drafts:
             is_decode = [
@@ -174,7 +174,7 @@ class PoolTotals:
 
 def _phase(plan: StepPlan) -> Phase:
     """Prefill if it computes any prompt; a sequence that came with its keys and values has none."""
-    batches = [batch for part in plan.micro_batches for batch in part]
+    batches = plan.batches
     is_decode = all((batch.num_scheduled_tokens == 1).all() for batch in batches)
     return Phase.DECODE if is_decode else Phase.PREFILL
 

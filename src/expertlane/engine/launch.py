@@ -13,7 +13,7 @@ from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_ran
 from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
