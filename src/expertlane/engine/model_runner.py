@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter
+from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.commands import (
     Deploy,
     DiscardSteps,
@@ -186,15 +186,7 @@ class RoutingRecorder:
         Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
         order of computation: the same in all layers, since all stages cut a plan's batches alike.
         """
-        model = self._model
-        writer = RoutingTraceWriter(
-            model.name, model.num_experts, model.num_experts_per_tok, self._moe_layers
-        )
-        for step, of_ranks in self._kept:
-            for of_rank in of_ranks:
-                for layer, topk_ids in of_rank.items():
-                    writer.add(step, layer, topk_ids)
-        return writer.trace()
+        return RoutingTrace.of_steps(self._model, self._moe_layers, self._kept)
 
 
 def moe_layers(model: ModelConfig) -> list[int]:
