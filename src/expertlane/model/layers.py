@@ -15,7 +15,7 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.dispatch import Dispatcher, LocalDispatcher, ReplicaChoice
+from expertlane.moe.dispatch import Dispatcher, LocalDispatcher, ReplicaChoice, RoutedTokens
 from expertlane.moe.experts import Experts, route
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
@@ -75,8 +75,6 @@ class DecoderLayer:
         x = x + (yield from self._attend(x, batch, cache))
         self._recorder.enter(Stage.ROUTER, self.index)
         hidden = self._ops.rms_norm(x, self._mlp_norm, self._eps)
-        if isinstance(self.block, MLP):
-            return x + (yield from self.block.forward(hidden, batch.tokens_of_tp_rank))
         return x + (yield from self.block.forward(hidden, batch))
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
@@ -134,20 +132,12 @@ class MLP:
         self._tp, self._recorder = mesh.tp, mesh.recorder
         self._layer = layer
 
-    def forward(self, x: Tensor, num_tokens_of: Sequence[int]) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns.
-
-        Args:
-            x: [num_owned, hidden_size].
-            num_tokens_of: [tp]; tokens owned by each tensor-parallel rank.
-
-        Returns:
-            [num_owned, hidden_size].
-        """
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply to the normed tokens this rank owns, [num_owned, hidden_size]."""
         enter, layer, rows = self._recorder.enter, self._layer, x
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
-            rows = yield self._tp.all_gather(x, num_tokens_of)
+            rows = yield self._tp.all_gather(x, batch.tokens_of_tp_rank)
         enter(Stage.EXPERTS, layer)
         gate = None if self._gate is None else self._gate(rows)
         out = self._down(self._activation(gate, self._up(rows)))
@@ -157,7 +147,7 @@ class MLP:
         )
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
-            out = yield self._tp.reduce_scatter(out, num_tokens_of)
+            out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)
         if self._scale is not None:
             out = out * torch.sigmoid(F.linear(x, self._scale))
         return out
@@ -255,9 +245,8 @@ class MoEBlock:
         )
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
-        rows, pairs, sent = yield from dispatcher.dispatch(
-            hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
-        )
+        tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
+        rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
         results = self.experts.apply(rows, pairs)
         if recorder.is_recording:
@@ -268,7 +257,7 @@ class MoEBlock:
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         if self._shared is not None:
-            combined = combined + (yield from self._shared.forward(hidden, batch.tokens_of_tp_rank))
+            combined = combined + (yield from self._shared.forward(hidden, batch))
         return combined
 
 
