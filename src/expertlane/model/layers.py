@@ -16,9 +16,9 @@ from expertlane.model.weights import WeightSource, taker_of
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
 from expertlane.moe.dispatch import Dispatcher, LocalDispatcher, ReplicaChoice, RoutedTokens
-from expertlane.moe.experts import Experts, route
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
+from expertlane.moe.router import route
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.products import Activation, Expert, Linear
@@ -173,7 +173,7 @@ class MoEBlock:
         self._mesh, self._recorder = mesh, mesh.recorder
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
-        self._device = source.device
+        self._device, self._ops = source.device, backend_for(source.device)
         self._forms: Sequence[DispatchForm] = ("all_to_all",)
         self._payload = Payload("model", self._recorder)
         self._place(placement)
@@ -184,7 +184,7 @@ class MoEBlock:
         self._router_bias = take("router_bias") if routing.router_bias else None
         self._correction = take("correction_bias") if routing.correction_bias else None
         held = [self._build_expert(model, source, expert) for expert in self._local]
-        self.experts = Experts(held, activation_of(model))
+        self.experts = self._ops.experts(held, activation_of(model))
         self._shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
             scaled = model.shared_expert_gate
@@ -213,10 +213,10 @@ class MoEBlock:
         own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
         held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
         self._place(placement)
-        self.experts = Experts(held, self.experts.activation)
+        self.experts = self._ops.experts(held, self.experts.activation)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
-        at, ops = self._mesh.at, backend_for(source.device)
+        at, ops = self._mesh.at, self._ops
         inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
 
         def take(part: str, rows: range = inner) -> Tensor:
@@ -248,7 +248,7 @@ class MoEBlock:
         tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts.apply(rows, pairs)
+        results = self.experts(rows, pairs)
         if recorder.is_recording:
             num_tokens: list[int] = pairs.counts.tolist()
             recorder.count_compute(*self.experts.compute_cost(num_tokens))
