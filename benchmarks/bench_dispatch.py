@@ -37,7 +37,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine.worker import RankContext
 from expertlane.model.layers import make_dispatcher
-from expertlane.moe.dispatch import Dispatcher, ReplicaChoice, RoutedTokens
+from expertlane.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
 from expertlane.moe.payload import Payload
 from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
@@ -110,7 +110,7 @@ def measure(
     recorder = Recorder(context.rank, 1, 1, context.progress, HostClock(), num_ranks)
     mesh = ParallelMesh(layout, context.meshes, context.rank, per_node, recorder)
     placement = Placement.linear(NUM_EXPERTS, num_ranks)
-    choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
+    choice = CopyChooser(mesh, placement, torch.device("cpu"))
     seconds, expected = {}, naive(inputs, NUM_EXPERTS // num_ranks)
     for form in FORMS:
         dispatcher = make_dispatcher(form, mesh, placement, choice, Payload("model", recorder))

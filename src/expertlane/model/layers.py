@@ -15,7 +15,7 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.dispatch import Dispatcher, LocalDispatcher, ReplicaChoice, RoutedTokens
+from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher, RoutedTokens
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
 from expertlane.moe.router import route
@@ -198,7 +198,7 @@ class MoEBlock:
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
-        choice = ReplicaChoice(self._mesh, placement, self._device)
+        choice = CopyChooser(self._mesh, placement, self._device)
         self._dispatchers = {
             form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
             for form in self._forms
@@ -265,7 +265,7 @@ def make_dispatcher(
     form: DispatchForm,
     mesh: ParallelMesh,
     placement: Placement,
-    choice: ReplicaChoice,
+    choice: CopyChooser,
     payload: Payload,
 ) -> Dispatcher:
     """Of what the form comes down to on the layout."""

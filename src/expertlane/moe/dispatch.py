@@ -21,7 +21,7 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.products import PairGroups
 
 
-class ReplicaChoice:
+class CopyChooser:
     """Which copy of its expert computes each of a rank's pairs, as `balance.copies` defines it.
 
     It depends on the batch alone.
@@ -94,7 +94,7 @@ class Dispatcher(ABC):
     """One form on one rank."""
 
     def __init__(
-        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
+        self, mesh: ParallelMesh, placement: Placement, choice: CopyChooser, payload: Payload
     ) -> None:
         self._mesh = mesh
         self._payload = payload
