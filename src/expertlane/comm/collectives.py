@@ -45,13 +45,14 @@ class Pending:
         self,
         recorder: Recorder,
         works: Sequence[Any],
-        finish: Callable[[], Tensor],
-        keep: Tensor | None,
+        received: Tensor,
+        sent: Tensor | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._recorder = recorder
         self._works = works
-        self._finish = finish
-        self._keep = keep  # the sent buffer must outlive the transfer
+        self._received, self._finish = received, finish
+        self._sent = sent  # must outlive the transfer
         self._stage, self._layer = recorder.stage, recorder.layer
 
     def wait(self) -> Tensor:
@@ -67,8 +68,8 @@ class Pending:
                 for work in self._works:
                     work.wait()
             self._recorder.end_wait(begin)
-        self._keep = None
-        return self._finish()
+        self._sent = None
+        return self._received if self._finish is None else self._finish(self._received)
 
 
 class Group:
@@ -111,7 +112,7 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int,
-        finish: Callable[[Tensor], Tensor] = lambda received: received,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Pending:
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
@@ -126,7 +127,7 @@ class Group:
                 group=self._process_group,
                 async_op=True,
             )
-        return Pending(self._recorder, [work], lambda: finish(received), rows)
+        return Pending(self._recorder, [work], received, rows, finish)
 
     def all_to_all(
         self,
@@ -146,7 +147,7 @@ class Group:
             [sum(receive), width] when waited for.
         """
         if self.size == 1:
-            return Pending(self._recorder, (), lambda: rows, None)
+            return Pending(self._recorder, (), rows)
         return self._exchange(rows, send, receive, metadata_bytes)
 
     def all_gather(
@@ -161,7 +162,7 @@ class Group:
             [sum(num_rows_of), width] when waited for.
         """
         if self.size == 1:
-            return Pending(self._recorder, (), lambda: rows, None)
+            return Pending(self._recorder, (), rows)
         if max(num_rows_of) * rows.shape[1] * rows.itemsize >= _MANY_BYTES:
             return self._gather_by_sends(rows.contiguous(), num_rows_of, metadata_bytes)
         send = [rows.shape[0]] * self.size
@@ -189,7 +190,7 @@ class Group:
         with _blaming_peers():
             works = dist.batch_isend_irecv(operations)
         parts[self.rank].copy_(rows)
-        return Pending(self._recorder, works, lambda: received, rows)
+        return Pending(self._recorder, works, received, rows)
 
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
@@ -201,7 +202,7 @@ class Group:
             [num_rows_of[self.rank], width] in the dtype of `rows` when waited for.
         """
         if self.size == 1:
-            return Pending(self._recorder, (), lambda: rows, None)
+            return Pending(self._recorder, (), rows)
         own = num_rows_of[self.rank]
 
         def add_up(received: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ class Group:
         self._recorder.count_sent(Traffic.PAYLOAD, [self.ranks[to]], [rows.shape[0]], row_bytes)
         with _blaming_peers():
             work = dist.isend(rows, dst=self.ranks[to], group=self._process_group)
-        return Pending(self._recorder, [work], lambda: rows, rows)
+        return Pending(self._recorder, [work], rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
         """Begin to fill `rows` from the rank at place `source`."""
@@ -227,7 +228,7 @@ class Group:
         if rows.shape[0]:
             with _blaming_peers():
                 works = [dist.irecv(rows, src=self.ranks[source], group=self._process_group)]
-        return Pending(self._recorder, works, lambda: rows, None)
+        return Pending(self._recorder, works, rows)
 
 
 ResultT = TypeVar("ResultT")

@@ -17,7 +17,6 @@ from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore, Point
 from expertlane.engine.worker import RankContext
-from expertlane.moe.experts import Experts
 from expertlane.ops.backend import DTYPES, backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, Linear
@@ -195,12 +194,14 @@ def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
     weights = at["matrices"] * hidden * inner * dtype.itemsize
     cold_bytes = bench.cold[point.dtype].nbytes
     num_sets = max(1, min(_MOST_SETS // active, cold_bytes // (weights * active)))
-    sets = cycle([Experts([expert() for _ in range(active)], activation) for _ in range(num_sets)])
+    ops = backend_for(device)
+    held = [[expert() for _ in range(active)] for _ in range(num_sets)]
+    sets = cycle([ops.experts(each, activation) for each in held])
     pairs = at["pairs"]
     rows = torch.full((pairs, hidden), 0.5, dtype=dtype, device=device)
     ids = (torch.arange(pairs, device=device) % active).int()[:, None]
-    grouped = backend_for(device).group_pairs(ids, 0, 1, active)
-    return lambda: next(sets).apply(rows, grouped)
+    grouped = ops.group_pairs(ids, 0, 1, active)
+    return lambda: next(sets)(rows, grouped)
 
 
 def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
