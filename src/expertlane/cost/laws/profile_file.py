@@ -8,7 +8,7 @@ shipped profile over to this one's datasheet, as bounds and wider.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from expertlane.spec.names import Link
 from expertlane.spec.ranges import RANGES, shown
 
 Law = TypeVar("Law", Surface, Term)
+ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
 _PER_LOGARITHM = 1000  # of a table's numbers
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
@@ -148,13 +149,29 @@ class _Table:
 
     def basis(self) -> Basis:
         value = self.text("basis")
-        try:
-            return Basis[value.upper()]
-        except KeyError:
-            known = ", ".join(each.label for each in Basis)
+        known = {each.label: each for each in Basis}
+        if value not in known:
             raise SpecError(
-                f"{self.place('basis')} is {shown(value)}; it must be one of {known}"
-            ) from None
+                f"{self.place('basis')} is {shown(value)}; it must be one of {', '.join(known)}"
+            )
+        return known[value]
+
+    def read(self, kind: type[ReadT], named: str | None = None, **made: Any) -> ReadT:
+        """A dataclass whose fields are this table's keys.
+
+        Args:
+            named: the range of its numbers, if not that of their keys.
+            made: fields that are made of other keys.
+        """
+        for each in fields(kind):
+            if each.name in made:
+                continue
+            if each.type is float:
+                made[each.name] = self.number(each.name, named)
+            else:
+                made[each.name] = self.basis() if each.type is Basis else self.text(each.name)
+        self.end()
+        return kind(**made)
 
     def end(self) -> None:
         if self._left:
@@ -204,15 +221,7 @@ def _device(table: _Table) -> Device:
     flops = table.table("flops_per_s")
     peaks = {dtype: flops.number(dtype, "flops_per_s") for dtype in ITEM_BYTES if flops.has(dtype)}
     flops.end()
-    device = Device(
-        name=table.text("name"),
-        memory_bytes=table.number("memory_bytes"),
-        memory_bytes_per_s=table.number("memory_bytes_per_s"),
-        flops_per_s=peaks,
-        origin=table.text("origin"),
-    )
-    table.end()
-    return device
+    return table.read(Device, flops_per_s=peaks)
 
 
 def _links(tables: Mapping[str, _Table]) -> dict[Link, LinkSheet]:
@@ -221,48 +230,30 @@ def _links(tables: Mapping[str, _Table]) -> dict[Link, LinkSheet]:
         known = {link.name.lower(): link for link in Link}
         if name not in known:
             raise SpecError(f"links.{name} must be one of {', '.join(known)}")
-        links[known[name]] = LinkSheet(
-            bytes_per_s=table.number("bytes_per_s"), origin=table.text("origin")
-        )
-        table.end()
+        links[known[name]] = table.read(LinkSheet)
     return links
 
 
 def _term(table: _Table) -> Term:
-    term = Term(
-        value=table.number("value", "term"),
-        low=table.number("low", "term"),
-        high=table.number("high", "term"),
-        basis=table.basis(),
-        origin=table.text("origin"),
-    )
+    term = table.read(Term, "term")
     if not term.low <= term.value <= term.high:
         raise SpecError(
             f"{table.place('value')} must lie between low and high: "
             f"{term.low:g}, {term.value:g}, {term.high:g}"
         )
-    table.end()
     return term
 
 
 def _surface(table: _Table) -> Surface:
-    low, high = table.number("low", "correction"), table.number("high", "correction")
-    if not low <= 1 <= high:
-        raise SpecError(
-            f"{table.place('low')} and high must lie on both sides of 1: {low:g}, {high:g}"
-        )
-    axes = _axes(table)
-    place = table.place("correction_thousandths")
+    axes, place = _axes(table), table.place("correction_thousandths")
     shape = tuple(map(len, axes.values()))
-    surface = Surface(
-        axes=axes,
-        correction=_numbers(table.text("correction_thousandths"), shape, place) / _PER_LOGARITHM,
-        low=low,
-        high=high,
-        basis=table.basis(),
-        origin=table.text("origin"),
-    )
-    table.end()
+    correction = _numbers(table.text("correction_thousandths"), shape, place) / _PER_LOGARITHM
+    surface = table.read(Surface, "correction", axes=axes, correction=correction)
+    if not surface.low <= 1 <= surface.high:
+        raise SpecError(
+            f"{table.place('low')} and high must lie on both sides of 1: "
+            f"{surface.low:g}, {surface.high:g}"
+        )
     return surface
 
 
