@@ -8,7 +8,7 @@ shipped profile over to this one's datasheet, as bounds and wider.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +25,7 @@ from expertlane.spec.names import Link
 from expertlane.spec.ranges import RANGES, Strict, shown
 
 Law = TypeVar("Law", Surface, Term)
+ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
 _PER_LOGARITHM = 1000  # of a table's numbers
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
@@ -69,31 +70,12 @@ def to_toml(profile: Profile) -> str:
     """The text of a profile's file."""
     import tomli_w  # not needed to read
 
-    device = profile.device
     data = {
         "name": profile.name,
         "ranks_per_node": profile.ranks_per_node,
-        "device": {
-            "name": device.name,
-            "memory_bytes": device.memory_bytes,
-            "memory_bytes_per_s": device.memory_bytes_per_s,
-            "origin": device.origin,
-            "flops_per_s": dict(device.flops_per_s),
-        },
-        "links": {
-            link.name.lower(): {"bytes_per_s": sheet.bytes_per_s, "origin": sheet.origin}
-            for link, sheet in profile.links.items()
-        },
-        "terms": {
-            name: {
-                "value": _short(term.value),
-                "low": _short(term.low),
-                "high": _short(term.high),
-                "basis": term.basis.label,
-                "origin": term.origin,
-            }
-            for name, term in profile.terms.items()
-        },
+        "device": asdict(profile.device),
+        "links": {link.name.lower(): asdict(sheet) for link, sheet in profile.links.items()},
+        "terms": {name: _as_table(term) for name, term in profile.terms.items()},
     }
     text = tomli_w.dumps(data, indent=0)
     return text + "".join(_surface_text(*each) for each in profile.surfaces.items())
@@ -103,14 +85,7 @@ def _surface_text(name: str, surface: Surface) -> str:
     """A surface's part of the file; by hand, for axes and tables on one line a row."""
     import tomli_w
 
-    head = tomli_w.dumps(
-        {
-            "low": _short(surface.low),
-            "high": _short(surface.high),
-            "basis": surface.basis.label,
-            "origin": surface.origin,
-        }
-    )
+    head = tomli_w.dumps(_as_table(surface))
     axes = ", ".join(
         f"{axis} = [{', '.join(f'{knot:.6g}' for knot in knots)}]"
         for axis, knots in surface.axes.items()
@@ -124,8 +99,11 @@ def _surface_text(name: str, surface: Surface) -> str:
     )
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _as_table(law: Law) -> dict[str, Any]:
+    """A term, or of a surface what is no array."""
+    keys = ("value", "low", "high") if isinstance(law, Term) else ("low", "high")
+    numbers = {key: float(f"{getattr(law, key):.4g}") for key in keys}
+    return {**numbers, "basis": law.basis.label, "origin": law.origin}
 
 
 @dataclass(frozen=True)

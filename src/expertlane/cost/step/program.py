@@ -1,7 +1,9 @@
 """A step plan as programs: what every pipeline stage does with every part of a micro-batch."""
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
@@ -46,28 +48,27 @@ class Section:
 
 
 @dataclass(frozen=True, eq=False)
-class PartProgram:
-    """A part of a micro-batch on one pipeline stage."""
-
-    sections: tuple[Section, ...]
-
-    def steps(self) -> Iterator[Step]:
-        """All steps in order."""
-        return (step for section in self.sections for step in section.steps)
-
-
-@dataclass(frozen=True, eq=False)
 class StageProgram:
     """A micro-batch on one pipeline stage.
 
     Attributes:
-        parts: run in turn, switching at every transfer, where there are two.
+        parts: their layers; run in turn, switching at every transfer, where there are two.
         hand_over: to the next stage, when all parts are done; None on the last.
     """
 
     mesh: StageMesh
-    parts: tuple[PartProgram, ...]
+    parts: tuple[tuple[Section, ...], ...]
     hand_over: HandOver | None
+
+    def sections(self) -> Iterator[Section]:
+        """Those of all parts."""
+        return itertools.chain.from_iterable(self.parts)
+
+    def distinct_steps(self) -> Iterator[tuple[Step, int]]:
+        """Every step that is done, with how often: layers that do the same share theirs."""
+        shared = {id(section.steps): section.steps for section in self.sections()}
+        times = Counter(id(section.steps) for section in self.sections())
+        return ((step, times[key]) for key, steps in shared.items() for step in steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,10 @@ class StepProgram:
     """
 
     stages: tuple[tuple[StageProgram, ...], ...]
+
+    def of_stages(self) -> Iterator[StageProgram]:
+        """All micro-batches on all stages."""
+        return itertools.chain.from_iterable(self.stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +100,7 @@ class PartRouting:
     owned: Ints
 
 
+@dataclass(eq=False, repr=False)
 class ProgramBuilder:
     """Makes programs of step plans for one deployment.
 
@@ -107,46 +113,35 @@ class ProgramBuilder:
             more layer that the last stage holds, and verified in the next step (`multi_token`).
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layout: Layout,
-        placements: Placements,
-        *,
-        types: NumberTypes | None = None,
-        dispatch: DispatchTable | None = None,
-        payload: PayloadType = "model",
-        ranks_per_node: int = 8,
-        block_size: int = 16,
-        kernels: KernelSet = ENGINE,
-        num_drafts: int = 0,
-    ) -> None:
-        layout.check_model(model)
-        self.model = model
-        self.layout = layout
-        self._types = NumberTypes() if types is None else types
-        self._dispatch = DispatchTable.fixed("all_to_all") if dispatch is None else dispatch
-        self._payload = payload
-        self._ranks_per_node = ranks_per_node
-        self._block_size = block_size
-        self._kernels = kernels
-        self._num_drafts = num_drafts
-        self._choices: dict[tuple[int, int], CopyChoice] = {}  # by placement and place on nodes
-        self._meshes: dict[tuple[int, int], StageMesh] = {}
-        self._placements = placements
+    model: ModelConfig
+    layout: Layout
+    placements: Placements
+    _: KW_ONLY
+    types: NumberTypes = field(default_factory=NumberTypes)
+    dispatch: DispatchTable = field(default_factory=lambda: DispatchTable.fixed("all_to_all"))
+    payload: PayloadType = "model"
+    ranks_per_node: int = 8
+    block_size: int = 16
+    kernels: KernelSet = ENGINE
+    num_drafts: int = 0
+    _choices: dict[tuple[int, int], CopyChoice] = field(default_factory=dict, init=False)
+    _meshes: dict[tuple[int, int], StageMesh] = field(default_factory=dict, init=False)
 
-    def mesh(self, replica: int, pp_rank: int) -> StageMesh:
+    def __post_init__(self) -> None:
+        self.layout.check_model(self.model)
+
+    def _mesh(self, replica: int, pp_rank: int) -> StageMesh:
         """A pipeline stage of a replica."""
         key = replica, pp_rank
         if key not in self._meshes:
-            self._meshes[key] = StageMesh.of(self.layout, *key, self._ranks_per_node)
+            self._meshes[key] = StageMesh.of(self.layout, *key, self.ranks_per_node)
         return self._meshes[key]
 
-    def mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
+    def _mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
         """How a micro-batch runs; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
-        return self._dispatch.choose(-(-most // self.layout.tp), can_split)
+        return self.dispatch.choose(-(-most // self.layout.tp), can_split)
 
     def build(
         self,
@@ -164,10 +159,10 @@ class ProgramBuilder:
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
         for micro_batch in plan.micro_batches:
-            mode = self.mode(micro_batch)
+            mode = self._mode(micro_batch)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
-                PartSizes.of(batches, self.layout.tp, sampled, self._block_size, self._num_drafts)
+                PartSizes.of(batches, self.layout.tp, sampled, self.block_size, self.num_drafts)
                 for batches in zip(*by_dp_rank, strict=True)
                 if any(batch.num_tokens for batch in batches)
             ]
@@ -204,7 +199,7 @@ class ProgramBuilder:
                 before = before + part.owned
         stages = []
         for pp_rank in range(self.layout.pp):
-            mesh = self.mesh(replica, pp_rank)
+            mesh = self._mesh(replica, pp_rank)
             programs = []
             for (form, parts), of_parts in zip(micro_batches, routed, strict=True):
                 made = tuple(
@@ -222,8 +217,8 @@ class ProgramBuilder:
         if not parts or pp_rank == self.layout.pp - 1:
             return None
         owned = np.sum([part.owned for part in parts], axis=0)
-        there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self._ranks_per_node
-        row_bytes = self.model.hidden_size * self._types.activation_bytes
+        there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self.ranks_per_node
+        row_bytes = self.model.hidden_size * self.types.activation_bytes
         return HandOver(owned * row_bytes, there != mesh.node)
 
     def _part(
@@ -235,7 +230,7 @@ class ProgramBuilder:
         routing: PartRouting,
         *,
         record: bool,
-    ) -> PartProgram:
+    ) -> tuple[Section, ...]:
         """A part of a micro-batch on one pipeline stage."""
         model = self.model
         sections = []
@@ -243,7 +238,7 @@ class ProgramBuilder:
             sections.append(self._outside(embedding_steps, mesh, sizes))
         built: dict[object, Section] = {}
         for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
-            placement = self._placements[layer]
+            placement = self.placements[layer]
             key: object = model.window_of_layer(layer)
             if placement is not None:
                 key = key, id(placement), routing.source.sample_of(layer)
@@ -253,7 +248,7 @@ class ProgramBuilder:
         if pp_rank == self.layout.pp - 1:
             sections.append(self._outside(head_steps, mesh, sizes))
             sections += self._drafts(form, sizes, routing, mesh)
-        return PartProgram(tuple(sections))
+        return tuple(sections)
 
     def _layer(
         self,
@@ -265,7 +260,7 @@ class ProgramBuilder:
         *,
         fan_out: bool,
     ) -> Section:
-        placement, counts = self._placements[layer], None
+        placement, counts = self.placements[layer], None
         if placement is not None:
             counts = count_dispatch(
                 routing.source.topk_ids(layer, routing.first, routing.before, routing.owned),
@@ -275,12 +270,12 @@ class ProgramBuilder:
                 by_node=is_by_node_on(self.layout, form),
                 fan_out=fan_out,
             )
-        out = StepList(mesh, self._types, self._kernels)
-        layer_steps(out, self.model, layer, sizes, counts, form, self._payload)
+        out = StepList(mesh, self.types, self.kernels)
+        layer_steps(out, self.model, layer, sizes, counts, form, self.payload)
         return Section(layer, tuple(out.steps), counts)
 
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
-        key = id(placement), mesh.first_rank % self._ranks_per_node
+        key = id(placement), mesh.first_rank % self.ranks_per_node
         if key not in self._choices:
             self._choices[key] = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
         return self._choices[key]
@@ -293,7 +288,7 @@ class ProgramBuilder:
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
         last = self.model.num_hidden_layers - 1
-        for draft in range(self._num_drafts):
+        for draft in range(self.num_drafts):
             of_pass = further_drafts(sizes, draft) if draft else sizes
             if not of_pass.num_new.size:
                 return
@@ -309,6 +304,6 @@ class ProgramBuilder:
         sizes: PartSizes,
     ) -> Section:
         """Embedding or head."""
-        out = StepList(mesh, self._types, self._kernels)
+        out = StepList(mesh, self.types, self.kernels)
         steps(out, self.model, sizes)
         return Section(OUTSIDE, tuple(out.steps))
