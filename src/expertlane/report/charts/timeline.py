@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from expertlane.report.charts.colours import BUBBLE, OF_STAGE
 from expertlane.report.charts.encoding import Spec, colour, quantity, tooltip
@@ -111,7 +111,7 @@ def _chart(name: str, shown: _Shown, until_ms: float, note: str) -> Chart:
             "until_ms": until_ms,
             "stages": shown.stages,
             "tracks": shown.tracks,
-            "ranks": [_compact(rank) for rank in step.ranks],
+            "ranks": list(map(vars, step.ranks)),
         },
     )
 
@@ -163,19 +163,6 @@ def _spec(legend: list[Legend], tracks: list[str], num_ranks: int) -> Spec:
                 takes="takes",
             ),
         },
-    }
-
-
-def _compact(rank: RankTimeline) -> dict[str, Any]:
-    """Columns, as the page's script reads them."""
-    return {
-        "rank": rank.rank,
-        "track": rank.track,
-        "stage": rank.stage,
-        "layer": rank.layer,
-        "micro_batch": rank.micro_batch,
-        "begin": rank.begin_us,
-        "duration": rank.duration_us,
     }
 
 
