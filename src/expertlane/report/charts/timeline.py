@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from expertlane.report.charts.colours import BUBBLE, OF_STAGE
 from expertlane.report.charts.encoding import Spec, colour, quantity, tooltip
 from expertlane.report.document import Chart, Heading, Legend, Table, Timelines
@@ -199,11 +201,8 @@ def _table(name: str, shown: _Shown) -> Table:
     """Milliseconds of every rank by stage; stretches that overlap count each."""
     rows = []
     for rank in shown.step.ranks:
-        spent = dict.fromkeys(shown.used, 0.0)
-        for stage, duration in zip(rank.stage, rank.duration_us, strict=True):
-            if stage in spent:
-                spent[stage] += duration
-        rows.append((str(rank.rank), *(milliseconds(each / _US_PER_S) for each in spent.values())))
+        spent_us = np.bincount(rank.stage, rank.duration_us, len(shown.stages))[shown.used]
+        rows.append((str(rank.rank), *map(milliseconds, spent_us / _US_PER_S)))
     columns = tuple(map(Heading, ["rank", *(shown.stages[place] for place in shown.used)]))
     of_part = f", {_extent(shown)}" if shown.is_cut else ""
     return Table(f"{name}: ms by stage{of_part}", columns, tuple(rows))
