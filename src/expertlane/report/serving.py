@@ -269,6 +269,6 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
                 f"At most {counted(running, 'sequence')} of {wanted:,} ran at once, for want of "
                 f"{lacking}."
             )
-    num_idle = results.cluster.num_devices - record.num_ranks if results.cluster else 0
+    num_idle = results.projected_for.num_devices - record.num_ranks
     if num_idle:
         yield f"{counted(num_idle, 'device')} of the cluster stay idle."

@@ -288,12 +288,11 @@ def memory(results: Results, comparison: Comparison) -> Section:
         sentence = f"No deployment holds all {wanted:,} sequences at full length."
     else:
         sentence = f"{num_short} of {len(pools)} do not hold all {wanted:,} sequences."
-    assert results.cluster is not None, "projections have one"
     return Section(
         "Projected: memory of the fullest GPU",
         (
             Table.of("", columns, comparison.rows),
-            f"{sentence} A GPU has {bytes_si(results.cluster.memory_bytes)}, of which "
+            f"{sentence} A GPU has {bytes_si(results.projected_for.memory_bytes)}, of which "
             f"{bytes_si(pools[0].allowed_bytes or 0)} may be taken. Sequences at their full "
             "length, prompt and output.",
         ),
