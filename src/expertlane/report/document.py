@@ -101,14 +101,9 @@ class Table:
         return cls(title, headings, tuple(row for row in rows if {*row[1:]} != {NONE}))
 
     @classmethod
-    def facts(
-        cls,
-        rows: Iterable[tuple[str, ...]],
-        headings: Sequence[str] = ("what", "value"),
-        title: str = "",
-    ) -> "Table":
-        """Words alone."""
-        return cls(title, tuple(Heading(each, False) for each in headings), tuple(rows))
+    def facts(cls, rows: Iterable[tuple[str, str]], title: str = "") -> "Table":
+        """What is known, in words: a name and a value each."""
+        return cls(title, (Heading("what", False), Heading("value", False)), tuple(rows))
 
 
 @dataclass(frozen=True)

@@ -121,17 +121,14 @@ def _timelines(
 ) -> list[Words | Plot]:
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
-        timelines = {name: step.timeline for name, step in of_phase.items() if step.timeline}
+        timelines = {
+            name: (step.timeline, notes(phase, name) if notes else "")
+            for name, step in of_phase.items()
+            if step.timeline
+        }
         if timelines:
-            drawn.append(
-                timelines_chart(
-                    what.format(phase),
-                    timelines,
-                    first,
-                    notes={name: notes(phase, name) for name in timelines} if notes else None,
-                    is_measured=notes is not None,
-                )
-            )
+            title = what.format(phase)
+            drawn.append(timelines_chart(title, timelines, first, is_measured=bool(notes)))
     lower = "what it waits for" if notes else "its transfers"
     how = f"{words}Upper half of a row: what the rank computes; lower half: {lower}. Gaps are idle."
     return [how, *drawn] if drawn else []

@@ -23,26 +23,24 @@ _WAITS = "waits"
 
 def timelines_chart(
     title: str,
-    timelines: Mapping[str, StepTimeline],
+    timelines: Mapping[str, tuple[StepTimeline, str]],
     first: Collection[str] = (),
     *,
-    notes: Mapping[str, str] | None = None,
     is_measured: bool = False,
 ) -> Timelines:
     """One a deployment, all over the same stretch of time.
 
     Args:
-        timelines: by deployment, at least one.
+        timelines: by deployment, at least one, each with what more there is to say of it.
         first: the deployments that are seen at once; the first few if there is none.
-        notes: more to say of a deployment's step.
         is_measured: a rank's lower row is then its waiting, not transfers of a model.
     """
-    until_ms = max(each.shown_us for each in timelines.values()) / _US_PER_MS
+    until_ms = max(step.shown_us for step, _ in timelines.values()) / _US_PER_MS
     seen = [name for name in timelines if name in first] or list(timelines)[:_NUM_OPEN]
-    charts = []
-    for name, step in timelines.items():
-        shown = _Shown.of(step, is_measured=is_measured)
-        charts.append((name, _chart(name, shown, until_ms, (notes or {}).get(name, ""))))
+    charts = [
+        (name, _chart(name, _Shown.of(step, is_measured=is_measured), until_ms, note))
+        for name, (step, note) in timelines.items()
+    ]
     return Timelines(title, tuple(charts), frozenset(seen))
 
 
