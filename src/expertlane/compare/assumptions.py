@@ -28,50 +28,32 @@ def measured_assumptions(
     Args:
         limits: what each deployment, by its name, was scheduled with.
     """
-    if experiment.checkpoint is None:
-        model = _of_seeded_model(experiment)
-    else:
-        model = _of_checkpoint(experiment, Path(experiment.checkpoint))
-    workload = _of_workload(experiment, limits)
-    rows = (*model, *workload, *_of_deployments(experiment, machine))
+    rows = (
+        *_of_model(experiment),
+        *_of_workload(experiment, limits),
+        *_of_deployments(experiment, machine),
+    )
     return tuple(replace(each, source="measured") for each in rows)
 
 
-def _of_seeded_model(experiment: Experiment) -> list[Assumption]:
+def _of_model(experiment: Experiment) -> list[Assumption]:
     model, seeds = experiment.model, (experiment.seed, experiment.workload.seed)
+    if experiment.checkpoint is None:
+        why_top_k, why_parts = "the paper does not give it", "the paper does not give them"
+        weights = f"random, seeds {seeds[0]} and {seeds[1]}; router untrained"
+        why_weights = "the paper gives no checkpoint and no text"
+    else:
+        own = from_hf(read_config(Path(experiment.checkpoint))).num_experts_per_tok
+        why_top_k = why_parts = "the checkpoint's own"
+        if model.num_experts_per_tok != own:
+            why_top_k = f"asked for; the checkpoint's own is {own}"
+        weights = f"the checkpoint's, router included; prompts of random token ids, seed {seeds[1]}"
+        why_weights = "the same for every checkpoint; text may load its experts less or more evenly"
+    top_k = f"{model.num_experts_per_tok} of {model.num_experts}"
     return [
-        Assumption(
-            "experts per token",
-            f"{model.num_experts_per_tok} of {model.num_experts}",
-            "the paper does not give it",
-        ),
-        Assumption("model parts", _parts(model), "the paper does not give them"),
-        Assumption(
-            "weights and prompts",
-            f"random, seeds {seeds[0]} and {seeds[1]}; router untrained",
-            "the paper gives no checkpoint and no text",
-        ),
-    ]
-
-
-def _of_checkpoint(experiment: Experiment, folder: Path) -> list[Assumption]:
-    model = experiment.model
-    own = from_hf(read_config(folder)).num_experts_per_tok
-    return [
-        Assumption(
-            "experts per token",
-            f"{model.num_experts_per_tok} of {model.num_experts}",
-            "the checkpoint's own"
-            if model.num_experts_per_tok == own
-            else f"asked for; the checkpoint's own is {own}",
-        ),
-        Assumption("model parts", _parts(model), "the checkpoint's own"),
-        Assumption(
-            "weights and prompts",
-            "the checkpoint's, router included; prompts of random token ids, seed "
-            f"{experiment.workload.seed}",
-            "the same for every checkpoint; text may load its experts less or more evenly",
-        ),
+        Assumption("experts per token", top_k, why_top_k),
+        Assumption("model parts", _parts(model), why_parts),
+        Assumption("weights and prompts", weights, why_weights),
     ]
 
 
