@@ -10,7 +10,7 @@ from expertlane.cli.options import takes_groups
 from expertlane.cli.output import print_json, print_message, stdout_console
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.files import strict_json
-from expertlane.spec.ranges import take, take_option
+from expertlane.spec.ranges import take
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +37,8 @@ class _Options:
         help="Consecutive expert-parallel ranks on a node, counted as --ranks. Default: all, one "
         "node.",
     )
-    redundant: int = typer.Option(
-        0, metavar="N", help="Physical experts of a layer beyond one of each."
+    num_redundant_experts: int = typer.Option(
+        0, "--redundant", metavar="N", help="Physical experts of a layer beyond one of each."
     )
     method: Literal["auto", "linear", "round_robin"] = typer.Option(
         "auto", help="The new placement: auto balances; the others place experts in order."
@@ -56,8 +56,6 @@ class _Options:
     per_node: int = field(init=False)  # ranks
 
     def __post_init__(self) -> None:
-        take_option("--ranks", self.ranks)
-        take("num_redundant_experts", self.redundant, "--redundant")
         per_node = self.ranks if self.ranks_per_node is None else self.ranks_per_node
         if per_node < 1 or self.ranks % per_node:
             raise UserError(
@@ -65,7 +63,10 @@ class _Options:
             )
         object.__setattr__(self, "per_node", per_node)
         if self.placement is not None and (
-            self.method != "auto" or self.redundant or self.no_coactivation or self.output
+            self.method != "auto"
+            or self.num_redundant_experts
+            or self.no_coactivation
+            or self.output
         ):
             raise UserError(
                 "--placement judges a placement as it is; valid without --method, --redundant, "
@@ -105,12 +106,12 @@ def balance(own: _Options) -> None:
     read = read_trace(own.trace)
     take(
         "num_slots",
-        own.redundant + read.num_experts,
-        f"--redundant {own.redundant}: physical experts",
+        own.num_redundant_experts + read.num_experts,
+        f"--redundant {own.num_redundant_experts}: physical experts",
     )
     if own.placement is None:
         after = _made(read, own)
-        num_redundant = own.redundant
+        num_redundant = own.num_redundant_experts
     else:
         after = _read(own.placement, read, own.ranks)
         num_redundant = max(each.num_slots for each in after) - read.num_experts
@@ -124,17 +125,18 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
     from expertlane.balance.planner import plan_placement
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
+    redundant = own.num_redundant_experts
     try:
         if own.method == "linear":
-            return _linear(trace, own.ranks, own.redundant)
+            return _linear(trace, own.ranks, redundant)
         if own.method == "round_robin":
-            return [Placement.round_robin(num_experts, own.ranks, own.redundant)] * num_layers
+            return [Placement.round_robin(num_experts, own.ranks, redundant)] * num_layers
         together = None
         if not own.no_coactivation and own.ranks > own.per_node:
             together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
-        return plan_placement(trace.load(), own.ranks, own.per_node, own.redundant, together)
+        return plan_placement(trace.load(), own.ranks, own.per_node, redundant, together)
     except SpecError as error:
-        raise UserError(f"--redundant {own.redundant}, --ranks {own.ranks}: {error}") from None
+        raise UserError(f"--redundant {redundant}, --ranks {own.ranks}: {error}") from None
 
 
 def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":

@@ -11,7 +11,6 @@ from expertlane.cli import output
 from expertlane.cli.options import Dtype, dtype_option, takes_groups, timeout_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
-from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
     from expertlane.calibrate.run import Calibration
@@ -82,8 +81,6 @@ def _checked(own: _Options) -> Path:
             f"NAME is {own.name!r}; it must be up to 64 letters, digits, dots, dashes and "
             "underscores"
         )
-    take_option("--ranks", own.ranks)
-    take_option("--timeout-s", own.timeout_s)
     path = Path(f"{own.name}.toml") if own.out is None else own.out
     if path.suffix != ".toml":
         raise UserError(f"--out is {path}; a profile's file must end in .toml")

@@ -20,7 +20,7 @@ from expertlane.cli.options import (
     takes_groups,
 )
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.spec.ranges import shown, take_option
+from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -88,7 +88,6 @@ class _Projection:
     )
 
     def __post_init__(self) -> None:
-        take_option("--skew", self.skew)
         if not self.project and (self.cluster is not None or self.skew != _DEFAULT_SKEW):
             option = "--skew" if self.cluster is None else "--cluster"
             raise UserError(f"{option} is of a projection; add --project")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.cli.output import task_on_stderr
+from expertlane.cli.output import print_message, task_on_stderr
 
 if TYPE_CHECKING:
     from expertlane.cli.options import EngineOptions, ProjectionOptions
@@ -68,12 +68,15 @@ class FoundModel:
 
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
         with task_on_stderr(f"loading {self.name} on {ranks} ({layout})"):
-            return LLM(
+            llm = LLM(
                 self.folder or self.name,
                 layout=layout,
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
+        if "(" in (kernels := llm.machine[0].kernels):  # with the reason why they are not ours
+            print_message(f"computing with {kernels}")
+        return llm
 
     def number_types(
         self, projection: "ProjectionOptions", cluster: "ModelledCluster"

@@ -10,7 +10,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
 from expertlane.errors import UserError
-from expertlane.spec.ranges import parse_sizes, shown, take_option
+from expertlane.spec.ranges import parse_sizes, shown
 
 if TYPE_CHECKING:
     from expertlane.cli.model import FoundModel
@@ -50,10 +50,6 @@ class _Options:
         "results/plan-MODEL-CLUSTER.",
     )
     as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
-
-    def __post_init__(self) -> None:
-        take_option("--max-tpot-ms", self.max_tpot_ms)
-        take_option("--max-ttft-ms", self.max_ttft_ms)
 
 
 @takes_groups
