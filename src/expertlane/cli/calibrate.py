@@ -11,6 +11,7 @@ from expertlane.cli import output
 from expertlane.cli.options import Dtype, dtype_option, takes_groups, timeout_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
+from expertlane.spec.printable import printable
 
 if TYPE_CHECKING:
     from expertlane.calibrate.run import Calibration
@@ -136,8 +137,6 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
-
-    from expertlane.spec.printable import printable
 
     console, device = output.stdout_console(), profile.device
     console.print(Text(f"expertlane calibrate: {profile.name}", style="bold"))

@@ -19,6 +19,7 @@ from expertlane.cli.options import (
     parse_list,
     takes_groups,
 )
+from expertlane.engine.hub import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
 from expertlane.spec.ranges import shown
 
@@ -278,7 +279,6 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
 
 def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
     """All checked before the first one runs."""
-    from expertlane.engine.hub import resolve_model
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)

@@ -25,13 +25,11 @@ from expertlane.cli.output import (
 )
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import PROMPTS_BYTES, read_stream
+from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from expertlane.engine.engine import Prompt, RequestOutput
     from expertlane.engine.llm import LLM
-    from expertlane.spec.layout import Layout
     from expertlane.spec.sampling import SamplingParams
 
 
@@ -234,7 +232,7 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
 
 @contextmanager
 def _load(
-    found: FoundModel, layout: "Layout", engine: EngineOptions, record_routing: Path | None
+    found: FoundModel, layout: Layout, engine: EngineOptions, record_routing: Path | None
 ) -> Iterator["LLM"]:
     """The loaded model; when it is left, however that is, the routing so far is written."""
     with found.load(layout, engine, record_routing=record_routing is not None) as llm:
@@ -308,8 +306,6 @@ class Chat:
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
         """Answer messages until there are no more; gives all answers."""
-        from expertlane.cli.output import print_message
-
         for message in _read_messages():
             if message == "/exit":
                 break

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
 from expertlane.errors import UserError
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.files import write_text
 from expertlane.spec.ranges import parse_sizes, shown
 
 if TYPE_CHECKING:
-    from expertlane.cli.model import FoundModel
     from expertlane.plan.commands import ServeTarget
-    from expertlane.plan.request import Goals, Traffic
-    from expertlane.spec.deployment import PayloadType
-    from expertlane.spec.model import ModelConfig
 
 _EXPERIMENT = "experiment.toml"
 _DEFAULT_WORKLOAD = {"num_sequences": 256, "prompt_len": 1024, "output_len": 256}
@@ -75,18 +74,18 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
-    from expertlane.cli.model import find_model
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.request import PlanRequest, Setting
+    from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
     from expertlane.plan.results import Plan
     from expertlane.plan.search import NUM_FINALISTS
-    from expertlane.spec.files import write_text
+    from expertlane.spec.workload import Workload
 
     found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
-    goals = _goals(own.max_tpot_ms, own.max_ttft_ms)
-    traffic = _traffic(own.workload, found.config)
+    limits_s = (each and each / 1e3 for each in (own.max_tpot_ms, own.max_ttft_ms))
+    sizes = _sizes(own.workload)
+    Workload(**sizes).check_model(found.config)
     routing = choose_routing(
         found.config, projection.routing_trace, projection.skew, num_sampled_layers=2
     )
@@ -96,7 +95,8 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     name = output.slug("plan", found.config.name, devices)
     folder = output.results_folder(own.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
-    plan = Plan(PlanRequest(found.config, devices, traffic, goals, setting), routing, cautions)
+    request = PlanRequest(found.config, devices, Traffic(**sizes), Goals(*limits_s), setting)
+    plan = Plan(request, routing, cautions)
     with output.progress_on_stderr() as progress:
         for task, total, part in (
             ("one pool: every layout and option", plan.num_candidates, plan.screen),
@@ -118,7 +118,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     )
 
 
-def _served(found: "FoundModel") -> "ServeTarget":
+def _served(found: FoundModel) -> "ServeTarget":
     """A folder by its absolute path: a relative one could be taken for a hub id."""
     from expertlane.plan.commands import ServeTarget
 
@@ -129,21 +129,9 @@ def _served(found: "FoundModel") -> "ServeTarget":
     return ServeTarget(model, found.quantization)
 
 
-def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
-    from expertlane.plan.request import Goals
-
-    seconds = [None if value is None else value / 1e3 for value in (max_tpot_ms, max_ttft_ms)]
-    return Goals(*seconds)
-
-
-def _traffic(text: str, model: "ModelConfig") -> "Traffic":
+def _sizes(text: str) -> dict[str, int]:
     """Read `num_sequences=256,prompt_len=1024,output_len=256`; what is left out is the default."""
-    from expertlane.plan.request import Traffic
-    from expertlane.spec.workload import Workload
-
     given = parse_sizes("--workload", "unknown key", text, tuple(_DEFAULT_WORKLOAD))
     if not given:
         raise UserError(f"--workload is {shown(text)}; an example: {DEFAULT_WORKLOAD}")
-    values = _DEFAULT_WORKLOAD | given
-    Workload(**values).check_model(model)
-    return Traffic(**values)
+    return _DEFAULT_WORKLOAD | given
