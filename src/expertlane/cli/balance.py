@@ -10,6 +10,7 @@ from expertlane.cli.options import takes_groups
 from expertlane.cli.output import print_json, print_message, stdout_console
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.files import strict_json
+from expertlane.spec.printable import printable
 from expertlane.spec.ranges import take
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from expertlane.balance.judge import Comparison, PlacementScore
     from expertlane.balance.placement import Placement
-    from expertlane.balance.placement_file import ModelPlacement
     from expertlane.balance.trace import RoutingTrace
 
 _MAX_ROWS = 20  # layers in the table
@@ -163,12 +163,13 @@ def _publish(
 ) -> None:
     from expertlane.balance.judge import compare
     from expertlane.balance.moves import keep_slots
-    from expertlane.balance.placement_file import write_placement
+    from expertlane.balance.placement_file import ModelPlacement, write_placement
 
     after = keep_slots(before, after)
     compared = compare(trace, before, after, own.per_node)
     if own.output is not None:
-        write_placement(_of_model(trace, after), own.output)
+        layers = dict(zip(trace.layers, after, strict=True))
+        write_placement(ModelPlacement(trace.model, trace.num_experts, layers), own.output)
     if own.as_json:
         shown = {
             "model": trace.model,
@@ -207,8 +208,6 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
     from rich import box
     from rich.table import Table
     from rich.text import Text
-
-    from expertlane.spec.printable import printable
 
     *layers, total = compared
     shown = sorted(layers, key=lambda each: -each.before.max_over_mean)[:_MAX_ROWS]
@@ -264,10 +263,3 @@ def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:
 
 def _crossings(score: "PlacementScore", num_tokens: int) -> str:
     return f"{score.cross_node_copies / max(num_tokens, 1):.3f}"
-
-
-def _of_model(trace: "RoutingTrace", placements: "list[Placement]") -> "ModelPlacement":
-    from expertlane.balance.placement_file import ModelPlacement
-
-    layers = dict(zip(trace.layers, placements, strict=True))
-    return ModelPlacement(trace.model, trace.num_experts, layers)
