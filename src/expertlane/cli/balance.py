@@ -8,7 +8,7 @@ import typer
 
 from expertlane.cli.options import takes_groups
 from expertlane.cli.output import print_json, print_message, stdout_console
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import UserError, naming
 from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable
 from expertlane.spec.ranges import take
@@ -126,7 +126,7 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
     redundant = own.num_redundant_experts
-    try:
+    with naming(f"--redundant {redundant}, --ranks {own.ranks}"):
         if own.method == "linear":
             return _linear(trace, own.ranks, redundant)
         if own.method == "round_robin":
@@ -135,8 +135,6 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
         if not own.no_coactivation and own.ranks > own.per_node:
             together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
         return plan_placement(trace.load(), own.ranks, own.per_node, redundant, together)
-    except SpecError as error:
-        raise UserError(f"--redundant {redundant}, --ranks {own.ranks}: {error}") from None
 
 
 def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":

@@ -138,8 +138,8 @@ def progress_on_stderr() -> Iterator[Progress]:
 
 
 @contextmanager
-def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[[], None]]:
-    """One task's progress on stderr; gives what advances it."""
+def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[..., None]]:
+    """One task's progress on stderr; gives what advances it, by one part or a number."""
     with progress_on_stderr() as progress:
         progress.task(description, total)
         yield progress.advance

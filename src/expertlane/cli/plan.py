@@ -97,15 +97,13 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     cautions = tuple(filter(None, [found.priced_wider(types)]))
     request = PlanRequest(found.config, devices, Traffic(**sizes), Goals(*limits_s), setting)
     plan = Plan(request, routing, cautions)
-    with output.progress_on_stderr() as progress:
-        for task, total, part in (
-            ("one pool: every layout and option", plan.num_candidates, plan.screen),
-            ("the best of them in full", NUM_FINALISTS, plan.search),
-            ("prefill and decode apart", plan.num_pool_candidates, plan.search_pools),
-        ):
-            progress.task(task, total)
-            part(progress.advance)
-            progress.done()
+    for task, total, part in (
+        ("one pool: every layout and option", plan.num_candidates, plan.screen),
+        ("the best of them in full", NUM_FINALISTS, plan.search),
+        ("prefill and decode apart", plan.num_pool_candidates, plan.search_pools),
+    ):
+        with output.task_on_stderr(task, total) as advance:
+            part(advance)
     results = plan.results(
         command=output.command_line(),
         loaded=_served(found),

@@ -20,7 +20,7 @@ from expertlane.cli.options import (
     rate_option,
     takes_groups,
 )
-from expertlane.errors import SpecError, UserError, naming
+from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
     from expertlane.cost.multi_token import MultiToken
@@ -176,10 +176,8 @@ def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
             + ("not given" if acceptance is None else f"{acceptance:g}")
             + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
         )
-    try:
+    with naming("--mtp"):
         return MultiToken(num_drafts, acceptance or 0.0)
-    except SpecError as error:
-        raise SpecError(f"--mtp: {error}") from None
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":

@@ -21,7 +21,7 @@ from expertlane.plan.project import (
     conditions_of,
 )
 from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
-from expertlane.progress import Progress
+from expertlane.progress import Progress, each_of
 from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
@@ -139,28 +139,23 @@ class ExperimentProjector:
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
         """Every deployment under all conditions, the usual ones first."""
         deployments = self._experiment.deployments
-        all_conditions = [
-            self._conditions(*each) for each in product(self._executions, ("balanced", "skewed"))
-        ]
-        progress.task(f"projecting on {self._cluster}", len(all_conditions) * len(deployments))
+        cases = list(product(self._executions, ("balanced", "skewed"), deployments))
         rows: list[DeploymentRecord] = []
-        for conditions in all_conditions:
-            for deployment in deployments:
-                if conditions.routing == "skewed" and deployment.layout.ep == 1:
-                    # Every rank has a part of every expert: as under balanced routing, before.
-                    row = replace(rows[-len(deployments)], conditions=conditions)
-                else:
-                    row = replace(self._row(deployment, conditions), roles=(EXPERIMENT,))
-                rows.append(row)
-                progress.advance()
-        progress.done()
+        for case in each_of(cases, progress, f"projecting on {self._cluster}"):
+            execution, routing, deployment = case
+            conditions = self._conditions(execution, routing)
+            if routing == "skewed" and deployment.layout.ep == 1:
+                # Every rank has a part of every expert: as under balanced routing, before.
+                row = replace(rows[-len(deployments)], conditions=conditions)
+            else:
+                row = replace(self._row(deployment, conditions), roles=(EXPERIMENT,))
+            rows.append(row)
         return rows
 
     def _look_closer(self, rows: list[DeploymentRecord], context: int, progress: Progress) -> None:
         """Add steps of other batch sizes and timelines, under the usual conditions."""
-        deployments = self._experiment.deployments
-        progress.task("batch sizes and timelines", len(deployments))
-        for place, deployment in enumerate(deployments):
+        deployments = list(enumerate(self._experiment.deployments))
+        for place, deployment in each_of(deployments, progress, "batch sizes and timelines"):
             steps, row = self._steps(deployment, self._usual), rows[place]
             assert row.name == deployment.name, "usual conditions come first"
             *fewer, all_seqs = self._decode_sizes(deployment, context)
@@ -172,8 +167,6 @@ class ExperimentProjector:
                     step = replace(step, timeline=steps.timeline(size))
                 seen.append(step)
             rows[place] = replace(row, steps=(*seen, *map(steps.step, fewer)))
-            progress.advance()
-        progress.done()
 
     def _decode_sizes(self, deployment: Deployment, context: int) -> list[StepSize]:
         """Of 1, 4, 16 … sequences, then of all."""
@@ -245,14 +238,8 @@ class ExperimentProjector:
 
     def _scaling(self, context: int, progress: Progress) -> list[DeploymentRecord]:
         """The experiment's sizes, and doublings of them beyond its ranks."""
-        family = _scaling_family(self._experiment)
-        progress.task("scaling", len(family))
-        found = []
-        for deployment in family:
-            found.append(self._scaled(deployment, context))
-            progress.advance()
-        progress.done()
-        return found
+        family = each_of(_scaling_family(self._experiment), progress, "scaling")
+        return [self._scaled(deployment, context) for deployment in family]
 
     def _scaled(self, deployment: Deployment, context: int) -> DeploymentRecord:
         layout, options = deployment.layout, deployment.options
