@@ -235,22 +235,17 @@ def _load(
     found: FoundModel, layout: Layout, engine: EngineOptions, record_routing: Path | None
 ) -> Iterator["LLM"]:
     """The loaded model; when it is left, however that is, the routing so far is written."""
+    from expertlane.balance.trace import write_trace
+
     with found.load(layout, engine, record_routing=record_routing is not None) as llm:
         try:
             yield llm
         finally:
             if record_routing is not None:
-                _write_routing(llm, found.name, record_routing)
-
-
-def _write_routing(llm: "LLM", name: str, path: Path) -> None:
-    """Write the routing so far; nothing where no token was computed."""
-    from expertlane.balance.trace import write_trace
-
-    trace = replace(llm.routing_trace(), model=name)
-    if trace.num_tokens:
-        write_trace(trace, path)
-        print_message(f"written: {path}")
+                trace = replace(llm.routing_trace(), model=found.name)
+                if trace.num_tokens:
+                    write_trace(trace, record_routing)
+                    print_message(f"written: {record_routing}")
 
 
 def _continue(

@@ -207,10 +207,7 @@ class LaunchOptions:
 class EngineOptions:
     """Options of `LLM`."""
 
-    dtype: Dtype | None = typer.Option(
-        None,
-        help="Of weights and activations. Default: the checkpoint's, else the machine's choice.",
-    )
+    dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = typer.Option(
         None, metavar="N", help="Positions a sequence may take. Default: the model's."
     )

@@ -146,16 +146,13 @@ def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[..., N
         progress.done()
 
 
-class _Lines:
+class _Lines(Silent):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def task(self, description: str, total: int) -> None:
         self._description = printable(description)
         self._started_s = time.monotonic()
-
-    def advance(self, amount: int = 1) -> None:
-        pass
 
     def done(self) -> None:
         elapsed_s = time.monotonic() - self._started_s

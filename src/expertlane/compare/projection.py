@@ -28,6 +28,7 @@ from expertlane.results.record import (
     Conditions,
     DeploymentRecord,
     PoolRecord,
+    StepsRecord,
 )
 from expertlane.results.results import PlanSummary, Results
 from expertlane.spec.deployment import Deployment
@@ -192,24 +193,15 @@ class ExperimentProjector:
             sizes.append(StepSize(num_seqs, 1, context, fits=resident >= num_seqs))
             if 0 < resident < num_seqs:
                 sizes.append(StepSize(resident, 1, context))
-        return DeploymentRecord(
-            name=deployment.name,
-            layout=layout,
-            options=deployment.options,
-            source="projected",
-            is_baseline=deployment.is_baseline,
-            conditions=at,
-            pools=(
-                PoolRecord(
-                    weight_bytes=room.memory.weight_bytes,
-                    activation_bytes=room.memory.activation_bytes,
-                    sequence_bytes=room.memory.kv_bytes,
-                    allowed_bytes=int(room.free_bytes),
-                    num_resident=room.max_seqs * layout.dp * layout.replicas,
-                ),
-            ),
-            steps=tuple(map(projector.step, sizes)),
+        pool = PoolRecord(
+            weight_bytes=room.memory.weight_bytes,
+            activation_bytes=room.memory.activation_bytes,
+            sequence_bytes=room.memory.kv_bytes,
+            allowed_bytes=int(room.free_bytes),
+            num_resident=room.max_seqs * layout.dp * layout.replicas,
         )
+        steps = map(projector.step, sizes)
+        return replace(_record(deployment, at, pool, steps), is_baseline=deployment.is_baseline)
 
     def _resident(self, deployment: Deployment, context: int) -> int:
         layout = deployment.layout
@@ -242,30 +234,21 @@ class ExperimentProjector:
         return [self._scaled(deployment, context) for deployment in family]
 
     def _scaled(self, deployment: Deployment, context: int) -> DeploymentRecord:
-        layout, options = deployment.layout, deployment.options
+        layout = deployment.layout
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
         projector = self._steps(deployment, self._usual, cluster)
         num_all = self._experiment.workload.num_sequences
         share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
         room = self._room(deployment, context + 1)
-        placed = next(filter(None, placements_of(self._model, layout, options)), None)
+        placed = next(filter(None, placements_of(self._model, layout, deployment.options)), None)
         sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike
-        return DeploymentRecord(
-            name=deployment.name,
-            layout=layout,
-            options=options,
-            source="projected",
-            roles=(SCALING,),
-            conditions=self._usual,
-            pools=(
-                PoolRecord(
-                    weight_bytes=room.memory.weight_bytes,
-                    allowed_bytes=int(room.free_bytes),
-                    num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
-                ),
-            ),
-            steps=tuple(map(projector.step, sizes)),
+        pool = PoolRecord(
+            weight_bytes=room.memory.weight_bytes,
+            allowed_bytes=int(room.free_bytes),
+            num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
         )
+        steps = map(projector.step, sizes)
+        return replace(_record(deployment, self._usual, pool, steps), roles=(SCALING,))
 
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress
@@ -285,6 +268,20 @@ class ExperimentProjector:
         rows[:num_own] = found[:num_own]
         rows += found[num_own:]
         return (summary,)
+
+
+def _record(
+    deployment: Deployment, at: Conditions, pool: PoolRecord, steps: Iterable[StepsRecord]
+) -> DeploymentRecord:
+    return DeploymentRecord(
+        name=deployment.name,
+        layout=deployment.layout,
+        options=deployment.options,
+        source="projected",
+        conditions=at,
+        pools=(pool,),
+        steps=tuple(steps),
+    )
 
 
 def _scaling_family(experiment: Experiment) -> list[Deployment]:

@@ -309,8 +309,8 @@ def _rebalance(taken: Rebalance, runner: RebalancingRunner) -> RebalanceRecord:
     after: list[StepLoad] = []
     if taken.switched is not None:
         later = [each for each in runner.decisions if each.replica == taken.replica]
-        ends = [each.switched for each in later if (each.switched or 0) > taken.switched]
-        until = min((end for end in ends if end is not None), default=own[-1].step + 1)
+        ends = [each.switched or 0 for each in later]
+        until = min((end for end in ends if end > taken.switched), default=own[-1].step + 1)
         after = [each for each in own if taken.switched <= each.step < until][:num_steps]
     return RebalanceRecord(
         replica=taken.replica,
