@@ -146,7 +146,7 @@ MISTAKES = {
     ),
     "copies": (
         ["paper-tiny", "--layout", "dp=2,ep=2", "--layout", "tp=1", "--redundant", "3"],
-        "19 physical experts on 1 ranks: a rank holds each of the 16 experts at most once, so at",
+        "19 physical experts on 1 rank: a rank holds each of the 16 experts at most once, so at",
     ),
     "fewer copies": (
         ["paper-tiny", "--redundant", "-1"],

@@ -76,7 +76,7 @@ def test_the_nearest_is_projected_in_full():
     with pytest.raises(UserError, match="at once, misses the TPOT limit of") as e:
         search_of(goals=Goals(max_tpot_s=1e-6, max_ttft_s=1e-6)).one_pool()
     assert " and the TTFT limit of 0.001 ms with " in str(e.value)
-    missed = float(re.search(r"TPOT limit of 0.001 ms with ([\d.]+)", str(e.value))[1])
+    missed = float(re.search(r"TPOT limit of 0.001 ms with ([\d.]+) ms", str(e.value))[1])
     kept = search_of(goals=Goals(max_tpot_s=1.001 * missed / 1e3)).one_pool()
     assert kept.finalists[0].served.tpot_s[1, 0] <= best.served.tpot_s[1, 0]
 

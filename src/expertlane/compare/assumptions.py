@@ -37,17 +37,20 @@ def measured_assumptions(
 
 
 def _of_model(experiment: Experiment) -> list[Assumption]:
-    model, seeds = experiment.model, (experiment.seed, experiment.workload.seed)
+    model, seed = experiment.model, experiment.workload.seed
     if experiment.checkpoint is None:
-        why_top_k, why_parts = "the paper does not give it", "the paper does not give them"
-        weights = f"random, seeds {seeds[0]} and {seeds[1]}; router untrained"
-        why_weights = "the paper gives no checkpoint and no text"
+        weights = f"random, seeds {experiment.seed} and {seed}; router untrained"
+        why_top_k, why_parts, why_weights = (
+            "the paper does not give it",
+            "the paper does not give them",
+            "the paper gives no checkpoint and no text",
+        )
     else:
+        weights = f"the checkpoint's, router included; prompts of random token ids, seed {seed}"
         own = from_hf(read_config(Path(experiment.checkpoint))).num_experts_per_tok
         why_top_k = why_parts = "the checkpoint's own"
         if model.num_experts_per_tok != own:
             why_top_k = f"asked for; the checkpoint's own is {own}"
-        weights = f"the checkpoint's, router included; prompts of random token ids, seed {seeds[1]}"
         why_weights = "the same for every checkpoint; text may load its experts less or more evenly"
     top_k = f"{model.num_experts_per_tok} of {model.num_experts}"
     return [
@@ -225,8 +228,7 @@ def projected_assumptions(
             f"{FREE_SHARE:.0%} of a device's may be taken",
             "the rest is the framework's",
         ),
-        *_of_types(types),
-        *_of_sizes(experiment),
+        *_of_types(types, experiment.model),
     ]
     if any(each.options.rebalance_steps for each in experiment.deployments):
         rows.append(Assumption("rebalancing", "none", "experts stay where they begin"))
@@ -258,27 +260,20 @@ def _of_cluster(cluster: ModelledCluster) -> list[Assumption]:
     ]
 
 
-def _of_types(types: NumberTypes) -> list[Assumption]:
-    rows = [Assumption("number type", str(types), change="--dtype")]
-    if types.weights == "float16":
-        rows.append(
-            Assumption(
-                "float16",
-                "takes as long as bfloat16",
-                "published tables have no float16, so it counts as bound and is 15% wider",
-                "--dtype bfloat16",
-            )
-        )
-    return rows
-
-
-def _of_sizes(experiment: Experiment) -> list[Assumption]:
-    model = experiment.model
-    return [
+def _of_types(types: NumberTypes, model: ModelConfig) -> list[Assumption]:
+    rows = [
+        Assumption("number type", str(types), change="--dtype"),
+        Assumption(
+            "float16",
+            "takes as long as bfloat16",
+            "published tables have no float16, so it counts as bound and is 15% wider",
+            "--dtype bfloat16",
+        ),
         Assumption(
             "sizes never measured",
             f"experts {model.moe_intermediate_size:,} wide, heads of {model.head_dim}",
             "the profile's laws go on from the nearest sizes that were fitted, with wider bounds "
             "for every doubling beyond; the share of time that lies outside is in the tables",
-        )
+        ),
     ]
+    return [each for each in rows if each.name != "float16" or types.weights == "float16"]

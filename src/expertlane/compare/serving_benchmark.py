@@ -9,11 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from expertlane.engine.engine import Chunk, RequestOutput
+from expertlane.engine.engine import Engine, RequestOutput
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
@@ -42,25 +42,8 @@ class Served:
     output: RequestOutput
 
 
-class Serving(Protocol):
-    """Of an `Engine`, what the loop needs."""
-
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether `step` has more to give."""
-        ...
-
-    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
-        """Queue a request."""
-        ...
-
-    def step(self) -> list[Chunk]:
-        """Wait for one step."""
-        ...
-
-
 def serve(
-    engine: Serving,
+    engine: Engine[Any],
     requests: Iterable[TimedRequest],
     max_unfinished: int | None = None,
     *,

@@ -280,7 +280,7 @@ class Search:
         ):
             if limit is not None:
                 says = misses if value > limit else keeps
-                says.append(f"the {name} limit of {1e3 * limit:g} ms with {1e3 * value:.4g}")
+                says.append(f"the {name} limit of {1e3 * limit:g} ms with {1e3 * value:.4g} ms")
         said = [f"misses {' and '.join(misses)}", *(f"keeps {each}" for each in keeps)]
         num = nearest.num_seqs
         return (
