@@ -5,7 +5,7 @@ import pytest
 from distributed.running import deployment, run_deployment
 from expertlane.engine import dispatch_timing
 from expertlane.engine.commands import SetDispatch
-from expertlane.engine.dispatch_timing import middle_mean, modes_of, still_hopeful
+from expertlane.engine.dispatch_timing import middle_mean, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.memory import workload_limits
 from expertlane.schedule.plan import StepPlan
@@ -71,7 +71,7 @@ def few_rounds(monkeypatch):
     ],
 )
 def test_modes_to_choose_from(layout, options, modes):
-    assert list(map(str, modes_of(Layout.parse(layout), Options(**options), 2))) == modes
+    assert list(map(str, Options(**options).modes(Layout.parse(layout), 2))) == modes
 
 
 @pytest.mark.parametrize(

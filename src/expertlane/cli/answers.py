@@ -11,8 +11,8 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable
 
 if TYPE_CHECKING:
-    from expertlane.engine.engine import RequestOutput
     from expertlane.engine.llm import LLM
+    from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 
 

@@ -13,12 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from expertlane.engine.engine import Chunk, RequestOutput
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import ServingRecord
+from expertlane.schedule.request import Chunk, RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import (

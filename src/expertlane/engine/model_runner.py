@@ -16,7 +16,7 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
-from expertlane.engine.dispatch_timing import modes_of, time_dispatch
+from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.engine.rebalancing import Rebalancer
@@ -81,7 +81,7 @@ class ModelRunner:
         self.dispatch_table: DispatchTable | None = None
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
-            modes = modes_of(layout, options, ranks_per_node)
+            modes = options.modes(layout, ranks_per_node)
             self.dispatch_table = time_dispatch(self, layout, limits, modes)
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)

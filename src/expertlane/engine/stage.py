@@ -51,7 +51,6 @@ from expertlane.spec.deployment import (
     DispatchTable,
     Options,
     PayloadType,
-    dispatch_forms,
 )
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
@@ -82,10 +81,8 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
 
 def _nodes_for(spec: StageSpec, options: Options) -> int:
     """`ranks_per_node` where groups by node are needed, else 0."""
-    is_wanted = options.dispatch == "hierarchical"
-    if options.dispatch == "auto":
-        is_wanted = "hierarchical" in dispatch_forms(spec.layout, spec.ranks_per_node)
-    return spec.ranks_per_node if is_wanted else 0
+    modes = options.modes(spec.layout, spec.ranks_per_node)
+    return spec.ranks_per_node if any(mode.form == "hierarchical" for mode in modes) else 0
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:

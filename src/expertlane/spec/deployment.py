@@ -75,6 +75,16 @@ class Options:
         """Whether anything is chosen by a table timed at the start."""
         return "auto" in (self.dispatch, self.overlap)
 
+    def modes(self, layout: Layout, ranks_per_node: int) -> "tuple[DispatchMode, ...]":
+        """What is to be chosen from; without overlap first. One rank has nothing to overlap."""
+        forms = dispatch_forms(layout, ranks_per_node)
+        if self.dispatch != "auto":
+            forms = (self.dispatch,)
+        overlaps = (False, True) if layout.stage_size > 1 else (False,)
+        if self.overlap != "auto":
+            overlaps = (self.overlap,)
+        return tuple(DispatchMode(form, overlap) for overlap in overlaps for form in forms)
+
     def __str__(self) -> str:
         parts = []
         if self.num_micro_batches > 1:
