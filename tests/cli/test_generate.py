@@ -15,10 +15,9 @@ from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import model, output
 from expertlane.cli.generate import sampling_params
-from expertlane.engine.engine import RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
-from expertlane.schedule.request import not_finite
+from expertlane.schedule.request import RequestOutput, not_finite
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from model.families import save_checkpoint

@@ -28,8 +28,9 @@ from expertlane.spec.files import PROMPTS_BYTES, read_stream
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from expertlane.engine.engine import Prompt, RequestOutput
+    from expertlane.engine.engine import Prompt
     from expertlane.engine.llm import LLM
+    from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams
 
 
@@ -316,7 +317,7 @@ class Chat:
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
-        from expertlane.engine.shared_engine import deferred_interrupts
+        from expertlane.engine.engine import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(

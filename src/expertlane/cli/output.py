@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.engine.engine import RequestOutput
     from expertlane.engine.llm import LLM
     from expertlane.report.document import Report
     from expertlane.results.results import Results
+    from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width

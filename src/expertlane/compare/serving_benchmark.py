@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from expertlane.engine.engine import Engine, RequestOutput
+from expertlane.engine.engine import Engine
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.record import ServingRecord
+from expertlane.schedule.request import RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import (

@@ -81,9 +81,8 @@ class ModelRunner:
         self.dispatch_table: DispatchTable | None = None
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
-            self.dispatch_table = time_dispatch(
-                self, layout, limits, options.modes(layout, ranks_per_node)
-            )
+            modes = options.modes(layout, ranks_per_node)
+            self.dispatch_table = time_dispatch(self, layout, limits, modes)
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)
             unit = " (tokens of a rank)" if " up to " in text else " for all steps"

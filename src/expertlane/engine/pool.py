@@ -7,7 +7,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import psutil
@@ -25,7 +26,6 @@ from expertlane.engine.messages import (
     MessageKind,
     Ready,
     encode,
-    wait_readable,
 )
 from expertlane.errors import ExpertlaneError, RankError, TerminatedError, UserError
 from expertlane.spec.names import Stage
@@ -45,20 +45,26 @@ class Ranks(Protocol):
     Attributes:
         channels: one a rank.
         control: readable when ranks have ended.
-        reports_exits: whether `exit_code` will know how any rank ended.
     """
 
     channels: list[Channel]
     control: socket.socket
     board: ProgressBoard
-    reports_exits: bool
 
-    def read_control(self) -> str | None:
-        """Read which ranks ended; a line if they can no longer be watched, else None."""
+    def read_exits(self) -> None:
+        """Read which ranks ended.
+
+        Raises:
+            RankError: they can no longer be watched.
+        """
         ...
 
-    def exit_code(self, rank: int) -> int | None:
-        """How a rank ended, negative for a signal; None while not known."""
+    def exit_code(self, rank: int, timeout_s: float) -> int | None:
+        """How a rank ended, negative for a signal; None if that is not known in time.
+
+        Raises:
+            RankError: as `read_exits`.
+        """
         ...
 
     def close(self) -> None:
@@ -118,7 +124,7 @@ class RankPool:
         for waiting in self._waiting:
             waiting.append(started)
         try:
-            self._wait_for([started], lambda: started.is_done, max(timeout_s, _START_TIMEOUT_S))
+            self._wait_for([started], max(timeout_s, _START_TIMEOUT_S))
         except BaseException:
             self.close()
             raise
@@ -202,19 +208,18 @@ class RankPool:
 
     def first_done(self, tickets: Sequence[Ticket[ResultT]]) -> Ticket[ResultT]:
         """Wait until one of the tickets is done, and give that one."""
-        self._wait_for(tickets, lambda: any(ticket.is_done for ticket in tickets), self._timeout_s)
+        self._wait_for(tickets, self._timeout_s)
         return next(ticket for ticket in tickets if ticket.is_done)
 
     def collect(self, ticket: Ticket[ResultT]) -> list[ResultT]:
         """Wait for a ticket; its results in rank order."""
-        self._wait_for([ticket], lambda: ticket.is_done, self._timeout_s)
+        self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
-    def _wait_for(
-        self, tickets: Sequence[Ticket[Any]], is_done: Callable[[], bool], bound_s: float
-    ) -> None:
+    def _wait_for(self, tickets: Sequence[Ticket[Any]], bound_s: float) -> None:
+        """Until one of them is done."""
         try:
-            while not is_done():
+            while not any(ticket.is_done for ticket in tickets):
                 began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
                 self._receive_available(wait_s)
                 if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
@@ -250,8 +255,11 @@ class RankPool:
                 self._fail(self._death(rank))
             except MessageError as error:
                 self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
-        if self._ranks.control.fileno() in ready and (lost := self._ranks.read_control()):
-            self._fail(RankError(lost))
+        if self._ranks.control.fileno() in ready:
+            try:
+                self._ranks.read_exits()
+            except RankError as error:
+                self._fail(error)
 
     def _take(self, rank: int, message: Message) -> None:
         if message.kind is MessageKind.FAILURE:
@@ -278,7 +286,7 @@ class RankPool:
         until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _FAILURE_WAIT_S)
         others = {r: c for r, c in enumerate(self._ranks.channels) if r != rank}
         while others and time.monotonic() < until:
-            ready = wait_readable(others.values(), _POLL_S)
+            ready = wait([channel.fileno() for channel in others.values()], _POLL_S)
             for other in [r for r, channel in others.items() if channel.fileno() in ready]:
                 try:
                     message = others[other].receive()
@@ -308,13 +316,10 @@ class RankPool:
         return error
 
     def _death(self, rank: int) -> RankError:
-        until = time.monotonic() + (_BLAME_WINDOW_S if self._ranks.reports_exits else 0.0)
-        while self._ranks.exit_code(rank) is None and time.monotonic() < until:
-            if wait_readable([self._ranks.control], _POLL_S) and (
-                lost := self._ranks.read_control()
-            ):
-                return RankError(lost)
-        code = self._ranks.exit_code(rank)
+        try:
+            code = self._ranks.exit_code(rank, _BLAME_WINDOW_S)
+        except RankError as error:
+            return error
         if code is None:
             how = "is gone"
         elif code == -signal.SIGKILL:

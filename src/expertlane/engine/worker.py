@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
+from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
@@ -30,7 +31,6 @@ from expertlane.engine.messages import (
     MessageKind,
     Ready,
     encode,
-    wait_readable,
 )
 from expertlane.errors import TerminatedError, UserError
 from expertlane.ops.backend import Platform, choose_platform
@@ -142,7 +142,7 @@ def run_rank(
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
     sender.send(MessageKind.FAILURE, failure)
     # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
-    wait_readable([channel], _LINGER_S)
+    wait([channel.fileno()], _LINGER_S)
     return 1
 
 

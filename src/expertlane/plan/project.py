@@ -28,11 +28,7 @@ from expertlane.results.record import Conditions, StepsRecord
 from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import (
-    Deployment,
-    Options,
-    PayloadType,
-)
+from expertlane.spec.deployment import Deployment, Options, PayloadType
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
