@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cost.projected import at_bound
 from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import quiet
 from expertlane.calibrate import run as calibrate
@@ -132,7 +133,7 @@ def test_a_deployment_is_projected_by_it(profile, layout, options):
     limits = limits_for(deployment, 4, 24, MODEL.vocab_size)
     prompts = np.arange(4 * 16).reshape(4, 16) % MODEL.vocab_size
     steps = run_batch(runner, deployment, limits, prompts, 8)
-    low, likely, high = (phase_times(runner.at_bound(steps, bound)) for bound in range(3))
+    low, likely, high = (phase_times(at_bound(runner, steps, bound)) for bound in range(3))
     for each in zip(low, likely, high, strict=True):
         assert 0 < each[0] <= each[1] <= each[2]
 

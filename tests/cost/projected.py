@@ -1,5 +1,7 @@
 """A made-up cluster and what runs on it, put together for tests of runners and pools."""
 
+from dataclasses import replace
+
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
@@ -9,6 +11,7 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import UniformRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -58,6 +61,16 @@ def make_runner(layout="tp=1", options=None, execution=Execution.GRAPH, **flags)
         Terms.of(PROFILE, execution),
         **flags,
     )
+
+
+def at_bound(runner, steps, bound):
+    """The same steps, without records, by one bound of the runner's clock."""
+    found = []
+    for plan, outcome in steps:
+        submitted_s, finished_s = (float(each[bound]) for each in runner.bounds[plan.step])
+        outcome = replace(outcome, records=(), submitted_s=submitted_s, finished_s=finished_s)
+        found.append(FinishedStep(plan, outcome))
+    return found
 
 
 def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, **sizes):

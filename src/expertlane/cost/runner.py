@@ -1,8 +1,8 @@
 """The runner on a virtual clock: prices step plans in place of executing them; without torch."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from expertlane.cost.step.totals import count
 from expertlane.cost.step_log import rank_events, stage_seconds
 from expertlane.cost.timeline import ColdStart, StepTimes, Timeline
 from expertlane.results.step_record import RankRecord
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -226,25 +225,6 @@ class CostRunner:
             submitted_s=float(handle.submitted_s[self.lead]),
             finished_s=float(handle.finished_s[self.lead]),
         )
-
-    def at_bound(self, steps: Iterable[FinishedStep], bound: int) -> list[FinishedStep]:
-        """The same steps, without records, by one bound of the clock.
-
-        Args:
-            bound: place in `BOUNDS`.
-        """
-        return [
-            FinishedStep(
-                plan,
-                replace(
-                    outcome,
-                    records=(),
-                    submitted_s=float(self.bounds[plan.step][0][bound]),
-                    finished_s=float(self.bounds[plan.step][1][bound]),
-                ),
-            )
-            for plan, outcome in steps
-        ]
 
     def _work(self, plan: StepPlan) -> KnownWork:
         def make() -> KnownWork:

@@ -15,7 +15,7 @@ from expertlane.plan.explanation import best_of_families, pareto, why_it_loses
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
-from expertlane.plan.throughput import Steps, ThroughputCurve
+from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
@@ -128,7 +128,7 @@ class Plan:
     def _in_full(
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
-        record = finalist_record(finalist, role, self._conditions)
+        record = candidate_record(finalist, 0, role, self._conditions)
         steps = [finalist.prefill, finalist.decode]
         if timelines:
             of_phases = self.search.timelines(finalist)
@@ -149,7 +149,7 @@ class Plan:
         """The best of each kind of deployment, as screened."""
         return [
             replace(
-                option_record(option, option.place or 0, FAMILY, self._conditions),
+                candidate_record(option, option.place or 0, FAMILY, self._conditions),
                 name=family,
                 why=self._why(option),
             )
@@ -163,7 +163,7 @@ class Plan:
             return []
         prefill = self._in_full(found.prefill, PREFILL_POOL)
         decode = self._in_full(found.decode, DECODE_POOL)
-        serving = serving_record(found.served, 0)
+        serving = serving_at(found.served, 0)
         together = DeploymentRecord(
             name=f"{prefill.layout} prefills, {decode.layout} decodes",
             layout=decode.layout,
@@ -208,53 +208,38 @@ def pareto_records(
     front = pareto(options)
     places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
     return [
-        option_record(option, place, PARETO, conditions)
+        candidate_record(option, place, PARETO, conditions)
         for option, place in (front[each] for each in places)
     ]
 
 
-def option_record(
-    option: ScreenedCandidate, place: int, role: str, conditions: Conditions
+def candidate_record(
+    candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
-    """A deployment as screened, at one of the numbers of sequences that it was tried with."""
-    return _record(option, option.steps, serving_record(option.served, place), role, conditions)
-
-
-def finalist_record(finalist: Finalist, role: str, conditions: Conditions) -> DeploymentRecord:
-    """A deployment in full, without its steps."""
-    serving = serving_record(finalist.served, 0)
-    return _record(finalist.option, finalist.steps, serving, role, conditions)
-
-
-def _record(
-    option: ScreenedCandidate,
-    steps: Steps,
-    serving: ServingRecord,
-    role: str,
-    conditions: Conditions,
-) -> DeploymentRecord:
-    layout, options = option.candidate
+    """At one of the numbers of sequences that it was screened with, or projected in full."""
+    layout, options = candidate.candidate
+    serving = serving_at(candidate.served, place)
+    prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
-        name=str(option.candidate),
+        name=str(candidate.candidate),
         layout=layout,
         options=options,
         source="projected",
         roles=(role,),
         conditions=conditions,
-        pools=(option.capacity.record(),),
-        serving=(replace(serving, prefill_tps=Estimate.between(steps.prefill_tps)),),
+        pools=(candidate.capacity.record(),),
+        serving=(replace(serving, prefill_tps=prefill_tps),),
     )
 
 
-def serving_record(served: ThroughputCurve, place: int) -> ServingRecord:
+def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
     """What requests would feel, at one number of sequences; times are means."""
 
     def mean(bounds: Floats) -> Summary | None:
-        is_finite = np.isfinite(bounds).all()
-        return Summary(mean=Estimate.between(bounds.tolist())) if is_finite else None
+        return Summary(mean=Estimate.between(bounds)) if np.isfinite(bounds).all() else None
 
     return ServingRecord(
-        output_tps=Estimate.between(served.tps[:, place].tolist()),
+        output_tps=Estimate.between(served.tps[:, place]),
         num_running=int(served.num_seqs[place]),
         ttft_s=mean(served.ttft_s[:, place]),
         tpot_s=mean(served.tpot_s[:, place]),

@@ -120,9 +120,7 @@ class TwoPoolSearch:
             self._searches[size].finish(option)
             for size, option in zip(pair.sizes, (pair.prefill, pair.decode), strict=True)
         )
-        transfer_s = self._transfer_s(
-            prefill.option.candidate.layout, decode.option.candidate.layout
-        )
+        transfer_s = self._transfer_s(prefill.candidate.layout, decode.candidate.layout)
         served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
         return TwoPools(prefill, decode, transfer_s, served)
 
