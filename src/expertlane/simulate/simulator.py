@@ -28,7 +28,7 @@ from expertlane.schedule.drive import FinishedStep, step_records
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.simulate.pools import Pool, serve, serve_apart
+from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.totals import PoolTotals
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
@@ -218,22 +218,20 @@ class Simulator:
             for each in requests
         ]
         pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
-        if len(pools) == 1:
-            served = serve(pools[0].pool, shortened, load.batch, on_finished=on_finished)
-        else:
-            prefill, decode = pools
+        apart = None
+        if len(pools) > 1:
             transfers = ModelledKVTransfers(
                 self.model,
                 setup.types,
-                prefill.ranks.layout,
-                decode.ranks.layout,
+                pools[0].ranks.layout,
+                pools[1].ranks.layout,
                 LinkModel(self.cluster.profile),
                 remote=setup.is_on_nodes(self.cluster.profile.ranks_per_node),
             )
-            served = serve_apart(
-                *(prefill.pool, decode.pool, transfers, shortened, load.batch),
-                on_finished=on_finished,
-            )
+            apart = pools[1].pool, transfers
+        served = run_load(
+            pools[0].pool, shortened, load.batch, apart=apart, on_finished=on_finished
+        )
         for each in pools:
             each.totals.close()
         whole = [
