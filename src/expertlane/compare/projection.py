@@ -232,7 +232,7 @@ class ExperimentProjector:
         ).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
-            prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),
+            prefill_step_tokens(workload, layout, STEP_TOKENS),
         )
 
     def _context(self, rows: list[DeploymentRecord]) -> int:

@@ -70,9 +70,7 @@ class ScreenedCandidate:
 
     def next_best(self, goals: Goals) -> "ScreenedCandidate":
         """The same with the best number of sequences among those that serve less than this one."""
-        keeps = (self.served.breach(goals) <= 1) & (self.served.tps[LIKELY] < self.tps)
-        place = int(np.where(keeps, self.served.tps[LIKELY], -1).argmax()) if keeps.any() else None
-        return replace(self, place=place)
+        return replace(self, place=self.served.best(goals, self.tps))
 
     def nearest(self, goals: Goals) -> "ScreenedCandidate":
         """The same with the number of sequences that comes nearest to the limits."""
@@ -289,9 +287,7 @@ class Screen:
             None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
         )
         assert options.dispatch != "auto", "candidates name their form"
-        prefill_tokens = prefill_step_tokens(
-            layout, workload.num_sequences, workload.prompt_len, setting.step_tokens
-        )
+        prefill_tokens = prefill_step_tokens(workload, layout, setting.step_tokens)
         room = PlacedModel(model, layout, setting.types, placements).capacity(
             self._profile.device.memory_bytes, workload.max_len, prefill_tokens
         )
