@@ -4,7 +4,7 @@ import pytest
 
 from expertlane.errors import UserError
 from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
-from expertlane.plan.explanation import best_of_families, family_of, pareto, why_it_loses
+from expertlane.plan.results import best_of_families, family_of, pareto, why_it_loses
 from expertlane.plan.search import NUM_FINALISTS
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.layout import Layout

@@ -192,10 +192,10 @@ def _check(
     """
     from expertlane.cli.output import check_file
     from expertlane.engine.start import check_deployment
-    from expertlane.simulate.simulator import check_devices
+    from expertlane.simulate.simulator import check_fits_cluster
     from expertlane.spec.deployment import Deployment
 
-    check_devices(cluster, setup)
+    check_fits_cluster(cluster, setup)
     for layout in setup.pools.values():
         check_deployment(
             config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node

@@ -16,7 +16,7 @@ from expertlane.plan.candidates import (
     Goals,
     PlanRequest,
     candidates_of,
-    check_devices,
+    check_plan_size,
     valid_layouts,
 )
 from expertlane.plan.project import Projector, StepSize
@@ -158,7 +158,7 @@ class Search:
     """
 
     def __init__(self, request: PlanRequest) -> None:
-        check_devices(request.cluster)
+        check_plan_size(request.cluster)
         self._request = request
 
     @cached_property

@@ -34,6 +34,7 @@ from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
+from expertlane.spec.ranges import take_fields
 from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
@@ -51,7 +52,7 @@ class ServingSetup:
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
 
     Raises:
-        SpecError: one of the sizes is under 1.
+        SpecError: a size is out of its range.
     """
 
     layout: Layout
@@ -66,9 +67,7 @@ class ServingSetup:
     block_size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        take_fields(self)
 
     @property
     def pools(self) -> dict[PoolRole, Layout]:
@@ -87,7 +86,7 @@ class ServingSetup:
         return self.num_devices > ranks_per_node
 
 
-def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:
+def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:
     """Check that a cluster has the devices, and the nodes that hierarchical dispatch is for.
 
     Raises:
@@ -171,7 +170,7 @@ class Simulator:
     def __init__(
         self, model: ModelConfig, cluster: ModelledCluster, setup: ServingSetup, load: Load
     ) -> None:
-        check_devices(cluster, setup)
+        check_fits_cluster(cluster, setup)
         self.model = model
         self.cluster = cluster
         self.setup = setup
