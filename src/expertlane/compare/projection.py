@@ -15,7 +15,7 @@ from expertlane.errors import CapacityError
 from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES
 from expertlane.plan.project import (
-    DeploymentProjector,
+    Projector,
     Setting,
     StepSize,
     cluster_record,
@@ -166,7 +166,8 @@ class ExperimentProjector:
         closer = list(rows)
         for place, deployment in enumerate(deployments):
             model = self._experiment.model
-            steps = DeploymentProjector(model, deployment, self._cluster, self._setting(usual))
+            layout, options = deployment.layout, deployment.options
+            steps = Projector(model, layout, options, self._cluster, self._setting(usual))
             assert rows[place].name == deployment.name, "usual conditions come first"
             resident = self._resident(model, deployment, context)
             num_all = self._experiment.workload.num_sequences
@@ -193,15 +194,14 @@ class ExperimentProjector:
                 alike = row.conditions and replace(row.conditions, routing=at.routing)
                 if (row.name, alike) == (deployment.name, at):
                     return replace(row, conditions=at)
-        model = self._experiment.model
-        room = self._room(model, deployment.layout, deployment.options)
-        steps = DeploymentProjector(model, deployment, self._cluster, self._setting(at))
-        layout = deployment.layout
+        model, layout, options = self._experiment.model, deployment.layout, deployment.options
+        room = self._room(model, layout, options)
+        steps = Projector(model, layout, options, self._cluster, self._setting(at))
         prefill = (steps.step(self._prefill_size),) if room.max_seqs else ()
         return DeploymentRecord(
             name=deployment.name,
             layout=layout,
-            options=deployment.options,
+            options=options,
             source="projected",
             is_baseline=deployment.is_baseline,
             conditions=at,
@@ -210,7 +210,7 @@ class ExperimentProjector:
         )
 
     def _decode(
-        self, steps: DeploymentProjector, model: ModelConfig, deployment: Deployment
+        self, steps: Projector, model: ModelConfig, deployment: Deployment
     ) -> Iterator[StepsRecord]:
         num_seqs = self._experiment.workload.num_sequences
         for context in self._contexts:
@@ -259,7 +259,7 @@ class ExperimentProjector:
         model, layout = self._experiment.model, deployment.layout
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
         usual = self._usual
-        steps = DeploymentProjector(model, deployment, cluster, self._setting(usual))
+        steps = Projector(model, layout, deployment.options, cluster, self._setting(usual))
         num_all = self._experiment.workload.num_sequences
         share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
         resident = self._resident(model, deployment, context)
