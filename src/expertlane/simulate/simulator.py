@@ -259,10 +259,11 @@ class Simulator:
         """By pool and phase, with events; ranks are the pool's."""
         return [
             {
-                phase: self._traced(pool.ranks, replace(totals.largest, phase=phase))
+                phase: self._traced(
+                    pool.ranks, replace(pool.totals.phases[phase].largest, phase=phase)
+                )
                 for phase in Phase
-                if (totals := pool.totals.phases.get(phase)) is not None
-                and totals.largest is not None
+                if phase in pool.totals.phases
             }
             for pool in outcome.pools
         ]
