@@ -48,11 +48,10 @@ def family_of(layout: Layout) -> str:
 def best_of_families(options: Sequence[ScreenedCandidate]) -> dict[str, ScreenedCandidate]:
     """By family, the option with most tokens a second that keeps the limits; best first."""
     best: dict[str, ScreenedCandidate] = {}
-    for option in options:
-        family = family_of(option.candidate.layout)
-        if option.place is not None and option.tps > (best[family].tps if family in best else 0):
-            best[family] = option
-    return dict(sorted(best.items(), key=lambda each: -each[1].tps))
+    for option in sorted(options, key=lambda each: -each.tps):
+        if option.place is not None:
+            best.setdefault(family_of(option.candidate.layout), option)
+    return best
 
 
 def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate, int]]:

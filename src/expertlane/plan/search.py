@@ -123,11 +123,9 @@ def _nearest(options: Sequence[ScreenedCandidate], goals: Goals) -> list[int]:
     """Numbers of those that come nearest to the limits as screened, one of each layout."""
     breaches = [float(each.served.breach(goals).min()) for each in options]
     nearest: dict[object, int] = {}
-    for number in sorted(range(len(options)), key=lambda number: breaches[number]):
+    for number in sorted(range(len(options)), key=breaches.__getitem__):
         nearest.setdefault(options[number].candidate.layout, number)
-        if len(nearest) == _NUM_NEAREST:
-            break
-    return list(nearest.values())
+    return list(nearest.values())[:_NUM_NEAREST]
 
 
 @dataclass(frozen=True, eq=False)

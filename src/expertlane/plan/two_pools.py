@@ -37,11 +37,6 @@ class TwoPools:
     transfer_s: Floats
     served: ThroughputCurve
 
-    @property
-    def tps(self) -> float:
-        """Output tokens a second."""
-        return float(self.served.tps[LIKELY, 0])
-
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
