@@ -37,7 +37,7 @@ from expertlane.comm.interleave import interleave
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.engine.worker import RankContext
-from expertlane.moe.copies import RankCopyChoice
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import Dispatcher, make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.spec.layout import Layout
@@ -119,7 +119,7 @@ def measure(
     recorder = Recorder(context.rank, 1, 1, context.progress, HostClock(), num_ranks)
     mesh = ParallelMesh(layout, context.meshes, context.rank, per_node, recorder)
     placement = Placement.linear(NUM_EXPERTS, num_ranks)
-    choice = RankCopyChoice(mesh, placement, recorder, torch.device("cpu"))
+    choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
     seconds, expected = {}, naive(inputs, NUM_EXPERTS // num_ranks)
     for form in FORMS:
         dispatcher = make_dispatcher(form, mesh, placement, choice, Payload("model", recorder))

@@ -17,7 +17,7 @@ from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
-from expertlane.moe.copies import RankCopyChoice
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
@@ -137,7 +137,7 @@ def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> M
     if joined is None:
         return None
     mesh, recorder = joined
-    choice = RankCopyChoice(mesh, placement, recorder, torch.device("cpu"))
+    choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
     dispatcher = make_dispatcher(form, mesh, placement, choice, Payload(command.payload, recorder))
     x, topk_ids, topk_weights = (torch.from_numpy(array) for array in command.inputs[context.rank])
     num_tokens = [len(of_rank[0]) for of_rank in command.inputs]

@@ -14,7 +14,7 @@ from expertlane.model.attention import Attention, LatentAttention
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.weights import WeightSource
-from expertlane.moe.copies import RankCopyChoice
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.dispatch import make_dispatcher
 from expertlane.moe.experts import Experts
 from expertlane.moe.payload import Payload
@@ -227,7 +227,7 @@ class MoEBlock:
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
-        choice = RankCopyChoice(self._mesh, placement, self._recorder, self._device)
+        choice = ReplicaChoice(self._mesh, placement, self._recorder, self._device)
         self._dispatchers = {
             form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
             for form in self._forms

@@ -11,7 +11,7 @@ from expertlane.comm.recorder import Recorder
 from expertlane.ops.backend import backend_for
 
 
-class RankCopyChoice:
+class ReplicaChoice:
     """One rank's choice of a copy for each of its pairs.
 
     As `balance.copies` defines it. It depends on the batch alone.

@@ -14,7 +14,7 @@ from expertlane.comm.interleave import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.copies import RankCopyChoice
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.experts import ExpertInput
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
@@ -83,7 +83,7 @@ def make_dispatcher(
     form: DispatchForm,
     mesh: ParallelMesh,
     placement: Placement,
-    choice: RankCopyChoice,
+    choice: ReplicaChoice,
     payload: Payload,
 ) -> Dispatcher:
     """The form's dispatcher; without expert parallelism every rank needs every token."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.comm.interleave import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.copies import RankCopyChoice
+from expertlane.moe.copies import ReplicaChoice
 from expertlane.moe.experts import ExpertInput
 from expertlane.moe.payload import Payload, bytes_of, columns_of, pack, unpack
 
@@ -61,7 +61,7 @@ class HierarchicalDispatcher:
     """Implements `moe.dispatch.Dispatcher`."""
 
     def __init__(
-        self, mesh: ParallelMesh, placement: Placement, choice: RankCopyChoice, payload: Payload
+        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
     ) -> None:
         self._payload = payload
         self._mesh = mesh
