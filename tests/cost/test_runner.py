@@ -7,15 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cost.projected import (
-    DRIVER_S,
-    MODEL,
-    PROFILE,
-    TYPES,
-    at_bound,
-    make_runner,
-    make_scheduler,
-)
+from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, at_bound, make_runner, make_scheduler
 from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing

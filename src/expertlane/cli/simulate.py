@@ -113,7 +113,7 @@ def simulate(
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.simulator import ServingSetup, Simulator, check_devices
+    from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
     from expertlane.spec.workload import check_lengths
 
     config, trace, seed = found_model.config, own.trace, load_options.seed
@@ -132,7 +132,7 @@ def simulate(
         **vars(scheduler),
     )
     check_lengths(load, config.max_position_embeddings)
-    check_devices(modelled, setup)
+    check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
     found_model.check(setup.layout, setup.options, per_node)
     if setup.prefill_layout is not None:

@@ -15,7 +15,7 @@ from expertlane.errors import CapacityError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
 from expertlane.plan.project import (
-    DeploymentProjector,
+    Projector,
     Setting,
     StepSize,
     cluster_record,
@@ -132,9 +132,13 @@ class ExperimentProjector:
 
     def _steps(
         self, deployment: Deployment, at: Conditions, cluster: ModelledCluster | None = None
-    ) -> DeploymentProjector:
-        return DeploymentProjector(
-            self._model, deployment, cluster or self._cluster, self._setting(at)
+    ) -> Projector:
+        return Projector(
+            self._model,
+            deployment.layout,
+            deployment.options,
+            cluster or self._cluster,
+            self._setting(at),
         )
 
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
@@ -206,7 +210,7 @@ class ExperimentProjector:
         return PlacedModel(model, layout, self._types, placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
-            prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),
+            prefill_step_tokens(workload, layout, STEP_TOKENS),
         )
 
     def _context(self, rows: list[DeploymentRecord]) -> int:
