@@ -81,19 +81,3 @@ def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, *
     for number in range(num_requests):
         scheduler.add(Request(str(number), [1 + number] * 5, max_tokens=3))
     return scheduler
-
-
-def at_bound(runner, steps, bound):
-    """The same steps, without records, by one bound of the clock."""
-    return [
-        FinishedStep(
-            plan,
-            replace(
-                outcome,
-                records=(),
-                submitted_s=float(runner.bounds[plan.step][0][bound]),
-                finished_s=float(runner.bounds[plan.step][1][bound]),
-            ),
-        )
-        for plan, outcome in steps
-    ]
