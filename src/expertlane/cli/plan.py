@@ -73,7 +73,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
           --workload num_sequences=1024,prompt_len=2000,output_len=500
           the most tokens a second with at most 50 ms a token
       expertlane plan org/model --dtype float8 --routing-trace trace.npz
-          by the experts that your own workload chooses
+          by the experts that your own traffic chooses
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'
