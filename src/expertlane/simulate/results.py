@@ -236,7 +236,7 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
         return []
     where = (
         "on other nodes"
-        if setup.is_on_nodes(cluster.profile.ranks_per_node)
+        if setup.are_pools_apart(cluster.profile.ranks_per_node)
         else "on the same node"
     )
     return [

@@ -81,7 +81,7 @@ class ServingSetup:
         """Of all pools."""
         return sum(layout.world_size for layout in self.pools.values())
 
-    def is_on_nodes(self, ranks_per_node: int) -> bool:
+    def are_pools_apart(self, ranks_per_node: int) -> bool:
         """Whether two pools are on different nodes."""
         return self.num_devices > ranks_per_node
 
@@ -225,7 +225,7 @@ class Simulator:
                 pools[0].ranks.layout,
                 pools[1].ranks.layout,
                 LinkModel(self.cluster.profile),
-                remote=setup.is_on_nodes(self.cluster.profile.ranks_per_node),
+                remote=setup.are_pools_apart(self.cluster.profile.ranks_per_node),
             )
             apart = pools[1].pool, transfers
         served = run_load(
