@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,14 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
 
 
+@dataclass(eq=False)
 class StepHandle:
     """A step under way."""
 
-    def __init__(self, plan: StepPlan, ticket: Ticket[RankOutcome], submitted_s: float) -> None:
-        self.plan = plan
-        self.ticket = ticket
-        self.submitted_s = submitted_s
-        self.finished_s = 0.0
+    plan: StepPlan
+    ticket: Ticket[RankOutcome]
+    submitted_s: float
+    finished_s: float = 0.0
 
 
 class ModelRunner:

@@ -102,6 +102,9 @@ class RankPool:
         ranks: started ranks; the pool owns and closes them.
         timeout_s: the longest time without any progress.
 
+    Attributes:
+        is_closed: whether the ranks are gone.
+
     Raises:
         RankError: from any method, when a rank died, hung or raised.
         UserError: from any method, when a rank found a mistake in what was asked for.
@@ -112,7 +115,7 @@ class RankPool:
         self._timeout_s = timeout_s
         self._waiting: list[deque[Ticket[Any]]] = [deque() for _ in ranks.channels]
         self._pids: dict[int, int] = {}
-        self._closed = False
+        self.is_closed = False
         self._own_pid = os.getpid()
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
         self._heartbeats = Decoder(Heartbeat)
@@ -143,11 +146,6 @@ class RankPool:
         """Ranks in the pool."""
         return len(self._ranks.channels)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the ranks are gone."""
-        return self._closed
-
     def pid(self, rank: int) -> int | None:
         """The process of a rank on this machine; None for another node's."""
         return self._pids.get(rank)
@@ -158,8 +156,8 @@ class RankPool:
 
     def close(self) -> None:
         """End all ranks; may be called again."""
-        if not self._closed and os.getpid() == self._own_pid:  # not for a process forked from it
-            self._closed = True
+        if not self.is_closed and os.getpid() == self._own_pid:  # not for a process forked from it
+            self.is_closed = True
             try:
                 self._ranks.close()
             except (KeyboardInterrupt, TerminatedError):
@@ -182,7 +180,7 @@ class RankPool:
         self, commands: Sequence[tuple[Command[ResultT], Sequence[int]]]
     ) -> Ticket[ResultT]:
         """Begin commands of one type, each on ranks of its own, under one ticket."""
-        if self._closed:
+        if self.is_closed:
             raise RankError("the ranks are gone; start new ones")
         if os.getpid() != self._own_pid:
             raise RankError("the ranks belong to the process that this one was forked from")
@@ -231,7 +229,7 @@ class RankPool:
                     if self._silent_s(ticket) > bound_s:
                         self._fail(self._hang(ticket, bound_s))
         except TerminatedError:
-            if not self._closed:
+            if not self.is_closed:
                 self._receive_available(
                     _FAILURE_WAIT_S
                 )  # torchrun ends us when a rank has died: say which

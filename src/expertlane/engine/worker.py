@@ -65,23 +65,24 @@ class RankContext:
 
 # What a rank does for each command; the answer is of the command's own result type.
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
+Send = Callable[[MessageKind, object], None]
 
 
-class _Sender:
-    """Sends a rank's messages to the launcher; safe to use from several threads."""
+def _sender(channel: Channel) -> Send:
+    """Sends messages to the launcher, from several threads too; its end is noticed elsewhere."""
+    lock = threading.Lock()
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-
-    def send(self, kind: MessageKind, value: object) -> None:
-        """Send a whole message; that the launcher has ended is noticed elsewhere."""
+    def send(kind: MessageKind, value: object) -> None:
         encoded = encode(kind, value)
-        with self._lock, contextlib.suppress(OSError):
-            self._channel.send(encoded)
+        with lock, contextlib.suppress(OSError):
+            channel.send(encoded)
+
+    return send
 
 
-def _open_board(settings: RankSettings, sender: _Sender) -> ProgressBoard:
+def _open_board(
+    settings: RankSettings, send: Callable[[MessageKind, object], None]
+) -> ProgressBoard:
     """The launcher's board; on another node, one of its own that is reported by heartbeats."""
     if settings.board_fd is not None:
         return ProgressBoard(settings.world_size, settings.board_fd)
@@ -89,7 +90,7 @@ def _open_board(settings: RankSettings, sender: _Sender) -> ProgressBoard:
 
     def beat() -> None:
         while True:
-            sender.send(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
+            send(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
             time.sleep(_HEARTBEAT_S)
 
     threading.Thread(target=beat, daemon=True).start()
@@ -118,17 +119,17 @@ def run_rank(
     Args:
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
-    sender = _Sender(channel)
+    send = _sender(channel)
     commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     try:
-        progress = _open_board(settings, sender).reporter(settings.rank)
+        progress = _open_board(settings, send).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
         _connect(settings, platform, store)
         context = RankContext(settings, platform, progress, DeviceMeshes(platform.device.type))
         progress.enter(Stage.IDLE, NO_LAYER)
-        sender.send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
+        send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
         while (command := _next_command(channel, commands)) is not None:
-            sender.send(MessageKind.RESULT, handlers[type(command)](context, command))
+            send(MessageKind.RESULT, handlers[type(command)](context, command))
         dist.destroy_process_group()
         return 0
     except UserError as error:
@@ -140,7 +141,7 @@ def run_rank(
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
-    sender.send(MessageKind.FAILURE, failure)
+    send(MessageKind.FAILURE, failure)
     # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
     wait([channel.fileno()], _LINGER_S)
     return 1
