@@ -257,7 +257,7 @@ def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) ->
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
-    """Compare the model that the checkpoint really holds; warnings go to stderr.
+    """Take the model that the checkpoint really holds; warnings go to stderr.
 
     Raises:
         SpecError: the checkpoint does not hold what its config.json says.
