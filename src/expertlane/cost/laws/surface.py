@@ -56,13 +56,7 @@ class Surface:
 
     def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:
         """The correction, and by how many doublings sizes lie outside the knots; [R] each."""
-        before, fractions, doublings = places(self._knots, at)
-        correction = self.correction
-        if before:
-            correction = np.zeros(())
-            for index, weight in corner_weights(self.correction.shape, before, fractions):
-                correction = correction + self.correction.ravel()[index] * weight
-        return correction, doublings
+        return interpolate(self.correction, self._knots, at)
 
     @cached_property
     def _knots(self) -> Knots:
@@ -73,6 +67,19 @@ def logs_of(axes: Mapping[str, Sequence[float]]) -> Knots:
     """By axis, logarithms of its knots and the steps between them."""
     logs = {axis: np.log(np.asarray(knots, dtype=np.float64)) for axis, knots in axes.items()}
     return {axis: (each, np.diff(each)) for axis, each in logs.items()}
+
+
+def interpolate(
+    table: Floats, axes: Knots, at: Mapping[str, Floats | float]
+) -> tuple[Floats, Floats]:
+    """A table's values at points, and by how many doublings each lies outside; [R] each."""
+    before, fractions, doublings = places(axes, at)
+    if not before:
+        return table, doublings
+    flat, values = table.ravel(), np.zeros(())
+    for index, weight in corner_weights(table.shape, before, fractions):
+        values = values + flat[index] * weight
+    return values, doublings
 
 
 def places(

@@ -77,7 +77,7 @@ class ExpertSteps:
                 "inner": inner,
                 "matrices": matrices,
             },
-            weight_bytes=counts.active_experts * num_weights * out.weight_item,
+            weight_bytes=counts.active_experts * num_weights * out.types.weight_bytes,
             num_kernels=kernels.experts_once + math.ceil(counts.active_experts.max()) * of_expert,
         )
 

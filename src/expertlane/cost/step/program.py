@@ -87,17 +87,20 @@ class StepProgram:
 
 
 @dataclass(frozen=True, eq=False)
-class PartRouting:
-    """Where the tokens of a part of a micro-batch stand in their source of routing.
+class _Part:
+    """A part of a micro-batch, and where its tokens stand in their source of routing.
 
     Attributes:
-        first, before, owned: as `RoutingSource.topk_ids` takes them.
+        first, before: as `RoutingSource.topk_ids` takes them.
+        record: count what only a record tells, how far tokens spread.
     """
 
-    source: RoutingSource
+    form: DispatchForm
+    sizes: PartSizes
+    routing: RoutingSource
     first: int
     before: Ints
-    owned: Ints
+    record: bool
 
 
 @dataclass(eq=False, repr=False)
@@ -191,87 +194,64 @@ class ProgramBuilder:
             record: count what only a record tells, how far tokens spread.
         """
         before = np.zeros(self.layout.stage_size, dtype=np.int64)
-        routed: list[list[PartRouting]] = []
-        for _, parts in micro_batches:
-            routed.append([])
-            for part in parts:
-                routed[-1].append(PartRouting(routing, first_token, before, part.owned))
-                before = before + part.owned
+        by_micro_batch: list[list[_Part]] = []
+        for form, of_parts in micro_batches:
+            by_micro_batch.append([])
+            for sizes in of_parts:
+                part = _Part(form, sizes, routing, first_token, before, record)
+                by_micro_batch[-1].append(part)
+                before = before + sizes.owned
         stages = []
         for pp_rank in range(self.layout.pp):
             mesh = self._mesh(replica, pp_rank)
             programs = []
-            for (form, parts), of_parts in zip(micro_batches, routed, strict=True):
-                made = tuple(
-                    self._part(mesh, pp_rank, form, part, tokens, record=record)
-                    for part, tokens in zip(parts, of_parts, strict=True)
-                )
-                hand_over = self._hand_over(mesh, pp_rank, parts)
-                programs.append(StageProgram(mesh, made, hand_over))
+            for parts in by_micro_batch:
+                made = tuple(self._sections(mesh, pp_rank, part) for part in parts)
+                programs.append(StageProgram(mesh, made, self._hand_over(mesh, pp_rank, parts)))
             stages.append(tuple(programs))
         return StepProgram(tuple(stages))
 
-    def _hand_over(
-        self, mesh: StageMesh, pp_rank: int, parts: Sequence[PartSizes]
-    ) -> HandOver | None:
+    def _hand_over(self, mesh: StageMesh, pp_rank: int, parts: Sequence[_Part]) -> HandOver | None:
         if not parts or pp_rank == self.layout.pp - 1:
             return None
-        owned = np.sum([part.owned for part in parts], axis=0)
+        owned = np.sum([part.sizes.owned for part in parts], axis=0)
         there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self.ranks_per_node
         row_bytes = self.model.hidden_size * self.types.activation_bytes
         return HandOver(owned * row_bytes, there != mesh.node)
 
-    def _part(
-        self,
-        mesh: StageMesh,
-        pp_rank: int,
-        form: DispatchForm,
-        sizes: PartSizes,
-        routing: PartRouting,
-        *,
-        record: bool,
-    ) -> tuple[Section, ...]:
-        """A part of a micro-batch on one pipeline stage."""
+    def _sections(self, mesh: StageMesh, pp_rank: int, part: _Part) -> tuple[Section, ...]:
+        """A part on one pipeline stage."""
         model = self.model
         sections = []
         if pp_rank == 0:
-            sections.append(self._outside(embedding_steps, mesh, sizes))
+            sections.append(self._outside(embedding_steps, mesh, part.sizes))
         built: dict[object, Section] = {}
         for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self.placements[layer]
             key: object = model.window_of_layer(layer)
             if placement is not None:
-                key = key, id(placement), routing.source.sample_of(layer)
+                key = key, id(placement), part.routing.sample_of(layer)
             if key not in built:
-                built[key] = self._layer(layer, mesh, form, sizes, routing, fan_out=record)
+                built[key] = self._layer(layer, mesh, part)
             sections.append(replace(built[key], layer=layer))
         if pp_rank == self.layout.pp - 1:
-            sections.append(self._outside(head_steps, mesh, sizes))
-            sections += self._drafts(form, sizes, routing, mesh)
+            sections.append(self._outside(head_steps, mesh, part.sizes))
+            sections += self._drafts(mesh, part)
         return tuple(sections)
 
-    def _layer(
-        self,
-        layer: int,
-        mesh: StageMesh,
-        form: DispatchForm,
-        sizes: PartSizes,
-        routing: PartRouting,
-        *,
-        fan_out: bool,
-    ) -> Section:
-        placement, counts = self.placements[layer], None
+    def _layer(self, layer: int, mesh: StageMesh, part: _Part) -> Section:
+        placement, counts, owned = self.placements[layer], None, part.sizes.owned
         if placement is not None:
             counts = count_dispatch(
-                routing.source.topk_ids(layer, routing.first, routing.before, routing.owned),
-                routing.owned,
+                part.routing.topk_ids(layer, part.first, part.before, owned),
+                owned,
                 self._choice(placement, mesh),
                 mesh,
-                by_node=is_by_node_on(self.layout, form),
-                fan_out=fan_out,
+                by_node=is_by_node_on(self.layout, part.form),
+                fan_out=part.record,
             )
         out = StepList(mesh, self.types, self.kernels)
-        layer_steps(out, self.model, layer, sizes, counts, form, self.payload)
+        layer_steps(out, self.model, layer, part.sizes, counts, part.form, self.payload)
         return Section(layer, tuple(out.steps), counts)
 
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
@@ -280,22 +260,19 @@ class ProgramBuilder:
             self._choices[key] = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
         return self._choices[key]
 
-    def _drafts(
-        self, form: DispatchForm, sizes: PartSizes, routing: PartRouting, mesh: StageMesh
-    ) -> Iterator[Section]:
+    def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:
         """The guesses for the next step, on the last stage: a pass each of a layer and the head.
 
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
         last = self.model.num_hidden_layers - 1
         for draft in range(self.num_drafts):
-            of_pass = further_drafts(sizes, draft) if draft else sizes
-            if not of_pass.num_new.size:
+            sizes = further_drafts(part.sizes, draft) if draft else part.sizes
+            if not sizes.num_new.size:
                 return
-            tokens = replace(routing, owned=of_pass.owned) if draft else routing
-            yield self._outside(projection_steps, mesh, of_pass)
-            yield self._layer(last, mesh, form, of_pass, tokens, fan_out=False)
-            yield self._outside(head_steps, mesh, further_drafts(sizes, draft))
+            yield self._outside(projection_steps, mesh, sizes)
+            yield self._layer(last, mesh, replace(part, sizes=sizes, record=False))
+            yield self._outside(head_steps, mesh, further_drafts(part.sizes, draft))
 
     def _outside(
         self,
