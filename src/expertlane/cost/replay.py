@@ -39,7 +39,7 @@ class Clocks:
         return cls(compute, network, host)
 
     def later(self, seconds: Floats) -> "Clocks":
-        """The same after so many seconds, [B]."""
+        """The same clocks so many seconds later, [B]."""
         by = seconds[:, None]
         return Clocks(self.compute + by, self.network + by, self.host + by)
 

@@ -44,7 +44,7 @@ class Finalist(ScreenedCandidate):
         return self.served.best(goals) is not None
 
     def breach(self, goals: Goals) -> float:
-        """By what factor it misses the worse limit; 1 or less where it keeps both."""
+        """The factor by which it misses the worse limit; 1 or less where it keeps both."""
         return float(self.served.breach(goals)[0])
 
 

@@ -57,7 +57,7 @@ class Row:
 
     @property
     def critical_path_tps(self) -> float:
-        """By CPU time on the critical path; 0 where none was counted."""
+        """TPS by CPU time on the critical path; 0 where none was counted."""
         path = self.step.critical_path
         return path.tps if path else 0.0
 
@@ -100,12 +100,12 @@ class Overlapped:
 
     @property
     def gained_s(self) -> float:
-        """Of a step (of a round, where micro-batches rotate); negative where overlap costs time."""
+        """Seconds saved in a step, or round if rotating; negative where overlap costs time."""
         return self.off.step.round_s.value - self.on.step.round_s.value
 
     @property
     def hidden(self) -> float | None:
-        """Of what was exposed, the share that overlap hides; None where nothing was."""
+        """The share of the exposed time that overlap hides; None where nothing was exposed."""
         return hidden_share(self.gained_s, self.exposed_s)
 
 
@@ -148,7 +148,7 @@ class Comparison:
 
     @property
     def fastest(self) -> Row:
-        """Of the highest TPS."""
+        """The deployment with the highest TPS."""
         return max(self.rows, key=lambda row: row.tps)
 
     @property

@@ -40,7 +40,7 @@ class Column(Heading, Generic[T]):
         return NONE if value is None else self.show(value)
 
     def of(self, part: Callable[[U], T | None]) -> "Column[U]":
-        """The same of a part of something else; a dash where it has no such part."""
+        """The same column for something that has such a part; a dash where it has none."""
 
         def get(whole: U) -> Any:
             found = part(whole)
@@ -179,7 +179,7 @@ class Section:
 
     @property
     def words(self) -> Iterator[Words]:
-        """All but the plots."""
+        """All words but those of the plots."""
         return (part for part in self.parts if isinstance(part, Words))
 
 

@@ -84,7 +84,7 @@ class StepTimeline(Strict):
 
 
 def timelines_of(steps: Sequence[StepRecord]) -> dict[Phase, StepTimeline]:
-    """By phase; steps of one phase go on one time axis, each as a micro-batch of its own.
+    """A timeline a phase: its steps on one time axis, each as a micro-batch of its own.
 
     Phases without events are left out.
     """

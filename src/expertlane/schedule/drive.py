@@ -51,7 +51,7 @@ class DriveLoop(Generic[HandleT]):
 
     @property
     def next_handles(self) -> list[HandleT]:
-        """Of the oldest uncommitted step of each replica: those that may finish next."""
+        """Handles of each replica's oldest uncommitted step: those that may finish next."""
         oldest: dict[int, int] = {}
         for step, plan in self._uncommitted.items():
             oldest.setdefault(plan.replica, step)

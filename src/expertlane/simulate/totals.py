@@ -41,7 +41,7 @@ class StepFacts:
 
     @classmethod
     def of(cls, step: PricedStep, pricing: Pricing, model: ModelConfig) -> "StepFacts":
-        """Of a step's program with its times."""
+        """The facts of a step's program with its times."""
         return cls(
             floor_s([step.program], pricing.profile.device, pricing.types),
             *basis_seconds([step.work]),
@@ -50,7 +50,7 @@ class StepFacts:
         )
 
     def __add__(self, other: "StepFacts") -> "StepFacts":
-        """Of both together."""
+        """The facts of both together."""
         names = [each.name for each in fields(self)]
         return StepFacts(*(getattr(self, name) + getattr(other, name) for name in names))
 
