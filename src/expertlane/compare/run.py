@@ -273,7 +273,7 @@ class _Deployed:
         return np.array([request.output_token_ids for request in requests])
 
     def record(self, role: str, peak: MachinePeak) -> DeploymentRecord:
-        """All runs together."""
+        """The record of all runs together."""
         runner, steps = self._runner, self._steps
         phases = [
             replace(

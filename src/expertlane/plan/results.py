@@ -295,7 +295,7 @@ def pareto_records(
 def candidate_record(
     candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
-    """At one of the numbers of sequences that it was screened with, or projected in full."""
+    """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options = candidate.candidate
     serving = serving_at(candidate.served, place)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)

@@ -114,7 +114,7 @@ class _Phase:
         self._steps = steps
 
     def take(self, priced: Iterator[ScenarioTimes]) -> None:
-        """The next times are those of `lists`."""
+        """Take the times of `lists` from those that come next."""
         self.stages = self._steps.stages(list(islice(priced, len(self.lists))))
 
 

@@ -16,7 +16,7 @@ class FinishedStep(NamedTuple):
     outcome: StepOutcome
 
     def record(self, run: int = 0, spell: int = 0) -> StepRecord:
-        """What metrics see of it."""
+        """The record that metrics read."""
         plan, outcome = self
         return StepRecord(
             phase=plan.phase,

@@ -313,7 +313,7 @@ class Simulator:
         )
 
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
-        """With the blocks that there is memory for, as many as the load could use."""
+        """Ranks with as many blocks as memory has room for, at most what the load can use."""
         setup, load, drafts = self.setup, self.load, self.setup.multi_token
         placements = placements_of(self.model, layout, setup.options)
         held = PlacedModel(  # the layer that guesses too
