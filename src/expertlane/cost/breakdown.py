@@ -82,7 +82,7 @@ class BreakdownTable:
         return table
 
     def add(self, times: StepTimes) -> None:
-        """The next step."""
+        """Add the next step."""
         if self._begin_s is None:
             first = float(min(of_stage[0].begin[LIKELY].min() for of_stage in times.spans))
             self._begin_s = float(times.origin_s[LIKELY]) + first

@@ -34,7 +34,7 @@ class Clocks:
 
     @classmethod
     def zero(cls, num_bounds: int, num_ranks: int) -> "Clocks":
-        """The start."""
+        """All clocks at 0."""
         compute, network, host = np.zeros((3, num_bounds, num_ranks))
         return cls(compute, network, host)
 

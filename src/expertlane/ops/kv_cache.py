@@ -40,7 +40,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """All of it."""
+        """Bytes of keys and values together."""
         return self.keys.nbytes + self.values.nbytes
 
     @property

@@ -89,7 +89,7 @@ class OnednnLinear(Linear):
         return packed
 
     def tensors(self) -> list[Tensor]:
-        """Unpacked, copies."""
+        """Unpacked copies of weight and bias."""
         return [self.weight.to_dense(), *super().tensors()[1:]]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:

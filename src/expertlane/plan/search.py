@@ -161,7 +161,7 @@ class Search:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """All that use every device."""
+        """All candidates that use every device."""
         per_node = self._request.cluster.profile.ranks_per_node
         return [
             candidate

@@ -248,7 +248,7 @@ class ThroughputCurve:
 
 
 def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
-    """A pool that does both."""
+    """The curve of one pool that computes prompts and decodes."""
     per_token = workload.prompt_len / workload.output_len
     prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
     tpot_s = steps.decode_s + steps.num_seqs * prefill_s

@@ -33,7 +33,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As the experiment has it."""
+        """The name that the experiment gives it."""
         return self.record.name
 
     @property
@@ -143,7 +143,7 @@ class Comparison:
 
     @property
     def first(self) -> Row:
-        """What the experiment begins with."""
+        """The experiment's first deployment."""
         return self.rows[0]
 
     @property
@@ -153,12 +153,12 @@ class Comparison:
 
     @property
     def baselines(self) -> list[Row]:
-        """What an experiment compares against."""
+        """The deployments that an experiment compares against."""
         return [row for row in self.rows if row.record.is_baseline]
 
     @property
     def proposals(self) -> list[Row]:
-        """All others."""
+        """All deployments that are no baselines."""
         return [row for row in self.rows if not row.record.is_baseline]
 
     @cached_property

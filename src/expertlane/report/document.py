@@ -35,7 +35,7 @@ class Column(Heading, Generic[T]):
     source: Source | None = None
 
     def cell(self, item: T) -> str:
-        """As text."""
+        """The item's value as text."""
         value = self.get(item)
         return NONE if value is None else self.show(value)
 
@@ -207,7 +207,7 @@ class Report:
             object.__setattr__(self, name, _printable(value))
 
     def of_place(self, *places: str) -> list[Section]:
-        """Some sections."""
+        """The sections that belong to the given places."""
         return [each for each in self.sections if each.place in places]
 
 

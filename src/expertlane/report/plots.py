@@ -103,7 +103,7 @@ def _causes(steps: Mapping[Phase, _Named]) -> list[Tabs]:
             f"Time of a {phase} step by cause",
             of_phase,
             note="Mean over ranks, while every sequence goes one token on or through its "
-            "prompt. Reads: of operations that memory bounds.",
+            "prompt. Reads: operations bound by memory.",
         )
         for phase, of_phase in steps.items()
         if of_phase
@@ -138,8 +138,8 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
     cast = [row.label for row in compared.cast]
     if compared.source == "projected":
         words = (
-            "A step in the steady state of each deployment, all on the same time axis; of rotating "
-            "micro-batches one of each, which lie over the round before and after. "
+            "A step of each deployment in the steady state, all on the same time axis. Where "
+            "micro-batches rotate, one step of each is drawn; it overlaps the rounds beside it. "
         )
         return _timelines(words, steps, cast)
     rows = {row.label: row for row in compared.rows}

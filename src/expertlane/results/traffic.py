@@ -54,12 +54,12 @@ class FanOut(Strict):
 
     @property
     def ranks_per_token(self) -> float:
-        """Mean."""
+        """Mean over tokens and layers."""
         return _mean_place(self.tokens_by_ranks_reached)
 
     @property
     def nodes_per_token(self) -> float | None:
-        """Mean."""
+        """Mean over tokens and layers."""
         nodes = self.tokens_by_nodes_reached
         return _mean_place(nodes) if nodes else None
 

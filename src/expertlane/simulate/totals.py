@@ -136,7 +136,7 @@ class PoolTotals:
         self._explained: Phase | None = None
 
     def observe(self, step: PricedStep) -> None:
-        """Take a step in."""
+        """Add a step to the totals."""
         facts = self._facts.get(step.program)
         if facts is None:
             facts = self._facts[step.program] = StepFacts.of(step, self._pricing, self._model)
@@ -152,7 +152,7 @@ class PoolTotals:
             self._explain(step, phase, totals)
 
     def close(self) -> None:
-        """No step comes any more."""
+        """Finish the totals: no step follows."""
         if self._table is not None and self._explained is not None:
             self.phases[self._explained].explain(self._table)
         self._table = None

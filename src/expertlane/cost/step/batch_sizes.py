@@ -247,7 +247,7 @@ class Scenarios:
 
     @property
     def size(self) -> int:
-        """S."""
+        """S, the number of scenarios."""
         return len(self.num_seqs)
 
     @property

@@ -61,7 +61,7 @@ class ExpertSteps:
                 self._hierarchical()
 
     def experts(self) -> None:
-        """The products alone."""
+        """The experts' products alone, without moving rows."""
         model, out, kernels, counts = self._model, self._out, self._kernels, self._counts
         matrices = 3 if model.gated_mlp else 2
         inner = shares(model.moe_intermediate_size, self._layout.etp, out.etp_rank)
