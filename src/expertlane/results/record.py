@@ -131,7 +131,7 @@ class StepsRecord(Strict):
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the time by cause; they add up to 1."""
+        """Shares of the time by cause; they add up to 1."""
         total = sum(self.breakdown_s.values()) or 1.0
         return {cause: seconds / total for cause, seconds in self.breakdown_s.items()}
 
@@ -339,7 +339,7 @@ class DeploymentRecord(Strict):
 
     @property
     def num_ranks(self) -> int:
-        """Of all pools."""
+        """Ranks of all pools."""
         prefill = self.prefill_layout
         return self.layout.world_size + (0 if prefill is None else prefill.world_size)
 
