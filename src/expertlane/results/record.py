@@ -140,11 +140,6 @@ class StepsRecord(Strict):
         """The cause with the largest share."""
         return max(self.shares.items(), key=lambda item: item[1])
 
-    @property
-    def basis(self) -> str | None:
-        """What most of the time rests on; None where it was measured."""
-        return max(self.basis_shares, key=lambda each: self.basis_shares[each], default=None)
-
 
 @dataclass(frozen=True)
 class ServingRecord(Strict):

@@ -49,7 +49,8 @@ SIZES: dict[Kind, tuple[str, ...]] = {
         "head_dim",
     ),
     Kind.DECODE_ATTENTION: ("seqs", "positions", "heads", "kv_heads", "head_dim"),
-    # the same in the latent: key_dim = rank + rope, value_dim = rank
+    # of latent attention: in the latent, key_dim = rank + rope and value_dim = rank; where keys and
+    # values are expanded, the widths of a head
     Kind.LATENT_PREFILL: (
         "seqs",
         "query_key_pairs",
