@@ -344,7 +344,7 @@ def test_find_names_the_nearest_shipped_experiment():
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("routing = 3", "routing is 3; it must be a table of known keys"),
+        ("routing = 3", "routing is 3; it must be a table of known keys (in JSON, an object)"),
         ("dense_layers = 3", "dense_layers is 3; it must be a list"),
         ("routing = { n_groups = 2 }", "[model]: routing.n_groups is an unknown key"),
         ("routing = { n_group = 2.5 }", "routing.n_group is 2.5; it must be a whole number"),

@@ -264,7 +264,7 @@ _WANTED = {  # by the beginnings of pydantic's names of errors
     "string": "a string",
     "bool": "true or false",
     "tuple": "a list",
-    "dataclass": "a table of known keys",
+    "dataclass": "a table of known keys (in JSON, an object)",
 }
 
 
