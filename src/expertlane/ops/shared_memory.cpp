@@ -359,11 +359,11 @@ void shared_give_back(void* of, const char* bytes) {
     endpoint.heap.give_back(bytes - endpoint.region.heap(endpoint.rank));
 }
 
-// Begin an exchange. send [size]: bytes to each place, one after another in `from`, or from its
-// begin on where they are the same for all; -1 for no message. receive [size]: bytes from each
-// place, one after another in `to`; -1 for no message. `from` stays as it is until the end.
-void* shared_begin(void* of, const char* from, const int64_t* send, int32_t same_for_all, char* to,
-                   const int64_t* receive) {
+// Begin an exchange of rows. send [size]: how many to each place, one after another in `from`, or
+// the first for all; -1 for no message. receive [size]: how many from each place, one after another
+// in `to`; -1 for no message. `from` stays as it is until the end.
+void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t* send,
+                   int32_t same_for_all, char* to, const int64_t* receive) {
     auto& group = *(Group*)of;
     Endpoint& endpoint = *group.endpoint;
     endpoint.exchanges.push_back(std::make_unique<Exchange>());
@@ -379,7 +379,7 @@ void* shared_begin(void* of, const char* from, const int64_t* send, int32_t same
     const char* own = from;
     int64_t offset = 0;
     for (int64_t place = 0; place < group.size; ++place) {
-        const int64_t bytes = std::max<int64_t>(send[place], 0);
+        const int64_t bytes = row_bytes * std::max<int64_t>(send[place], 0);
         if (place == group.place) own = from + offset;
         else exchange.parts[place] = {offset, bytes}, exchange.sends |= send[place] >= 0;
         if (!same_for_all) offset += bytes;
@@ -391,7 +391,7 @@ void* shared_begin(void* of, const char* from, const int64_t* send, int32_t same
     }
     offset = 0;
     for (int64_t place = 0; place < group.size; ++place) {
-        const int64_t bytes = std::max<int64_t>(receive[place], 0);
+        const int64_t bytes = row_bytes * std::max<int64_t>(receive[place], 0);
         if (place == group.place) std::memcpy(to + offset, own, bytes);
         else if (receive[place] >= 0) {
             exchange.incoming.push_back({place, group.num_expected[place]++, to + offset, bytes});

@@ -50,7 +50,7 @@ void run(char* base, int64_t rank, int64_t rounds) {
         for (int64_t each : flight.receive) total += each;
         flight.to.resize(total);
         flight.from.push_back(0);
-        flight.exchange = shared_begin(groups[round % 2], (char*)flight.from.data(), bytes[rank], 0,
+        flight.exchange = shared_begin(groups[round % 2], 1, (char*)flight.from.data(), bytes[rank], 0,
                                          (char*)flight.to.data(), flight.receive.data());
         if (flights.size() == 3) finish();
     }
