@@ -32,18 +32,18 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.comm.clock import HostClock
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine.worker import RankContext
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import Dispatcher, make_dispatcher
+from expertlane.model.layers import make_dispatcher
+from expertlane.moe.dispatch import Dispatcher, ReplicaChoice
 from expertlane.moe.payload import Payload
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 
 HIDDEN_SIZE, NUM_EXPERTS = 1024, 32
-FORMS = ("all_to_all", "all_gather", "hierarchical")
+FORMS = tuple(DISPATCH_FORMS)
 NUM_ROUNDS, SAMPLE_TOKENS = 5, 1024  # a sample repeats few tokens up to so many
 MOST_TOKENS = 16384  # of all ranks; all_gather holds them on each rank, four times over
 
@@ -119,14 +119,14 @@ def measure(
     recorder = Recorder(context.rank, 1, 1, context.progress, HostClock(), num_ranks)
     mesh = ParallelMesh(layout, context.meshes, context.rank, per_node, recorder)
     placement = Placement.linear(NUM_EXPERTS, num_ranks)
-    choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
+    choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
     seconds, expected = {}, naive(inputs, NUM_EXPERTS // num_ranks)
     for form in FORMS:
         dispatcher = make_dispatcher(form, mesh, placement, choice, Payload("model", recorder))
         with capturing() as transfers:
-            arrived, sent = interleave([dispatcher.dispatch(*inputs)])[0]
-            rows = arrived.by_expert()
-            results = torch.empty_like(rows).index_copy_(0, arrived.result_of_pair, rows)
+            arrived, pairs, sent = interleave([dispatcher.dispatch(*inputs)])[0]
+            rows = arrived.index_select(0, pairs.rows)
+            results = torch.empty_like(rows).index_copy_(0, pairs.order, rows)
             combined = interleave([dispatcher.combine(sent, results)])[0]
         torch.testing.assert_close(combined, expected, rtol=0.05, atol=0.05)  # bfloat16 sums
         variants = {
@@ -140,7 +140,7 @@ def measure(
 
 
 def round_trip(dispatcher: Dispatcher, inputs: Inputs, results: Tensor) -> Tensor:
-    _, sent = interleave([dispatcher.dispatch(*inputs)])[0]
+    *_, sent = interleave([dispatcher.dispatch(*inputs)])[0]
     return interleave([dispatcher.combine(sent, results)])[0]
 
 

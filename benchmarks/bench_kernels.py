@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.moe.experts import ExpertInput, Experts
+from expertlane.moe.experts import Experts
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.cpu import Bfloat16Backend
-from expertlane.ops.experts import Activation, Expert
 from expertlane.ops.host import num_cores
+from expertlane.ops.products import Activation, Expert, PairGroups
 
 COPIES_BYTES = 160_000_000
 MEASURE_S = 0.6
@@ -99,7 +99,7 @@ def experts(ops: Bfloat16Backend) -> Iterator[Row]:
         ids = torch.randint(0, NUM_EXPERTS, (2 * num_tokens,))
         counts = torch.bincount(ids, minlength=NUM_EXPERTS).tolist()
         x, at = random(2 * num_tokens, SIZE), torch.arange(2 * num_tokens)
-        arrived = ExpertInput(x, at, at, torch.tensor(counts))
+        pairs = PairGroups(torch.tensor(counts), at, at, at[:, None])
 
         def loop(i: int, x: torch.Tensor = x, counts: list[int] = counts) -> torch.Tensor:
             results, start = [], 0
@@ -115,7 +115,7 @@ def experts(ops: Bfloat16Backend) -> Iterator[Row]:
         found = seconds(
             {
                 "loop of oneDNN": loop,
-                "ours": lambda i, arrived=arrived: ours[i].forward(arrived),
+                "ours": lambda i, x=x, pairs=pairs: ours[i].apply(x, pairs),
             },
             NUM_LAYERS,
         )

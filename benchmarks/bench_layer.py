@@ -22,17 +22,15 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.comm.clock import clock_for
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import WeightSource
-from expertlane.moe.experts import ExpertInput
 from expertlane.ops.backend import DTYPES, backend_for
-from expertlane.ops.experts import LoopedExperts
+from expertlane.ops.products import LoopedExperts
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -97,7 +95,6 @@ class Bench:
             [Placement.linear(model.num_experts, 1)],
             RandomWeights(model, dtype, device),
             mesh,
-            self._recorder,
         )
         self.stage.set_forms(("all_to_all",), "model")
 
@@ -143,15 +140,12 @@ class Bench:
         ids = ids.topk(model.num_experts_per_tok).indices.int()
         x = torch.randn(num_tokens, model.hidden_size, dtype=self.dtype, device=self.device)
         pairs = backend_for(self.device).group_pairs(ids, 0, 1, model.num_experts)
-        arrived = ExpertInput.of(x, pairs)
-        num_tokens_of = arrived.num_tokens_per_expert
-        given = arrived.rows, arrived.row_of_pair, arrived.result_of_pair, num_tokens_of
-        flops, num_bytes = experts.compute_cost(num_tokens_of.tolist())
+        flops, num_bytes = experts.compute_cost(pairs.counts.tolist())
         chosen = backend_for(self.device).experts(experts.held, experts.activation)
         looped = LoopedExperts(experts.held, experts.activation)
         variants = {type(each).__name__: each for each in (chosen, looped)}
         for name, apply in variants.items():
-            taken_s = self._seconds(lambda apply=apply: apply(*given))
+            taken_s = self._seconds(lambda apply=apply: apply(x, pairs))
             yield self._row(f"experts, {num_tokens} tokens", name, taken_s, num_bytes, flops)
 
     def _row(self, what: str, variant: str, taken_s: float, num_bytes: int, flops: int) -> Row:

@@ -48,7 +48,7 @@ PARTS = (
         "operations",
         80,
         # Without tests/conftest.py, which needs more than torch.
-        (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_experts.py"),
+        (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_products.py"),
         ("-k", "sums"),
     ),
     Part(

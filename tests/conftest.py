@@ -7,9 +7,9 @@ import torch
 
 from distributed.on_ranks import local_ranks
 from expertlane.engine.pool import RankPool
-from expertlane.model.reference import ReferenceModel, ReferenceRun
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
+from parity.reference import ReferenceModel, ReferenceRun
 
 _TIMEOUT_S = 60.0
 

@@ -45,7 +45,7 @@ def held_by_engine(model, layout, rank, dtype) -> TransformerStage:
     mesh = ParallelMesh(layout, NoGroups("cpu"), rank, 8, recorder)
     source = SeededWeights(model, 0, getattr(torch, dtype), torch.device("cpu"), touch=lambda: None)
     placements = placements_of(model, layout, Options())
-    stage = TransformerStage(model, placements, source, mesh, recorder)
+    stage = TransformerStage(model, placements, source, mesh)
     stage.allocate_cache(1, 1)
     return stage
 

@@ -1,6 +1,6 @@
 import pytest
 
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 
 
 class FakePending:

@@ -26,12 +26,19 @@ from expertlane.cost.step.totals import RankCounts, count
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.limits import Limits
-from expertlane.spec.deployment import Deployment, DispatchMode, DispatchRow, DispatchTable, Options
+from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
+    Deployment,
+    DispatchMode,
+    DispatchRow,
+    DispatchTable,
+    Options,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Traffic
 from expertlane.spec.sampling import SamplingParams, SamplingState
 
-FORMS = ("all_to_all", "all_gather", "hierarchical")
+FORMS = tuple(DISPATCH_FORMS)
 PHASES = (PREFILL, PREFILL + CHUNKS + DECODE, DECODE)
 MOST_RANKS = 8
 

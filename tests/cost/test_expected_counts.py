@@ -16,10 +16,11 @@ from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import Operation
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList, OneRank, StepList
+from expertlane.spec.deployment import DISPATCH_FORMS, is_by_node_on
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link
 
-FORMS = ("all_to_all", "all_gather", "hierarchical")
+FORMS = tuple(DISPATCH_FORMS)
 SAMPLE_TOKENS = 2048  # of which expected counts are means
 # Layouts with ranks of a node, and redundant experts; all ranks' shares are equal.
 PLACES = (
@@ -80,7 +81,7 @@ class Stage:
 
     @property
     def _by_node(self):
-        return self.form == "hierarchical" and self.mesh.layout.ep > 1
+        return is_by_node_on(self.mesh.layout, self.form)
 
     def expected(self, counts=mean_counts):
         top_k = self._model.num_experts_per_tok

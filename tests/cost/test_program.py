@@ -17,7 +17,7 @@ from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Tran
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage, Traffic
@@ -141,7 +141,7 @@ def test_tensor_parallel_layers_gather_and_scatter():
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("form", ["all_to_all", "all_gather", "hierarchical"])
+@pytest.mark.parametrize("form", DISPATCH_FORMS)
 def test_sizes_are_those_of_the_kind(family, form):
     """And are told for every rank or for all; operations' counts are [R] whole numbers."""
     layout, model = Layout.parse("dp=2,tp=2,ep=4"), MODELS[family]

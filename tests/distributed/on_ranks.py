@@ -8,20 +8,19 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.clock import HostClock
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine import fork_server
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import make_dispatcher
+from expertlane.model.layers import make_dispatcher
+from expertlane.moe.dispatch import ReplicaChoice
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
@@ -133,27 +132,29 @@ class DispatchAndCombine(Command[MoeResult | None]):
 
 def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> MoeResult | None:
     layout, placement, form = command.layout, command.placement, command.form
-    joined = join(context, layout, command.ranks_per_node, hierarchical=form == "hierarchical")
+    joined = join(
+        context, layout, command.ranks_per_node, hierarchical=DISPATCH_FORMS[form].by_node
+    )
     if joined is None:
         return None
     mesh, recorder = joined
-    choice = ReplicaChoice(mesh, placement, recorder, torch.device("cpu"))
+    choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
     dispatcher = make_dispatcher(form, mesh, placement, choice, Payload(command.payload, recorder))
     x, topk_ids, topk_weights = (torch.from_numpy(array) for array in command.inputs[context.rank])
     num_tokens = [len(of_rank[0]) for of_rank in command.inputs]
     with Recording(recorder, Stage.DISPATCH) as dispatching:
         dispatched = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])
-    arrived, sent = dispatched[0]
+    arrived, pairs, sent = dispatched[0]
     experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
-    factors = (experts + 1.0).repeat_interleave(arrived.num_tokens_per_expert)
-    rows = arrived.by_expert()
+    factors = (experts + 1.0).repeat_interleave(pairs.counts)
+    rows = arrived[pairs.rows]
     results = torch.empty_like(rows)
-    results[arrived.result_of_pair] = rows * factors[:, None].to(rows.dtype) / layout.etp
+    results[pairs.order] = rows * factors[:, None].to(rows.dtype) / layout.etp
     with Recording(recorder, Stage.COMBINE) as combining:
         combined = interleave([dispatcher.combine(sent, results)])[0]
     return MoeResult(
         rows.numpy(),
-        arrived.num_tokens_per_expert.tolist(),
+        pairs.counts.tolist(),
         combined.numpy(),
         dispatching.record,
         combining.record,

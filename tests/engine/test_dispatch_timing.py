@@ -5,17 +5,11 @@ import pytest
 from distributed.running import deployment, run_deployment
 from expertlane.engine import dispatch_timing
 from expertlane.engine.commands import SetDispatch
-from expertlane.engine.dispatch_timing import middle_mean, modes_of, still_hopeful
+from expertlane.engine.dispatch_timing import middle_mean, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.memory import workload_limits
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.deployment import (
-    DispatchMode,
-    DispatchRow,
-    DispatchTable,
-    Options,
-    dispatch_forms,
-)
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage
@@ -26,52 +20,11 @@ TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=8, prompt_len=20, output_len=4, seed=3)
 
 
-@pytest.mark.parametrize(
-    ("layout", "ranks_per_node", "forms"),
-    [
-        ("tp=2", 1, ("all_gather",)),
-        ("dp=4,ep=4", 4, ("all_to_all", "all_gather")),
-        ("dp=4,ep=4", 2, ("all_to_all", "all_gather", "hierarchical")),
-        ("dp=4,ep=4", 3, ("all_to_all", "all_gather")),
-        ("dp=4,ep=4", 1, ("all_to_all", "all_gather")),
-    ],
-)
-def test_forms_that_make_a_difference(layout, ranks_per_node, forms):
-    assert dispatch_forms(Layout.parse(layout), ranks_per_node) == forms
-
-
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
     """Also on a busy machine: every size that fits, but no more rounds than need be."""
     monkeypatch.setattr(dispatch_timing, "_LONG_STEP_S", float("inf"))
     monkeypatch.setattr(dispatch_timing, "_SIZE_S", 0.0)
-
-
-@pytest.mark.parametrize(
-    ("layout", "options", "modes"),
-    [
-        ("dp=2,ep=2", {"dispatch": "auto"}, ["all-to-all", "all-gather"]),
-        ("dp=2,ep=2", {"overlap": "auto"}, ["all-to-all", "all-to-all with overlap"]),
-        (
-            "dp=2,ep=2",
-            {"dispatch": "auto", "overlap": True},
-            ["all-to-all with overlap", "all-gather with overlap"],
-        ),
-        (
-            "dp=2,ep=2",
-            {"dispatch": "auto", "overlap": "auto"},
-            ["all-to-all", "all-gather", "all-to-all with overlap", "all-gather with overlap"],
-        ),
-        (
-            "tp=2",
-            {"overlap": "auto", "dispatch": "auto"},
-            ["all-gather", "all-gather with overlap"],
-        ),
-        ("pp=2", {"overlap": "auto"}, ["all-to-all"]),
-    ],
-)
-def test_modes_to_choose_from(layout, options, modes):
-    assert list(map(str, modes_of(Layout.parse(layout), Options(**options), 2))) == modes
 
 
 @pytest.mark.parametrize(

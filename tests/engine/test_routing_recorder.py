@@ -10,8 +10,6 @@ from distributed.running import deployment
 from expertlane.balance.trace import read_trace, write_trace
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.errors import UserError
-from expertlane.model import reference as reference_module
-from expertlane.moe.reference import moe_block, router_logits
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome
@@ -19,7 +17,9 @@ from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import PRESETS
+from parity import reference as reference_module
 from parity.contract import MIN_ROUTER_MARGIN
+from parity.reference import moe_block, router_logits
 
 TINY = PRESETS["paper-tiny"]
 OUTPUT_LEN = 3

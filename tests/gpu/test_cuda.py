@@ -6,12 +6,12 @@ import torch
 from distributed.running import run_deployment
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
-from expertlane.model.reference import ReferenceModel
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract
+from parity.reference import ReferenceModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -5,14 +5,12 @@ import math
 import pytest
 import torch
 
-from expertlane.comm.clock import HostClock
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.model.attention import Attention
+from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.rotary import RotaryEmbedding
 from expertlane.ops.kv_cache import KVCache
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -51,7 +49,7 @@ def attend(weights):
     rotary = RotaryEmbedding(MODEL, CPU)
     recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
     mesh = ParallelMesh(Layout(), DeviceMeshes("cpu"), 0, 1, recorder)
-    attention = Attention(MODEL, 0, Given(*weights), mesh, rotary, recorder)
+    attention = Attention(MODEL, 0, Given(*weights), mesh, rotary)
     num_blocks = NUM_SLOTS * MAX_LEN // BLOCK_SIZE
     cache = KVCache(num_blocks, BLOCK_SIZE, *attention.cache_dims, torch.float32, CPU)
     cache.keys.fill_(1e3)  # nothing that was not written may matter

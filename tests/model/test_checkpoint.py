@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from expertlane.errors import SpecError
 from expertlane.model import checkpoint as checkpoint_module
-from expertlane.model import shards
+from expertlane.model import stored_tensors
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.spec.tensors import tensor_names, tensor_shape
 from model.families import FAMILIES, load_model, make_model
@@ -86,7 +86,7 @@ def test_large_reads_in_small_blocks(checkpoints, monkeypatch):
     names = ["layers.0.query", "layers.0.sinks", "layers.1.experts.3.up", "layers.1.experts.3.down"]
     expected = [Checkpoint(folder).tensor(name, range(1, 8)) for name in names]
     for max_bytes in (1, 700):
-        monkeypatch.setattr(shards, "MAX_MAPPED_BYTES", max_bytes)
+        monkeypatch.setattr(stored_tensors, "MAX_MAPPED_BYTES", max_bytes)
         monkeypatch.setattr(checkpoint_module, "_MAX_COPIED_BYTES", max_bytes)
         checkpoint = Checkpoint(folder)
         for name, tensor in zip(names, expected, strict=True):

@@ -8,12 +8,12 @@ import pytest
 from conftest import PoolKeeper
 from distributed.running import deployment, run_deployment
 from expertlane.errors import SpecError
-from expertlane.model.reference import ReferenceModel
 from expertlane.model.weights import draw
 from expertlane.spec.model import PRESETS
 from expertlane.spec.model_parts import Routing
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract
+from parity.reference import ReferenceModel
 
 SKEWED = replace(PRESETS["paper-tiny"], routing=Routing(router_bias=True, router_skew=1.5))
 

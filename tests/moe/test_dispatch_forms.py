@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from expertlane.balance.placement import Placement
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Traffic
 from moe.test_dispatch import ROW_BYTES, A, B, C, D, own, run
@@ -11,7 +12,7 @@ from records import sent_over
 
 pytestmark = pytest.mark.numerical
 
-FORMS = ("all_to_all", "all_gather", "hierarchical")
+FORMS = tuple(DISPATCH_FORMS)
 
 
 def expected(inputs):

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.moe.experts import ExpertInput
 from expertlane.ops.backend import backend_for
 from expertlane.ops.torch_backend import TorchBackend, inverse, stable_order
 
@@ -26,11 +25,10 @@ def ids(*rows):
 
 def test_pairs_by_expert(ops):
     pairs = ops.group_pairs(ids([1, -1], [0, 1], [-1, -1]), 0, 1, 3)
-    arrived = ExpertInput.of(X, pairs)
     # Expert 0 has row 1; expert 1 has rows 0 and 1; the third has none.
-    assert arrived.by_expert().tolist() == [[2, 20], [1, 10], [2, 20]]
-    assert arrived.num_tokens_per_expert.tolist() == [1, 2, 0]
-    assert arrived.result_of_pair.tolist() == [1, 0, 2]
+    assert X[pairs.rows].tolist() == [[2, 20], [1, 10], [2, 20]]
+    assert pairs.counts.tolist() == [1, 2, 0]
+    assert pairs.order.tolist() == [1, 0, 2]
     assert pairs.numbers.tolist() == [[0, -1], [1, 2], [-1, -1]]
     weights = torch.tensor([[0.5, 9], [0.25, 0.75], [9, 9]])
     results = torch.tensor([[1.0, 10], [2, 20], [2, 20]])  # by row, then choice
@@ -55,10 +53,10 @@ def test_pairs_by_rank(ops):
 @pytest.mark.parametrize("num_rows", [0, 2])
 def test_no_pair(ops, num_rows):
     pairs = ops.group_pairs(torch.full((num_rows, 2), -1, dtype=torch.int32), 0, 1, 2)
-    arrived = ExpertInput.of(X[:num_rows], pairs)
-    assert arrived.by_expert().shape == (0, 2)
-    assert arrived.num_tokens_per_expert.tolist() == [0, 0]
-    assert ops.gather_sum(arrived.by_expert(), pairs.numbers).tolist() == [[0, 0]] * num_rows
+    rows = X[:num_rows][pairs.rows]
+    assert rows.shape == (0, 2)
+    assert pairs.counts.tolist() == [0, 0]
+    assert ops.gather_sum(rows, pairs.numbers).tolist() == [[0, 0]] * num_rows
 
 
 def test_rows_by_peer(ops):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.cpu import Bfloat16Backend, PackedLinear
-from expertlane.ops.experts import Activation, Expert
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -80,8 +80,9 @@ def test_experts_that_ours_do_not_cover(inner: int, has_bias: bool, activation: 
     held = [
         Expert(linear(inner, 32, i), linear(32, inner, i), linear(inner, 32, 7)) for i in (1, 2)
     ]
-    x, pairs = random(3, 32), torch.tensor([0, 1, 2])
-    ours = OURS.experts(held, activation)(x, pairs, pairs, torch.tensor([2, 1]))
+    x, at = random(3, 32), torch.tensor([0, 1, 2])
+    pairs = PairGroups(torch.tensor([2, 1]), at, at, at[:, None])
+    ours = OURS.experts(held, activation)(x, pairs)
     for rows, expert in ((slice(0, 2), held[0]), (slice(2, 3), held[1])):
         expected = expert.down(activation(expert.gate(x[rows]), expert.up(x[rows])))
         assert_near(ours[rows], expected, steps=1)
@@ -140,7 +141,8 @@ def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
         for gate, up, down in zip(gates, ups, downs, strict=True)
     ]
     apply = OURS.experts(held, Activation("silu" if is_gated else "gelu"))
-    ours = apply(rows, row_of_pair, result_of_pair, torch.tensor(counts))
+    pairs = PairGroups(torch.tensor(counts), row_of_pair, result_of_pair, torch.empty(0))
+    ours = apply(rows, pairs)
     ends = torch.tensor(counts).cumsum(0).tolist()
     expected, start = [], 0
     for expert, end in enumerate(ends):

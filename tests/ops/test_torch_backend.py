@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.ops.experts import Activation, Expert
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -91,7 +91,8 @@ def test_experts(random, device, counts, has_bias, is_gated):
     rows, taken = random(7, hidden), torch.arange(num, device=device) % 7
     given = torch.randperm(num, generator=torch.Generator().manual_seed(1)).to(device)
     activation = Activation("silu" if is_gated else "gelu")
-    found = OPS.experts(held, activation)(rows, taken, given, torch.tensor(counts, device=device))
+    pairs = PairGroups(torch.tensor(counts, device=device), taken, given, torch.empty(0))
+    found = OPS.experts(held, activation)(rows, pairs)
     expert_of_pair = np.repeat(np.arange(len(counts)), counts).tolist()
     for pair, expert in enumerate(expert_of_pair):
         x, parts = rows[taken[pair]].double()[None], drawn[expert]

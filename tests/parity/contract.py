@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.model.reference import ReferenceRun
+from parity.reference import ReferenceRun
 
 MIN_ROUTER_MARGIN = 1e-5  # under it another choice of experts is legitimate
 MIN_TOP2_GAP = 1e-4  # of the largest logit; under it another token is legitimate

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from expertlane.model.draw import uniform_numbers
-from expertlane.model.reference import ReferenceModel, ReferenceRun
 from expertlane.spec.sampling import SamplingParams
 from parity.contract import MIN_ROUTER_MARGIN, MIN_TOP2_GAP
+from parity.reference import ReferenceModel, ReferenceRun
 
 MAX_PROMPT_LEN, MAX_OUTPUT_LEN = 20, 16
 MIN_DRAW_MARGIN = 1e-4

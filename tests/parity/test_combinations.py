@@ -20,15 +20,15 @@ from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import RebalancingRunner
 from expertlane.errors import SpecError
-from expertlane.model.reference import ReferenceRun
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from parity.contract import check_contract
+from parity.reference import ReferenceRun
 from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
 from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
@@ -113,7 +113,7 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         Case,
         layout=st.one_of(layouts),
         ranks_per_node=st.sampled_from([1, 2, 4, 8]),
-        dispatch=st.sampled_from(["hierarchical", "all_gather", "all_to_all"]),
+        dispatch=st.sampled_from([*DISPATCH_FORMS][::-1]),
         is_switching=st.sampled_from([True, False]),
         placement=st.sampled_from(["linear", "round_robin"]),
         num_redundant=st.sampled_from([0, 1, 5, 16]),
@@ -141,7 +141,8 @@ def spreads_evenly(layout: Layout, case: Case) -> bool:
 
 def draw_table(case: Case, layout: Layout) -> DispatchTable:
     """Of all forms that the nodes allow, with and without overlap; another at nearly every size."""
-    forms = ["all_to_all", "all_gather", *["hierarchical"] * spreads_evenly(layout, case)]
+    by_node = spreads_evenly(layout, case)
+    forms = [form for form, of in DISPATCH_FORMS.items() if by_node or not of.by_node]
     modes = [DispatchMode(form, overlap) for form in forms for overlap in (False, True)]
     random = np.random.default_rng(case.seed)
     sizes = [1, 2, 3, 4, 6, 9, 14, 24, 40]
@@ -327,7 +328,7 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     print(dict(seen))
     assert seen["cases"] >= num
     assert seen["cases with preemptions"] >= num / 6
-    for form in ("all_to_all", "all_gather", "hierarchical"):
+    for form in DISPATCH_FORMS:
         assert seen[f"cases with {form}"] >= num / 25
     assert seen["cases on over eight ranks"] >= (num / 10 if max_num_ranks > 8 else 0)
     assert seen["cases that switch"] >= num / 10

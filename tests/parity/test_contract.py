@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from expertlane.model.reference import ReferenceRun
 from parity.contract import check_contract
+from parity.reference import ReferenceRun
 
 
 def make_run(num_seqs: int = 4, output_len: int = 25) -> ReferenceRun:

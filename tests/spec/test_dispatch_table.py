@@ -1,9 +1,22 @@
 """How a step runs by its number of tokens, and options that are chosen so."""
 
+from typing import get_args
+
 import pytest
 
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable, Options
+from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
+    DispatchForm,
+    DispatchMode,
+    DispatchRow,
+    DispatchTable,
+    Options,
+    dispatch_forms,
+    form_on,
+    is_by_node_on,
+)
+from expertlane.spec.layout import Layout
 
 FLAT, GATHER = DispatchMode("all_to_all"), DispatchMode("all_gather")
 FLAT_OVERLAP = DispatchMode("all_to_all", overlap=True)
@@ -76,3 +89,59 @@ def test_what_is_timed():
     assert not Options(overlap=True, dispatch="hierarchical").is_timed
     assert Options(overlap="auto").is_timed
     assert Options(dispatch="auto").is_timed
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks_per_node", "forms"),
+    [
+        ("tp=2", 1, ("all_gather",)),
+        ("dp=4,ep=4", 4, ("all_to_all", "all_gather")),
+        ("dp=4,ep=4", 2, ("all_to_all", "all_gather", "hierarchical")),
+        ("dp=4,ep=4", 3, ("all_to_all", "all_gather")),
+        ("dp=4,ep=4", 1, ("all_to_all", "all_gather")),
+    ],
+)
+def test_forms_that_make_a_difference(layout, ranks_per_node, forms):
+    assert dispatch_forms(Layout.parse(layout), ranks_per_node) == forms
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "modes"),
+    [
+        ("dp=2,ep=2", {"dispatch": "auto"}, ["all-to-all", "all-gather"]),
+        ("dp=2,ep=2", {"overlap": "auto"}, ["all-to-all", "all-to-all with overlap"]),
+        (
+            "dp=2,ep=2",
+            {"dispatch": "auto", "overlap": True},
+            ["all-to-all with overlap", "all-gather with overlap"],
+        ),
+        (
+            "dp=2,ep=2",
+            {"dispatch": "auto", "overlap": "auto"},
+            ["all-to-all", "all-gather", "all-to-all with overlap", "all-gather with overlap"],
+        ),
+        (
+            "tp=2",
+            {"overlap": "auto", "dispatch": "auto"},
+            ["all-gather", "all-gather with overlap"],
+        ),
+        ("pp=2", {"overlap": "auto"}, ["all-to-all"]),
+    ],
+)
+def test_modes_to_choose_from(layout, options, modes):
+    assert list(map(str, Options(**options).modes(Layout.parse(layout), 2))) == modes
+
+
+def test_every_form_is_in_the_table():
+    assert tuple(DISPATCH_FORMS) == get_args(DispatchForm)
+
+
+def test_what_a_form_comes_down_to():
+    def forms_on(layout):
+        return [form_on(Layout.parse(layout), form) for form in DISPATCH_FORMS]
+
+    assert forms_on("pp=2") == [None] * 3
+    assert forms_on("dp=2") == ["all_gather"] * 3
+    assert forms_on("dp=2,ep=2") == list(DISPATCH_FORMS)
+    assert is_by_node_on(Layout.parse("dp=2,ep=2"), "hierarchical")
+    assert not is_by_node_on(Layout.parse("dp=2"), "hierarchical")

@@ -83,8 +83,8 @@ def deployments_for(num_ranks: int) -> list[Deployment]:
     found = [Deployment("one rank", Layout())]
     if num_ranks > 1:
         all_ranks = Layout(dp=num_ranks, ep=num_ranks)
-        found.append(Deployment("all-to-all", all_ranks))
-        found.append(Deployment("all-gather", all_ranks, Options(dispatch="all_gather")))
+        modes = Options(dispatch="auto").modes(all_ranks, num_ranks)
+        found += [Deployment(str(mode), all_ranks, Options(dispatch=mode.form)) for mode in modes]
         found.append(Deployment("sharded", Layout(dp=num_ranks)))
     return found
 

@@ -15,6 +15,7 @@ import typer
 
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
     DispatchChoice,
     MicroBatchSchedule,
     Options,
@@ -137,9 +138,9 @@ class DeploymentOptions:
     )
     dispatch: DispatchChoice = typer.Option(
         "all_to_all",
-        help="How tokens travel to experts: a copy to each rank reached, all tokens to all ranks, "
-        "a copy to each node reached, forwarded inside, or the fastest for a step's number of "
-        "tokens, timed at the start.",
+        help="How tokens travel to experts: "
+        + ", ".join(form.sends for form in DISPATCH_FORMS.values())
+        + ", or the fastest for a step's number of tokens, timed at the start.",
     )
     payload: PayloadType = typer.Option(
         "model",

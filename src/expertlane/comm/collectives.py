@@ -1,4 +1,4 @@
-"""The seam to `torch.distributed`: the only file that starts a transfer.
+"""The seam to `torch.distributed`: the only file that starts a transfer, or waits for one.
 
 Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
 asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
@@ -8,8 +8,9 @@ and receives: an all-to-all would need a copy of the rows for every rank.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -98,18 +99,9 @@ class Group:
         self.size = len(ranks)
         self.rank = self.ranks.index(rank)
 
-    def _count(
-        self,
-        send: Sequence[int],
-        row_bytes: int,
-        metadata_bytes: int,
-        padding_rows: Sequence[int] | None,
-    ) -> None:
+    def _count(self, send: Sequence[int], row_bytes: int, metadata_bytes: int) -> None:
         recorder, ranks = self._recorder, self.ranks
         recorder.count_collective()
-        if padding_rows is not None:
-            recorder.count_sent(Traffic.PADDING, ranks, padding_rows, row_bytes)
-            send = [rows - empty for rows, empty in zip(send, padding_rows, strict=True)]
         recorder.count_sent(Traffic.PAYLOAD, ranks, send, row_bytes - metadata_bytes)
         recorder.count_sent(Traffic.METADATA, ranks, send, metadata_bytes)
 
@@ -119,12 +111,11 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int,
-        finish: Callable[[Tensor], Tensor],
-        padding_rows: Sequence[int] | None = None,
+        finish: Callable[[Tensor], Tensor] = lambda received: received,
     ) -> Pending:
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
-        self._count(send, row_bytes, metadata_bytes, padding_rows)
+        self._count(send, row_bytes, metadata_bytes)
         received = rows.new_empty((sum(receive), rows.shape[1]))
         with _blaming_peers():
             work = dist.all_to_all_single(
@@ -143,7 +134,6 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int = 0,
-        padding_rows: Sequence[int] | None = None,
     ) -> Pending:
         """Send consecutive rows to the ranks of the group, and get theirs in rank order.
 
@@ -151,17 +141,13 @@ class Group:
             rows: [sum(send), width].
             send, receive: [size]; numbers of rows, zeros allowed.
             metadata_bytes: how many bytes of each row are no hidden state; only counted.
-            padding_rows: [size]; how many rows to each rank only fill a static shape; None is
-                none. Only counted: all their bytes are padding.
 
         Returns:
             [sum(receive), width] when waited for.
         """
         if self.size == 1:
             return Pending(self._recorder, (), lambda: rows, None)
-        return self._exchange(
-            rows, send, receive, metadata_bytes, lambda received: received, padding_rows
-        )
+        return self._exchange(rows, send, receive, metadata_bytes)
 
     def all_gather(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
@@ -179,15 +165,13 @@ class Group:
         if max(num_rows_of) * rows.shape[1] * rows.itemsize >= _MANY_BYTES:
             return self._gather_by_sends(rows.contiguous(), num_rows_of, metadata_bytes)
         send = [rows.shape[0]] * self.size
-        return self._exchange(
-            rows.repeat(self.size, 1), send, num_rows_of, metadata_bytes, lambda received: received
-        )
+        return self._exchange(rows.repeat(self.size, 1), send, num_rows_of, metadata_bytes)
 
     def _gather_by_sends(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int
     ) -> Pending:
         row_bytes = rows.shape[1] * rows.itemsize
-        self._count([len(rows)] * self.size, row_bytes, metadata_bytes, None)
+        self._count([len(rows)] * self.size, row_bytes, metadata_bytes)
         received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
         parts = torch.split(received, list(num_rows_of))
         operations = []
@@ -244,3 +228,31 @@ class Group:
             with _blaming_peers():
                 works = [dist.irecv(rows, src=self.ranks[source], group=self._process_group)]
         return Pending(self._recorder, works, lambda: rows, None)
+
+
+ResultT = TypeVar("ResultT")
+
+# A computation that begins a transfer, yields it where it waits, and is sent its result. One batch
+# is exhausting one such generator; two-batch overlap is interleaving two, so that one computes
+# while the other's tokens travel.
+Steps = Generator[Pending, Tensor, ResultT]
+
+
+def interleave(computations: Sequence[Steps[ResultT]]) -> list[ResultT]:
+    """Run all computations to their ends, switching at every wait; results in the given order.
+
+    Each is run up to its next wait in turn, so every rank that runs the same computations begins
+    their transfers in the same order, whatever the sizes.
+    """
+    results: dict[int, ResultT] = {}
+    waiting: deque[tuple[int, Pending | None]] = deque((i, None) for i in range(len(computations)))
+    while waiting:
+        index, pending = waiting.popleft()
+        computation = computations[index]
+        try:
+            following = computation.send(pending.wait()) if pending else next(computation)
+        except StopIteration as stop:
+            results[index] = stop.value
+        else:
+            waiting.append((index, following))
+    return [results[index] for index in range(len(computations))]

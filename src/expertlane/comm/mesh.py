@@ -82,6 +82,7 @@ class ParallelMesh:
 
     Attributes:
         at: the rank's coordinates.
+        recorder: counts what its groups send, and what is computed between.
         tp, ep, etp: groups of the layout's axes.
         stage: all ranks of the pipeline stage.
         pp: the ranks that hold the other stages at the same place.
@@ -100,14 +101,14 @@ class ParallelMesh:
         self._meshes = meshes
         self._rank = rank
         self._ranks_per_node = ranks_per_node
-        self._recorder = recorder
+        self.recorder = recorder
         self.tp, self.pp, self.ep, self.etp, self.stage = map(self._group, AXES)
 
     def _group(self, axis: str) -> Group:
         groups = groups_of_axis(self.layout, axis, self._ranks_per_node)
         ranks = next(ranks for ranks in groups if self._rank in ranks)
         process_group = self._meshes.process_group(tuple(ranks)) if len(ranks) > 1 else None
-        return Group(process_group, ranks, self._rank, self._ranks_per_node, self._recorder)
+        return Group(process_group, ranks, self._rank, self._ranks_per_node, self.recorder)
 
     @cached_property
     def ep_inter(self) -> Group:

@@ -10,14 +10,7 @@ import numpy as np
 
 from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.deployment import (
-    DispatchForm,
-    DispatchMode,
-    DispatchRow,
-    DispatchTable,
-    Options,
-    dispatch_forms,
-)
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 
@@ -31,19 +24,6 @@ SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
 _LONG_STEP_S = 0.6  # no larger size is timed: its steps would take four times as long
 _SIZE_S = 5.0  # of a size, after the least rounds
 _LEAST_ROUNDS, _JUDGED_ROUNDS, _MOST_ROUNDS = 2, 8, 200
-
-
-def modes_of(layout: Layout, options: Options, ranks_per_node: int) -> tuple[DispatchMode, ...]:
-    """What is to be chosen from; without overlap first. One rank alone has nothing to overlap."""
-    forms: tuple[DispatchForm, ...] = (
-        dispatch_forms(layout, ranks_per_node)
-        if options.dispatch == "auto"
-        else (options.dispatch,)
-    )
-    overlaps: tuple[bool, ...] = (False, True) if layout.stage_size > 1 else (False,)
-    if options.overlap != "auto":
-        overlaps = (options.overlap,)
-    return tuple(DispatchMode(form, overlap) for overlap in overlaps for form in forms)
 
 
 def time_dispatch(

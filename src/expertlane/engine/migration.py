@@ -19,7 +19,7 @@ from expertlane.balance.placement_file import Placements
 from expertlane.comm.collectives import Pending
 from expertlane.comm.progress import NO_LAYER, ProgressReporter
 from expertlane.model.transformer import TransformerStage
-from expertlane.ops.experts import Expert
+from expertlane.ops.products import Expert
 from expertlane.spec.names import Stage
 
 Arrived = dict[int, dict[int, Expert]]  # by hidden layer and logical expert

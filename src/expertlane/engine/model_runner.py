@@ -17,7 +17,7 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
-from expertlane.engine.dispatch_timing import modes_of, time_dispatch
+from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
@@ -69,7 +69,7 @@ class ModelRunner:
         self._layout = layout = deployment.layout
         layout.check_model(model)
         options = deployment.options
-        if options.dispatch == "hierarchical":
+        if options.is_by_node:
             layout.ep_ranks_per_node(ranks_per_node)
         placements = placements_of(model, layout, options)
         folder = str(checkpoint) if checkpoint else None
@@ -78,8 +78,9 @@ class ModelRunner:
         self.held = held[: layout.world_size]
         self.dispatch_table: DispatchTable | None = None
         if options.is_timed:
-            modes = modes_of(layout, options, ranks_per_node)
-            self.dispatch_table = time_dispatch(self, layout, limits, modes)
+            self.dispatch_table = time_dispatch(
+                self, layout, limits, options.modes(layout, ranks_per_node)
+            )
             self.set_dispatch(self.dispatch_table)
 
     def set_dispatch(self, table: DispatchTable) -> None:

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.clock import clock_for
-from expertlane.comm.collectives import Pending
-from expertlane.comm.interleave import interleave
+from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.progress import NO_LAYER
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.engine.commands import (
     Deploy,
     DescribeMachine,
@@ -47,11 +45,11 @@ from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
     DispatchMode,
     DispatchTable,
     Options,
     PayloadType,
-    dispatch_forms,
 )
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
@@ -63,7 +61,9 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     if context.deployed is not None:
         context.deployed.migration.finish_moves()  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    context.meshes.make(spec.layout, _nodes_for(spec, options))
+    forms = options.forms(spec.layout, spec.ranks_per_node)
+    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
+    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -78,14 +78,6 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
-
-
-def _nodes_for(spec: StageSpec, options: Options) -> int:
-    """`ranks_per_node` where groups by node are needed, else 0."""
-    is_wanted = options.dispatch == "hierarchical"
-    if options.dispatch == "auto":
-        is_wanted = "hierarchical" in dispatch_forms(spec.layout, spec.ranks_per_node)
-    return spec.ranks_per_node if is_wanted else 0
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
@@ -139,7 +131,7 @@ class DeployedStage:
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
             source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
-        self.stage = TransformerStage(model, spec.placements, source, self._mesh, self._recorder)
+        self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
         self._dispatch = DispatchTable.fixed("all_to_all")

@@ -84,7 +84,7 @@ def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node:
     layout, options = deployment.layout, deployment.options
     layout.check_model(model)
     take("ranks_per_node", ranks_per_node)
-    if options.dispatch == "hierarchical" and ranks_per_node:
+    if options.is_by_node and ranks_per_node:
         layout.ep_ranks_per_node(ranks_per_node)
     if options.rebalance_steps and layout.ep == 1:
         raise UserError(

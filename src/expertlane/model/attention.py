@@ -5,52 +5,147 @@
 Both give a partial sum over the tensor-parallel group.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.weights import WeightSource
+from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
-from expertlane.ops.linear import Linear
+from expertlane.ops.products import Linear
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.model_parts import RopeScaling
 from expertlane.spec.names import Stage
-from expertlane.spec.tensors import layer_name
+
+
+class RotaryEmbedding:
+    """Rotary positions (Su et al. 2021) with the stretchings that checkpoints name.
+
+    The last `rotary_dim` values of queries and keys are turned by their positions. The pairs are
+    (i, i + rotary_dim / 2), or (2i, 2i + 1) where the model interleaves them.
+    """
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        positions = torch.arange(model.max_position_embeddings, dtype=torch.float64)
+        angles = positions[:, None] * rotary_frequencies(model)
+        scaling = model.rope_scaling
+        factor = scaling.attention_factor if scaling is not None else 1.0
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        # Both halves of a pair side by side: [positions, 1, rotary_dim].
+        self._cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
+        self._sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
+        self._interleave = model.rope_interleave
+        self._ops = backend_for(device)
+
+    def rotate_(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Turn a batch's queries or keys, maybe in place.
+
+        Args:
+            x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
+        """
+        if batch.rotation is None:  # the same in all layers
+            positions = batch.pages.positions
+            batch.rotation = (
+                self._cos.index_select(0, positions),
+                self._sin.index_select(0, positions),
+            )
+        return self._ops.rotate_(x, *batch.rotation, interleave=self._interleave)
+
+
+def rotary_frequencies(model: ModelConfig) -> Tensor:
+    """[rotary_dim / 2] float64; radians a position."""
+    dims = torch.arange(0, model.rotary_dim, 2, dtype=torch.float64) / model.rotary_dim
+    frequencies = model.rope_theta**-dims
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3(frequencies, scaling)
+    return _yarn(frequencies, scaling, model.rotary_dim, model.rope_theta)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: left as it is
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: float) -> Tensor:
+    def dim_of(num_turns: float) -> float:
+        length = scaling.original_max_position_embeddings
+        turns = math.log(length / (num_turns * 2 * math.pi))
+        return rotary_dim * turns / (2 * math.log(theta))
+
+    first, last = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    ramp = torch.arange(len(frequencies), dtype=torch.float64) - first
+    divided = (ramp / max(last - first, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - divided + divided / scaling.factor)
 
 
 class _PagedHeads:
-    """What both kinds share: what computes, and the counters."""
+    """What both kinds share: the rank's heads, what computes, the output, and the counters.
 
-    _params: AttentionParams
+    Args:
+        value_dim: of a head's value in the cache.
+    """
 
-    def __init__(self, source: WeightSource, rotary: RotaryEmbedding, recorder: Recorder) -> None:
-        self._rotary = rotary
-        self._recorder = recorder
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
+        value_dim: int,
+    ) -> None:
+        take = taker_of(source, layer)
+        self._mesh, self._rotary = mesh, rotary
         self._ops = backend_for(source.device)
+        self._head_dim = model.head_dim
+        self._num_heads = model.num_attention_heads // mesh.layout.tp
+        sinks = take("sinks", self._of_heads(1), torch.float32) if model.attention_sinks else None
+        window = model.window_of_layer(layer)
+        self._params = AttentionParams(value_dim, model.softmax_scale, window, sinks)
+        # A bias is added once, not by every rank of the group whose partial sums are added up.
+        has_bias = model.output_bias and mesh.at.tp_rank == 0
+        inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
+        self._output = self._ops.linear(
+            take("output", inputs), take("output_bias") if has_bias else None
+        )
+
+    def _of_heads(self, width: int) -> range:
+        """Where this rank's heads are, with so many rows or columns each."""
+        first = self._mesh.at.tp_rank * self._num_heads
+        return range(first * width, (first + self._num_heads) * width)
 
     def _count(
         self,
         batch: ForwardBatch,
         cache: KVCache,
         linears: Sequence[Linear],
-        num_heads: int,
         num_other_weights: int = 0,
     ) -> None:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
-        if not self._recorder.is_recording:
+        recorder = self._mesh.recorder
+        if not recorder.is_recording:
             return
         num_tokens, window = batch.batch.num_tokens, self._params.window
         pairs = batch.num_query_key_pairs(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
         num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
-        self._recorder.count_compute(
-            flops=2 * num_tokens * num_weights + 2 * pairs * num_heads * widths,
+        recorder.count_compute(
+            flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
             weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
             kv_bytes=cache.position_bytes * batch.num_positions_read(window),
         )
@@ -66,55 +161,37 @@ class Attention(_PagedHeads):
         source: WeightSource,
         mesh: ParallelMesh,
         rotary: RotaryEmbedding,
-        recorder: Recorder,
     ) -> None:
-        super().__init__(source, rotary, recorder)
-        ops = self._ops
-        tp, tp_rank, dim = mesh.layout.tp, mesh.at.tp_rank, model.head_dim
-        self._mesh = mesh
-        self._head_dim = dim
-        self.num_heads = model.num_attention_heads // tp
-        self.num_kv_heads = max(1, model.num_kv_heads // tp)
+        super().__init__(model, layer, source, mesh, rotary, model.head_dim)
+        take, dim, tp = taker_of(source, layer), model.head_dim, mesh.layout.tp
+        self._num_kv_heads = max(1, model.num_kv_heads // tp)
         self._kv_copies = max(1, tp // model.num_kv_heads)  # ranks that hold the same kv head
-        first_kv = tp_rank // self._kv_copies * self.num_kv_heads
-        heads = range(tp_rank * self.num_heads * dim, (tp_rank + 1) * self.num_heads * dim)
-        kv_heads = range(first_kv * dim, (first_kv + self.num_kv_heads) * dim)
+        first_kv = mesh.at.tp_rank // self._kv_copies * self._num_kv_heads
+        heads = self._of_heads(dim)
+        kv_heads = range(first_kv * dim, (first_kv + self._num_kv_heads) * dim)
         self._eps = model.rms_norm_eps
         self._attention_size, self._kv_size = model.attention_size, model.kv_size
-
-        def take(part: str, rows: range | None = None) -> Tensor:
-            return source.take(layer_name(layer, part), rows)
-
         parts = {"query": heads, "key": kv_heads, "value": kv_heads}
         bias = None
         if model.qkv_bias:
             bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
         weight = torch.cat([take(part, rows) for part, rows in parts.items()])
-        self._query_key_value = ops.linear(weight, bias)
+        self._query_key_value = self._ops.linear(weight, bias)
         self._norms: tuple[Tensor, Tensor] | None = None
         self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]
         if model.qk_norm == "full":
             self._norms = take("query_norm", heads), take("key_norm", kv_heads)
         elif model.qk_norm == "head":
             norms = take("query_norm").float(), take("key_norm").float()
-            counts = self.num_heads, self.num_kv_heads
+            counts = self._num_heads, self._num_kv_heads
             self._head_norms = torch.cat(
                 [norm.expand(count, dim) for norm, count in zip(norms, counts, strict=True)]
             )
-        own_heads = range(tp_rank * self.num_heads, (tp_rank + 1) * self.num_heads)
-        sinks = None
-        if model.attention_sinks:
-            sinks = source.take(layer_name(layer, "sinks"), own_heads, torch.float32)
-        window = model.window_of_layer(layer)
-        self._params = AttentionParams(dim, model.softmax_scale, window, sinks)
-        # A bias is added once, not by every rank of the group whose partial sums are added up.
-        output_bias = take("output_bias") if model.output_bias and tp_rank == 0 else None
-        self._output = ops.linear(take("output", heads), output_bias)
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:
         """Heads, key_dim and value_dim of the cache."""
-        return self.num_kv_heads, self._head_dim, self._head_dim
+        return self._num_kv_heads, self._head_dim, self._head_dim
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Attend from the batch's new tokens to all positions up to each.
@@ -125,30 +202,31 @@ class Attention(_PagedHeads):
         Returns:
             [num_tokens, hidden_size].
         """
-        num_turned = self.num_heads + self.num_kv_heads
+        num_turned = self._num_heads + self._num_kv_heads
         projected = self._query_key_value(x)
-        heads = projected.view(len(x), num_turned + self.num_kv_heads, self._head_dim)
+        heads = projected.view(len(x), num_turned + self._num_kv_heads, self._head_dim)
         query_key, value = heads[:, :num_turned], heads[:, num_turned:]
         if self._norms is not None:
             query_key = yield from self._norm_all_heads(query_key, self._norms)
         elif self._head_norms is not None:
             query_key = self._ops.rms_norm_heads_(query_key, self._head_norms, self._eps)
-        query_key = self._rotary.rotate_(query_key, batch.rotation(self._rotary))
-        query, key = query_key[:, : self.num_heads], query_key[:, self.num_heads :]
+        query_key = self._rotary.rotate_(query_key, batch)
+        query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
         attended = self._ops.paged_attention(query, key, value, cache, batch.pages, self._params)
-        self._count(batch, cache, (self._query_key_value, self._output), self.num_heads)
+        self._count(batch, cache, (self._query_key_value, self._output))
         return self._output(attended.flatten(1))
 
     def _norm_all_heads(self, query_key: Tensor, norms: tuple[Tensor, Tensor]) -> Steps[Tensor]:
         """RMS norms of queries and of keys, over the heads of all ranks together."""
-        heads = [self.num_heads, self.num_kv_heads]
+        heads = [self._num_heads, self._num_kv_heads]
         query, key = (part.flatten(1).float() for part in torch.split(query_key, heads, dim=1))
         squares = torch.stack(
             [query.square().sum(dim=1), key.square().sum(dim=1) / self._kv_copies], dim=1
         )
         tp = self._mesh.tp
         if tp.size > 1:
-            recorder, layer = self._recorder, self._recorder.layer
+            recorder = self._mesh.recorder
+            layer = recorder.layer
             recorder.enter(Stage.COLLECTIVES, layer)
             width = squares.shape[1] * squares.itemsize
             gathered = yield tp.all_gather(squares, [len(squares)] * tp.size, metadata_bytes=width)
@@ -171,41 +249,25 @@ class LatentAttention(_PagedHeads):
         source: WeightSource,
         mesh: ParallelMesh,
         rotary: RotaryEmbedding,
-        recorder: Recorder,
     ) -> None:
-        super().__init__(source, rotary, recorder)
-        ops = self._ops
         latent = model.latent
         assert latent is not None, "the model has latent attention"
+        super().__init__(model, layer, source, mesh, rotary, latent.kv_lora_rank)
+        take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
         self._latent = latent
-        window = model.window_of_layer(layer)
-        self._params = AttentionParams(latent.kv_lora_rank, model.softmax_scale, window)
-        self._head_dim = model.head_dim
-        self.num_heads = model.num_attention_heads // mesh.layout.tp
-        own = range(mesh.at.tp_rank * self.num_heads, (mesh.at.tp_rank + 1) * self.num_heads)
-
-        def rows(width: int) -> range:
-            return range(own.start * width, own.stop * width)
-
-        def take(part: str, part_range: range | None = None) -> Tensor:
-            return source.take(layer_name(layer, part), part_range)
-
-        def take_norm(part: str) -> Tensor:
-            return source.take(layer_name(layer, part), dtype=torch.float32)
-
         self._query_a: tuple[Linear, Tensor] | None = None
-        if latent.q_lora_rank is None:
-            self._query = ops.linear(take("query", rows(model.head_dim)))
-        else:
-            self._query_a = ops.linear(take("query_a")), take_norm("query_a_norm")
-            self._query = ops.linear(take("query_b", rows(model.head_dim)))
-        self._kv_a, self._kv_a_norm = ops.linear(take("kv_a")), take_norm("kv_a_norm")
+        query = "query"
+        if latent.q_lora_rank is not None:
+            query = "query_b"
+            norm = take("query_a_norm", dtype=torch.float32)
+            self._query_a = ops.linear(take("query_a")), norm
+        self._query = ops.linear(take(query, self._of_heads(model.head_dim)))
+        self._kv_a = ops.linear(take("kv_a"))
+        self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
-        kv_b = take("kv_b", rows(width)).view(self.num_heads, width, latent.kv_lora_rank)
+        kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
         self._key_b = kv_b[:, : latent.qk_nope_head_dim]  # [heads, nope, rank]
         self._value_b = kv_b[:, latent.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
-        output_bias = take("output_bias") if model.output_bias and mesh.at.tp_rank == 0 else None
-        self._output = ops.linear(take("output", rows(latent.v_head_dim)), output_bias)
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:
@@ -220,14 +282,13 @@ class LatentAttention(_PagedHeads):
         if self._query_a is not None:
             hidden = self._ops.rms_norm(self._query_a[0](x), self._query_a[1], eps)
             linears.append(self._query_a[0])
-        rotation = batch.rotation(self._rotary)
-        query = self._query(hidden).view(len(x), self.num_heads, self._head_dim)
-        query = self._rotary.rotate_(query, rotation)
+        query = self._query(hidden).view(len(x), self._num_heads, self._head_dim)
+        query = self._rotary.rotate_(query, batch)
         compressed, rotated = torch.split(
             self._kv_a(x), [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=1
         )
         compressed = self._ops.rms_norm(compressed, self._kv_a_norm, eps)
-        rotated = self._rotary.rotate_(rotated[:, None], rotation)
+        rotated = self._rotary.rotate_(rotated[:, None], batch)
         key = torch.cat([compressed[:, None], rotated], dim=-1)  # [num_tokens, 1, rank + rope]
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
@@ -237,6 +298,6 @@ class LatentAttention(_PagedHeads):
         )
         out = torch.einsum("thr,hvr->thv", attended, self._value_b)
         num_weights = self._key_b.numel() + self._value_b.numel()
-        self._count(batch, cache, linears, self.num_heads, num_weights)
+        self._count(batch, cache, linears, num_weights)
         return self._output(out.flatten(1))
         yield  # a generator like Attention's, though it never waits

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from expertlane.model.checkpoint_names import MXFP4_BLOCK, TensorLocation
-from expertlane.model.shards import MAX_MAPPED_BYTES
-from expertlane.model.stored_tensors import FP8, PLAIN_TYPES, StoredTensors
+from expertlane.model.stored_tensors import FP8, MAX_MAPPED_BYTES, PLAIN_TYPES, StoredTensors
 from expertlane.model.weights import WeightSource
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import Shape, cut_dim

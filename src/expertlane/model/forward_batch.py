@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.rotary import RotaryEmbedding, Rotation
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
@@ -23,6 +22,7 @@ class ForwardBatch:
 
     Attributes:
         pages: where its tokens stand in the cache.
+        rotation: cosines and sines of its tokens' positions, once attention has taken them.
 
     Args:
         batch: of this data-parallel rank.
@@ -52,7 +52,7 @@ class ForwardBatch:
         self.tokens_of_stage_rank = [
             len(part) for of_dp_rank in num_tokens for part in partition(of_dp_rank, layout.tp)
         ]
-        self._rotation: Rotation | None = None
+        self.rotation: tuple[Tensor, Tensor] | None = None
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
 
     @property
@@ -71,12 +71,6 @@ class ForwardBatch:
         """The sequences that get a next token, in the order of the head's rows."""
         seq_ids: list[int] = self.batch.seq_ids[self.batch.yields_token].tolist()
         return seq_ids
-
-    def rotation(self, rotary: RotaryEmbedding) -> Rotation:
-        """Of the tokens' positions; the same in all layers, so computed once."""
-        if self._rotation is None:
-            self._rotation = rotary.at(self.pages.positions)
-        return self._rotation
 
     def num_query_key_pairs(self, window: int | None) -> int:
         """Query-key pairs that causal attention takes, of one head.

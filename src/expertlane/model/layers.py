@@ -1,33 +1,38 @@
 """A decoder layer and its blocks as generators that yield where they wait for communication."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
-from expertlane.model.attention import Attention, LatentAttention
+from expertlane.model.attention import Attention, LatentAttention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.rotary import RotaryEmbedding
-from expertlane.model.weights import WeightSource
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.dispatch import make_dispatcher
-from expertlane.moe.experts import Experts
+from expertlane.model.weights import WeightSource, taker_of
+from expertlane.moe.all_gather import AllGatherDispatcher
+from expertlane.moe.all_to_all import AllToAllDispatcher
+from expertlane.moe.dispatch import Dispatcher, LocalDispatcher, ReplicaChoice
+from expertlane.moe.experts import Experts, route
+from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
-from expertlane.moe.router import route
 from expertlane.ops.backend import backend_for
-from expertlane.ops.experts import Activation, Expert
 from expertlane.ops.kv_cache import KVCache
-from expertlane.ops.linear import Linear
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.ops.products import Activation, Expert, Linear
+from expertlane.spec.deployment import DispatchForm, PayloadType, form_on
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.tensors import expert_name, layer_name
+from expertlane.spec.tensors import expert_name
+
+_DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {
+    "all_to_all": AllToAllDispatcher,
+    "all_gather": AllGatherDispatcher,
+    "hierarchical": HierarchicalDispatcher,
+}
 
 
 class DecoderLayer:
@@ -41,33 +46,22 @@ class DecoderLayer:
         source: WeightSource,
         mesh: ParallelMesh,
         rotary: RotaryEmbedding,
-        recorder: Recorder,
     ) -> None:
-        self._index = index
-        self._mesh = mesh
-        self._recorder = recorder
+        self.index = index
+        self._mesh, self._recorder = mesh, mesh.recorder
         self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
         # float32, as they are computed in
-        self._attention_norm, self._mlp_norm = (
-            source.take(layer_name(index, norm), dtype=torch.float32)
-            for norm in ("attention_norm", "moe_norm")
-        )
+        take = taker_of(source, index)
+        self._attention_norm = take("attention_norm", dtype=torch.float32)
+        self._mlp_norm = take("moe_norm", dtype=torch.float32)
         heads = Attention if model.latent is None else LatentAttention
-        self.attention = heads(model, index, source, mesh, rotary, recorder)
+        self.attention = heads(model, index, source, mesh, rotary)
         self.block: MoEBlock | MLP
         if placement is None:
-            self.block = MLP(
-                source,
-                index,
-                "dense",
-                model.intermediate_size,
-                model,
-                mesh,
-                recorder,
-            )
+            self.block = MLP(model, index, source, mesh, "dense", model.intermediate_size)
         else:
-            self.block = MoEBlock(model, index, placement, source, mesh, recorder)
+            self.block = MoEBlock(model, index, placement, source, mesh)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Run the layer on the tokens this rank owns.
@@ -79,7 +73,7 @@ class DecoderLayer:
             [num_owned, hidden_size].
         """
         x = x + (yield from self._attend(x, batch, cache))
-        self._recorder.enter(Stage.ROUTER, self._index)
+        self._recorder.enter(Stage.ROUTER, self.index)
         hidden = self._ops.rms_norm(x, self._mlp_norm, self._eps)
         if isinstance(self.block, MLP):
             return x + (yield from self.block.forward(hidden, batch.tokens_of_tp_rank))
@@ -87,15 +81,15 @@ class DecoderLayer:
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
-        enter(Stage.ATTENTION, self._index)
+        enter(Stage.ATTENTION, self.index)
         hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
-            enter(Stage.COLLECTIVES, self._index)
+            enter(Stage.COLLECTIVES, self.index)
             hidden = yield tp.all_gather(hidden, batch.tokens_of_tp_rank)
-            enter(Stage.ATTENTION, self._index)
+            enter(Stage.ATTENTION, self.index)
         hidden = yield from self.attention.forward(hidden, batch, cache)
         if tp.size > 1:
-            enter(Stage.COLLECTIVES, self._index)
+            enter(Stage.COLLECTIVES, self.index)
             hidden = yield tp.reduce_scatter(hidden, batch.tokens_of_tp_rank)
         return hidden
 
@@ -118,28 +112,26 @@ class MLP:
 
     def __init__(
         self,
-        source: WeightSource,
+        model: ModelConfig,
         layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
         prefix: str,
         inner: int,
-        model: ModelConfig,
-        mesh: ParallelMesh,
-        recorder: Recorder,
         *,
         is_scaled: bool = False,
     ) -> None:
+        take, ops = taker_of(source, layer), backend_for(source.device)
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
-        def take(matrix: str) -> Linear:
-            weight = source.take(layer_name(layer, f"{prefix}.{matrix}"), part)
-            return backend_for(source.device).linear(weight)
+        def linear(matrix: str) -> Linear:
+            return ops.linear(take(f"{prefix}.{matrix}", part))
 
-        self._gate = take("gate") if model.gated_mlp else None
-        self._up, self._down = take("up"), take("down")
-        self._scale = source.take(layer_name(layer, "shared_gate")) if is_scaled else None
+        self._gate = linear("gate") if model.gated_mlp else None
+        self._up, self._down = linear("up"), linear("down")
+        self._scale = take("shared_gate") if is_scaled else None
         self._activation = activation_of(model)
-        self._tp = mesh.tp
-        self._recorder = recorder
+        self._tp, self._recorder = mesh.tp, mesh.recorder
         self._layer = layer
 
     def forward(self, x: Tensor, num_tokens_of: Sequence[int]) -> Steps[Tensor]:
@@ -186,38 +178,27 @@ class MoEBlock:
         placement: Placement,
         source: WeightSource,
         mesh: ParallelMesh,
-        recorder: Recorder,
     ) -> None:
         self._layer = layer
-        self._mesh = mesh
-        self._recorder = recorder
+        self._mesh, self._recorder = mesh, mesh.recorder
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
         self._device = source.device
         self._forms: Sequence[DispatchForm] = ("all_to_all",)
-        self._payload = Payload("model", recorder)
+        self._payload = Payload("model", self._recorder)
         self._place(placement)
 
-        def take_float32(part: str) -> Tensor:  # near ties must not turn on rounding
-            return source.take(layer_name(layer, part), dtype=torch.float32)
-
-        self._router = take_float32("router")
-        self._router_bias = take_float32("router_bias") if routing.router_bias else None
-        self._correction = take_float32("correction_bias") if routing.correction_bias else None
+        # float32: near ties must not turn on rounding
+        take = partial(taker_of(source, layer), dtype=torch.float32)
+        self._router = take("router")
+        self._router_bias = take("router_bias") if routing.router_bias else None
+        self._correction = take("correction_bias") if routing.correction_bias else None
         held = [self._build_expert(model, source, expert) for expert in self._local]
         self.experts = Experts(held, activation_of(model))
         self._shared: MLP | None = None
-        if model.shared_expert_intermediate_size:
-            self._shared = MLP(
-                source,
-                layer,
-                "shared",
-                model.shared_expert_intermediate_size,
-                model,
-                mesh,
-                recorder,
-                is_scaled=model.shared_expert_gate,
-            )
+        if inner := model.shared_expert_intermediate_size:
+            scaled = model.shared_expert_gate
+            self._shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
 
     def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
         """Make ready for batches that use these dispatch forms, and no others."""
@@ -227,7 +208,7 @@ class MoEBlock:
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
-        choice = ReplicaChoice(self._mesh, placement, self._recorder, self._device)
+        choice = ReplicaChoice(self._mesh, placement, self._device)
         self._dispatchers = {
             form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
             for form in self._forms
@@ -274,13 +255,13 @@ class MoEBlock:
         )
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
-        arrived, sent = yield from dispatcher.dispatch(
+        rows, pairs, sent = yield from dispatcher.dispatch(
             hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
         )
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts.forward(arrived)
+        results = self.experts.apply(rows, pairs)
         if recorder.is_recording:
-            num_tokens: list[int] = arrived.num_tokens_per_expert.tolist()
+            num_tokens: list[int] = pairs.counts.tolist()
             recorder.count_compute(*self.experts.compute_cost(num_tokens))
             if self._mesh.at.etp_rank == 0:
                 recorder.count_expert_tokens(self._local, num_tokens)
@@ -289,3 +270,16 @@ class MoEBlock:
         if self._shared is not None:
             combined = combined + (yield from self._shared.forward(hidden, batch.tokens_of_tp_rank))
         return combined
+
+
+def make_dispatcher(
+    form: DispatchForm,
+    mesh: ParallelMesh,
+    placement: Placement,
+    choice: ReplicaChoice,
+    payload: Payload,
+) -> Dispatcher:
+    """Of what the form comes down to on the layout."""
+    own = form_on(mesh.layout, form)
+    kind = LocalDispatcher if own is None else _DISPATCHERS[own]
+    return kind(mesh, placement, choice, payload)

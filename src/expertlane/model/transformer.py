@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.model.attention import RotaryEmbedding
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.layers import DecoderLayer, MoEBlock
-from expertlane.model.rotary import RotaryEmbedding
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
@@ -40,32 +39,18 @@ class HeadResult(NamedTuple):
 
 
 class OutputHead:
-    """Final norm, a rank's rows of the output head, and the choice of the likeliest token.
+    """Final norm, a rank's rows of the output head, and the choice of the likeliest token."""
 
-    Args:
-        norm: [hidden_size].
-        head: [num_local_vocab, hidden_size]; this rank's rows.
-        vocab_size: of all ranks together.
-    """
-
-    def __init__(
-        self,
-        norm: Tensor,
-        head: Tensor,
-        vocab_size: int,
-        mesh: ParallelMesh,
-        recorder: Recorder,
-        eps: float,
-    ) -> None:
-        self._norm = norm
-        self._ops = backend_for(head.device)
-        self._head = self._ops.linear(head)
-        parts = partition(vocab_size, mesh.layout.tp)
+    def __init__(self, model: ModelConfig, source: WeightSource, mesh: ParallelMesh) -> None:
+        parts = partition(model.vocab_size, mesh.layout.tp)
+        own = parts[mesh.at.tp_rank]
         self._vocab_of_tp_rank = [len(part) for part in parts]
-        self._first_token_id = parts[mesh.at.tp_rank].start
-        self._mesh = mesh
-        self._recorder = recorder
-        self._eps = eps
+        self._first_token_id = own.start
+        self._mesh, self._recorder = mesh, mesh.recorder
+        self._ops = backend_for(source.device)
+        self._eps = model.rms_norm_eps
+        self._norm = source.take(FINAL_NORM, dtype=torch.float32)
+        self._head = self._ops.linear(source.take(HEAD, own))
 
     def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
         """The next token of every sequence of the batch that yields one.
@@ -133,31 +118,18 @@ class TransformerStage:
         placements: Placements,
         source: WeightSource,
         mesh: ParallelMesh,
-        recorder: Recorder,
     ) -> None:
         self.model = model
         self.mesh = mesh
-        self._recorder = recorder
         self._dtype, self._device = source.dtype, source.device
         self._caches: list[KVCache] = []
-        layout, at = mesh.layout, mesh.at
         rotary = RotaryEmbedding(model, source.device)
         self._layers = [
-            DecoderLayer(model, layer, placements[layer], source, mesh, rotary, recorder)
-            for layer in layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+            DecoderLayer(model, layer, placements[layer], source, mesh, rotary)
+            for layer in mesh.layout.layers_of_stage(model.num_hidden_layers, mesh.at.pp_rank)
         ]
         self._embedding = source.take(EMBEDDING) if mesh.is_first_stage else None
-        self._head: OutputHead | None = None
-        if mesh.is_last_stage:
-            vocab = partition(model.vocab_size, layout.tp)[at.tp_rank]
-            self._head = OutputHead(
-                source.take(FINAL_NORM, dtype=torch.float32),
-                source.take(HEAD, vocab),
-                model.vocab_size,
-                mesh,
-                recorder,
-                model.rms_norm_eps,
-            )
+        self._head = OutputHead(model, source, mesh) if mesh.is_last_stage else None
         self.weight_bytes = source.num_bytes
 
     @property
@@ -173,14 +145,8 @@ class TransformerStage:
     @property
     def moe_blocks(self) -> dict[int, MoEBlock]:
         """The stage's MoE blocks by hidden layer."""
-        blocks = [layer.block for layer in self._layers]
-        first = self.mesh.layout.layers_of_stage(
-            self.model.num_hidden_layers, self.mesh.at.pp_rank
-        ).start
         return {
-            first + index: block
-            for index, block in enumerate(blocks)
-            if isinstance(block, MoEBlock)
+            layer.index: layer.block for layer in self._layers if isinstance(layer.block, MoEBlock)
         }
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
@@ -194,7 +160,7 @@ class TransformerStage:
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
         assert self._embedding is not None, "only the first stage holds the embedding"
-        self._recorder.enter(Stage.EMBED)
+        self.mesh.recorder.enter(Stage.EMBED)
         return self._embedding[batch.owned_token_ids]
 
     def empty_hidden(self, num_tokens: int) -> Tensor:

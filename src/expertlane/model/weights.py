@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, tensor_shape
+from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
 
 class WeightSource(ABC):
@@ -49,6 +49,15 @@ class WeightSource(ABC):
     @abstractmethod
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
         """The same, wherever it is convenient; contiguous."""
+
+
+def taker_of(source: WeightSource, layer: int) -> Callable[..., Tensor]:
+    """`WeightSource.take` by the name in a layer."""
+
+    def take(part: str, rows: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return source.take(layer_name(layer, part), rows, dtype)
+
+    return take
 
 
 _BLOCK = 64  # indices of the cut dimension in one stream

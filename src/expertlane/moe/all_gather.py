@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.experts import ExpertInput
-from expertlane.moe.payload import Payload, bytes_of, columns_of, pack_all, unpack
+from expertlane.comm.collectives import Steps
+from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.payload import bytes_of, columns_of, pack_all, unpack
+from expertlane.ops.products import PairGroups
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,8 @@ class Gathered:
     tokens_of_stage_rank: Sequence[int]
 
 
-class AllGatherDispatcher:
-    """Implements `moe.dispatch.Dispatcher`."""
-
-    def __init__(
-        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
-    ) -> None:
-        self._payload = payload
-        self._stage = mesh.stage
-        self._choice, self._ops = choice, choice.ops
-        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
-        self._first_id = mesh.at.ep_rank * choice.num_slots
+class AllGatherDispatcher(Dispatcher):
+    """All tokens of the stage to all of its ranks."""
 
     def dispatch(
         self,
@@ -52,20 +41,21 @@ class AllGatherDispatcher:
         topk_ids: Tensor,
         topk_weights: Tensor,
         tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[ExpertInput, Gathered]]:
+    ) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
         """Gather all tokens of the stage."""
         ids = self._choice.physical_ids(topk_ids)
         parts = [ids, topk_weights, *self._payload.encode(x)]
         columns = columns_of(parts)
-        packed = yield self._stage.all_gather(
+        packed = yield self._mesh.stage.all_gather(
             pack_all(parts), tokens_of_stage_rank, metadata_bytes=bytes_of(columns[:-1])
         )
         ids, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, x.dtype)
-        pairs = self._ops.group_pairs(ids, self._first_id, 1, self._num_local_experts)
-        return ExpertInput.of(rows, pairs), Gathered(pairs.numbers, weights, tokens_of_stage_rank)
+        first_id = self._mesh.at.ep_rank * self._choice.num_slots
+        pairs = self._ops.group_pairs(ids, first_id, 1, self._num_local_experts)
+        return rows, pairs, Gathered(pairs.numbers, weights, tokens_of_stage_rank)
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
         partial = self._ops.gather_sum(results, sent.places, sent.weights)
-        return (yield self._stage.reduce_scatter(partial, sent.tokens_of_stage_rank))
+        return (yield self._mesh.stage.reduce_scatter(partial, sent.tokens_of_stage_rank))

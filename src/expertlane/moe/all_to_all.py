@@ -14,12 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.experts import ExpertInput
-from expertlane.moe.payload import Payload, bytes_of, columns_of, pack, unpack
+from expertlane.comm.collectives import Steps
+from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
+from expertlane.ops.products import PairGroups
 from expertlane.ops.torch_backend import inverse
 
 _ROWS, _PAIRS = 0, 1
@@ -44,16 +42,8 @@ class Exchanged:
     places: Tensor
 
 
-class AllToAllDispatcher:
-    """Implements `moe.dispatch.Dispatcher`."""
-
-    def __init__(
-        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
-    ) -> None:
-        self._payload = payload
-        self._mesh = mesh
-        self._choice, self._ops = choice, choice.ops
-        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
+class AllToAllDispatcher(Dispatcher):
+    """A copy of each token to every rank that it reaches."""
 
     def dispatch(
         self,
@@ -61,7 +51,7 @@ class AllToAllDispatcher:
         topk_ids: Tensor,
         topk_weights: Tensor,
         tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[ExpertInput, Exchanged]]:
+    ) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
         ids, num_slots = self._choice.physical_ids(topk_ids), self._choice.num_slots
@@ -82,15 +72,16 @@ class AllToAllDispatcher:
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, x.dtype)
-        arrived = ExpertInput.of(rows, self._ops.group_pairs(slots, 0, 1, self._num_local_experts))
+        pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
-        return arrived, Exchanged(
+        sent = Exchanged(
             topk_weights=topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
             places=places,
         )
+        return rows, pairs, sent
 
     def _send(
         self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int

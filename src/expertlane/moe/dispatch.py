@@ -1,37 +1,98 @@
-"""Dispatch forms: how tokens travel to the ranks of their experts, and results back.
+"""Dispatch: how tokens travel to the ranks of their experts, and results back.
 
-All of them drop no token, whatever the load. Shapes: T tokens of this rank, K = top_k, R rows at
+Every form drops no token, whatever the load. Shapes: T tokens of this rank, K = top_k, R rows at
 the experts' rank, P token-expert pairs there, H = hidden_size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
+from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.all_gather import AllGatherDispatcher
-from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.experts import ExpertInput
-from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
-from expertlane.ops.torch_backend import TorchBackend
-from expertlane.spec.deployment import DispatchForm
+from expertlane.ops.backend import backend_for
+from expertlane.ops.products import PairGroups
 
 
-class Dispatcher(Protocol):
-    """One form; `dispatch` gives the experts' input and a handle of its own for `combine`."""
+class ReplicaChoice:
+    """Which copy of its expert computes each of a rank's pairs, as `balance.copies` defines it.
 
+    It depends on the batch alone.
+
+    Attributes:
+        ops: what computes here.
+        num_slots: the most that any rank has; slot s of rank r has the physical id
+            r · num_slots + s.
+    """
+
+    def __init__(self, mesh: ParallelMesh, placement: Placement, device: torch.device) -> None:
+        self.ops = backend_for(device)
+        ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
+        is_held = placement.slots().T >= 0
+        usable = usable_copies(is_held, np.array([ep_rank]), np.array([nodes]))[0]
+        num_copies = usable.sum(axis=1)
+        ranks = np.argsort(~usable, axis=1, kind="stable")[:, : num_copies.max()]
+        ranks = np.where(np.arange(ranks.shape[1]) < num_copies[:, None], ranks, ranks[:, :1])
+        self.num_slots = max(map(len, placement.experts_of_rank))
+        slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
+        self._ep = placement.ep
+        self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
+        self._num_copies = torch.from_numpy(num_copies).to(device)
+        self._offset = mesh.stage.rank
+        self._recorder = mesh.recorder
+        node_ids = sorted(set(nodes))
+        self._own_node = node_ids.index(nodes[ep_rank])
+        on_node = torch.tensor([[node == each for each in node_ids] for node in nodes])
+        self._on_node = on_node.float().to(device)  # [ep, num_nodes]
+
+    def physical_ids(self, topk_ids: Tensor) -> Tensor:
+        """[T, K] int32; the copy of each pair of a batch.
+
+        Args:
+            topk_ids: [T, K] int64; logical experts.
+        """
+        ids = self.ops.choose_copies(topk_ids, self._table, self._num_copies, self._offset)
+        if self._recorder.is_recording:
+            self._count_fan_out(ids)
+        return ids
+
+    def _count_fan_out(self, ids: Tensor) -> None:
+        reached = torch.zeros(len(ids), self._ep, dtype=torch.bool, device=ids.device)
+        reached.scatter_(1, (ids // self.num_slots).long(), True)
+        by_node = (reached.float() @ self._on_node).long()  # [T, num_nodes]; ranks reached there
+        ranks, nodes = by_node.sum(1), (by_node > 0).sum(1)
+        here = by_node[:, self._own_node]
+        remote_ranks = int((ranks - here).sum())
+        remote_nodes = int((nodes - (here > 0).long()).sum())
+        self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)
+
+
+class Dispatcher(ABC):
+    """One form on one rank."""
+
+    def __init__(
+        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
+    ) -> None:
+        self._mesh = mesh
+        self._payload = payload
+        self._choice, self._ops = choice, choice.ops
+        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
+
+    @abstractmethod
     def dispatch(
         self,
         x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
         tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[ExpertInput, Any]]:
+    ) -> Steps[tuple[Tensor, PairGroups, Any]]:
         """Send this rank's tokens and receive those for its experts.
 
         Args:
@@ -39,27 +100,27 @@ class Dispatcher(Protocol):
             topk_ids: [T, K]; logical experts.
             topk_weights: [T, K] float32.
             tokens_of_stage_rank: [dp·tp]; tokens owned by each rank of the stage.
-        """
-        ...
 
+        Returns:
+            The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
+            of the form's own for `combine`.
+        """
+
+    @abstractmethod
     def combine(self, sent: Any, results: Tensor) -> Steps[Tensor]:
         """Bring expert outputs home and sum them by the router's weights.
 
         Args:
             sent: the handle that `dispatch` gave.
-            results: [P, H]; in the order of `ExpertInput.result_of_pair`, partial sums under etp.
+            results: [P, H]; in order of row, then choice; partial sums under etp.
 
         Returns:
             [T, H] in the dtype of `results`.
         """
-        ...
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """For one rank that holds all experts and all tokens."""
-
-    def __init__(self, num_experts: int, ops: TorchBackend) -> None:
-        self._num_experts, self._ops = num_experts, ops
 
     def dispatch(
         self,
@@ -67,30 +128,13 @@ class LocalDispatcher:
         topk_ids: Tensor,
         topk_weights: Tensor,
         tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[ExpertInput, tuple[Tensor, Tensor]]]:
+    ) -> Steps[tuple[Tensor, PairGroups, tuple[Tensor, Tensor]]]:
         """Group tokens by expert."""
-        pairs = self._ops.group_pairs(topk_ids.int(), 0, 1, self._num_experts)
-        return ExpertInput.of(x, pairs), (pairs.numbers, topk_weights)
+        pairs = self._ops.group_pairs(topk_ids.int(), 0, 1, self._num_local_experts)
+        return x, pairs, (pairs.numbers, topk_weights)
         yield  # a generator like the others, though it never waits
 
     def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
         return self._ops.gather_sum(results, *sent)
         yield
-
-
-def make_dispatcher(
-    form: DispatchForm,
-    mesh: ParallelMesh,
-    placement: Placement,
-    choice: ReplicaChoice,
-    payload: Payload,
-) -> Dispatcher:
-    """The form's dispatcher; without expert parallelism every rank needs every token."""
-    if mesh.stage.size == 1:
-        return LocalDispatcher(placement.num_experts, choice.ops)
-    if form == "all_gather" or mesh.layout.ep == 1:
-        return AllGatherDispatcher(mesh, placement, choice, payload)
-    if form == "hierarchical":
-        return HierarchicalDispatcher(mesh, placement, choice, payload)
-    return AllToAllDispatcher(mesh, placement, choice, payload)

@@ -1,49 +1,64 @@
-"""The experts one rank holds: whole ones, or its slice of each under expert tensor parallelism.
-
-Shapes: R rows at the experts' rank, P token-expert pairs there, H = hidden_size.
-"""
+"""The router, which chooses each token's experts, and the experts that one rank holds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from expertlane.ops.backend import backend_for
-from expertlane.ops.experts import Activation, Expert
-from expertlane.ops.torch_backend import PairGroups
+from expertlane.ops.products import Activation, Expert
+from expertlane.spec.model_parts import Routing
+
+_TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
 
 
-@dataclass(frozen=True)
-class ExpertInput:
-    """What arrived for the experts of a rank; experts read it where it lies.
+def route(
+    logits: Tensor, top_k: int, routing: Routing, correction_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts for each token, as `Routing` says.
 
-    Attributes:
-        rows: [R, H]; may be apart.
-        row_of_pair: [P]; the row of each pair, grouped by expert.
-        result_of_pair: [P]; in the same order, the row that the pair's result is to be.
-        num_tokens_per_expert: [num_local_experts] int64.
+    Args:
+        logits: [num_tokens, num_experts] float32.
+        correction_bias: [num_experts] float32; added to the scores for the choice alone.
+
+    Returns:
+        topk_ids: [num_tokens, top_k] int64, best first.
+        topk_weights: [num_tokens, top_k] float32.
     """
+    is_softmax = routing.scoring_func == "softmax"
+    if is_softmax and routing.norm_topk_prob and routing.n_group == 1 and correction_bias is None:
+        chosen, topk_ids = logits.topk(top_k, dim=-1)  # a softmax over the chosen: no underflow
+        return topk_ids, torch.softmax(chosen, dim=-1) * routing.routed_scaling_factor
+    scores = logits.softmax(dim=-1) if is_softmax else logits.sigmoid()
+    choice = scores if correction_bias is None else scores + correction_bias
+    topk_ids = _mask_groups(choice, routing).topk(top_k, dim=-1).indices
+    weights = scores.gather(1, topk_ids)
+    if routing.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + _TINY)
+    return topk_ids, weights * routing.routed_scaling_factor
 
-    rows: Tensor
-    row_of_pair: Tensor
-    result_of_pair: Tensor
-    num_tokens_per_expert: Tensor
 
-    @classmethod
-    def of(cls, rows: Tensor, pairs: PairGroups) -> "ExpertInput":
-        """Rows whose pairs are grouped by expert; results are in order of row, then choice."""
-        return cls(rows, pairs.rows, pairs.order, pairs.counts)
-
-    def by_expert(self) -> Tensor:
-        """[P, H]; a copy of the pairs' rows, grouped by expert."""
-        return self.rows.index_select(0, self.row_of_pair)
+def _mask_groups(choice: Tensor, routing: Routing) -> Tensor:
+    """The same scores, -inf outside the best groups."""
+    if routing.n_group == 1:
+        return choice
+    by_group = choice.view(len(choice), routing.n_group, choice.shape[1] // routing.n_group)
+    if routing.group_score == "max":
+        group_scores = by_group.amax(dim=-1)
+    else:
+        group_scores = by_group.topk(2, dim=-1).values.sum(dim=-1)
+    best = group_scores.topk(routing.topk_group, dim=-1).indices
+    is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+    return by_group.masked_fill(~is_best[:, :, None], -torch.inf).flatten(1)
 
 
 class Experts:
-    """MLPs side by side.
+    """MLPs side by side: whole ones, or slices of each under expert tensor parallelism.
 
     Attributes:
         held: [num_local_experts].
+        apply: takes rows that arrived, and their pairs by expert; gives partial sums where experts
+            are cut.
     """
 
     def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
@@ -52,23 +67,10 @@ class Experts:
         first = self.held[0]
         self._num_weights = sum(linear.num_weights for linear in first.linears)
         self._itemsize = first.up.itemsize
-        self._apply = backend_for(first.up.weight.device).experts(self.held, activation)
-
-    def forward(self, arrived: ExpertInput) -> Tensor:
-        """Apply each expert to the rows of its pairs; a partial sum where experts are cut.
-
-        Returns:
-            [P, hidden_size], in the order of `arrived.result_of_pair`.
-        """
-        return self._apply(
-            arrived.rows,
-            arrived.row_of_pair,
-            arrived.result_of_pair,
-            arrived.num_tokens_per_expert,
-        )
+        self.apply = backend_for(first.up.weight.device).experts(self.held, activation)
 
     def compute_cost(self, num_tokens_per_expert: Sequence[int]) -> tuple[int, int]:
-        """FLOPs and weight bytes read of one `forward`."""
+        """FLOPs and weight bytes read of one `apply`."""
         num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
         flops = 2 * sum(num_tokens_per_expert) * self._num_weights
         return flops, num_used * self._num_weights * self._itemsize

@@ -17,12 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.balance.placement import Placement
-from expertlane.comm.interleave import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.copies import ReplicaChoice
-from expertlane.moe.experts import ExpertInput
-from expertlane.moe.payload import Payload, bytes_of, columns_of, pack, unpack
+from expertlane.comm.collectives import Steps
+from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
+from expertlane.ops.products import PairGroups
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,8 @@ class Forwarded:
     rows_of_etp_rank: list[int]
 
 
-class HierarchicalDispatcher:
-    """Implements `moe.dispatch.Dispatcher`."""
-
-    def __init__(
-        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
-    ) -> None:
-        self._payload = payload
-        self._mesh = mesh
-        self._choice, self._ops = choice, choice.ops
-        self._inter, self._intra = mesh.ep_inter, mesh.ep_intra
-        self._num_slots = choice.num_slots
-        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
+class HierarchicalDispatcher(Dispatcher):
+    """A copy of each token to every node that it reaches, forwarded inside."""
 
     def dispatch(
         self,
@@ -76,14 +64,15 @@ class HierarchicalDispatcher:
         topk_ids: Tensor,
         topk_weights: Tensor,
         tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[ExpertInput, Forwarded]]:
+    ) -> Steps[tuple[Tensor, PairGroups, Forwarded]]:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
-        ids, num_slots = self._choice.physical_ids(topk_ids), self._num_slots
-        to_nodes = self._ops.rows_by_peer(ids, self._intra.size * num_slots, self._inter.size)
-        to_ranks = self._ops.rows_by_peer(ids, num_slots, self._mesh.layout.ep)
+        mesh, num_slots = self._mesh, self._choice.num_slots
+        between, within = mesh.ep_inter, mesh.ep_intra
+        ids = self._choice.physical_ids(topk_ids)
+        to_nodes = self._ops.rows_by_peer(ids, within.size * num_slots, between.size)
+        to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
         own = torch.cat([to_ranks.counts, to_nodes.counts]).view(1, -1)
-        stage = self._mesh.stage
-        counting = stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
+        counting = mesh.stage.all_gather(own, [1] * mesh.stage.size, metadata_bytes=own.nbytes)
         # While the counts travel:
         travelling = [topk_weights, *self._payload.encode(x)]
         columns = columns_of([to_nodes.ids, *travelling])
@@ -92,21 +81,20 @@ class HierarchicalDispatcher:
         counts, of_etp_rank = self._counts(gathered)
         metadata_bytes = bytes_of(columns[:-1])
         inter = self._inter_hop(to_nodes.places, counts)
-        packed = yield self._inter.all_to_all(packed, inter.send, inter.receive, metadata_bytes)
+        packed = yield between.all_to_all(packed, inter.send, inter.receive, metadata_bytes)
         intra = None
-        if self._intra.size > 1:
+        if within.size > 1:
             ids, *arrived = unpack(packed, columns)
-            inside = self._ops.rows_by_peer(ids, num_slots, self._intra.size)
+            inside = self._ops.rows_by_peer(ids, num_slots, within.size)
             packed = pack([inside.ids], arrived, inside.tokens)
             intra = self._intra_hop(inside.places, counts)
-            packed = yield self._intra.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
-        if self._mesh.layout.etp > 1:
-            packed = yield self._mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
+            packed = yield within.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
+        if mesh.layout.etp > 1:
+            packed = yield mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
         slots, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
-        sent = Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
-        return ExpertInput.of(rows, pairs), sent
+        return rows, pairs, Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
 
     def _counts(self, gathered: Tensor) -> tuple[npt.NDArray[np.int64], list[int]]:
         """Tokens from each rank at this etp_rank to each rank and node: [N, M, N · M + N].
@@ -116,11 +104,11 @@ class HierarchicalDispatcher:
         layout, at = self._mesh.layout, self._mesh.at
         counts = gathered.cpu().numpy().reshape(layout.ep, layout.etp, -1)
         of_etp_rank: list[int] = counts[:, :, at.ep_rank].sum(axis=0).tolist()
-        shape = self._inter.size, self._intra.size, -1
+        shape = self._mesh.ep_inter.size, self._mesh.ep_intra.size, -1
         return counts[:, at.etp_rank].reshape(shape), of_etp_rank
 
     def _inter_hop(self, places: Tensor, counts: npt.NDArray[np.int64]) -> _Hop:
-        node, own, ep = self._inter.rank, self._intra.rank, self._mesh.layout.ep
+        node, own, ep = self._mesh.ep_inter.rank, self._mesh.ep_intra.rank, self._mesh.layout.ep
         return _Hop(
             send=counts[node, own, ep:].tolist(),
             receive=counts[:, own, ep + node].tolist(),
@@ -128,8 +116,8 @@ class HierarchicalDispatcher:
         )
 
     def _intra_hop(self, places: Tensor, counts: npt.NDArray[np.int64]) -> _Hop:
-        own, size = self._intra.rank, self._intra.size
-        first = self._inter.rank * size
+        own, size = self._mesh.ep_intra.rank, self._mesh.ep_intra.size
+        first = self._mesh.ep_inter.rank * size
         return _Hop(
             send=counts[:, own, first : first + size].sum(axis=0).tolist(),
             receive=counts[:, :, first + own].sum(axis=0).tolist(),
@@ -141,7 +129,7 @@ class HierarchicalDispatcher:
         partial = self._ops.gather_sum(results, sent.places, sent.weights)
         if self._mesh.layout.etp > 1:
             partial = yield self._mesh.etp.reduce_scatter(partial, sent.rows_of_etp_rank)
-        for group, hop in ((self._intra, sent.intra), (self._inter, sent.inter)):
+        for group, hop in ((self._mesh.ep_intra, sent.intra), (self._mesh.ep_inter, sent.inter)):
             if hop is not None:
                 back = yield group.all_to_all(partial, hop.receive, hop.send)
                 partial = self._ops.gather_sum(back, hop.places)

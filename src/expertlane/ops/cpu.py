@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.ops.experts import Activation, ApplyExperts, Expert
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.linear import Linear
-from expertlane.ops.torch_backend import PairGroups, PeerRows, TorchBackend
+from expertlane.ops.products import Activation, ApplyExperts, Expert, Linear, PairGroups
+from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
 _TYPES: dict[str, Any] = {
@@ -233,16 +232,14 @@ class _PackedExperts:
             _pointers([expert.down for expert in held]),
         )
 
-    def __call__(
-        self, rows: Tensor, row_of_pair: Tensor, result_of_pair: Tensor, num_tokens: Tensor
-    ) -> Tensor:
-        num_pairs, hidden = len(row_of_pair), rows.shape[1]
+    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+        num_pairs, hidden = len(pairs.rows), rows.shape[1]
         out, scratch = rows.new_empty(num_pairs, hidden), rows.new_empty(num_pairs, self._inner)
         if num_pairs:
-            ends = num_tokens.cumsum(0)
+            ends = pairs.counts.cumsum(0)
             self._function(
-                *(rows.data_ptr(), rows.stride(0), row_of_pair.data_ptr()),
-                *(result_of_pair.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
+                *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
+                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out

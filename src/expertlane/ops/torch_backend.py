@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.attention_group import AttentionGroup
-from expertlane.ops.experts import (
+from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.products import (
     Activation,
     ApplyExperts,
     Expert,
     GroupedExperts,
+    Linear,
     LoopedExperts,
+    OnednnLinear,
+    PairGroups,
 )
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.linear import Linear, OnednnLinear
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,6 @@ class PeerRows:
     places: Tensor
 
 
-@dataclass(frozen=True)
-class PairGroups:
-    """Pairs in the order of their groups, stable.
-
-    Attributes:
-        counts: [num_groups]; pairs of each.
-        rows: [P]; the row of each pair in that order.
-        order: [P]; the number of each pair in that order.
-        numbers: [R, K]; the number of the pair, -1 where there is none.
-    """
-
-    counts: Tensor
-    rows: Tensor
-    order: Tensor
-    numbers: Tensor
-
-
 class TorchBackend:
     """Every operation in which backends differ; others replace what they do better."""
 
@@ -66,12 +50,7 @@ class TorchBackend:
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 
     def experts(self, held: Sequence[Expert], activation: Activation) -> ApplyExperts:
-        """What applies each expert to the rows of its pairs.
-
-        The function takes rows [R, hidden_size] that may be apart; of each pair, grouped by
-        expert, the row that it takes and the one that it gives, [P] int64; and how many pairs each
-        expert has, [num_experts] int64. It gives [P, hidden_size].
-        """
+        """What applies each expert to the rows of its pairs."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
 

@@ -15,17 +15,10 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
 from expertlane.plan.request import Traffic
 from expertlane.results.results import ServeCommand
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import DISPATCH_FORMS, FormTraits, Options
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.model import PRESETS, ModelConfig
-
-_VLLM_ALL_TO_ALL = {
-    "all_gather": "allgather_reducescatter",
-    "all_to_all": "deepep_low_latency",
-    "hierarchical": "deepep_high_throughput",
-}
-_SGLANG_MODE = {"all_to_all": "low_latency", "hierarchical": "normal"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def _vllm(
         words += ["--pipeline-parallel-size", str(layout.pp)]
     if layout.ep > 1:
         words += ["--enable-expert-parallel", "--all2all-backend"]
-        words += [_VLLM_ALL_TO_ALL[options.dispatch]]
+        words += [_form(options).vllm]
         if options.num_redundant_experts:
             config = strict_json({"num_redundant_experts": options.num_redundant_experts})
             words += ["--enable-eplb", "--eplb-config", config]
@@ -94,6 +87,11 @@ def _vllm(
     return ServeCommand("vLLM", shlex.join(words), "; ".join(notes))
 
 
+def _form(options: Options) -> FormTraits:
+    assert options.dispatch != "auto", "a candidate has one form"
+    return DISPATCH_FORMS[options.dispatch]
+
+
 def _weights(types: NumberTypes, served: ServeTarget) -> list[str]:
     """Both systems quantise to float8 as they load; what is stored so already needs no word."""
     if types.weights != "float8":
@@ -112,8 +110,8 @@ def _sglang(
     candidate: Candidate, served: ServeTarget, types: NumberTypes, max_model_len: int, nodes: int
 ) -> ServeCommand:
     layout, options = candidate
-    is_deepep = layout.ep > 1 and options.dispatch in _SGLANG_MODE
-    if is_deepep and layout.etp > 1:
+    deepep_mode = _form(options).sglang if layout.ep > 1 else None
+    if deepep_mode and layout.etp > 1:
         why = f"with DeepEP, SGLang's ep is all of its ranks; ep={layout.ep} of {layout.stage_size}"
         return ServeCommand("SGLang", None, f"{why} cannot be said")
     words = ["python", "-m", "sglang.launch_server", "--model-path", served.model]
@@ -124,8 +122,8 @@ def _sglang(
         words += ["--pp-size", str(layout.pp)]
     if layout.ep > 1:
         words += ["--ep-size", str(layout.ep)]
-    if is_deepep:
-        words += ["--moe-a2a-backend", "deepep", "--deepep-mode", _SGLANG_MODE[options.dispatch]]
+    if deepep_mode:
+        words += ["--moe-a2a-backend", "deepep", "--deepep-mode", deepep_mode]
         if options.num_redundant_experts:
             words += ["--ep-num-redundant-experts", str(options.num_redundant_experts)]
         if options.overlap:

@@ -6,7 +6,6 @@ where `plan.screen` has one rank stand for all.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from expertlane.results.record import Conditions, StepsRecord
 from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import Deployment, DispatchForm, Options, dispatch_forms
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -227,14 +226,8 @@ class DeploymentProjector:
 
 def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterator[Options]:
     """All that `auto` could come down to."""
-    forms: Sequence[DispatchForm] = (
-        dispatch_forms(layout, cluster.profile.ranks_per_node)
-        if options.dispatch == "auto"
-        else (options.dispatch,)
-    )
-    overlaps = (False, True) if options.overlap == "auto" else (options.overlap,)
-    for form, overlap in product(forms, overlaps):
-        yield replace(options, dispatch=form, overlap=overlap)
+    for mode in options.modes(layout, cluster.profile.ranks_per_node):
+        yield replace(options, dispatch=mode.form, overlap=mode.overlap)
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:

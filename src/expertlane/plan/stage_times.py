@@ -20,7 +20,7 @@ from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.number_types import NumberTypes, PayloadBytes
 from expertlane.cost.pricing import forwarding_hops, law_dtype
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.dispatch import ExpertSteps, form_of
+from expertlane.cost.step.dispatch import ExpertSteps
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
@@ -35,7 +35,7 @@ from expertlane.cost.step.operation import (
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList, OneRank
 from expertlane.cost.timeline import bounds_of
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import ProjectedCause
 
@@ -130,7 +130,7 @@ class StageSteps:
         """Embedding, head, each kind of layer, and a mean rank's experts; to be priced."""
         model, layout, payload = self._model, self._mesh.layout, self._payload
         rank = OneRank(self._mesh, part.size)
-        by_node = form_of(self._form, layout) == "hierarchical"
+        by_node = is_by_node_on(layout, self._form)
         of_experts = self._fan_out, part, layout, model.num_experts_per_tok
         busiest = busiest_counts(*of_experts, by_node=by_node)
 

@@ -8,7 +8,7 @@ from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.layout import Layout
 
 
@@ -62,15 +62,15 @@ def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:
             each = " and ".join(f"{layout} with {layout.world_size}" for layout in setup.layouts)
             need = f"layouts {each} need {needed} devices"
         raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
-    if setup.options.dispatch != "hierarchical":
+    if not setup.options.is_by_node:
         return
     per_node = cluster.profile.ranks_per_node
     for layout in setup.layouts:
         if layout.ep_ranks_per_node(per_node) == layout.ep:
             raise SpecError(
-                f"layout {layout}: hierarchical dispatch is for experts on several nodes, but each "
-                f"group of ep={layout.ep} is on one node of {per_node}; valid: all_to_all, "
-                "all_gather"
+                f"layout {layout}: {setup.options.dispatch} dispatch is for experts on several "
+                f"nodes, but each group of ep={layout.ep} is on one node of {per_node}; valid: "
+                f"{', '.join(form for form, of in DISPATCH_FORMS.items() if not of.by_node)}"
             )
 
 

@@ -12,10 +12,42 @@ from expertlane.spec.ranges import STRICT, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
-DispatchChoice = Literal["all_to_all", "all_gather", "hierarchical", "auto"]
+DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
 PlacementMethod = Literal["linear", "round_robin"]
+
+
+@dataclass(frozen=True)
+class FormTraits:
+    """A dispatch form, as all but its own code sees it; how to add one: `docs/design_decisions.md`.
+
+    Attributes:
+        sends: what travels, as the help says it.
+        by_node: over groups of a node's ranks and across nodes, so every node must hold equally
+            many; another form does the same unless several nodes hold several ranks each.
+        vllm: the nearest of vLLM's `--all2all-backend`.
+        sglang: the nearest of SGLang's `--deepep-mode`; None without DeepEP.
+    """
+
+    sends: str
+    vllm: str
+    sglang: str | None = None
+    by_node: bool = False
+
+
+DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
+    "all_to_all": FormTraits(
+        "a copy to each rank reached", vllm="deepep_low_latency", sglang="low_latency"
+    ),
+    "all_gather": FormTraits("all tokens to all ranks", vllm="allgather_reducescatter"),
+    "hierarchical": FormTraits(
+        "a copy to each node reached, forwarded inside",
+        vllm="deepep_high_throughput",
+        sglang="normal",
+        by_node=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -29,10 +61,8 @@ class Options:
         micro_batch_schedule: `drained`: a step's micro-batches all finish before the next step
             begins; `rotating`: each micro-batch starts its next token as soon as it has the
             last one, so the pipeline never runs empty.
-        dispatch: how tokens travel to experts: `all_to_all`: one copy to each rank reached;
-            `hierarchical`: one to each node reached, forwarded inside; `all_gather`: all tokens to
-            all ranks. With `ep=1` every rank needs all tokens, so that is what happens. `auto`:
-            the fastest for a step's number of tokens, by a table measured once at the start.
+        dispatch: how tokens travel to experts, one of `DISPATCH_FORMS`; or `auto`: the fastest for
+            a step's number of tokens, by a table measured once at the start.
         payload: the type in which hidden states travel to experts: `model`: the model's own;
             `bfloat16`; `float8`: eight bits with a scale for every 128 values. Results come back in
             the model's. Rounding changes what a deployment computes, by an error that is measured.
@@ -74,6 +104,25 @@ class Options:
     def is_timed(self) -> bool:
         """Whether anything is chosen by a table timed at the start."""
         return "auto" in (self.dispatch, self.overlap)
+
+    @property
+    def is_by_node(self) -> bool:
+        """Whether a form was asked for that needs equally many ranks on every node."""
+        return self.dispatch != "auto" and DISPATCH_FORMS[self.dispatch].by_node
+
+    def forms(self, layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
+        """The dispatch forms that steps may take."""
+        if self.dispatch == "auto":
+            return dispatch_forms(layout, ranks_per_node)
+        return (self.dispatch,)
+
+    def modes(self, layout: Layout, ranks_per_node: int) -> tuple["DispatchMode", ...]:
+        """What steps may take, without overlap first; one rank alone has nothing to overlap."""
+        overlaps: tuple[bool, ...] = (False, True) if layout.stage_size > 1 else (False,)
+        if self.overlap != "auto":
+            overlaps = (self.overlap,)
+        forms = self.forms(layout, ranks_per_node)
+        return tuple(DispatchMode(form, overlap) for overlap in overlaps for form in forms)
 
     def __str__(self) -> str:
         parts = []
@@ -229,14 +278,29 @@ class DispatchTable:
 
 
 def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
-    """The forms that differ on a layout: hierarchical where several nodes hold several ranks each.
-
-    Without expert parallelism every form is the all-gather.
-    """
+    """The forms that differ on a layout."""
     if layout.ep == 1:
         return ("all_gather",)
     try:
         has_hierarchy = 1 < layout.ep_ranks_per_node(ranks_per_node) < layout.ep
     except SpecError:  # not equally many on each node
         has_hierarchy = False
-    return ("all_to_all", "all_gather", *(("hierarchical",) if has_hierarchy else ()))
+    return tuple(
+        form for form, traits in DISPATCH_FORMS.items() if has_hierarchy or not traits.by_node
+    )
+
+
+def form_on(layout: Layout, form: DispatchForm) -> DispatchForm | None:
+    """What a form comes down to: without expert parallelism every rank needs all tokens.
+
+    None where one rank has them all.
+    """
+    if layout.stage_size == 1:
+        return None
+    return "all_gather" if layout.ep == 1 else form
+
+
+def is_by_node_on(layout: Layout, form: DispatchForm) -> bool:
+    """Whether what a form comes down to sends by nodes."""
+    own = form_on(layout, form)
+    return own is not None and DISPATCH_FORMS[own].by_node

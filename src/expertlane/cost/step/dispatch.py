@@ -13,8 +13,7 @@ from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.mlp import shares
 from expertlane.cost.step.operation import Amounts, Kind
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.deployment import DispatchForm
-from expertlane.spec.layout import Layout
+from expertlane.spec.deployment import DispatchForm, form_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
@@ -45,7 +44,7 @@ class ExpertSteps:
         self._owned = part.owned
         self._counts = counts
         self._layout = out.mesh.layout
-        self._form = form_of(form, self._layout)
+        self._form = form_on(self._layout, form)
         self._payload = payload
         self._row_bytes = model.hidden_size * out.types.activation_bytes
 
@@ -195,10 +194,3 @@ class ExpertSteps:
         if is_last:
             num_rows, num_kernels = num_rows + 3 * sums, num_kernels + 1
         self._out.memory(Stage.COMBINE, num_rows * self._row_bytes, num_kernels)
-
-
-def form_of(form: DispatchForm, layout: Layout) -> DispatchForm | None:
-    """What a form comes down to on a stage; None where one rank has it all."""
-    if layout.stage_size == 1:
-        return None
-    return "all_gather" if layout.ep == 1 else form

@@ -19,7 +19,13 @@ from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, Step
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import StepList, StepWriter
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.deployment import DispatchForm, DispatchMode, DispatchTable, PayloadType
+from expertlane.spec.deployment import (
+    DispatchForm,
+    DispatchMode,
+    DispatchTable,
+    PayloadType,
+    is_by_node_on,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
@@ -274,7 +280,7 @@ class ProgramBuilder:
                 routing.owned,
                 self._choice(placement, mesh),
                 mesh,
-                by_node=form == "hierarchical" and self._layout.ep > 1,
+                by_node=is_by_node_on(self._layout, form),
                 fan_out=fan_out,
             )
         out = StepList(mesh, self._types, layer, self._kernels)

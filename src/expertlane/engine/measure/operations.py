@@ -12,18 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.clock import clock_for
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
+from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore
 from expertlane.engine.measure.points import Point
 from expertlane.engine.worker import RankContext
-from expertlane.moe.experts import ExpertInput, Experts
+from expertlane.moe.experts import Experts
 from expertlane.ops.backend import DTYPES, backend_for
-from expertlane.ops.experts import Activation, Expert
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.linear import Linear
+from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 
@@ -202,8 +200,8 @@ def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
     pairs = at["pairs"]
     rows = torch.full((pairs, hidden), 0.5, dtype=dtype, device=device)
     ids = (torch.arange(pairs, device=device) % active).int()[:, None]
-    arrived = ExpertInput.of(rows, backend_for(device).group_pairs(ids, 0, 1, active))
-    return lambda: next(sets).forward(arrived)
+    grouped = backend_for(device).group_pairs(ids, 0, 1, active)
+    return lambda: next(sets).apply(rows, grouped)
 
 
 def _memory(bench: _Bench, point: Point) -> Callable[[], object]:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.model.reference import ReferenceModel
 from expertlane.model.weights import draw
 from expertlane.spec.model import PRESETS
+from parity.reference import ReferenceModel
 
 SMALL = PRESETS["paper-tiny"].with_overrides(
     name="small",

@@ -1,22 +1,129 @@
-"""MLPs side by side in torch: one after the other, or by products that torch groups.
+"""Products with weights that are kept as the device multiplies fastest, and experts made of them.
+
+On a CPU, bfloat16 weights are packed once: for our own kernels (`ops/cpu.py`), or for oneDNN where
+those are missing. Products of few rows then read memory at most of its bandwidth, which torch's own
+product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in float32, weights
+stay as they are.
 
 Shapes: R rows, P token-expert pairs grouped by expert, E experts, H = hidden_size.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.linear import Linear
 
-# rows [R, H], row_of_pair [P], result_of_pair [P], num_tokens_per_expert [E] → results [P, H]
-ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+class Linear:
+    """x · Wᵀ + b.
+
+    Args:
+        weight: [out_features, in_features]; not kept where it is packed.
+        bias: [out_features].
+
+    Attributes:
+        weight: as it is kept.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.itemsize = weight.itemsize
+        self.weight, self.bias = self.pack(weight), bias
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """[out_features, in_features] as it is to be kept."""
+        return weight
+
+    @property
+    def num_weights(self) -> int:
+        """Values of the matrix."""
+        return self.out_features * self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the matrix."""
+        return self.num_weights * self.itemsize
+
+    def tensors(self) -> list[Tensor]:
+        """Weight and bias in a form that can be sent and given to `with_tensors`."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The same product with other weights of the same shape; they are kept, not copied."""
+        other = copy(self)
+        other.weight = tensors[0]
+        other.bias = tensors[1] if len(tensors) > 1 else None
+        return other
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, out_features] of [num_rows, in_features]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class OnednnLinear(Linear):
+    """The weight as oneDNN packs it, which only oneDNN reads: it is sent as torch has it."""
+
+    @staticmethod
+    def suits(weight: Tensor) -> bool:
+        """Whether this CPU gains by it."""
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype is torch.bfloat16
+            and weight.numel() > 0
+            and torch._C._has_mkldnn
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """In oneDNN's own layout."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return packed
+
+    def tensors(self) -> list[Tensor]:
+        """Unpacked, copies."""
+        return [self.weight.to_dense(), *super().tensors()[1:]]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The same product with other weights; they are packed, not kept."""
+        return super().with_tensors([self.pack(tensors[0]), *tensors[1:]])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, out_features] of [num_rows, in_features]; oneDNN refuses no rows."""
+        if not len(x):
+            return x.new_empty(0, self.out_features)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, "none", [], ""
+        )
+        return product
+
+
+@dataclass(frozen=True)
+class PairGroups:
+    """Pairs in the order of their groups, stable.
+
+    Attributes:
+        counts: [num_groups]; pairs of each.
+        rows: [P]; the row of each pair in that order.
+        order: [P]; the number of each pair in that order.
+        numbers: [R, K]; the number of the pair, -1 where there is none.
+    """
+
+    counts: Tensor
+    rows: Tensor
+    order: Tensor
+    numbers: Tensor
+
+
+# rows [R, H], which may be apart, and their pairs → results [P, H], in order of row, then choice
+ApplyExperts = Callable[[Tensor, PairGroups], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,19 +192,17 @@ class LoopedExperts:
     def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
         self._held, self._activation = held, activation
 
-    def __call__(
-        self, rows: Tensor, row_of_pair: Tensor, result_of_pair: Tensor, num_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
         """[P, H]."""
-        rows = rows.index_select(0, row_of_pair)
+        rows = rows.index_select(0, pairs.rows)
         results = torch.empty_like(rows)
-        ends = num_tokens.cumsum(0).tolist()
+        ends = pairs.counts.cumsum(0).tolist()
         for expert, (begin, end) in zip(self._held, pairwise([0, *ends]), strict=True):
             if end > begin:
                 of_expert = rows[begin:end]
                 gate = None if expert.gate is None else expert.gate(of_expert)
                 out = expert.down(self._activation(gate, expert.up(of_expert)))
-                results.index_copy_(0, result_of_pair[begin:end], out)
+                results.index_copy_(0, pairs.order[begin:end], out)
         return results
 
 
@@ -133,18 +238,16 @@ class GroupedExperts:
             and _groups_products(first.device, first.dtype)
         )
 
-    def __call__(
-        self, rows: Tensor, row_of_pair: Tensor, result_of_pair: Tensor, num_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
         """[P, H]."""
-        if len(row_of_pair) not in self._pairs:
-            return self._loop(rows, row_of_pair, result_of_pair, num_tokens)
-        rows = rows.index_select(0, row_of_pair)
-        ends = num_tokens.cumsum(0, dtype=torch.int32)
-        gate = None if self._gate is None else self._gate(rows, num_tokens, ends)
-        inner = self._activation(gate, self._up(rows, num_tokens, ends))
-        out = self._down(inner, num_tokens, ends)
-        return torch.empty_like(out).index_copy_(0, result_of_pair, out)
+        if len(pairs.rows) not in self._pairs:
+            return self._loop(rows, pairs)
+        rows = rows.index_select(0, pairs.rows)
+        ends = pairs.counts.cumsum(0, dtype=torch.int32)
+        gate = None if self._gate is None else self._gate(rows, pairs.counts, ends)
+        inner = self._activation(gate, self._up(rows, pairs.counts, ends))
+        out = self._down(inner, pairs.counts, ends)
+        return torch.empty_like(out).index_copy_(0, pairs.order, out)
 
 
 _ANY_NUMBER = 1 << 62

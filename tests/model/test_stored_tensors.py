@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from expertlane.errors import SpecError
-from expertlane.model.shards import Shards
+from expertlane.model.stored_tensors import Shards
 
 INDEX = "model.safetensors.index.json"
 

@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from expertlane.ops import experts as module
-from expertlane.ops.experts import Activation, Expert, GroupedExperts, LoopedExperts
-from expertlane.ops.linear import Linear
+from expertlane.ops import products as module
+from expertlane.ops.products import (
+    Activation,
+    Expert,
+    GroupedExperts,
+    Linear,
+    LoopedExperts,
+    PairGroups,
+)
 from expertlane.ops.torch_backend import TorchBackend
 
 pytestmark = pytest.mark.numerical
@@ -40,7 +46,8 @@ def pairs_of(counts: list[int]):
     num, generator = sum(counts), torch.Generator().manual_seed(1)
     rows = random(max(1, num), HIDDEN + 4)[:, 4:]
     taken = torch.randint(len(rows), (num,), generator=generator)
-    return rows, taken, torch.randperm(num, generator=generator), torch.tensor(counts)
+    order = torch.randperm(num, generator=generator)
+    return rows, PairGroups(torch.tensor(counts), taken, order, torch.empty(0))
 
 
 needs_grouping = pytest.mark.skipif(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from expertlane.moe.reference import moe_block, router_margin
+from parity.reference import moe_block, router_margin
 
 GELU_1 = 0.8413447460685429  # Φ(1)
 GELU_2 = 2 * 0.9772498680518208  # 2 Φ(2)
