@@ -28,8 +28,8 @@ from expertlane import __version__
 from expertlane.engine.engine import Engine
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.ops.host import num_cores
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

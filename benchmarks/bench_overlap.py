@@ -28,14 +28,14 @@ from rich.table import Table
 from expertlane import __version__
 from expertlane.engine.commands import PinToCore, SetDispatch
 from expertlane.engine.dispatch_timing import still_hopeful
+from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.start import start_pool
 from expertlane.report.compared import hidden_share
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import stage_time
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchMode, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

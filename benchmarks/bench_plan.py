@@ -17,10 +17,12 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
+from expertlane.plan.candidates import Goals, PlanRequest
+from expertlane.plan.project import Setting
 from expertlane.plan.search import Search
 from expertlane.plan.two_pools import TwoPoolSearch
 from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
 
 MODEL = PRESETS["paper"].with_overrides(
     name="94 layers",
@@ -36,7 +38,7 @@ MODEL = PRESETS["paper"].with_overrides(
     hidden_act="silu",
     vocab_size=151_936,
 )
-TRAFFIC = Traffic(num_sequences=1024, prompt_len=2000, output_len=500)
+WORKLOAD = Workload(num_sequences=1024, prompt_len=2000, output_len=500)
 _STARTS = 5
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     cluster = parse_cluster(f"h100x{num_devices}")
     routing = PowerLawRouting.of(MODEL, 0.0, num_sampled_layers=2)
     setting = Setting(NumberTypes(), Execution.GRAPH, routing)
-    request = PlanRequest(MODEL, cluster, TRAFFIC, Goals(), setting)
+    request = PlanRequest(MODEL, cluster, WORKLOAD, Goals(), setting)
     search = Search(request)
     num_candidates = len(search.candidates)
     screen_s = seconds(lambda: search.screen())

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.table import Table
 from expertlane import __version__
 from expertlane.balance.placement_file import placements_of
 from expertlane.balance.trace import RoutingTrace
-from expertlane.calibrate.quiet import quietest
+from expertlane.calibrate.quiet import QuietMeasuring
 from expertlane.calibrate.run import Calibration
 from expertlane.calibrate.timed_phases import (
     BLOCK_SIZE,
@@ -46,9 +47,10 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import TraceRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.start import start_pool
+from expertlane.schedule.drive import FinishedStep
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -125,10 +127,11 @@ def measure_round(
         limits = limits_of(most, model)
         runner = ModelRunner(pool, model, deployment, limits, seed=0, ranks_per_node=NUM_RANKS)
         own = [case for case in cases if case.deployment is deployment]
-        found, share = quietest(partial(measure, runner, own, model))
+        quiet = QuietMeasuring()
+        found = quiet.measure(partial(measure, runner, own, model))
         for case, seconds in zip(own, found, strict=True):
             times[case].append(seconds)
-        shares.append(share)
+        shares.append(quiet.foreign_cpu_share)
     return max(shares)
 
 
@@ -173,7 +176,17 @@ def cost_runner(
     )
     routing = TraceRouting(trace)
     terms = Terms.of(profile, Execution.SERIAL)
-    return CostRunner(model, layout, builder, routing, Pricing(profile, types), terms)
+    return CostRunner(builder, routing, Pricing(profile, types), terms)
+
+
+def at_bound(runner: CostRunner, steps: list[FinishedStep], bound: int) -> list[FinishedStep]:
+    """The same steps by one bound of the clock."""
+    found = []
+    for plan, outcome in steps:
+        submitted_s, finished_s = (float(each[bound]) for each in runner.bounds[plan.step])
+        outcome = replace(outcome, submitted_s=submitted_s, finished_s=finished_s)
+        found.append(FinishedStep(plan, outcome))
+    return found
 
 
 def project(
@@ -182,7 +195,7 @@ def project(
     """By bound: low, likely, high."""
     runner = cost_runner(case, model, profile, trace)
     steps = steps_of(runner, case, model)
-    return [phase_times(runner.at_bound(steps, bound)) for bound in range(len(BOUNDS))]
+    return [phase_times(at_bound(runner, steps, bound)) for bound in range(len(BOUNDS))]
 
 
 def kendall_tau(projected: list[float], measured: list[float]) -> tuple[float, int]:

@@ -1,6 +1,5 @@
 """What benchmarks run on ranks: commands, and the fork server whose ranks know them."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from expertlane.engine import fork_server
@@ -11,14 +10,12 @@ from expertlane.engine.pool import RankPool
 TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True)
 class MeasureCollectives(Command[dict[str, float]]):
     """Median seconds of a call, by collective."""
 
     num_rows: int
 
 
-@dataclass(frozen=True)
 class MeasureDispatch(Command[dict[str, dict[str, list[list[float]]]]]):
     """Wall and processor seconds by form and variant, one pair a round."""
 
@@ -27,7 +24,6 @@ class MeasureDispatch(Command[dict[str, dict[str, list[list[float]]]]]):
     top_k: int
 
 
-@dataclass(frozen=True)
 class RunBareSteps(Command[list[float]]):
     """Seconds of decode steps of a batch, one after the other."""
 

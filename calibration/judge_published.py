@@ -23,8 +23,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import SpecError
-from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.request import Setting
+from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.results.record import StepsRecord
 from expertlane.spec.deployment import DispatchForm, Options
 from expertlane.spec.from_hf import from_hf

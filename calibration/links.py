@@ -84,13 +84,13 @@ def _judge(
     if far is not None:
         parts["8 nodes"] = [read_loads(far, part)[0] for part in (Part.FITTED, Part.LARGEST)]
     judged = {}
+    with_law = replace(profile, surfaces={law: surface})
     for name, all_loads in parts.items():
         errors = []
         for loads in all_loads:
             at = _rows(law, loads, profile).at
-            times = law_times(
-                profile, law, surface, _link(law), at["bytes"], at["ranks"], at["nodes"]
-            )
+            times = law_times(with_law, law, at["bytes"], at["ranks"], at["nodes"])
+            assert times is not None
             errors.append(np.log(loads.seconds / times.seconds))
         judged[name] = np.concatenate(errors)
     return judged

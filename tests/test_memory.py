@@ -8,10 +8,10 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
 from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import CapacityError
-from expertlane.memory import RankMemory, fit_cache, rank_memory, workload_limits
+from expertlane.memory import PlacedModel, RankMemory, workload_limits
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -24,12 +24,17 @@ PAPER_WORKLOAD = Workload(num_sequences=1024, prompt_len=10_000, output_len=1)
 TINY = PRESETS["paper-tiny"]
 
 
+def placed(model, layout: Layout, types: NumberTypes) -> PlacedModel:
+    """With linear placements."""
+    return PlacedModel(model, layout, types, placements_of(model, layout, Options()))
+
+
 def memory_of(
     layout: str, positions: int, rank: int, model=TINY, dtype="float32", num_tokens=1
 ) -> RankMemory:
     """With a cache of `positions` in blocks of one, and `num_tokens` in a step."""
     limits = Limits(model.vocab_size, 1, positions, 1, num_tokens)
-    return rank_memory(model, Layout.parse(layout), limits, rank, NumberTypes.all_of(dtype))
+    return placed(model, Layout.parse(layout), NumberTypes.all_of(dtype)).rank_memory(limits, rank)
 
 
 class NoGroups(DeviceMeshes):
@@ -146,21 +151,23 @@ def test_a_cache_takes_what_memory_there_is():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     assert limits.num_blocks == 64 * 626
-    fitted = fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 80e9)
-    need = rank_memory(PAPER, layout, fitted, 0, NumberTypes.all_of("float16"))
+    held = placed(PAPER, layout, NumberTypes.all_of("float16"))
+    fitted = held.fit_cache(limits, 80e9)
+    need = held.rank_memory(fitted, 0)
     assert need.total_bytes <= 80e9 < need.total_bytes + 16 * 131_072
     assert fitted.num_blocks < 64 * 625
-    half = fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 80e9, cache_share=0.5)
+    half = held.fit_cache(limits, 80e9, cache_share=0.5)
     assert half.num_blocks == fitted.num_blocks // 2
-    assert fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 800e9) == limits
+    assert held.fit_cache(limits, 800e9) == limits
 
 
 def test_one_sequence_must_fit():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
+    held = placed(PAPER, layout, NumberTypes.all_of("float16"))
     with pytest.raises(CapacityError, match=r"needs 9.16 GB on a rank .* but 9 GB of memory"):
-        fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9e9)
-    assert fit_cache(PAPER, layout, limits, NumberTypes.all_of("float16"), 9.2e9).num_blocks == 641
+        held.fit_cache(limits, 9e9)
+    assert held.fit_cache(limits, 9.2e9).num_blocks == 641
 
 
 def test_dense_layers_and_shared_experts_count():
@@ -183,7 +190,7 @@ def test_dense_layers_and_shared_experts_count():
 def test_float8_weights_leave_embedding_head_norms_and_router_as_they_were():
     layout, limits = Layout.parse("tp=2"), Limits(257, 1, 1, 1, 1)
     model = TINY.with_overrides(qkv_bias=True)
-    memory = rank_memory(model, layout, limits, 0, NumberTypes.asked("float8"))
+    memory = placed(model, layout, NumberTypes.asked("float8")).rank_memory(limits, 0)
     one_byte = 4 * (8192 + 16 * 2 * 64 * 64)
     two_bytes = 4 * 3 * 32 + 257 * 64 + 129 * 64  # biases; embedding; half of the head
     four_bytes = 4 * (16 * 64 + 2 * 64) + 64  # routers and norms
@@ -195,7 +202,7 @@ def test_latent_attention_holds_its_projections_down_on_every_rank():
     limits = Limits(31, 1, 1, 1, 1)
     types = NumberTypes.asked("float8")
     model = MODELS["latent"].with_overrides(shared_expert_intermediate_size=0)
-    memory = rank_memory(model, Layout.parse("tp=2"), limits, 0, types)
+    memory = placed(model, Layout.parse("tp=2"), types).rank_memory(limits, 0)
     down = 32 * 10 + 32 * (12 + 4)
     cut = 10 * 2 * 10 + 2 * 5 * 32
     absorbed = 12 * 2 * (6 + 5)
@@ -221,5 +228,5 @@ def test_every_rank_of_the_engine_holds_as_much(model, layout, dtype):
     limits, types = Limits(model.vocab_size, 1, 1, 1, 1), NumberTypes.all_of(dtype)
     for rank in range(layout.world_size):
         held = held_by_engine(model, layout, rank, dtype)
-        need = rank_memory(model, layout, limits, rank, types)
+        need = placed(model, layout, types).rank_memory(limits, rank)
         assert (need.weight_bytes, need.kv_bytes) == (held.weight_bytes, held.kv_bytes)

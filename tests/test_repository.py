@@ -101,7 +101,7 @@ OTHER_JSON = {
     "experiment.py",
     "file.py",
     "fork_server.py",
-    "template_process.py",
+    "chat_sandbox.py",
 }
 
 

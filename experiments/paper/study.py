@@ -52,7 +52,7 @@ from expertlane.report.scaling import sizes_sentence
 from expertlane.report.speed import NAMED, in_words, unit_of
 from expertlane.report.time_spent import communication_share
 from expertlane.results.estimate import Estimate
-from expertlane.results.file import FILE_NAME, read
+from expertlane.results.file import read
 from expertlane.results.results import Results
 from expertlane.spec.files import write_text
 from expertlane.spec.layout import Layout
@@ -164,7 +164,7 @@ def goals(results: Results, comparison: Comparison) -> Section:
         number(
             "transfers, waiting", lambda row: communication_share(row.step), percent, "measured"
         ),
-        number(f"TPS per {unit}", lambda row: row.tps / row.record.num_ranks, figures),
+        number(f"TPS per {unit}", lambda row: row.tps_per_rank, figures),
     )
     where = results.cluster.name if source == "projected" and results.cluster else "this machine"
     return Section(
@@ -267,15 +267,10 @@ def combinations(projections: Iterable[Results]) -> list[Combination]:
     return [
         Combination(comparison, baseline, proposal, context)
         for comparison in under_all_conditions(projections)
-        for baseline in of_part(comparison, is_baseline=True)
-        for proposal in of_part(comparison, is_baseline=False)
+        for baseline in comparison.baselines
+        for proposal in comparison.proposals
         for context in comparison.contexts
     ]
-
-
-def of_part(comparison: Comparison, *, is_baseline: bool) -> list[Row]:
-    """Its baselines, or its proposals."""
-    return [row for row in comparison.rows if row.record.is_baseline is is_baseline]
 
 
 def against_best(found: Iterable[Combination]) -> list[Combination]:
@@ -379,7 +374,7 @@ def within(projections: Iterable[Results], claim: Reported, part: str) -> str:
     steps = [
         (f"{row.name} at {context:,} ({in_words(each.conditions)})", each.at(row, context))
         for each in under_all_conditions(projections)
-        for row in of_part(each, is_baseline=part == "baseline")
+        for row in (each.baselines if part == "baseline" else each.proposals)
         for context in each.contexts
     ]
     bounds = [step.tps.bounds for _, step in steps]
@@ -403,7 +398,7 @@ def floor(results: Results) -> str:
     def floor_s(row: Row, context: int) -> float:
         return comparison.at(row, context).floor_s or 0.0
 
-    row = min(of_part(comparison, is_baseline=False), key=lambda row: floor_s(row, near))
+    row = min(comparison.proposals, key=lambda row: floor_s(row, near))
     claim_s, least_s, most_s = PROPOSED.tpot_ms * 1e-3, floor_s(row, near), floor_s(row, far)
     head = (
         f"The floor of {row.name} is {milliseconds(least_s)} ms at {counted(near, 'token')} of "
@@ -469,8 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for study.md and study.html")
     options = parser.parse_args(arguments)
     try:
-        paths = [path / FILE_NAME if path.is_dir() else path for path in options.results]
-        study = study_of([read(path) for path in paths])
+        study = study_of([read(path, "comparison") for path in options.results])
         if options.out is None:
             print(markdown.render(study), end="")
         else:

@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.placement_file import Placements
 from expertlane.cost.kv_transfer import held_kv_width
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.errors import CapacityError
-from expertlane.schedule.limits import Limits
-from expertlane.spec.deployment import Options
+from expertlane.results.record import PoolRecord
+from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import (
@@ -27,6 +27,8 @@ from expertlane.spec.workload import Workload
 BLOCK_SIZE = 16
 STEP_TOKENS = 16_384  # of a comparison, over all ranks
 _FLOAT32_BYTES = 4
+_RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
+FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,199 @@ class RankMemory:
     def total_bytes(self) -> int:
         """The most at any one time."""
         return self.weight_bytes + max(self.kv_bytes + self.activation_bytes, self.loading_bytes)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Of the fullest rank.
+
+    Attributes:
+        memory: with one sequence of full length.
+        free_bytes: what a rank may take.
+        max_seqs: sequences of full length that a data-parallel rank holds at once; 0 where not
+            even weights, activations and one sequence fit.
+    """
+
+    layout: Layout
+    memory: RankMemory
+    free_bytes: float
+    max_seqs: int
+
+    @property
+    def num_resident(self) -> int:
+        """Sequences of full length that all ranks hold at once."""
+        return self.max_seqs * self.layout.dp * self.layout.replicas
+
+    def record(self) -> PoolRecord:
+        """As records have it; without a number of sequences."""
+        return PoolRecord(
+            weight_bytes=self.memory.weight_bytes,
+            activation_bytes=self.memory.activation_bytes,
+            sequence_bytes=self.memory.kv_bytes,
+            allowed_bytes=int(self.free_bytes),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedModel:
+    """A model as its ranks hold it.
+
+    Attributes:
+        placements: [num_hidden_layers].
+    """
+
+    model: ModelConfig
+    layout: Layout
+    types: NumberTypes
+    placements: Placements
+
+    def rank_memory(self, limits: Limits, rank: int) -> RankMemory:
+        """What a rank holds: weights, the whole cache, and the activations of the largest step.
+
+        Activations are those of an even routing; the shares of a skewed one are not known before.
+        """
+        model, layout, types = self.model, self.layout, self.types
+        at = layout.coordinates(rank)
+        layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+        of_layer = [
+            len(placed.experts_of_rank[at.ep_rank]) if placed else 0 for placed in self.placements
+        ]
+        inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
+        num_bytes = sum(
+            count * self._layer_bytes(at, is_dense, num_experts)
+            for (is_dense, num_experts), count in Counter(
+                (model.is_dense(layer), of_layer[layer]) for layer in layers
+            ).items()
+        )
+        outside = (EMBEDDING,) * (at.pp_rank == 0)
+        outside += (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
+        held = {name: self._num_held(at, name, tensor_shape(model, name)) for name in outside}
+        num_bytes += sum(num * _item_bytes(name, types) for name, num in held.items())
+        largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
+        largest_matrix = max(largest_matrix, *held.values(), 0)
+        # Token-expert pairs that reach this rank when routing is even; from the whole stage.
+        num_tokens = limits.max_num_batched_tokens
+        num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
+        num_slots = max((placed.num_slots for placed in self.placements if placed), default=1)
+        num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
+        kv_width = held_kv_width(model, layout.tp)
+        # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
+        num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
+        num_values += num_pairs * (2 * model.hidden_size + inner)
+        num_positions = limits.num_blocks * limits.block_size
+        return RankMemory(
+            weight_bytes=num_bytes,
+            kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
+            activation_bytes=num_values * types.activation_bytes,
+            loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
+        )
+
+    def fit_cache(self, limits: Limits, free_bytes: float, cache_share: float = 1.0) -> Limits:
+        """The same with as many blocks, up to `num_blocks`, as every rank has room for.
+
+        Args:
+            free_bytes: of a rank.
+            cache_share: of what is left beside weights and activations, how much the cache may
+                take.
+
+        Raises:
+            CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
+        """
+        fewest = min(ceil(limits.max_model_len / limits.block_size), limits.num_blocks)
+        smallest = replace(limits, num_blocks=fewest)
+        num_blocks = limits.num_blocks
+        for rank in range(self.layout.replica_size):  # replicas are alike
+            need = self.rank_memory(smallest, rank)
+            if need.total_bytes > free_bytes:
+                raise CapacityError(
+                    f"{self.model.name} as {self.layout} needs {size_text(need.total_bytes)} on a "
+                    f"rank (weights {size_text(need.weight_bytes)}, key/value cache of one "
+                    f"sequence {size_text(need.kv_bytes)}, activations "
+                    f"{size_text(need.activation_bytes)}) but {size_text(free_bytes)} of memory "
+                    "are free for it"
+                )
+            of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
+            num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
+        return replace(limits, num_blocks=num_blocks)
+
+    def fullest(self, limits: Limits) -> RankMemory:
+        """Of the first ranks of all stages, which hold most, the one that holds most."""
+        firsts = range(0, self.layout.replica_size, self.layout.stage_size)
+        needs = (self.rank_memory(limits, rank) for rank in firsts)
+        return max(needs, key=lambda need: need.total_bytes)
+
+    def capacity(self, device_bytes: float, full_len: int, num_batched_tokens: int) -> Capacity:
+        """Of the first ranks of the first and the last stage, which hold most.
+
+        Args:
+            full_len: positions of a sequence in the end.
+            num_batched_tokens: of a data-parallel rank's largest step.
+        """
+        free = FREE_SHARE * device_bytes
+        limits = Limits(
+            vocab_size=self.model.vocab_size,
+            max_model_len=full_len,
+            num_blocks=ceil(full_len / BLOCK_SIZE),
+            max_num_batched_tokens=num_batched_tokens,
+        )
+        found = []
+        for rank in dict.fromkeys((0, (self.layout.pp - 1) * self.layout.stage_size)):
+            need = self.rank_memory(limits, rank)
+            room = (free - need.weight_bytes - need.activation_bytes) // need.kv_bytes
+            fits = need.total_bytes <= free
+            found.append(Capacity(self.layout, need, free, int(room) if fits else 0))
+        return min(found, key=lambda each: each.max_seqs)
+
+    def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
+        """Of a layer's weights; scales of float8 are not counted.
+
+        Args:
+            num_experts: that the rank holds, or holds a slice of.
+        """
+        num_of = dict.fromkeys(shapes := layer_shapes(self.model, is_dense), 1)
+        if num_experts:
+            parts = expert_shapes(self.model)
+            experts = {f"experts.{part}": shape for part, shape in parts.items()}
+            shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
+        return sum(
+            num_of[name] * self._num_held(at, name, shape) * _item_bytes(name, self.types)
+            for name, shape in shapes.items()
+        )
+
+    def _num_held(self, at: Coordinates, name: str, shape: Shape) -> int:
+        """Values of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
+        model, layout = self.model, self.layout
+        of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
+        if part in _ADDED_ONCE:
+            return prod(shape) if (at.etp_rank if of_expert else at.tp_rank) == 0 else 0
+        full, held = shape[cut_dim(name)], shape[cut_dim(name)]
+        if of_expert:
+            held = len(partition(full, layout.etp)[at.etp_rank])
+        elif name == HEAD or name.startswith(("dense.", "shared.")):
+            held = len(partition(full, layout.tp)[at.tp_rank])
+        elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
+            held = full // layout.tp
+        elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
+            held = max(1, model.num_kv_heads // layout.tp) * model.head_dim
+        return prod(shape) // full * held
+
+
+_WIDE = {
+    *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
+    *("sinks", "router", "router_bias", "correction_bias"),
+}
+_KEPT = {EMBEDDING, HEAD, "query_norm", "key_norm", "kv_b", "shared_gate"}
+_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
+_OF_KEYS = {"key", "key_bias", "value", "value_bias"}
+_ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
+
+
+def _item_bytes(name: str, types: NumberTypes) -> int:
+    """Of a value: norms and routers are float32; float8 is for matrices alone."""
+    part = name.rpartition(".")[2]
+    if part in _WIDE:
+        return ITEM_BYTES["float32"]
+    return ITEM_BYTES[types.kept] if part in _KEPT or part.endswith("_bias") else types.weight_bytes
 
 
 def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> Limits:
@@ -74,178 +269,6 @@ def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> L
     )
 
 
-def fit_cache(
-    model: ModelConfig,
-    layout: Layout,
-    limits: Limits,
-    types: NumberTypes,
-    free_bytes: float,
-    cache_share: float = 1.0,
-    placements: Placements | None = None,
-) -> Limits:
-    """The same with as many blocks of the cache, up to `num_blocks`, as every rank has room for.
-
-    Args:
-        free_bytes: of a rank.
-        cache_share: of what is left beside weights and activations, how much the cache may take.
-        placements: as for `rank_memory`.
-
-    Raises:
-        CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
-    """
-    fewest = min(ceil(limits.max_model_len / limits.block_size), limits.num_blocks)
-    smallest = replace(limits, num_blocks=fewest)
-    num_blocks = limits.num_blocks
-    for rank in range(layout.pp * layout.dp * layout.tp):  # replicas are alike
-        need = rank_memory(model, layout, smallest, rank, types, placements)
-        if need.total_bytes > free_bytes:
-            raise CapacityError(
-                f"{model.name} as {layout} needs {size_text(need.total_bytes)} on a rank (weights "
-                f"{size_text(need.weight_bytes)}, key/value cache of one sequence "
-                f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) but "
-                f"{size_text(free_bytes)} of memory are free for it"
-            )
-        of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
-        num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
-    return replace(limits, num_blocks=num_blocks)
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes as a person reads them."""
-    unit, name = (10**12, "TB") if num_bytes >= 10**12 else (10**9, "GB")
-    return f"{num_bytes / unit:.3g} {name}"
-
-
-def rank_memory(
-    model: ModelConfig,
-    layout: Layout,
-    limits: Limits,
-    rank: int,
-    types: NumberTypes,
-    placements: Placements | None = None,
-) -> RankMemory:
-    """What `rank` holds: weights, the whole cache, and the activations of the largest step.
-
-    Activations are those of an even routing; the shares of a skewed one are not known beforehand.
-
-    Args:
-        placements: [num_hidden_layers]; linear ones without copies if not given.
-    """
-    placements = placements or placements_of(model, layout, Options())
-    at = layout.coordinates(rank)
-    layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-    of_layer = [
-        len(placed.experts_of_rank[at.ep_rank]) if (placed := placements[layer]) else 0
-        for layer in range(model.num_hidden_layers)
-    ]
-    inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
-    num_bytes = sum(
-        count * _layer_bytes(model, layout, at, types, is_dense, num_experts)
-        for (is_dense, num_experts), count in Counter(
-            (model.is_dense(layer), of_layer[layer]) for layer in layers
-        ).items()
-    )
-    outside = (EMBEDDING,) * (at.pp_rank == 0) + (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
-    held = {name: _num_held(model, layout, at, name, tensor_shape(model, name)) for name in outside}
-    num_bytes += sum(num * _item_bytes(name, types) for name, num in held.items())
-    largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
-    largest_matrix = max(largest_matrix, *held.values(), 0)
-    # Token-expert pairs that reach this rank when routing is even; they come from the whole stage.
-    num_tokens = limits.max_num_batched_tokens
-    num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
-    num_slots = max((placed.num_slots for placed in placements if placed is not None), default=1)
-    num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
-    kv_width = held_kv_width(model, layout.tp)
-    # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
-    num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
-    num_values += num_pairs * (2 * model.hidden_size + inner)
-    num_positions = limits.num_blocks * limits.block_size
-    return RankMemory(
-        weight_bytes=num_bytes,
-        kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
-        activation_bytes=num_values * types.activation_bytes,
-        loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
-    )
-
-
-_WIDE = {
-    *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
-    *("sinks", "router", "router_bias", "correction_bias"),
-}
-_KEPT = {EMBEDDING, HEAD, "query_norm", "key_norm", "kv_b", "shared_gate"}
-_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
-_OF_KEYS = {"key", "key_bias", "value", "value_bias"}
-_ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
-
-
-def _layer_bytes(
-    model: ModelConfig,
-    layout: Layout,
-    at: Coordinates,
-    types: NumberTypes,
-    is_dense: bool,
-    num_experts: int,
-) -> int:
-    """Of a layer's weights; scales of float8 are not counted.
-
-    Args:
-        num_experts: that the rank holds, or holds a slice of.
-    """
-    num_of = dict.fromkeys(shapes := layer_shapes(model, is_dense), 1)
-    if num_experts:
-        experts = {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
-        shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
-    return sum(
-        num_of[name] * _num_held(model, layout, at, name, shape) * _item_bytes(name, types)
-        for name, shape in shapes.items()
-    )
-
-
-def _num_held(model: ModelConfig, layout: Layout, at: Coordinates, name: str, shape: Shape) -> int:
-    """Values of a tensor that a rank holds; key/value heads fewer than `tp` by several ranks."""
-    of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
-    if part in _ADDED_ONCE:
-        return prod(shape) if (at.etp_rank if of_expert else at.tp_rank) == 0 else 0
-    full, held = shape[cut_dim(name)], shape[cut_dim(name)]
-    if of_expert:
-        held = len(partition(full, layout.etp)[at.etp_rank])
-    elif name == HEAD or name.startswith(("dense.", "shared.")):
-        held = len(partition(full, layout.tp)[at.tp_rank])
-    elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
-        held = full // layout.tp
-    elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
-        held = max(1, model.num_kv_heads // layout.tp) * model.head_dim
-    return prod(shape) // full * held
-
-
-def _item_bytes(name: str, types: NumberTypes) -> int:
-    """Of a value: norms and routers are float32; float8 is for matrices alone."""
-    part = name.rpartition(".")[2]
-    if part in _WIDE:
-        return ITEM_BYTES["float32"]
-    return ITEM_BYTES[types.kept] if part in _KEPT or part.endswith("_bias") else types.weight_bytes
-
-
-_RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
-FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Of the fullest rank.
-
-    Attributes:
-        memory: with one sequence of full length.
-        free_bytes: what a rank may take.
-        max_seqs: sequences of full length that a data-parallel rank holds at once; 0 where not
-            even weights, activations and one sequence fit.
-    """
-
-    memory: RankMemory
-    free_bytes: float
-    max_seqs: int
-
-
 def prefill_step_tokens(
     layout: Layout, num_sequences: int, prompt_len: int, step_tokens: int | None = None
 ) -> int:
@@ -260,35 +283,7 @@ def prefill_step_tokens(
     return min(allowed, prompt_len * ceil(num_sequences / num_caches))
 
 
-def capacity(
-    model: ModelConfig,
-    layout: Layout,
-    placements: Placements,
-    types: NumberTypes,
-    device_bytes: float,
-    full_len: int,
-    num_batched_tokens: int,
-) -> Capacity:
-    """Of the first ranks of the first and the last stage, which hold most.
-
-    Args:
-        num_batched_tokens: of a data-parallel rank's largest step.
-        full_len: positions of a sequence in the end.
-    """
-    free = FREE_SHARE * device_bytes
-    limits = Limits(
-        vocab_size=model.vocab_size,
-        max_model_len=full_len,
-        num_blocks=ceil(full_len / BLOCK_SIZE),
-        max_num_batched_tokens=num_batched_tokens,
-    )
-    fewest: Capacity | None = None
-    for rank in {0, (layout.pp - 1) * layout.stage_size}:
-        need = rank_memory(model, layout, limits, rank, types, placements)
-        seqs = 0
-        if need.total_bytes <= free:
-            seqs = int((free - need.weight_bytes - need.activation_bytes) // need.kv_bytes)
-        if fewest is None or seqs < fewest.max_seqs:
-            fewest = Capacity(need, free, seqs)
-    assert fewest is not None, "there is a rank"
-    return fewest
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    unit, name = (10**12, "TB") if num_bytes >= 10**12 else (10**9, "GB")
+    return f"{num_bytes / unit:.3g} {name}"

@@ -158,9 +158,3 @@ def test_own_rank_then_own_node_then_all():
     usable = usable_copies(held, np.arange(4), nodes)
     assert [np.flatnonzero(of_rank[0]).tolist() for of_rank in usable] == [[0], [1], [2], [2]]
     assert all(np.flatnonzero(of_rank[1]).tolist() == [2] for of_rank in usable)
-
-
-def test_without_copies_there_is_no_choice():
-    mesh = StageMesh.of(Layout(dp=2, ep=2), 0, 0, ranks_per_node=2)
-    assert not choice_of(Placement.linear(4, 2), mesh).has_copies
-    assert choice_of(Placement.linear(4, 2, 1), mesh).has_copies

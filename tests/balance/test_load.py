@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from expertlane.balance.tracker import max_over_mean
+from expertlane.balance.placement import max_over_mean
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from expertlane.balance.gain import PairCost
+from expertlane.balance.rebalance import PairCost
 
 
 def test_what_a_rank_takes_anyway_is_no_part_of_it():

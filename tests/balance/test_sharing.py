@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.packing import EMPTY, CopiesOnNodes
+from expertlane.balance.packing import EMPTY, Packing
 from expertlane.balance.placement import Placement
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.dispatch import ReplicaChoice
@@ -101,7 +101,7 @@ def tables(draw):
 
 def has_even_shares(slots, num_nodes, expert):
     is_held = (slots == expert).any(axis=1)
-    loads = CopiesOnNodes.of(slots[None], 4, num_nodes).per_copy(np.ones((1, 4)))[0, expert]
+    loads = Packing(slots[None], np.ones((1, 4)), num_nodes).per_copy[0, expert]
     of_copies = np.repeat(loads, len(slots) // num_nodes)[is_held]
     return np.ptp(of_copies) < 1e-9
 
@@ -110,7 +110,7 @@ def has_even_shares(slots, num_nodes, expert):
 @given(tables())
 def test_which_changes_leave_shares_even(table):
     slots, num_nodes = table
-    copies = CopiesOnNodes.of(slots, 4, num_nodes)
+    copies = Packing(slots, np.ones((1, 4)), num_nodes)
     gain, lose, move = copies.may_gain()[0], copies.may_lose()[0], copies.may_move_to()[0]
     node_of = np.arange(slots.shape[1]) * num_nodes // slots.shape[1]
     for expert in range(4):

@@ -59,10 +59,8 @@ def test_the_layers_of_a_step_must_agree():
     writer = RoutingTraceWriter("m", 4, 2, [0, 2])
     writer.add(3, 0, IDS[0])
     writer.add(3, 2, IDS[1, :1])
-    with pytest.raises(ValueError, match="step 3: layers with 1 and 3 tokens"):
+    with pytest.raises(ValueError, match="same shape"):
         writer.trace()
-    with pytest.raises(ValueError, match=r"must be \[num_tokens, 2\]"):
-        writer.add(4, 0, np.zeros((3, 1), dtype=np.int64))
 
 
 @pytest.mark.parametrize(

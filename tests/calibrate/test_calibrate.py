@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cost.projected import at_bound
 from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import quiet
 from expertlane.calibrate import run as calibrate
@@ -18,9 +19,9 @@ from expertlane.cost.laws.profile_file import read_profile, write_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.step.operation import SIZES, HandOver, Kind, Transfer, TransferKind
+from expertlane.cost.step.operation import SIZES, HandOver, Kind, RankGroups, Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
@@ -95,7 +96,7 @@ def test_the_device_and_its_links_are_priced(profile):
     sent[0, 0, 1] = sent[0, 1, 0] = 4096
     nodes = np.zeros(2, dtype=np.int64)
     for kind in (TransferKind.ALL_TO_ALL, TransferKind.ALL_GATHER, TransferKind.REDUCE_SCATTER):
-        transfer = Transfer(kind, Stage.DISPATCH, 0, nodes, nodes, sent)
+        transfer = Transfer(kind, Stage.DISPATCH, RankGroups(nodes, nodes), sent)
         assert links.times(transfer).basis is Basis.MEASURED
         assert 0 <= links.contention(transfer).value <= 1
     handed = links.hand_over(HandOver(np.array([4096]), np.array([False])))
@@ -125,14 +126,14 @@ def test_a_deployment_is_projected_by_it(profile, layout, options):
         dispatch=DispatchTable.fixed(options.dispatch, options.overlap),
         ranks_per_node=2,
     )
-    routing = UniformRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
+    routing = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
     terms = Terms.of(found, Execution.EAGER)
     assert terms.execution is Execution.SERIAL
-    runner = CostRunner(MODEL, layout, builder, routing, Pricing(found, types), terms)
+    runner = CostRunner(builder, routing, Pricing(found, types), terms)
     limits = limits_for(deployment, 4, 24, MODEL.vocab_size)
     prompts = np.arange(4 * 16).reshape(4, 16) % MODEL.vocab_size
     steps = run_batch(runner, deployment, limits, prompts, 8)
-    low, likely, high = (phase_times(runner.at_bound(steps, bound)) for bound in range(3))
+    low, likely, high = (phase_times(at_bound(runner, steps, bound)) for bound in range(3))
     for each in zip(low, likely, high, strict=True):
         assert 0 < each[0] <= each[1] <= each[2]
 

@@ -12,8 +12,8 @@ import pytest
 
 import expertlane.compare
 import expertlane.compare.machine
+import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
-import expertlane.engine.start
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
@@ -23,13 +23,20 @@ from expertlane.results.file import write_text
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class FakeResults(str):
+    """Says what was asked of it."""
+
+    def with_traffic(self) -> "FakeResults":
+        return FakeResults(f"{self} with traffic")
+
+
 class FakeComparison:
     """Stands for the ranks, `run_comparison`, and the writers of its results."""
 
     def __init__(self) -> None:
         self.pools: list[dict[str, Any]] = []
         self.calls: list[dict[str, Any]] = []
-        self.answer: Any = "results"
+        self.answer: Any = FakeResults("results")
         self.error: BaseException | None = None
         self.fails_at = 1
         self.too_large: CapacityError | None = None
@@ -70,16 +77,8 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     def write(results: Any, folder: Path) -> Path:
         return write_text(folder / "results.json", as_json(results))
 
-    def report_of(results: Any, *, traffic: bool = False) -> tuple[str, bool]:
-        return str(results), traffic
-
-    def render(report: tuple[str, bool]) -> str:
-        results, traffic = report
-        return f"# {results} ×\n" + ("who sent what\n" if traffic else "")
-
-    def show(report: tuple[str, bool], console: Any) -> None:
-        results, traffic = report
-        console.print(f"{results}!" + (" who sent what" if traffic else ""))
+    def show(report: str, console: Any) -> None:
+        console.print(f"{report}!")
 
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:
         module = ModuleType(f"{package.__name__}.{name}")
@@ -88,7 +87,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(package, name, module, raising=False)
 
-    monkeypatch.setattr(expertlane.engine.start, "start_pool", fake.start_pool)
+    monkeypatch.setattr(expertlane.engine.launch, "start_pool", fake.start_pool)
     install(
         expertlane.compare,
         "run",
@@ -97,10 +96,10 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
-    install(expertlane.report, "sections", report_of=report_of)
-    install(expertlane.report, "markdown", render=render)
+    install(expertlane.report, "sections", report_of=str)
+    install(expertlane.report, "markdown", render=lambda report: f"# {report} ×\n")
     install(expertlane.report, "terminal", show=show)
-    install(expertlane.report, "html", render=lambda report: f"<title>{report[0]} ×</title>\n")
+    install(expertlane.report, "html", render=lambda report: f"<title>{report} ×</title>\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)

@@ -10,8 +10,8 @@ from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Engine
 from expertlane.engine.tokenizer import Tokenizer
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -45,8 +45,8 @@ def test_the_default_runs_shows_and_writes(comparison, run):
 def test_traffic_is_shown_in_both_forms(comparison, run):
     code, out, _ = run("compare", "--traffic")
 
-    assert (code, out) == (0, "results! who sent what\n")
-    assert Path("results/paper-small/report.md").read_text() == "# results ×\nwho sent what\n"
+    assert (code, out) == (0, "results with traffic!\n")
+    assert Path("results/paper-small/report.md").read_text() == "# results with traffic ×\n"
 
 
 def test_traces_are_written_if_asked_for(comparison, run):

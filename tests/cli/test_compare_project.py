@@ -105,7 +105,7 @@ def test_what_fits_is_measured_with_the_projection_beside_it(
 def test_a_checkpoints_projection_stands_beside_it_too(too_small, comparison, run, monkeypatch):
     """What is read of the weights makes the experiment another object, of the same results."""
     monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
-    monkeypatch.setattr("expertlane.engine.start.check_checkpoint", lambda model, *_, **__: model)
+    monkeypatch.setattr("expertlane.engine.launch.check_checkpoint", lambda model, *_, **__: model)
     sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_local_experts": 16}
     checkpoint(Path("moe"), max_position_embeddings=256, **sizes)
     comparison.answer = example_results.usual()

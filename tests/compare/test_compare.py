@@ -11,14 +11,15 @@ import pytest
 
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
+from expertlane.balance.placement_file import placements_of
 from expertlane.compare import machine as compare_module
 from expertlane.compare.machine import check_memory, measure_peak
 from expertlane.compare.run import run_comparison
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine
-from expertlane.engine.start import fit_to_machine
+from expertlane.engine.launch import fit_to_machine
 from expertlane.errors import CapacityError
-from expertlane.memory import rank_memory, workload_limits
+from expertlane.memory import PlacedModel, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
 from expertlane.report.compared import measured, scaling
@@ -160,9 +161,10 @@ def test_what_ranks_hold_is_what_was_predicted(results):
         assert [rank.rank for rank in each.held] == list(range(layout.world_size))
         for rank in each.held:
             limits = workload_limits(EXPERIMENT.workload, EXPERIMENT.model, layout)
-            need = rank_memory(
-                EXPERIMENT.model, layout, limits, rank.rank, NumberTypes.all_of("float32")
-            )
+            placements = placements_of(EXPERIMENT.model, layout, each.options)
+            types = NumberTypes.all_of("float32")
+            placed = PlacedModel(EXPERIMENT.model, layout, types, placements)
+            need = placed.rank_memory(limits, rank.rank)
             assert rank.weight_bytes == need.weight_bytes
             assert rank.kv_bytes == need.kv_bytes
 

@@ -4,20 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from expertlane.compare.machine import memory_shortage
 from expertlane.compare.projection import ExperimentProjector, usual_number_type
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import CapacityError
-from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.request import Setting
+from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.progress import Silent
 from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments
+from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
@@ -68,7 +66,7 @@ def test_every_deployment_stands_under_every_condition(projection):
 
 
 def test_a_row_is_what_the_projector_says(projection):
-    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, UniformRouting(16, 2))
+    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, PowerLawRouting(16, 2))
     cluster = parse_cluster("h100x4")
     projector = Projector(SMALL.model, EXPERT.layout, EXPERT.options, cluster, setting)
     row = usual(projection)[1]
@@ -185,17 +183,3 @@ def test_types_are_the_engines_choice():
     terms = h100.profile.terms | {"overhead_s": h100.profile.terms["launch_s"]}
     cpu = ModelledCluster(replace(h100.profile, terms=terms), 2)
     assert usual_number_type(cpu) == "float32"
-
-
-def test_memory_is_known_before_ranks_are_started(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("expertlane.compare.machine._ACCELERATORS", ())
-    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
-    paper = read_experiment(shipped_experiments()["paper"])
-    line = memory_shortage(paper, None)
-    assert line is not None
-    assert line.startswith("deployment 'TP 8 × PP 2': paper as pp=2,tp=8 needs 15.2 GB on a rank")
-    assert "of memory are free for it" in line
-    assert memory_shortage(SMALL, None) is None
-    monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun's ranks may be elsewhere
-    assert memory_shortage(paper, None) is None

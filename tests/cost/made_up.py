@@ -1,6 +1,7 @@
 """Made-up work for a timeline, with times that a reader can follow by hand."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
@@ -8,16 +9,31 @@ from hypothesis import strategies as st
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Block, StageWork, TimedStep
-from expertlane.cost.step.operation import OUTSIDE, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    OUTSIDE,
+    Kind,
+    Operation,
+    RankGroups,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step_log import events
 from expertlane.cost.timeline import StepTimes, Timeline
 from expertlane.spec.names import Stage, Traffic
 
 
+@dataclass(frozen=True, eq=False)
+class OfLayer(TimedStep):
+    """A step, and the hidden layer that `part` puts it in."""
+
+    layer: int = 0
+
+
 def seconds(values: Sequence[float], low: float = 1.0, high: float = 1.0) -> Times:
     """Bounds as factors."""
     likely = np.array(values, dtype=np.float64)
-    return Times(likely, likely * low, likely * high, Basis.BOUND, np.zeros(len(likely), bool))
+    bounds = np.array([likely * low, likely, likely * high])
+    return Times(bounds, Basis.BOUND, np.zeros(len(likely), bool))
 
 
 def compute(
@@ -30,20 +46,19 @@ def compute(
     kv_bytes: int = 0,
     low: float = 1.0,
     high: float = 1.0,
-) -> TimedStep:
+) -> OfLayer:
     """An operation that takes each rank so long."""
     num_ranks = len(values)
     operation = Operation(
         Kind.GEMM,
         stage,
-        layer,
         {},
         np.full(num_ranks, flops),
         np.full(num_ranks, weight_bytes),
         np.full(num_ranks, kv_bytes),
         num_kernels,
     )
-    return TimedStep(operation, seconds(values, low, high))
+    return OfLayer(operation, seconds(values, low, high), layer=layer)
 
 
 def send(
@@ -56,25 +71,23 @@ def send(
     low: float = 1.0,
     high: float = 1.0,
     **flags,
-) -> TimedStep:
+) -> OfLayer:
     """A transfer; all ranks in one group unless said otherwise."""
     num_ranks = len(values)
     transfer = Transfer(
         TransferKind.ALL_TO_ALL,
         stage,
-        layer,
-        np.array(group or [0] * num_ranks),
-        np.zeros(num_ranks, dtype=np.int64),
+        RankGroups(np.array(group or [0] * num_ranks), np.zeros(num_ranks, dtype=np.int64)),
         np.zeros((len(Traffic), num_ranks, num_ranks), dtype=np.int64),
         num_kernels,
         **flags,
     )
-    return TimedStep(transfer, seconds(values, low, high), contention)
+    return OfLayer(transfer, seconds(values, low, high), contention, layer=layer)
 
 
-def part(*steps: TimedStep) -> list[Block]:
+def part(*steps: OfLayer) -> list[Block]:
     """A block for every step, of the step's own layer."""
-    return [Block([each], (each.step.layer,)) for each in steps]
+    return [Block([each], (each.layer,)) for each in steps]
 
 
 def one_stage(*parts: list[Block]) -> list[list[StageWork]]:

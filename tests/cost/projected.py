@@ -1,16 +1,18 @@
 """A made-up cluster and what runs on it, put together for tests of runners and pools."""
 
+from dataclasses import replace
+
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import Request
+from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
@@ -50,10 +52,8 @@ def make_runner(layout="tp=1", options=None, execution=Execution.GRAPH, **flags)
         ranks_per_node=4,
     )
     return CostRunner(
-        MODEL,
-        layout,
         builder,
-        UniformRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
+        PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
         Pricing(PROFILE, TYPES),
         Terms.of(PROFILE, execution),
         **flags,
@@ -71,3 +71,19 @@ def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, *
     for number in range(num_requests):
         scheduler.add(Request(str(number), [1 + number] * 5, max_tokens=3))
     return scheduler
+
+
+def at_bound(runner, steps, bound):
+    """The same steps, without records, by one bound of the clock."""
+    return [
+        FinishedStep(
+            plan,
+            replace(
+                outcome,
+                records=(),
+                submitted_s=float(runner.bounds[plan.step][0][bound]),
+                finished_s=float(runner.bounds[plan.step][1][bound]),
+            ),
+        )
+        for plan, outcome in steps
+    ]

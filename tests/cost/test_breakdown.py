@@ -9,6 +9,7 @@ from cost.test_timeline import halves
 from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.profile import Device
+from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Block, StageWork
 from expertlane.cost.timeline import Timeline
 from expertlane.spec.names import ProjectedCause as Cause
@@ -20,7 +21,7 @@ DEVICE = Device("made up", 1.0, 1.0, {"float32": 1.0}, "")
 
 def breakdown(*steps, num_ranks=1, given=None, plans_s=None, **flags):
     """The table of steps that follow each other, each on one clock."""
-    table = BreakdownTable(DEVICE, "float32")
+    table = BreakdownTable(DEVICE, NumberTypes.all_of("float32"))
     timeline = Timeline(given or Terms.free(), len(steps[0]), num_ranks)
     for work, plan_s in zip(steps, plans_s or [0.0] * len(steps), strict=True):
         table.add(timeline.run(work, plan_s, **flags))
@@ -129,7 +130,7 @@ def test_layers_that_were_not_run_one_by_one_count():
 
 def test_nothing_to_explain():
     with pytest.raises(ValueError, match="no step"):
-        BreakdownTable(DEVICE, "float32").result()
+        BreakdownTable(DEVICE, NumberTypes.all_of("float32")).result()
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from cost.given_routing import GivenRouting
 from cost.plans import (
     BLOCK_SIZE,
     CHUNKS,
@@ -19,13 +20,13 @@ from cost.plans import (
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.program import PartProgram, ProgramBuilder, StepProgram
-from expertlane.cost.step.totals import RankCounts, count
+from expertlane.cost.step.totals import count
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.schedule.limits import Limits
+from expertlane.results.step_record import RankCounts
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
     Deployment,

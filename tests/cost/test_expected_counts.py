@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from cost.given_routing import GivenRouting
 from cost.tiny_models import MODELS
 from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import GivenRouting, PowerLawRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
 from expertlane.cost.step.counts import count_dispatch
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts
@@ -15,7 +16,7 @@ from expertlane.cost.step.kernel_sets import KERNEL_SETS
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import Operation
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.cost.step.step_list import ExpectedStepList, OneRank, StepList
+from expertlane.cost.step.step_list import ExpectedStepList, StepList
 from expertlane.spec.deployment import DISPATCH_FORMS, is_by_node_on
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link
@@ -88,21 +89,22 @@ class Stage:
         layout = self.mesh.layout
         return counts(self._fan_out, self.scenarios, layout, top_k, by_node=self._by_node)
 
-    def steps(self, counts, part, mesh, kind):
+    def steps(self, counts, part, out):
         """Embedding, an MoE layer and the head."""
-        out = kind(mesh, NumberTypes(), 1, self._kernels)
         embedding_steps(out, self._model, part)
         layer_steps(out, self._model, 1, part, counts, self.form, self._payload)
         head_steps(out, self._model, part)
         return out.steps
 
     def of_ranks(self):
-        return self.steps(self.sampled(), self.part, self.mesh, StepList)
+        return self.steps(
+            self.sampled(), self.part, StepList(self.mesh, NumberTypes(), self._kernels)
+        )
 
     def of_one_rank(self, counts=mean_counts):
         scenarios = self.scenarios
-        mesh = OneRank(self.mesh, scenarios.size)
-        return self.steps(self.expected(counts), scenarios, mesh, ExpectedStepList)
+        out = ExpectedStepList(self.mesh, scenarios.size, NumberTypes(), self._kernels)
+        return self.steps(self.expected(counts), scenarios, out)
 
 
 def sent_by_link(transfer, node):

@@ -10,7 +10,7 @@ from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.step.operation import HandOver, Transfer, TransferKind
+from expertlane.cost.step.operation import HandOver, RankGroups, Transfer, TransferKind
 from expertlane.spec.names import Link, Stage
 
 NVLINK, NIC = 400e9, 50e9
@@ -62,7 +62,7 @@ def transfer(
 ) -> Transfer:
     sent = np.asarray(sent, dtype=np.int64)
     group = group or [0] * len(sent)
-    return Transfer(kind, stage, 0, np.array(group), np.array(node), sent[None])
+    return Transfer(kind, stage, RankGroups(np.array(group), np.array(node)), sent[None])
 
 
 def evenly(num_ranks: int, num_bytes: int) -> np.ndarray:
@@ -248,11 +248,12 @@ def loads(draw: st.DrawFn) -> Transfer:
     )
     kind = draw(st.sampled_from(GROUPED))
     stage = draw(st.sampled_from([Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]))
-    return Transfer(kind, stage, 0, group.astype(np.int64), node, sent.astype(np.int64)[None])
+    groups = RankGroups(group.astype(np.int64), node)
+    return Transfer(kind, stage, groups, sent.astype(np.int64)[None])
 
 
 def doubled(of: Transfer) -> Transfer:
-    return Transfer(of.kind, of.stage, of.layer, of.group, of.node, of.sent_bytes * 2)
+    return Transfer(of.kind, of.stage, of.groups, of.sent_bytes * 2)
 
 
 @given(st.lists(loads(), max_size=4))
@@ -284,12 +285,11 @@ def test_times_are_finite_ordered_and_rise_with_bytes(h100: Profile, load: Trans
 
 def test_h100_rises_at_every_size(h100: Profile) -> None:
     sizes = np.geomspace(100, 1e10, 500)
-    for name, surface in h100.surfaces.items():
+    for name in h100.surfaces:
         if name.endswith("_node"):
-            link = Link.INTER_NODE if name.endswith("inter_node") else Link.INTRA_NODE
             for ranks in (2, 3, 8, 16):
                 number = np.full_like(sizes, ranks)
-                seconds = law_times(h100, name, surface, link, sizes, number, number).seconds
+                seconds = law_times(h100, name, sizes, number, number).seconds
                 assert (seconds[1:] >= seconds[:-1] * 0.998).all()  # files hold thousandths
 
 

@@ -8,7 +8,7 @@ import pytest
 from cost.projected import MODEL, TYPES, make_scheduler
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, further_drafts
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.errors import SpecError
@@ -61,7 +61,7 @@ def test_a_program_has_a_pass_for_each_draft():
         scheduler = make_scheduler("pp=2,dp=2,ep=2", num_requests=4)
         plan = scheduler.next_plan()
         assert plan is not None
-        routing = UniformRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
+        routing = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
         program = builder.build(plan, routing)
         steps = [list(of_stage[0].parts[0].steps()) for of_stage in program.stages]
         return [

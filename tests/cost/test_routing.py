@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from cost.given_routing import GivenRouting
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting, UniformRouting
-from expertlane.spec.model import PRESETS
-from expertlane.spec.model_parts import Routing
+from expertlane.cost.routing import PowerLawRouting, TraceRouting
+from expertlane.spec.model import PRESETS, Routing
 
 NOTHING = np.zeros(2, dtype=np.int64)
 
@@ -25,6 +25,12 @@ def test_no_expert_twice(alpha):
     assert ids.max() == 15
 
 
+def popularity(source):
+    """[num_experts]; the weights that the experts of layer 0 are drawn by, 1 in all."""
+    weights = 1 / source._rarity(0)
+    return weights / weights.sum()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.2])
 def test_shares_follow_the_power_law(alpha):
     """With one expert a token, shares are the weights (1 + place)^-alpha over their sum."""
@@ -33,14 +39,14 @@ def test_shares_follow_the_power_law(alpha):
     share = np.bincount(some(source, num).ravel(), minlength=12) / num
     weights = (1.0 + np.arange(12)) ** -alpha
     expected = weights / weights.sum()
-    np.testing.assert_allclose(np.sort(source.popularity(0))[::-1], expected)
-    np.testing.assert_allclose(share, source.popularity(0), atol=5 * np.sqrt(0.25 / num))
+    np.testing.assert_allclose(np.sort(popularity(source))[::-1], expected)
+    np.testing.assert_allclose(share, popularity(source), atol=5 * np.sqrt(0.25 / num))
 
 
 def test_second_choices_are_drawn_from_the_rest():
     """P(i and j) = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j), as draws without replacement."""
     source = PowerLawRouting(3, 2, 1.0, seed=1)
-    ids, p = some(source, 16_384), source.popularity(0)
+    ids, p = some(source, 16_384), popularity(source)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         both = ((ids == i).any(axis=1) & (ids == j).any(axis=1)).mean()
         assert both == pytest.approx(p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])), abs=0.02)
@@ -87,14 +93,14 @@ def test_same_seed_same_choices_whatever_was_asked_before():
 
 
 def test_layers_take_turns_with_samples():
-    source = UniformRouting(16, 4, num_sampled_layers=3)
+    source = PowerLawRouting(16, 4, num_sampled_layers=3)
     assert source.sample_of(1) == source.sample_of(4) != source.sample_of(2)
     np.testing.assert_array_equal(some(source, 50, layer=1), some(source, 50, layer=4))
     assert (some(source, 50, layer=1) != some(source, 50, layer=2)).any()
 
 
 def test_parts_of_a_step_go_on_where_others_end():
-    source = UniformRouting(16, 4)
+    source = PowerLawRouting(16, 4)
     whole = some(source, 30)
     second = source.topk_ids(0, 0, np.array([7, 5]), np.array([10, 8]))
     np.testing.assert_array_equal(second, whole[12:30])

@@ -7,7 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, make_runner, make_scheduler
+from cost.projected import (
+    DRIVER_S,
+    MODEL,
+    PROFILE,
+    TYPES,
+    at_bound,
+    make_runner,
+    make_scheduler,
+)
 from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
@@ -89,7 +97,7 @@ def test_rotating_steps_are_in_flight_together():
 @pytest.mark.parametrize(("layout", "options"), DEPLOYMENTS, ids=str)
 def test_bounds(layout, options):
     runner, steps = project(layout, options)
-    found = [latency(list(step_records(runner.at_bound(steps, b)))) for b in range(len(BOUNDS))]
+    found = [latency(list(step_records(at_bound(runner, steps, b)))) for b in range(len(BOUNDS))]
     walls = [each.wall_s.value for each in found]
     assert walls == sorted(walls)
     assert walls[0] < walls[2]
@@ -172,7 +180,7 @@ class Breakdowns:
             return
         phase = step.plan.phase
         if phase is not self._phase:
-            self.of_phase[phase] = BreakdownTable(PROFILE.device, TYPES.weights)
+            self.of_phase[phase] = BreakdownTable(PROFILE.device, TYPES)
         self._phase = phase
         self.of_phase[phase].add(step.times)
 

@@ -1,7 +1,6 @@
 """Tiny models that together have every feature of the engine that is counted."""
 
-from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.model_parts import LatentAttention, Routing
+from expertlane.spec.model import PRESETS, LatentAttention, ModelConfig, Routing
 
 _PLAIN = PRESETS["paper-tiny"].with_overrides(
     name="plain",

@@ -1,7 +1,6 @@
 """Commands that tests run on the ranks of a pool, and the fork server whose ranks know them."""
 
 import time
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +55,6 @@ class Recording:
         self.record = record
 
 
-@dataclass(frozen=True)
 class Collective(Command[tuple[np.ndarray, RankRecord] | None]):
     """Call a group's method with `rows[rank]` and `arguments[rank]`; result and record."""
 
@@ -80,7 +78,6 @@ def collective(context: RankContext, command: Collective) -> tuple[np.ndarray, R
     return received.numpy(), recording.record
 
 
-@dataclass(frozen=True)
 class PassOn(Command[tuple[np.ndarray, RankRecord] | None]):
     """Send `rows` down the pipeline; what this rank received (its own at the start), its record."""
 
@@ -115,7 +112,6 @@ class MoeResult(NamedTuple):
     combine: RankRecord
 
 
-@dataclass(frozen=True)
 class DispatchAndCombine(Command[MoeResult | None]):
     """Experts that multiply by their number plus one, each of a group doing an equal part of it.
 
@@ -161,14 +157,12 @@ def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> M
     )
 
 
-@dataclass(frozen=True)
 class Echo(Command[tuple[int, Any]]):
     """The rank and what it was given."""
 
     value: Any
 
 
-@dataclass(frozen=True)
 class Fail(Command[None]):
     """Raise on one rank, in the middle of a layer."""
 
@@ -182,7 +176,6 @@ def fail(context: RankContext, command: Fail) -> None:
         raise ValueError("two\nlines")
 
 
-@dataclass(frozen=True)
 class Refuse(Command[None]):
     """Find a user's mistake on one rank."""
 
@@ -194,7 +187,6 @@ def refuse(context: RankContext, command: Refuse) -> None:
         raise UserError("layout is too wide; valid: 1 to 3")
 
 
-@dataclass(frozen=True)
 class Stay(Command[None]):
     """Take some time, showing progress after every part only."""
 
@@ -210,7 +202,6 @@ def stay(context: RankContext, command: Stay) -> None:
         context.progress.touch()
 
 
-@dataclass(frozen=True)
 class FailWhileOthersWait(Command[None]):
     """Raise on one rank while the others wait for it in a collective."""
 

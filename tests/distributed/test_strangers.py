@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from engine.processes import wait_until
-from expertlane.engine.meeting import handshake
+from expertlane.engine.rendezvous import handshake
 
 NUM_RANKS = 2
 EXPERIMENT = """

@@ -34,7 +34,7 @@ def stub_llm(monkeypatch):
     model = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
     monkeypatch.setitem(PRESETS, "stub", model)
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "runner_for", make_runner)
+    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
     with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
         (llm.runner,) = runners
         yield llm

@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from expertlane.engine.engine import Chunk, Engine
 from expertlane.engine.tokenizer import Tokenizer
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

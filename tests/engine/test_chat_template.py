@@ -279,7 +279,7 @@ def test_ctrl_c_ends_a_template_that_goes_on() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert template._process is None
-    assert not [each for each in psutil.Process().children() if "serve()" in each.cmdline()[-1]]
+    assert not [each for each in psutil.Process().children() if "main()" in each.cmdline()[-1]]
 
 
 def test_messages_that_are_no_plain_data() -> None:

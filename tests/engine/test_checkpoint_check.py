@@ -2,8 +2,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expertlane.engine.launch import check_checkpoint
 from expertlane.engine.llm import LLM
-from expertlane.engine.start import check_checkpoint
 from expertlane.errors import SpecError
 from expertlane.model.checkpoint import Checkpoint
 from model.families import save_checkpoint

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from distributed.running import Inline, deployment
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model_runner import ModelRunner, outcome_of
-from expertlane.engine.rebalancing import RebalancingRunner
+from expertlane.engine.rebalancing import Rebalancer
 from expertlane.engine.stage import DeployedStage
 from expertlane.model.sampler import Sampler
 from expertlane.model.transformer import HeadResult
 from expertlane.schedule.drive import DriveLoop
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -77,7 +76,10 @@ class TokenStage(DeployedStage):
             if yields:
                 seq_ids.append(seq)
                 logits.append(self._logits(known))
-        part, rows = SimpleNamespace(yielding_seq_ids=seq_ids), torch.cat(logits)
+        part, rows = (
+            SimpleNamespace(batch=SimpleNamespace(yielding_seq_ids=seq_ids)),
+            torch.cat(logits),
+        )
         return [(part, HeadResult(None, rows, rows))]
 
     def _logits(self, known):
@@ -290,8 +292,7 @@ def run_on_ranks(pools, chosen, discard_at, *, rebalance):
     pool, layout = pools.pool(chosen.layout.world_size), chosen.layout
     runner = ModelRunner(pool, MODEL, chosen, LIMITS, seed=0, ranks_per_node=2)
     if rebalance:
-        runner = RebalancingRunner(
-            runner,
+        runner.rebalancer = Rebalancer(
             pool,
             layout,
             placements_of(MODEL, layout, chosen.options),
@@ -343,6 +344,6 @@ def test_ranks_run_discarded_steps_again(pools, layout, options, rebalance):
     again, runner = run_on_ranks(pools, chosen, range(1, 60, 2), rebalance=rebalance)
     assert again == tokens
     if rebalance:
-        assert any(each.switched is not None for each in runner.decisions)
-        steps = [(load.replica, load.step) for load in runner.loads]
+        assert any(each.switched is not None for each in runner.rebalancer.decisions)
+        steps = [(load.replica, load.step) for load in runner.rebalancer.loads]
         assert len(set(steps)) == len(steps)  # none was counted twice

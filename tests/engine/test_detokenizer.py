@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from expertlane.engine.detokenizer import IncrementalDetokenizer
-from expertlane.engine.tokenizer import Tokenizer
+from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, again and again",

@@ -9,14 +9,10 @@ import pytest
 import expertlane
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM, _as_list
-from expertlane.engine.start import check_experiment
 from expertlane.errors import UserError
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Cluster, Experiment
-from expertlane.spec.layout import Layout
+from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.workload import Workload
 
 
 @pytest.mark.parametrize(
@@ -63,48 +59,6 @@ def test_settings_are_checked_before_anything_starts(monkeypatch, settings, mess
         LLM("paper-tiny", **settings)
 
     assert "\n" not in str(caught.value)
-
-
-def experiment(layout, options, *, hidden_size=PRESETS["paper-tiny"].hidden_size):
-    return Experiment(
-        "mine",
-        PRESETS["paper-tiny"].with_overrides(hidden_size=hidden_size),
-        Workload(num_sequences=4, prompt_len=8, output_len=3),
-        (Deployment("plain", Layout()), Deployment("mine", Layout.parse(layout), options)),
-        (Deployment("scaling", Layout(dp=2, ep=2)),),
-        Cluster(ranks_per_node=3),
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"layout": "tp=2", "options": Options(rebalance_steps=4)},
-            "rebalance_steps is 4, but layout tp=2 has ep=1",
-        ),
-        (
-            {"layout": "dp=2,ep=2", "options": Options(payload="float8"), "hidden_size": 30},
-            "payload float8 needs a hidden_size that is a multiple of 4; it is 30",
-        ),
-        (
-            {"layout": "dp=4,ep=4", "options": Options(dispatch="hierarchical")},
-            "layout dp=4,ep=4: hierarchical dispatch needs equally many",
-        ),
-        (
-            {"layout": "dp=2,ep=2", "options": Options(placement_file="no/file")},
-            "cannot read no/file: No such file",
-        ),
-    ],
-)
-def test_an_experiment_names_the_deployment_that_cannot_be(settings, message):
-    with pytest.raises(UserError, match=f"^deployment 'mine': {re.escape(message)}") as caught:
-        check_experiment(experiment(**settings))
-    assert "\n" not in str(caught.value)
-
-
-def test_an_experiment_that_can_be():
-    check_experiment(experiment("dp=2,ep=2", Options(rebalance_steps=4, payload="float8")))
 
 
 def test_routing_of_a_dense_model_is_refused_before_anything_starts(monkeypatch):

@@ -4,8 +4,8 @@ import pytest
 
 from engine.conftest import StubPool
 from engine.stub_runner import StubRunner
+from expertlane.engine import launch
 from expertlane.engine import llm as llm_module
-from expertlane.engine import start
 from expertlane.engine.llm import LLM
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
@@ -24,18 +24,18 @@ def stub(monkeypatch):
         return StubRunner(limits, deployment.layout, lookahead=True)
 
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "runner_for", make_runner)
+    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
     return found
 
 
 def test_they_reach_the_memory_plan_the_ranks_and_the_scheduler(monkeypatch, stub):
-    fit = start.fit_to_machine
+    fit = launch.fit_to_machine
 
     def fitting(*args, placements):
         stub["placements"] = placements
         return fit(*args, placements=placements)
 
-    monkeypatch.setattr(start, "fit_to_machine", fitting)
+    monkeypatch.setattr(launch, "fit_to_machine", fitting)
     options = Options(num_redundant_experts=2, num_micro_batches=2)
     settings = {"num_blocks": 8, "layout": "dp=2,ep=2", "options": options}
     with LLM("paper-tiny", ranks_per_node=3, **settings) as llm:

@@ -11,13 +11,12 @@ from distributed.running import Inline, deployment
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare.run import rebalance_records
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.rebalancing import RebalancingRunner, runner_for
+from expertlane.engine.rebalancing import Rebalancer
 from expertlane.memory import workload_limits
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.model import PRESETS
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.workload import Workload
 
 TINY = PRESETS["paper-tiny"]
@@ -27,14 +26,13 @@ WORKLOAD = Workload(num_sequences=8, prompt_len=6, output_len=24, seed=3)
 
 
 def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
-    """Tokens by sequence, and the runner; without `worth` nothing is rebalanced."""
+    """Tokens by sequence, and the rebalancer; without `worth` nothing is rebalanced."""
     pool = pools.pool(chosen.layout.world_size)
     limits = workload_limits(WORKLOAD, model, chosen.layout)
     runner = ModelRunner(pool, model, chosen, limits, seed=0, ranks_per_node=2)
     lines = []
     if worth is not None:
-        runner = RebalancingRunner(
-            runner,
+        runner.rebalancer = Rebalancer(
             pool,
             chosen.layout,
             placements_of(model, chosen.layout, chosen.options),
@@ -53,7 +51,7 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
         scheduler.add(request)
     for _ in drive(scheduler, runner):
         pass
-    return np.array([request.output_token_ids for request in requests]), runner, lines
+    return np.array([request.output_token_ids for request in requests]), runner.rebalancer, lines
 
 
 @pytest.mark.parametrize(
@@ -69,11 +67,11 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
 def test_tokens_stay_the_same_while_experts_move(pools, layout, options):
     chosen = deployment(layout, **options)
     tokens, _, _ = run(pools, chosen)
-    moved, runner, lines = run(pools, chosen, worth=lambda decision: decision.num_bytes)
+    moved, rebalancer, lines = run(pools, chosen, worth=lambda decision: decision.num_bytes)
     assert moved.tolist() == tokens.tolist()
-    switched = [each for each in runner.decisions if each.switched is not None]
+    switched = [each for each in rebalancer.decisions if each.switched is not None]
     assert switched
-    assert len(lines) == len(runner.decisions)
+    assert len(lines) == len(rebalancer.decisions)
     assert {each.replica for each in switched} == set(range(chosen.layout.replicas))
     # A deployment that follows on the same ranks begins with experts where it says.
     again, _, _ = run(pools, chosen)
@@ -82,19 +80,19 @@ def test_tokens_stay_the_same_while_experts_move(pools, layout, options):
 
 def test_a_gate_that_refuses_moves_nothing(pools):
     chosen = deployment("dp=2,ep=2", num_redundant_experts=2)
-    _, runner, lines = run(pools, chosen, worth=lambda decision: -1.0)
-    assert runner.decisions
-    assert all(each.switched is None for each in runner.decisions)
+    _, rebalancer, lines = run(pools, chosen, worth=lambda decision: -1.0)
+    assert rebalancer.decisions
+    assert all(each.switched is None for each in rebalancer.decisions)
     assert all("saves" in line and "costs" in line for line in lines)
-    assert all(result.load_after is None for result in rebalance_records(runner))
+    assert all(result.load_after is None for result in rebalance_records(rebalancer))
 
 
 def test_the_load_after_a_switch_is_more_even_as_predicted(pools):
     chosen = deployment("dp=4,ep=4", num_redundant_experts=8)
-    _, runner, _ = run(
+    _, rebalancer, _ = run(
         pools, chosen, worth=lambda decision: decision.gain_s, num_steps=6, model=SKEWED
     )
-    first = rebalance_records(runner)[0]
+    first = rebalance_records(rebalancer)[0]
     assert first.switched is not None
     assert first.predicted_after < first.predicted_before
     assert first.load_after < first.load_before
@@ -120,20 +118,11 @@ def test_no_step_waits_for_a_plan(pools):
     chosen = deployment("dp=2,ep=2", num_redundant_experts=2)
     tokens, _, _ = run(pools, chosen)
     with Slow() as executor:
-        moved, runner, lines = run(
+        moved, rebalancer, lines = run(
             pools, chosen, worth=lambda decision: decision.num_bytes, executor=executor
         )
         assert moved.tolist() == tokens.tolist()
-        assert runner.loads
-        assert not runner.decisions
+        assert rebalancer.loads
+        assert not rebalancer.decisions
         assert not lines
         executor.may_go.set()
-
-
-def test_one_expert_parallel_rank_has_nothing_to_move(pools):
-    chosen = deployment("tp=2", rebalance_steps=1)
-    limits = workload_limits(WORKLOAD, TINY, chosen.layout)
-    runner = runner_for(
-        pools.pool(2), TINY, chosen, limits, seed=0, ranks_per_node=2, log=lambda line: None
-    )
-    assert isinstance(runner, ModelRunner)

@@ -11,9 +11,8 @@ from expertlane.balance.trace import read_trace, write_trace
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep, drive
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import PRESETS

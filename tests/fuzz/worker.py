@@ -30,8 +30,8 @@ def _import_all() -> None:
     import expertlane.cli.main
     import expertlane.compare.projection
     import expertlane.compare.run
+    import expertlane.engine.launch
     import expertlane.engine.llm
-    import expertlane.engine.start
     import expertlane.plan.explanation
     import expertlane.plan.search
     import expertlane.report.html
@@ -41,7 +41,7 @@ def _import_all() -> None:
     import expertlane.simulate.results
 
     expertlane.report.html._library()  # kept in memory by the first report
-    expertlane.engine.start.start_pool = _no_ranks  # type: ignore[assignment]
+    expertlane.engine.launch.start_pool = _no_ranks  # type: ignore[assignment]
     expertlane.engine.llm.start_pool = _no_ranks  # type: ignore[assignment]
 
 

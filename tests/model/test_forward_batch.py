@@ -81,6 +81,6 @@ def test_a_window_limits_pairs_and_positions_read():
 def test_only_sequences_that_yield_reach_the_head():
     whole = batch((0, 0, 3), (1, 0, 2), (2, 5, 1))
     given = forward_batch(replace(whole, yields_token=np.array([False, True, True])), tp=2)
-    assert given.yielding_seq_ids == [1, 2]
+    assert given.batch.yielding_seq_ids == [1, 2]
     assert [given.last_tokens(rank).tolist() for rank in range(2)] == [[], [1, 2]]
     assert given.last_tokens_of_tp_rank == [0, 2]

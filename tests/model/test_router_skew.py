@@ -9,8 +9,7 @@ from conftest import PoolKeeper
 from distributed.running import deployment, run_deployment
 from expertlane.errors import SpecError
 from expertlane.model.weights import draw
-from expertlane.spec.model import PRESETS
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract
 from parity.reference import ReferenceModel

@@ -12,8 +12,8 @@ import numpy as np
 
 from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from model.families import Greedy, run_greedy

@@ -18,11 +18,10 @@ from distributed.running import Inline, deployment
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.rebalancing import RebalancingRunner
+from expertlane.engine.rebalancing import Rebalancer
 from expertlane.errors import SpecError
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
@@ -193,10 +192,8 @@ class Combination:
         if case.is_switching:
             self.table = draw_table(case, layout)
             ranks.call(SetDispatch(self.table), ranks=range(layout.world_size))
-        self.rebalancing: RebalancingRunner | None = None
         if case.rebalance_steps and layout.ep > 1:  # at every chance, whether it pays or not
-            self.rebalancing = self.runner = RebalancingRunner(
-                self.runner,
+            self.runner.rebalancer = Rebalancer(
                 ranks,
                 layout,
                 placements_of(TINY, layout, chosen.options),
@@ -212,7 +209,7 @@ class Combination:
             limits,
             lookahead=case.lookahead and chosen.layout.pp == 1,
             return_logits=True,
-            record=self.rebalancing is not None,
+            record=self.runner.rebalancer is not None,
         )
         self.requests: list[Request] = []
         self.most_in_flight = 0
@@ -317,8 +314,8 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
             forms = {mode.form for mode in combination.modes} or {combination.dispatch}
             seen.update(f"cases with {form}" for form in forms)
         seen["cases that switch"] += len(combination.modes) > 2
-        if combination.rebalancing is not None:
-            switched = [each.switched for each in combination.rebalancing.decisions]
+        if combination.runner.rebalancer is not None:
+            switched = [each.switched for each in combination.runner.rebalancer.decisions]
             seen["cases with a rebalance"] += any(step is not None for step in switched)
         seen["cases with preemptions"] += combination.scheduler.num_preemptions > 0
         seen["cases with shared blocks"] += num_hits > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expertlane.engine.start import check_checkpoint
+from expertlane.engine.launch import check_checkpoint
 from expertlane.model.checkpoint import Checkpoint
 from model.families import save_checkpoint
 from parity.against_transformers import check_against_transformers

@@ -5,8 +5,8 @@ import pytest
 
 from distributed.running import deployment
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase

@@ -4,12 +4,14 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
+from expertlane.plan.candidates import Goals, PlanRequest
+from expertlane.plan.project import Setting
 from expertlane.plan.search import Search
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.workload import Workload
 
 PAPER = PRESETS["paper"]
-TRAFFIC = Traffic(num_sequences=64, prompt_len=512, output_len=128)
+WORKLOAD = Workload(num_sequences=64, prompt_len=512, output_len=128)
 MIXED = PAPER.with_overrides(
     name="mixed",
     num_hidden_layers=5,
@@ -42,9 +44,9 @@ def cluster_of(num_devices: int, profile: str = "h100") -> ModelledCluster:
 def search_of(
     model: ModelConfig = MIXED,
     num_devices: int = 4,
-    traffic: Traffic = TRAFFIC,
+    workload: Workload = WORKLOAD,
     goals: Goals | None = None,
     **setting,
 ) -> Search:
     cluster, setting = cluster_of(num_devices), setting_of(model, **setting)
-    return Search(PlanRequest(model, cluster, traffic, goals or Goals(), setting))
+    return Search(PlanRequest(model, cluster, workload, goals or Goals(), setting))

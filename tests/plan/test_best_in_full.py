@@ -6,20 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.plan.request import Goals
+from expertlane.plan.candidates import Goals
+from expertlane.plan.screen import fitting
 from expertlane.plan.search import NUM_FINALISTS, Finalist, best_in_full
 from plan.requests import search_of
 
 
 @pytest.fixture(scope="module")
 def screened():
-    search = search_of(num_devices=8)
-    return search, search.screen()
+    return fitting(search_of(num_devices=8).screen())
 
 
 def options_within(screened, goals):
-    search, candidates = screened
-    return [replace(each, place=each.served.best(goals)) for each in search.options(candidates)]
+    return [replace(each, place=each.served.best(goals)) for each in screened]
 
 
 def slower(factor):

@@ -7,50 +7,57 @@ import pytest
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.routing import TraceRouting, UniformRouting
+from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.cost.step.expected_counts import sampled_layers
-from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
+from expertlane.plan.candidates import (
+    Candidate,
+    Goals,
+    PlanRequest,
+    candidates_of,
+    valid_layouts,
+)
 from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.request import Traffic
-from expertlane.plan.screen import Screen
+from expertlane.plan.screen import Screen, fitting
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
-from plan.requests import MIXED, PAPER, TRAFFIC, cluster_of, setting_of
+from expertlane.spec.workload import Workload
+from plan.requests import MIXED, PAPER, WORKLOAD, cluster_of, setting_of
 
 CAUSES = list(ProjectedCause)
 
 
-def screened(model, num_devices, traffic=TRAFFIC, **setting):
+def screened(model, num_devices, workload=WORKLOAD, **setting):
     cluster, chosen = cluster_of(num_devices), setting_of(model, **setting)
     candidates = [
         candidate
         for layout in valid_layouts(model, num_devices)
         for candidate in candidates_of(layout, model, cluster.profile.ranks_per_node)
     ]
-    return Screen(model, cluster, traffic, chosen).run(candidates, lambda _: None), cluster, chosen
+    request = PlanRequest(model, cluster, workload, Goals(), chosen)
+    found = Screen(request).run(candidates, lambda _: None)
+    return fitting(found), cluster, chosen
 
 
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
 @pytest.mark.parametrize(("model", "num_devices"), [(MIXED, 4), (PAPER, 16)])
 def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, execution):
     # Many tokens, so that one sample of their routing is like another.
-    traffic = Traffic(num_sequences=1024, prompt_len=512, output_len=128)
-    found, cluster, setting = screened(model, num_devices, traffic, execution=execution)
-    plain = [each for each in found if not each.candidate.options.overlap and each.decode]
+    workload = Workload(num_sequences=1024, prompt_len=512, output_len=128)
+    found, cluster, setting = screened(model, num_devices, workload, execution=execution)
+    plain = [each for each in found if not each.candidate.options.overlap]
     for each in plain[:: max(1, len(plain) // 12)]:
         layout, options = each.candidate
         projector = Projector(model, layout, options, cluster, setting)
         num_caches = layout.replicas * layout.dp
-        place = len(each.num_seqs) - 1
-        size = StepSize(int(each.num_seqs[place]) * num_caches, 1, traffic.mean_context)
+        size = StepSize(int(each.steps.num_seqs[-1]), 1, workload.mean_context)
         step = projector.step(size)
-        assert each.decode.seconds[1, place] == pytest.approx(step.round_s.value, rel=0.1)
-        low, likely, high = each.decode.seconds[:, place]
+        assert each.steps.decode_s[1, -1] == pytest.approx(step.round_s.value, rel=0.1)
+        low, likely, high = each.steps.decode_s[:, -1]
         assert low <= likely <= high
-        prompts = each.prompts
+        prompts = each.steps.prompts
         size = StepSize(prompts.num_seqs * num_caches, prompts.num_new, prompts.num_cached)
-        assert each.prefill.seconds[1, 0] == pytest.approx(
+        assert each.steps.prefill_s[1] == pytest.approx(
             projector.step(size).round_s.value, rel=0.12
         )
 
@@ -58,40 +65,36 @@ def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, ex
 @pytest.mark.parametrize("num_sequences", [1, 3, 12])
 def test_idle_ranks_agree_with_the_whole_model(num_sequences):
     # Without expert parallelism: which experts so few tokens choose is chance.
-    traffic = Traffic(num_sequences, prompt_len=512, output_len=128)
-    found, cluster, setting = screened(PAPER, 8, traffic)
+    workload = Workload(num_sequences, prompt_len=512, output_len=128)
+    found, cluster, setting = screened(PAPER, 8, workload)
     of_candidate = {str(each.candidate): each for each in found}
     for layout in ("dp=8", "tp=8", "replicas=2,dp=4", "dp=2,tp=4"):
         each = of_candidate[f"{layout}; plain"]
         projector = Projector(PAPER, *each.candidate, cluster, setting)
-        step = projector.step(StepSize(num_sequences, 1, traffic.mean_context))
-        assert each.decode.seconds[1, -1] == pytest.approx(step.round_s.value, rel=0.15)
+        step = projector.step(StepSize(num_sequences, 1, workload.mean_context))
+        assert each.steps.decode_s[1, -1] == pytest.approx(step.round_s.value, rel=0.15)
 
 
 def test_causes_add_up_to_the_step():
     found, _, _ = screened(MIXED, 4)
     for each in found:
-        if each.decode is None:
-            continue
-        for steps in (each.decode, each.prefill):
-            np.testing.assert_allclose(steps.by_cause_s.sum(axis=0), steps.seconds[1], rtol=1e-6)
-            assert (steps.by_cause_s >= -1e-12).all()
+        for by_cause_s, seconds in (
+            (each.decode_by_cause_s, each.steps.decode_s),
+            (each.prefill_by_cause_s, each.steps.prefill_s),
+        ):
+            np.testing.assert_allclose(by_cause_s.sum(axis=0), seconds[1], rtol=1e-6)
+            assert (by_cause_s >= -1e-12).all()
 
 
 def test_skew_slows_expert_parallelism_and_is_called_waiting():
     of_skew = {}
     for skew in (0.0, 1.0):
-        found, _, _ = screened(PAPER, 16, Traffic(1024, 128, 128), skew=skew)
-        of_skew[skew] = next(
-            each
-            for each in found
-            if str(each.candidate) == "dp=16,ep=16; plain" and each.decode is not None
-        )
+        found, _, _ = screened(PAPER, 16, Workload(1024, 128, 128), skew=skew)
+        of_skew[skew] = next(each for each in found if str(each.candidate) == "dp=16,ep=16; plain")
     even, skewed = of_skew[0.0], of_skew[1.0]
-    assert skewed.prefill.seconds[1, 0] > 1.5 * even.prefill.seconds[1, 0]
+    assert skewed.steps.prefill_s[1] > 1.5 * even.steps.prefill_s[1]
     waiting = [
-        each.prefill.by_cause_s[CAUSES.index(ProjectedCause.IMBALANCE), 0]
-        for each in (even, skewed)
+        each.prefill_by_cause_s[CAUSES.index(ProjectedCause.IMBALANCE)] for each in (even, skewed)
     ]
     assert waiting[1] > 5 * waiting[0]
 
@@ -104,27 +107,28 @@ def test_a_trace_is_judged_by_several_layers():
     layers = tuple(range(PAPER.num_hidden_layers))
     ids = np.stack([even, *[hot] * (len(layers) - 1)]).astype(np.int16)
     trace = RoutingTrace("paper", PAPER.num_experts, layers, ids, np.arange(num_tokens))
-    cluster, traffic = cluster_of(8), Traffic(512, 512, 128)
+    cluster, workload = cluster_of(8), Workload(512, 512, 128)
     candidates = [Candidate(Layout(dp=8, ep=8), Options())]
     seconds = {}
     for name, routing in (
         ("trace", TraceRouting(trace)),
-        ("even", UniformRouting(PAPER.num_experts, top_k)),
+        ("even", PowerLawRouting(PAPER.num_experts, top_k)),
     ):
         setting = replace(setting_of(PAPER), routing=routing)
-        (found,) = Screen(PAPER, cluster, traffic, setting).run(candidates, lambda _: None)
+        request = PlanRequest(PAPER, cluster, workload, Goals(), setting)
+        (found,) = Screen(request).run(candidates, lambda _: None)
         step = Projector(PAPER, *candidates[0], cluster, setting).step(StepSize(512, 512, 0))
-        seconds[name] = found.prefill.seconds[1, 0], step.round_s.value
+        seconds[name] = found.steps.prefill_s[1], step.round_s.value
     screened, in_full = (seconds["trace"][k] / seconds["even"][k] for k in (0, 1))
     assert in_full > 3
     assert 0.6 * in_full < screened < 1.4 * in_full
 
 
 def test_layers_of_one_sample_stand_once():
-    routing = UniformRouting(PAPER.num_experts, 2, num_sampled_layers=3)
+    routing = PowerLawRouting(PAPER.num_experts, 2, num_sampled_layers=3)
     assert sampled_layers(PAPER, routing) == [0, 1, 2]
     dense_first = MIXED  # its first layer has no experts
-    assert sampled_layers(dense_first, UniformRouting(32, 4, num_sampled_layers=1)) == [1]
+    assert sampled_layers(dense_first, PowerLawRouting(32, 4, num_sampled_layers=1)) == [1]
 
 
 def test_what_does_not_fit_has_no_estimate():

@@ -3,13 +3,13 @@ import re
 import pytest
 
 from expertlane.errors import UserError
-from expertlane.plan.candidates import MOST_DEVICES
+from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
 from expertlane.plan.explanation import best_of_families, family_of, pareto, why_it_loses
-from expertlane.plan.request import Goals, PlanRequest, Traffic
 from expertlane.plan.search import NUM_FINALISTS
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.layout import Layout
-from plan.requests import MIXED, PAPER, TRAFFIC, cluster_of, search_of, setting_of
+from expertlane.spec.workload import Workload
+from plan.requests import MIXED, PAPER, WORKLOAD, cluster_of, search_of, setting_of
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_each_family_has_one_best(found):
 
 def test_losers_are_told_why(found):
     winner = found.finalists[0].option
-    assert why_it_loses(winner, winner, TRAFFIC) == ""
+    assert why_it_loses(winner, winner, WORKLOAD) == ""
     slow = min(found.options, key=lambda option: option.tps)
-    assert why_it_loses(winner, slow, TRAFFIC).startswith("µs a token: ")
+    assert why_it_loses(winner, slow, WORKLOAD).startswith("µs a token: ")
 
 
 def test_a_tighter_limit_never_serves_more():
@@ -64,8 +64,8 @@ def test_a_tighter_limit_never_serves_more():
 
 def test_what_breaks_a_limit_in_full_is_dropped():
     # Just above what the best takes as screened, just below what it takes in full.
-    traffic = Traffic(1024, 4000, 64)
-    found = search_of(PAPER, 16, traffic, Goals(max_tpot_s=0.0921387), dtype="float16").one_pool()
+    workload = Workload(1024, 4000, 64)
+    found = search_of(PAPER, 16, workload, Goals(max_tpot_s=0.0921387), dtype="float16").one_pool()
     assert len(found.finalists) == NUM_FINALISTS
     for each in found.finalists:
         assert each.served.tpot_s[1, 0] <= 0.0921387
@@ -90,9 +90,9 @@ def test_a_limit_that_nothing_keeps_names_the_nearest():
 
 
 def test_one_sequence_is_not_many():
-    alone = Traffic(1, 512, 128)
+    alone = Workload(1, 512, 128)
     with pytest.raises(UserError, match="with 1 sequence at once, misses the TPOT") as e:
-        search_of(traffic=alone, goals=Goals(max_tpot_s=1e-6, max_ttft_s=10)).one_pool()
+        search_of(workload=alone, goals=Goals(max_tpot_s=1e-6, max_ttft_s=10)).one_pool()
     assert " and keeps the TTFT limit of 10000 ms with " in str(e.value)
 
 
@@ -110,24 +110,24 @@ def test_a_number_of_devices_that_no_layout_takes():
 
 @pytest.mark.parametrize("num_sequences", [1, 3, 5])
 def test_no_more_sequences_at_once_than_asked(num_sequences):
-    traffic = Traffic(num_sequences, 512, 128)
-    found = search_of(PAPER, 8, traffic).one_pool()
+    workload = Workload(num_sequences, 512, 128)
+    found = search_of(PAPER, 8, workload).one_pool()
     assert max(option.steps.num_seqs.max() for option in found.options) == num_sequences
     for each in found.finalists:
         assert each.num_seqs == each.decode.num_tokens <= num_sequences
-        assert each.prefill.num_tokens <= num_sequences * traffic.prompt_len
+        assert each.prefill.num_tokens <= num_sequences * workload.prompt_len
         assert each.tps <= each.num_seqs / each.decode.round_s.value
 
 
 def test_a_sequence_alone_is_served_by_tensor_parallelism():
-    found = search_of(PAPER, 8, Traffic(1, 1024, 256)).one_pool()
+    found = search_of(PAPER, 8, Workload(1, 1024, 256)).one_pool()
     assert found.finalists[0].option.candidate.layout.dp == 1
     assert found.finalists[0].option.candidate.layout.replicas == 1
 
 
 def test_two_pools_keep_the_limits_in_full():
-    traffic = Traffic(256, 2048, 64)
-    request = MIXED, cluster_of(4), traffic
+    workload = Workload(256, 2048, 64)
+    request = MIXED, cluster_of(4), workload
     free = TwoPoolSearch(PlanRequest(*request, Goals(), setting_of(MIXED))).run()
     limit = 0.95 * free.served.tpot_s[1, 0]
     kept = TwoPoolSearch(PlanRequest(*request, Goals(max_tpot_s=limit), setting_of(MIXED))).run()
@@ -145,7 +145,7 @@ def test_two_pools_keep_the_limits_in_full():
 )
 def test_why_there_are_no_two_pools(model, num_devices, goals, why):
     search = TwoPoolSearch(
-        PlanRequest(model, cluster_of(num_devices), TRAFFIC, goals, setting_of(model))
+        PlanRequest(model, cluster_of(num_devices), WORKLOAD, goals, setting_of(model))
     )
     assert search.run() == why
 
@@ -165,8 +165,8 @@ def test_progress_counts_every_candidate_and_finalist():
 
 
 def test_two_pools_share_the_devices():
-    traffic = Traffic(256, 2048, 64)
-    search = TwoPoolSearch(PlanRequest(MIXED, cluster_of(4), traffic, Goals(), setting_of(MIXED)))
+    workload = Workload(256, 2048, 64)
+    search = TwoPoolSearch(PlanRequest(MIXED, cluster_of(4), workload, Goals(), setting_of(MIXED)))
     done: list[int] = []
     pools = search.run(done.append)
     assert isinstance(pools, TwoPools)

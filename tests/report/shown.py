@@ -7,16 +7,16 @@ from typing import Any
 from rich.console import Console
 
 from expertlane.report import terminal
-from expertlane.report.document import Report, Section, Table
+from expertlane.report.document import Chart, Report, Section, Table, Tabs, Timelines
 from expertlane.report.sections import report_of
 from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
 
 
-def in_terminal(results: Results, width: int, *, traffic: bool = False) -> str:
+def in_terminal(results: Results, width: int) -> str:
     """As it is printed."""
     stream = io.StringIO()
-    terminal.show(report_of(results, traffic=traffic), Console(file=stream, width=width))
+    terminal.show(report_of(results), Console(file=stream, width=width))
     return stream.getvalue()
 
 
@@ -35,6 +35,17 @@ def with_traffic(record: DeploymentRecord, **changes: Any) -> DeploymentRecord:
         for each in record.steps
     )
     return replace(record, steps=tuple(steps))
+
+
+def charts(part: Section) -> list[Chart]:
+    """Every plot by itself."""
+    found: list[Chart] = []
+    for each in part.parts:
+        if isinstance(each, Chart):
+            found.append(each)
+        elif isinstance(each, Tabs | Timelines):
+            found += [chart for _, chart in each.charts]
+    return found
 
 
 def tables(part: Section) -> list[Table]:

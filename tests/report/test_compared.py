@@ -8,17 +8,17 @@ from expertlane.report.compared import (
     Row,
     experts_at_once,
     experts_per_rank,
-    gain,
     measured,
     projected,
     scaling,
     stages_at_once,
 )
-from expertlane.report.scaling import critical_per_rank, per_rank
+from expertlane.report.speed import gains
 from expertlane.results.record import EXPERIMENT
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+from report.shown import tables
 
 
 def test_factors_against_the_first_and_the_best_baseline() -> None:
@@ -29,27 +29,21 @@ def test_factors_against_the_first_and_the_best_baseline() -> None:
     assert comparison.cast == [comparison.rows[place] for place in (0, 1, 3)]
     expert = comparison.rows[2]
     assert expert.number == 3
-    against_first = gain(expert, comparison.first)
-    assert against_first.tps == pytest.approx(100 - 40)
-    assert against_first.throughput_factor == pytest.approx(2.5)
-    assert against_first.latency_s == pytest.approx(-0.24)
-    assert against_first.latency_factor == pytest.approx(2.5)
-    against_best = gain(expert, comparison.best_baseline)
-    assert against_best.tps == pytest.approx(100 - 50)
-    assert against_best.throughput_factor == pytest.approx(2.0)
+    assert [row.tps for row in comparison.rows[:3]] == pytest.approx([40, 50, 100])
+    assert [row.latency_s for row in comparison.rows[:3]] == pytest.approx([0.4, 0.32, 0.16])
 
 
-def test_the_first_against_itself() -> None:
-    first = measured(example.usual()).first
-    own = gain(first, first)
-    assert (own.tps, own.throughput_factor) == (0, 1)
-    assert (own.latency_s, own.latency_factor) == (0, 1)
+def test_gains_against_the_first_and_the_best_baseline() -> None:
+    first, best = tables(gains(measured(example.usual())))
+    assert first.rows[0][2:] == ("0", "1.00×", "0", "1.00×")
+    assert first.rows[2][2:] == ("+60.0", "2.50×", "-240", "2.50×")
+    assert best.rows[2][2:] == ("+50.0", "2.00×", "-160", "2.00×")
 
 
 def test_without_baselines() -> None:
     comparison = measured(example.results([(example.EXPERT, 0.2), (example.OVERLAP, 0.1)]))
     assert comparison.best_baseline is None
-    assert gain(comparison.rows[1], comparison.first).throughput_factor == pytest.approx(2)
+    assert comparison.rows[1].tps / comparison.first.tps == pytest.approx(2)
 
 
 def test_only_baselines() -> None:
@@ -61,7 +55,7 @@ def test_prefill_is_compared_where_nothing_was_decoded() -> None:
     comparison = measured(given)
     assert (comparison.phase, comparison.latency_name) == (Phase.PREFILL, "TTFT")
     assert comparison.rows[1].latency_s == pytest.approx(1.0)
-    assert gain(comparison.rows[1], comparison.first).throughput_factor == pytest.approx(4)
+    assert comparison.rows[1].tps / comparison.first.tps == pytest.approx(4)
 
 
 def test_a_projection_is_compared_at_the_context_that_is_spoken_of() -> None:
@@ -143,9 +137,9 @@ def test_scaling_takes_in_deployments_of_its_family() -> None:
     )
     sizes = scaling(results, "measured")
     assert [each.record.name for each in sizes] == ["EP 1", "EP 2", "EP 16"]
-    assert [each.work.tps.value for each in sizes] == [32, 64, 128]
-    assert [per_rank(each, each.work) for each in sizes] == [32, 32, 8]
-    assert critical_per_rank(sizes[2]) == pytest.approx(1280 / 16)
+    assert [each.tps for each in sizes] == [32, 64, 128]
+    assert [each.tps_per_rank for each in sizes] == [32, 32, 8]
+    assert sizes[2].critical_path_tps_per_rank == pytest.approx(1280 / 16)
 
 
 def test_no_scaling() -> None:

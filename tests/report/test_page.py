@@ -17,7 +17,7 @@ from expertlane.report.sections import report_of
 from expertlane.results.record import EXPERIMENT, PARETO
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
-from report.shown import with_traffic
+from report.shown import charts, with_traffic
 
 KINDS = pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 
 
 def charts_of(results: Results) -> list[Chart]:
-    return [chart for section in report_of(results).sections for chart in section.charts]
+    return [chart for section in report_of(results).sections for chart in charts(section)]
 
 
 def page_of(results: Results) -> Page:

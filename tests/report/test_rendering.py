@@ -91,7 +91,7 @@ def columns_as_drawn(table: Table, width: int) -> list[str]:
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("make", [example.usual, many, alone, rebalanced])
 def test_no_heading_and_no_cell_vanishes(make, width: int) -> None:
-    for part in report_of(make(), traffic=True).of_place("top", "tables"):
+    for part in report_of(make().with_traffic()).of_place("top", "tables"):
         for table in tables(part):
             headings = (column.heading for column in table.columns)
             expected = [

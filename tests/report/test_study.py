@@ -15,7 +15,7 @@ from expertlane.errors import UserError
 from expertlane.report import html, markdown
 from expertlane.report.compared import projected
 from expertlane.results.file import write
-from report.shown import section, tables, words
+from report.shown import charts, section, tables, words
 
 PATH = Path(__file__).parents[2] / "experiments" / "paper" / "study.py"
 study = runpy.run_path(str(PATH), run_name="study")
@@ -101,7 +101,7 @@ def test_reported_values_stand_in_a_table_of_their_own():
                     ("baseline: TP=8, PP=2", "reported", "120,000", "8.3", "1.00×", "1.00×"),
                     ("proposed: EP=16", "reported", "450,000", "2.2", "3.75×", "3.77×"),
                 )
-    labels = {each.label for part in report.sections for c in part.charts for each in c.legend}
+    labels = {each.label for part in report.sections for c in charts(part) for each in c.legend}
     assert "reported by the paper: baseline: TP=8, PP=2" in labels
     assert "reported by the paper" in html.render(report)
 

@@ -18,7 +18,7 @@ from report.shown import in_terminal, with_traffic
 
 
 def shown(results, width):
-    return in_terminal(results, width, traffic=True)
+    return in_terminal(results.with_traffic(), width)
 
 
 def sections(results):
@@ -102,7 +102,7 @@ def test_no_line_is_wider_than_the_console_and_no_matrix_is_broken(width):
 def test_the_short_form_is_always_there_and_the_long_one_if_asked_for():
     results = example.usual()
     page = markdown.render(report_of(results))
-    full = markdown.render(report_of(results, traffic=True))
+    full = markdown.render(report_of(results.with_traffic()))
     for text in (page, full):
         assert "\n## Spread and hot spots of decode\n" in text
     assert "Traffic of #3" not in page
@@ -174,7 +174,7 @@ def test_records_without_fan_out_say_nothing_of_it():
     assert found["receives most"] == found["computes most"] == "—"
     spread = hot_spots(measured(given)).parts[0]
     assert spread.rows[0][2:6] == ("—",) * 4
-    assert report_of(given, traffic=True)
+    assert report_of(given.with_traffic())
 
 
 def test_a_narrower_payload_says_what_it_changes():

@@ -129,7 +129,7 @@ def test_another_schema_version(written: Path) -> None:
 
 def test_unknown_key(written: Path) -> None:
     change(written, colour="red")
-    assert complaint(written) == "FILE: colour is an unknown key"
+    assert complaint(written) == "FILE: unknown key 'colour' in the file; the nearest is 'cluster'"
 
 
 def test_missing_key(written: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_value_of_another_type(written: Path) -> None:
     data = json.loads(written.read_text())
     data["machine"]["num_cores"] = "two"
     written.write_text(json.dumps(data))
-    assert complaint(written) == "FILE: machine.num_cores Input should be a valid integer"
+    assert complaint(written) == 'FILE: machine.num_cores is "two"; it must be a whole number'
 
 
 def test_a_layout_that_cannot_be(written: Path) -> None:
@@ -151,3 +151,9 @@ def test_a_layout_that_cannot_be(written: Path) -> None:
     data["deployments"][0]["layout"]["ep"] = 3
     written.write_text(json.dumps(data))
     assert "ep=3 does not divide" in complaint(written)
+
+
+def test_a_folder_and_the_only_kind_that_is_wanted(written: Path) -> None:
+    assert read(written.parent, "comparison") == read(written)
+    with pytest.raises(UserError, match=r"results\.json is of a comparison, not of a plan"):
+        read(written, "plan")

@@ -13,7 +13,6 @@ from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.file import read, write
 from expertlane.results.record import EXPERIMENT, SCALING, Conditions
-from expertlane.results.results import one_source
 
 MODULES = ("estimate", "record", "results", "metrics", "time_shares", "traffic", "file")
 
@@ -22,16 +21,6 @@ MODULES = ("estimate", "record", "results", "metrics", "time_shares", "traffic",
 def test_what_is_read_is_what_was_written(tmp_path, make):
     given = make()
     assert read(write(given, tmp_path)) == given
-
-
-def test_what_is_compared_is_of_one_source():
-    measured, projected = example.usual().deployments, example_projection.usual().deployments
-    assert one_source(measured) == "measured"
-    assert one_source(projected) == "projected"
-    with pytest.raises(ValueError, match="records of measured, projected are no group"):
-        one_source((*measured, *projected))
-    with pytest.raises(ValueError, match="no source"):
-        one_source([])
 
 
 def test_a_projection_beside_a_measurement():

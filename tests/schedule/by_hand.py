@@ -1,9 +1,8 @@
 """What tests that go step by step have in common."""
 
 from expertlane.schedule.drive import drive
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -41,10 +40,7 @@ def add(scheduler: ContinuousScheduler, *requests: Request) -> tuple[Request, ..
 def answer(scheduler: ContinuousScheduler, plan: StepPlan, token: int = 7) -> None:
     """Finish a step: every sequence that yields a token yields `token`."""
     yielding = [
-        seq
-        for batches in plan.micro_batches
-        for batch in batches
-        for seq in batch.seq_ids[batch.yields_token].tolist()
+        seq for batches in plan.micro_batches for batch in batches for seq in batch.yielding_seq_ids
     ]
     scheduler.commit(plan, StepOutcome(dict.fromkeys(yielding, token), {}, (), 0.0, 0.0))
 

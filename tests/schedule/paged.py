@@ -6,9 +6,8 @@ from itertools import chain
 
 import numpy as np
 
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome, StepPlan
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 
 UNWRITTEN = -1

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import UNKNOWN
-from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from expertlane.errors import SpecError, UserError
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.spec.ranges import RANGES
 from schedule.by_hand import add, answer, make, make_limits, only_batch, request, step
 from schedule.paged import check_empty, seqs_of

@@ -7,11 +7,10 @@ import pytest
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
-from expertlane.simulate.pools import serving_record
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Simulator
+from expertlane.results.metrics import serving_record
+from expertlane.simulate.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -27,7 +26,7 @@ def simulator_of(layout, prefill_layout=None, *, rate=None, num_requests=8):
         options=Options(),
         types=NumberTypes(),
         execution=Execution.GRAPH,
-        routing=UniformRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
+        routing=PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
     )
     batch = None if rate else 8
     load = Load(num_requests, LengthRange(4, 16), LengthRange(2, 6), batch, rate)

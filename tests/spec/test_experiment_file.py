@@ -194,7 +194,7 @@ WRONG_VALUES = {
         "[model]: unknown preset 'paper-tny'; the nearest is 'paper-tiny'"
     ),
     ('"paper-tiny"', '"paper-tiny"\nrope_theta = nan'): (
-        "[model]: rope_theta is nan; it must be a finite number"
+        "model paper-tiny: rope_theta is nan; it must be a number above 1, at most 1e+12"
     ),
     ('"paper-tiny"', '"paper-tiny"\nrope_theta = "x"'): (
         '[model]: rope_theta is "x"; it must be a number'
@@ -346,7 +346,9 @@ def test_find_names_the_nearest_shipped_experiment():
     [
         ("routing = 3", "routing is 3; it must be a table of known keys"),
         ("dense_layers = 3", "dense_layers is 3; it must be a list"),
-        ("routing = { n_groups = 2 }", 'routing is {"n_groups": 2}; it must be a table of known'),
+        ("routing = { n_groups = 2 }", "[model]: routing.n_groups is an unknown key"),
+        ("routing = { n_group = 2.5 }", "routing.n_group is 2.5; it must be a whole number"),
+        ("num_experts = nan", "[model]: num_experts is NaN; it must be a whole number"),
     ],
 )
 def test_nested_values_of_a_model_are_one_line_too(tmp_path: Path, line: str, wanted: str):

@@ -6,7 +6,7 @@ import pytest
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, quantization_of, read_config, weight_block_size
-from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import LatentAttention, RopeScaling, Routing
 from expertlane.spec.ranges import ANY_WHOLE, RANGES
 from expertlane.spec.tensors import num_params
 

@@ -3,8 +3,7 @@ import math
 import pytest
 
 from expertlane.errors import SpecError
-from expertlane.spec.model import PRESETS
-from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import PRESETS, LatentAttention, RopeScaling, Routing
 from expertlane.spec.ranges import RANGES
 from expertlane.spec.tensors import expert_shapes, layer_shapes, num_params
 

@@ -6,13 +6,11 @@ import pytest
 
 from expertlane.cli.options import EngineOptions, LaunchOptions, SchedulerOptions
 from expertlane.errors import SpecError, UserError
-from expertlane.plan.request import Traffic
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import PRESETS, LatentAttention, ModelConfig, RopeScaling, Routing
 from expertlane.spec.ranges import RANGES, shown, take, take_fields, take_option
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import LengthRange, Load, Workload
@@ -32,7 +30,6 @@ READ = (
     Routing,
     SamplingParams,
     SchedulerOptions,
-    Traffic,
     Workload,
 )
 

@@ -39,11 +39,6 @@ class CopyChoice:
         order = np.argsort(~usable, axis=2, kind="stable")[..., : self._num_copies.max()]
         self._table = order.reshape(len(self._num_copies), -1)
 
-    @property
-    def has_copies(self) -> bool:
-        """Whether any expert has more than one."""
-        return self._only is None
-
     def ep_ranks(self, topk_ids: Ints, rank: Ints) -> Ints:
         """[T, K]; the ep rank that computes each pair.
 

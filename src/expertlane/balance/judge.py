@@ -8,9 +8,13 @@ import numpy.typing as npt
 
 from expertlane.balance.copies import num_equal_before
 from expertlane.balance.moves import moves
-from expertlane.balance.placement import Placement, rank_loads
+from expertlane.balance.placement import (
+    Placement,
+    max_over_mean,
+    rank_loads,
+    total_max_over_mean,
+)
 from expertlane.balance.trace import RoutingTrace
-from expertlane.balance.tracker import max_over_mean, total_max_over_mean
 
 
 @dataclass(frozen=True)
@@ -132,19 +136,17 @@ def cross_node_copies(
         source_node: [num_tokens]; where each token is.
     """
     num_tokens, top_k = topk_ids.shape
-    num_nodes = -(-placement.ep // ranks_per_node)
-    nodes = [[rank // ranks_per_node for rank in of] for of in placement.ranks_of_experts()]
-    num_copies = np.array([len(of) for of in nodes])
-    node_of_copy = np.zeros((placement.num_experts, num_copies.max()), dtype=np.int64)
-    is_on_node = np.zeros((placement.num_experts, num_nodes), dtype=bool)
-    for expert, of in enumerate(nodes):
-        node_of_copy[expert, : len(of)] = of
-        is_on_node[expert, of] = True
+    node_of_rank = np.arange(placement.ep) // ranks_per_node
+    is_held = placement.slots().T >= 0  # [num_experts, ep]
+    node_of_copy = node_of_rank[np.argsort(~is_held, axis=1, kind="stable")]
+    num_copies = is_held.sum(axis=1)
+    first_ranks = np.arange(0, placement.ep, ranks_per_node)
+    is_on_node = np.logical_or.reduceat(is_held, first_ranks, axis=1)
     token = np.repeat(np.arange(num_tokens), top_k)
     expert_of_pair = topk_ids.ravel().astype(np.int64)
     is_remote = ~is_on_node[expert_of_pair, source_node[token]]
     token, remote = token[is_remote], expert_of_pair[is_remote]
     copy = num_equal_before(remote, placement.num_experts) % num_copies[remote]
-    reached = np.zeros((num_tokens, num_nodes), dtype=bool)
+    reached = np.zeros((num_tokens, len(first_ranks)), dtype=bool)
     reached[token, node_of_copy[remote, copy]] = True
     return int(reached.sum())

@@ -1,11 +1,11 @@
 """Local search over the numbers of copies: a copy makes room for one of the fullest rank's."""
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from expertlane.balance.packing import EMPTY, Bools, CopiesOnNodes, Floats, Ints
+from expertlane.balance.packing import EMPTY, Bools, Floats, Ints, Packing
 
 MIN_GAIN = 1e-9  # of the mean load; less is rounding
 MAX_SWAPS = 300  # of a layer
@@ -14,45 +14,34 @@ _NUM_CHOICES = 20  # shifts tried in vain before a layer is left as it is
 
 
 def search_copies(
-    slots: Ints,
-    load: Floats,
-    num_nodes: int,
-    target: Floats,
-    max_swaps: int = MAX_SWAPS,
-    keeps_even: bool = True,
-) -> None:
-    """Shift a copy, swap, keep what is better; layers apart, until nothing helps. In place.
+    packing: Packing, target: Floats, max_swaps: int = MAX_SWAPS, keeps_even: bool = True
+) -> Packing:
+    """Shift a copy, swap, keep what is better; layers apart, until nothing helps.
 
     Args:
-        slots: [num_layers, ep, most slots].
-        load: [num_layers, num_experts].
-        num_nodes: equal numbers of consecutive ranks.
         target: [num_layers]; a load of the fullest rank that is low enough.
         max_swaps: after each shift.
         keeps_even: no shift makes the copies of an expert share its load unevenly.
     """
-    highest = loads_of_slots(slots, load, num_nodes).max(axis=1)
-    mean = load.sum(axis=1) / slots.shape[1]
+    slots, highest = packing.slots.copy(), packing.highest
     choice = np.zeros(len(slots), dtype=np.int64)
     active = np.arange(len(slots))
     for _ in range(_MAX_SHIFTS):
         active = active[(highest[active] > target[active]) & (choice[active] < _NUM_CHOICES)]
         if not len(active):
             break
-        tried = slots[active]
-        changed = _shift_copies(tried, load[active], num_nodes, choice[active], keeps_even)
-        active, tried = active[changed], tried[changed]
-        tried = lower_maximum(tried, load[active], num_nodes, max_swaps=max_swaps)
-        reached = loads_of_slots(tried, load[active], num_nodes).max(axis=1)
-        better = reached < highest[active] - MIN_GAIN * mean[active]
+        tried = replace(packing, slots=slots).of_layers(active)
+        shifted, changed = _shift_copies(tried, choice[active], keeps_even)
+        active = active[changed]
+        tried = lower_maximum(shifted.of_layers(changed), max_swaps=max_swaps)
+        better = tried.highest < highest[active] - MIN_GAIN * tried.mean
         choice[active] = np.where(better, 0, choice[active] + 1)
         at = active[better]
-        slots[at], highest[at] = tried[better], reached[better]
+        slots[at], highest[at] = tried.slots[better], tried.highest[better]
+    return replace(packing, slots=slots)
 
 
-def _shift_copies(
-    slots: Ints, load: Floats, num_nodes: int, choice: Ints, keeps_even: bool = True
-) -> Bools:
+def _shift_copies(packing: Packing, choice: Ints, keeps_even: bool) -> tuple[Packing, Bools]:
     """In each layer, turn one redundant copy into a copy of an expert of the fullest rank.
 
     The fullest rank shares that expert with one rank more; the other copies of the expert that
@@ -60,30 +49,24 @@ def _shift_copies(
     experts' copies then share evenly; it may be higher than before: swaps follow.
 
     Args:
-        slots: [num_layers, num_ranks, most slots]; experts or EMPTY; changed.
-        load: [num_layers, num_experts].
-        num_nodes: equal numbers of consecutive ranks.
         choice: [num_layers]; which change to make, 0 for the first in that order.
         keeps_even: only changes after which both experts' copies do share evenly.
 
     Returns:
-        [num_layers]; whether there was such a change.
+        The new packing, and [num_layers]; whether there was such a change.
     """
+    slots = packing.slots.copy()
     rows = np.arange(len(slots))
-    now = _State.of(slots, load, num_nodes, keeps_even)
-    own = slots[rows, now.loads.argmax(axis=1)]
-    copies = now.copies.copies
+    own = slots[rows, packing.loads.argmax(axis=1)]
     # Experts with two copies or more stand first; others never lose one.
-    num_losers = int((copies > 1).sum(axis=1).max(initial=0))
+    num_losers = int((packing.copies > 1).sum(axis=1).max(initial=0))
     if not num_losers:
-        return np.zeros(len(slots), dtype=bool)
-    losers = np.argsort(-copies, axis=1, kind="stable")[:, :num_losers]
-    at, reached = [], []
-    for expert in own.T:
-        maxima = now.maxima(expert, losers)
-        at.append(maxima.argmin(axis=2))
-        reached.append(maxima.min(axis=2))
-    flat = np.stack(reached, axis=1).reshape(len(slots), -1)
+        return packing, np.zeros(len(slots), dtype=bool)
+    losers = np.argsort(-packing.copies, axis=1, kind="stable")[:, :num_losers]
+    shifts = _Shifts(packing, losers, keeps_even)
+    maxima = [shifts.maxima(expert) for expert in own.T]
+    at = [each.argmin(axis=2) for each in maxima]
+    flat = np.stack([each.min(axis=2) for each in maxima], axis=1).reshape(len(slots), -1)
     choice = np.minimum(choice, flat.shape[1] - 1)
     chosen = np.argsort(flat, axis=1, kind="stable")[rows, choice]
     changed: Bools = np.isfinite(flat[rows, chosen])
@@ -91,66 +74,45 @@ def _shift_copies(
     for row in np.nonzero(changed)[0]:
         of_rank = slots[row, at[slot[row]][row, loser[row]]]
         of_rank[of_rank == losers[row, loser[row]]] = own[row, slot[row]]
-    return changed
+    return replace(packing, slots=slots), changed
 
 
-@dataclass(frozen=True)
-class _State:
-    """Who holds what, and how full it makes them.
+class _Shifts:
+    """What it gives if a copy of one of the `losers`, [num_layers, losers], becomes another's."""
 
-    Attributes:
-        load: [num_layers, num_experts].
-        holds, weight: [num_layers, num_experts, num_ranks]; the load of a copy there.
-        loads: [num_layers, num_ranks].
-        may_gain, may_lose: [num_layers, num_experts, num_ranks].
-    """
+    def __init__(self, packing: Packing, losers: Ints, keeps_even: bool) -> None:
+        self._packing, self._losers = packing, losers
+        num_ranks = packing.slots.shape[1]
 
-    load: Floats
-    copies: CopiesOnNodes
-    holds: Bools
-    weight: Floats
-    loads: Floats
-    may_gain: Bools
-    may_lose: Bools
+        def by_rank(by_node: Ints | Floats | Bools) -> Any:
+            """[num_layers, num_experts, num_ranks]."""
+            return np.repeat(by_node, num_ranks // packing.num_nodes, axis=2)
 
-    @classmethod
-    def of(cls, slots: Ints, load: Floats, num_nodes: int, keeps_even: bool) -> "_State":
-        """The state that slots give; arguments are those of `_shift_copies`."""
-        copies = CopiesOnNodes.of(slots, load.shape[1], num_nodes)
-        num_on_node = slots.shape[1] // num_nodes
-        may_gain = np.repeat(copies.may_gain() | (not keeps_even), num_on_node, axis=2)
-        may_lose = np.repeat(copies.may_lose() | (not keeps_even), num_on_node, axis=2)
-        per_copy = copies.per_copy(load)
-        holds = np.zeros((*load.shape, slots.shape[1]), dtype=bool)
-        layer, rank, slot = np.nonzero(slots != EMPTY)
-        holds[layer, slots[layer, rank, slot], rank] = True
-        return cls(
-            load,
-            copies,
-            holds,
-            holds * np.repeat(per_copy, num_on_node, axis=2),
-            weights_of_slots(slots, per_copy).sum(axis=2),
-            ~holds & may_gain,
-            holds & may_lose & (copies.copies > 1)[:, :, None],
-        )
+        self._holds = np.zeros((*packing.load.shape, num_ranks), dtype=bool)
+        layer, rank, slot = np.nonzero(packing.slots != EMPTY)
+        self._holds[layer, packing.slots[layer, rank, slot], rank] = True
+        self._weight: Floats = self._holds * by_rank(packing.per_copy)  # of a copy there
+        self._may_gain: Bools = ~self._holds & by_rank(packing.may_gain() | (not keeps_even))
+        may_lose = packing.may_lose() | (not keeps_even)
+        self._may_lose: Bools = self._holds & by_rank(may_lose) & (packing.copies > 1)[:, :, None]
 
-    def maxima(self, expert: Ints, losers: Ints) -> Floats:
+    def maxima(self, expert: Ints) -> Floats:
         """[num_layers, losers, num_ranks]; the fullest load if a copy there becomes `expert`'s.
 
         Infinite where that cannot be.
 
         Args:
-            expert: [num_layers]; losers: [num_layers, losers].
+            expert: [num_layers].
         """
+        load, copies, losers = self._packing.load, self._packing.copies, self._losers
         rows = np.arange(len(expert))
         each = rows[:, None]
-        copies = self.copies.copies
-        share = self.load[rows, expert] / (copies[rows, expert] + 1)
-        eased = self.loads - self.weight[rows, expert]
-        eased += self.holds[rows, expert] * share[:, None]
-        part = self.weight[each, losers]
-        share_left = self.load[each, losers] / np.maximum(copies[each, losers] - 1, 1)
-        extra = self.holds[each, losers] * share_left[:, :, None] - part
+        share = load[rows, expert] / (copies[rows, expert] + 1)
+        eased = self._packing.loads - self._weight[rows, expert]
+        eased += self._holds[rows, expert] * share[:, None]
+        part = self._weight[each, losers]
+        share_left = load[each, losers] / np.maximum(copies[each, losers] - 1, 1)
+        extra = self._holds[each, losers] * share_left[:, :, None] - part
         others = eased[:, None] + extra  # [num_layers, losers, num_ranks]
         top = others.argmax(axis=2)[:, :, None]
         first = np.take_along_axis(others, top, axis=2)
@@ -159,41 +121,14 @@ class _State:
         is_top = np.arange(others.shape[2]) == top
         there = eased[:, None] + share[:, None, None] - part
         reached = np.maximum(there, np.where(is_top, second, first))
-        can = self.may_lose[each, losers] & self.may_gain[rows, expert][:, None]
+        can = self._may_lose[each, losers] & self._may_gain[rows, expert][:, None]
         can &= (losers != expert[:, None])[:, :, None] & (expert != EMPTY)[:, None, None]
         return np.where(can, reached, np.inf)
 
 
-def loads_of_slots(slots: Ints, load: Floats, num_nodes: int) -> Floats:
-    """[num_layers, num_ranks]; the load of each rank, as the engine's senders choose copies.
-
-    Args:
-        slots: [num_layers, num_ranks, most slots]; experts or EMPTY.
-        load: [num_layers, num_experts].
-        num_nodes: equal numbers of consecutive ranks.
-    """
-    per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
-    loads: Floats = weights_of_slots(slots, per_copy).sum(axis=2)
-    return loads
-
-
-def weights_of_slots(slots: Ints, per_copy: Floats) -> Floats:
-    """[num_layers, num_ranks, most slots]; the load of the copy in each slot.
-
-    Args:
-        per_copy: [num_layers, num_experts, num_nodes].
-    """
-    layer = np.arange(len(slots))[:, None, None]
-    return np.where(slots == EMPTY, 0.0, per_copy[layer, slots, _node_of_rank(slots, per_copy)])
-
-
 def lower_maximum(
-    slots: Ints,
-    load: Floats,
-    num_nodes: int,
-    target: Floats | None = None,
-    max_swaps: int = MAX_SWAPS,
-) -> Ints:
+    packing: Packing, target: Floats | None = None, max_swaps: int = MAX_SWAPS
+) -> Packing:
     """Swap pairs of experts while the fullest rank gets emptier; layers go on side by side.
 
     A round makes, in every layer, the swap of the fullest rank with any other that leaves the
@@ -201,79 +136,58 @@ def lower_maximum(
     nodes only where that leaves the shares of their copies even.
 
     Args:
-        slots: [num_layers, num_ranks, most slots]; experts or EMPTY; not changed.
-        load: [num_layers, num_experts].
-        num_nodes: equal numbers of consecutive ranks.
         target: [num_layers]; a maximum that is low enough.
-
-    Returns:
-        The new slots.
     """
-    slots = slots.copy()
+    slots = packing.slots.copy()
     active = np.arange(len(slots))
     if target is None:
         target = np.full(len(slots), -np.inf)
-    min_gain = MIN_GAIN * load.sum(axis=1) / slots.shape[1]
+    min_gain = MIN_GAIN * packing.mean
     for _ in range(max_swaps):
         if not len(active):
             break
-        copies = CopiesOnNodes.of(slots[active], load.shape[1], num_nodes)
-        weights = weights_of_slots(slots[active], copies.per_copy(load[active]))
-        highest = weights.sum(axis=2).max(axis=1)
-        reached, swap = _best_swaps(slots[active], weights, copies.may_move_to())
-        improves = (reached < highest - min_gain[active]) & (highest > target[active])
+        now = replace(packing, slots=slots).of_layers(active)
+        reached, (rank, slot, to_rank, to_slot) = _best_swaps(now)
+        improves = (reached < now.highest - min_gain[active]) & (now.highest > target[active])
         active = active[improves]
-        _swap(slots, active, *(part[improves] for part in swap))
-    return slots
+        one = active, rank[improves], slot[improves]
+        other = active, to_rank[improves], to_slot[improves]
+        slots[one], slots[other] = slots[other], slots[one]
+    return replace(packing, slots=slots)
 
 
-def _best_swaps(
-    slots: Ints, weights: Floats, may_move_to: Bools
-) -> tuple[Floats, tuple[Ints, Ints, Ints, Ints]]:
+def _best_swaps(packing: Packing) -> tuple[Floats, tuple[Ints, Ints, Ints, Ints]]:
     """For each layer the best swap of the fullest rank, and the load of the fuller of the two."""
-    num_layers = len(slots)
-    rows = np.arange(num_layers)
-    loads = weights.sum(axis=2)
+    weights, loads = packing.weights, packing.loads
+    rows = np.arange(len(loads))
     fullest = loads.argmax(axis=1)
-    own_weights = weights[rows, fullest]
     # All arrays below: [num_layers, slot of the fullest rank, other rank, slot of that rank].
-    given = own_weights[:, :, None, None] - weights[:, None]
+    given = weights[rows, fullest][:, :, None, None] - weights[:, None]
     worse = np.maximum(
         loads[rows, fullest][:, None, None, None] - given, loads[:, None, :, None] + given
     )
-    worse[~_may_swap(slots, fullest, may_move_to)] = np.inf
-    best = worse.reshape(num_layers, -1).argmin(axis=1)
+    worse[~_may_swap(packing, fullest)] = np.inf
+    best = worse.reshape(len(loads), -1).argmin(axis=1)
     slot, other_rank, other_slot = np.unravel_index(best, worse.shape[1:])
     return worse[rows, slot, other_rank, other_slot], (fullest, slot, other_rank, other_slot)
 
 
-def _may_swap(slots: Ints, fullest: Ints, may_move_to: Bools) -> Bools:
+def _may_swap(packing: Packing, fullest: Ints) -> Bools:
     """Whether a swap leaves both ranks without an expert twice, and shares as they are.
 
     Never with the rank itself.
     """
+    slots, may_move_to = packing.slots, packing.may_move_to()
     rows = np.arange(len(slots))
     own = slots[rows, fullest]
     is_there = own[:, :, None, None] == slots[:, None]  # own expert in that very slot
     has_own = is_there.any(axis=3, keepdims=True)
     is_held = is_there.any(axis=1, keepdims=True)  # the fullest rank holds what is in that slot
     is_real = (own != EMPTY)[:, :, None, None] & (slots != EMPTY)[:, None]
-    node = _node_of_rank(slots, may_move_to)
-    own_node = node[0, fullest]
-    goes = may_move_to[rows[:, None, None], own[:, :, None], node[..., 0]][..., None]
-    comes = may_move_to[rows[:, None, None], slots, own_node[..., None]][:, None]
-    stays = (node == own_node[..., None])[:, None]
+    node = packing.node_of_rank
+    own_node = node[fullest][:, None, None]
+    goes = may_move_to[rows[:, None, None], own[:, :, None], node][..., None]
+    comes = may_move_to[rows[:, None, None], slots, own_node][:, None]
+    stays = (node[:, None] == own_node)[:, None]
     may: Bools = ~has_own & ~is_held & is_real & (stays | (goes & comes))
     return may
-
-
-def _node_of_rank(slots: Ints, by_node: npt.NDArray[np.generic]) -> Ints:
-    """[1, num_ranks, 1]; nodes are the last axis of `by_node`."""
-    num_ranks = slots.shape[1]
-    node: Ints = np.arange(num_ranks) * by_node.shape[-1] // num_ranks
-    return node[None, :, None]
-
-
-def _swap(slots: Ints, layer: Ints, rank: Ints, slot: Ints, to_rank: Ints, to_slot: Ints) -> None:
-    one, other = slots[layer, rank, slot], slots[layer, to_rank, to_slot]
-    slots[layer, rank, slot], slots[layer, to_rank, to_slot] = other, one

@@ -1,7 +1,5 @@
 """Local search for fewer crossings between nodes, one layer at a time, within limits of load."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
@@ -13,9 +11,16 @@ _SWAPS_AT_ONCE = 12  # made on one evaluation of all pairs; each must also gain 
 _MIN_GAIN = 1e-6  # of the layer's load
 
 
-@dataclass(frozen=True)
 class PhysicalExperts:
-    """The physical experts of a layer.
+    """The physical experts of a layer, and what they save where they are on one node.
+
+    Tokens sit on each node with equal chance. A token finds an expert of c copies at home on the
+    share (nodes with a copy) / num_nodes, and goes to a given one of its copies in 1/c of the other
+    cases.
+
+    Args:
+        load: [num_experts].
+        coactivation: [num_experts, num_experts], or None to know of no pairs.
 
     Attributes:
         logical: [num_slots]; the logical expert of each.
@@ -24,37 +29,22 @@ class PhysicalExperts:
         presence: [num_slots]; the crossings that an expert's presence on one more node saves.
     """
 
-    logical: Ints
-    weight: Floats
-    bonds: npt.NDArray[np.float32]
-    presence: npt.NDArray[np.float32]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         logical: Ints,
         weight: Floats,
         load: Floats,
         coactivation: npt.NDArray[np.floating] | None,
         num_nodes: int,
-    ) -> "PhysicalExperts":
-        """Physical experts with what they save, for tokens that sit on each node with equal chance.
-
-        A token finds an expert of c copies at home on the share (nodes with a copy) / num_nodes,
-        and goes to a given one of its copies in 1/c of the other cases.
-
-        Args:
-            logical, weight: [num_slots].
-            load: [num_experts].
-            coactivation: [num_experts, num_experts], or None to know of no pairs.
-        """
-        copies = np.bincount(logical, minlength=len(load))[logical]
-        bonds = np.zeros((len(logical), len(logical)), dtype=np.float32)
+    ) -> None:
+        self.logical, self.weight = logical, weight
+        self.presence = (load[logical] / num_nodes).astype(np.float32)
+        self.bonds = np.zeros((len(logical), len(logical)), dtype=np.float32)
         if coactivation is not None:
+            copies = np.bincount(logical, minlength=len(load))[logical]
             share = (_SHARE_SAVED * (1 - 1 / num_nodes)) ** 0.5 / copies
-            bonds[:] = coactivation[np.ix_(logical, logical)] * np.outer(share, share)
-            bonds[logical[:, None] == logical] = 0.0
-        return cls(logical, weight, bonds, (load[logical] / num_nodes).astype(np.float32))
+            self.bonds[:] = coactivation[np.ix_(logical, logical)] * np.outer(share, share)
+            self.bonds[logical[:, None] == logical] = 0.0
 
 
 def swap_between_nodes(

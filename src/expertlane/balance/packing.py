@@ -5,6 +5,8 @@ Layers are packed side by side: every step of a loop is one numpy operation over
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -121,24 +123,6 @@ def _where_shares_stay_even(fits: Bools, on_node: Ints, copies: Ints, num_nodes:
     return np.where(wanted.any(axis=1, keepdims=True), wanted, fits)
 
 
-def greedy_maximum(items: Ints, per_copy: Floats, room: Ints) -> Floats:
-    """[num_layers]; the fullest rank's load if copies of an expert might share a rank.
-
-    Args:
-        items, per_copy, room: those of `pack`, without EMPTY.
-    """
-    rows = np.arange(len(room))
-    weight = -np.sort(-np.take_along_axis(per_copy, items, axis=1), axis=1)
-    num_held = np.zeros_like(room)
-    loads = np.zeros(room.shape)
-    for of_item in weight.T:
-        rank = np.where(num_held < room, loads, np.inf).argmin(axis=1)
-        loads[rows, rank] += of_item
-        num_held[rows, rank] += 1
-    highest: Floats = loads.max(axis=1)
-    return highest
-
-
 def _exchange_in(slots: Ints, room: Ints, holds: Bools, expert: int) -> None:
     """Place an expert where all ranks with room hold it already, in place.
 
@@ -182,29 +166,46 @@ def _share_per_copy(num_on_node: Ints, sizes: Ints) -> Floats:
     return share
 
 
-@dataclass(frozen=True)
-class CopiesOnNodes:
-    """The numbers of copies on full nodes, and which changes keep an expert's shares even.
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Full layers side by side: who holds what, and how full it makes them.
+
+    Nodes are equal numbers of consecutive ranks. Senders choose copies as the engine's do.
 
     Attributes:
-        num_on_node: [num_layers, num_experts, num_nodes].
+        slots: [num_layers, num_ranks, most slots]; experts or EMPTY.
+        load: [num_layers, num_experts].
     """
 
-    num_on_node: Ints
+    slots: Ints
+    load: Floats
+    num_nodes: int
 
-    @classmethod
-    def of(cls, slots: Ints, num_experts: int, num_nodes: int) -> "CopiesOnNodes":
-        """Count the copies in slots.
+    def of_layers(self, layers: npt.NDArray[Any]) -> "Packing":
+        """Some layers, by indices or a mask; a copy."""
+        return Packing(self.slots[layers], self.load[layers], self.num_nodes)
 
-        Args:
-            slots: [num_layers, num_ranks, most slots]; experts or EMPTY.
-        """
-        num_layers = len(slots)
-        layer, rank, slot = np.nonzero(slots != EMPTY)
-        node = rank * num_nodes // slots.shape[1]
-        at = (layer * num_experts + slots[layer, rank, slot]) * num_nodes + node
-        counts = np.bincount(at, minlength=num_layers * num_experts * num_nodes)
-        return cls(counts.reshape(num_layers, num_experts, num_nodes))
+    @property
+    def mean(self) -> Floats:
+        """[num_layers]; the load of a rank."""
+        mean: Floats = self.load.sum(axis=1) / self.slots.shape[1]
+        return mean
+
+    @property
+    def node_of_rank(self) -> Ints:
+        """[num_ranks]."""
+        num_ranks = self.slots.shape[1]
+        node: Ints = np.arange(num_ranks) * self.num_nodes // num_ranks
+        return node
+
+    @cached_property
+    def num_on_node(self) -> Ints:
+        """[num_layers, num_experts, num_nodes]; copies there."""
+        shape = (*self.load.shape, self.num_nodes)
+        layer, rank, slot = np.nonzero(self.slots != EMPTY)
+        expert, node = self.slots[layer, rank, slot], self.node_of_rank[rank]
+        at = (layer * shape[1] + expert) * shape[2] + node
+        return np.bincount(at, minlength=prod(shape)).reshape(shape)
 
     @cached_property
     def copies(self) -> Ints:
@@ -212,14 +213,30 @@ class CopiesOnNodes:
         copies: Ints = self.num_on_node.sum(axis=2)
         return copies
 
-    def per_copy(self, load: Floats) -> Floats:
-        """[num_layers, num_experts, num_nodes]; the load of a copy on each node.
+    @cached_property
+    def per_copy(self) -> Floats:
+        """[num_layers, num_experts, num_nodes]; the load of a copy on each node."""
+        sizes = np.ones(self.num_nodes, dtype=np.int64)
+        return self.load[:, :, None] * _share_per_copy(self.num_on_node, sizes)
 
-        Args:
-            load: [num_layers, num_experts].
-        """
-        sizes = np.ones(self.num_on_node.shape[2], dtype=np.int64)
-        return load[:, :, None] * _share_per_copy(self.num_on_node, sizes)
+    @cached_property
+    def weights(self) -> Floats:
+        """[num_layers, num_ranks, most slots]; the load of the copy in each slot."""
+        layer = np.arange(len(self.slots))[:, None, None]
+        per_copy = self.per_copy[layer, self.slots, self.node_of_rank[:, None]]
+        return np.where(self.slots == EMPTY, 0.0, per_copy)
+
+    @property
+    def loads(self) -> Floats:
+        """[num_layers, num_ranks]."""
+        loads: Floats = self.weights.sum(axis=2)
+        return loads
+
+    @property
+    def highest(self) -> Floats:
+        """[num_layers]; the load of the fullest rank."""
+        highest: Floats = self.loads.max(axis=1)
+        return highest
 
     def may_move_to(self) -> Bools:
         """[num_layers, num_experts, num_nodes]; whether any copy may, from another node."""

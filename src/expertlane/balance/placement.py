@@ -151,6 +151,30 @@ def rank_loads(
     )
 
 
+def max_over_mean(num_tokens: npt.NDArray[np.number]) -> npt.NDArray[np.float64]:
+    """Load imbalance along the last axis: the fullest over the mean; 1 is even, 0 is no load.
+
+    Args:
+        num_tokens: [..., num_experts or num_ranks].
+    """
+    mean = num_tokens.mean(axis=-1)
+    fullest = num_tokens.max(axis=-1)
+    ratio: npt.NDArray[np.float64] = np.divide(
+        fullest, mean, out=np.zeros_like(mean), where=mean > 0
+    )
+    return ratio
+
+
+def total_max_over_mean(num_tokens: npt.NDArray[np.number]) -> float:
+    """Sum over layers of the fullest ranks over the sum of the means; 0 without tokens.
+
+    Args:
+        num_tokens: [num_layers, num_ranks].
+    """
+    mean = float(num_tokens.mean(axis=1).sum())
+    return float(num_tokens.max(axis=1).sum()) / mean if mean else 0.0
+
+
 def partition_slots(num_experts: int, ep: int, num_redundant: int) -> list[range]:
     """The slots of each rank, near-equal in number, the longer ones first; every rank has one.
 

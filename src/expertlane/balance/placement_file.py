@@ -3,15 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Options
-from expertlane.spec.files import CONFIG_BYTES, read_json, strict_json, write_text
+from expertlane.spec.files import CONFIG_BYTES, build, read_json, strict_json, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import RANGES, shown, take
+from expertlane.spec.ranges import Strict, shown, take_fields
 
 SCHEMA_VERSION = 1
 
@@ -96,6 +95,27 @@ class ModelPlacement:
             raise UserError(f"{where} is a placement on {self.ep} ep ranks; here there are {ep}")
 
 
+@dataclass(frozen=True)
+class _Layer(Strict):
+    layer: int
+    experts_of_rank: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        take_fields(self)
+
+
+@dataclass(frozen=True)
+class _File(Strict):
+    schema_version: int
+    model: str
+    num_experts: int
+    ep: int
+    layers: tuple[_Layer, ...]
+
+    def __post_init__(self) -> None:
+        take_fields(self)
+
+
 def write_placement(placement: ModelPlacement, path: Path) -> None:
     """Write it as JSON, one line a layer.
 
@@ -137,47 +157,20 @@ def _parse(data: object) -> ModelPlacement:
         raise UserError(
             f"schema_version is {shown(version)}; this expertlane reads {SCHEMA_VERSION}"
         )
-    _check_keys("the file", data, {"schema_version", "model", "num_experts", "ep", "layers"})
-    num_experts, ep = data["num_experts"], data["ep"]
-    if not isinstance(data["model"], str) or not data["model"].isprintable():
-        raise UserError(f"model is {shown(data['model'])}; it must be a name, one line of text")
-    for name, value in (("num_experts", num_experts), ("ep", ep)):
-        take(name, value)
-    if not isinstance(data["layers"], list):
-        raise UserError("layers must be a list")
+    file = build(_File, data)
+    if not file.model.isprintable():
+        raise UserError(f"model is {shown(file.model)}; it must be a name, one line of text")
     layers: dict[int, Placement] = {}
-    for position, entry in enumerate(data["layers"]):
-        layer, experts_of_rank = _parse_layer(position, entry)
-        if layer in layers:
-            raise UserError(f"layer {layer} is given twice")
-        if len(experts_of_rank) != ep:
-            raise UserError(f"layer {layer} has {len(experts_of_rank)} ranks; ep is {ep}")
-        with naming(f"layer {layer}"):
-            layers[layer] = Placement(num_experts, experts_of_rank)
-    return ModelPlacement(data["model"], num_experts, layers)
-
-
-def _parse_layer(position: int, entry: object) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    if not isinstance(entry, dict):
-        raise UserError(f"entry {position} of layers must be an object")
-    _check_keys(f"entry {position} of layers", entry, {"layer", "experts_of_rank"})
-    layer, ranks = entry["layer"], entry["experts_of_rank"]
-    take("layer", layer)
-    if not (isinstance(ranks, list) and all(isinstance(experts, list) for experts in ranks)):
-        raise UserError(
-            f"layer {layer}: experts_of_rank must be a list of lists of whole numbers, one a rank"
-        )
-    for experts in ranks:
-        for expert in experts:
-            RANGES["expert"].take(f"layer {layer}: experts_of_rank", expert, "holds")
-    return layer, tuple(map(tuple, ranks))
-
-
-def _check_keys(what: str, data: dict[str, Any], keys: set[str]) -> None:
-    if missing := keys - data.keys():
-        raise UserError(f"{what} lacks {min(missing)}")
-    if unknown := data.keys() - keys:
-        raise UserError(f"{what} has the unknown key {shown(min(unknown))}; it has {sorted(keys)}")
+    for each in file.layers:
+        if each.layer in layers:
+            raise UserError(f"layer {each.layer} is given twice")
+        if len(each.experts_of_rank) != file.ep:
+            raise UserError(
+                f"layer {each.layer} has {len(each.experts_of_rank)} ranks; ep is {file.ep}"
+            )
+        with naming(f"layer {each.layer}"):
+            layers[each.layer] = Placement(file.num_experts, each.experts_of_rank)
+    return ModelPlacement(file.model, file.num_experts, layers)
 
 
 Placements = tuple[Placement | None, ...]

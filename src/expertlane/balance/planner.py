@@ -1,24 +1,18 @@
 """A placement that evens out a load: copies of hot experts, packed so that no rank is fuller."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.local_search import (
-    MIN_GAIN,
-    loads_of_slots,
-    lower_maximum,
-    search_copies,
-    weights_of_slots,
-)
+from expertlane.balance.local_search import MIN_GAIN, lower_maximum, search_copies
 from expertlane.balance.locality import PhysicalExperts, swap_between_nodes
 from expertlane.balance.packing import (
     EMPTY,
-    CopiesOnNodes,
     Floats,
     Ints,
-    greedy_maximum,
+    Packing,
     nodes_of_copies,
     num_copies,
     pack,
@@ -76,21 +70,20 @@ def plan_placement(
     loads = load.astype(np.float64)
     loads[loads.sum(axis=1) == 0] = 1.0  # without tokens all experts count alike
     num_nodes = ep // ranks_per_node
-    slots, limit = _balanced(loads, room, num_nodes)
+    packing, limit = _balanced(loads, room, num_nodes)
     if num_nodes > 1 and coactivation is not None:
-        slots = _regrouped(slots, loads, room, limit, coactivation, num_nodes)
-        slots = _exchanged(slots, loads, limit, coactivation, num_nodes)
+        packing = _exchanged(_regrouped(packing, room, limit, coactivation), limit, coactivation)
     elif num_nodes > 1:
-        slots = _exchanged(slots, loads, np.zeros(num_layers), None, num_nodes)
-    return [Placement.of_table(num_experts, of_layer) for of_layer in slots]
+        packing = _exchanged(packing, np.zeros(num_layers), None)
+    return [Placement.of_table(num_experts, of_layer) for of_layer in packing.slots]
 
 
-def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
-    """The most even slots, and what is as good as even.
+def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Packing, Floats]:
+    """The most even packing, and what is as good as even.
 
     Returns:
-        [num_layers, ep, most slots], and [num_layers]: a load that any rank may have, no more than
-        greedy packing leaves on the fullest if its copies shared evenly.
+        It, and [num_layers]: a load that any rank may have, no more than greedy packing leaves on
+        the fullest if its copies shared evenly.
     """
     ep = room.shape[1]
     counts = np.arange(1, ep + 1)
@@ -105,25 +98,25 @@ def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Ints, Floats]:
         if not len(hard):
             break
         tried = _packed(load[hard], room[hard], num_nodes, valid)
-        reached = loads_of_slots(tried, load[hard], num_nodes).max(axis=1)
-        better = reached < highest[hard]
-        slots[hard[better]], highest[hard[better]] = tried[better], reached[better]
-    return slots, np.minimum(_greedy(load, room), _EVEN_ENOUGH * mean)
+        better = tried.highest < highest[hard]
+        slots[hard[better]], highest[hard[better]] = tried.slots[better], tried.highest[better]
+    limit = np.minimum(_greedy(load, room), _EVEN_ENOUGH * mean)
+    return Packing(slots, load, num_nodes), limit
 
 
-def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Ints:
-    """[num_layers, ep, most slots]; numbers of copies are valid ones, where slots allow."""
+def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Packing:
+    """Numbers of copies are valid ones, where slots allow."""
     copies = num_copies(load, int(room[0].sum()), valid)
-    slots = pack(_items(copies), load / copies, room, num_nodes)
-    slots = lower_maximum(slots, load, num_nodes)
-    search_copies(slots, load, num_nodes, _EVEN * load.sum(axis=1) / room.shape[1])
-    return slots
+    packing = Packing(pack(_items(copies), load / copies, room, num_nodes), load, num_nodes)
+    return search_copies(lower_maximum(packing), _EVEN * packing.mean)
 
 
 def _greedy(load: Floats, room: Ints) -> Floats:
     """[num_layers]; what greedy packing leaves on the fullest rank, all copies taken as alike."""
     copies = num_copies(load, int(room[0].sum()), np.arange(1, room.shape[1] + 1))
-    return greedy_maximum(_items(copies), load / copies, room)
+    weight = np.take_along_axis(load / copies, _items(copies), axis=1)
+    alone = np.tile(np.arange(weight.shape[1]), (len(load), 1))  # as if each were another expert's
+    return Packing(pack(alone, weight, room), weight, 1).highest
 
 
 def _items(copies: Ints) -> Ints:
@@ -132,71 +125,52 @@ def _items(copies: Ints) -> Ints:
     return np.array([np.repeat(experts, each) for each in copies], dtype=np.int64)
 
 
-def _regrouped(
-    slots: Ints,
-    load: Floats,
-    room: Ints,
-    limit: Floats,
-    coactivation: Coactivation,
-    num_nodes: int,
-) -> Ints:
+def _regrouped(packing: Packing, room: Ints, limit: Floats, coactivation: Coactivation) -> Packing:
     """Experts that go together moved to one node, then packed anew inside each node.
 
     A layer stays as it is where the new packing leaves some rank fuller than `limit` and than
     the fullest was.
     """
-    num_layers, ep, num_slots = slots.shape
-    per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
-    limit = np.maximum(loads_of_slots(slots, load, num_nodes).max(axis=1), limit)
-    node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
+    num_layers, ep, num_slots = packing.slots.shape
+    num_nodes = packing.num_nodes
+    limit = np.maximum(packing.highest, limit)
     by_node = np.full((num_layers, num_nodes, num_slots * ep // num_nodes), EMPTY, dtype=np.int64)
-    layers = _physical_experts(slots, load, coactivation, num_nodes)
-    for layer, (experts, rank) in enumerate(layers):
+    for layer, (experts, rank) in enumerate(_physical_experts(packing, coactivation)):
         of_node = np.full(num_nodes, limit[layer] * ep / num_nodes)
-        nodes = np.arange(num_nodes)
-        node = swap_between_nodes(experts, node_of_rank[rank], nodes, of_node, _NODE_ROUNDS)
+        node = packing.node_of_rank[rank]
+        node = swap_between_nodes(experts, node, np.arange(num_nodes), of_node, _NODE_ROUNDS)
         by_node[layer] = _table(experts.logical, node, by_node[layer].shape)
     # Each node packed like a layer of its own; then all ranks of a layer where that was too coarse.
     num_packed = num_layers * num_nodes
-    per_copy = per_copy.swapaxes(1, 2).reshape(num_packed, -1)
+    per_copy = packing.per_copy.swapaxes(1, 2).reshape(num_packed, -1)
     packed = pack(by_node.reshape(num_packed, -1), per_copy, room.reshape(num_packed, -1))
-    packed = lower_maximum(packed.reshape(slots.shape), load, num_nodes, limit)
-    search_copies(packed, load, num_nodes, limit)
-    is_fuller = loads_of_slots(packed, load, num_nodes).max(axis=1) > limit * (1 + MIN_GAIN)
-    return np.where(is_fuller[:, None, None], slots, packed)
+    anew = lower_maximum(replace(packing, slots=packed.reshape(packing.slots.shape)), limit)
+    anew = search_copies(anew, limit)
+    is_fuller = anew.highest > limit * (1 + MIN_GAIN)
+    return replace(packing, slots=np.where(is_fuller[:, None, None], packing.slots, anew.slots))
 
 
-def _exchanged(
-    slots: Ints,
-    load: Floats,
-    limit: Floats,
-    coactivation: Coactivation | None,
-    num_nodes: int,
-) -> Ints:
+def _exchanged(packing: Packing, limit: Floats, coactivation: Coactivation | None) -> Packing:
     """Single experts exchanged between ranks of different nodes, no maximum raised over `limit`."""
-    ep = slots.shape[1]
-    node_of_rank = np.repeat(np.arange(num_nodes), ep // num_nodes)
-    limit = np.maximum(loads_of_slots(slots, load, num_nodes).max(axis=1), limit)
-    exchanged = np.empty_like(slots)
-    layers = _physical_experts(slots, load, coactivation, num_nodes)
-    for layer, (experts, rank) in enumerate(layers):
-        of_rank = np.full(ep, limit[layer])
-        rank = swap_between_nodes(experts, rank, node_of_rank, of_rank, _RANK_ROUNDS)
-        exchanged[layer] = _table(experts.logical, rank, slots[layer].shape)
-    return exchanged
+    limit = np.maximum(packing.highest, limit)
+    exchanged = np.empty_like(packing.slots)
+    for layer, (experts, rank) in enumerate(_physical_experts(packing, coactivation)):
+        of_rank = np.full(packing.slots.shape[1], limit[layer])
+        rank = swap_between_nodes(experts, rank, packing.node_of_rank, of_rank, _RANK_ROUNDS)
+        exchanged[layer] = _table(experts.logical, rank, exchanged[layer].shape)
+    return replace(packing, slots=exchanged)
 
 
 def _physical_experts(
-    slots: Ints, load: Floats, coactivation: Coactivation | None, num_nodes: int
+    packing: Packing, coactivation: Coactivation | None
 ) -> Iterator[tuple[PhysicalExperts, Ints]]:
     """Of each layer, with the rank of each."""
-    per_copy = CopiesOnNodes.of(slots, load.shape[1], num_nodes).per_copy(load)
-    weights = weights_of_slots(slots, per_copy)
-    for layer, of_layer in enumerate(slots):
+    for layer, of_layer in enumerate(packing.slots):
         rank, slot = np.nonzero(of_layer != EMPTY)
-        known = None if coactivation is None else coactivation[layer]
-        logical, weight = of_layer[rank, slot], weights[layer, rank, slot]
-        yield PhysicalExperts.of(logical, weight, load[layer], known, num_nodes), rank
+        pairs = None if coactivation is None else coactivation[layer]
+        logical, weight = of_layer[rank, slot], packing.weights[layer, rank, slot]
+        load, num_nodes = packing.load[layer], packing.num_nodes
+        yield PhysicalExperts(logical, weight, load, pairs, num_nodes), rank
 
 
 def _table(experts: Ints, row_of: Ints, shape: tuple[int, ...]) -> Ints:

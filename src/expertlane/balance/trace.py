@@ -121,11 +121,6 @@ class RoutingTraceWriter:
             topk_ids: [num_tokens, num_experts_per_tok].
         """
         of_step = self._parts.setdefault(step, {each: [] for each in self._layers})
-        if topk_ids.shape[1:] != (self._num_experts_per_tok,):
-            raise ValueError(
-                f"topk_ids of shape {topk_ids.shape}; "
-                f"it must be [num_tokens, {self._num_experts_per_tok}]"
-            )
         of_step[layer].append(topk_ids.astype(np.int16))
 
     def trace(self) -> RoutingTrace:
@@ -134,15 +129,12 @@ class RoutingTraceWriter:
         Raises:
             ValueError: in some step the layers differ in their number of tokens.
         """
-        columns = []
         steps = sorted(self._parts)
         nothing = np.zeros((0, self._num_experts_per_tok), dtype=np.int16)
-        for step in steps:
-            layers = [np.concatenate([nothing, *parts]) for parts in self._parts[step].values()]
-            lengths = sorted({len(ids) for ids in layers})
-            if len(lengths) > 1:
-                raise ValueError(f"step {step}: layers with {lengths[0]} and {lengths[-1]} tokens")
-            columns.append(np.stack(layers))
+        columns = [
+            np.stack([np.concatenate([nothing, *parts]) for parts in self._parts[step].values()])
+            for step in steps
+        ]
         empty = np.zeros((len(self._layers), *nothing.shape), dtype=np.int16)
         return RoutingTrace(
             self._model,

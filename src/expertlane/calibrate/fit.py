@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.calibrate.points import flops_of
-from expertlane.cost.laws.fitting import Rows, fit_surface
+from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import roofline_s
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.roofline import roofline
@@ -15,7 +16,7 @@ from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.cost.step.operation import Kind
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.engine.commands import Point, TransferPoint
 from expertlane.spec.names import Link
 
 Floats = npt.NDArray[np.float64]
@@ -91,21 +92,11 @@ def _rows(points: Sequence[Point], seconds: Floats, device: Device, floor_s: flo
 
 
 def _surface(rows: Rows, origin: str) -> Surface:
-    axes = {axis: _knots(np.round(values, 6)) for axis, values in rows.at.items()}
+    axes = {axis: knots_of(np.round(values, 6), _MOST_KNOTS) for axis, values in rows.at.items()}
     surface, _ = fit_surface(
         rows, axes, basis=Basis.MEASURED, origin=origin, smoothness=_SMOOTHNESS
     )
     return surface
-
-
-def _knots(values: Floats) -> tuple[float, ...]:
-    """At most `_MOST_KNOTS` of the values that occur, spread evenly over their logarithms."""
-    distinct = np.unique(values)
-    if len(distinct) > _MOST_KNOTS:
-        wanted = np.geomspace(distinct[0], distinct[-1], _MOST_KNOTS)
-        nearest = np.abs(np.log(distinct[:, None] / wanted)).argmin(axis=0)
-        distinct = distinct[np.unique(nearest)]
-    return tuple(distinct.tolist())
 
 
 def transfer_laws(
@@ -127,14 +118,7 @@ def transfer_laws(
         carried = np.array([_carried(points[place]) for place in places])
         floor = term_of(seconds[:, places[int(np.argmin(took))]], origin)
         terms[f"floor_s.{name}"] = floor
-        with_floor = Profile(
-            sheet.name,
-            sheet.device,
-            sheet.ranks_per_node,
-            sheet.links,
-            {},
-            {f"floor_s.{name}": floor},
-        )
+        with_floor = replace(sheet, terms={f"floor_s.{name}": floor})
         base = roofline_s(with_floor, name, Link.INTRA_NODE, carried, ranks, np.ones_like(ranks))
         rows = Rows(
             at={"bytes": carried, "ranks": ranks},

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from expertlane.cost.step.operation import Kind, TransferKind
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.engine.commands import Point, TransferPoint
 
 _TRANSFERS = (  # the engine has no all-reduce
     TransferKind.ALL_GATHER,

@@ -14,16 +14,6 @@ _MOST_AGAIN_S = 60.0
 _MOST_ROUNDS_S = 240.0
 
 
-def quietest(measure: Callable[[], ResultT]) -> tuple[ResultT, float]:
-    """A measurement during which other processes took next to nothing of the cores, if it can be.
-
-    Returns:
-        That of few tries which they disturbed least, and the share of all cores that they took.
-    """
-    quiet = QuietMeasuring()
-    return quiet.measure(measure), quiet.foreign_cpu_share
-
-
 class QuietMeasuring:
     """Measures again what other processes disturbed, a few times each and for so long in all.
 

@@ -30,8 +30,8 @@ from expertlane.engine.commands import (
     MeasureTransfers,
     PinToCore,
 )
+from expertlane.engine.launch import describe_ranks
 from expertlane.engine.pool import RankPool
-from expertlane.engine.start import describe_ranks
 from expertlane.ops.host import num_cores
 from expertlane.progress import Progress, Silent
 

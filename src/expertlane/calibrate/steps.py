@@ -27,15 +27,15 @@ from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import UniformRouting
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import HandleT, Runner
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -231,9 +231,9 @@ class _Priced:
             ranks_per_node=layout.world_size,
             block_size=BLOCK_SIZE,
         )
-        routing = UniformRouting(model.num_experts, model.num_experts_per_tok)
+        routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok)
         pricing = Pricing(profile, types)
-        runner = CostRunner(model, layout, builder, routing, pricing, Terms.free())
+        runner = CostRunner(builder, routing, pricing, Terms.free())
         steps = _run(runner, deployment, sample.num_seqs, record=True)
         self.step_s = phase_times(steps).decode_s
         last = _decodes(steps)[-1]

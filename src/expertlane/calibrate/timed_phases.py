@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.schedule.drive import FinishedStep, drive
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import HandleT, Runner
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.names import Phase

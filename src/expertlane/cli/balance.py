@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from expertlane.cli.options import takes_groups
+from expertlane.cli.output import print_json, print_message, stdout_console
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take, take_option
@@ -161,7 +162,6 @@ def _publish(
     from expertlane.balance.judge import compare
     from expertlane.balance.moves import keep_slots
     from expertlane.balance.placement_file import write_placement
-    from expertlane.cli.output import print_json, print_message, stdout_console
 
     after = keep_slots(before, after)
     compared = compare(trace, before, after, own.per_node)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from expertlane.cli import output
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import EngineOptions, LoadOptions, ModelArgument, takes_groups
-from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ class _Options:
         help="How ranks are arranged, tp=2,ep=2 for example. May be repeated: each gets the same "
         "requests, one after the other. Default: tp=1.",
     )
-    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
     out: Path | None = typer.Option(
-        None, metavar="DIR", help=f"Folder for {FILES}. Default: results/bench-MODEL."
+        None, metavar="DIR", help=f"Folder for {output.FILES}. Default: results/bench-MODEL."
     )
 
 
@@ -59,9 +59,9 @@ def bench(model: ModelArgument, load: LoadOptions, own: _Options, engine: Engine
     found = find_model(model)
     layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
     _check(found, engine, loads, layouts)
-    folder = results_folder(own.out, slug("bench", found.config.name))
+    folder = output.results_folder(own.out, output.slug("bench", found.config.name))
     results = _run(found, engine, loads, layouts, load.seed)
-    publish(results, folder, as_json=own.as_json)
+    output.publish(results, folder, as_json=own.as_json)
 
 
 def _check(
@@ -81,7 +81,7 @@ def _check(
     for load in loads:
         check_lengths(load, engine.max_model_len or found.config.max_position_embeddings)
     for layout in layouts:
-        found.check(layout, engine)
+        found.check(layout, engine.options, engine.ranks_per_node)
     if len(layouts) > 1 and is_under_torchrun():
         raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
 
@@ -94,7 +94,6 @@ def _run(
     seed: int,
 ) -> "Results":
     """All loads on each layout in turn."""
-    from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.compare.machine import machine_record
     from expertlane.compare.serving_benchmark import run_loads
     from expertlane.ops.host import ForeignLoad
@@ -107,7 +106,7 @@ def _run(
         with found.load(layout, options) as llm:
             seen = llm.machine
             foreign = ForeignLoad()
-            with progress_on_stderr() as progress:
+            with output.progress_on_stderr() as progress:
                 serving = tuple(run_loads(llm, layout, loads, seed, progress))
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
         records.append(
@@ -118,7 +117,7 @@ def _run(
     first = loads[0]
     return Results.now(
         "bench",
-        command_line(),
+        output.command_line(),
         {
             "model": found.name,
             "workload": {

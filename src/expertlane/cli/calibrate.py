@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from expertlane.cli import output
 from expertlane.cli.options import Dtype, dtype_option, takes_groups, timeout_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
@@ -61,21 +62,19 @@ def calibrate(own: _Options) -> None:
           one rank alone; for other programs
     """
     path = _checked(own)
-    from expertlane.cli.output import print_json, print_message
     from expertlane.cost.laws.profile_file import write_profile
 
     calibration, profile = _measure(own)
     write_profile(profile, path)
     if own.as_json:
-        print_json(strict_json(_summary(profile, calibration, path)) + "\n")
+        output.print_json(strict_json(_summary(profile, calibration, path)) + "\n")
     else:
         _show(profile, calibration)
-    print_message(f"written: {path}")
+    output.print_message(f"written: {path}")
 
 
 def _checked(own: _Options) -> Path:
     """Where to write, once all that can be known before measuring is known to be right."""
-    from expertlane.cli.output import check_file
     from expertlane.engine.torchrun import is_under_torchrun
 
     if not _NAME.fullmatch(own.name):
@@ -90,21 +89,20 @@ def _checked(own: _Options) -> Path:
         raise UserError(f"--out is {path}; a profile's file must end in .toml")
     if is_under_torchrun():
         raise UserError("calibrate measures one machine and starts its own ranks; no torchrun")
-    check_file("--out", path, "machine.toml")
+    output.check_file("--out", path, "machine.toml")
     return path
 
 
 def _measure(own: _Options) -> "tuple[Calibration, Profile]":
     from expertlane.calibrate.run import Calibration, num_devices
-    from expertlane.cli.output import progress_on_stderr
-    from expertlane.engine.start import start_pool
+    from expertlane.engine.launch import start_pool
 
     num_ranks = own.ranks or num_devices()
     pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype)
     assert pool is not None, "not under torchrun"
     with pool:
         calibration = Calibration(pool, num_ranks)
-        with progress_on_stderr() as progress:
+        with output.progress_on_stderr() as progress:
             calibration.run(progress)
         return calibration, calibration.profile(own.name)
 
@@ -142,10 +140,9 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from expertlane.cli.output import stdout_console
     from expertlane.spec.printable import printable
 
-    console, device = stdout_console(), profile.device
+    console, device = output.stdout_console(), profile.device
     console.print(Text(f"expertlane calibrate: {profile.name}", style="bold"))
     name = printable(device.name)
     console.print(f"{profile.ranks_per_node} × {name}, {calibration.machine.dtype}")

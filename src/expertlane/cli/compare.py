@@ -1,19 +1,16 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertlane.cli.compare_output import (
-    DEFAULT_SKEW,
-    ResultPrinter,
-    projections_of,
-    projectors_of,
-)
+from expertlane.cli import output
+from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     Dtype,
     LaunchOptions,
@@ -22,15 +19,18 @@ from expertlane.cli.options import (
     parse_list,
     takes_groups,
 )
-from expertlane.cli.publish import FILES, JSON_HELP, slug
-from expertlane.errors import CapacityError, SpecError, UserError
-from expertlane.spec.ranges import shown
+from expertlane.errors import CapacityError, UserError, naming
+from expertlane.spec.ranges import shown, take_option
 
 if TYPE_CHECKING:
+    from expertlane.compare.projection import ExperimentProjector
+    from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
 
-DEFAULT_EXPERIMENT = "paper-small"
+_DEFAULT_EXPERIMENT = "paper-small"
+_DEFAULT_PROFILE = "h100"
+_DEFAULT_SKEW = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,10 @@ class _Options:
     out: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help=f"Folder for {FILES} (with several K, its subfolders topK). "
+        help=f"Folder for {output.FILES} (with several K, its subfolders topK). "
         "Default: results/NAME, with -MODEL and -topK added where those options are given.",
     )
-    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
     traffic: bool = typer.Option(
         False,
         "--traffic",
@@ -81,11 +81,33 @@ class _Projection:
         None, "The modelled cluster for --project", "Default: as many h100 as ranks."
     )
     skew: float = typer.Option(
-        DEFAULT_SKEW,
+        _DEFAULT_SKEW,
         metavar="ALPHA",
         help="For --project: beside balanced routing, one where experts' popularity falls with "
         "their rank to the power of -ALPHA.",
     )
+
+    def __post_init__(self) -> None:
+        take_option("--skew", self.skew)
+        if not self.project and (self.cluster is not None or self.skew != _DEFAULT_SKEW):
+            option = "--skew" if self.cluster is None else "--cluster"
+            raise UserError(f"{option} is of a projection; add --project")
+
+
+@dataclass
+class _Comparison:
+    """What to run, and what stands beside it.
+
+    Attributes:
+        folder: of its results.
+        projection: if asked for.
+        is_published: whether it was measured.
+    """
+
+    experiment: "Experiment"
+    folder: Path
+    projection: "Results | None" = None
+    is_published: bool = False
 
 
 @takes_groups
@@ -97,7 +119,7 @@ def compare(
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size)."
         ),
-    ] = DEFAULT_EXPERIMENT,
+    ] = _DEFAULT_EXPERIMENT,
     *,
     own: _Options,
     launch: LaunchOptions,
@@ -131,151 +153,166 @@ def compare(
           on ranks that torchrun started
     """
     comparisons = _comparisons(experiment, own)
-    from expertlane.cli.output import check_folder, is_first_process
-    from expertlane.engine.start import check_experiment
+    from expertlane.compare.machine import check_experiment, memory_shortage
 
-    for each, _ in comparisons:
-        check_experiment(each)
-    number_type = _dtype_of(comparisons, own.dtype)
-    projectors = projectors_of(
-        comparisons, projection.project, projection.cluster, projection.skew, number_type
-    )
-    for _, folder in comparisons:
-        check_folder(folder)
-    projections = projections_of(projectors) if is_first_process() else {}
-    printer = ResultPrinter(projections, as_json=own.as_json, traffic=own.traffic)
-    reason = _shortage(comparisons, number_type) if projectors else None
+    for each in comparisons:
+        check_experiment(each.experiment)
+    dtype = _dtype_of(comparisons, own.dtype)
+    projectors = []
+    if projection.project:
+        projectors = [_projector(each.experiment, projection, dtype) for each in comparisons]
+    for each in comparisons:
+        output.check_folder(each.folder)
+    if output.is_first_process():
+        for each, projector in zip(comparisons, projectors, strict=False):
+            with output.progress_on_stderr() as progress:
+                each.projection = projector.run(progress, output.command_line())
+    reason = None
+    if projection.project:  # what can't be run here may be known before any rank is started
+        shortages = (memory_shortage(each.experiment, dtype) for each in comparisons)
+        reason = next(filter(None, shortages), None)
     if reason is None:
-        comparisons = _with_checked_checkpoint(comparisons, launch.ignore_unused_tensors)
+        _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, printer, launch, number_type, own.trace)
+            _measure(comparisons, own, launch, dtype)
             return
         except CapacityError as error:
-            if not projectors or printer.num_published:
+            if not projection.project or comparisons[0].is_published:
                 raise
             reason = str(error)
-    for _, folder in comparisons:
-        printer.publish_projection(folder, reason)
+    for each in comparisons:
+        assert each.projection is not None, "every process but torchrun's ranks projects"
+        output.print_message(f"expertlane: nothing is measured here: {reason}")
+        results = replace(each.projection, not_measured=reason)
+        output.publish(results, each.folder, as_json=own.as_json)
+
+
+def _projector(
+    experiment: "Experiment", options: _Projection, dtype: str | None
+) -> "ExperimentProjector":
+    """Checked, before anything is projected.
+
+    Raises:
+        UserError: an unknown cluster, or one with too few devices.
+    """
+    from expertlane.compare.projection import ExperimentProjector, usual_number_type
+    from expertlane.cost.laws.profile_file import parse_cluster
+
+    cluster = parse_cluster(options.cluster or f"{_DEFAULT_PROFILE}x{experiment.num_ranks}")
+    number_type = dtype or usual_number_type(cluster)
+    return ExperimentProjector(experiment, cluster, number_type, options.skew)
 
 
 def _measure(
-    comparisons: "list[tuple[Experiment, Path]]",
-    printer: ResultPrinter,
-    launch: LaunchOptions,
-    dtype: str | None,
-    trace: bool,
+    comparisons: list[_Comparison], own: _Options, launch: LaunchOptions, dtype: str | None
 ) -> None:
     """Run all on the same ranks.
 
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.cli.output import command_line, progress_on_stderr, task_on_stderr
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
-    from expertlane.engine.start import start_pool
+    from expertlane.engine.launch import start_pool
 
-    num_ranks = max(each.num_ranks for each, _ in comparisons)
-    with task_on_stderr(f"starting {num_ranks} ranks"):
+    num_ranks = max(each.experiment.num_ranks for each in comparisons)
+    with output.task_on_stderr(f"starting {num_ranks} ranks"):
         pool = start_pool(
             num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
         )
     if pool is None:  # this process was a rank of torchrun's; the first one speaks
         return
     with pool:
-        for each, _ in comparisons:
-            check_memory(each, pool)
-        for each, folder in comparisons:
+        for each in comparisons:
+            check_memory(each.experiment, pool)
+        for each in comparisons:
             traces: dict[str, list[StepRecord]] = {}
-            on_trace = traces.__setitem__ if trace else None
-            with progress_on_stderr() as progress:
+            on_trace = traces.__setitem__ if own.trace else None
+            with output.progress_on_stderr() as progress:
                 results = run_comparison(
-                    each, pool, progress, command=command_line(), on_trace=on_trace
+                    each.experiment,
+                    pool,
+                    progress,
+                    command=output.command_line(),
+                    on_trace=on_trace,
                 )
-            printer.publish(results, folder, traces)
+            if each.projection is not None:
+                results = results.beside(each.projection)
+            if own.traffic:
+                results = results.with_traffic()
+            each.is_published = True
+            output.publish(
+                results,
+                each.folder,
+                as_json=own.as_json,
+                also=partial(_write_traces, traces, each.folder),
+            )
 
 
-def _with_checked_checkpoint(
-    comparisons: "list[tuple[Experiment, Path]]", ignore_unused_tensors: bool
-) -> "list[tuple[Experiment, Path]]":
-    """The comparisons of the model that the checkpoint really holds; warnings go to stderr.
+def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) -> list[Path]:
+    from expertlane.results.chrome_trace import trace_names, write_trace
+
+    names = trace_names(traces)
+    return [write_trace(folder / names[each], steps) for each, steps in traces.items()]
+
+
+def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
+    """Compare the model that the checkpoint really holds; warnings go to stderr.
 
     Raises:
         SpecError: the checkpoint does not hold what its config.json says.
     """
-    from expertlane.engine.start import check_checkpoint
+    from expertlane.engine.launch import check_checkpoint
 
-    first = comparisons[0][0]  # they differ in experts per token alone
+    first = comparisons[0].experiment  # they differ in experts per token alone
     if first.checkpoint is None:
-        return comparisons
+        return
     tied = check_checkpoint(
         first.model,
         Path(first.checkpoint),
         ignore_unused_tensors=ignore_unused_tensors,
-        log=lambda line: print(line, file=sys.stderr),
+        log=output.print_message,
     ).tie_word_embeddings
-    return [
-        (replace(each, model=each.model.with_overrides(tie_word_embeddings=tied)), folder)
-        for each, folder in comparisons
-    ]
+    for each in comparisons:
+        model = each.experiment.model.with_overrides(tie_word_embeddings=tied)
+        each.experiment = replace(each.experiment, model=model)
 
 
-def _shortage(comparisons: "list[tuple[Experiment, Path]]", dtype: str | None) -> str | None:
-    """Why one of them can't be run here, if that is known before any rank is started."""
-    from expertlane.compare.machine import memory_shortage
-
-    reasons = (memory_shortage(each, dtype) for each, _ in comparisons)
-    return next(filter(None, reasons), None)
-
-
-def _comparisons(argument: str, own: _Options) -> list[tuple["Experiment", Path]]:
-    """What to run, and the folder of each; all checked before the first one runs."""
-    from expertlane.engine.hub import resolve_model
+def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
+    """All checked before the first one runs."""
+    from expertlane.engine.checkpoint_folder import resolve_model
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)
     if own.model is not None:
-        experiment = _with_model(experiment, own.model)
+        found = find_model(own.model)
+        with naming(f"--model {own.model}"):
+            experiment = replace(
+                experiment,
+                name=output.slug(experiment.name, found.config.name),
+                model=found.config,
+                checkpoint=os.path.abspath(found.folder) if found.folder else None,
+            )
     if own.top_k is None:
-        return [(experiment, own.out or Path("results", experiment.name))]
+        return [_Comparison(experiment, own.out or Path("results", experiment.name))]
     top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
     if len(set(top_ks)) < len(top_ks):
         raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
     comparisons = []
     for k in top_ks:
-        try:
+        with naming(f"--top-k {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
-        except SpecError as error:
-            raise SpecError(f"--top-k {k}: {error}") from None
         if own.out is None:
             folder = Path("results", f"{experiment.name}-top{k}")
         else:
             folder = own.out / f"top{k}" if len(top_ks) > 1 else own.out
-        comparisons.append((replace(experiment, model=model), folder))
+        comparisons.append(_Comparison(replace(experiment, model=model), folder))
     return comparisons
 
 
-def _with_model(experiment: "Experiment", model_name: str) -> "Experiment":
-    """The experiment's deployments and workload on another model."""
-    from expertlane.cli.model import find_model
-
-    found = find_model(model_name)
-    try:
-        return replace(
-            experiment,
-            name=slug(experiment.name, found.config.name),
-            model=found.config,
-            checkpoint=os.path.abspath(found.folder) if found.folder else None,
-        )
-    except SpecError as error:
-        raise SpecError(f"--model {model_name}: {error}") from None
-
-
-def _dtype_of(comparisons: "list[tuple[Experiment, Path]]", dtype: Dtype | None) -> str | None:
+def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
     """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
     from expertlane.engine.llm import own_dtype
 
-    if dtype is not None:
-        return dtype
-    first = comparisons[0][0]  # they differ in experts per token alone
-    return own_dtype(first.model if first.checkpoint else None)
+    first = comparisons[0].experiment  # they differ in experts per token alone
+    return dtype or own_dtype(first.model if first.checkpoint else None)

@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expertlane.cli import answers
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import EngineOptions, ModelArgument, parse_list, takes_groups
+from expertlane.cli.output import (
+    check_file,
+    is_first_process,
+    output_json,
+    output_text,
+    outputs_summary,
+    print_json,
+    print_message,
+    print_text,
+    stream_output,
+)
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import PROMPTS_BYTES, read_stream
 
@@ -137,8 +147,6 @@ def generate(
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
-    from expertlane.cli.output import check_file, print_message
-
     if sampling.logprobs is not None and not own.as_json:
         raise UserError("--logprobs needs --json, which prints them")
     if own.system is not None and not own.chat:
@@ -161,7 +169,7 @@ def generate(
             outputs = _continue(llm, given, params, own.as_json)
 
     if outputs:
-        print_message(answers.summary(outputs, params.max_tokens))
+        print_message(outputs_summary(outputs, params.max_tokens))
     errors = [output.error for output in outputs if output.error is not None]
     if errors and not own.chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
@@ -192,8 +200,6 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
     Raises:
         UserError: there are none, or they cannot be read.
     """
-    from expertlane.cli.output import is_first_process
-
     prompts: list[Prompt] = [*texts]
     if file is not None:
         prompts += _lines(read_stream(file, PROMPTS_BYTES), str(file))
@@ -242,7 +248,6 @@ def _load(
 def _write_routing(llm: "LLM", name: str, path: Path) -> None:
     """Write the routing so far; nothing where no token was computed."""
     from expertlane.balance.trace import write_trace
-    from expertlane.cli.output import print_message
 
     trace = replace(llm.routing_trace(), model=name)
     if trace.num_tokens:
@@ -254,14 +259,12 @@ def _continue(
     llm: "LLM", prompts: "list[Prompt]", params: "SamplingParams", as_json: bool
 ) -> "list[RequestOutput]":
     """Run all prompts, and print what they give."""
-    from expertlane.cli.output import print_json
-
     outputs = [
         llm.engine.add(str(number), prompt, params, name=f"prompt {number}")
         for number, prompt in enumerate(prompts, 1)
     ]
     if len(outputs) == 1 and not as_json:
-        answers.stream(llm, outputs[0])
+        stream_output(llm, outputs[0])
         return outputs
     unfinished = deque(outputs)
     while unfinished:
@@ -269,9 +272,9 @@ def _continue(
         while unfinished and unfinished[0].finish_reason is not None:
             output = unfinished.popleft()
             if as_json:
-                print_json(answers.as_json(output))
+                print_json(output_json(output))
             else:
-                answers.write(answers.as_text(llm, output))
+                print_text(output_text(llm, output))
     return outputs
 
 
@@ -330,7 +333,7 @@ class Chat:
         )
         self._outputs.append(output)
         with deferred_interrupts() as is_interrupted:  # a step must be completed
-            answers.stream(llm, output, is_interrupted)
+            stream_output(llm, output, is_interrupted)
         if output.error is not None:
             raise ModelError(output.error)
         # A stopped answer stays as far as it came: the roles must alternate.

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertlane.cli.output import task_on_stderr
+
 if TYPE_CHECKING:
     from expertlane.cli.options import EngineOptions, ProjectionOptions
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.engine.llm import LLM
+    from expertlane.spec.deployment import Options
     from expertlane.spec.hf_config import Quantization
     from expertlane.spec.layout import Layout
     from expertlane.spec.model import ModelConfig
@@ -41,17 +44,16 @@ class FoundModel:
         chosen.check_model(self.config)
         return chosen
 
-    def check(self, layout: "Layout", engine: "EngineOptions") -> None:
+    def check(self, layout: "Layout", options: "Options", ranks_per_node: int) -> None:
         """Check what can be known before ranks are started.
 
         Raises:
             UserError: experts cannot be placed or reached so.
         """
-        from expertlane.engine.start import check_deployment
+        from expertlane.engine.launch import check_deployment
         from expertlane.spec.deployment import Deployment
 
-        deployment = Deployment(self.name, layout, engine.options)
-        check_deployment(self.config, deployment, engine.ranks_per_node)
+        check_deployment(self.config, Deployment(self.name, layout, options), ranks_per_node)
 
     def load(
         self, layout: "Layout", engine: "EngineOptions", *, record_routing: bool = False
@@ -62,7 +64,6 @@ class FoundModel:
             UserError: it cannot be laid out so, or does not fit.
             RankError: a rank died, hung or failed.
         """
-        from expertlane.cli.output import task_on_stderr
         from expertlane.engine.llm import LLM
 
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
@@ -113,7 +114,7 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
     Raises:
         UserError: there is none, or its configuration cannot be read.
     """
-    from expertlane.engine.hub import resolve_model
+    from expertlane.engine.checkpoint_folder import resolve_model
     from expertlane.spec.from_hf import read_model
     from expertlane.spec.hf_config import quantization_of, read_config
     from expertlane.spec.model import PRESETS

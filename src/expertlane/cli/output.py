@@ -1,27 +1,39 @@
-"""Output of commands: which process prints, how wide, progress, what can be written."""
+"""Output of commands: streams and progress, results and their files, outputs of a model."""
 
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from statistics import median
+from typing import TYPE_CHECKING, Any, TextIO
 
 from expertlane.errors import UserError
 from expertlane.progress import Progress, Silent
-from expertlane.spec.files import strict_json
+from expertlane.spec.files import strict_json, write_text
 from expertlane.spec.printable import printable, printable_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+    from expertlane.engine.engine import RequestOutput
+    from expertlane.engine.llm import LLM
+    from expertlane.report.document import Report
+    from expertlane.results.results import Results
+    from expertlane.spec.sampling import TokenLogprobs
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
 PIPED_WIDTH = 80
+JSON_HELP = "Print results.json instead of tables."
+FILES = "results.json, report.md and report.html"
 
 
 def is_first_process() -> bool:
@@ -29,8 +41,10 @@ def is_first_process() -> bool:
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def stdout_console() -> Console:
+def stdout_console() -> "Console":
     """The console for tables."""
+    from rich.console import Console
+
     if not sys.stdout.isatty():
         return Console(width=PIPED_WIDTH, markup=False, emoji=False)
     return Console(width=min(TERMINAL_WIDTH, Console().width), markup=False, emoji=False)
@@ -106,6 +120,10 @@ def progress_on_stderr() -> Iterator[Progress]:
     elif not sys.stderr.isatty():
         yield _Lines(sys.stderr)
     else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
         bars = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -145,7 +163,7 @@ class _Lines:
 
 
 class _Bars:
-    def __init__(self, bars: RichProgress) -> None:
+    def __init__(self, bars: "RichProgress") -> None:
         self._bars = bars
 
     def task(self, description: str, total: int) -> None:
@@ -157,3 +175,163 @@ class _Bars:
 
     def done(self) -> None:
         self._bars.update(self._task, completed=self._total)
+
+
+def slug(*names: object) -> str:
+    """Names with hyphens between, as a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(map(str, names)))
+
+
+def results_folder(out: Path | None, name: str) -> Path:
+    """Where results go: `out` if given, else `results/NAME`.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    folder = out or Path("results", name)
+    check_folder(folder)
+    return folder
+
+
+def publish(
+    results: "Results",
+    folder: Path,
+    *,
+    as_json: bool,
+    also: Callable[[], Sequence[Path]] = tuple,
+) -> None:
+    """Print results, write them and their reports, and say on stderr what was written.
+
+    Args:
+        also: writes files of the command's own, after the results.
+    """
+    from expertlane.report import terminal
+    from expertlane.report.sections import report_of
+    from expertlane.results.file import to_json, write
+
+    written = [write(results, folder)]  # first: what was found is kept whatever comes
+    report = report_of(results)
+    try:
+        if as_json:
+            print_json(to_json(results))
+        else:
+            terminal.show(report, stdout_console())
+    finally:  # also where standard output takes nothing
+        written += [*write_reports(report, folder), *also()]
+    print_message(f"written: {', '.join(map(str, written))}")
+
+
+def write_reports(report: "Report", folder: Path) -> tuple[Path, ...]:
+    """Write report.md and report.html; return their paths.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    from expertlane.report import html, markdown
+
+    texts = {"report.md": markdown.render(report), "report.html": html.render(report)}
+    for name in texts:
+        if (folder / name).is_dir():
+            raise UserError(f"cannot write {folder / name}: it is a folder")
+    return tuple(write_text(folder / name, text) for name, text in texts.items())
+
+
+def print_text(text: str) -> None:
+    """Print at once, without adding a line end.
+
+    On a terminal, control characters are escaped, all but line ends and tabs; a pipe or a file gets
+    the text as it is.
+    """
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def stream_output(
+    llm: "LLM", output: "RequestOutput", is_stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Step until a request is finished, and print its text as it comes.
+
+    Args:
+        is_stopped: whether to cancel it; asked after each step.
+    """
+    num_shown = 0
+    while output.finish_reason is None:
+        llm.engine.step()
+        if is_stopped():
+            llm.engine.cancel(output.request_id)
+        text = _text(llm, output)
+        print_text(text[num_shown:])
+        num_shown = len(text)
+    print_text("\n")
+
+
+def output_text(llm: "LLM", output: "RequestOutput") -> str:
+    """A prompt and what came of it, to be told apart from others."""
+    prompt = _ids(output.prompt_token_ids) if output.prompt is None else output.prompt
+    return f"> {prompt}\n{_text(llm, output)}\n\n"
+
+
+def output_json(output: "RequestOutput") -> str:
+    """A line: prompt, output, why it ended, and its times in seconds."""
+    shown: dict[str, Any] = {
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "error": output.error,
+        "ttft_s": output.ttft_s,
+        "tpot_s": output.tpot_s,
+        "e2e_s": output.token_times_s[-1] - output.arrival_s if output.token_times_s else None,
+        "num_preemptions": output.num_preemptions,
+    }
+    if output.logprobs:
+        shown["logprobs"] = [_logprobs(each) for each in output.logprobs]
+    return strict_json(shown) + "\n"
+
+
+def _logprobs(of_token: "TokenLogprobs") -> dict[str, Any]:
+    """As JSON has it; null for a token that the model rules out, at -inf."""
+    top = [(token_id, value if isfinite(value) else None) for token_id, value in of_token.top]
+    return asdict(of_token) | {"top": top}
+
+
+def outputs_summary(outputs: Sequence["RequestOutput"], max_tokens: int) -> str:
+    """A line: how many tokens, how fast, and the median time to the first one.
+
+    Another if outputs ended before `max_tokens` for lack of room.
+    """
+    from expertlane.report.numbers import counted, figures, milliseconds
+
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    busy_s, until_s = 0.0, float("-inf")
+    for output in outputs:  # in order of arrival: those of a chat have pauses between them
+        began_s = max(output.arrival_s, until_s)
+        until_s = max([until_s, *output.token_times_s])
+        busy_s += max(0.0, until_s - began_s)
+    firsts_s = [output.ttft_s for output in outputs if output.ttft_s is not None]
+    if not firsts_s:
+        return "no tokens"
+    name = "TTFT" if len(firsts_s) == 1 else "median TTFT"
+    line = (
+        f"{counted(num_tokens, 'token')} in {figures(busy_s)} s, "
+        f"{figures(num_tokens / busy_s)} tokens/s; {name} {milliseconds(median(firsts_s))} ms"
+    )
+    num_short = sum(
+        output.finish_reason == "length" and len(output.token_ids) < max_tokens
+        for output in outputs
+    )
+    if num_short:
+        line += (
+            f"\n{counted(num_short, 'output')} ended before {max_tokens} tokens: the model's "
+            "positions or the cache (--max-model-len, --num-blocks) had no room for more"
+        )
+    return line
+
+
+def _text(llm: "LLM", output: "RequestOutput") -> str:
+    return _ids(output.token_ids) if llm.tokenizer is None else output.text
+
+
+def _ids(token_ids: Sequence[int]) -> str:
+    return ",".join(map(str, token_ids))

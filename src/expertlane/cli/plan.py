@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from expertlane.cli import output
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
-from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import UserError
 from expertlane.spec.ranges import parse_sizes, shown, take_option
 
 if TYPE_CHECKING:
     from expertlane.cli.model import FoundModel
     from expertlane.plan.commands import ServeTarget
-    from expertlane.plan.request import Goals, Traffic
     from expertlane.spec.deployment import PayloadType
     from expertlane.spec.model import ModelConfig
+    from expertlane.spec.workload import Workload
 
 _EXPERIMENT = "experiment.toml"
 _DEFAULT_WORKLOAD = {"num_sequences": 256, "prompt_len": 1024, "output_len": 256}
@@ -46,10 +46,10 @@ class _Options:
     out: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help=f"Folder for {FILES}, and the winner as experiment.toml. Default: "
+        help=f"Folder for {output.FILES}, and the winner as experiment.toml. Default: "
         "results/plan-MODEL-CLUSTER.",
     )
-    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
 
     def __post_init__(self) -> None:
         take_option("--max-tpot-ms", self.max_tpot_ms)
@@ -80,45 +80,37 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
           for other programs
     """
     from expertlane.cli.model import find_model
-    from expertlane.cli.output import command_line, progress_on_stderr
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.request import PlanRequest, Setting
-    from expertlane.plan.results import Plan
-    from expertlane.plan.search import NUM_FINALISTS
+    from expertlane.plan.candidates import Goals, PlanRequest
+    from expertlane.plan.project import Setting
+    from expertlane.plan.results import make_plan
     from expertlane.spec.files import write_text
 
     found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
-    goals = _goals(own.max_tpot_ms, own.max_ttft_ms)
-    traffic = _traffic(own.workload, found.config)
+    seconds = [None if ms is None else ms / 1e3 for ms in (own.max_tpot_ms, own.max_ttft_ms)]
+    workload = _workload(own.workload, found.config)
     routing = choose_routing(
         found.config, projection.routing_trace, projection.skew, num_sampled_layers=2
     )
     types = found.number_types(projection, devices)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
-    name = slug("plan", found.config.name, devices)
-    folder = results_folder(own.out, name)
+    name = output.slug("plan", found.config.name, devices)
+    folder = output.results_folder(own.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
-    plan = Plan(PlanRequest(found.config, devices, traffic, goals, setting), routing, cautions)
-    with progress_on_stderr() as progress:
-        for task, total, part in (
-            ("one pool: every layout and option", plan.num_candidates, plan.screen),
-            ("the best of them in full", NUM_FINALISTS, plan.search),
-            ("prefill and decode apart", plan.num_pool_candidates, plan.search_pools),
-        ):
-            progress.task(task, total)
-            part(progress.advance)
-            progress.done()
+    request = PlanRequest(found.config, devices, workload, Goals(*seconds), setting)
+    with output.progress_on_stderr() as progress:
+        plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
-        command=command_line(),
+        command=output.command_line(),
         loaded=_served(found),
         experiment=str(folder / _EXPERIMENT),
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    publish(
+    output.publish(
         results, folder, as_json=own.as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)]
     )
 
@@ -134,21 +126,13 @@ def _served(found: "FoundModel") -> "ServeTarget":
     return ServeTarget(model, found.quantization)
 
 
-def _goals(max_tpot_ms: float | None, max_ttft_ms: float | None) -> "Goals":
-    from expertlane.plan.request import Goals
-
-    seconds = [None if value is None else value / 1e3 for value in (max_tpot_ms, max_ttft_ms)]
-    return Goals(*seconds)
-
-
-def _traffic(text: str, model: "ModelConfig") -> "Traffic":
+def _workload(text: str, model: "ModelConfig") -> "Workload":
     """Read `num_sequences=256,prompt_len=1024,output_len=256`; what is left out is the default."""
-    from expertlane.plan.request import Traffic
     from expertlane.spec.workload import Workload
 
     given = parse_sizes("--workload", "unknown key", text, tuple(_DEFAULT_WORKLOAD))
     if not given:
         raise UserError(f"--workload is {shown(text)}; an example: {DEFAULT_WORKLOAD}")
-    values = _DEFAULT_WORKLOAD | given
-    Workload(**values).check_model(model)
-    return Traffic(**values)
+    workload = Workload(**(_DEFAULT_WORKLOAD | given))
+    workload.check_model(model)
+    return workload

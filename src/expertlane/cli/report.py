@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from expertlane.cli.output import check_folder, print_json, write_reports
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 
@@ -37,16 +38,12 @@ def report(
       expertlane report results/paper-small
       expertlane report results/paper-small/results.json --out shared
     """
-    from expertlane.cli.output import check_folder, print_json
-    from expertlane.cli.publish import write_reports
     from expertlane.report.sections import report_of
-    from expertlane.results.file import FILE_NAME
     from expertlane.results.file import read as read_results
     from expertlane.spec.printable import printable
 
-    path = results / FILE_NAME if results.is_dir() else results
-    kept = read_results(path)
-    folder = out or path.parent
+    kept = read_results(results)
+    folder = out or (results if results.is_dir() else results.parent)
     check_folder(folder)
     try:
         written = [str(each) for each in write_reports(report_of(kept), folder)]
@@ -55,7 +52,7 @@ def report(
     except Exception as error:  # a file that is well-formed and yet makes no sense
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path} cannot be shown: its numbers do not fit together ({reason})"
+            f"{results} cannot be shown: its numbers do not fit together ({reason})"
         ) from error
     if as_json:
         print_json(strict_json({"written": written}) + "\n")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from expertlane.cli import output
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     DeploymentOptions,
@@ -19,16 +20,12 @@ from expertlane.cli.options import (
     rate_option,
     takes_groups,
 )
-from expertlane.cli.publish import FILES, JSON_HELP, publish, results_folder, slug
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.ranges import take_option
 
 if TYPE_CHECKING:
-    from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import Load
 
 _DEFAULT_BATCH = "64"
@@ -56,9 +53,11 @@ class _Options:
         help="Also write what every rank does when, in one prefill and one decode step; open it "
         "in ui.perfetto.dev or chrome://tracing.",
     )
-    as_json: bool = typer.Option(False, "--json", help=JSON_HELP)
+    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
     out: Path | None = typer.Option(
-        None, metavar="DIR", help=f"Folder for {FILES}. Default: results/simulate-MODEL-CLUSTER."
+        None,
+        metavar="DIR",
+        help=f"Folder for {output.FILES}. Default: results/simulate-MODEL-CLUSTER.",
     )
 
     def __post_init__(self) -> None:
@@ -113,14 +112,12 @@ def simulate(
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
 
-    from expertlane.cli.output import command_line
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.setup import ServingSetup
-    from expertlane.simulate.simulator import Simulator
+    from expertlane.simulate.simulator import ServingSetup, Simulator, check_devices
     from expertlane.spec.workload import check_lengths
 
     config, trace, seed = found_model.config, own.trace, load_options.seed
@@ -139,8 +136,12 @@ def simulate(
         **vars(scheduler),
     )
     check_lengths(load, config.max_position_embeddings)
-    _check(config, modelled, setup, trace)
-    folder = results_folder(own.out, slug("simulate", config.name, own.cluster))
+    check_devices(modelled, setup)
+    for layout in setup.pools.values():
+        found_model.check(layout, setup.options, modelled.profile.ranks_per_node)
+    if trace is not None:
+        output.check_file("--trace", trace, "step.json")
+    folder = output.results_folder(own.out, output.slug("simulate", config.name, own.cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
     results = simulation(
@@ -148,14 +149,14 @@ def simulate(
         outcome,
         routing,
         seed,
-        command=command_line(),
+        command=output.command_line(),
         caution=found_model.priced_wider(setup.types),
     )
 
     def write_steps() -> list[Path]:
         return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
 
-    publish(results, folder, as_json=own.as_json, also=write_steps)
+    output.publish(results, folder, as_json=own.as_json, also=write_steps)
 
 
 def _one_load(options: _Load) -> "Load":
@@ -181,36 +182,10 @@ def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
         raise SpecError(f"--mtp: {error}") from None
 
 
-def _check(
-    config: "ModelConfig",
-    cluster: "ModelledCluster",
-    setup: "ServingSetup",
-    trace: Path | None,
-) -> None:
-    """What can be known before anything is simulated.
-
-    Raises:
-        UserError: it could not be run to its end.
-    """
-    from expertlane.cli.output import check_file
-    from expertlane.engine.start import check_deployment
-    from expertlane.simulate.setup import check_devices
-    from expertlane.spec.deployment import Deployment
-
-    check_devices(cluster, setup)
-    for layout in setup.layouts:
-        check_deployment(
-            config, Deployment(config.name, layout, setup.options), cluster.profile.ranks_per_node
-        )
-    if trace is not None:
-        check_file("--trace", trace, "step.json")
-
-
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
-    from expertlane.cli.output import task_on_stderr
 
     num_runs = simulator.num_runs
     times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
     description = f"simulating {load.num_requests:,} requests{times}"
-    with task_on_stderr(description, num_runs * load.num_requests) as advance:
+    with output.task_on_stderr(description, num_runs * load.num_requests) as advance:
         return simulator.run(seed, advance)

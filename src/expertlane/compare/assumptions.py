@@ -10,7 +10,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.memory import FREE_SHARE, workload_limits
 from expertlane.plan.project import StepSize
 from expertlane.results.results import Assumption, Machine
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import read_config

@@ -3,27 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.errors import UserError
-from expertlane.plan.request import Goals, PlanRequest, Setting, Traffic
+from expertlane.plan.candidates import PlanRequest
 from expertlane.plan.results import finalist_record, pareto_records
 from expertlane.plan.search import OnePool, Search
 from expertlane.progress import Progress
 from expertlane.results.record import BEST, FASTEST, Conditions, DeploymentRecord
 from expertlane.results.results import PlanSummary
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.workload import Workload
 
 _NUM_PARETO = 24
 _NUM_IN_FULL = 4  # finalists whose decode steps are projected at every context
 
 
 def plan_beside(
-    model: ModelConfig,
-    cluster: ModelledCluster,
-    workload: Workload,
-    setting: Setting,
+    request: PlanRequest,
     conditions: Conditions,
     context: int,
     own: Sequence[DeploymentRecord],
@@ -33,6 +27,7 @@ def plan_beside(
     """The fastest decode step at a context, and the most output of the whole workload.
 
     Args:
+        request: for the whole workload.
         own: the experiment's deployments under the same conditions.
         row_of: projects a deployment in full.
 
@@ -40,13 +35,12 @@ def plan_beside(
         What was looked at; and `own`, with the role of the fastest or how the whole workload is
         served, followed by what the planner adds.
     """
-    num_seqs = workload.num_sequences
+    num_seqs = request.workload.num_sequences
     # Prompts of one token and outputs around the context: next to nothing but decode steps.
-    around = Traffic(num_seqs, 1, 2 * context - 1)
-    decoding = _found(Search(PlanRequest(model, cluster, around, Goals(), setting)))
+    around = replace(request.workload, prompt_len=1, output_len=2 * context - 1)
+    decoding = _found(Search(replace(request, workload=around)))
     progress.advance()
-    whole = Traffic(num_seqs, workload.prompt_len, workload.output_len)
-    search = Search(PlanRequest(model, cluster, whole, Goals(), setting))
+    search = Search(request)
     found = _found(search)
     progress.advance()
     rows = list(own)
@@ -64,7 +58,7 @@ def plan_beside(
     if decoding is not None:
         rows += pareto_records(decoding.options, _NUM_PARETO, conditions)
     summary = PlanSummary(
-        top_k=model.num_experts_per_tok,
+        top_k=request.model.num_experts_per_tok,
         num_candidates=found.num_candidates if found else 0,
         num_too_large=found.num_too_large if found else 0,
     )

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Sequence
 
+from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import MeasureRates, RankMachine
+from expertlane.engine.launch import check_deployment, describe_ranks, fit_to_machine
 from expertlane.engine.pool import RankPool
-from expertlane.engine.start import check_deployment, describe_ranks, fit_to_machine
-from expertlane.errors import CapacityError, UserError
+from expertlane.errors import CapacityError, naming
 from expertlane.memory import workload_limits
 from expertlane.ops import host
 from expertlane.results.results import Machine, MachinePeak
-from expertlane.schedule.limits import Limits
-from expertlane.spec.deployment import Deployment
+from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
@@ -46,42 +46,58 @@ def machine_record(
     )
 
 
+def check_experiment(experiment: Experiment, ranks_per_node: int = 0) -> list[Placements]:
+    """Check all deployments of an experiment; gives where experts begin in each.
+
+    Args:
+        ranks_per_node: if the experiment does not say; 0 where only the launcher will know.
+
+    Raises:
+        UserError: of the first one that cannot be; the text begins with its name.
+    """
+    placements = []
+    for each in experiment.deployments + experiment.scaling:
+        with naming(f"deployment {each.name!r}"):
+            known = experiment.cluster.ranks_per_node or ranks_per_node
+            placements.append(check_deployment(experiment.model, each, known))
+    return placements
+
+
 def check_memory(experiment: Experiment, pool: RankPool) -> None:
     """Compare what every deployment needs with what is free, before anything is allocated.
 
     Raises:
         CapacityError: the first deployment that does not fit, with both numbers.
     """
-    seen = describe_ranks(pool)
-    for deployment in experiment.deployments + experiment.scaling:
-        deployment_limits(experiment, deployment, seen)
+    experiment_limits(experiment, describe_ranks(pool))
 
 
-def deployment_limits(
-    experiment: Experiment, deployment: Deployment, seen: Sequence[RankMachine]
-) -> Limits:
-    """The scheduler's sizes; the cache holds the whole workload, or else what memory there is.
+def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> dict[str, Limits]:
+    """The scheduler's sizes of each deployment, by its name.
+
+    A cache holds the whole workload, or else what memory there is.
 
     Args:
         seen: [num_ranks].
 
     Raises:
-        UserError: its experts cannot be placed or reached so.
+        UserError: experts of a deployment cannot be placed or reached so.
         CapacityError: not even one sequence fits, with both numbers.
     """
-    model, layout = experiment.model, deployment.layout
-    limits = workload_limits(experiment.workload, model, layout)
-    ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
-    try:
-        placements = check_deployment(model, deployment, ranks_per_node)
-    except UserError as error:
-        raise UserError(f"deployment {deployment.name!r}: {error}") from None
-    try:
-        return fit_to_machine(model, layout, limits, seen, placements=placements)
-    except CapacityError as error:
-        raise CapacityError(
-            f"deployment {deployment.name!r}: {error}; use a smaller model or shorter sequences"
-        ) from None
+    model, limits = experiment.model, {}
+    all_placements = check_experiment(experiment, seen[0].ranks_per_node)
+    deployments = experiment.deployments + experiment.scaling
+    for each, placements in zip(deployments, all_placements, strict=True):
+        wanted = workload_limits(experiment.workload, model, each.layout)
+        try:
+            limits[each.name] = fit_to_machine(
+                model, each.layout, wanted, seen, placements=placements
+            )
+        except CapacityError as error:
+            raise CapacityError(
+                f"deployment {each.name!r}: {error}; use a smaller model or shorter sequences"
+            ) from None
+    return limits
 
 
 def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
@@ -128,10 +144,8 @@ def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:
         ranks_per_node=experiment.num_ranks,
         num_idle_gpus=0,
     )
-    seen = [rank] * experiment.num_ranks
     try:
-        for deployment in experiment.deployments + experiment.scaling:
-            deployment_limits(experiment, deployment, seen)
+        experiment_limits(experiment, [rank] * experiment.num_ranks)
     except CapacityError as error:
         return str(error)
     return None

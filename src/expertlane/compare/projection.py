@@ -1,6 +1,6 @@
 """An experiment's deployments on a modelled cluster: what `compare --project` adds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
@@ -12,15 +12,15 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError
-from expertlane.memory import FREE_SHARE, STEP_TOKENS, Capacity, capacity, prefill_step_tokens
-from expertlane.plan.candidates import MOST_DEVICES
+from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
+from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
 from expertlane.plan.project import (
     DeploymentProjector,
+    Setting,
     StepSize,
     cluster_record,
     conditions_of,
 )
-from expertlane.plan.request import Setting
 from expertlane.progress import Progress
 from expertlane.results.record import (
     EXPERIMENT,
@@ -28,13 +28,11 @@ from expertlane.results.record import (
     Conditions,
     DeploymentRecord,
     PoolRecord,
-    StepsRecord,
 )
 from expertlane.results.results import PlanSummary, Results
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
@@ -54,26 +52,29 @@ class ExperimentProjector:
     Args:
         number_type: of weights, hidden states, keys and values.
         skew: of the power law for routing that is skewed.
+
+    Raises:
+        CapacityError: the cluster has too few devices, with both numbers.
     """
 
     def __init__(
         self, experiment: Experiment, cluster: ModelledCluster, number_type: str, skew: float
     ) -> None:
         self._experiment = experiment
+        self._model = experiment.model
         self._cluster = cluster
         self._types = NumberTypes.all_of(number_type)
         self._skew = skew
         self._sources: dict[str, RoutingSource] = {}
+        is_cpu = OVERHEAD_S in cluster.profile.terms
+        gpu = [Execution.GRAPH, Execution.EAGER]
+        self._executions = [Execution.SERIAL] if is_cpu else gpu
+        self._usual = self._conditions(self._executions[0], "balanced")  # those spoken of
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
-        self.check()
+        self._check()
 
-    def check(self) -> None:
-        """Compare the cluster with what the experiment asks for.
-
-        Raises:
-            CapacityError: it has too few devices, with both numbers.
-        """
+    def _check(self) -> None:
         for deployment in self._experiment.deployments:
             needed = deployment.layout.world_size
             if needed > self._cluster.num_devices:
@@ -92,9 +93,9 @@ class ExperimentProjector:
         experiment, cluster = self._experiment, self._cluster
         rows = self._rows(progress)
         context = self._context(rows)
-        rows = self._seen_closer(rows, context, progress)
+        self._look_closer(rows, context, progress)
         scaling = self._scaling(context, progress)
-        rows, plans = self._planned(rows, context, progress)
+        plans = self._plan(rows, context, progress)
         return Results.now(
             "comparison",
             command,
@@ -109,12 +110,6 @@ class ExperimentProjector:
         )
 
     @property
-    def _executions(self) -> tuple[Execution, ...]:
-        if OVERHEAD_S in self._cluster.profile.terms:
-            return (Execution.SERIAL,)
-        return (Execution.GRAPH, Execution.EAGER)
-
-    @property
     def _prefill_size(self) -> StepSize:
         """As many tokens as a comparison's steps have, of prompts half way."""
         workload = self._experiment.workload
@@ -124,24 +119,25 @@ class ExperimentProjector:
         return StepSize(num_seqs, num_new, cached, phase=Phase.PREFILL)
 
     def _conditions(self, execution: Execution, routing: str) -> Conditions:
-        top_k = self._experiment.model.num_experts_per_tok
-        return conditions_of(top_k, execution, routing, self._types)
-
-    @property
-    def _usual(self) -> Conditions:
-        """Those that are spoken of."""
-        return self._conditions(self._executions[0], "balanced")
+        return conditions_of(self._model.num_experts_per_tok, execution, routing, self._types)
 
     def _setting(self, conditions: Conditions) -> Setting:
         routing = conditions.routing
         if routing not in self._sources:
             skew = 0.0 if routing == "balanced" else self._skew
-            self._sources[routing] = PowerLawRouting.of(self._experiment.model, skew)
-        source = self._sources[routing]
+            self._sources[routing] = PowerLawRouting.of(self._model, skew)
         execution = Execution(conditions.execution)
-        return Setting(self._types, execution, source, step_tokens=STEP_TOKENS)
+        return Setting(self._types, execution, self._sources[routing], step_tokens=STEP_TOKENS)
+
+    def _steps(
+        self, deployment: Deployment, at: Conditions, cluster: ModelledCluster | None = None
+    ) -> DeploymentProjector:
+        return DeploymentProjector(
+            self._model, deployment, cluster or self._cluster, self._setting(at)
+        )
 
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
+        """Every deployment under all conditions, the usual ones first."""
         deployments = self._experiment.deployments
         all_conditions = [
             self._conditions(*each) for each in product(self._executions, ("balanced", "skewed"))
@@ -150,54 +146,59 @@ class ExperimentProjector:
         rows: list[DeploymentRecord] = []
         for conditions in all_conditions:
             for deployment in deployments:
-                row = self._row(deployment, conditions, rows)
-                rows.append(replace(row, roles=(EXPERIMENT,)))
+                if conditions.routing == "skewed" and deployment.layout.ep == 1:
+                    # Every rank has a part of every expert: as under balanced routing, before.
+                    row = replace(rows[-len(deployments)], conditions=conditions)
+                else:
+                    row = replace(self._row(deployment, conditions), roles=(EXPERIMENT,))
+                rows.append(row)
                 progress.advance()
         progress.done()
         return rows
 
-    def _seen_closer(
-        self, rows: list[DeploymentRecord], context: int, progress: Progress
-    ) -> list[DeploymentRecord]:
-        """With steps of other batch sizes and timelines, under the usual conditions."""
-        usual = self._usual
+    def _look_closer(self, rows: list[DeploymentRecord], context: int, progress: Progress) -> None:
+        """Add steps of other batch sizes and timelines, under the usual conditions."""
         deployments = self._experiment.deployments
         progress.task("batch sizes and timelines", len(deployments))
-        closer = list(rows)
         for place, deployment in enumerate(deployments):
-            model = self._experiment.model
-            steps = DeploymentProjector(model, deployment, self._cluster, self._setting(usual))
-            assert rows[place].name == deployment.name, "usual conditions come first"
-            resident = self._resident(model, deployment, context)
-            num_all = self._experiment.workload.num_sequences
-            batches = [*_batches(num_all), num_all]
-            sizes = [StepSize(num, 1, context, fits=resident >= num) for num in batches]
-            of_all = rows[place].decode_of(context, num_all)
+            steps, row = self._steps(deployment, self._usual), rows[place]
+            assert row.name == deployment.name, "usual conditions come first"
+            *fewer, all_seqs = self._decode_sizes(deployment, context)
+            of_all = row.decode_of(context, all_seqs.num_seqs)
             seen = []
-            for step in rows[place].steps:
-                size = self._prefill_size if step.phase is Phase.PREFILL else sizes[-1]
+            for step in row.steps:
+                size = self._prefill_size if step.phase is Phase.PREFILL else all_seqs
                 if step.phase is Phase.PREFILL or step is of_all:
                     step = replace(step, timeline=steps.timeline(size))
                 seen.append(step)
-            fewer = map(steps.step, sizes[:-1])
-            closer[place] = replace(rows[place], steps=(*seen, *fewer))
+            rows[place] = replace(row, steps=(*seen, *map(steps.step, fewer)))
             progress.advance()
         progress.done()
-        return closer
 
-    def _row(
-        self, deployment: Deployment, at: Conditions, before: list[DeploymentRecord]
-    ) -> DeploymentRecord:
-        if deployment.layout.ep == 1:  # every rank has a part of every expert: routing is no matter
-            for row in before:
-                alike = row.conditions and replace(row.conditions, routing=at.routing)
-                if (row.name, alike) == (deployment.name, at):
-                    return replace(row, conditions=at)
-        model = self._experiment.model
-        room = self._room(model, deployment.layout, deployment.options)
-        steps = DeploymentProjector(model, deployment, self._cluster, self._setting(at))
-        layout = deployment.layout
-        prefill = (steps.step(self._prefill_size),) if room.max_seqs else ()
+    def _decode_sizes(self, deployment: Deployment, context: int) -> list[StepSize]:
+        """Of 1, 4, 16 … sequences, then of all."""
+        num_all = self._experiment.workload.num_sequences
+        batches = [1]
+        while batches[-1] * _BATCH_FACTOR < num_all:
+            batches.append(batches[-1] * _BATCH_FACTOR)
+        return self._sizes(deployment, context, [*batches, num_all] if num_all > 1 else batches)
+
+    def _sizes(
+        self, deployment: Deployment, context: int, nums_seqs: Iterable[int]
+    ) -> list[StepSize]:
+        resident = self._resident(deployment, context)
+        return [StepSize(num, 1, context, fits=resident >= num) for num in nums_seqs]
+
+    def _row(self, deployment: Deployment, at: Conditions) -> DeploymentRecord:
+        layout, num_seqs = deployment.layout, self._experiment.workload.num_sequences
+        room = self._room(deployment)
+        projector = self._steps(deployment, at)
+        sizes = [self._prefill_size] if room.max_seqs else []
+        for context in self._contexts:
+            resident = self._resident(deployment, context)
+            sizes.append(StepSize(num_seqs, 1, context, fits=resident >= num_seqs))
+            if 0 < resident < num_seqs:
+                sizes.append(StepSize(resident, 1, context))
         return DeploymentRecord(
             name=deployment.name,
             layout=layout,
@@ -205,42 +206,17 @@ class ExperimentProjector:
             source="projected",
             is_baseline=deployment.is_baseline,
             conditions=at,
-            pools=(
-                PoolRecord(
-                    weight_bytes=room.memory.weight_bytes,
-                    activation_bytes=room.memory.activation_bytes,
-                    sequence_bytes=room.memory.kv_bytes,
-                    allowed_bytes=int(room.free_bytes),
-                    num_resident=room.max_seqs * layout.dp * layout.replicas,
-                ),
-            ),
-            steps=(*prefill, *self._decode(steps, model, deployment)),
+            pools=(replace(room.record(), num_resident=room.num_resident),),
+            steps=tuple(map(projector.step, sizes)),
         )
 
-    def _decode(
-        self, steps: DeploymentProjector, model: ModelConfig, deployment: Deployment
-    ) -> Iterator[StepsRecord]:
-        num_seqs = self._experiment.workload.num_sequences
-        for context in self._contexts:
-            resident = self._resident(model, deployment, context)
-            yield steps.step(StepSize(num_seqs, 1, context, fits=resident >= num_seqs))
-            if 0 < resident < num_seqs:
-                yield steps.step(StepSize(resident, 1, context))
+    def _resident(self, deployment: Deployment, context: int) -> int:
+        return self._room(deployment, context + 1).num_resident
 
-    def _resident(self, model: ModelConfig, deployment: Deployment, context: int) -> int:
-        layout = deployment.layout
-        room = self._room(model, layout, deployment.options, context + 1)
-        return room.max_seqs * layout.dp * layout.replicas
-
-    def _room(
-        self, model: ModelConfig, layout: Layout, options: Options, full_len: int | None = None
-    ) -> Capacity:
-        workload = self._experiment.workload
-        return capacity(
-            model,
-            layout,
-            placements_of(model, layout, options),
-            self._types,
+    def _room(self, deployment: Deployment, full_len: int | None = None) -> Capacity:
+        model, layout, workload = self._model, deployment.layout, self._experiment.workload
+        placements = placements_of(model, layout, deployment.options)
+        return PlacedModel(model, layout, self._types, placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
             prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),
@@ -267,68 +243,48 @@ class ExperimentProjector:
         return found
 
     def _scaled(self, deployment: Deployment, context: int) -> DeploymentRecord:
-        model, layout = self._experiment.model, deployment.layout
+        layout, options = deployment.layout, deployment.options
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
-        usual = self._usual
-        steps = DeploymentProjector(model, deployment, cluster, self._setting(usual))
+        projector = self._steps(deployment, self._usual, cluster)
         num_all = self._experiment.workload.num_sequences
         share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
-        resident = self._resident(model, deployment, context)
-        room = self._room(model, layout, deployment.options, context + 1)
-        placed = next(filter(None, placements_of(model, layout, deployment.options)), None)
-        sizes = dict.fromkeys((num_all, share))  # once where they are alike
+        room = self._room(deployment, context + 1)
+        placed = next(filter(None, placements_of(self._model, layout, options)), None)
+        sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike
         return DeploymentRecord(
             name=deployment.name,
             layout=layout,
-            options=deployment.options,
+            options=options,
             source="projected",
             roles=(SCALING,),
-            conditions=usual,
+            conditions=self._usual,
             pools=(
                 PoolRecord(
                     weight_bytes=room.memory.weight_bytes,
-                    allowed_bytes=int(FREE_SHARE * cluster.profile.device.memory_bytes),
+                    allowed_bytes=int(room.free_bytes),
                     num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
                 ),
             ),
-            steps=tuple(
-                steps.step(StepSize(num, 1, context, fits=resident >= num)) for num in sizes
-            ),
+            steps=tuple(map(projector.step, sizes)),
         )
 
-    def _planned(
-        self, rows: Sequence[DeploymentRecord], context: int, progress: Progress
-    ) -> tuple[list[DeploymentRecord], tuple[PlanSummary, ...]]:
-        """The rows with what a planner finds under the usual conditions, which come first."""
+    def _plan(
+        self, rows: list[DeploymentRecord], context: int, progress: Progress
+    ) -> tuple[PlanSummary, ...]:
+        """Put what a planner finds under the usual conditions, which come first, among the rows."""
         if self._cluster.num_devices > MOST_DEVICES:
-            return list(rows), ()
-        usual, num_own = self._usual, len(self._experiment.deployments)
-
-        def row_of(deployment: Deployment) -> DeploymentRecord:
-            return self._row(deployment, usual, [])
-
+            return ()
+        usual, workload = self._usual, self._experiment.workload
+        num_own = len(self._experiment.deployments)
+        request = PlanRequest(self._model, self._cluster, workload, Goals(), self._setting(usual))
         progress.task("looking for better layouts", 2)
         summary, found = plan_beside(
-            self._experiment.model,
-            self._cluster,
-            self._experiment.workload,
-            self._setting(usual),
-            usual,
-            context,
-            rows[:num_own],
-            row_of,
-            progress,
+            request, usual, context, rows[:num_own], lambda each: self._row(each, usual), progress
         )
         progress.done()
-        return [*found[:num_own], *rows[num_own:], *found[num_own:]], (summary,)
-
-
-def _batches(num_all: int) -> list[int]:
-    """Fewer sequences than all: 1, 4, 16 …"""
-    batches = [1]
-    while batches[-1] * _BATCH_FACTOR < num_all:
-        batches.append(batches[-1] * _BATCH_FACTOR)
-    return [each for each in batches if each < num_all]
+        rows[:num_own] = found[:num_own]
+        rows += found[num_own:]
+        return (summary,)
 
 
 def _scaling_family(experiment: Experiment) -> list[Deployment]:

@@ -1,9 +1,9 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.machine import deployment_limits, machine_record, measure_peak
-from expertlane.engine.commands import HeldBytes, RankMachine
+from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
+from expertlane.engine.commands import HeldBytes
+from expertlane.engine.launch import describe_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalance, RebalancingRunner, StepLoad, runner_for
-from expertlane.engine.start import describe_ranks
+from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
@@ -35,8 +35,8 @@ from expertlane.results.results import MachinePeak, Results
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import find_bottleneck
 from expertlane.results.timeline import StepTimeline, timelines_of
-from expertlane.schedule.drive import FinishedStep, drive, step_records
-from expertlane.schedule.request import Request
+from expertlane.schedule.drive import drive, step_records
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
@@ -73,30 +73,39 @@ def run_comparison(
     peak = measure_peak(pool, seen)
     progress.advance()
     progress.done()
-    runs = _Runs(experiment, pool, seen, peak, ranks_per_node, progress)
+    limits = experiment_limits(experiment, seen)
+    foreign = ForeignLoad()
+    deployed = [
+        _Deployed(each, experiment, limits[each.name], pool, ranks_per_node, progress)
+        for each in experiment.deployments
+    ]
     # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
-    for run, order in enumerate((experiment.deployments, experiment.deployments[::-1])):
-        for deployment in order:
-            runner = runs.measure(deployment, run)
-            if run == 0:
-                traced = runs.trace(deployment, runner)
-                if on_trace is not None:
-                    on_trace(deployment.name, traced)
-    for deployment in experiment.scaling:
-        runs.measure(deployment, 0)
+    for each in deployed:
+        each.measure()
+        traced = each.trace()
+        if on_trace is not None:
+            on_trace(each.deployment.name, traced)
+    for each in reversed(deployed):
+        each.measure(run=1)
+    scaled = [
+        _Deployed(each, experiment, limits[each.name], pool, ranks_per_node, progress)
+        for each in experiment.scaling
+    ]
+    for each in scaled:
+        each.measure()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     return Results.now(
         "comparison",
         command,
         {"experiment": experiment},
         [
-            *(runs.record(each, EXPERIMENT) for each in experiment.deployments),
-            *(runs.record(each, SCALING) for each in experiment.scaling),
+            *(each.record(EXPERIMENT, peak) for each in deployed),
+            *(each.record(SCALING, peak) for each in scaled),
         ],
         torch_version=seen[0].torch_version,
         machine=machine,
-        assumptions=measured_assumptions(experiment, machine, runs.limits),
-        foreign_cpu_share=runs.foreign_cpu_share,
+        assumptions=measured_assumptions(experiment, machine, limits),
+        foreign_cpu_share=foreign.share(),
     )
 
 
@@ -170,192 +179,143 @@ def _typical(
     return min(full, key=lambda row: abs(seconds(row) - usual_s))
 
 
-def _drive(
-    deployment: Deployment,
-    scheduler: ContinuousScheduler,
-    runner: ModelRunner | RebalancingRunner,
-) -> Iterator[FinishedStep]:
-    try:
-        yield from drive(scheduler, runner)
-    except ModelError as error:
-        raise ModelError(f"deployment {deployment.name!r}: {error}") from None
-
-
-class _Runs:
-    """What was measured of every deployment, repetition by repetition.
-
-    Attributes:
-        limits: of each deployment's scheduler, by its name.
-        foreign_cpu_share: of this host's cores, what other processes used meanwhile.
-    """
+class _Deployed:
+    """A deployment on the ranks, and what was measured of it, repetition by repetition."""
 
     def __init__(
         self,
+        deployment: Deployment,
         experiment: Experiment,
+        limits: Limits,
         pool: RankPool,
-        seen: Sequence[RankMachine],
-        peak: MachinePeak,
         ranks_per_node: int,
         progress: Progress,
     ) -> None:
+        self.deployment = deployment
         self._experiment = experiment
+        self._limits = limits
         self._pool = pool
-        self.limits = {
-            each.name: deployment_limits(experiment, each, seen)
-            for each in experiment.deployments + experiment.scaling
-        }
-        self._peak = peak
         self._ranks_per_node = ranks_per_node
         self._progress = progress
-        self._prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
-        self._prefill: dict[str, list[StepRecord]] = defaultdict(list)
-        self._decode: dict[str, list[StepRecord]] = defaultdict(list)
-        self._tokens: dict[str, npt.NDArray[np.int64]] = {}
-        self._held: dict[str, list[HeldBytes]] = {}
-        self._dispatch: dict[str, DispatchTable | None] = {}
-        self._rebalances: dict[str, tuple[RebalanceRecord, ...]] = {}
-        self._timelines: dict[str, dict[Phase, StepTimeline]] = {}
-        self._foreign = ForeignLoad()
+        self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        self._timelines: dict[Phase, StepTimeline] = {}
+        self._dispatch: DispatchTable | None = None
 
-    @property
-    def foreign_cpu_share(self) -> float:
-        """Of this host's cores, since the first run."""
-        return self._foreign.share()
-
-    def measure(self, deployment: Deployment, run: int) -> ModelRunner | RebalancingRunner:
-        """Deploy, warm up, and run the workload once; gives what ran it."""
-        experiment, name = self._experiment, deployment.name
-        workload, progress, limits = experiment.workload, self._progress, self.limits[name]
+    def measure(self, run: int = 0) -> None:
+        """Deploy, warm up, and run the workload once."""
+        experiment, name, progress = self._experiment, self.deployment.name, self._progress
+        workload = experiment.workload
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{name}, again" if run else name, 1 + num_tokens)
-        runner = runner_for(
+        self._runner = ModelRunner(
             self._pool,
             experiment.model,
-            deployment,
-            limits,
+            self.deployment,
+            self._limits,
             seed=experiment.seed,
             ranks_per_node=self._ranks_per_node,
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
-            log=lambda line: None,  # results tell of it
         )
-        self._held[name] = runner.held
-        self._dispatch.setdefault(name, runner.dispatch_table)
-        self._warm_up(deployment, runner)
+        if run == 0:
+            self._dispatch = self._runner.dispatch_table
+        prompt_len = min(_WARM_UP_LEN, workload.prompt_len)
+        output_len = min(2, workload.output_len)  # a prefill and a decode step
+        self._run(replace(workload, prompt_len=prompt_len, output_len=output_len), record=False)
         progress.advance()
-        scheduler, requests = self._schedule(deployment, workload)
-        for record in step_records(_drive(deployment, scheduler, runner), run):
-            steps = self._prefill if record.phase is Phase.PREFILL else self._decode
-            steps[name].append(record)
-            progress.advance(len(record.seq_ids))
+        self._tokens = self._run(workload, self._keep, run=run)
         progress.done()
-        if isinstance(runner, RebalancingRunner):
-            self._rebalances[name] = rebalance_records(runner)
-        self._tokens[name] = np.array([request.output_token_ids for request in requests])
-        return runner
 
-    def trace(
-        self, deployment: Deployment, runner: ModelRunner | RebalancingRunner
-    ) -> list[StepRecord]:
+    def _keep(self, step: StepRecord) -> None:
+        self._steps[step.phase].append(step)
+        self._progress.advance(len(step.seq_ids))
+
+    def trace(self) -> list[StepRecord]:
         """A prefill and a decode step of the workload with short outputs.
 
         Of those with most tokens the one that takes about as long as most did when measured; of
         micro-batches that rotate, as many steps of each as make a round.
         """
-        workload = self._experiment.workload
-        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
-        scheduler, _ = self._schedule(deployment, short, record_events=True)
-        options = deployment.options
+        workload, options = self._experiment.workload, self.deployment.options
         is_rotating = options.micro_batch_schedule == "rotating"
         num_kept = options.num_micro_batches if is_rotating else 1
-        steps = list(step_records(_drive(deployment, scheduler, runner)))
+        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
+        steps: list[StepRecord] = []
+        self._run(short, steps.append, record_events=True)
         kept: list[StepRecord] = []
-        for phase, measured in (
-            (Phase.PREFILL, self._prefill[deployment.name]),
-            (Phase.DECODE, self._decode[deployment.name]),
-        ):
+        for phase, measured in self._steps.items():
             of_phase = [step for step in steps if step.phase is phase]
             kept += _typical(of_phase, measured, num_kept)
-        self._timelines[deployment.name] = timelines_of(kept)
+        self._timelines = timelines_of(kept)
         return kept
 
-    def _schedule(
+    def _run(
         self,
-        deployment: Deployment,
         workload: Workload,
+        take: Callable[[StepRecord], None] = lambda step: None,
         *,
+        run: int = 0,
         record: bool = True,
         record_events: bool = False,
-    ) -> tuple[ContinuousScheduler, list[Request]]:
-        """A scheduler with the whole workload queued."""
-        limits = self.limits[deployment.name]
+    ) -> npt.NDArray[np.int64]:
+        """Generate the whole workload; gives its tokens, [num_sequences, output_len]."""
+        deployment, experiment = self.deployment, self._experiment
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,
-            limits,
+            self._limits,
             record=record,
             record_events=record_events,
         )
-        prompts = self._prompts[:, : workload.prompt_len]
+        prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
         requests = [
-            Request(str(number), prompt, max_tokens=workload.output_len)
+            Request(str(number), prompt[: workload.prompt_len], max_tokens=workload.output_len)
             for number, prompt in enumerate(prompts)
         ]
         for request in requests:
             scheduler.add(request)
-        return scheduler, requests
+        try:
+            for step in step_records(drive(scheduler, self._runner), run):
+                take(step)
+        except ModelError as error:
+            raise ModelError(f"deployment {deployment.name!r}: {error}") from None
+        return np.array([request.output_token_ids for request in requests])
 
-    def _warm_up(self, deployment: Deployment, runner: ModelRunner | RebalancingRunner) -> None:
-        """Short prompts and one decode step, unrecorded."""
-        workload = self._experiment.workload
-        short = replace(
-            workload,
-            prompt_len=min(_WARM_UP_LEN, workload.prompt_len),
-            output_len=min(2, workload.output_len),
-        )
-        scheduler, _ = self._schedule(deployment, short, record=False)
-        for _ in _drive(deployment, scheduler, runner):
-            pass
-
-    def record(self, deployment: Deployment, role: str) -> DeploymentRecord:
-        """All runs of a deployment together."""
-        name, layout = deployment.name, deployment.layout
-        timelines = self._timelines.get(name, {})
-        prefill, decode = self._prefill[name], self._decode[name]
+    def record(self, role: str, peak: MachinePeak) -> DeploymentRecord:
+        """All runs together."""
+        runner, steps = self._runner, self._steps
         phases = [
             replace(
-                phase_record(layout, steps, self._peak, self._ranks_per_node),
-                timeline=timelines.get(steps[0].phase),
+                phase_record(self.deployment.layout, of_phase, peak, self._ranks_per_node),
+                timeline=self._timelines.get(phase),
             )
-            for steps in (prefill, decode)
-            if steps
+            for phase, of_phase in steps.items()
+            if of_phase
         ]
         return measured_record(
-            deployment,
+            self.deployment,
             self._experiment.model,
             phases,
-            self._held[name],
-            self._tokens[name],
+            runner.held,
+            self._tokens,
             roles=(role,),
-            num_tokens_per_expert=num_tokens_per_expert(
-                [*self._prefill[name], *self._decode[name]]
-            ),
-            rebalances=self._rebalances.get(name, ()),
-            dispatch_table=self._dispatch[name],
+            num_tokens_per_expert=num_tokens_per_expert([*chain(*steps.values())]),
+            rebalances=rebalance_records(runner.rebalancer) if runner.rebalancer else (),
+            dispatch_table=self._dispatch,
         )
 
 
-def rebalance_records(runner: RebalancingRunner) -> tuple[RebalanceRecord, ...]:
+def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
     """All decisions of a run, with the loads seen before and after."""
-    return tuple(_rebalance(each, runner) for each in runner.decisions)
+    return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
 
 
-def _rebalance(taken: Rebalance, runner: RebalancingRunner) -> RebalanceRecord:
+def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
     num_steps = taken.decision.num_steps
-    own = [each for each in runner.loads if each.replica == taken.replica]
+    own = [each for each in rebalancer.loads if each.replica == taken.replica]
     before = [each for each in own if each.step < taken.step][-num_steps:]
     after: list[StepLoad] = []
     if taken.switched is not None:
-        later = [each for each in runner.decisions if each.replica == taken.replica]
+        later = [each for each in rebalancer.decisions if each.replica == taken.replica]
         ends = [each.switched for each in later if (each.switched or 0) > taken.switched]
         until = min((end for end in ends if end is not None), default=own[-1].step + 1)
         after = [each for each in own if taken.switched <= each.step < until][:num_steps]

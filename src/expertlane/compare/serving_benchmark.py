@@ -8,7 +8,7 @@ one that the loop could only add late, because a step was under way, does not lo
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.record import ServingRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
@@ -105,31 +106,30 @@ def serve(
 def measure(load: Load, served: Sequence[Served]) -> ServingRecord:
     """The numbers of a load that has been served, each request with one token or more."""
     outputs = [each.output for each in served]
-    started_s = min(each.due_s for each in served)
-    wall_s = Estimate(max(output.token_times_s[-1] for output in outputs) - started_s)
-    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    num_output_tokens = sum(len(output.token_ids) for output in outputs)
+    record = serving_record(
+        [
+            ServedRequest(
+                len(each.output.prompt_token_ids),
+                len(each.output.token_ids),
+                each.due_s,
+                each.output.token_times_s,
+            )
+            for each in served
+        ]
+    )
     prefill_tps = None
     if load.batch is not None and load.batch >= load.num_requests:
         prefilled_s = max(output.token_times_s[0] for output in outputs)
+        started_s = min(each.due_s for each in served)
+        num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         prefill_tps = Estimate(num_prompt_tokens / (prefilled_s - started_s))
-    return ServingRecord(
+    gaps_s = [gap for output in outputs for gap in np.diff(output.token_times_s).tolist()]
+    return replace(
+        record,
         batch=load.batch,
         rate=load.rate,
-        num_requests=len(outputs),
-        num_prompt_tokens=num_prompt_tokens,
-        num_output_tokens=num_output_tokens,
         num_preemptions=sum(output.num_preemptions for output in outputs),
-        wall_s=wall_s,
-        ttft_s=Summary.of([each.output.token_times_s[0] - each.due_s for each in served]),
-        tpot_s=Summary.of([output.tpot_s for output in outputs if output.tpot_s is not None]),
-        itl_s=Summary.of(
-            [gap for output in outputs for gap in np.diff(output.token_times_s).tolist()]
-        ),
-        e2e_s=Summary.of([each.output.token_times_s[-1] - each.due_s for each in served]),
-        output_tps=num_output_tokens / wall_s,
-        total_tps=(num_prompt_tokens + num_output_tokens) / wall_s,
-        requests_per_s=len(outputs) / wall_s,
+        itl_s=Summary.of(gaps_s),
         prefill_tps=prefill_tps,
     )
 

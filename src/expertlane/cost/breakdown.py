@@ -1,6 +1,6 @@
 """Where a projected step's time goes: by cause, by what its times rest on, and beside its floor."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile import Device
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.pricing import StageWork
+from expertlane.cost.pricing import StageWork, law_dtype
 from expertlane.cost.step.operation import Floats, Operation
 from expertlane.cost.step.program import StageProgram, StepProgram
 from expertlane.cost.step.totals import distinct_sections
@@ -64,16 +64,12 @@ class BreakdownTable:
 
     Args:
         device: its datasheet.
-        dtype: of FLOPs, for utilisation.
-        dtype_of: the type an operation computes in.
+        types: that operations compute in; utilisation is of the peak of the weights'.
     """
 
-    def __init__(
-        self, device: Device, dtype: str, dtype_of: Callable[[Operation], str] | None = None
-    ) -> None:
+    def __init__(self, device: Device, types: NumberTypes) -> None:
         self._device = device
-        self._dtype = dtype
-        self._dtype_of = dtype_of or (lambda operation: operation.dtype or dtype)
+        self._types = types
         self._of_stage: list[Floats] = []  # [num_causes, R] each
         self._begin_s: float | None = None
         self._last: StepTimes | None = None
@@ -82,7 +78,7 @@ class BreakdownTable:
 
     def cleared(self) -> "BreakdownTable":
         """An empty table, quicker with what this one has seen before."""
-        table = BreakdownTable(self._device, self._dtype, self._dtype_of)
+        table = BreakdownTable(self._device, self._types)
         table._known = self._known
         return table
 
@@ -93,9 +89,9 @@ class BreakdownTable:
             self._begin_s = float(times.origin_s[LIKELY]) + first
             self._of_stage = [np.zeros((len(_CAUSES), idle.shape[1])) for idle in times.idle_s]
             ahead = [of_stage[0].begin[LIKELY] - first for of_stage in times.spans]
-            self._add_idle(ahead)
+            _split_idle(self._of_stage, ahead)
         else:
-            self._add_idle([idle[LIKELY] for idle in times.idle_s])
+            _split_idle(self._of_stage, [idle[LIKELY] for idle in times.idle_s])
         for place, of_micro_batches in enumerate(times.spans):
             before = times.spans[place - 1] if place else [None] * len(of_micro_batches)
             for span, source in zip(of_micro_batches, before, strict=True):
@@ -127,12 +123,9 @@ class BreakdownTable:
         return Breakdown(
             seconds=seconds,
             shares={cause: float(by_rank[at].sum()) / total_s for cause, at in _INDEX.items()},
-            flops_utilisation=self._flops / rank_s / self._device.flops_per_s[self._dtype],
+            flops_utilisation=self._flops / rank_s / self._device.flops_per_s[self._types.weights],
             bytes_utilisation=self._bytes / rank_s / self._device.memory_bytes_per_s,
         )
-
-    def _add_idle(self, idle: list[Floats]) -> None:
-        _split_idle(self._of_stage, idle)
 
     def _of_span(self, span: Span, source: Span | None) -> "_SpanCauses":
         """Of one micro-batch on one stage, `source` on the stage before."""
@@ -145,15 +138,12 @@ class BreakdownTable:
             spent[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += waited_s - travelled_s
         spent[_INDEX[ProjectedCause.LAUNCH]] += (span.launched - span.arrived)[LIKELY]
         table = LogTable(span.log, num_ranks)
-        self._add_launches(spent, table)
+        # Until a step could begin; a call's overhead in series is in an operation's seconds.
+        launch_s = table.column("start") - table.column("begin")
+        spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
         self._add_transfers(spent, span, table)
         flops, num_bytes = self._add_operations(spent, span, table)
         return _SpanCauses(spent, flops, num_bytes)
-
-    def _add_launches(self, spent: Floats, table: LogTable) -> None:
-        """Until a step could begin; a call's overhead in series is in an operation's seconds."""
-        launch_s = table.column("start") - table.column("begin")
-        spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
 
     def _add_transfers(self, spent: Floats, span: Span, table: LogTable) -> None:
         for done, blocked_s, times in zip(
@@ -181,28 +171,22 @@ class BreakdownTable:
             spent[_INDEX[ProjectedCause.LAUNCH]] += times * overhead_s
             lost_s = np.maximum(of_rank_s - entry.seconds[LIKELY], 0.0)  # rounding
             spent[_INDEX[ProjectedCause.CONTENTION]] += times * lost_s
-            self._add_work(spent, entry.step, times * work_s)
+            for cause, share in cause_shares(entry.step, self._device, self._types):
+                spent[_INDEX[cause]] += times * work_s * share
             flops += times * float(entry.step.flops.sum())
             read = entry.step.weight_bytes.sum() + entry.step.kv_bytes.sum()
             num_bytes += times * float(read)
         return flops, num_bytes
 
-    def _add_work(self, spent: Floats, step: Operation, work_s: Floats) -> None:
-        shares = cause_shares(step, self._device, self._dtype_of(step), self._dtype)
-        for cause, share in shares:
-            spent[_INDEX[cause]] += work_s * share
-
 
 def cause_shares(
-    step: Operation, device: Device, dtype: str, other_dtype: str
+    step: Operation, device: Device, types: NumberTypes
 ) -> list[tuple[ProjectedCause, Floats]]:
     """Shares [A] of an operation's time: bound by reading, split by bytes, or by computing.
 
-    Args:
-        dtype: that it computes in.
-        other_dtype: whose peak counts where the datasheet has none for `dtype`.
+    The weights' peak counts where the datasheet has none for the type that it computes in.
     """
-    peak = device.flops_per_s.get(dtype, device.flops_per_s[other_dtype])
+    peak = device.flops_per_s.get(law_dtype(types, step), device.flops_per_s[types.weights])
     read = step.weight_bytes + step.kv_bytes
     is_reading = read / device.memory_bytes_per_s > step.flops / peak
     of_weights = np.where(is_reading, step.weight_bytes / np.maximum(read, 1), 0.0)

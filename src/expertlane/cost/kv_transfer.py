@@ -1,27 +1,16 @@
 """Keys and values on their way from the pool that prefilled to the one that decodes."""
 
-from typing import Protocol
-
 import numpy as np
 
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import Floats
-from expertlane.cost.timeline import bounds_of
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
 
-class KVTransfers(Protocol):
-    """How long a request's keys and values travel from one pool to the other."""
-
-    def seconds(self, num_tokens: int) -> Floats:
-        """[B]; of a prompt of so many tokens."""
-        ...
-
-
-class ModelledKVTransfers:
-    """By the links of a profile.
+class KVTransfers:
+    """How long a request's keys and values travel from one pool to the other.
 
     The ranks of the data-parallel rank that prefilled send equal parts of what each pipeline stage
     holds; each rank that will decode gets all that it has to hold, copies of shared heads too.
@@ -51,7 +40,7 @@ class ModelledKVTransfers:
     def seconds(self, num_tokens: int) -> Floats:
         """[B]; of a prompt of so many tokens."""
         sent, received = num_tokens * self._sent_bytes, num_tokens * self._received_bytes
-        return bounds_of(self._links.kv_transfer(sent, received, self._remote))[:, 0]
+        return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
 def _num_layers(model: ModelConfig, layout: Layout) -> Floats:

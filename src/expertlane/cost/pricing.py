@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,19 +15,17 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
-    ExpectedTransfer,
+    ATTENTION,
     Floats,
-    Ints,
-    Kind,
+    OneOfGroup,
     Operation,
+    RankGroups,
     Step,
     Transfer,
     TransferKind,
 )
 from expertlane.cost.step.program import PartProgram, Section, StepProgram
 from expertlane.spec.names import Stage
-
-TransferT = TypeVar("TransferT", Transfer, ExpectedTransfer)
 
 _NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
 
@@ -115,28 +113,6 @@ def _repetition(ids: Sequence[int], place: int) -> tuple[int, int]:
     return best
 
 
-class Groups:
-    """Disjoint groups of a stage's ranks."""
-
-    def __init__(self, group: Ints) -> None:
-        _, place, sizes = np.unique(group, return_inverse=True, return_counts=True)
-        self._place = place
-        self._is_one = len(sizes) == 1
-        self._is_alone = len(sizes) == len(group)
-        self._order = np.argsort(place, kind="stable")
-        self._starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-
-    def largest(self, values: Floats) -> Floats:
-        """The largest within each rank's group: from [..., R] to [..., R], or [..., 1] of one."""
-        if self._is_one:
-            most: Floats = np.maximum.reduce(values, axis=-1, keepdims=True)
-            return most
-        if self._is_alone:
-            return values
-        by_group = np.maximum.reduceat(values.take(self._order, -1), self._starts, axis=-1)
-        return by_group.take(self._place, -1)
-
-
 class Entry(NamedTuple):
     """A step as the replay reads it.
 
@@ -154,7 +130,7 @@ class Entry(NamedTuple):
     seconds: Floats
     launch_s: Floats | None
     overhead_s: Floats
-    groups: Groups | None
+    groups: RankGroups | None
     offset: int
     lost_share: Floats
     stretch: Floats
@@ -166,7 +142,6 @@ class Compiler:
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
         self._blocks: WeakKeyDictionary[Block, list[Entry]] = WeakKeyDictionary()
-        self._groups: dict[bytes, Groups] = {}
         self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
     def entries(self, block: Block) -> list[Entry]:
@@ -178,7 +153,7 @@ class Compiler:
 
     def _compile(self, block: Block) -> list[Entry]:
         steps = [timed.step for timed in block.steps]
-        seconds = np.array([(t.low, t.seconds, t.high) for t in (s.times for s in block.steps)])
+        seconds = np.array([timed.times.bounds for timed in block.steps])
         num_kernels = np.array([step.num_kernels for step in steps])
         launch_s = num_kernels[:, None, None] * self._terms.launch_s[:, None]
         overhead_s = np.zeros_like(launch_s)
@@ -189,7 +164,8 @@ class Compiler:
         is_eager = self._terms.execution is Execution.EAGER
         entries = []
         for place, step in enumerate(steps):
-            groups = self._groups_of(step) if isinstance(step, Transfer) else None
+            groups = step.groups if isinstance(step, Transfer) else None
+            assert not isinstance(groups, OneOfGroup), "screening has no clock"
             contention = block.steps[place].contention
             if groups is not None:
                 work_s[place] = groups.largest(seconds[place])
@@ -211,12 +187,6 @@ class Compiler:
             )
         return entries
 
-    def _groups_of(self, step: Transfer) -> Groups:
-        key = step.group.tobytes()
-        if key not in self._groups:
-            self._groups[key] = Groups(step.group)
-        return self._groups[key]
-
     def _contention(self, share: float) -> tuple[Floats, Floats]:
         """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
         if share not in self._contentions:
@@ -228,17 +198,10 @@ class Compiler:
 
 _MOST_KNOWN = 4096
 
-_READ_THE_CACHE = (
-    Kind.PREFILL_ATTENTION,
-    Kind.DECODE_ATTENTION,
-    Kind.LATENT_PREFILL,
-    Kind.LATENT_DECODE,
-)
-
 
 def law_dtype(types: NumberTypes, operation: Operation) -> str:
     """The type that an operation's law is for."""
-    if operation.kind in _READ_THE_CACHE:
+    if operation.kind in ATTENTION:
         return types.kv
     return operation.dtype or types.weights
 
@@ -270,10 +233,6 @@ class Pricing:
             for of_micro_batches in program.stages
         ]
 
-    def dtype(self, operation: Operation) -> str:
-        """The type that an operation's law is for."""
-        return law_dtype(self.types, operation)
-
     def _part(self, part: PartProgram, num_ranks: int) -> list[Block]:
         priced: dict[int, Sequence[TimedStep]] = {}
         transfers: dict[Hashable, Times] = {}
@@ -296,14 +255,14 @@ class Pricing:
         return timed
 
     def _operation(self, step: Operation, num_ranks: int) -> Times:
-        dtype = self.dtype(step)
+        dtype = law_dtype(self.types, step)
         sizes = [
             size.tobytes() if isinstance(size, np.ndarray) else size for size in step.sizes.values()
         ]
         key = step.kind, dtype, num_ranks, *step.sizes, *sizes
         times = self._known.get(key)
         if times is None:
-            times = _of_ranks(self._device.times(step.kind, dtype, step.sizes), num_ranks)
+            times = self._device.times(step.kind, dtype, step.sizes).of_ranks(num_ranks)
             self._known[key] = times
             if len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
@@ -313,7 +272,7 @@ class Pricing:
         """Of a part's transfers those of tensor-parallel groups are alike in all layers."""
         if step.stage is not Stage.COLLECTIVES:
             return self._links.times(step)
-        key = step.kind, step.group.tobytes(), step.sent_bytes.tobytes()
+        key = step.kind, step.groups, step.sent_bytes.tobytes()
         if key not in known:
             known[key] = self._links.times(step)
         return known[key]
@@ -327,7 +286,7 @@ class Pricing:
         return times
 
 
-def forwarding_hops(transfers: Sequence[TransferT]) -> Iterator[tuple[TransferT, TransferT]]:
+def forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:
     """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them."""
     for stage in dict.fromkeys(each.stage for each in transfers):
         hops = [
@@ -338,16 +297,3 @@ def forwarding_hops(transfers: Sequence[TransferT]) -> Iterator[tuple[TransferT,
         if len(hops) == 2:
             between, inside = sorted(hops, key=lambda hop: -int(hop.load.num_nodes.max()))
             yield between, inside
-
-
-def _of_ranks(times: Times, num_ranks: int) -> Times:
-    """[R] also where all ranks have the same sizes."""
-    if times.seconds.shape == times.low.shape == times.high.shape == (num_ranks,):
-        return times
-    return Times(
-        seconds=np.broadcast_to(times.seconds, (num_ranks,)),
-        low=np.broadcast_to(times.low, (num_ranks,)),
-        high=np.broadcast_to(times.high, (num_ranks,)),
-        basis=times.basis,
-        is_extrapolated=np.broadcast_to(times.is_extrapolated, (num_ranks,)),
-    )

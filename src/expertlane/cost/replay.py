@@ -53,7 +53,7 @@ class ExecutedStep(NamedTuple):
         start: it could begin: launched by the host, and of a transfer, posted.
         met: of a transfer, its group's last member had posted and was free; else `start`.
         wait: of a transfer, the rank began to wait for it; else `start`.
-        end: it was done; of a transfer, not before `wait`.
+        end: it was done; of a transfer, not before `wait`. Both hold once it was waited for.
         done: of a transfer, when it was through; else `end`.
     """
 
@@ -94,18 +94,6 @@ class Log:
     repeated: list[RepeatedLayers] = field(default_factory=list)
 
 
-class _Pending(NamedTuple):
-    entry: Entry
-    num_steps_before_wait: int
-    syncs_host: bool
-    layers: Sequence[int]
-    place: int
-    begin: Floats
-    posted: Floats
-    met: Floats
-    done: Floats
-
-
 class _Cursor:
     """A part's place in its blocks."""
 
@@ -132,6 +120,10 @@ class _Cursor:
         entry = self.entries[self.step]
         self.step += 1
         return entry
+
+    def executed(self, entry: Entry, *moments: Floats) -> ExecutedStep:
+        """A step of the present layer."""
+        return ExecutedStep(entry, self.part, self.layers, self.place, *moments)
 
     @property
     def num_left(self) -> int:
@@ -162,20 +154,20 @@ class Replay:
         cursors = [
             _Cursor(part, blocks, self._compiler) for part, blocks in enumerate(parts) if blocks
         ]
-        queue: deque[tuple[_Cursor, _Pending | None]] = deque((each, None) for each in cursors)
+        queue: deque[tuple[_Cursor, ExecutedStep | None]] = deque((each, None) for each in cursors)
         while queue:
             if self._may_skip and queue[0][0] is cursors[0]:
                 self._skip_layers(queue)
             cursor, pending = queue.popleft()
             if pending is not None:
-                self._wait(cursor, pending)
+                self._wait(pending)
             in_flight = queue[-1][1] if queue else None  # of several, the last posted ends last
             while (entry := cursor.next()) is not None:
-                if entry.groups is None:
+                if not isinstance(entry.step, Transfer):
                     self._compute(cursor, entry, in_flight)
                     continue
                 posted = self._post(cursor, entry)
-                for _ in range(posted.num_steps_before_wait):
+                for _ in range(entry.step.num_steps_before_wait):
                     if (beside := cursor.next()) is not None:
                         self._compute(cursor, beside, posted)
                 queue.append((cursor, posted))
@@ -190,7 +182,7 @@ class Replay:
         clocks.host = clocks.host + entry.launch_s
         return np.maximum(clocks.compute, clocks.host)
 
-    def _compute(self, cursor: _Cursor, entry: Entry, in_flight: _Pending | None) -> None:
+    def _compute(self, cursor: _Cursor, entry: Entry, in_flight: ExecutedStep | None) -> None:
         begin = self.clocks.compute
         start = self._launch(entry)
         end = start + entry.seconds
@@ -199,32 +191,26 @@ class Replay:
             lost = beside.lost_share * np.maximum(in_flight.done - start, 0.0)
             end = np.minimum(end + lost, start + entry.seconds * beside.stretch)
         self.clocks.compute = end
-        at = (entry, cursor.part, cursor.layers, cursor.place)
-        self.log.executed.append(ExecutedStep(*at, begin, start, start, start, end, end))
+        self.log.executed.append(cursor.executed(entry, begin, start, start, start, end, end))
 
-    def _post(self, cursor: _Cursor, entry: Entry) -> _Pending:
-        clocks, groups, step = self.clocks, entry.groups, entry.step
+    def _post(self, cursor: _Cursor, entry: Entry) -> ExecutedStep:
+        clocks, groups = self.clocks, entry.groups
         assert groups is not None
-        assert isinstance(step, Transfer)
         begin = clocks.compute
         posted = clocks.compute = self._launch(entry) + entry.overhead_s
         met = groups.largest(np.maximum(posted, clocks.network))
         done = clocks.network = met + entry.seconds
-        num_before = step.num_steps_before_wait
-        at = (entry, num_before, step.syncs_host, cursor.layers, cursor.place)
-        return _Pending(*at, begin, posted, met, done)
+        return cursor.executed(entry, begin, posted, met, posted, done, done)
 
-    def _wait(self, cursor: _Cursor, pending: _Pending) -> None:
-        clocks, done = self.clocks, pending.done
+    def _wait(self, pending: ExecutedStep) -> None:
+        clocks, step = self.clocks, pending.entry.step
         wait = clocks.compute
-        end = clocks.compute = np.maximum(wait, done)
-        if pending.syncs_host:
+        end = clocks.compute = np.maximum(wait, pending.done)
+        if isinstance(step, Transfer) and step.syncs_host:
             clocks.host = np.maximum(clocks.host, end)
-        at = (pending.entry, cursor.part, pending.layers, pending.place)
-        moments = (pending.begin, pending.posted, pending.met, wait, end, done)
-        self.log.executed.append(ExecutedStep(*at, *moments))
+        self.log.executed.append(pending._replace(wait=wait, end=end))
 
-    def _skip_layers(self, queue: deque[tuple[_Cursor, _Pending | None]]) -> None:
+    def _skip_layers(self, queue: deque[tuple[_Cursor, ExecutedStep | None]]) -> None:
         """Where two layers of a block took equally long on every rank, so do the rest of it."""
         first = queue[0][0]
         if len(first.layers) < _MIN_REPEATS or not self._period.is_new_layer(first):
@@ -255,7 +241,7 @@ class Replay:
                     pending._replace(
                         place=pending.place + times,
                         begin=pending.begin + ahead,
-                        posted=pending.posted + ahead,
+                        start=pending.start + ahead,
                         met=pending.met + ahead,
                         done=done,
                     ),

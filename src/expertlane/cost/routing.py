@@ -1,6 +1,6 @@
-"""Sources of the experts that tokens choose: drawn, from a trace, or given."""
+"""Sources of the experts that tokens choose: drawn, or from a trace."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +11,7 @@ import numpy.typing as npt
 from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import UserError
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import ModelConfig, Routing
 from expertlane.spec.ranges import take_option
 
 _DRAWN_TOGETHER = 1024  # tokens
@@ -58,7 +57,7 @@ class PowerLawRouting:
         self,
         num_experts: int,
         top_k: int,
-        alpha: float,
+        alpha: float = 0.0,
         seed: int = 0,
         num_sampled_layers: int = 4,
         groups: Routing | None = None,
@@ -82,12 +81,6 @@ class PowerLawRouting:
     def sample_of(self, layer: int) -> int:
         """Layers take turns."""
         return layer % self._num_samples
-
-    def popularity(self, layer: int) -> Floats:
-        """[num_experts]; the weights that a layer's experts are drawn by, 1 in all."""
-        weights = 1 / self._rarity(self.sample_of(layer))
-        popularity: Floats = weights / weights.sum()
-        return popularity
 
     def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
         """As the protocol says; ranks' tokens follow each other in those drawn."""
@@ -132,15 +125,6 @@ def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
     by_group[np.arange(len(arrivals))[:, None], closed] = np.inf
 
 
-class UniformRouting(PowerLawRouting):
-    """Experts that are all as popular."""
-
-    def __init__(
-        self, num_experts: int, top_k: int, seed: int = 0, num_sampled_layers: int = 4
-    ) -> None:
-        super().__init__(num_experts, top_k, 0.0, seed, num_sampled_layers)
-
-
 class TraceRouting:
     """The tokens of a trace in turn, over and over; layers that it lacks take those it has."""
 
@@ -160,28 +144,6 @@ class TraceRouting:
         taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
         topk_ids: Ints = tokens[taken].astype(np.int64)
         return topk_ids
-
-
-class GivenRouting:
-    """What the ranks of a replica chose in a step, as their records have it.
-
-    Args:
-        of_rank: by rank of the replica, by layer of the rank's stage, [T, K].
-    """
-
-    def __init__(self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]]) -> None:
-        self._of_rank = of_rank
-
-    def sample_of(self, layer: int) -> Hashable:
-        """All layers differ."""
-        return layer
-
-    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
-        """As the protocol says, `first` apart."""
-        of_ranks = [ids[layer] for ids in self._of_rank if layer in ids]
-        slices = zip(of_ranks, before.tolist(), owned.tolist(), strict=True)
-        parts = [ids[begin : begin + num] for ids, begin, num in slices]
-        return np.concatenate(parts).astype(np.int64)
 
 
 def _in_turn(num_tokens: int, first: int, num: int) -> slice | Ints:

@@ -1,8 +1,8 @@
 """The runner on a virtual clock: prices step plans in place of executing them; without torch."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,10 +16,7 @@ from expertlane.cost.step.totals import count
 from expertlane.cost.step_log import rank_events, stage_seconds
 from expertlane.cost.timeline import ColdStart, StepTimes, Timeline
 from expertlane.results.step_record import RankRecord
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
-from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 
 _KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks
@@ -156,8 +153,6 @@ class CostRunner:
 
     def __init__(
         self,
-        model: ModelConfig,
-        layout: Layout,
         builder: ProgramBuilder,
         routing: RoutingSource,
         pricing: Pricing,
@@ -172,11 +167,11 @@ class CostRunner:
         self.now_s: Floats = np.zeros(len(BOUNDS))
         self.bounds: dict[int, tuple[Floats, Floats]] = {}
         self.num_priced = 0
-        self._model = model
         self._builder = builder
         self._routing = routing
         self._pricing = pricing
         self._terms = terms
+        layout = builder.layout
         self._num_ranks = layout.replica_size
         self._sharing = sharing
         self._observe = observe
@@ -217,8 +212,7 @@ class CostRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Let time pass until a step is finished, and take its outcome."""
         self.wait_until(handle.finished_s)
-        batches = [batch for part in handle.plan.micro_batches for batch in part]
-        seq_ids = [seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()]
+        seq_ids = [seq for batch in handle.plan.batches for seq in batch.yielding_seq_ids]
         return StepOutcome(
             token_ids=dict.fromkeys(seq_ids, MADE_UP_TOKEN),
             logits={},
@@ -227,25 +221,6 @@ class CostRunner:
             finished_s=float(handle.finished_s[self.lead]),
         )
 
-    def at_bound(self, steps: Iterable[FinishedStep], bound: int) -> list[FinishedStep]:
-        """The same steps, without records, by one bound of the clock.
-
-        Args:
-            bound: place in `BOUNDS`.
-        """
-        return [
-            FinishedStep(
-                plan,
-                replace(
-                    outcome,
-                    records=(),
-                    submitted_s=float(self.bounds[plan.step][0][bound]),
-                    finished_s=float(self.bounds[plan.step][1][bound]),
-                ),
-            )
-            for plan, outcome in steps
-        ]
-
     def _work(self, plan: StepPlan) -> KnownWork:
         def make() -> KnownWork:
             program = self._builder.build(plan, self._routing, first_token=self._num_tokens)
@@ -253,7 +228,7 @@ class CostRunner:
             return KnownWork(program, self._pricing.work(program))
 
         known = make() if self._sharing is None else self._sharing.find(plan, make)
-        self._num_tokens += sum(batch.num_tokens for part in plan.micro_batches for batch in part)
+        self._num_tokens += sum(batch.num_tokens for batch in plan.batches)
         return known
 
     def _run(self, timeline: Timeline, known: KnownWork, plan: StepPlan) -> StepTimes:
@@ -267,8 +242,8 @@ class CostRunner:
     def _records(
         self, plan: StepPlan, program: StepProgram, times: StepTimes, *, count_idle: bool
     ) -> tuple[RankRecord, ...]:
-        num_layers = self._model.num_hidden_layers
-        counts = iter(count(program, num_layers, self._model.num_experts))
+        num_layers = self._builder.model.num_hidden_layers
+        counts = iter(count(program, num_layers, self._builder.model.num_experts))
         of_stages = stage_seconds(times, num_layers, count_idle=count_idle)
         events = rank_events(times) if plan.record_events else {}
         records = []

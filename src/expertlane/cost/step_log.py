@@ -9,7 +9,7 @@ import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.replay import Log
-from expertlane.cost.step.operation import OUTSIDE, Floats, Ints, Operation, Step, Transfer
+from expertlane.cost.step.operation import OUTSIDE, Amounts, Floats, Ints, Operation, Step
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.results.step_record import RankEvents
 from expertlane.spec.names import Stage, Track
@@ -126,8 +126,8 @@ class Event(NamedTuple):
         pp_rank: the pipeline stage.
         layer: hidden layer, or `OUTSIDE`.
         part: which half, where two are interleaved.
-        step: None of a hand-over.
         begin_s, end_s: [R].
+        flops, num_bytes: [R]; of an operation, and read by it or sent.
     """
 
     track: Track
@@ -136,28 +136,36 @@ class Event(NamedTuple):
     layer: int
     micro_batch: int
     part: int
-    step: Step | None
     begin_s: Floats
     end_s: Floats
+    flops: Amounts
+    num_bytes: Amounts
 
 
 def events(times: StepTimes) -> Iterator[Event]:
     """Every operation, transfer and hand-over of a step run with every layer run."""
     for pp_rank, spans in enumerate(times.spans):
         for micro_batch, span in enumerate(spans):
+            none = np.zeros(span.end.shape[1], dtype=np.int64)
             for ran in span.log.executed:
-                step, is_transfer = ran.entry.step, ran.entry.groups is not None
-                begin, end = (ran.met, ran.done) if is_transfer else (ran.start, ran.end)
+                step = ran.entry.step
+                if isinstance(step, Operation):
+                    track, begin, end = Track.COMPUTE, ran.start, ran.end
+                    flops, num_bytes = step.flops, step.weight_bytes + step.kv_bytes
+                else:
+                    track, begin, end = Track.NETWORK, ran.met, ran.done
+                    flops, num_bytes = none, step.sent_bytes.sum(axis=(0, 2))
                 yield Event(
-                    Track.NETWORK if is_transfer else Track.COMPUTE,
+                    track,
                     step.stage,
                     pp_rank,
                     ran.layer,
                     micro_batch,
                     ran.part,
-                    step,
                     np.broadcast_to(begin[LIKELY], end[LIKELY].shape),
                     end[LIKELY],
+                    flops,
+                    num_bytes,
                 )
             if pp_rank + 1 < len(times.spans):
                 yield Event(
@@ -167,9 +175,10 @@ def events(times: StepTimes) -> Iterator[Event]:
                     OUTSIDE,
                     micro_batch,
                     0,
-                    None,
                     span.sending[LIKELY],
                     span.sent[LIKELY],
+                    none,
+                    none,
                 )
 
 
@@ -204,19 +213,6 @@ def _of_rank(of_stage: list[Event], place: int, begin_s: float, start_s: float) 
         micro_batch=ints([each.micro_batch for each in kept]),
         begin_s=np.array([each.begin_s[place] for each in kept]) - begin_s,
         end_s=np.array([each.end_s[place] for each in kept]) - begin_s,
-        flops=ints([_flops(each, place) for each in kept]),
-        num_bytes=ints([_num_bytes(each, place) for each in kept]),
+        flops=ints([int(each.flops[place]) for each in kept]),
+        num_bytes=ints([int(each.num_bytes[place]) for each in kept]),
     )
-
-
-def _flops(event: Event, place: int) -> int:
-    return int(event.step.flops[place]) if isinstance(event.step, Operation) else 0
-
-
-def _num_bytes(event: Event, place: int) -> int:
-    step = event.step
-    if isinstance(step, Operation):
-        return int(step.weight_bytes[place] + step.kv_bytes[place])
-    if isinstance(step, Transfer):
-        return int(step.sent_bytes[:, place].sum())
-    return 0

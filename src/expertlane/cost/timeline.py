@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
-from expertlane.cost.laws.times import Times
 from expertlane.cost.pricing import Compiler, StageWork
 from expertlane.cost.replay import Clocks, Log, Replay
 from expertlane.cost.step.operation import Floats
@@ -156,10 +155,5 @@ class Timeline:
             clocks.host = np.maximum(clocks.host, end)  # it reads the tokens
         else:
             sending = np.maximum(end, clocks.network)
-            sent = clocks.network = sending + bounds_of(work.hand_over)
+            sent = clocks.network = sending + work.hand_over.bounds
         return Span(begin, arrived, launched, end, sending, sent, log)
-
-
-def bounds_of(times: Times) -> Floats:
-    """[B, R]."""
-    return np.array([times.low, times.seconds, times.high])

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,8 +35,7 @@ _MAX_EXPANSION = 4
 # Isolated: neither the working directory nor the environment decides what is imported. Packages
 # outside the standard library come from where this process has them.
 _PROGRAM = (
-    "import sys; sys.path += sys.argv[1:]; "
-    "from expertlane.engine.template_process import serve; serve()"
+    "import sys; sys.path += sys.argv[1:]; from expertlane.engine.chat_sandbox import main; main()"
 )
 _PACKAGES = ("expertlane", "jinja2", "markupsafe")
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # all that it gets: others may be secrets
@@ -151,17 +150,17 @@ class _TemplateProcess:
 
     def __init__(self) -> None:
         paths = dict.fromkeys(map(_package_folder, _PACKAGES))
-        self._socket, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _PROGRAM, *paths],
                 stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 process_group=0,  # a terminal's Ctrl-C is not for it
             )
-        self.end = weakref.finalize(self, _end, self._process, self._socket, os.getpid())
+        self.end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
         """Send a request and wait for its answer.
@@ -169,22 +168,13 @@ class _TemplateProcess:
         Raises:
             _NoAnswer: the process ended before it, or `_ANSWER_S` have passed.
         """
-        until_s = time.monotonic() + _ANSWER_S
-        line = bytearray()
         try:
-            self._socket.settimeout(_ANSWER_S)
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-            while not line.endswith(b"\n"):
-                self._socket.settimeout(max(1e-3, until_s - time.monotonic()))
-                piece = self._socket.recv(2**20)
-                if not piece:
-                    raise ConnectionResetError
-                line += piece
-        except TimeoutError:
-            raise _NoAnswer(f"no answer within {_ANSWER_S:g} s") from None
-        except ConnectionError:
+            self._connection.send_bytes(json.dumps(request).encode())
+            if not self._connection.poll(_ANSWER_S):
+                raise _NoAnswer(f"no answer within {_ANSWER_S:g} s")
+            answer: dict[str, str] = json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
             raise _NoAnswer(self._why_ended()) from None
-        answer: dict[str, str] = json.loads(line)
         return answer
 
     def _why_ended(self) -> str:
@@ -205,7 +195,7 @@ def _package_folder(name: str) -> str:
     return str(Path(spec.origin).parents[1])
 
 
-def _end(process: "subprocess.Popen[bytes]", connection: socket.socket, owner: int) -> None:
+def _end(process: "subprocess.Popen[bytes]", connection: Connection, owner: int) -> None:
     connection.close()
     if os.getpid() == owner:  # a fork of the owner only closes its copy
         process.kill()

@@ -6,12 +6,13 @@
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_args
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.moves import Move
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options
@@ -22,8 +23,8 @@ from expertlane.spec.sampling import TokenLogprobs
 ResultT = TypeVar("ResultT")
 
 
-class Command(Generic[ResultT]):
-    """Something a rank does for the launcher; subclasses are frozen dataclasses.
+class Command(msgspec.Struct, Generic[ResultT], tag=True):
+    """Something a rank does for the launcher.
 
     The type argument is the type of the answer, by which it is decoded.
     """
@@ -119,12 +120,10 @@ class RankRates:
     num_threads: int
 
 
-@dataclass(frozen=True)
 class DescribeMachine(Command[RankMachine]):
     """Describe the machine of the rank."""
 
 
-@dataclass(frozen=True)
 class Deploy(Command[HeldBytes]):
     """Build the rank's stage, or keep it if only options changed. Collective over all ranks.
 
@@ -138,14 +137,12 @@ class Deploy(Command[HeldBytes]):
     block_size: int
 
 
-@dataclass(frozen=True)
 class SetDispatch(Command[None]):
     """Choose how steps run from now on: dispatch forms and overlap, by a table."""
 
     table: DispatchTable
 
 
-@dataclass(frozen=True)
 class RunStep(Command[RankOutcome]):
     """Execute one step on the rank's stage.
 
@@ -157,26 +154,22 @@ class RunStep(Command[RankOutcome]):
     placements: Placements | None = None
 
 
-@dataclass(frozen=True)
 class DiscardSteps(Command[None]):
     """Undo these steps, as far as they have run; all others are committed."""
 
     steps: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class StartMoves(Command[None]):
     """Start to send and receive the experts of some moves, `Move.layer` being a hidden layer."""
 
     moves: tuple[Move, ...]
 
 
-@dataclass(frozen=True)
 class FinishMoves(Command[None]):
     """Wait for the moves that were started."""
 
 
-@dataclass(frozen=True)
 class TimeOneMove(Command[tuple[int, float]]):
     """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
 
@@ -184,12 +177,10 @@ class TimeOneMove(Command[tuple[int, float]]):
     """
 
 
-@dataclass(frozen=True)
 class MeasureRates(Command[RankRates]):
     """The rates of a large matrix product and of reading memory."""
 
 
-@dataclass(frozen=True)
 class PinToCore(Command[int | None]):
     """Put all of the rank's threads on a core of its own, if there are as many cores as ranks.
 
@@ -198,6 +189,38 @@ class PinToCore(Command[int | None]):
 
 
 @dataclass(frozen=True)
+class Point:
+    """An operation whose time is measured.
+
+    Attributes:
+        dtype: of weights.
+        sizes: those of its kind, in the order of `SIZES`.
+    """
+
+    kind: Kind
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """Its sizes by name."""
+        return dict(zip(SIZES[self.kind], self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class TransferPoint:
+    """One collective of the first `num_ranks` ranks, or a send from the first to the second.
+
+    Attributes:
+        num_bytes: what a rank sends to each other one, in rows of `row_bytes`.
+    """
+
+    kind: TransferKind
+    num_ranks: int
+    num_bytes: int
+    row_bytes: int = 64
+
+
 class MeasureOperations(Command[list[float]]):
     """Seconds of each operation, [num_points]; the median of one round's repetitions.
 
@@ -213,12 +236,10 @@ class MeasureOperations(Command[list[float]]):
     num_ranks: int
 
 
-@dataclass(frozen=True)
 class MeasureLaunches(Command[tuple[float, float]]):
     """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
 
 
-@dataclass(frozen=True)
 class MeasureTransfers(Command[list[float]]):
     """Seconds of each transfer, [num_points]; 0 on ranks that take no part.
 
@@ -229,7 +250,6 @@ class MeasureTransfers(Command[list[float]]):
     point_s: float
 
 
-@dataclass(frozen=True)
 class MeasureContention(Command[list[float]]):
     """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1.
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase

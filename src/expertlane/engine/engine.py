@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Generic
 
-from expertlane.engine.detokenizer import IncrementalDetokenizer
-from expertlane.engine.tokenizer import Tokenizer
+from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
@@ -76,6 +75,7 @@ class Chunk:
     error: str | None = None
 
 
+@dataclass(slots=True, eq=False)
 class _Live:
     """A request that is not finished; no detokenizer where there is no tokenizer.
 
@@ -84,21 +84,12 @@ class _Live:
         add_time: takes the time of a token.
     """
 
-    __slots__ = ("add_time", "detokenizer", "is_plain", "output", "request", "wants_logprobs")
-
-    def __init__(
-        self,
-        request: Request,
-        output: RequestOutput,
-        detokenizer: IncrementalDetokenizer | None,
-        wants_logprobs: bool,
-    ) -> None:
-        self.request = request
-        self.output = output
-        self.detokenizer = detokenizer
-        self.wants_logprobs = wants_logprobs
-        self.is_plain = detokenizer is None and not wants_logprobs
-        self.add_time = output.token_times_s.append
+    request: Request
+    output: RequestOutput
+    detokenizer: IncrementalDetokenizer | None
+    wants_logprobs: bool
+    is_plain: bool
+    add_time: Callable[[float], None]
 
 
 class Engine(Generic[HandleT]):
@@ -178,7 +169,15 @@ class Engine(Generic[HandleT]):
         detokenizer = None
         if self._tokenizer is not None:
             detokenizer = IncrementalDetokenizer(self._tokenizer, prompt_ids, stop=params.stop)
-        self._live[request_id] = _Live(request, output, detokenizer, params.logprobs is not None)
+        wants_logprobs = params.logprobs is not None
+        self._live[request_id] = _Live(
+            request,
+            output,
+            detokenizer,
+            wants_logprobs,
+            is_plain=detokenizer is None and not wants_logprobs,
+            add_time=output.token_times_s.append,
+        )
         return output
 
     def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:

@@ -9,7 +9,6 @@ process that the launcher has forked may hold the other end of the socket.
 import contextlib
 import ctypes
 import gc
-import json
 import os
 import select
 import signal
@@ -19,17 +18,39 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from expertlane.engine.messages import Channel
 
 if TYPE_CHECKING:
-    from expertlane.engine.worker import Handlers, RankSettings
+    from expertlane.engine.worker import Handlers
 
 _POLL_MS = 50
 _PARENT_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a rank gets at its start.
+
+    Attributes:
+        board_fd: of the progress board's file; None where it is not shared.
+        store_path: the rendezvous file of local ranks; None under torchrun.
+        timeout_s: the bound on any wait for other ranks.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    num_local_ranks: int
+    board_fd: int | None
+    store_path: str | None
+    timeout_s: float
+    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -40,39 +61,25 @@ class ServerSettings:
         launcher_pid: the server's parent.
         control_fd: socket to the launcher; its end of file ends everything.
         rank_fds: one socket a rank.
-        board_fd: of the progress board's file.
-        store_fd, store_path: the ranks' rendezvous file; `store_fd` is None where it has a name.
+        store_fd: of the ranks' rendezvous file; None where it has a name.
+        first_rank: settings of rank 0; the others' are like them.
     """
 
     launcher_pid: int
     control_fd: int
     rank_fds: list[int]
-    board_fd: int
     store_fd: int | None
-    store_path: str
-    timeout_s: float
-    dtype: str | None
+    first_rank: RankSettings
 
     def descriptors(self) -> list[int]:
         """All file descriptors that the server inherits from the launcher."""
-        own = [self.control_fd, *self.rank_fds, self.board_fd]
-        return own if self.store_fd is None else [*own, self.store_fd]
+        shared = self.first_rank.board_fd, self.store_fd
+        own = [self.control_fd, *self.rank_fds]
+        return own + [descriptor for descriptor in shared if descriptor is not None]
 
-    def of_rank(self, rank: int) -> "RankSettings":
+    def of_rank(self, rank: int) -> RankSettings:
         """The settings of one rank."""
-        from expertlane.engine.worker import RankSettings
-
-        world_size = len(self.rank_fds)
-        return RankSettings(
-            rank=rank,
-            world_size=world_size,
-            local_rank=rank,
-            num_local_ranks=world_size,
-            board_fd=self.board_fd,
-            store_path=self.store_path,
-            timeout_s=self.timeout_s,
-            dtype=self.dtype,
-        )
+        return replace(self.first_rank, rank=rank, local_rank=rank)
 
 
 def python_command(module: str, arguments: Sequence[str]) -> list[str]:
@@ -111,10 +118,12 @@ def _end_with_server(server_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_rank(settings: ServerSettings, rank: int, handlers: "Handlers", server_pid: int) -> None:
+def _become_rank(
+    settings: ServerSettings, rank: int, handlers: "Handlers", server_pid: int
+) -> None:
     code = 1
     try:
-        from expertlane.engine.worker import serve
+        from expertlane.engine.worker import run_rank
 
         _end_with_server(server_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -123,7 +132,7 @@ def _run_rank(settings: ServerSettings, rank: int, handlers: "Handlers", server_
             if other != rank:
                 os.close(fd)
         channel = Channel(socket.socket(fileno=settings.rank_fds[rank]))
-        code = serve(channel, settings.of_rank(rank), handlers)
+        code = run_rank(channel, settings.of_rank(rank), handlers)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -152,7 +161,7 @@ def main(handlers: "Handlers | None" = None) -> None:
         handlers: what ranks do for each command; None for the engine's own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
-    settings = ServerSettings(**json.loads(sys.argv[1]))
+    settings = msgspec.json.decode(sys.argv[1], type=ServerSettings)
     for fd in settings.descriptors():
         os.set_inheritable(fd, False)  # by programs that ranks start
     if handlers is None:
@@ -167,7 +176,7 @@ def main(handlers: "Handlers | None" = None) -> None:
     for rank in range(len(settings.rank_fds)):
         pid = os.fork()
         if pid == 0:
-            _run_rank(settings, rank, handlers, own_pid)
+            _become_rank(settings, rank, handlers, own_pid)
         rank_of_pid[pid] = rank
     for fd in settings.rank_fds:
         os.close(fd)
@@ -182,9 +191,4 @@ def main(handlers: "Handlers | None" = None) -> None:
             os.waitpid(pid, 0)
         if settings.store_fd is None:  # the launcher may have been killed
             with contextlib.suppress(OSError):
-                os.unlink(settings.store_path)
-
-
-def settings_argument(settings: ServerSettings) -> str:
-    """For the command line."""
-    return json.dumps(asdict(settings))
+                os.unlink(settings.first_rank.store_path or "")

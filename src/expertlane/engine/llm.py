@@ -6,31 +6,28 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from numbers import Integral
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
-from expertlane.engine.hub import resolve_model
-from expertlane.engine.model_runner import RoutingRecorder, moe_layers
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import runner_for
-from expertlane.engine.shared_engine import SharedEngine, Waiter
-from expertlane.engine.start import (
+from expertlane.engine.launch import (
     check_checkpoint,
     check_deployment,
     describe_ranks,
     start_pool,
     with_blocks,
 )
+from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
+from expertlane.engine.pool import RankPool
+from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.plan import Runner
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
@@ -145,17 +142,22 @@ class LLM:
             self.limits = with_blocks(
                 wanted, num_blocks, self.model, chosen, placements, self.machine
             )
-            runner = self._load(deployment, seed, ranks_per_node)
             self._routing = RoutingRecorder(self.model) if record_routing else None
-            self.engine = self._put_scheduler_before(runner, deployment, eos_token_ids)
+            self.engine = self._make_engine(deployment, seed, ranks_per_node, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close()
             raise
 
-    def _load(self, deployment: Deployment, seed: int, ranks_per_node: int) -> Runner[Any]:
-        """Load the model on the ranks."""
-        return runner_for(
+    def _make_engine(
+        self,
+        deployment: Deployment,
+        seed: int,
+        ranks_per_node: int,
+        eos_token_ids: frozenset[int],
+    ) -> Engine[Any]:
+        """Load the model on the ranks, and put a scheduler before it."""
+        runner = ModelRunner(
             self._pool,
             self.model,
             deployment,
@@ -165,10 +167,6 @@ class LLM:
             checkpoint=self._folder,
             log=_print_to_stderr,
         )
-
-    def _put_scheduler_before(
-        self, runner: Runner[Any], deployment: Deployment, eos_token_ids: frozenset[int]
-    ) -> Engine[Any]:
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,
@@ -182,18 +180,13 @@ class LLM:
             runner,
             eos_token_ids=eos_token_ids,
             tokenizer=self.tokenizer,
-            on_commit=self._routing.add if self._routing is not None else None,
+            on_commit=None if self._routing is None else self._routing.add,
         )
 
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -237,7 +230,7 @@ class LLM:
         """
         outputs = self._add(prompts, params)
         try:
-            self._shared.wait(Waiter(_all_finished(outputs)))
+            self._shared.wait(_all_finished(outputs))
         except BaseException:
             self._cancel(outputs)
             raise
@@ -258,11 +251,10 @@ class LLM:
         outputs = self._add(prompts, params, arrived)
         places = {output.request_id: place for place, output in enumerate(outputs)}
         num_unfinished = len(outputs)
-        waiter = Waiter(lambda: bool(arrived))
         try:
             while num_unfinished:
                 if not arrived:
-                    self._shared.wait(waiter)
+                    self._shared.wait(lambda: bool(arrived))
                 chunk = arrived.popleft()
                 num_unfinished -= chunk.finish_reason is not None
                 yield places[chunk.request_id], chunk

@@ -8,8 +8,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from expertlane.comm.progress import ProgressBoard
-from expertlane.engine.fork_server import ServerSettings, python_command, settings_argument
+from expertlane.engine.fork_server import RankSettings, ServerSettings, python_command
 from expertlane.engine.messages import Channel
 from expertlane.errors import CapacityError
 from expertlane.ops.host import num_cores
@@ -123,14 +125,20 @@ class LocalRanks:
             launcher_pid=os.getpid(),
             control_fd=control_of_server.fileno(),
             rank_fds=[theirs.fileno() for _, theirs in pairs],
-            board_fd=files.board_fd,
             store_fd=files.store_fd,
-            store_path=files.store_path,
-            timeout_s=timeout_s,
-            dtype=dtype,
+            first_rank=RankSettings(
+                rank=0,
+                world_size=num_ranks,
+                local_rank=0,
+                num_local_ranks=num_ranks,
+                board_fd=files.board_fd,
+                store_path=files.store_path,
+                timeout_s=timeout_s,
+                dtype=dtype,
+            ),
         )
         self._server = subprocess.Popen(
-            python_command(server_module, [settings_argument(settings)]),
+            python_command(server_module, [msgspec.json.encode(settings).decode()]),
             pass_fds=settings.descriptors(),
             stdin=subprocess.DEVNULL,
             stdout=2,  # what libraries print in ranks must not mix with results

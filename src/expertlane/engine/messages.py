@@ -8,7 +8,7 @@ that shared memory could hold the same encoding.
 import select
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
@@ -16,7 +16,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 import msgspec
 import numpy as np
 
-from expertlane.engine.commands import Command
 from expertlane.errors import UserError
 
 ValueT = TypeVar("ValueT")
@@ -154,26 +153,6 @@ def _dtype_of(alias: Any) -> np.dtype | None:
     return np.dtype(inner[0]) if inner and isinstance(inner[0], type) else None
 
 
-class CommandDecoder:
-    """Turns messages into commands, of the types that a rank answers."""
-
-    def __init__(self, known: Mapping[type[Command[Any]], object]) -> None:
-        self._named = Decoder(tuple[str, msgspec.Raw])
-        self._decoders = {each.__name__: Decoder(each) for each in known}
-
-    def decode(self, message: Message) -> Command[Any]:
-        """The command.
-
-        Raises:
-            MessageError: the command is unknown, or its fields have wrong types.
-        """
-        name, raw = self._named.decode(message)
-        decoder = self._decoders.get(name)
-        if decoder is None:
-            raise MessageError(f"there is no command {name[:80]!r}")
-        return decoder.decode(message._replace(body=memoryview(raw)))
-
-
 class _Arrays:
     """Collects the arrays of a value while it is encoded."""
 
@@ -205,10 +184,8 @@ def encode(kind: MessageKind, value: object) -> bytes:
         ValueError: the message would be larger than `MAX_MESSAGE_BYTES`.
     """
     arrays = _Arrays()
-    encoder = msgspec.msgpack.Encoder(enc_hook=arrays.add)
-    named = (type(value).__name__, value) if kind is MessageKind.COMMAND else value
     try:
-        body = encoder.encode(named)
+        body = msgspec.msgpack.Encoder(enc_hook=arrays.add).encode(value)
     except UnicodeEncodeError as error:
         raise UserError(f"{error.object!a} is not valid UTF-8") from None
     if len(body) + arrays.size > MAX_MESSAGE_BYTES:

@@ -1,13 +1,12 @@
 """The runner of real ranks: a deployment's model on a pool, one step plan at a time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter
 from expertlane.engine.commands import (
     Deploy,
@@ -18,11 +17,13 @@ from expertlane.engine.commands import (
     StageSpec,
 )
 from expertlane.engine.dispatch_timing import time_dispatch
+from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.rebalancing import Rebalancer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
@@ -31,7 +32,8 @@ from expertlane.spec.sampling import TokenLogprobs
 class StepHandle:
     """A step under way."""
 
-    def __init__(self, ticket: Ticket[RankOutcome], submitted_s: float) -> None:
+    def __init__(self, plan: StepPlan, ticket: Ticket[RankOutcome], submitted_s: float) -> None:
+        self.plan = plan
         self.ticket = ticket
         self.submitted_s = submitted_s
         self.finished_s = 0.0
@@ -43,15 +45,17 @@ class ModelRunner:
     Attributes:
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
+        rebalancer: moves experts between steps; None where they stay.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
+        log: takes a line for each thing that is decided.
 
     Raises:
-        UserError: the model cannot be laid out or its experts placed so.
+        UserError: as `check_deployment`.
     """
 
     def __init__(
@@ -64,41 +68,49 @@ class ModelRunner:
         seed: int,
         ranks_per_node: int,
         checkpoint: Path | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
         self._layout = layout = deployment.layout
-        layout.check_model(model)
         options = deployment.options
-        if options.is_by_node:
-            layout.ep_ranks_per_node(ranks_per_node)
-        placements = placements_of(model, layout, options)
+        placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder)
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
         self.dispatch_table: DispatchTable | None = None
+        self.rebalancer: Rebalancer | None = None
         if options.is_timed:
             self.dispatch_table = time_dispatch(
                 self, layout, limits, options.modes(layout, ranks_per_node)
             )
             self.set_dispatch(self.dispatch_table)
+            text = str(self.dispatch_table)
+            unit = " (tokens of a rank)" if " up to " in text else " for all steps"
+            log(f"dispatch: {text}{unit}")
+        if options.rebalance_steps:
+            self.rebalancer = Rebalancer(
+                pool,
+                layout,
+                placements,
+                ranks_per_node=ranks_per_node,
+                num_steps=options.rebalance_steps,
+                log=log,
+            )
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
         self._pool.call(SetDispatch(table), ranks=range(self._layout.world_size))
 
-    def submit(self, plan: StepPlan, placements: Placements | None = None) -> StepHandle:
-        """Send a plan to the ranks of its replica, to each its own part.
-
-        Args:
-            placements: [num_hidden_layers]; of experts from this step on; None as they are.
-        """
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Send a plan to the ranks of its replica, to each its own part."""
+        placements = None if self.rebalancer is None else self.rebalancer.before_step(plan)
         submitted_s = time.perf_counter()
         commands = [
             (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
             for dp_rank, step in enumerate(plan.of_dp_ranks())
         ]
-        return StepHandle(self._pool.submit_each(commands), submitted_s)
+        return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
 
     def discard(self, plans: Sequence[StepPlan]) -> None:
         """Undo the steps that are not committed, once they have run; they may be submitted again.
@@ -120,7 +132,11 @@ class ModelRunner:
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
-        return outcome_of(outcomes, handle.submitted_s, handle.finished_s or time.perf_counter())
+        finished_s = handle.finished_s or time.perf_counter()
+        outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
+        if self.rebalancer is not None:
+            self.rebalancer.after_step(handle.plan, outcome.records)
+        return outcome
 
 
 def outcome_of(

@@ -1,4 +1,4 @@
-"""Online rebalancing: a runner that moves experts between steps when that pays.
+"""Online rebalancing: an observer of steps that moves experts between them when that pays.
 
 It watches the load of the last steps. Of several new placements, near the present one or wholly
 new, it takes the one that promises to save most time over as many coming steps, less what it costs.
@@ -11,25 +11,26 @@ a placement.
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from expertlane.balance.gain import Decision, PairCost, RebalanceGate
 from expertlane.balance.moves import Move, moves
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.balance.rebalance import Proposal, propose
-from expertlane.balance.tracker import LoadTracker
+from expertlane.balance.placement_file import Placements
+from expertlane.balance.rebalance import (
+    Decision,
+    LoadTracker,
+    PairCost,
+    Proposal,
+    RebalanceGate,
+    propose,
+)
 from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
-from expertlane.engine.model_runner import ModelRunner, StepHandle
 from expertlane.engine.pool import RankPool
 from expertlane.results.step_record import RankRecord
-from expertlane.schedule.limits import Limits
-from expertlane.schedule.plan import StepOutcome, StepPlan
-from expertlane.spec.deployment import Deployment
+from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
 SLICE_BYTES = 32_000_000  # moved at once, over all ranks
@@ -85,7 +86,6 @@ class _Replica:
         self.next: Placements | None = None
         self.slices: list[list[Move]] = []
         self.under_way = False
-        self.newest_load = -1  # the step of the load that came last
 
     @property
     def now(self) -> list[Placement]:
@@ -98,8 +98,8 @@ class _Replica:
         return tuple(by_layer.get(layer) for layer in range(len(self.placements)))
 
 
-class RebalancingRunner:
-    """Implements `schedule.plan.Runner` around a `ModelRunner`; plans must ask for records.
+class Rebalancer:
+    """Told of every step before and after it; plans must ask for records.
 
     Args:
         placements: [num_hidden_layers]; where experts are now. Ranks keep their numbers of slots.
@@ -110,14 +110,12 @@ class RebalancingRunner:
         executor: plans placements; a thread of its own by default.
 
     Attributes:
-        held, dispatch_table: as of the runner; at first.
         decisions: all so far, in order.
         loads: of all finished steps.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
         pool: RankPool,
         layout: Layout,
         placements: Placements,
@@ -128,9 +126,6 @@ class RebalancingRunner:
         worth: Callable[[Decision], float] = lambda decision: decision.gain_s - decision.cost_s,
         executor: Executor | None = None,
     ) -> None:
-        self._runner = runner
-        self.held = runner.held
-        self.dispatch_table = runner.dispatch_table
         self._pool = pool
         self._layout = layout
         self._num_steps = num_steps
@@ -141,57 +136,37 @@ class RebalancingRunner:
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
         self.decisions: list[Rebalance] = []
         self.loads: list[StepLoad] = []
-        self._plans: dict[StepHandle, StepPlan] = {}
-        self._discarded: set[int] = set()  # steps that are to be submitted again
-        self._new_placements: dict[int, Placements] = {}  # by the step that brings them
+        # A discarded step is seen again, and goes as it went.
+        self._begun: WeakKeyDictionary[StepPlan, Placements | None] = WeakKeyDictionary()
+        self._finished: WeakSet[StepPlan] = WeakSet()
         timed = [
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, _ in timed[-1]) * layout.etp
         self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
 
-    def submit(self, plan: StepPlan) -> StepHandle:
-        """Begin a step, after what is to happen before it; a discarded one as it was."""
-        replica = self._replicas[plan.replica]
-        if plan.step in self._discarded:
-            self._discarded.remove(plan.step)
-        else:
-            self._new_placements.pop(plan.step, None)  # of an earlier scheduler
-            self._begin(replica, plan)
-        handle = self._runner.submit(plan, self._new_placements.get(plan.step))
-        self._plans[handle] = plan
-        return handle
+    def before_step(self, plan: StepPlan) -> Placements | None:
+        """Send a slice of experts, or decide; gives the placements that the step is to bring."""
+        if plan not in self._begun:
+            self._begun[plan] = self._begin(self._replicas[plan.replica], plan)
+        return self._begun[plan]
 
-    def discard(self, plans: Sequence[StepPlan]) -> None:
-        """As `ModelRunner.discard`; experts that are on their way stay so."""
-        self._runner.discard(plans)
-        self._discarded = {plan.step for plan in plans}
-
-    def _begin(self, replica: _Replica, plan: StepPlan) -> None:
-        """What happens before a new step: a slice of experts moves, or a decision is taken."""
-        if plan.step <= replica.newest_load:  # another scheduler's
-            replica.newest_load = -1
+    def _begin(self, replica: _Replica, plan: StepPlan) -> Placements | None:
+        new = None
         if replica.next is not None:
-            self._move_on(replica, plan)
+            new = self._move_on(replica, plan)
         elif replica.planning is None and replica.num_since >= self._num_steps:
             self._begin_planning(replica)
         if replica.planning is not None and replica.planning.done():
             proposal, replica.planning = replica.planning.result(), None
-            self._decide(replica, proposal, plan)
+            new = self._decide(replica, proposal, plan)
+        return new
 
-    def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
-        """Wait until one of the steps is finished."""
-        return self._runner.first_done(handles)
-
-    def collect(self, handle: StepHandle) -> StepOutcome:
-        """Wait for a step, and take its load into account."""
-        outcome = self._runner.collect(handle)
-        plan = self._plans.pop(handle)
-        replica = self._replicas[plan.replica]
-        if outcome.records and plan.step > replica.newest_load:  # else it was discarded since
-            replica.newest_load = plan.step
-            self._take(replica, plan, outcome.records)
-        return outcome
+    def after_step(self, plan: StepPlan, records: Sequence[RankRecord]) -> None:
+        """Take a finished step's load into account."""
+        if records and plan not in self._finished:
+            self._finished.add(plan)
+            self._take(self._replicas[plan.replica], plan, records)
 
     def _take(self, replica: _Replica, plan: StepPlan, records: Sequence[RankRecord]) -> None:
         of_rank = np.array([record.num_tokens_per_expert for record in records])
@@ -221,20 +196,21 @@ class RebalancingRunner:
             self._worth,
         )
 
-    def _decide(self, replica: _Replica, proposal: Proposal, plan: StepPlan) -> None:
+    def _decide(self, replica: _Replica, proposal: Proposal, plan: StepPlan) -> Placements | None:
         decision, now, then = proposal.decision, replica.now, proposal.then
         self.decisions.append(
             Rebalance(plan.replica, plan.step, decision, proposal.before, proposal.after)
         )
         whose = f"replica {plan.replica}, " if len(self._replicas) > 1 else ""
         self._log(f"{whose}step {plan.step}: {decision.line}")
-        if self._worth(decision) > 0 and then != now:
-            replica.next = replica.with_layers(then)
-            replica.slices = [
-                [replace(move, layer=replica.layers[move.layer]) for move in of_slice]
-                for of_slice in replica.gate.slices(moves(now, then, self._ep_per_node))
-            ]
-            self._move_on(replica, plan)
+        if self._worth(decision) <= 0 or then == now:
+            return None
+        replica.next = replica.with_layers(then)
+        replica.slices = [
+            [replace(move, layer=replica.layers[move.layer]) for move in of_slice]
+            for of_slice in replica.gate.slices(moves(now, then, self._ep_per_node))
+        ]
+        return self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:
         """Costs as measured so far: seconds a pair by the steps' records, moves by a trial."""
@@ -246,7 +222,7 @@ class RebalancingRunner:
             num_steps=self._num_steps,
         )
 
-    def _move_on(self, replica: _Replica, plan: StepPlan) -> None:
+    def _move_on(self, replica: _Replica, plan: StepPlan) -> Placements | None:
         """One slice more; after the last the switch."""
         ranks = self._layout.ranks_of_replica(plan.replica)
         if replica.under_way:
@@ -255,9 +231,8 @@ class RebalancingRunner:
         if replica.slices:
             self._pool.submit(StartMoves(tuple(replica.slices.pop(0))), ranks=ranks)
             replica.under_way = True
-            return
+            return None
         assert replica.next is not None, "moves are for placements to come"
-        self._new_placements[plan.step] = replica.next
         replica.placements, replica.next = replica.next, None
         replica.tracker = LoadTracker(
             len(replica.layers), replica.now[0].num_experts, self._num_steps
@@ -265,45 +240,4 @@ class RebalancingRunner:
         replica.num_since = 0
         latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
         self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
-
-
-def runner_for(
-    pool: RankPool,
-    model: ModelConfig,
-    deployment: Deployment,
-    limits: Limits,
-    *,
-    seed: int,
-    ranks_per_node: int,
-    checkpoint: Path | None = None,
-    log: Callable[[str], None],
-) -> ModelRunner | RebalancingRunner:
-    """A deployment's runner; with one expert-parallel rank there is nothing to move.
-
-    Raises:
-        UserError: the model cannot be laid out or its experts placed so.
-    """
-    runner = ModelRunner(
-        pool,
-        model,
-        deployment,
-        limits,
-        seed=seed,
-        ranks_per_node=ranks_per_node,
-        checkpoint=checkpoint,
-    )
-    if runner.dispatch_table is not None:
-        text = str(runner.dispatch_table)
-        log(f"dispatch: {text}{' (tokens of a rank)' if ' up to ' in text else ' for all steps'}")
-    layout, options = deployment.layout, deployment.options
-    if not options.rebalance_steps or layout.ep == 1:
-        return runner
-    return RebalancingRunner(
-        runner,
-        pool,
-        layout,
-        placements_of(model, layout, options),
-        ranks_per_node=ranks_per_node,
-        num_steps=options.rebalance_steps,
-        log=log,
-    )
+        return replica.placements

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -15,48 +14,12 @@ from expertlane.errors import RankError
 from expertlane.spec.sampling import SamplingParams
 
 
-class Waiter:
-    """A call that waits for steps.
-
-    Args:
-        is_ready: whether it has what it waits for; called from other threads too.
-    """
-
-    def __init__(self, is_ready: Callable[[], bool]) -> None:
-        self.is_ready = is_ready
-        self.error: Exception | None = None
-        self.wake: SimpleQueue[None] = SimpleQueue()
-
-
-class _Turn:
-    """A thread's exclusive use of the engine, once all earlier turns have ended: a context."""
-
-    __slots__ = ("_shared", "may_begin", "thread")
-
-    def __init__(self, shared: "SharedEngine") -> None:
-        self.thread = threading.get_ident()
-        self.may_begin: SimpleQueue[None] | None = None  # for those that must wait
-        self._shared = shared
-
-    def __enter__(self) -> None:
-        try:
-            self._shared.enqueue(self)
-            if self.may_begin is not None:
-                self.may_begin.get()
-        except BaseException:
-            self._shared.end(self)
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        self._shared.end(self)
-
-
 class SharedEngine:
     """Gives threads exclusive use of an engine, in the order in which they ask for it.
 
     One of the waiting threads is the leader: it runs steps until it has what it waits for, wakes
-    others when they have theirs, and then makes the one that has waited longest the leader. Those
-    that add requests or close get the engine between two steps.
+    others when they have theirs, and then another leads. Those that add requests or close get the
+    engine between two steps.
 
     Args:
         is_closed: whether the ranks have been ended.
@@ -66,38 +29,34 @@ class SharedEngine:
         self._engine = engine
         self._is_closed = is_closed
         # Never held during a step. Reentrant: a garbage collection in one may close a stream.
-        self._guard = threading.RLock()
-        self._turns: deque[_Turn] = deque()  # the first has the engine
-        self._leader: Waiter | None = None
-        self._followers: deque[Waiter] = deque()
+        self._changed = threading.Condition()
+        self._turns: deque[int] = deque()  # threads; the first has the engine
+        self._leader: int | None = None
+        self._followers: list[Callable[[], bool]] = []  # whether each has what it waits for
+        self._errors: list[Exception] = []  # of steps
         self._to_cancel: deque[str] = deque()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
 
-    def exclusive(self) -> _Turn:
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
         """A context in which no other thread uses the engine."""
-        return _Turn(self)
+        own = threading.get_ident()
+        try:
+            with self._changed:
+                self._end_turn(own)  # an interruption may have kept this thread from it
+                self._turns.append(own)
+                self._changed.wait_for(lambda: self._turns[0] == own)
+            yield
+        finally:
+            with self._changed:
+                self._end_turn(own)
 
-    def enqueue(self, turn: _Turn) -> None:
-        """Put a turn behind those that asked before it."""
-        with self._guard:
-            # An interruption may have kept this thread from ending its last turn.
-            for left in [each for each in self._turns if each.thread == turn.thread]:
-                self.end(left)
-            if self._turns:
-                turn.may_begin = SimpleQueue()
-            self._turns.append(turn)
-
-    def end(self, turn: _Turn) -> None:
-        """Take a turn out of the queue, and let the next one begin if it had the engine."""
-        with self._guard:
-            if turn not in self._turns:
-                return
-            had_it = self._turns[0] is turn
-            if had_it:
+    def _end_turn(self, thread: int) -> None:
+        if thread in self._turns:
+            if self._turns[0] == thread:
                 self._cancel_now()
-            self._turns.remove(turn)
-            if had_it and self._turns and (may_begin := self._turns[0].may_begin) is not None:
-                may_begin.put(None)
+            self._turns.remove(thread)
+            self._changed.notify_all()
 
     def add(
         self,
@@ -126,7 +85,7 @@ class SharedEngine:
         for request_id in request_ids:
             self._arrivals.pop(request_id, None)
             self._to_cancel.append(request_id)
-        with self._guard:
+        with self._changed:
             if not self._turns:
                 self._cancel_now()
 
@@ -137,7 +96,7 @@ class SharedEngine:
     def close(self, close: Callable[[], None]) -> None:
         """Call `close` after the present step; those that wait for more get a `RankError`."""
         try:
-            if self._turns and self._turns[0].thread == threading.get_ident():
+            if self._turns and self._turns[0] == threading.get_ident():
                 close()  # in a step of this thread
                 return
             with self.exclusive():
@@ -146,57 +105,57 @@ class SharedEngine:
             close()
             raise
 
-    def wait(self, waiter: Waiter) -> None:
+    def wait(self, is_ready: Callable[[], bool]) -> None:
         """Run steps, or let another thread run them, until it is ready.
+
+        Args:
+            is_ready: called from other threads too.
 
         Raises:
             RankError: a rank died, hung or failed, or the ranks are gone.
         """
+        own = threading.get_ident()
         try:
-            with self._guard:
-                if self._leader is None:
-                    self._leader = waiter
-                else:
-                    self._followers.append(waiter)
-            while not waiter.is_ready():
-                if waiter.error is not None:
-                    raise copy(waiter.error)
-                if self._leader is waiter:
-                    self._lead(waiter)
-                else:
-                    waiter.wake.get()
+            while not is_ready():
+                with self._changed:
+                    if self._leader not in (None, own):
+                        self._follow(is_ready)
+                    elif not is_ready():
+                        self._leader = own
+                if self._leader == own:
+                    self._lead(is_ready)
         finally:
-            with self._guard:
-                if waiter in self._followers:
-                    self._followers.remove(waiter)
-                if self._leader is waiter:
-                    self._leader = self._followers.popleft() if self._followers else None
-                    if self._leader is not None:
-                        self._leader.wake.put(None)
+            with self._changed:
+                if self._leader == own:
+                    self._leader = None
+                    self._changed.notify_all()
 
-    def _lead(self, waiter: Waiter) -> None:
+    def _follow(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until it is ready, or somebody has to lead; raises a leader's error."""
+        num_errors = len(self._errors)
+        self._followers.append(is_ready)
+        try:
+            self._changed.wait_for(lambda: self._leader is None or is_ready())
+        finally:
+            self._followers.remove(is_ready)
+        if len(self._errors) > num_errors and not is_ready():
+            raise copy(self._errors[-1])
+
+    def _lead(self, is_ready: Callable[[], bool]) -> None:
         """Run steps until it is ready or another thread asks for the engine."""
         try:
             with self.exclusive():
-                while True:
+                while not is_ready():
                     self._step()
-                    self._wake()
-                    if waiter.is_ready() or len(self._turns) > 1 or self._to_cancel:
+                    if self._followers:
+                        with self._changed:
+                            if any(follower() for follower in self._followers):
+                                self._changed.notify_all()
+                    if len(self._turns) > 1 or self._to_cancel:
                         return
         except Exception as error:
-            self._wake(error)
+            self._errors.append(error)
             raise
-
-    def _wake(self, error: Exception | None = None) -> None:
-        """Wake those that have what they wait for, or all with an error."""
-        if not self._followers:
-            return
-        with self._guard:
-            for follower in list(self._followers):
-                if error is not None or follower.is_ready():
-                    follower.error = error
-                    self._followers.remove(follower)
-                    follower.wake.put(None)
 
     def _step(self) -> None:
         if self._is_closed():

@@ -198,7 +198,7 @@ class DeployedStage:
             recorder.set_micro_batch(number)
             for part, result in self._run_micro_batch(parts, arriving):
                 recorder.enter(Stage.HEAD)
-                seq_ids = part.yielding_seq_ids
+                seq_ids = part.batch.yielding_seq_ids
                 changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
         outcome.record = recorder.end_step()
         return outcome
@@ -333,7 +333,7 @@ class DeployedStage:
 
     def _needs_logits(self, part: ForwardBatch) -> bool:
         """Whether any sequence of the part asks for more than its likeliest token."""
-        return any(seq in self._sampler for seq in part.yielding_seq_ids)
+        return any(seq in self._sampler for seq in part.batch.yielding_seq_ids)
 
 
 HANDLERS: Handlers = {

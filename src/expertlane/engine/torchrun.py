@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from expertlane.engine.fork_server import end_with_parent, python_command
+from expertlane.engine.fork_server import RankSettings, end_with_parent, python_command
 from expertlane.engine.local_ranks import RunFiles
-from expertlane.engine.meeting import (
+from expertlane.engine.messages import Channel
+from expertlane.engine.rendezvous import (
     CONNECT_TIMEOUT_S,
     RankAcceptor,
     handshake,
@@ -26,7 +27,6 @@ from expertlane.engine.meeting import (
     listen,
     new_secret,
 )
-from expertlane.engine.messages import Channel
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     from expertlane.engine.stage import HANDLERS
-    from expertlane.engine.worker import RankSettings, serve
+    from expertlane.engine.worker import run_rank
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     rank, world_size = own_rank(), int(os.environ["WORLD_SIZE"])
@@ -217,7 +217,7 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
         timeout_s=timeout_s,
         dtype=dtype,
     )
-    return serve(Channel(connection), settings, HANDLERS, PrefixStore("ranks", store))
+    return run_rank(Channel(connection), settings, HANDLERS, PrefixStore("ranks", store))
 
 
 def _torchrun_store(rank: int, world_size: int) -> "Store":

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch.distributed as dist
@@ -18,9 +20,10 @@ from expertlane.comm.collectives import PeerLostError
 from expertlane.comm.mesh import DeviceMeshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.engine.commands import Command
+from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.messages import (
     Channel,
-    CommandDecoder,
+    Decoder,
     Failure,
     FailureKind,
     Heartbeat,
@@ -37,26 +40,6 @@ from expertlane.spec.names import Stage
 _GROUP_TIMEOUT_MARGIN_S = 30.0
 _HEARTBEAT_S = 1.0
 _LINGER_S = 10.0
-
-
-@dataclass(frozen=True)
-class RankSettings:
-    """What a rank gets at its start.
-
-    Attributes:
-        board_fd: of the progress board's file; None where it is not shared.
-        store_path: the rendezvous file of local ranks; None under torchrun.
-        timeout_s: the bound on any wait for other ranks.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    num_local_ranks: int
-    board_fd: int | None
-    store_path: str | None
-    timeout_s: float
-    dtype: str | None
 
 
 @dataclass(eq=False)
@@ -127,7 +110,7 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
     )
 
 
-def serve(
+def run_rank(
     channel: Channel, settings: RankSettings, handlers: Handlers, store: Store | None = None
 ) -> int:
     """Answer commands until the launcher goes away or one fails; returns the exit code.
@@ -136,7 +119,7 @@ def serve(
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
     sender = _Sender(channel)
-    commands = CommandDecoder(handlers)
+    commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     try:
         progress = _open_board(settings, sender).reporter(settings.rank)
         platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
@@ -163,7 +146,7 @@ def serve(
     return 1
 
 
-def _next_command(channel: Channel, commands: CommandDecoder) -> Command[Any] | None:
+def _next_command(channel: Channel, commands: Decoder[Command[Any]]) -> Command[Any] | None:
     """None when the launcher is done, or gone."""
     try:
         message = channel.receive()

@@ -18,8 +18,7 @@ from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
 from expertlane.ops.products import Linear
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import RopeScaling
+from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
 
 

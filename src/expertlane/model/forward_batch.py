@@ -66,12 +66,6 @@ class ForwardBatch:
         own = self._slices[self._at.tp_rank]
         return torch.from_numpy(self.batch.token_ids[own.start : own.stop]).to(self._device)
 
-    @property
-    def yielding_seq_ids(self) -> list[int]:
-        """The sequences that get a next token, in the order of the head's rows."""
-        seq_ids: list[int] = self.batch.seq_ids[self.batch.yields_token].tolist()
-        return seq_ids
-
     def num_query_key_pairs(self, window: int | None) -> int:
         """Query-key pairs that causal attention takes, of one head.
 

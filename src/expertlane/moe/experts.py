@@ -7,7 +7,7 @@ from torch import Tensor
 
 from expertlane.ops.backend import backend_for
 from expertlane.ops.products import Activation, Expert
-from expertlane.spec.model_parts import Routing
+from expertlane.spec.model import Routing
 
 _TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
 

@@ -1,10 +1,12 @@
-"""Every deployment that a model and a number of devices allow."""
+"""What a plan is made for, and every deployment that a model and a number of devices allow."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.errors import CapacityError, SpecError
+from expertlane.plan.project import Setting
 from expertlane.spec.deployment import (
     DispatchForm,
     MicroBatchSchedule,
@@ -14,6 +16,7 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.workload import Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (1, "drained"),
@@ -23,8 +26,30 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (4, "rotating"),
 )
 
-
 MOST_DEVICES = 96  # of a plan: beyond, layouts and their ranks take over a minute
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Limits that a deployment must keep; None for no limit."""
+
+    max_tpot_s: float | None = None
+    max_ttft_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Which deployment of a model to choose on a cluster, for what.
+
+    Attributes:
+        workload: served without end, `num_sequences` at once where they fit; no prompt is read.
+    """
+
+    model: ModelConfig
+    cluster: ModelledCluster
+    workload: Workload
+    goals: Goals
+    setting: Setting
 
 
 class Candidate(NamedTuple):

@@ -5,20 +5,20 @@ Options as documented for vLLM 0.14 (docs.vllm.ai, "Expert Parallel Deployment")
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import tomli_w
 
 from expertlane.cost.number_types import NumberTypes
-from expertlane.plan.candidates import Candidate
-from expertlane.plan.request import Traffic
+from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.results.results import ServeCommand
 from expertlane.spec.deployment import DISPATCH_FORMS, FormTraits, Options
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -140,36 +140,35 @@ def _sglang(
 
 
 def experiment_text(
+    request: PlanRequest,
     name: str,
-    model: ModelConfig,
     checkpoint: str | None,
-    traffic: Traffic,
-    ranks_per_node: int,
-    deployments: Sequence[tuple[str, Candidate]],
+    deployments: Mapping[str, Candidate],
     comment: str,
 ) -> str:
     """TOML; the first deployment is the baseline.
 
     Args:
-        checkpoint: its folder; None for a preset, or a model by its sizes.
+        checkpoint: the model's folder; None for a preset, or a model by its sizes.
         comment: a line that begins the file.
     """
     document = {
         "name": name,
         "seed": 0,
-        "model": _model(model, checkpoint),
-        "workload": {
-            "num_sequences": traffic.num_sequences,
-            "prompt_len": traffic.prompt_len,
-            "output_len": traffic.output_len,
-        },
-        "cluster": {"ranks_per_node": ranks_per_node},
+        "model": _model(request.model, checkpoint),
+        "workload": sizes_of(request.workload),
+        "cluster": {"ranks_per_node": request.cluster.profile.ranks_per_node},
         "deployments": [
-            {"name": label, "layout": str(candidate.layout), **_options(candidate.options)}
-            for label, candidate in deployments
+            {"name": label, "layout": str(layout), **_options(options)}
+            for label, (layout, options) in deployments.items()
         ],
     }
     return f"# {comment}\n\n{tomli_w.dumps(document)}"
+
+
+def sizes_of(workload: Workload) -> dict[str, int]:
+    """A workload without a seed: a plan draws no prompt."""
+    return {key: num for key, num in asdict(workload).items() if key != "seed"}
 
 
 def _model(model: ModelConfig, checkpoint: str | None) -> dict[str, Any]:

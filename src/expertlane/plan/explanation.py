@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.request import Traffic
-from expertlane.plan.search import Option
+from expertlane.plan.screen import ScreenedCandidate
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
+from expertlane.spec.workload import Workload
 
 
 def family_of(layout: Layout) -> str:
@@ -21,9 +21,9 @@ def family_of(layout: Layout) -> str:
     return ", ".join(parts)
 
 
-def best_of_families(options: Sequence[Option]) -> dict[str, Option]:
+def best_of_families(options: Sequence[ScreenedCandidate]) -> dict[str, ScreenedCandidate]:
     """By family, the option with most tokens a second that keeps the limits; best first."""
-    best: dict[str, Option] = {}
+    best: dict[str, ScreenedCandidate] = {}
     for option in options:
         family = family_of(option.candidate.layout)
         if option.place is not None and option.tps > (best[family].tps if family in best else 0):
@@ -31,14 +31,14 @@ def best_of_families(options: Sequence[Option]) -> dict[str, Option]:
     return dict(sorted(best.items(), key=lambda each: -each[1].tps))
 
 
-def pareto(options: Sequence[Option]) -> list[tuple[Option, int]]:
+def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate, int]]:
     """Options and numbers of sequences such that none has both more TPS and a lower TPOT."""
     points = [
         (float(option.served.tpot_s[1, place]), float(option.served.tps[1, place]), option, place)
         for option in options
         for place in range(len(option.steps.num_seqs))
     ]
-    front: list[tuple[Option, int]] = []
+    front: list[tuple[ScreenedCandidate, int]] = []
     most = 0.0
     for _, tps, option, place in sorted(points, key=lambda point: (point[0], -point[1])):
         if tps > most:
@@ -52,26 +52,23 @@ _NAMED = 2  # causes
 _LEAST = 0.1  # of the difference, for a cause to be named
 
 
-def time_by_cause(option: Option, traffic: Traffic) -> dict[str, float]:
+def time_by_cause(option: ScreenedCandidate, workload: Workload) -> dict[str, float]:
     """Seconds of the whole system for one output token, its part of prefill included."""
     assert option.place is not None, "it keeps the limits"
-    screened = option.screened
-    assert screened.decode is not None, "it fits"
-    assert screened.prefill is not None, "it fits"
-    decode = screened.decode.by_cause_s[:, option.place] / option.steps.num_seqs[option.place]
-    shares = screened.prefill.by_cause_s[:, 0] / screened.prefill.by_cause_s[:, 0].sum()
-    per_token = traffic.prompt_len / traffic.output_len
+    decode = option.decode_by_cause_s[:, option.place] / option.num_seqs
+    shares = option.prefill_by_cause_s / option.prefill_by_cause_s.sum()
+    per_token = workload.prompt_len / workload.output_len
     prefill = per_token / float(option.steps.prefill_tps[LIKELY]) * shares
     named = {f"{cause} in decode": float(s) for cause, s in zip(_CAUSES, decode, strict=True)}
     named |= {f"{cause} in prefill": float(s) for cause, s in zip(_CAUSES, prefill, strict=True)}
     return named
 
 
-def why_it_loses(winner: Option, loser: Option, traffic: Traffic) -> str:
+def why_it_loses(winner: ScreenedCandidate, loser: ScreenedCandidate, workload: Workload) -> str:
     """For example `µs a token: weight reads in decode +12; memory for 316 sequences`."""
     if winner is loser:
         return ""
-    mine, best = (time_by_cause(each, traffic) for each in (loser, winner))
+    mine, best = (time_by_cause(each, workload) for each in (loser, winner))
     total, least = sum(mine.values()), sum(best.values())
     more = {cause: mine[cause] - best[cause] for cause in mine}
     growth = sum(value for value in more.values() if value > 0)
@@ -84,7 +81,7 @@ def why_it_loses(winner: Option, loser: Option, traffic: Traffic) -> str:
     if total <= least:
         return "as fast by this count"
     text = f"µs a token: {', '.join(parts)}" if parts else "a little more of everything"
-    most = np.minimum(traffic.num_sequences, winner.steps.num_seqs.max())
+    most = np.minimum(workload.num_sequences, winner.steps.num_seqs.max())
     room = int(loser.steps.num_seqs.max())
     if room < most:
         text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
+from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
@@ -22,16 +23,37 @@ from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import most_weight_bytes
 from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
-from expertlane.plan.request import Setting
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import Conditions, StepsRecord
 from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import (
+    Deployment,
+    Options,
+    PayloadType,
+)
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all deployments of a plan, or a comparison, share.
+
+    Attributes:
+        routing: which experts tokens choose.
+        payload: in which hidden states are dispatched.
+        step_tokens: of a prefill step, as for `memory.prefill_step_tokens`.
+    """
+
+    types: NumberTypes
+    execution: Execution
+    routing: RoutingSource
+    payload: PayloadType = "model"
+    step_tokens: int | None = None
+
 
 _ROUNDS = 3  # of rotating micro-batches; the last one counts
 
@@ -54,11 +76,7 @@ class StepSize:
 
 
 class Projector:
-    """Projects steps of one deployment on one cluster.
-
-    Args:
-        placements: [num_hidden_layers]; the options' own if not given.
-    """
+    """Projects steps of one deployment on one cluster."""
 
     def __init__(
         self,
@@ -67,7 +85,6 @@ class Projector:
         options: Options,
         cluster: ModelledCluster,
         setting: Setting,
-        placements: Placements | None = None,
     ) -> None:
         self._layout = layout
         self._options = options
@@ -78,7 +95,7 @@ class Projector:
         self._builder = ProgramBuilder(
             model,
             layout,
-            placements_of(model, layout, options) if placements is None else placements,
+            placements_of(model, layout, options),
             types=setting.types,
             payload=options.payload,
             ranks_per_node=cluster.profile.ranks_per_node,
@@ -173,7 +190,7 @@ class Projector:
     def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Breakdown]:
         """[3]; seconds of a round in the steady state, and where they go."""
         timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
-        table = BreakdownTable(self._device, self._setting.types.weights, self._pricing.dtype)
+        table = BreakdownTable(self._device, self._setting.types)
         ran = self._rounds(works, timeline)
         for times, _ in ran:
             table.add(times)

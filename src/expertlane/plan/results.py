@@ -1,7 +1,7 @@
 """A whole plan: search, explain, and put it into records."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -9,15 +9,15 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.candidates import Candidate
-from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands
+from expertlane.plan.candidates import PlanRequest
+from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands, sizes_of
 from expertlane.plan.explanation import best_of_families, pareto, why_it_loses
 from expertlane.plan.project import cluster_record, conditions_of
-from expertlane.plan.request import PlanRequest
-from expertlane.plan.screen import Screened
-from expertlane.plan.search import Finalist, OnePool, Option, Search
+from expertlane.plan.screen import ScreenedCandidate
+from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
 from expertlane.plan.throughput import Steps, ThroughputCurve
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
@@ -28,7 +28,6 @@ from expertlane.results.record import (
     TWO_POOLS,
     Conditions,
     DeploymentRecord,
-    PoolRecord,
     ServingRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
@@ -38,73 +37,30 @@ _NUM_TIMELINES = 3
 _NUM_PARETO = 12
 
 
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The request, and what is found of it step by step.
+    """What was found, and for what.
 
-    Args:
+    Attributes:
         cautions: what a reader must know of the numbers, in sentences.
+        search: of one pool.
+        found: by it.
+        pools: the best two pools, or why there are none.
+        num_pool_candidates: deployments tried for two pools.
     """
 
-    def __init__(
-        self,
-        request: PlanRequest,
-        routing: RoutingChoice,
-        cautions: tuple[str, ...] = (),
-    ) -> None:
-        self._cautions = cautions
-        self._request = request
-        self._routing = routing
-        self._search = Search(request)
-        self._pool_search = TwoPoolSearch(request)
-        self._screened: list[Screened] = []
-        self._found: OnePool | None = None
-        self._pools: TwoPools | NoPools = "over limits"
+    request: PlanRequest
+    routing: RoutingChoice
+    cautions: tuple[str, ...]
+    search: Search
+    found: OnePool
+    pools: TwoPools | NoPools
+    num_pool_candidates: int
 
     @property
-    def num_candidates(self) -> int:
-        """Deployments of one pool."""
-        return len(self._search.candidates)
-
-    @property
-    def num_pool_candidates(self) -> int:
-        """Deployments tried for two pools."""
-        return self._pool_search.num_candidates
-
-    def screen(self, advance: Callable[[int], None]) -> None:
-        """First, one pool of all devices.
-
-        Args:
-            advance: called with a number of candidates that are done.
-
-        Raises:
-            UserError: no layout is valid.
-        """
-        self._screened = self._search.screen(advance)
-
-    def search(self, advance: Callable[[int], None]) -> None:
-        """Then, the best of them in full.
-
-        Args:
-            advance: called with 1 for each of at most `NUM_FINALISTS`.
-
-        Raises:
-            UserError: nothing fits, or nothing keeps the limits.
-        """
-        self._found = self._search.in_full(self._screened, advance)
-
-    def search_pools(self, advance: Callable[[int], None]) -> None:
-        """Last, two pools.
-
-        Args:
-            advance: called with a number of candidates that are done.
-        """
-        self._pools = self._pool_search.run(advance)
-
-    @property
-    def found(self) -> OnePool:
-        """Of one pool; after `search`."""
-        assert self._found is not None, "searched before"
-        return self._found
+    def winner(self) -> ScreenedCandidate:
+        """The best of one pool, as screened."""
+        return self.found.finalists[0].option
 
     def results(self, *, command: str, loaded: ServeTarget, experiment: str | None) -> Results:
         """All that is shown.
@@ -113,96 +69,71 @@ class Plan:
             loaded: what other systems are to load.
             experiment: the path of the file with `experiment`.
         """
-        found, request, pools = self.found, self._request, self._pools
-        traffic, goals, setting = request.traffic, request.goals, request.setting
-        per_node = request.cluster.profile.ranks_per_node
-        winner = found.finalists[0].option.candidate
-        commands = serve_commands(
-            winner,
-            loaded,
-            setting.types,
-            traffic.full_len + 1,
-            -(-winner.layout.replica_size // per_node),
-        )
+        found, request, winner = self.found, self.request, self.winner.candidate
+        workload, types = request.workload, request.setting.types
+        num_nodes = -(-winner.layout.replica_size // request.cluster.profile.ranks_per_node)
+        commands = serve_commands(winner, loaded, types, workload.max_len + 1, num_nodes)
         summary = PlanSummary(
             top_k=request.model.num_experts_per_tok,
             num_candidates=found.num_candidates,
             num_too_large=found.num_too_large,
             num_over_limits=sum(option.place is None for option in found.options),
             num_pool_candidates=self.num_pool_candidates,
-            no_two_pools=None if isinstance(pools, TwoPools) else pools,
+            no_two_pools=None if isinstance(self.pools, TwoPools) else self.pools,
             commands=tuple(commands),
             experiment=experiment,
         )
-        asked = {
-            "model": request.model,
-            "workload": {
-                key: getattr(traffic, key) for key in ("num_sequences", "prompt_len", "output_len")
-            },
-        }
+        asked = {"model": request.model, "workload": sizes_of(workload)}
         return Results.now(
             "plan",
             command,
-            asked | asdict(goals),
+            asked | asdict(request.goals),
             [
                 *self._best(),
                 *self._families(),
                 *pareto_records(found.options, _NUM_PARETO, self._conditions),
                 *self._two(),
             ],
-            cluster=cluster_record(request.cluster, setting.types),
-            assumptions=_assumptions(request, self._routing),
-            cautions=self._cautions,
+            cluster=cluster_record(request.cluster, types),
+            assumptions=_assumptions(request, self.routing),
+            cautions=self.cautions,
             plans=(summary,),
         )
 
     def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
-        """The winner and what it is to be held against, as TOML.
+        """The winner and what it is to be held against, the best without experts apart, as TOML.
 
         Args:
             checkpoint: the model's folder, if it has one.
+            comment: a line that begins the file.
         """
-        return experiment_text(
-            name,
-            self._request.model,
-            checkpoint,
-            self._request.traffic,
-            self._request.cluster.profile.ranks_per_node,
-            self._compared(),
-            comment,
-        )
-
-    def _compared(self) -> Sequence[tuple[str, Candidate]]:
-        """The best without expert parallelism as the baseline, then the winner."""
-        winner = self.found.finalists[0].option.candidate
-        kinds = best_of_families(self.found.options).values()
-        plain = [option.candidate for option in kinds if option.candidate.layout.ep == 1]
-        others = [each for each in plain if each != winner]
-        baseline = [("best without EP", others[0])] if others else []
-        return [*baseline, ("planned", winner)]
+        winner = self.winner.candidate
+        plain = [
+            option.candidate
+            for option in best_of_families(self.found.options).values()
+            if option.candidate.layout.ep == 1 and option.candidate != winner
+        ]
+        compared = {"best without EP": plain[0]} if plain else {}
+        compared["planned"] = winner
+        return experiment_text(self.request, name, checkpoint, compared, comment)
 
     @property
     def _conditions(self) -> Conditions:
-        setting = self._request.setting
-        return conditions_of(
-            self._request.model.num_experts_per_tok,
-            setting.execution,
-            self._routing.option,
-            setting.types,
-        )
+        setting, top_k = self.request.setting, self.request.model.num_experts_per_tok
+        return conditions_of(top_k, setting.execution, self.routing.option, setting.types)
 
-    def _why(self, option: Option) -> str:
-        return why_it_loses(self.found.finalists[0].option, option, self._request.traffic)
+    def _why(self, option: ScreenedCandidate) -> str:
+        return why_it_loses(self.winner, option, self.request.workload)
 
     def _in_full(
-        self, finalist: Finalist, role: str, *, name: str | None = None, timelines: bool = False
+        self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
         record = finalist_record(finalist, role, self._conditions)
         steps = [finalist.prefill, finalist.decode]
         if timelines:
-            of_phases = self._search.timelines(finalist)
+            of_phases = self.search.timelines(finalist)
             steps = [replace(each, timeline=of_phases[each.phase]) for each in steps]
-        return replace(record, name=name or record.name, steps=tuple(steps))
+        return replace(record, steps=tuple(steps))
 
     def _best(self) -> list[DeploymentRecord]:
         """The finalists, the best first; the first few with their timelines."""
@@ -227,7 +158,7 @@ class Plan:
 
     def _two(self) -> list[DeploymentRecord]:
         """Two pools as they serve together, and each by itself."""
-        found = self._pools
+        found = self.pools
         if not isinstance(found, TwoPools):
             return []
         prefill = self._in_full(found.prefill, PREFILL_POOL)
@@ -246,8 +177,32 @@ class Plan:
         return [together, prefill, decode]
 
 
+def make_plan(
+    request: PlanRequest,
+    routing: RoutingChoice,
+    progress: Progress,
+    cautions: tuple[str, ...] = (),
+) -> Plan:
+    """Search one pool of all devices, then two.
+
+    Raises:
+        UserError: no layout is valid, nothing fits, or nothing keeps the limits.
+    """
+    search, of_pools = Search(request), TwoPoolSearch(request)
+    progress.task("one pool: every layout and option", len(search.candidates))
+    screened = search.screen(progress.advance)
+    progress.done()
+    progress.task("the best of them in full", NUM_FINALISTS)
+    found = search.in_full(screened, progress.advance)
+    progress.done()
+    progress.task("prefill and decode apart", of_pools.num_candidates)
+    pools = of_pools.run(progress.advance)
+    progress.done()
+    return Plan(request, routing, cautions, search, found, pools, of_pools.num_candidates)
+
+
 def pareto_records(
-    options: Sequence[Option], num: int, conditions: Conditions
+    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions
 ) -> list[DeploymentRecord]:
     """At most so many points of the front, spread over TPOT, as screened."""
     front = pareto(options)
@@ -259,7 +214,7 @@ def pareto_records(
 
 
 def option_record(
-    option: Option, place: int, role: str, conditions: Conditions
+    option: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
     """A deployment as screened, at one of the numbers of sequences that it was tried with."""
     return _record(option, option.steps, serving_record(option.served, place), role, conditions)
@@ -272,10 +227,13 @@ def finalist_record(finalist: Finalist, role: str, conditions: Conditions) -> De
 
 
 def _record(
-    option: Option, steps: Steps, serving: ServingRecord, role: str, conditions: Conditions
+    option: ScreenedCandidate,
+    steps: Steps,
+    serving: ServingRecord,
+    role: str,
+    conditions: Conditions,
 ) -> DeploymentRecord:
-    capacity, (layout, options) = option.screened.capacity, option.candidate
-    memory = capacity.memory
+    layout, options = option.candidate
     return DeploymentRecord(
         name=str(option.candidate),
         layout=layout,
@@ -283,14 +241,7 @@ def _record(
         source="projected",
         roles=(role,),
         conditions=conditions,
-        pools=(
-            PoolRecord(
-                weight_bytes=memory.weight_bytes,
-                activation_bytes=memory.activation_bytes,
-                sequence_bytes=memory.kv_bytes,
-                allowed_bytes=int(capacity.free_bytes),
-            ),
-        ),
+        pools=(option.capacity.record(),),
         serving=(replace(serving, prefill_tps=Estimate.between(steps.prefill_tps)),),
     )
 
@@ -312,14 +263,14 @@ def serving_record(served: ThroughputCurve, place: int) -> ServingRecord:
 
 def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumption, ...]:
     """In the order of their weight."""
-    traffic, profile = request.traffic, request.cluster.profile
-    num = traffic.num_sequences
+    workload, profile = request.workload, request.cluster.profile
+    num = workload.num_sequences
     graph = request.setting.execution is Execution.GRAPH
     rows = (
         (
             "workload",
             f"served without end, {num:,} sequence{'' if num == 1 else 's'} at once where "
-            f"they fit: {traffic.prompt_len:,} prompt + {traffic.output_len:,} output tokens",
+            f"they fit: {workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
             "--workload",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),

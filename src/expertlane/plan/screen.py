@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -10,42 +11,79 @@ import numpy as np
 
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
-from expertlane.cost.laws.execution import Terms
+from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Floats, HandOver, Ints
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.memory import Capacity, capacity, prefill_step_tokens
-from expertlane.plan.candidates import Candidate
-from expertlane.plan.request import Setting, Traffic
+from expertlane.memory import Capacity, PlacedModel, prefill_step_tokens
+from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.stage_times import ScenarioTimes, StageSteps, price
-from expertlane.plan.throughput import Pipelining, Prompts, StepEstimates, step_estimates
-from expertlane.spec.deployment import DispatchChoice
-from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
+from expertlane.plan.throughput import (
+    Pipelining,
+    Prompts,
+    StepEstimates,
+    Steps,
+    ThroughputCurve,
+    one_pool,
+    step_estimates,
+)
+from expertlane.spec.workload import Workload
+
+
+class TooLarge(NamedTuple):
+    """A candidate that does not fit."""
+
+    candidate: Candidate
+    capacity: Capacity
 
 
 @dataclass(frozen=True, eq=False)
-class Screened:
-    """A candidate's steps; N numbers of sequences.
+class ScreenedCandidate:
+    """A candidate that fits; N numbers of sequences, of which `place` is the best.
 
     Attributes:
-        capacity: what memory allows; a candidate that does not fit has no estimates.
-        num_seqs: [N]; sequences of a data-parallel rank in a decode step, ascending.
-        decode: None where it does not fit.
-        prefill: one step, or round of rotating ones; None where it does not fit.
-        prompts: of that step.
+        decode_by_cause_s: [C, N]; in the order of `ProjectedCause`.
+        prefill_by_cause_s: [C].
+        place: None where it breaks a limit with every number of sequences.
     """
 
     candidate: Candidate
     capacity: Capacity
-    num_seqs: Ints
-    decode: StepEstimates | None = None
-    prefill: StepEstimates | None = None
-    prompts: Prompts | None = None
+    steps: Steps
+    decode_by_cause_s: Floats
+    prefill_by_cause_s: Floats
+    served: ThroughputCurve
+    place: int | None
+
+    @property
+    def tps(self) -> float:
+        """Output tokens a second at its best, 0 where it breaks a limit."""
+        return 0.0 if self.place is None else float(self.served.tps[LIKELY, self.place])
+
+    @property
+    def num_seqs(self) -> int:
+        """Running at once at its best, over the whole system; 0 where it breaks a limit."""
+        return 0 if self.place is None else int(self.steps.num_seqs[self.place])
+
+    def next_best(self, goals: Goals) -> "ScreenedCandidate":
+        """The same with the best number of sequences among those that serve less than this one."""
+        keeps = (self.served.breach(goals) <= 1) & (self.served.tps[LIKELY] < self.tps)
+        place = int(np.where(keeps, self.served.tps[LIKELY], -1).argmax()) if keeps.any() else None
+        return replace(self, place=place)
+
+    def nearest(self, goals: Goals) -> "ScreenedCandidate":
+        """The same with the number of sequences that comes nearest to the limits."""
+        return replace(self, place=int(self.served.breach(goals).argmin()))
+
+
+Screened = ScreenedCandidate | TooLarge
+
+
+def fitting(screened: Iterable[Screened]) -> list[ScreenedCandidate]:
+    """Those that fit."""
+    return [each for each in screened if isinstance(each, ScreenedCandidate)]
 
 
 class _Part(NamedTuple):
@@ -62,114 +100,100 @@ class _Part(NamedTuple):
 
 
 class _Phase:
-    """The parts of one phase, and what they take."""
-
-    def __init__(self, plan: StageSteps, parts: list[_Part]) -> None:
-        self._plan = plan
-        self._parts = sorted(set(parts))
-        columns = np.array(self._parts, dtype=np.int64).T
-        self.scenarios = Scenarios(plan.tp, *columns)
-        self.lists = plan.lists(self.scenarios)
-        self.stages: list[ScenarioTimes] = []
-        self.imbalance_s: list[Floats] = []
-
-    def take_prices(self, priced: Iterator[ScenarioTimes]) -> None:
-        """Those of `lists`, in order."""
-        own = list(islice(priced, len(self.lists)))
-        self.stages, self.imbalance_s = self._plan.stages(own), self._plan.imbalance_s(own)
-
-    def places(self, parts: list[_Part]) -> Ints:
-        """Where each part stands."""
-        place = {part: number for number, part in enumerate(self._parts)}
-        return np.array([place[part] for part in parts])
-
-
-class Structure:
-    """Prices once what its candidates share.
-
-    Args:
-        num_seqs: [N]; that decode steps are estimated for.
-        prefill_tokens: of a data-parallel rank's prefill step, at most.
+    """The parts of one phase.
 
     Attributes:
-        candidates: those of this structure.
+        place: of a part among scenarios.
+        stages: [pp]; what a part takes on each, once it is priced.
     """
 
-    def __init__(
-        self,
-        candidates: list[Candidate],
-        plan: StageSteps,
-        mesh: StageMesh,
-        traffic: Traffic,
-        room: Capacity,
-        num_seqs: Ints,
-        prefill_tokens: int,
-    ) -> None:
-        self.candidates = candidates
-        self._plan = plan
-        self._mesh = mesh
-        self._traffic = traffic
-        self._room = room
-        self._num_seqs = num_seqs
-        self._prefill_tokens = prefill_tokens
-        self._phases: list[_Phase] = []
+    def __init__(self, steps: StageSteps, parts: Iterable[_Part]) -> None:
+        self.place = {part: place for place, part in enumerate(sorted(set(parts)))}
+        columns = np.array(list(self.place), dtype=np.int64).T
+        self.scenarios = Scenarios(steps.mesh.layout.tp, *columns)
+        self.lists = steps.lists(self.scenarios)
+        self.stages: list[ScenarioTimes] = []
+        self._steps = steps
 
-    @property
-    def fits(self) -> bool:
-        """Whether any sequence does."""
-        return self._room.max_seqs > 0
+    def take(self, priced: Iterator[ScenarioTimes]) -> None:
+        """The next times are those of `lists`."""
+        self.stages = self._steps.stages(list(islice(priced, len(self.lists))))
 
-    def lists(self) -> list[ExpectedStepList]:
-        """All steps of both phases; to be priced."""
-        hows = [pipelining_of(candidate) for candidate in self.candidates]
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Candidates that share their steps, which are priced once.
+
+    Attributes:
+        num_seqs: [N]; of a data-parallel rank, that decode steps are estimated for; none where no
+            sequence fits.
+        prefill_tokens: of a data-parallel rank's prefill step, at most.
+    """
+
+    candidates: list[Candidate]
+    steps: StageSteps
+    workload: Workload
+    room: Capacity
+    num_seqs: Ints
+    prefill_tokens: int
+
+    @cached_property
+    def phases(self) -> list[_Phase]:
+        """Decode and prefill; neither where no sequence fits."""
+        if not len(self.num_seqs):
+            return []
+        hows = [Pipelining.of(candidate.options) for candidate in self.candidates]
         decode = [part for how in hows for part in self._decode_parts(how)]
         prefill = [self._prefill_part(how)[0] for how in hows]
-        self._phases = [_Phase(self._plan, decode), _Phase(self._plan, prefill)]
-        return [steps for phase in self._phases for steps in phase.lists]
+        return [_Phase(self.steps, decode), _Phase(self.steps, prefill)]
 
-    def take_prices(self, priced: Iterator[ScenarioTimes]) -> None:
-        """Those of `lists`, in order."""
-        for phase in self._phases:
-            phase.take_prices(priced)
-
-    def results(self, links: LinkModel, terms: Terms) -> Iterator[Screened]:
-        """Of every candidate."""
-        if not self.fits:
-            for candidate in self.candidates:
-                yield Screened(candidate, self._room, self._num_seqs)
+    def results(self, links: LinkModel, terms: Terms, goals: Goals) -> Iterator[Screened]:
+        """Of every candidate, once `phases` are priced."""
+        if not self.phases:
+            yield from (TooLarge(candidate, self.room) for candidate in self.candidates)
             return
-        hand_overs = [self._hand_over_s(links, phase) for phase in self._phases]
-        decode, prefill = self._phases
-        for candidate in self.candidates:
-            how = pipelining_of(candidate)
-            part, how_prefill, prompts = self._prefill_part(how)
-            decoding, prefilling = (
-                step_estimates(
-                    phase.stages,
-                    phase.imbalance_s,
-                    hand_over_s,
-                    phase.places(parts),
-                    terms,
-                    of_phase,
-                    self._plan.num_layers,
-                    self._mesh.layout.replica_size,
-                )
-                for phase, hand_over_s, parts, of_phase in (
-                    (decode, hand_overs[0], self._decode_parts(how), how),
-                    (prefill, hand_overs[1], [part], how_prefill),
-                )
+        layout, num_all = self.steps.mesh.layout, self.workload.num_sequences
+        num_seqs = np.minimum(self.num_seqs * (layout.replicas * layout.dp), num_all)
+        hand_overs_s = [self._hand_over_s(links, phase) for phase in self.phases]
+
+        def estimates(place: int, parts: list[_Part], how: Pipelining) -> StepEstimates:
+            phase = self.phases[place]
+            return step_estimates(
+                phase.stages,
+                hand_overs_s[place],
+                np.array([phase.place[part] for part in parts]),
+                terms,
+                how,
+                self.steps.model.num_hidden_layers,
+                layout.replica_size,
             )
-            yield Screened(candidate, self._room, self._num_seqs, decoding, prefilling, prompts)
+
+        for candidate in self.candidates:
+            how = Pipelining.of(candidate.options)
+            decode = estimates(0, self._decode_parts(how), how)
+            part, how_prefill, prompts = self._prefill_part(how)
+            prefill = estimates(1, [part], how_prefill)
+            steps = Steps(layout, num_seqs, decode.seconds, prefill.seconds[:, 0], prompts, num_all)
+            served = one_pool(steps, self.workload)
+            yield ScreenedCandidate(
+                candidate,
+                self.room,
+                steps,
+                decode.by_cause_s,
+                prefill.by_cause_s[:, 0],
+                served,
+                served.best(goals),
+            )
 
     def _decode_parts(self, how: Pipelining) -> list[_Part]:
-        context = self._traffic.mean_context
-        sizes = [-(-num // how.num_parts) for num in self._num_seqs.tolist()]
+        context = self.workload.mean_context
+        sizes = [-(-num // how.num_parts) for num in self.num_seqs.tolist()]
         return [_Part(num, 1, context, self._stage_seqs(num)) for num in sizes]
 
     def _stage_seqs(self, num_seqs: int) -> int:
         """Of all data-parallel ranks of the fullest replica, where one has so many."""
-        layout = self._mesh.layout
-        return min(num_seqs * layout.dp, -(-self._traffic.num_sequences // layout.replicas))
+        layout = self.steps.mesh.layout
+        return min(num_seqs * layout.dp, -(-self.workload.num_sequences // layout.replicas))
 
     def _prefill_part(self, how: Pipelining) -> tuple[_Part, Pipelining, Prompts]:
         """A part of a prefill step, how the step is cut, and the whole of it.
@@ -177,8 +201,8 @@ class Structure:
         Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
         micro-batches are whole steps, in flight together, of prompts that may run at once.
         """
-        prompt, most = self._traffic.prompt_len, self._prefill_tokens
-        num_running = int(self._num_seqs[-1])
+        prompt, most = self.workload.prompt_len, self.prefill_tokens
+        num_running = int(self.num_seqs[-1])
         rotating = min(how.num_micro_batches, num_running)
         in_flight = rotating if how.schedule == "rotating" else 1
         seqs = min(most // prompt, num_running // in_flight)
@@ -203,23 +227,15 @@ class Structure:
 
     def _hand_over_s(self, links: LinkModel, phase: _Phase) -> Floats:
         """[3, S]; to the next stage, over the slowest link that any rank uses."""
-        num_bytes = phase.scenarios.owned * self._plan.row_bytes
-        layout = self._mesh.layout
+        model, mesh = self.steps.model, self.steps.mesh
+        row_bytes = model.hidden_size * self.steps.types.activation_bytes
+        num_bytes, layout = phase.scenarios.owned * row_bytes, mesh.layout
         if layout.pp == 1:
             return np.zeros((3, len(num_bytes)))
         ranks = np.arange(layout.replica_size - layout.stage_size)
-        per_node = self._mesh.ranks_per_node
-        is_remote = bool((ranks // per_node != (ranks + layout.stage_size) // per_node).any())
-        times = links.hand_over(HandOver(num_bytes, np.full(len(num_bytes), is_remote)))
-        return np.stack([times.low, times.seconds, times.high])
-
-
-def pipelining_of(candidate: Candidate) -> Pipelining:
-    """How a candidate's steps are cut."""
-    options = candidate.options
-    return Pipelining(
-        bool(options.overlap), options.num_micro_batches, options.micro_batch_schedule
-    )
+        nodes, next_nodes = (each // mesh.ranks_per_node for each in (ranks, ranks + mesh.size))
+        is_remote = np.full(len(num_bytes), (nodes != next_nodes).any())
+        return links.hand_over(HandOver(num_bytes, is_remote)).bounds
 
 
 _MOST_BATCHES = 12  # numbers of sequences that are tried
@@ -229,18 +245,13 @@ _PRICED_TOGETHER = 48  # structures: enough for long arrays, few enough to say h
 class Screen:
     """Prices candidates of one model on one cluster."""
 
-    def __init__(
-        self, model: ModelConfig, cluster: ModelledCluster, traffic: Traffic, setting: Setting
-    ) -> None:
-        self._model = model
-        self._cluster = cluster
-        self._traffic = traffic
-        self._setting = setting
-        self._profile = cluster.profile
-        self._links = LinkModel(cluster.profile)
-        self._terms = Terms.of(cluster.profile, setting.execution)
+    def __init__(self, request: PlanRequest) -> None:
+        self._request = request
+        self._profile = request.cluster.profile
+        self._links = LinkModel(self._profile)
+        self._terms = Terms.of(self._profile, request.setting.execution)
         self._fan_outs: dict[tuple[object, ...], ExpectedFanOut] = {}
-        self._layers = sampled_layers(model, setting.routing)
+        self._layers = sampled_layers(request.model, request.setting.routing)
 
     def run(
         self, candidates: Iterable[Candidate], advance: Callable[[int], None]
@@ -250,76 +261,50 @@ class Screen:
         Args:
             advance: called with a number of candidates that are done.
         """
-        alike: defaultdict[tuple[Layout, DispatchChoice, int], list[Candidate]] = defaultdict(list)
+        alike: defaultdict[object, list[Candidate]] = defaultdict(list)
         for candidate in candidates:
             layout, options = candidate
             alike[layout, options.dispatch, options.num_redundant_experts].append(candidate)
         screened: list[Screened] = []
         rest = iter(alike.values())
         while some := list(islice(rest, _PRICED_TOGETHER)):
-            screened += self._price(some)
+            structures = [self._structure(candidates) for candidates in some]
+            phases = [phase for each in structures for phase in each.phases]
+            lists = [steps for phase in phases for steps in phase.lists]
+            types = self._request.setting.types
+            priced = iter(price(self._profile, types, self._terms, lists))
+            for phase in phases:
+                phase.take(priced)
+            for each in structures:
+                screened += each.results(self._links, self._terms, self._request.goals)
             advance(sum(map(len, some)))
         return screened
 
-    def _price(self, alike: Iterable[list[Candidate]]) -> list[Screened]:
-        """Of each structure's candidates."""
-        structures = [self._structure(candidates) for candidates in alike]
-        fitting = [each for each in structures if each.fits]
-        lists = [steps for each in fitting for steps in each.lists()]
-        priced = iter(price(self._profile, self._setting.types, self._terms, lists))
-        for each in fitting:
-            each.take_prices(priced)
-        return [
-            screened for each in structures for screened in each.results(self._links, self._terms)
-        ]
-
-    def placement(self, layout: Layout, num_redundant: int) -> Placement:
-        """Of every MoE layer."""
-        return Placement.linear(self._model.num_experts, layout.ep, num_redundant)
-
     def _structure(self, candidates: list[Candidate]) -> Structure:
-        candidate, model, setting = candidates[0], self._model, self._setting
-        layout = candidate.layout
-        placement = self.placement(layout, candidate.options.num_redundant_experts)
+        (layout, options), request = candidates[0], self._request
+        model, setting, workload = request.model, request.setting, request.workload
+        placement = Placement.linear(model.num_experts, layout.ep, options.num_redundant_experts)
         placements: Placements = tuple(
             None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
         )
-        form = candidate.options.dispatch
-        assert form != "auto", "candidates name their form"
-        traffic = self._traffic
+        assert options.dispatch != "auto", "candidates name their form"
         prefill_tokens = prefill_step_tokens(
-            layout, traffic.num_sequences, traffic.prompt_len, setting.step_tokens
+            layout, workload.num_sequences, workload.prompt_len, setting.step_tokens
         )
-        room = capacity(
-            model,
-            layout,
-            placements,
-            setting.types,
-            self._profile.device.memory_bytes,
-            traffic.full_len,
-            prefill_tokens,
+        room = PlacedModel(model, layout, setting.types, placements).capacity(
+            self._profile.device.memory_bytes, workload.max_len, prefill_tokens
         )
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
-        plan = StageSteps(
-            model,
-            setting.types,
-            mesh,
-            self._fan_out(mesh, placement, candidate.options.num_redundant_experts),
-            form,
-            candidate.options.payload,
-        )
-        num_seqs = _numbers_up_to(min(room.max_seqs, self._wanted(layout)))
-        return Structure(candidates, plan, mesh, traffic, room, num_seqs, prefill_tokens)
+        fan_out = self._fan_out(mesh, placement)
+        steps = StageSteps(model, setting.types, mesh, fan_out, options.dispatch, options.payload)
+        wanted = -(-workload.num_sequences // (layout.replicas * layout.dp))
+        num_seqs = _numbers_up_to(min(room.max_seqs, wanted))
+        return Structure(candidates, steps, workload, room, num_seqs, prefill_tokens)
 
-    def _wanted(self, layout: Layout) -> int:
-        """Sequences of a data-parallel rank if all are running."""
-        return -(-self._traffic.num_sequences // (layout.replicas * layout.dp))
-
-    def _fan_out(self, mesh: StageMesh, placement: Placement, num_redundant: int) -> ExpectedFanOut:
-        layout = mesh.layout
-        key = layout.dp * layout.tp, layout.ep, num_redundant
+    def _fan_out(self, mesh: StageMesh, placement: Placement) -> ExpectedFanOut:
+        key = mesh.size, placement.ep, placement.num_slots
         if key not in self._fan_outs:
-            routing = self._setting.routing
+            routing = self._request.setting.routing
             self._fan_outs[key] = ExpectedFanOut.mean(
                 [
                     ExpectedFanOut.of_sample(mesh, placement, routing, layer)

@@ -9,13 +9,18 @@ from functools import cached_property
 import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.step.operation import Floats
 from expertlane.errors import UserError
 from expertlane.memory import size_text
-from expertlane.plan.candidates import Candidate, candidates_of, check_devices, valid_layouts
+from expertlane.plan.candidates import (
+    Candidate,
+    Goals,
+    PlanRequest,
+    candidates_of,
+    check_devices,
+    valid_layouts,
+)
 from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.request import Goals, PlanRequest
-from expertlane.plan.screen import Screen, Screened
+from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
 from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
@@ -23,53 +28,14 @@ from expertlane.spec.names import Phase
 
 
 @dataclass(frozen=True, eq=False)
-class Option:
-    """A candidate that fits, as screened; `place` is its best number of sequences.
-
-    Attributes:
-        place: None where it breaks a limit with every number of sequences.
-    """
-
-    screened: Screened
-    steps: Steps
-    served: ThroughputCurve
-    place: int | None
-
-    @property
-    def candidate(self) -> Candidate:
-        """The deployment."""
-        return self.screened.candidate
-
-    @property
-    def tps(self) -> float:
-        """Output tokens a second at its best, 0 where it breaks a limit."""
-        return 0.0 if self.place is None else float(self.served.tps[LIKELY, self.place])
-
-    @property
-    def num_seqs(self) -> int:
-        """Running at once at its best, over the whole system; 0 where it breaks a limit."""
-        return 0 if self.place is None else int(self.steps.num_seqs[self.place])
-
-    def next_best(self, goals: Goals) -> "Option":
-        """The same with the best number of sequences among those that serve less than this one."""
-        keeps = (self.served.breach(goals) <= 1) & (self.served.tps[LIKELY] < self.tps)
-        place = int(np.where(keeps, self.served.tps[LIKELY], -1).argmax()) if keeps.any() else None
-        return replace(self, place=place)
-
-    def nearest(self, goals: Goals) -> "Option":
-        """The same with the number of sequences that comes nearest to the limits."""
-        return replace(self, place=int(self.served.breach(goals).argmin()))
-
-
-@dataclass(frozen=True, eq=False)
 class Finalist:
-    """An option projected in full.
+    """A candidate projected in full.
 
     Attributes:
         steps, served: at its one best number of sequences.
     """
 
-    option: Option
+    option: ScreenedCandidate
     decode: StepsRecord
     prefill: StepsRecord
     steps: Steps
@@ -110,15 +76,15 @@ class Finals:
         broke: those that do not.
     """
 
-    options: Sequence[Option]
+    options: Sequence[ScreenedCandidate]
     kept: Sequence[Finalist]
     broke: Sequence[Finalist]
 
 
 def best_in_full(
-    options: Sequence[Option],
+    options: Sequence[ScreenedCandidate],
     goals: Goals,
-    finish: Callable[[Option], Finalist],
+    finish: Callable[[ScreenedCandidate], Finalist],
     advance: Callable[[int], None],
 ) -> Finals:
     """The best by tokens a second, not too many of one layout.
@@ -165,7 +131,7 @@ def best_in_full(
     return Finals(current, sorted(kept, key=lambda each: -each.tps), broke)
 
 
-def _nearest(options: Sequence[Option], goals: Goals) -> list[int]:
+def _nearest(options: Sequence[ScreenedCandidate], goals: Goals) -> list[int]:
     """Numbers of those that come nearest to the limits as screened, one of each layout."""
     breaches = [float(each.served.breach(goals).min()) for each in options]
     nearest: dict[object, int] = {}
@@ -186,7 +152,7 @@ class OnePool:
         num_candidates, num_too_large: of all, and those that do not fit.
     """
 
-    options: Sequence[Option]
+    options: Sequence[ScreenedCandidate]
     finalists: Sequence[Finalist]
     num_candidates: int
     num_too_large: int
@@ -203,10 +169,7 @@ class Search:
         UserError: the cluster is larger than a plan can be made for.
     """
 
-    def __init__(
-        self,
-        request: PlanRequest,
-    ) -> None:
+    def __init__(self, request: PlanRequest) -> None:
         check_devices(request.cluster)
         self._request = request
 
@@ -243,13 +206,7 @@ class Search:
                 f"{model.num_kv_heads} of keys and values and {model.num_hidden_layers} layers, "
                 "and tp must divide the heads"
             )
-        screen = Screen(
-            self._request.model,
-            self._request.cluster,
-            self._request.traffic,
-            self._request.setting,
-        )
-        return screen.run(self.candidates, advance)
+        return Screen(self._request).run(self.candidates, advance)
 
     def in_full(
         self, screened: Sequence[Screened], advance: Callable[[int], None] = _unseen
@@ -262,7 +219,7 @@ class Search:
         Raises:
             UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
         """
-        options = self.options(screened)
+        options = fitting(screened)
         if not options:
             raise UserError(self._too_large(screened))
         finals = best_in_full(options, self._request.goals, self.finish, advance)
@@ -272,63 +229,31 @@ class Search:
         num_too_large = len(screened) - len(options)
         return OnePool(finals.options, finals.kept, len(screened), num_too_large)
 
-    def options(self, screened: Iterable[Screened]) -> list[Option]:
-        """Those that fit."""
-        return [self._option(each) for each in screened if each.decode is not None]
-
-    def _option(self, screened: Screened) -> Option:
-        assert screened.decode is not None, "it fits"
-        assert screened.prefill is not None, "it fits"
-        assert screened.prompts is not None, "it fits"
-        layout, num_all = screened.candidate.layout, self._request.traffic.num_sequences
-        num_seqs = np.minimum(screened.num_seqs * (layout.replicas * layout.dp), num_all)
-        steps = Steps(
-            layout,
-            num_seqs,
-            screened.decode.seconds,
-            screened.prefill.seconds[:, 0],
-            screened.prompts,
-            num_all,
-        )
-        served = one_pool(steps, self._request.traffic)
-        return Option(screened, steps, served, served.best(self._request.goals))
-
-    def finish(self, option: Option) -> Finalist:
+    def finish(self, option: ScreenedCandidate) -> Finalist:
         """An option in full, at its best number of sequences; it may break a limit then."""
         assert option.place is not None, "it keeps the limits as screened"
-        projector = self._projector(option)
-        sizes = self._sizes(option, option.num_seqs)
+        projector, sizes = self._projected(option)
         decode, prefill = projector.step(sizes[Phase.DECODE]), projector.step(sizes[Phase.PREFILL])
         steps = replace(
             option.steps,
             num_seqs=np.array([option.num_seqs]),
-            decode_s=_bounds(decode)[:, None],
-            prefill_s=_bounds(prefill),
+            decode_s=np.array(decode.round_s.bounds)[:, None],
+            prefill_s=np.array(prefill.round_s.bounds),
         )
-        return Finalist(option, decode, prefill, steps, one_pool(steps, self._request.traffic))
+        return Finalist(option, decode, prefill, steps, one_pool(steps, self._request.workload))
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""
-        projector = self._projector(finalist.option)
-        sizes = self._sizes(finalist.option, finalist.num_seqs)
+        projector, sizes = self._projected(finalist.option)
         return {phase: projector.timeline(size) for phase, size in sizes.items()}
 
-    def _projector(self, option: Option) -> Projector:
-        layout, options = option.candidate
-        return Projector(
-            self._request.model, layout, options, self._request.cluster, self._request.setting
-        )
-
-    def _sizes(self, option: Option, num_seqs: int) -> dict[Phase, StepSize]:
-        prompts = option.steps.prompts
-        return {
-            Phase.PREFILL: StepSize(
-                option.steps.num_prompts,
-                prompts.num_new,
-                prompts.num_cached,
-                phase=Phase.PREFILL,
-            ),
-            Phase.DECODE: StepSize(num_seqs, 1, self._request.traffic.mean_context),
+    def _projected(self, option: ScreenedCandidate) -> tuple[Projector, dict[Phase, StepSize]]:
+        """What projects it in full, and its steps at its best number of sequences."""
+        request, prompts = self._request, option.steps.prompts
+        num, new, cached = option.steps.num_prompts, prompts.num_new, prompts.num_cached
+        return Projector(request.model, *option.candidate, request.cluster, request.setting), {
+            Phase.PREFILL: StepSize(num, new, cached, phase=Phase.PREFILL),
+            Phase.DECODE: StepSize(option.num_seqs, 1, request.workload.mean_context),
         }
 
     def _too_large(self, screened: Iterable[Screened]) -> str:
@@ -363,7 +288,3 @@ class Search:
             f"{nearest.option.candidate}, with {num} sequence{'' if num == 1 else 's'} at once, "
             f"{' and '.join(said)}"
         )
-
-
-def _bounds(step: StepsRecord) -> Floats:
-    return np.array(step.round_s.bounds)

@@ -16,11 +16,12 @@ import numpy as np
 
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.step.operation import Floats, Ints
-from expertlane.plan.request import Goals, Traffic
+from expertlane.plan.candidates import Goals
 from expertlane.plan.stage_times import ScenarioTimes
-from expertlane.spec.deployment import MicroBatchSchedule
+from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
+from expertlane.spec.workload import Workload
 
 _CAUSES = list(ProjectedCause)
 _EXPERTS = [
@@ -37,12 +38,10 @@ class StepEstimates:
         seconds: [3, N]; low, likely, high. Where micro-batches rotate, of a round in which each
             went one step on.
         by_cause_s: [C, N]; the likely seconds, mean over the ranks of the replica.
-        bound_s: [N]; of the likely seconds, what rests on bounds alone.
     """
 
     seconds: Floats
     by_cause_s: Floats
-    bound_s: Floats
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,12 @@ class Pipelining:
     num_micro_batches: int = 1
     schedule: MicroBatchSchedule = "drained"
 
+    @classmethod
+    def of(cls, options: Options) -> "Pipelining":
+        """Of a candidate."""
+        overlap = bool(options.overlap)
+        return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
+
     @property
     def num_parts(self) -> int:
         """Parts that a data-parallel rank's batch is cut into."""
@@ -65,7 +70,6 @@ class Pipelining:
 
 def step_estimates(
     stages: Sequence[ScenarioTimes],
-    imbalance_s: Sequence[Floats],
     hand_over_s: Floats,
     places: Ints,
     terms: Terms,
@@ -80,22 +84,17 @@ def step_estimates(
 
     Args:
         stages: [pp]; a part on each.
-        imbalance_s: [pp], [S] each.
         hand_over_s: [3, S]; of a part, to the next stage.
         places: [N]; the scenario of each size's parts.
         num_layers: of the model.
         num_ranks: of a replica.
     """
     num_stages, m = len(stages), how.num_micro_batches
-    alike: dict[tuple[int, int], StepEstimates] = {}  # stages that do the same are one object
-    batches = []
-    for each, of_stage in zip(stages, imbalance_s, strict=True):
-        key = id(each), id(of_stage)
-        if key not in alike:
-            alike[key] = _micro_batch(
-                each, of_stage[places], places, terms, how.overlap, num_layers / num_stages
-            )
-        batches.append(alike[key])
+    made = {  # stages that do the same are one object
+        id(each): _micro_batch(each, places, terms, how.overlap, num_layers / num_stages)
+        for each in {id(each): each for each in stages}.values()
+    }
+    batches = [made[id(each)] for each in stages]
     seconds = np.stack([each.seconds for each in batches])  # [pp, 3, N]
     sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
     through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
@@ -111,17 +110,11 @@ def step_estimates(
         own = np.minimum(waits, sent_s[LIKELY] * m / num_stages)
         by_cause[_CAUSES.index(ProjectedCause.HAND_OVER)] += own
         by_cause[_CAUSES.index(ProjectedCause.PIPELINE_BUBBLE)] += waits - own
-    bound_s = (m / num_stages) * np.sum([each.bound_s for each in batches], axis=0)
-    return StepEstimates(total, by_cause, bound_s)
+    return StepEstimates(total, by_cause)
 
 
 def _micro_batch(
-    priced: ScenarioTimes,
-    imbalance_s: Floats,
-    places: Ints,
-    terms: Terms,
-    overlap: bool,
-    layers_of_stage: float,
+    priced: ScenarioTimes, places: Ints, terms: Terms, overlap: bool, layers_of_stage: float
 ) -> StepEstimates:
     """Operations and transfers in turn, or two halves of them side by side; on one stage."""
     halves = 1 + overlap
@@ -143,11 +136,11 @@ def _micro_batch(
     exposed = np.maximum(seconds[LIKELY] - computing[LIKELY] - slowed, 0)
     by_cause = by_cause + transfer[:, LIKELY] * (exposed / np.maximum(moving[LIKELY], 1e-12))
     by_cause[_CAUSES.index(ProjectedCause.CONTENTION)] += slowed
-    _move_to_imbalance(by_cause, halves * imbalance_s)
+    _move_to_imbalance(by_cause, halves * priced.experts_s[places])
     launched = _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
     launch = launched[LIKELY] - by_cause.sum(axis=0)
     by_cause[_CAUSES.index(ProjectedCause.LAUNCH)] += np.maximum(launch, 0)
-    return StepEstimates(launched, by_cause, halves * priced.bound_s[places])
+    return StepEstimates(launched, by_cause)
 
 
 def _move_to_imbalance(by_cause: Floats, seconds: Floats) -> None:
@@ -223,7 +216,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class ThroughputCurve:
-    """A deployment under traffic, at N numbers of running sequences; bounds: low, likely, high.
+    """A deployment under a workload, at N numbers of running sequences; bounds: low, likely, high.
 
     Attributes:
         num_seqs: [N]; over the whole system.
@@ -255,9 +248,9 @@ class ThroughputCurve:
         return worst
 
 
-def one_pool(steps: Steps, traffic: Traffic) -> ThroughputCurve:
+def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
     """A pool that does both."""
-    per_token = traffic.prompt_len / traffic.output_len
+    per_token = workload.prompt_len / workload.output_len
     prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
     tpot_s = steps.decode_s + steps.num_seqs * prefill_s
     busy = steps.num_seqs * prefill_s / tpot_s
@@ -265,47 +258,47 @@ def one_pool(steps: Steps, traffic: Traffic) -> ThroughputCurve:
         num_seqs=steps.num_seqs,
         tps=(steps.num_seqs / tpot_s)[::-1],
         tpot_s=tpot_s,
-        ttft_s=steps.decode_s + _prompt_s(steps, traffic, busy),
+        ttft_s=steps.decode_s + _prompt_s(steps, workload, busy),
     )
 
 
 def two_pools(
-    prefill: Steps, decode: Steps, transfer_s: Floats, traffic: Traffic
+    prefill: Steps, decode: Steps, transfer_s: Floats, workload: Workload
 ) -> ThroughputCurve:
     """A pool for prompts, and one for the rest.
 
-    No more sequences are in both together than the traffic has: while a prompt is computed and
+    No more sequences are in both together than the workload has: while a prompt is computed and
     travels, its sequence is not decoded.
 
     Args:
         transfer_s: [3]; of a prompt's keys and values.
     """
     could_tps = decode.num_seqs / decode.decode_s
-    fed_tps = prefill.prefill_tps[:, None] / traffic.prompt_len * traffic.output_len
+    fed_tps = prefill.prefill_tps[:, None] / workload.prompt_len * workload.output_len
     before_s = prefill.prompts.num_steps * prefill.prefill_s + transfer_s
-    of_sequence_s = decode.decode_s + before_s[:, None] / traffic.output_len
-    tps = np.minimum(np.minimum(could_tps, fed_tps), traffic.num_sequences / of_sequence_s)
+    of_sequence_s = decode.decode_s + before_s[:, None] / workload.output_len
+    tps = np.minimum(np.minimum(could_tps, fed_tps), workload.num_sequences / of_sequence_s)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
     busy = tps / fed_tps
-    num_later = max(traffic.output_len - 1, 1)
+    num_later = max(workload.output_len - 1, 1)
     return ThroughputCurve(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
         tpot_s=decode.decode_s + transfer_s[:, None] / num_later,
-        ttft_s=_prompt_s(prefill, traffic, np.minimum(busy, _MOST_BUSY)),
+        ttft_s=_prompt_s(prefill, workload, np.minimum(busy, _MOST_BUSY)),
     )
 
 
 _MOST_BUSY = 0.95  # a queue that is never empty has no mean wait; admission keeps it short
 
 
-def _prompt_s(steps: Steps, traffic: Traffic, busy: Floats) -> Floats:
+def _prompt_s(steps: Steps, workload: Workload, busy: Floats) -> Floats:
     """[3, N]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
 
     Args:
         busy: [3, N]; the share of the time in which prompts are computed.
     """
-    own_s = traffic.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
+    own_s = workload.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
     with np.errstate(divide="ignore"):
         wait_s = np.where(busy < 1, own_s * busy / (2 * (1 - busy)), np.inf)
     whole: Floats = wait_s + steps.prompts.num_steps * steps.prefill_s[:, None]

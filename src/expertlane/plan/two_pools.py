@@ -1,16 +1,18 @@
 """Prefill and decode on disjoint devices: how to part them, and what each pool should run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from expertlane.cost.kv_transfer import ModelledKVTransfers
+from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.request import Goals, PlanRequest, Traffic
-from expertlane.plan.search import Finalist, Option, Search
+from expertlane.plan.candidates import Goals, PlanRequest
+from expertlane.plan.screen import ScreenedCandidate, fitting
+from expertlane.plan.search import Finalist, Search
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.results import NoPools
 from expertlane.spec.layout import Layout
@@ -46,18 +48,15 @@ class _Pair:
     """As screened; `decode` at its number of sequences."""
 
     sizes: tuple[int, int]
-    prefill: Option
-    decode: Option
+    prefill: ScreenedCandidate
+    decode: ScreenedCandidate
     tps: float
 
 
 class TwoPoolSearch:
     """Plans two pools on a cluster."""
 
-    def __init__(
-        self,
-        request: PlanRequest,
-    ) -> None:
+    def __init__(self, request: PlanRequest) -> None:
         self._request = request
         self._links = LinkModel(request.cluster.profile)
         cluster = request.cluster
@@ -89,22 +88,15 @@ class TwoPoolSearch:
             return "no split"
         options = {}
         for size in sorted({size for split in self._splits for size in split}):
-            search = self._searches[size]
-            options[size] = search.options(search.screen(advance))
-        fitting = [split for split in self._splits if all(options[size] for size in split)]
-        if not fitting:
+            options[size] = fitting(self._searches[size].screen(advance))
+        splits = [split for split in self._splits if all(options[size] for size in split)]
+        if not splits:
             return "too large"
-        pairs: list[_Pair] = []
-        for split in fitting:
-            prefill, decode = (options[size] for size in split)
-            pairs += _pairs(
-                split,
-                prefill,
-                decode,
-                self._request.goals,
-                self._request.traffic,
-                self._transfer_s,
-            )
+        pairs = [
+            pair
+            for split in splits
+            for pair in self._pairs(split, *(options[size] for size in split))
+        ]
         return self._best_in_full(sorted(pairs, key=lambda pair: -pair.tps)) or "over limits"
 
     def _best_in_full(self, pairs: Sequence[_Pair]) -> TwoPools | None:
@@ -131,12 +123,12 @@ class TwoPoolSearch:
         transfer_s = self._transfer_s(
             prefill.option.candidate.layout, decode.option.candidate.layout
         )
-        served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.traffic)
+        served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
         return TwoPools(prefill, decode, transfer_s, served)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""
-        transfers = ModelledKVTransfers(
+        transfers = KVTransfers(
             self._request.model,
             self._request.setting.types,
             prefill,
@@ -144,39 +136,30 @@ class TwoPoolSearch:
             self._links,
             remote=self._request.cluster.num_nodes > 1,
         )
-        return transfers.seconds(self._request.traffic.prompt_len)
+        return transfers.seconds(self._request.workload.prompt_len)
 
-
-def _pairs(
-    sizes: tuple[int, int],
-    prefill: Sequence[Option],
-    decode: Sequence[Option],
-    goals: Goals,
-    traffic: Traffic,
-    transfer_s: Callable[[Layout, Layout], Floats],
-) -> list[_Pair]:
-    """Those that keep the limits, of the best of each pool.
-
-    Args:
-        transfer_s: [3]; of a prompt's keys and values between two layouts.
-    """
-    fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
-    if goals.max_ttft_s is not None:
-        fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
-    good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
-    pairs = []
-    for first in fast:
-        whole = replace(first, place=len(first.steps.num_seqs) - 1)
-        for second in good:
-            moved_s = transfer_s(first.candidate.layout, second.candidate.layout)
-            served = two_pools(first.steps, second.steps, moved_s, traffic)
+    def _pairs(
+        self,
+        sizes: tuple[int, int],
+        prefill: Sequence[ScreenedCandidate],
+        decode: Sequence[ScreenedCandidate],
+    ) -> Iterator[_Pair]:
+        """Those that keep the limits, of the best of each pool."""
+        goals = self._request.goals
+        fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
+        if goals.max_ttft_s is not None:
+            fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
+        good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
+        for first, second in product(fast, good):
+            whole = replace(first, place=len(first.steps.num_seqs) - 1)
+            moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
+            served = two_pools(first.steps, second.steps, moved_s, self._request.workload)
             for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
                 tps = float(served.tps[LIKELY, place])
-                pairs.append(_Pair(sizes, whole, replace(second, place=place), tps))
-    return pairs
+                yield _Pair(sizes, whole, replace(second, place=place), tps)
 
 
-def _decode_tps(option: Option, goals: Goals) -> float:
+def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:
     """The most tokens a second of decoding alone within the limit of TPOT."""
     step_s = option.steps.decode_s[LIKELY]
     limit = np.inf if goals.max_tpot_s is None else goals.max_tpot_s

@@ -51,6 +51,22 @@ class Row:
         return self.step.tps.value
 
     @property
+    def tps_per_rank(self) -> float:
+        """`tps` over the deployment's ranks."""
+        return self.tps / self.record.num_ranks
+
+    @property
+    def critical_path_tps(self) -> float:
+        """By CPU time on the critical path; 0 where none was counted."""
+        path = self.step.critical_path
+        return path.tps if path else 0.0
+
+    @property
+    def critical_path_tps_per_rank(self) -> float:
+        """`critical_path_tps` over the deployment's ranks."""
+        return self.critical_path_tps / self.record.num_ranks
+
+    @property
     def tps_range(self) -> Estimate:
         """From the slowest to the fastest repetition; projected, from the low to the high bound."""
         runs = self.step.tps_of_runs
@@ -66,33 +82,6 @@ class Row:
 def step_of(row: Row) -> StepsRecord:
     """The step that is spoken of."""
     return row.step
-
-
-@dataclass(frozen=True)
-class Gain:
-    """One deployment against another.
-
-    Attributes:
-        tps: more tokens per second; negative is fewer.
-        throughput_factor: over the other's TPS; above 1 is faster.
-        latency_s: more seconds a token; negative is faster.
-        latency_factor: the other's latency over this one's; above 1 is faster.
-    """
-
-    tps: float
-    throughput_factor: float
-    latency_s: float
-    latency_factor: float
-
-
-def gain(row: Row, other: Row) -> Gain:
-    """What `row` gains over `other`."""
-    return Gain(
-        row.tps - other.tps,
-        row.tps / other.tps,
-        row.latency_s - other.latency_s,
-        other.latency_s / row.latency_s,
-    )
 
 
 @dataclass(frozen=True)
@@ -162,15 +151,25 @@ class Comparison:
         """Of the highest TPS."""
         return max(self.rows, key=lambda row: row.tps)
 
+    @property
+    def baselines(self) -> list[Row]:
+        """What an experiment compares against."""
+        return [row for row in self.rows if row.record.is_baseline]
+
+    @property
+    def proposals(self) -> list[Row]:
+        """All others."""
+        return [row for row in self.rows if not row.record.is_baseline]
+
     @cached_property
     def best_baseline(self) -> Row | None:
-        """The fastest that is a baseline, or None."""
-        return _fastest(row for row in self.rows if row.record.is_baseline)
+        """The fastest baseline, if there is one."""
+        return _fastest(self.baselines)
 
     @cached_property
     def best_proposal(self) -> Row | None:
-        """The fastest that is no baseline, or None."""
-        return _fastest(row for row in self.rows if not row.record.is_baseline)
+        """The fastest proposal, if there is one."""
+        return _fastest(self.proposals)
 
     @property
     def cast(self) -> list[Row]:
@@ -267,17 +266,20 @@ def _rows(
 
 
 @dataclass(frozen=True)
-class Size:
-    """One size of a family of layouts.
+class Size(Row):
+    """One size of a family of layouts, with its decode steps of all sequences.
 
     Attributes:
-        work: decode steps of all sequences.
-        share: projected: a step of as many sequences a rank as the experiment's largest has.
+        share: projected: a step of as many sequences a rank as the experiment's largest has; of
+            what was measured, the same steps.
     """
 
-    record: DeploymentRecord
-    work: StepsRecord
-    share: StepsRecord | None = None
+    share: StepsRecord
+
+    @property
+    def share_tps_per_rank(self) -> float:
+        """TPS of `share` over the deployment's ranks."""
+        return self.share.tps.value / self.record.num_ranks
 
 
 def scaling(results: Results, source: Source) -> list[Size]:
@@ -294,8 +296,8 @@ def scaling(results: Results, source: Source) -> list[Size]:
     for record in records:
         steps = record.steps_of(Phase.DECODE)
         if steps:
-            share = steps[-1] if source == "projected" else None
-            by_size.setdefault(record.layout.ep, Size(record, steps[0], share))
+            share = steps[-1] if source == "projected" else steps[0]
+            by_size.setdefault(record.layout.ep, Size(None, record, steps[0], share))
     return [by_size[size] for size in sorted(by_size)]
 
 

@@ -39,15 +39,14 @@ class Column(Heading, Generic[T]):
         value = self.get(item)
         return NONE if value is None else self.show(value)
 
-    def of(self, part: Callable[[U], T]) -> "Column[U]":
-        """The same of a part of something else."""
-        return Column(
-            self.heading,
-            self.is_number,
-            lambda whole: self.get(part(whole)),
-            self.show,
-            self.source,
-        )
+    def of(self, part: Callable[[U], T | None]) -> "Column[U]":
+        """The same of a part of something else; a dash where it has no such part."""
+
+        def get(whole: U) -> Any:
+            found = part(whole)
+            return None if found is None else self.get(found)
+
+        return Column(self.heading, self.is_number, get, self.show, self.source)
 
 
 def text(heading: str, get: Callable[[T], Any], source: Source | None = None) -> Column[T]:
@@ -82,7 +81,7 @@ class Table:
     def of(
         cls,
         title: str,
-        columns: Sequence[Column[T]],
+        columns: Iterable[Column[T]],
         items: Iterable[T],
         source: Source | None = None,
     ) -> "Table":
@@ -145,7 +144,7 @@ class Chart:
     words: str
     spec: dict[str, Any]
     table: Table
-    legend: tuple[Legend, ...] = ()
+    legend: Sequence[Legend] = ()
     note: str = ""
     data: dict[str, Any] | None = None
 
@@ -187,15 +186,6 @@ class Section:
     def words(self) -> Iterator[Words]:
         """All but the plots."""
         return (part for part in self.parts if isinstance(part, Words))
-
-    @property
-    def charts(self) -> Iterator[Chart]:
-        """Every plot by itself."""
-        for part in self.parts:
-            if isinstance(part, Chart):
-                yield part
-            elif isinstance(part, Tabs | Timelines):
-                yield from (chart for _, chart in part.charts)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,21 @@
 """The plots of a page: one set, whatever the source; measured and projected never share one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import starmap
 from typing import Literal
 
 from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
-from expertlane.report.charts.fan_out import fan_out_chart
-from expertlane.report.charts.squares import load_chart, traffic_chart
 from expertlane.report.charts.timeline import timelines_chart
+from expertlane.report.charts.traffic import fan_out_chart, load_chart, traffic_chart
 from expertlane.report.compared import Comparison, Row, scaling
 from expertlane.report.document import Chart, Plot, Section, Tabs, Words
 from expertlane.report.numbers import likely, milliseconds
 from expertlane.report.planning import explained, named, serving, tpot
-from expertlane.report.scaling import critical_per_rank, per_rank
 from expertlane.report.serving import phases_of
 from expertlane.report.speed import in_words, unit_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import BEST, FAMILY, PARETO, DeploymentRecord, Source, StepsRecord
 from expertlane.results.results import Results
-from expertlane.results.traffic import TrafficRecord
 from expertlane.spec.names import Phase, Traffic
 
 _PHASES = (Phase.DECODE, Phase.PREFILL)
@@ -34,41 +30,38 @@ def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
 
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     """Of a comparison's deployments, under the usual conditions unless a plot says otherwise."""
-    cast = [row.label for row in compared.cast]
+    is_measured = compared.source == "measured"
+    cluster = results.cluster.name if results.cluster else ""
+    where = "measured" if is_measured else f"projected for {cluster}"
+    what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
     steps = {phase: _steps(compared, phase) for phase in _PHASES}
-    if compared.source == "measured":
-        sent = {
-            phase: {name: step.traffic for name, step in of.items() if step.traffic}
-            for phase, of in steps.items()
-        }
+    largest = [
+        f"The largest part of {row.name} is {row.record.bottleneck.sentence}."
+        for row in compared.cast
+        if row.record.bottleneck
+    ]
+    if is_measured:
         loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
         per_node = results.machine.ranks_per_node if results.machine else 1
-        largest = [
-            f"The largest part of {row.name} is {row.record.bottleneck.sentence}."
-            for row in compared.cast
-            if row.record.bottleneck
-        ]
-        return (
-            _plots("Speed, measured", _speed(compared)),
-            _plots("Where the time goes, measured", (*largest, *_causes(steps))),
-            _plots("One step, rank by rank, measured", _measured_timelines(compared, steps, cast)),
-            _plots("Experts and traffic, measured", _squares(loads, sent, per_node)),
-            _plots("Scaling, measured", _sizes(results, "measured")),
-        )
-    cluster = results.cluster.name if results.cluster else ""
-    what = f"projected for {cluster} ({in_words(compared.conditions)})"
-    words = (
-        "A step in the steady state of each deployment, all on the same time axis; of rotating "
-        "micro-batches one of each, which lie over the round before and after. "
-    )
+        own = _plots(f"Experts and traffic, {what}", _squares(loads, steps, per_node))
+        front = []
+    else:
+        own = _plots(f"Context and batch, {what}", _by_context(compared))
+        front = _front(results, compared)
     return (
         _plots(f"Speed, {what}", _speed(compared)),
-        _plots(f"Where the time goes, {what}", _causes(steps)),
-        _plots(f"One step, rank by rank, {what}", _timelines(words, steps, cast)),
-        _plots(f"Context and batch, {what}", _by_context(compared)),
-        _plots(f"Scaling, {what}", _sizes(results, "projected")),
-        _plots(f"Throughput against latency, projected for {cluster}", _front(results, compared)),
+        _plots(f"Where the time goes, {what}", (*largest, *_causes(steps))),
+        _plots(f"One step, rank by rank, {what}", _compared_timelines(compared, steps)),
+        own,
+        _plots(f"Scaling, {what}", _sizes(results, compared.source)),
+        _plots(f"Throughput against latency, {where}", front),
     )
+
+
+def _tabs(title: str, charts: Mapping[str, Chart | None]) -> list[Tabs]:
+    """Those that show anything."""
+    drawn = tuple((name, chart) for name, chart in charts.items() if chart is not None)
+    return [Tabs(title, drawn)] if drawn else []
 
 
 def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
@@ -81,48 +74,42 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
     return {name: step for name, step in of_phase.items() if step is not None}
 
 
-def _speed(compared: Comparison) -> tuple[Tabs, ...]:
+def _speed(compared: Comparison) -> list[Tabs]:
     is_measured = compared.source == "measured"
     at = "" if is_measured else f" at {compared.context:,} tokens of context"
     bars = {str(compared.phase): [_bar(row, row.tps_range) for row in compared.rows]}
     if not is_measured:
         prefills = [(row, row.record.prefill) for row in compared.rows]
         bars["prefill"] = [_bar(row, step.tps) for row, step in prefills if step]
-    charts = [
-        (
-            phase,
-            speed_chart(
-                f"{phase} tokens a second{at if phase == 'decode' else ''}".capitalize(),
-                f"{phase} tokens/s",
-                of_phase,
-                between="slowest–fastest run" if is_measured else "low–high",
-            ),
+    charts = {
+        phase: speed_chart(
+            f"{phase} tokens a second{at if phase == 'decode' else ''}".capitalize(),
+            f"{phase} tokens/s",
+            of_phase,
+            between="slowest–fastest run" if is_measured else "low–high",
         )
         for phase, of_phase in bars.items()
         if of_phase
-    ]
-    return (Tabs("Speed", tuple(charts)),)
+    }
+    return _tabs("Speed", charts)
 
 
 def _bar(row: Row, of: Estimate) -> Bar:
     return Bar(row.label, of, row.record.is_baseline)
 
 
-def _causes(steps: Mapping[Phase, _Named]) -> tuple[Tabs, ...]:
-    charts = [
-        (
-            str(phase),
-            causes_chart(
-                f"Time of a {phase} step by cause",
-                of_phase,
-                note="Mean over ranks, while every sequence goes one token on or through its "
-                "prompt. Reads: of operations that memory bounds.",
-            ),
+def _causes(steps: Mapping[Phase, _Named]) -> list[Tabs]:
+    charts = {
+        str(phase): causes_chart(
+            f"Time of a {phase} step by cause",
+            of_phase,
+            note="Mean over ranks, while every sequence goes one token on or through its "
+            "prompt. Reads: of operations that memory bounds.",
         )
         for phase, of_phase in steps.items()
         if of_phase
-    ]
-    return (Tabs("Time by cause", tuple(charts)),) if charts else ()
+    }
+    return _tabs("Time by cause", charts)
 
 
 def _timelines(
@@ -151,9 +138,14 @@ def _timelines(
     return [how, *drawn] if drawn else []
 
 
-def _measured_timelines(
-    compared: Comparison, steps: Mapping[Phase, _Named], cast: Sequence[str]
-) -> list[Words | Plot]:
+def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> list[Words | Plot]:
+    cast = [row.label for row in compared.cast]
+    if compared.source == "projected":
+        words = (
+            "A step in the steady state of each deployment, all on the same time axis; of rotating "
+            "micro-batches one of each, which lie over the round before and after. "
+        )
+        return _timelines(words, steps, cast)
     rows = {row.label: row for row in compared.rows}
 
     def typical(phase: Phase, name: str) -> str:
@@ -177,26 +169,19 @@ def _measured_timelines(
 _Loads = Mapping[str, Sequence[Sequence[int]]]
 
 
-def _squares(
-    loads: _Loads, sent: Mapping[Phase, Mapping[str, TrafficRecord]], per_node: int
-) -> list[Plot]:
+def _squares(loads: _Loads, steps: Mapping[Phase, _Named], per_node: int) -> list[Plot]:
     parts = _loads(loads)
-    for phase, of_phase in sent.items():
-        alone = "" if len(of_phase) > 1 else ": who sends to whom"
-        matrices = [
-            (name, traffic_chart(f"{name}{alone}", payload, per_node))
-            for name, seen in of_phase.items()
+    for phase, of_phase in steps.items():
+        sent = {name: step.traffic for name, step in of_phase.items() if step.traffic}
+        alone = "" if len(sent) > 1 else ": who sends to whom"
+        matrices = {
+            name: traffic_chart(f"{name}{alone}", payload, per_node)
+            for name, seen in sent.items()
             if (payload := seen.sent_bytes.get(Traffic.PAYLOAD.label))
-        ]
-        drawn = tuple((name, chart) for name, chart in matrices if chart is not None)
-        if drawn:
-            parts.append(Tabs(f"Who sends to whom in {phase}", drawn))
-        tokens = {
-            name: seen.fan_out.tokens_by_ranks_reached
-            for name, seen in of_phase.items()
-            if seen.fan_out
         }
-        fan_out = fan_out_chart(f"Ranks that a token reaches in {phase}", tokens)
+        parts += _tabs(f"Who sends to whom in {phase}", matrices)
+        fan_outs = {name: seen.fan_out for name, seen in sent.items() if seen.fan_out}
+        fan_out = fan_out_chart(f"Ranks that a token reaches in {phase}", fan_outs)
         if fan_out is not None:
             parts.append(fan_out)
     return parts
@@ -207,11 +192,9 @@ def _loads(loads: _Loads) -> list[Plot]:
     title = "Load of the experts"
     if len(set(loads.values())) == 1:
         also = ", the same in all deployments" if len(loads) > 1 else ""
-        charts = [("", load_chart(f"{title}{also}", next(iter(loads.values()))))]
-    else:
-        charts = [(name, load_chart(name, load)) for name, load in loads.items()]
-    drawn = tuple((name, chart) for name, chart in charts if chart is not None)
-    return [Tabs(title, drawn)] if len(drawn) > 1 else [chart for _, chart in drawn]
+        loads = {f"{title}{also}": next(iter(loads.values()))}
+    charts = [(name, chart) for name, load in loads.items() if (chart := load_chart(name, load))]
+    return [Tabs(title, tuple(charts))] if len(charts) > 1 else [chart for _, chart in charts]
 
 
 def _sizes(results: Results, source: Source) -> list[Chart]:
@@ -221,8 +204,8 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         return []
     if source == "measured":
         curves = {
-            "wall time": [Estimate(per_rank(each, each.work)) for each in found],
-            "critical-path CPU time": [Estimate(critical_per_rank(each)) for each in found],
+            "wall time": [Estimate(each.tps_per_rank) for each in found],
+            "critical-path CPU time": [Estimate(each.critical_path_tps_per_rank) for each in found],
         }
         title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
         note = (
@@ -231,38 +214,43 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         )
     else:
         curves = {
-            "the same sequences": [each.work.tps for each in found],
-            "as many sequences a GPU": [(each.share or each.work).tps for each in found],
+            "the same sequences": [each.step.tps for each in found],
+            "as many sequences a GPU": [each.share.tps for each in found],
         }
         title, y = "Decode tokens a second by the number of GPUs", "tokens/s"
         note = (
             "One expert-parallel group of all GPUs; linear scaling is a straight line that rises "
             "tenfold over a tenfold of GPUs."
         )
-    points = {
-        name: tuple(
-            Point(each.record.num_ranks, at, f"{each.record.name}{_fit(each.work, ', ')}")
-            for each, at in zip(found, of_curve, strict=True)
+    drawn = [
+        Curve(
+            name,
+            tuple(
+                Point(each.record.num_ranks, at, f"{each.name}{_fit(each.step, ', ')}")
+                for each, at in zip(found, of_curve, strict=True)
+            ),
         )
         for name, of_curve in curves.items()
-    }
+    ]
     scale: Literal["linear", "log"] = "linear" if source == "measured" else "log"
     x = Axis(f"{unit_of(source)}s", "log")
-    return [curves_chart(title, x, Axis(y, scale), list(starmap(Curve, points.items())), note=note)]
+    return [curves_chart(title, x, Axis(y, scale), drawn, note=note)]
 
 
 def _fit(step: StepsRecord, between: str = "") -> str:
     return "" if step.fits else f"{between}does not fit"
 
 
-def _by_context(compared: Comparison) -> list[Chart]:
-    seen = {row.number for row in compared.cast}
+def _role(compared: Comparison, row: Row) -> Literal["front", "back"]:
+    return "front" if row in compared.cast else "back"
 
+
+def _by_context(compared: Comparison) -> list[Chart]:
     def curve(row: Row, of: Callable[[StepsRecord], int], steps: Iterable[StepsRecord]) -> Curve:
         return Curve(
             row.name,
             tuple(Point(of(step), step.round_s * _MS_PER_S, _fit(step)) for step in steps),
-            role="front" if row.number in seen else "back",
+            role=_role(compared, row),
             is_dashed=row.record.is_baseline,
         )
 
@@ -317,11 +305,9 @@ def front_chart(
     """The planner's front, the experiment's own deployments, and others if there are any."""
     front = results.select("projected", PARETO, compared.conditions)
     curves = [Curve("the planner's front", tuple(map(_planned, front)))]
-    seen = {row.number for row in compared.cast}
     for row in compared.rows:
         at = Point(_MS_PER_S * row.step.round_s.value, row.step.tps, _fit(row.step))
-        role: Literal["front", "back"] = "front" if row.number in seen else "back"
-        curves.append(Curve(row.name, (at,), is_joined=False, role=role))
+        curves.append(Curve(row.name, (at,), is_joined=False, role=_role(compared, row)))
     return curves_chart(
         f"Decode tokens a second against TPOT, {in_words(compared.conditions)}",
         Axis("TPOT, ms", "log"),
@@ -376,11 +362,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
     record = results.deployments[0]
     phases = dict(phases_of(record))
     steps = {step.phase: {name: step} for name, step in phases.items()}
-    sent = {
-        step.phase: {f"The largest {name} step": step.traffic}
-        for name, step in phases.items()
-        if step.traffic
-    }
+    sent = {step.phase: {f"The largest {name} step": step} for name, step in phases.items()}
     causes = causes_chart("Time of a mean step by cause", phases, note="Mean over ranks.")
     per_node = results.cluster.ranks_per_node if results.cluster else 1
     loads = {record.name: record.num_tokens_per_expert}

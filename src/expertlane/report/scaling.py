@@ -12,6 +12,7 @@ from expertlane.report.compared import (
     part_of_expert,
     scaling,
     stages_at_once,
+    step_of,
     weight_bytes_of_rank,
 )
 from expertlane.report.document import Column, Section, Table, Words, number, text
@@ -27,8 +28,7 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
-from expertlane.report.verdict import critical_path_tps
-from expertlane.results.record import Source, StepsRecord
+from expertlane.results.record import Source
 from expertlane.results.results import Results
 
 
@@ -124,26 +124,13 @@ def sizes(results: Results, comparison: Comparison) -> Section:
         columns: tuple[Column[Row], ...] = (
             *NAMED,
             number("ranks", lambda row: row.record.num_ranks),
-            number("TPS per rank", lambda row: row.tps / row.record.num_ranks, figures),
+            number("TPS per rank", lambda row: row.tps_per_rank, figures),
             number(
-                "critical-path TPS per rank",
-                lambda row: critical_path_tps(row) / row.record.num_ranks,
-                figures,
+                "critical-path TPS per rank", lambda row: row.critical_path_tps_per_rank, figures
             ),
         )
         parts.append(Table.of(f"Per rank, {comparison.phase}", columns, comparison.rows))
     return Section(_heading(source, "Scaling"), tuple(parts))
-
-
-def per_rank(size: Size, steps: StepsRecord | None) -> float:
-    """TPS of a rank."""
-    return steps.tps.value / size.record.num_ranks if steps else 0.0
-
-
-def critical_per_rank(size: Size) -> float:
-    """TPS of a rank by CPU time on the critical path; 0 where none was counted."""
-    path = size.work.critical_path
-    return path.tps / size.record.num_ranks if path else 0.0
 
 
 def sizes_sentence(found: Sequence[Size], unit: str) -> str:
@@ -157,30 +144,30 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
         f"From {counted(first.record.num_ranks, unit)} (ep={first.record.layout.ep}) to "
         f"{counted(last.record.num_ranks, unit)} (ep={last.record.layout.ep}), the same workload: "
     )
-    same = factor(lambda size: per_rank(size, size.work))
-    if last.share is None:
+    same = factor(lambda size: size.tps_per_rank)
+    if last.record.source == "measured":
+        critical = factor(lambda size: size.critical_path_tps_per_rank)
         return (
-            f"{head}critical-path TPS per rank goes to {factor(critical_per_rank)}, TPS per rank "
-            f"to {same}; linear would be 1.00×."
+            f"{head}critical-path TPS per rank goes to {critical}, TPS per rank to {same}; linear "
+            "would be 1.00×."
         )
     return (
         f"{head}TPS per GPU goes to {same}; with as many sequences on each GPU to "
-        f"{factor(lambda size: per_rank(size, size.share))}, since a GPU that holds fewer experts "
+        f"{factor(lambda size: size.share_tps_per_rank)}, since a GPU that holds fewer experts "
         "reads fewer weights; linear would be 1.00×."
     )
 
 
 def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
-    first, unit = found[0], unit_of(source)
+    first = found[0]
 
-    def to_first(get: Callable[[Size], float], of: Source | None = None) -> Column[Size]:
-        return number("to the first", lambda size: get(size) / get(first), times, of)
-
-    def work(size: Size) -> float:
-        return per_rank(size, size.work)
-
-    def share(size: Size) -> float:
-        return per_rank(size, size.share)
+    def against_first(
+        heading: str, get: Callable[[Size], float], of: Source | None = None
+    ) -> tuple[Column[Size], ...]:
+        return (
+            number(heading, get, figures, of),
+            number("to the first", lambda size: get(size) / get(first), times, of),
+        )
 
     columns: tuple[Column[Size], ...] = (
         number("ep", lambda size: size.record.layout.ep),
@@ -194,28 +181,29 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         number(
             "weights a GPU", lambda size: size.record.pools[0].weight_bytes, bytes_si, "projected"
         ),
-        number("TPS", lambda size: size.work, tps),
-        number(f"per {unit}", work, figures),
-        to_first(work),
-        number("critical-path TPS per rank", critical_per_rank, figures, "measured"),
-        to_first(critical_per_rank, "measured"),
+        number("TPS", step_of, tps),
+        *against_first(f"per {unit_of(source)}", lambda size: size.tps_per_rank),
+        *against_first(
+            "critical-path TPS per rank", lambda size: size.critical_path_tps_per_rank, "measured"
+        ),
         number("TPS, same share", lambda size: size.share, tps, "projected"),
-        number("per GPU", share, figures, "projected"),
-        to_first(share, "projected"),
+        *against_first("per GPU", lambda size: size.share_tps_per_rank, "projected"),
     )
     bounds: tuple[Column[Size], ...] = (
         columns[0],
-        number("same work", lambda size: size.work.tps, low_high_thousands),
-        number("same share", lambda size: size.share and size.share.tps, low_high_thousands),
+        number("same work", lambda size: size.step.tps, low_high_thousands),
+        number("same share", lambda size: size.share.tps, low_high_thousands),
     )
-    low_high = [Table.of("Low to high, 1000 TPS", bounds, found)] if found[0].share else []
-    return [Table.of("Growing ep", columns, found, source), *low_high]
+    tables = [Table.of("Growing ep", columns, found, source)]
+    if source == "projected":
+        tables.append(Table.of("Low to high, 1000 TPS", bounds, found))
+    return tables
 
 
 def _beyond(found: Sequence[Size]) -> list[str]:
     """What does not fit, and where experts are copied."""
     parts = []
-    too_large = [each for each in found if not each.work.fits]
+    too_large = [each for each in found if not each.step.fits]
     if too_large:
         size = too_large[0].record
         names = ", ".join(f"ep={each.record.layout.ep}" for each in too_large)

@@ -26,11 +26,11 @@ from expertlane.report.verdict import verdict
 from expertlane.results.results import Results
 
 
-def report_of(results: Results, *, traffic: bool = False) -> Report:
-    """Everything; with `traffic`, of a measured comparison each deployment's in detail."""
+def report_of(results: Results) -> Report:
+    """Everything."""
     match results.kind:
         case "comparison":
-            name, headline, sections = _comparison(results, traffic=traffic)
+            name, headline, sections = _comparison(results)
         case "plan":
             name, headline, sections = _plan(results)
         case "simulation":
@@ -51,7 +51,7 @@ def report_of(results: Results, *, traffic: bool = False) -> Report:
 _Made = tuple[str, str, tuple[Section, ...]]
 
 
-def _comparison(results: Results, *, traffic: bool) -> _Made:
+def _comparison(results: Results) -> _Made:
     own, modelled = measured(results), projected(results)
     sections: list[Section] = []
     headline = ""
@@ -59,7 +59,7 @@ def _comparison(results: Results, *, traffic: bool) -> _Made:
         said = verdict(own, results)
         headline = said[0]
         sections += [Section("Verdict", (*said, *cautions(results)), "top")]
-        sections += _measured(results, own, traffic=traffic)
+        sections += _measured(results, own)
     if modelled is not None:
         headline = headline or verdict(modelled, results)[0]
         sections += _projected(results, modelled)
@@ -73,7 +73,7 @@ def _comparison(results: Results, *, traffic: bool) -> _Made:
     return f": {name}" + (f", top-{top_k}" if top_k else ""), headline, tuple(sections)
 
 
-def _measured(results: Results, own: Comparison, *, traffic: bool) -> list[Section]:
+def _measured(results: Results, own: Comparison) -> list[Section]:
     per_node = results.machine.ranks_per_node if results.machine else 1
     return [
         deployments(own),
@@ -83,7 +83,7 @@ def _measured(results: Results, own: Comparison, *, traffic: bool) -> list[Secti
         work_and_traffic(own),
         hot_spots(own),
         rebalancing(own),
-        *(details(own, per_node) if traffic else ()),
+        *(details(own, per_node) if results.question.get("traffic") else ()),
         parallelism(own),
         overlap(own),
         sizes(results, own),

@@ -7,7 +7,6 @@ from expertlane.report.compared import (
     Comparison,
     Row,
     experts_per_rank,
-    gain,
     part_of_expert,
     projected,
 )
@@ -130,14 +129,14 @@ def gains(comparison: Comparison) -> Section:
 def _gains(title: str, comparison: Comparison, other: Row) -> Table:
     columns: tuple[Column[Row], ...] = (
         *NAMED,
-        number(f"{comparison.phase} TPS gained", lambda row: gain(row, other).tps, signed),
-        number("throughput", lambda row: gain(row, other).throughput_factor, times),
+        number(f"{comparison.phase} TPS gained", lambda row: row.tps - other.tps, signed),
+        number("throughput", lambda row: row.tps / other.tps, times),
         number(
             f"{comparison.latency_name} ms changed",
-            lambda row: 1e3 * gain(row, other).latency_s,
+            lambda row: 1e3 * (row.latency_s - other.latency_s),
             signed,
         ),
-        number("latency", lambda row: gain(row, other).latency_factor, times),
+        number("latency", lambda row: other.latency_s / row.latency_s, times),
     )
     return Table.of(title, columns, comparison.rows)
 

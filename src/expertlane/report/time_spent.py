@@ -23,12 +23,15 @@ def _due_to(cause: str) -> Column[StepsRecord]:
 
 
 IN_ALL: Column[StepsRecord] = number("ms in all", lambda step: step.round_s, milliseconds)
+UTILISATION: tuple[Column[StepsRecord], ...] = (
+    number("of peak FLOP/s", lambda step: step.flops_utilisation, percent),
+    number("of peak bytes/s", lambda step: step.read_utilisation, percent),
+)
 FACTS: tuple[Column[StepsRecord], ...] = (
     number("low–high", lambda step: step.round_s, low_high_ms),
     number("p95", lambda step: step.step_s and step.step_s.p95, milliseconds),
     number("floor, ms", lambda step: step.floor_s, milliseconds),
-    number("of peak FLOP/s", lambda step: step.flops_utilisation, percent),
-    number("of peak bytes/s", lambda step: step.read_utilisation, percent),
+    *UTILISATION,
     *map(_on_basis, ("measured", "fitted", "bound")),
     number("time extrapolated", lambda step: step.extrapolated_share, percent),
 )

@@ -14,8 +14,9 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.speed import NAMED
+from expertlane.report.time_spent import UTILISATION
 from expertlane.report.verdict import error_in_words
-from expertlane.results.record import DeploymentRecord, RebalanceRecord, StepsRecord
+from expertlane.results.record import CriticalPath, DeploymentRecord, RebalanceRecord, StepsRecord
 from expertlane.results.traffic import FanOut, HottestRank, TrafficRecord
 from expertlane.spec.names import Link, Traffic
 
@@ -24,21 +25,15 @@ _NUM_LAST_NAMED = 3
 
 def work_and_traffic(comparison: Comparison) -> Section:
     """CPU time, utilisation, balance and bytes."""
+    path: tuple[Column[CriticalPath], ...] = (
+        number("critical-path TPS", lambda path: path.tps, figures),
+        number("critical-path ms per step", lambda path: path.step_s, milliseconds),
+    )
     work: tuple[Column[Row], ...] = (
         *NAMED,
         number("CPU ms per token", lambda row: row.step.cpu_s_per_token, milliseconds),
-        number(
-            "critical-path TPS",
-            lambda row: row.step.critical_path and row.step.critical_path.tps,
-            figures,
-        ),
-        number(
-            "critical-path ms per step",
-            lambda row: row.step.critical_path and row.step.critical_path.step_s,
-            milliseconds,
-        ),
-        number("of peak FLOP/s", lambda row: row.step.flops_utilisation, percent),
-        number("of peak bytes/s", lambda row: row.step.read_utilisation, percent),
+        *(each.of(lambda row: row.step.critical_path) for each in path),
+        *(each.of(step_of) for each in UTILISATION),
         number("load max/mean", lambda row: max(row.record.expert_max_over_mean), figures),
     )
     sent: tuple[Column[Row], ...] = (
@@ -88,16 +83,33 @@ def seen(row: Row) -> TrafficRecord:
     return row.step.traffic
 
 
-def _spread(
-    heading: str, get: Callable[[FanOut], float | None], show: Callable[[float], str] = figures
-) -> Column[Row]:
-    """Of how far tokens spread."""
+def _copies(fan_out: FanOut, num: int | None) -> float | None:
+    return None if num is None else num / sum(fan_out.tokens_by_ranks_reached)
 
-    def value(row: Row) -> float | None:
-        fan_out = seen(row).fan_out
-        return get(fan_out) if fan_out else None
 
-    return number(heading, value, show)
+_SPREAD: tuple[Column[FanOut], ...] = (
+    number("ranks per token", lambda each: each.ranks_per_token, figures),
+    number("nodes per token", lambda each: each.nodes_per_token, figures),
+    number(
+        "copies between nodes, per token",
+        lambda each: _copies(each, each.num_remote_rank_copies),
+        figures,
+    ),
+    number("with one a node", lambda each: _copies(each, each.num_remote_node_copies), figures),
+)
+_HOTTEST: tuple[Column[TrafficRecord], ...] = (
+    number("receives most", lambda each: _hot(each.receiver)),
+    number("computes most", lambda each: _hot(each.busiest)),
+    number(
+        "hottest expert",
+        lambda each: (hot := each.expert) and f"{hot.layer}/{hot.expert} ({percent(hot.share)})",
+    ),
+    number(
+        "least even layer",
+        lambda each: (hot := each.layer) and f"{hot.layer} ({times(hot.max_over_mean)})",
+    ),
+    number("comes last", lambda each: _straggler(each)),
+)
 
 
 def hot_spots(comparison: Comparison) -> Section:
@@ -108,36 +120,12 @@ def hot_spots(comparison: Comparison) -> Section:
         for row in comparison.rows
         if (error := seen(row).payload_error) is not None
     )
-
     spreads: tuple[Column[Row], ...] = (
         *NAMED,
-        _spread("ranks per token", lambda fan_out: fan_out.ranks_per_token),
-        _spread("nodes per token", lambda fan_out: fan_out.nodes_per_token),
-        _spread(
-            "copies between nodes, per token",
-            lambda fan_out: _copies(fan_out, fan_out.num_remote_rank_copies),
-        ),
-        _spread(
-            "with one a node", lambda fan_out: _copies(fan_out, fan_out.num_remote_node_copies)
-        ),
+        *(each.of(lambda row: seen(row).fan_out) for each in _SPREAD),
         number("padding", lambda row: _padding(seen(row)), percent),
     )
-    hottest: tuple[Column[Row], ...] = (
-        *NAMED,
-        number("receives most", lambda row: _hot(seen(row).receiver)),
-        number("computes most", lambda row: _hot(seen(row).busiest)),
-        number(
-            "hottest expert",
-            lambda row: (
-                (hot := seen(row).expert) and f"{hot.layer}/{hot.expert} ({percent(hot.share)})"
-            ),
-        ),
-        number(
-            "least even layer",
-            lambda row: (hot := seen(row).layer) and f"{hot.layer} ({times(hot.max_over_mean)})",
-        ),
-        number("comes last", _straggler),
-    )
+    hottest = (*NAMED, *(each.of(seen) for each in _HOTTEST))
     return Section(
         f"Spread and hot spots of {comparison.phase}",
         (
@@ -157,10 +145,6 @@ def hot_spots(comparison: Comparison) -> Section:
     )
 
 
-def _copies(fan_out: FanOut, num: int | None) -> float | None:
-    return None if num is None else num / sum(fan_out.tokens_by_ranks_reached)
-
-
 def _padding(traffic: TrafficRecord) -> float | None:
     of_link = traffic.by_link.values()
     padding = sum(each.padding for each in of_link)
@@ -172,9 +156,9 @@ def _hot(rank: HottestRank | None) -> str | None:
     return f"{rank.rank} ({times(rank.over_mean)})" if rank else None
 
 
-def _straggler(row: Row) -> str | None:
-    last = seen(row).straggler
-    return None if last is None else f"{last} ({percent(seen(row).last_share(last))})"
+def _straggler(traffic: TrafficRecord) -> str | None:
+    last = traffic.straggler
+    return None if last is None else f"{last} ({percent(traffic.last_share(last))})"
 
 
 def details(comparison: Comparison, ranks_per_node: int) -> tuple[Section, ...]:

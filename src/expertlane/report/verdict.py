@@ -1,8 +1,9 @@
 """Which deployment is faster, by what factor, and where the difference lies: in sentences."""
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter, itemgetter
 
-from expertlane.report.compared import Comparison, Row, gain, projected
+from expertlane.report.compared import Comparison, Row, projected
 from expertlane.report.numbers import figures, milliseconds, percent, times
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
@@ -55,10 +56,10 @@ def _pair(comparison: Comparison) -> tuple[Row, Row] | None:
 
 
 def _which(comparison: Comparison, faster: Row, slower: Row, where: str) -> str:
-    between, name, first = gain(faster, slower), comparison.latency_name, comparison.first
+    name, first = comparison.latency_name, comparison.first
     latencies = (
         f"{name} {milliseconds(faster.latency_s)} ms against "
-        f"{milliseconds(slower.latency_s)} ms ({_latency_words(between.latency_factor)})"
+        f"{milliseconds(slower.latency_s)} ms ({_latency_words(faster, slower)})"
     )
     rates = f"{figures(faster.tps)} against {figures(slower.tps)} {comparison.phase} TPS"
     fast, slow = (
@@ -69,15 +70,14 @@ def _which(comparison: Comparison, faster: Row, slower: Row, where: str) -> str:
         sentence = f"Too close to tell {where}: {fast} and {slow}: {rates}; {latencies}."
     else:
         sentence = (
-            f"Faster {where}: {fast}, with {times(between.throughput_factor)} the throughput of "
+            f"Faster {where}: {fast}, with {times(faster.tps / slower.tps)} the throughput of "
             f"{slow}: {rates}; {latencies}."
         )
     if first not in (faster, slower):
-        factor = gain(faster, first)
         sentence += (
             f" Against the first deployment, {first.name}: "
-            f"{times(factor.throughput_factor)} the throughput, "
-            f"{name} {_latency_words(factor.latency_factor)}."
+            f"{times(faster.tps / first.tps)} the throughput, "
+            f"{name} {_latency_words(faster, first)}."
         )
     return sentence
 
@@ -88,7 +88,8 @@ def is_close(faster: Row, slower: Row) -> bool:
     return faster.tps < (1 + _EVEN) * slower.tps or high >= low
 
 
-def _latency_words(factor: float) -> str:
+def _latency_words(row: Row, other: Row) -> str:
+    factor = other.latency_s / row.latency_s
     if abs(factor - 1) < _EVEN:
         return "the same"
     return f"{times(factor)} lower" if factor > 1 else f"{times(1 / factor)} higher"
@@ -144,15 +145,16 @@ def _by_context(comparison: Comparison) -> str:
 
 
 def _prefill(comparison: Comparison) -> str:
-    known = [(row, row.record.prefill.tps.value) for row in comparison.rows if row.record.prefill]
-    of_baselines = [each for each in known if each[0].record.is_baseline]
-    of_proposals = [each for each in known if not each[0].record.is_baseline]
-    if not of_baselines or not of_proposals:
+    of_parts = [
+        [(row.name, step.tps.value) for row in rows if (step := row.record.prefill)]
+        for rows in (comparison.proposals, comparison.baselines)
+    ]
+    if not all(of_parts):
         return ""
-    best, proposal = (max(some, key=lambda each: each[1]) for some in (of_baselines, of_proposals))
+    (proposal, tps), (best, tps_of_best) = (max(each, key=itemgetter(1)) for each in of_parts)
     return (
-        f"Prefill: {figures(proposal[1])} TPS with {proposal[0].name}, {figures(best[1])} with "
-        f"{best[0].name} ({times(proposal[1] / best[1])})."
+        f"Prefill: {figures(tps)} TPS with {proposal}, {figures(tps_of_best)} with "
+        f"{best} ({times(tps / tps_of_best)})."
     )
 
 
@@ -171,24 +173,17 @@ def _skewed(results: Results, comparison: Comparison) -> str:
 
 def _pair_by_critical_path(comparison: Comparison) -> tuple[Row, Row] | None:
     """The best proposal and the best baseline by that measure, the one ahead first."""
-    baselines = [row for row in comparison.rows if row.record.is_baseline]
-    proposals = [row for row in comparison.rows if not row.record.is_baseline]
-    if not baselines or not proposals:
+    of_parts = (comparison.baselines, comparison.proposals)
+    if not all(of_parts):
         return None
-    best = max(baselines, key=critical_path_tps), max(proposals, key=critical_path_tps)
-    ahead, behind = sorted(best, key=critical_path_tps, reverse=True)
-    return (ahead, behind) if critical_path_tps(behind) else None
-
-
-def critical_path_tps(row: Row) -> float:
-    """By CPU time on the critical path; 0 where none was counted."""
-    path = row.step.critical_path
-    return path.tps if path else 0.0
+    tps = attrgetter("critical_path_tps")
+    ahead, behind = sorted((max(rows, key=tps) for rows in of_parts), key=tps, reverse=True)
+    return (ahead, behind) if behind.critical_path_tps else None
 
 
 def _by_critical_path(ahead: Row, behind: Row) -> str:
     """The same two deployments or others, whichever they are by wall time."""
-    tps, tps_behind = critical_path_tps(ahead), critical_path_tps(behind)
+    tps, tps_behind = ahead.critical_path_tps, behind.critical_path_tps
     rates = f"{figures(tps)} against {figures(tps_behind)} TPS"
     factor = tps / tps_behind
     if factor < 1 + _EVEN:

@@ -2,20 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.spec.ranges import STRICT
+from expertlane.spec.ranges import Strict
 
 _PERCENTILES = (50, 95, 99)
-
-
-class Strict:
-    """Read back only what was written: no unknown key, no value of another type."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
 
 @dataclass(frozen=True)
@@ -31,6 +24,11 @@ class Estimate(Strict):
         """Of what all terms at their low, likely and high values give, whichever is largest."""
         first, likely, last = map(float, bounds)
         return cls(likely, min(first, likely, last), max(first, likely, last))
+
+    @classmethod
+    def of(cls, value: float | npt.NDArray[np.float64]) -> "Estimate":
+        """Of a measured number, or of a projected one's low, likely and high [3]."""
+        return cls.between(value) if isinstance(value, np.ndarray) else cls(float(value))
 
     @property
     def bounds(self) -> tuple[float, float, float]:
@@ -64,17 +62,12 @@ class Summary(Strict):
     p99: Estimate | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Summary | None":
-        """Of measured values; None of no values."""
-        if not len(values):
-            return None
-        percentiles = map(float, np.percentile(values, _PERCENTILES))
-        return cls(Estimate(float(np.mean(values))), *map(Estimate, percentiles))
+    def of(cls, values: Sequence[float] | npt.NDArray[np.float64]) -> "Summary | None":
+        """Of measured values [n], or projected ones [n, 3], each at its low, likely and high.
 
-    @classmethod
-    def between(cls, values: npt.NDArray[np.float64]) -> "Summary | None":
-        """Of projected values [n, 3], each at its low, likely and high; None of no values."""
+        None of no values.
+        """
         if not len(values):
             return None
         percentiles = np.percentile(values, _PERCENTILES, axis=0)
-        return cls(*map(Estimate.between, (values.mean(axis=0), *percentiles)))
+        return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))

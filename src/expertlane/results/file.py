@@ -1,14 +1,13 @@
 """`results.json` of every kind: written whole or not at all, and read back strictly."""
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from expertlane.errors import UserError
+from expertlane.errors import UserError, naming
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.files import RESULTS_BYTES, read_json, strict_json, write_text
+from expertlane.spec.files import RESULTS_BYTES, build, read_json, strict_json, write_text
 from expertlane.spec.ranges import shown
 
 FILE_NAME = "results.json"
@@ -32,25 +31,23 @@ def write(results: Results, folder: Path) -> Path:
     return write_text(folder / FILE_NAME, to_json(results))
 
 
-def read(path: Path) -> Results:
-    """Read a `results.json` of any command.
+def read(path: Path, kind: Kind | None = None) -> Results:
+    """Read a `results.json`, or that of a folder.
+
+    Args:
+        kind: the only one that is taken; records of other kinds lack some parts. None takes any.
 
     Raises:
-        UserError: the file is missing or damaged, of no known kind or another schema version, or
-            a key is unknown, missing or of another type; one line that names the place.
+        UserError: the file is missing or damaged, of no known or another kind or schema version,
+            or a key is unknown, missing or of another type; one line that names the place.
     """
-    from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
-
+    path = path / FILE_NAME if path.is_dir() else path
     data = _load(path)
-    try:
-        return TypeAdapter(Results).validate_json(json.dumps(data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        what = {"missing": "is missing", "unexpected_keyword_argument": "is an unknown key"}
-        raise UserError(f"{path}: {place} {what.get(first['type'], first['msg'])}") from error
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    with naming(path):
+        results = build(Results, data)
+    if kind not in (None, results.kind):
+        raise UserError(f"{path} is of a {results.kind}, not of a {kind}")
+    return results
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""From the finished steps of a phase to its record: speed, counts, and where the time goes."""
+"""From finished steps, or the requests of a load, to a record: speed, counts, where time goes."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import StepsRecord
+from expertlane.results.record import ServingRecord, StepsRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import critical_path, stage_time
@@ -17,6 +18,8 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
 _Counts = npt.NDArray[np.int64]
+# A measured time, or a modelled one's low, likely and high [3].
+TimeT = TypeVar("TimeT", float, npt.NDArray[np.float64])
 
 
 def phase_record(
@@ -133,3 +136,56 @@ def _active_expert_share(steps: Sequence[StepRecord]) -> float:
         has_experts = is_active.any(axis=1)  # no token skips a layer that has any
         shares.append(is_active[has_experts].mean() if has_experts.any() else 0.0)
     return float(np.mean(shares))
+
+
+@dataclass(eq=False)
+class ServedRequest(Generic[TimeT]):
+    """A request and when its tokens came, all on one clock.
+
+    Attributes:
+        due_s: when it arrived; in a closed loop, when there was room for it.
+        token_times_s: of each step that gave it a token or more.
+    """
+
+    prompt_len: int
+    output_len: int
+    due_s: TimeT
+    token_times_s: list[TimeT] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def ttft_s(self) -> TimeT:
+        """From when it was due to its first token, which its prompt's last step computes.
+
+        Where another pool decodes, keys and values travel afterwards: that delays the second token.
+        """
+        return self.token_times_s[0] - self.due_s
+
+    @property
+    def tpot_s(self) -> TimeT | None:
+        """Mean time of the tokens after the first; None where there is one alone."""
+        if self.output_len == 1:
+            return None
+        return (self.token_times_s[-1] - self.token_times_s[0]) / (self.output_len - 1)
+
+
+def serving_record(served: Sequence[ServedRequest[TimeT]]) -> ServingRecord:
+    """What users of a load felt, or would feel."""
+    due_s = np.array([each.due_s for each in served])
+    last_s = np.array([each.token_times_s[-1] for each in served])
+    tpot_s = [each.tpot_s for each in served if each.tpot_s is not None]
+    wall_s = Estimate.of(last_s.max(axis=0) - due_s.min(axis=0))
+    num_output = sum(each.output_len for each in served)
+    num_prompt = sum(each.prompt_len for each in served)
+    return ServingRecord(
+        num_requests=len(served),
+        num_prompt_tokens=num_prompt,
+        num_output_tokens=num_output,
+        wall_s=wall_s,
+        ttft_s=Summary.of(np.array([each.ttft_s for each in served])),
+        tpot_s=Summary.of(np.array(tpot_s)),
+        e2e_s=Summary.of(last_s - due_s),
+        output_tps=num_output / wall_s,
+        total_tps=(num_output + num_prompt) / wall_s,
+        requests_per_s=len(served) / wall_s,
+    )

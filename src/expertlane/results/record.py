@@ -9,12 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from expertlane.results.estimate import Estimate, Strict, Summary
+from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficRecord
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
+from expertlane.spec.ranges import Strict
 
 Source = Literal["measured", "projected", "reported"]
 PoolRole = Literal["both", "prefill", "decode"]

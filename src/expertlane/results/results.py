@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.results.estimate import Strict
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.spec.files import strict_json
+from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
 
 SCHEMA_VERSION = 6
@@ -174,7 +174,8 @@ class Results(Strict):
         command: how a user repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
-            deployments), and `skew` of its projection; simulation: `model`, `workload`, `serving`;
+            deployments), `skew` of its projection, and `traffic` where each deployment's is to be
+            shown in detail; simulation: `model`, `workload`, `serving`;
             plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
             `ranks_per_node`.
         machine: where it was measured; None where nothing was.
@@ -255,6 +256,10 @@ class Results(Strict):
             context=projected.context,
         )
 
+    def with_traffic(self) -> "Results":
+        """The same, shown with each deployment's traffic in detail."""
+        return replace(self, question=self.question | {"traffic": True})
+
     def select(
         self, source: Source, role: str | None = None, conditions: Conditions | None = None
     ) -> tuple[DeploymentRecord, ...]:
@@ -272,18 +277,6 @@ class Results(Strict):
         """Those of an experiment's projected deployments, each once, the usual ones first."""
         found = (each.conditions for each in self.select("projected", EXPERIMENT))
         return tuple(dict.fromkeys(each for each in found if each is not None))
-
-
-def one_source(records: Sequence[DeploymentRecord]) -> Source:
-    """The source of records that are to be compared.
-
-    Raises:
-        ValueError: there are none, or they are of several sources.
-    """
-    sources = {each.source for each in records}
-    if len(sources) != 1:
-        raise ValueError(f"records of {', '.join(sorted(sources)) or 'no source'} are no group")
-    return sources.pop()
 
 
 def _plain(value: Any) -> Any:

@@ -37,18 +37,11 @@ class RankEvents:
 
 
 @dataclass(frozen=True, eq=False)
-class RankRecord:
-    """Times and counters of one rank over one step.
-
-    The slot axis of the times is the model's layers followed by one slot for what is outside any
-    layer (embedding, hand-over, head, waiting for the plan); a rank fills only its own layers.
+class RankCounts:
+    """Counters of one rank over one step.
 
     Attributes:
         rank: global rank.
-        wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.
-        cpu_s: same shape; CPU time of the rank's main thread.
-        blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
-        process_cpu_s: CPU time of all threads of the rank during the step.
         flops: [num_stages]; floating-point operations, a multiply and an add counted as two.
         weight_bytes: [num_stages]; weights read, each matrix once per use.
         kv_bytes: keys and values read from the cache.
@@ -63,19 +56,9 @@ class RankRecord:
         num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
             with one copy a rank.
         num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
-        payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
-            squares of what rounding changed, and of the hidden states themselves.
-        topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
-            logical experts that its own tokens chose, in the order of computation, which is the
-            same in all layers. Empty unless the plan asked for it.
-        events: what it did when; None unless the plan asked for it.
     """
 
     rank: int
-    wall_s: npt.NDArray[np.float64]
-    cpu_s: npt.NDArray[np.float64]
-    blocked_s: npt.NDArray[np.float64]
-    process_cpu_s: float
     flops: npt.NDArray[np.int64]
     weight_bytes: npt.NDArray[np.int64]
     kv_bytes: int
@@ -86,6 +69,32 @@ class RankRecord:
     tokens_by_nodes_reached: npt.NDArray[np.int64]
     num_remote_rank_copies: int
     num_remote_node_copies: int
+
+
+@dataclass(frozen=True, eq=False)
+class RankRecord(RankCounts):
+    """Times and counters of one rank over one step.
+
+    The slot axis of the times is the model's layers followed by one slot for what is outside any
+    layer (embedding, hand-over, head, waiting for the plan); a rank fills only its own layers.
+
+    Attributes:
+        wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.
+        cpu_s: same shape; CPU time of the rank's main thread.
+        blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
+        process_cpu_s: CPU time of all threads of the rank during the step.
+        payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
+            squares of what rounding changed, and of the hidden states themselves.
+        topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
+            logical experts that its own tokens chose, in the order of computation, which is the
+            same in all layers. Empty unless the plan asked for it.
+        events: what it did when; None unless the plan asked for it.
+    """
+
+    wall_s: npt.NDArray[np.float64]
+    cpu_s: npt.NDArray[np.float64]
+    blocked_s: npt.NDArray[np.float64]
+    process_cpu_s: float
     payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     events: RankEvents | None = None
@@ -116,18 +125,9 @@ class StepRecord:
     spell: int = 0
 
 
-def by_pipeline_stage(
-    layout: Layout, step: StepRecord
-) -> list[tuple[list[int], npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Ranks, `wall_s` and `blocked_s` [ranks, micro-batches, slots, stages] by pipeline stage."""
+def by_pipeline_stage(layout: Layout, step: StepRecord) -> dict[int, list[RankRecord]]:
+    """The records of the ranks of each pipeline stage."""
     groups = defaultdict(list)
     for record in step.records:
         groups[layout.coordinates(record.rank).pp_rank].append(record)
-    return [
-        (
-            [record.rank for record in records],
-            np.stack([record.wall_s for record in records]),
-            np.stack([record.blocked_s for record in records]),
-        )
-        for records in groups.values()
-    ]
+    return groups

@@ -84,7 +84,10 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
     exposed_s = 0.0
     for step in steps:
         least_idle = min(record.blocked_s[..., Stage.IDLE].sum() for record in step.records)
-        for ranks, wall, blocked in by_pipeline_stage(layout, step):
+        for records in by_pipeline_stage(layout, step).values():
+            ranks = [record.rank for record in records]
+            wall = np.stack([record.wall_s for record in records])
+            blocked = np.stack([record.blocked_s for record in records])
             idle = blocked[..., Stage.IDLE].sum(axis=(1, 2))
             bubble_s[ranks] += idle.min() - least_idle
             waiting_s[ranks] += idle - idle.min()
@@ -188,13 +191,8 @@ def _one_run(layout: Layout, steps: Sequence[StepRecord]) -> tuple[float, list[f
 def _stage_cpu_s(layout: Layout, step: StepRecord) -> npt.NDArray[np.float64]:
     """[num_micro_batches, pp]; a step's critical CPU time."""
     times = np.zeros((step.num_micro_batches, layout.pp))
-    for pp_rank in range(layout.pp):
-        of_stage = [
-            record.cpu_s
-            for record in step.records
-            if layout.coordinates(record.rank).pp_rank == pp_rank
-        ]
-        largest = np.max(of_stage, axis=0)
+    for pp_rank, records in by_pipeline_stage(layout, step).items():
+        largest = np.max([record.cpu_s for record in records], axis=0)
         largest[..., Stage.IDLE] = 0.0
         times[:, pp_rank] = largest.sum(axis=(1, 2))
     return times

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-from expertlane.results.estimate import Strict
 from expertlane.results.step_record import RankEvents, StepRecord
 from expertlane.spec.names import Phase, Stage, Track
+from expertlane.spec.ranges import Strict
 
 MOST_RANKS = 32
 MOST_EVENTS = 4000  # of a step; what begins later is left out, and said so

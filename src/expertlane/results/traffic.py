@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.results.estimate import Strict
 from expertlane.results.step_record import RankRecord, StepRecord, by_pipeline_stage
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
+from expertlane.spec.ranges import Strict
 
 _Counts = npt.NDArray[np.int64]
 
@@ -227,7 +227,9 @@ def last_arrivals(layout: Layout, steps: Sequence[StepRecord]) -> tuple[_Counts,
     """
     num_last, num_meetings = np.zeros((2, layout.world_size), dtype=np.int64)
     for step in steps:
-        for ranks, _, blocked in by_pipeline_stage(layout, step):
+        for records in by_pipeline_stage(layout, step).values():
+            ranks = [record.rank for record in records]
+            blocked = np.stack([record.blocked_s for record in records])
             blocked_s = blocked[..., [Stage.DISPATCH, Stage.COMBINE]]
             waited = blocked_s.max(axis=0) > blocked_s.min(axis=0)
             last = blocked_s.argmin(axis=0)[waited]

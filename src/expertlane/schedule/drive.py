@@ -15,6 +15,22 @@ class FinishedStep(NamedTuple):
     plan: StepPlan
     outcome: StepOutcome
 
+    def record(self, run: int = 0, spell: int = 0) -> StepRecord:
+        """What metrics see of it."""
+        plan, outcome = self
+        return StepRecord(
+            phase=plan.phase,
+            replica=plan.replica,
+            num_micro_batches=len(plan.micro_batches),
+            seq_ids=tuple(seq for batch in plan.batches for seq in batch.yielding_seq_ids),
+            num_tokens=sum(batch.num_tokens for batch in plan.batches),
+            submitted_s=outcome.submitted_s,
+            finished_s=outcome.finished_s,
+            records=outcome.records,
+            run=run,
+            spell=spell,
+        )
+
 
 class DriveLoop(Generic[HandleT]):
     """Keeps a runner busy with what a scheduler plans, and commits steps as they finish.
@@ -84,21 +100,7 @@ def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedSte
 def step_records(steps: Iterable[FinishedStep], run: int = 0) -> Iterator[StepRecord]:
     """What metrics see of steps; a spell ends where the phase changes."""
     spell, phase = -1, None
-    for plan, outcome in steps:
-        if plan.phase is not phase:
-            spell, phase = spell + 1, plan.phase
-        batches = [batch for micro_batch in plan.micro_batches for batch in micro_batch]
-        yield StepRecord(
-            phase=plan.phase,
-            replica=plan.replica,
-            num_micro_batches=len(plan.micro_batches),
-            seq_ids=tuple(
-                seq for batch in batches for seq in batch.seq_ids[batch.yields_token].tolist()
-            ),
-            num_tokens=sum(batch.num_tokens for batch in batches),
-            submitted_s=outcome.submitted_s,
-            finished_s=outcome.finished_s,
-            records=outcome.records,
-            run=run,
-            spell=spell,
-        )
+    for step in steps:
+        if step.plan.phase is not phase:
+            spell, phase = spell + 1, step.plan.phase
+        yield step.record(run, spell)

@@ -49,6 +49,12 @@ class Batch:
         """New tokens in the batch."""
         return len(self.token_ids)
 
+    @property
+    def yielding_seq_ids(self) -> list[int]:
+        """The sequences that get a next token, in their order."""
+        seq_ids: list[int] = self.seq_ids[self.yields_token].tolist()
+        return seq_ids
+
     def split(self, num_parts: int) -> list["Batch"]:
         """Cut into `num_parts` batches at sequence borders, near-equal in tokens."""
         borders, ends = self._borders(num_parts)
@@ -161,6 +167,11 @@ class StepPlan(_Step):
     """
 
     micro_batches: tuple[tuple[Batch, ...], ...]
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Of all micro-batches and data-parallel ranks."""
+        return [batch for micro_batch in self.micro_batches for batch in micro_batch]
 
     def of_dp_ranks(self) -> list[RankStep]:
         """[dp]; what each data-parallel rank has to know of it."""

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.schedule.blocks import BlockManager
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome
-from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.spec.sampling import SamplingState
 
 Rows = npt.NDArray[np.intp]

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.schedule.limits import Limits
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
-from expertlane.schedule.request import FinishReason, Request, RequestState
+from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.schedule.running import BatchDraft, Rows, RunningTable
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -5,8 +5,7 @@ the pool that decodes. Each pool has its own scheduler, driver and ranks; all sh
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -14,46 +13,11 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import Floats
-from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import ServingRecord
+from expertlane.results.metrics import ServedRequest
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.workload import TimedRequest
-
-
-@dataclass(eq=False)
-class Served:
-    """A request and when its tokens came; all times [B].
-
-    Attributes:
-        due_s: when it arrived; in a closed loop, when there was room for it.
-        token_times_s: one entry a token.
-        moved_s: when its keys and values began to travel to another pool, and were there.
-    """
-
-    prompt_len: int
-    due_s: Floats
-    token_times_s: list[Floats] = field(default_factory=list)
-    num_preemptions: int = 0
-    moved_s: tuple[Floats, Floats] | None = None
-
-    @property
-    def ttft_s(self) -> Floats:
-        """From when it was due to its first token, which its prompt's last step computes.
-
-        Where another pool decodes, keys and values travel afterwards: that delays the second token.
-        """
-        return self.token_times_s[0] - self.due_s
-
-    @property
-    def tpot_s(self) -> Floats | None:
-        """Mean time of the tokens after the first; None where there is one alone."""
-        if len(self.token_times_s) == 1:
-            return None
-        first, last = self.token_times_s[0], self.token_times_s[-1]
-        tpot_s: Floats = (last - first) / (len(self.token_times_s) - 1)
-        return tpot_s
 
 
 class Pool:
@@ -108,7 +72,7 @@ def serve(
     max_unfinished: int | None = None,
     *,
     on_finished: Callable[[], None] = lambda: None,
-) -> list[Served]:
+) -> list[ServedRequest[Floats]]:
     """Serve requests to their whole lengths; gives them in the order of `requests`.
 
     Args:
@@ -127,7 +91,7 @@ def serve_apart(
     max_unfinished: int | None = None,
     *,
     on_finished: Callable[[], None] = lambda: None,
-) -> list[Served]:
+) -> list[ServedRequest[Floats]]:
     """Serve requests with prompts in one pool and further tokens in another.
 
     Keys and values of a request travel beside the pools' own work when its prompt is done, one
@@ -154,11 +118,10 @@ class _Serving:
         self._max_unfinished = max_unfinished
         self._on_finished = on_finished
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
-        self._served: dict[str, Served] = {}
-        self._wanted: dict[str, TimedRequest] = {}
+        self._served: dict[str, ServedRequest[Floats]] = {}
         self._num_unfinished = 0
 
-    def run(self, requests: Iterable[TimedRequest]) -> list[Served]:
+    def run(self, requests: Iterable[TimedRequest]) -> list[ServedRequest[Floats]]:
         """Deliver all, and let both pools work until nothing is left."""
         waiting = list(requests)[::-1]
         pools = list(dict.fromkeys((self._prefill, self._decode)))
@@ -183,68 +146,37 @@ class _Serving:
     def _deliver(self, wanted: TimedRequest, now_s: Floats) -> None:
         due_s = np.full(len(BOUNDS), wanted.due_s) if self._max_unfinished is None else now_s
         request_id = str(len(self._served))
-        self._served[request_id] = Served(len(wanted.prompt_token_ids), due_s)
-        self._wanted[request_id] = wanted
+        self._served[request_id] = ServedRequest(
+            len(wanted.prompt_token_ids), wanted.output_len, due_s
+        )
         self._num_unfinished += 1
         max_tokens = wanted.output_len if self._transfers is None else 1
         request = Request(request_id, wanted.prompt_token_ids, max_tokens=max_tokens)
         self._prefill.deliver(request, due_s)
 
     def _take_token(self, request: Request, at_s: Floats, *, is_first: bool) -> None:
-        served, wanted = self._served[request.request_id], self._wanted[request.request_id]
+        served = self._served[request.request_id]
         served.token_times_s.append(at_s)
-        if len(served.token_times_s) == wanted.output_len:
+        if len(served.token_times_s) == served.output_len:
             served.num_preemptions += request.num_preemptions
             self._num_unfinished -= 1
             self._on_finished()
         elif is_first and self._transfers is not None:
             served.num_preemptions += request.num_preemptions
-            self._move(request, wanted, at_s)
+            self._move(request, served.output_len - 1, at_s, self._transfers)
 
-    def _move(self, request: Request, wanted: TimedRequest, at_s: Floats) -> None:
+    def _move(
+        self, request: Request, max_tokens: int, at_s: Floats, transfers: KVTransfers
+    ) -> None:
         """Send keys and values to the pool that decodes, and the request with them."""
-        assert self._transfers is not None
         prompt_len = len(request.prompt_token_ids)
         sender = request.replica, request.dp_rank
         begin_s = np.maximum(at_s, self._free_s.get(sender, 0.0))
-        there_s = self._free_s[sender] = begin_s + self._transfers.seconds(prompt_len)
-        self._served[request.request_id].moved_s = begin_s, there_s
+        there_s = self._free_s[sender] = begin_s + transfers.seconds(prompt_len)
         moved = Request(
             request.request_id,
             np.concatenate((request.prompt_token_ids, request.output_token_ids)).astype(np.int64),
-            max_tokens=wanted.output_len - 1,
+            max_tokens=max_tokens,
             num_arrived_tokens=prompt_len,
         )
         self._decode.deliver(moved, there_s)
-
-
-def serving_record(
-    served: Sequence[Served], output_lens: Sequence[int] | None = None
-) -> ServingRecord:
-    """What users of a load would feel.
-
-    Args:
-        output_lens: tokens of each request; if not given, as many as there are times.
-    """
-    if output_lens is None:
-        output_lens = [len(each.token_times_s) for each in served]
-    lens = np.array(output_lens)
-    due = np.array([each.due_s for each in served])  # [num_requests, 3]
-    first = np.array([each.token_times_s[0] for each in served])
-    last = np.array([each.token_times_s[-1] for each in served])
-    goes_on = lens > 1
-    tpot = (last - first)[goes_on] / (lens[goes_on, None] - 1)
-    wall_s = Estimate.between(last.max(axis=0) - due.min(axis=0))
-    num_output, num_prompt = int(lens.sum()), sum(each.prompt_len for each in served)
-    return ServingRecord(
-        num_requests=len(served),
-        num_prompt_tokens=num_prompt,
-        num_output_tokens=num_output,
-        wall_s=wall_s,
-        ttft_s=Summary.between(first - due),
-        tpot_s=Summary.between(tpot),
-        e2e_s=Summary.between(last - due),
-        output_tps=num_output / wall_s,
-        total_tps=(num_output + num_prompt) / wall_s,
-        requests_per_s=len(served) / wall_s,
-    )

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
+from operator import add
 
 import numpy as np
 
@@ -13,20 +15,23 @@ from expertlane.cost.routing import RoutingChoice
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.metrics import serving_record
 from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
     PoolRole,
-    ServingRecord,
     StepsRecord,
 )
 from expertlane.results.results import Assumption, Results
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
-from expertlane.simulate.pools import serving_record
-from expertlane.simulate.setup import ServingSetup, are_apart
-from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator, roles
+from expertlane.simulate.simulator import (
+    Outcome,
+    ServingSetup,
+    SimulatedPool,
+    Simulator,
+)
 from expertlane.simulate.totals import PhaseTotals
 from expertlane.spec.names import Phase, ProjectedCause, Traffic
 
@@ -85,8 +90,8 @@ def simulation(
 def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> DeploymentRecord:
     setup, top_k = simulator.setup, simulator.model.num_experts_per_tok
     device_bytes = simulator.cluster.profile.device.memory_bytes
-    of_pools = list(zip(roles(outcome), outcome.pools, strict=True))
-    tokens = np.sum([pool.totals.num_tokens_per_expert for pool in outcome.pools], axis=0)
+    phases = (totals for pool in outcome.pools for totals in pool.totals.phases.values())
+    facts = reduce(add, (totals.facts for totals in phases))
     name = str(setup.layout)
     if setup.prefill_layout is not None:
         name = f"{setup.prefill_layout} prefills, {name} decodes"
@@ -97,43 +102,39 @@ def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> D
         source="projected",
         prefill_layout=setup.prefill_layout,
         conditions=conditions_of(top_k, simulator.execution, routing.option, setup.types),
-        pools=tuple(_pool(role, pool, device_bytes) for role, pool in of_pools),
+        pools=tuple(_pool(pool, device_bytes) for pool in outcome.pools),
         steps=tuple(
-            _steps(role, phase, pool.totals.phases[phase], largest)
-            for (role, pool), largest in zip(
-                of_pools, simulator.largest_steps(outcome), strict=True
-            )
+            _steps(pool.ranks.role, phase, pool.totals.phases[phase], largest)
+            for pool, largest in zip(outcome.pools, simulator.largest_steps(outcome), strict=True)
             for phase in Phase
             if phase in pool.totals.phases
         ),
-        serving=(_serving(simulator, outcome),),
-        num_tokens_per_expert=tuple(tuple(map(int, layer)) for layer in tokens),
+        serving=(
+            replace(
+                serving_record(outcome.served),
+                batch=simulator.load.batch,
+                rate=simulator.load.rate,
+                basis=list(Basis)[int(facts.basis_s.argmax())].label,
+            ),
+        ),
+        num_tokens_per_expert=tuple(
+            tuple(map(int, layer)) for layer in facts.num_tokens_per_expert
+        ),
     )
 
 
-def _pool(role: PoolRole, pool: SimulatedPool, device_bytes: float) -> PoolRecord:
-    memory = pool.memory
+def _pool(pool: SimulatedPool, device_bytes: float) -> PoolRecord:
+    memory = pool.ranks.memory
     return PoolRecord(
-        role=role,
+        role=pool.ranks.role,
         weight_bytes=memory.weight_bytes,
         kv_bytes=memory.kv_bytes,
         activation_bytes=memory.activation_bytes,
         allowed_bytes=int(FREE_SHARE * device_bytes),
         device_bytes=int(device_bytes),
-        num_resident=pool.num_resident,
+        num_resident=pool.ranks.num_resident,
         most_running=pool.totals.most_running,
         num_preemptions=pool.pool.scheduler.num_preemptions,
-    )
-
-
-def _serving(simulator: Simulator, outcome: Outcome) -> ServingRecord:
-    phases = [totals for pool in outcome.pools for totals in pool.totals.phases.values()]
-    basis_s = np.sum([totals.basis_s for totals in phases], axis=0)
-    return replace(
-        serving_record(outcome.served, [each.output_len for each in outcome.requests]),
-        batch=simulator.load.batch,
-        rate=simulator.load.rate,
-        basis=list(Basis)[int(basis_s.argmax())].label,
     )
 
 
@@ -141,7 +142,7 @@ def _steps(
     pool: PoolRole, phase: Phase, totals: PhaseTotals, largest: Mapping[Phase, StepRecord]
 ) -> StepsRecord:
     num, step_s = len(totals.step_s), np.array(totals.step_s)
-    basis_shares, extrapolated = shares_of(totals.basis_s, totals.extrapolated_s)
+    basis_shares, extrapolated = shares_of(totals.facts.basis_s, totals.facts.extrapolated_s)
     shares = totals.why_s / (totals.why_s.sum() or 1.0) * float(step_s[:, LIKELY].mean())
     explained_s = totals.explained_s or 1.0
     wall_s = Estimate.between(step_s.sum(axis=0))
@@ -154,9 +155,9 @@ def _steps(
         num_seqs=totals.num_seqs,
         wall_s=wall_s,
         tps=totals.num_tokens / wall_s,
-        step_s=Summary.between(step_s),
+        step_s=Summary.of(step_s),
         breakdown_s=dict(zip(map(str, ProjectedCause), shares.tolist(), strict=True)),
-        floor_s=totals.floor_s / num,
+        floor_s=totals.facts.floor_s / num,
         flops_utilisation=totals.flops_s / explained_s,
         read_utilisation=totals.read_s / explained_s,
         basis_shares=basis_shares,
@@ -167,8 +168,8 @@ def _steps(
 
 
 def _traffic(totals: PhaseTotals, largest: StepRecord | None) -> TrafficRecord:
-    by_link = bytes_by_link(totals.sent_bytes)
-    over_mean = totals.rank_pairs / len(totals.step_s)
+    by_link = bytes_by_link(totals.facts.sent_bytes)
+    over_mean = totals.facts.rank_pairs / len(totals.step_s)
     if largest is None:
         return TrafficRecord(by_link, busiest_over_mean=over_mean)
     records = sorted(largest.records, key=lambda record: record.rank)
@@ -242,7 +243,11 @@ def _assumptions(
 def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, str, str, str]]:
     if setup.prefill_layout is None:
         return []
-    where = "on other nodes" if are_apart(cluster, setup) else "on the same node"
+    where = (
+        "on other nodes"
+        if setup.is_on_nodes(cluster.profile.ranks_per_node)
+        else "on the same node"
+    )
     return [
         (
             "two pools",

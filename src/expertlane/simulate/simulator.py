@@ -1,55 +1,149 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.cost.kv_transfer import ModelledKVTransfers
+from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
-from expertlane.cost.multi_token import MultiTokenAdapter, with_drafting_layer
+from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
+from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
+from expertlane.cost.routing import RoutingSource
 from expertlane.cost.runner import CostRunner, StepSharing
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
+from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.memory import FREE_SHARE, RankMemory, fit_cache, rank_memory
+from expertlane.errors import SpecError
+from expertlane.memory import FREE_SHARE, PlacedModel, RankMemory
+from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
-from expertlane.schedule.limits import Limits
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.simulate.pools import Pool, Served, serve, serve_apart
-from expertlane.simulate.setup import ServingSetup, are_apart, check_devices
+from expertlane.simulate.pools import Pool, serve, serve_apart
 from expertlane.simulate.totals import PoolTotals
-from expertlane.spec.deployment import DispatchTable
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.workload import Load, TimedRequest, draw_requests
+from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
 _SHARE_ALIKE = 1 / 256  # of reading all weights: reading so many cached positions more is no matter
 
 
-@dataclass(frozen=True, eq=False)
-class SimulatedPool:
-    """Ranks that serve together, and what they did.
+@dataclass(frozen=True)
+class ServingSetup:
+    """How a model is served.
 
     Attributes:
-        memory: of the fullest rank, with the whole cache.
-        limits: of the scheduler.
-        num_resident: sequences of full length that the cache holds at once, over all ranks.
+        prefill_layout: of a pool for prompts alone, on devices of its own.
+        routing: which experts tokens choose.
+        max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
+
+    Raises:
+        SpecError: one of the sizes is under 1.
     """
 
     layout: Layout
-    memory: RankMemory
+    prefill_layout: Layout | None
+    options: Options
+    types: NumberTypes
+    execution: Execution
+    routing: RoutingSource
+    multi_token: MultiToken = field(default_factory=MultiToken)
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+    @property
+    def pools(self) -> dict[PoolRole, Layout]:
+        """The layout of each, the one that prefills first."""
+        if self.prefill_layout is None:
+            return {"both": self.layout}
+        return {"prefill": self.prefill_layout, "decode": self.layout}
+
+    @property
+    def num_devices(self) -> int:
+        """Of all pools."""
+        return sum(layout.world_size for layout in self.pools.values())
+
+    def is_on_nodes(self, ranks_per_node: int) -> bool:
+        """Whether two pools are on different nodes."""
+        return self.num_devices > ranks_per_node
+
+
+def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:
+    """Check that a cluster has the devices, and the nodes that hierarchical dispatch is for.
+
+    Raises:
+        SpecError: it has too few.
+    """
+    needed, layouts = setup.num_devices, setup.pools.values()
+    if needed > cluster.num_devices:
+        if len(layouts) == 1:
+            need = f"layout {setup.layout} needs {needed} devices"
+        else:
+            each = " and ".join(f"{layout} with {layout.world_size}" for layout in layouts)
+            need = f"layouts {each} need {needed} devices"
+        raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
+    if not setup.options.is_by_node:
+        return
+    per_node = cluster.profile.ranks_per_node
+    for layout in layouts:
+        if layout.ep_ranks_per_node(per_node) == layout.ep:
+            raise SpecError(
+                f"layout {layout}: {setup.options.dispatch} dispatch is for experts on several "
+                f"nodes, but each group of ep={layout.ep} is on one node of {per_node}; valid: "
+                f"{', '.join(form for form, of in DISPATCH_FORMS.items() if not of.by_node)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PoolRanks:
+    """Ranks that are to serve together.
+
+    Attributes:
+        placements: [num_hidden_layers].
+        limits: of the scheduler.
+        memory: of the fullest rank, with the whole cache.
+    """
+
+    role: PoolRole
+    layout: Layout
+    placements: Placements
     limits: Limits
-    num_resident: int
+    memory: RankMemory
+    sharing: StepSharing
+
+    @property
+    def num_resident(self) -> int:
+        """Sequences of full length that the cache holds at once, over all ranks."""
+        limits, layout = self.limits, self.layout
+        blocks = ceil(limits.max_model_len / limits.block_size)
+        of_rank = min(limits.num_blocks // blocks, limits.max_num_seqs)
+        return of_rank * layout.dp * layout.replicas
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedPool:
+    """Ranks that serve together, and what they did."""
+
+    ranks: PoolRanks
     pool: Pool
     totals: PoolTotals
 
@@ -59,37 +153,12 @@ class Outcome:
     """A load that was served.
 
     Attributes:
-        requests: what was asked for.
-        served: [num_requests]; a time for each step that gave a request tokens, one or, with
-            multi-token prediction, more.
+        served: [num_requests]; with multi-token prediction a step may give several tokens.
         pools: one, or the one that prefills and the one that decodes.
     """
 
-    requests: list[TimedRequest]
-    served: list[Served]
+    served: list[ServedRequest[Floats]]
     pools: tuple[SimulatedPool, ...]
-
-
-def roles(outcome: Outcome) -> tuple[PoolRole, ...]:
-    """What each pool is for."""
-    return ("both",) if len(outcome.pools) == 1 else ("prefill", "decode")
-
-
-def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
-    """The same step on other ranks, submitted at another time."""
-    later_s = begin_s - step.submitted_s
-    records = []
-    for each in step.records:
-        events = each.events
-        assert events is not None, "asked for"
-        events = replace(events, start_s=events.start_s + later_s)
-        records.append(replace(each, rank=first_rank + each.rank, events=events))
-    return replace(
-        step,
-        submitted_s=begin_s,
-        finished_s=step.finished_s + later_s,
-        records=tuple(records),
-    )
 
 
 class Simulator:
@@ -109,18 +178,7 @@ class Simulator:
         self.load = load
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
-        self._placements = [placements_of(model, each, setup.options) for each in setup.layouts]
-        lengths = (
-            [load.max_len] if len(setup.layouts) == 1 else [load.prompt_len.high, load.max_len]
-        )
-        self._limits = [
-            self._fitted(layout, placements, length)
-            for layout, placements, length in zip(
-                setup.layouts, self._placements, lengths, strict=True
-            )
-        ]
-
-        self._sharing = [self._step_sharing(place) for place in range(len(setup.layouts))]
+        self._pools = [self._ranks(role, layout) for role, layout in setup.pools.items()]
 
     @property
     def execution(self) -> Execution:
@@ -146,8 +204,8 @@ class Simulator:
         if self.num_runs == 1:
             return outcome
         runs = [
-            outcome if hand == LIKELY else self._run(seed, hand, on_finished)
-            for hand in range(len(BOUNDS))
+            outcome if bound == LIKELY else self._run(seed, bound, on_finished)
+            for bound in range(len(BOUNDS))
         ]
         served = [_merged(of_runs) for of_runs in zip(*(run.served for run in runs), strict=True)]
         return replace(outcome, served=served)
@@ -159,18 +217,18 @@ class Simulator:
             replace(each, output_len=setup.multi_token.num_steps(each.output_len))
             for each in requests
         ]
-        pools = tuple(self._pool(place, lead) for place in range(len(setup.layouts)))
+        pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
         if len(pools) == 1:
             served = serve(pools[0].pool, shortened, load.batch, on_finished=on_finished)
         else:
             prefill, decode = pools
-            transfers = ModelledKVTransfers(
+            transfers = KVTransfers(
                 self.model,
                 setup.types,
-                prefill.layout,
-                decode.layout,
+                prefill.ranks.layout,
+                decode.ranks.layout,
                 LinkModel(self.cluster.profile),
-                remote=are_apart(self.cluster, setup),
+                remote=setup.is_on_nodes(self.cluster.profile.ranks_per_node),
             )
             served = serve_apart(
                 *(prefill.pool, decode.pool, transfers, shortened, load.batch),
@@ -178,7 +236,11 @@ class Simulator:
             )
         for each in pools:
             each.totals.close()
-        return Outcome(requests, served, pools)
+        whole = [
+            replace(each, output_len=wanted.output_len)
+            for each, wanted in zip(served, requests, strict=True)
+        ]
+        return Outcome(whole, pools)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
         """The largest prefill and the largest decode step, one after the other, with events.
@@ -188,73 +250,50 @@ class Simulator:
         """
         steps: list[StepRecord] = []
         first_rank, begin_s = 0, 0.0
-        for role, pool, of_pool in zip(
-            roles(outcome), outcome.pools, self.largest_steps(outcome), strict=True
-        ):
+        for pool, of_pool in zip(outcome.pools, self.largest_steps(outcome), strict=True):
             for phase, step in of_pool.items():
-                if role in ("both", phase.value):
+                if pool.ranks.role in ("both", phase.value):
                     steps.append(_moved(step, first_rank, begin_s))
                     begin_s = steps[-1].finished_s
-            first_rank += pool.layout.world_size
+            first_rank += pool.ranks.layout.world_size
         return steps
 
     def largest_steps(self, outcome: Outcome) -> list[dict[Phase, StepRecord]]:
         """By pool and phase, with events; ranks are the pool's."""
         return [
             {
-                phase: self._traced(place, replace(totals.largest, phase=phase))
+                phase: self._traced(pool.ranks, replace(totals.largest, phase=phase))
                 for phase in Phase
                 if (totals := pool.totals.phases.get(phase)) is not None
                 and totals.largest is not None
             }
-            for place, pool in enumerate(outcome.pools)
+            for pool in outcome.pools
         ]
 
-    def _traced(self, place: int, plan: StepPlan) -> StepRecord:
-        runner = self._runner(place)
+    def _traced(self, ranks: PoolRanks, plan: StepPlan) -> StepRecord:
+        runner = self._runner(ranks)
         done = runner.collect(runner.submit(replace(plan, record=True, record_events=True)))
-        batches = [batch for part in plan.micro_batches for batch in part]
-        return StepRecord(
-            phase=plan.phase,
-            replica=plan.replica,
-            num_micro_batches=len(plan.micro_batches),
-            seq_ids=tuple(seq for batch in batches for seq in batch.seq_ids.tolist()),
-            num_tokens=sum(batch.num_tokens for batch in batches),
-            submitted_s=done.submitted_s,
-            finished_s=done.finished_s,
-            records=done.records,
-        )
+        seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
+        return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
-    def _pool(self, place: int, lead: int) -> SimulatedPool:
-        layout, limits = self.setup.layouts[place], self._limits[place]
-        scheduler = ContinuousScheduler(
-            layout, self.setup.options, self._scheduled(limits), record=False
-        )
+    def _pool(self, ranks: PoolRanks, lead: int) -> SimulatedPool:
+        limits = self._scheduled(ranks.limits)
+        scheduler = ContinuousScheduler(ranks.layout, self.setup.options, limits, record=False)
         num_drafts = self.setup.multi_token.num_drafts
         totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
-        blocks = ceil(limits.max_model_len / limits.block_size)
-        of_rank = min(limits.num_blocks // blocks, limits.max_num_seqs)
-        return SimulatedPool(
-            layout=layout,
-            memory=self._memory(place),
-            limits=limits,
-            num_resident=of_rank * layout.dp * layout.replicas,
-            pool=Pool(scheduler, self._runner(place, totals, lead)),
-            totals=totals,
-        )
+        return SimulatedPool(ranks, Pool(scheduler, self._runner(ranks, totals, lead)), totals)
 
     def _runner(
-        self, place: int, totals: PoolTotals | None = None, lead: int = LIKELY
+        self, ranks: PoolRanks, totals: PoolTotals | None = None, lead: int = LIKELY
     ) -> CostRunner:
         """Of a pool; without totals for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
-        layout, drafts = setup.layouts[place], setup.multi_token.num_drafts
-        form = setup.options.dispatch
+        form, drafts = setup.options.dispatch, setup.multi_token.num_drafts
         assert form != "auto", "checked before"
         builder = ProgramBuilder(
             self.model,
-            layout,
-            self._placements[place],
+            ranks.layout,
+            ranks.placements,
             types=setup.types,
             dispatch=DispatchTable.fixed(form, setup.options.overlap is True),
             payload=setup.options.payload,
@@ -263,23 +302,31 @@ class Simulator:
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
-        parts = self.model, layout, builder, setup.routing, self._pricing, self._terms
+        parts = builder, setup.routing, self._pricing, self._terms
         if totals is None:
             return CostRunner(*parts)
         multi_token = MultiTokenAdapter(setup.multi_token) if drafts else None
         return CostRunner(
             *parts,
-            sharing=self._sharing[place],
+            sharing=ranks.sharing,
             observe=totals.observe if lead == LIKELY else None,
             multi_token=multi_token,
             lead=lead,
         )
 
-    def _fitted(self, layout: Layout, placements: Placements, max_len: int) -> Limits:
-        """Limits with the blocks that there is memory for, as many as the load could use."""
-        setup = self.setup
-        most_seqs = min(setup.max_num_seqs, self.load.num_requests)
-        limits = Limits(
+    def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
+        """With the blocks that there is memory for, as many as the load could use."""
+        setup, load, drafts = self.setup, self.load, self.setup.multi_token
+        placements = placements_of(self.model, layout, setup.options)
+        held = PlacedModel(  # the layer that guesses too
+            with_drafting_layer(self.model, drafts),
+            layout,
+            setup.types,
+            placements + placements[-1:] * bool(drafts.num_drafts),
+        )
+        max_len = load.prompt_len.high if role == "prefill" else load.max_len
+        most_seqs = min(setup.max_num_seqs, load.num_requests)
+        wanted = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=max_len,
             num_blocks=most_seqs * (ceil(max_len / setup.block_size) + 1),
@@ -288,41 +335,13 @@ class Simulator:
             max_num_seqs=setup.max_num_seqs,
             prefix_caching=False,
         )
-        free_bytes = FREE_SHARE * self.cluster.profile.device.memory_bytes
-        return fit_cache(
-            self._held,
-            layout,
-            limits,
-            setup.types,
-            free_bytes,
-            placements=self._held_on(placements),
-        )
-
-    @property
-    def _held(self) -> ModelConfig:
-        """What ranks hold: the layer that guesses counts."""
-        return with_drafting_layer(self.model, self.setup.multi_token)
-
-    def _held_on(self, placements: Placements) -> Placements:
-        return placements + placements[-1:] * bool(self.setup.multi_token.num_drafts)
-
-    def _memory(self, place: int) -> RankMemory:
-        """Of the fullest rank."""
-        layout, limits = self.setup.layouts[place], self._limits[place]
-        placements = self._held_on(self._placements[place])
-        ranks = range(0, layout.replica_size, layout.stage_size)
-        needs = [
-            rank_memory(self._held, layout, limits, rank, self.setup.types, placements)
-            for rank in ranks
-        ]
-        return max(needs, key=lambda need: need.total_bytes)
-
-    def _step_sharing(self, place: int) -> StepSharing:
-        context_step = min(max(self.load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
-        memory, limits = self._memory(place), self._limits[place]
+        limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
+        memory = held.fullest(limits)
         num_positions = limits.num_blocks * limits.block_size
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
-        return StepSharing(context_step, self.setup.layouts[place].replica_size, max(few, 1))
+        context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
+        sharing = StepSharing(context_step, layout.replica_size, max(few, 1))
+        return PoolRanks(role, layout, placements, limits, memory, sharing)
 
     def _scheduled(self, limits: Limits) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""
@@ -337,7 +356,24 @@ class Simulator:
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 
-def _merged(of_runs: Sequence[Served]) -> Served:
+def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
+    """The same step on other ranks, submitted at another time."""
+    later_s = begin_s - step.submitted_s
+    records = []
+    for each in step.records:
+        events = each.events
+        assert events is not None, "asked for"
+        events = replace(events, start_s=events.start_s + later_s)
+        records.append(replace(each, rank=first_rank + each.rank, events=events))
+    return replace(
+        step,
+        submitted_s=begin_s,
+        finished_s=step.finished_s + later_s,
+        records=tuple(records),
+    )
+
+
+def _merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
     """A request with the times of each bound, from the run that this bound scheduled."""
     likely = of_runs[LIKELY]
     bounds = range(len(BOUNDS))

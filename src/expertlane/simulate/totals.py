@@ -1,13 +1,12 @@
 """What the steps of a simulated pool were, added up by phase."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from expertlane.cost.breakdown import BreakdownTable, basis_seconds, floor_s
-from expertlane.cost.laws.times import Basis
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats, Ints
@@ -15,7 +14,7 @@ from expertlane.cost.step.program import StepProgram
 from expertlane.cost.step.totals import expert_loads, sent_bytes
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Link, Phase, ProjectedCause, Traffic
+from expertlane.spec.names import Phase, ProjectedCause
 
 _WINDOW = 16  # steps explained in a row
 _MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pricing
@@ -23,7 +22,7 @@ _MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pr
 
 @dataclass(frozen=True, eq=False)
 class StepFacts:
-    """What a priced step tells beside its time.
+    """What a priced step, or the sum of several, tells beside its time.
 
     Attributes:
         floor_s: as `floor_s`.
@@ -50,28 +49,29 @@ class StepFacts:
             *expert_loads(step.program, model.num_hidden_layers, model.num_experts),
         )
 
+    def __add__(self, other: "StepFacts") -> "StepFacts":
+        """Of both together."""
+        names = [each.name for each in fields(self)]
+        return StepFacts(*(getattr(self, name) + getattr(other, name) for name in names))
+
 
 @dataclass(eq=False)
 class PhaseTotals:
     """Steps of one phase; sums unless it says otherwise.
 
     Attributes:
+        facts: of all steps.
         step_s: [3] each step: low, likely, high.
         num_tokens, num_seqs: computed, drafts among them, and sequences that took part.
         why_s: by cause, of the steps that were explained; [num_causes].
         explained_s, flops_s, read_s: of those, their time, and that times utilisation.
-        rank_pairs: `StepFacts`'.
         largest: the step with most tokens, of decodes with most sequences.
     """
 
+    facts: StepFacts
     step_s: list[Floats] = field(default_factory=list)
     num_tokens: int = 0
     num_seqs: int = 0
-    floor_s: float = 0.0
-    basis_s: Floats = field(default_factory=lambda: np.zeros(len(Basis)))
-    extrapolated_s: float = 0.0
-    sent_bytes: Ints = field(default_factory=lambda: np.zeros((len(Link), len(Traffic)), np.int64))
-    rank_pairs: float = 0.0
     why_s: Floats = field(default_factory=lambda: np.zeros(len(ProjectedCause)))
     explained_s: float = 0.0
     flops_s: float = 0.0
@@ -79,9 +79,9 @@ class PhaseTotals:
     largest: StepPlan | None = None
     largest_size: int = 0
 
-    def add(self, plan: StepPlan, facts: StepFacts, seconds: Floats, num_drafts: int) -> None:
-        """One more step."""
-        batches = [batch for part in plan.micro_batches for batch in part]
+    def add(self, plan: StepPlan, seconds: Floats, num_drafts: int) -> None:
+        """One more step, whose facts are in `facts`."""
+        batches = plan.batches
         num_tokens = sum(batch.num_tokens for batch in batches)
         if num_drafts:
             is_decode = [
@@ -91,11 +91,6 @@ class PhaseTotals:
         self.step_s.append(seconds)
         self.num_tokens += num_tokens
         self.num_seqs += sum(batch.num_seqs for batch in batches)
-        self.floor_s += facts.floor_s
-        self.basis_s = self.basis_s + facts.basis_s
-        self.extrapolated_s += facts.extrapolated_s
-        self.sent_bytes = self.sent_bytes + facts.sent_bytes
-        self.rank_pairs += facts.rank_pairs
         if num_tokens > self.largest_size:
             self.largest, self.largest_size = plan, num_tokens
 
@@ -115,7 +110,6 @@ class PoolTotals:
 
     Attributes:
         phases: those that there were any steps of.
-        num_tokens_per_expert: [num_layers, num_experts]; of all steps.
         most_running: sequences that held blocks at once.
 
     Args:
@@ -131,16 +125,13 @@ class PoolTotals:
         num_drafts: int = 0,
     ) -> None:
         self.phases: dict[Phase, PhaseTotals] = {}
-        shape = model.num_hidden_layers, model.num_experts
-        self.num_tokens_per_expert = np.zeros(shape, dtype=np.int64)
         self.most_running = 0
         self._model = model
         self._pricing = pricing
         self._num_running = num_running
         self._num_drafts = num_drafts
         self._facts: WeakKeyDictionary[StepProgram, StepFacts] = WeakKeyDictionary()
-        device, types = pricing.profile.device, pricing.types
-        self._empty = BreakdownTable(device, types.weights, pricing.dtype)
+        self._empty = BreakdownTable(pricing.profile.device, pricing.types)
         self._table: BreakdownTable | None = None
         self._explained: Phase | None = None
 
@@ -150,9 +141,12 @@ class PoolTotals:
         if facts is None:
             facts = self._facts[step.program] = StepFacts.of(step, self._pricing, self._model)
         phase = _phase(step.plan)
-        totals = self.phases.setdefault(phase, PhaseTotals())
-        totals.add(step.plan, facts, _seconds(step), self._num_drafts)
-        self.num_tokens_per_expert += facts.num_tokens_per_expert
+        totals = self.phases.get(phase)
+        if totals is None:
+            totals = self.phases[phase] = PhaseTotals(facts)
+        else:
+            totals.facts += facts
+        totals.add(step.plan, _seconds(step), self._num_drafts)
         self.most_running = max(self.most_running, self._num_running())
         if step.plan.replica == 0:
             self._explain(step, phase, totals)
@@ -180,7 +174,7 @@ class PoolTotals:
 
 def _phase(plan: StepPlan) -> Phase:
     """Prefill if it computes any prompt; a sequence that came with its keys and values has none."""
-    batches = [batch for part in plan.micro_batches for batch in part]
+    batches = plan.batches
     is_decode = all((batch.num_scheduled_tokens == 1).all() for batch in batches)
     return Phase.DECODE if is_decode else Phase.PREFILL
 

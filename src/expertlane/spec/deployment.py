@@ -4,11 +4,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
-from expertlane.spec.ranges import STRICT, take_fields
+from expertlane.spec.ranges import Strict, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
@@ -51,7 +51,7 @@ DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Strict):
     """How a deployment runs.
 
     Attributes:
@@ -75,8 +75,6 @@ class Options:
     Raises:
         SpecError: a value is not valid.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     overlap: OverlapChoice = False
     num_micro_batches: int = 1
@@ -169,14 +167,12 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class DispatchMode:
+class DispatchMode(Strict):
     """One way to run a step.
 
     Attributes:
         overlap: in two halves, one of which computes while the other's tokens travel.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     form: DispatchForm
     overlap: bool = False
@@ -186,7 +182,7 @@ class DispatchMode:
 
 
 @dataclass(frozen=True)
-class DispatchRow:
+class DispatchRow(Strict):
     """One number of tokens.
 
     Attributes:
@@ -194,14 +190,12 @@ class DispatchRow:
         step_s: [num_modes]; the time of a step with so many.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
     num_tokens: int
     step_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class DispatchTable:
+class DispatchTable(Strict):
     """Measured once, then only looked up: every rank decides alike.
 
     Attributes:
@@ -211,8 +205,6 @@ class DispatchTable:
     Raises:
         SpecError: no row, or one that does not have a time for each mode.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     modes: tuple[DispatchMode, ...]
     rows: tuple[DispatchRow, ...]

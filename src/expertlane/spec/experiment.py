@@ -1,27 +1,32 @@
 """An experiment: one model, one workload, one seed, one cluster; several deployments."""
 
-import difflib
-import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.files import CONFIG_BYTES, read_toml
+from expertlane.spec.files import (
+    CONFIG_BYTES,
+    build,
+    check_keys,
+    field_names,
+    nearest,
+    read_toml,
+    shown_json,
+)
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.ranges import STRICT, take_fields
+from expertlane.spec.ranges import Strict, take_fields
 from expertlane.spec.workload import Workload
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Strict):
     """How ranks sit on nodes.
 
     Attributes:
@@ -29,8 +34,6 @@ class Cluster:
             (all local ranks on one node). Declaring 8 lets 16 local ranks count their traffic
             as two nodes of 8.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     ranks_per_node: int = 0
 
@@ -91,32 +94,21 @@ class Experiment:
 
 _TABLES = ("model", "workload", "cluster")
 _ARRAYS = ("deployments", "scaling")
-_WANTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "string": "a string",
-    "bool": "true or false",
-    "tuple": "a list",
-}
 _BESIDE_CHECKPOINT = "num_experts_per_tok"  # the one value of a checkpoint's that can be changed
-_SHOWN_LENGTH = 60  # of a wrong value, in a message
 
-T = TypeVar("T")
 FindCheckpoint = Callable[[str, Path], Path]
 
 
 @dataclass(frozen=True)
-class _Header:
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+class _Header(Strict):
     name: str
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class _Head:
+class _Head(Strict):
     """A deployment's table without its options."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     layout: str
     baseline: bool = False
@@ -150,7 +142,7 @@ def find_experiment(argument: str) -> Path:
     if path.exists():
         return path
     raise SpecError(
-        f"{argument!r} is neither a file nor an experiment's name{_nearest(argument, shipped)}"
+        f"{argument!r} is neither a file nor an experiment's name{nearest(argument, shipped)}"
     )
 
 
@@ -176,18 +168,18 @@ def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below)
 
 
 def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> Experiment:
-    _check_keys(document, (*_field_names(_Header), *_TABLES, *_ARRAYS), "the top level")
+    check_keys(document, (*field_names(_Header), *_TABLES, *_ARRAYS), "the top level")
     for table in _TABLES:
-        if not isinstance(document.get(table, {}), dict):
-            raise SpecError(f"{table} is {_shown(document[table])}; it must be a table, [{table}]")
+        if not isinstance(value := document.get(table, {}), dict):
+            raise SpecError(f"{table} is {shown_json(value)}; it must be a table, [{table}]")
     for table in ("model", "workload"):
         if table not in document:
             raise SpecError(f"the table [{table}] is missing")
-    header = _build(_Header, {k: v for k, v in document.items() if k in ("name", "seed")}, "")
+    header = build(_Header, {k: v for k, v in document.items() if k in ("name", "seed")}, "")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", header.name):
         raise SpecError(
-            f"name is {_shown(header.name)}; it names the folder of results, so it must be letters "
-            "and digits, with . _ - between them"
+            f"name is {shown_json(header.name)}; it names the folder of results, so it must be "
+            "letters and digits, with . _ - between them"
         )
     model, checkpoint = _model(document["model"], base, find)
     return Experiment(
@@ -195,8 +187,8 @@ def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> E
         seed=header.seed,
         model=model,
         checkpoint=checkpoint,
-        workload=_build(Workload, document["workload"], "[workload]"),
-        cluster=_build(Cluster, document.get("cluster", {}), "[cluster]"),
+        workload=build(Workload, document["workload"], "[workload]"),
+        cluster=build(Cluster, document.get("cluster", {}), "[cluster]"),
         deployments=_deployments(document, "deployments", base),
         scaling=_deployments(document, "scaling", base),
     )
@@ -206,25 +198,25 @@ def _model(
     table: dict[str, Any], base: Path, find: FindCheckpoint
 ) -> tuple[ModelConfig, str | None]:
     """The model, and the folder of its checkpoint if it has one."""
-    _check_keys(table, ("preset", "checkpoint", *_field_names(ModelConfig)), "[model]")
+    check_keys(table, ("preset", "checkpoint", *field_names(ModelConfig)), "[model]")
     if "checkpoint" in table:
         return _checkpoint(table, base, find)
     overrides = dict(table)
     preset = overrides.pop("preset", None)
     if preset is None:
-        return _build(ModelConfig, overrides, "[model]"), None
+        return build(ModelConfig, overrides, "[model]"), None
     if not isinstance(preset, str):
-        raise SpecError(f"[model]: preset is {_shown(preset)}; it must be a string")
+        raise SpecError(f"[model]: preset is {shown_json(preset)}; it must be a string")
     if preset not in PRESETS:
-        raise SpecError(f"[model]: unknown preset {preset!r}{_nearest(preset, PRESETS)}")
-    return _build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]"), None
+        raise SpecError(f"[model]: unknown preset {preset!r}{nearest(preset, PRESETS)}")
+    return build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]"), None
 
 
 def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tuple[ModelConfig, str]:
     overrides = dict(table)
     given = overrides.pop("checkpoint")
     if not isinstance(given, str):
-        raise SpecError(f"[model]: checkpoint is {_shown(given)}; it must be a string")
+        raise SpecError(f"[model]: checkpoint is {shown_json(given)}; it must be a string")
     for key in overrides:
         if key != _BESIDE_CHECKPOINT:
             raise SpecError(
@@ -236,18 +228,18 @@ def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tupl
         model = read_model(folder, os.path.join(base, given))
     except UserError as error:
         raise SpecError(f"[model]: {error}") from None
-    return _build(ModelConfig, asdict(model) | overrides, "[model]"), os.path.abspath(folder)
+    return build(ModelConfig, asdict(model) | overrides, "[model]"), os.path.abspath(folder)
 
 
 def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deployment, ...]:
     tables = document.get(key, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise SpecError(f"{key} is {_shown(tables)}; it must be one or more tables, [[{key}]]")
+        raise SpecError(f"{key} is {shown_json(tables)}; it must be one or more tables, [[{key}]]")
     deployments = []
     for number, table in enumerate(tables, start=1):
         where = f"[[{key}]] {number}"
-        head_keys = [k for k in _field_names(_Head) if key == "deployments" or k != "baseline"]
-        _check_keys(table, (*head_keys, *_field_names(Options)), where)
+        head_keys = [k for k in field_names(_Head) if key == "deployments" or k != "baseline"]
+        check_keys(table, (*head_keys, *field_names(Options)), where)
         if key == "deployments" and number == 1:
             if table.get("baseline") is False:
                 raise SpecError(
@@ -255,8 +247,8 @@ def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deploy
                 )
             table = {"baseline": True} | table
         with naming(where):
-            head = _build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
-            options = _build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
+            head = build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
+            options = build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
             if options.placement_file is not None:
                 path = _path("placement_file", options.placement_file)
                 options = replace(options, placement_file=os.path.abspath(base / path))
@@ -267,61 +259,5 @@ def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deploy
 
 def _path(key: str, value: str) -> str:
     if not value or "\0" in value:
-        raise SpecError(f"{key} is {_shown(value)}; it must be a path")
+        raise SpecError(f"{key} is {shown_json(value)}; it must be a path")
     return value
-
-
-def _build(kind: type[T], table: dict[str, Any], where: str) -> T:
-    """Make a dataclass of a table; `where` begins an error's text."""
-    from pydantic import TypeAdapter, ValidationError
-
-    _check_keys(table, _field_names(kind), where)
-    prefix = f"{where}: " if where else ""
-    for key, value in table.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SpecError(f"{prefix}{key} is {value}; it must be a finite number")
-    try:
-        # Through JSON, since a strict dataclass takes no dict from Python. A date becomes a list,
-        # which no field takes.
-        as_json = json.dumps(table, default=lambda value: [str(value)])
-        return TypeAdapter(kind).validate_json(as_json)
-    except ValidationError as error:
-        problems = error.errors()
-    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise SpecError(f"{prefix}{', '.join(missing)} {verb} missing")
-    key = str(problems[0]["loc"][0])
-    of_key = [problem for problem in problems if problem["loc"][0] == key]
-    wanted = " or ".join(dict.fromkeys(map(_wanted, of_key)))  # several where types are a union
-    raise SpecError(f"{prefix}{key} is {_shown(table[key])}; it must be {wanted}")
-
-
-def _wanted(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "literal_error":
-        return str(problem["ctx"]["expected"])
-    return _WANTED.get(problem["type"].partition("_")[0], "a table of known keys")
-
-
-def _field_names(kind: type[Any]) -> list[str]:
-    return [field.name for field in fields(kind)]
-
-
-def _check_keys(table: dict[str, Any], valid: Iterable[str], where: str) -> None:
-    valid = list(valid)
-    for key in table:
-        if key not in valid:
-            raise SpecError(f"unknown key {key!r} in {where}{_nearest(key, valid)}")
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    """The end of a message: the valid word most like `word`, or all where none is like it."""
-    valid = list(valid)
-    matches = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"; the nearest is {matches[0]!r}" if matches else f"; valid: {', '.join(valid)}"
-
-
-def _shown(value: Any) -> str:
-    """A TOML value on one line, cut when long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"

@@ -11,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from expertlane.spec.hf_config import ConfigReader, family_of, read_config, weight_block_size
-from expertlane.spec.hf_defaults import FAMILIES
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import LatentAttention, RopeScaling, Routing
+from expertlane.spec.hf_config import (
+    FAMILIES,
+    ConfigReader,
+    family_of,
+    read_config,
+    weight_block_size,
+)
+from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAME = (  # in every family

@@ -1,5 +1,6 @@
 """Reading a Hugging Face `config.json`: the family, the quantisation, and typed values."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from typing import Any, TypeVar
 
 from expertlane.errors import SpecError
 from expertlane.spec.files import CONFIG_BYTES, read_json_object
-from expertlane.spec.hf_defaults import FAMILIES
 from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 
 _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
@@ -16,6 +16,29 @@ _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
 
 T = TypeVar("T", int, float, bool, str)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `config.json` says of a family, and what it means where it leaves fields out.
+
+    Attributes:
+        num_experts: names of the field for the number of experts; where a config has several, the
+            first counts.
+        defaults: of all fields that are read; those of transformers 5's config classes.
+            transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
+            rope_scaling of GPT-OSS meant plain rotary positions.
+    """
+
+    architecture: str
+    num_experts: list[str]
+    defaults: dict[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    name: Family(**family)
+    for name, family in json.loads(Path(__file__).with_name("families.json").read_text()).items()
+}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_RANKS, STRICT, parse_sizes, take_fields
+from expertlane.spec.ranges import MAX_RANKS, Strict, parse_sizes, take_fields
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
 
@@ -25,7 +25,7 @@ class Coordinates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Strict):
     """A parallel layout; rank = ((replica·pp + pp_rank)·dp + dp_rank)·tp + tp_rank.
 
     The experts of a pipeline stage are spread over its `dp × tp` ranks: `ep` groups of
@@ -36,8 +36,6 @@ class Layout:
     Raises:
         SpecError: a size or the number of ranks is out of range, or `ep` does not divide `dp × tp`.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     replicas: int = 1
     pp: int = 1

@@ -9,18 +9,21 @@ from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from expertlane.errors import SpecError
 
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
-_SHOWN_LENGTH = 60  # of a wrong value, in a message
+SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 
 
-STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}  # pydantic's, of what is read
+class Strict:
+    """Base of what pydantic reads: no unknown key, no value of another type."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True)
@@ -81,41 +84,26 @@ _whole = Range
 _number = partial(Range, is_whole=False)
 _above = partial(Range, is_whole=False, is_above=True)
 
-_AXIS = _whole(1, MAX_RANKS)
-_WIDTH = _whole(1, 2**20)
-_INNER = _whole(1, 2**24)
-_EXPERTS = _whole(1, 4096)
 _POSITIONS = _whole(1, 2**24)
 _TOKEN = _whole(0, 2**31 - 1)
-_SEED = _whole(0, 2**64 - 1)
-_RATIO = _above(0, 1e6)
-_PER_S = _number(1, 1e24)
 
-RANGES: dict[str, Range] = {
+_RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # layout and cluster
-    "replicas": _AXIS,
-    "pp": _AXIS,
-    "dp": _AXIS,
-    "tp": _AXIS,
-    "ep": _AXIS,
+    "replicas pp dp tp ep num_devices": _whole(1, MAX_RANKS),
     "ranks_per_node": _whole(0, MAX_RANKS),
-    "num_devices": _AXIS,
     # deployment
     "num_micro_batches": _whole(1, 1024),
     "num_redundant_experts": _whole(0, 4096),
     "rebalance_steps": _whole(0, 10**9),
-    "num_slots": _EXPERTS,
+    "num_slots": _whole(1, 4096),
     "ranks": _whole(1, 1024),  # that a command starts or balances for
     # workload and load
     "num_sequences": _whole(1, 2**20),
-    "prompt_len": _POSITIONS,
-    "output_len": _POSITIONS,
-    "seed": _SEED,
-    "num_requests": _whole(1, 10**6),
-    "batch": _whole(1, 10**6),
+    "prompt_len output_len": _POSITIONS,
+    "seed": _whole(0, 2**64 - 1),
+    "num_requests batch": _whole(1, 10**6),
     "rate": _number(1e-3, 1e6),
-    "max_tpot_ms": _above(0, 1e9),
-    "max_ttft_ms": _above(0, 1e9),
+    "max_tpot_ms max_ttft_ms": _above(0, 1e9),
     "skew": _number(0, 10),
     "mtp_acceptance": _number(0, 1),
     # engine
@@ -133,70 +121,43 @@ RANGES: dict[str, Range] = {
     "top_p": _above(0, 1),
     "min_p": _number(0, 1),
     "repetition_penalty": _number(1e-6, 1e6),  # beyond, logits would grow to infinity
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
+    "presence_penalty frequency_penalty": _number(-2, 2),
     "max_tokens": _whole(1, 2**31 - 1),
     "logprobs": _whole(0, 20),
     "stop_token_ids": _TOKEN,
     # model; also under the other names that a config.json has for them
     "num_hidden_layers": _whole(1, 1024),
-    "hidden_size": _WIDTH,
-    "num_attention_heads": _whole(1, 2**14),
-    "num_key_value_heads": _whole(1, 2**14),
-    "head_dim": _whole(1, 2**16),
-    "num_experts": _EXPERTS,
-    "num_local_experts": _EXPERTS,
-    "n_routed_experts": _EXPERTS,
-    "num_experts_per_tok": _EXPERTS,
+    "hidden_size kv_lora_rank q_lora_rank": _whole(1, 2**20),
+    "num_attention_heads num_key_value_heads": _whole(1, 2**14),
+    "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim": _whole(1, 2**16),
+    "num_experts num_local_experts n_routed_experts num_experts_per_tok": _whole(1, 4096),
+    "n_group topk_group": _whole(1, 4096),
     "n_shared_experts": _whole(0, 4096),
-    "moe_intermediate_size": _INNER,
-    "intermediate_size": _whole(0, 2**24),
-    "shared_expert_intermediate_size": _whole(0, 2**24),
-    "vocab_size": _INNER,
-    "max_position_embeddings": _POSITIONS,
+    "moe_intermediate_size vocab_size": _whole(1, 2**24),
+    "intermediate_size shared_expert_intermediate_size": _whole(0, 2**24),
+    "max_position_embeddings original_max_position_embeddings": _POSITIONS,
     "rope_theta": _above(1, 1e12),
-    "rms_norm_eps": _above(0, 1),
-    "sliding_window": _whole(1, 2**31 - 1),
-    "swiglu_limit": _RATIO,
-    "swiglu_alpha": _RATIO,
-    "dense_layers": _whole(0, 1023),
-    "mlp_only_layers": _whole(0, 1023),
+    "rms_norm_eps norm_eps": _above(0, 1),
+    "sliding_window decoder_sparse_step": _whole(1, 2**31 - 1),
+    "dense_layers mlp_only_layers": _whole(0, 1023),
     "first_k_dense_replace": _whole(0, 1024),
-    "decoder_sparse_step": _whole(1, 2**31 - 1),
-    "eos_token_ids": _TOKEN,
-    "eos_token_id": _TOKEN,
-    "kv_lora_rank": _WIDTH,
-    "q_lora_rank": _WIDTH,
-    "qk_nope_head_dim": _whole(1, 2**16),
-    "qk_rope_head_dim": _whole(1, 2**16),
-    "v_head_dim": _whole(1, 2**16),
-    "norm_eps": _above(0, 1),
-    "mscale": _number(0, 1e3),
-    "mscale_all_dim": _number(0, 1e3),
-    "factor": _RATIO,
-    "original_max_position_embeddings": _POSITIONS,
-    "low_freq_factor": _RATIO,
-    "high_freq_factor": _RATIO,
-    "beta_fast": _RATIO,
-    "beta_slow": _RATIO,
+    "eos_token_ids eos_token_id": _TOKEN,
+    "mscale mscale_all_dim": _number(0, 1e3),
+    "swiglu_limit swiglu_alpha routed_scaling_factor": _above(0, 1e6),
+    "factor low_freq_factor high_freq_factor beta_fast beta_slow": _above(0, 1e6),
     "attention_factor": _above(0, 1e3),
-    "routed_scaling_factor": _RATIO,
     "router_skew": _number(0, 100),
-    "n_group": _EXPERTS,
-    "topk_group": _EXPERTS,
     # placement files
     "layer": _whole(0, 1023),
-    "expert": _whole(0, 4095),
     # profiles
     "memory_bytes": _number(1, 1e18),
-    "memory_bytes_per_s": _PER_S,
-    "bytes_per_s": _PER_S,
-    "flops_per_s": _PER_S,
+    "memory_bytes_per_s bytes_per_s flops_per_s": _number(1, 1e24),
     "term": _number(0, 1e12),
     "correction": _number(1e-9, 1e9),
     "knot": _number(1e-9, 1e24),
     "wider": _number(1, 1e3),
 }
+RANGES = {name: allowed for names, allowed in _RANGES.items() for name in names.split()}
 ANY_WHOLE = _whole(-(2**31), 2**31 - 1)  # for names that the table lacks
 ANY_NUMBER = _number(-1e30, 1e30)
 
@@ -277,7 +238,7 @@ def shown(value: object) -> str:
         return f"a number of about {1 + int(value.bit_length() * 0.30103):,} digits"
     item = getattr(value, "item", None)  # of numpy's numbers
     text = repr(item() if item is not None and getattr(value, "ndim", 1) == 0 else value)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 
 def _end(number: float) -> str:

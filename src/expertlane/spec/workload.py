@@ -2,25 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, STRICT, take, take_fields
+from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, Strict, take, take_fields
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(Strict):
     """`num_sequences` prompts of `prompt_len` tokens, each continued by `output_len` tokens.
 
     Raises:
         SpecError: a number is out of its range.
     """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     num_sequences: int
     prompt_len: int
@@ -34,6 +31,11 @@ class Workload:
     def max_len(self) -> int:
         """Positions a sequence takes: the last output token is never fed back."""
         return self.prompt_len + self.output_len - 1
+
+    @property
+    def mean_context(self) -> int:
+        """Positions cached before a decode step, on average."""
+        return self.prompt_len + (self.output_len - 1) // 2
 
     def check_model(self, model: ModelConfig) -> None:
         """Check that every sequence fits the model's positions.

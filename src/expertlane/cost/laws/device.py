@@ -60,14 +60,6 @@ class DeviceModel:
             return times
         return replace(times, is_extrapolated=times.is_extrapolated & (base.seconds > 0))
 
-    def law(self, kind: Kind, dtype: str) -> Surface:
-        """The correction that `times` uses, with its bounds and origin.
-
-        Raises:
-            SpecError: the profile has no figure for the type.
-        """
-        return self._law(kind, dtype)[0]
-
     def _others(self, kind: Kind, dtype: str) -> list[Surface]:
         """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
         begin = f"{kind}.{dtype}."
@@ -124,12 +116,7 @@ def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
     least_s = np.where(peak_s > _OUT_OF_CACHES_S, peak_s, 0.0)
     if not least_s.any():
         return times
-    return replace(
-        times,
-        seconds=np.maximum(times.seconds, least_s),
-        low=np.maximum(times.low, least_s),
-        high=np.maximum(times.high, least_s),
-    )
+    return replace(times, bounds=np.maximum(times.bounds, least_s))
 
 
 def _faster(times: Times, other: Surface, base: Roofline) -> Times:

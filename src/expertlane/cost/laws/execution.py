@@ -6,10 +6,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.step.operation import AnyTransfer, Floats, Operation
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.step.operation import Floats, Operation, Transfer
 from expertlane.errors import UserError
-from expertlane.spec.names import Stage
 
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
@@ -52,7 +51,7 @@ class Terms:
         """[3]; the driver's part of a step of a replica of so many ranks."""
         return self.driver_s + (num_ranks - 1) * self.driver_per_rank_s
 
-    def overhead_s(self, step: Operation | AnyTransfer) -> Floats:
+    def overhead_s(self, step: Operation | Transfer) -> Floats:
         """[3]; of a step in series, beside what its law says: the engine's own work around it."""
         place = step.stage.label if isinstance(step, Operation) else OF_TRANSFERS
         return self.in_series.get(place, self.launch_s)
@@ -71,18 +70,27 @@ class Terms:
             Execution.GRAPH: GRAPH_LAUNCH_S,
             Execution.SERIAL: OVERHEAD_S,
         }[execution]
+        known = {
+            term: np.array([each.low, each.value, each.high])
+            for term, each in profile.terms.items()
+        }
+        for term in (name, DRIVER_S):
+            if term not in known:
+                raise UserError(
+                    f"profile {profile.name} has no term {term!r}; it has: "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        begin = f"{OVERHEAD_S}."
         return cls(
             execution=execution,
-            launch_s=_bounds(_term(profile, name)),
-            driver_s=_bounds(_term(profile, DRIVER_S)),
+            launch_s=known[name],
+            driver_s=known[DRIVER_S],
             in_series={
-                place: _bounds(profile.terms[f"{OVERHEAD_S}.{place}"])
-                for place in (*(stage.label for stage in Stage), OF_TRANSFERS)
-                if f"{OVERHEAD_S}.{place}" in profile.terms
+                term.removeprefix(begin): each
+                for term, each in known.items()
+                if term.startswith(begin)
             },
-            driver_per_rank_s=_bounds(profile.terms[DRIVER_PER_RANK_S])
-            if DRIVER_PER_RANK_S in profile.terms
-            else np.zeros(len(BOUNDS)),
+            driver_per_rank_s=known.get(DRIVER_PER_RANK_S, np.zeros(len(BOUNDS))),
         )
 
     @classmethod
@@ -90,16 +98,3 @@ class Terms:
         """Launches and driver that take no time."""
         none = np.zeros(len(BOUNDS))
         return cls(Execution.SERIAL, none, none)
-
-
-def _term(profile: Profile, name: str) -> Term:
-    if name not in profile.terms:
-        raise UserError(
-            f"profile {profile.name} has no term {name!r}; it has: "
-            f"{', '.join(sorted(profile.terms)) or 'none'}"
-        )
-    return profile.terms[name]
-
-
-def _bounds(term: Term) -> Floats:
-    return np.array([term.low, term.value, term.high])

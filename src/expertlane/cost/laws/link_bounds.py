@@ -54,7 +54,7 @@ def bound_times(
     """
     kind = law.split(".")[0]
     values = []
-    for pick, opposite in (("value", "value"), ("low", "high"), ("high", "low")):
+    for pick, opposite in (("low", "high"), ("value", "value"), ("high", "low")):
 
         def read(quantity: str, of_law: str, pick: str = pick) -> float:
             term = term_of(profile, f"{quantity}.{of_law}")
@@ -69,10 +69,5 @@ def bound_times(
         floor = read("floor_s", law) + read("floor_per_peer_s", law) * num_peers
         doublings = np.log2(np.maximum(num_nodes, 1))
         values.append(seconds + floor + read("floor_per_doubling_s", law) * doublings)
-    return Times(
-        seconds=values[0],
-        low=values[1],
-        high=values[2],
-        basis=Basis.BOUND,
-        is_extrapolated=np.zeros(len(values[0]), dtype=np.bool_),
-    )
+    is_extrapolated = np.zeros(link_bytes.shape[1], dtype=np.bool_)
+    return Times(np.array(values), Basis.BOUND, is_extrapolated)

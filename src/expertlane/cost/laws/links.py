@@ -40,14 +40,13 @@ import numpy as np
 
 from expertlane.cost.laws.link_bounds import bound_times, term_of
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times, where
 from expertlane.cost.step.operation import (
-    AnyTransfer,
     Floats,
     HandOver,
     Ints,
     LinkLoad,
+    Transfer,
     TransferKind,
 )
 from expertlane.spec.names import Link, Stage
@@ -62,11 +61,11 @@ class LinkModel:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
 
-    def times(self, transfer: AnyTransfer) -> Times:
+    def times(self, transfer: Transfer) -> Times:
         """Seconds of every rank for its own load; 0 in groups of one."""
         return self._times(transfer.kind, transfer.stage, transfer.load)
 
-    def times_of(self, transfers: Sequence[AnyTransfer]) -> list[Times]:
+    def times_of(self, transfers: Sequence[Transfer]) -> list[Times]:
         """The same of many at once, in their order; far cheaper than one by one."""
         alike: dict[tuple[TransferKind, Stage, bool], list[int]] = {}
         for index, each in enumerate(transfers):
@@ -104,7 +103,7 @@ class LinkModel:
                 together = where(spans, across, inside)
         return where(in_group, together, _nothing(len(in_group)))
 
-    def forwarded(self, between: AnyTransfer, inside: AnyTransfer) -> tuple[Times, Times]:
+    def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
         """Both hops of a hierarchical dispatch or combine, if forwarding begins as copies arrive.
 
         Args:
@@ -125,21 +124,16 @@ class LinkModel:
         nic = np.maximum(first.out_bytes, first.in_bytes)[Link.INTER_NODE]
         near = np.maximum(second.out_bytes, second.in_bytes)[Link.INTRA_NODE]
         rate = term_of(self._profile, f"forwarding_bytes_per_s.{name}")
-        share = 0.0 if rate is None else self._rate(Link.INTER_NODE) / rate.value
+        share = 0.0 if rate is None else self._profile.link_rate(Link.INTER_NODE) / rate.value
         whole = self._surface_times(
             surface, np.maximum(nic, near * share), first.group_size, first.num_nodes
         )
         alone = self._surface_times(surface, nic, first.group_size, first.num_nodes)
         if whole is None or alone is None:
             return apart
-        rest = replace(
-            whole,
-            seconds=np.maximum(whole.seconds - alone.seconds, 0),
-            low=np.maximum(whole.low - alone.low, 0),
-            high=np.maximum(whole.high - alone.high, 0),
-        )
-        rest = replace(rest, low=np.minimum(rest.low, rest.seconds))
-        rest = replace(rest, high=np.maximum(rest.high, rest.seconds))
+        low, likely, high = np.maximum(whole.bounds - alone.bounds, 0)
+        bounds = np.array([np.minimum(low, likely), likely, np.maximum(high, likely)])
+        rest = replace(whole, bounds=bounds)
         return where(has_both, alone, apart[0]), where(has_both, rest, apart[1])
 
     def hand_over(self, hand_over: HandOver) -> Times:
@@ -164,7 +158,7 @@ class LinkModel:
         carried[link] = max(sent_bytes.max(initial=0), received_bytes.max(initial=0))
         return where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
 
-    def contention(self, transfer: AnyTransfer) -> Term:
+    def contention(self, transfer: Transfer) -> Term:
         """By what share compute slows while the transfer runs beside it."""
         name = f"contention.{transfer.kind}"
         law = self._profile.surfaces.get(
@@ -249,21 +243,10 @@ class LinkModel:
         return where(over_nic > inside, found[1], found[0])
 
     def _surface_times(
-        self,
-        name: str,
-        link_bytes: Floats,
-        ranks: Ints,
-        nodes: Ints,
+        self, name: str, link_bytes: Floats, ranks: Ints, nodes: Ints
     ) -> Times | None:
         """[R]; None where the profile has no such surface."""
-        surface = self._profile.surfaces.get(name)
-        if surface is None:
-            return None
-        link = Link.INTER_NODE if name.endswith("inter_node") else Link.INTRA_NODE
-        return law_times(self._profile, name, surface, link, link_bytes, ranks, nodes)
-
-    def _rate(self, link: Link) -> float:
-        return self._profile.link_rate(link)
+        return law_times(self._profile, name, link_bytes, ranks, nodes)
 
 
 def roofline_s(
@@ -291,13 +274,15 @@ def roofline_s(
 def law_times(
     profile: Profile,
     name: str,
-    surface: Surface,
-    link: Link,
     link_bytes: Floats,
     ranks: Ints | Floats,
     nodes: Ints | Floats,
-) -> Times:
-    """[R]; the times of one surface."""
+) -> Times | None:
+    """[R]; the times of one surface; None where the profile has no such."""
+    surface = profile.surfaces.get(name)
+    if surface is None:
+        return None
+    link = Link.INTER_NODE if name.endswith("inter_node") else Link.INTRA_NODE
     link_bytes = np.maximum(link_bytes, surface.axes["bytes"][0])
     at = {
         "bytes": link_bytes,
@@ -309,7 +294,8 @@ def law_times(
     if ".forwarded." in name and "nodes" in surface.axes:
         # Twice the nodes fitted took 1.5 to 1.6 times as long as said (docs/validation.md).
         beyond = np.maximum(np.log2(at["nodes"] / surface.axes["nodes"][-1]), 0)
-        times = replace(times, high=times.high * _WIDER_FOR_TWICE_THE_NODES**beyond)
+        high = times.high * _WIDER_FOR_TWICE_THE_NODES**beyond
+        times = replace(times, bounds=np.array([times.low, times.seconds, high]))
     return times
 
 
@@ -332,5 +318,4 @@ def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
 
 
 def _nothing(num_ranks: int) -> Times:
-    zeros = np.zeros(num_ranks)
-    return Times(zeros, zeros, zeros, Basis.MEASURED, zeros.astype(np.bool_))
+    return Times(np.zeros((3, num_ranks)), Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))

@@ -11,12 +11,12 @@ import numpy as np
 
 from expertlane.cost.laws.profile import Device
 from expertlane.cost.number_types import ITEM_BYTES
-from expertlane.cost.step.operation import Floats, Kind
+from expertlane.cost.step.operation import ATTENTION, Floats, Kind, flops_of
 from expertlane.errors import SpecError
 
 Sizes = Mapping[str, Floats | float]
 
-_Work = tuple[Floats | float, Floats | float, dict[str, Floats | float]]
+_Work = tuple[Floats | float, dict[str, Floats | float]]  # bytes, and `Roofline.at`
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,11 @@ def roofline(
     Raises:
         SpecError: the datasheet has no figure for the type.
     """
-    flops, num_bytes, at = _WORK[kind](sizes, ITEM_BYTES[dtype])
+    num_bytes, at = _WORK[kind](sizes, ITEM_BYTES[dtype])
     memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
     if kind is Kind.MEMORY:
         return Roofline(np.where(memory_s > 0, memory_s + floor_s, 0.0), at)
-    compute_s = np.asarray(flops) / peak_flops_per_s(device, kind, dtype)
+    compute_s = np.asarray(flops_of(kind, sizes)) / peak_flops_per_s(device, kind, dtype)
     busy_s = np.maximum(compute_s, memory_s) + floor_s
     return Roofline(busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0), at)
 
@@ -61,7 +61,7 @@ def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
         SpecError: the datasheet has none.
     """
     # Attention over a float8 cache widens keys and values as it reads them.
-    computes_in = "bfloat16" if kind in _ATTENTION and dtype == "float8" else dtype
+    computes_in = "bfloat16" if kind in ATTENTION and dtype == "float8" else dtype
     peak = device.flops_per_s.get(computes_in)
     if peak is None:
         known = ", ".join(device.flops_per_s)
@@ -69,24 +69,14 @@ def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
     return peak
 
 
-_ATTENTION = {
-    Kind.PREFILL_ATTENTION,
-    Kind.DECODE_ATTENTION,
-    Kind.LATENT_PREFILL,
-    Kind.LATENT_DECODE,
-}
-
-
 def _gemm(sizes: Sizes, item: int) -> _Work:
     m, n, k = sizes["m"], sizes["n"], sizes["k"]
-    flops = 2.0 * m * n * k
-    return flops, item * (n * k + m * k) + max(item, 2) * m * n, {"m": m, "n": n, "k": k}
+    return item * (n * k + m * k) + max(item, 2) * m * n, {"m": m, "n": n, "k": k}
 
 
 def _experts(sizes: Sizes, item: int) -> _Work:
     pairs, active, hidden = sizes["pairs"], sizes["active"], sizes["hidden"]
     inner, matrices = sizes["inner"], sizes["matrices"]
-    one = hidden * inner * matrices
     activations = pairs * (2 * hidden + matrices * inner)
     at = {
         "pairs_per_expert": pairs / np.maximum(active, 1),
@@ -94,73 +84,41 @@ def _experts(sizes: Sizes, item: int) -> _Work:
         "hidden": hidden,
         "inner": inner,
     }
-    return 2.0 * pairs * one, item * active * one + max(item, 2) * activations, at
+    return item * active * (hidden * inner * matrices) + max(item, 2) * activations, at
 
 
-def _prefill(sizes: Sizes, item: int) -> _Work:
-    tokens, heads, kv_heads = sizes["tokens"], sizes["heads"], sizes["kv_heads"]
-    head_dim, pairs = sizes["head_dim"], sizes["query_key_pairs"]
-    flops = 4.0 * pairs * heads * head_dim
-    num_bytes = (
-        2 * head_dim * (item * sizes["positions"] * kv_heads + max(item, 2) * tokens * heads)
-    )
-    at = {
-        "keys_per_query": pairs / np.maximum(tokens, 1),
-        "query_heads": tokens * heads,
-        "group": heads / kv_heads,
-        "head_dim": head_dim,
-    }
-    return flops, num_bytes, at
-
-
-def _decode(sizes: Sizes, item: int) -> _Work:
-    seqs, positions, heads = sizes["seqs"], sizes["positions"], sizes["heads"]
-    kv_heads, head_dim = sizes["kv_heads"], sizes["head_dim"]
-    num_bytes = 2 * head_dim * (item * positions * kv_heads + max(item, 2) * seqs * heads)
-    at = {
-        "positions_per_seq": positions / np.maximum(seqs, 1),
-        "seq_kv_heads": seqs * kv_heads,
-        "group": heads / kv_heads,
-        "head_dim": head_dim,
-    }
-    return 4.0 * positions * heads * head_dim, num_bytes, at
-
-
-def _latent_prefill(sizes: Sizes, item: int) -> _Work:
-    tokens, heads, pairs = sizes["tokens"], sizes["heads"], sizes["query_key_pairs"]
-    key_dim, both = sizes["key_dim"], sizes["key_dim"] + sizes["value_dim"]
-    num_bytes = item * sizes["positions"] * key_dim + max(item, 2) * tokens * heads * both
-    at = {
-        "keys_per_query": pairs / np.maximum(tokens, 1),
-        "query_heads": tokens * heads,
-        "key_dim": key_dim,
-    }
-    return 2.0 * pairs * heads * both, num_bytes, at
-
-
-def _latent_decode(sizes: Sizes, item: int) -> _Work:
-    seqs, positions, heads = sizes["seqs"], sizes["positions"], sizes["heads"]
-    key_dim, both = sizes["key_dim"], sizes["key_dim"] + sizes["value_dim"]
-    num_bytes = item * positions * key_dim + max(item, 2) * seqs * heads * both
-    at = {
-        "positions_per_seq": positions / np.maximum(seqs, 1),
-        "seqs": seqs,
-        "heads": heads,
-        "key_dim": key_dim,
-    }
-    return 2.0 * positions * heads * both, num_bytes, at
+def _attention(sizes: Sizes, item: int) -> _Work:
+    is_prefill, is_latent = "tokens" in sizes, "key_dim" in sizes
+    queries, heads = sizes["tokens" if is_prefill else "seqs"], sizes["heads"]
+    positions = sizes["positions"]
+    if is_latent:
+        key_dim, both = sizes["key_dim"], sizes["key_dim"] + sizes["value_dim"]
+        num_bytes = item * positions * key_dim + max(item, 2) * queries * heads * both
+        widths = {"key_dim": key_dim}
+    else:
+        head_dim, kv_heads = sizes["head_dim"], sizes["kv_heads"]
+        rows = item * positions * kv_heads + max(item, 2) * queries * heads
+        num_bytes = 2 * head_dim * rows
+        widths = {"group": heads / kv_heads, "head_dim": head_dim}
+    if is_prefill:
+        keys_per_query = sizes["query_key_pairs"] / np.maximum(queries, 1)
+        at = {"keys_per_query": keys_per_query, "query_heads": queries * heads}
+    elif is_latent:
+        at = {"seqs": queries, "heads": heads}
+    else:
+        at = {"seq_kv_heads": queries * kv_heads}
+    if not is_prefill:
+        at["positions_per_seq"] = positions / np.maximum(queries, 1)
+    return num_bytes, at | widths
 
 
 def _memory(sizes: Sizes, item: int) -> _Work:
-    return 0.0, sizes["bytes"], {"bytes": sizes["bytes"]}
+    return sizes["bytes"], {"bytes": sizes["bytes"]}
 
 
 _WORK: dict[Kind, Callable[[Sizes, int], _Work]] = {
     Kind.GEMM: _gemm,
     Kind.EXPERTS: _experts,
-    Kind.PREFILL_ATTENTION: _prefill,
-    Kind.DECODE_ATTENTION: _decode,
-    Kind.LATENT_PREFILL: _latent_prefill,
-    Kind.LATENT_DECODE: _latent_decode,
+    **dict.fromkeys(ATTENTION, _attention),
     Kind.MEMORY: _memory,
 }

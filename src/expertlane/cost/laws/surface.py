@@ -49,11 +49,9 @@ class Surface:
         seconds = roofline_s * np.exp(correction)
         wider = 1 + _WIDER_PER_DOUBLING * doublings
         return Times(
-            seconds=seconds,
-            low=seconds * (self.low / wider),
-            high=seconds * (self.high * wider),
-            basis=self.basis,
-            is_extrapolated=np.broadcast_to(doublings > _OUTSIDE, seconds.shape),
+            np.array([seconds * (self.low / wider), seconds, seconds * (self.high * wider)]),
+            self.basis,
+            np.broadcast_to(doublings > _OUTSIDE, seconds.shape),
         )
 
     def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:

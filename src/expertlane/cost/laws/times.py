@@ -27,25 +27,43 @@ class Times:
     """Seconds of one operation or transfer on every rank.
 
     Attributes:
-        seconds, low, high: [R]; low ≤ seconds ≤ high.
+        bounds: [3, R]; low ≤ likely ≤ high.
         basis: of all of them.
         is_extrapolated: [R]; a size lies outside what the law was fitted to, so bounds are wider.
     """
 
-    seconds: Floats
-    low: Floats
-    high: Floats
+    bounds: Floats
     basis: Basis
     is_extrapolated: npt.NDArray[np.bool_]
 
+    @property
+    def low(self) -> Floats:
+        """[R]."""
+        low: Floats = self.bounds[0]
+        return low
+
+    @property
+    def seconds(self) -> Floats:
+        """[R]; the likely ones."""
+        seconds: Floats = self.bounds[1]
+        return seconds
+
+    @property
+    def high(self) -> Floats:
+        """[R]."""
+        high: Floats = self.bounds[2]
+        return high
+
     def part(self, ranks: slice) -> "Times":
         """Of some of the ranks."""
+        return Times(self.bounds[:, ranks], self.basis, self.is_extrapolated[ranks])
+
+    def of_ranks(self, num_ranks: int) -> "Times":
+        """[R] also where all ranks have the same sizes."""
         return Times(
-            self.seconds[ranks],
-            self.low[ranks],
-            self.high[ranks],
+            np.broadcast_to(self.bounds.reshape(3, -1), (3, num_ranks)),
             self.basis,
-            self.is_extrapolated[ranks],
+            np.broadcast_to(self.is_extrapolated, (num_ranks,)),
         )
 
 
@@ -56,9 +74,7 @@ def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
     if not first.any():
         return b
     return Times(
-        seconds=np.where(first, a.seconds, b.seconds),
-        low=np.where(first, a.low, b.low),
-        high=np.where(first, a.high, b.high),
+        bounds=np.where(first, a.bounds, b.bounds),
         basis=max(a.basis, b.basis),
         is_extrapolated=np.where(first, a.is_extrapolated, b.is_extrapolated),
     )

@@ -6,8 +6,7 @@ from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.kernel_sets import KernelSet
 from expertlane.cost.step.operation import Ints, Kind
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.model_parts import LatentAttention
+from expertlane.spec.model import LatentAttention, ModelConfig
 from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
@@ -50,7 +49,6 @@ def _grouped_query(
         part.attention(window),
         (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION),
         {"heads": heads, "kv_heads": kv_heads, "head_dim": dim},
-        flops_per_pair=4 * heads * dim,
         position_bytes=2 * kv_heads * dim * out.types.kv_bytes,
     )
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
@@ -83,7 +81,6 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
             sizes,
             (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
             {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
-            flops_per_pair=2 * heads * (2 * rank + rope),
             position_bytes=(rank + rope) * types.kv_bytes,
         )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
@@ -106,7 +103,6 @@ def _expanded(
         replace(sizes, num_decode_groups=0),
         (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
         {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
-        flops_per_pair=2 * heads * (model.head_dim + latent.v_head_dim),
         position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
     )
 
@@ -117,7 +113,6 @@ def _core(
     kinds: tuple[Kind, Kind],
     widths: dict[str, Ints | int],
     *,
-    flops_per_pair: int,
     position_bytes: int,
 ) -> None:
     """Prefill and decode apart, each where any rank has one.
@@ -137,7 +132,6 @@ def _core(
                 "positions": sizes.prefill_positions,
                 **widths,
             },
-            flops=sizes.prefill_pairs * flops_per_pair,
             kv_bytes=sizes.prefill_positions * position_bytes,
             num_kernels=_calls(sizes.num_prefill_groups, kernels) * kernels.prefill_group,
         )
@@ -151,7 +145,6 @@ def _core(
                 **widths,
                 "heads": sizes.num_queries * widths["heads"],
             },
-            flops=sizes.decode_positions * (sizes.num_queries * flops_per_pair),
             kv_bytes=sizes.decode_positions * position_bytes,
             num_kernels=_calls(sizes.num_decode_groups, kernels) * kernels.decode_group,
         )

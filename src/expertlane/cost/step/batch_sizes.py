@@ -78,8 +78,7 @@ class PartSizes:
             num_drafts: that come to every decode, beside what the batches have.
         """
         needs = [
-            bool(sampled)
-            and not set(sampled).isdisjoint(batch.seq_ids[batch.yields_token].tolist())
+            bool(sampled) and not set(sampled).isdisjoint(batch.yielding_seq_ids)
             for batch in batches
         ]
         num_new = np.concatenate([batch.num_scheduled_tokens for batch in batches])

@@ -64,7 +64,7 @@ class ExpertSteps:
         """The products alone."""
         model, out, kernels, counts = self._model, self._out, self._kernels, self._counts
         matrices = 3 if model.gated_mlp else 2
-        inner = shares(model.moe_intermediate_size, self._layout.etp, out.mesh.etp_rank)
+        inner = shares(model.moe_intermediate_size, self._layout.etp, out.etp_rank)
         num_weights = inner * (model.hidden_size * matrices)
         of_expert = kernels.expert + matrices * kernels.expert_product
         out.operation(
@@ -77,7 +77,6 @@ class ExpertSteps:
                 "inner": inner,
                 "matrices": matrices,
             },
-            flops=2 * counts.pairs_computed * num_weights,
             weight_bytes=counts.active_experts * num_weights * out.weight_item,
             num_kernels=kernels.experts_once + math.ceil(counts.active_experts.max()) * of_expert,
         )

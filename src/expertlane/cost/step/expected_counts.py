@@ -65,7 +65,8 @@ class ExpectedFanOut:
 
         def by_link(axis: Axis, rows: Exchange) -> Floats:
             assert isinstance(rows, np.ndarray), "between each pair of ranks"
-            sent, is_near = rows * mesh.peers(axis), mesh.node[:, None] == mesh.node
+            groups = mesh.groups(axis)
+            sent, is_near = rows * groups.is_peer, groups.is_near
             return np.array([sent[is_near].sum(), sent[~is_near].sum()]) / num_tokens
 
         of_nodes = counts.by_node

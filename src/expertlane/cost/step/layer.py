@@ -81,13 +81,13 @@ def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> No
 
 def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The next tokens of all sequences that yield one."""
-    types, mesh = out.types, out.mesh
+    types = out.types
     hidden_bytes = model.hidden_size * types.activation_bytes
     num_seqs = part.num_yielding
     kernels = out.norm_kernels + out.kernels.last
     out.memory(Stage.HEAD, 4 * part.owned_yielding * hidden_bytes, kernels)
     out.all_gather(Stage.COLLECTIVES, "tp", part.owned_yielding, hidden_bytes)
-    vocab = tp_shares(model.vocab_size, mesh)
+    vocab = tp_shares(model.vocab_size, out)
     out.gemm(Stage.HEAD, num_seqs, vocab, model.hidden_size, dtype=types.kept)
     needs_logits = part.asks_logits
     logits_bytes = num_seqs * vocab * (_LOGIT_BYTES + types.activation_bytes)
@@ -100,6 +100,6 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
         np.where(needs_logits, num_seqs * _LOGIT_BYTES, 0),
         np.where(needs_logits, 0, _CANDIDATE_BYTES),
     )
-    if mesh.layout.tp > 1:
+    if out.mesh.layout.tp > 1:
         gathered = np.where(needs_logits, model.vocab_size * _LOGIT_BYTES, _CANDIDATE_BYTES)
         out.memory(Stage.HEAD, num_seqs * gathered, out.kernels.best)

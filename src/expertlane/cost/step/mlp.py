@@ -4,7 +4,7 @@ import numpy as np
 
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.operation import Ints
-from expertlane.cost.step.step_list import RankArrays, StepWriter
+from expertlane.cost.step.step_list import StepWriter
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
@@ -19,7 +19,7 @@ def mlp_steps(
         is_scaled: the sum is multiplied by a gate of its own.
     """
     item, hidden = out.types.activation_bytes, model.hidden_size
-    own = tp_shares(inner, out.mesh)
+    own = tp_shares(inner, out)
     out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden * item)
     num_inner = 2 if model.gated_mlp else 1
     for _ in range(num_inner):
@@ -33,9 +33,9 @@ def mlp_steps(
     out.memory(Stage.EXPERTS, part.owned * (num_rows * hidden * item), num_kernels)
 
 
-def tp_shares(total: int, mesh: RankArrays) -> Ints:
-    """[R]; each rank's part of what is cut near-equally over tp."""
-    return shares(total, mesh.layout.tp, mesh.tp_rank)
+def tp_shares(total: int, out: StepWriter) -> Ints:
+    """[A]; each rank's part of what is cut near-equally over tp."""
+    return shares(total, out.mesh.layout.tp, out.tp_rank)
 
 
 def shares(total: int, num_parts: int, part: Ints) -> Ints:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.spec.names import Stage
+from expertlane.spec.names import Link, Stage
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -63,12 +64,37 @@ SIZES: dict[Kind, tuple[str, ...]] = {
 }
 
 
+ATTENTION = (
+    Kind.PREFILL_ATTENTION,
+    Kind.DECODE_ATTENTION,
+    Kind.LATENT_PREFILL,
+    Kind.LATENT_DECODE,
+)
+
+
+def flops_of(kind: Kind, sizes: Mapping[str, npt.NDArray[Any] | float]) -> npt.NDArray[Any] | float:
+    """FLOPs of an operation, a multiply and an add counted as two; whole where its sizes are.
+
+    Args:
+        sizes: those that `SIZES` names for the kind.
+    """
+    if kind is Kind.MEMORY:
+        return 0
+    if kind is Kind.GEMM:
+        return 2 * sizes["m"] * sizes["n"] * sizes["k"]
+    if kind is Kind.EXPERTS:
+        return 2 * sizes["pairs"] * (sizes["hidden"] * sizes["inner"] * sizes["matrices"])
+    pairs = sizes["query_key_pairs" if "query_key_pairs" in sizes else "positions"]
+    if "head_dim" in sizes:
+        return 4 * pairs * sizes["heads"] * sizes["head_dim"]
+    return 2 * pairs * sizes["heads"] * (sizes["key_dim"] + sizes["value_dim"])
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One computation of every rank of a stage.
 
     Attributes:
-        layer: hidden layer, or `OUTSIDE`.
         sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
         flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them, or expected.
         num_kernels: launches where nothing is captured in a graph.
@@ -77,7 +103,6 @@ class Operation:
 
     kind: Kind
     stage: Stage
-    layer: int
     sizes: Mapping[str, Floats | float]
     flops: Amounts
     weight_bytes: Amounts
@@ -102,45 +127,65 @@ class Transfer:
 
     Attributes:
         stage: DISPATCH, COMBINE or COLLECTIVES.
-        layer: hidden layer, or `OUTSIDE`.
-        group: [R]; equal numbers are one group.
-        node: [R]; the node of each rank.
-        sent_bytes: [num_kinds_of_traffic, R, R]; source, destination; zero on the diagonals.
+        groups: of all ranks; or the one rank that stands for all.
+        sent_bytes: [num_kinds_of_traffic, R, R] by source and destination, zero on the diagonals;
+            of one rank as `OneOfGroup.load` takes them, [num_kinds_of_traffic, num_links, S].
         num_kernels: launches where nothing is captured in a graph.
         num_steps_before_wait: how many of the steps that follow run while it is under way.
         syncs_host: the host needs its result, as counts that size what comes next, so it can
             launch nothing beyond it.
-        neighbours: what follows from `group` and `node`, where transfers share it.
     """
 
     kind: TransferKind
     stage: Stage
-    layer: int
-    group: Ints
-    node: Ints
-    sent_bytes: Ints
+    groups: "RankGroups | OneOfGroup"
+    sent_bytes: Amounts
     num_kernels: int = 1
     num_steps_before_wait: int = 0
     syncs_host: bool = False
-    neighbours: "Neighbours | None" = None
 
     @cached_property
     def load(self) -> "LinkLoad":
         """What every rank sends and receives over each kind of link."""
-        neighbours = self.neighbours or Neighbours(self.group, self.node)
-        return neighbours.load(self.sent_bytes.sum(axis=0))
+        return self.groups.load(self.sent_bytes.sum(axis=0))
 
 
-@dataclass(frozen=True, eq=False)
-class Neighbours:
-    """Groups and nodes of a transfer, and what follows from them whatever is sent.
+class RankGroups:
+    """Disjoint groups of a stage's ranks, and the nodes that they lie on.
+
+    Args:
+        group, node: [R]; equal numbers are one group, one node.
 
     Attributes:
-        group, node: [R]; as a transfer's.
+        size: [R]; ranks of each rank's group.
+        is_alone: whether each rank is a group of its own.
     """
 
-    group: Ints
-    node: Ints
+    def __init__(self, group: Ints, node: Ints) -> None:
+        self.group, self.node = group, node
+        _, self._place, sizes = np.unique(group, return_inverse=True, return_counts=True)
+        self.size: Ints = sizes[self._place]
+        self.is_alone = len(sizes) == len(group)
+        self._is_one = len(sizes) == 1
+        self._order = np.argsort(self._place, kind="stable")
+        self._starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+
+    def largest(self, values: Floats) -> Floats:
+        """The largest within each rank's group: from [..., R] to [..., R], or [..., 1] of one."""
+        if self._is_one:
+            most: Floats = np.maximum.reduce(values, axis=-1, keepdims=True)
+            return most
+        if self.is_alone:
+            return values
+        by_group = np.maximum.reduceat(values.take(self._order, -1), self._starts, axis=-1)
+        return by_group.take(self._place, -1)
+
+    @cached_property
+    def is_peer(self) -> npt.NDArray[np.bool_]:
+        """[R, R]; whether two different ranks share a group."""
+        is_peer: npt.NDArray[np.bool_] = self.group[:, None] == self.group
+        np.fill_diagonal(is_peer, val=False)
+        return is_peer
 
     @cached_property
     def is_near(self) -> npt.NDArray[np.bool_]:
@@ -151,8 +196,8 @@ class Neighbours:
     @cached_property
     def num_peers(self) -> Ints:
         """[2, R]; other ranks of the group, by `Link`."""
-        is_peer = (self.group[:, None] == self.group) & ~np.eye(len(self.group), dtype=bool)
-        peers: Ints = np.stack([is_peer & self.is_near, is_peer & ~self.is_near]).sum(axis=2)
+        by_link = [self.is_peer & self.is_near, self.is_peer & ~self.is_near]
+        peers: Ints = np.stack(by_link).sum(axis=2)
         return peers
 
     @cached_property
@@ -164,12 +209,13 @@ class Neighbours:
         return num
 
     @cached_property
-    def group_size(self) -> Ints:
-        """[R]."""
-        size: Ints = self.num_peers.sum(axis=0) + 1
-        return size
+    def one(self) -> "OneOfGroup":
+        """The rank with most peers on other nodes."""
+        rank = int(self.num_peers[Link.INTER_NODE].argmax())
+        near, far = self.num_peers[:, rank].tolist()
+        return OneOfGroup(near, far, int(self.num_nodes[rank]))
 
-    def load(self, sent_bytes: Ints) -> "LinkLoad":
+    def load(self, sent_bytes: Amounts) -> "LinkLoad":
         """Of bytes [R, R] by source and destination."""
         near = sent_bytes * self.is_near
         far = sent_bytes - near
@@ -177,8 +223,34 @@ class Neighbours:
             out_bytes=np.array([near.sum(axis=1), far.sum(axis=1)], dtype=np.float64),
             in_bytes=np.array([near.sum(axis=0), far.sum(axis=0)], dtype=np.float64),
             num_peers=self.num_peers,
-            group_size=self.group_size,
+            group_size=self.size,
             num_nodes=self.num_nodes,
+        )
+
+
+@dataclass(frozen=True)
+class OneOfGroup:
+    """A rank that stands for all of a stage.
+
+    Attributes:
+        num_near, num_far: other ranks of its group, on its node and on others.
+        num_nodes: that the group is on.
+    """
+
+    num_near: int
+    num_far: int
+    num_nodes: int
+
+    def load(self, sent_bytes: Amounts) -> "LinkLoad":
+        """Of bytes [num_links, S] in S scenarios; as many are received."""
+        num_bytes, num = sent_bytes.astype(np.float64), sent_bytes.shape[1]
+        peers = np.array([self.num_near, self.num_far])
+        return LinkLoad(
+            out_bytes=num_bytes,
+            in_bytes=num_bytes,
+            num_peers=np.repeat(peers[:, None], num, axis=1),
+            group_size=np.full(num, 1 + peers.sum()),
+            num_nodes=np.full(num, self.num_nodes),
         )
 
 
@@ -198,11 +270,6 @@ class LinkLoad:
     num_peers: Ints
     group_size: Ints
     num_nodes: Ints
-
-    @classmethod
-    def of(cls, sent_bytes: Ints, group: Ints, node: Ints) -> "LinkLoad":
-        """From bytes [R, R] by source and destination."""
-        return Neighbours(group, node).load(sent_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,37 +303,3 @@ class RowsByLink:
     def T(self) -> "RowsByLink":
         """The same rows on their way back; named as an array's."""
         return self
-
-
-@dataclass(frozen=True, eq=False)
-class ExpectedTransfer:
-    """A collective as one rank of its group sees it, in S scenarios; priced as a `Transfer`.
-
-    Attributes:
-        sent_bytes: [num_kinds_of_traffic, num_links, S]; as many are received.
-        num_peers: [num_links]; other ranks of the group.
-        num_nodes: that the group is on.
-    """
-
-    kind: TransferKind
-    stage: Stage
-    sent_bytes: Floats
-    num_peers: tuple[int, int]
-    num_nodes: int
-    num_kernels: int
-
-    @cached_property
-    def load(self) -> LinkLoad:
-        """What the rank sends and receives over each kind of link."""
-        num_bytes = self.sent_bytes.sum(axis=0)
-        num = num_bytes.shape[1]
-        return LinkLoad(
-            out_bytes=num_bytes,
-            in_bytes=num_bytes,
-            num_peers=np.repeat(np.array(self.num_peers)[:, None], num, axis=1),
-            group_size=np.full(num, 1 + sum(self.num_peers)),
-            num_nodes=np.full(num, self.num_nodes),
-        )
-
-
-AnyTransfer = Transfer | ExpectedTransfer

@@ -36,7 +36,7 @@ class Section:
 
     Attributes:
         layer: hidden layer, or `OUTSIDE`.
-        steps: layers that do the same share one tuple, so that its steps may name another layer.
+        steps: layers that do the same share one tuple.
         counts: how tokens spread over experts; None where there are none.
     """
 
@@ -52,10 +52,8 @@ class PartProgram:
     sections: tuple[Section, ...]
 
     def steps(self) -> Iterator[Step]:
-        """All steps in order, each with its own layer's number."""
-        for section in self.sections:
-            for step in section.steps:
-                yield step if step.layer == section.layer else replace(step, layer=section.layer)
+        """All steps in order."""
+        return (step for section in self.sections for step in section.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +66,6 @@ class StageProgram:
     """
 
     mesh: StageMesh
-    micro_batch: int
     parts: tuple[PartProgram, ...]
     hand_over: HandOver | None
 
@@ -125,8 +122,8 @@ class ProgramBuilder:
         num_drafts: int = 0,
     ) -> None:
         layout.check_model(model)
-        self._model = model
-        self._layout = layout
+        self.model = model
+        self.layout = layout
         self._types = NumberTypes() if types is None else types
         self._dispatch = DispatchTable.fixed("all_to_all") if dispatch is None else dispatch
         self._payload = payload
@@ -138,23 +135,18 @@ class ProgramBuilder:
         self._meshes: dict[tuple[int, int], StageMesh] = {}
         self._placements = placements
 
-    def place(self, placements: Placements) -> None:
-        """Go over to other placements of the experts."""
-        self._placements = placements
-        self._choices.clear()
-
     def mesh(self, replica: int, pp_rank: int) -> StageMesh:
         """A pipeline stage of a replica."""
         key = replica, pp_rank
         if key not in self._meshes:
-            self._meshes[key] = StageMesh.of(self._layout, *key, self._ranks_per_node)
+            self._meshes[key] = StageMesh.of(self.layout, *key, self._ranks_per_node)
         return self._meshes[key]
 
     def mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
         """How a micro-batch runs; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
-        return self._dispatch.choose(-(-most // self._layout.tp), can_split)
+        return self._dispatch.choose(-(-most // self.layout.tp), can_split)
 
     def build(
         self,
@@ -175,7 +167,7 @@ class ProgramBuilder:
             mode = self.mode(micro_batch)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
-                PartSizes.of(batches, self._layout.tp, sampled, self._block_size, self._num_drafts)
+                PartSizes.of(batches, self.layout.tp, sampled, self._block_size, self._num_drafts)
                 for batches in zip(*by_dp_rank, strict=True)
                 if any(batch.num_tokens for batch in batches)
             ]
@@ -203,7 +195,7 @@ class ProgramBuilder:
             micro_batches: of each, the dispatch form and its parts: two with overlap.
             record: count what only a record tells, how far tokens spread.
         """
-        before = np.zeros(self._layout.stage_size, dtype=np.int64)
+        before = np.zeros(self.layout.stage_size, dtype=np.int64)
         routed: list[list[PartRouting]] = []
         for _, parts in micro_batches:
             routed.append([])
@@ -211,46 +203,46 @@ class ProgramBuilder:
                 routed[-1].append(PartRouting(routing, first_token, before, part.owned))
                 before = before + part.owned
         stages = []
-        for pp_rank in range(self._layout.pp):
+        for pp_rank in range(self.layout.pp):
             mesh = self.mesh(replica, pp_rank)
             programs = []
-            for number, (form, parts) in enumerate(micro_batches):
-                of_parts = tuple(
-                    self.part(pp_rank, form, part, tokens, replica=replica, record=record)
-                    for part, tokens in zip(parts, routed[number], strict=True)
+            for (form, parts), of_parts in zip(micro_batches, routed, strict=True):
+                made = tuple(
+                    self._part(mesh, pp_rank, form, part, tokens, record=record)
+                    for part, tokens in zip(parts, of_parts, strict=True)
                 )
                 hand_over = self._hand_over(mesh, pp_rank, parts)
-                programs.append(StageProgram(mesh, number, of_parts, hand_over))
+                programs.append(StageProgram(mesh, made, hand_over))
             stages.append(tuple(programs))
         return StepProgram(tuple(stages))
 
     def _hand_over(
         self, mesh: StageMesh, pp_rank: int, parts: Sequence[PartSizes]
     ) -> HandOver | None:
-        if not parts or pp_rank == self._layout.pp - 1:
+        if not parts or pp_rank == self.layout.pp - 1:
             return None
         owned = np.sum([part.owned for part in parts], axis=0)
         there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self._ranks_per_node
-        row_bytes = self._model.hidden_size * self._types.activation_bytes
+        row_bytes = self.model.hidden_size * self._types.activation_bytes
         return HandOver(owned * row_bytes, there != mesh.node)
 
-    def part(
+    def _part(
         self,
+        mesh: StageMesh,
         pp_rank: int,
         form: DispatchForm,
         sizes: PartSizes,
         routing: PartRouting,
         *,
-        replica: int = 0,
-        record: bool = False,
+        record: bool,
     ) -> PartProgram:
-        """A part of a micro-batch on one pipeline stage; arguments as `build_sized`'s."""
-        model, mesh = self._model, self.mesh(replica, pp_rank)
+        """A part of a micro-batch on one pipeline stage."""
+        model = self.model
         sections = []
         if pp_rank == 0:
             sections.append(self._outside(embedding_steps, mesh, sizes))
         built: dict[object, Section] = {}
-        for layer in self._layout.layers_of_stage(model.num_hidden_layers, pp_rank):
+        for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self._placements[layer]
             key: object = model.window_of_layer(layer)
             if placement is not None:
@@ -258,7 +250,7 @@ class ProgramBuilder:
             if key not in built:
                 built[key] = self._layer(layer, mesh, form, sizes, routing, fan_out=record)
             sections.append(replace(built[key], layer=layer))
-        if pp_rank == self._layout.pp - 1:
+        if pp_rank == self.layout.pp - 1:
             sections.append(self._outside(head_steps, mesh, sizes))
             sections += self._drafts(form, sizes, routing, mesh)
         return PartProgram(tuple(sections))
@@ -280,11 +272,11 @@ class ProgramBuilder:
                 routing.owned,
                 self._choice(placement, mesh),
                 mesh,
-                by_node=is_by_node_on(self._layout, form),
+                by_node=is_by_node_on(self.layout, form),
                 fan_out=fan_out,
             )
-        out = StepList(mesh, self._types, layer, self._kernels)
-        layer_steps(out, self._model, layer, sizes, counts, form, self._payload)
+        out = StepList(mesh, self._types, self._kernels)
+        layer_steps(out, self.model, layer, sizes, counts, form, self._payload)
         return Section(layer, tuple(out.steps), counts)
 
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
@@ -300,7 +292,7 @@ class ProgramBuilder:
 
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
-        last = self._model.num_hidden_layers - 1
+        last = self.model.num_hidden_layers - 1
         for draft in range(self._num_drafts):
             of_pass = further_drafts(sizes, draft) if draft else sizes
             if not of_pass.num_new.size:
@@ -317,6 +309,6 @@ class ProgramBuilder:
         sizes: PartSizes,
     ) -> Section:
         """Embedding or head."""
-        out = StepList(mesh, self._types, OUTSIDE, self._kernels)
-        steps(out, self._model, sizes)
+        out = StepList(mesh, self._types, self._kernels)
+        steps(out, self.model, sizes)
         return Section(OUTSIDE, tuple(out.steps))

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from expertlane.cost.step.operation import Ints, Neighbours
+from expertlane.cost.step.operation import Ints, RankGroups
 from expertlane.spec.layout import Layout
 
 Axis = Literal["tp", "ep", "etp", "stage", "ep_inter", "ep_intra"]
@@ -75,13 +75,13 @@ class StageMesh:
         return self.layout.ep // self.ep_per_node
 
     @cached_property
-    def _groups(self) -> dict[Axis, Ints]:
+    def _groups(self) -> dict[Axis, RankGroups]:
         return {}
 
-    def group(self, axis: Axis) -> Ints:
-        """[R]; equal numbers are one group."""
+    def groups(self, axis: Axis) -> RankGroups:
+        """The groups of an axis."""
         if axis not in self._groups:
-            self._groups[axis] = self._group(axis)
+            self._groups[axis] = RankGroups(self._group(axis), self.node)
         return self._groups[axis]
 
     def _group(self, axis: Axis) -> Ints:
@@ -100,46 +100,6 @@ class StageMesh:
             case "ep_inter":
                 return self.ep_rank % self.ep_per_node * layout.etp + self.etp_rank
 
-    def group_size(self, axis: Axis) -> int:
-        """Ranks of a group."""
-        layout = self.layout
-        match axis:
-            case "tp":
-                return layout.tp
-            case "etp":
-                return layout.etp
-            case "ep":
-                return layout.ep
-            case "stage":
-                return self.size
-            case "ep_intra":
-                return self.ep_per_node
-            case "ep_inter":
-                return self.num_ep_nodes
-
-    @cached_property
-    def _peers(self) -> dict[Axis, Ints]:
-        return {}
-
-    def peers(self, axis: Axis) -> Ints:
-        """[R, R]; 1 where two different ranks share a group, else 0."""
-        if axis not in self._peers:
-            group = self.group(axis)
-            peers = (group[:, None] == group).astype(np.int64)
-            np.fill_diagonal(peers, 0)
-            self._peers[axis] = peers
-        return self._peers[axis]
-
-    @cached_property
-    def _neighbours(self) -> dict[Axis, Neighbours]:
-        return {}
-
-    def neighbours(self, axis: Axis) -> Neighbours:
-        """What transfers over an axis have in common."""
-        if axis not in self._neighbours:
-            self._neighbours[axis] = Neighbours(self.group(axis), self.node)
-        return self._neighbours[axis]
-
     @cached_property
     def nodes_of_ep_group(self) -> Ints:
         """[R, ep]; the nodes of the ranks of each rank's `ep` group."""
@@ -147,18 +107,3 @@ class StageMesh:
         by_etp_rank = self.node.reshape(layout.ep, layout.etp).T
         nodes: Ints = by_etp_rank[self.etp_rank]
         return nodes
-
-    @cached_property
-    def _links(self) -> dict[Axis, tuple[int, int, int]]:
-        return {}
-
-    def peers_by_link(self, axis: Axis) -> tuple[int, int, int]:
-        """Of the rank with most peers on other nodes: peers on its own, on others, and nodes."""
-        if axis not in self._links:
-            is_near = self.node[:, None] == self.node
-            peers = self.peers(axis) > 0
-            rank = int((peers & ~is_near).sum(axis=1).argmax())
-            near, far = (int((peers[rank] & each[rank]).sum()) for each in (is_near, ~is_near))
-            nodes = self.node[self.group(axis) == self.group(axis)[rank]]
-            self._links[axis] = near, far, len(set(nodes.tolist()))
-        return self._links[axis]

@@ -1,8 +1,7 @@
 """Steps of a layer, one after the other, with their counts."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,82 +10,51 @@ from expertlane.cost.step.counts import Exchange
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.operation import (
     Amounts,
-    ExpectedTransfer,
     Floats,
     Ints,
     Kind,
+    OneOfGroup,
     Operation,
+    RankGroups,
     RowsByLink,
     Step,
     Transfer,
     TransferKind,
+    flops_of,
 )
 from expertlane.cost.step.stage_mesh import Axis, StageMesh
-from expertlane.spec.layout import Layout
-from expertlane.spec.names import Link, Stage, Traffic
-
-
-@dataclass(frozen=True)
-class OneRank:
-    """Stands for all ranks of a stage, in `size` scenarios; it has the longest shares.
-
-    Attributes:
-        stage: what it is one of.
-    """
-
-    stage: StageMesh
-    size: int
-
-    @property
-    def layout(self) -> Layout:
-        """Of the deployment."""
-        return self.stage.layout
-
-    @property
-    def tp_rank(self) -> Ints:
-        """[S]."""
-        return np.zeros(self.size, dtype=np.int64)
-
-    etp_rank = tp_rank
-
-    @property
-    def ep_per_node(self) -> int:
-        """Ranks of an `ep` group on one node."""
-        return self.stage.ep_per_node
-
-    @property
-    def num_ep_nodes(self) -> int:
-        """Nodes that an `ep` group lies on."""
-        return self.stage.num_ep_nodes
-
-
-# Where ranks sit: coordinates of all of them, or of the one that stands for all.
-RankArrays = StageMesh | OneRank
+from expertlane.spec.names import Stage
 
 
 class StepWriter(ABC):
-    """Puts down operations; how transfers look is its subclasses' matter.
+    """Puts down operations; over how many ranks or scenarios is its subclasses' matter.
+
+    Args:
+        tp_rank, etp_rank: [A]; of the ranks.
 
     Attributes:
-        steps: so far; operations, and transfers of the subclass's type.
+        steps: so far.
     """
 
-    steps: list[Any]
-
     def __init__(
-        self, mesh: RankArrays, types: NumberTypes, layer: int, kernels: KernelSet = ENGINE
+        self,
+        mesh: StageMesh,
+        types: NumberTypes,
+        kernels: KernelSet,
+        tp_rank: Ints,
+        etp_rank: Ints,
     ) -> None:
         self.mesh = mesh
         self.types = types
         self.kernels = kernels
-        self.steps = []
-        self._layer = layer
+        self.tp_rank, self.etp_rank = tp_rank, etp_rank
+        self.steps: list[Step] = []
         self.transfer_kernels = {
             TransferKind.ALL_GATHER: kernels.gathered,
             TransferKind.REDUCE_SCATTER: kernels.reduced,
             TransferKind.ALL_TO_ALL: 1,
         }
-        self._none: Ints = np.zeros(mesh.size, dtype=np.int64)
+        self._none: Ints = np.zeros(len(tp_rank), dtype=np.int64)
 
     @property
     def weight_item(self) -> int:
@@ -116,18 +84,13 @@ class StepWriter(ABC):
         """
         num_weights = np.asarray(n) * np.asarray(k)
         item = ITEM_BYTES[dtype] if dtype else self.weight_item
-        self.steps.append(
-            Operation(
-                kind=Kind.GEMM,
-                stage=stage,
-                layer=self._layer,
-                sizes={"m": _floats(m), "n": _floats(n), "k": _floats(k)},
-                flops=2 * m * num_weights,
-                weight_bytes=(m > 0) * (num_weights * item),
-                kv_bytes=self._none,
-                num_kernels=num_kernels,
-                dtype=dtype,
-            )
+        self.operation(
+            Kind.GEMM,
+            stage,
+            {"m": m, "n": n, "k": k},
+            weight_bytes=(m > 0) * (num_weights * item),
+            num_kernels=num_kernels,
+            dtype=dtype,
         )
 
     def memory(self, stage: Stage, num_bytes: Amounts, num_kernels: int = 1) -> None:
@@ -140,22 +103,22 @@ class StepWriter(ABC):
         stage: Stage,
         sizes: dict[str, Amounts | int],
         *,
-        flops: Amounts | None = None,
         weight_bytes: Amounts | None = None,
         kv_bytes: Amounts | None = None,
         num_kernels: int = 1,
+        dtype: str | None = None,
     ) -> None:
-        """Any other operation; counts left out are zeros."""
+        """Any other operation; bytes left out are zeros."""
         self.steps.append(
             Operation(
                 kind=kind,
                 stage=stage,
-                layer=self._layer,
                 sizes={name: _floats(size) for name, size in sizes.items()},
-                flops=self._none if flops is None else flops,
+                flops=self._none + flops_of(kind, sizes),
                 weight_bytes=self._none if weight_bytes is None else weight_bytes,
                 kv_bytes=self._none if kv_bytes is None else kv_bytes,
                 num_kernels=num_kernels,
+                dtype=dtype,
             )
         )
 
@@ -188,11 +151,6 @@ class StepWriter(ABC):
         """Every rank sends rows of its own to each of its group."""
         self._transfer(TransferKind.ALL_TO_ALL, stage, axis, rows, payload, metadata)
 
-    @abstractmethod
-    def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
-        """The exchange in which every rank sends `rows` [A] to each of its group."""
-
-    @abstractmethod
     def _transfer(
         self,
         kind: TransferKind,
@@ -204,80 +162,72 @@ class StepWriter(ABC):
         num_steps_before_wait: int = 0,
     ) -> None:
         """Nothing in groups of one rank, as the engine's are left out."""
+        groups = self.mesh.groups(axis)
+        if groups.is_alone:
+            return
+        of_ranks, sent_bytes = self._sent(groups, rows, (payload, metadata, 0))
+        self.steps.append(
+            Transfer(
+                kind=kind,
+                stage=stage,
+                groups=of_ranks,
+                sent_bytes=sent_bytes,
+                num_kernels=self.transfer_kernels[kind],
+                num_steps_before_wait=num_steps_before_wait,
+                syncs_host=num_steps_before_wait > 0,  # counts, which size what comes next
+            )
+        )
+
+    @abstractmethod
+    def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
+        """The exchange in which every rank sends `rows` [A] to each of its group."""
+
+    @abstractmethod
+    def _sent(
+        self, groups: RankGroups, rows: Exchange, row_bytes: Sequence[Ints | int]
+    ) -> tuple[RankGroups | OneOfGroup, Amounts]:
+        """A transfer's `groups` and `sent_bytes`, from the bytes of a row by `Traffic`."""
 
 
 class StepList(StepWriter):
     """What the ranks of a stage do in turn; arrays over ranks."""
 
-    mesh: StageMesh
-    steps: list[Step]
+    def __init__(self, mesh: StageMesh, types: NumberTypes, kernels: KernelSet = ENGINE) -> None:
+        super().__init__(mesh, types, kernels, mesh.tp_rank, mesh.etp_rank)
 
     def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
         return rows[:, None]
 
-    def _transfer(
-        self,
-        kind: TransferKind,
-        stage: Stage,
-        axis: Axis,
-        rows: Exchange,
-        payload: Ints | int,
-        metadata: Ints | int = 0,
-        num_steps_before_wait: int = 0,
-    ) -> None:
+    def _sent(
+        self, groups: RankGroups, rows: Exchange, row_bytes: Sequence[Ints | int]
+    ) -> tuple[RankGroups, Amounts]:
         assert isinstance(rows, np.ndarray), "between each pair of ranks"
-        mesh = self.mesh
-        if mesh.group_size(axis) == 1:
-            return
-        rows = rows * mesh.peers(axis)
-        sent = np.zeros((len(Traffic), mesh.size, mesh.size), dtype=np.int64)
-        sent[Traffic.PAYLOAD] = rows * np.reshape(payload, (-1, 1))
-        sent[Traffic.METADATA] = rows * np.reshape(metadata, (-1, 1))
-        self.steps.append(
-            Transfer(
-                kind=kind,
-                stage=stage,
-                layer=self._layer,
-                group=mesh.group(axis),
-                node=mesh.node,
-                sent_bytes=sent,
-                num_kernels=self.transfer_kernels[kind],
-                num_steps_before_wait=num_steps_before_wait,
-                syncs_host=num_steps_before_wait > 0,  # counts, which size what comes next
-                neighbours=mesh.neighbours(axis),
-            )
-        )
+        rows = rows * groups.is_peer
+        return groups, np.stack([rows * np.reshape(each, (-1, 1)) for each in row_bytes])
 
 
 class ExpectedStepList(StepWriter):
-    """What one rank of a stage that stands for all does in turn; arrays over scenarios."""
+    """What one rank of a stage that stands for all does in turn; arrays over `size` scenarios.
 
-    mesh: OneRank
-    steps: list[Operation | ExpectedTransfer]
+    It has the longest shares.
+    """
+
+    def __init__(self, mesh: StageMesh, size: int, types: NumberTypes, kernels: KernelSet) -> None:
+        first = np.zeros(size, dtype=np.int64)
+        super().__init__(mesh, types, kernels, first, first)
+        self.size = size
 
     def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
-        near, far, _ = self.mesh.stage.peers_by_link(axis)
-        return RowsByLink(rows * near, rows * far)
+        one = self.mesh.groups(axis).one
+        return RowsByLink(rows * one.num_near, rows * one.num_far)
 
-    def _transfer(
-        self,
-        kind: TransferKind,
-        stage: Stage,
-        axis: Axis,
-        rows: Exchange,
-        payload: Ints | int,
-        metadata: Ints | int = 0,
-        num_steps_before_wait: int = 0,
-    ) -> None:
+    def _sent(
+        self, groups: RankGroups, rows: Exchange, row_bytes: Sequence[Ints | int]
+    ) -> tuple[OneOfGroup, Amounts]:
         assert isinstance(rows, RowsByLink), "of one rank"
-        if self.mesh.stage.group_size(axis) == 1:
-            return
-        near, far, num_nodes = self.mesh.stage.peers_by_link(axis)
-        sent = np.zeros((len(Traffic), len(Link), self.mesh.size))
-        sent[Traffic.PAYLOAD] = rows.near * payload, rows.far * payload
-        sent[Traffic.METADATA] = rows.near * metadata, rows.far * metadata
-        kernels = self.transfer_kernels[kind]
-        self.steps.append(ExpectedTransfer(kind, stage, sent, (near, far), num_nodes, kernels))
+        by_link = rows.near, rows.far
+        sent = [[each * num_bytes for each in by_link] for num_bytes in row_bytes]
+        return groups.one, np.array(sent)
 
 
 def _floats(size: Amounts | int) -> Floats | float:

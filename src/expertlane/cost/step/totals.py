@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,28 +10,8 @@ import numpy.typing as npt
 from expertlane.cost.step.operation import HandOver, Ints, Operation, Step
 from expertlane.cost.step.program import PartProgram, Section, StageProgram, StepProgram
 from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.results.step_record import RankCounts
 from expertlane.spec.names import Link, Stage, Traffic
-
-
-@dataclass(frozen=True, eq=False)
-class RankCounts:
-    """One rank's counters of a step, as `results.step_record.RankRecord` has them.
-
-    Attributes:
-        rank: global rank.
-    """
-
-    rank: int
-    flops: Ints
-    weight_bytes: Ints
-    kv_bytes: int
-    sent_bytes: Ints
-    num_collectives: Ints
-    num_tokens_per_expert: Ints
-    tokens_by_ranks_reached: Ints
-    tokens_by_nodes_reached: Ints
-    num_remote_rank_copies: int
-    num_remote_node_copies: int
 
 
 def count(program: StepProgram, num_layers: int, num_experts: int) -> list[RankCounts]:
@@ -57,7 +36,7 @@ class _StageCounters:
         self._num_collectives = np.zeros_like(self._flops)
         self._kv_bytes: npt.NDArray[Any] = np.zeros(num_ranks, dtype=np.int64)
         shape = num_ranks, num_stages, len(Traffic), mesh.layout.world_size
-        self._sent_bytes = np.zeros(shape, dtype=np.int64)
+        self._sent_bytes: npt.NDArray[Any] = np.zeros(shape, dtype=np.int64)
         stage = slice(mesh.first_rank, mesh.first_rank + num_ranks)
         self._sent_inside = self._sent_bytes[..., stage]  # a view
         self._tokens = np.zeros((num_ranks, num_layers, num_experts), dtype=np.int64)
@@ -146,19 +125,19 @@ def sent_bytes(program: StepProgram) -> Ints:
     """[num_links, num_kinds_of_traffic]; what all ranks of a step send to others."""
     sent = np.zeros((len(Link), len(Traffic)), dtype=np.int64)
     for stage in (stage for of_stage in program.stages for stage in of_stage):
+        is_far = stage.mesh.node[:, None] != stage.mesh.node
         for part in stage.parts:
             for section, num in distinct_sections(part):
                 for step in section.steps:
                     if not isinstance(step, Operation):
-                        is_far = step.node[:, None] != step.node
                         everything = step.sent_bytes.sum(axis=(1, 2))
                         far = (step.sent_bytes * is_far).sum(axis=(1, 2))
                         sent[Link.INTER_NODE] += num * far
                         sent[Link.INTRA_NODE] += num * (everything - far)
         if stage.hand_over is not None:
-            of_ranks, is_far = stage.hand_over.sent_bytes, stage.hand_over.is_remote
-            sent[Link.INTER_NODE, Traffic.PAYLOAD] += of_ranks[is_far].sum()
-            sent[Link.INTRA_NODE, Traffic.PAYLOAD] += of_ranks[~is_far].sum()
+            of_ranks, is_remote = stage.hand_over.sent_bytes, stage.hand_over.is_remote
+            sent[Link.INTER_NODE, Traffic.PAYLOAD] += of_ranks[is_remote].sum()
+            sent[Link.INTRA_NODE, Traffic.PAYLOAD] += of_ranks[~is_remote].sum()
     return sent
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.cost.step.operation import Kind
-from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore
-from expertlane.engine.measure.points import Point
+from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore, Point
 from expertlane.engine.worker import RankContext
 from expertlane.moe.experts import Experts
 from expertlane.ops.backend import DTYPES, backend_for

@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from expertlane.report.charts.colours import BASELINE, OF_CAUSE, PROPOSAL
-from expertlane.report.charts.encoding import AXIS, Spec, colour, nominal, quantity, tooltip
+from expertlane.report.charts.encoding import (
+    AXIS,
+    Spec,
+    cells,
+    colour,
+    nominal,
+    quantity,
+    tooltip,
+    tooltip_of,
+)
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
 from expertlane.report.numbers import figures, low_high, milliseconds, percent
 from expertlane.results.estimate import Estimate
@@ -13,6 +22,7 @@ from expertlane.results.record import StepsRecord
 _BAR_PX = 26
 _LEAST_S = 1e-9  # less is a rounding's rest
 _SEEN = 0.0005  # of a bar's length; less is left out
+_KINDS = (Legend("baseline", BASELINE), Legend("proposal", PROPOSAL))
 
 
 @dataclass(frozen=True)
@@ -23,83 +33,55 @@ class Bar:
     of: Estimate
     is_baseline: bool = False
 
+    @property
+    def kind(self) -> str:
+        """Baseline or proposal."""
+        return _KINDS[not self.is_baseline].label
 
-def speed_chart(
-    title: str,
-    unit: str,
-    bars: Sequence[Bar],
-    *,
-    between: str,
-    kinds: tuple[str, str] = ("baseline", "proposal"),
-) -> Chart:
+
+def speed_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> Chart:
     """One bar a deployment.
 
     Args:
         between: what the range of a bar is of, for example `slowest and fastest run`.
-        kinds: what baselines and the others are called.
     """
-    shown = [
-        kind
-        for place, kind in enumerate(zip(kinds, (BASELINE, PROPOSAL), strict=True))
-        if any(bar.is_baseline is not bool(place) for bar in bars)
-    ]
+    legend = [each for each in _KINDS if any(bar.kind == each.label for bar in bars)]
     has_ranges = any(bar.of.low is not None for bar in bars)
     fastest = max(bars, key=lambda bar: bar.of.value)
-    values = [
+    columns: dict[str, Column[Bar]] = {
+        "deployment": text("deployment", lambda bar: bar.name),
+        "kind": text("kind", lambda bar: bar.kind),
+        "shown": number(unit, lambda bar: bar.of, figures),
+        "between": number(between, lambda bar: bar.of, low_high),
+    }
+    hover = {"y": nominal("deployment"), "tooltip": tooltip_of(columns)}
+    x = quantity("value", unit, AXIS)
+    layers: list[Spec] = [
         {
-            "deployment": bar.name,
-            "value": bar.of.value,
-            "low": bar.of.low,
-            "high": bar.of.high,
-            "kind": kinds[not bar.is_baseline],
-            "shown": figures(bar.of),
-            "between": low_high(bar.of),
+            "mark": {"type": "bar", "cornerRadiusEnd": 2},
+            "encoding": {"x": x, "color": colour("kind", legend)} | hover,
         }
-        for bar in bars
     ]
-    columns: tuple[Column[Bar], ...] = (
-        text("deployment", lambda bar: bar.name),
-        text("kind", lambda bar: kinds[not bar.is_baseline]),
-        number(unit, lambda bar: bar.of, figures),
-        number(between, lambda bar: bar.of, low_high),
-    )
-    hover = tooltip(deployment="deployment", kind="kind", shown=unit, between=between)
+    if has_ranges:
+        layers.append(
+            {
+                "mark": {"type": "rule", "strokeWidth": 2, "color": "--ink"},
+                "encoding": {"x": quantity("low", unit, AXIS), "x2": {"field": "high"}} | hover,
+            }
+        )
     return Chart(
         title,
         f"Bars of {unit} of {len(bars)} deployments; the longest is {fastest.name}'s, "
         f"{figures(fastest.of)}.",
         {
-            "data": {"values": values},
+            "data": {"values": [cells(columns, bar) | vars(bar.of) for bar in bars]},
             "height": _BAR_PX * len(bars),
-            "layer": _layers(unit, shown, hover, has_ranges=has_ranges),
+            "layer": layers,
         },
-        Table.of(title, columns, bars),
-        legend=tuple(Legend(*kind) for kind in shown) if len(shown) > 1 else (),
+        Table.of(title, columns.values(), bars),
+        legend=legend if len(legend) > 1 else (),
         note=f"The line over a bar: {between}." if has_ranges else "",
     )
-
-
-def _layers(
-    unit: str, shown: Sequence[tuple[str, str]], hover: list[Spec], *, has_ranges: bool
-) -> list[Spec]:
-    y = nominal("deployment")
-    colouring = colour("kind", [name for name, _ in shown], [each for _, each in shown])
-    layers: list[Spec] = [
-        {
-            "mark": {"type": "bar", "cornerRadiusEnd": 2},
-            "encoding": {"y": y, "x": quantity("value", unit) | {"axis": AXIS}, "color": colouring}
-            | {"tooltip": hover},
-        }
-    ]
-    if has_ranges:
-        x = {"x": quantity("low", unit) | {"axis": AXIS}, "x2": {"field": "high"}}
-        layers.append(
-            {
-                "mark": {"type": "rule", "strokeWidth": 2, "color": "--ink"},
-                "encoding": x | {"y": y, "tooltip": hover},
-            }
-        )
-    return layers
 
 
 def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> Chart:
@@ -126,6 +108,7 @@ def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> 
         for name, each in seconds.items()
         for place, cause in enumerate(causes)
     ]
+    legend = [Legend(cause, OF_CAUSE[cause]) for cause in causes]
     in_all: Column[Mapping[str, float]] = number(
         "in all", lambda each: sum(each.values()), milliseconds
     )
@@ -140,19 +123,15 @@ def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> 
             "encoding": {
                 "y": nominal("deployment"),
                 "x": quantity("ms", "ms"),
-                "color": colour("cause", causes, [OF_CAUSE[cause] for cause in causes]),
+                "color": colour("cause", legend),
                 "order": {"field": "place"},
                 "tooltip": tooltip(
                     deployment="deployment", cause="cause", shown="time", share="share"
                 ),
             },
         },
-        Table.across(
-            title,
-            [*map(_due_to, causes), in_all],
-            list(seconds.items()),
-        ),
-        legend=tuple(Legend(cause, OF_CAUSE[cause]) for cause in causes),
+        Table.across(title, [*map(_due_to, causes), in_all], list(seconds.items())),
+        legend=legend,
         note=note,
     )
 

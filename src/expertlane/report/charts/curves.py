@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 from expertlane.report.charts.colours import (
@@ -11,7 +12,15 @@ from expertlane.report.charts.colours import (
     SERIES,
     SHAPES,
 )
-from expertlane.report.charts.encoding import AXIS, Spec, colour, quantity, tooltip
+from expertlane.report.charts.encoding import (
+    AXIS,
+    Spec,
+    by_name,
+    cells,
+    colour,
+    quantity,
+    tooltip_of,
+)
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
 from expertlane.report.numbers import NONE, figures, low_high
 from expertlane.results.estimate import Estimate
@@ -33,6 +42,9 @@ class Point:
     x: float
     y: Estimate
     words: str = ""
+
+
+_Named = tuple[str, Point]
 
 
 @dataclass(frozen=True)
@@ -66,71 +78,67 @@ class Axis:
             places = sorted(set(at))
             if 0 < len(places) <= _MOST_LABELS:
                 axis |= {"values": places, "format": ",d" if max(places) < _LONG else "~s"}
-            return quantity(of, self.name, type="log", nice=False, padding=_PADDING_PX) | {
-                "axis": axis
-            }
-        return quantity(of, self.name) | {"axis": axis}
+            return quantity(of, self.name, axis, type="log", nice=False, padding=_PADDING_PX)
+        return quantity(of, self.name, axis)
 
 
 def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note: str) -> Chart:
     """Curves over each other, each in front with a colour and a mark of its own."""
-    looks = _looks(curves)
+    looks, columns = _looks(curves), _columns(x, y, curves)
     behind = [curve.name for curve in curves if curve.role == "back"]
     if behind:
         note = f"{note} In grey, named on hovering: {', '.join(behind)}.".strip()
-    legend = [Legend(name, *look) for name, look in looks.items() if name not in behind]
+    points = [(curve.name, point) for curve in curves for point in curve.points]
     return Chart(
         title,
-        f"{y.name} against {x.name}, {len(curves)} of them: {', '.join(looks)}.",
-        _spec(x, y, curves, looks),
-        _table(title, x, y, curves),
-        legend=tuple(legend),
+        f"{y.name} against {x.name}, {len(curves)} of them: "
+        f"{', '.join(look.label for look in looks)}.",
+        _spec(x, y, curves, looks, columns),
+        Table.of(title, columns.values(), points),
+        legend=[look for look in looks if look.label not in behind],
         note=note,
     )
 
 
-def _looks(curves: Sequence[Curve]) -> dict[str, tuple[str, str]]:
+def _looks(curves: Sequence[Curve]) -> list[Legend]:
     """Colour and mark of each."""
-    looks, place = {}, 0
-    for curve in curves:
-        if curve.role == "back":
-            looks[curve.name] = BACKGROUND, "circle"
-        elif curve.role == "reported":
-            looks[curve.name] = REPORTED, REPORTED_SHAPE
-        else:
-            looks[curve.name] = SERIES[place % len(SERIES)], SHAPES[place % len(SHAPES)]
-            place += 1
-    return looks
+    in_front = zip(cycle(SERIES), cycle(SHAPES))
+    others = {"back": (BACKGROUND, "circle"), "reported": (REPORTED, REPORTED_SHAPE)}
+    return [Legend(each.name, *(others.get(each.role) or next(in_front))) for each in curves]
 
 
-def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str, str]]) -> Spec:
+def _columns(x: Axis, y: Axis, curves: Sequence[Curve]) -> dict[str, Column[_Named]]:
+    """What the table has of each point, and hovering shows."""
+    columns: dict[str, Column[_Named]] = {
+        "curve": text("deployment", lambda named: named[0]),
+        "at": number(x.name, lambda named: f"{named[1].x:,.6g}"),
+        "shown": number(y.name, lambda named: named[1].y, figures),
+        "between": number("low–high", lambda named: named[1].y, low_high),
+    }
+    if any(point.words for curve in curves for point in curve.points):
+        columns["words"] = text("with", lambda named: named[1].words or NONE)
+    return columns
+
+
+def _spec(
+    x: Axis,
+    y: Axis,
+    curves: Sequence[Curve],
+    looks: Sequence[Legend],
+    columns: dict[str, Column[_Named]],
+) -> Spec:
     values = [
-        {
-            "curve": curve.name,
-            "x": point.x,
-            "y": point.y.value,
-            "low": point.y.low,
-            "high": point.y.high,
-            "at": f"{point.x:,.6g}",
-            "shown": figures(point.y),
-            "between": low_high(point.y),
-            "words": point.words or NONE,
-        }
+        cells(columns, (curve.name, point))
+        | {"x": point.x, "y": point.y.value, "low": point.y.low, "high": point.y.high}
         for curve in sorted(curves, key=lambda each: each.role != "back")  # grey ones below
         for point in curve.points
     ]
-    names = list(looks)
-    shapes = [_PATHS.get(shape, shape) for _, shape in looks.values()]
-    dashes = [[5, 3] if curve.is_dashed else [1, 0] for curve in curves]
-    shape = {"field": "curve", "scale": {"domain": names, "range": shapes}, "legend": None}
-    dash = {"field": "curve", "scale": {"domain": names, "range": dashes}, "legend": None}
-    titles = {"curve": "deployment", "at": x.name, "shown": y.name, "between": "low–high"}
-    if any(point.words for curve in curves for point in curve.points):
-        titles["words"] = "with"
+    shape = by_name("curve", {each.label: _PATHS.get(each.shape, each.shape) for each in looks})
+    dash = by_name("curve", {each.name: [5, 3] if each.is_dashed else [1, 0] for each in curves})
     position = {
         "x": x.encoding("x", [point.x for curve in curves for point in curve.points]),
         "y": y.encoding("y"),
-        "color": colour("curve", names, [each for each, _ in looks.values()]),
+        "color": colour("curve", looks),
         "detail": {"field": "curve"},
     }
     joined = [curve.name for curve in curves if curve.is_joined]
@@ -142,7 +150,7 @@ def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str,
         },
         {
             "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-            "encoding": position | {"shape": shape, "tooltip": tooltip(**titles)},
+            "encoding": position | {"shape": shape, "tooltip": tooltip_of(columns)},
         },
     ]
     ranged = [curve.name for curve in curves if curve.role == "front"]
@@ -159,16 +167,3 @@ def _spec(x: Axis, y: Axis, curves: Sequence[Curve], looks: dict[str, tuple[str,
             },
         )
     return {"data": {"values": values}, "height": _HEIGHT_PX, "layer": layers}
-
-
-def _table(title: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Table:
-    points = [(curve.name, point) for curve in curves for point in curve.points]
-    columns: list[Column[tuple[str, Point]]] = [
-        text("deployment", lambda named: named[0]),
-        number(x.name, lambda named: f"{named[1].x:,.6g}"),
-        number(y.name, lambda named: named[1].y, figures),
-        number("low–high", lambda named: named[1].y, low_high),
-    ]
-    if any(point.words for _, point in points):
-        columns.append(text("with", lambda named: named[1].words or NONE))
-    return Table.of(title, columns, points)

@@ -1,7 +1,9 @@
 """Pieces of Vega-Lite that several plots share; shapes as its reference describes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from expertlane.report.document import Column, Legend
 
 Spec = dict[str, Any]
 
@@ -13,19 +15,35 @@ def nominal(field: str, title: str | None = None) -> Spec:
     return {"field": field, "type": "nominal", "sort": None, "title": title}
 
 
-def quantity(field: str, title: str | None, **scale: Any) -> Spec:
+def quantity(field: str, title: str | None, axis: Spec | None = None, **scale: Any) -> Spec:
     """A number on an axis."""
-    return {"field": field, "type": "quantitative", "title": title} | (
-        {"scale": scale} if scale else {}
-    )
+    more = {"scale": scale, "axis": axis}
+    return {"field": field, "type": "quantitative", "title": title} | {
+        name: value for name, value in more.items() if value
+    }
 
 
-def colour(field: str, names: Sequence[str], colours: Sequence[str]) -> Spec:
+def colour(field: str, legend: Iterable[Legend]) -> Spec:
     """A colour for each name; the legend is the page's own."""
-    scale = {"domain": list(names), "range": list(colours)}
-    return {"field": field, "type": "nominal", "scale": scale, "legend": None}
+    return {"type": "nominal"} | by_name(field, {each.label: each.colour for each in legend})
+
+
+def by_name(field: str, looks: Mapping[str, Any]) -> Spec:
+    """A look for each name, without a legend."""
+    scale = {"domain": list(looks), "range": list(looks.values())}
+    return {"field": field, "scale": scale, "legend": None}
+
+
+def cells(columns: Mapping[str, Column[Any]], item: Any) -> Spec:
+    """Of a value that is drawn, the fields that its table has as columns."""
+    return {field: column.cell(item) for field, column in columns.items()}
 
 
 def tooltip(**titles: str) -> list[Spec]:
     """What hovering shows: fields under their titles."""
     return [{"field": field, "title": title} for field, title in titles.items()]
+
+
+def tooltip_of(columns: Mapping[str, Column[Any]]) -> list[Spec]:
+    """What hovering shows, where it is what the table has."""
+    return tooltip(**{field: column.heading for field, column in columns.items()})

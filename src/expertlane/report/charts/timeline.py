@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from expertlane.report.charts.colours import BUBBLE, OF_STAGE
-from expertlane.report.charts.encoding import Spec, colour, tooltip
+from expertlane.report.charts.encoding import Spec, colour, quantity, tooltip
 from expertlane.report.document import Chart, Heading, Legend, Table, Timelines
 from expertlane.report.numbers import counted, milliseconds, percent
 from expertlane.results.timeline import RankTimeline, StepTimeline
@@ -91,6 +91,7 @@ class _Shown(NamedTuple):
 def _chart(name: str, shown: _Shown, until_ms: float, note: str) -> Chart:
     step = shown.step
     stages = [shown.stages[place] for place in shown.used]
+    legend = [Legend(stage, OF_STAGE[stage]) for stage in stages]
     tracks = [
         track
         for place, track in enumerate(shown.tracks)
@@ -102,9 +103,9 @@ def _chart(name: str, shown: _Shown, until_ms: float, note: str) -> Chart:
         f"A row for each of {counted(len(step.ranks), 'rank')}: what it computed above, {lower} "
         f"below, over {_extent(shown)}. {_extremes(shown)} Arrow keys move along the time axis, "
         "plus and minus zoom, 0 shows all.",
-        _spec(stages, tracks, len(step.ranks)),
+        _spec(legend, tracks, len(step.ranks)),
         _table(name, shown),
-        legend=tuple(Legend(stage, OF_STAGE[stage]) for stage in stages),
+        legend=legend,
         note=" ".join(filter(None, (_note(shown), note))),
         data={
             "until_ms": until_ms,
@@ -122,24 +123,21 @@ def _extent(shown: _Shown) -> str:
     return f"the first {milliseconds(shown.step.shown_us / _US_PER_S)} of {whole}"
 
 
-def _spec(stages: list[str], tracks: list[str], num_ranks: int) -> Spec:
+def _spec(legend: list[Legend], tracks: list[str], num_ranks: int) -> Spec:
     return {
         "data": {"name": "events"},
         "height": max(_LEAST_PX, _LANE_PX * len(tracks) * num_ranks),
         "params": [{"name": "from_ms", "value": 0}, {"name": "to_ms", "value": 1}],
         "mark": {"type": "rect", "clip": True},
         "encoding": {
-            "x": {
-                "field": "begin",
-                "type": "quantitative",
-                "title": "ms",
-                "scale": {
-                    "domainMin": {"expr": "from_ms"},
-                    "domainMax": {"expr": "to_ms"},
-                    "nice": False,
-                    "zero": False,
-                },
-            },
+            "x": quantity(
+                "begin",
+                "ms",
+                domainMin={"expr": "from_ms"},
+                domainMax={"expr": "to_ms"},
+                nice=False,
+                zero=False,
+            ),
             "x2": {"field": "end"},
             "y": {
                 "field": "rank",
@@ -154,7 +152,7 @@ def _spec(stages: list[str], tracks: list[str], num_ranks: int) -> Spec:
                 "sort": tracks,
                 "scale": {"domain": tracks},
             },
-            "color": colour("stage", stages, [OF_STAGE[stage] for stage in stages]),
+            "color": colour("stage", legend),
             "tooltip": tooltip(
                 stage="stage",
                 where="rank",

@@ -7,7 +7,7 @@ import transformers
 
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_defaults import FAMILIES
+from expertlane.spec.hf_config import FAMILIES
 
 _CLASSES = {
     "mixtral": transformers.MixtralConfig,

@@ -11,11 +11,10 @@ from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_rank, run_torchrun_rank
 from expertlane.errors import CapacityError, SpecError, UserError
-from expertlane.memory import fit_cache
+from expertlane.memory import PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
-from expertlane.schedule.limits import Limits
-from expertlane.spec.deployment import Deployment
-from expertlane.spec.experiment import Experiment
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import RANGES, take
@@ -98,19 +97,6 @@ def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node:
     return placements_of(model, layout, options)
 
 
-def check_experiment(experiment: Experiment) -> None:
-    """Check all deployments of an experiment.
-
-    Raises:
-        UserError: of the first one that cannot be; the text begins with its name.
-    """
-    for deployment in experiment.deployments + experiment.scaling:
-        try:
-            check_deployment(experiment.model, deployment, experiment.cluster.ranks_per_node)
-        except UserError as error:
-            raise UserError(f"deployment {deployment.name!r}: {error}") from None
-
-
 _NUM_SHOWN = 3
 
 
@@ -186,9 +172,13 @@ def fit_to_machine(
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
     free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
-    return fit_cache(
-        model, layout, limits, NumberTypes.all_of(tightest.dtype), free_bytes, share, placements
+    placed = PlacedModel(
+        model,
+        layout,
+        NumberTypes.all_of(tightest.dtype),
+        placements or placements_of(model, layout, Options()),
     )
+    return placed.fit_cache(limits, free_bytes, share)
 
 
 def with_blocks(

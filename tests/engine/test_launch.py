@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from expertlane.engine.start import describe_ranks
+from expertlane.engine.launch import describe_ranks
 from expertlane.errors import UserError
 
 

@@ -1,14 +1,18 @@
-"""Coloured squares: how the experts of every layer were loaded, and who sent how much to whom."""
+"""How the experts of every layer were loaded, who sent how much to whom, how far tokens spread."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
-from expertlane.report.charts.encoding import Spec, nominal, quantity, tooltip
-from expertlane.report.document import Chart, Column, Heading, Table, number
+from expertlane.report.charts.colours import SERIES
+from expertlane.report.charts.encoding import Spec, colour, nominal, quantity, tooltip
+from expertlane.report.document import Chart, Column, Heading, Legend, Table, number
 from expertlane.report.matrix import between_nodes
-from expertlane.report.numbers import bytes_si, counted, percent, times, whole
+from expertlane.report.numbers import bytes_si, counted, figures, percent, times, whole
+from expertlane.results.traffic import FanOut
 
 _CELL_PX, _LEAST_CELL_PX = 18, 3
 _LEAST_PX, _ROW_PX, _MOST_PX = 120, 24, 420
+_FAN_OUT_PX = 200
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
 _MOST_RANKS = 32
 _EVEN_IS_HALF = 2.0  # least end of the scale, so that an even load looks like one
@@ -52,12 +56,12 @@ def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart | None:
             "encoding": {
                 "x": _thinned("expert", len(layers[0][1])),
                 "y": _thinned("layer", len(layers)),
-                "color": {
-                    "field": "load",
-                    "type": "quantitative",
-                    "title": "times the mean",
-                    "scale": {"scheme": _SCALE, "domain": [0, max(_EVEN_IS_HALF, hottest["load"])]},
-                },
+                "color": quantity(
+                    "load",
+                    "times the mean",
+                    scheme=_SCALE,
+                    domain=[0, max(_EVEN_IS_HALF, hottest["load"])],
+                ),
                 "tooltip": tooltip(layer="layer", expert="expert", pairs="pairs", shown="load"),
             },
         },
@@ -148,10 +152,9 @@ def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[f
     squares: Spec = {
         "mark": {"type": "rect", "stroke": "--card", "strokeWidth": 0.5},
         "encoding": {
-            "x": quantity("left", f"to {what}", domain=domain, nice=False) | {"axis": axis},
+            "x": quantity("left", f"to {what}", axis, domain=domain, nice=False),
             "x2": {"field": "right"},
-            "y": quantity("top", f"from {what}", domain=domain, nice=False, reverse=True)
-            | {"axis": axis},
+            "y": quantity("top", f"from {what}", axis, domain=domain, nice=False, reverse=True),
             "y2": {"field": "bottom"},
             "color": colouring | {"legend": {"format": "~s"}},
             "tooltip": tooltip(source=f"from {what}", destination=f"to {what}", shown="payload"),
@@ -168,3 +171,59 @@ def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[f
     ]
     height = min(_MOST_PX, max(_LEAST_PX, _ROW_PX * size))
     return {"data": {"values": values}, "height": height, "layer": [squares, *rules]}
+
+
+def fan_out_chart(title: str, fan_outs: Mapping[str, FanOut]) -> Chart | None:
+    """A histogram a deployment, side by side; None where nothing was counted."""
+    counts = {
+        name: tokens
+        for name, each in fan_outs.items()
+        if any(tokens := each.tokens_by_ranks_reached)
+    }
+    if not counts:
+        return None
+    means = {name: figures(fan_outs[name].ranks_per_token) for name in counts}
+    most = max(place for tokens in counts.values() for place, num in enumerate(tokens) if num)
+    reached = range(1, most + 1)
+    by_place = {
+        name: [tokens[place] / sum(tokens) if place < len(tokens) else 0.0 for place in reached]
+        for name, tokens in counts.items()
+    }
+    legend = list(map(Legend, counts, cycle(SERIES)))
+    return Chart(
+        title,
+        "Shares of tokens by how many ranks they reach. In the mean: "
+        + "; ".join(f"{name} {mean}" for name, mean in means.items())
+        + ".",
+        _fan_out_spec(by_place, reached, legend),
+        Table(
+            title,
+            (Heading("deployment", False), *map(Heading, ["mean", *map(str, reached)])),
+            tuple((name, means[name], *map(percent, each)) for name, each in by_place.items()),
+        ),
+        legend=legend,
+        note="A token counts once a layer; its own rank counts if it has one of its experts.",
+    )
+
+
+def _fan_out_spec(
+    by_place: Mapping[str, Sequence[float]], reached: range, legend: Sequence[Legend]
+) -> Spec:
+    values = [
+        {"deployment": name, "ranks": place, "share": share, "shown": percent(share)}
+        for name, each in by_place.items()
+        for place, share in zip(reached, each, strict=True)
+    ]
+    ranks = nominal("ranks", "ranks reached by a token") | {"axis": {"labelAngle": 0}}
+    return {
+        "data": {"values": values},
+        "height": _FAN_OUT_PX,
+        "mark": {"type": "bar"},
+        "encoding": {
+            "x": ranks,
+            "xOffset": nominal("deployment"),
+            "y": quantity("share", "share of tokens", {"format": "%"}),
+            "color": colour("deployment", legend),
+            "tooltip": tooltip(deployment="deployment", ranks="ranks", shown="tokens"),
+        },
+    }

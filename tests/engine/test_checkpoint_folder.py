@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from expertlane.engine.hub import resolve_model
+from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import UserError
 
 NOWHERE = "http://127.0.0.1:9"
@@ -90,8 +90,8 @@ def put(home: Path, *names: str) -> Path:
 PROGRAM = """
 import sys
 import expertlane.engine.chat_template
-import expertlane.engine.detokenizer
-from expertlane.engine.hub import resolve_model
+import expertlane.engine.tokenizer
+from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import UserError
 
 assert "huggingface_hub" not in sys.modules

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from expertlane.engine import meeting
-from expertlane.engine.meeting import RankAcceptor, handshake, hash_of, listen, new_secret
+from expertlane.engine import rendezvous
+from expertlane.engine.rendezvous import RankAcceptor, handshake, hash_of, listen, new_secret
 from expertlane.errors import RankError, UserError
 
 NUM_RANKS = 3
@@ -101,7 +101,7 @@ def test_silent_strangers_do_not_make_ranks_wait(launcher):
 
 
 def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
-    monkeypatch.setattr(meeting, "_HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(rendezvous, "_HANDSHAKE_TIMEOUT_S", 0.2)
     stranger = launcher.connect()
     assert is_refused(stranger)
     launcher.connect_ranks(0, 1, 2)
@@ -162,7 +162,7 @@ def test_a_rank_that_is_connected_already_is_not_replaced(launcher):
 
 
 def test_a_crowd_of_strangers_pushes_out_no_rank_that_is_connected(launcher, monkeypatch):
-    monkeypatch.setattr(meeting, "_MAX_PENDING", 4)
+    monkeypatch.setattr(rendezvous, "_MAX_PENDING", 4)
     launcher.connect_ranks(0)
     strangers = [launcher.connect() for _ in range(10)]
     launcher.connect_ranks(1, 2)
@@ -173,7 +173,7 @@ def test_a_crowd_of_strangers_pushes_out_no_rank_that_is_connected(launcher, mon
 
 
 def test_ranks_that_do_not_connect(monkeypatch):
-    monkeypatch.setattr(meeting, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT_S", 0.3)
     line = r"^ranks \[0, 1, 2\] did not connect within 0.3 s$"
     with (
         listen("127.0.0.1", 3, several_nodes=False) as listener,
@@ -208,8 +208,8 @@ def test_a_master_address_that_means_this_host_alone(monkeypatch, addresses, cho
         bound.append(place[0])
         return socket.socket()
 
-    monkeypatch.setattr(meeting.psutil, "net_if_addrs", lambda: interfaces)
-    monkeypatch.setattr(meeting.socket, "create_server", create_server)
+    monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: interfaces)
+    monkeypatch.setattr(rendezvous.socket, "create_server", create_server)
     if chosen is None:
         with pytest.raises(UserError, match="MASTER_ADDR means this host alone"):
             listen("127.0.1.1", 2, several_nodes=True)

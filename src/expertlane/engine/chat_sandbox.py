@@ -2,18 +2,17 @@
 
 A template is an untrusted program. Jinja's sandbox keeps it from files and from Python's internals;
 only limits of a process hold inside a single operation, such as `10 ** 10 ** 9`. Requests and
-answers are JSON, a line each, on standard input and output.
+answers are JSON, over the connection that is its standard input.
 """
 
 import json
 import os
 import resource
-import select
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -23,12 +22,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _PARENT_CHECK_S = 2.0  # how often an idle process checks that its parent lives
 _MAX_ERROR_CHARACTERS = 500
-_PIECE_BYTES = 2**20
 
 
-def serve() -> None:
+def main() -> None:
     """Answer until the connection is closed: first a template with its limits, then its chats."""
-    requests = _requests(os.getppid())
+    connection = Connection(0)
+    requests = _requests(connection, os.getppid())
     given = json.loads(next(requests))
     _limit(resource.RLIMIT_AS, given["memory_bytes"])
     _limit(resource.RLIMIT_CORE, 0)
@@ -39,8 +38,8 @@ def serve() -> None:
         template = _environment().from_string(given["source"])
         return ""
 
-    def render(line: bytes) -> str:
-        chat = json.loads(line)
+    def render(request: bytes) -> str:
+        chat = json.loads(request)
         text: str = template.render(**given["special_tokens"] | chat["variables"])
         if len(text) > chat["max_characters"]:
             raise TemplateError(
@@ -49,28 +48,24 @@ def serve() -> None:
             )
         return text
 
-    _answer(compile, given["cpu_s"])
-    for line in requests:
-        _answer(partial(render, line), given["cpu_s"])
+    _answer(connection, compile, given["cpu_s"])
+    for request in requests:
+        _answer(connection, partial(render, request), given["cpu_s"])
 
 
-def _requests(parent: int) -> Iterator[bytes]:
-    """Lines as they arrive, until `parent` has ended, even if other processes hold its socket."""
-    line = bytearray()
+def _requests(connection: Connection, parent: int) -> Iterator[bytes]:
+    """Each as it arrives, until `parent` has ended, even if other processes hold its socket."""
     while True:
-        while not select.select([sys.stdin], [], [], _PARENT_CHECK_S)[0]:
+        while not connection.poll(_PARENT_CHECK_S):
             if os.getppid() != parent:
                 return
-        piece = os.read(sys.stdin.fileno(), _PIECE_BYTES)
-        if not piece:
+        try:
+            yield connection.recv_bytes()
+        except EOFError:
             return
-        line += piece
-        if line.endswith(b"\n"):
-            yield bytes(line)
-            line.clear()
 
 
-def _answer(make: Callable[[], str], cpu_s: float) -> None:
+def _answer(connection: Connection, make: Callable[[], str], cpu_s: float) -> None:
     """Send the text, or why there is none; beyond `cpu_s`, SIGPROF ends this process."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
@@ -85,8 +80,7 @@ def _answer(make: Callable[[], str], cpu_s: float) -> None:
         answer = {"error": f"{type(error).__name__}: {error}"}
     if "error" in answer:
         answer["error"] = answer["error"][:_MAX_ERROR_CHARACTERS]
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+    connection.send_bytes(json.dumps(answer).encode())
     signal.setitimer(signal.ITIMER_PROF, 0)
 
 

@@ -1,0 +1,69 @@
+"""What of an experiment is refused before ranks are started."""
+
+import re
+
+import pytest
+
+from expertlane.compare.machine import check_experiment, memory_shortage
+from expertlane.errors import UserError
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
+
+
+def experiment(layout, options, *, hidden_size=PRESETS["paper-tiny"].hidden_size):
+    return Experiment(
+        "mine",
+        PRESETS["paper-tiny"].with_overrides(hidden_size=hidden_size),
+        Workload(num_sequences=4, prompt_len=8, output_len=3),
+        (Deployment("plain", Layout()), Deployment("mine", Layout.parse(layout), options)),
+        (Deployment("scaling", Layout(dp=2, ep=2)),),
+        Cluster(ranks_per_node=3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"layout": "tp=2", "options": Options(rebalance_steps=4)},
+            "rebalance_steps is 4, but layout tp=2 has ep=1",
+        ),
+        (
+            {"layout": "dp=2,ep=2", "options": Options(payload="float8"), "hidden_size": 30},
+            "payload float8 needs a hidden_size that is a multiple of 4; it is 30",
+        ),
+        (
+            {"layout": "dp=4,ep=4", "options": Options(dispatch="hierarchical")},
+            "layout dp=4,ep=4: hierarchical dispatch needs equally many",
+        ),
+        (
+            {"layout": "dp=2,ep=2", "options": Options(placement_file="no/file")},
+            "cannot read no/file: No such file",
+        ),
+    ],
+)
+def test_an_experiment_names_the_deployment_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=f"^deployment 'mine': {re.escape(message)}") as caught:
+        check_experiment(experiment(**settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_experiment_that_can_be():
+    check_experiment(experiment("dp=2,ep=2", Options(rebalance_steps=4, payload="float8")))
+
+
+def test_memory_is_known_before_ranks_are_started(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("expertlane.compare.machine._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
+    paper = read_experiment(shipped_experiments()["paper"])
+    line = memory_shortage(paper, None)
+    assert line is not None
+    assert line.startswith("deployment 'TP 8 × PP 2': paper as pp=2,tp=8 needs 15.2 GB on a rank")
+    assert "of memory are free for it" in line
+    assert memory_shortage(experiment("dp=2", Options()), None) is None
+    monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun's ranks may be elsewhere
+    assert memory_shortage(paper, None) is None
