@@ -3,12 +3,14 @@
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 
-from expertlane.comm.shared_memory import CompiledEndpoint, Region, SharedTransport
+from expertlane.comm.region import Region
+from expertlane.comm.shared_memory import CompiledEndpoint, SharedTransport
 from expertlane.comm.transport import PeerLostError
 from expertlane.comm.uncompiled import UncompiledEndpoint
 from expertlane.ops.build import BASELINE, BuildError, build
@@ -60,8 +62,12 @@ def on_all(transports, groups, function):
 
 
 def values(num_rows, width, *seeds):
-    return torch.arange(num_rows * width).reshape(num_rows, width).mul(7).add(sum(seeds)).to(
-        torch.int16
+    return (
+        torch.arange(num_rows * width)
+        .reshape(num_rows, width)
+        .mul(7)
+        .add(sum(seeds))
+        .to(torch.int16)
     )
 
 
@@ -135,8 +141,7 @@ def test_many_exchanges_in_flight_in_two_groups(transports, num_ranks, heap_byte
             else:
                 work = links[group].all_to_all(rows, send, received, receive)
                 wanted = [
-                    values(n, 3, p, 10 * rank, number)
-                    for p, n in zip(group, receive, strict=True)
+                    values(n, 3, p, 10 * rank, number) for p, n in zip(group, receive, strict=True)
                 ]
             flights.append((work, received, torch.cat(wanted).to(dtype), rows))
             if len(flights) == 3:
@@ -168,12 +173,14 @@ def test_another_size_than_expected_is_named(transports):
 
 def test_a_wait_ends_and_names_who_is_missing(transports):
     everyone = (0, 1, 2)
+    both_have_begun = Barrier(2)
 
     def run(rank, links):
         if rank == 1:
             return None
         received = torch.empty(3, 1)
         work = links[everyone].all_gather(torch.zeros(1, 1), received, [1, 1, 1])
+        both_have_begun.wait()
         with pytest.raises(PeerLostError, match=r"waited 0.2 s for rank 1$"):
             work.wait()
         return True

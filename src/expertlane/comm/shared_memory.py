@@ -10,36 +10,16 @@ import mmap
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from expertlane.comm.region import Region
 from expertlane.comm.transport import PeerLostError
 from expertlane.errors import CapacityError
 
-_LINE_BYTES = 64
 _SLICE_S = 0.5  # of a wait: in between, Python handles signals
 _NONE = -1  # no message, not even an empty one
-
-
-@dataclass(frozen=True)
-class Region:
-    """The memory that the ranks of a node share; what they do not touch takes none.
-
-    Attributes:
-        groups_bytes: for what groups keep, of all ranks.
-        heap_bytes: for the messages of each rank.
-    """
-
-    num_ranks: int
-    groups_bytes: int = 64 << 20
-    heap_bytes: int = 64 << 20
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all; zeros at first."""
-        return self.num_ranks * (_LINE_BYTES + self.heap_bytes) + self.groups_bytes
 
 
 class Endpoint(Protocol):

@@ -5,6 +5,7 @@ to the others' eventfds, and one that waits polls its own. Python has no memory 
 system call is one: there is one between a payload and its counter, on both sides.
 """
 
+import contextlib
 import mmap
 import os
 import select
@@ -176,10 +177,8 @@ class UncompiledEndpoint:
 
     def _order(self) -> None:
         """A system call that orders memory; what others have published so far is looked at next."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # nothing new
             os.eventfd_read(self._wake_fds[self._rank])
-        except BlockingIOError:  # nothing new
-            pass
 
     def _wake(self, group: _Group, places: Sequence[int]) -> None:
         for place in places:

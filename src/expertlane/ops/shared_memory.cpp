@@ -87,8 +87,8 @@ struct Endpoint {
     std::deque<std::unique_ptr<Exchange>> exchanges;
     std::vector<Lent> lent;
 
+    // What is read already is used again first: pages that nobody has touched yet cost more.
     int64_t take(int64_t bytes) {
-        if (int64_t offset = heap.take(bytes); offset >= 0) return offset;
         auto is_back = [this](const Lent& each) {
             if (!each.group->all_consumed(each.end_piece)) return false;
             heap.give_back(each.block);
