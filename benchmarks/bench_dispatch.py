@@ -37,7 +37,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine.worker import RankContext
 from expertlane.model.layers import make_dispatcher
-from expertlane.moe.dispatch import Dispatcher, ReplicaChoice
+from expertlane.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
 from expertlane.moe.payload import Payload
 from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
@@ -54,15 +54,6 @@ class Point(NamedTuple):
     num_ranks: int
     num_tokens: int
     top_k: int
-
-
-class Inputs(NamedTuple):
-    """x [T, H], topk_ids [T, K], topk_weights [T, K], tokens_of_stage_rank [num_ranks]."""
-
-    x: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    tokens_of_stage_rank: list[int]
 
 
 class AllToAll(NamedTuple):
@@ -108,7 +99,7 @@ def measure(
     """Runs on every rank."""
     num_ranks, num_tokens = command.num_ranks, command.num_tokens
     random = torch.Generator().manual_seed(context.rank)
-    inputs = Inputs(
+    inputs = RoutedTokens(
         torch.randn(num_tokens, HIDDEN_SIZE, generator=random).bfloat16(),
         torch.rand(num_tokens, NUM_EXPERTS, generator=random).topk(command.top_k).indices,
         torch.rand(num_tokens, command.top_k, generator=random),
@@ -119,12 +110,12 @@ def measure(
     recorder = Recorder(context.rank, 1, 1, context.progress, HostClock(), num_ranks)
     mesh = ParallelMesh(layout, context.meshes, context.rank, per_node, recorder)
     placement = Placement.linear(NUM_EXPERTS, num_ranks)
-    choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
+    choice = CopyChooser(mesh, placement, torch.device("cpu"))
     seconds, expected = {}, naive(inputs, NUM_EXPERTS // num_ranks)
     for form in FORMS:
         dispatcher = make_dispatcher(form, mesh, placement, choice, Payload("model", recorder))
         with capturing() as transfers:
-            arrived, pairs, sent = interleave([dispatcher.dispatch(*inputs)])[0]
+            arrived, pairs, sent = interleave([dispatcher.dispatch(inputs)])[0]
             rows = arrived.index_select(0, pairs.rows)
             results = torch.empty_like(rows).index_copy_(0, pairs.order, rows)
             combined = interleave([dispatcher.combine(sent, results)])[0]
@@ -139,8 +130,8 @@ def measure(
     return seconds
 
 
-def round_trip(dispatcher: Dispatcher, inputs: Inputs, results: Tensor) -> Tensor:
-    *_, sent = interleave([dispatcher.dispatch(*inputs)])[0]
+def round_trip(dispatcher: Dispatcher, inputs: RoutedTokens, results: Tensor) -> Tensor:
+    *_, sent = interleave([dispatcher.dispatch(inputs)])[0]
     return interleave([dispatcher.combine(sent, results)])[0]
 
 
@@ -183,7 +174,7 @@ def take_turns(
     return seconds
 
 
-def naive(inputs: Inputs, experts_a_rank: int) -> Tensor:
+def naive(inputs: RoutedTokens, experts_a_rank: int) -> Tensor:
     """A flat all-to-all as first written: nothing packed, counts of rows and of pairs apart."""
     x, topk_ids, weights, _ = inputs
     size, (num_tokens, top_k) = dist.get_world_size(), topk_ids.shape

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.moe.experts import Experts
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.cpu import Bfloat16Backend
 from expertlane.ops.host import num_cores
@@ -84,7 +83,7 @@ def experts(ops: Bfloat16Backend) -> Iterator[Row]:
     layers = range(NUM_LAYERS)
     plain = [[[random(SIZE, SIZE) for _ in range(NUM_EXPERTS)] for _ in range(3)] for _ in layers]
     ours = [
-        Experts(
+        ops.experts(
             [
                 Expert(gate=ops.linear(gate), up=ops.linear(up), down=ops.linear(down))
                 for gate, up, down in zip(*layer, strict=True)
@@ -115,7 +114,7 @@ def experts(ops: Bfloat16Backend) -> Iterator[Row]:
         found = seconds(
             {
                 "loop of oneDNN": loop,
-                "ours": lambda i, x=x, pairs=pairs: ours[i].apply(x, pairs),
+                "ours": lambda i, x=x, pairs=pairs: ours[i](x, pairs),
             },
             NUM_LAYERS,
         )

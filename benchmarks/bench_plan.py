@@ -73,7 +73,7 @@ def main() -> None:
     whole_s = seconds(lambda: search.one_pool())
     pools_s = seconds(lambda: TwoPoolSearch(request).run())
     help_s = started_s("-m", "expertlane", "plan", "--help")
-    start_s = started_s("-c", "import expertlane.cli.plan, expertlane.plan.explanation")
+    start_s = started_s("-c", "import expertlane.cli.plan, expertlane.plan.results")
     rows = {
         f"{num_candidates:,} candidates screened": screen_s,
         "the same for 2,000": screen_s * 2000 / num_candidates,

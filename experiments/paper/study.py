@@ -166,7 +166,7 @@ def goals(results: Results, comparison: Comparison) -> Section:
         ),
         number(f"TPS per {unit}", lambda row: row.tps_per_rank, figures),
     )
-    where = results.cluster.name if source == "projected" and results.cluster else "this machine"
+    where = results.projected_for.name if source == "projected" else "this machine"
     return Section(
         f"The four design goals, {source} ({where}{_at(comparison)})",
         (

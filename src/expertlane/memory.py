@@ -269,18 +269,15 @@ def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> L
     )
 
 
-def prefill_step_tokens(
-    layout: Layout, num_sequences: int, prompt_len: int, step_tokens: int | None = None
-) -> int:
+def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | None = None) -> int:
     """Of a data-parallel rank's prefill step, at most: all its prompts, or as many as allowed.
 
     Args:
-        num_sequences: over the whole system.
         step_tokens: allowed over the whole system; 8,192 on each data-parallel rank if None.
     """
     num_caches = layout.replicas * layout.dp
     allowed = _RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
-    return min(allowed, prompt_len * ceil(num_sequences / num_caches))
+    return min(allowed, workload.prompt_len * ceil(workload.num_sequences / num_caches))
 
 
 def size_text(num_bytes: float) -> str:

@@ -1,6 +1,9 @@
 """How a long command says how far it is, without knowing where that is shown."""
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -30,3 +33,12 @@ class Silent:
 
     def done(self) -> None:
         """Say nothing."""
+
+
+def each_of(items: Sequence[T], progress: Progress, description: str) -> Iterator[T]:
+    """The items, one task; a part of it is finished when the next one is asked for."""
+    progress.task(description, len(items))
+    for item in items:
+        yield item
+        progress.advance()
+    progress.done()

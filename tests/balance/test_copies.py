@@ -14,7 +14,7 @@ from expertlane.balance.placement import Placement
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.cost.step.counts import count_dispatch
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.moe.dispatch import ReplicaChoice
+from expertlane.moe.dispatch import CopyChooser
 from expertlane.ops.backend import backend_for
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.spec.layout import Layout
@@ -60,7 +60,7 @@ def chosen_by_ranks(ops, layout, ranks_per_node, placement, owned, topk_ids):
     for rank, ids in enumerate(np.split(topk_ids, np.cumsum(owned)[:-1])):
         recorder = SimpleNamespace(is_recording=False)
         mesh = ParallelMesh(layout, NoGroups(), rank, ranks_per_node, recorder)
-        choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
+        choice = CopyChooser(mesh, placement, torch.device("cpu"))
         choice.ops = ops
         physical = choice.physical_ids(torch.from_numpy(np.ascontiguousarray(ids)))
         chosen.append(physical.numpy() // choice.num_slots)

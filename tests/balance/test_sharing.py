@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from expertlane.balance.packing import EMPTY, Packing
 from expertlane.balance.placement import Placement
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.dispatch import ReplicaChoice
+from expertlane.moe.dispatch import CopyChooser
 from expertlane.spec.layout import Layout
 
 SILENT = SimpleNamespace(is_recording=False)
@@ -26,7 +26,7 @@ def chosen_loads(layout, ranks_per_node, placement, num_pairs):
     ids = np.repeat(np.arange(placement.num_experts), num_pairs)
     for rank in range(layout.world_size):
         mesh = ParallelMesh(layout, NO_GROUPS, rank, ranks_per_node, SILENT)
-        choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
+        choice = CopyChooser(mesh, placement, torch.device("cpu"))
         batch = torch.from_numpy(rng.permutation(ids))[:, None]
         ranks = choice.physical_ids(batch).flatten() // choice.num_slots
         loads += np.bincount(ranks, minlength=layout.ep)

@@ -1,11 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter, read_trace, write_trace
+from expertlane.balance.trace import RoutingTrace, read_trace, write_trace
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.model import PRESETS
 
 IDS = np.array([[[0, 1], [2, 1], [3, 0]], [[1, 3], [3, 1], [0, 1]]], dtype=np.int16)
 STEP = np.array([0, 0, 5])
+MODEL = replace(PRESETS["paper-tiny"], name="m", num_experts=4)
 TRACE = RoutingTrace("m", 4, (0, 2), IDS, STEP)
 
 
@@ -33,34 +37,27 @@ def test_counts_by_hand():
 
 
 def test_gathered_step_by_step(tmp_path):
-    writer = RoutingTraceWriter("m", 4, 2, [0, 2])
-    writer.add(5, 2, IDS[1, 2:])
-    writer.add(5, 0, IDS[0, 2:])
-    writer.add(0, 0, IDS[0, :1].astype(np.int64))  # a step's layer may come in parts
-    writer.add(0, 0, IDS[0, 1:2])
-    writer.add(0, 2, IDS[1, :2])
-    write_trace(writer.trace(), tmp_path / "trace.npz")
+    parts = [{0: IDS[0, :1].astype(np.int64), 2: IDS[1, :2]}, {0: IDS[0, 1:2]}]
+    steps = [(5, [{2: IDS[1, 2:], 0: IDS[0, 2:]}]), (0, parts)]
+    write_trace(RoutingTrace.of_steps(MODEL, [0, 2], steps), tmp_path / "trace.npz")
     check_same(read_trace(tmp_path / "trace.npz"), TRACE)
+    twice = [steps[0], (0, parts), (5, [])]  # a step of two replicas, one without tokens
+    check_same(RoutingTrace.of_steps(MODEL, [0, 2], twice), TRACE)
 
 
 @pytest.mark.parametrize("steps", [[], [0, 1]])
 def test_no_tokens(tmp_path, steps):
-    writer = RoutingTraceWriter("m", 4, 2, [0, 2])
-    for step in steps:
-        for layer in (0, 2):
-            writer.add(step, layer, np.zeros((0, 2), dtype=np.int64))
-    write_trace(writer.trace(), tmp_path / "trace.npz")
+    nothing = {layer: np.zeros((0, 2), dtype=np.int64) for layer in (0, 2)}
+    trace = RoutingTrace.of_steps(MODEL, [0, 2], [(step, [nothing]) for step in steps])
+    write_trace(trace, tmp_path / "trace.npz")
     trace = read_trace(tmp_path / "trace.npz")
     assert trace.topk_ids.shape == (2, 0, 2)
     np.testing.assert_array_equal(trace.load(), np.zeros((2, 4)))
 
 
 def test_the_layers_of_a_step_must_agree():
-    writer = RoutingTraceWriter("m", 4, 2, [0, 2])
-    writer.add(3, 0, IDS[0])
-    writer.add(3, 2, IDS[1, :1])
     with pytest.raises(ValueError, match="same shape"):
-        writer.trace()
+        RoutingTrace.of_steps(MODEL, [0, 2], [(3, [{0: IDS[0], 2: IDS[1, :1]}])])
 
 
 @pytest.mark.parametrize(

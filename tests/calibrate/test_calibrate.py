@@ -10,7 +10,7 @@ from cost.projected import at_bound
 from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import quiet
 from expertlane.calibrate import run as calibrate
-from expertlane.calibrate.points import CPU_GRID, GPU_GRID, flops_of
+from expertlane.calibrate.points import CPU_GRID, GPU_GRID
 from expertlane.calibrate.timed_phases import limits_for, phase_times, run_batch
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import Execution, Terms
@@ -21,7 +21,15 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.step.operation import SIZES, HandOver, Kind, RankGroups, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    SIZES,
+    HandOver,
+    Kind,
+    RankGroups,
+    Transfer,
+    TransferKind,
+    flops_of,
+)
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
@@ -144,7 +152,7 @@ def test_grids_are_of_sizes_that_fit():
             points = grid.points(dtype)
             assert {point.kind for point in points} == set(Kind)
             assert len(set(points)) == len(points)
-            assert max(map(flops_of, points)) <= grid.most_flops
+            assert max(flops_of(each.kind, each.by_name) for each in points) <= grid.most_flops
     counts = {point.num_ranks for point in CPU_GRID.transfers(6)}
     assert counts == {2, 4, 6}
     assert CPU_GRID.transfers(1) == []

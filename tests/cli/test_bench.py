@@ -146,11 +146,11 @@ MISTAKES = {
     ),
     "copies": (
         ["paper-tiny", "--layout", "dp=2,ep=2", "--layout", "tp=1", "--redundant", "3"],
-        "19 physical experts on 1 ranks: a rank holds each of the 16 experts at most once, so at",
+        "19 physical experts on 1 rank: a rank holds each of the 16 experts at most once, so at",
     ),
     "fewer copies": (
         ["paper-tiny", "--redundant", "-1"],
-        "num_redundant_experts is -1; it must be a whole number, 0 to 4,096",
+        "--redundant is -1; it must be a whole number, 0 to 4,096",
     ),
     "nodes": (
         [
@@ -165,7 +165,7 @@ MISTAKES = {
         "layout dp=4,ep=4: hierarchical dispatch needs equally many of the ep=4 ranks on each node",
     ),
     "no nodes": (["paper-tiny", "--ranks-per-node", "-1"], "--ranks-per-node is -1; it must"),
-    "micro-batches": (["paper-tiny", "--num-micro-batches", "0"], "num_micro_batches is 0; it"),
+    "micro-batches": (["paper-tiny", "--num-micro-batches", "0"], "--num-micro-batches is 0; it"),
     "seed": (["paper-tiny", "--seed", "-1"], "--seed is -1; it must be a whole number, 0"),
     "timeout": (["paper-tiny", "--timeout-s", "0"], "--timeout-s is 0.0; it must be a"),
 }

@@ -15,10 +15,9 @@ from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import model, output
 from expertlane.cli.generate import sampling_params
-from expertlane.engine.engine import RequestOutput
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
-from expertlane.schedule.request import not_finite
+from expertlane.schedule.request import RequestOutput, not_finite
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from model.families import save_checkpoint
@@ -219,9 +218,15 @@ MISTAKES = {
     "unknown model": (["no/such/model/here", *IDS], "model 'no/such/model/here': there is no such"),
     "no layout": (["paper-tiny", *IDS, "--layout", "tp2"], "layout 'tp2': unknown axis 'tp2'"),
     "layout": (["paper-tiny", *IDS, "--layout", "tp=3"], "layout tp=3: tp=3 does not divide"),
-    "NaN": (["paper-tiny", *IDS, "--temperature", "nan"], "sampling: temperature is nan; it must"),
-    "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "sampling: top_p is 0.0; it must be a number"),
-    "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "sampling: max_tokens is -1; it"),
+    "NaN": (["paper-tiny", *IDS, "--temperature", "nan"], "--temperature is nan; it must"),
+    "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "--top-p is 0.0; it must be a number"),
+    "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "--max-tokens is -1; it"),
+    "redundant": (["paper-tiny", *IDS, "--redundant", "-1"], "--redundant is -1; it must be a"),
+    "rebalance": (["paper-tiny", *IDS, "--rebalance", "-1"], "--rebalance is -1; it must be a"),
+    "dtype": (
+        ["paper-tiny", *IDS, "--dtype", "float7"],
+        "Invalid value for '--dtype': 'float7' is not one of 'float32', 'bfloat16', 'float16'.",
+    ),
     "empty stop": (["paper-tiny", *IDS, "--stop", ""], "sampling: stop holds ''; it must be"),
     "stop": (["paper-tiny", *IDS, "--stop", "a"], "prompt 1: stop strings need a tokenizer"),
     "timeout": (["paper-tiny", *IDS, "--timeout-s", "nan"], "--timeout-s is nan; it must be a"),

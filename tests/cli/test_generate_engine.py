@@ -1,11 +1,15 @@
 """`generate`: options of the engine, and `--record-routing`."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
-from cli.stub_llm import StubLLM
+from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import model
 from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 
 ONE_TOKEN = ["generate", "paper-tiny", "--token-ids", "1"]
@@ -132,3 +136,21 @@ def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp
             "",
             f"expertlane: error: {line}\n",
         )
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        ("expertlane", ""),
+        ("torch", ""),
+        ("torch (no compiler)", "computing with torch (no compiler)\n"),
+    ],
+)
+def test_falling_back_to_torch_is_said(monkeypatch, capsys, kernels, said):
+    llm = StubLLM(PRESETS["paper-tiny"])
+    llm.machine = (replace(MACHINE, kernels=kernels),)
+    monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
+    found = model.find_model("paper-tiny")
+    engine = SimpleNamespace(for_llm=dict)
+    assert found.load(Layout(), engine) is llm
+    assert capsys.readouterr().err.partition(" s\n")[2] == said

@@ -53,7 +53,7 @@ MISTAKES = {
     "nested": ("[" * 100_000, "FILE: nested too deeply; valid: 100 levels at most"),
     "changed": (
         to_json(example_pages.serving()).replace('"batch": 8', '"batch": "eight"'),
-        "FILE: deployments.0.serving.1.batch Input should be a valid integer",
+        'FILE: deployments.0.serving.1.batch is "eight"; it must be a whole number',
     ),
 }
 

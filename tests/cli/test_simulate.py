@@ -210,6 +210,13 @@ def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mistake_of_the_prefill_pool_is_told_as_its_own(run):
+    pools = ("--layout", "dp=8,ep=8", "--prefill-layout", "tp=8", "--cluster", "h100x16")
+    code, _, err = run("simulate", "paper", *pools, "--redundant", "3")
+    assert code == 2
+    assert "error: --prefill-layout: 19 physical experts on 1 rank: a rank holds each" in err
+
+
 def test_a_folder_without_a_configuration(run, tmp_path):
     code, _, err = run("simulate", str(tmp_path), *EP16)
     assert code == 2

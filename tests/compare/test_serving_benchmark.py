@@ -13,11 +13,10 @@ from expertlane.compare.serving_benchmark import (
     run_loads,
     serve,
 )
-from expertlane.engine.engine import Chunk, RequestOutput
 from expertlane.errors import UserError
 from expertlane.progress import Silent
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.schedule.request import FinishReason
+from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import check_lengths
 

@@ -60,6 +60,16 @@ def make_runner(layout="tp=1", options=None, execution=Execution.GRAPH, **flags)
     )
 
 
+def at_bound(runner, steps, bound):
+    """The same steps, without records, by one bound of the runner's clock."""
+    found = []
+    for plan, outcome in steps:
+        submitted_s, finished_s = (float(each[bound]) for each in runner.bounds[plan.step])
+        outcome = replace(outcome, records=(), submitted_s=submitted_s, finished_s=finished_s)
+        found.append(FinishedStep(plan, outcome))
+    return found
+
+
 def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, **sizes):
     """With requests of 5 tokens and 3 more to generate."""
     limits = Limits(
@@ -71,19 +81,3 @@ def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, *
     for number in range(num_requests):
         scheduler.add(Request(str(number), [1 + number] * 5, max_tokens=3))
     return scheduler
-
-
-def at_bound(runner, steps, bound):
-    """The same steps, without records, by one bound of the clock."""
-    return [
-        FinishedStep(
-            plan,
-            replace(
-                outcome,
-                records=(),
-                submitted_s=float(runner.bounds[plan.step][0][bound]),
-                finished_s=float(runner.bounds[plan.step][1][bound]),
-            ),
-        )
-        for plan, outcome in steps
-    ]

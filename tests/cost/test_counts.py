@@ -21,7 +21,7 @@ from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
-from expertlane.cost.step.program import PartProgram, ProgramBuilder, StepProgram
+from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
@@ -155,7 +155,7 @@ def without_counts(program):
         return replace(section, steps=kept[id(section.steps)])
 
     def stage_of(stage):
-        parts = (PartProgram(tuple(map(section_of, part.sections))) for part in stage.parts)
+        parts = (tuple(map(section_of, part)) for part in stage.parts)
         return replace(stage, parts=tuple(parts))
 
     return StepProgram(tuple(tuple(map(stage_of, of_stage)) for of_stage in program.stages))

@@ -63,7 +63,10 @@ def test_a_program_has_a_pass_for_each_draft():
         assert plan is not None
         routing = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
         program = builder.build(plan, routing)
-        steps = [list(of_stage[0].parts[0].steps()) for of_stage in program.stages]
+        steps = [
+            [step for section in of_stage[0].sections() for step in section.steps]
+            for of_stage in program.stages
+        ]
         return [
             sum(step.stage is stage for step in of_stage)
             for of_stage in steps

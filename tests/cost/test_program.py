@@ -103,7 +103,7 @@ def names(section):
 
 def test_order_of_a_layer():
     program = program_of()
-    embed, first, second, head = program.stages[0][0].parts[0].sections
+    embed, first, second, head = program.stages[0][0].parts[0]
     assert (embed.layer, first.layer, second.layer, head.layer) == (OUTSIDE, 0, 1, OUTSIDE)
     assert names(first) == [
         ("attention", "memory"),
@@ -133,9 +133,7 @@ def test_order_of_a_layer():
 def test_tensor_parallel_layers_gather_and_scatter():
     (program,) = program_of(layout="tp=2,ep=2").stages[0]
     transfers = [
-        (step.stage, step.kind)
-        for step in program.parts[0].sections[1].steps
-        if isinstance(step, Transfer)
+        (step.stage, step.kind) for step in program.parts[0][1].steps if isinstance(step, Transfer)
     ]
     assert transfers[0] == (Stage.COLLECTIVES, TransferKind.ALL_GATHER)
     assert transfers[1] == (Stage.COLLECTIVES, TransferKind.REDUCE_SCATTER)
@@ -151,7 +149,7 @@ def test_sizes_are_those_of_the_kind(family, form):
     made = builder(model, str(layout), ranks_per_node=2)
     program = made.build(replace(plan, replica=0), routing)
     for stage in program.stages[0]:
-        for step in (step for part in stage.parts for step in part.steps()):
+        for step in (step for section in stage.sections() for step in section.steps):
             if isinstance(step, Operation):
                 assert set(step.sizes) == set(SIZES[step.kind])
                 for count_of in (step.flops, step.weight_bytes, step.kv_bytes):
@@ -165,7 +163,7 @@ def test_sizes_are_those_of_the_kind(family, form):
 
 
 def test_flops_follow_from_sizes():
-    for section in program_of(layout="dp=2,tp=2,ep=2").stages[0][0].parts[0].sections:
+    for section in program_of(layout="dp=2,tp=2,ep=2").stages[0][0].parts[0]:
         for step in section.steps:
             if isinstance(step, Operation) and step.kind is Kind.GEMM:
                 m, n, k = (step.sizes[name] for name in "mnk")
@@ -179,19 +177,19 @@ def test_flops_follow_from_sizes():
 def test_layers_that_do_the_same_share_steps():
     """94 layers of one kind and one sample are built once; the program names each."""
     model = MODEL.with_overrides(num_hidden_layers=94, dense_layers=(0, 1), intermediate_size=16)
-    sections = program_of(model=model).stages[0][0].parts[0].sections
+    sections = program_of(model=model).stages[0][0].parts[0]
     assert [section.layer for section in sections] == [OUTSIDE, *range(94), OUTSIDE]
     assert len({id(section.steps) for section in sections}) == 4
 
 
 def test_windows_keep_layers_apart():
-    sections = program_of(model=MODELS["windows"]).stages[0][0].parts[0].sections
+    sections = program_of(model=MODELS["windows"]).stages[0][0].parts[0]
     assert len({id(section.steps) for section in sections}) == 5
 
 
 def test_other_placements():
-    made = builder()
-    made.place((Placement(4, ((2, 3), (0, 1))),) * 2)
+    placements = (Placement(4, ((2, 3), (0, 1))),) * 2
+    made = ProgramBuilder(MODEL, Layout.parse("dp=2,ep=2"), placements, types=FLOAT32)
     part = PartSizes.even(2, 1, 1)
     program = made.build_sized([("all_to_all", [part])], given([[[0, 1]], [[0, 1]]]))
     zero, one = count(program, 2, 4)
@@ -219,7 +217,7 @@ def test_float8_weights():
 
 def test_fused_kernels_launch_less():
     def launches(**more):
-        sections = program_of(types=NumberTypes(), **more).stages[0][0].parts[0].sections
+        sections = program_of(types=NumberTypes(), **more).stages[0][0].parts[0]
         return sum(step.num_kernels for step in sections[1].steps)
 
     assert launches(kernels=GPU_LIBRARIES) < launches() / 3
@@ -228,7 +226,7 @@ def test_fused_kernels_launch_less():
 @pytest.mark.parametrize(("form", "num"), [("all_to_all", 0), ("hierarchical", 1)])
 def test_kernels_of_gpu_libraries_tell_no_counts_in_flat_dispatch(form, num):
     program = program_of(form, "dp=4,ep=4", ranks_per_node=2, kernels=GPU_LIBRARIES)
-    steps = program.stages[0][0].parts[0].sections[1].steps
+    steps = program.stages[0][0].parts[0][1].steps
     assert sum(isinstance(step, Transfer) and step.syncs_host for step in steps) == num
 
 
@@ -238,8 +236,8 @@ def test_hand_over_between_nodes():
     assert first.hand_over.sent_bytes.tolist() == [4 * 32, 4 * 32]
     assert first.hand_over.is_remote.tolist() == [True, True]
     assert last.hand_over is None
-    assert [section.layer for section in first.parts[0].sections] == [OUTSIDE, 0]
-    assert [section.layer for section in last.parts[0].sections] == [1, OUTSIDE]
+    assert [section.layer for section in first.parts[0]] == [OUTSIDE, 0]
+    assert [section.layer for section in last.parts[0]] == [1, OUTSIDE]
 
 
 def test_types_that_are_none():
@@ -254,7 +252,7 @@ def test_links_of_a_transfer():
     program = program_of(layout="dp=4,ep=4", form="hierarchical", ranks_per_node=2)
     transfers = [
         step
-        for step in program.stages[0][0].parts[0].sections[1].steps
+        for step in program.stages[0][0].parts[0][1].steps
         if isinstance(step, Transfer) and step.kind is TransferKind.ALL_TO_ALL
     ]
     between, inside = transfers[:2]

@@ -7,15 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cost.projected import (
-    DRIVER_S,
-    MODEL,
-    PROFILE,
-    TYPES,
-    at_bound,
-    make_runner,
-    make_scheduler,
-)
+from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, at_bound, make_runner, make_scheduler
 from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
@@ -234,9 +226,9 @@ def test_more_launches_take_longer():
     ends = {}
     for num_kernels_s in (1e-6, 1e-3):
         runner = make_runner()
-        runner._terms = replace(runner._terms, launch_s=np.full(3, num_kernels_s))
+        runner.terms = replace(runner.terms, launch_s=np.full(3, num_kernels_s))
         for replica in runner._replicas:
-            replica.timeline._terms = runner._terms
+            replica.timeline._terms = runner.terms
         steps = list(drive(make_scheduler(num_requests=1), runner))
         ends[num_kernels_s] = steps[-1].outcome.finished_s
     assert ends[1e-3] > ends[1e-6] + 2.5e-3  # three steps

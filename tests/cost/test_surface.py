@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.laws.surface import Surface, corner_weights, places
+from expertlane.cost.laws.surface import Surface, corner_weights, logs_of, places
 from expertlane.cost.laws.times import Basis
 
 _TWO = {"m": (1.0, 4.0, 16.0), "n": (10.0, 1000.0)}
@@ -74,7 +74,7 @@ def test_numbers_and_arrays_give_the_same(m, n, random):
 
 def test_weights_of_a_point_sum_to_one():
     at = {"m": np.geomspace(0.5, 32, 20), "n": np.geomspace(1, 1e4, 20)}
-    before, fractions, _ = places(_TWO, at)
+    before, fractions, _ = places(logs_of(_TWO), at)
     corners = corner_weights((3, 2), before, fractions)
     assert sum(weight for _, weight in corners) == pytest.approx(np.ones(20))
     assert all(index.min() >= 0 and index.max() < 6 for index, _ in corners)

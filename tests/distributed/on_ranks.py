@@ -16,7 +16,7 @@ from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.worker import RankContext
 from expertlane.errors import UserError
 from expertlane.model.layers import make_dispatcher
-from expertlane.moe.dispatch import ReplicaChoice
+from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
@@ -134,12 +134,13 @@ def dispatch_and_combine(context: RankContext, command: DispatchAndCombine) -> M
     if joined is None:
         return None
     mesh, recorder = joined
-    choice = ReplicaChoice(mesh, placement, torch.device("cpu"))
+    choice = CopyChooser(mesh, placement, torch.device("cpu"))
     dispatcher = make_dispatcher(form, mesh, placement, choice, Payload(command.payload, recorder))
     x, topk_ids, topk_weights = (torch.from_numpy(array) for array in command.inputs[context.rank])
-    num_tokens = [len(of_rank[0]) for of_rank in command.inputs]
+    num_of_rank = [len(of_rank[0]) for of_rank in command.inputs]
+    tokens = RoutedTokens(x, topk_ids, topk_weights, num_of_rank)
     with Recording(recorder, Stage.DISPATCH) as dispatching:
-        dispatched = interleave([dispatcher.dispatch(x, topk_ids, topk_weights, num_tokens)])
+        dispatched = interleave([dispatcher.dispatch(tokens)])
     arrived, pairs, sent = dispatched[0]
     experts = torch.tensor(placement.experts_of_rank[mesh.at.ep_rank])
     factors = (experts + 1.0).repeat_interleave(pairs.counts)

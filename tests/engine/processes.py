@@ -44,7 +44,8 @@ class RunningRanks:
         assert wait_until(lambda: len(self.server.children()) == num_ranks), "not all ranks came"
         self.pids = sorted(child.pid for child in self.server.children())
         settings = json.loads(self.server.cmdline()[-1])
-        board = os.open(f"/proc/{self.server.pid}/fd/{settings['board_fd']}", os.O_RDWR)
+        board_fd = settings["first_rank"]["board_fd"]
+        board = os.open(f"/proc/{self.server.pid}/fd/{board_fd}", os.O_RDWR)
         self.board = ProgressBoard(num_ranks, board)
         os.close(board)
 

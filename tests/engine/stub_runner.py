@@ -8,10 +8,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from expertlane.engine.engine import Chunk, Engine
+from expertlane.engine.engine import Engine
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome, StepPlan
-from expertlane.schedule.request import Limits
+from expertlane.schedule.request import Chunk, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

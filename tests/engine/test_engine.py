@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.stub_runner import StubEngine, expected, letters, of_request, run, spell
-from expertlane.engine.engine import Chunk
-from expertlane.schedule.request import FinishReason
+from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams
 from schedule.paged import check_empty

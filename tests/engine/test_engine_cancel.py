@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.stub_runner import StubEngine, expected, of_request, run
-from expertlane.engine.engine import Chunk
-from expertlane.schedule.request import FinishReason
+from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams
 

@@ -27,7 +27,7 @@ from expertlane.spec.sampling import SamplingParams
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"ranks_per_node": -1}, "ranks_per_node is -1; it must be a whole number, 0"),
         ({"ranks_per_node": 1.5}, "ranks_per_node is 1.5; it must be a whole number, 0"),
-        ({"options": Options(num_redundant_experts=1)}, "17 physical experts on 1 ranks"),
+        ({"options": Options(num_redundant_experts=1)}, "17 physical experts on 1 rank: "),
         ({"options": Options(placement_file="no/file")}, "cannot read no/file: No such file"),
         (
             {

@@ -12,12 +12,11 @@ from distributed.running import deployment
 from engine.stub_runner import StubEngine, expected, run
 from expertlane.compare.run import run_comparison
 from expertlane.compare.serving_benchmark import serve
-from expertlane.engine.engine import RequestOutput
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Silent
 from expertlane.schedule.drive import drive
-from expertlane.schedule.request import FinishReason, Request
+from expertlane.schedule.request import FinishReason, Request, RequestOutput
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model

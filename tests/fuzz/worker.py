@@ -32,7 +32,7 @@ def _import_all() -> None:
     import expertlane.compare.run
     import expertlane.engine.launch
     import expertlane.engine.llm
-    import expertlane.plan.explanation
+    import expertlane.plan.results
     import expertlane.plan.search
     import expertlane.report.html
     import expertlane.report.markdown

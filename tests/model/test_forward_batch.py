@@ -38,8 +38,8 @@ def test_positions_follow_what_was_computed():
     [((0, 0, 1), 1), ((0, 0, 3), 6), ((0, 4, 1), 5), ((0, 4, 3), 5 + 6 + 7)],
 )
 def test_query_key_pairs(part, pairs):
-    assert forward_batch(batch(part)).num_query_key_pairs(None) == pairs
-    assert forward_batch(batch(part, (1, 0, 2))).num_query_key_pairs(None) == pairs + 3
+    assert forward_batch(batch(part)).pairs_and_positions(None)[0] == pairs
+    assert forward_batch(batch(part, (1, 0, 2))).pairs_and_positions(None)[0] == pairs + 3
 
 
 def test_tokens_are_owned_near_equally():
@@ -72,10 +72,10 @@ def test_an_empty_batch():
 
 def test_a_window_limits_pairs_and_positions_read():
     given = forward_batch(batch((0, 4, 3), (1, 4, 3)))
-    assert given.num_query_key_pairs(2) == 2 * (2 + 2 + 2)
-    assert given.num_query_key_pairs(6) == 2 * (5 + 6 + 6)
-    assert given.num_positions_read(2) == 2 * (3 + 1)
-    assert given.num_positions_read(None) == given.num_positions_read(99) == 2 * 7
+    assert given.pairs_and_positions(2)[0] == 2 * (2 + 2 + 2)
+    assert given.pairs_and_positions(6)[0] == 2 * (5 + 6 + 6)
+    assert given.pairs_and_positions(2)[1] == 2 * (3 + 1)
+    assert given.pairs_and_positions(None)[1] == given.pairs_and_positions(99)[1] == 2 * 7
 
 
 def test_only_sequences_that_yield_reach_the_head():

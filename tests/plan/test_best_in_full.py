@@ -33,7 +33,8 @@ def slower(factor):
             tpot_s=option.served.tpot_s[:, at] * factor,
             ttft_s=option.served.ttft_s[:, at] * factor,
         )
-        return Finalist(option, None, None, option.steps, served)
+        in_full = vars(option) | {"served": served, "place": 0}
+        return Finalist(**in_full, option=option, decode=None, prefill=None)
 
     return finish
 

@@ -11,7 +11,7 @@ import example_serving
 from expertlane.report import markdown, terminal
 from expertlane.report.document import Figure, Report, Section, Table
 from expertlane.report.sections import report_of
-from expertlane.report.setup import same_tokens
+from expertlane.report.setup import same_tokens, setup
 from expertlane.results.record import RebalanceRecord
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
@@ -216,3 +216,12 @@ def test_a_fence_is_longer_than_what_is_in_it() -> None:
     part = Figure("a", ("x ```", "````", "<script>"))
     text = markdown.render(Report("", "", "", "", "", (Section("b", (part,)),)))
     assert text.endswith("\n`````text\nx ```\n````\n<script>\n`````\n")
+
+
+def test_what_a_model_lacks_is_not_listed() -> None:
+    table = setup(example.usual(), "Setup").parts[0]
+    (model,) = (row[1] for row in table.rows if row[0] == "model")
+    assert "num_experts 16, " in model
+    assert "routing (scoring_func softmax, norm_topk_prob, " in model
+    assert not {"None", "False", "True", "[]"} & set(model.replace(",", " ").split())
+    assert "{" not in model

@@ -10,7 +10,7 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.pools import Pool, serve, serve_apart
+from expertlane.simulate.pools import Pool, run_load
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load, TimedRequest, draw_requests
 
@@ -45,8 +45,8 @@ def likely(times):
 
 
 def test_requests_far_apart_do_not_meet():
-    alone = serve(pool(), requests(0.0))[0]
-    served = serve(pool(), requests(0.0, 100.0, 200.0))
+    alone = run_load(pool(), requests(0.0))[0]
+    served = run_load(pool(), requests(0.0, 100.0, 200.0))
     for number, each in enumerate(served):
         assert each.due_s.tolist() == [100.0 * number] * 3
         # Their tokens choose other experts, so not quite the same.
@@ -56,10 +56,10 @@ def test_requests_far_apart_do_not_meet():
 
 
 def test_a_request_that_comes_within_a_step_waits_for_its_end():
-    first = serve(pool(), requests(0.0))[0]
+    first = run_load(pool(), requests(0.0))[0]
     ends = likely(first.token_times_s)
     due_s = (ends[0] + ends[1]) / 2
-    both = serve(pool(), requests(0.0, due_s))
+    both = run_load(pool(), requests(0.0, due_s))
     assert likely(both[0].token_times_s)[:2] == ends[:2]
     step_s = likely(both[1].token_times_s)[0] - ends[1]
     assert both[1].ttft_s[LIKELY] == pytest.approx(ends[1] - due_s + step_s)
@@ -67,7 +67,7 @@ def test_a_request_that_comes_within_a_step_waits_for_its_end():
 
 
 def test_a_closed_loop_keeps_so_many_unfinished():
-    served = serve(pool(), requests(0.0, 0.0, 0.0), max_unfinished=1)
+    served = run_load(pool(), requests(0.0, 0.0, 0.0), max_unfinished=1)
     for before, after in pairwise(served):
         assert after.due_s.tolist() == before.token_times_s[-1].tolist()
     assert all(len(each.token_times_s) == 3 for each in served)
@@ -76,7 +76,7 @@ def test_a_closed_loop_keeps_so_many_unfinished():
 def test_random_arrivals_are_all_served_whole():
     load = Load(40, LENGTHS, LENGTHS, rate=1 / (3 * DRIVER_S))
     drawn = draw_requests(load, 97, [1])
-    served = serve(pool("dp=2,ep=2", num_blocks=16, max_num_seqs=4), drawn)
+    served = run_load(pool("dp=2,ep=2", num_blocks=16, max_num_seqs=4), drawn)
     assert [len(each.token_times_s) for each in served] == [each.output_len for each in drawn]
     for each in served:
         assert (np.diff(likely(each.token_times_s)) > 0).all()
@@ -95,9 +95,9 @@ def test_random_arrivals_are_all_served_whole():
 
 
 def test_two_pools_and_the_transfer_between_them():
-    together = serve(pool(), requests(0.0))[0]
+    together = run_load(pool(), requests(0.0))[0]
     transfers = FixedTransfers(10.0)
-    (apart,) = serve_apart(pool(), pool(), transfers, requests(0.0))
+    (apart,) = run_load(pool(), requests(0.0), apart=(pool(), transfers))
     assert transfers.asked_for == [5]
     assert apart.ttft_s == pytest.approx(together.ttft_s)
     first, second, third = apart.token_times_s
@@ -110,7 +110,7 @@ def test_two_pools_and_the_transfer_between_them():
 
 
 def test_transfers_follow_one_another():
-    served = serve_apart(pool(), pool(), FixedTransfers(10.0), requests(0.0, 0.0))
+    served = run_load(pool(), requests(0.0, 0.0), apart=(pool(), FixedTransfers(10.0)))
     (first, second), ttft_s = [likely(each.token_times_s) for each in served], served[0].ttft_s
     assert first[0] == second[0] == ttft_s[LIKELY]  # one step
     assert second[1] - first[1] == pytest.approx(10.0, rel=0.01)
@@ -118,7 +118,7 @@ def test_transfers_follow_one_another():
 
 def test_each_data_parallel_rank_sends_by_itself():
     prefill = pool("dp=2,ep=2")
-    served = serve_apart(prefill, pool(), FixedTransfers(10.0), requests(0.0, 0.0, 0.0, 0.0))
+    served = run_load(prefill, requests(0.0, 0.0, 0.0, 0.0), apart=(pool(), FixedTransfers(10.0)))
     seconds = sorted(likely(each.token_times_s)[1] for each in served)
     assert seconds[0] == seconds[1]
     assert seconds[2] == seconds[3] == pytest.approx(seconds[0] + 10.0, rel=0.01)
@@ -129,15 +129,15 @@ def test_each_data_parallel_rank_sends_by_itself():
 def test_prompts_do_not_hold_up_decodes_in_another_pool():
     many = requests(*np.arange(20) * 2 * DRIVER_S, prompt_len=40, output_len=9)
     sizes = {"max_num_batched_tokens": 40, "num_blocks": 512}
-    together = serve(pool(**sizes), many)
-    apart = serve_apart(pool(**sizes), pool(**sizes), FixedTransfers(1e-6), many)
+    together = run_load(pool(**sizes), many)
+    apart = run_load(pool(**sizes), many, apart=(pool(**sizes), FixedTransfers(1e-6)))
     slowest = [max(each.tpot_s[LIKELY] for each in served) for served in (apart, together)]
     assert slowest[0] < slowest[1]
 
 
 def test_a_single_token_needs_no_second_pool():
     transfers = FixedTransfers(1.0)
-    served = serve_apart(pool(), pool(), transfers, requests(0.0, 0.0, output_len=1))
+    served = run_load(pool(), requests(0.0, 0.0, output_len=1), apart=(pool(), transfers))
     assert transfers.asked_for == []
     assert all(each.tpot_s is None for each in served)
     assert serving_record(served).tpot_s is None
@@ -146,7 +146,7 @@ def test_a_single_token_needs_no_second_pool():
 def test_a_preempted_request_computes_its_prompt_where_it_decodes():
     prefill, decode = pool(), pool(num_blocks=8, block_size=4, prefix_caching=False)
     many = requests(0.0, 0.0, 0.0, prompt_len=7, output_len=16)
-    served = serve_apart(prefill, decode, FixedTransfers(1e-6), many)
+    served = run_load(prefill, many, apart=(decode, FixedTransfers(1e-6)))
     assert [len(each.token_times_s) for each in served] == [16] * 3
     assert sum(each.num_preemptions for each in served) == decode.scheduler.num_preemptions > 0
 

@@ -58,20 +58,11 @@ def compare(
         before, after: [num_layers].
         ranks_per_node: consecutive ranks that share a node.
     """
-    needed = moves(before, after, ranks_per_node)
-    num_moves = np.bincount(
-        [move.layer for move in needed if move.source != move.rank], minlength=len(before)
-    )
+    needed = [each for each in moves(before, after, ranks_per_node) if each.source != each.rank]
+    num_moves = np.bincount([move.layer for move in needed], minlength=len(before))
     old, new = (_score(trace, each, ranks_per_node) for each in (before, after))
-    return [
-        Comparison(layer, *scores, int(count))
-        for layer, scores, count in zip(
-            (*trace.layers, None),
-            zip(old, new, strict=True),
-            (*num_moves, num_moves.sum()),
-            strict=True,
-        )
-    ]
+    counts = (*num_moves.tolist(), len(needed))
+    return list(map(Comparison, (*trace.layers, None), old, new, counts))
 
 
 def _score(
@@ -85,14 +76,8 @@ def _score(
         cross_node_copies(ids, each, ranks_per_node, source_node)
         for ids, each in zip(trace.topk_ids, placements, strict=True)
     ]
-    return [
-        PlacementScore(ratio, num_copies)
-        for ratio, num_copies in zip(
-            (*max_over_mean(loads).tolist(), total_max_over_mean(loads)),
-            (*copies, sum(copies)),
-            strict=True,
-        )
-    ]
+    ratios = (*max_over_mean(loads).tolist(), total_max_over_mean(loads))
+    return list(map(PlacementScore, ratios, (*copies, sum(copies))))
 
 
 _CHUNK = 16_384  # tokens whose choices are laid out as a dense matrix at a time

@@ -183,8 +183,9 @@ def partition_slots(num_experts: int, ep: int, num_redundant: int) -> list[range
     """
     num_slots = max(num_experts + num_redundant, ep)
     if num_slots > num_experts * ep:
+        most = num_experts * ep - num_experts
         raise SpecError(
-            f"{num_slots} physical experts on {ep} ranks: a rank holds each of the {num_experts} "
-            f"experts at most once, so at most {num_experts * ep - num_experts} can be redundant"
+            f"{num_slots} physical experts on {ep} rank{'s' * (ep > 1)}: a rank holds each of the "
+            f"{num_experts} experts at most once, so at most {most} can be redundant"
         )
     return partition(num_slots, ep)

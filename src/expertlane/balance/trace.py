@@ -3,22 +3,26 @@
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.files import TRACE_BYTES, check_regular, write_whole
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "model", "num_experts", "layers", "topk_ids", "step")
 _DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, struct.error)
+
+Step = tuple[int, Sequence[Mapping[int, npt.NDArray[np.integer]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,33 @@ class RoutingTrace:
         if (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
             raise SpecError("trace: a token chose an expert twice")
 
+    @classmethod
+    def of_steps(cls, model: ModelConfig, layers: Sequence[int], steps: Iterable[Step]) -> Self:
+        """The trace of some steps, put in order.
+
+        Args:
+            layers: those of which there are choices.
+            steps: their numbers, and parts that are joined in the order given: by layer, the
+                choices of some tokens, [num_tokens, num_experts_per_tok].
+
+        Raises:
+            ValueError: in some step the layers differ in their number of tokens.
+        """
+        steps = sorted(steps, key=itemgetter(0))
+        nothing = np.zeros((0, model.num_experts_per_tok), dtype=np.int16)
+        columns = [np.stack([nothing] * len(layers))]
+        for _, parts in steps:
+            of_layers = [[part[layer] for part in parts if layer in part] for layer in layers]
+            columns.append(np.stack([np.concatenate([nothing, *each]) for each in of_layers]))
+        numbers = np.array([step for step, _ in steps], dtype=np.int64)
+        return cls(
+            model.name,
+            model.num_experts,
+            tuple(layers),
+            np.concatenate(columns, axis=1).astype(np.int16),
+            np.repeat(numbers, [each.shape[1] for each in columns[1:]]),
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens in the trace."""
@@ -98,50 +129,6 @@ class RoutingTrace:
         """[num_layers, num_experts]; how many tokens chose each expert."""
         return np.stack(
             [np.bincount(ids.ravel(), minlength=self.num_experts) for ids in self.topk_ids]
-        )
-
-
-class RoutingTraceWriter:
-    """Gathers a trace step by step; the parts of a step's layer are joined in the order added."""
-
-    def __init__(
-        self, model: str, num_experts: int, num_experts_per_tok: int, layers: Iterable[int]
-    ) -> None:
-        self._model = model
-        self._num_experts = num_experts
-        self._num_experts_per_tok = num_experts_per_tok
-        self._layers = tuple(layers)
-        self._parts: dict[int, dict[int, list[npt.NDArray[np.integer]]]] = {}
-
-    def add(self, step: int, layer: int, topk_ids: npt.NDArray[np.integer]) -> None:
-        """Keep the choices of some tokens; a copy is made.
-
-        Args:
-            layer: index among the hidden layers.
-            topk_ids: [num_tokens, num_experts_per_tok].
-        """
-        of_step = self._parts.setdefault(step, {each: [] for each in self._layers})
-        of_step[layer].append(topk_ids.astype(np.int16))
-
-    def trace(self) -> RoutingTrace:
-        """All that was added.
-
-        Raises:
-            ValueError: in some step the layers differ in their number of tokens.
-        """
-        steps = sorted(self._parts)
-        nothing = np.zeros((0, self._num_experts_per_tok), dtype=np.int16)
-        columns = [
-            np.stack([np.concatenate([nothing, *parts]) for parts in self._parts[step].values()])
-            for step in steps
-        ]
-        empty = np.zeros((len(self._layers), *nothing.shape), dtype=np.int16)
-        return RoutingTrace(
-            self._model,
-            self._num_experts,
-            self._layers,
-            np.concatenate([empty, *columns], axis=1),
-            np.repeat(np.array(steps, dtype=np.int64), [each.shape[1] for each in columns]),
         )
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.calibrate.points import flops_of
 from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import roofline_s
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
@@ -15,7 +14,7 @@ from expertlane.cost.laws.roofline import roofline
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.operation import Kind, flops_of
 from expertlane.engine.commands import Point, TransferPoint
 from expertlane.spec.names import Link
 
@@ -44,7 +43,7 @@ def peak_flops_per_s(points: Sequence[Point], seconds: Floats) -> dict[str, floa
     peaks: dict[str, float] = defaultdict(float)
     for point, took in zip(points, seconds.tolist(), strict=True):
         if point.kind is Kind.GEMM:
-            peaks[point.dtype] = max(peaks[point.dtype], flops_of(point) / took)
+            peaks[point.dtype] = max(peaks[point.dtype], flops_of(point.kind, point.by_name) / took)
     return dict(peaks)
 
 

@@ -1,10 +1,10 @@
 """What `expertlane calibrate` measures: sizes of operations and transfers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from expertlane.cost.step.operation import Kind, TransferKind
+from expertlane.cost.step.operation import Kind, TransferKind, flops_of
 from expertlane.engine.commands import Point, TransferPoint
 
 _TRANSFERS = (  # the engine has no all-reduce
@@ -63,7 +63,7 @@ class Grid:
         """All operations whose FLOPs are few enough."""
         every = [*self._products(dtype), *self._experts(dtype), *self._attention(dtype)]
         every += [Point(Kind.MEMORY, dtype, (size,)) for size in self.memory_bytes]
-        return [point for point in every if flops_of(point) <= self.most_flops]
+        return [point for point in every if flops_of(point.kind, point.by_name) <= self.most_flops]
 
     def _products(self, dtype: str) -> Iterator[Point]:
         for m, (n, k) in product(self.gemm_m, self.gemm_nk):
@@ -102,26 +102,6 @@ class Grid:
             for size in self.transfer_bytes
             if kind is not TransferKind.SEND or count == 2
         ]
-
-
-def flops_of(point: Point) -> float:
-    """Of one operation."""
-    at: Mapping[str, int] = point.by_name
-    match point.kind:
-        case Kind.GEMM:
-            return 2.0 * at["m"] * at["n"] * at["k"]
-        case Kind.EXPERTS:
-            return 2.0 * at["pairs"] * at["hidden"] * at["inner"] * at["matrices"]
-        case Kind.DECODE_ATTENTION:
-            return 4.0 * at["positions"] * at["heads"] * at["head_dim"]
-        case Kind.PREFILL_ATTENTION:
-            return 4.0 * at["query_key_pairs"] * at["heads"] * at["head_dim"]
-        case Kind.LATENT_DECODE:
-            return 2.0 * at["positions"] * at["heads"] * (at["key_dim"] + at["value_dim"])
-        case Kind.LATENT_PREFILL:
-            return 2.0 * at["query_key_pairs"] * at["heads"] * (at["key_dim"] + at["value_dim"])
-        case Kind.MEMORY:
-            return 0.0
 
 
 CPU_GRID = Grid(

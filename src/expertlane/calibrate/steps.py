@@ -241,6 +241,6 @@ class _Priced:
         self.num_steps = np.zeros(len(Stage))
         self.num_transfers = 0
         ((stage,),) = builder.build(last.plan, routing).stages
-        for step in (step for part in stage.parts for step in part.steps()):
-            self.num_steps[step.stage] += isinstance(step, Operation)
-            self.num_transfers += isinstance(step, Transfer)
+        for step, num in stage.distinct_steps():
+            self.num_steps[step.stage] += num * isinstance(step, Operation)
+            self.num_transfers += num * isinstance(step, Transfer)

@@ -8,16 +8,16 @@ import typer
 
 from expertlane.cli.options import takes_groups
 from expertlane.cli.output import print_json, print_message, stdout_console
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import UserError, naming
 from expertlane.spec.files import strict_json
-from expertlane.spec.ranges import take, take_option
+from expertlane.spec.printable import printable
+from expertlane.spec.ranges import take
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from expertlane.balance.judge import Comparison, PlacementScore
     from expertlane.balance.placement import Placement
-    from expertlane.balance.placement_file import ModelPlacement
     from expertlane.balance.trace import RoutingTrace
 
 _MAX_ROWS = 20  # layers in the table
@@ -37,8 +37,8 @@ class _Options:
         help="Consecutive expert-parallel ranks on a node, counted as --ranks. Default: all, one "
         "node.",
     )
-    redundant: int = typer.Option(
-        0, metavar="N", help="Physical experts of a layer beyond one of each."
+    num_redundant_experts: int = typer.Option(
+        0, "--redundant", metavar="N", help="Physical experts of a layer beyond one of each."
     )
     method: Literal["auto", "linear", "round_robin"] = typer.Option(
         "auto", help="The new placement: auto balances; the others place experts in order."
@@ -56,8 +56,6 @@ class _Options:
     per_node: int = field(init=False)  # ranks
 
     def __post_init__(self) -> None:
-        take_option("--ranks", self.ranks)
-        take("num_redundant_experts", self.redundant, "--redundant")
         per_node = self.ranks if self.ranks_per_node is None else self.ranks_per_node
         if per_node < 1 or self.ranks % per_node:
             raise UserError(
@@ -65,7 +63,10 @@ class _Options:
             )
         object.__setattr__(self, "per_node", per_node)
         if self.placement is not None and (
-            self.method != "auto" or self.redundant or self.no_coactivation or self.output
+            self.method != "auto"
+            or self.num_redundant_experts
+            or self.no_coactivation
+            or self.output
         ):
             raise UserError(
                 "--placement judges a placement as it is; valid without --method, --redundant, "
@@ -105,12 +106,12 @@ def balance(own: _Options) -> None:
     read = read_trace(own.trace)
     take(
         "num_slots",
-        own.redundant + read.num_experts,
-        f"--redundant {own.redundant}: physical experts",
+        own.num_redundant_experts + read.num_experts,
+        f"--redundant {own.num_redundant_experts}: physical experts",
     )
     if own.placement is None:
         after = _made(read, own)
-        num_redundant = own.redundant
+        num_redundant = own.num_redundant_experts
     else:
         after = _read(own.placement, read, own.ranks)
         num_redundant = max(each.num_slots for each in after) - read.num_experts
@@ -124,17 +125,16 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
     from expertlane.balance.planner import plan_placement
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
-    try:
+    redundant = own.num_redundant_experts
+    with naming(f"--redundant {redundant}, --ranks {own.ranks}"):
         if own.method == "linear":
-            return _linear(trace, own.ranks, own.redundant)
+            return _linear(trace, own.ranks, redundant)
         if own.method == "round_robin":
-            return [Placement.round_robin(num_experts, own.ranks, own.redundant)] * num_layers
+            return [Placement.round_robin(num_experts, own.ranks, redundant)] * num_layers
         together = None
         if not own.no_coactivation and own.ranks > own.per_node:
             together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
-        return plan_placement(trace.load(), own.ranks, own.per_node, own.redundant, together)
-    except SpecError as error:
-        raise UserError(f"--redundant {own.redundant}, --ranks {own.ranks}: {error}") from None
+        return plan_placement(trace.load(), own.ranks, own.per_node, redundant, together)
 
 
 def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":
@@ -161,12 +161,13 @@ def _publish(
 ) -> None:
     from expertlane.balance.judge import compare
     from expertlane.balance.moves import keep_slots
-    from expertlane.balance.placement_file import write_placement
+    from expertlane.balance.placement_file import ModelPlacement, write_placement
 
     after = keep_slots(before, after)
     compared = compare(trace, before, after, own.per_node)
     if own.output is not None:
-        write_placement(_of_model(trace, after), own.output)
+        layers = dict(zip(trace.layers, after, strict=True))
+        write_placement(ModelPlacement(trace.model, trace.num_experts, layers), own.output)
     if own.as_json:
         shown = {
             "model": trace.model,
@@ -205,8 +206,6 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
     from rich import box
     from rich.table import Table
     from rich.text import Text
-
-    from expertlane.spec.printable import printable
 
     *layers, total = compared
     shown = sorted(layers, key=lambda each: -each.before.max_over_mean)[:_MAX_ROWS]
@@ -262,10 +261,3 @@ def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:
 
 def _crossings(score: "PlacementScore", num_tokens: int) -> str:
     return f"{score.cross_node_copies / max(num_tokens, 1):.3f}"
-
-
-def _of_model(trace: "RoutingTrace", placements: "list[Placement]") -> "ModelPlacement":
-    from expertlane.balance.placement_file import ModelPlacement
-
-    layers = dict(zip(trace.layers, placements, strict=True))
-    return ModelPlacement(trace.model, trace.num_experts, layers)

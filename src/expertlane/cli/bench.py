@@ -10,10 +10,10 @@ from expertlane.cli import output
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import EngineOptions, LoadOptions, ModelArgument, takes_groups
 from expertlane.errors import UserError
+from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from expertlane.results.results import Results
-    from expertlane.spec.layout import Layout
     from expertlane.spec.workload import Load
 
 
@@ -68,7 +68,7 @@ def _check(
     found: FoundModel,
     engine: EngineOptions,
     loads: "list[Load]",
-    layouts: "list[Layout]",
+    layouts: list[Layout],
 ) -> None:
     """What can be known before anything is loaded.
 
@@ -90,7 +90,7 @@ def _run(
     found: FoundModel,
     options: EngineOptions,
     loads: "list[Load]",
-    layouts: "list[Layout]",
+    layouts: list[Layout],
     seed: int,
 ) -> "Results":
     """All loads on each layout in turn."""

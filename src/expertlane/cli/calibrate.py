@@ -11,7 +11,7 @@ from expertlane.cli import output
 from expertlane.cli.options import Dtype, dtype_option, takes_groups, timeout_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
-from expertlane.spec.ranges import take_option
+from expertlane.spec.printable import printable
 
 if TYPE_CHECKING:
     from expertlane.calibrate.run import Calibration
@@ -82,8 +82,6 @@ def _checked(own: _Options) -> Path:
             f"NAME is {own.name!r}; it must be up to 64 letters, digits, dots, dashes and "
             "underscores"
         )
-    take_option("--ranks", own.ranks)
-    take_option("--timeout-s", own.timeout_s)
     path = Path(f"{own.name}.toml") if own.out is None else own.out
     if path.suffix != ".toml":
         raise UserError(f"--out is {path}; a profile's file must end in .toml")
@@ -139,8 +137,6 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
-
-    from expertlane.spec.printable import printable
 
     console, device = output.stdout_console(), profile.device
     console.print(Text(f"expertlane calibrate: {profile.name}", style="bold"))

@@ -19,8 +19,9 @@ from expertlane.cli.options import (
     parse_list,
     takes_groups,
 )
+from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.spec.ranges import shown, take_option
+from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -88,7 +89,6 @@ class _Projection:
     )
 
     def __post_init__(self) -> None:
-        take_option("--skew", self.skew)
         if not self.project and (self.cluster is not None or self.skew != _DEFAULT_SKEW):
             option = "--skew" if self.cluster is None else "--cluster"
             raise UserError(f"{option} is of a projection; add --project")
@@ -257,7 +257,7 @@ def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) ->
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
-    """Compare the model that the checkpoint really holds; warnings go to stderr.
+    """Take the model that the checkpoint really holds; warnings go to stderr.
 
     Raises:
         SpecError: the checkpoint does not hold what its config.json says.
@@ -280,7 +280,6 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
 
 def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
     """All checked before the first one runs."""
-    from expertlane.engine.checkpoint_folder import resolve_model
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)

@@ -25,13 +25,12 @@ from expertlane.cli.output import (
 )
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import PROMPTS_BYTES, read_stream
+from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from expertlane.engine.engine import Prompt, RequestOutput
+    from expertlane.engine.engine import Prompt
     from expertlane.engine.llm import LLM
-    from expertlane.spec.layout import Layout
+    from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams
 
 
@@ -234,25 +233,20 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
 
 @contextmanager
 def _load(
-    found: FoundModel, layout: "Layout", engine: EngineOptions, record_routing: Path | None
+    found: FoundModel, layout: Layout, engine: EngineOptions, record_routing: Path | None
 ) -> Iterator["LLM"]:
     """The loaded model; when it is left, however that is, the routing so far is written."""
+    from expertlane.balance.trace import write_trace
+
     with found.load(layout, engine, record_routing=record_routing is not None) as llm:
         try:
             yield llm
         finally:
             if record_routing is not None:
-                _write_routing(llm, found.name, record_routing)
-
-
-def _write_routing(llm: "LLM", name: str, path: Path) -> None:
-    """Write the routing so far; nothing where no token was computed."""
-    from expertlane.balance.trace import write_trace
-
-    trace = replace(llm.routing_trace(), model=name)
-    if trace.num_tokens:
-        write_trace(trace, path)
-        print_message(f"written: {path}")
+                trace = replace(llm.routing_trace(), model=found.name)
+                if trace.num_tokens:
+                    write_trace(trace, record_routing)
+                    print_message(f"written: {record_routing}")
 
 
 def _continue(
@@ -308,8 +302,6 @@ class Chat:
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
         """Answer messages until there are no more; gives all answers."""
-        from expertlane.cli.output import print_message
-
         for message in _read_messages():
             if message == "/exit":
                 break
@@ -325,7 +317,7 @@ class Chat:
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
-        from expertlane.engine.shared_engine import deferred_interrupts
+        from expertlane.engine.engine import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(

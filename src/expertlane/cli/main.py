@@ -68,9 +68,8 @@ def _run() -> int:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "expertlane"
-        return _print_error(
-            f"{error.format_message()} (try: {command} --help)", UserError.exit_code
-        )
+        message = error.format_message().replace("Value error, ", "")  # pydantic's, of a word
+        return _print_error(f"{message} (try: {command} --help)", UserError.exit_code)
     if code == INTERRUPTED:
         _print_error("interrupted", code)
     return int(code)

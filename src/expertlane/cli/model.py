@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.cli.output import task_on_stderr
+from expertlane.cli.options import EngineOptions, ProjectionOptions
+from expertlane.cli.output import print_message, task_on_stderr
+from expertlane.engine.checkpoint_folder import resolve_model
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.from_hf import read_model
+from expertlane.spec.hf_config import Quantization, quantization_of, read_config
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS, ModelConfig
 
 if TYPE_CHECKING:
-    from expertlane.cli.options import EngineOptions, ProjectionOptions
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.engine.llm import LLM
-    from expertlane.spec.deployment import Options
-    from expertlane.spec.hf_config import Quantization
-    from expertlane.spec.layout import Layout
-    from expertlane.spec.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -28,36 +30,31 @@ class FoundModel:
     """
 
     name: str
-    config: "ModelConfig"
+    config: ModelConfig
     folder: Path | None
-    quantization: "Quantization | None" = None
+    quantization: Quantization | None = None
 
-    def lay_out(self, layout: str) -> "Layout":
+    def lay_out(self, layout: str) -> Layout:
         """Read a layout.
 
         Raises:
             UserError: it is none, or the model cannot be laid out so.
         """
-        from expertlane.spec.layout import Layout
-
         chosen = Layout.parse(layout)
         chosen.check_model(self.config)
         return chosen
 
-    def check(self, layout: "Layout", options: "Options", ranks_per_node: int) -> None:
+    def check(self, layout: Layout, options: Options, ranks_per_node: int) -> None:
         """Check what can be known before ranks are started.
 
         Raises:
             UserError: experts cannot be placed or reached so.
         """
         from expertlane.engine.launch import check_deployment
-        from expertlane.spec.deployment import Deployment
 
         check_deployment(self.config, Deployment(self.name, layout, options), ranks_per_node)
 
-    def load(
-        self, layout: "Layout", engine: "EngineOptions", *, record_routing: bool = False
-    ) -> "LLM":
+    def load(self, layout: Layout, engine: EngineOptions, *, record_routing: bool = False) -> "LLM":
         """Start the ranks and load the model, saying so on stderr.
 
         Raises:
@@ -68,15 +65,18 @@ class FoundModel:
 
         ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
         with task_on_stderr(f"loading {self.name} on {ranks} ({layout})"):
-            return LLM(
+            llm = LLM(
                 self.folder or self.name,
                 layout=layout,
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
+        if "(" in (kernels := llm.machine[0].kernels):  # with the reason why they are not ours
+            print_message(f"computing with {kernels}")
+        return llm
 
     def number_types(
-        self, projection: "ProjectionOptions", cluster: "ModelledCluster"
+        self, projection: ProjectionOptions, cluster: "ModelledCluster"
     ) -> "NumberTypes":
         """What was asked for, else the checkpoint's own.
 
@@ -114,11 +114,6 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
     Raises:
         UserError: there is none, or its configuration cannot be read.
     """
-    from expertlane.engine.checkpoint_folder import resolve_model
-    from expertlane.spec.from_hf import read_model
-    from expertlane.spec.hf_config import quantization_of, read_config
-    from expertlane.spec.model import PRESETS
-
     if name in PRESETS:
         return FoundModel(name, PRESETS[name], None)
     folder = resolve_model(name, weights=weights)

@@ -22,7 +22,7 @@ from expertlane.spec.deployment import (
     PayloadType,
     PlacementMethod,
 )
-from expertlane.spec.ranges import RANGES, shown, take_fields, take_option
+from expertlane.spec.ranges import RANGES, shown, take
 
 if TYPE_CHECKING:
     from expertlane.spec.workload import LengthRange, Load
@@ -39,13 +39,19 @@ ModelArgument = Annotated[
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it: in place of each group, its options."""
+    """The command as typer takes it: in place of each group, its options.
+
+    Numbers of options are checked by the ranges of the fields that they are named like.
+    """
+
+    parameters = _parameters(command)
 
     @wraps(command)
     def run(**values: Any) -> None:
+        for each in parameters:
+            _check(each, values[each.name])
         _call(command, values)
 
-    parameters = _parameters(command)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
@@ -70,8 +76,10 @@ def _call(taker: Any, values: dict[str, Any]) -> Any:
     )
 
 
-def _check(group: Any) -> None:
-    take_fields(group, lambda name: f"--{name.replace('_', '-')}")
+def _check(option: inspect.Parameter, value: object) -> None:
+    if option.name in RANGES and isinstance(value, int | float):
+        declared = getattr(option.default, "param_decls", None)
+        take(option.name, value, declared[0] if declared else f"--{option.name.replace('_', '-')}")
 
 
 def timeout_option() -> Any:
@@ -96,11 +104,7 @@ def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> A
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions:
-    """How many requests run at once, in the engine and on a modelled cluster.
-
-    Raises:
-        UserError: a number is out of its range.
-    """
+    """How many requests run at once, in the engine and on a modelled cluster."""
 
     block_size: int = typer.Option(16, metavar="N", help="Positions in a block of the cache.")
     max_num_seqs: int = typer.Option(
@@ -109,9 +113,6 @@ class SchedulerOptions:
     max_num_batched_tokens: int = typer.Option(
         2048, metavar="N", help="New tokens in a step, a data-parallel rank."
     )
-
-    def __post_init__(self) -> None:
-        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +154,11 @@ class DeploymentOptions:
         help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
         "by expertlane balance.",
     )
-    redundant: int = typer.Option(
-        0, metavar="N", help="Copies of experts beside each MoE layer's own, to share load."
+    num_redundant_experts: int = typer.Option(
+        0,
+        "--redundant",
+        metavar="N",
+        help="Copies of experts beside each MoE layer's own, to share load.",
     )
     options: Options = field(init=False)
 
@@ -166,9 +170,10 @@ class DeploymentOptions:
                 f"--placement is {self.placement!r}, and there is no such file; valid: "
                 f"{', '.join(methods)}, or a file written by expertlane balance"
             )
-        if self.redundant and not is_method:
+        num_redundant = self.num_redundant_experts
+        if num_redundant and not is_method:
             raise UserError(
-                f"--redundant is {self.redundant}, but {self.placement} says which copies there are"
+                f"--redundant is {num_redundant}, but {self.placement} says which copies there are"
             )
         where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
         options = Options(
@@ -177,7 +182,7 @@ class DeploymentOptions:
             micro_batch_schedule=self.micro_batch_schedule,
             dispatch=self.dispatch,
             payload=self.payload,
-            num_redundant_experts=self.redundant,
+            num_redundant_experts=num_redundant,
             **where,
         )
         object.__setattr__(self, "options", options)
@@ -185,11 +190,7 @@ class DeploymentOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """How real ranks are started.
-
-    Raises:
-        UserError: a number is out of its range.
-    """
+    """How real ranks are started."""
 
     timeout_s: float = timeout_option()
     oversubscribe: bool = typer.Option(
@@ -202,22 +203,12 @@ class LaunchOptions:
         "use for.",
     )
 
-    def __post_init__(self) -> None:
-        _check(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Options of `LLM`.
+    """Options of `LLM`."""
 
-    Raises:
-        UserError: a number is out of its range.
-    """
-
-    dtype: Dtype | None = typer.Option(
-        None,
-        help="Of weights and activations. Default: the checkpoint's, else the machine's choice.",
-    )
+    dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = typer.Option(
         None, metavar="N", help="Positions a sequence may take. Default: the model's."
     )
@@ -248,7 +239,6 @@ class EngineOptions:
     def __post_init__(self) -> None:
         options = replace(self.deployment.options, rebalance_steps=self.rebalance_steps)
         object.__setattr__(self, "options", options)
-        _check(self)
 
     def for_llm(self) -> dict[str, Any]:
         """The arguments of `LLM`."""
@@ -319,11 +309,7 @@ _DEFAULT_SIZE = 100  # of an open loop
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What is put on an engine.
-
-    Raises:
-        UserError: the seed is out of its range.
-    """
+    """What is put on an engine."""
 
     batch: str | None = batch_option(
         f"; with several, one point each. Default: {_DEFAULT_BATCH}.", "N[,N…]"
@@ -338,9 +324,6 @@ class LoadOptions:
     output_len: str = length_option("32", "an output")
     seed: int = typer.Option(0, metavar="N", help="Of prompts, lengths and arrivals.")
 
-    def __post_init__(self) -> None:
-        take_option("--seed", self.seed)
-
     def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":
         """What to measure, a point each.
 
@@ -352,7 +335,7 @@ class LoadOptions:
         lengths = _length("prompt", self.prompt_len), _length("output", self.output_len)
         if self.batch is not None and self.rate is not None:
             raise UserError("--batch and --rate exclude each other; run one, then the other")
-        num_requests = take_option("--num-requests", self.num_requests)
+        num_requests = self.num_requests
         if self.rate is not None:
             rates = parse_list("--rate", "rate", self.rate, "2,5")
             return [Load(num_requests or _DEFAULT_SIZE, *lengths, rate=each) for each in rates]

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.engine.engine import RequestOutput
     from expertlane.engine.llm import LLM
     from expertlane.report.document import Report
     from expertlane.results.results import Results
+    from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 
 TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
@@ -138,24 +138,21 @@ def progress_on_stderr() -> Iterator[Progress]:
 
 
 @contextmanager
-def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[[], None]]:
-    """One task's progress on stderr; gives what advances it."""
+def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[..., None]]:
+    """One task's progress on stderr; gives what advances it, by one part or a number."""
     with progress_on_stderr() as progress:
         progress.task(description, total)
         yield progress.advance
         progress.done()
 
 
-class _Lines:
+class _Lines(Silent):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def task(self, description: str, total: int) -> None:
         self._description = printable(description)
         self._started_s = time.monotonic()
-
-    def advance(self, amount: int = 1) -> None:
-        pass
 
     def done(self) -> None:
         elapsed_s = time.monotonic() - self._started_s

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
 from expertlane.errors import UserError
-from expertlane.spec.ranges import parse_sizes, shown, take_option
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.files import write_text
+from expertlane.spec.ranges import parse_sizes, shown
 
 if TYPE_CHECKING:
-    from expertlane.cli.model import FoundModel
     from expertlane.plan.commands import ServeTarget
-    from expertlane.spec.deployment import PayloadType
     from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import Workload
 
@@ -51,10 +52,6 @@ class _Options:
     )
     as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
 
-    def __post_init__(self) -> None:
-        take_option("--max-tpot-ms", self.max_tpot_ms)
-        take_option("--max-ttft-ms", self.max_ttft_ms)
-
 
 @takes_groups
 def plan(own: _Options, projection: ProjectionOptions) -> None:
@@ -79,17 +76,15 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
-    from expertlane.cli.model import find_model
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
-    from expertlane.spec.files import write_text
 
     found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
-    seconds = [None if ms is None else ms / 1e3 for ms in (own.max_tpot_ms, own.max_ttft_ms)]
+    limits_s = (each and each / 1e3 for each in (own.max_tpot_ms, own.max_ttft_ms))
     workload = _workload(own.workload, found.config)
     routing = choose_routing(
         found.config, projection.routing_trace, projection.skew, num_sampled_layers=2
@@ -100,7 +95,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     name = output.slug("plan", found.config.name, devices)
     folder = output.results_folder(own.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
-    request = PlanRequest(found.config, devices, workload, Goals(*seconds), setting)
+    request = PlanRequest(found.config, devices, workload, Goals(*limits_s), setting)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
@@ -115,7 +110,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     )
 
 
-def _served(found: "FoundModel") -> "ServeTarget":
+def _served(found: FoundModel) -> "ServeTarget":
     """A folder by its absolute path: a relative one could be taken for a hub id."""
     from expertlane.plan.commands import ServeTarget
 

@@ -8,6 +8,7 @@ import typer
 from expertlane.cli.output import check_folder, print_json, write_reports
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
+from expertlane.spec.printable import printable
 
 
 def report(
@@ -40,7 +41,6 @@ def report(
     """
     from expertlane.report.sections import report_of
     from expertlane.results.file import read as read_results
-    from expertlane.spec.printable import printable
 
     kept = read_results(results)
     folder = out or (results if results.is_dir() else results.parent)

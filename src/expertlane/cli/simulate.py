@@ -20,8 +20,7 @@ from expertlane.cli.options import (
     rate_option,
     takes_groups,
 )
-from expertlane.errors import SpecError, UserError
-from expertlane.spec.ranges import take_option
+from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
     from expertlane.cost.multi_token import MultiToken
@@ -41,7 +40,7 @@ class _Options:
         None,
         metavar="LAYOUT",
         help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
-        "and values travel between them.",
+        "and values travel between them. All other options hold for both pools.",
     )
     mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N tokens guessed a step.")
     mtp_acceptance: float | None = typer.Option(
@@ -59,9 +58,6 @@ class _Options:
         metavar="DIR",
         help=f"Folder for {output.FILES}. Default: results/simulate-MODEL-CLUSTER.",
     )
-
-    def __post_init__(self) -> None:
-        take_option("--mtp-acceptance", self.mtp_acceptance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +113,7 @@ def simulate(
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.simulator import ServingSetup, Simulator, check_devices
+    from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
     from expertlane.spec.workload import check_lengths
 
     config, trace, seed = found_model.config, own.trace, load_options.seed
@@ -136,9 +132,12 @@ def simulate(
         **vars(scheduler),
     )
     check_lengths(load, config.max_position_embeddings)
-    check_devices(modelled, setup)
-    for layout in setup.pools.values():
-        found_model.check(layout, setup.options, modelled.profile.ranks_per_node)
+    check_fits_cluster(modelled, setup)
+    per_node = modelled.profile.ranks_per_node
+    found_model.check(setup.layout, setup.options, per_node)
+    if setup.prefill_layout is not None:
+        with naming("--prefill-layout"):
+            found_model.check(setup.prefill_layout, setup.options, per_node)
     if trace is not None:
         output.check_file("--trace", trace, "step.json")
     folder = output.results_folder(own.out, output.slug("simulate", config.name, own.cluster))
@@ -176,10 +175,8 @@ def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
             + ("not given" if acceptance is None else f"{acceptance:g}")
             + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
         )
-    try:
+    with naming("--mtp"):
         return MultiToken(num_drafts, acceptance or 0.0)
-    except SpecError as error:
-        raise SpecError(f"--mtp: {error}") from None
 
 
 def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":

@@ -22,13 +22,14 @@ class Pending:
         self,
         recorder: Recorder,
         work: Work | None,
-        finish: Callable[[], Tensor],
-        keep: Tensor | None = None,
+        received: Tensor,
+        sent: Tensor | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._recorder = recorder
         self._work = work
-        self._finish = finish
-        self._keep = keep  # the sent buffer must outlive the transfer
+        self._received, self._finish = received, finish
+        self._sent = sent  # must outlive the transfer
         self._stage, self._layer = recorder.stage, recorder.layer
 
     def wait(self) -> Tensor:
@@ -42,8 +43,8 @@ class Pending:
             begin = self._recorder.begin_wait()
             self._work.wait()
             self._recorder.end_wait(begin)
-        self._keep = None
-        return self._finish()
+        self._sent = None
+        return self._received if self._finish is None else self._finish(self._received)
 
 
 class Group:
@@ -86,15 +87,15 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int,
-        finish: Callable[[Tensor], Tensor] = lambda received: received,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Pending:
         if self._link is None:
-            return Pending(self._recorder, None, lambda: rows)
+            return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
         self._count(send, rows.shape[1] * rows.itemsize, metadata_bytes)
         received = rows.new_empty((sum(receive), rows.shape[1]))
         work = self._link.all_to_all(rows, send, received, receive)
-        return Pending(self._recorder, work, lambda: finish(received), rows)
+        return Pending(self._recorder, work, received, rows, finish)
 
     def all_to_all(
         self,
@@ -127,12 +128,12 @@ class Group:
             [sum(num_rows_of), width] when waited for.
         """
         if self._link is None:
-            return Pending(self._recorder, None, lambda: rows)
+            return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
         self._count([len(rows)] * self.size, rows.shape[1] * rows.itemsize, metadata_bytes)
         received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
         work = self._link.all_gather(rows, received, num_rows_of)
-        return Pending(self._recorder, work, lambda: received, rows)
+        return Pending(self._recorder, work, received, rows)
 
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
@@ -159,13 +160,13 @@ class Group:
         row_bytes = rows.shape[1] * rows.itemsize
         self._recorder.count_collective()
         self._recorder.count_sent(Traffic.PAYLOAD, [self.ranks[to]], [rows.shape[0]], row_bytes)
-        return Pending(self._recorder, self._link.send(rows, to), lambda: rows, rows)
+        return Pending(self._recorder, self._link.send(rows, to), rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
         """Begin to fill `rows`, contiguous, from the rank at place `source`."""
         assert self._link is not None, "there is another rank"
         work = self._link.receive(rows, source) if rows.shape[0] else None
-        return Pending(self._recorder, work, lambda: rows)
+        return Pending(self._recorder, work, rows)
 
 
 ResultT = TypeVar("ResultT")

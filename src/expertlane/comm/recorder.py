@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,38 +23,22 @@ _NUM_STAGES = len(Stage)
 _TRACKS = list(Track)
 
 
-class Clock(Protocol):
-    """Marks moments cheaply and tells the seconds between them later."""
+class HostClock:
+    """Marks moments cheaply and tells the seconds between them later; by the host's clock."""
 
     def mark(self) -> Any:
-        """This moment."""
-        ...
-
-    def settle(self) -> None:
-        """Make all marks so far readable."""
-        ...
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        """Between two settled marks."""
-        ...
-
-
-class HostClock:
-    """Marks are times of the host's monotonic clock."""
-
-    def mark(self) -> float:
         """This moment."""
         return time.perf_counter()
 
     def settle(self) -> None:
-        """Nothing to wait for."""
+        """Make all marks so far readable."""
 
-    def seconds(self, begin: float, end: float) -> float:
-        """Between two marks."""
-        return end - begin
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two settled marks."""
+        return float(end - begin)
 
 
-class StreamClock:
+class StreamClock(HostClock):
     """Marks are events on the current CUDA stream."""
 
     def mark(self) -> torch.cuda.Event:
@@ -72,7 +56,7 @@ class StreamClock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def clock_for(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> HostClock:
     """The clock that sees what `device` does."""
     return StreamClock() if device.type == "cuda" else HostClock()
 
@@ -94,7 +78,7 @@ class Recorder:
         num_layers: int,
         num_experts: int,
         progress: ProgressReporter,
-        clock: Clock,
+        clock: HostClock,
         world_size: int,
     ) -> None:
         self._rank = rank

@@ -28,50 +28,35 @@ def measured_assumptions(
     Args:
         limits: what each deployment, by its name, was scheduled with.
     """
-    if experiment.checkpoint is None:
-        model = _of_seeded_model(experiment)
-    else:
-        model = _of_checkpoint(experiment, Path(experiment.checkpoint))
-    workload = _of_workload(experiment, limits)
-    rows = (*model, *workload, *_of_deployments(experiment, machine))
+    rows = (
+        *_of_model(experiment),
+        *_of_workload(experiment, limits),
+        *_of_deployments(experiment, machine),
+    )
     return tuple(replace(each, source="measured") for each in rows)
 
 
-def _of_seeded_model(experiment: Experiment) -> list[Assumption]:
-    model, seeds = experiment.model, (experiment.seed, experiment.workload.seed)
-    return [
-        Assumption(
-            "experts per token",
-            f"{model.num_experts_per_tok} of {model.num_experts}",
+def _of_model(experiment: Experiment) -> list[Assumption]:
+    model, seed = experiment.model, experiment.workload.seed
+    if experiment.checkpoint is None:
+        weights = f"random, seeds {experiment.seed} and {seed}; router untrained"
+        why_top_k, why_parts, why_weights = (
             "the paper does not give it",
-        ),
-        Assumption("model parts", _parts(model), "the paper does not give them"),
-        Assumption(
-            "weights and prompts",
-            f"random, seeds {seeds[0]} and {seeds[1]}; router untrained",
+            "the paper does not give them",
             "the paper gives no checkpoint and no text",
-        ),
-    ]
-
-
-def _of_checkpoint(experiment: Experiment, folder: Path) -> list[Assumption]:
-    model = experiment.model
-    own = from_hf(read_config(folder)).num_experts_per_tok
+        )
+    else:
+        weights = f"the checkpoint's, router included; prompts of random token ids, seed {seed}"
+        own = from_hf(read_config(Path(experiment.checkpoint))).num_experts_per_tok
+        why_top_k = why_parts = "the checkpoint's own"
+        if model.num_experts_per_tok != own:
+            why_top_k = f"asked for; the checkpoint's own is {own}"
+        why_weights = "the same for every checkpoint; text may load its experts less or more evenly"
+    top_k = f"{model.num_experts_per_tok} of {model.num_experts}"
     return [
-        Assumption(
-            "experts per token",
-            f"{model.num_experts_per_tok} of {model.num_experts}",
-            "the checkpoint's own"
-            if model.num_experts_per_tok == own
-            else f"asked for; the checkpoint's own is {own}",
-        ),
-        Assumption("model parts", _parts(model), "the checkpoint's own"),
-        Assumption(
-            "weights and prompts",
-            "the checkpoint's, router included; prompts of random token ids, seed "
-            f"{experiment.workload.seed}",
-            "the same for every checkpoint; text may load its experts less or more evenly",
-        ),
+        Assumption("experts per token", top_k, why_top_k),
+        Assumption("model parts", _parts(model), why_parts),
+        Assumption("weights and prompts", weights, why_weights),
     ]
 
 
@@ -243,8 +228,7 @@ def projected_assumptions(
             f"{FREE_SHARE:.0%} of a device's may be taken",
             "the rest is the framework's",
         ),
-        *_of_types(types),
-        *_of_sizes(experiment),
+        *_of_types(types, experiment.model),
     ]
     if any(each.options.rebalance_steps for each in experiment.deployments):
         rows.append(Assumption("rebalancing", "none", "experts stay where they begin"))
@@ -276,27 +260,20 @@ def _of_cluster(cluster: ModelledCluster) -> list[Assumption]:
     ]
 
 
-def _of_types(types: NumberTypes) -> list[Assumption]:
-    rows = [Assumption("number type", str(types), change="--dtype")]
-    if types.weights == "float16":
-        rows.append(
-            Assumption(
-                "float16",
-                "takes as long as bfloat16",
-                "published tables have no float16, so it counts as bound and is 15% wider",
-                "--dtype bfloat16",
-            )
-        )
-    return rows
-
-
-def _of_sizes(experiment: Experiment) -> list[Assumption]:
-    model = experiment.model
-    return [
+def _of_types(types: NumberTypes, model: ModelConfig) -> list[Assumption]:
+    rows = [
+        Assumption("number type", str(types), change="--dtype"),
+        Assumption(
+            "float16",
+            "takes as long as bfloat16",
+            "published tables have no float16, so it counts as bound and is 15% wider",
+            "--dtype bfloat16",
+        ),
         Assumption(
             "sizes never measured",
             f"experts {model.moe_intermediate_size:,} wide, heads of {model.head_dim}",
             "the profile's laws go on from the nearest sizes that were fitted, with wider bounds "
             "for every doubling beyond; the share of time that lies outside is in the tables",
-        )
+        ),
     ]
+    return [each for each in rows if each.name != "float16" or types.weights == "float16"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from expertlane.errors import UserError
 from expertlane.plan.candidates import PlanRequest
-from expertlane.plan.results import finalist_record, pareto_records
+from expertlane.plan.results import candidate_record, pareto_records
 from expertlane.plan.search import OnePool, Search
 from expertlane.progress import Progress
 from expertlane.results.record import BEST, FASTEST, Conditions, DeploymentRecord
@@ -48,12 +48,12 @@ def plan_beside(
         place = next((place for place, row in enumerate(own) if row is fastest), len(own))
         rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
     if found is not None:
-        rows.append(finalist_record(found.finalists[0], BEST, conditions))
+        rows.append(candidate_record(found.finalists[0], 0, BEST, conditions))
         by_candidate = {tuple(option.candidate): option for option in found.options}
         for place, row in enumerate(own):
             option = by_candidate.get((row.layout, row.options))
             if option is not None and option.place is not None:
-                planned = finalist_record(search.finish(option), BEST, conditions)
+                planned = candidate_record(search.finish(option), 0, BEST, conditions)
                 rows[place] = replace(rows[place], serving=planned.serving)
     if decoding is not None:
         rows += pareto_records(decoding.options, _NUM_PARETO, conditions)
@@ -82,10 +82,10 @@ def _fastest(
     finalists = [] if found is None else found.finalists
     rows = list(own)
     for finalist in [each for each in finalists if each.num_seqs >= num_seqs][:_NUM_IN_FULL]:
-        layout, options = finalist.option.candidate
+        layout, options = finalist.candidate
         if any((row.layout, row.options) == (layout, options) for row in own):
             continue
-        rows.append(row_of(Deployment(str(finalist.option.candidate), layout, options)))
+        rows.append(row_of(Deployment(str(finalist.candidate), layout, options)))
     timed = [
         (step.round_s.value, place, row)
         for place, row in enumerate(rows)

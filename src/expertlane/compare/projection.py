@@ -15,19 +15,20 @@ from expertlane.errors import CapacityError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
 from expertlane.plan.project import (
-    DeploymentProjector,
+    Projector,
     Setting,
     StepSize,
     cluster_record,
     conditions_of,
 )
-from expertlane.progress import Progress
+from expertlane.progress import Progress, each_of
 from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
     Conditions,
     DeploymentRecord,
     PoolRecord,
+    StepsRecord,
 )
 from expertlane.results.results import PlanSummary, Results
 from expertlane.spec.deployment import Deployment
@@ -131,36 +132,35 @@ class ExperimentProjector:
 
     def _steps(
         self, deployment: Deployment, at: Conditions, cluster: ModelledCluster | None = None
-    ) -> DeploymentProjector:
-        return DeploymentProjector(
-            self._model, deployment, cluster or self._cluster, self._setting(at)
+    ) -> Projector:
+        return Projector(
+            self._model,
+            deployment.layout,
+            deployment.options,
+            cluster or self._cluster,
+            self._setting(at),
         )
 
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
         """Every deployment under all conditions, the usual ones first."""
         deployments = self._experiment.deployments
-        all_conditions = [
-            self._conditions(*each) for each in product(self._executions, ("balanced", "skewed"))
-        ]
-        progress.task(f"projecting on {self._cluster}", len(all_conditions) * len(deployments))
+        cases = list(product(self._executions, ("balanced", "skewed"), deployments))
         rows: list[DeploymentRecord] = []
-        for conditions in all_conditions:
-            for deployment in deployments:
-                if conditions.routing == "skewed" and deployment.layout.ep == 1:
-                    # Every rank has a part of every expert: as under balanced routing, before.
-                    row = replace(rows[-len(deployments)], conditions=conditions)
-                else:
-                    row = replace(self._row(deployment, conditions), roles=(EXPERIMENT,))
-                rows.append(row)
-                progress.advance()
-        progress.done()
+        for case in each_of(cases, progress, f"projecting on {self._cluster}"):
+            execution, routing, deployment = case
+            conditions = self._conditions(execution, routing)
+            if routing == "skewed" and deployment.layout.ep == 1:
+                # Every rank has a part of every expert: as under balanced routing, before.
+                row = replace(rows[-len(deployments)], conditions=conditions)
+            else:
+                row = replace(self._row(deployment, conditions), roles=(EXPERIMENT,))
+            rows.append(row)
         return rows
 
     def _look_closer(self, rows: list[DeploymentRecord], context: int, progress: Progress) -> None:
         """Add steps of other batch sizes and timelines, under the usual conditions."""
-        deployments = self._experiment.deployments
-        progress.task("batch sizes and timelines", len(deployments))
-        for place, deployment in enumerate(deployments):
+        deployments = list(enumerate(self._experiment.deployments))
+        for place, deployment in each_of(deployments, progress, "batch sizes and timelines"):
             steps, row = self._steps(deployment, self._usual), rows[place]
             assert row.name == deployment.name, "usual conditions come first"
             *fewer, all_seqs = self._decode_sizes(deployment, context)
@@ -172,8 +172,6 @@ class ExperimentProjector:
                     step = replace(step, timeline=steps.timeline(size))
                 seen.append(step)
             rows[place] = replace(row, steps=(*seen, *map(steps.step, fewer)))
-            progress.advance()
-        progress.done()
 
     def _decode_sizes(self, deployment: Deployment, context: int) -> list[StepSize]:
         """Of 1, 4, 16 … sequences, then of all."""
@@ -190,7 +188,7 @@ class ExperimentProjector:
         return [StepSize(num, 1, context, fits=resident >= num) for num in nums_seqs]
 
     def _row(self, deployment: Deployment, at: Conditions) -> DeploymentRecord:
-        layout, num_seqs = deployment.layout, self._experiment.workload.num_sequences
+        num_seqs = self._experiment.workload.num_sequences
         room = self._room(deployment)
         projector = self._steps(deployment, at)
         sizes = [self._prefill_size] if room.max_seqs else []
@@ -199,16 +197,9 @@ class ExperimentProjector:
             sizes.append(StepSize(num_seqs, 1, context, fits=resident >= num_seqs))
             if 0 < resident < num_seqs:
                 sizes.append(StepSize(resident, 1, context))
-        return DeploymentRecord(
-            name=deployment.name,
-            layout=layout,
-            options=deployment.options,
-            source="projected",
-            is_baseline=deployment.is_baseline,
-            conditions=at,
-            pools=(replace(room.record(), num_resident=room.num_resident),),
-            steps=tuple(map(projector.step, sizes)),
-        )
+        pool = replace(room.record(), num_resident=room.num_resident)
+        steps = map(projector.step, sizes)
+        return replace(_record(deployment, at, pool, steps), is_baseline=deployment.is_baseline)
 
     def _resident(self, deployment: Deployment, context: int) -> int:
         return self._room(deployment, context + 1).num_resident
@@ -219,7 +210,7 @@ class ExperimentProjector:
         return PlacedModel(model, layout, self._types, placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
-            prefill_step_tokens(layout, workload.num_sequences, workload.prompt_len, STEP_TOKENS),
+            prefill_step_tokens(workload, layout, STEP_TOKENS),
         )
 
     def _context(self, rows: list[DeploymentRecord]) -> int:
@@ -233,40 +224,25 @@ class ExperimentProjector:
 
     def _scaling(self, context: int, progress: Progress) -> list[DeploymentRecord]:
         """The experiment's sizes, and doublings of them beyond its ranks."""
-        family = _scaling_family(self._experiment)
-        progress.task("scaling", len(family))
-        found = []
-        for deployment in family:
-            found.append(self._scaled(deployment, context))
-            progress.advance()
-        progress.done()
-        return found
+        family = each_of(_scaling_family(self._experiment), progress, "scaling")
+        return [self._scaled(deployment, context) for deployment in family]
 
     def _scaled(self, deployment: Deployment, context: int) -> DeploymentRecord:
-        layout, options = deployment.layout, deployment.options
+        layout = deployment.layout
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
         projector = self._steps(deployment, self._usual, cluster)
         num_all = self._experiment.workload.num_sequences
         share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
         room = self._room(deployment, context + 1)
-        placed = next(filter(None, placements_of(self._model, layout, options)), None)
+        placed = next(filter(None, placements_of(self._model, layout, deployment.options)), None)
         sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike
-        return DeploymentRecord(
-            name=deployment.name,
-            layout=layout,
-            options=options,
-            source="projected",
-            roles=(SCALING,),
-            conditions=self._usual,
-            pools=(
-                PoolRecord(
-                    weight_bytes=room.memory.weight_bytes,
-                    allowed_bytes=int(room.free_bytes),
-                    num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
-                ),
-            ),
-            steps=tuple(map(projector.step, sizes)),
+        pool = PoolRecord(
+            weight_bytes=room.memory.weight_bytes,
+            allowed_bytes=int(room.free_bytes),
+            num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
         )
+        steps = map(projector.step, sizes)
+        return replace(_record(deployment, self._usual, pool, steps), roles=(SCALING,))
 
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress
@@ -285,6 +261,20 @@ class ExperimentProjector:
         rows[:num_own] = found[:num_own]
         rows += found[num_own:]
         return (summary,)
+
+
+def _record(
+    deployment: Deployment, at: Conditions, pool: PoolRecord, steps: Iterable[StepsRecord]
+) -> DeploymentRecord:
+    return DeploymentRecord(
+        name=deployment.name,
+        layout=deployment.layout,
+        options=deployment.options,
+        source="projected",
+        conditions=at,
+        pools=(pool,),
+        steps=tuple(steps),
+    )
 
 
 def _scaling_family(experiment: Experiment) -> list[Deployment]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -77,21 +77,19 @@ def run_comparison(
     foreign = ForeignLoad()
     deployed = [
         _Deployed(each, experiment, limits[each.name], pool, ranks_per_node, progress)
-        for each in experiment.deployments
+        for each in experiment.deployments + experiment.scaling
     ]
+    num_own = len(experiment.deployments)
+    own, scaling = deployed[:num_own], deployed[num_own:]
     # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
-    for each in deployed:
+    for each in own:
         each.measure()
         traced = each.trace()
         if on_trace is not None:
             on_trace(each.deployment.name, traced)
-    for each in reversed(deployed):
+    for each in reversed(own):
         each.measure(run=1)
-    scaled = [
-        _Deployed(each, experiment, limits[each.name], pool, ranks_per_node, progress)
-        for each in experiment.scaling
-    ]
-    for each in scaled:
+    for each in scaling:
         each.measure()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     return Results.now(
@@ -99,8 +97,8 @@ def run_comparison(
         command,
         {"experiment": experiment},
         [
-            *(each.record(EXPERIMENT, peak) for each in deployed),
-            *(each.record(SCALING, peak) for each in scaled),
+            *(each.record(EXPERIMENT, peak) for each in own),
+            *(each.record(SCALING, peak) for each in scaling),
         ],
         torch_version=seen[0].torch_version,
         machine=machine,
@@ -179,41 +177,35 @@ def _typical(
     return min(full, key=lambda row: abs(seconds(row) - usual_s))
 
 
+@dataclass
 class _Deployed:
     """A deployment on the ranks, and what was measured of it, repetition by repetition."""
 
-    def __init__(
-        self,
-        deployment: Deployment,
-        experiment: Experiment,
-        limits: Limits,
-        pool: RankPool,
-        ranks_per_node: int,
-        progress: Progress,
-    ) -> None:
-        self.deployment = deployment
-        self._experiment = experiment
-        self._limits = limits
-        self._pool = pool
-        self._ranks_per_node = ranks_per_node
-        self._progress = progress
+    deployment: Deployment
+    experiment: Experiment
+    limits: Limits
+    pool: RankPool
+    ranks_per_node: int
+    progress: Progress
+
+    def __post_init__(self) -> None:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
         self._timelines: dict[Phase, StepTimeline] = {}
         self._dispatch: DispatchTable | None = None
 
     def measure(self, run: int = 0) -> None:
         """Deploy, warm up, and run the workload once."""
-        experiment, name, progress = self._experiment, self.deployment.name, self._progress
+        experiment, name, progress = self.experiment, self.deployment.name, self.progress
         workload = experiment.workload
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{name}, again" if run else name, 1 + num_tokens)
         self._runner = ModelRunner(
-            self._pool,
+            self.pool,
             experiment.model,
             self.deployment,
-            self._limits,
+            self.limits,
             seed=experiment.seed,
-            ranks_per_node=self._ranks_per_node,
+            ranks_per_node=self.ranks_per_node,
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
         )
         if run == 0:
@@ -227,7 +219,7 @@ class _Deployed:
 
     def _keep(self, step: StepRecord) -> None:
         self._steps[step.phase].append(step)
-        self._progress.advance(len(step.seq_ids))
+        self.progress.advance(len(step.seq_ids))
 
     def trace(self) -> list[StepRecord]:
         """A prefill and a decode step of the workload with short outputs.
@@ -235,7 +227,7 @@ class _Deployed:
         Of those with most tokens the one that takes about as long as most did when measured; of
         micro-batches that rotate, as many steps of each as make a round.
         """
-        workload, options = self._experiment.workload, self.deployment.options
+        workload, options = self.experiment.workload, self.deployment.options
         is_rotating = options.micro_batch_schedule == "rotating"
         num_kept = options.num_micro_batches if is_rotating else 1
         short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
@@ -258,11 +250,11 @@ class _Deployed:
         record_events: bool = False,
     ) -> npt.NDArray[np.int64]:
         """Generate the whole workload; gives its tokens, [num_sequences, output_len]."""
-        deployment, experiment = self.deployment, self._experiment
+        deployment, experiment = self.deployment, self.experiment
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,
-            self._limits,
+            self.limits,
             record=record,
             record_events=record_events,
         )
@@ -285,7 +277,7 @@ class _Deployed:
         runner, steps = self._runner, self._steps
         phases = [
             replace(
-                phase_record(self.deployment.layout, of_phase, peak, self._ranks_per_node),
+                phase_record(self.deployment.layout, of_phase, peak, self.ranks_per_node),
                 timeline=self._timelines.get(phase),
             )
             for phase, of_phase in steps.items()
@@ -293,7 +285,7 @@ class _Deployed:
         ]
         return measured_record(
             self.deployment,
-            self._experiment.model,
+            self.experiment.model,
             phases,
             runner.held,
             self._tokens,
@@ -316,8 +308,8 @@ def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
     after: list[StepLoad] = []
     if taken.switched is not None:
         later = [each for each in rebalancer.decisions if each.replica == taken.replica]
-        ends = [each.switched for each in later if (each.switched or 0) > taken.switched]
-        until = min((end for end in ends if end is not None), default=own[-1].step + 1)
+        ends = [each.switched or 0 for each in later]
+        until = min((end for end in ends if end > taken.switched), default=own[-1].step + 1)
         after = [each for each in own if taken.switched <= each.step < until][:num_steps]
     return RebalanceRecord(
         replica=taken.replica,

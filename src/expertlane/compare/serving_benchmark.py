@@ -9,17 +9,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from expertlane.engine.engine import Chunk, RequestOutput
+from expertlane.engine.engine import Engine
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.record import ServingRecord
+from expertlane.schedule.request import RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import (
@@ -42,25 +43,8 @@ class Served:
     output: RequestOutput
 
 
-class Serving(Protocol):
-    """Of an `Engine`, what the loop needs."""
-
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether `step` has more to give."""
-        ...
-
-    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
-        """Queue a request."""
-        ...
-
-    def step(self) -> list[Chunk]:
-        """Wait for one step."""
-        ...
-
-
 def serve(
-    engine: Serving,
+    engine: Engine[Any],
     requests: Iterable[TimedRequest],
     max_unfinished: int | None = None,
     *,

@@ -14,7 +14,6 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import StageWork, law_dtype
 from expertlane.cost.step.operation import Floats, Operation
 from expertlane.cost.step.program import StageProgram, StepProgram
-from expertlane.cost.step.totals import distinct_sections
 from expertlane.cost.step_log import LogTable
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.spec.names import ProjectedCause, Stage
@@ -230,14 +229,11 @@ def floor_s(programs: Sequence[StepProgram], device: Device, types: NumberTypes)
 
 def _least_s(program: StageProgram, device: Device, types: NumberTypes) -> float:
     reading, computing = np.zeros((2, program.mesh.size))
-    for part in program.parts:
-        for section, num in distinct_sections(part):
-            for step in section.steps:
-                if isinstance(step, Operation):
-                    peak = device.flops_per_s[step.dtype or types.weights]
-                    computing += num * step.flops / peak
-                    read = step.weight_bytes + step.kv_bytes
-                    reading += num * read / device.memory_bytes_per_s
+    for step, num in program.distinct_steps():
+        if isinstance(step, Operation):
+            computing += num * step.flops / device.flops_per_s[step.dtype or types.weights]
+            read = step.weight_bytes + step.kv_bytes
+            reading += num * read / device.memory_bytes_per_s
     return float(np.maximum(reading, computing).max())
 
 

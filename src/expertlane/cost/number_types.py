@@ -6,7 +6,7 @@ from expertlane.errors import SpecError
 from expertlane.spec.deployment import PayloadType
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
-_SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
+SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,5 @@ class PayloadBytes:
         item = {"model": activation_bytes, "bfloat16": 2, "float8": 1}[payload]
         if item >= activation_bytes:
             return cls(hidden_size * activation_bytes, 0, False)
-        blocks = -(-hidden_size // _SCALED_VALUES) if payload == "float8" else 0
+        blocks = -(-hidden_size // SCALED_VALUES) if payload == "float8" else 0
         return cls(hidden_size * item, 4 * blocks, True)

@@ -24,7 +24,7 @@ from expertlane.cost.step.operation import (
     Transfer,
     TransferKind,
 )
-from expertlane.cost.step.program import PartProgram, Section, StepProgram
+from expertlane.cost.step.program import Section, StepProgram
 from expertlane.spec.names import Stage
 
 _NOTHING_LEFT = 1e-30  # not 0: what takes no time takes none beside a transfer either
@@ -233,13 +233,13 @@ class Pricing:
             for of_micro_batches in program.stages
         ]
 
-    def _part(self, part: PartProgram, num_ranks: int) -> list[Block]:
+    def _part(self, part: Sequence[Section], num_ranks: int) -> list[Block]:
         priced: dict[int, Sequence[TimedStep]] = {}
         transfers: dict[Hashable, Times] = {}
-        for section in part.sections:
+        for section in part:
             if id(section.steps) not in priced:
                 priced[id(section.steps)] = self._section(section, num_ranks, transfers)
-        return blocks_of([(each.layer, priced[id(each.steps)]) for each in part.sections])
+        return blocks_of([(each.layer, priced[id(each.steps)]) for each in part])
 
     def _section(
         self, section: Section, num_ranks: int, transfers: dict[Hashable, Times]

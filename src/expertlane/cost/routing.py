@@ -1,7 +1,7 @@
 """Sources of the experts that tokens choose: drawn, or from a trace."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class RoutingSource(Protocol):
         ...
 
 
+@dataclass(eq=False, repr=False)
 class PowerLawRouting:
     """Experts of unequal popularity, drawn without replacement.
 
@@ -50,25 +51,16 @@ class PowerLawRouting:
     Args:
         alpha: 0 for experts alike.
         num_sampled_layers: layers take turns with so many samples.
-        groups: those of the router; none if not given.
+        groups: those of the router; none by default.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        top_k: int,
-        alpha: float = 0.0,
-        seed: int = 0,
-        num_sampled_layers: int = 4,
-        groups: Routing | None = None,
-    ) -> None:
-        self._groups = groups or Routing()
-        self._num_experts = num_experts
-        self._top_k = top_k
-        self._alpha = alpha
-        self._seed = seed
-        self._num_samples = num_sampled_layers
-        self._drawn: dict[int, Ints] = {}
+    num_experts: int
+    top_k: int
+    alpha: float = 0.0
+    seed: int = 0
+    num_sampled_layers: int = 4
+    groups: Routing = field(default_factory=Routing)
+    _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -80,7 +72,7 @@ class PowerLawRouting:
 
     def sample_of(self, layer: int) -> int:
         """Layers take turns."""
-        return layer % self._num_samples
+        return layer % self.num_sampled_layers
 
     def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
         """As the protocol says; ranks' tokens follow each other in those drawn."""
@@ -90,22 +82,22 @@ class PowerLawRouting:
 
     def _rarity(self, sample: int) -> Floats:
         """[num_experts]; the inverse of the weights."""
-        places = np.random.default_rng((self._seed, sample)).permutation(self._num_experts)
-        rarity: Floats = np.power(1.0 + places, self._alpha, dtype=np.float64)
+        places = np.random.default_rng((self.seed, sample)).permutation(self.num_experts)
+        rarity: Floats = np.power(1.0 + places, self.alpha, dtype=np.float64)
         return rarity
 
     def _tokens(self, sample: int, at_least: int) -> Ints:
         """[n, K]; those drawn so far, at least so many."""
-        drawn = self._drawn.get(sample, np.empty((0, self._top_k), dtype=np.int64))
+        drawn = self._drawn.get(sample, np.empty((0, self.top_k), dtype=np.int64))
         blocks = [drawn]
         for block in range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER)):
-            rng = np.random.default_rng((self._seed, sample, block + 1))
+            rng = np.random.default_rng((self.seed, sample, block + 1))
             # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
-            arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self._num_experts), np.float32)
+            arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self.num_experts), np.float32)
             arrivals *= self._rarity(sample).astype(np.float32)
-            if self._groups.n_group > 1:
-                _close_groups(arrivals, self._groups)
-            blocks.append(np.argpartition(arrivals, self._top_k - 1, axis=1)[:, : self._top_k])
+            if self.groups.n_group > 1:
+                _close_groups(arrivals, self.groups)
+            blocks.append(np.argpartition(arrivals, self.top_k - 1, axis=1)[:, : self.top_k])
         if len(blocks) > 1:
             self._drawn[sample] = drawn = np.concatenate(blocks)
         return drawn

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 
@@ -130,6 +130,7 @@ class _Replica:
     phase: Phase | None = None
 
 
+@dataclass(eq=False, repr=False)
 class CostRunner:
     """Executes step plans on a virtual clock; implements `schedule.plan.Runner`.
 
@@ -140,45 +141,35 @@ class CostRunner:
     the driver.
 
     Attributes:
-        now_s: [B].
-        bounds: by step, when it was submitted and finished: [B] each.
-        num_priced: steps that were counted and priced.
-        lead: place in `BOUNDS`.
-
-    Args:
         sharing: of steps that are alike; None to count and price every step for itself.
         observe: told of every step.
         multi_token: of multi-token prediction; decode steps then go further than their plans say.
+        lead: place in `BOUNDS`.
+        now_s: [B].
+        bounds: by step, when it was submitted and finished: [B] each.
+        num_priced: steps that were counted and priced.
     """
 
-    def __init__(
-        self,
-        builder: ProgramBuilder,
-        routing: RoutingSource,
-        pricing: Pricing,
-        terms: Terms,
-        *,
-        sharing: StepSharing | None = None,
-        observe: Callable[[PricedStep], None] | None = None,
-        multi_token: MultiTokenAdapter | None = None,
-        lead: int = LIKELY,
-    ) -> None:
-        self.lead = lead
-        self.now_s: Floats = np.zeros(len(BOUNDS))
-        self.bounds: dict[int, tuple[Floats, Floats]] = {}
-        self.num_priced = 0
-        self._builder = builder
-        self._routing = routing
-        self._pricing = pricing
-        self._terms = terms
-        layout = builder.layout
+    builder: ProgramBuilder
+    routing: RoutingSource
+    pricing: Pricing
+    terms: Terms
+    _: KW_ONLY
+    sharing: StepSharing | None = None
+    observe: Callable[[PricedStep], None] | None = None
+    multi_token: MultiTokenAdapter | None = None
+    lead: int = LIKELY
+    now_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)), init=False)
+    bounds: dict[int, tuple[Floats, Floats]] = field(default_factory=dict, init=False)
+    num_priced: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        layout = self.builder.layout
         self._num_ranks = layout.replica_size
-        self._sharing = sharing
-        self._observe = observe
-        self._multi_token = multi_token
         self._num_tokens = 0
         self._replicas = [
-            _Replica(Timeline(terms, layout.pp, layout.stage_size)) for _ in range(layout.replicas)
+            _Replica(Timeline(self.terms, layout.pp, layout.stage_size))
+            for _ in range(layout.replicas)
         ]
 
     def wait_until(self, due_s: Floats | float) -> None:
@@ -188,15 +179,15 @@ class CostRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begin a step."""
         submitted_s = self.now_s
-        self.now_s = submitted_s + self._terms.step_s(self._num_ranks)
-        if self._multi_token is not None:
-            plan = self._multi_token.adapt(plan)
+        self.now_s = submitted_s + self.terms.step_s(self._num_ranks)
+        if self.multi_token is not None:
+            plan = self.multi_token.adapt(plan)
         known = self._work(plan)
         replica = self._replicas[plan.replica]
         times = self._run(replica.timeline, known, plan)
         same_phase, replica.phase = replica.phase is plan.phase, plan.phase
-        if self._observe is not None:
-            self._observe(PricedStep(plan, known.program, known.work, times))
+        if self.observe is not None:
+            self.observe(PricedStep(plan, known.program, known.work, times))
         records: tuple[RankRecord, ...] = ()
         if plan.record or plan.record_events:
             records = self._records(plan, known.program, times, count_idle=same_phase)
@@ -223,17 +214,17 @@ class CostRunner:
 
     def _work(self, plan: StepPlan) -> KnownWork:
         def make() -> KnownWork:
-            program = self._builder.build(plan, self._routing, first_token=self._num_tokens)
+            program = self.builder.build(plan, self.routing, first_token=self._num_tokens)
             self.num_priced += 1
-            return KnownWork(program, self._pricing.work(program))
+            return KnownWork(program, self.pricing.work(program))
 
-        known = make() if self._sharing is None else self._sharing.find(plan, make)
+        known = make() if self.sharing is None else self.sharing.find(plan, make)
         self._num_tokens += sum(batch.num_tokens for batch in plan.batches)
         return known
 
     def _run(self, timeline: Timeline, known: KnownWork, plan: StepPlan) -> StepTimes:
         may_skip = not plan.record_events
-        if self._sharing is None or not may_skip or not timeline.is_at_rest(self.now_s):
+        if self.sharing is None or not may_skip or not timeline.is_at_rest(self.now_s):
             return timeline.run(known.work, self.now_s, may_skip=may_skip)
         if known.cold_start is None:
             known.cold_start = timeline.cold_start(known.work)
@@ -242,8 +233,8 @@ class CostRunner:
     def _records(
         self, plan: StepPlan, program: StepProgram, times: StepTimes, *, count_idle: bool
     ) -> tuple[RankRecord, ...]:
-        num_layers = self._builder.model.num_hidden_layers
-        counts = iter(count(program, num_layers, self._builder.model.num_experts))
+        num_layers = self.builder.model.num_hidden_layers
+        counts = iter(count(program, num_layers, self.builder.model.num_experts))
         of_stages = stage_seconds(times, num_layers, count_idle=count_idle)
         events = rank_events(times) if plan.record_events else {}
         records = []

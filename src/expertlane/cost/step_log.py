@@ -9,7 +9,7 @@ import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.replay import Log
-from expertlane.cost.step.operation import OUTSIDE, Amounts, Floats, Ints, Operation, Step
+from expertlane.cost.step.operation import OUTSIDE, Amounts, Floats, Ints, Operation
 from expertlane.cost.timeline import Span, StepTimes
 from expertlane.results.step_record import RankEvents
 from expertlane.spec.names import Stage, Track
@@ -19,9 +19,7 @@ class LogTable:
     """A log as columns: a row for every step that was run, all likely times [num_rows, R].
 
     Attributes:
-        steps: [num_rows].
-        part: [num_rows].
-        is_transfer: [num_rows].
+        is_transfer, stages: [num_rows].
         rows, layers: [num_steps]; with layers that were not run one by one, the row that each
             went like, and its layer.
     """
@@ -30,10 +28,8 @@ class LogTable:
         self._log = log
         self._shape = (len(log.executed), num_ranks)
         executed = log.executed
-        self.steps: list[Step] = [each.entry.step for each in executed]
-        self.part = np.array([each.part for each in executed], dtype=np.int64)
         self.is_transfer = np.array([each.entry.groups is not None for each in executed], bool)
-        self.stages = np.array([step.stage for step in self.steps], dtype=np.int64)
+        self.stages = np.array([each.entry.step.stage for each in executed], dtype=np.int64)
         self.rows, self.layers = _expanded(log)
 
     def column(self, name: str) -> Floats:
@@ -45,7 +41,7 @@ class LogTable:
     @cached_property
     def times(self) -> Ints:
         """[num_rows]; how many layers went like each row."""
-        return np.bincount(self.rows, minlength=len(self.steps))
+        return np.bincount(self.rows, minlength=self._shape[0])
 
     @cached_property
     def blocked_s(self) -> Floats:

@@ -125,24 +125,16 @@ class ChatTemplate:
 
     def _ask(self, process: "_TemplateProcess", request: Mapping[str, Any]) -> str:
         """The answer's text; without one, the process is ended and the next chat starts another."""
+        answer: dict[str, str] = {}
         try:
             answer = process.ask(request)
-            return str(answer["text"])
-        except BaseException as error:
-            process.end()
-            self._process = None
-            if isinstance(error, KeyError):
-                raise self._error(answer["error"]) from None
-            if isinstance(error, _NoAnswer):
-                raise self._error(str(error)) from None
-            raise
-
-    def _error(self, text: str) -> UserError:
-        return UserError(f"chat template {self._name}: {' '.join(text.split())}")
-
-
-class _NoAnswer(Exception):
-    """The process ended, or was too slow; the text says which."""
+        finally:
+            if "text" not in answer:
+                process.end()
+                self._process = None
+        if "text" not in answer:
+            raise UserError(f"chat template {self._name}: {' '.join(answer['error'].split())}")
+        return answer["text"]
 
 
 class _TemplateProcess:
@@ -163,18 +155,14 @@ class _TemplateProcess:
         self.end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
-        """Send a request and wait for its answer.
-
-        Raises:
-            _NoAnswer: the process ended before it, or `_ANSWER_S` have passed.
-        """
+        """Send a request and wait for its answer: a `text`, or an `error` that says why not."""
         try:
             self._connection.send_bytes(json.dumps(request).encode())
             if not self._connection.poll(_ANSWER_S):
-                raise _NoAnswer(f"no answer within {_ANSWER_S:g} s")
+                return {"error": f"no answer within {_ANSWER_S:g} s"}
             answer: dict[str, str] = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
-            raise _NoAnswer(self._why_ended()) from None
+            return {"error": self._why_ended()}
         return answer
 
     def _why_ended(self) -> str:

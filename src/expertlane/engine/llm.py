@@ -14,7 +14,7 @@ from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.engine.commands import RankMachine
-from expertlane.engine.engine import Chunk, Engine, Prompt, RequestOutput
+from expertlane.engine.engine import Engine, Prompt, SharedEngine
 from expertlane.engine.launch import (
     check_checkpoint,
     check_deployment,
@@ -24,10 +24,9 @@ from expertlane.engine.launch import (
 )
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
-from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
-from expertlane.schedule.request import Limits
+from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,7 @@ from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
 from expertlane.engine.fork_server import RankSettings, ServerSettings, python_command
 from expertlane.engine.messages import Channel
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, RankError
 from expertlane.ops.host import num_cores
 
 MAX_RANKS_PER_CORE = 32
@@ -103,8 +105,6 @@ class LocalRanks:
         CapacityError: not enough file descriptors or temporary space for so many ranks.
     """
 
-    reports_exits = True
-
     def __init__(
         self,
         num_ranks: int,
@@ -162,23 +162,34 @@ class LocalRanks:
             theirs.close()
             self.channels.append(Channel(ours, timeout_s))
 
-    def read_control(self) -> str | None:
-        """Read what the fork server reports; a line if it has ended. Only when readable."""
+    def read_exits(self) -> None:
+        """Read what the fork server reports. Only when there is something.
+
+        Raises:
+            RankError: it has ended.
+        """
         try:
             data = self.control.recv(65536)
         except ConnectionResetError:
             data = b""
         if not data:
             code = self._server.wait(_KILL_TIMEOUT_S)
-            return f"the fork server ended with exit code {code}; all ranks were ended"
+            raise RankError(f"the fork server ended with exit code {code}; all ranks were ended")
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
             rank, code = map(int, line.split())
             self._exit_codes[rank] = code
-        return None
 
-    def exit_code(self, rank: int) -> int | None:
-        """How a rank ended; negative for a signal; None while not known."""
+    def exit_code(self, rank: int, timeout_s: float) -> int | None:
+        """How a rank ended, negative for a signal; None if the server does not say in time.
+
+        Raises:
+            RankError: the fork server has ended.
+        """
+        until_s = time.monotonic() + timeout_s
+        while rank not in self._exit_codes and time.monotonic() < until_s:
+            if wait([self.control], until_s - time.monotonic()):
+                self.read_exits()
         return self._exit_codes.get(rank)
 
     def close(self) -> None:

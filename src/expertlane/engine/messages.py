@@ -5,13 +5,11 @@ is imported by a name that came over a socket. Arrays follow the value, each ali
 that shared memory could hold the same encoding.
 """
 
-import select
 import socket
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -194,22 +192,6 @@ def encode(kind: MessageKind, value: object) -> bytes:
         )
     header = _HEADER.pack(_MAGIC, kind, len(body), arrays.size)
     return b"".join([header, body, bytes(-len(body) % _ALIGNMENT), *arrays.parts])
-
-
-class HasDescriptor(Protocol):
-    """A channel or a socket."""
-
-    def fileno(self) -> int:
-        """The file descriptor, to poll."""
-        ...
-
-
-def wait_readable(sources: Iterable[HasDescriptor], timeout_s: float) -> set[int]:
-    """File descriptors that can be read, or are closed, within `timeout_s`."""
-    poll = select.poll()
-    for source in sources:
-        poll.register(source.fileno(), select.POLLIN)
-    return {descriptor for descriptor, _ in poll.poll(1e3 * timeout_s)}
 
 
 class Channel:

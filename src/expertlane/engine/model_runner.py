@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.trace import RoutingTrace, RoutingTraceWriter
+from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.commands import (
     Deploy,
     DiscardSteps,
@@ -29,14 +30,14 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
 
 
+@dataclass(eq=False)
 class StepHandle:
     """A step under way."""
 
-    def __init__(self, plan: StepPlan, ticket: Ticket[RankOutcome], submitted_s: float) -> None:
-        self.plan = plan
-        self.ticket = ticket
-        self.submitted_s = submitted_s
-        self.finished_s = 0.0
+    plan: StepPlan
+    ticket: Ticket[RankOutcome]
+    submitted_s: float
+    finished_s: float = 0.0
 
 
 class ModelRunner:
@@ -81,9 +82,8 @@ class ModelRunner:
         self.dispatch_table: DispatchTable | None = None
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
-            self.dispatch_table = time_dispatch(
-                self, layout, limits, options.modes(layout, ranks_per_node)
-            )
+            modes = options.modes(layout, ranks_per_node)
+            self.dispatch_table = time_dispatch(self, layout, limits, modes)
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)
             unit = " (tokens of a rank)" if " up to " in text else " for all steps"
@@ -186,15 +186,7 @@ class RoutingRecorder:
         Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
         order of computation: the same in all layers, since all stages cut a plan's batches alike.
         """
-        model = self._model
-        writer = RoutingTraceWriter(
-            model.name, model.num_experts, model.num_experts_per_tok, self._moe_layers
-        )
-        for step, of_ranks in self._kept:
-            for of_rank in of_ranks:
-                for layer, topk_ids in of_rank.items():
-                    writer.add(step, layer, topk_ids)
-        return writer.trace()
+        return RoutingTrace.of_steps(self._model, self._moe_layers, self._kept)
 
 
 def moe_layers(model: ModelConfig) -> list[int]:

@@ -7,7 +7,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import psutil
@@ -25,7 +26,6 @@ from expertlane.engine.messages import (
     MessageKind,
     Ready,
     encode,
-    wait_readable,
 )
 from expertlane.errors import ExpertlaneError, RankError, TerminatedError, UserError
 from expertlane.spec.names import Stage
@@ -45,20 +45,26 @@ class Ranks(Protocol):
     Attributes:
         channels: one a rank.
         control: readable when ranks have ended.
-        reports_exits: whether `exit_code` will know how any rank ended.
     """
 
     channels: list[Channel]
     control: socket.socket
     board: ProgressBoard
-    reports_exits: bool
 
-    def read_control(self) -> str | None:
-        """Read which ranks ended; a line if they can no longer be watched, else None."""
+    def read_exits(self) -> None:
+        """Read which ranks ended.
+
+        Raises:
+            RankError: they can no longer be watched.
+        """
         ...
 
-    def exit_code(self, rank: int) -> int | None:
-        """How a rank ended, negative for a signal; None while not known."""
+    def exit_code(self, rank: int, timeout_s: float) -> int | None:
+        """How a rank ended, negative for a signal; None if that is not known in time.
+
+        Raises:
+            RankError: as `read_exits`.
+        """
         ...
 
     def close(self) -> None:
@@ -96,6 +102,9 @@ class RankPool:
         ranks: started ranks; the pool owns and closes them.
         timeout_s: the longest time without any progress.
 
+    Attributes:
+        is_closed: whether the ranks are gone.
+
     Raises:
         RankError: from any method, when a rank died, hung or raised.
         UserError: from any method, when a rank found a mistake in what was asked for.
@@ -106,7 +115,7 @@ class RankPool:
         self._timeout_s = timeout_s
         self._waiting: list[deque[Ticket[Any]]] = [deque() for _ in ranks.channels]
         self._pids: dict[int, int] = {}
-        self._closed = False
+        self.is_closed = False
         self._own_pid = os.getpid()
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
         self._heartbeats = Decoder(Heartbeat)
@@ -118,7 +127,7 @@ class RankPool:
         for waiting in self._waiting:
             waiting.append(started)
         try:
-            self._wait_for([started], lambda: started.is_done, max(timeout_s, _START_TIMEOUT_S))
+            self._wait_for([started], max(timeout_s, _START_TIMEOUT_S))
         except BaseException:
             self.close()
             raise
@@ -137,11 +146,6 @@ class RankPool:
         """Ranks in the pool."""
         return len(self._ranks.channels)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether the ranks are gone."""
-        return self._closed
-
     def pid(self, rank: int) -> int | None:
         """The process of a rank on this machine; None for another node's."""
         return self._pids.get(rank)
@@ -152,8 +156,8 @@ class RankPool:
 
     def close(self) -> None:
         """End all ranks; may be called again."""
-        if not self._closed and os.getpid() == self._own_pid:  # not for a process forked from it
-            self._closed = True
+        if not self.is_closed and os.getpid() == self._own_pid:  # not for a process forked from it
+            self.is_closed = True
             try:
                 self._ranks.close()
             except (KeyboardInterrupt, TerminatedError):
@@ -176,7 +180,7 @@ class RankPool:
         self, commands: Sequence[tuple[Command[ResultT], Sequence[int]]]
     ) -> Ticket[ResultT]:
         """Begin commands of one type, each on ranks of its own, under one ticket."""
-        if self._closed:
+        if self.is_closed:
             raise RankError("the ranks are gone; start new ones")
         if os.getpid() != self._own_pid:
             raise RankError("the ranks belong to the process that this one was forked from")
@@ -202,19 +206,18 @@ class RankPool:
 
     def first_done(self, tickets: Sequence[Ticket[ResultT]]) -> Ticket[ResultT]:
         """Wait until one of the tickets is done, and give that one."""
-        self._wait_for(tickets, lambda: any(ticket.is_done for ticket in tickets), self._timeout_s)
+        self._wait_for(tickets, self._timeout_s)
         return next(ticket for ticket in tickets if ticket.is_done)
 
     def collect(self, ticket: Ticket[ResultT]) -> list[ResultT]:
         """Wait for a ticket; its results in rank order."""
-        self._wait_for([ticket], lambda: ticket.is_done, self._timeout_s)
+        self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
-    def _wait_for(
-        self, tickets: Sequence[Ticket[Any]], is_done: Callable[[], bool], bound_s: float
-    ) -> None:
+    def _wait_for(self, tickets: Sequence[Ticket[Any]], bound_s: float) -> None:
+        """Until one of them is done."""
         try:
-            while not is_done():
+            while not any(ticket.is_done for ticket in tickets):
                 began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
                 self._receive_available(wait_s)
                 if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
@@ -226,7 +229,7 @@ class RankPool:
                     if self._silent_s(ticket) > bound_s:
                         self._fail(self._hang(ticket, bound_s))
         except TerminatedError:
-            if not self._closed:
+            if not self.is_closed:
                 self._receive_available(
                     _FAILURE_WAIT_S
                 )  # torchrun ends us when a rank has died: say which
@@ -250,8 +253,11 @@ class RankPool:
                 self._fail(self._death(rank))
             except MessageError as error:
                 self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
-        if self._ranks.control.fileno() in ready and (lost := self._ranks.read_control()):
-            self._fail(RankError(lost))
+        if self._ranks.control.fileno() in ready:
+            try:
+                self._ranks.read_exits()
+            except RankError as error:
+                self._fail(error)
 
     def _take(self, rank: int, message: Message) -> None:
         if message.kind is MessageKind.FAILURE:
@@ -278,7 +284,7 @@ class RankPool:
         until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _FAILURE_WAIT_S)
         others = {r: c for r, c in enumerate(self._ranks.channels) if r != rank}
         while others and time.monotonic() < until:
-            ready = wait_readable(others.values(), _POLL_S)
+            ready = wait([channel.fileno() for channel in others.values()], _POLL_S)
             for other in [r for r, channel in others.items() if channel.fileno() in ready]:
                 try:
                     message = others[other].receive()
@@ -308,13 +314,10 @@ class RankPool:
         return error
 
     def _death(self, rank: int) -> RankError:
-        until = time.monotonic() + (_BLAME_WINDOW_S if self._ranks.reports_exits else 0.0)
-        while self._ranks.exit_code(rank) is None and time.monotonic() < until:
-            if wait_readable([self._ranks.control], _POLL_S) and (
-                lost := self._ranks.read_control()
-            ):
-                return RankError(lost)
-        code = self._ranks.exit_code(rank)
+        try:
+            code = self._ranks.exit_code(rank, _BLAME_WINDOW_S)
+        except RankError as error:
+            return error
         if code is None:
             how = "is gone"
         elif code == -signal.SIGKILL:

@@ -131,14 +131,8 @@ class IncrementalDetokenizer:
         self._window: list[int] = []  # the last tokens, beginning where a character does
         self._num_given = 0  # characters of the window's text
         self._held = ""  # whole characters that may begin a stop string
-        self._pieces: list[str] = []
         for token_id in self._end_of_prompt(prompt_token_ids):
             self._feed(token_id)
-
-    @property
-    def text(self) -> str:
-        """All that has been given so far."""
-        return "".join(self._pieces)
 
     def append(self, token_id: int) -> str:
         """The new text that is certain after one more token."""
@@ -209,7 +203,6 @@ class IncrementalDetokenizer:
             matching = (len(part) for part in self._beginnings if held.endswith(part))
             num_certain = len(held) - (0 if is_last else next(matching, 0))
             piece, self._held = held[:num_certain], held[num_certain:]
-        self._pieces.append(piece)
         return piece
 
 

@@ -86,8 +86,6 @@ class TorchrunRanks:
         UserError: ranks cannot reach this host by MASTER_ADDR.
     """
 
-    reports_exits = False  # torchrun knows how its processes end, this one does not
-
     def __init__(self, timeout_s: float, dtype: str | None) -> None:
         num_ranks = int(os.environ["WORLD_SIZE"])
         num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
@@ -129,12 +127,11 @@ class TorchrunRanks:
         acceptor = RankAcceptor(listener, num_ranks, secret, report, has_parent_ended)
         return acceptor.accept_all()
 
-    def read_control(self) -> str | None:
+    def read_exits(self) -> None:
         """Nothing to read: torchrun watches its own processes."""
-        return None
 
-    def exit_code(self, rank: int) -> int | None:
-        """How rank 0's child ended."""
+    def exit_code(self, rank: int, timeout_s: float) -> int | None:
+        """How rank 0's child ended; of others nothing is known, however long one waits."""
         return self._child.poll() if rank == 0 and self._child is not None else None
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
+from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
@@ -34,7 +35,6 @@ from expertlane.engine.messages import (
     MessageKind,
     Ready,
     encode,
-    wait_readable,
 )
 from expertlane.errors import TerminatedError, UserError
 from expertlane.ops.backend import Platform, choose_platform, compiled_messages
@@ -71,23 +71,24 @@ class RankContext:
 
 # What a rank does for each command; the answer is of the command's own result type.
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
+Send = Callable[[MessageKind, object], None]
 
 
-class _Sender:
-    """Sends a rank's messages to the launcher; safe to use from several threads."""
+def _sender(channel: Channel) -> Send:
+    """Sends messages to the launcher, from several threads too; its end is noticed elsewhere."""
+    lock = threading.Lock()
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-
-    def send(self, kind: MessageKind, value: object) -> None:
-        """Send a whole message; that the launcher has ended is noticed elsewhere."""
+    def send(kind: MessageKind, value: object) -> None:
         encoded = encode(kind, value)
-        with self._lock, contextlib.suppress(OSError):
-            self._channel.send(encoded)
+        with lock, contextlib.suppress(OSError):
+            channel.send(encoded)
+
+    return send
 
 
-def _open_board(settings: RankSettings, sender: _Sender) -> ProgressBoard:
+def _open_board(
+    settings: RankSettings, send: Callable[[MessageKind, object], None]
+) -> ProgressBoard:
     """The launcher's board; on another node, one of its own that is reported by heartbeats."""
     if settings.board_fd is not None:
         return ProgressBoard(settings.world_size, settings.board_fd)
@@ -95,7 +96,7 @@ def _open_board(settings: RankSettings, sender: _Sender) -> ProgressBoard:
 
     def beat() -> None:
         while True:
-            sender.send(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
+            send(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
             time.sleep(_HEARTBEAT_S)
 
     threading.Thread(target=beat, daemon=True).start()
@@ -142,10 +143,10 @@ def run_rank(
     Args:
         store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
     """
-    sender = _Sender(channel)
+    send = _sender(channel)
     commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     try:
-        progress = _open_board(settings, sender).reporter(settings.rank)
+        progress = _open_board(settings, send).reporter(settings.rank)
         platform = choose_platform(
             settings.local_rank,
             settings.num_local_ranks,
@@ -155,9 +156,9 @@ def run_rank(
         meshes = Meshes(_connect(settings, platform, store))
         context = RankContext(settings, platform, progress, meshes)
         progress.enter(Stage.IDLE, NO_LAYER)
-        sender.send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
+        send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
         while (command := _next_command(channel, commands)) is not None:
-            sender.send(MessageKind.RESULT, handlers[type(command)](context, command))
+            send(MessageKind.RESULT, handlers[type(command)](context, command))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
@@ -170,9 +171,9 @@ def run_rank(
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
-    sender.send(MessageKind.FAILURE, failure)
+    send(MessageKind.FAILURE, failure)
     # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
-    wait_readable([channel], _LINGER_S)
+    wait([channel.fileno()], _LINGER_S)
     return 1
 
 

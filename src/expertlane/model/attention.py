@@ -140,13 +140,13 @@ class _PagedHeads:
         if not recorder.is_recording:
             return
         num_tokens, window = batch.batch.num_tokens, self._params.window
-        pairs = batch.num_query_key_pairs(window)
+        pairs, positions = batch.pairs_and_positions(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
         num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
         recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
             weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
-            kv_bytes=cache.position_bytes * batch.num_positions_read(window),
+            kv_bytes=cache.position_bytes * positions,
         )
 
 

@@ -7,10 +7,10 @@ attention and the next attention each token exists on its owner only.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
@@ -66,23 +66,12 @@ class ForwardBatch:
         own = self._slices[self._at.tp_rank]
         return torch.from_numpy(self.batch.token_ids[own.start : own.stop]).to(self._device)
 
-    def num_query_key_pairs(self, window: int | None) -> int:
-        """Query-key pairs that causal attention takes, of one head.
-
-        Args:
-            window: how many latest positions a token sees; None for all.
-        """
-        before = self.batch.num_computed_tokens
-        after = before + self.batch.num_scheduled_tokens
-        return int((_pairs_up_to(after, window) - _pairs_up_to(before, window)).sum())
-
-    def num_positions_read(self, window: int | None) -> int:
-        """Positions of the cache that some new token sees."""
-        scheduled = self.batch.num_scheduled_tokens
-        total = self.batch.num_computed_tokens + scheduled
-        if window is not None:
-            total = np.minimum(total, scheduled + window - 1)
-        return int(total.sum())
+    def pairs_and_positions(self, window: int | None) -> tuple[int, int]:
+        """Query-key pairs of one head, and positions of the cache that some new token sees."""
+        batch = self.batch
+        of_seqs = pairs_and_positions(batch.num_scheduled_tokens, batch.num_computed_tokens, window)
+        pairs, positions = (int(each.sum()) for each in of_seqs)
+        return pairs, positions
 
     def last_tokens(self, tp_rank: int) -> Tensor:
         """Which tokens of a tensor-parallel rank's slice yield a next one; places in the slice."""
@@ -96,11 +85,3 @@ class ForwardBatch:
     def last_tokens_of_tp_rank(self) -> list[int]:
         """[tp]; how many tokens that yield a next one are in each tensor-parallel rank's slice."""
         return [len(self.last_tokens(tp_rank)) for tp_rank in range(len(self._slices))]
-
-
-def _pairs_up_to(length: npt.NDArray[np.int64], window: int | None) -> npt.NDArray[np.int64]:
-    """[num_seqs]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
-    if window is None:
-        return length * (length + 1) // 2
-    full: npt.NDArray[np.int64] = np.minimum(length, window)
-    return full * (full + 1) // 2 + (length - full) * window

@@ -15,10 +15,10 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.dispatch import Dispatcher, LocalDispatcher, ReplicaChoice
-from expertlane.moe.experts import Experts, route
+from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher, RoutedTokens
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
+from expertlane.moe.router import route
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.products import Activation, Expert, Linear
@@ -75,8 +75,6 @@ class DecoderLayer:
         x = x + (yield from self._attend(x, batch, cache))
         self._recorder.enter(Stage.ROUTER, self.index)
         hidden = self._ops.rms_norm(x, self._mlp_norm, self._eps)
-        if isinstance(self.block, MLP):
-            return x + (yield from self.block.forward(hidden, batch.tokens_of_tp_rank))
         return x + (yield from self.block.forward(hidden, batch))
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
@@ -134,20 +132,12 @@ class MLP:
         self._tp, self._recorder = mesh.tp, mesh.recorder
         self._layer = layer
 
-    def forward(self, x: Tensor, num_tokens_of: Sequence[int]) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns.
-
-        Args:
-            x: [num_owned, hidden_size].
-            num_tokens_of: [tp]; tokens owned by each tensor-parallel rank.
-
-        Returns:
-            [num_owned, hidden_size].
-        """
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply to the normed tokens this rank owns, [num_owned, hidden_size]."""
         enter, layer, rows = self._recorder.enter, self._layer, x
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
-            rows = yield self._tp.all_gather(x, num_tokens_of)
+            rows = yield self._tp.all_gather(x, batch.tokens_of_tp_rank)
         enter(Stage.EXPERTS, layer)
         gate = None if self._gate is None else self._gate(rows)
         out = self._down(self._activation(gate, self._up(rows)))
@@ -157,7 +147,7 @@ class MLP:
         )
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
-            out = yield self._tp.reduce_scatter(out, num_tokens_of)
+            out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)
         if self._scale is not None:
             out = out * torch.sigmoid(F.linear(x, self._scale))
         return out
@@ -183,7 +173,7 @@ class MoEBlock:
         self._mesh, self._recorder = mesh, mesh.recorder
         self._top_k = model.num_experts_per_tok
         self._routing = routing = model.routing
-        self._device = source.device
+        self._device, self._ops = source.device, backend_for(source.device)
         self._forms: Sequence[DispatchForm] = ("all_to_all",)
         self._payload = Payload("model", self._recorder)
         self._place(placement)
@@ -194,7 +184,7 @@ class MoEBlock:
         self._router_bias = take("router_bias") if routing.router_bias else None
         self._correction = take("correction_bias") if routing.correction_bias else None
         held = [self._build_expert(model, source, expert) for expert in self._local]
-        self.experts = Experts(held, activation_of(model))
+        self.experts = self._ops.experts(held, activation_of(model))
         self._shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
             scaled = model.shared_expert_gate
@@ -208,7 +198,7 @@ class MoEBlock:
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
-        choice = ReplicaChoice(self._mesh, placement, self._device)
+        choice = CopyChooser(self._mesh, placement, self._device)
         self._dispatchers = {
             form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
             for form in self._forms
@@ -223,10 +213,10 @@ class MoEBlock:
         own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
         held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
         self._place(placement)
-        self.experts = Experts(held, self.experts.activation)
+        self.experts = self._ops.experts(held, self.experts.activation)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
-        at, ops = self._mesh.at, backend_for(source.device)
+        at, ops = self._mesh.at, self._ops
         inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
 
         def take(part: str, rows: range = inner) -> Tensor:
@@ -255,11 +245,10 @@ class MoEBlock:
         )
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
-        rows, pairs, sent = yield from dispatcher.dispatch(
-            hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank
-        )
+        tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
+        rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts.apply(rows, pairs)
+        results = self.experts(rows, pairs)
         if recorder.is_recording:
             num_tokens: list[int] = pairs.counts.tolist()
             recorder.count_compute(*self.experts.compute_cost(num_tokens))
@@ -268,7 +257,7 @@ class MoEBlock:
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         if self._shared is not None:
-            combined = combined + (yield from self._shared.forward(hidden, batch.tokens_of_tp_rank))
+            combined = combined + (yield from self._shared.forward(hidden, batch))
         return combined
 
 
@@ -276,7 +265,7 @@ def make_dispatcher(
     form: DispatchForm,
     mesh: ParallelMesh,
     placement: Placement,
-    choice: ReplicaChoice,
+    choice: CopyChooser,
     payload: Payload,
 ) -> Dispatcher:
     """Of what the form comes down to on the layout."""

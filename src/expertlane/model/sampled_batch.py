@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ class SampledBatch:
         def members(belongs: Callable[[SamplingParams], bool]) -> _Members:
             return _Members(sequences, belongs, device)
 
-        self._penalties: list[_Penalty] = []
+        self._penalties: list[_RepetitionPenalty | _OutputPenalty] = []
         if repeated := members(lambda params: params.repetition_penalty != 1):
             self._penalties.append(_RepetitionPenalty(repeated))
         if counted := members(lambda params: params.counts_output):
@@ -171,16 +170,6 @@ class _Members:
         return joined
 
 
-class _Penalty(Protocol):
-    def apply(self, scores: Tensor) -> None:
-        """Change scores, [num_seqs, vocab_size], in place."""
-        ...
-
-    def count(self, token_ids: Tensor) -> None:
-        """Take in the chosen tokens, [num_seqs]."""
-        ...
-
-
 class _RepetitionPenalty:
     """Makes tokens of prompt and output less likely, however often they came."""
 
@@ -190,7 +179,7 @@ class _RepetitionPenalty:
         self._penalty = members.column(lambda params: params.repetition_penalty)
 
     def apply(self, scores: Tensor) -> None:
-        """Divide what is positive, multiply what is negative; in place."""
+        """Divide positive scores, [num_seqs, vocab_size], multiply negative ones; in place."""
         own = scores[self._rows]
         positive = own.clamp(min=0).div_(self._factors)
         scores[self._rows] = own.clamp(max=0).mul_(self._factors).add_(positive)

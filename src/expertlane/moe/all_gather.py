@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from expertlane.comm.collectives import Steps
-from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.moe.payload import bytes_of, columns_of, pack_all, unpack
 from expertlane.ops.products import PairGroups
 
@@ -24,38 +24,33 @@ class Gathered:
         places: [N, K]; the result of each choice of the stage's N tokens, -1 where it is another
             rank's.
         weights: [N, K] float32; the router's.
-        tokens_of_stage_rank: [dp·tp].
+        num_of_stage_rank: [dp·tp].
     """
 
     places: Tensor
     weights: Tensor
-    tokens_of_stage_rank: Sequence[int]
+    num_of_stage_rank: Sequence[int]
 
 
 class AllGatherDispatcher(Dispatcher):
     """All tokens of the stage to all of its ranks."""
 
-    def dispatch(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
         """Gather all tokens of the stage."""
-        ids = self._choice.physical_ids(topk_ids)
-        parts = [ids, topk_weights, *self._payload.encode(x)]
+        num_of = tokens.num_of_stage_rank
+        ids = self._choice.physical_ids(tokens.topk_ids)
+        parts = [ids, tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of(parts)
         packed = yield self._mesh.stage.all_gather(
-            pack_all(parts), tokens_of_stage_rank, metadata_bytes=bytes_of(columns[:-1])
+            pack_all(parts), num_of, metadata_bytes=bytes_of(columns[:-1])
         )
         ids, weights, *hidden = unpack(packed, columns)
-        rows = self._payload.decode(hidden, x.dtype)
+        rows = self._payload.decode(hidden, tokens.x.dtype)
         first_id = self._mesh.at.ep_rank * self._choice.num_slots
         pairs = self._ops.group_pairs(ids, first_id, 1, self._num_local_experts)
-        return rows, pairs, Gathered(pairs.numbers, weights, tokens_of_stage_rank)
+        return rows, pairs, Gathered(pairs.numbers, weights, num_of)
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
         partial = self._ops.gather_sum(results, sent.places, sent.weights)
-        return (yield self._mesh.stage.reduce_scatter(partial, sent.tokens_of_stage_rank))
+        return (yield self._mesh.stage.reduce_scatter(partial, sent.num_of_stage_rank))

@@ -6,16 +6,14 @@ and are summed at home in float32 in the order of the token's choices. So the su
 which rank computed what.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from expertlane.comm.collectives import Steps
-from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
 from expertlane.ops.products import PairGroups
 from expertlane.ops.torch_backend import inverse
@@ -45,37 +43,26 @@ class Exchanged:
 class AllToAllDispatcher(Dispatcher):
     """A copy of each token to every rank that it reaches."""
 
-    def dispatch(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
-        ids, num_slots = self._choice.physical_ids(topk_ids), self._choice.num_slots
-        to_ranks, by_rank = (
-            self._ops.rows_by_peer(ids, num_slots, ep),
-            self._ops.group_pairs(ids, 0, num_slots, ep),
-        )
-        own_counts = torch.stack([to_ranks.counts, by_rank.counts]).view(1, -1)
-        counting = mesh.stage.all_gather(
-            own_counts, [1] * mesh.stage.size, metadata_bytes=own_counts.nbytes
-        )
+        ids, num_slots = self._choice.physical_ids(tokens.topk_ids), self._choice.num_slots
+        to_ranks = self._ops.rows_by_peer(ids, num_slots, ep)
+        by_rank = self._ops.group_pairs(ids, 0, num_slots, ep)
+        counting = self._tell_all([to_ranks.counts, by_rank.counts])
         # While the counts travel:
-        hidden = self._payload.encode(x)
+        hidden = self._payload.encode(tokens.x)
         columns = columns_of([to_ranks.ids, *hidden])
         packed = pack([to_ranks.ids], hidden, to_ranks.tokens)
         places = inverse(by_rank.order).view_as(ids)
         counts = (yield counting).view(-1, 2, ep).cpu().numpy()
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
-        rows = self._payload.decode(hidden, x.dtype)
+        rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
         sent = Exchanged(
-            topk_weights=topk_weights,
+            topk_weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),

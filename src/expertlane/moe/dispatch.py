@@ -6,7 +6,7 @@ the experts' rank, P token-expert pairs there, H = hidden_size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Steps
+from expertlane.comm.collectives import Pending, Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.products import PairGroups
 
 
-class ReplicaChoice:
+class CopyChooser:
     """Which copy of its expert computes each of a rank's pairs, as `balance.copies` defines it.
 
     It depends on the batch alone.
@@ -74,32 +74,41 @@ class ReplicaChoice:
         self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)
 
 
+class RoutedTokens(NamedTuple):
+    """A rank's tokens, and the experts that each goes to.
+
+    Attributes:
+        x: [T, H].
+        topk_ids: [T, K]; logical experts.
+        topk_weights: [T, K] float32.
+        num_of_stage_rank: [dp·tp]; how many tokens each rank of the stage has.
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    num_of_stage_rank: Sequence[int]
+
+
 class Dispatcher(ABC):
     """One form on one rank."""
 
     def __init__(
-        self, mesh: ParallelMesh, placement: Placement, choice: ReplicaChoice, payload: Payload
+        self, mesh: ParallelMesh, placement: Placement, choice: CopyChooser, payload: Payload
     ) -> None:
         self._mesh = mesh
         self._payload = payload
         self._choice, self._ops = choice, choice.ops
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
 
-    @abstractmethod
-    def dispatch(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[Tensor, PairGroups, Any]]:
-        """Send this rank's tokens and receive those for its experts.
+    def _tell_all(self, counts: Sequence[Tensor]) -> Pending:
+        """Begin to give every rank of the stage this one's counts, a row of them each."""
+        own, stage = torch.cat(list(counts)).view(1, -1), self._mesh.stage
+        return stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
 
-        Args:
-            x: [T, H].
-            topk_ids: [T, K]; logical experts.
-            topk_weights: [T, K] float32.
-            tokens_of_stage_rank: [dp·tp]; tokens owned by each rank of the stage.
+    @abstractmethod
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Any]]:
+        """Send this rank's tokens and receive those for its experts.
 
         Returns:
             The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
@@ -123,15 +132,11 @@ class LocalDispatcher(Dispatcher):
     """For one rank that holds all experts and all tokens."""
 
     def dispatch(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        tokens_of_stage_rank: Sequence[int],
+        self, tokens: RoutedTokens
     ) -> Steps[tuple[Tensor, PairGroups, tuple[Tensor, Tensor]]]:
         """Group tokens by expert."""
-        pairs = self._ops.group_pairs(topk_ids.int(), 0, 1, self._num_local_experts)
-        return x, pairs, (pairs.numbers, topk_weights)
+        pairs = self._ops.group_pairs(tokens.topk_ids.int(), 0, 1, self._num_local_experts)
+        return tokens.x, pairs, (pairs.numbers, tokens.topk_weights)
         yield  # a generator like the others, though it never waits
 
     def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:

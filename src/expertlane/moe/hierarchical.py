@@ -9,16 +9,14 @@ N nodes with M expert-parallel ranks each. The numbers of tokens that every rank
 and node, exchanged once, tell all sizes of both hops.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from expertlane.comm.collectives import Steps
-from expertlane.moe.dispatch import Dispatcher
+from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
 from expertlane.ops.products import PairGroups
 
@@ -58,23 +56,16 @@ class Forwarded:
 class HierarchicalDispatcher(Dispatcher):
     """A copy of each token to every node that it reaches, forwarded inside."""
 
-    def dispatch(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        tokens_of_stage_rank: Sequence[int],
-    ) -> Steps[tuple[Tensor, PairGroups, Forwarded]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Forwarded]]:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
         mesh, num_slots = self._mesh, self._choice.num_slots
         between, within = mesh.ep_inter, mesh.ep_intra
-        ids = self._choice.physical_ids(topk_ids)
+        ids = self._choice.physical_ids(tokens.topk_ids)
         to_nodes = self._ops.rows_by_peer(ids, within.size * num_slots, between.size)
         to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
-        own = torch.cat([to_ranks.counts, to_nodes.counts]).view(1, -1)
-        counting = mesh.stage.all_gather(own, [1] * mesh.stage.size, metadata_bytes=own.nbytes)
+        counting = self._tell_all([to_ranks.counts, to_nodes.counts])
         # While the counts travel:
-        travelling = [topk_weights, *self._payload.encode(x)]
+        travelling = [tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of([to_nodes.ids, *travelling])
         packed = pack([to_nodes.ids], travelling, to_nodes.tokens)
         gathered = yield counting
@@ -92,7 +83,7 @@ class HierarchicalDispatcher(Dispatcher):
         if mesh.layout.etp > 1:
             packed = yield mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
         slots, weights, *hidden = unpack(packed, columns)
-        rows = self._payload.decode(hidden, x.dtype)
+        rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         return rows, pairs, Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
 

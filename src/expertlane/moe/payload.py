@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.comm.recorder import Recorder
+from expertlane.cost.number_types import SCALED_VALUES, PayloadBytes
 from expertlane.spec.deployment import PayloadType
 
-_BLOCK = 128  # values with one scale
 _FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FLOAT8).max
 
@@ -34,7 +34,7 @@ class Payload:
 
         float8 values have a scale for each block: [num_tokens, blocks] float32, before them.
         """
-        if not self._narrows(x.dtype):
+        if not PayloadBytes.of(self._kind, x.itemsize, x.shape[1]).is_narrowed:
             return [x]
         parts = _to_float8(x) if self._kind == "float8" else [x.bfloat16()]
         if self._recorder.is_recording:
@@ -56,15 +56,11 @@ class Payload:
         blocks = _in_blocks(values.view(_FLOAT8).float())
         return (blocks * scales[:, :, None]).flatten(1)[:, : values.shape[1]].to(dtype)
 
-    def _narrows(self, dtype: torch.dtype) -> bool:
-        itemsize = {"model": dtype.itemsize, "bfloat16": 2, "float8": 1}[self._kind]
-        return itemsize < dtype.itemsize
-
 
 def _in_blocks(x: Tensor) -> Tensor:
     """[num_rows, blocks, 128] of [num_rows, columns], zeros after the last."""
-    padded = F.pad(x, (0, -x.shape[1] % _BLOCK))
-    return padded.view(len(x), padded.shape[1] // _BLOCK, _BLOCK)
+    padded = F.pad(x, (0, -x.shape[1] % SCALED_VALUES))
+    return padded.view(len(x), padded.shape[1] // SCALED_VALUES, SCALED_VALUES)
 
 
 def _to_float8(x: Tensor) -> list[Tensor]:

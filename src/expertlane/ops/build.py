@@ -75,11 +75,8 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
         reason = _first_line(error.stderr) or f"exit code {error.returncode}"
     except subprocess.TimeoutExpired:
         reason = f"no answer within {_TIMEOUT_S:.0f} s"
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # no home folder, a full disk, a malformed CXX
+    except (OSError, RuntimeError, ValueError) as error:
+        # No home folder, a full disk, a malformed CXX.
         reason = _first_line(str(error).encode())
     raise BuildError(f"compiling with {found} failed: {reason}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import Activation, ApplyExperts, Expert, Linear, PairGroups
+from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
@@ -98,14 +98,16 @@ class Bfloat16Backend(CpuBackend):
             return super().linear(weight, bias)
         return PackedLinear(weight, None if bias is None else bias.float(), self._linear)
 
-    def experts(self, held: Sequence[Expert], activation: Activation) -> ApplyExperts:
+    def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
         linears = [linear for expert in held for linear in expert.linears]
         suits = (
             held[0].up.out_features % 32 == 0
             and all(isinstance(each, PackedLinear) and each.bias is None for each in linears)
             and activation.is_plain(is_gated=held[0].gate is not None)
         )
-        return _PackedExperts(held, self._experts) if suits else super().experts(held, activation)
+        if not suits:
+            return super().experts(held, activation)
+        return _PackedExperts(held, activation, self._experts)
 
     def paged_attention(
         self,
@@ -219,16 +221,17 @@ class PackedLinear(Linear):
         return out
 
 
-class _PackedExperts:
-    """An `ApplyExperts` in one call: SiLU(gate) · up, or GELU(up) without a gate; then down.
+class _PackedExperts(Experts):
+    """In one call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
     Args:
         held: of packed weights without biases, their inner width a multiple of 32.
         function: the kernel.
     """
 
-    def __init__(self, held: Sequence[Expert], function: Any) -> None:
-        self._held, self._function = held, function  # kept alive
+    def __init__(self, held: Sequence[Expert], activation: Activation, function: Any) -> None:
+        super().__init__(held, activation)  # whose weights stay alive
+        self._function = function
         self._inner = held[0].up.out_features
         gates = [expert.gate for expert in held if expert.gate is not None]
         self._matrices = (

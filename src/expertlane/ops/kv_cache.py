@@ -139,16 +139,14 @@ class AttentionGroup:
         self._computed = batch.num_computed_tokens[seqs]
         self.num_positions = int(self._computed.max()) + self.num_scheduled
         self.is_fresh = self.num_scheduled > 1 and not self._computed.any()
-        self.tokens = self._places(first_tokens).to(device)
+        tokens = first_tokens[:, None] + np.arange(self.num_scheduled)
+        self.tokens = torch.from_numpy(tokens.reshape(-1)).to(device)
         width = -(-self.num_positions // block_size)
         tables = batch.block_tables[seqs, :width]
         tables = np.where(tables < 0, tables[:, :1], tables).astype(np.int64)
         self.block_tables = torch.from_numpy(tables).to(device)
         self._device = device
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
-
-    def _places(self, first_tokens: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy((first_tokens[:, None] + np.arange(self.num_scheduled)).reshape(-1))
 
     def is_causal(self, window: int | None) -> bool:
         """Whether plain causality says what each token sees: no mask is needed."""

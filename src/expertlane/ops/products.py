@@ -8,7 +8,8 @@ stay as they are.
 Shapes: R rows, P token-expert pairs grouped by expert, E experts, H = hidden_size.
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -122,10 +123,6 @@ class PairGroups:
     numbers: Tensor
 
 
-# rows [R, H], which may be apart, and their pairs → results [P, H], in order of row, then choice
-ApplyExperts = Callable[[Tensor, PairGroups], Tensor]
-
-
 @dataclass(frozen=True)
 class Activation:
     """The inner function of an MLP; its attributes are those of `ModelConfig`."""
@@ -186,28 +183,55 @@ class Expert:
         return Expert(gate=gate, up=take(self.up), down=take(self.down))
 
 
-class LoopedExperts:
-    """An `ApplyExperts` that takes one expert after the other."""
+class Experts(ABC):
+    """The MLPs that a rank holds: whole ones, or slices under expert tensor parallelism.
+
+    Attributes:
+        held: [E].
+    """
 
     def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
-        self._held, self._activation = held, activation
+        self.held, self.activation = list(held), activation
+
+    @abstractmethod
+    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+        """Apply each expert to the rows of its pairs.
+
+        Args:
+            rows: [R, H]; may be apart.
+
+        Returns:
+            [P, H], in order of row, then choice; partial sums where experts are cut.
+        """
+
+    def compute_cost(self, num_tokens_per_expert: Sequence[int]) -> tuple[int, int]:
+        """FLOPs and weight bytes read of one call."""
+        linears = self.held[0].linears
+        num_weights = sum(linear.num_weights for linear in linears)
+        num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
+        flops = 2 * sum(num_tokens_per_expert) * num_weights
+        return flops, num_used * num_weights * linears[0].itemsize
+
+
+class LoopedExperts(Experts):
+    """One expert after the other."""
 
     def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
         """[P, H]."""
         rows = rows.index_select(0, pairs.rows)
         results = torch.empty_like(rows)
         ends = pairs.counts.cumsum(0).tolist()
-        for expert, (begin, end) in zip(self._held, pairwise([0, *ends]), strict=True):
+        for expert, (begin, end) in zip(self.held, pairwise([0, *ends]), strict=True):
             if end > begin:
                 of_expert = rows[begin:end]
                 gate = None if expert.gate is None else expert.gate(of_expert)
-                out = expert.down(self._activation(gate, expert.up(of_expert)))
+                out = expert.down(self.activation(gate, expert.up(of_expert)))
                 results.index_copy_(0, pairs.order[begin:end], out)
         return results
 
 
-class GroupedExperts:
-    """An `ApplyExperts` by grouped products, without a word from the device to the host.
+class GroupedExperts(Experts):
+    """By grouped products, without a word from the device to the host.
 
     The weights of all experts are put side by side, and each expert's become a part of that. On a
     CPU a loop is faster with few pairs, since torch goes through experts without tokens too; and
@@ -215,7 +239,7 @@ class GroupedExperts:
     """
 
     def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
-        self._activation = activation
+        super().__init__(held, activation)
         self._loop = LoopedExperts(held, activation)
         up = held[0].up
         self._pairs = range(1, _ANY_NUMBER)  # that are faster grouped
@@ -245,7 +269,7 @@ class GroupedExperts:
         rows = rows.index_select(0, pairs.rows)
         ends = pairs.counts.cumsum(0, dtype=torch.int32)
         gate = None if self._gate is None else self._gate(rows, pairs.counts, ends)
-        inner = self._activation(gate, self._up(rows, pairs.counts, ends))
+        inner = self.activation(gate, self._up(rows, pairs.counts, ends))
         out = self._down(inner, pairs.counts, ends)
         return torch.empty_like(out).index_copy_(0, pairs.order, out)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import (
     Activation,
-    ApplyExperts,
     Expert,
+    Experts,
     GroupedExperts,
     Linear,
     LoopedExperts,
@@ -49,8 +49,8 @@ class TorchBackend:
         """A product with a weight [out_features, in_features], packed where that is faster."""
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 
-    def experts(self, held: Sequence[Expert], activation: Activation) -> ApplyExperts:
-        """What applies each expert to the rows of its pairs."""
+    def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
+        """Experts side by side, applied as suits them best."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
 

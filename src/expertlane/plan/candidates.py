@@ -62,7 +62,7 @@ class Candidate(NamedTuple):
         return f"{self.layout}; {self.options}"
 
 
-def check_devices(cluster: ModelledCluster) -> None:
+def check_plan_size(cluster: ModelledCluster) -> None:
     """Check that a plan can be made in time.
 
     Raises:

@@ -159,7 +159,7 @@ def experiment_text(
         "workload": sizes_of(request.workload),
         "cluster": {"ranks_per_node": request.cluster.profile.ranks_per_node},
         "deployments": [
-            {"name": label, "layout": str(layout), **_options(options)}
+            {"name": label, "layout": str(layout), **_given(options)}
             for label, (layout, options) in deployments.items()
         ],
     }
@@ -176,19 +176,14 @@ def _model(model: ModelConfig, checkpoint: str | None) -> dict[str, Any]:
         return {"checkpoint": checkpoint}
     if PRESETS.get(model.name) == model:
         return {"preset": model.name}
-    sizes = asdict(model)
-    return {
-        each.name: sizes[each.name]
-        for each in fields(model)
-        if each.default is MISSING or getattr(model, each.name) != each.default
-    }
+    return _given(model)
 
 
-def _options(options: Options) -> dict[str, Any]:
+def _given(settings: ModelConfig | Options) -> dict[str, Any]:
     """Those that are not the default."""
-    plain = Options()
+    values = asdict(settings)
     return {
-        each.name: getattr(options, each.name)
-        for each in fields(options)
-        if getattr(options, each.name) != getattr(plain, each.name)
+        each.name: values[each.name]
+        for each in fields(settings)
+        if each.default is MISSING or getattr(settings, each.name) != each.default
     }

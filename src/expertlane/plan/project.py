@@ -4,8 +4,8 @@ Every rank's own counts are priced and replayed on a virtual clock, so this is t
 where `plan.screen` has one rank stand for all.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,11 +28,7 @@ from expertlane.results.record import Conditions, StepsRecord
 from expertlane.results.results import Cluster
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import (
-    Deployment,
-    Options,
-    PayloadType,
-)
+from expertlane.spec.deployment import DispatchMode, Options, PayloadType
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -76,7 +72,10 @@ class StepSize:
 
 
 class Projector:
-    """Projects steps of one deployment on one cluster."""
+    """Projects steps of one deployment on one cluster.
+
+    What is `auto` takes the fastest form, with or without overlap, of each size of a step.
+    """
 
     def __init__(
         self,
@@ -86,6 +85,8 @@ class Projector:
         cluster: ModelledCluster,
         setting: Setting,
     ) -> None:
+        ranks_per_node = cluster.profile.ranks_per_node
+        self._modes = options.modes(layout, ranks_per_node)
         self._layout = layout
         self._options = options
         self._setting = setting
@@ -98,13 +99,17 @@ class Projector:
             placements_of(model, layout, options),
             types=setting.types,
             payload=options.payload,
-            ranks_per_node=cluster.profile.ranks_per_node,
+            ranks_per_node=ranks_per_node,
             kernels=GPU_LIBRARIES,
         )
 
     def step(self, size: StepSize) -> StepsRecord:
         """One step; of rotating micro-batches, a round."""
-        programs, works = self._priced(size)
+        steps = (self._step(size, mode) for mode in self._modes)
+        return min(steps, key=lambda step: step.round_s.value)
+
+    def _step(self, size: StepSize, mode: DispatchMode) -> StepsRecord:
+        programs, works = self._priced(size, mode)
         seconds, breakdown = self._run(works)
         num_tokens = size.num_seqs * size.num_new
         by_basis, extrapolated = basis_shares(works)
@@ -132,8 +137,10 @@ class Projector:
 
     def timeline(self, size: StepSize) -> StepTimeline:
         """What every rank of a replica does when in such a step, or round."""
-        _, works = self._priced(size)
-        layout = self._layout
+        layout, (mode, *others) = self._layout, self._modes
+        if others:
+            mode = min(self._modes, key=lambda each: self._step(size, each).round_s.value)
+        _, works = self._priced(size, mode)
         timeline = Timeline(self._terms, layout.pp, layout.stage_size)
         events: list[tuple[int, int, RankEvents]] = []
         for times, place in self._rounds(works, timeline, may_skip=False)[-len(works) :]:
@@ -146,13 +153,13 @@ class Projector:
         return timeline_of(events, num_tokens=num_tokens, num_seqs=size.num_seqs)
 
     def _priced(
-        self, size: StepSize
+        self, size: StepSize, mode: DispatchMode
     ) -> tuple[Sequence[StepProgram], Sequence[list[list[StageWork]]]]:
         groups = self._groups(size)
         alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
         for group in groups:  # of equal sizes one stands for all
             if str(group) not in alike:
-                program = self._program(group, size)
+                program = self._program(group, size, mode)
                 alike[str(group)] = program, self._pricing.work(program)
         programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
         return programs, works
@@ -168,14 +175,14 @@ class Projector:
             return [[part] for part in cut if any(part)]
         return [[part for part in cut if any(part)]]
 
-    def _program(self, micro_batches: list[list[int]], size: StepSize) -> StepProgram:
-        form = self._options.dispatch
-        assert form != "auto", "a projection names its form"
-        cut = [(form, self._halves(num_seqs, size)) for num_seqs in micro_batches]
+    def _program(
+        self, micro_batches: list[list[int]], size: StepSize, mode: DispatchMode
+    ) -> StepProgram:
+        cut = [(mode.form, self._halves(each, size, mode.overlap)) for each in micro_batches]
         return self._builder.build_sized(cut, self._setting.routing)
 
-    def _halves(self, num_seqs: list[int], size: StepSize) -> list[PartSizes]:
-        num_parts = 2 if self._options.overlap and max(num_seqs) > 1 else 1
+    def _halves(self, num_seqs: list[int], size: StepSize, overlap: bool) -> list[PartSizes]:
+        num_parts = 2 if overlap and max(num_seqs) > 1 else 1
         halves = [
             [len(partition(num, num_parts)[place]) for num in num_seqs]
             for place in range(num_parts)
@@ -210,41 +217,6 @@ class Projector:
                 ends[place] = times.end_s
                 ran.append((times, place))
         return ran
-
-
-class DeploymentProjector:
-    """A deployment's steps; one that chooses by a table takes the fastest of each size."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        deployment: Deployment,
-        cluster: ModelledCluster,
-        setting: Setting,
-    ) -> None:
-        self._projectors = [
-            Projector(model, deployment.layout, options, cluster, setting)
-            for options in _fixed(deployment.options, deployment.layout, cluster)
-        ]
-
-    def step(self, size: StepSize) -> StepsRecord:
-        """One step."""
-        return min(
-            (each.step(size) for each in self._projectors), key=lambda step: step.round_s.value
-        )
-
-    def timeline(self, size: StepSize) -> StepTimeline:
-        """What every rank does when in the same step."""
-        if len(self._projectors) == 1:
-            return self._projectors[0].timeline(size)
-        fastest = min(self._projectors, key=lambda each: each.step(size).round_s.value)
-        return fastest.timeline(size)
-
-
-def _fixed(options: Options, layout: Layout, cluster: ModelledCluster) -> Iterator[Options]:
-    """All that `auto` could come down to."""
-    for mode in options.modes(layout, cluster.profile.ranks_per_node):
-        yield replace(options, dispatch=mode.form, overlap=mode.overlap)
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:

@@ -1,21 +1,20 @@
-"""A whole plan: search, explain, and put it into records."""
+"""A whole plan: search, say why one deployment serves less than another, and make records."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.execution import LIKELY, Execution
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.candidates import PlanRequest
 from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands, sizes_of
-from expertlane.plan.explanation import best_of_families, pareto, why_it_loses
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
-from expertlane.plan.throughput import Steps, ThroughputCurve
+from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
@@ -31,6 +30,86 @@ from expertlane.results.record import (
     ServingRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import ProjectedCause
+from expertlane.spec.workload import Workload
+
+
+def family_of(layout: Layout) -> str:
+    """In a few words; how attention is cut is left to the layout."""
+    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
+    if layout.pp > 1:
+        parts.append("pipeline")
+    if layout.replicas > 1:
+        parts.append("replicas")
+    return ", ".join(parts)
+
+
+def best_of_families(options: Sequence[ScreenedCandidate]) -> dict[str, ScreenedCandidate]:
+    """By family, the option with most tokens a second that keeps the limits; best first."""
+    best: dict[str, ScreenedCandidate] = {}
+    for option in sorted(options, key=lambda each: -each.tps):
+        if option.place is not None:
+            best.setdefault(family_of(option.candidate.layout), option)
+    return best
+
+
+def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate, int]]:
+    """Options and numbers of sequences such that none has both more TPS and a lower TPOT."""
+    points = [
+        (float(option.served.tpot_s[1, place]), float(option.served.tps[1, place]), option, place)
+        for option in options
+        for place in range(len(option.steps.num_seqs))
+    ]
+    front: list[tuple[ScreenedCandidate, int]] = []
+    most = 0.0
+    for _, tps, option, place in sorted(points, key=lambda point: (point[0], -point[1])):
+        if tps > most:
+            most = tps
+            front.append((option, place))
+    return front
+
+
+_CAUSES = [str(cause) for cause in ProjectedCause]
+_NAMED = 2  # causes
+_LEAST = 0.1  # of the difference, for a cause to be named
+
+
+def time_by_cause(option: ScreenedCandidate, workload: Workload) -> dict[str, float]:
+    """Seconds of the whole system for one output token, its part of prefill included."""
+    assert option.place is not None, "it keeps the limits"
+    decode = option.decode_by_cause_s[:, option.place] / option.num_seqs
+    shares = option.prefill_by_cause_s / option.prefill_by_cause_s.sum()
+    per_token = workload.prompt_len / workload.output_len
+    prefill = per_token / float(option.steps.prefill_tps[LIKELY]) * shares
+    named = {f"{cause} in decode": float(s) for cause, s in zip(_CAUSES, decode, strict=True)}
+    named |= {f"{cause} in prefill": float(s) for cause, s in zip(_CAUSES, prefill, strict=True)}
+    return named
+
+
+def why_it_loses(winner: ScreenedCandidate, loser: ScreenedCandidate, workload: Workload) -> str:
+    """For example `µs a token: weight reads in decode +12; memory for 316 sequences`."""
+    if winner is loser:
+        return ""
+    mine, best = (time_by_cause(each, workload) for each in (loser, winner))
+    total, least = sum(mine.values()), sum(best.values())
+    more = {cause: mine[cause] - best[cause] for cause in mine}
+    growth = sum(value for value in more.values() if value > 0)
+    named = sorted(more, key=lambda cause: -more[cause])[:_NAMED]
+    parts = [
+        f"{cause} +{1e6 * more[cause]:.3g}"
+        for cause in named
+        if growth > 0 and more[cause] > _LEAST * growth
+    ]
+    if total <= least:
+        return "as fast by this count"
+    text = f"µs a token: {', '.join(parts)}" if parts else "a little more of everything"
+    most = np.minimum(workload.num_sequences, winner.steps.num_seqs.max())
+    room = int(loser.steps.num_seqs.max())
+    if room < most:
+        text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"
+    return text
+
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -128,7 +207,7 @@ class Plan:
     def _in_full(
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
-        record = finalist_record(finalist, role, self._conditions)
+        record = candidate_record(finalist, 0, role, self._conditions)
         steps = [finalist.prefill, finalist.decode]
         if timelines:
             of_phases = self.search.timelines(finalist)
@@ -149,7 +228,7 @@ class Plan:
         """The best of each kind of deployment, as screened."""
         return [
             replace(
-                option_record(option, option.place or 0, FAMILY, self._conditions),
+                candidate_record(option, option.place or 0, FAMILY, self._conditions),
                 name=family,
                 why=self._why(option),
             )
@@ -163,7 +242,7 @@ class Plan:
             return []
         prefill = self._in_full(found.prefill, PREFILL_POOL)
         decode = self._in_full(found.decode, DECODE_POOL)
-        serving = serving_record(found.served, 0)
+        serving = serving_at(found.served, 0)
         together = DeploymentRecord(
             name=f"{prefill.layout} prefills, {decode.layout} decodes",
             layout=decode.layout,
@@ -208,53 +287,38 @@ def pareto_records(
     front = pareto(options)
     places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
     return [
-        option_record(option, place, PARETO, conditions)
+        candidate_record(option, place, PARETO, conditions)
         for option, place in (front[each] for each in places)
     ]
 
 
-def option_record(
-    option: ScreenedCandidate, place: int, role: str, conditions: Conditions
+def candidate_record(
+    candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
-    """A deployment as screened, at one of the numbers of sequences that it was tried with."""
-    return _record(option, option.steps, serving_record(option.served, place), role, conditions)
-
-
-def finalist_record(finalist: Finalist, role: str, conditions: Conditions) -> DeploymentRecord:
-    """A deployment in full, without its steps."""
-    serving = serving_record(finalist.served, 0)
-    return _record(finalist.option, finalist.steps, serving, role, conditions)
-
-
-def _record(
-    option: ScreenedCandidate,
-    steps: Steps,
-    serving: ServingRecord,
-    role: str,
-    conditions: Conditions,
-) -> DeploymentRecord:
-    layout, options = option.candidate
+    """At one of the numbers of sequences that it was screened with, or projected in full."""
+    layout, options = candidate.candidate
+    serving = serving_at(candidate.served, place)
+    prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
-        name=str(option.candidate),
+        name=str(candidate.candidate),
         layout=layout,
         options=options,
         source="projected",
         roles=(role,),
         conditions=conditions,
-        pools=(option.capacity.record(),),
-        serving=(replace(serving, prefill_tps=Estimate.between(steps.prefill_tps)),),
+        pools=(candidate.capacity.record(),),
+        serving=(replace(serving, prefill_tps=prefill_tps),),
     )
 
 
-def serving_record(served: ThroughputCurve, place: int) -> ServingRecord:
+def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
     """What requests would feel, at one number of sequences; times are means."""
 
     def mean(bounds: Floats) -> Summary | None:
-        is_finite = np.isfinite(bounds).all()
-        return Summary(mean=Estimate.between(bounds.tolist())) if is_finite else None
+        return Summary(mean=Estimate.between(bounds)) if np.isfinite(bounds).all() else None
 
     return ServingRecord(
-        output_tps=Estimate.between(served.tps[:, place].tolist()),
+        output_tps=Estimate.between(served.tps[:, place]),
         num_running=int(served.num_seqs[place]),
         ttft_s=mean(served.ttft_s[:, place]),
         tpot_s=mean(served.tpot_s[:, place]),

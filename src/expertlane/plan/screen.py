@@ -69,9 +69,7 @@ class ScreenedCandidate:
 
     def next_best(self, goals: Goals) -> "ScreenedCandidate":
         """The same with the best number of sequences among those that serve less than this one."""
-        keeps = (self.served.breach(goals) <= 1) & (self.served.tps[LIKELY] < self.tps)
-        place = int(np.where(keeps, self.served.tps[LIKELY], -1).argmax()) if keeps.any() else None
-        return replace(self, place=place)
+        return replace(self, place=self.served.best(goals, self.tps))
 
     def nearest(self, goals: Goals) -> "ScreenedCandidate":
         """The same with the number of sequences that comes nearest to the limits."""
@@ -154,13 +152,15 @@ class Structure:
             return
         layout, num_all = self.steps.mesh.layout, self.workload.num_sequences
         num_seqs = np.minimum(self.num_seqs * (layout.replicas * layout.dp), num_all)
-        hand_overs_s = [self._hand_over_s(links, phase) for phase in self.phases]
+        decode, prefill = ((phase, self._hand_over_s(links, phase)) for phase in self.phases)
 
-        def estimates(place: int, parts: list[_Part], how: Pipelining) -> StepEstimates:
-            phase = self.phases[place]
+        def estimates(
+            of_phase: tuple[_Phase, Floats], parts: list[_Part], how: Pipelining
+        ) -> StepEstimates:
+            phase, hand_over_s = of_phase
             return step_estimates(
                 phase.stages,
-                hand_overs_s[place],
+                hand_over_s,
                 np.array([phase.place[part] for part in parts]),
                 terms,
                 how,
@@ -170,17 +170,19 @@ class Structure:
 
         for candidate in self.candidates:
             how = Pipelining.of(candidate.options)
-            decode = estimates(0, self._decode_parts(how), how)
+            decoding = estimates(decode, self._decode_parts(how), how)
             part, how_prefill, prompts = self._prefill_part(how)
-            prefill = estimates(1, [part], how_prefill)
-            steps = Steps(layout, num_seqs, decode.seconds, prefill.seconds[:, 0], prompts, num_all)
+            prefilling = estimates(prefill, [part], how_prefill)
+            steps = Steps(
+                layout, num_seqs, decoding.seconds, prefilling.seconds[:, 0], prompts, num_all
+            )
             served = one_pool(steps, self.workload)
             yield ScreenedCandidate(
                 candidate,
                 self.room,
                 steps,
-                decode.by_cause_s,
-                prefill.by_cause_s[:, 0],
+                decoding.by_cause_s,
+                prefilling.by_cause_s[:, 0],
                 served,
                 served.best(goals),
             )
@@ -288,9 +290,7 @@ class Screen:
             None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
         )
         assert options.dispatch != "auto", "candidates name their form"
-        prefill_tokens = prefill_step_tokens(
-            layout, workload.num_sequences, workload.prompt_len, setting.step_tokens
-        )
+        prefill_tokens = prefill_step_tokens(workload, layout, setting.step_tokens)
         room = PlacedModel(model, layout, setting.types, placements).capacity(
             self._profile.device.memory_bytes, workload.max_len, prefill_tokens
         )

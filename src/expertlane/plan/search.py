@@ -16,40 +16,28 @@ from expertlane.plan.candidates import (
     Goals,
     PlanRequest,
     candidates_of,
-    check_devices,
+    check_plan_size,
     valid_layouts,
 )
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
-from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool
+from expertlane.plan.throughput import one_pool
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
 from expertlane.spec.names import Phase
 
 
 @dataclass(frozen=True, eq=False)
-class Finalist:
-    """A candidate projected in full.
+class Finalist(ScreenedCandidate):
+    """A candidate projected in full, at one number of sequences; `place` is 0.
 
     Attributes:
-        steps, served: at its one best number of sequences.
+        option: as screened, at its best number of sequences.
     """
 
     option: ScreenedCandidate
     decode: StepsRecord
     prefill: StepsRecord
-    steps: Steps
-    served: ThroughputCurve
-
-    @property
-    def tps(self) -> float:
-        """Output tokens a second."""
-        return float(self.served.tps[LIKELY, 0])
-
-    @property
-    def num_seqs(self) -> int:
-        """Running at once, over the whole system."""
-        return int(self.served.num_seqs[0])
 
     def keeps(self, goals: Goals) -> bool:
         """Whether it keeps the limits."""
@@ -135,11 +123,9 @@ def _nearest(options: Sequence[ScreenedCandidate], goals: Goals) -> list[int]:
     """Numbers of those that come nearest to the limits as screened, one of each layout."""
     breaches = [float(each.served.breach(goals).min()) for each in options]
     nearest: dict[object, int] = {}
-    for number in sorted(range(len(options)), key=lambda number: breaches[number]):
+    for number in sorted(range(len(options)), key=breaches.__getitem__):
         nearest.setdefault(options[number].candidate.layout, number)
-        if len(nearest) == _NUM_NEAREST:
-            break
-    return list(nearest.values())
+    return list(nearest.values())[:_NUM_NEAREST]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +156,7 @@ class Search:
     """
 
     def __init__(self, request: PlanRequest) -> None:
-        check_devices(request.cluster)
+        check_plan_size(request.cluster)
         self._request = request
 
     @cached_property
@@ -240,7 +226,9 @@ class Search:
             decode_s=np.array(decode.round_s.bounds)[:, None],
             prefill_s=np.array(prefill.round_s.bounds),
         )
-        return Finalist(option, decode, prefill, steps, one_pool(steps, self._request.workload))
+        served = one_pool(steps, self._request.workload)
+        in_full = vars(option) | {"steps": steps, "served": served, "place": 0}
+        return Finalist(**in_full, option=option, decode=decode, prefill=prefill)
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""
@@ -280,11 +268,11 @@ class Search:
         ):
             if limit is not None:
                 says = misses if value > limit else keeps
-                says.append(f"the {name} limit of {1e3 * limit:g} ms with {1e3 * value:.4g}")
+                says.append(f"the {name} limit of {1e3 * limit:g} ms with {1e3 * value:.4g} ms")
         said = [f"misses {' and '.join(misses)}", *(f"keeps {each}" for each in keeps)]
         num = nearest.num_seqs
         return (
             f"no deployment on {self._request.cluster} keeps the limits; the nearest, "
-            f"{nearest.option.candidate}, with {num} sequence{'' if num == 1 else 's'} at once, "
+            f"{nearest.candidate}, with {num} sequence{'' if num == 1 else 's'} at once, "
             f"{' and '.join(said)}"
         )

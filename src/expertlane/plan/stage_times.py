@@ -38,7 +38,7 @@ from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import ProjectedCause
 
-_PLACE = {cause: place for place, cause in enumerate(ProjectedCause)}
+PLACE = {cause: place for place, cause in enumerate(ProjectedCause)}  # in arrays by cause
 
 _LayerKind = tuple[bool, int | None]  # whether dense, and the attention window
 
@@ -165,10 +165,10 @@ def price(
             seconds = times[id(step)].bounds
             if isinstance(step, Operation):
                 for cause, share in cause_shares(step, profile.device, types):
-                    compute[_PLACE[cause]] += seconds * share
+                    compute[PLACE[cause]] += seconds * share
                 experts += seconds[LIKELY] * (step.kind is Kind.EXPERTS)
             else:
-                moved[_PLACE[CAUSE_OF_TRANSFER[step.stage]]] += seconds
+                moved[PLACE[CAUSE_OF_TRANSFER[step.stage]]] += seconds
                 slowed += seconds[LIKELY] * links.contention(step).value
             if terms.execution is Execution.SERIAL:
                 in_series += terms.overhead_s(step)

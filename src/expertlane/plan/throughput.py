@@ -17,16 +17,13 @@ import numpy as np
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.candidates import Goals
-from expertlane.plan.stage_times import ScenarioTimes
+from expertlane.plan.stage_times import PLACE, ScenarioTimes
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import ProjectedCause
 from expertlane.spec.workload import Workload
 
-_CAUSES = list(ProjectedCause)
-_EXPERTS = [
-    _CAUSES.index(cause) for cause in (ProjectedCause.EXPERT_COMPUTE, ProjectedCause.WEIGHT_READS)
-]
+_EXPERTS = [PLACE[ProjectedCause.EXPERT_COMPUTE], PLACE[ProjectedCause.WEIGHT_READS]]
 _LOW = BOUNDS.index("low")
 
 
@@ -104,12 +101,12 @@ def step_estimates(
     else:
         total = through + (m - 1) * slowest + driver_s
     by_cause = (m / num_stages) * np.sum([each.by_cause_s for each in batches], axis=0)
-    by_cause[_CAUSES.index(ProjectedCause.ENGINE)] += driver_s[LIKELY]
+    by_cause[PLACE[ProjectedCause.ENGINE]] += driver_s[LIKELY]
     if num_stages > 1:
         waits = total[LIKELY] - by_cause.sum(axis=0)
         own = np.minimum(waits, sent_s[LIKELY] * m / num_stages)
-        by_cause[_CAUSES.index(ProjectedCause.HAND_OVER)] += own
-        by_cause[_CAUSES.index(ProjectedCause.PIPELINE_BUBBLE)] += waits - own
+        by_cause[PLACE[ProjectedCause.HAND_OVER]] += own
+        by_cause[PLACE[ProjectedCause.PIPELINE_BUBBLE]] += waits - own
     return StepEstimates(total, by_cause)
 
 
@@ -135,11 +132,11 @@ def _micro_batch(
     by_cause = compute[:, LIKELY]
     exposed = np.maximum(seconds[LIKELY] - computing[LIKELY] - slowed, 0)
     by_cause = by_cause + transfer[:, LIKELY] * (exposed / np.maximum(moving[LIKELY], 1e-12))
-    by_cause[_CAUSES.index(ProjectedCause.CONTENTION)] += slowed
+    by_cause[PLACE[ProjectedCause.CONTENTION]] += slowed
     _move_to_imbalance(by_cause, halves * priced.experts_s[places])
     launched = _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
     launch = launched[LIKELY] - by_cause.sum(axis=0)
-    by_cause[_CAUSES.index(ProjectedCause.LAUNCH)] += np.maximum(launch, 0)
+    by_cause[PLACE[ProjectedCause.LAUNCH]] += np.maximum(launch, 0)
     return StepEstimates(launched, by_cause)
 
 
@@ -147,7 +144,7 @@ def _move_to_imbalance(by_cause: Floats, seconds: Floats) -> None:
     """What the busiest rank spends above the mean, the others wait; mean over ranks."""
     experts = by_cause[_EXPERTS].sum(axis=0)
     share = np.minimum(seconds / np.maximum(experts, 1e-12), 1)
-    by_cause[_CAUSES.index(ProjectedCause.IMBALANCE)] += share * experts
+    by_cause[PLACE[ProjectedCause.IMBALANCE]] += share * experts
     by_cause[_EXPERTS] *= 1 - share
 
 
@@ -232,12 +229,14 @@ class ThroughputCurve:
     tpot_s: Floats
     ttft_s: Floats
 
-    def best(self, goals: Goals) -> int | None:
-        """The place with most tokens a second among those that keep the goals; None if none."""
-        keeps = self.breach(goals) <= 1
-        if not keeps.any():
-            return None
-        return int(np.where(keeps, self.tps[LIKELY], -1).argmax())
+    def best(self, goals: Goals, below_tps: float = np.inf) -> int | None:
+        """The place with most tokens a second among those that keep the goals; None if none.
+
+        Args:
+            below_tps: only those with fewer tokens a second than that.
+        """
+        keeps = (self.breach(goals) <= 1) & (self.tps[LIKELY] < below_tps)
+        return int(np.where(keeps, self.tps[LIKELY], -1).argmax()) if keeps.any() else None
 
     def breach(self, goals: Goals) -> Floats:
         """[N]; by what factor the worse limit is missed; 1 or less where both are kept."""

@@ -37,11 +37,6 @@ class TwoPools:
     transfer_s: Floats
     served: ThroughputCurve
 
-    @property
-    def tps(self) -> float:
-        """Output tokens a second."""
-        return float(self.served.tps[LIKELY, 0])
-
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
@@ -120,9 +115,7 @@ class TwoPoolSearch:
             self._searches[size].finish(option)
             for size, option in zip(pair.sizes, (pair.prefill, pair.decode), strict=True)
         )
-        transfer_s = self._transfer_s(
-            prefill.option.candidate.layout, decode.option.candidate.layout
-        )
+        transfer_s = self._transfer_s(prefill.candidate.layout, decode.candidate.layout)
         served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
         return TwoPools(prefill, decode, transfer_s, served)
 

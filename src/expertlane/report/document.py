@@ -101,14 +101,9 @@ class Table:
         return cls(title, headings, tuple(row for row in rows if {*row[1:]} != {NONE}))
 
     @classmethod
-    def facts(
-        cls,
-        rows: Iterable[tuple[str, ...]],
-        headings: Sequence[str] = ("what", "value"),
-        title: str = "",
-    ) -> "Table":
-        """Words alone."""
-        return cls(title, tuple(Heading(each, False) for each in headings), tuple(rows))
+    def facts(cls, rows: Iterable[tuple[str, str]], title: str = "") -> "Table":
+        """What is known, in words: a name and a value each."""
+        return cls(title, (Heading("what", False), Heading("value", False)), tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -206,31 +201,23 @@ class Report:
     sections: tuple[Section, ...]
 
     def __post_init__(self) -> None:
-        for name in ("title", "headline"):
-            object.__setattr__(self, name, printable(getattr(self, name)))
-        filled = (each for each in self.sections if each.parts)
-        object.__setattr__(self, "sections", tuple(map(_printable, filled)))
+        filled = tuple(each for each in self.sections if each.parts)
+        shown = {"title": self.title, "headline": self.headline, "sections": filled}
+        for name, value in shown.items():
+            object.__setattr__(self, name, _printable(value))
 
     def of_place(self, *places: str) -> list[Section]:
         """Some sections."""
         return [each for each in self.sections if each.place in places]
 
 
-def _printable(section: Section) -> Section:
-    parts = tuple(map(_printable_part, section.parts))
-    return replace(section, heading=printable(section.heading), parts=parts)
-
-
-def _printable_part(part: Words | Plot) -> Words | Plot:
+def _printable(part: Any) -> Any:
+    """With unsafe characters escaped in all words but those of plots."""
     match part:
         case str():
             return printable(part)
-        case Table():
-            return Table(
-                printable(part.title),
-                tuple(replace(each, heading=printable(each.heading)) for each in part.columns),
-                tuple(tuple(map(printable, row)) for row in part.rows),
-            )
-        case Figure():
-            return Figure(printable(part.title), tuple(map(printable, part.lines)))
+        case tuple():
+            return tuple(map(_printable, part))
+        case Section() | Table() | Figure() | Heading():
+            return replace(part, **{name: _printable(each) for name, each in vars(part).items()})
     return part

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from expertlane.report.document import Figure
 
 _NUM_DRAWN = 16  # with cells of 4 characters it fits 80 columns
@@ -28,16 +30,10 @@ def matrix(payload_bytes: Sequence[Sequence[int]], ranks_per_node: int) -> str |
 
 def between_nodes(payload_bytes: Sequence[Sequence[int]], ranks_per_node: int) -> list[list[int]]:
     """[source node][destination node], from [source][destination] of ranks."""
-    num_ranks = len(payload_bytes)
-    nodes = [
-        range(first, min(first + ranks_per_node, num_ranks))
-        for first in range(0, num_ranks, ranks_per_node)
-    ]
-    return [
-        [sum(payload_bytes[source][to] for source in senders for to in receivers)
-         for receivers in nodes]
-        for senders in nodes
-    ]  # fmt: skip
+    firsts = np.arange(0, len(payload_bytes), ranks_per_node)
+    of_senders = np.add.reduceat(np.array(payload_bytes), firsts, axis=0)
+    cells: list[list[int]] = np.add.reduceat(of_senders, firsts, axis=1).tolist()
+    return cells
 
 
 def _drawn(what: str, cells: Sequence[Sequence[int]], num_together: int) -> Figure:

@@ -176,12 +176,10 @@ def _two_pools(results: Results) -> str:
 
 
 def _best(results: Results) -> Section:
-    ranked = list(enumerate(results.select("projected", BEST), 1))
-    number_of = {id(each): place for place, each in ranked}
-    place: Column[DeploymentRecord] = text("#", lambda each: number_of[id(each)])
+    rows = results.select("projected", BEST)
+    place: Column[DeploymentRecord] = text("#", lambda each: 1 + rows.index(each))
     ttft: Column[DeploymentRecord] = number("TTFT ms", _ttft, milliseconds)
     why: Column[DeploymentRecord] = text("why", lambda each: each.why)
-    rows = [each for _, each in ranked]
     loses = [each for each in rows if each.why]
     parts: list[Words] = [Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], ttft), rows)]
     if loses:

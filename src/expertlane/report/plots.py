@@ -31,8 +31,7 @@ def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     """Of a comparison's deployments, under the usual conditions unless a plot says otherwise."""
     is_measured = compared.source == "measured"
-    cluster = results.cluster.name if results.cluster else ""
-    where = "measured" if is_measured else f"projected for {cluster}"
+    where = "measured" if is_measured else f"projected for {results.projected_for.name}"
     what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
     steps = {phase: _steps(compared, phase) for phase in _PHASES}
     largest = [
@@ -42,8 +41,8 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     ]
     if is_measured:
         loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
-        per_node = results.machine.ranks_per_node if results.machine else 1
-        own = _plots(f"Experts and traffic, {what}", _squares(loads, steps, per_node))
+        squares = _squares(loads, steps, results.measured_on.ranks_per_node)
+        own = _plots(f"Experts and traffic, {what}", squares)
         front = []
     else:
         own = _plots(f"Context and batch, {what}", _by_context(compared))
@@ -122,17 +121,14 @@ def _timelines(
 ) -> list[Words | Plot]:
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
-        timelines = {name: step.timeline for name, step in of_phase.items() if step.timeline}
+        timelines = {
+            name: (step.timeline, notes(phase, name) if notes else "")
+            for name, step in of_phase.items()
+            if step.timeline
+        }
         if timelines:
-            drawn.append(
-                timelines_chart(
-                    what.format(phase),
-                    timelines,
-                    first,
-                    notes={name: notes(phase, name) for name in timelines} if notes else None,
-                    is_measured=notes is not None,
-                )
-            )
+            title = what.format(phase)
+            drawn.append(timelines_chart(title, timelines, first, is_measured=bool(notes)))
     lower = "what it waits for" if notes else "its transfers"
     how = f"{words}Upper half of a row: what the rank computes; lower half: {lower}. Gaps are idle."
     return [how, *drawn] if drawn else []
@@ -364,11 +360,11 @@ def simulation(results: Results) -> tuple[Section, ...]:
     steps = {step.phase: {name: step} for name, step in phases.items()}
     sent = {step.phase: {f"The largest {name} step": step} for name, step in phases.items()}
     causes = causes_chart("Time of a mean step by cause", phases, note="Mean over ranks.")
-    per_node = results.cluster.ranks_per_node if results.cluster else 1
     loads = {record.name: record.num_tokens_per_expert}
+    squares = _squares(loads, sent, results.projected_for.ranks_per_node)
     timelines = _timelines("A step by itself. ", steps, what="The largest {} step")
     return (
         _plots("Where the time goes, projected", [causes]),
         _plots("One step, rank by rank, projected", timelines),
-        _plots("Experts and traffic, projected", _squares(loads, sent, per_node)),
+        _plots("Experts and traffic, projected", squares),
     )

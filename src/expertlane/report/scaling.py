@@ -115,10 +115,11 @@ def sizes(results: Results, comparison: Comparison) -> Section:
         parts = [sizes_sentence(found, unit), *_sizes_tables(found, source)]
         parts += _beyond(found) if source == "projected" else []
     if source == "measured":
-        if results.machine is not None and results.machine.is_oversubscribed:
-            num_cores = counted(results.machine.num_cores, "core")
+        machine = results.measured_on
+        if machine.is_oversubscribed:
+            num_cores = counted(machine.num_cores, "core")
             parts.append(
-                f"TPS per rank must fall where {results.machine.num_ranks} ranks share "
+                f"TPS per rank must fall where {machine.num_ranks} ranks share "
                 f"{num_cores}: read the critical path instead."
             )
         columns: tuple[Column[Row], ...] = (

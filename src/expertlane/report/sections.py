@@ -28,15 +28,8 @@ from expertlane.results.results import Results
 
 def report_of(results: Results) -> Report:
     """Everything."""
-    match results.kind:
-        case "comparison":
-            name, headline, sections = _comparison(results)
-        case "plan":
-            name, headline, sections = _plan(results)
-        case "simulation":
-            name, headline, sections = _simulation(results)
-        case "bench":
-            name, headline, sections = _bench(results)
+    make = {"comparison": _comparison, "plan": _plan, "simulation": _simulation, "bench": _bench}
+    name, headline, sections = make[results.kind](results)
     sources = sorted({each.source for each in results.deployments})
     return Report(
         f"expertlane{name}",
@@ -74,7 +67,7 @@ def _comparison(results: Results) -> _Made:
 
 
 def _measured(results: Results, own: Comparison) -> list[Section]:
-    per_node = results.machine.ranks_per_node if results.machine else 1
+    long_form = results.question.get("traffic", False)
     return [
         deployments(own),
         *plots.comparison(results, own),
@@ -83,7 +76,7 @@ def _measured(results: Results, own: Comparison) -> list[Section]:
         work_and_traffic(own),
         hot_spots(own),
         rebalancing(own),
-        *(details(own, per_node) if results.question.get("traffic") else ()),
+        *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
         parallelism(own),
         overlap(own),
         sizes(results, own),
@@ -91,17 +84,15 @@ def _measured(results: Results, own: Comparison) -> list[Section]:
 
 
 def _projected(results: Results, modelled: Comparison) -> list[Section]:
-    cluster = results.cluster
-    assert cluster is not None, "projections have one"
     conditions = modelled.conditions
-    assert conditions is not None, "and conditions"
+    assert conditions is not None, "projections have them"
     types = conditions.dtype
     if conditions.kv_dtype != types:
         types += f", keys and values in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
     return [
         Section(
-            f"Projected: verdict ({cluster.name}, nothing here was measured)",
+            f"Projected: verdict ({results.projected_for.name}, nothing here was measured)",
             (
                 f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
                 f"tokens of context, {types}; likely values with their bounds:",
@@ -141,22 +132,21 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 
 def _plan(results: Results) -> _Made:
-    cluster = results.cluster.name if results.cluster else ""
     sections = planning.plan(results)
     return (
-        f" plan: {results.question['model']['name']} on {cluster}",
+        f" plan: {results.question['model']['name']} on {results.projected_for.name}",
         planning.verdict(results)[0],
         (*sections, *plots.plan(results), assumptions(results, "projected")),
     )
 
 
 def _simulation(results: Results) -> _Made:
-    record, cluster = results.deployments[0], results.cluster
+    record = results.deployments[0]
     layouts = [record.prefill_layout, record.layout]
     layout = " + ".join(str(each) for each in layouts if each is not None)
     return (
         f" simulate: {results.question['model']['name']} as {layout} on "
-        f"{cluster.name if cluster else ''}",
+        f"{results.projected_for.name}",
         serving.feels(results),
         (
             *serving.simulation(results),

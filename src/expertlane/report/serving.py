@@ -72,18 +72,28 @@ def throughput(results: Results) -> Table:
 def rates(record: DeploymentRecord) -> Table:
     """Requests and tokens a second of one load, each with its bounds."""
     serving = record.serving[0]
-    rows: list[tuple[str, Estimate | None]] = [
-        ("output tokens/s", serving.output_tps),
-        ("output tokens/s a device", serving.output_tps / record.num_ranks),
-        ("total tokens/s", serving.total_tps),
-        ("requests/s", serving.requests_per_s),
-    ]
-    columns: tuple[Column[tuple[str, Estimate | None]], ...] = (
-        text("", lambda row: row[0]),
-        number("likely", lambda row: row[1], figures),
-        number("low–high", lambda row: row[1], low_high),
+    rows = {
+        "output tokens/s": serving.output_tps,
+        "output tokens/s a device": serving.output_tps / record.num_ranks,
+        "total tokens/s": serving.total_tps,
+        "requests/s": serving.requests_per_s,
+    }
+    columns: tuple[Column[str], ...] = (
+        text("", str),
+        number("likely", rows.get, figures),
+        number("low–high", rows.get, low_high),
     )
     return Table.of("", columns, rows)
+
+
+_SUMMARY: tuple[Column[Summary], ...] = (
+    number("mean", lambda each: each.mean, milliseconds),
+    number("median", lambda each: each.median, milliseconds),
+    number("low–high", lambda each: each.median, low_high_ms, "projected"),
+    number("p95", lambda each: each.p95, milliseconds),
+    number("low–high", lambda each: each.p95, low_high_ms, "projected"),
+    number("p99", lambda each: each.p99, milliseconds, "measured"),
+)
 
 
 class _Latency(NamedTuple):
@@ -105,33 +115,11 @@ def latency(results: Results) -> Table:
         )
         if seconds or name != "ITL"
     ]
-
-    def of(name: str) -> Column[_Latency]:
-        return number(name, lambda row: row.seconds and getattr(row.seconds, name), milliseconds)
-
-    def bounds(name: str) -> Column[_Latency]:
-        return number(
-            "low–high",
-            lambda row: row.seconds and getattr(row.seconds, name),
-            low_high_ms,
-            "projected",
-        )
-
     columns: tuple[Column[_Latency], ...] = (
         text("layout", lambda row: row.of.record.layout if row.of else "", "measured"),
         text("load", lambda row: row.of.load if row.of else "", "measured"),
         text("", lambda row: row.name),
-        of("mean"),
-        of("median"),
-        bounds("median"),
-        of("p95"),
-        bounds("p95"),
-        number(
-            "p99",
-            lambda row: row.seconds and row.seconds.p99,
-            milliseconds,
-            "measured",
-        ),
+        *(each.of(lambda row: row.seconds) for each in _SUMMARY),
     )
     return Table.of("", columns, rows, results.deployments[0].source)
 
@@ -281,6 +269,6 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
                 f"At most {counted(running, 'sequence')} of {wanted:,} ran at once, for want of "
                 f"{lacking}."
             )
-    num_idle = results.cluster.num_devices - record.num_ranks if results.cluster else 0
+    num_idle = results.projected_for.num_devices - record.num_ranks
     if num_idle:
         yield f"{counted(num_idle, 'device')} of the cluster stay idle."

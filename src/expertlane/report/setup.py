@@ -95,7 +95,20 @@ def setup(results: Results, heading: str) -> Section:
 
 
 def _listed(fields: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in fields.items())
+    """All but what is not there: None, False and empty lists."""
+    return ", ".join(
+        f"{name} {_said(value)}".rstrip()
+        for name, value in fields.items()
+        if value is not None and value is not False and value != []
+    )
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({_listed(value)})"
+    if isinstance(value, list):
+        return "/".join("none" if each is None else str(each) for each in value)
+    return "" if value is True else str(value)
 
 
 def _machine(machine: Machine) -> list[tuple[str, str]]:

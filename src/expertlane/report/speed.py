@@ -27,6 +27,7 @@ from expertlane.report.numbers import (
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import Conditions, Source, StepsRecord
 from expertlane.results.results import Results
+from expertlane.spec.names import Phase
 
 NAMED: tuple[Column[Row], ...] = (
     text("#", lambda row: row.number),
@@ -75,7 +76,7 @@ def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table
         *NAMED,
         number("prefill TPS", _prefill, figures, "measured"),
         number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
-        number("decode TPS", lambda row: row.record.decode and _decode(row).tps, figures),
+        number("decode TPS", _decode_tps, figures),
         number("runs", lambda row: row.tps_range, low_high, "measured"),
         number("1000 TPS, low–high", lambda row: row.step.tps, low_high_thousands, "projected"),
         number("TPOT ms", lambda row: _median(row.record.decode), milliseconds, "measured"),
@@ -88,17 +89,17 @@ def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table
     return Table.of(title, columns, rows, comparison.source)
 
 
-def _decode(row: Row) -> StepsRecord:
-    """Projected, of one context."""
-    return row.step if row.step.context is not None else (row.record.decode or row.step)
+def _decode_tps(row: Row) -> Estimate | None:
+    step = row.step if row.step.phase is Phase.DECODE else row.record.decode
+    return step.tps if step else None
 
 
-def _median(steps: StepsRecord | None) -> float | None:
-    return steps.token_s.median.value if steps and steps.token_s and steps.token_s.median else None
+def _median(steps: StepsRecord | None) -> Estimate | None:
+    return steps.token_s.median if steps and steps.token_s else None
 
 
-def _p95(steps: StepsRecord | None) -> float | None:
-    return steps.token_s.p95.value if steps and steps.token_s and steps.token_s.p95 else None
+def _p95(steps: StepsRecord | None) -> Estimate | None:
+    return steps.token_s.p95 if steps and steps.token_s else None
 
 
 def _holds(row: Row) -> str:
@@ -287,12 +288,11 @@ def memory(results: Results, comparison: Comparison) -> Section:
         sentence = f"No deployment holds all {wanted:,} sequences at full length."
     else:
         sentence = f"{num_short} of {len(pools)} do not hold all {wanted:,} sequences."
-    assert results.cluster is not None, "projections have one"
     return Section(
         "Projected: memory of the fullest GPU",
         (
             Table.of("", columns, comparison.rows),
-            f"{sentence} A GPU has {bytes_si(results.cluster.memory_bytes)}, of which "
+            f"{sentence} A GPU has {bytes_si(results.projected_for.memory_bytes)}, of which "
             f"{bytes_si(pools[0].allowed_bytes or 0)} may be taken. Sequences at their full "
             "length, prompt and output.",
         ),

@@ -123,8 +123,7 @@ def rests_on(results: Results, comparison: Comparison) -> Section:
         number("bound", lambda row: row.step.basis_shares.get("bound", 0), percent),
         number("extrapolated", lambda row: row.step.extrapolated_share, percent),
     )
-    cluster = results.cluster
-    assert cluster is not None, "projections have one"
+    cluster = results.projected_for
     return Section(
         "Projected: against the floor, and what it rests on",
         (

@@ -14,7 +14,8 @@ _EVEN = 0.05
 
 def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     """The paragraphs on top: which is faster, and why; then what else a reader must know of it."""
-    where = "here" if comparison.source == "measured" else f"on {_cluster(results)}, projected"
+    is_measured = comparison.source == "measured"
+    where = "here" if is_measured else f"on {results.projected_for.name}, projected"
     pair = _pair(comparison)
     if pair is None:
         only = comparison.first
@@ -26,9 +27,9 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     faster, slower = pair
     sentences = [_which(comparison, faster, slower, where), _why(comparison, faster, slower)]
     named = [comparison.first, faster, slower]
-    if comparison.source == "projected":
+    if not is_measured:
         sentences += [_by_context(comparison), _prefill(comparison), _skewed(results, comparison)]
-    elif results.machine is not None and results.machine.is_oversubscribed:
+    elif results.measured_on.is_oversubscribed:
         ahead = _pair_by_critical_path(comparison)
         if ahead is not None:
             sentences.append(_by_critical_path(*ahead))
@@ -36,10 +37,6 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     numbers = {row.number for row in named}
     rows = [row for row in comparison.rows if row.number in numbers]
     return (*filter(None, sentences), *_rounding(rows))
-
-
-def _cluster(results: Results) -> str:
-    return results.cluster.name if results.cluster else "a cluster"
 
 
 def _pair(comparison: Comparison) -> tuple[Row, Row] | None:

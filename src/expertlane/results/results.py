@@ -273,6 +273,18 @@ class Results(Strict):
         )
 
     @property
+    def measured_on(self) -> Machine:
+        """`machine`, of results that were measured."""
+        assert self.machine is not None, "checked when they were made"
+        return self.machine
+
+    @property
+    def projected_for(self) -> Cluster:
+        """`cluster`, of results that were projected."""
+        assert self.cluster is not None, "checked when they were made"
+        return self.cluster
+
+    @property
     def conditions(self) -> tuple[Conditions, ...]:
         """Those of an experiment's projected deployments, each once, the usual ones first."""
         found = (each.conditions for each in self.select("projected", EXPERIMENT))

@@ -69,6 +69,11 @@ class StepTimeline(Strict):
     stages: tuple[str, ...]
     ranks: tuple[RankTimeline, ...]
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether only its beginning is there."""
+        return self.shown_us < self.end_us
+
     def __post_init__(self) -> None:
         if not self.ranks:
             raise UserError("a timeline without ranks")

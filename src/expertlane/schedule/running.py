@@ -200,33 +200,20 @@ class RunningTable:
                 self.block_tables, ((0, 0), (0, more)), constant_values=_NO_BLOCK
             )
 
-    def begin_step(
-        self,
-        rows: Rows,
-        step: int,
-        num_scheduled: npt.NDArray[np.int64],
-        yields_token: npt.NDArray[np.bool_],
-    ) -> None:
+    def begin_step(self, rows: Rows, step: int, batch: Batch) -> None:
         """Take rows into a step, and count as if it were finished."""
         self.in_flight[rows] += 1
         self.last_step[rows] = step
-        self.num_computed[rows] += num_scheduled
-        yielding = rows[yields_token]
+        self.num_computed[rows] += batch.num_scheduled_tokens
+        yielding = rows[batch.yields_token]
         self.num_tokens[yielding] += 1
         self.last_token[yielding] = UNKNOWN
-        self.num_pending += len(yielding) - int(num_scheduled.sum())
+        self.num_pending += len(yielding) - batch.num_tokens
 
     def commit(
-        self,
-        rows: Rows,
-        computed: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
-        yields_token: npt.NDArray[np.bool_],
-        outcome: StepOutcome,
+        self, rows: Rows, batch: Batch, outcome: StepOutcome
     ) -> tuple[list[Request], list[Request]]:
         """Take in a finished step; release the rows that are done.
-
-        Args:
-            computed: [len(rows)], twice; tokens computed before and after it.
 
         Returns:
             The requests that got a token, and those that got none (see `_cancel_not_finite`).
@@ -237,7 +224,8 @@ class RunningTable:
             not_finite = np.isin(self.seq_ids[rows], outcome.not_finite)
             without_token = self._cancel_not_finite(rows[not_finite])
         if self._limits.prefix_caching:
-            self._register(rows, *computed)
+            self._register(rows, batch)
+        yields_token = batch.yields_token
         if self._num_cancelled:
             is_cancelled = self._is_cancelled[rows]
             for row in rows[is_cancelled & (self.in_flight[rows] == 0)].tolist():
@@ -263,12 +251,10 @@ class RunningTable:
         self._num_cancelled += len(going_on)
         return [self.request(row) for row in going_on.tolist()]
 
-    def _register(
-        self, rows: Rows, before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]
-    ) -> None:
+    def _register(self, rows: Rows, batch: Batch) -> None:
         """Let the blocks that have become full be shared; earlier, they might yet be unwritten."""
-        size = self._limits.block_size
-        first, stop = before // size, after // size
+        size, before = self._limits.block_size, batch.num_computed_tokens
+        first, stop = before // size, (before + batch.num_scheduled_tokens) // size
         full = np.flatnonzero(stop > first)
         for row, begin, end in zip(
             rows[full].tolist(), first[full].tolist(), stop[full].tolist(), strict=True

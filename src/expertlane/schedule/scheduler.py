@@ -177,9 +177,7 @@ class ContinuousScheduler:
         self._num_in_flight[plan.replica] -= 1
         self.stepped, self.failed = [], []
         for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
-            before = batch.num_computed_tokens
-            computed = before, before + batch.num_scheduled_tokens
-            stepped, without_token = table.commit(rows, computed, batch.yields_token, outcome)
+            stepped, without_token = table.commit(rows, batch, outcome)
             self.stepped += stepped
             for request in without_token:
                 if request.has_cached:
@@ -233,8 +231,7 @@ class ContinuousScheduler:
         flight = []
         for draft, (rows, batch) in zip(drafts, built, strict=True):
             if batch.num_seqs:
-                scheduled, yields = batch.num_scheduled_tokens, batch.yields_token
-                draft.table.begin_step(rows, plan.step, scheduled, yields)
+                draft.table.begin_step(rows, plan.step, batch)
                 flight.append((draft.table, rows, batch))
         self._in_flight[plan.step] = _Flight(plan.replica, plan.phase, flight)
         self._num_in_flight[plan.replica] += 1

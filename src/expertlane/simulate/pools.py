@@ -66,39 +66,27 @@ class Pool:
             self.scheduler.add(request)
 
 
-def serve(
+def run_load(
     pool: Pool,
     requests: Iterable[TimedRequest],
     max_unfinished: int | None = None,
     *,
+    apart: tuple[Pool, KVTransfers] | None = None,
     on_finished: Callable[[], None] = lambda: None,
 ) -> list[ServedRequest[Floats]]:
     """Serve requests to their whole lengths; gives them in the order of `requests`.
 
+    In two pools, keys and values of a request travel beside the pools' own work when its prompt is
+    done, one request after the other from each data-parallel rank; until the decoding pool has room
+    they are taken to have a place to be. A request preempted there computes its prompt there.
+
     Args:
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
+        apart: the pool of all tokens but the first, and how keys and values get there.
         on_finished: called for each request that is done.
     """
-    return _Serving(pool, pool, None, max_unfinished, on_finished).run(requests)
-
-
-def serve_apart(
-    prefill: Pool,
-    decode: Pool,
-    transfers: KVTransfers,
-    requests: Iterable[TimedRequest],
-    max_unfinished: int | None = None,
-    *,
-    on_finished: Callable[[], None] = lambda: None,
-) -> list[ServedRequest[Floats]]:
-    """Serve requests with prompts in one pool and further tokens in another.
-
-    Keys and values of a request travel beside the pools' own work when its prompt is done, one
-    request after the other from each data-parallel rank; until the decoding pool has room they are
-    taken to have a place to be. A request preempted there computes its prompt there.
-    """
-    return _Serving(prefill, decode, transfers, max_unfinished, on_finished).run(requests)
+    return _Serving(pool, apart, max_unfinished, on_finished).run(requests)
 
 
 class _Serving:
@@ -106,15 +94,13 @@ class _Serving:
 
     def __init__(
         self,
-        prefill: Pool,
-        decode: Pool,
-        transfers: KVTransfers | None,
+        pool: Pool,
+        apart: tuple[Pool, KVTransfers] | None,
         max_unfinished: int | None,
         on_finished: Callable[[], None],
     ) -> None:
-        self._prefill = prefill
-        self._decode = decode
-        self._transfers = transfers
+        self._prefill = pool
+        self._apart = apart
         self._max_unfinished = max_unfinished
         self._on_finished = on_finished
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
@@ -124,7 +110,7 @@ class _Serving:
     def run(self, requests: Iterable[TimedRequest]) -> list[ServedRequest[Floats]]:
         """Deliver all, and let both pools work until nothing is left."""
         waiting = list(requests)[::-1]
-        pools = list(dict.fromkeys((self._prefill, self._decode)))
+        pools = [self._prefill, *([] if self._apart is None else self._apart[:1])]
         now_s: Floats = np.zeros(len(BOUNDS))
         while True:
             while waiting and not self._is_full():
@@ -150,7 +136,7 @@ class _Serving:
             len(wanted.prompt_token_ids), wanted.output_len, due_s
         )
         self._num_unfinished += 1
-        max_tokens = wanted.output_len if self._transfers is None else 1
+        max_tokens = wanted.output_len if self._apart is None else 1
         request = Request(request_id, wanted.prompt_token_ids, max_tokens=max_tokens)
         self._prefill.deliver(request, due_s)
 
@@ -161,12 +147,12 @@ class _Serving:
             served.num_preemptions += request.num_preemptions
             self._num_unfinished -= 1
             self._on_finished()
-        elif is_first and self._transfers is not None:
+        elif is_first and self._apart is not None:
             served.num_preemptions += request.num_preemptions
-            self._move(request, served.output_len - 1, at_s, self._transfers)
+            self._move(request, served.output_len - 1, at_s, *self._apart)
 
     def _move(
-        self, request: Request, max_tokens: int, at_s: Floats, transfers: KVTransfers
+        self, request: Request, max_tokens: int, at_s: Floats, decode: Pool, transfers: KVTransfers
     ) -> None:
         """Send keys and values to the pool that decodes, and the request with them."""
         prompt_len = len(request.prompt_token_ids)
@@ -179,4 +165,4 @@ class _Serving:
             max_tokens=max_tokens,
             num_arrived_tokens=prompt_len,
         )
-        self._decode.deliver(moved, there_s)
+        decode.deliver(moved, there_s)

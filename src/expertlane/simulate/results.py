@@ -1,6 +1,5 @@
 """From a simulated load to its record, and what that takes for granted."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -33,7 +32,7 @@ from expertlane.simulate.simulator import (
     Simulator,
 )
 from expertlane.simulate.totals import PhaseTotals
-from expertlane.spec.names import Phase, ProjectedCause, Traffic
+from expertlane.spec.names import ProjectedCause, Traffic
 
 _HOW = {
     Execution.GRAPH: "a micro-batch's kernels are launched at once, as captured graphs",
@@ -104,10 +103,9 @@ def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> D
         conditions=conditions_of(top_k, simulator.execution, routing.option, setup.types),
         pools=tuple(_pool(pool, device_bytes) for pool in outcome.pools),
         steps=tuple(
-            _steps(pool.ranks.role, phase, pool.totals.phases[phase], largest)
+            _steps(pool.ranks.role, step, pool.totals.phases[phase])
             for pool, largest in zip(outcome.pools, simulator.largest_steps(outcome), strict=True)
-            for phase in Phase
-            if phase in pool.totals.phases
+            for phase, step in largest.items()
         ),
         serving=(
             replace(
@@ -138,17 +136,14 @@ def _pool(pool: SimulatedPool, device_bytes: float) -> PoolRecord:
     )
 
 
-def _steps(
-    pool: PoolRole, phase: Phase, totals: PhaseTotals, largest: Mapping[Phase, StepRecord]
-) -> StepsRecord:
+def _steps(pool: PoolRole, largest: StepRecord, totals: PhaseTotals) -> StepsRecord:
     num, step_s = len(totals.step_s), np.array(totals.step_s)
     basis_shares, extrapolated = shares_of(totals.facts.basis_s, totals.facts.extrapolated_s)
     shares = totals.why_s / (totals.why_s.sum() or 1.0) * float(step_s[:, LIKELY].mean())
     explained_s = totals.explained_s or 1.0
     wall_s = Estimate.between(step_s.sum(axis=0))
-    step = largest.get(phase)
     return StepsRecord(
-        phase=phase,
+        phase=largest.phase,
         pool=pool,
         num_steps=num,
         num_tokens=totals.num_tokens,
@@ -162,16 +157,12 @@ def _steps(
         read_utilisation=totals.read_s / explained_s,
         basis_shares=basis_shares,
         extrapolated_share=extrapolated,
-        traffic=_traffic(totals, step),
-        timeline=None if step is None else timelines_of([step]).get(phase),
+        traffic=_traffic(totals, largest),
+        timeline=timelines_of([largest])[largest.phase],
     )
 
 
-def _traffic(totals: PhaseTotals, largest: StepRecord | None) -> TrafficRecord:
-    by_link = bytes_by_link(totals.facts.sent_bytes)
-    over_mean = totals.facts.rank_pairs / len(totals.step_s)
-    if largest is None:
-        return TrafficRecord(by_link, busiest_over_mean=over_mean)
+def _traffic(totals: PhaseTotals, largest: StepRecord) -> TrafficRecord:
     records = sorted(largest.records, key=lambda record: record.rank)
     ranks = [record.rank for record in records]
     payload = tuple(
@@ -180,10 +171,10 @@ def _traffic(totals: PhaseTotals, largest: StepRecord | None) -> TrafficRecord:
     )
     reached = np.sum([record.tokens_by_ranks_reached for record in records], axis=0)
     return TrafficRecord(
-        by_link,
+        bytes_by_link(totals.facts.sent_bytes),
         sent_bytes={Traffic.PAYLOAD.label: payload},
         fan_out=FanOut(tuple(np.trim_zeros(reached, "b").tolist())) if reached.any() else None,
-        busiest_over_mean=over_mean,
+        busiest_over_mean=totals.facts.rank_pairs / len(totals.step_s),
     )
 
 
@@ -245,7 +236,7 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
         return []
     where = (
         "on other nodes"
-        if setup.is_on_nodes(cluster.profile.ranks_per_node)
+        if setup.are_pools_apart(cluster.profile.ranks_per_node)
         else "on the same node"
     )
     return [

@@ -28,12 +28,13 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.simulate.pools import Pool, serve, serve_apart
+from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.totals import PoolTotals
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
+from expertlane.spec.ranges import take_fields
 from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
@@ -51,7 +52,7 @@ class ServingSetup:
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
 
     Raises:
-        SpecError: one of the sizes is under 1.
+        SpecError: a size is out of its range.
     """
 
     layout: Layout
@@ -66,9 +67,7 @@ class ServingSetup:
     block_size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        take_fields(self)
 
     @property
     def pools(self) -> dict[PoolRole, Layout]:
@@ -82,12 +81,12 @@ class ServingSetup:
         """Of all pools."""
         return sum(layout.world_size for layout in self.pools.values())
 
-    def is_on_nodes(self, ranks_per_node: int) -> bool:
+    def are_pools_apart(self, ranks_per_node: int) -> bool:
         """Whether two pools are on different nodes."""
         return self.num_devices > ranks_per_node
 
 
-def check_devices(cluster: ModelledCluster, setup: ServingSetup) -> None:
+def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:
     """Check that a cluster has the devices, and the nodes that hierarchical dispatch is for.
 
     Raises:
@@ -171,7 +170,7 @@ class Simulator:
     def __init__(
         self, model: ModelConfig, cluster: ModelledCluster, setup: ServingSetup, load: Load
     ) -> None:
-        check_devices(cluster, setup)
+        check_fits_cluster(cluster, setup)
         self.model = model
         self.cluster = cluster
         self.setup = setup
@@ -218,22 +217,20 @@ class Simulator:
             for each in requests
         ]
         pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
-        if len(pools) == 1:
-            served = serve(pools[0].pool, shortened, load.batch, on_finished=on_finished)
-        else:
-            prefill, decode = pools
+        apart = None
+        if len(pools) > 1:
             transfers = KVTransfers(
                 self.model,
                 setup.types,
-                prefill.ranks.layout,
-                decode.ranks.layout,
+                pools[0].ranks.layout,
+                pools[1].ranks.layout,
                 LinkModel(self.cluster.profile),
-                remote=setup.is_on_nodes(self.cluster.profile.ranks_per_node),
+                remote=setup.are_pools_apart(self.cluster.profile.ranks_per_node),
             )
-            served = serve_apart(
-                *(prefill.pool, decode.pool, transfers, shortened, load.batch),
-                on_finished=on_finished,
-            )
+            apart = pools[1].pool, transfers
+        served = run_load(
+            pools[0].pool, shortened, load.batch, apart=apart, on_finished=on_finished
+        )
         for each in pools:
             each.totals.close()
         whole = [
@@ -262,10 +259,11 @@ class Simulator:
         """By pool and phase, with events; ranks are the pool's."""
         return [
             {
-                phase: self._traced(pool.ranks, replace(totals.largest, phase=phase))
+                phase: self._traced(
+                    pool.ranks, replace(pool.totals.phases[phase].largest, phase=phase)
+                )
                 for phase in Phase
-                if (totals := pool.totals.phases.get(phase)) is not None
-                and totals.largest is not None
+                if phase in pool.totals.phases
             }
             for pool in outcome.pools
         ]

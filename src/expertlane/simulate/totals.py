@@ -61,14 +61,16 @@ class PhaseTotals:
 
     Attributes:
         facts: of all steps.
+        largest: the step with most tokens, of decodes with most sequences.
         step_s: [3] each step: low, likely, high.
         num_tokens, num_seqs: computed, drafts among them, and sequences that took part.
         why_s: by cause, of the steps that were explained; [num_causes].
         explained_s, flops_s, read_s: of those, their time, and that times utilisation.
-        largest: the step with most tokens, of decodes with most sequences.
     """
 
     facts: StepFacts
+    largest: StepPlan
+    largest_size: int = 0
     step_s: list[Floats] = field(default_factory=list)
     num_tokens: int = 0
     num_seqs: int = 0
@@ -76,8 +78,6 @@ class PhaseTotals:
     explained_s: float = 0.0
     flops_s: float = 0.0
     read_s: float = 0.0
-    largest: StepPlan | None = None
-    largest_size: int = 0
 
     def add(self, plan: StepPlan, seconds: Floats, num_drafts: int) -> None:
         """One more step, whose facts are in `facts`."""
@@ -143,7 +143,7 @@ class PoolTotals:
         phase = _phase(step.plan)
         totals = self.phases.get(phase)
         if totals is None:
-            totals = self.phases[phase] = PhaseTotals(facts)
+            totals = self.phases[phase] = PhaseTotals(facts, step.plan)
         else:
             totals.facts += facts
         totals.add(step.plan, _seconds(step), self._num_drafts)

@@ -250,14 +250,12 @@ def _deployments(document: dict[str, Any], key: str, base: Path) -> tuple[Deploy
             head = build(_Head, {k: v for k, v in table.items() if k in head_keys}, "")
             options = build(Options, {k: v for k, v in table.items() if k not in head_keys}, "")
             if options.placement_file is not None:
-                path = _path("placement_file", options.placement_file)
-                options = replace(options, placement_file=os.path.abspath(base / path))
+                if not options.placement_file or "\0" in options.placement_file:
+                    raise SpecError(
+                        f"placement_file is {shown_json(options.placement_file)}; it must be a path"
+                    )
+                path = os.path.abspath(base / options.placement_file)
+                options = replace(options, placement_file=path)
             layout = Layout.parse(head.layout)
             deployments.append(Deployment(head.name, layout, options, head.baseline))
     return tuple(deployments)
-
-
-def _path(key: str, value: str) -> str:
-    if not value or "\0" in value:
-        raise SpecError(f"{key} is {shown_json(value)}; it must be a path")
-    return value

@@ -12,7 +12,7 @@ from math import isinf
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.ranges import SHOWN_LENGTH, shown
 
 T = TypeVar("T")
@@ -140,10 +140,6 @@ _MAX_DIGITS = 40  # of a whole number; Python itself takes no more than 4,300
 _MAX_DEPTH = 100  # of nested lists and tables
 
 
-class _InvalidError(ValueError):
-    """Well-formed, but not accepted."""
-
-
 def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
     """The value in a JSON file.
 
@@ -157,22 +153,19 @@ def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
     """
     text = read_text(path, most_bytes)
     try:
-        value = json.loads(
-            text,
-            parse_int=_whole,
-            parse_float=None if lenient else _finite,
-            parse_constant=None if lenient else _refuse_constant,
-            object_pairs_hook=None if lenient else _unique,
-        )
-        _check_depth(value)
+        with _parsing(path):
+            value = json.loads(
+                text,
+                parse_int=_whole,
+                parse_float=None if lenient else _finite,
+                parse_constant=None if lenient else _refuse_constant,
+                object_pairs_hook=None if lenient else _unique,
+            )
+            _check_depth(value)
     except json.JSONDecodeError as error:
         raise SpecError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
-    except _InvalidError as error:
-        raise SpecError(f"{path}: {error}") from None
-    except RecursionError:
-        raise SpecError(f"{path}: {_TOO_DEEP}") from None
     return value
 
 
@@ -199,12 +192,9 @@ def read_toml(path: Path, most_bytes: int) -> dict[str, Any]:
 
     text = read_text(path, most_bytes)
     try:
-        table = tomllib.loads(text)
-        _check_depth(table)
-    except _InvalidError as error:
-        raise SpecError(f"{path}: {error}") from None
-    except RecursionError:
-        raise SpecError(f"{path}: {_TOO_DEEP}") from None
+        with _parsing(path):
+            table = tomllib.loads(text)
+            _check_depth(table)
     except ValueError as error:  # also a number of too many digits
         lines = text.split("\n")
         end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
@@ -216,28 +206,38 @@ def read_toml(path: Path, most_bytes: int) -> dict[str, Any]:
 _TOO_DEEP = f"nested too deeply; valid: {_MAX_DEPTH} levels at most"
 
 
+@contextmanager
+def _parsing(path: Path) -> Iterator[None]:
+    """Name the file where what it holds is well-formed, but not accepted."""
+    with naming(path):
+        try:
+            yield
+        except RecursionError:
+            raise SpecError(_TOO_DEEP) from None
+
+
 def _whole(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise _InvalidError(f"a number has {len(digits):,} digits; valid: at most {_MAX_DIGITS}")
+        raise SpecError(f"a number has {len(digits):,} digits; valid: at most {_MAX_DIGITS}")
     return int(digits)
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if isinf(number):
-        raise _InvalidError(f"the number {text[:40]} is too large")
+        raise SpecError(f"the number {text[:40]} is too large")
     return number
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise _InvalidError(f"{word} is not valid JSON; numbers must be finite")
+    raise SpecError(f"{word} is not valid JSON; numbers must be finite")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         num_times = Counter(key for key, _ in pairs)
-        raise _InvalidError(
+        raise SpecError(
             f"the key {shown(max(num_times, key=num_times.__getitem__))} is given twice"
         )
     return table
@@ -255,7 +255,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise _InvalidError(_TOO_DEEP)
+    raise SpecError(_TOO_DEEP)
 
 
 _WANTED = {  # by the beginnings of pydantic's names of errors

@@ -131,41 +131,38 @@ def _rope(fields: ConfigReader) -> dict[str, Any]:
     kind = rope.get(str, "rope_type", "type", default="default")
     if kind == "default":
         return {"rope_theta": theta}
-    if kind not in ("linear", "llama3", "yarn"):
-        raise fields.error(
-            f"rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn"
-        )
     max_len = fields.get(int, "max_position_embeddings")
     trained = rope.get(int, "original_max_position_embeddings", default=max_len)
     trained = fields.get(int, "original_max_position_embeddings", default=trained)
-    if kind == "yarn":
-        scaling = _yarn(rope, trained, max_len)
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        scaling = RopeScaling(
-            "llama3", original_max_position_embeddings=trained, **_same(rope, RopeScaling, *names)
-        )
-    else:
-        scaling = RopeScaling("linear", rope.get(float, "factor"), trained)
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    match kind:
+        case "linear":
+            sizes = _same(rope, RopeScaling, "factor")
+        case "llama3":
+            sizes = _same(rope, RopeScaling, "factor", "low_freq_factor", "high_freq_factor")
+        case "yarn":
+            sizes = _yarn(rope, default_factor=max_len / trained)
+        case _:
+            raise fields.error(
+                f"rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn"
+            )
+    sizes |= {"rope_type": kind, "original_max_position_embeddings": trained}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**sizes)}
 
 
-def _yarn(rope: ConfigReader, trained: int, max_len: int) -> RopeScaling:
-    factor = rope.get(float, "factor", default=max_len / trained)
+def _yarn(rope: ConfigReader, default_factor: float) -> dict[str, Any]:
+    factor = rope.get(float, "factor", default=default_factor)
     mscale, mscale_all_dim = rope.optional(float, "mscale"), rope.optional(float, "mscale_all_dim")
     if mscale and mscale_all_dim:
         attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
     else:
         attention_factor = _yarn_mscale(factor, 1.0)
-    return RopeScaling(
-        "yarn",
-        factor,
-        trained,
-        beta_fast=rope.optional(float, "beta_fast") or 32.0,
-        beta_slow=rope.optional(float, "beta_slow") or 1.0,
-        truncate=bool(rope.optional(bool, "truncate")),
-        attention_factor=rope.get(float, "attention_factor", default=attention_factor),
-    )
+    return {
+        "factor": factor,
+        "beta_fast": rope.optional(float, "beta_fast") or 32.0,
+        "beta_slow": rope.optional(float, "beta_slow") or 1.0,
+        "truncate": bool(rope.optional(bool, "truncate")),
+        "attention_factor": rope.get(float, "attention_factor", default=attention_factor),
+    }
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.laws.surface import Surface, corner_weights, places
+from expertlane.cost.laws.surface import Surface, corner_weights, interpolate, logs_of, places
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.step.operation import Floats, Ints
 
@@ -64,7 +64,7 @@ def fit_correction(
     """
     shape = tuple(len(knots) for knots in axes.values())
     target = np.log(rows.seconds / rows.roofline_s)
-    places_before, fractions, _ = places(axes, rows.at)
+    places_before, fractions, _ = places(logs_of(axes), rows.at)
     corners = corner_weights(shape, places_before, fractions)
     index = np.stack([np.broadcast_to(each, target.shape) for each, _ in corners])
     weight = np.stack([np.broadcast_to(each, target.shape) for _, each in corners])
@@ -133,11 +133,7 @@ def held_out_errors(
 
 def residuals(rows: Rows, axes: Mapping[str, Sequence[float]], correction: Floats) -> Floats:
     """Logarithms of measured over predicted, [N]."""
-    before, fractions, _ = places(axes, rows.at)
-    predicted = np.zeros(len(rows))
-    flat = correction.ravel()
-    for index, weight in corner_weights(correction.shape, before, fractions):
-        predicted = predicted + flat[index] * weight
+    predicted, _ = interpolate(correction, logs_of(axes), rows.at)
     return np.log(rows.seconds / rows.roofline_s) - predicted
 
 

@@ -34,7 +34,7 @@ slows while such a transfer runs beside it.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -308,13 +308,8 @@ def _over_all_nics(carried: Floats, load: LinkLoad) -> Floats:
 
 def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
     """Ranks of one after those of another."""
-    return LinkLoad(
-        out_bytes=np.concatenate([each.out_bytes for each in loads], axis=1),
-        in_bytes=np.concatenate([each.in_bytes for each in loads], axis=1),
-        num_peers=np.concatenate([each.num_peers for each in loads], axis=1),
-        group_size=np.concatenate([each.group_size for each in loads]),
-        num_nodes=np.concatenate([each.num_nodes for each in loads]),
-    )
+    parts = ([getattr(load, each.name) for load in loads] for each in fields(LinkLoad))
+    return LinkLoad(*(np.concatenate(part, axis=-1) for part in parts))
 
 
 def _nothing(num_ranks: int) -> Times:

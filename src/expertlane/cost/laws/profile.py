@@ -7,6 +7,7 @@ from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError
 from expertlane.spec.names import Link
+from expertlane.spec.ranges import Strict
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Device:
+class Device(Strict):
     """One GPU, or one rank's share of a CPU.
 
     Attributes:
@@ -42,7 +43,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class LinkSheet:
+class LinkSheet(Strict):
     """One kind of link, per device and direction.
 
     Attributes:

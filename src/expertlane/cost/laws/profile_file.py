@@ -8,9 +8,10 @@ shipped profile over to this one's datasheet, as bounds and wider.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -18,12 +19,13 @@ from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES
-from expertlane.errors import SpecError
-from expertlane.spec.files import CONFIG_BYTES, read_toml, write_text
+from expertlane.errors import SpecError, naming
+from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
-from expertlane.spec.ranges import RANGES, shown
+from expertlane.spec.ranges import RANGES, Strict, shown
 
 Law = TypeVar("Law", Surface, Term)
+ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
 _PER_LOGARITHM = 1000  # of a table's numbers
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
@@ -51,10 +53,8 @@ def read_profile(name_or_path: str | Path) -> Profile:
         )
     path = shipped[given] if is_name else Path(given)
     data = read_toml(path, CONFIG_BYTES)
-    try:
-        return _profile(_Table(data, ""))
-    except SpecError as error:
-        raise SpecError(f"{path}: {error}") from None
+    with naming(path):
+        return _profile(build(_File, data))
 
 
 def write_profile(profile: Profile, path: Path) -> Path:
@@ -70,31 +70,12 @@ def to_toml(profile: Profile) -> str:
     """The text of a profile's file."""
     import tomli_w  # not needed to read
 
-    device = profile.device
     data = {
         "name": profile.name,
         "ranks_per_node": profile.ranks_per_node,
-        "device": {
-            "name": device.name,
-            "memory_bytes": device.memory_bytes,
-            "memory_bytes_per_s": device.memory_bytes_per_s,
-            "origin": device.origin,
-            "flops_per_s": dict(device.flops_per_s),
-        },
-        "links": {
-            link.name.lower(): {"bytes_per_s": sheet.bytes_per_s, "origin": sheet.origin}
-            for link, sheet in profile.links.items()
-        },
-        "terms": {
-            name: {
-                "value": _short(term.value),
-                "low": _short(term.low),
-                "high": _short(term.high),
-                "basis": term.basis.label,
-                "origin": term.origin,
-            }
-            for name, term in profile.terms.items()
-        },
+        "device": asdict(profile.device),
+        "links": {link.name.lower(): asdict(sheet) for link, sheet in profile.links.items()},
+        "terms": {name: _as_table(term) for name, term in profile.terms.items()},
     }
     text = tomli_w.dumps(data, indent=0)
     return text + "".join(_surface_text(*each) for each in profile.surfaces.items())
@@ -104,14 +85,7 @@ def _surface_text(name: str, surface: Surface) -> str:
     """A surface's part of the file; by hand, for axes and tables on one line a row."""
     import tomli_w
 
-    head = tomli_w.dumps(
-        {
-            "low": _short(surface.low),
-            "high": _short(surface.high),
-            "basis": surface.basis.label,
-            "origin": surface.origin,
-        }
-    )
+    head = tomli_w.dumps(_as_table(surface))
     axes = ", ".join(
         f"{axis} = [{', '.join(f'{knot:.6g}' for knot in knots)}]"
         for axis, knots in surface.axes.items()
@@ -125,85 +99,84 @@ def _surface_text(name: str, surface: Surface) -> str:
     )
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _as_table(law: Law) -> dict[str, Any]:
+    """A term, or of a surface what is no array."""
+    keys = ("value", "low", "high") if isinstance(law, Term) else ("low", "high")
+    numbers = {key: float(f"{getattr(law, key):.4g}") for key in keys}
+    return {**numbers, "basis": law.basis.label, "origin": law.origin}
 
 
-class _Table:
-    """A TOML table whose keys are taken one by one, so that unknown ones are found."""
-
-    def __init__(self, data: Mapping[str, Any], place: str) -> None:
-        self._left = dict(data)
-        self._place = place
-
-    def place(self, key: str) -> str:
-        return f"{self._place}{key}"
-
-    def has(self, key: str) -> bool:
-        return key in self._left
-
-    def take(self, key: str) -> Any:
-        if key not in self._left:
-            raise SpecError(f"{self.place(key)} is missing")
-        return self._left.pop(key)
-
-    def text(self, key: str) -> str:
-        value = self.take(key)
-        if not isinstance(value, str) or not value:
-            raise SpecError(f"{self.place(key)} is {shown(value)}; it must be text")
-        return value
-
-    def number(self, key: str, named: str | None = None) -> float:
-        """A number in the range of its key, or of `named`."""
-        return RANGES[named or key].take(self.place(key), self.take(key))
-
-    def table(self, key: str) -> "_Table":
-        value = self.take(key)
-        if not isinstance(value, dict):
-            raise SpecError(f"{self.place(key)} is {shown(value)}; it must be a table")
-        return _Table(value, f"{self.place(key)}.")
-
-    def tables(self, key: str) -> dict[str, "_Table"]:
-        if not self.has(key):
-            return {}
-        inner = self.table(key)
-        return {name: inner.table(name) for name in list(inner._left)}
-
-    def basis(self) -> Basis:
-        value = self.text("basis")
-        try:
-            return Basis[value.upper()]
-        except KeyError:
-            known = ", ".join(each.label for each in Basis)
-            raise SpecError(
-                f"{self.place('basis')} is {shown(value)}; it must be one of {known}"
-            ) from None
-
-    def end(self) -> None:
-        if self._left:
-            raise SpecError(f"{self.place(next(iter(self._left)))} is an unknown key")
+@dataclass(frozen=True)
+class _Law(Strict):
+    low: float
+    high: float
+    basis: Literal["measured", "fitted", "bound"]
+    origin: str
 
 
-def _profile(table: _Table) -> Profile:
+@dataclass(frozen=True)
+class _Term(_Law):
+    value: float
+
+
+@dataclass(frozen=True)
+class _Surface(_Law):
+    axes: dict[str, tuple[float, ...]]
+    correction_thousandths: str
+
+
+@dataclass(frozen=True)
+class _Like(Strict):
+    profile: str
+    wider: float
+
+
+@dataclass(frozen=True)
+class _File(Strict):
+    name: str
+    device: Device
+    ranks_per_node: int
+    links: dict[str, LinkSheet] = field(default_factory=dict)
+    surfaces: dict[str, _Surface] = field(default_factory=dict)
+    terms: dict[str, _Term] = field(default_factory=dict)
+    like: _Like | None = None
+
+
+def _profile(file: _File) -> Profile:
+    RANGES["num_devices"].take("ranks_per_node", file.ranks_per_node)
+    _check(file, "")
+    _check(file.device, "device.")
+    for dtype, flops_per_s in file.device.flops_per_s.items():
+        if dtype not in ITEM_BYTES:
+            raise SpecError(f"device.flops_per_s.{dtype} is an unknown key")
+        RANGES["flops_per_s"].take(f"device.flops_per_s.{dtype}", flops_per_s)
     own = Profile(
-        name=table.text("name"),
-        device=_device(table.table("device")),
-        ranks_per_node=int(table.number("ranks_per_node", "num_devices")),
-        links=_links(table.tables("links")),
-        surfaces={name: _surface(each) for name, each in table.tables("surfaces").items()},
-        terms={name: _term(each) for name, each in table.tables("terms").items()},
+        name=file.name,
+        device=file.device,
+        ranks_per_node=file.ranks_per_node,
+        links=_links(file.links),
+        surfaces={name: _surface(each, f"surfaces.{name}") for name, each in file.surfaces.items()},
+        terms={name: _term(each, f"terms.{name}") for name, each in file.terms.items()},
     )
-    like = table.table("like") if table.has("like") else None
-    table.end()
-    return own if like is None else _with_laws_of(own, like)
+    if file.like is None:
+        return own
+    _check(file.like, "like.")
+    return _with_laws_of(own, file.like.profile, file.like.wider)
 
 
-def _with_laws_of(own: Profile, like: _Table) -> Profile:
-    """`own` with the other's laws where it has none of its own."""
-    name, wider = like.text("profile"), like.number("wider")
-    like.end()
+def _check(table: Strict, place: str, range_name: str | None = None) -> None:
+    """Check that texts are not empty, and numbers in the ranges of their keys or of one name."""
+    for key, value in vars(table).items():
+        if value == "":
+            raise SpecError(f"{place}{key} is empty; it must be text")
+        if isinstance(value, float):
+            RANGES[range_name or key].take(f"{place}{key}", value)
+
+
+def _with_laws_of(own: Profile, name: str, wider: float) -> Profile:
+    """`own` with the laws of another where it has none of its own."""
     if name == own.name:
-        raise SpecError(f"{like.place('profile')} is this profile itself")
+        raise SpecError("like.profile is this profile itself")
     other = read_profile(name)
 
     def widened(laws: Mapping[str, Law], origin: str) -> dict[str, Law]:
@@ -223,85 +196,47 @@ def _with_laws_of(own: Profile, like: _Table) -> Profile:
     return replace(own, surfaces={**surfaces, **own.surfaces}, terms={**terms, **own.terms})
 
 
-def _device(table: _Table) -> Device:
-    flops = table.table("flops_per_s")
-    peaks = {dtype: flops.number(dtype, "flops_per_s") for dtype in ITEM_BYTES if flops.has(dtype)}
-    flops.end()
-    device = Device(
-        name=table.text("name"),
-        memory_bytes=table.number("memory_bytes"),
-        memory_bytes_per_s=table.number("memory_bytes_per_s"),
-        flops_per_s=peaks,
-        origin=table.text("origin"),
-    )
-    table.end()
-    return device
-
-
-def _links(tables: Mapping[str, _Table]) -> dict[Link, LinkSheet]:
-    links = {}
-    for name, table in tables.items():
-        known = {link.name.lower(): link for link in Link}
+def _links(sheets: Mapping[str, LinkSheet]) -> dict[Link, LinkSheet]:
+    known = {link.name.lower(): link for link in Link}
+    for name, sheet in sheets.items():
         if name not in known:
             raise SpecError(f"links.{name} must be one of {', '.join(known)}")
-        links[known[name]] = LinkSheet(
-            bytes_per_s=table.number("bytes_per_s"), origin=table.text("origin")
-        )
-        table.end()
-    return links
+        _check(sheet, f"links.{name}.")
+    return {known[name]: sheet for name, sheet in sheets.items()}
 
 
-def _term(table: _Table) -> Term:
-    term = Term(
-        value=table.number("value", "term"),
-        low=table.number("low", "term"),
-        high=table.number("high", "term"),
-        basis=table.basis(),
-        origin=table.text("origin"),
-    )
-    if not term.low <= term.value <= term.high:
+def _term(law: _Term, place: str) -> Term:
+    _check(law, f"{place}.", "term")
+    if not law.low <= law.value <= law.high:
         raise SpecError(
-            f"{table.place('value')} must lie between low and high: "
-            f"{term.low:g}, {term.value:g}, {term.high:g}"
+            f"{place}.value must lie between low and high: {law.low:g}, {law.value:g}, {law.high:g}"
         )
-    table.end()
-    return term
+    return Term(law.value, law.low, law.high, Basis[law.basis.upper()], law.origin)
 
 
-def _surface(table: _Table) -> Surface:
-    low, high = table.number("low", "correction"), table.number("high", "correction")
-    if not low <= 1 <= high:
+def _surface(law: _Surface, place: str) -> Surface:
+    _check(law, f"{place}.", "correction")
+    if not law.low <= 1 <= law.high:
         raise SpecError(
-            f"{table.place('low')} and high must lie on both sides of 1: {low:g}, {high:g}"
+            f"{place}.low and high must lie on both sides of 1: {law.low:g}, {law.high:g}"
         )
-    axes = _axes(table)
-    place = table.place("correction_thousandths")
-    shape = tuple(map(len, axes.values()))
-    surface = Surface(
-        axes=axes,
-        correction=_numbers(table.text("correction_thousandths"), shape, place) / _PER_LOGARITHM,
-        low=low,
-        high=high,
-        basis=table.basis(),
-        origin=table.text("origin"),
+    for name, knots in law.axes.items():
+        if not knots:
+            raise SpecError(f"{place}.axes.{name} is empty; it must be a list of knots")
+        for knot in knots:
+            RANGES["knot"].take(f"{place}.axes.{name}", knot, "holds")
+        if any(b <= a for a, b in pairwise(knots)):
+            raise SpecError(f"{place}.axes.{name} must rise")
+    shape = tuple(map(len, law.axes.values()))
+    thousandths = _numbers(law.correction_thousandths, shape, f"{place}.correction_thousandths")
+    return Surface(
+        law.axes,
+        thousandths / _PER_LOGARITHM,
+        law.low,
+        law.high,
+        Basis[law.basis.upper()],
+        law.origin,
     )
-    table.end()
-    return surface
-
-
-def _axes(table: _Table) -> dict[str, tuple[float, ...]]:
-    place = table.place("axes")
-    given = table.take("axes")
-    if not isinstance(given, dict):
-        raise SpecError(f"{place} is {shown(given)}; it must be a table")
-    axes = {}
-    for name, knots in given.items():
-        if not isinstance(knots, list) or not knots:
-            raise SpecError(f"{place}.{name} is {shown(knots)}; it must be a list of knots")
-        axes[name] = tuple(RANGES["knot"].take(f"{place}.{name}", knot, "holds") for knot in knots)
-        if any(b <= a for a, b in zip(axes[name], axes[name][1:], strict=False)):
-            raise SpecError(f"{place}.{name} must rise")
-    return axes
 
 
 def _numbers(text: str, shape: tuple[int, ...], place: str) -> np.ndarray[Any, Any]:

@@ -4,8 +4,6 @@ seconds = roofline(sizes) · exp(correction), the correction multilinear between
 knots the correction of the nearest edge holds, and bounds widen.
 """
 
-import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +14,8 @@ from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.step.operation import Floats, Ints
 
 _WIDER_PER_DOUBLING = 0.1  # of a bound, for every doubling of a size outside the knots
+Knots = Mapping[str, tuple[Floats, Floats]]  # by axis: logarithms, and steps between them
+
 _OUTSIDE = 1e-9  # of a logarithm; less is rounding
 
 
@@ -56,35 +56,34 @@ class Surface:
 
     def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:
         """The correction, and by how many doublings sizes lie outside the knots; [R] each."""
-        doublings: Floats | float = 0.0
-        outside: Floats | float
-        # Axes with one number for all ranks go first, in plain Python: they leave a small table.
-        corners: list[tuple[tuple[int | slice, ...], float]] = [((), 1.0)]
-        before, fractions = [], []
-        for axis, (logs, steps), plain in self._knots:
-            value = at[axis]
-            if isinstance(value, float | int):
-                knot, share, outside = _place_number(plain, value)
-                sides = ((knot, 1 - share), (knot + 1, share)) if share else ((knot, 1.0),)
-                corners = [((*i, j), w * v) for i, w in corners for j, v in sides]
-            else:
-                place, fraction, outside = _place(logs, steps, value)
-                before.append(place)
-                fractions.append(fraction)
-                corners = [((*i, slice(None)), w) for i, w in corners]
-            doublings = doublings + outside
-        table = sum(weight * self.correction[index] for index, weight in corners)
-        return _interpolate(np.asarray(table), before, fractions), np.asarray(doublings)
+        return interpolate(self.correction, self._knots, at)
 
     @cached_property
-    def _knots(self) -> tuple[tuple[str, tuple[Floats, Floats], list[float]], ...]:
-        """By axis: its name, logarithms of its knots and steps between them, and as a list."""
-        logs = {axis: _logs_of(knots) for axis, knots in self.axes.items()}
-        return tuple((axis, both, both[0].tolist()) for axis, both in logs.items())
+    def _knots(self) -> Knots:
+        return logs_of(self.axes)
+
+
+def logs_of(axes: Mapping[str, Sequence[float]]) -> Knots:
+    """By axis, logarithms of its knots and the steps between them."""
+    logs = {axis: np.log(np.asarray(knots, dtype=np.float64)) for axis, knots in axes.items()}
+    return {axis: (each, np.diff(each)) for axis, each in logs.items()}
+
+
+def interpolate(
+    table: Floats, axes: Knots, at: Mapping[str, Floats | float]
+) -> tuple[Floats, Floats]:
+    """A table's values at points, and by how many doublings each lies outside; [R] each."""
+    before, fractions, doublings = places(axes, at)
+    if not before:
+        return table, doublings
+    flat, values = table.ravel(), np.zeros(())
+    for index, weight in corner_weights(table.shape, before, fractions):
+        values = values + flat[index] * weight
+    return values, doublings
 
 
 def places(
-    axes: Mapping[str, Sequence[float]], at: Mapping[str, Floats | float]
+    axes: Knots, at: Mapping[str, Floats | float]
 ) -> tuple[list[Ints], list[Floats], Floats]:
     """Where points lie among knots.
 
@@ -94,8 +93,8 @@ def places(
     """
     before, fractions = [], []
     doublings: Floats = np.zeros(())
-    for axis, knots in axes.items():
-        place, fraction, outside = _place(*_logs_of(knots), at[axis])
+    for axis, (logs, steps) in axes.items():
+        place, fraction, outside = _place(logs, steps, at[axis])
         before.append(place)
         fractions.append(fraction)
         doublings = doublings + outside
@@ -117,16 +116,6 @@ def corner_weights(
     return corners
 
 
-def _interpolate(table: Floats, before: list[Ints], fractions: list[Floats]) -> Floats:
-    if not before:
-        return table
-    flat = table.ravel()
-    total: Floats | float = 0.0
-    for index, weight in corner_weights(table.shape, before, fractions):
-        total = total + flat[index] * weight
-    return np.asarray(total)
-
-
 def _split(
     corners: list[tuple[Ints, Floats]], size: int, place: Ints, fraction: Floats
 ) -> list[tuple[Ints, Floats]]:
@@ -143,11 +132,6 @@ def _split(
     return split
 
 
-def _logs_of(knots: Sequence[float]) -> tuple[Floats, Floats]:
-    logs = np.log(np.asarray(knots, dtype=np.float64))
-    return logs, np.diff(logs)
-
-
 def _place(logs: Floats, steps: Floats, value: Floats | float) -> tuple[Ints, Floats, Floats]:
     """The knot before a value, how far after it, and the doublings by which it is outside."""
     position = np.log(np.maximum(value, 1e-30))
@@ -158,13 +142,3 @@ def _place(logs: Floats, steps: Floats, value: Floats | float) -> tuple[Ints, Fl
         return zero.astype(np.int64), zero, outside
     place = np.minimum(logs.searchsorted(inside, "right") - 1, len(steps) - 1)
     return place, (inside - logs[place]) / steps[place], outside
-
-
-def _place_number(logs: Sequence[float], value: float) -> tuple[int, float, float]:
-    """The same for one number."""
-    position = math.log(max(value, 1e-30))
-    inside = min(max(position, logs[0]), logs[-1])
-    outside = abs(position - inside) / math.log(2)
-    place = min(bisect_right(logs, inside) - 1, max(len(logs) - 2, 0))
-    step = logs[place + 1] - logs[place] if len(logs) > 1 else 1.0
-    return place, (inside - logs[place]) / step, outside

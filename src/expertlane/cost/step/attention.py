@@ -47,7 +47,6 @@ def _grouped_query(
     _core(
         out,
         part.attention(window),
-        (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION),
         {"heads": heads, "kv_heads": kv_heads, "head_dim": dim},
         position_bytes=2 * kv_heads * dim * out.types.kv_bytes,
     )
@@ -79,7 +78,6 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
         _core(
             out,
             sizes,
-            (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
             {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
             position_bytes=(rank + rope) * types.kv_bytes,
         )
@@ -101,7 +99,6 @@ def _expanded(
     _core(
         out,
         replace(sizes, num_decode_groups=0),
-        (Kind.LATENT_PREFILL, Kind.LATENT_DECODE),
         {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
         position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
     )
@@ -110,7 +107,6 @@ def _expanded(
 def _core(
     out: StepWriter,
     sizes: AttentionSizes,
-    kinds: tuple[Kind, Kind],
     widths: dict[str, Ints | int],
     *,
     position_bytes: int,
@@ -119,7 +115,9 @@ def _core(
 
     Several queries of a decode read the cache once, as more heads would.
     """
-    prefill, decode = kinds
+    prefill, decode = Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION
+    if "key_dim" in widths:
+        prefill, decode = Kind.LATENT_PREFILL, Kind.LATENT_DECODE
     kernels = out.kernels
     if sizes.num_prefill_groups:
         out.operation(

@@ -194,7 +194,7 @@ class PartSizes:
         return 1 + self.num_drafts * self._is_decode
 
     def _attention(self, window: int | None) -> AttentionSizes:
-        pairs, positions = _pairs_and_positions(self.num_new, self.num_cached, window)
+        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
         is_decode = self._is_decode
         is_prefill = ~is_decode
         decode_groups, prefill_groups = self._num_groups
@@ -285,7 +285,7 @@ class Scenarios:
     def attention(self, window: int | None) -> AttentionSizes:
         """As `PartSizes.attention`."""
         is_decode = self.num_new == 1
-        pairs, positions = _pairs_and_positions(self.num_new, self.num_cached, window)
+        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
         decodes, prompts = self.num_seqs * is_decode, self.num_seqs * ~is_decode
         return AttentionSizes(
             decode_seqs=decodes,
@@ -303,8 +303,16 @@ class Scenarios:
 TokenSizes = PartSizes | Scenarios
 
 
-def _pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
-    """[S] twice; query-key pairs of the new tokens of sequences, and positions seen by any."""
+def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
+    """Query-key pairs of sequences' new tokens, of one head, and positions that any of them sees.
+
+    Args:
+        num_new, num_cached: [S].
+        window: how many latest positions a token sees; None for all.
+
+    Returns:
+        [S] both.
+    """
     after = num_cached + num_new
     pairs = _pairs_up_to(after, window) - _pairs_up_to(num_cached, window)
     return pairs, after if window is None else np.minimum(after, num_new + window - 1)

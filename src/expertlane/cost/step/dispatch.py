@@ -77,7 +77,7 @@ class ExpertSteps:
                 "inner": inner,
                 "matrices": matrices,
             },
-            weight_bytes=counts.active_experts * num_weights * out.weight_item,
+            weight_bytes=counts.active_experts * num_weights * out.types.weight_bytes,
             num_kernels=kernels.experts_once + math.ceil(counts.active_experts.max()) * of_expert,
         )
 
@@ -128,8 +128,7 @@ class ExpertSteps:
         if size > 1:
             self._bookkeeping(of_nodes.rows_arriving, kernels.by_peer)
             moved = 2 * of_nodes.rows_forwarded * (values + metadata)
-            if not kernels.kernels_move:
-                out.memory(Stage.DISPATCH, moved, kernels.pack)
+            self._move(moved, kernels.pack)
             out.all_to_all(Stage.DISPATCH, "ep_intra", of_nodes.forwarded, values, metadata)
         out.all_gather(Stage.DISPATCH, "etp", counts.rows_arriving, values, metadata)
         self._arrive(counts.rows_computed)
@@ -151,32 +150,30 @@ class ExpertSteps:
 
     def _bookkeeping(self, tokens: Amounts, num_kernels: int) -> None:
         """Pairs of tokens put in order."""
-        if self._kernels.kernels_move:
-            return
-        num_bytes = tokens * (self._top_k * _BOOKKEEPING_BYTES)
-        self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
+        self._move(tokens * (self._top_k * _BOOKKEEPING_BYTES), num_kernels)
 
     def _pack(self, rows: Amounts, metadata: int) -> None:
         """Rows put together to be sent; encoded first where they are narrowed."""
-        if self._kernels.kernels_move:
-            return
         payload, num_kernels = self._payload, self._kernels.pack
         num_bytes = 2 * rows * (payload.values + metadata)
         if payload.is_narrowed:
             encoded = self._row_bytes + payload.values + payload.scales
             num_bytes = num_bytes + self._owned * encoded
             num_kernels += self._kernels.narrow
-        self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
+        self._move(num_bytes, num_kernels)
 
     def _arrive(self, rows: Amounts) -> None:
         """Rows whose pairs are sorted by expert, decoded where they were narrowed."""
-        if self._kernels.kernels_move:
-            return
         num_bytes, num_kernels = rows * (self._top_k * _BOOKKEEPING_BYTES), self._kernels.by_expert
         if self._payload.is_narrowed:
             num_bytes = num_bytes + rows * (self._payload.values + self._row_bytes)
             num_kernels += self._kernels.widen
-        self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
+        self._move(num_bytes, num_kernels)
+
+    def _move(self, num_bytes: Amounts, num_kernels: int) -> None:
+        """By kernels of their own; those of some libraries move rows as they send them."""
+        if not self._kernels.kernels_move:
+            self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def _sum(self, terms: Amounts, sums: Amounts, most: int, *, is_last: bool) -> None:
         """Rows added up to fewer; with the residual where it is the last of the block.

@@ -1,7 +1,9 @@
 """A step plan as programs: what every pipeline stage does with every part of a micro-batch."""
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
@@ -46,28 +48,27 @@ class Section:
 
 
 @dataclass(frozen=True, eq=False)
-class PartProgram:
-    """A part of a micro-batch on one pipeline stage."""
-
-    sections: tuple[Section, ...]
-
-    def steps(self) -> Iterator[Step]:
-        """All steps in order."""
-        return (step for section in self.sections for step in section.steps)
-
-
-@dataclass(frozen=True, eq=False)
 class StageProgram:
     """A micro-batch on one pipeline stage.
 
     Attributes:
-        parts: run in turn, switching at every transfer, where there are two.
+        parts: their layers; run in turn, switching at every transfer, where there are two.
         hand_over: to the next stage, when all parts are done; None on the last.
     """
 
     mesh: StageMesh
-    parts: tuple[PartProgram, ...]
+    parts: tuple[tuple[Section, ...], ...]
     hand_over: HandOver | None
+
+    def sections(self) -> Iterator[Section]:
+        """Those of all parts."""
+        return itertools.chain.from_iterable(self.parts)
+
+    def distinct_steps(self) -> Iterator[tuple[Step, int]]:
+        """Every step that is done, with how often: layers that do the same share theirs."""
+        shared = {id(section.steps): section.steps for section in self.sections()}
+        times = Counter(id(section.steps) for section in self.sections())
+        return ((step, times[key]) for key, steps in shared.items() for step in steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,21 +81,29 @@ class StepProgram:
 
     stages: tuple[tuple[StageProgram, ...], ...]
 
+    def of_stages(self) -> Iterator[StageProgram]:
+        """All micro-batches on all stages."""
+        return itertools.chain.from_iterable(self.stages)
+
 
 @dataclass(frozen=True, eq=False)
-class PartRouting:
-    """Where the tokens of a part of a micro-batch stand in their source of routing.
+class _Part:
+    """A part of a micro-batch, and where its tokens stand in their source of routing.
 
     Attributes:
-        first, before, owned: as `RoutingSource.topk_ids` takes them.
+        first, before: as `RoutingSource.topk_ids` takes them.
+        record: count what only a record tells, how far tokens spread.
     """
 
-    source: RoutingSource
+    form: DispatchForm
+    sizes: PartSizes
+    routing: RoutingSource
     first: int
     before: Ints
-    owned: Ints
+    record: bool
 
 
+@dataclass(eq=False, repr=False)
 class ProgramBuilder:
     """Makes programs of step plans for one deployment.
 
@@ -107,46 +116,35 @@ class ProgramBuilder:
             more layer that the last stage holds, and verified in the next step (`multi_token`).
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layout: Layout,
-        placements: Placements,
-        *,
-        types: NumberTypes | None = None,
-        dispatch: DispatchTable | None = None,
-        payload: PayloadType = "model",
-        ranks_per_node: int = 8,
-        block_size: int = 16,
-        kernels: KernelSet = ENGINE,
-        num_drafts: int = 0,
-    ) -> None:
-        layout.check_model(model)
-        self.model = model
-        self.layout = layout
-        self._types = NumberTypes() if types is None else types
-        self._dispatch = DispatchTable.fixed("all_to_all") if dispatch is None else dispatch
-        self._payload = payload
-        self._ranks_per_node = ranks_per_node
-        self._block_size = block_size
-        self._kernels = kernels
-        self._num_drafts = num_drafts
-        self._choices: dict[tuple[int, int], CopyChoice] = {}  # by placement and place on nodes
-        self._meshes: dict[tuple[int, int], StageMesh] = {}
-        self._placements = placements
+    model: ModelConfig
+    layout: Layout
+    placements: Placements
+    _: KW_ONLY
+    types: NumberTypes = field(default_factory=NumberTypes)
+    dispatch: DispatchTable = field(default_factory=lambda: DispatchTable.fixed("all_to_all"))
+    payload: PayloadType = "model"
+    ranks_per_node: int = 8
+    block_size: int = 16
+    kernels: KernelSet = ENGINE
+    num_drafts: int = 0
+    _choices: dict[tuple[int, int], CopyChoice] = field(default_factory=dict, init=False)
+    _meshes: dict[tuple[int, int], StageMesh] = field(default_factory=dict, init=False)
 
-    def mesh(self, replica: int, pp_rank: int) -> StageMesh:
+    def __post_init__(self) -> None:
+        self.layout.check_model(self.model)
+
+    def _mesh(self, replica: int, pp_rank: int) -> StageMesh:
         """A pipeline stage of a replica."""
         key = replica, pp_rank
         if key not in self._meshes:
-            self._meshes[key] = StageMesh.of(self.layout, *key, self._ranks_per_node)
+            self._meshes[key] = StageMesh.of(self.layout, *key, self.ranks_per_node)
         return self._meshes[key]
 
-    def mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
+    def _mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
         """How a micro-batch runs; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
-        return self._dispatch.choose(-(-most // self.layout.tp), can_split)
+        return self.dispatch.choose(-(-most // self.layout.tp), can_split)
 
     def build(
         self,
@@ -164,10 +162,10 @@ class ProgramBuilder:
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
         for micro_batch in plan.micro_batches:
-            mode = self.mode(micro_batch)
+            mode = self._mode(micro_batch)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
-                PartSizes.of(batches, self.layout.tp, sampled, self._block_size, self._num_drafts)
+                PartSizes.of(batches, self.layout.tp, sampled, self.block_size, self.num_drafts)
                 for batches in zip(*by_dp_rank, strict=True)
                 if any(batch.num_tokens for batch in batches)
             ]
@@ -196,111 +194,85 @@ class ProgramBuilder:
             record: count what only a record tells, how far tokens spread.
         """
         before = np.zeros(self.layout.stage_size, dtype=np.int64)
-        routed: list[list[PartRouting]] = []
-        for _, parts in micro_batches:
-            routed.append([])
-            for part in parts:
-                routed[-1].append(PartRouting(routing, first_token, before, part.owned))
-                before = before + part.owned
+        by_micro_batch: list[list[_Part]] = []
+        for form, of_parts in micro_batches:
+            by_micro_batch.append([])
+            for sizes in of_parts:
+                part = _Part(form, sizes, routing, first_token, before, record)
+                by_micro_batch[-1].append(part)
+                before = before + sizes.owned
         stages = []
         for pp_rank in range(self.layout.pp):
-            mesh = self.mesh(replica, pp_rank)
+            mesh = self._mesh(replica, pp_rank)
             programs = []
-            for (form, parts), of_parts in zip(micro_batches, routed, strict=True):
-                made = tuple(
-                    self._part(mesh, pp_rank, form, part, tokens, record=record)
-                    for part, tokens in zip(parts, of_parts, strict=True)
-                )
-                hand_over = self._hand_over(mesh, pp_rank, parts)
-                programs.append(StageProgram(mesh, made, hand_over))
+            for parts in by_micro_batch:
+                made = tuple(self._sections(mesh, pp_rank, part) for part in parts)
+                programs.append(StageProgram(mesh, made, self._hand_over(mesh, pp_rank, parts)))
             stages.append(tuple(programs))
         return StepProgram(tuple(stages))
 
-    def _hand_over(
-        self, mesh: StageMesh, pp_rank: int, parts: Sequence[PartSizes]
-    ) -> HandOver | None:
+    def _hand_over(self, mesh: StageMesh, pp_rank: int, parts: Sequence[_Part]) -> HandOver | None:
         if not parts or pp_rank == self.layout.pp - 1:
             return None
-        owned = np.sum([part.owned for part in parts], axis=0)
-        there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self._ranks_per_node
-        row_bytes = self.model.hidden_size * self._types.activation_bytes
+        owned = np.sum([part.sizes.owned for part in parts], axis=0)
+        there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self.ranks_per_node
+        row_bytes = self.model.hidden_size * self.types.activation_bytes
         return HandOver(owned * row_bytes, there != mesh.node)
 
-    def _part(
-        self,
-        mesh: StageMesh,
-        pp_rank: int,
-        form: DispatchForm,
-        sizes: PartSizes,
-        routing: PartRouting,
-        *,
-        record: bool,
-    ) -> PartProgram:
-        """A part of a micro-batch on one pipeline stage."""
+    def _sections(self, mesh: StageMesh, pp_rank: int, part: _Part) -> tuple[Section, ...]:
+        """A part on one pipeline stage."""
         model = self.model
         sections = []
         if pp_rank == 0:
-            sections.append(self._outside(embedding_steps, mesh, sizes))
+            sections.append(self._outside(embedding_steps, mesh, part.sizes))
         built: dict[object, Section] = {}
         for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
-            placement = self._placements[layer]
+            placement = self.placements[layer]
             key: object = model.window_of_layer(layer)
             if placement is not None:
-                key = key, id(placement), routing.source.sample_of(layer)
+                key = key, id(placement), part.routing.sample_of(layer)
             if key not in built:
-                built[key] = self._layer(layer, mesh, form, sizes, routing, fan_out=record)
+                built[key] = self._layer(layer, mesh, part)
             sections.append(replace(built[key], layer=layer))
         if pp_rank == self.layout.pp - 1:
-            sections.append(self._outside(head_steps, mesh, sizes))
-            sections += self._drafts(form, sizes, routing, mesh)
-        return PartProgram(tuple(sections))
+            sections.append(self._outside(head_steps, mesh, part.sizes))
+            sections += self._drafts(mesh, part)
+        return tuple(sections)
 
-    def _layer(
-        self,
-        layer: int,
-        mesh: StageMesh,
-        form: DispatchForm,
-        sizes: PartSizes,
-        routing: PartRouting,
-        *,
-        fan_out: bool,
-    ) -> Section:
-        placement, counts = self._placements[layer], None
+    def _layer(self, layer: int, mesh: StageMesh, part: _Part) -> Section:
+        placement, counts, owned = self.placements[layer], None, part.sizes.owned
         if placement is not None:
             counts = count_dispatch(
-                routing.source.topk_ids(layer, routing.first, routing.before, routing.owned),
-                routing.owned,
+                part.routing.topk_ids(layer, part.first, part.before, owned),
+                owned,
                 self._choice(placement, mesh),
                 mesh,
-                by_node=is_by_node_on(self.layout, form),
-                fan_out=fan_out,
+                by_node=is_by_node_on(self.layout, part.form),
+                fan_out=part.record,
             )
-        out = StepList(mesh, self._types, self._kernels)
-        layer_steps(out, self.model, layer, sizes, counts, form, self._payload)
+        out = StepList(mesh, self.types, self.kernels)
+        layer_steps(out, self.model, layer, part.sizes, counts, part.form, self.payload)
         return Section(layer, tuple(out.steps), counts)
 
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
-        key = id(placement), mesh.first_rank % self._ranks_per_node
+        key = id(placement), mesh.first_rank % self.ranks_per_node
         if key not in self._choices:
             self._choices[key] = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
         return self._choices[key]
 
-    def _drafts(
-        self, form: DispatchForm, sizes: PartSizes, routing: PartRouting, mesh: StageMesh
-    ) -> Iterator[Section]:
+    def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:
         """The guesses for the next step, on the last stage: a pass each of a layer and the head.
 
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
         last = self.model.num_hidden_layers - 1
-        for draft in range(self._num_drafts):
-            of_pass = further_drafts(sizes, draft) if draft else sizes
-            if not of_pass.num_new.size:
+        for draft in range(self.num_drafts):
+            sizes = further_drafts(part.sizes, draft) if draft else part.sizes
+            if not sizes.num_new.size:
                 return
-            tokens = replace(routing, owned=of_pass.owned) if draft else routing
-            yield self._outside(projection_steps, mesh, of_pass)
-            yield self._layer(last, mesh, form, of_pass, tokens, fan_out=False)
-            yield self._outside(head_steps, mesh, further_drafts(sizes, draft))
+            yield self._outside(projection_steps, mesh, sizes)
+            yield self._layer(last, mesh, replace(part, sizes=sizes, record=False))
+            yield self._outside(head_steps, mesh, further_drafts(part.sizes, draft))
 
     def _outside(
         self,
@@ -309,6 +281,6 @@ class ProgramBuilder:
         sizes: PartSizes,
     ) -> Section:
         """Embedding or head."""
-        out = StepList(mesh, self._types, self._kernels)
+        out = StepList(mesh, self.types, self.kernels)
         steps(out, self.model, sizes)
         return Section(OUTSIDE, tuple(out.steps))

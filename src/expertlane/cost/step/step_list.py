@@ -57,11 +57,6 @@ class StepWriter(ABC):
         self._none: Ints = np.zeros(len(tp_rank), dtype=np.int64)
 
     @property
-    def weight_item(self) -> int:
-        """Bytes of a weight."""
-        return ITEM_BYTES[self.types.weights]
-
-    @property
     def norm_kernels(self) -> int:
         """Launches of one norm of hidden states."""
         is_wide = self.types.activations == "float32"
@@ -83,7 +78,7 @@ class StepWriter(ABC):
             dtype: of the weights, if not the deployment's.
         """
         num_weights = np.asarray(n) * np.asarray(k)
-        item = ITEM_BYTES[dtype] if dtype else self.weight_item
+        item = ITEM_BYTES[dtype or self.types.weights]
         self.operation(
             Kind.GEMM,
             stage,

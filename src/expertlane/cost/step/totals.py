@@ -1,14 +1,13 @@
 """Programs added up: what the engine's counters say of the same step."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.step.operation import HandOver, Ints, Operation, Step
-from expertlane.cost.step.program import PartProgram, Section, StageProgram, StepProgram
+from expertlane.cost.step.program import Section, StageProgram, StepProgram
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.results.step_record import RankCounts
 from expertlane.spec.names import Link, Stage, Traffic
@@ -45,12 +44,10 @@ class _StageCounters:
 
     def add(self, stage: StageProgram) -> None:
         """A micro-batch's programs."""
-        for part in stage.parts:
-            for section, num in distinct_sections(part):
-                for step in section.steps:
-                    self._add_step(step, num)
-            for section in part.sections:
-                self._add_routing(section)
+        for step, num in stage.distinct_steps():
+            self._add_step(step, num)
+        for section in stage.sections():
+            self._add_routing(section)
         if stage.hand_over is not None:
             self._add_hand_over(stage.hand_over)
 
@@ -112,28 +109,25 @@ def expert_loads(program: StepProgram, num_layers: int, num_experts: int) -> tup
     """
     tokens = np.zeros((num_layers, num_experts), dtype=np.int64)
     over_mean = []
-    for part in (part for of_stage in program.stages for stage in of_stage for part in stage.parts):
-        for section in part.sections:
-            if section.counts is not None:
-                tokens[section.layer] += section.counts.num_tokens_per_expert.sum(axis=0)
-                pairs = section.counts.pairs_of_ep_rank
-                over_mean.append(pairs.max() / max(pairs.mean(), 1e-9))
+    for section in (each for stage in program.of_stages() for each in stage.sections()):
+        if section.counts is not None:
+            tokens[section.layer] += section.counts.num_tokens_per_expert.sum(axis=0)
+            pairs = section.counts.pairs_of_ep_rank
+            over_mean.append(pairs.max() / max(pairs.mean(), 1e-9))
     return tokens, float(np.mean(over_mean)) if over_mean else 1.0
 
 
 def sent_bytes(program: StepProgram) -> Ints:
     """[num_links, num_kinds_of_traffic]; what all ranks of a step send to others."""
     sent = np.zeros((len(Link), len(Traffic)), dtype=np.int64)
-    for stage in (stage for of_stage in program.stages for stage in of_stage):
+    for stage in program.of_stages():
         is_far = stage.mesh.node[:, None] != stage.mesh.node
-        for part in stage.parts:
-            for section, num in distinct_sections(part):
-                for step in section.steps:
-                    if not isinstance(step, Operation):
-                        everything = step.sent_bytes.sum(axis=(1, 2))
-                        far = (step.sent_bytes * is_far).sum(axis=(1, 2))
-                        sent[Link.INTER_NODE] += num * far
-                        sent[Link.INTRA_NODE] += num * (everything - far)
+        for step, num in stage.distinct_steps():
+            if not isinstance(step, Operation):
+                everything = step.sent_bytes.sum(axis=(1, 2))
+                far = (step.sent_bytes * is_far).sum(axis=(1, 2))
+                sent[Link.INTER_NODE] += num * far
+                sent[Link.INTRA_NODE] += num * (everything - far)
         if stage.hand_over is not None:
             of_ranks, is_remote = stage.hand_over.sent_bytes, stage.hand_over.is_remote
             sent[Link.INTER_NODE, Traffic.PAYLOAD] += of_ranks[is_remote].sum()
@@ -147,17 +141,8 @@ def most_weight_bytes(programs: Sequence[StepProgram]) -> int:
     for stage in range(len(programs[0].stages)):
         of_rank = np.zeros(programs[0].stages[stage][0].mesh.size)
         for each in (each for program in programs for each in program.stages[stage]):
-            for section in (section for part in each.parts for section in part.sections):
-                for step in section.steps:
-                    if isinstance(step, Operation):
-                        of_rank += step.weight_bytes
+            for step, num in each.distinct_steps():
+                if isinstance(step, Operation):
+                    of_rank += num * step.weight_bytes
         most = max(most, float(of_rank.max()))
     return int(most)
-
-
-def distinct_sections(part: PartProgram) -> Iterator[tuple[Section, int]]:
-    """Sections that do different things, each with how many layers do the same."""
-    times = Counter(id(section.steps) for section in part.sections)
-    for section in part.sections:
-        if num := times.pop(id(section.steps), 0):
-            yield section, num

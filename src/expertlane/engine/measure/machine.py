@@ -71,14 +71,18 @@ def measure_rates(context: RankContext, _: MeasureRates) -> RankRates:
     return RankRates(2 * size**3 / gemm_s, num_bytes / read_s, torch.get_num_threads())
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _best_s(context: RankContext, work: Callable[[], object]) -> float:
-    synchronize = torch.cuda.synchronize if context.platform.device.type == "cuda" else None
     best, until = float("inf"), time.perf_counter() + _MEASURE_S
     while time.perf_counter() < until or best == float("inf"):
         began = time.perf_counter()
         work()
-        if synchronize:
-            synchronize()
+        synchronize(context.platform.device)
         best = min(best, time.perf_counter() - began)
         context.progress.touch()
     return best

@@ -16,8 +16,8 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore, Point
+from expertlane.engine.measure.machine import synchronize
 from expertlane.engine.worker import RankContext
-from expertlane.moe.experts import Experts
 from expertlane.ops.backend import DTYPES, backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, Linear
@@ -40,8 +40,7 @@ class _Bench:
         cold: [n] values of the model's type, more than caches hold.
     """
 
-    context: RankContext
-    group: ParallelMesh
+    device: torch.device
     cold: dict[str, Tensor]
 
     def turns(self, shape: tuple[int, ...], dtype: str) -> Iterator[Tensor]:
@@ -62,7 +61,7 @@ def measure_operations(context: RankContext, command: MeasureOperations) -> list
     for name in {point.dtype for point in command.points}:
         dtype = DTYPES[name]
         cold[name] = torch.full((num_bytes // dtype.itemsize,), 0.01, dtype=dtype, device=device)
-    bench, seconds = _Bench(context, mesh, cold), []
+    bench, seconds = _Bench(device, cold), []
     with torch.inference_mode():
         for point in command.points:
             work = _WORK[point.kind](bench, point)
@@ -98,8 +97,7 @@ def barrier(mesh: ParallelMesh, device: torch.device) -> None:
     """Wait until all ranks are here."""
     token = torch.zeros(1, 1, device=device)
     mesh.stage.all_gather(token, [1] * mesh.stage.size).wait()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
 
 
 def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
@@ -166,13 +164,13 @@ def _gemm(bench: _Bench, point: Point) -> Callable[[], object]:
     at = point.by_name
     m, n, k = at["m"], at["n"], at["k"]
     linears = _linears(bench, point.dtype, n, k)
-    x = torch.full((m, k), 0.5, dtype=DTYPES[point.dtype], device=bench.context.platform.device)
+    x = torch.full((m, k), 0.5, dtype=DTYPES[point.dtype], device=bench.device)
     return lambda: next(linears)(x)
 
 
 def _linears(bench: _Bench, dtype: str, n: int, k: int) -> Iterator[Linear]:
     """Products [n, k] whose weights are used in turn."""
-    device = bench.context.platform.device
+    device = bench.device
     first = backend_for(device).linear(torch.zeros(n, k, dtype=DTYPES[dtype], device=device))
     views = bench.turns(tuple(first.tensors()[0].shape), dtype)
     size = first.num_bytes
@@ -182,7 +180,7 @@ def _linears(bench: _Bench, dtype: str, n: int, k: int) -> Iterator[Linear]:
 
 def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
     at = point.by_name
-    device, dtype = bench.context.platform.device, DTYPES[point.dtype]
+    device, dtype = bench.device, DTYPES[point.dtype]
     hidden, inner, active = at["hidden"], at["inner"], at["active"]
     ups = _linears(bench, point.dtype, inner, hidden)
     downs = _linears(bench, point.dtype, hidden, inner)
@@ -195,12 +193,14 @@ def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
     weights = at["matrices"] * hidden * inner * dtype.itemsize
     cold_bytes = bench.cold[point.dtype].nbytes
     num_sets = max(1, min(_MOST_SETS // active, cold_bytes // (weights * active)))
-    sets = cycle([Experts([expert() for _ in range(active)], activation) for _ in range(num_sets)])
+    ops = backend_for(device)
+    held = [[expert() for _ in range(active)] for _ in range(num_sets)]
+    sets = cycle([ops.experts(each, activation) for each in held])
     pairs = at["pairs"]
     rows = torch.full((pairs, hidden), 0.5, dtype=dtype, device=device)
     ids = (torch.arange(pairs, device=device) % active).int()[:, None]
-    grouped = backend_for(device).group_pairs(ids, 0, 1, active)
-    return lambda: next(sets).apply(rows, grouped)
+    grouped = ops.group_pairs(ids, 0, 1, active)
+    return lambda: next(sets)(rows, grouped)
 
 
 def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
@@ -210,7 +210,7 @@ def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
     while size < 1024 and size * size * dtype.itemsize * 8 < point.by_name["bytes"]:
         size *= 2
     num_rows = max(1, point.by_name["bytes"] // (2 * size * dtype.itemsize))
-    device = bench.context.platform.device
+    device = bench.device
     x = torch.full((num_rows, size), 0.5, dtype=dtype, device=device)
     weight = torch.ones(size, device=device)
     ops = backend_for(device)
@@ -219,8 +219,8 @@ def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
 
 def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
     at = point.by_name
-    context, is_latent = bench.context, "key_dim" in at
-    device, dtype = context.platform.device, DTYPES[point.dtype]
+    is_latent = "key_dim" in at
+    device, dtype = bench.device, DTYPES[point.dtype]
     heads, kv_heads = at["heads"], at.get("kv_heads", 1)
     key_dim = at["key_dim"] if is_latent else at["head_dim"]
     value_dim = at["value_dim"] if is_latent else key_dim
@@ -252,7 +252,7 @@ def _cache(
     num_sets = 1
     if "tokens" not in at:
         num_sets = max(1, min(_MOST_CACHES, len(cold) // (num_blocks * block_values)))
-    device = bench.context.platform.device
+    device = bench.device
     sizes = num_blocks * num_sets, _BLOCK_SIZE, kv_heads, key_dim, stored_dim
     cache = KVCache(*sizes, dtype, device)
     if num_blocks * num_sets * block_values <= len(cold):

@@ -10,6 +10,7 @@ from expertlane.comm.collectives import Group
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.cost.step.operation import TransferKind
 from expertlane.engine.commands import MeasureContention, MeasureTransfers, TransferPoint
+from expertlane.engine.measure.machine import synchronize
 from expertlane.engine.measure.operations import barrier, first_ranks
 from expertlane.engine.worker import RankContext
 from expertlane.ops.backend import backend_for
@@ -40,8 +41,7 @@ def _measure(
         for _ in range(num):
             began = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - began)
     context.progress.touch()
     return median(seconds) / (2 if point.kind is TransferKind.SEND else 1)
@@ -53,8 +53,7 @@ def _agreed_number(
     """Repetitions that fit, the same on all ranks."""
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     took = torch.tensor([[time.perf_counter() - began]], dtype=torch.float64, device=device)
     slowest = float(group.all_gather(took, [1] * group.size).wait().max())
     return min(_MOST, max(_LEAST, int(point_s / slowest)))
@@ -82,13 +81,9 @@ def _contention(context: RankContext, group: Group, num_bytes: int, point_s: flo
     linear = backend_for(device).linear(weight)
     x = torch.zeros(64, 512, dtype=context.platform.dtype, device=device)
 
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     def transfer() -> None:
         group.all_to_all(rows, of_all, of_all).wait()
-        finish()
+        synchronize(device)
 
     def timed(work: Callable[[], object], num: int) -> float:
         seconds = []
@@ -104,7 +99,7 @@ def _contention(context: RankContext, group: Group, num_bytes: int, point_s: flo
 
     def product() -> None:
         linear(x)
-        finish()
+        synchronize(device)
 
     once = torch.tensor([[timed(product, num), alone_s]], device=device)
     once_s, alone_s = group.all_gather(once, [1] * size).wait().amax(dim=0).tolist()
@@ -113,13 +108,13 @@ def _contention(context: RankContext, group: Group, num_bytes: int, point_s: flo
     def compute() -> None:
         for _ in range(times):
             linear(x)
-        finish()
+        synchronize(device)
 
     def both() -> None:
         pending = group.all_to_all(rows, of_all, of_all)
         compute()
         pending.wait()
-        finish()
+        synchronize(device)
 
     lost_s = timed(both, num) - timed(compute, num)
     context.progress.touch()

@@ -41,11 +41,11 @@
     const rows = [];
     const ms = (us) => `${(us / 1000).toPrecision(4)} ms`;
     for (const rank of data.ranks) {
-      for (let place = 0; place < rank.begin.length; place += 1) {
+      for (let place = 0; place < rank.begin_us.length; place += 1) {
         const stage = data.stages[rank.stage[place]];
         if (stage === "idle" || stage === "setup") continue;
-        const begin = rank.begin[place];
-        const duration = rank.duration[place];
+        const begin = rank.begin_us[place];
+        const duration = rank.duration_us[place];
         rows.push({
           rank: rank.rank,
           where: `rank ${rank.rank}`,
@@ -242,8 +242,8 @@
     for (const rank of data.ranks) {
       made.push({ ph: "M", pid: rank.rank, name: "process_name", args: { name: `rank ${rank.rank}` } });
       data.tracks.forEach((track, tid) => made.push({ ph: "M", pid: rank.rank, tid, name: "thread_name", args: { name: track } }));
-      rank.begin.forEach((ts, place) => made.push({
-        ph: "X", pid: rank.rank, tid: rank.track[place], name: data.stages[rank.stage[place]], ts, dur: rank.duration[place],
+      rank.begin_us.forEach((ts, place) => made.push({
+        ph: "X", pid: rank.rank, tid: rank.track[place], name: data.stages[rank.stage[place]], ts, dur: rank.duration_us[place],
         args: { layer: rank.layer[place], micro_batch: rank.micro_batch[place] },
       }));
     }

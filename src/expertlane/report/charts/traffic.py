@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
+import numpy as np
+
 from expertlane.report.charts.colours import SERIES
 from expertlane.report.charts.encoding import Spec, colour, nominal, quantity, tooltip
 from expertlane.report.document import Chart, Column, Heading, Legend, Table, number
@@ -110,10 +112,7 @@ def traffic_chart(
         return None
     size = len(cells)
     borders = [place - 0.5 for place in range(together, size, together)]
-    source, to = max(
-        ((source, to) for source in range(size) for to in range(size)),
-        key=lambda place: cells[place[0]][place[1]],
-    )
+    source, to = divmod(int(np.argmax(cells)), size)
     return Chart(
         title,
         f"A square for each pair of {what}s, the brighter the more bytes. Most go from {what} "

@@ -1,12 +1,8 @@
-"""The router, which chooses each token's experts, and the experts that one rank holds."""
-
-from collections.abc import Sequence
+"""The router: which experts each token goes to, and with which weights."""
 
 import torch
 from torch import Tensor
 
-from expertlane.ops.backend import backend_for
-from expertlane.ops.products import Activation, Expert
 from expertlane.spec.model import Routing
 
 _TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
@@ -50,27 +46,3 @@ def _mask_groups(choice: Tensor, routing: Routing) -> Tensor:
     best = group_scores.topk(routing.topk_group, dim=-1).indices
     is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
     return by_group.masked_fill(~is_best[:, :, None], -torch.inf).flatten(1)
-
-
-class Experts:
-    """MLPs side by side: whole ones, or slices of each under expert tensor parallelism.
-
-    Attributes:
-        held: [num_local_experts].
-        apply: takes rows that arrived, and their pairs by expert; gives partial sums where experts
-            are cut.
-    """
-
-    def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
-        self.held = list(held)
-        self.activation = activation
-        first = self.held[0]
-        self._num_weights = sum(linear.num_weights for linear in first.linears)
-        self._itemsize = first.up.itemsize
-        self.apply = backend_for(first.up.weight.device).experts(self.held, activation)
-
-    def compute_cost(self, num_tokens_per_expert: Sequence[int]) -> tuple[int, int]:
-        """FLOPs and weight bytes read of one `apply`."""
-        num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
-        flops = 2 * sum(num_tokens_per_expert) * self._num_weights
-        return flops, num_used * self._num_weights * self._itemsize
