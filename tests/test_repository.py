@@ -1,4 +1,4 @@
-"""What a newcomer sees holds together: experiments, rooms, make targets, links."""
+"""What a newcomer sees holds together: experiments, packages, make targets, links."""
 
 import math
 import re
@@ -67,16 +67,16 @@ def test_experiments_compare_the_papers_deployments(path: Path):
     ]
 
 
-def test_every_room_has_its_place_in_the_import_order():
+def test_every_package_has_its_place_in_the_import_order():
     with (ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    ordered = {room.strip() for layer in layers for room in layer.split("|")}
+    ordered = {name.strip() for layer in layers for name in layer.split("|")}
 
     package = ROOT / "src" / "expertlane"
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert ordered == {f"expertlane.{room}" for room in modules | folders}
+    assert ordered == {f"expertlane.{name}" for name in modules | folders}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

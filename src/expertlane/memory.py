@@ -54,7 +54,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Of the fullest rank.
+    """How many sequences the fullest rank can hold.
 
     Attributes:
         memory: with one sequence of full length.
@@ -138,7 +138,7 @@ class PlacedModel:
         )
 
     def fit_cache(self, limits: Limits, free_bytes: float, cache_share: float = 1.0) -> Limits:
-        """The same with as many blocks, up to `num_blocks`, as every rank has room for.
+        """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
         Args:
             free_bytes: of a rank.
@@ -166,13 +166,13 @@ class PlacedModel:
         return replace(limits, num_blocks=num_blocks)
 
     def fullest(self, limits: Limits) -> RankMemory:
-        """Of the first ranks of all stages, which hold most, the one that holds most."""
+        """The memory of the fullest rank: the first ranks of the stages hold most."""
         firsts = range(0, self.layout.replica_size, self.layout.stage_size)
         needs = (self.rank_memory(limits, rank) for rank in firsts)
         return max(needs, key=lambda need: need.total_bytes)
 
     def capacity(self, device_bytes: float, full_len: int, num_batched_tokens: int) -> Capacity:
-        """Of the first ranks of the first and the last stage, which hold most.
+        """How many sequences fit on the fullest rank, the first one of the first or the last stage.
 
         Args:
             full_len: positions of a sequence in the end.
@@ -194,7 +194,7 @@ class PlacedModel:
         return min(found, key=lambda each: each.max_seqs)
 
     def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
-        """Of a layer's weights; scales of float8 are not counted.
+        """Bytes of a layer's weights; scales of float8 are not counted.
 
         Args:
             num_experts: that the rank holds, or holds a slice of.
@@ -238,7 +238,7 @@ _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
 def _item_bytes(name: str, types: NumberTypes) -> int:
-    """Of a value: norms and routers are float32; float8 is for matrices alone."""
+    """Bytes of a value: norms and routers are float32; float8 is for matrices alone."""
     part = name.rpartition(".")[2]
     if part in _WIDE:
         return ITEM_BYTES["float32"]
@@ -270,7 +270,7 @@ def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> L
 
 
 def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | None = None) -> int:
-    """Of a data-parallel rank's prefill step, at most: all its prompts, or as many as allowed.
+    """New tokens of a data-parallel rank's prefill step: all its prompts, or as many as allowed.
 
     Args:
         step_tokens: allowed over the whole system; 8,192 on each data-parallel rank if None.

@@ -6,7 +6,7 @@ import pytest
 from expertlane.compare.serving_benchmark import (
     LengthRange,
     Load,
-    Served,
+    TimedOutput,
     TimedRequest,
     draw_requests,
     measure,
@@ -164,7 +164,7 @@ def test_tpot_is_of_requests_and_itl_of_tokens():
     slow = RequestOutput("0", None, [1], 0.0, [0] * 2, token_times_s=[1.0, 11.0])
     fast = RequestOutput("1", None, [1], 0.0, [0] * 11, token_times_s=[1.0 + i for i in range(11)])
     fast.num_preemptions = 3
-    point = measure(Load(2, FOUR, FOUR, rate=1.0), [Served(0.0, slow), Served(0.0, fast)])
+    point = measure(Load(2, FOUR, FOUR, rate=1.0), [TimedOutput(0.0, slow), TimedOutput(0.0, fast)])
     assert point.tpot_s.mean.value == pytest.approx(5.5)
     assert point.itl_s.mean.value == pytest.approx(20 / 11)
     assert point.itl_s.median.value == 1

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import expertlane
 from golden.cases import CASES, HERE, Case, prepare
-from golden.old_names import old
 from golden.reduce import Columns, Json, differences, measured, projected
 
 MOST_SHOWN = 20
@@ -67,39 +66,19 @@ def run_case(case: Case, folder: Path) -> Columns:
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-5:])
         raise RuntimeError(f"{case.name}: exit code {done.returncode}\n{last}")
-    in_file = case.command != "balance"
-    kept = folder / out / "results.json"
-    if "--top-k" in case.arguments:
-        text = json.dumps(joined(*(folder / out / name / kept.name for name in ("top2", "top1"))))
-    else:
-        text = kept.read_text(encoding="utf-8") if in_file else done.stdout
-    results = old(_without_place(json.loads(text), str(folder)))
-    if case.source == "measured":
-        return measured(results)
-    if results.get("deployments"):
-        raise RuntimeError(f"{case.name}: this machine is large enough to measure it")
-    return projected(results)
-
-
-def joined(first: Path, second: Path) -> Json:
-    """One file of two projections, as they were kept before each had a file of its own.
-
-    Of the second there were no sizes, no timelines, and no steps of fewer sequences.
-    """
-    results, other = (json.loads(path.read_text(encoding="utf-8")) for path in (first, second))
-    for record in other["deployments"]:
-        if "scaling" in record["roles"]:
-            continue
-        at_context = [
-            place
-            for place, step in enumerate(record["steps"])
-            if (step["num_seqs"], step["context"]) == (1, results["context"])
-        ]
-        steps = record["steps"][: at_context[-1]] if at_context else record["steps"]
-        record["steps"] = [{**step, "timeline": None} for step in steps]
-        results["deployments"].append(record)
-    results["plans"] += other["plans"]
-    return results
+    if case.command == "balance":
+        return projected(_without_place(json.loads(done.stdout), str(folder)))
+    files = sorted((folder / out).rglob("results.json"))  # one for each --top-k
+    all_columns: Columns = {}
+    for file in files:
+        results = _without_place(json.loads(file.read_text(encoding="utf-8")), str(folder))
+        is_measured = any(each["source"] == "measured" for each in results["deployments"])
+        if is_measured != (case.source == "measured"):
+            raise RuntimeError(f"{case.name}: not what was to be {case.source}")
+        found = measured(results) if is_measured else projected(results)
+        prefix = f"{file.parent.name}: " if len(files) > 1 else ""
+        all_columns |= {f"{prefix}{path}": column for path, column in found.items()}
+    return all_columns
 
 
 def _environment() -> dict[str, str]:

@@ -37,7 +37,8 @@ OF_TIMES = {
     "hidden",
     "num_last_arrivals",
     "num_meetings",
-    "utilisation",
+    "flops_utilisation",
+    "read_utilisation",
 }
 # Of those, what there may be none of: its type depends on time too.
 _MAYBE_NONE = {"hidden", "straggler"}
@@ -59,11 +60,7 @@ def projected(results: Json) -> Columns:
 
 
 def measured(results: Json) -> Columns:
-    """Columns of a measured comparison: its structure, and what does not depend on time.
-
-    A projection beside it is left to `projected`.
-    """
-    results = {**results, "projection": None}
+    """Columns of a measured comparison: its structure, and what does not depend on time."""
     kept = {
         **results,
         "machine": _without(results["machine"], lambda key: key in MACHINE),
@@ -95,6 +92,8 @@ def _of_replicas(value: Json, is_by_step: bool = False) -> Json:
             for key, each in value.items()
             if key != "num_rounds"
         }
+    if isinstance(value, list) and not is_by_step:
+        return [_of_replicas(each) for each in value]
     return sorted(value) if is_by_step else value
 
 

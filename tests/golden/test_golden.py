@@ -88,7 +88,6 @@ def test_what_is_measured_loses_times_and_keeps_what_no_rule_knows():
         "deployments[].options.rebalance_steps": [0, 4],
         "deployments[].decode.flops.head": [7, 7],
         "deployments[].traffic.anything new": [3, ABSENT],
-        "projection": None,
     }
     assert measured(results)["type of deployments[].decode.tps_of_runs[]"] == "float"
 

@@ -68,7 +68,7 @@ def compare(
 def _score(
     trace: RoutingTrace, placements: Sequence[Placement], ranks_per_node: int
 ) -> list[PlacementScore]:
-    """Of each layer, then of all."""
+    """The score of each layer, then of all layers together."""
     loads = rank_loads(placements, trace.load(), ranks_per_node)
     num_nodes = placements[0].ep // ranks_per_node
     source_node = spread_sources(trace.num_tokens, num_nodes)

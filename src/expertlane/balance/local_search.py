@@ -78,7 +78,7 @@ def _shift_copies(packing: Packing, choice: Ints, keeps_even: bool) -> tuple[Pac
 
 
 class _Shifts:
-    """What it gives if a copy of one of the `losers`, [num_layers, losers], becomes another's."""
+    """Fullest loads if a copy of one of the `losers`, [num_layers, losers], becomes another's."""
 
     def __init__(self, packing: Packing, losers: Ints, keeps_even: bool) -> None:
         self._packing, self._losers = packing, losers

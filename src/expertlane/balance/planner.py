@@ -164,7 +164,7 @@ def _exchanged(packing: Packing, limit: Floats, coactivation: Coactivation | Non
 def _physical_experts(
     packing: Packing, coactivation: Coactivation | None
 ) -> Iterator[tuple[PhysicalExperts, Ints]]:
-    """Of each layer, with the rank of each."""
+    """The physical experts of each layer, with the rank of each."""
     for layer, of_layer in enumerate(packing.slots):
         rank, slot = np.nonzero(of_layer != EMPTY)
         pairs = None if coactivation is None else coactivation[layer]

@@ -35,7 +35,7 @@ _AXES = {
 
 
 def peak_flops_per_s(points: Sequence[Point], seconds: Floats) -> dict[str, float]:
-    """By type, the highest rate at which any product was done.
+    """The highest rate at which any product was done, by type.
 
     Args:
         seconds: [num_points].

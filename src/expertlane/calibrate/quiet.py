@@ -31,7 +31,7 @@ class QuietMeasuring:
 
     @property
     def disturbed_share(self) -> float:
-        """Of the measurements kept."""
+        """The share of the kept measurements that were disturbed."""
         return self.num_disturbed / self.num_kept if self.num_kept else 0.0
 
     def measure(self, measure: Callable[[], ResultT]) -> ResultT:

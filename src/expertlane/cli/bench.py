@@ -36,7 +36,8 @@ def bench(model: ModelArgument, load: LoadOptions, own: _Options, engine: Engine
     """Put load on a model and measure throughput and latency.
 
     A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
-    tokens are chosen greedily, beyond any end of sequence. Each point is warmed up first.
+    tokens are chosen greedily, beyond any end of sequence. Before each load the ranks are warmed
+    up.
 
     \b
     TTFT     from a request's arrival to its first token

@@ -44,10 +44,10 @@ def calibrate(own: _Options) -> None:
 
     Times products, experts, attention, small operations, collectives over 2, 4, 8 … ranks, and
     whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
-    else uses. Every rank measures at once, since they share memory; where there are enough cores
-    each has its own. What other programs disturb is measured again, for a minute in all, and there
-    are fewer rounds where they take long, so that four minutes are enough for all but the first;
-    the profile says what share was disturbed all the same.
+    else uses. All ranks measure at once, since they share memory; where there are enough cores
+    each has its own. What other programs disturb is measured again, within a minute in all, and no
+    round begins that would end after four minutes, save the first. The profile says what share was
+    disturbed all the same.
 
     The profile is a TOML file, in the format of those that come with expertlane. It holds for
     one number of ranks and one dtype: calibrate again for others, and for other hardware.

@@ -190,7 +190,7 @@ def compare(
 def _projector(
     experiment: "Experiment", options: _Projection, dtype: str | None
 ) -> "ExperimentProjector":
-    """Checked, before anything is projected.
+    """The projector, checked before anything is projected.
 
     Raises:
         UserError: an unknown cluster, or one with too few devices.
@@ -279,7 +279,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
 
 
 def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
-    """All checked before the first one runs."""
+    """The comparisons to run, all checked before the first one runs."""
     from expertlane.spec.experiment import find_experiment, read_experiment
 
     experiment = read_experiment(find_experiment(argument), resolve_model)

@@ -61,7 +61,7 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Those of `SamplingParams`, under its names; None for what is not given."""
+    """Options for the fields of `SamplingParams`, under its names; None for what is not given."""
 
     max_tokens: int | None = typer.Option(
         None, metavar="N", help="Output tokens at most. Default: 256."
@@ -73,21 +73,21 @@ class SamplingOptions:
         None, metavar="K", help="Draw from the K likeliest tokens. Default: 0, from all."
     )
     top_p: float | None = typer.Option(
-        None, metavar="P", help="Draw from the likeliest tokens of share P. Default: 1."
+        None, metavar="P", help="Draw from the likeliest tokens that add up to P. Default: 1."
     )
     min_p: float | None = typer.Option(
         None,
         metavar="P",
-        help="Draw from tokens P times as likely as the likeliest. Default: 0.",
+        help="Draw from tokens at least P times as likely as the likeliest. Default: 0.",
     )
     repetition_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 1: less of what prompt or output hold. Default: 1."
+        None, metavar="X", help="Above 1: fewer tokens that prompt or output hold. Default: 1."
     )
     presence_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 0: less of what the output holds. Default: 0."
+        None, metavar="X", help="Above 0: fewer tokens that the output holds. Default: 0."
     )
     frequency_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 0: less of what the output holds often. Default: 0."
+        None, metavar="X", help="Above 0: fewer tokens that the output holds often. Default: 0."
     )
     seed: int | None = typer.Option(
         None, metavar="N", help="Equal seeds draw equally. Default: a new one."

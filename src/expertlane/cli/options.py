@@ -89,7 +89,7 @@ def timeout_option() -> Any:
 
 def dtype_option(default: str) -> Any:
     """What ranks compute in."""
-    return typer.Option(None, help=f"Of weights and activations. Default: {default}.")
+    return typer.Option(None, help=f"Type of weights and activations. Default: {default}.")
 
 
 def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> Any:
@@ -108,10 +108,10 @@ class SchedulerOptions:
 
     block_size: int = typer.Option(16, metavar="N", help="Positions in a block of the cache.")
     max_num_seqs: int = typer.Option(
-        256, metavar="N", help="Requests running at once, a data-parallel rank."
+        256, metavar="N", help="Requests running at once on a data-parallel rank."
     )
     max_num_batched_tokens: int = typer.Option(
-        2048, metavar="N", help="New tokens in a step, a data-parallel rank."
+        2048, metavar="N", help="New tokens in a step of a data-parallel rank."
     )
 
 
@@ -270,10 +270,10 @@ class ProjectionOptions:
         "0 for experts alike.",
     )
     dtype: NumberType | None = typer.Option(
-        None, help="Of weights. Default: the checkpoint's, float16 for a preset."
+        None, help="Type of weights. Default: the checkpoint's, float16 for a preset."
     )
     kv_dtype: NumberType | None = typer.Option(
-        None, help="Of cached keys and values. Default: that of hidden states."
+        None, help="Type of cached keys and values. Default: that of hidden states."
     )
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Whether a step is captured as a CUDA graph or launched kernel by kernel."
@@ -281,14 +281,14 @@ class ProjectionOptions:
 
 
 def batch_option(help: str, metavar: str) -> Any:
-    """Of a closed loop."""
+    """`--batch`, the size of a closed loop."""
     return typer.Option(
         None, metavar=metavar, help=f"Closed loop: keep N requests unfinished{help}"
     )
 
 
 def rate_option(metavar: str) -> Any:
-    """Of an open loop."""
+    """`--rate`, the arrival rate of an open loop."""
     return typer.Option(
         None,
         metavar=metavar,
@@ -312,20 +312,21 @@ class LoadOptions:
     """What is put on an engine."""
 
     batch: str | None = batch_option(
-        f"; with several, one point each. Default: {_DEFAULT_BATCH}.", "N[,N…]"
+        f"; several are measured in turn. Default: {_DEFAULT_BATCH}.", "N[,N…]"
     )
     rate: str | None = rate_option("R[,R…]")
     num_requests: int | None = typer.Option(
         None,
         metavar="N",
-        help=f"Of a point. Default: the batch; with --rate {_DEFAULT_SIZE}.",
+        help="Requests of each batch size or rate. Default: the batch; with --rate "
+        f"{_DEFAULT_SIZE}.",
     )
     prompt_len: str = length_option("32", "a prompt")
     output_len: str = length_option("32", "an output")
-    seed: int = typer.Option(0, metavar="N", help="Of prompts, lengths and arrivals.")
+    seed: int = typer.Option(0, metavar="N", help="Seed of prompts, lengths and arrivals.")
 
     def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":
-        """What to measure, a point each.
+        """What to measure, one load for each batch size or rate.
 
         Raises:
             UserError: it is not clear what.

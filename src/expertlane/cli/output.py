@@ -288,7 +288,7 @@ def output_json(output: "RequestOutput") -> str:
 
 
 def _logprobs(of_token: "TokenLogprobs") -> dict[str, Any]:
-    """As JSON has it; null for a token that the model rules out, at -inf."""
+    """Log-probabilities as JSON has them; null for a token that the model rules out, at -inf."""
     top = [(token_id, value if isfinite(value) else None) for token_id, value in of_token.top]
     return asdict(of_token) | {"top": top}
 

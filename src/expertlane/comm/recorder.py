@@ -27,14 +27,14 @@ class HostClock:
     """Marks moments cheaply and tells the seconds between them later; by the host's clock."""
 
     def mark(self) -> Any:
-        """This moment."""
+        """Take a mark now."""
         return time.perf_counter()
 
     def settle(self) -> None:
         """Make all marks so far readable."""
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two settled marks."""
+        """Seconds between two settled marks."""
         return float(end - begin)
 
 
@@ -52,7 +52,7 @@ class StreamClock(HostClock):
         torch.cuda.current_stream().synchronize()
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Between two settled marks."""
+        """Seconds between two settled marks."""
         return float(begin.elapsed_time(end)) / 1e3
 
 
@@ -176,7 +176,7 @@ class Recorder:
         return self._clock.mark() if self._recording else None
 
     def end_wait(self, begin: Any) -> None:
-        """The wait is over."""
+        """Count the wait since `begin`, and report progress."""
         self.progress.set_waiting(False)
         self.progress.touch()
         if self._recording:

@@ -174,7 +174,7 @@ class ExperimentProjector:
             rows[place] = replace(row, steps=(*seen, *map(steps.step, fewer)))
 
     def _decode_sizes(self, deployment: Deployment, context: int) -> list[StepSize]:
-        """Of 1, 4, 16 … sequences, then of all."""
+        """Steps of 1, 4, 16 … sequences, then of all."""
         num_all = self._experiment.workload.num_sequences
         batches = [1]
         while batches[-1] * _BATCH_FACTOR < num_all:

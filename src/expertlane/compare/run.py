@@ -159,7 +159,7 @@ def measured_record(
 def _typical(
     steps: Sequence[StepRecord], measured: Sequence[StepRecord], num_kept: int
 ) -> Sequence[StepRecord]:
-    """Of so many steps in a row those with most tokens that take most nearly the usual time."""
+    """`num_kept` steps in a row: of those with most tokens, those nearest to the usual time."""
     rows = [steps[first : first + num_kept] for first in range(len(steps) - num_kept + 1)]
     if not rows:
         return steps
@@ -273,7 +273,7 @@ class _Deployed:
         return np.array([request.output_token_ids for request in requests])
 
     def record(self, role: str, peak: MachinePeak) -> DeploymentRecord:
-        """All runs together."""
+        """The record of all runs together."""
         runner, steps = self._runner, self._steps
         phases = [
             replace(

@@ -36,7 +36,7 @@ _OPEN_WARM_UP_BATCH = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class TimedOutput:
     """A finished request; `due_s` on the clock of its output."""
 
     due_s: float
@@ -51,7 +51,7 @@ def serve(
     on_finished: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> list[Served]:
+) -> list[TimedOutput]:
     """Add requests when they are due, greedy and beyond any end of sequence; wait for all.
 
     Args:
@@ -62,7 +62,7 @@ def serve(
     Raises:
         ModelError: the logits of a request are not finite.
     """
-    waiting, served = deque(requests), list[Served]()
+    waiting, served = deque(requests), list[TimedOutput]()
     num_unfinished, started_s = 0, clock()
     while waiting or engine.has_unfinished:
         while waiting and (max_unfinished is None or num_unfinished < max_unfinished):
@@ -73,7 +73,8 @@ def serve(
             params = SamplingParams(temperature=0, max_tokens=request.output_len, ignore_eos=True)
             output = engine.add(str(len(served)), request.prompt_token_ids, params)
             # In a closed loop it takes the place of one that has just ended.
-            served.append(Served(due_s if max_unfinished is None else output.arrival_s, output))
+            begin_s = due_s if max_unfinished is None else output.arrival_s
+            served.append(TimedOutput(begin_s, output))
             num_unfinished += 1
         if not engine.has_unfinished:
             sleep(max(0.0, started_s + waiting[0].due_s - clock()))
@@ -87,7 +88,7 @@ def serve(
     return served
 
 
-def measure(load: Load, served: Sequence[Served]) -> ServingRecord:
+def measure(load: Load, served: Sequence[TimedOutput]) -> ServingRecord:
     """The numbers of a load that has been served, each request with one token or more."""
     outputs = [each.output for each in served]
     record = serving_record(

@@ -29,7 +29,7 @@ CAUSE_OF_TRANSFER = {
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Of some steps on the virtual clock, the likely times.
+    """Where the time of some steps went; likely times on the virtual clock.
 
     Attributes:
         seconds: from the first step's begin to the last one's end.
@@ -45,7 +45,7 @@ class Breakdown:
 
 
 class _SpanCauses(NamedTuple):
-    """Of a micro-batch on a stage; spent_s [num_causes, R]."""
+    """The causes of a micro-batch's time on a stage; spent_s [num_causes, R]."""
 
     spent_s: Floats
     flops: float
@@ -82,7 +82,7 @@ class BreakdownTable:
         return table
 
     def add(self, times: StepTimes) -> None:
-        """The next step."""
+        """Add the next step."""
         if self._begin_s is None:
             first = float(min(of_stage[0].begin[LIKELY].min() for of_stage in times.spans))
             self._begin_s = float(times.origin_s[LIKELY]) + first
@@ -127,7 +127,7 @@ class BreakdownTable:
         )
 
     def _of_span(self, span: Span, source: Span | None) -> "_SpanCauses":
-        """Of one micro-batch on one stage, `source` on the stage before."""
+        """The causes of one micro-batch on one stage; `source` is its span on the stage before."""
         num_ranks = span.end.shape[1]
         spent = np.zeros((len(_CAUSES), num_ranks))
         waited_s = (span.arrived - span.begin)[LIKELY]
@@ -251,7 +251,7 @@ def basis_seconds(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[Float
 
 
 def basis_shares(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[dict[str, float], float]:
-    """Of all likely seconds of operations and transfers, by basis; and those extrapolated."""
+    """Likely seconds of all operations and transfers, by basis; and the extrapolated part."""
     return shares_of(*basis_seconds(works))
 
 

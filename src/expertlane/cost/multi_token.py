@@ -46,7 +46,7 @@ class MultiToken:
 
     @property
     def tokens_per_step(self) -> float:
-        """Of a decoding sequence, on average; 1 without drafts."""
+        """Tokens of a decoding sequence in a step, on average; 1 without drafts."""
         return sum(self.acceptance**place for place in range(self.num_drafts + 1))
 
     def num_steps(self, output_len: int) -> int:

@@ -11,7 +11,7 @@ SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
 
 @dataclass(frozen=True)
 class NumberTypes:
-    """Of weights, of hidden states, and of keys and values.
+    """The types of weights, of hidden states, and of keys and values.
 
     The engine has one for all. Where weights are float8, embedding, output head and the absorbed
     products of latent attention stay in the type of activations, as in checkpoints so quantised;
@@ -56,17 +56,17 @@ class NumberTypes:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight; scales of float8 are not counted."""
+        """Bytes of a weight; scales of float8 are not counted."""
         return ITEM_BYTES[self.weights]
 
     @property
     def activation_bytes(self) -> int:
-        """Of one value of a hidden state."""
+        """Bytes of one value of a hidden state."""
         return ITEM_BYTES[self.activations]
 
     @property
     def kv_bytes(self) -> int:
-        """Of one value in the cache."""
+        """Bytes of one value in the cache."""
         return ITEM_BYTES[self.kv]
 
     def __str__(self) -> str:

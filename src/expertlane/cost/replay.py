@@ -34,12 +34,12 @@ class Clocks:
 
     @classmethod
     def zero(cls, num_bounds: int, num_ranks: int) -> "Clocks":
-        """The start."""
+        """All clocks at 0."""
         compute, network, host = np.zeros((3, num_bounds, num_ranks))
         return cls(compute, network, host)
 
     def later(self, seconds: Floats) -> "Clocks":
-        """The same after so many seconds, [B]."""
+        """The same clocks so many seconds later, [B]."""
         by = seconds[:, None]
         return Clocks(self.compute + by, self.network + by, self.host + by)
 

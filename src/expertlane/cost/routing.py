@@ -66,12 +66,12 @@ class PowerLawRouting:
     def of(
         cls, model: ModelConfig, alpha: float, seed: int = 0, num_sampled_layers: int = 4
     ) -> "PowerLawRouting":
-        """For a model's experts."""
+        """The routing of a model's experts."""
         sizes = model.num_experts, model.num_experts_per_tok
         return cls(*sizes, alpha, seed, num_sampled_layers, model.routing)
 
     def sample_of(self, layer: int) -> int:
-        """Layers take turns."""
+        """The sample that a layer uses; layers take turns."""
         return layer % self.num_sampled_layers
 
     def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:

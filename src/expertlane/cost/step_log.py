@@ -68,7 +68,7 @@ def _expanded(log: Log) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True, eq=False)
 class StageSeconds:
-    """Of the ranks of a pipeline stage, as in their records.
+    """Seconds of the ranks of a pipeline stage, as in their records.
 
     Attributes:
         wall_s, blocked_s: [R, num_micro_batches, num_layers + 1, num_stages].
@@ -79,7 +79,7 @@ class StageSeconds:
 
 
 def stage_seconds(times: StepTimes, num_layers: int, *, count_idle: bool) -> list[StageSeconds]:
-    """By pipeline stage.
+    """Each pipeline stage's seconds.
 
     Args:
         num_layers: of the model.
@@ -182,7 +182,7 @@ _TRACKS = list(Track)
 
 
 def rank_events(times: StepTimes) -> dict[tuple[int, int], RankEvents]:
-    """By pipeline stage and place in it; of a step that was run with every layer run."""
+    """Events by pipeline stage and place in it, of a step in which every layer was run."""
     begin_s = float(min(spans[0].begin[LIKELY].min() for spans in times.spans))
     start_s = float(times.origin_s[LIKELY]) + begin_s
     of_stage: list[list[Event]] = [[] for _ in times.spans]

@@ -90,7 +90,7 @@ def still_hopeful(seconds: Mapping[ModeT, Sequence[float]]) -> list[ModeT]:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Of a mean, by the middle half, which is 1.35 standard deviations wide in a normal one."""
+    """Standard error of a mean, by the middle half, 1.35 standard deviations wide if normal."""
     low, _, high = quantiles(values, n=4)
     return (high - low) / 1.35 / sqrt(len(values))
 

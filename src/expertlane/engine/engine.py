@@ -380,7 +380,7 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
     """Only note a Ctrl-C; a second one raises `KeyboardInterrupt` at once. In the main thread.
 
     Yields:
-        Whether there was one, to be called.
+        A function that tells whether there was one.
     """
     is_noted = False
 

@@ -11,7 +11,7 @@ from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_rank, run_torchrun_rank
 from expertlane.errors import CapacityError, SpecError, UserError
-from expertlane.memory import PlacedModel
+from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
@@ -146,7 +146,6 @@ def _listed(names: list[str]) -> str:
     return f"{kind} {shown}" + (f" and {num_more} more" if num_more > 0 else "")
 
 
-_FREE_SHARE = 0.9  # of free memory; the rest is for what is not counted
 _CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
 
 
@@ -170,7 +169,7 @@ def fit_to_machine(
     """
     tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
-    free_bytes = _FREE_SHARE * tightest.free_bytes / num_sharing
+    free_bytes = FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
     placed = PlacedModel(
         model,

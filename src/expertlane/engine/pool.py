@@ -94,7 +94,7 @@ class Ticket(Generic[ResultT]):
 class RankPool:
     """Ranks that stay alive from one deployment to the next.
 
-    No wait is without an end (design, contract 3): a rank that dies is noticed at once, and when
+    No wait is without an end: a rank that dies is noticed at once, and when
     no rank of a call has reported progress for `timeout_s`, the one that the others wait for is
     named. Either ends all ranks and raises.
 
@@ -215,7 +215,7 @@ class RankPool:
         return [ticket.results[rank] for rank in ticket.ranks]
 
     def _wait_for(self, tickets: Sequence[Ticket[Any]], bound_s: float) -> None:
-        """Until one of them is done."""
+        """Wait until one of the tickets is done."""
         try:
             while not any(ticket.is_done for ticket in tickets):
                 began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)

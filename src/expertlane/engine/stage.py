@@ -301,7 +301,7 @@ class DeployedStage:
         return parts, mesh.pp.receive(room, mesh.at.pp_rank - 1)
 
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
-        """By what all ranks of all stages see alike, before the batch is split."""
+        """Decided by what all ranks of all stages see alike, before the batch is split."""
         most = max(micro_batch.num_tokens)
         return self._dispatch.choose(-(-most // self.spec.layout.tp), micro_batch.can_split)
 

@@ -182,7 +182,7 @@ def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
 
 
 def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
-    """The same with the probabilities as weights, where most of them are 0."""
+    """The threshold with the probabilities as weights, where most of them are 0."""
     rows, columns = p.nonzero(as_tuple=True)
     values = p[rows, columns]
     weights = values.double()

@@ -268,7 +268,7 @@ def make_dispatcher(
     choice: CopyChooser,
     payload: Payload,
 ) -> Dispatcher:
-    """Of what the form comes down to on the layout."""
+    """The dispatcher of what the form comes down to on the layout."""
     own = form_on(mesh.layout, form)
     kind = LocalDispatcher if own is None else _DISPATCHERS[own]
     return kind(mesh, placement, choice, payload)

@@ -101,7 +101,7 @@ class SampledBatch:
         return token_ids
 
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> Iterator[tuple[int, TokenLogprobs]]:
-        """By row, for the sequences that want them: those of the model's own distribution.
+        """Log-probabilities of the model's own distribution, by row, for those that want them.
 
         Args:
             logits: [num_seqs, vocab_size] float32.

@@ -48,7 +48,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        """The same, wherever it is convenient; contiguous."""
+        """What `take` gives, on whichever device is convenient; contiguous."""
 
 
 def taker_of(source: WeightSource, layer: int) -> Callable[..., Tensor]:

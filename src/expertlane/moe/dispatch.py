@@ -91,7 +91,7 @@ class RoutedTokens(NamedTuple):
 
 
 class Dispatcher(ABC):
-    """One form on one rank."""
+    """Dispatch and combine of one form, on one rank."""
 
     def __init__(
         self, mesh: ParallelMesh, placement: Placement, choice: CopyChooser, payload: Payload

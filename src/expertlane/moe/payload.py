@@ -95,7 +95,7 @@ def pack(by_row: Sequence[Tensor], by_token: Sequence[Tensor], tokens: Tensor) -
 
 
 def pack_all(parts: Sequence[Tensor]) -> Tensor:
-    """The same where rows are tokens: parts [num_rows, columns]."""
+    """`pack` for rows that are tokens: parts [num_rows, columns]."""
     packed, places = _rows_for(parts, len(parts[0]))
     for place, part in zip(places, parts, strict=True):
         place.copy_(part)
@@ -115,7 +115,7 @@ def columns_of(parts: Sequence[Tensor]) -> Columns:
 
 
 def bytes_of(columns: Columns) -> int:
-    """Of a row."""
+    """Bytes of a row."""
     return sum(num * dtype.itemsize for dtype, num in columns)
 
 

@@ -222,7 +222,7 @@ class PackedLinear(Linear):
 
 
 class _PackedExperts(Experts):
-    """In one call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
+    """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
     Args:
         held: of packed weights without biases, their inner width a multiple of 32.

@@ -41,7 +41,7 @@ class ForeignLoad:
         self._began = self._used()
 
     def share(self) -> float:
-        """Of all cores since this was made; 0 on a host that is otherwise idle."""
+        """The share of all cores that others used since this was made; 0 on an idle host."""
         busy, total, own = (now - then for now, then in zip(self._used(), self._began, strict=True))
         return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
 

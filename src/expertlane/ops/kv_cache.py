@@ -16,7 +16,7 @@ _FEW_BLOCKS = 8  # below this width another call costs more than the padding it 
 
 
 class KVCache:
-    """Of one layer: blocks of `block_size` positions, [num_blocks, block_size, heads, dim].
+    """One layer's cache: blocks of `block_size` positions, [num_blocks, block_size, heads, dim].
 
     A slot is a position's place in it, block × block_size + offset. With latent attention the one
     head's key is the latent and the rotated part; its value is the latent, a part of the key, so
@@ -40,12 +40,12 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """All of it."""
+        """Bytes of keys and values together."""
         return self.keys.nbytes + self.values.nbytes
 
     @property
     def position_bytes(self) -> int:
-        """Of one position of one sequence."""
+        """Bytes of one position of one sequence."""
         width = self.keys.shape[-1] + self.values.shape[-1]
         return int(self.keys.shape[2] * width * self.keys.itemsize)
 

@@ -49,7 +49,7 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Of the matrix."""
+        """Bytes of the matrix."""
         return self.num_weights * self.itemsize
 
     def tensors(self) -> list[Tensor]:
@@ -84,12 +84,12 @@ class OnednnLinear(Linear):
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        """In oneDNN's own layout."""
+        """The weight in oneDNN's own layout."""
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return packed
 
     def tensors(self) -> list[Tensor]:
-        """Unpacked, copies."""
+        """Unpacked copies of weight and bias."""
         return [self.weight.to_dense(), *super().tensors()[1:]]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
@@ -231,7 +231,7 @@ class LoopedExperts(Experts):
 
 
 class GroupedExperts(Experts):
-    """By grouped products, without a word from the device to the host.
+    """Grouped products of all experts, without a transfer from the device to the host.
 
     The weights of all experts are put side by side, and each expert's become a part of that. On a
     CPU a loop is faster with few pairs, since torch goes through experts without tokens too; and
@@ -301,7 +301,7 @@ class _Stack:
 
 @cache
 def _groups_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """By trying: which devices and types torch can do it for depends on its version."""
+    """Found by trying: for which devices and types torch has them depends on its version."""
     if _grouped_mm is None:
         return False
     rows = torch.ones(3, 16, device=device, dtype=dtype)

@@ -180,7 +180,7 @@ def _model(model: ModelConfig, checkpoint: str | None) -> dict[str, Any]:
 
 
 def _given(settings: ModelConfig | Options) -> dict[str, Any]:
-    """Those that are not the default."""
+    """The settings that are not the default."""
     values = asdict(settings)
     return {
         each.name: values[each.name]

@@ -220,12 +220,12 @@ class Projector:
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
-    """As records have them."""
+    """The conditions as records have them."""
     return Conditions(top_k, execution.value, routing, types.weights, types.kv)
 
 
 def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
-    """As results have it."""
+    """The cluster as results have it."""
     device = cluster.profile.device
     return Cluster(
         name=str(cluster),

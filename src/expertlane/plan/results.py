@@ -36,7 +36,7 @@ from expertlane.spec.workload import Workload
 
 
 def family_of(layout: Layout) -> str:
-    """In a few words; how attention is cut is left to the layout."""
+    """The family in a few words; how attention is cut is left to the layout."""
     parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
     if layout.pp > 1:
         parts.append("pipeline")
@@ -46,7 +46,7 @@ def family_of(layout: Layout) -> str:
 
 
 def best_of_families(options: Sequence[ScreenedCandidate]) -> dict[str, ScreenedCandidate]:
-    """By family, the option with most tokens a second that keeps the limits; best first."""
+    """Each family's candidate with most tokens a second that keeps the limits; best first."""
     best: dict[str, ScreenedCandidate] = {}
     for option in sorted(options, key=lambda each: -each.tps):
         if option.place is not None:
@@ -295,7 +295,7 @@ def pareto_records(
 def candidate_record(
     candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
-    """At one of the numbers of sequences that it was screened with, or projected in full."""
+    """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options = candidate.candidate
     serving = serving_at(candidate.served, place)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
@@ -326,7 +326,7 @@ def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
 
 
 def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumption, ...]:
-    """In the order of their weight."""
+    """The assumptions, the weightiest first."""
     workload, profile = request.workload, request.cluster.profile
     num = workload.num_sequences
     graph = request.setting.execution is Execution.GRAPH

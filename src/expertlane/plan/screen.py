@@ -80,7 +80,7 @@ Screened = ScreenedCandidate | TooLarge
 
 
 def fitting(screened: Iterable[Screened]) -> list[ScreenedCandidate]:
-    """Those that fit."""
+    """The candidates that fit."""
     return [each for each in screened if isinstance(each, ScreenedCandidate)]
 
 
@@ -114,7 +114,7 @@ class _Phase:
         self._steps = steps
 
     def take(self, priced: Iterator[ScenarioTimes]) -> None:
-        """The next times are those of `lists`."""
+        """Take the times of `lists` from those that come next."""
         self.stages = self._steps.stages(list(islice(priced, len(self.lists))))
 
 
@@ -146,7 +146,7 @@ class Structure:
         return [_Phase(self.steps, decode), _Phase(self.steps, prefill)]
 
     def results(self, links: LinkModel, terms: Terms, goals: Goals) -> Iterator[Screened]:
-        """Of every candidate, once `phases` are priced."""
+        """The outcome of every candidate, once `phases` are priced."""
         if not self.phases:
             yield from (TooLarge(candidate, self.room) for candidate in self.candidates)
             return
@@ -193,7 +193,7 @@ class Structure:
         return [_Part(num, 1, context, self._stage_seqs(num)) for num in sizes]
 
     def _stage_seqs(self, num_seqs: int) -> int:
-        """Of all data-parallel ranks of the fullest replica, where one has so many."""
+        """Sequences of all data-parallel ranks of the fullest replica, where one has so many."""
         layout = self.steps.mesh.layout
         return min(num_seqs * layout.dp, -(-self.workload.num_sequences // layout.replicas))
 

@@ -44,7 +44,7 @@ class Finalist(ScreenedCandidate):
         return self.served.best(goals) is not None
 
     def breach(self, goals: Goals) -> float:
-        """By what factor it misses the worse limit; 1 or less where it keeps both."""
+        """The factor by which it misses the worse limit; 1 or less where it keeps both."""
         return float(self.served.breach(goals)[0])
 
 
@@ -161,7 +161,7 @@ class Search:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """All that use every device."""
+        """All candidates that use every device."""
         per_node = self._request.cluster.profile.ranks_per_node
         return [
             candidate

@@ -65,7 +65,7 @@ class ScenarioTimes:
 
     @classmethod
     def sum(cls, parts: Iterable[tuple[int, "ScenarioTimes"]]) -> "ScenarioTimes":
-        """Of some that are each done a number of times; one at least."""
+        """The sum of parts, each done a number of times; one part at least."""
         (num, first), *others = parts
         total = [num * getattr(first, each.name) for each in fields(cls)]
         for num, other in others:
@@ -180,7 +180,7 @@ def price(
 def _operation_times(
     device: DeviceModel, types: NumberTypes, lists: Sequence[ExpectedStepList]
 ) -> dict[int, Times]:
-    """By the id of an operation; those of one law at once."""
+    """Times by the id of an operation; the operations of one law are priced at once."""
     alike: defaultdict[tuple[Kind, str], list[tuple[Operation, int]]] = defaultdict(list)
     for of_list in lists:
         for step in of_list.steps:
@@ -201,7 +201,7 @@ def _operation_times(
 
 
 def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
-    """By the id of a transfer; both hops of a hierarchical dispatch together."""
+    """Times by the id of a transfer; both hops of a hierarchical dispatch together."""
     by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
     transfers = [transfer for of_list in by_list for transfer in of_list]
     times = links.times_of(transfers)

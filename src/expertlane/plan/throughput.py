@@ -55,7 +55,7 @@ class Pipelining:
 
     @classmethod
     def of(cls, options: Options) -> "Pipelining":
-        """Of a candidate."""
+        """How a deployment with these options is pipelined."""
         overlap = bool(options.overlap)
         return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
 
@@ -201,7 +201,7 @@ class Steps:
 
     @property
     def num_prompts(self) -> int:
-        """In a prefill step, over the whole system."""
+        """Prompts in a prefill step, over the whole system."""
         return min(self.prompts.num_seqs * self.num_caches, self.most_seqs)
 
     @property
@@ -248,7 +248,7 @@ class ThroughputCurve:
 
 
 def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
-    """A pool that does both."""
+    """The curve of one pool that computes prompts and decodes."""
     per_token = workload.prompt_len / workload.output_len
     prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
     tpot_s = steps.decode_s + steps.num_seqs * prefill_s

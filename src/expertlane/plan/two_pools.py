@@ -137,7 +137,7 @@ class TwoPoolSearch:
         prefill: Sequence[ScreenedCandidate],
         decode: Sequence[ScreenedCandidate],
     ) -> Iterator[_Pair]:
-        """Those that keep the limits, of the best of each pool."""
+        """Pairs of each pool's best candidates that keep the limits."""
         goals = self._request.goals
         fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
         if goals.max_ttft_s is not None:

@@ -12,7 +12,7 @@ _MS_PER_S = 1e3
 
 
 def bench(results: Results) -> tuple[Section, ...]:
-    """Of a load on an engine; everything was measured."""
+    """Plots of a load on an engine; everything was measured."""
     by_layout: dict[str, list[Served]] = {}
     for each in served(results):
         by_layout.setdefault(str(each.record.layout), []).append(each)

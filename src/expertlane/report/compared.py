@@ -33,7 +33,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As the experiment has it."""
+        """The name that the experiment gives it."""
         return self.record.name
 
     @property
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def critical_path_tps(self) -> float:
-        """By CPU time on the critical path; 0 where none was counted."""
+        """TPS by CPU time on the critical path; 0 where none was counted."""
         path = self.step.critical_path
         return path.tps if path else 0.0
 
@@ -100,12 +100,12 @@ class Overlapped:
 
     @property
     def gained_s(self) -> float:
-        """Of a step (of a round, where micro-batches rotate); negative where overlap costs time."""
+        """Seconds saved in a step, or round if rotating; negative where overlap costs time."""
         return self.off.step.round_s.value - self.on.step.round_s.value
 
     @property
     def hidden(self) -> float | None:
-        """Of what was exposed, the share that overlap hides; None where nothing was."""
+        """The share of the exposed time that overlap hides; None where nothing was exposed."""
         return hidden_share(self.gained_s, self.exposed_s)
 
 
@@ -143,22 +143,22 @@ class Comparison:
 
     @property
     def first(self) -> Row:
-        """What the experiment begins with."""
+        """The experiment's first deployment."""
         return self.rows[0]
 
     @property
     def fastest(self) -> Row:
-        """Of the highest TPS."""
+        """The deployment with the highest TPS."""
         return max(self.rows, key=lambda row: row.tps)
 
     @property
     def baselines(self) -> list[Row]:
-        """What an experiment compares against."""
+        """The deployments that an experiment compares against."""
         return [row for row in self.rows if row.record.is_baseline]
 
     @property
     def proposals(self) -> list[Row]:
-        """All others."""
+        """All deployments that are no baselines."""
         return [row for row in self.rows if not row.record.is_baseline]
 
     @cached_property

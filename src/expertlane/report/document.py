@@ -35,12 +35,12 @@ class Column(Heading, Generic[T]):
     source: Source | None = None
 
     def cell(self, item: T) -> str:
-        """As text."""
+        """The item's value as text."""
         value = self.get(item)
         return NONE if value is None else self.show(value)
 
     def of(self, part: Callable[[U], T | None]) -> "Column[U]":
-        """The same of a part of something else; a dash where it has no such part."""
+        """The same column for something that has such a part; a dash where it has none."""
 
         def get(whole: U) -> Any:
             found = part(whole)
@@ -179,7 +179,7 @@ class Section:
 
     @property
     def words(self) -> Iterator[Words]:
-        """All but the plots."""
+        """All words but those of the plots."""
         return (part for part in self.parts if isinstance(part, Words))
 
 
@@ -207,7 +207,7 @@ class Report:
             object.__setattr__(self, name, _printable(value))
 
     def of_place(self, *places: str) -> list[Section]:
-        """Some sections."""
+        """The sections that belong to the given places."""
         return [each for each in self.sections if each.place in places]
 
 

@@ -6,7 +6,7 @@ from expertlane.report.document import Figure, Report, Table, Words
 
 
 def render(report: Report) -> str:
-    """All but the plots."""
+    """The report as Markdown, without its plots."""
     blocks = [f"# {_escaped(report.title)}"]
     for section in report.of_place("top", "tables"):
         blocks.append(f"## {_escaped(section.heading)}")

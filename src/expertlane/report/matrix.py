@@ -65,7 +65,7 @@ def _scale(largest: int) -> tuple[float, str]:
 
 
 def _cell(value: float) -> str:
-    """At most three characters."""
+    """A value in at most three characters."""
     if value == 0:
         return "·"
     if value < 0.05:

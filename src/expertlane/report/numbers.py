@@ -21,7 +21,7 @@ def figures(amount: Amount) -> str:
 
 
 def likely(amount: Amount) -> float:
-    """Without its bounds."""
+    """The likely value, without its bounds."""
     return amount.value if isinstance(amount, Estimate) else amount
 
 

@@ -50,7 +50,7 @@ def named(record: DeploymentRecord) -> str:
 
 
 def serving(record: DeploymentRecord) -> ServingRecord:
-    """Of one that was planned."""
+    """How a planned deployment serves."""
     return record.serving[0]
 
 
@@ -84,7 +84,7 @@ _TPOT: tuple[Column[DeploymentRecord], ...] = (
 
 
 def plan(results: Results) -> tuple[Section, ...]:
-    """Of `expertlane plan`."""
+    """The sections of `expertlane plan`."""
     return (
         Section("Verdict", verdict(results), "top"),
         _best(results),

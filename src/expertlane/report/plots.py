@@ -29,7 +29,7 @@ def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
 
 
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
-    """Of a comparison's deployments, under the usual conditions unless a plot says otherwise."""
+    """Plots of a comparison, under the usual conditions unless a plot says otherwise."""
     is_measured = compared.source == "measured"
     where = "measured" if is_measured else f"projected for {results.projected_for.name}"
     what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
@@ -58,13 +58,13 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
 
 
 def _tabs(title: str, charts: Mapping[str, Chart | None]) -> list[Tabs]:
-    """Those that show anything."""
+    """The tabs that show anything."""
     drawn = tuple((name, chart) for name, chart in charts.items() if chart is not None)
     return [Tabs(title, drawn)] if drawn else []
 
 
 def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
-    """By the deployment's label; of decoding, the step that is spoken of."""
+    """Steps by the deployment's label; of decoding, the step that is spoken of."""
     of_phase = {
         row.label: row.step if phase is compared.phase else row.record.prefill
         for row in compared.rows
@@ -103,7 +103,7 @@ def _causes(steps: Mapping[Phase, _Named]) -> list[Tabs]:
             f"Time of a {phase} step by cause",
             of_phase,
             note="Mean over ranks, while every sequence goes one token on or through its "
-            "prompt. Reads: of operations that memory bounds.",
+            "prompt. Reads: operations bound by memory.",
         )
         for phase, of_phase in steps.items()
         if of_phase
@@ -138,8 +138,8 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
     cast = [row.label for row in compared.cast]
     if compared.source == "projected":
         words = (
-            "A step in the steady state of each deployment, all on the same time axis; of rotating "
-            "micro-batches one of each, which lie over the round before and after. "
+            "A step of each deployment in the steady state, all on the same time axis. Where "
+            "micro-batches rotate, one step of each is drawn; it overlaps the rounds beside it. "
         )
         return _timelines(words, steps, cast)
     rows = {row.label: row for row in compared.rows}
@@ -316,7 +316,7 @@ def front_chart(
 
 
 def plan(results: Results) -> tuple[Section, ...]:
-    """Of a plan; everything is projected."""
+    """Plots of a plan; everything is projected."""
     best = results.select("projected", BEST)
     bars = [
         Bar(f"#{place} {named(each)}", serving(each).output_tps)
@@ -354,7 +354,7 @@ def plan(results: Results) -> tuple[Section, ...]:
 
 
 def simulation(results: Results) -> tuple[Section, ...]:
-    """Of one simulated deployment."""
+    """Plots of one simulated deployment."""
     record = results.deployments[0]
     phases = dict(phases_of(record))
     steps = {step.phase: {name: step} for name, step in phases.items()}

@@ -27,7 +27,7 @@ from expertlane.results.results import Results
 
 
 def report_of(results: Results) -> Report:
-    """Everything."""
+    """The whole report of any kind of results."""
     make = {"comparison": _comparison, "plan": _plan, "simulation": _simulation, "bench": _bench}
     name, headline, sections = make[results.kind](results)
     sources = sorted({each.source for each in results.deployments})
@@ -118,7 +118,7 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
 
 
 def _cast(modelled: Comparison) -> list[Row]:
-    """Who plays which part."""
+    """The rows that matter most, each named by its role."""
     best = modelled.best_baseline
     names = {modelled.first.number: "first"}
     if best is not None:

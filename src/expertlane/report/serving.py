@@ -103,7 +103,7 @@ class _Latency(NamedTuple):
 
 
 def latency(results: Results) -> Table:
-    """Every kind of it."""
+    """TTFT, TPOT, ITL and E2E of every load."""
     rows = [
         _Latency(each if name == "TTFT" else None, name, seconds)
         for each in served(results)

@@ -95,7 +95,7 @@ def setup(results: Results, heading: str) -> Section:
 
 
 def _listed(fields: dict[str, Any]) -> str:
-    """All but what is not there: None, False and empty lists."""
+    """The fields that say something: no None, False or empty list."""
     return ", ".join(
         f"{name} {_said(value)}".rstrip()
         for name, value in fields.items()

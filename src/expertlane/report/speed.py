@@ -240,7 +240,7 @@ def _conditions(
 
 
 def _graph_against_eager(of_all: Sequence[Comparison]) -> list[str]:
-    """By how much steps differ, where both are projected."""
+    """How much steps differ, where both are projected."""
     by_case = {
         (each.conditions.routing, each.conditions.execution): each
         for each in of_all

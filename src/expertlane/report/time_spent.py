@@ -85,7 +85,7 @@ def bottlenecks(comparison: Comparison) -> Section:
 
 
 def communication_share(step: StepsRecord) -> float:
-    """Of the time, what goes to transfers and waiting."""
+    """The share of the time that goes to transfers and waiting."""
     return sum(step.shares.get(cause, 0.0) for cause in COMMUNICATION)
 
 

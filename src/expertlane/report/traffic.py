@@ -254,7 +254,7 @@ def _last(traffic: TrafficRecord) -> str:
 def experts_and_traffic(
     record: DeploymentRecord, steps: Sequence[tuple[str, StepsRecord]]
 ) -> Section:
-    """Of a simulation: bytes a token, and how even the load was."""
+    """The section of a simulation: bytes a token, and how even the load was."""
     facts: list[Column[StepsRecord]] = [
         number(
             "busiest rank's pairs over the mean",

@@ -179,7 +179,7 @@ def _pair_by_critical_path(comparison: Comparison) -> tuple[Row, Row] | None:
 
 
 def _by_critical_path(ahead: Row, behind: Row) -> str:
-    """The same two deployments or others, whichever they are by wall time."""
+    """Which is ahead by critical-path CPU time; by wall time it may be the other."""
     tps, tps_behind = ahead.critical_path_tps, behind.critical_path_tps
     rates = f"{figures(tps)} against {figures(tps_behind)} TPS"
     factor = tps / tps_behind

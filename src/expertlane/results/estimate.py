@@ -21,13 +21,13 @@ class Estimate(Strict):
 
     @classmethod
     def between(cls, bounds: Iterable[float]) -> "Estimate":
-        """Of what all terms at their low, likely and high values give, whichever is largest."""
+        """What all terms at their low, likely and high values give, whichever is largest."""
         first, likely, last = map(float, bounds)
         return cls(likely, min(first, likely, last), max(first, likely, last))
 
     @classmethod
     def of(cls, value: float | npt.NDArray[np.float64]) -> "Estimate":
-        """Of a measured number, or of a projected one's low, likely and high [3]."""
+        """A measured number, or a projected one's low, likely and high [3]."""
         return cls.between(value) if isinstance(value, np.ndarray) else cls(float(value))
 
     @property
@@ -37,12 +37,12 @@ class Estimate(Strict):
         return low, self.value, high
 
     def __mul__(self, factor: float) -> "Estimate":
-        """By a factor above 0."""
+        """Scaled by a factor above 0."""
         low, high = (None if each is None else each * factor for each in (self.low, self.high))
         return Estimate(self.value * factor, low, high)
 
     def __truediv__(self, divisor: float) -> "Estimate":
-        """By a divisor above 0."""
+        """Divided by a divisor above 0."""
         low, high = (None if each is None else each / divisor for each in (self.low, self.high))
         return Estimate(self.value / divisor, low, high)
 
@@ -54,7 +54,7 @@ class Estimate(Strict):
 
 @dataclass(frozen=True)
 class Summary(Strict):
-    """Of many values; None what is not known of them."""
+    """A summary of many values; None what is not known of them."""
 
     mean: Estimate | None = None
     median: Estimate | None = None
@@ -63,7 +63,7 @@ class Summary(Strict):
 
     @classmethod
     def of(cls, values: Sequence[float] | npt.NDArray[np.float64]) -> "Summary | None":
-        """Of measured values [n], or projected ones [n, 3], each at its low, likely and high.
+        """Summarise measured values [n], or projected ones [n, 3], at their low, likely and high.
 
         None of no values.
         """

@@ -104,7 +104,7 @@ def latency(steps: Sequence[StepRecord]) -> StepsRecord:
 
 
 def _token_times(steps: Sequence[StepRecord], start_s: float) -> list[list[float]]:
-    """Of every sequence: the start, then when each of its tokens came."""
+    """When each sequence began, then when each of its tokens came."""
     times: defaultdict[int, list[float]] = defaultdict(lambda: [start_s])
     for step in sorted(steps, key=lambda step: step.finished_s):
         for seq in step.seq_ids:

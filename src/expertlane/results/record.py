@@ -131,7 +131,7 @@ class StepsRecord(Strict):
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the time by cause; they add up to 1."""
+        """Shares of the time by cause; they add up to 1."""
         total = sum(self.breakdown_s.values()) or 1.0
         return {cause: seconds / total for cause, seconds in self.breakdown_s.items()}
 
@@ -139,11 +139,6 @@ class StepsRecord(Strict):
     def largest(self) -> tuple[str, float]:
         """The cause with the largest share."""
         return max(self.shares.items(), key=lambda item: item[1])
-
-    @property
-    def basis(self) -> str | None:
-        """What most of the time rests on; None where it was measured."""
-        return max(self.basis_shares, key=lambda each: self.basis_shares[each], default=None)
 
 
 @dataclass(frozen=True)
@@ -339,7 +334,7 @@ class DeploymentRecord(Strict):
 
     @property
     def num_ranks(self) -> int:
-        """Of all pools."""
+        """Ranks of all pools."""
         prefill = self.prefill_layout
         return self.layout.world_size + (0 if prefill is None else prefill.world_size)
 

@@ -23,7 +23,7 @@ NoPools = Literal["no split", "too large", "over limits"]
 
 @dataclass(frozen=True)
 class Versions(Strict):
-    """Of the software that ran; torch is None where nothing was measured."""
+    """Versions of the software that ran; torch is None where nothing was measured."""
 
     expertlane: str
     python: str
@@ -90,7 +90,7 @@ class Machine(Strict):
 
     @property
     def is_oversubscribed(self) -> bool:
-        """By the largest deployment."""
+        """Whether the largest deployment has more ranks than cores."""
         return self.is_oversubscribed_by(self.num_ranks)
 
 
@@ -230,7 +230,7 @@ class Results(Strict):
         torch_version: str | None = None,
         **parts: Any,
     ) -> "Results":
-        """Of a command that has just ended, by this software; `question` may hold dataclasses."""
+        """Results of a command that has just ended; `question` may hold dataclasses."""
         plain = {key: _plain(value) for key, value in question.items()}
         return cls(
             kind=kind,
@@ -286,7 +286,7 @@ class Results(Strict):
 
     @property
     def conditions(self) -> tuple[Conditions, ...]:
-        """Those of an experiment's projected deployments, each once, the usual ones first."""
+        """Conditions of an experiment's projected deployments, each once, the usual ones first."""
         found = (each.conditions for each in self.select("projected", EXPERIMENT))
         return tuple(dict.fromkeys(each for each in found if each is not None))
 

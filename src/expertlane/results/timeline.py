@@ -84,7 +84,7 @@ class StepTimeline(Strict):
 
 
 def timelines_of(steps: Sequence[StepRecord]) -> dict[Phase, StepTimeline]:
-    """By phase; steps of one phase go on one time axis, each as a micro-batch of its own.
+    """A timeline a phase: its steps on one time axis, each as a micro-batch of its own.
 
     Phases without events are left out.
     """
@@ -164,7 +164,7 @@ def _columns(
 def _rank_timeline(
     rank: int, columns: dict[str, npt.NDArray[np.float64]], cut_us: float
 ) -> RankTimeline:
-    """What begins before `cut_us`."""
+    """The part of a rank's timeline that begins before `cut_us`."""
     num = int(np.searchsorted(columns["begin_us"], cut_us))
     shown = {name: tuple(column[:num].round(_DIGITS).tolist()) for name, column in columns.items()}
     return RankTimeline(rank, **shown)

@@ -54,12 +54,12 @@ class FanOut(Strict):
 
     @property
     def ranks_per_token(self) -> float:
-        """Mean."""
+        """Mean over tokens and layers."""
         return _mean_place(self.tokens_by_ranks_reached)
 
     @property
     def nodes_per_token(self) -> float | None:
-        """Mean."""
+        """Mean over tokens and layers."""
         nodes = self.tokens_by_nodes_reached
         return _mean_place(nodes) if nodes else None
 
@@ -214,7 +214,7 @@ def by_link(sent_bytes: _Counts, ranks_per_node: int) -> _Counts:
 
 
 def bytes_by_link(of_links: _Counts) -> dict[str, TrafficBytes]:
-    """By the label of a link, from [num_links, num_kinds_of_traffic]."""
+    """Bytes by the label of a link, from [num_links, num_kinds_of_traffic]."""
     return {link.label: TrafficBytes(*_counts(of_links[link])) for link in Link}
 
 
@@ -273,7 +273,7 @@ def _hottest_rank(amounts: _Counts, ranks: Sequence[int]) -> HottestRank | None:
 
 
 def _hottest_expert(num_tokens: _Counts) -> HottestExpert | None:
-    """By share of its layer, so that layers with a few more tokens do not win by that."""
+    """The one with the largest share of its layer's tokens, however many the layer has."""
     of_layer = num_tokens.sum(axis=1, keepdims=True)
     if not of_layer.any():
         return None

@@ -16,7 +16,7 @@ class FinishedStep(NamedTuple):
     outcome: StepOutcome
 
     def record(self, run: int = 0, spell: int = 0) -> StepRecord:
-        """What metrics see of it."""
+        """The record that metrics read."""
         plan, outcome = self
         return StepRecord(
             phase=plan.phase,
@@ -51,7 +51,7 @@ class DriveLoop(Generic[HandleT]):
 
     @property
     def next_handles(self) -> list[HandleT]:
-        """Of the oldest uncommitted step of each replica: those that may finish next."""
+        """Handles of each replica's oldest uncommitted step: those that may finish next."""
         oldest: dict[int, int] = {}
         for step, plan in self._uncommitted.items():
             oldest.setdefault(plan.replica, step)

@@ -170,7 +170,7 @@ class StepPlan(_Step):
 
     @property
     def batches(self) -> list[Batch]:
-        """Of all micro-batches and data-parallel ranks."""
+        """The batches of all micro-batches and data-parallel ranks."""
         return [batch for micro_batch in self.micro_batches for batch in micro_batch]
 
     def of_dp_ranks(self) -> list[RankStep]:

@@ -185,7 +185,7 @@ def _assumptions(
     routing: RoutingChoice,
     caution: str | None = None,
 ) -> tuple[Assumption, ...]:
-    """In the order in which a reader would ask.
+    """The assumptions, in the order in which a reader would ask for them.
 
     Args:
         caution: what there is to be known of the weights, in a sentence.

@@ -78,7 +78,7 @@ class ServingSetup:
 
     @property
     def num_devices(self) -> int:
-        """Of all pools."""
+        """Devices of all pools."""
         return sum(layout.world_size for layout in self.pools.values())
 
     def are_pools_apart(self, ranks_per_node: int) -> bool:
@@ -256,7 +256,7 @@ class Simulator:
         return steps
 
     def largest_steps(self, outcome: Outcome) -> list[dict[Phase, StepRecord]]:
-        """By pool and phase, with events; ranks are the pool's."""
+        """The largest steps by pool and phase, with events; ranks are the pool's."""
         return [
             {
                 phase: self._traced(
@@ -284,7 +284,7 @@ class Simulator:
     def _runner(
         self, ranks: PoolRanks, totals: PoolTotals | None = None, lead: int = LIKELY
     ) -> CostRunner:
-        """Of a pool; without totals for single steps as they are planned."""
+        """The runner of a pool; without totals for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
         form, drafts = setup.options.dispatch, setup.multi_token.num_drafts
         assert form != "auto", "checked before"
@@ -313,7 +313,7 @@ class Simulator:
         )
 
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
-        """With the blocks that there is memory for, as many as the load could use."""
+        """Ranks with as many blocks as memory has room for, at most what the load can use."""
         setup, load, drafts = self.setup, self.load, self.setup.multi_token
         placements = placements_of(self.model, layout, setup.options)
         held = PlacedModel(  # the layer that guesses too

@@ -41,7 +41,7 @@ class StepFacts:
 
     @classmethod
     def of(cls, step: PricedStep, pricing: Pricing, model: ModelConfig) -> "StepFacts":
-        """Of a step's program with its times."""
+        """The facts of a step's program with its times."""
         return cls(
             floor_s([step.program], pricing.profile.device, pricing.types),
             *basis_seconds([step.work]),
@@ -50,7 +50,7 @@ class StepFacts:
         )
 
     def __add__(self, other: "StepFacts") -> "StepFacts":
-        """Of both together."""
+        """The facts of both together."""
         names = [each.name for each in fields(self)]
         return StepFacts(*(getattr(self, name) + getattr(other, name) for name in names))
 
@@ -136,7 +136,7 @@ class PoolTotals:
         self._explained: Phase | None = None
 
     def observe(self, step: PricedStep) -> None:
-        """Take a step in."""
+        """Add a step to the totals."""
         facts = self._facts.get(step.program)
         if facts is None:
             facts = self._facts[step.program] = StepFacts.of(step, self._pricing, self._model)
@@ -152,7 +152,7 @@ class PoolTotals:
             self._explain(step, phase, totals)
 
     def close(self) -> None:
-        """No step comes any more."""
+        """Finish the totals: no step follows."""
         if self._table is not None and self._explained is not None:
             self.phases[self._explained].explain(self._table)
         self._table = None

@@ -219,7 +219,7 @@ class DispatchTable(Strict):
 
     @classmethod
     def fixed(cls, form: DispatchForm, overlap: bool = False) -> "DispatchTable":
-        """Always the same."""
+        """A table that always chooses this mode."""
         return cls((DispatchMode(form, overlap),), (DispatchRow(1, (0.0,)),))
 
     def choose(self, num_tokens: int, can_split: bool = True) -> DispatchMode:
@@ -235,7 +235,7 @@ class DispatchTable(Strict):
 
     @property
     def forms(self) -> tuple[DispatchForm, ...]:
-        """All that may be chosen."""
+        """All forms that may be chosen."""
         spans = [*self._spans, *self._unsplit_spans]
         return tuple(dict.fromkeys(mode.form for _, mode in spans))
 

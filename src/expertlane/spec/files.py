@@ -324,7 +324,7 @@ def _wanted(problem: Mapping[str, Any]) -> str:
 
 
 def field_names(kind: Any) -> list[str]:
-    """Of a dataclass."""
+    """Names of a dataclass's fields."""
     return [field.name for field in fields(kind)]
 
 

@@ -112,7 +112,7 @@ def _biased_attention(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _rope_parameters(fields: ConfigReader) -> ConfigReader:
-    """Of `rope_scaling` (transformers 4) or `rope_parameters` (5); null means the default."""
+    """The fields of `rope_scaling` (transformers 4) or `rope_parameters` (5); null: the default."""
     parameters = fields.raw("rope_scaling", "rope_parameters")
     parameters = fields.defaults["rope_parameters"] if parameters is None else parameters
     parameters = {} if parameters is None else parameters
@@ -171,7 +171,7 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def _has_window(fields: ConfigReader) -> list[bool] | None:
-    """Of each layer by `layer_types`; None where it is null or missing."""
+    """Whether each layer has one, by `layer_types`; None where that is null or missing."""
     types = fields.raw("layer_types")
     if types is None:
         return None

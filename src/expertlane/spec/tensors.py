@@ -141,7 +141,7 @@ def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Of an MoE layer, its experts aside."""
+    """Shapes of an MoE layer's tensors, its experts aside."""
     hidden, num_experts = model.hidden_size, model.num_experts
     shapes: dict[str, Shape] = {"router": (num_experts, hidden)}
     if model.routing.router_bias:

@@ -39,7 +39,7 @@ class Rows:
         return len(self.seconds)
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> "Rows":
-        """Those rows alone."""
+        """The chosen rows alone."""
         return Rows(
             at={axis: values[chosen] for axis, values in self.at.items()},
             roofline_s=self.roofline_s[chosen],

@@ -66,7 +66,7 @@ class LinkModel:
         return self._times(transfer.kind, transfer.stage, transfer.load)
 
     def times_of(self, transfers: Sequence[Transfer]) -> list[Times]:
-        """The same of many at once, in their order; far cheaper than one by one."""
+        """The times of many transfers, in their order; far cheaper than one by one."""
         alike: dict[tuple[TransferKind, Stage, bool], list[int]] = {}
         for index, each in enumerate(transfers):
             key = each.kind, each.stage, bool((each.load.num_nodes > 1).any())
@@ -159,7 +159,7 @@ class LinkModel:
         return where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
 
     def contention(self, transfer: Transfer) -> Term:
-        """By what share compute slows while the transfer runs beside it."""
+        """The share by which compute slows while the transfer runs beside it."""
         name = f"contention.{transfer.kind}"
         law = self._profile.surfaces.get(
             f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"

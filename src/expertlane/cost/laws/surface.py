@@ -64,7 +64,7 @@ class Surface:
 
 
 def logs_of(axes: Mapping[str, Sequence[float]]) -> Knots:
-    """By axis, logarithms of its knots and the steps between them."""
+    """The logarithms of each axis's knots, and the steps between them."""
     logs = {axis: np.log(np.asarray(knots, dtype=np.float64)) for axis, knots in axes.items()}
     return {axis: (each, np.diff(each)) for axis, each in logs.items()}
 

@@ -55,7 +55,7 @@ class Times:
         return high
 
     def part(self, ranks: slice) -> "Times":
-        """Of some of the ranks."""
+        """The times of some of the ranks."""
         return Times(self.bounds[:, ranks], self.basis, self.is_extrapolated[ranks])
 
     def of_ranks(self, num_ranks: int) -> "Times":

@@ -71,7 +71,7 @@ class PartSizes:
         block_size: int = 16,
         num_drafts: int = 0,
     ) -> "PartSizes":
-        """Of the same part of every data-parallel rank's batch, [dp].
+        """The sizes of the same part of every data-parallel rank's batch, [dp].
 
         Args:
             sampled: sequences that ask for more than their likeliest token.
@@ -247,7 +247,7 @@ class Scenarios:
 
     @property
     def size(self) -> int:
-        """S."""
+        """S, the number of scenarios."""
         return len(self.num_seqs)
 
     @property

@@ -61,7 +61,7 @@ class ExpertSteps:
                 self._hierarchical()
 
     def experts(self) -> None:
-        """The products alone."""
+        """The experts' products alone, without moving rows."""
         model, out, kernels, counts = self._model, self._out, self._kernels, self._counts
         matrices = 3 if model.gated_mlp else 2
         inner = shares(model.moe_intermediate_size, self._layout.etp, out.etp_rank)
@@ -171,7 +171,7 @@ class ExpertSteps:
         self._move(num_bytes, num_kernels)
 
     def _move(self, num_bytes: Amounts, num_kernels: int) -> None:
-        """By kernels of their own; those of some libraries move rows as they send them."""
+        """Move rows by kernels of their own, unless the library moves them as it sends them."""
         if not self._kernels.kernels_move:
             self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 

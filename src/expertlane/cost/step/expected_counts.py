@@ -90,7 +90,7 @@ class ExpectedFanOut:
 
     @classmethod
     def mean(cls, layers: Sequence["ExpectedFanOut"]) -> "ExpectedFanOut":
-        """Of some layers of one placement, or of placements with as many slots."""
+        """The mean of some layers of one placement, or of placements with as many slots."""
         most = max(each.chosen.shape[1] for each in layers)
         of_layers = np.zeros((len(layers), layers[0].chosen.shape[0], most))
         for chosen, each in zip(of_layers, layers, strict=True):
@@ -121,7 +121,7 @@ def sampled_layers(model: ModelConfig, routing: RoutingSource) -> list[int]:
 def mean_counts(
     fan_out: ExpectedFanOut, part: Scenarios, layout: Layout, top_k: int, *, by_node: bool = False
 ) -> DispatchCounts:
-    """Of a rank with a mean load; sampled counts of all ranks are as much on average."""
+    """Counts of a rank with a mean load; sampled counts of all ranks are as much on average."""
     tokens = part.stage_tokens.astype(np.float64)
     has_any = _has_any(fan_out.chosen.ravel(), tokens)
     pairs, rows = tokens * (top_k / layout.ep), tokens * (fan_out.reached / layout.ep)
@@ -133,7 +133,7 @@ def mean_counts(
 def busiest_counts(
     fan_out: ExpectedFanOut, part: Scenarios, layout: Layout, top_k: int, *, by_node: bool = False
 ) -> DispatchCounts:
-    """Of the rank whose experts have most to do, rounded up: it has whole pairs."""
+    """Counts of the rank whose experts have most to do, rounded up: it has whole pairs."""
     tokens = part.stage_tokens.astype(np.float64)
     mean = tokens * (top_k / layout.ep)
     pairs = np.where(mean > 0, _busiest_of(mean * fan_out.hot, layout.ep), 0)

@@ -49,7 +49,8 @@ SIZES: dict[Kind, tuple[str, ...]] = {
         "head_dim",
     ),
     Kind.DECODE_ATTENTION: ("seqs", "positions", "heads", "kv_heads", "head_dim"),
-    # the same in the latent: key_dim = rank + rope, value_dim = rank
+    # of latent attention: in the latent, key_dim = rank + rope and value_dim = rank; where keys and
+    # values are expanded, the widths of a head
     Kind.LATENT_PREFILL: (
         "seqs",
         "query_key_pairs",
@@ -216,7 +217,7 @@ class RankGroups:
         return OneOfGroup(near, far, int(self.num_nodes[rank]))
 
     def load(self, sent_bytes: Amounts) -> "LinkLoad":
-        """Of bytes [R, R] by source and destination."""
+        """What [R, R] bytes, by source and destination, put on the links."""
         near = sent_bytes * self.is_near
         far = sent_bytes - near
         return LinkLoad(
@@ -242,7 +243,7 @@ class OneOfGroup:
     num_nodes: int
 
     def load(self, sent_bytes: Amounts) -> "LinkLoad":
-        """Of bytes [num_links, S] in S scenarios; as many are received."""
+        """What [num_links, S] bytes put on the links in S scenarios; as many are received."""
         num_bytes, num = sent_bytes.astype(np.float64), sent_bytes.shape[1]
         peers = np.array([self.num_near, self.num_far])
         return LinkLoad(

@@ -61,7 +61,7 @@ class StageProgram:
     hand_over: HandOver | None
 
     def sections(self) -> Iterator[Section]:
-        """Those of all parts."""
+        """The sections of all parts."""
         return itertools.chain.from_iterable(self.parts)
 
     def distinct_steps(self) -> Iterator[tuple[Step, int]]:

@@ -27,7 +27,7 @@ from expertlane.spec.names import Stage
 
 
 class StepWriter(ABC):
-    """Puts down operations; over how many ranks or scenarios is its subclasses' matter.
+    """Writes operations down; subclasses decide over how many ranks or scenarios.
 
     Args:
         tp_rank, etp_rank: [A]; of the ranks.

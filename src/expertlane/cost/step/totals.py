@@ -25,7 +25,7 @@ def count(program: StepProgram, num_layers: int, num_experts: int) -> list[RankC
 
 
 class _StageCounters:
-    """Of the ranks of one pipeline stage, R."""
+    """Counters of the ranks of one pipeline stage, R."""
 
     def __init__(self, mesh: StageMesh, num_layers: int, num_experts: int) -> None:
         num_ranks, num_stages = mesh.size, len(Stage)

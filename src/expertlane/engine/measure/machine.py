@@ -21,7 +21,7 @@ _MEASURE_S = 0.6
 
 
 def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
-    """What is there."""
+    """The rank's device, its memory and its software."""
     chosen = context.platform
     if chosen.device.type == "cuda":
         free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)

@@ -119,7 +119,7 @@ def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> f
 
 
 def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
-    """Of operations queued in bursts, so that launches hide behind the device's work."""
+    """Time of operations queued in bursts, so that launches hide behind the device's work."""
     clock = clock_for(context.platform.device)
     work()
     seconds: list[float] = []

@@ -27,7 +27,7 @@ _KINDS = (Legend("baseline", BASELINE), Legend("proposal", PROPOSAL))
 
 @dataclass(frozen=True)
 class Bar:
-    """One deployment's."""
+    """The bar of one deployment."""
 
     name: str
     of: Estimate

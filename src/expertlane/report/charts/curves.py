@@ -72,7 +72,7 @@ class Axis:
     scale: Literal["linear", "log"] = "linear"
 
     def encoding(self, of: str, at: Sequence[float] = ()) -> Spec:
-        """Of a field; labels at the values themselves where those are few."""
+        """Vega's encoding of a field; labels at the values themselves where those are few."""
         axis: Spec = dict(AXIS)
         if self.scale == "log":
             places = sorted(set(at))

@@ -35,7 +35,7 @@ def by_name(field: str, looks: Mapping[str, Any]) -> Spec:
 
 
 def cells(columns: Mapping[str, Column[Any]], item: Any) -> Spec:
-    """Of a value that is drawn, the fields that its table has as columns."""
+    """The fields of a drawn value that its table has as columns."""
     return {field: column.cell(item) for field, column in columns.items()}
 
 
