@@ -37,7 +37,12 @@ from expertlane.engine.messages import (
     encode,
 )
 from expertlane.errors import TerminatedError, UserError
-from expertlane.ops.backend import Platform, choose_platform, compiled_messages
+from expertlane.ops.backend import (
+    SHARED_MEMORY,
+    Platform,
+    choose_platform,
+    compiled_messages,
+)
 from expertlane.ops.host import num_cores
 from expertlane.spec.names import Stage
 
@@ -105,7 +110,7 @@ def _open_board(
 
 def _connect(settings: RankSettings, platform: Platform, store: Store | None) -> Transport:
     bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
-    if platform.transport == "shared_memory":
+    if platform.transport.startswith(SHARED_MEMORY):
         return _share_memory(settings, bound_s)
     if store is None:
         assert settings.store_path is not None, "local ranks meet in a file"

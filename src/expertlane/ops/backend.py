@@ -22,6 +22,7 @@ from expertlane.ops.torch_backend import TorchBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SHARED_MEMORY = "shared_memory"  # begins the name of that transport
 _SETS = (BASELINE.name, AVX512_BF16.name)
 _TORCH = TorchBackend()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -79,7 +80,9 @@ def _transport_of_cpu(*, shares_memory: bool) -> str:
         raise UserError(
             "EXPERTLANE_TRANSPORT=shared_memory, but these ranks share no memory; valid here: gloo"
         )
-    return value or ("shared_memory" if shares_memory else "gloo")
+    if value == "gloo" or not shares_memory:
+        return "gloo"
+    return SHARED_MEMORY if compiled_messages() else f"{SHARED_MEMORY} (without compiled code)"
 
 
 def _allowed_sets() -> frozenset[str]:
@@ -114,7 +117,11 @@ class Platform:
 
 
 def choose_platform(
-    local_rank: int, num_local_ranks: int, dtype_name: str | None, *, shares_memory: bool
+    local_rank: int,
+    num_local_ranks: int,
+    dtype_name: str | None,
+    *,
+    shares_memory: bool = False,
 ) -> Platform:
     """One GPU a rank with NCCL and float16 where there are enough; else the CPU and float32.
 
