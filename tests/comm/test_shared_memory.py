@@ -3,7 +3,7 @@
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -111,6 +111,31 @@ def test_a_message_goes_from_one_to_another_in_order(transports):
         return None
 
     assert on_all(transports(3), [everyone], run)[2] == list(range(20))
+
+
+def test_sends_that_are_let_go_arrive_while_their_sender_does_something_else(transports):
+    """More of them than are described at a time, the last too large for one piece."""
+    sizes = [1] * 20 + [5000]
+    is_received = Event()
+
+    def run(rank, links):
+        link = links[0, 1]
+        if rank == 0:
+            works = [link.send(torch.full((n, 1), float(n)), 1) for n in sizes]
+            for work in works:
+                work.let_go()
+            assert is_received.wait(_TIMEOUT_S)
+            for work in works:
+                work.wait()
+            return None
+        rows = [torch.zeros(n, 1) for n in sizes]
+        for each in rows:
+            link.receive(each, 0).wait()
+        is_received.set()
+        return [each.unique().tolist() for each in rows]
+
+    received = on_all(transports(2, heap_bytes=1 << 14), [(0, 1)], run)[1]
+    assert received == [[float(n)] for n in sizes]
 
 
 @pytest.mark.parametrize("heap_bytes", [1 << 14, 1 << 22])

@@ -46,6 +46,11 @@ class Pending:
         self._sent = None
         return self._received if self._finish is None else self._finish(self._received)
 
+    def let_go(self) -> None:
+        """Block until a send goes on by itself: before a rank waits for its next command."""
+        if self._work is not None:
+            self._work.let_go()
+
 
 class Group:
     """Ranks that exchange rows of two-dimensional tensors.

@@ -129,8 +129,14 @@ class _SharedWork:
     ) -> None:
         self._endpoint, self._exchange = endpoint, exchange
         self._ranks, self._timeout_s = ranks, timeout_s
+        self._is_done = False
+
+    def let_go(self) -> None:
+        self.wait()  # of a send, until it lies in shared memory
 
     def wait(self) -> None:
+        if self._is_done:
+            return
         deadline_s = time.monotonic() + self._timeout_s
         state, place = self._endpoint.wait(self._exchange, min(_SLICE_S, self._timeout_s))
         while state == 1:
@@ -141,6 +147,7 @@ class _SharedWork:
             state, place = self._endpoint.wait(self._exchange, min(_SLICE_S, left_s))
         if state == 2:
             raise PeerLostError(f"rank {self._ranks[place]} sent another size than expected")
+        self._is_done = True
 
 
 class SharedLink:

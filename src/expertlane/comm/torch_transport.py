@@ -2,7 +2,7 @@
 
 Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
 asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
-reduce-scatter or all-reduce of the same rows (benchmarks/bench_collectives.py). Only an all-gather
+reduce-scatter or all-reduce of the same rows (docs/log.md). Only an all-gather
 of many bytes goes by single sends and receives: an all-to-all would need a copy of the rows for
 every rank.
 """
@@ -39,6 +39,9 @@ class _TorchWork:
         with _blaming_peers():
             for work in self._works:
                 work.wait()
+
+    def let_go(self) -> None:
+        """Threads of gloo and nccl see to it."""
 
 
 class TorchLink:

@@ -23,6 +23,14 @@ class Work(Protocol):
         """
         ...
 
+    def let_go(self) -> None:
+        """Block until a send goes on without this rank, which may do something else for long.
+
+        Raises:
+            PeerLostError: as `wait`.
+        """
+        ...
+
 
 class Link(Protocol):
     """Transfers among the ranks of one group; every rank of it begins them in the same order.
