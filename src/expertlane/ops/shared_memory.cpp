@@ -67,7 +67,7 @@ struct Exchange {
     bool sends = false, same_for_all = false, is_done = false;
     const char* from = nullptr;
     std::vector<Part> parts;  // of `from`
-    int64_t block = -1;       // of the heap that holds `from` already
+    int64_t block = -1;       // of the heap
     uint32_t message = 0, num_pieces = 0, num_published = 0;
     std::vector<Incoming> incoming;
     int64_t differing = -1;  // a place whose message has another size than was expected
@@ -130,21 +130,8 @@ void wake_consumers(const Group& group, bool in_pieces) {
     }
 }
 
-// Describe a message that lies in the heap.
-void describe_in_place(Endpoint& endpoint, Exchange& exchange, Description& description) {
-    int64_t most = 0;
-    for (int64_t place = 0; place < exchange.group->size; ++place) {
-        description.parts[place] = exchange.parts[place];
-        most = std::max(most, exchange.parts[place].bytes);
-    }
-    endpoint.heap.share(exchange.block);
-    exchange.num_pieces = 1;
-    description.piece_bytes = most;
-    description.blocks[0] = exchange.from - endpoint.region.heap(endpoint.rank);
-}
-
-// Describe a message that is to be copied into the heap; false where there is no room yet.
-bool describe_copy(Endpoint& endpoint, Exchange& exchange, Description& description) {
+// Find room for a message and say where it will lie; false where there is none yet.
+bool find_room(Endpoint& endpoint, Exchange& exchange, Description& description) {
     const int64_t size = exchange.group->size, place = exchange.group->place;
     int64_t most = 0, total = 0;
     for (const Part& part : exchange.parts) {
@@ -183,8 +170,7 @@ bool describe(Endpoint& endpoint, Exchange& exchange) {
         return false;
     }
     Description& description = group.description(group.place, exchange.message);
-    if (exchange.block >= 0) describe_in_place(endpoint, exchange, description);
-    else if (!describe_copy(endpoint, exchange, description)) return false;
+    if (!find_room(endpoint, exchange, description)) return false;
     description.first_piece = group.num_pieces_sent;
     description.num_pieces = exchange.num_pieces;
     group.num_pieces_sent += exchange.num_pieces;
@@ -196,7 +182,6 @@ bool describe(Endpoint& endpoint, Exchange& exchange) {
 void copy_piece(const Endpoint& endpoint, const Exchange& exchange, const Description& description,
                 uint32_t piece) {
     char* block = endpoint.region.heap(endpoint.rank) + description.blocks[piece % 2];
-    if (block == exchange.from) return;  // it lies there
     const int64_t begin = piece * description.piece_bytes;
     for (int64_t other = 0; other < exchange.group->size; ++other) {
         const Part& part = exchange.parts[other];
@@ -347,18 +332,6 @@ void* shared_group(void* of, int64_t id, int64_t offset, int64_t size, int64_t p
     return endpoint.groups.back().get();
 }
 
-// Bytes in the heap for a message that then need not be copied; null where there is no room.
-void* shared_take(void* of, int64_t bytes) {
-    auto& endpoint = *(Endpoint*)of;
-    const int64_t offset = bytes > endpoint.region.heap_bytes / 4 ? -1 : endpoint.take(bytes);
-    return offset < 0 ? nullptr : endpoint.region.heap(endpoint.rank) + offset;
-}
-
-void shared_give_back(void* of, const char* bytes) {
-    auto& endpoint = *(Endpoint*)of;
-    endpoint.heap.give_back(bytes - endpoint.region.heap(endpoint.rank));
-}
-
 // Begin an exchange of rows. send [size]: how many to each place, one after another in `from`, or
 // the first for all; -1 for no message. receive [size]: how many from each place, one after another
 // in `to`; -1 for no message. `from` stays as it is until the end.
@@ -372,10 +345,6 @@ void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t*
     exchange.from = from;
     exchange.same_for_all = same_for_all;
     exchange.parts.resize(group.size);
-    const char* heap = endpoint.region.heap(endpoint.rank);
-    if (from >= heap && from < heap + endpoint.region.heap_bytes) {
-        exchange.block = endpoint.heap.block_with(from - heap);
-    }
     const char* own = from;
     int64_t offset = 0;
     for (int64_t place = 0; place < group.size; ++place) {

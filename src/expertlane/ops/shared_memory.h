@@ -67,7 +67,7 @@ struct Region {
     char* heap(int64_t rank) const { return groups() + groups_bytes + rank * heap_bytes; }
 };
 
-// Which bytes of its heap a rank uses, and how often. First fit, from the low end: what was touched
+// Which bytes of its heap a rank uses. First fit, from the low end: what was touched
 // before is used again.
 class Heap {
   public:
@@ -79,44 +79,30 @@ class Heap {
             if (size < bytes) continue;
             free_.erase(offset);
             if (size > bytes) free_[offset + bytes] = size - bytes;
-            taken_[offset] = {bytes, 1};
+            taken_[offset] = bytes;
             return offset;
         }
         return -1;
     }
 
-    void share(int64_t offset) { ++taken_.at(offset).num_uses; }
-
     void give_back(int64_t offset) {
         auto taken = taken_.find(offset);
-        if (--taken->second.num_uses) return;
-        auto place = free_.emplace(offset, taken->second.bytes).first;
+        auto place = free_.emplace(offset, taken->second).first;
         taken_.erase(taken);
         if (auto next = std::next(place); next != free_.end()) join(place, next);
         if (place != free_.begin()) join(std::prev(place), place);
     }
 
-    int64_t block_with(int64_t offset) const {  // -1: none
-        auto after = taken_.upper_bound(offset);
-        if (after == taken_.begin()) return -1;
-        auto block = std::prev(after);
-        return offset < block->first + block->second.bytes ? block->first : -1;
-    }
-
   private:
-    struct Taken {
-        int64_t bytes, num_uses;
-    };
-    using Free = std::map<int64_t, int64_t>;  // offset: bytes
+    using Blocks = std::map<int64_t, int64_t>;  // offset: bytes
 
-    void join(Free::iterator place, Free::iterator next) {
+    void join(Blocks::iterator place, Blocks::iterator next) {
         if (place->first + place->second != next->first) return;
         place->second += next->second;
         free_.erase(next);
     }
 
-    Free free_;
-    std::map<int64_t, Taken> taken_;
+    Blocks free_, taken_;
 };
 
 }  // namespace
