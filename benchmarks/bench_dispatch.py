@@ -8,7 +8,8 @@ plain torch operations, which sorts rows by expert and back. All take turns over
 time is that of the slowest rank, the median of the rounds. `cpu` is the ratio of the processor time
 of all ranks, which other programs on the machine disturb less. `hierarchical` has two nodes of half
 the ranks. Sixteen ranks on a few cores are slow and noisy, since they wait for one another more
-than for bytes; that says nothing of a cluster. Run it with nothing else on the machine:
+than for bytes; that says nothing of a cluster. `EXPERTLANE_TRANSPORT=gloo` measures gloo. Run it
+with nothing else on the machine:
 
     python benchmarks/bench_dispatch.py [--ranks 2 8] [--tokens 256 1024] [--top-k 2 4]
 """
@@ -23,7 +24,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from bench_ranks import MeasureDispatch, start_ranks
 from rich.console import Console
 from rich.progress import Progress
@@ -32,9 +32,10 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import interleave
+from expertlane.comm.collectives import Group, interleave
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.transport import Work
 from expertlane.engine.worker import RankContext
 from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
@@ -56,42 +57,6 @@ class Point(NamedTuple):
     top_k: int
 
 
-class AllToAll(NamedTuple):
-    """One all-to-all of a form, on buffers of its own."""
-
-    received: Tensor
-    rows: Tensor
-    splits: dict[str, Any]
-
-    def run(self) -> None:
-        """Begin it and wait."""
-        dist.all_to_all_single(self.received, self.rows, **self.splits).wait()
-
-
-class Sends(NamedTuple):
-    """Sends and receives of a form, on buffers of their own."""
-
-    operations: list[dist.P2POp]
-
-    @classmethod
-    def like(cls, operations: list[dist.P2POp]) -> "Sends":
-        """The same between the same ranks; what is sent more than once stays one buffer."""
-        buffers = {each.tensor.data_ptr(): torch.ones_like(each.tensor) for each in operations}
-        return cls(
-            [
-                dist.P2POp(
-                    each.op, buffers[each.tensor.data_ptr()], each.peer, each.group, each.tag
-                )
-                for each in operations
-            ]
-        )
-
-    def run(self) -> None:
-        """Begin them and wait."""
-        for work in dist.batch_isend_irecv(self.operations):
-            work.wait()
-
-
 @torch.inference_mode()
 def measure(
     context: RankContext, command: MeasureDispatch
@@ -111,10 +76,10 @@ def measure(
     mesh = ParallelMesh(layout, context.meshes, context.rank, per_node, recorder)
     placement = Placement.linear(NUM_EXPERTS, num_ranks)
     choice = CopyChooser(mesh, placement, torch.device("cpu"))
-    seconds, expected = {}, naive(inputs, NUM_EXPERTS // num_ranks)
+    seconds, expected = {}, naive(inputs, mesh)
     for form in FORMS:
         dispatcher = make_dispatcher(form, mesh, placement, choice, Payload("model", recorder))
-        with capturing() as transfers:
+        with capturing(mesh) as transfers:
             arrived, pairs, sent = interleave([dispatcher.dispatch(inputs)])[0]
             rows = arrived.index_select(0, pairs.rows)
             results = torch.empty_like(rows).index_copy_(0, pairs.order, rows)
@@ -122,11 +87,11 @@ def measure(
         torch.testing.assert_close(combined, expected, rtol=0.05, atol=0.05)  # bfloat16 sums
         variants = {
             "form": partial(round_trip, dispatcher, inputs, results),
-            "bare": lambda transfers=transfers: [transfer.run() for transfer in transfers],
+            "bare": lambda transfers=transfers: [begin().wait() for begin in transfers],
         }
         if form == "all_to_all":
-            variants["naive"] = partial(naive, inputs, NUM_EXPERTS // num_ranks)
-        seconds[form] = take_turns(context, variants, max(1, SAMPLE_TOKENS // num_tokens))
+            variants["naive"] = partial(naive, inputs, mesh)
+        seconds[form] = take_turns(context, mesh, variants, max(1, SAMPLE_TOKENS // num_tokens))
     return seconds
 
 
@@ -136,33 +101,41 @@ def round_trip(dispatcher: Dispatcher, inputs: RoutedTokens, results: Tensor) ->
 
 
 @contextmanager
-def capturing() -> Iterator[list[AllToAll | Sends]]:
-    """Collect the transfers that are begun inside, with buffers like theirs."""
-    transfers: list[AllToAll | Sends] = []
-    all_to_all, batch = dist.all_to_all_single, dist.batch_isend_irecv
+def capturing(mesh: ParallelMesh) -> Iterator[list[Callable[[], Work]]]:
+    """Collect what begins the transfers that are begun inside, with buffers like theirs."""
+    transfers: list[Callable[[], Work]] = []
+    links = list({id(each): each for each in (group._link for group in groups_of(mesh))}.values())
 
-    def all_to_all_single(received: Tensor, rows: Tensor, **splits: Any) -> Any:
-        transfers.append(AllToAll(torch.ones_like(received), torch.ones_like(rows), splits))
-        return all_to_all(received, rows, **splits)
+    def captured(begin: Callable[..., Work], *given: Any) -> Work:
+        buffers = [torch.ones_like(each) if isinstance(each, Tensor) else each for each in given]
+        transfers.append(partial(begin, *buffers))
+        return begin(*given)
 
-    def batch_isend_irecv(operations: list[dist.P2POp]) -> Any:
-        transfers.append(Sends.like(operations))
-        return batch(operations)
-
-    dist.all_to_all_single, dist.batch_isend_irecv = all_to_all_single, batch_isend_irecv
+    for link in links:
+        for name in ("all_to_all", "all_gather"):
+            setattr(link, name, partial(captured, getattr(link, name)))
     try:
         yield transfers
     finally:
-        dist.all_to_all_single, dist.batch_isend_irecv = all_to_all, batch
+        for link in links:
+            del link.all_to_all, link.all_gather
+
+
+def groups_of(mesh: ParallelMesh) -> list[Group]:
+    groups = [mesh.ep, mesh.stage, mesh.ep_inter, mesh.ep_intra]
+    return [group for group in groups if group.size > 1]
 
 
 def take_turns(
-    context: RankContext, variants: dict[str, Callable[[], object]], num_repeats: int
+    context: RankContext,
+    mesh: ParallelMesh,
+    variants: dict[str, Callable[[], object]],
+    num_repeats: int,
 ) -> dict[str, list[list[float]]]:
     seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
     for number in range(-1, NUM_ROUNDS):  # the first is not counted
         for name, variant in list(variants.items())[:: 1 if number % 2 else -1]:
-            dist.barrier()
+            mesh.stage.all_gather(torch.zeros(1, 1), [1] * mesh.stage.size).wait()
             began = time.perf_counter(), time.process_time()
             for _ in range(num_repeats):
                 variant()
@@ -174,15 +147,16 @@ def take_turns(
     return seconds
 
 
-def naive(inputs: RoutedTokens, experts_a_rank: int) -> Tensor:
+def naive(inputs: RoutedTokens, mesh: ParallelMesh) -> Tensor:
     """A flat all-to-all as first written: nothing packed, counts of rows and of pairs apart."""
     x, topk_ids, weights, _ = inputs
-    size, (num_tokens, top_k) = dist.get_world_size(), topk_ids.shape
+    size, (num_tokens, top_k) = mesh.ep.size, topk_ids.shape
+    experts_a_rank = NUM_EXPERTS // size
 
     def exchange(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(received, rows, receive, send)
-        return received
+        flat = rows.reshape(len(rows), -1)
+        received = mesh.ep.all_to_all(flat, send, receive).wait()
+        return received.view(-1, *rows.shape[1:])
 
     ranks = topk_ids // experts_a_rank
     reached = torch.zeros(num_tokens, size, dtype=torch.bool).scatter_(1, ranks, True)

@@ -23,7 +23,7 @@ from rich.table import Table
 from expertlane import __version__
 from expertlane.balance.placement import Placement
 from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
+from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder, clock_for
 from expertlane.model.forward_batch import ForwardBatch
@@ -89,7 +89,7 @@ class Bench:
         self._recorder = Recorder(
             0, 1, model.num_experts, board.reporter(0), clock_for(device), world_size=1
         )
-        mesh = ParallelMesh(self._layout, DeviceMeshes(device.type), 0, 1, self._recorder)
+        mesh = ParallelMesh(self._layout, Meshes(), 0, 1, self._recorder)
         self.stage = TransformerStage(
             model,
             [Placement.linear(model.num_experts, 1)],

@@ -11,9 +11,11 @@ TIMEOUT_S = 60.0
 
 
 class MeasureCollectives(Command[dict[str, float]]):
-    """Median seconds of a call, by collective."""
+    """Median seconds of a call, by collective; `num_bytes` to each other rank."""
 
-    num_rows: int
+    num_ranks: int
+    num_bytes: int
+    num_calls: int
 
 
 class MeasureDispatch(Command[dict[str, dict[str, list[list[float]]]]]):

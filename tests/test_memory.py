@@ -5,7 +5,7 @@ import torch
 
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
-from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
+from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import CapacityError
 from expertlane.memory import PlacedModel, RankMemory, workload_limits
@@ -37,17 +37,17 @@ def memory_of(
     return placed(model, Layout.parse(layout), NumberTypes.all_of(dtype)).rank_memory(limits, rank)
 
 
-class NoGroups(DeviceMeshes):
+class NoGroups(Meshes):
     """For ranks that are built and never talk."""
 
-    def process_group(self, ranks):
+    def link(self, ranks):
         return None
 
 
 def held_by_engine(model, layout, rank, dtype) -> TransformerStage:
     """What the engine builds for a rank, with one position of cache."""
     recorder = SimpleNamespace()
-    mesh = ParallelMesh(layout, NoGroups("cpu"), rank, 8, recorder)
+    mesh = ParallelMesh(layout, NoGroups(), rank, 8, recorder)
     source = SeededWeights(model, 0, getattr(torch, dtype), torch.device("cpu"), touch=lambda: None)
     placements = placements_of(model, layout, Options())
     stage = TransformerStage(model, placements, source, mesh)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from expertlane.balance.copies import CopyChoice, usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
+from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.cost.step.counts import count_dispatch
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.moe.dispatch import CopyChooser
@@ -26,10 +26,10 @@ BACKENDS = [TorchBackend(), backend_for(torch.device("cpu"))]
 NAMES = [type(ops).__name__ for ops in BACKENDS]
 
 
-class NoGroups(DeviceMeshes):
+class NoGroups(Meshes):
     """For ranks that are built and never talk."""
 
-    def process_group(self, ranks):
+    def link(self, ranks):
         return None
 
 
@@ -59,7 +59,7 @@ def chosen_by_ranks(ops, layout, ranks_per_node, placement, owned, topk_ids):
     chosen = []
     for rank, ids in enumerate(np.split(topk_ids, np.cumsum(owned)[:-1])):
         recorder = SimpleNamespace(is_recording=False)
-        mesh = ParallelMesh(layout, NoGroups("cpu"), rank, ranks_per_node, recorder)
+        mesh = ParallelMesh(layout, NoGroups(), rank, ranks_per_node, recorder)
         choice = CopyChooser(mesh, placement, torch.device("cpu"))
         choice.ops = ops
         physical = choice.physical_ids(torch.from_numpy(np.ascontiguousarray(ids)))

@@ -16,7 +16,7 @@ from expertlane.moe.dispatch import CopyChooser
 from expertlane.spec.layout import Layout
 
 SILENT = SimpleNamespace(is_recording=False)
-NO_GROUPS = SimpleNamespace(process_group=lambda ranks: None)
+NO_GROUPS = SimpleNamespace(link=lambda ranks: None)
 
 
 def chosen_loads(layout, ranks_per_node, placement, num_pairs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import DeviceMeshes, ParallelMesh
+from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.model.attention import Attention, RotaryEmbedding
@@ -48,7 +48,7 @@ def attend(weights):
     """Feed parts (slot, num_computed, x [num_scheduled, 6]) as one batch; the outputs by part."""
     rotary = RotaryEmbedding(MODEL, CPU)
     recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
-    mesh = ParallelMesh(Layout(), DeviceMeshes("cpu"), 0, 1, recorder)
+    mesh = ParallelMesh(Layout(), Meshes(), 0, 1, recorder)
     attention = Attention(MODEL, 0, Given(*weights), mesh, rotary)
     num_blocks = NUM_SLOTS * MAX_LEN // BLOCK_SIZE
     cache = KVCache(num_blocks, BLOCK_SIZE, *attention.cache_dims, torch.float32, CPU)

@@ -1,41 +1,18 @@
-"""The seam to `torch.distributed`: the only file that starts a transfer, or waits for one.
+"""The collectives of a group of ranks, on the link that its transport gives it.
 
-Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
-asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
-reduce-scatter or all-reduce of the same rows (benchmarks/bench_collectives.py). It also leaves
-every sum to us, in float32 and in rank order. Only an all-gather of many bytes goes by single sends
-and receives: an all-to-all would need a copy of the rows for every rank.
+Every sum is ours, in float32 and in rank order, so a result does not depend on the transport.
 """
 
-import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from expertlane.comm.recorder import Recorder
-from expertlane.errors import RankError
+from expertlane.comm.transport import Link, Work
 from expertlane.ops.backend import backend_for
 from expertlane.spec.names import Traffic
-
-_MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
-_GATHER_TAG = 1  # keeps its sends apart from others between the same ranks
-
-
-class PeerLostError(RankError):
-    """A transfer failed or timed out: some other rank is the cause."""
-
-
-@contextlib.contextmanager
-def _blaming_peers() -> Iterator[None]:
-    """Turn the backend's errors into `PeerLostError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLostError(str(error).splitlines()[0]) from error
 
 
 class Pending:
@@ -44,13 +21,13 @@ class Pending:
     def __init__(
         self,
         recorder: Recorder,
-        works: Sequence[Any],
+        work: Work | None,
         received: Tensor,
         sent: Tensor | None = None,
         finish: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._recorder = recorder
-        self._works = works
+        self._work = work
         self._received, self._finish = received, finish
         self._sent = sent  # must outlive the transfer
         self._stage, self._layer = recorder.stage, recorder.layer
@@ -62,21 +39,24 @@ class Pending:
             PeerLostError: the other side is gone or did not answer within the group's bound.
         """
         self._recorder.enter(self._stage, self._layer)
-        if self._works:
+        if self._work is not None:
             begin = self._recorder.begin_wait()
-            with _blaming_peers():
-                for work in self._works:
-                    work.wait()
+            self._work.wait()
             self._recorder.end_wait(begin)
         self._sent = None
         return self._received if self._finish is None else self._finish(self._received)
+
+    def let_go(self) -> None:
+        """Block until a send goes on by itself: before a rank waits for its next command."""
+        if self._work is not None:
+            self._work.let_go()
 
 
 class Group:
     """Ranks that exchange rows of two-dimensional tensors.
 
     Args:
-        process_group: None for a group of one.
+        link: None for a group of one.
         ranks_per_node: consecutive global ranks that share a node.
 
     Attributes:
@@ -87,13 +67,13 @@ class Group:
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup | None,
+        link: Link | None,
         ranks: Sequence[int],
         rank: int,
         ranks_per_node: int,
         recorder: Recorder,
     ) -> None:
-        self._process_group = process_group
+        self._link = link
         self.ranks = list(ranks)
         self.nodes = [each // ranks_per_node for each in ranks]
         self._recorder = recorder
@@ -114,20 +94,13 @@ class Group:
         metadata_bytes: int,
         finish: Callable[[Tensor], Tensor] | None = None,
     ) -> Pending:
+        if self._link is None:
+            return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
-        row_bytes = rows.shape[1] * rows.itemsize
-        self._count(send, row_bytes, metadata_bytes)
+        self._count(send, rows.shape[1] * rows.itemsize, metadata_bytes)
         received = rows.new_empty((sum(receive), rows.shape[1]))
-        with _blaming_peers():
-            work = dist.all_to_all_single(
-                received,
-                rows,
-                output_split_sizes=list(receive),
-                input_split_sizes=list(send),
-                group=self._process_group,
-                async_op=True,
-            )
-        return Pending(self._recorder, [work], received, rows, finish)
+        work = self._link.all_to_all(rows, send, received, receive)
+        return Pending(self._recorder, work, received, rows, finish)
 
     def all_to_all(
         self,
@@ -146,8 +119,6 @@ class Group:
         Returns:
             [sum(receive), width] when waited for.
         """
-        if self.size == 1:
-            return Pending(self._recorder, (), rows)
         return self._exchange(rows, send, receive, metadata_bytes)
 
     def all_gather(
@@ -161,36 +132,13 @@ class Group:
         Returns:
             [sum(num_rows_of), width] when waited for.
         """
-        if self.size == 1:
-            return Pending(self._recorder, (), rows)
-        if max(num_rows_of) * rows.shape[1] * rows.itemsize >= _MANY_BYTES:
-            return self._gather_by_sends(rows.contiguous(), num_rows_of, metadata_bytes)
-        send = [rows.shape[0]] * self.size
-        return self._exchange(rows.repeat(self.size, 1), send, num_rows_of, metadata_bytes)
-
-    def _gather_by_sends(
-        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int
-    ) -> Pending:
-        row_bytes = rows.shape[1] * rows.itemsize
-        self._count([len(rows)] * self.size, row_bytes, metadata_bytes)
+        if self._link is None:
+            return Pending(self._recorder, None, rows)
+        rows = rows.contiguous()
+        self._count([len(rows)] * self.size, rows.shape[1] * rows.itemsize, metadata_bytes)
         received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
-        parts = torch.split(received, list(num_rows_of))
-        operations = []
-        for away in range(1, self.size):  # every rank begins with another
-            to, source = (self.rank + away) % self.size, (self.rank - away) % self.size
-            for operation, part, peer in (
-                (dist.isend, rows, to),
-                (dist.irecv, parts[source], source),
-            ):
-                if len(part):
-                    group = self._process_group
-                    operations.append(
-                        dist.P2POp(operation, part, self.ranks[peer], group, _GATHER_TAG)
-                    )
-        with _blaming_peers():
-            works = dist.batch_isend_irecv(operations)
-        parts[self.rank].copy_(rows)
-        return Pending(self._recorder, works, received, rows)
+        work = self._link.all_gather(rows, received, num_rows_of)
+        return Pending(self._recorder, work, received, rows)
 
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
@@ -201,8 +149,6 @@ class Group:
         Returns:
             [num_rows_of[self.rank], width] in the dtype of `rows` when waited for.
         """
-        if self.size == 1:
-            return Pending(self._recorder, (), rows)
         own = num_rows_of[self.rank]
 
         def add_up(received: Tensor) -> Tensor:
@@ -214,21 +160,18 @@ class Group:
         """Begin to send rows to the rank at place `to`; None where there are none to send."""
         if rows.shape[0] == 0:
             return None
+        assert self._link is not None, "there is another rank"
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
         self._recorder.count_collective()
         self._recorder.count_sent(Traffic.PAYLOAD, [self.ranks[to]], [rows.shape[0]], row_bytes)
-        with _blaming_peers():
-            work = dist.isend(rows, dst=self.ranks[to], group=self._process_group)
-        return Pending(self._recorder, [work], rows)
+        return Pending(self._recorder, self._link.send(rows, to), rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
-        """Begin to fill `rows` from the rank at place `source`."""
-        works = []
-        if rows.shape[0]:
-            with _blaming_peers():
-                works = [dist.irecv(rows, src=self.ranks[source], group=self._process_group)]
-        return Pending(self._recorder, works, rows)
+        """Begin to fill `rows`, contiguous, from the rank at place `source`."""
+        assert self._link is not None, "there is another rank"
+        work = self._link.receive(rows, source) if rows.shape[0] else None
+        return Pending(self._recorder, work, rows)
 
 
 ResultT = TypeVar("ResultT")

@@ -1,20 +1,19 @@
-"""The groups of ranks that a layout communicates in, on torch device meshes.
+"""The groups of ranks that a layout communicates in.
 
 Attention sees a world of (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same
 ranks. Many groups of these views have the same ranks (at `ep = dp·tp` the expert-parallel group is
-the whole stage), and layouts share them too, so groups are made once for every set of ranks: each
-one costs threads and sockets.
+the whole stage), and layouts share them too, so groups are made once for every set of ranks: with
+gloo each one costs threads and sockets.
 """
 
 from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from expertlane.comm.collectives import Group
 from expertlane.comm.recorder import Recorder
+from expertlane.comm.transport import Link, Transport
 from expertlane.spec.layout import Layout
 
 AXES = ("tp", "pp", "ep", "etp", "stage")
@@ -49,12 +48,16 @@ def groups_of_axis(layout: Layout, axis: str, ranks_per_node: int = 1) -> list[l
     return groups
 
 
-class DeviceMeshes:
-    """One-dimensional meshes by their ranks, shared by axes and layouts."""
+class Meshes:
+    """Groups by their ranks, shared by axes and layouts.
 
-    def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
-        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+    Args:
+        transport: None for one rank alone.
+    """
+
+    def __init__(self, transport: Transport | None = None) -> None:
+        self._transport = transport
+        self._made: set[tuple[int, ...]] = set()
 
     def make(self, layout: Layout, ranks_per_node: int = 0) -> None:
         """Make what `layout` needs and is not there yet. Collective over *all* ranks.
@@ -63,8 +66,9 @@ class DeviceMeshes:
             ranks_per_node: where axes of nodes are wanted too.
         """
         for ranks in self._groups(layout, ranks_per_node):
-            if ranks not in self._meshes:
-                self._meshes[ranks] = DeviceMesh(self._device_type, torch.tensor(ranks))
+            if ranks not in self._made and self._transport is not None:
+                self._transport.make(ranks)
+                self._made.add(ranks)
 
     def _groups(self, layout: Layout, ranks_per_node: int) -> Iterator[tuple[int, ...]]:
         for axis in (*AXES, *NODE_AXES) if ranks_per_node else AXES:
@@ -72,9 +76,10 @@ class DeviceMeshes:
                 if len(ranks) > 1:
                     yield tuple(ranks)
 
-    def process_group(self, ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
-        """The group of exactly these ranks, of which the caller is one."""
-        return self._meshes[ranks].get_group()
+    def link(self, ranks: tuple[int, ...]) -> Link:
+        """Of the group of exactly these ranks, of which the caller is one."""
+        assert self._transport is not None, "there are other ranks"
+        return self._transport.link(ranks)
 
 
 class ParallelMesh:
@@ -91,7 +96,7 @@ class ParallelMesh:
     def __init__(
         self,
         layout: Layout,
-        meshes: DeviceMeshes,
+        meshes: Meshes,
         rank: int,
         ranks_per_node: int,
         recorder: Recorder,
@@ -107,8 +112,8 @@ class ParallelMesh:
     def _group(self, axis: str) -> Group:
         groups = groups_of_axis(self.layout, axis, self._ranks_per_node)
         ranks = next(ranks for ranks in groups if self._rank in ranks)
-        process_group = self._meshes.process_group(tuple(ranks)) if len(ranks) > 1 else None
-        return Group(process_group, ranks, self._rank, self._ranks_per_node, self.recorder)
+        link = self._meshes.link(tuple(ranks)) if len(ranks) > 1 else None
+        return Group(link, ranks, self._rank, self._ranks_per_node, self.recorder)
 
     @cached_property
     def ep_inter(self) -> Group:

@@ -39,6 +39,8 @@ class RankSettings:
 
     Attributes:
         board_fd: of the progress board's file; None where it is not shared.
+        memory_fd: of the memory that all ranks share for their messages; None where there is none.
+        wake_fds: an eventfd for each rank that shares it.
         store_path: the rendezvous file of local ranks; None under torchrun.
         timeout_s: the bound on any wait for other ranks.
     """
@@ -48,6 +50,8 @@ class RankSettings:
     local_rank: int
     num_local_ranks: int
     board_fd: int | None
+    memory_fd: int | None
+    wake_fds: list[int]
     store_path: str | None
     timeout_s: float
     dtype: str | None
@@ -73,8 +77,9 @@ class ServerSettings:
 
     def descriptors(self) -> list[int]:
         """All file descriptors that the server inherits from the launcher."""
-        shared = self.first_rank.board_fd, self.store_fd
-        own = [self.control_fd, *self.rank_fds]
+        first = self.first_rank
+        shared = first.board_fd, first.memory_fd, self.store_fd
+        own = [self.control_fd, *self.rank_fds, *first.wake_fds]
         return own + [descriptor for descriptor in shared if descriptor is not None]
 
     def of_rank(self, rank: int) -> RankSettings:

@@ -55,8 +55,8 @@ def describe_ranks(pool: RankPool) -> list[RankMachine]:
     """What each rank sees of its machine.
 
     Raises:
-        UserError: they do not all use the same kernels. Experts move between ranks in their
-            memory layout, which our kernels and torch do not share.
+        UserError: they do not all use the same kernels or transport. Experts move between ranks in
+            their memory layout, which our kernels and torch do not share.
     """
     machines = pool.call(DescribeMachine())
     for rank, machine in enumerate(machines):
@@ -66,6 +66,11 @@ def describe_ranks(pool: RankPool) -> list[RankMachine]:
                 f"rank 0 on {machines[0].host} computes with {ours}, but rank {rank} on "
                 f"{machine.host} with {theirs}; set EXPERTLANE_BACKEND=torch on all nodes, or "
                 "make them alike"
+            )
+        if machine.backend != machines[0].backend:
+            raise UserError(
+                f"rank 0 exchanges messages by {machines[0].backend}, but rank {rank} by "
+                f"{machine.backend}; set EXPERTLANE_TRANSPORT=gloo on all nodes"
             )
     return machines
 

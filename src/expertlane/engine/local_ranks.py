@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.region import Region
 from expertlane.engine.fork_server import RankSettings, ServerSettings, python_command
 from expertlane.engine.messages import Channel
 from expertlane.errors import CapacityError, RankError
@@ -42,6 +43,8 @@ class RunFiles:
 
     Attributes:
         board: of the run's ranks, in the file `board_fd`.
+        memory_fd: of the memory for messages; None where the system has no unnamed shared memory.
+        wake_fds: [num_ranks]; eventfds, or none.
         store_path: the rendezvous file of local ranks; where it is in memory, they inherit its
             descriptor.
 
@@ -52,6 +55,8 @@ class RunFiles:
     def __init__(self, num_ranks: int) -> None:
         self._descriptors: list[int] = []
         self.store_fd: int | None = None
+        self.memory_fd: int | None = None
+        self.wake_fds: list[int] = []
         self.store_path = ""
         try:
             self.board_fd = self._unnamed_file()
@@ -59,6 +64,11 @@ class RunFiles:
             if hasattr(os, "memfd_create"):
                 self.store_fd = self._unnamed_file()
                 self.store_path = f"/proc/self/fd/{self.store_fd}"
+                self.memory_fd = self._unnamed_file()
+                os.ftruncate(self.memory_fd, Region(num_ranks).num_bytes)
+                for _ in range(num_ranks):
+                    self.wake_fds.append(os.eventfd(0, os.EFD_NONBLOCK))
+                    self._descriptors.append(self.wake_fds[-1])
             else:
                 descriptor, self.store_path = tempfile.mkstemp(prefix="expertlane-")
                 os.close(descriptor)
@@ -132,6 +142,8 @@ class LocalRanks:
                 local_rank=0,
                 num_local_ranks=num_ranks,
                 board_fd=files.board_fd,
+                memory_fd=files.memory_fd,
+                wake_fds=files.wake_fds,
                 store_path=files.store_path,
                 timeout_s=timeout_s,
                 dtype=dtype,

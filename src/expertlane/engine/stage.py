@@ -200,6 +200,8 @@ class DeployedStage:
                 recorder.enter(Stage.HEAD)
                 seq_ids = part.batch.yielding_seq_ids
                 changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
+        for send in self._sends[-1]:
+            send.let_go()
         outcome.record = recorder.end_step()
         return outcome
 

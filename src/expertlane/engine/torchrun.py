@@ -210,6 +210,8 @@ def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
         local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         board_fd=_open_board(launcher),
+        memory_fd=None,
+        wake_fds=[],
         store_path=None,
         timeout_s=timeout_s,
         dtype=dtype,

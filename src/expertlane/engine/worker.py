@@ -17,9 +17,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
-from expertlane.comm.collectives import PeerLostError
-from expertlane.comm.mesh import DeviceMeshes
+from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
+from expertlane.comm.region import Region
+from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.comm.torch_transport import TorchTransport
+from expertlane.comm.transport import PeerLostError, Transport
+from expertlane.comm.uncompiled import UncompiledEndpoint
 from expertlane.engine.commands import Command
 from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.messages import (
@@ -33,12 +37,19 @@ from expertlane.engine.messages import (
     encode,
 )
 from expertlane.errors import TerminatedError, UserError
-from expertlane.ops.backend import Platform, choose_platform
+from expertlane.ops.backend import (
+    SHARED_MEMORY,
+    Platform,
+    choose_platform,
+    compiled_messages,
+)
+from expertlane.ops.host import num_cores
 from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
 _GROUP_TIMEOUT_MARGIN_S = 30.0
 _HEARTBEAT_S = 1.0
+_NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
 _LINGER_S = 10.0
 
 
@@ -54,7 +65,7 @@ class RankContext:
     settings: RankSettings
     platform: Platform
     progress: ProgressReporter
-    meshes: DeviceMeshes
+    meshes: Meshes
     deployed: Any = None
 
     @property
@@ -97,7 +108,10 @@ def _open_board(
     return board
 
 
-def _connect(settings: RankSettings, platform: Platform, store: Store | None) -> None:
+def _connect(settings: RankSettings, platform: Platform, store: Store | None) -> Transport:
+    bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
+    if platform.transport.startswith(SHARED_MEMORY):
+        return _share_memory(settings, bound_s)
     if store is None:
         assert settings.store_path is not None, "local ranks meet in a file"
         store = FileStore(settings.store_path, settings.world_size)
@@ -106,9 +120,24 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
         store=store,
         rank=settings.rank,
         world_size=settings.world_size,
-        timeout=timedelta(seconds=settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S),
+        timeout=timedelta(seconds=bound_s),
         device_id=platform.device if platform.device.type == "cuda" else None,
     )
+    return TorchTransport(platform.device.type, settings.rank)
+
+
+def _share_memory(settings: RankSettings, bound_s: float) -> SharedTransport:
+    assert settings.memory_fd is not None, "all ranks have inherited it"
+    region = Region(settings.num_local_ranks)
+    memory, rank = region.map(settings.memory_fd), settings.local_rank
+    endpoint: Endpoint
+    if (library := compiled_messages()) is not None:
+        has_core = settings.num_local_ranks <= num_cores()
+        endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
+    else:
+        sizes = region.groups_bytes, region.heap_bytes
+        endpoint = UncompiledEndpoint(memory, *sizes, rank, settings.wake_fds)
+    return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s)
 
 
 def run_rank(
@@ -123,14 +152,20 @@ def run_rank(
     commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     try:
         progress = _open_board(settings, send).reporter(settings.rank)
-        platform = choose_platform(settings.local_rank, settings.num_local_ranks, settings.dtype)
-        _connect(settings, platform, store)
-        context = RankContext(settings, platform, progress, DeviceMeshes(platform.device.type))
+        platform = choose_platform(
+            settings.local_rank,
+            settings.num_local_ranks,
+            settings.dtype,
+            shares_memory=settings.memory_fd is not None,
+        )
+        meshes = Meshes(_connect(settings, platform, store))
+        context = RankContext(settings, platform, progress, meshes)
         progress.enter(Stage.IDLE, NO_LAYER)
         send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
         while (command := _next_command(channel, commands)) is not None:
             send(MessageKind.RESULT, handlers[type(command)](context, command))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except UserError as error:
         failure = Failure(FailureKind.USER, str(error))

@@ -2,6 +2,8 @@
 
 `EXPERTLANE_BACKEND` is `cpu` for our own kernels or `torch`; unset, ours if available.
 `EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all of them.
+`EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, for ranks that compute on a CPU; unset, the
+first where the ranks share memory.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from expertlane.ops.torch_backend import TorchBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SHARED_MEMORY = "shared_memory"  # begins the name of that transport
 _SETS = (BASELINE.name, AVX512_BF16.name)
 _TORCH = TorchBackend()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -63,6 +66,25 @@ def _wanted_backend() -> str | None:
     return value
 
 
+def compiled_messages() -> ctypes.CDLL | None:
+    """The library of `shared_memory.cpp`; None where our C++ is not available, or not wanted."""
+    backend, _ = backend_of_cpu()
+    return backend.baseline if isinstance(backend, CpuBackend) else None
+
+
+def _transport_of_cpu(*, shares_memory: bool) -> str:
+    value = os.environ.get("EXPERTLANE_TRANSPORT") or None
+    if value not in (None, "shared_memory", "gloo"):
+        raise UserError(f"EXPERTLANE_TRANSPORT is {value!r}; valid: shared_memory, gloo")
+    if value == "shared_memory" and not shares_memory:
+        raise UserError(
+            "EXPERTLANE_TRANSPORT=shared_memory, but these ranks share no memory; valid here: gloo"
+        )
+    if value == "gloo" or not shares_memory:
+        return "gloo"
+    return SHARED_MEMORY if compiled_messages() else f"{SHARED_MEMORY} (without compiled code)"
+
+
 def _allowed_sets() -> frozenset[str]:
     value = os.environ.get("EXPERTLANE_INSTRUCTIONS") or ",".join(_SETS)
     names = [name.strip() for name in value.split(",")]
@@ -77,7 +99,7 @@ class Platform:
     """Where a rank computes and how it communicates.
 
     Attributes:
-        transport: torch.distributed's name of it.
+        transport: `shared_memory`, or torch.distributed's name of it.
         kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
             where ours would have been better.
     """
@@ -94,12 +116,21 @@ class Platform:
         return str(self.dtype).removeprefix("torch.")
 
 
-def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | None) -> Platform:
-    """One GPU a rank with NCCL and float16 where there are enough; else CPU, gloo and float32.
+def choose_platform(
+    local_rank: int,
+    num_local_ranks: int,
+    dtype_name: str | None,
+    *,
+    shares_memory: bool = False,
+) -> Platform:
+    """One GPU a rank with NCCL and float16 where there are enough; else the CPU and float32.
+
+    Args:
+        shares_memory: whether all ranks are on this node and have inherited memory that they share.
 
     Raises:
         UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
-            kernels that the user demands are not available.
+            kernels or the transport that the user demands are not available.
     """
     has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
     if has_gpus and _wanted_backend() != "cpu":
@@ -114,7 +145,8 @@ def choose_platform(local_rank: int, num_local_ranks: int, dtype_name: str | Non
     torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
-    return Platform(device, "gloo", dtype, "CPU", _kernels_of_cpu(dtype))
+    transport = _transport_of_cpu(shares_memory=shares_memory)
+    return Platform(device, transport, dtype, "CPU", _kernels_of_cpu(dtype))
 
 
 def _kernels_of_cpu(dtype: torch.dtype) -> str:

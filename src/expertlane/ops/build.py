@@ -37,7 +37,7 @@ class InstructionSet:
     link_flags: tuple[str, ...] = ()
 
 
-BASELINE = InstructionSet("baseline", ("dispatch.cpp", "instructions.cpp"))
+BASELINE = InstructionSet("baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp"))
 AVX512_BF16 = InstructionSet(
     "avx512_bf16",
     ("attention.cpp", "products.cpp", "rows.cpp"),

@@ -32,9 +32,14 @@ def _function(library: ctypes.CDLL, name: str, arguments: str, result: Any = Non
 
 
 class CpuBackend(TorchBackend):
-    """The bookkeeping of dispatch (`dispatch.cpp`), for any CPU."""
+    """The bookkeeping of dispatch (`dispatch.cpp`), for any CPU.
+
+    Attributes:
+        baseline: the library that every CPU can use.
+    """
 
     def __init__(self, baseline: ctypes.CDLL) -> None:
+        self.baseline = baseline
         self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
         self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
         self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)

@@ -60,7 +60,7 @@ class Machine(Strict):
         memory_bytes: of the machine.
         num_ranks: of the largest deployment.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        backend: of the collectives, for example `gloo`.
+        backend: of the collectives, for example `shared_memory`.
         dtype: of weights and activations.
         kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
             where ours would have been better.

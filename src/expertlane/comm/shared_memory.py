@@ -1,0 +1,257 @@
+"""Transfers among the ranks of a node through memory that they share.
+
+The protocol (docs/shared_memory.md) is `ops/shared_memory.cpp`; where that could not be compiled,
+`comm/uncompiled.py` follows it over the same memory.
+"""
+
+import ctypes
+import itertools
+import mmap
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from expertlane.comm.region import Region
+from expertlane.comm.transport import PeerLostError
+from expertlane.errors import CapacityError
+
+_SLICE_S = 0.5  # of a wait: in between, Python handles signals
+_NONE = -1  # no message, not even an empty one
+
+
+class Endpoint(Protocol):
+    """A rank's end of the shared memory."""
+
+    def group_bytes(self, size: int) -> int:
+        """What a group takes of the groups' memory."""
+        ...
+
+    def open_group(self, number: int, offset: int, place: int, ranks: Sequence[int]) -> Any:
+        """A group; `number` and `offset` into the groups' memory are those of all its ranks."""
+        ...
+
+    def begin(
+        self,
+        group: Any,
+        rows: Tensor,
+        send: Sequence[int],
+        received: Tensor,
+        receive: Sequence[int],
+        *,
+        same_for_all: bool,
+    ) -> Any:
+        """Begin to exchange rows; numbers of them by place, -1 where there is no message.
+
+        Args:
+            same_for_all: all of `rows` goes to every place.
+        """
+        ...
+
+    def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
+        """0 if done, 1 if not yet, 2 if sizes differ; and the place it hangs on, -1 for none."""
+        ...
+
+
+class CompiledEndpoint:
+    """Implements `Endpoint` by our C++.
+
+    Args:
+        library: with the functions of `ops/shared_memory.cpp`.
+        num_spins: looks at the memory before a wait sleeps.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, memory: mmap.mmap, region: Region, rank: int, num_spins: int
+    ) -> None:
+        self._library, self._memory = library, memory  # mapped as long as this lives
+        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        for name, result, arguments in (
+            ("shared_group_bytes", number, [number]),
+            ("shared_open", pointer, [pointer, *[number] * 5]),
+            ("shared_close", None, [pointer]),
+            ("shared_group", pointer, [pointer, *[number] * 4, pointer]),
+            (
+                "shared_begin",
+                pointer,
+                [pointer, number, pointer, pointer, flag, pointer, pointer],
+            ),
+            ("shared_wait", flag, [pointer, number, pointer]),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        sizes = region.num_ranks, region.groups_bytes, region.heap_bytes
+        self._endpoint = library.shared_open(base, *sizes, rank, num_spins)
+        self._place = ctypes.c_int64()
+        self._in_use: dict[Any, tuple[Tensor, Tensor]] = {}  # by exchanges under way
+
+    def group_bytes(self, size: int) -> int:
+        return int(self._library.shared_group_bytes(size))
+
+    def open_group(self, number: int, offset: int, place: int, ranks: Sequence[int]) -> Any:
+        local = array("q", ranks)
+        return self._library.shared_group(
+            self._endpoint, number, offset, len(ranks), place, local.buffer_info()[0]
+        )
+
+    def begin(
+        self,
+        group: Any,
+        rows: Tensor,
+        send: Sequence[int],
+        received: Tensor,
+        receive: Sequence[int],
+        *,
+        same_for_all: bool,
+    ) -> Any:
+        out, back = array("q", send), array("q", receive)
+        exchange = self._library.shared_begin(
+            *(group, rows.shape[1] * rows.itemsize, rows.data_ptr(), out.buffer_info()[0]),
+            *(same_for_all, received.data_ptr(), back.buffer_info()[0]),
+        )
+        self._in_use[exchange] = rows, received
+        return exchange
+
+    def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
+        place = self._place
+        state = self._library.shared_wait(exchange, int(timeout_s * 1e9), ctypes.byref(place))
+        if state == 0:
+            del self._in_use[exchange]
+        return state, place.value
+
+
+class _SharedWork:
+    def __init__(
+        self, endpoint: Endpoint, exchange: Any, ranks: Sequence[int], timeout_s: float
+    ) -> None:
+        self._endpoint, self._exchange = endpoint, exchange
+        self._ranks, self._timeout_s = ranks, timeout_s
+        self._is_done = False
+
+    def let_go(self) -> None:
+        self.wait()  # of a send, until it lies in shared memory
+
+    def wait(self) -> None:
+        if self._is_done:
+            return
+        deadline_s = time.monotonic() + self._timeout_s
+        state, place = self._endpoint.wait(self._exchange, min(_SLICE_S, self._timeout_s))
+        while state == 1:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                whom = f"rank {self._ranks[place]}" if place >= 0 else "room in shared memory"
+                raise PeerLostError(f"waited {self._timeout_s:g} s for {whom}")
+            state, place = self._endpoint.wait(self._exchange, min(_SLICE_S, left_s))
+        if state == 2:
+            raise PeerLostError(f"rank {self._ranks[place]} sent another size than expected")
+        self._is_done = True
+
+
+class SharedLink:
+    """Implements `Link`.
+
+    Args:
+        ranks: [size]; global ranks, in group order.
+        place: this rank's in the group.
+        group: all of them.
+        pairs: groups of this rank and each other one, by the other's place; for single messages.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        ranks: Sequence[int],
+        place: int,
+        group: Any,
+        pairs: Mapping[int, Any],
+        timeout_s: float,
+    ) -> None:
+        self._endpoint, self._ranks, self._place = endpoint, ranks, place
+        self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
+
+    def all_to_all(
+        self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
+    ) -> _SharedWork:
+        exchange = self._endpoint.begin(
+            self._group, rows, send, received, receive, same_for_all=False
+        )
+        return _SharedWork(self._endpoint, exchange, self._ranks, self._timeout_s)
+
+    def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _SharedWork:
+        send = [len(rows)] * len(self._ranks)
+        exchange = self._endpoint.begin(
+            self._group, rows, send, received, num_rows_of, same_for_all=True
+        )
+        return _SharedWork(self._endpoint, exchange, self._ranks, self._timeout_s)
+
+    def send(self, rows: Tensor, to: int) -> _SharedWork:
+        return self._single(to, rows, len(rows), rows, _NONE)
+
+    def receive(self, rows: Tensor, source: int) -> _SharedWork:
+        return self._single(source, rows, _NONE, rows, len(rows))
+
+    def _single(
+        self, other: int, rows: Tensor, send: int, received: Tensor, receive: int
+    ) -> _SharedWork:
+        """A message in one direction, in the group of the two."""
+        pair = sorted((self._place, other))
+        sizes = [[size if place == other else _NONE for place in pair] for size in (send, receive)]
+        exchange = self._endpoint.begin(
+            self._pairs[other], rows, sizes[0], received, sizes[1], same_for_all=True
+        )
+        ranks = [self._ranks[place] for place in pair]
+        return _SharedWork(self._endpoint, exchange, ranks, self._timeout_s)
+
+
+class SharedTransport:
+    """Implements `Transport` for groups whose ranks are all on this node.
+
+    Args:
+        endpoint: this rank's.
+        first_rank: the global rank of the node's first.
+        rank: the global one.
+        timeout_s: the bound on any wait.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, region: Region, first_rank: int, rank: int, timeout_s: float
+    ) -> None:
+        self._endpoint, self._region = endpoint, region
+        self._first_rank, self._rank = first_rank, rank
+        self._timeout_s = timeout_s
+        self._num_groups = self._end = 0
+        self._links: dict[tuple[int, ...], SharedLink] = {}
+
+    def make(self, ranks: tuple[int, ...]) -> None:
+        """All ranks of the node make the same groups in the same order, so they lie alike.
+
+        Raises:
+            CapacityError: the groups' memory is full.
+        """
+        group = self._open(ranks)
+        pairs = {}
+        for first, second in itertools.combinations(range(len(ranks)), 2):
+            pair = self._open((ranks[first], ranks[second]))
+            if self._rank in (ranks[first], ranks[second]):
+                pairs[second if ranks[first] == self._rank else first] = pair
+        if self._rank in ranks:
+            place = ranks.index(self._rank)
+            self._links[ranks] = SharedLink(
+                self._endpoint, ranks, place, group, pairs, self._timeout_s
+            )
+
+    def _open(self, ranks: tuple[int, ...]) -> Any:
+        number, offset = self._num_groups, self._end
+        self._num_groups, self._end = number + 1, offset + self._endpoint.group_bytes(len(ranks))
+        if self._end > self._region.groups_bytes:
+            raise CapacityError(f"{self._num_groups} groups of ranks do not fit into shared memory")
+        if self._rank not in ranks:
+            return None
+        local = [rank - self._first_rank for rank in ranks]
+        return self._endpoint.open_group(number, offset, ranks.index(self._rank), local)
+
+    def link(self, ranks: tuple[int, ...]) -> SharedLink:
+        return self._links[ranks]

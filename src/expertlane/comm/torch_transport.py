@@ -1,0 +1,117 @@
+"""The seam to `torch.distributed`: gloo and nccl.
+
+Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
+asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
+reduce-scatter or all-reduce of the same rows (docs/log.md). Only an all-gather
+of many bytes goes by single sends and receives: an all-to-all would need a copy of the rows for
+every rank.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from expertlane.comm.transport import PeerLostError
+
+_MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
+_GATHER_TAG = 1  # keeps its sends apart from others between the same ranks
+
+
+@contextlib.contextmanager
+def _blaming_peers() -> Iterator[None]:
+    """Turn the backend's errors into `PeerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(str(error).splitlines()[0]) from error
+
+
+class _TorchWork:
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        with _blaming_peers():
+            for work in self._works:
+                work.wait()
+
+    def let_go(self) -> None:
+        """Threads of gloo and nccl see to it."""
+
+
+class TorchLink:
+    """Implements `Link`.
+
+    Args:
+        ranks: [size]; global ranks, in group order.
+        place: this rank's in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], place: int) -> None:
+        self._group, self._ranks, self._place = group, ranks, place
+
+    def all_to_all(
+        self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
+    ) -> _TorchWork:
+        with _blaming_peers():
+            work = dist.all_to_all_single(
+                received,
+                rows,
+                output_split_sizes=list(receive),
+                input_split_sizes=list(send),
+                group=self._group,
+                async_op=True,
+            )
+        return _TorchWork([work])
+
+    def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _TorchWork:
+        size = len(self._ranks)
+        if max(num_rows_of) * rows.shape[1] * rows.itemsize < _MANY_BYTES:
+            rows = rows.repeat(size, 1)
+            return self.all_to_all(rows, [len(rows) // size] * size, received, num_rows_of)
+        parts = torch.split(received, list(num_rows_of))
+        operations = []
+        for away in range(1, size):  # every rank begins with another
+            to, source = (self._place + away) % size, (self._place - away) % size
+            for operation, part, peer in (
+                (dist.isend, rows, to),
+                (dist.irecv, parts[source], source),
+            ):
+                if len(part):
+                    rank = self._ranks[peer]
+                    operations.append(dist.P2POp(operation, part, rank, self._group, _GATHER_TAG))
+        with _blaming_peers():
+            works = dist.batch_isend_irecv(operations)
+        parts[self._place].copy_(rows)
+        return _TorchWork(works)
+
+    def send(self, rows: Tensor, to: int) -> _TorchWork:
+        with _blaming_peers():
+            return _TorchWork([dist.isend(rows, dst=self._ranks[to], group=self._group)])
+
+    def receive(self, rows: Tensor, source: int) -> _TorchWork:
+        with _blaming_peers():
+            return _TorchWork([dist.irecv(rows, src=self._ranks[source], group=self._group)])
+
+
+class TorchTransport:
+    """Implements `Transport` by one-dimensional device meshes.
+
+    Args:
+        rank: the global one.
+    """
+
+    def __init__(self, device_type: str, rank: int) -> None:
+        self._device_type, self._rank = device_type, rank
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+
+    def make(self, ranks: tuple[int, ...]) -> None:
+        self._meshes[ranks] = DeviceMesh(self._device_type, torch.tensor(ranks))
+
+    def link(self, ranks: tuple[int, ...]) -> TorchLink:
+        return TorchLink(self._meshes[ranks].get_group(), ranks, ranks.index(self._rank))

@@ -1,0 +1,69 @@
+"""What groups of ranks need of a transport; `torch_transport` and `shared_memory` provide it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from expertlane.errors import RankError
+
+
+class PeerLostError(RankError):
+    """A transfer failed or timed out: some other rank is the cause."""
+
+
+class Work(Protocol):
+    """A transfer in flight."""
+
+    def wait(self) -> None:
+        """Block until it is done.
+
+        Raises:
+            PeerLostError: another rank is gone, sent something else, or did not answer in time.
+        """
+        ...
+
+    def let_go(self) -> None:
+        """Block until a send goes on without this rank, which may do something else for long.
+
+        Raises:
+            PeerLostError: as `wait`.
+        """
+        ...
+
+
+class Link(Protocol):
+    """Transfers among the ranks of one group; every rank of it begins them in the same order.
+
+    Rows are contiguous, [num_rows, width]. What is sent must stay as it is until the wait is over.
+    """
+
+    def all_to_all(
+        self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
+    ) -> Work:
+        """Send `send[place]` rows to each place, and fill `received` in the order of places."""
+        ...
+
+    def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> Work:
+        """Send all rows to every place, and fill `received` in the order of places."""
+        ...
+
+    def send(self, rows: Tensor, to: int) -> Work:
+        """Send all rows to one place."""
+        ...
+
+    def receive(self, rows: Tensor, source: int) -> Work:
+        """Fill `rows` from one place."""
+        ...
+
+
+class Transport(Protocol):
+    """Makes the links of groups."""
+
+    def make(self, ranks: tuple[int, ...]) -> None:
+        """Make a group; collective over *all* ranks that may ever talk, in the same order."""
+        ...
+
+    def link(self, ranks: tuple[int, ...]) -> Link:
+        """Of a group that was made and has the caller in it."""
+        ...

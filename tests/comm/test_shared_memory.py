@@ -1,0 +1,213 @@
+"""Ranks are threads here: each has an end of its own, and calls of compiled code let others run."""
+
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
+
+import numpy as np
+import pytest
+import torch
+
+from expertlane.comm.region import Region
+from expertlane.comm.shared_memory import CompiledEndpoint, SharedTransport
+from expertlane.comm.transport import PeerLostError
+from expertlane.comm.uncompiled import UncompiledEndpoint
+from expertlane.ops.build import BASELINE, BuildError, build
+
+_TIMEOUT_S = 20.0
+
+
+def library():
+    try:
+        return build(BASELINE)
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["compiled", "uncompiled"])
+def transports(request):
+    """Makes a transport for each of some ranks that share memory."""
+    opened: list[int] = []
+
+    def make(num_ranks, timeout_s=_TIMEOUT_S, **sizes):
+        region = Region(num_ranks, **sizes)
+        memory = mmap.mmap(-1, region.num_bytes)
+        if request.param == "compiled":
+            functions = library()
+            ends = [CompiledEndpoint(functions, memory, region, r, 0) for r in range(num_ranks)]
+        else:
+            fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(num_ranks)]
+            opened.extend(fds)
+            size = region.groups_bytes, region.heap_bytes
+            ends = [UncompiledEndpoint(memory, *size, rank, fds) for rank in range(num_ranks)]
+        return [SharedTransport(e, region, 0, rank, timeout_s) for rank, e in enumerate(ends)]
+
+    yield make
+    for fd in opened:
+        os.close(fd)
+
+
+def on_all(transports, groups, function):
+    """Results of `function(rank, links)` on all ranks at once; links by group, where it is in."""
+
+    def run(rank):
+        for ranks in groups:
+            transports[rank].make(ranks)
+        links = {ranks: transports[rank].link(ranks) for ranks in groups if rank in ranks}
+        return function(rank, links)
+
+    with ThreadPoolExecutor(len(transports)) as pool:
+        return list(pool.map(run, range(len(transports))))
+
+
+def values(num_rows, width, *seeds):
+    return (
+        torch.arange(num_rows * width)
+        .reshape(num_rows, width)
+        .mul(7)
+        .add(sum(seeds))
+        .to(torch.int16)
+    )
+
+
+def test_uneven_all_to_all_by_hand(transports):
+    everyone = (0, 1, 2)
+    send = [[1, 2, 0], [0, 0, 0], [2, 1, 0]]
+
+    def run(rank, links):
+        rows = torch.arange(3, dtype=torch.float32)[: sum(send[rank]), None] + 10.0 * rank
+        receive = [send[source][rank] for source in everyone]
+        received = torch.full((sum(receive), 1), -1.0)
+        links[everyone].all_to_all(rows, send[rank], received, receive).wait()
+        return received.ravel().tolist()
+
+    assert on_all(transports(3), [everyone], run) == [[0, 20, 21], [1, 2, 22], []]
+
+
+def test_all_gather_of_uneven_parts_by_hand(transports):
+    everyone, counts = (0, 1, 2), [2, 0, 1]
+
+    def run(rank, links):
+        received = torch.full((3, 1), -1.0)
+        rows = torch.full((counts[rank], 1), float(rank))
+        links[everyone].all_gather(rows, received, counts).wait()
+        return received.ravel().tolist()
+
+    assert on_all(transports(3), [everyone], run) == [[0, 0, 2]] * 3
+
+
+def test_a_message_goes_from_one_to_another_in_order(transports):
+    everyone = (0, 1, 2)
+
+    def run(rank, links):
+        link, rows = links[everyone], torch.zeros(2, 1)
+        if rank == 0:
+            works = [link.send(torch.full((2, 1), float(i)), 2) for i in range(20)]
+            for work in works:
+                work.wait()
+        elif rank == 2:
+            return [(link.receive(rows, 0).wait(), rows[0].item())[1] for _ in range(20)]
+        return None
+
+    assert on_all(transports(3), [everyone], run)[2] == list(range(20))
+
+
+def test_sends_that_are_let_go_arrive_while_their_sender_does_something_else(transports):
+    """More of them than are described at a time, the last too large for one piece."""
+    sizes = [1] * 20 + [5000]
+    is_received = Event()
+
+    def run(rank, links):
+        link = links[0, 1]
+        if rank == 0:
+            works = [link.send(torch.full((n, 1), float(n)), 1) for n in sizes]
+            for work in works:
+                work.let_go()
+            assert is_received.wait(_TIMEOUT_S)
+            for work in works:
+                work.wait()
+            return None
+        rows = [torch.zeros(n, 1) for n in sizes]
+        for each in rows:
+            link.receive(each, 0).wait()
+        is_received.set()
+        return [each.unique().tolist() for each in rows]
+
+    received = on_all(transports(2, heap_bytes=1 << 14), [(0, 1)], run)[1]
+    assert received == [[float(n)] for n in sizes]
+
+
+@pytest.mark.parametrize("heap_bytes", [1 << 14, 1 << 22])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_many_exchanges_in_flight_in_two_groups(transports, num_ranks, heap_bytes):
+    """With a small heap, messages go in pieces and wait for room; every byte arrives."""
+    everyone = tuple(range(num_ranks))
+    groups = [everyone, tuple(reversed(everyone))]
+    random = np.random.default_rng(3)
+    sizes = random.integers(0, 8, (60, num_ranks, num_ranks)) ** random.integers(1, 5, (60, 1, 1))
+    dtypes = [torch.bfloat16, torch.uint8, torch.float32]
+
+    def run(rank, links):
+        flights = []
+        for number, size in enumerate(sizes):
+            group = groups[number % 2]
+            send = [int(size[rank, peer]) for peer in group]
+            receive = [int(size[peer, rank]) for peer in group]
+            parts = [values(n, 3, rank, 10 * p, number) for p, n in zip(group, send, strict=True)]
+            dtype = dtypes[number % 3]
+            rows, received = torch.cat(parts).to(dtype), torch.empty(sum(receive), 3, dtype=dtype)
+            if number % 5 == 4:  # of all the same size
+                receive = [int(size[peer, peer]) for peer in group]
+                rows = values(int(size[rank, rank]), 3, rank).to(dtype)
+                received = torch.empty(sum(receive), 3, dtype=dtype)
+                work = links[group].all_gather(rows, received, receive)
+                wanted = [values(n, 3, p) for p, n in zip(group, receive, strict=True)]
+            else:
+                work = links[group].all_to_all(rows, send, received, receive)
+                wanted = [
+                    values(n, 3, p, 10 * rank, number) for p, n in zip(group, receive, strict=True)
+                ]
+            flights.append((work, received, torch.cat(wanted).to(dtype), rows))
+            if len(flights) == 3:
+                check(*flights.pop(0))
+        for flight in flights:
+            check(*flight)
+
+    def check(work, received, wanted, rows):
+        work.wait()
+        assert torch.equal(received, wanted)
+
+    on_all(transports(num_ranks, heap_bytes=heap_bytes), groups, run)
+
+
+def test_another_size_than_expected_is_named(transports):
+    everyone = (0, 1)
+
+    def run(rank, links):
+        received = torch.empty(2, 1)
+        sizes = [1, 1] if rank == 0 else [2, 1]
+        try:
+            links[everyone].all_to_all(torch.zeros(3, 1), sizes, received, [1, 1]).wait()
+        except PeerLostError as error:
+            return str(error)
+        return None
+
+    assert on_all(transports(2), [everyone], run)[0] == "rank 1 sent another size than expected"
+
+
+def test_a_wait_ends_and_names_who_is_missing(transports):
+    everyone = (0, 1, 2)
+    both_have_begun = Barrier(2)
+
+    def run(rank, links):
+        if rank == 1:
+            return None
+        received = torch.empty(3, 1)
+        work = links[everyone].all_gather(torch.zeros(1, 1), received, [1, 1, 1])
+        both_have_begun.wait()
+        with pytest.raises(PeerLostError, match=r"waited 0.2 s for rank 1$"):
+            work.wait()
+        return True
+
+    assert on_all(transports(3, timeout_s=0.2), [everyone], run) == [True, None, True]
