@@ -73,7 +73,10 @@ def one_layer(*experts_of_rank, layer=1):
         (changed(ep=3), "layer 1 has 2 ranks; ep is 3"),
         (changed(layers={}), "layers is {}; it must be a list"),
         (changed(layers=[]), "placement: there is no layer"),
-        (changed(layers=[1]), "layers.0 is 1; it must be a table of known keys (in JSON, an object)"),
+        (
+            changed(layers=[1]),
+            "layers.0 is 1; it must be a table of known keys (in JSON, an object)",
+        ),
         (changed(layers=[{}]), "layers.0.layer, layers.0.experts_of_rank are missing"),
         (changed(layers=VALID["layers"][:1] * 2), "layer 1 is given twice"),
         (one_layer([0], [1, 2], layer=-1), "layer is -1; it must be a whole number, 0 to 1,023"),
