@@ -61,7 +61,7 @@ void run(char* base, int64_t rank, int64_t rounds) {
 }  // namespace
 
 int main(int, char** arguments) {
-    char* base = (char*)std::aligned_alloc(64, shared_region_bytes(kRanks, kControl, kHeap));
+    char* base = (char*)std::aligned_alloc(64, kRanks * (kLine + kHeap) + kControl);
     std::memset(base, 0, kRanks * kLine + kControl);
     std::vector<std::thread> threads;
     for (int64_t rank = 0; rank < kRanks; ++rank) {

@@ -40,16 +40,20 @@ class Pending:
         """
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
-            begin = self._recorder.begin_wait()
-            self._work.wait()
-            self._recorder.end_wait(begin)
+            self._block(self._work.wait)
         self._sent = None
         return self._received if self._finish is None else self._finish(self._received)
 
     def let_go(self) -> None:
         """Block until a send goes on by itself: before a rank waits for its next command."""
+        self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
-            self._work.let_go()
+            self._block(self._work.let_go)
+
+    def _block(self, until: Callable[[], None]) -> None:
+        begin = self._recorder.begin_wait()
+        until()
+        self._recorder.end_wait(begin)
 
 
 class Group:

@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import mmap
 import time
+import weakref
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -85,6 +86,7 @@ class CompiledEndpoint:
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         sizes = region.num_ranks, region.groups_bytes, region.heap_bytes
         self._endpoint = library.shared_open(base, *sizes, rank, num_spins)
+        weakref.finalize(self, library.shared_close, self._endpoint)
         self._place = ctypes.c_int64()
         self._in_use: dict[Any, tuple[Tensor, Tensor]] = {}  # by exchanges under way
 

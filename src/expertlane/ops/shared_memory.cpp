@@ -271,6 +271,11 @@ bool Endpoint::progress() {
     return is_starving;
 }
 
+// Those who have begun to take a message may sleep for another one: have them look again.
+void wake_borrowers(const Endpoint& endpoint) {
+    for (const Lent& each : endpoint.lent) wake_consumers(*each.group, true);
+}
+
 int64_t now_ns() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -285,7 +290,9 @@ void sleep_until(Endpoint& endpoint, const Exchange& exchange, int64_t deadline_
     line.want.store((uint64_t)exchange.group->id << 32 | (message + 1), kOrdered);
     line.starving.store(1, kOrdered);
     line.sleeping.store(1, kOrdered);
-    line.starving.store(endpoint.progress(), kOrdered);  // what came before others saw it asleep
+    const bool is_starving = endpoint.progress();  // what came before others saw it asleep
+    line.starving.store(is_starving, kOrdered);
+    if (is_starving) wake_borrowers(endpoint);
     const int64_t left_ns = deadline_ns - now_ns();
     if (!exchange.is_done && exchange.differing < 0 && left_ns > 0) {
         const timespec left = {left_ns / 1000000000, left_ns % 1000000000};
@@ -297,10 +304,6 @@ void sleep_until(Endpoint& endpoint, const Exchange& exchange, int64_t deadline_
 }  // namespace
 
 extern "C" {
-
-int64_t shared_region_bytes(int64_t num_ranks, int64_t groups_bytes, int64_t heap_bytes) {
-    return num_ranks * (kLine + heap_bytes) + groups_bytes;
-}
 
 int64_t shared_group_bytes(int64_t size) {
     return size * (channel_bytes(size) + lines(4 * size));
