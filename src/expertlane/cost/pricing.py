@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import LIKELY, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
@@ -188,12 +188,29 @@ class Compiler:
         return entries
 
     def _contention(self, share: float) -> tuple[Floats, Floats]:
-        """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
         if share not in self._contentions:
-            lost_share = np.array([0.0, share, 1.0])[:, None]
-            stretch = 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
-            self._contentions[share] = lost_share, stretch
+            self._contentions[share] = _contention(share)
         return self._contentions[share]
+
+
+def _contention(share: float) -> tuple[Floats, Floats]:
+    """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
+    lost_share = np.array([0.0, share, 1.0])[:, None]
+    return lost_share, 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
+
+
+def transfer_entry(transfer: Transfer, times: Times, contention: float) -> Entry:
+    """A transfer that costs the ranks nothing but its time.
+
+    Args:
+        times: what each rank's own share of it takes.
+        contention: the share of compute that is lost while it is in flight.
+    """
+    groups = transfer.groups
+    assert isinstance(groups, RankGroups), "of all ranks"
+    seconds = np.broadcast_to(groups.largest(times.bounds), times.bounds.shape)
+    no_overhead = np.zeros((len(BOUNDS), 1))
+    return Entry(transfer, seconds, None, no_overhead, groups, 0, *_contention(contention))
 
 
 _MOST_KNOWN = 4096

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
+from expertlane.comm.core_token import CoreToken
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.comm.region import Region
@@ -72,6 +73,13 @@ class RankContext:
     def rank(self) -> int:
         """Global rank."""
         return self.settings.rank
+
+    def core_token(self) -> CoreToken | None:
+        """The right to compute on a core of this node; None where ranks have GPUs."""
+        settings = self.settings
+        if self.platform.device.type != "cpu" or settings.board_fd is None:
+            return None
+        return CoreToken(settings.board_fd, settings.local_rank)
 
 
 # What a rank does for each command; the answer is of the command's own result type.

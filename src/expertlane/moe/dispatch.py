@@ -60,7 +60,8 @@ class CopyChooser:
         """
         ids = self.ops.choose_copies(topk_ids, self._table, self._num_copies, self._offset)
         if self._recorder.is_recording:
-            self._count_fan_out(ids)
+            with self._recorder.uncounted():
+                self._count_fan_out(ids)
         return ids
 
     def _count_fan_out(self, ids: Tensor) -> None:

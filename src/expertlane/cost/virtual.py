@@ -1,0 +1,219 @@
+"""Virtual time: what ranks did on this machine, on a clock where each has its own cores and links.
+
+What a rank computes takes the CPU time that was measured; a transfer takes what the laws of the
+links say of its bytes, times a scale. Ranks do the same things in the same order whatever the time,
+so the order is that of the record, and what depends on what is known. A step begins when the last
+of the steps that had ended before it was submitted ends. The launcher takes no time.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.times import Basis, Times
+from expertlane.cost.pricing import Entry, forwarding_hops, transfer_entry
+from expertlane.cost.replay import RecordedStep
+from expertlane.cost.stage_operations import Item, StageOperations
+from expertlane.cost.step.operation import (
+    Floats,
+    HandOver,
+    Ints,
+    Kind,
+    Operation,
+    RankGroups,
+    Transfer,
+)
+from expertlane.cost.step_log import rank_events, stage_seconds
+from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline
+from expertlane.results.step_record import Action, RankRecord, StepRecord
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage
+
+
+@dataclass(frozen=True)
+class VirtualLinks:
+    """The links of a virtual clock.
+
+    Attributes:
+        profile: whose laws say how long a transfer takes; None where it takes no time.
+        scale: how many times as long it takes here: latency times it, bandwidth over it.
+    """
+
+    profile: Profile | None
+    scale: float = 1.0
+
+
+@dataclass(eq=False)
+class VirtualClock:
+    """Replays the steps of one deployment, run by run.
+
+    Args:
+        ranks_per_node: consecutive ranks that share a node.
+    """
+
+    layout: Layout
+    num_layers: int
+    links: VirtualLinks
+    ranks_per_node: int
+    _groups: dict[object, RankGroups] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        profile = self.links.profile
+        self._model = None if profile is None else LinkModel(profile)
+
+    def replay(self, steps: Sequence[StepRecord]) -> list[StepRecord]:
+        """The same steps in virtual time; from 0 in each run.
+
+        Args:
+            steps: whose plans asked for `record_operations`, in any order.
+
+        Raises:
+            ValueError: a step has no operations, or ranks of a stage did not do the same.
+        """
+        chains: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
+        for step in steps:
+            chains[step.run, step.replica].append(step)
+        replayed: dict[int, StepRecord] = {}
+        for chain in chains.values():
+            for step, virtual in self._chain(chain):
+                replayed[id(step)] = virtual
+        return [replayed[id(step)] for step in steps]
+
+    def _chain(self, steps: Sequence[StepRecord]) -> list[tuple[StepRecord, StepRecord]]:
+        """The steps of a replica in one run, and what becomes of them."""
+        timeline = Timeline(Terms.free(), self.layout.pp, self.layout.stage_size)
+        ordered = sorted(steps, key=lambda step: step.submitted_s)
+        ends: list[tuple[float, Floats]] = []  # measured and virtual, of the steps so far
+        found = []
+        for step in ordered:
+            before = [end_s for measured_s, end_s in ends if measured_s <= step.submitted_s]
+            begin_s = np.max([np.zeros(len(BOUNDS)), *before], axis=0)
+            times = timeline.run(self._work(step), begin_s, may_skip=False)
+            ends.append((step.finished_s, times.end_s))
+            virtual = replace(
+                step,
+                submitted_s=float(begin_s[LIKELY]),
+                finished_s=float(times.end_s[LIKELY]),
+                records=self._records(step, times),
+            )
+            found.append((step, virtual))
+        return found
+
+    def _records(self, step: StepRecord, times: StepTimes) -> tuple[RankRecord, ...]:
+        # The time before a step counts where it counted when it was measured.
+        count_idle = any(record.blocked_s[..., Stage.IDLE].any() for record in step.records)
+        of_stages = stage_seconds(times, self.num_layers, count_idle=count_idle)
+        events = rank_events(times) if any(r.events is not None for r in step.records) else {}
+        records = []
+        for record in step.records:
+            at = self.layout.coordinates(record.rank)
+            place = at.dp_rank * self.layout.tp + at.tp_rank
+            seconds = of_stages[at.pp_rank]
+            records.append(
+                replace(
+                    record,
+                    wall_s=seconds.wall_s[place],
+                    blocked_s=seconds.blocked_s[place],
+                    events=events.get((at.pp_rank, place)),
+                    operations=None,
+                )
+            )
+        return tuple(records)
+
+    def _work(self, step: StepRecord) -> list[list[RecordedWork]]:
+        """[num_stages][num_micro_batches]."""
+        by_stage: dict[int, list[RankRecord]] = defaultdict(list)
+        for record in step.records:
+            by_stage[self.layout.coordinates(record.rank).pp_rank].append(record)
+        work = []
+        for pp_rank in range(self.layout.pp):
+            records = sorted(by_stage[pp_rank], key=lambda record: record.rank)
+            stage = StageOperations.of(records, step.num_micro_batches)
+            is_last = pp_rank == self.layout.pp - 1
+            work.append(self._micro_batches(stage, step.num_micro_batches, is_last=is_last))
+        return work
+
+    def _micro_batches(
+        self, stage: StageOperations, num: int, *, is_last: bool
+    ) -> list[RecordedWork]:
+        before: list[list[RecordedStep]] = [[] for _ in range(num)]
+        steps: list[list[RecordedStep]] = [[] for _ in range(num)]
+        priced = self._priced(stage)
+        for item in stage.items:
+            own = steps[item.micro_batch]
+            match item.action:
+                case Action.ARRIVE:
+                    before[item.micro_batch], steps[item.micro_batch] = own, []
+                case Action.COMPUTE:
+                    own.append(RecordedStep(_computation(item), item.layer))
+                case Action.POST:
+                    own.append(RecordedStep(priced[item.transfer], item.layer, item.transfer))
+                case Action.WAIT:
+                    own.append(RecordedStep(None, item.layer, item.transfer))
+        return [
+            RecordedWork(before[at], steps[at], None if is_last else self._hand_over(stage, at))
+            for at in range(num)
+        ]
+
+    def _hand_over(self, stage: StageOperations, micro_batch: int) -> Times:
+        if self._model is None:
+            return _no_time(len(stage.ranks))
+        there = (stage.ranks + self.layout.stage_size) // self.ranks_per_node
+        is_remote = there != stage.ranks // self.ranks_per_node
+        sent_bytes = stage.handed_over[micro_batch]
+        return self._scaled(self._model.hand_over(HandOver(sent_bytes, is_remote)))
+
+    def _priced(self, stage: StageOperations) -> list[Entry]:
+        """[M]; every collective with its seconds."""
+        model, groups = self._model, [self._groups_of(stage, ranks) for ranks in stage.first_ranks]
+        transfers = [
+            Transfer(kind, item.stage, of_ranks, sent[None])
+            for item, kind, of_ranks, sent in zip(
+                stage.posts, stage.kinds, groups, stage.sent_bytes, strict=True
+            )
+        ]
+        if model is None:
+            nothing = _no_time(len(stage.ranks))
+            return [transfer_entry(each, nothing, 0.0) for each in transfers]
+        forwarded: dict[int, Times] = {}
+        by_layer: dict[object, list[Transfer]] = defaultdict(list)
+        for item, transfer in zip(stage.posts, transfers, strict=True):
+            by_layer[item.micro_batch, item.layer].append(transfer)
+        for of_layer in by_layer.values():
+            for between, inside in forwarding_hops(of_layer):
+                forwarded[id(between)], forwarded[id(inside)] = model.forwarded(between, inside)
+        return [
+            transfer_entry(
+                each,
+                self._scaled(forwarded.get(id(each)) or model.times(each)),
+                model.contention(each).value,
+            )
+            for each in transfers
+        ]
+
+    def _groups_of(self, stage: StageOperations, first_ranks: Ints) -> RankGroups:
+        key = int(stage.ranks[0]), first_ranks.tobytes()
+        if key not in self._groups:
+            self._groups[key] = RankGroups(first_ranks, stage.ranks // self.ranks_per_node)
+        return self._groups[key]
+
+    def _scaled(self, times: Times) -> Times:
+        return replace(times, bounds=times.bounds * self.links.scale)
+
+
+def _computation(item: Item) -> Entry:
+    none = np.zeros(len(item.cpu_s), dtype=np.int64)
+    step = Operation(Kind.MEMORY, item.stage, {"bytes": 0.0}, none, none, none)
+    zero = np.zeros((len(BOUNDS), 1))
+    seconds = np.broadcast_to(item.cpu_s, (len(BOUNDS), len(item.cpu_s)))
+    return Entry(step, seconds, None, zero, None, 0, zero, zero)
+
+
+def _no_time(num_ranks: int) -> Times:
+    none = np.zeros((len(BOUNDS), num_ranks))
+    return Times(none, Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
