@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,13 +26,20 @@ from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
+    from expertlane.compare.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
 
 _DEFAULT_EXPERIMENT = "paper-small"
 _DEFAULT_PROFILE = "h100"
+_NO_LINKS = "none"
 _DEFAULT_SKEW = 1.0
+
+
+class _Clock(StrEnum):
+    VIRTUAL = "virtual"
+    WALL = "wall"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,50 @@ class _Options:
         "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Time:
+    clock: _Clock = typer.Option(
+        _Clock.VIRTUAL,
+        help="virtual: besides wall time, each rank on a core of its own and the links of a "
+        "cluster, replayed from what was measured; at most one rank a core computes at a time "
+        "meanwhile. wall: neither.",
+    )
+    links: str = typer.Option(
+        _DEFAULT_PROFILE,
+        metavar="PROFILE",
+        help="The links of virtual time: a profile, as --cluster names them, or none, where "
+        "transfers take no time.",
+    )
+    link_scale: float | None = typer.Option(
+        None,
+        metavar="N",
+        help="How many times as long transfers take as by that profile. Default: as many times as "
+        "its device computes faster than a core here.",
+    )
+
+    def __post_init__(self) -> None:
+        given = "--link-scale" if self.link_scale is not None else "--links"
+        is_given = self.links != _DEFAULT_PROFILE or self.link_scale is not None
+        if self.clock is _Clock.WALL and is_given:
+            raise UserError(f"{given} is of virtual time; leave out --clock wall")
+        if self.links == _NO_LINKS and self.link_scale is not None:
+            raise UserError("--link-scale needs links; give --links a profile")
+
+    def settings(self) -> "VirtualSettings | None":
+        """None for wall time alone.
+
+        Raises:
+            UserError: no such profile, or a damaged one.
+        """
+        from expertlane.compare.virtual import VirtualSettings
+        from expertlane.cost.laws.profile_file import read_profile
+
+        if self.clock is _Clock.WALL:
+            return None
+        profile = None if self.links == _NO_LINKS else read_profile(self.links)
+        return VirtualSettings(profile, self.link_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +174,7 @@ def compare(
     ] = _DEFAULT_EXPERIMENT,
     *,
     own: _Options,
+    time: _Time,
     launch: LaunchOptions,
     projection: _Projection,
 ) -> None:
@@ -153,6 +206,7 @@ def compare(
           on ranks that torchrun started
     """
     comparisons = _comparisons(experiment, own)
+    virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
     for each in comparisons:
@@ -174,7 +228,7 @@ def compare(
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, own, launch, dtype)
+            _measure(comparisons, own, virtual, launch, dtype)
             return
         except CapacityError as error:
             if not projection.project or comparisons[0].is_published:
@@ -204,7 +258,11 @@ def _projector(
 
 
 def _measure(
-    comparisons: list[_Comparison], own: _Options, launch: LaunchOptions, dtype: str | None
+    comparisons: list[_Comparison],
+    own: _Options,
+    virtual: "VirtualSettings | None",
+    launch: LaunchOptions,
+    dtype: str | None,
 ) -> None:
     """Run all on the same ranks.
 
@@ -234,6 +292,7 @@ def _measure(
                     pool,
                     progress,
                     command=output.command_line(),
+                    virtual=virtual,
                     on_trace=on_trace,
                 )
             if each.projection is not None:

@@ -1,7 +1,7 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
+from expertlane.compare.virtual import VirtualRuns, VirtualSettings
 from expertlane.engine.commands import HeldBytes
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.model_runner import ModelRunner
@@ -29,12 +30,13 @@ from expertlane.results.record import (
     DeploymentRecord,
     HeldRecord,
     RebalanceRecord,
+    Source,
     StepsRecord,
 )
 from expertlane.results.results import MachinePeak, Results
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import find_bottleneck
-from expertlane.results.timeline import StepTimeline, timelines_of
+from expertlane.results.timeline import timelines_of
 from expertlane.schedule.drive import drive, step_records
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -46,6 +48,7 @@ from expertlane.spec.workload import Workload
 
 _WARM_UP_LEN = 4
 _TRACED_LEN = 5
+_NO_VIRTUAL_TIME = "No virtual time: it is made of CPU time, and these ranks compute on GPUs."
 
 
 def run_comparison(
@@ -54,20 +57,27 @@ def run_comparison(
     progress: Progress,
     *,
     command: str,
+    virtual: VirtualSettings | None = None,
     on_trace: Callable[[str, list[StepRecord]], None] | None = None,
 ) -> Results:
     """Measure every deployment of the experiment on the ranks of `pool`.
 
     Args:
         command: how a user repeats it; kept in the results.
+        virtual: also replay what was measured in virtual time; None leaves that out, and lets
+            ranks compute whenever the system lets them.
         on_trace: gets each deployment's name, and a prefill and a decode step of it with events,
-            from a short run that is not measured.
+            from a short run that is not measured; the same in virtual time under the name with
+            "virtual" after it.
 
     Raises:
         RankError: a rank died, hung or failed.
         ModelError: the logits of a sequence are not finite.
     """
     seen = describe_ranks(pool)
+    cautions: tuple[str, ...] = ()
+    if virtual is not None and seen[0].on_gpu:
+        virtual, cautions = None, (_NO_VIRTUAL_TIME,)
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     progress.task("measuring this machine's peak", 1)
     peak = measure_peak(pool, seen)
@@ -76,7 +86,15 @@ def run_comparison(
     limits = experiment_limits(experiment, seen)
     foreign = ForeignLoad()
     deployed = [
-        _Deployed(each, experiment, limits[each.name], pool, ranks_per_node, progress)
+        _Deployed(
+            each,
+            experiment,
+            limits[each.name],
+            pool,
+            ranks_per_node,
+            progress,
+            is_virtual=virtual is not None,
+        )
         for each in experiment.deployments + experiment.scaling
     ]
     num_own = len(experiment.deployments)
@@ -84,25 +102,36 @@ def run_comparison(
     # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
     for each in own:
         each.measure()
-        traced = each.trace()
-        if on_trace is not None:
-            on_trace(each.deployment.name, traced)
+        each.trace()
     for each in reversed(own):
         each.measure(run=1)
     for each in scaling:
         each.measure()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
+    roles = [*((each, EXPERIMENT) for each in own), *((each, SCALING) for each in scaling)]
+    records = [each.record(role, peak) for each, role in roles]
+    assumptions = measured_assumptions(experiment, machine, limits)
+    virtual_time = None
+    if virtual is not None:
+        runs = VirtualRuns(virtual, experiment.model.num_hidden_layers, ranks_per_node, peak)
+        runs.choose_scale([step for each in own for step in each.steps_of(Phase.DECODE)])
+        records += [each.virtual_record(role, runs) for each, role in roles]
+        virtual_time = runs.summary([each.link_tps for each in own if each.link_tps])
+        assumptions += runs.assumptions()
+    if on_trace is not None:
+        for each in own:
+            for name, steps in each.traces.items():
+                on_trace(name, steps)
     return Results.now(
         "comparison",
         command,
         {"experiment": experiment},
-        [
-            *(each.record(EXPERIMENT, peak) for each in own),
-            *(each.record(SCALING, peak) for each in scaling),
-        ],
+        records,
         torch_version=seen[0].torch_version,
         machine=machine,
-        assumptions=measured_assumptions(experiment, machine, limits),
+        virtual_time=virtual_time,
+        assumptions=assumptions,
+        cautions=cautions,
         foreign_cpu_share=foreign.share(),
     )
 
@@ -113,6 +142,7 @@ def measured_record(
     phases: Sequence[StepsRecord],
     held: Sequence[HeldBytes],
     tokens: npt.NDArray[np.int64],
+    source: Source = "measured",
     **parts: Any,
 ) -> DeploymentRecord:
     """A deployment's record.
@@ -143,7 +173,7 @@ def measured_record(
         name=deployment.name,
         layout=layout,
         options=deployment.options,
-        source="measured",
+        source=source,
         is_baseline=deployment.is_baseline,
         steps=tuple(phases),
         held=tuple(
@@ -179,7 +209,13 @@ def _typical(
 
 @dataclass
 class _Deployed:
-    """A deployment on the ranks, and what was measured of it, repetition by repetition."""
+    """A deployment on the ranks, and what was measured of it, repetition by repetition.
+
+    Attributes:
+        is_virtual: keep what virtual time needs.
+        traces: steps of a short run, by the deployment's name and in which time they are.
+        link_tps: in virtual time, decode TPS by the scale of links.
+    """
 
     deployment: Deployment
     experiment: Experiment
@@ -187,10 +223,13 @@ class _Deployed:
     pool: RankPool
     ranks_per_node: int
     progress: Progress
+    is_virtual: bool = False
 
     def __post_init__(self) -> None:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
-        self._timelines: dict[Phase, StepTimeline] = {}
+        self._traced: list[StepRecord] = []
+        self.traces: dict[str, list[StepRecord]] = {}
+        self.link_tps: dict[float | None, float] = {}
         self._dispatch: DispatchTable | None = None
 
     def measure(self, run: int = 0) -> None:
@@ -221,23 +260,30 @@ class _Deployed:
         self._steps[step.phase].append(step)
         self.progress.advance(len(step.seq_ids))
 
-    def trace(self) -> list[StepRecord]:
-        """A prefill and a decode step of the workload with short outputs.
+    def steps_of(self, phase: Phase) -> list[StepRecord]:
+        """All that were measured."""
+        return self._steps[phase]
+
+    def trace(self) -> None:
+        """Run the workload with short outputs, and keep when each rank did what."""
+        workload = self.experiment.workload
+        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
+        self._run(short, self._traced.append, record_events=True)
+
+    def _typical(
+        self, measured: Mapping[Phase, Sequence[StepRecord]], traced: Sequence[StepRecord]
+    ) -> list[StepRecord]:
+        """A prefill and a decode step of those traced.
 
         Of those with most tokens the one that takes about as long as most did when measured; of
         micro-batches that rotate, as many steps of each as make a round.
         """
-        workload, options = self.experiment.workload, self.deployment.options
+        options = self.deployment.options
         is_rotating = options.micro_batch_schedule == "rotating"
         num_kept = options.num_micro_batches if is_rotating else 1
-        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
-        steps: list[StepRecord] = []
-        self._run(short, steps.append, record_events=True)
         kept: list[StepRecord] = []
-        for phase, measured in self._steps.items():
-            of_phase = [step for step in steps if step.phase is phase]
-            kept += _typical(of_phase, measured, num_kept)
-        self._timelines = timelines_of(kept)
+        for phase, of_phase in measured.items():
+            kept += _typical([step for step in traced if step.phase is phase], of_phase, num_kept)
         return kept
 
     def _run(
@@ -257,6 +303,7 @@ class _Deployed:
             self.limits,
             record=record,
             record_events=record_events,
+            record_operations=self.is_virtual and record,
         )
         prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
         requests = [
@@ -274,11 +321,46 @@ class _Deployed:
 
     def record(self, role: str, peak: MachinePeak) -> DeploymentRecord:
         """The record of all runs together."""
-        runner, steps = self._runner, self._steps
+        rebalancer = self._runner.rebalancer
+        return self._record(
+            "measured",
+            role,
+            peak,
+            self._steps,
+            self._traced,
+            rebalances=rebalance_records(rebalancer) if rebalancer else (),
+        )
+
+    def virtual_record(self, role: str, runs: VirtualRuns) -> DeploymentRecord:
+        """The same in virtual time."""
+        layout = self.deployment.layout
+        steps = [*chain(*self._steps.values())]
+        replayed = runs.replay(layout, steps)
+        if self._steps[Phase.DECODE]:
+            self.link_tps = runs.decode_tps(layout, steps, replayed)
+        by_phase: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        for each in replayed:
+            by_phase[each.step.phase].append(each.step)
+        traced = [each.step for each in runs.replay(layout, self._traced)]
+        return self._record("virtual", role, runs.peak_of(layout), by_phase, traced)
+
+    def _record(
+        self,
+        source: Source,
+        role: str,
+        peak: MachinePeak,
+        steps: Mapping[Phase, Sequence[StepRecord]],
+        traced: Sequence[StepRecord],
+        **parts: Any,
+    ) -> DeploymentRecord:
+        kept = self._typical(steps, traced) if traced else []
+        name = self.deployment.name if source == "measured" else f"{self.deployment.name} {source}"
+        self.traces[name] = kept
+        timelines = timelines_of(kept)
         phases = [
             replace(
                 phase_record(self.deployment.layout, of_phase, peak, self.ranks_per_node),
-                timeline=self._timelines.get(phase),
+                timeline=timelines.get(phase),
             )
             for phase, of_phase in steps.items()
             if of_phase
@@ -287,12 +369,13 @@ class _Deployed:
             self.deployment,
             self.experiment.model,
             phases,
-            runner.held,
+            self._runner.held,
             self._tokens,
+            source,
             roles=(role,),
             num_tokens_per_expert=num_tokens_per_expert([*chain(*steps.values())]),
-            rebalances=rebalance_records(runner.rebalancer) if runner.rebalancer else (),
             dispatch_table=self._dispatch,
+            **parts,
         )
 
 

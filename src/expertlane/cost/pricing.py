@@ -188,15 +188,12 @@ class Compiler:
         return entries
 
     def _contention(self, share: float) -> tuple[Floats, Floats]:
+        """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
         if share not in self._contentions:
-            self._contentions[share] = _contention(share)
+            lost_share = np.array([0.0, share, 1.0])[:, None]
+            stretch = 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
+            self._contentions[share] = lost_share, stretch
         return self._contentions[share]
-
-
-def _contention(share: float) -> tuple[Floats, Floats]:
-    """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
-    lost_share = np.array([0.0, share, 1.0])[:, None]
-    return lost_share, 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
 
 
 def transfer_entry(transfer: Transfer, times: Times, contention: float) -> Entry:
@@ -209,8 +206,9 @@ def transfer_entry(transfer: Transfer, times: Times, contention: float) -> Entry
     groups = transfer.groups
     assert isinstance(groups, RankGroups), "of all ranks"
     seconds = np.broadcast_to(groups.largest(times.bounds), times.bounds.shape)
-    no_overhead = np.zeros((len(BOUNDS), 1))
-    return Entry(transfer, seconds, None, no_overhead, groups, 0, *_contention(contention))
+    lost_share, no_overhead = np.full((len(BOUNDS), 1), contention), np.zeros((len(BOUNDS), 1))
+    stretch = 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
+    return Entry(transfer, seconds, None, no_overhead, groups, 0, lost_share, stretch)
 
 
 _MOST_KNOWN = 4096

@@ -9,6 +9,7 @@ of the steps that had ended before it was submitted ends. The launcher takes no 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,11 +29,13 @@ from expertlane.cost.step.operation import (
     RankGroups,
     Transfer,
 )
-from expertlane.cost.step_log import rank_events, stage_seconds
+from expertlane.cost.step_log import rank_events, stage_seconds, transfer_seconds
 from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline
 from expertlane.results.step_record import Action, RankRecord, StepRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
+
+AROUND = (0.5, 1.0, 2.0)  # of the scale of links, for the three times of the clock
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class VirtualLinks:
 
     profile: Profile | None
     scale: float = 1.0
+
+
+class Replayed(NamedTuple):
+    """A step in virtual time.
+
+    Attributes:
+        step: with times of its ranks; on links of the scale that was asked for.
+        around: `AROUND` that scale: the same without its ranks.
+    """
+
+    step: StepRecord
+    around: tuple[StepRecord, ...]
 
 
 @dataclass(eq=False)
@@ -66,8 +81,8 @@ class VirtualClock:
         profile = self.links.profile
         self._model = None if profile is None else LinkModel(profile)
 
-    def replay(self, steps: Sequence[StepRecord]) -> list[StepRecord]:
-        """The same steps in virtual time; from 0 in each run.
+    def replay(self, steps: Sequence[StepRecord]) -> list[Replayed]:
+        """The same steps in virtual time, in the given order; from 0 in each run.
 
         Args:
             steps: whose plans asked for `record_operations`, in any order.
@@ -78,37 +93,34 @@ class VirtualClock:
         chains: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
         for step in steps:
             chains[step.run, step.replica].append(step)
-        replayed: dict[int, StepRecord] = {}
+        replayed: dict[int, Replayed] = {}
         for chain in chains.values():
-            for step, virtual in self._chain(chain):
-                replayed[id(step)] = virtual
+            self._chain(chain, replayed)
         return [replayed[id(step)] for step in steps]
 
-    def _chain(self, steps: Sequence[StepRecord]) -> list[tuple[StepRecord, StepRecord]]:
-        """The steps of a replica in one run, and what becomes of them."""
+    def _chain(self, steps: Sequence[StepRecord], replayed: dict[int, Replayed]) -> None:
+        """Replay the steps of a replica in one run."""
         timeline = Timeline(Terms.free(), self.layout.pp, self.layout.stage_size)
         ordered = sorted(steps, key=lambda step: step.submitted_s)
         ends: list[tuple[float, Floats]] = []  # measured and virtual, of the steps so far
-        found = []
         for step in ordered:
             before = [end_s for measured_s, end_s in ends if measured_s <= step.submitted_s]
             begin_s = np.max([np.zeros(len(BOUNDS)), *before], axis=0)
             times = timeline.run(self._work(step), begin_s, may_skip=False)
             ends.append((step.finished_s, times.end_s))
-            virtual = replace(
-                step,
-                submitted_s=float(begin_s[LIKELY]),
-                finished_s=float(times.end_s[LIKELY]),
-                records=self._records(step, times),
-            )
-            found.append((step, virtual))
-        return found
+            around = [
+                replace(step, submitted_s=float(begin), finished_s=float(end), records=())
+                for begin, end in zip(begin_s, times.end_s, strict=True)
+            ]
+            likely = replace(around[LIKELY], records=self._records(step, times))
+            replayed[id(step)] = Replayed(likely, tuple(around))
 
     def _records(self, step: StepRecord, times: StepTimes) -> tuple[RankRecord, ...]:
         # The time before a step counts where it counted when it was measured.
         count_idle = any(record.blocked_s[..., Stage.IDLE].any() for record in step.records)
         of_stages = stage_seconds(times, self.num_layers, count_idle=count_idle)
         events = rank_events(times) if any(r.events is not None for r in step.records) else {}
+        in_flight = [transfer_seconds(spans) for spans in times.spans]
         records = []
         for record in step.records:
             at = self.layout.coordinates(record.rank)
@@ -121,6 +133,7 @@ class VirtualClock:
                     blocked_s=seconds.blocked_s[place],
                     events=events.get((at.pp_rank, place)),
                     operations=None,
+                    transfers_s=in_flight[at.pp_rank][:, place],
                 )
             )
         return tuple(records)
@@ -203,7 +216,8 @@ class VirtualClock:
         return self._groups[key]
 
     def _scaled(self, times: Times) -> Times:
-        return replace(times, bounds=times.bounds * self.links.scale)
+        scales = self.links.scale * np.array(AROUND)
+        return replace(times, bounds=scales[:, None] * times.seconds)
 
 
 def _computation(item: Item) -> Entry:

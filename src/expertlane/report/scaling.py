@@ -28,7 +28,7 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
-from expertlane.results.record import Source
+from expertlane.results.record import RUN, Source
 from expertlane.results.results import Results
 
 
@@ -66,7 +66,7 @@ def parallelism(comparison: Comparison) -> Section:
 
 
 def _heading(source: Source, words: str) -> str:
-    return words if source == "measured" else f"Projected: {words[0].lower()}{words[1:]}"
+    return words if source in RUN else f"Projected: {words[0].lower()}{words[1:]}"
 
 
 def overlap(comparison: Comparison) -> Section:
@@ -76,12 +76,14 @@ def overlap(comparison: Comparison) -> Section:
     if not pairs:
         return Section(heading, ("No two deployments differ in overlap alone.",))
     num_paying = sum(pair.gained_s > 0 for pair in pairs)
+    is_virtual = comparison.source == "virtual"
     columns: tuple[Column[Overlapped], ...] = (
         text("without, with", lambda pair: f"#{pair.off.number}, #{pair.on.number}"),
         number("step without, ms", lambda pair: pair.off.step.round_s, milliseconds),
         number("with, ms", lambda pair: pair.on.step.round_s, milliseconds),
         number("exposed without, ms", lambda pair: pair.exposed_s, milliseconds),
         number("hidden", lambda pair: pair.hidden, percent),
+        *([number("computing adds, ms", lambda pair: pair.added_s, milliseconds)] * is_virtual),
         number(
             "more weights read",
             lambda pair: weight_bytes_of_rank(pair.on) - weight_bytes_of_rank(pair.off),
@@ -95,7 +97,13 @@ def overlap(comparison: Comparison) -> Section:
             f"Overlap shortens the decode step in {num_paying} of "
             f"{counted(len(pairs), 'pair')}. Each half of a batch reads the weights for "
             "itself: where a step is bound by weights, that costs more than it hides. Exposed: "
-            "blocked in dispatch and combine; hidden: the time gained over that.",
+            "blocked in dispatch and combine; hidden: "
+            + (
+                "of the time that transfers of both are in flight, what no rank waits for. "
+                "Computing adds: what attention, router, experts and head take longer in halves."
+                if is_virtual
+                else "the time gained over that."
+            ),
             Table.of("", columns, pairs),
         ),
     )
@@ -114,9 +122,9 @@ def sizes(results: Results, comparison: Comparison) -> Section:
     if found:
         parts = [sizes_sentence(found, unit), *_sizes_tables(found, source)]
         parts += _beyond(found) if source == "projected" else []
-    if source == "measured":
+    if comparison.is_run:
         machine = results.measured_on
-        if machine.is_oversubscribed:
+        if source == "measured" and machine.is_oversubscribed:
             num_cores = counted(machine.num_cores, "core")
             parts.append(
                 f"TPS per rank must fall where {machine.num_ranks} ranks share "
@@ -146,6 +154,8 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
         f"{counted(last.record.num_ranks, unit)} (ep={last.record.layout.ep}), the same workload: "
     )
     same = factor(lambda size: size.tps_per_rank)
+    if last.record.source == "virtual":
+        return f"{head}TPS per rank goes to {same}; linear would be 1.00×."
     if last.record.source == "measured":
         critical = factor(lambda size: size.critical_path_tps_per_rank)
         return (

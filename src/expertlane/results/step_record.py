@@ -125,6 +125,8 @@ class RankRecord(RankCounts):
             same in all layers. Empty unless the plan asked for it.
         events: what it did when; None unless the plan asked for it.
         operations: what it did, to be replayed; None unless the plan asked for it.
+        transfers_s: [2]; in virtual time, seconds that dispatch and combine were in flight, and
+            those of them that the rank waited for; else None.
     """
 
     wall_s: npt.NDArray[np.float64]
@@ -135,6 +137,7 @@ class RankRecord(RankCounts):
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     events: RankEvents | None = None
     operations: RankOperations | None = None
+    transfers_s: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
