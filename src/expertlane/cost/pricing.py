@@ -1,6 +1,6 @@
 """From a step's program to work with times: what the device and the links say of each step."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -302,13 +302,17 @@ class Pricing:
 
 
 def forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:
-    """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them."""
+    """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them.
+
+    Halves that are interleaved each have such a pair, and begin theirs in the same order.
+    """
     for stage in dict.fromkeys(each.stage for each in transfers):
-        hops = [
-            each
-            for each in transfers
-            if each.stage is stage and each.kind is TransferKind.ALL_TO_ALL
-        ]
+        hops: defaultdict[Hashable, list[Transfer]] = defaultdict(list)  # by their groups
+        for each in transfers:
+            if each.stage is stage and each.kind is TransferKind.ALL_TO_ALL:
+                hops[each.groups].append(each)
         if len(hops) == 2:
-            between, inside = sorted(hops, key=lambda hop: -int(hop.load.num_nodes.max()))
-            yield between, inside
+            between, inside = sorted(
+                hops.values(), key=lambda hop: -int(hop[0].load.num_nodes.max())
+            )
+            yield from zip(between, inside, strict=False)
