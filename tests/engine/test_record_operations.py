@@ -1,4 +1,4 @@
-"""Real ranks that record what they do: the run stays what it was, and the record holds all of it."""
+"""Real ranks that record what they do: the run stays what it was, the record holds all of it."""
 
 import numpy as np
 import pytest
