@@ -19,7 +19,7 @@ from expertlane.cost.routing import GivenRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import TransferKind
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.virtual import AROUND, VirtualClock, VirtualLinks
+from expertlane.cost.virtual import VirtualClock, VirtualLinks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.memory import workload_limits
 from expertlane.results.step_record import Action
@@ -99,7 +99,7 @@ class Ran:
         records = list(step_records(self.steps))
         plans = {record: step.plan for record, step in zip(records, self.steps, strict=True)}
         laws = ComputeLaws(self.builder, plans, laws_of, types, execution)
-        links = VirtualLinks(profile, scale)
+        links = VirtualLinks(profile, (scale / 2, scale, 2 * scale))
         num_layers = self.model.num_hidden_layers
         clock = VirtualClock(self.layout, num_layers, links, RANKS_PER_NODE, laws)
         return clock.replay(records)
@@ -164,19 +164,18 @@ def replayed(ran, links=PROFILE, **flags):
 
 def test_links_are_those_of_the_clock(ran):
     """Computing and the launcher are the profile's; transfers, and they alone, are scaled."""
-    likely = AROUND.index(1.0)
     without, with_links, slower = (
         replayed(ran, links, scale=scale)
         for links, scale in ((None, 1.0), (PROFILE, 1.0), (PROFILE, 2.0))
     )
     for free, plain, scaled in zip(without, with_links, slower, strict=True):
-        assert len({step.finished_s for step in free.around}) == 1
-        ends = [step.finished_s for step in plain.around]
+        assert len({step.finished_s for step in free.by_scale}) == 1
+        ends = [step.finished_s for step in plain.by_scale]
         assert ends == sorted(ends)
         assert free.step.finished_s < ends[0] < ends[2]
-        assert plain.step.finished_s == ends[likely]
-        assert scaled.around[0].finished_s == pytest.approx(ends[likely])
-        assert scaled.around[likely].finished_s == pytest.approx(ends[2])
+        assert plain.step.finished_s == ends[1]
+        assert scaled.by_scale[0].finished_s == pytest.approx(ends[1])
+        assert scaled.by_scale[1].finished_s == pytest.approx(ends[2])
     (first, *_) = without
     in_flight_s = [record.transfers_s[0] for record in first.step.records]
     assert in_flight_s == [0.0] * 4

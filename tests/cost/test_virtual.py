@@ -11,14 +11,14 @@ from cost.by_hand import LINKS, NUM_LAYERS, logs, records_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.step.operation import RankGroups, Transfer, TransferKind
-from expertlane.cost.virtual import AROUND, VirtualClock, VirtualLinks
+from expertlane.cost.virtual import VirtualClock, VirtualLinks
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Track
 from records import step_record
 
 
 def clock(layout, links=LINKS, scale=1.0, ranks_per_node=8):
-    links = VirtualLinks(links, scale)
+    links = VirtualLinks(links, (scale / 2, scale, 2 * scale))
     return VirtualClock(Layout.parse(layout), NUM_LAYERS, links, ranks_per_node)
 
 
@@ -346,9 +346,9 @@ def test_the_scale_is_that_of_transfers_alone():
         (replayed,) = clock("tp=2", scale=scale).replay(
             [step_record(0.0, 1.0, [0], records_of(ranks()))]
         )
-        ends = [step.finished_s for step in replayed.around]
-        assert ends == [3 + factor * scale * 5 for factor in AROUND]
-        assert replayed.step.finished_s == ends[AROUND.index(1.0)]
+        ends = [step.finished_s for step in replayed.by_scale]
+        assert ends == [3 + factor * scale * 5 for factor in (0.5, 1.0, 2.0)]
+        assert replayed.step.finished_s == ends[1]
     sent = [(0.0, 1.0, pipeline((0.0,), (0.0,), (6,)))]
     assert run_chain(sent, scale=2.0) == [(0.0, 2 * 9.0)]
 

@@ -229,7 +229,7 @@ class _Deployed:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
         self._traced: list[StepRecord] = []
         self.traces: dict[str, list[StepRecord]] = {}
-        self.link_tps: dict[float | None, float] = {}
+        self.link_tps: dict[float, float] = {}
         self._dispatch: DispatchTable | None = None
 
     def measure(self, run: int = 0) -> None:

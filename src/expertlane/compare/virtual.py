@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.virtual import AROUND, Replayed, VirtualClock, VirtualLinks
+from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
 from expertlane.results.metrics import latency
 from expertlane.results.results import Assumption, LinkSpeed, MachinePeak, VirtualTime
@@ -14,6 +14,8 @@ from expertlane.results.step_record import StepRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 
+_NEAR = (0.5, 1.0, 2.0)  # of the scale of links
+_FAR = (0.0, 0.25, 4.0)  # 0: without links
 _USUAL = "float16"  # what a device that lacks this machine's type computes in
 
 
@@ -86,7 +88,13 @@ class VirtualRuns:
 
     def replay(self, layout: Layout, steps: Sequence[StepRecord]) -> list[Replayed]:
         """The steps of a deployment in virtual time."""
-        links = VirtualLinks(self.settings.links, self.scale)
+        return self._replay(layout, steps, _NEAR)
+
+    def _replay(
+        self, layout: Layout, steps: Sequence[StepRecord], factors: tuple[float, float, float]
+    ) -> list[Replayed]:
+        low, likely, high = (self.scale * factor for factor in factors)
+        links = VirtualLinks(self.settings.links, (low, likely, high))
         return VirtualClock(layout, self.num_layers, links, self.ranks_per_node).replay(steps)
 
     def peak_of(self, layout: Layout) -> MachinePeak:
@@ -101,17 +109,25 @@ class VirtualRuns:
 
     def decode_tps(
         self, layout: Layout, steps: Sequence[StepRecord], replayed: Sequence[Replayed]
-    ) -> dict[float | None, float]:
-        """Decode TPS by the scale of links: those around the chosen one, and without links."""
-        found: dict[float | None, float] = {}
-        if self.settings.links is not None:
-            for place, factor in enumerate(AROUND):
-                found[factor * self.scale] = _decode_tps([each.around[place] for each in replayed])
-        free = VirtualClock(layout, self.num_layers, VirtualLinks(None), self.ranks_per_node)
-        found[None] = _decode_tps([each.step for each in free.replay(steps)])
-        return found
+    ) -> dict[float, float]:
+        """Decode TPS by the scale of links, 0 for none: a quarter to four times the chosen one.
 
-    def summary(self, of_deployments: Sequence[dict[float | None, float]]) -> VirtualTime:
+        Args:
+            replayed: as `replay` gave it for the steps.
+        """
+        if self.settings.links is None:
+            return {0.0: _decode_tps([each.step for each in replayed])}
+        found = {
+            factor * self.scale: _decode_tps([each.by_scale[place] for each in of_factors])
+            for factors, of_factors in (
+                (_NEAR, replayed),
+                (_FAR, self._replay(layout, steps, _FAR)),
+            )
+            for place, factor in enumerate(factors)
+        }
+        return dict(sorted(found.items()))
+
+    def summary(self, of_deployments: Sequence[dict[float, float]]) -> VirtualTime:
         """What the results say of the clock; of deployments that decode."""
         links = self.settings.links
         speeds = [

@@ -38,40 +38,39 @@ from expertlane.results.step_record import Action, RankRecord, StepRecord, by_pi
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
-AROUND = (0.5, 1.0, 2.0)  # of the scale of links, for the three times of the clock
-
 
 @dataclass(frozen=True)
 class VirtualLinks:
-    """The links of a virtual clock.
+    """The links of a virtual clock, which has three times: on links of three speeds.
 
     Attributes:
         profile: whose laws say how long a transfer takes; None where it takes no time.
-        scale: how many times as long it takes here: latency times it, bandwidth over it.
+        scales: how many times as long it takes here: latency times it, bandwidth over it; the
+            second is that of the ranks' records.
     """
 
     profile: Profile | None
-    scale: float = 1.0
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 class Replayed(NamedTuple):
     """A step in virtual time.
 
     Attributes:
-        step: with times of its ranks; on links of the scale that was asked for.
-        around: `AROUND` that scale: the same without its ranks.
+        step: on links of the second scale, with its ranks.
+        by_scale: on links of each scale, without.
     """
 
     step: StepRecord
-    around: tuple[StepRecord, ...]
+    by_scale: tuple[StepRecord, ...]
 
 
 class _ScaledLinks:
-    """Implements `Links`: those of a virtual clock, `AROUND` their scale."""
+    """Implements `Links`: those of a virtual clock."""
 
     def __init__(self, links: VirtualLinks) -> None:
         self._model = None if links.profile is None else LinkModel(links.profile)
-        self._scales = links.scale * np.array(AROUND)
+        self._scales = np.array(links.scales)[:, None]
 
     def times(self, transfer: Transfer) -> Times:
         if self._model is None:
@@ -95,7 +94,7 @@ class _ScaledLinks:
         return self._model.contention(transfer)
 
     def _scaled(self, times: Times) -> Times:
-        return replace(times, bounds=self._scales[:, None] * times.seconds)
+        return replace(times, bounds=self._scales * times.seconds)
 
 
 def _no_time(num_ranks: int) -> Times:
@@ -157,12 +156,12 @@ class VirtualClock:
             plan_s = begin_s + terms.step_s(layout.replica_size)
             times = timeline.run(self._work(step), plan_s, may_skip=False)
             ends.append((step.finished_s, times.end_s))
-            around = [
+            by_scale = [
                 replace(step, submitted_s=float(begin), finished_s=float(end), records=())
                 for begin, end in zip(begin_s, times.end_s, strict=True)
             ]
-            likely = replace(around[LIKELY], records=self._records(step, times))
-            replayed[id(step)] = Replayed(likely, tuple(around))
+            likely = replace(by_scale[LIKELY], records=self._records(step, times))
+            replayed[id(step)] = Replayed(likely, tuple(by_scale))
 
     def _records(self, step: StepRecord, times: StepTimes) -> tuple[RankRecord, ...]:
         # The time before a step counts where it counted when it was measured.

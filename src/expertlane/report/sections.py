@@ -8,6 +8,7 @@ from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
     by_conditions,
     by_context,
+    by_link_speed,
     deployments,
     gains,
     in_words,
@@ -77,6 +78,7 @@ def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
         deployments(own, wall if is_virtual else None),
         *plots.comparison(results, own),
         gains(own),
+        by_link_speed(results, own),
         bottlenecks(own),
         *((bottlenecks(wall, "Wall time: bottlenecks"),) if is_virtual else ()),
         work_and_traffic(own),

@@ -128,6 +128,28 @@ def _holds(row: Row) -> str:
     )
 
 
+def by_link_speed(results: Results, comparison: Comparison) -> Section:
+    """In virtual time: decode TPS on faster and slower links, and the best proposal's factor."""
+    virtual = results.virtual_time
+    heading = "Speed of links (virtual time)"
+    if virtual is None or comparison.source != "virtual" or not virtual.speeds:
+        return Section(heading, ())
+
+    def at(place: int) -> Column[Row]:
+        scale = virtual.speeds[place].scale
+        name = f"1:{figures(scale)}" if scale else "no links"
+        return number(name, lambda row: virtual.speeds[place].tps[(row.number or 1) - 1], figures)
+
+    columns: tuple[Column[Row], ...] = (*NAMED, *map(at, range(len(virtual.speeds))))
+    return Section(
+        heading,
+        (
+            Table.of(f"{comparison.phase} TPS", columns, comparison.rows),
+            f"1:N: transfers take N times as long as on {virtual.links}.",
+        ),
+    )
+
+
 def gains(comparison: Comparison) -> Section:
     """Against the first, and against the best baseline."""
     first, best = comparison.first, comparison.best_baseline

@@ -66,7 +66,7 @@ def _by_link_speed(results: Results, comparison: Comparison) -> str:
         of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
         best = max(of_row[number] for number in proposals)
         other = max(tps for number, tps in of_row.items() if number not in proposals)
-        links = "without links" if each.scale is None else f"1:{figures(each.scale)}"
+        links = f"1:{figures(each.scale)}" if each.scale else "without links"
         factors.append(f"{links} {times(best / other)}")
     head = "Best proposal over best baseline"
     if virtual.links is not None:

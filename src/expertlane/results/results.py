@@ -99,11 +99,11 @@ class LinkSpeed(Strict):
     """The decode throughput of an experiment's deployments on links of one speed.
 
     Attributes:
-        scale: how many times as long transfers take as by the profile; None: they take no time.
+        scale: how many times as long transfers take as by the profile; 0: they take no time.
         tps: of each deployment that decodes, in the experiment's order.
     """
 
-    scale: float | None
+    scale: float
     tps: tuple[float, ...]
 
 
