@@ -302,3 +302,21 @@ def test_another_hand_over_is_refused(pools):
 
     with pytest.raises(ValueError, match=r"bytes were handed over, \[\d+\] are emitted$"):
         replayed(in_operations(ran, more))
+
+
+def test_replicas_and_copies_of_experts(pools):
+    """Each replica has a launcher of its own, where a projection's share one."""
+    options = {"num_redundant_experts": 3, "placement": "round_robin", "payload": "bfloat16"}
+    ran = Ran.on(pools.pool(8), "replicas=2,dp=2,ep=2", options, "plain")
+    types = NumberTypes.all_of("float32")
+    terms = Terms.of(PROFILE, Execution.EAGER)
+    projected = ran.projected(Pricing(PROFILE, types), terms)
+    found = sorted(
+        (step.plan.step, each.step.finished_s - each.step.submitted_s)
+        for step, each in zip(ran.steps, replayed(ran), strict=True)
+    )
+    # The same tokens in each step of both replicas take about as long; the launcher is apart.
+    assert [step for step, _ in found] == list(range(len(projected)))
+    assert sum(took_s for _, took_s in found) == pytest.approx(
+        sum(each.finished_s - each.submitted_s for each in projected), rel=0.01
+    )
