@@ -40,7 +40,7 @@ def start():
         pool.close()
 
 
-def error_in_mid_run(pool, running, layout, harm):
+def error_in_mid_run(pool, running, layout, harm, **flags):
     """Run something long and do `harm` to rank 1, stopped in a layer: the error, seconds."""
     seen = {}
 
@@ -52,7 +52,7 @@ def error_in_mid_run(pool, running, layout, harm):
     thread = threading.Thread(target=act)
     thread.start()
     with pytest.raises(RankError) as caught:
-        run_deployment(pool, LONG_MODEL, deployment(layout), LONG)
+        run_deployment(pool, LONG_MODEL, deployment(layout), LONG, **flags)
     took_s = time.monotonic() - seen["at_s"]
     thread.join()
     return str(caught.value), seen["position"], took_s
@@ -82,6 +82,36 @@ def test_a_stopped_rank(start, layout):
         f"rank 1 hung in {position} (its process is stopped): no progress for 2 s; "
         "all ranks were ended"
     )
+    assert pool.is_closed
+    assert running.are_gone(seconds=1)
+
+
+@pytest.fixture
+def one_core():
+    """Leaves ranks that are started a single core."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system does not say which cores a process has")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(cores)])
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_rank_whose_core_others_wait_for(one_core, start, is_killed):
+    """The system frees the core of a rank that dies; one that stops keeps it, and is named."""
+    pool, running = start(3)
+
+    def harm(pid):
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+
+    line, position, took_s = error_in_mid_run(
+        pool, running, "dp=3,ep=3", harm, record_operations=True
+    )
+    assert took_s < TIMEOUT_S + 10
+    assert line.startswith(f"rank 1 {'was killed by SIGKILL' if is_killed else 'hung'} ")
+    assert f" in {position}" in line
     assert pool.is_closed
     assert running.are_gone(seconds=1)
 

@@ -143,7 +143,7 @@ class Recorder:
         """Start a step's record.
 
         Args:
-            count_idle: the time since the last step counts as idle.
+            count_idle: the time since the last step counts as idle, the wait for the core too.
             record_routing: keep the experts that tokens choose; implies `record`.
             record_events: keep every stretch of time; implies `record`.
             record_operations: keep what is to be replayed, one rank a core at a time; implies
@@ -155,13 +155,14 @@ class Recorder:
         self._recording_routing = record_routing
         self._recording_events = record_events
         self._micro_batch = 0
+        if record_operations:
+            self._take_turn()
         if count_idle:
             self._idle_s = time.perf_counter() - self._ended_s
         else:
             self._process_cpu_s = time.process_time()
         self._started_s = time.perf_counter()
         if record_operations:
-            self._take_turn()
             self._log = OperationLog(Stage.IDLE, NO_LAYER)
         self.enter(Stage.IDLE)
 

@@ -37,12 +37,12 @@ class _Ordered:
     """One rank's operations: what it computed before each collective, wait or arrival, in order.
 
     Attributes:
-        actions: [K]; what it is, where, and which collective.
+        actions: [K]; what it is, where, which collective, and of what kind where it begins.
         computed: [K + 1]; CPU seconds by place, before each of them and after the last.
         collectives: places of transfers that are no sends, in the rank's record.
     """
 
-    actions: list[tuple[int, _Place, int]] = field(default_factory=list)
+    actions: list[tuple[int, _Place, int, int]] = field(default_factory=list)
     computed: list[dict[_Place, float]] = field(default_factory=lambda: [{}])
     collectives: list[int] = field(default_factory=list)
 
@@ -59,17 +59,18 @@ class _Ordered:
             operations.transfer.tolist(),
             strict=True,
         ):
-            place = stage, layer, micro_batch
+            place, kind = (stage, layer, micro_batch), -1
             if action == Action.COMPUTE:
                 here = ordered.computed[-1]
                 here[place] = here.get(place, 0.0) + cpu_s
                 continue
             if action == Action.POST:
-                if operations.kind[transfer] == _SEND:
+                kind = int(operations.kind[transfer])
+                if kind == _SEND:
                     continue  # not all ranks have something to send
                 numbers[transfer] = len(numbers)
                 ordered.collectives.append(transfer)
-            ordered.actions.append((action, place, numbers.get(transfer, -1)))
+            ordered.actions.append((action, place, numbers.get(transfer, -1), kind))
             ordered.computed.append({})
         return ordered
 
@@ -145,7 +146,7 @@ def _side_by_side(ordered: Sequence[_Ordered]) -> list[Item]:
             cpu_s = np.array([of_rank.get(place, 0.0) for of_rank in computed])
             items.append(_item(Action.COMPUTE, place, -1, cpu_s))
         if number < len(ordered[0].actions):
-            action, place, transfer = ordered[0].actions[number]
+            action, place, transfer, _ = ordered[0].actions[number]
             items.append(_item(Action(action), place, transfer, nothing))
     return items
 

@@ -93,11 +93,14 @@ class Timeline:
     Args:
         num_stages: pipeline stages.
         num_ranks: of each of them.
+        only_likely: as a `Compiler` takes it.
     """
 
-    def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:
+    def __init__(
+        self, terms: Terms, num_stages: int, num_ranks: int, *, only_likely: bool = False
+    ) -> None:
         self._terms = terms
-        self._compiler = Compiler(terms)
+        self._compiler = Compiler(terms, only_likely=only_likely)
         self._num_ranks = num_ranks
         self._stages = [Clocks.zero(len(BOUNDS), num_ranks) for _ in range(num_stages)]
 

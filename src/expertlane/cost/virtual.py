@@ -4,6 +4,8 @@ What a rank computes takes the CPU time that was measured; a transfer takes what
 links say of its bytes, times a scale. Ranks do the same things in the same order whatever the time,
 so the order is that of the record, and what depends on what is known. A step begins when the last
 of the steps that had ended before it was submitted ends. The launcher takes no time.
+
+Or a profile's laws say what computing takes, and the launcher of each replica (`ComputeLaws`).
 """
 
 from collections import defaultdict
@@ -13,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Entry, forwarding_hops, transfer_entry
 from expertlane.cost.replay import RecordedStep
@@ -30,8 +33,8 @@ from expertlane.cost.step.operation import (
     Transfer,
 )
 from expertlane.cost.step_log import rank_events, stage_seconds, transfer_seconds
-from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline
-from expertlane.results.step_record import Action, RankRecord, StepRecord
+from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline, Work
+from expertlane.results.step_record import Action, RankRecord, StepRecord, by_pipeline_stage
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
@@ -62,23 +65,65 @@ class Replayed(NamedTuple):
     by_scale: tuple[StepRecord, ...]
 
 
+class _ScaledLinks:
+    """Implements `Links`: those of a virtual clock."""
+
+    def __init__(self, links: VirtualLinks) -> None:
+        self._model = None if links.profile is None else LinkModel(links.profile)
+        self._scales = np.array(links.scales)[:, None]
+
+    def times(self, transfer: Transfer) -> Times:
+        if self._model is None:
+            return _no_time(len(transfer.load.group_size))
+        return self._scaled(self._model.times(transfer))
+
+    def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
+        if self._model is None:
+            return self.times(between), self.times(inside)
+        first, second = self._model.forwarded(between, inside)
+        return self._scaled(first), self._scaled(second)
+
+    def hand_over(self, hand_over: HandOver) -> Times:
+        if self._model is None:
+            return _no_time(len(hand_over.sent_bytes))
+        return self._scaled(self._model.hand_over(hand_over))
+
+    def contention(self, transfer: Transfer) -> Term:
+        if self._model is None:
+            return Term(0.0, 0.0, 0.0, Basis.MEASURED, "no links")
+        return self._model.contention(transfer)
+
+    def _scaled(self, times: Times) -> Times:
+        return replace(times, bounds=self._scales * times.seconds)
+
+
+def _no_time(num_ranks: int) -> Times:
+    none = np.zeros((len(BOUNDS), num_ranks))
+    return Times(none, Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
+
+
 @dataclass(eq=False)
 class VirtualClock:
     """Replays the steps of one deployment, run by run.
 
     Args:
         ranks_per_node: consecutive ranks that share a node.
+        laws: of computing, in place of the CPU time that was measured.
     """
 
     layout: Layout
     num_layers: int
     links: VirtualLinks
     ranks_per_node: int
+    laws: ComputeLaws | None = None
     _groups: dict[object, RankGroups] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        profile = self.links.profile
-        self._model = None if profile is None else LinkModel(profile)
+        self._links = _ScaledLinks(self.links)
+        self._terms = Terms.free()
+        if self.laws is not None:
+            self._terms = self.laws.terms
+            self._pricing = self.laws.pricing(self._links)
 
     def replay(self, steps: Sequence[StepRecord]) -> list[Replayed]:
         """The same steps in virtual time, in the given order; from 0 in each run.
@@ -87,7 +132,8 @@ class VirtualClock:
             steps: whose plans asked for `record_operations`, in any order.
 
         Raises:
-            ValueError: a step has no operations, or ranks of a stage did not do the same.
+            ValueError: a step has no operations, or ranks of a stage did not do the same; or laws
+                are for other steps than those that ran.
         """
         chains: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
         for step in steps:
@@ -99,13 +145,16 @@ class VirtualClock:
 
     def _chain(self, steps: Sequence[StepRecord], replayed: dict[int, Replayed]) -> None:
         """Replay the steps of a replica in one run."""
-        timeline = Timeline(Terms.free(), self.layout.pp, self.layout.stage_size)
+        layout, terms = self.layout, self._terms
+        timeline = Timeline(terms, layout.pp, layout.stage_size, only_likely=True)
         ordered = sorted(steps, key=lambda step: step.submitted_s)
         ends: list[tuple[float, Floats]] = []  # measured and virtual, of the steps so far
+        plan_s = np.zeros(len(BOUNDS))  # when the plan of the step before was sent
         for step in ordered:
             before = [end_s for measured_s, end_s in ends if measured_s <= step.submitted_s]
-            begin_s = np.max([np.zeros(len(BOUNDS)), *before], axis=0)
-            times = timeline.run(self._work(step), begin_s, may_skip=False)
+            begin_s = np.max([plan_s, *before], axis=0)
+            plan_s = begin_s + terms.step_s(layout.replica_size)
+            times = timeline.run(self._work(step), plan_s, may_skip=False)
             ends.append((step.finished_s, times.end_s))
             by_scale = [
                 replace(step, submitted_s=float(begin), finished_s=float(end), records=())
@@ -137,11 +186,11 @@ class VirtualClock:
             )
         return tuple(records)
 
-    def _work(self, step: StepRecord) -> list[list[RecordedWork]]:
+    def _work(self, step: StepRecord) -> Sequence[Sequence[Work]]:
         """[num_stages][num_micro_batches]."""
-        by_stage: dict[int, list[RankRecord]] = defaultdict(list)
-        for record in step.records:
-            by_stage[self.layout.coordinates(record.rank).pp_rank].append(record)
+        if self.laws is not None:
+            return self._pricing.work(self.laws.program(step))
+        by_stage = by_pipeline_stage(self.layout, step)
         work = []
         for pp_rank in range(self.layout.pp):
             records = sorted(by_stage[pp_rank], key=lambda record: record.rank)
@@ -173,37 +222,32 @@ class VirtualClock:
         ]
 
     def _hand_over(self, stage: StageOperations, micro_batch: int) -> Times:
-        if self._model is None:
-            return _no_time(len(stage.ranks))
         there = (stage.ranks + self.layout.stage_size) // self.ranks_per_node
         is_remote = there != stage.ranks // self.ranks_per_node
         sent_bytes = stage.handed_over[micro_batch]
-        return self._scaled(self._model.hand_over(HandOver(sent_bytes, is_remote)))
+        return self._links.hand_over(HandOver(sent_bytes, is_remote))
 
     def _priced(self, stage: StageOperations) -> list[Entry]:
         """[M]; every collective with its seconds."""
-        model, groups = self._model, [self._groups_of(stage, ranks) for ranks in stage.first_ranks]
+        links, groups = self._links, [self._groups_of(stage, of) for of in stage.first_ranks]
         transfers = [
             Transfer(kind, item.stage, of_ranks, sent[None])
             for item, kind, of_ranks, sent in zip(
                 stage.posts, stage.kinds, groups, stage.sent_bytes, strict=True
             )
         ]
-        if model is None:
-            nothing = _no_time(len(stage.ranks))
-            return [transfer_entry(each, nothing, 0.0) for each in transfers]
         forwarded: dict[int, Times] = {}
         by_layer: dict[object, list[Transfer]] = defaultdict(list)
         for item, transfer in zip(stage.posts, transfers, strict=True):
             by_layer[item.micro_batch, item.layer].append(transfer)
         for of_layer in by_layer.values():
             for between, inside in forwarding_hops(of_layer):
-                forwarded[id(between)], forwarded[id(inside)] = model.forwarded(between, inside)
+                forwarded[id(between)], forwarded[id(inside)] = links.forwarded(between, inside)
         return [
             transfer_entry(
                 each,
-                self._scaled(forwarded.get(id(each)) or model.times(each)),
-                model.contention(each).value,
+                forwarded.get(id(each)) or links.times(each),
+                links.contention(each).value,
             )
             for each in transfers
         ]
@@ -214,10 +258,6 @@ class VirtualClock:
             self._groups[key] = RankGroups(first_ranks, stage.ranks // self.ranks_per_node)
         return self._groups[key]
 
-    def _scaled(self, times: Times) -> Times:
-        scales = np.array(self.links.scales)
-        return replace(times, bounds=scales[:, None] * times.seconds)
-
 
 def _computation(item: Item) -> Entry:
     none = np.zeros(len(item.cpu_s), dtype=np.int64)
@@ -225,8 +265,3 @@ def _computation(item: Item) -> Entry:
     zero = np.zeros((len(BOUNDS), 1))
     seconds = np.broadcast_to(item.cpu_s, (len(BOUNDS), len(item.cpu_s)))
     return Entry(step, seconds, None, zero, None, 0, zero, zero)
-
-
-def _no_time(num_ranks: int) -> Times:
-    none = np.zeros((len(BOUNDS), num_ranks))
-    return Times(none, Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
