@@ -91,6 +91,7 @@ def run_comparison(
         each.measure(run=1)
     for each in scaling:
         each.measure()
+        each.measure_share()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     return Results.now(
         "comparison",
@@ -190,6 +191,7 @@ class _Deployed:
 
     def __post_init__(self) -> None:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        self._share_steps: list[StepRecord] = []
         self._timelines: dict[Phase, StepTimeline] = {}
         self._dispatch: DispatchTable | None = None
 
@@ -216,6 +218,22 @@ class _Deployed:
         progress.advance()
         self._tokens = self._run(workload, self._keep, run=run)
         progress.done()
+
+    def measure_share(self) -> None:
+        """Run the workload once more with as many sequences a rank as the largest deployment."""
+        workload = self.experiment.workload
+        num_seqs = self.experiment.num_sequences_alike(self.deployment.layout)
+        if num_seqs < workload.num_sequences:
+            name = f"{self.deployment.name}, a rank's share"
+            self.progress.task(name, num_seqs * workload.output_len)
+            share = replace(workload, num_sequences=num_seqs)
+            self._run(share, self._keep_share)
+            self.progress.done()
+
+    def _keep_share(self, step: StepRecord) -> None:
+        if step.phase is Phase.DECODE:
+            self._share_steps.append(step)
+        self.progress.advance(len(step.seq_ids))
 
     def _keep(self, step: StepRecord) -> None:
         self._steps[step.phase].append(step)
@@ -261,7 +279,7 @@ class _Deployed:
         prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
         requests = [
             Request(str(number), prompt[: workload.prompt_len], max_tokens=workload.output_len)
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts[: workload.num_sequences])
         ]
         for request in requests:
             scheduler.add(request)
@@ -283,7 +301,7 @@ class _Deployed:
             for phase, of_phase in steps.items()
             if of_phase
         ]
-        return measured_record(
+        found = measured_record(
             self.deployment,
             self.experiment.model,
             phases,
@@ -294,6 +312,10 @@ class _Deployed:
             rebalances=rebalance_records(runner.rebalancer) if runner.rebalancer else (),
             dispatch_table=self._dispatch,
         )
+        if not self._share_steps:
+            return found
+        share = phase_record(self.deployment.layout, self._share_steps, peak, self.ranks_per_node)
+        return replace(found, steps=(*found.steps, share))
 
 
 def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
