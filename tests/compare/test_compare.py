@@ -224,6 +224,17 @@ def test_results_are_read_back_as_written(results, tmp_path):
     assert markdown.render(again) == markdown.render(report_of(results))
 
 
+def test_each_size_runs_again_with_as_many_sequences_a_rank(results):
+    sizes = scaling(results, "measured")
+    assert [each.record.layout.ep for each in sizes] == SCALING_EP
+    assert [each.step.num_seqs for each in sizes[:2]] == [3 * 9] * 2  # 3 decode steps, once
+    assert [each.share.num_seqs for each in sizes] == [3 * 2, 3 * 4, 2 * 3 * 9]  # 9 // 4 a rank
+    assert sizes[2].share is sizes[2].step
+    for each in sizes:
+        assert each.share_tps_per_rank > 0
+        assert each.critical_path_share_tps_per_rank > 0
+
+
 def test_progress_is_told_of_every_deployment(compared):
     _, progress, _ = compared
     assert {each.name for each in EXPERIMENT.deployments + EXPERIMENT.scaling} < {*progress.tasks}

@@ -232,7 +232,7 @@ class ExperimentProjector:
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
         projector = self._steps(deployment, self._usual, cluster)
         num_all = self._experiment.workload.num_sequences
-        share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
+        share = self._experiment.num_sequences_alike(layout)
         room = self._room(deployment, context + 1)
         placed = next(filter(None, placements_of(self._model, layout, deployment.options)), None)
         sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike

@@ -107,6 +107,7 @@ def run_comparison(
         each.measure(run=1)
     for each in scaling:
         each.measure()
+        each.measure_share()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     roles = [*((each, EXPERIMENT) for each in own), *((each, SCALING) for each in scaling)]
     records = [each.record(role, peak) for each, role in roles]
@@ -227,6 +228,7 @@ class _Deployed:
 
     def __post_init__(self) -> None:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        self._share_steps: list[StepRecord] = []
         self._traced: list[StepRecord] = []
         self.traces: dict[str, list[StepRecord]] = {}
         self.link_tps: dict[float, float] = {}
@@ -255,6 +257,22 @@ class _Deployed:
         progress.advance()
         self._tokens = self._run(workload, self._keep, run=run)
         progress.done()
+
+    def measure_share(self) -> None:
+        """Run the workload once more with as many sequences a rank as the largest deployment."""
+        workload = self.experiment.workload
+        num_seqs = self.experiment.num_sequences_alike(self.deployment.layout)
+        if num_seqs < workload.num_sequences:
+            name = f"{self.deployment.name}, a rank's share"
+            self.progress.task(name, num_seqs * workload.output_len)
+            share = replace(workload, num_sequences=num_seqs)
+            self._run(share, self._keep_share)
+            self.progress.done()
+
+    def _keep_share(self, step: StepRecord) -> None:
+        if step.phase is Phase.DECODE:
+            self._share_steps.append(step)
+        self.progress.advance(len(step.seq_ids))
 
     def _keep(self, step: StepRecord) -> None:
         self._steps[step.phase].append(step)
@@ -308,7 +326,7 @@ class _Deployed:
         prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
         requests = [
             Request(str(number), prompt[: workload.prompt_len], max_tokens=workload.output_len)
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts[: workload.num_sequences])
         ]
         for request in requests:
             scheduler.add(request)
@@ -327,6 +345,7 @@ class _Deployed:
             role,
             peak,
             self._steps,
+            self._share_steps,
             self._traced,
             rebalances=rebalance_records(rebalancer) if rebalancer else (),
         )
@@ -341,8 +360,11 @@ class _Deployed:
         by_phase: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
         for each in replayed:
             by_phase[each.step.phase].append(each.step)
-        traced = [each.step for each in runs.replay(layout, self._traced)]
-        return self._record("virtual", role, runs.peak_of(layout), by_phase, traced)
+        share, traced = (
+            [each.step for each in runs.replay(layout, of_kind)]
+            for of_kind in (self._share_steps, self._traced)
+        )
+        return self._record("virtual", role, runs.peak_of(layout), by_phase, share, traced)
 
     def _record(
         self,
@@ -350,6 +372,7 @@ class _Deployed:
         role: str,
         peak: MachinePeak,
         steps: Mapping[Phase, Sequence[StepRecord]],
+        share: Sequence[StepRecord],
         traced: Sequence[StepRecord],
         **parts: Any,
     ) -> DeploymentRecord:
@@ -365,7 +388,7 @@ class _Deployed:
             for phase, of_phase in steps.items()
             if of_phase
         ]
-        return measured_record(
+        found = measured_record(
             self.deployment,
             self.experiment.model,
             phases,
@@ -377,6 +400,10 @@ class _Deployed:
             dispatch_table=self._dispatch,
             **parts,
         )
+        if not share:
+            return found
+        alike = phase_record(self.deployment.layout, share, peak, self.ranks_per_node)
+        return replace(found, steps=(*found.steps, alike))
 
 
 def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
