@@ -13,6 +13,7 @@ from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.cpu import Bfloat16Backend, PackedLinear
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -303,5 +304,5 @@ def test_weighted_sum(num_tokens: int, top_k: int):
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 4), (1, 5), (3, 16), (7, 33)])
 def test_sum_of_parts(num_rows: int, size: int):
     rows = random(3 * num_rows, size)
-    ours = OURS.sum_parts(rows, 3)
+    ours = OURS.sum_parts(RowParts.of(rows), 3)
     assert_near(ours, rows.view(3, num_rows, size).float().sum(0), steps=1)

@@ -4,6 +4,7 @@ Only `ops/backend.py` chooses among these.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
+_SUMMED = (torch.float32, torch.bfloat16)
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
     "n": ctypes.c_int64,
@@ -32,7 +35,7 @@ def _function(library: ctypes.CDLL, name: str, arguments: str, result: Any = Non
 
 
 class CpuBackend(TorchBackend):
-    """The bookkeeping of dispatch (`dispatch.cpp`), for any CPU.
+    """The bookkeeping of dispatch (`dispatch.cpp`) and sums (`sums.cpp`), for any CPU.
 
     Attributes:
         baseline: the library that every CPU can use.
@@ -43,6 +46,12 @@ class CpuBackend(TorchBackend):
         self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
         self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
         self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)
+        self._pack_rows = _function(baseline, "pack_rows", "pnnnpppp")
+        self._take_sums(baseline)
+
+    def _take_sums(self, library: ctypes.CDLL) -> None:
+        self._gather_sum = _function(library, "gather_sum", "ippnppnnnp")
+        self._sum_parts = _function(library, "sum_parts", "ipnnp")
 
     def choose_copies(
         self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
@@ -79,6 +88,52 @@ class CpuBackend(TorchBackend):
         )
         return PairGroups(counts, rows[:num_pairs], order[:num_pairs], numbers)
 
+    def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
+        from_, stride, num_bytes, index = (array("q", [0] * len(parts)) for _ in range(4))
+        for i, (part, rows) in enumerate(parts):
+            assert part.stride(1) == 1 or part.shape[1] == 1, "rows lie in one piece each"
+            from_[i], stride[i] = part.data_ptr(), part.stride(0) * part.itemsize
+            num_bytes[i] = part.shape[1] * part.itemsize
+            index[i] = 0 if rows is None else rows.data_ptr()
+        self._pack_rows(
+            *(packed.data_ptr(), *packed.shape, len(parts)),
+            *(each.buffer_info()[0] for each in (from_, stride, num_bytes, index)),
+        )
+
+    def gather_sum(
+        self,
+        values: Tensor | RowParts,
+        places: Tensor,
+        weights: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if values.dtype not in _SUMMED:
+            return super().gather_sum(values, places, weights, out)
+        parts = values if isinstance(values, RowParts) else RowParts.of(values.contiguous())
+        places, weights = places.contiguous(), None if weights is None else weights.contiguous()
+        if out is None:
+            out = torch.empty(len(places), parts.width, dtype=parts.dtype)
+        num_rows = array("q", parts.num_rows)
+        self._gather_sum(
+            *(parts.dtype is torch.bfloat16, parts.pointers.buffer_info()[0]),
+            *(num_rows.buffer_info()[0], len(num_rows), places.data_ptr()),
+            *(None if weights is None else weights.data_ptr(), *places.shape, parts.width),
+            out.data_ptr(),
+        )
+        return out
+
+    def sum_parts(self, rows: RowParts, num_parts: int) -> Tensor:
+        if rows.dtype not in _SUMMED:
+            return super().sum_parts(rows, num_parts)
+        if len(rows.num_rows) != num_parts:
+            rows = RowParts.of(rows.tensor(), num_parts)
+        out = torch.empty(rows.num_rows[0], rows.width, dtype=rows.dtype)
+        self._sum_parts(
+            *(rows.dtype is torch.bfloat16, rows.pointers.buffer_info()[0], num_parts),
+            *(out.numel(), out.data_ptr()),
+        )
+        return out
+
 
 class Bfloat16Backend(CpuBackend):
     """Arithmetic in bfloat16 too (`products.cpp`, `attention.cpp`, `rows.cpp`)."""
@@ -90,8 +145,7 @@ class Bfloat16Backend(CpuBackend):
         self._attention = _function(avx512_bf16, "attention", "pnpppnpppnnnnnnfnpp")
         self._rotate = _function(avx512_bf16, "rotate", "pnnnnnppn")
         self._rms_norm = _function(avx512_bf16, "rms_norm", "pnnnnpfpn")
-        self._weighted_sum = _function(avx512_bf16, "weighted_sum", "pppnnnp")
-        self._sum_parts = _function(avx512_bf16, "sum_parts", "pnnp")
+        self._take_sums(avx512_bf16)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():
@@ -168,25 +222,6 @@ class Bfloat16Backend(CpuBackend):
         )
         return x
 
-    def gather_sum(self, values: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-        size = values.shape[1]
-        if values.dtype is not torch.bfloat16 or size % 16:
-            return super().gather_sum(values, places, weights)
-        places, weights = places.contiguous(), None if weights is None else weights.contiguous()
-        out = values.new_empty(len(places), size)
-        self._weighted_sum(
-            *(values.data_ptr(), places.data_ptr()),
-            *(None if weights is None else weights.data_ptr(), *places.shape, size, out.data_ptr()),
-        )
-        return out
-
-    def sum_parts(self, rows: Tensor, num_parts: int) -> Tensor:
-        if rows.dtype is not torch.bfloat16:
-            return super().sum_parts(rows, num_parts)
-        out = rows.new_empty(len(rows) // num_parts, rows.shape[1])
-        self._sum_parts(rows.data_ptr(), num_parts, out.numel(), out.data_ptr())
-        return out
-
 
 class PackedLinear(Linear):
     """The weight [n, k], k even, as our kernels read it: [n / 16, k / 2, 16, 2], n padded.
@@ -240,9 +275,10 @@ class _PackedExperts(Experts):
             _pointers([expert.down for expert in held]),
         )
 
-    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = len(pairs.rows), rows.shape[1]
-        out, scratch = rows.new_empty(num_pairs, hidden), rows.new_empty(num_pairs, self._inner)
+        out = rows.new_empty(num_pairs, hidden) if out is None else out
+        scratch = rows.new_empty(num_pairs, self._inner)
         if num_pairs:
             ends = pairs.counts.cumsum(0)
             self._function(

@@ -1,4 +1,4 @@
-// What lies between products: rotary positions, norms, sums of rows.
+// What lies between products: rotary positions and norms.
 
 #include <vector>
 
@@ -56,40 +56,6 @@ void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64
             const __m512 gain = _mm512_loadu_ps(weight + group * size + i);
             store(to + i, _mm512_mul_ps(scaled, gain), kLanes);
         }
-    }
-}
-
-// out [tokens, size] = the sum of each token's top_k rows, weighted (or not, where weights are
-// null); pair token * top_k + choice has the row place[pair] of x, or none below 0.
-void weighted_sum(const bf16* x, const int64_t* place, const float* weights, int64_t tokens,
-                  int64_t top_k, int64_t size, bf16* out) {
-#pragma omp parallel for schedule(static) if (tokens * size > 32768)
-    for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < size; i += kLanes) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k) {
-                if (place[k] < 0) continue;
-                const __m512 value = widen(x + place[k] * size + i);
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(weights ? weights[k] : 1.0f), value, sum);
-            }
-            store(out + t * size + i, sum, kLanes);
-        }
-    }
-}
-
-// out [count] = the sum of x [parts, count] over its parts, in their order.
-void sum_parts(const bf16* x, int64_t parts, int64_t count, bf16* out) {
-#pragma omp parallel for schedule(static) if (parts * count > 65536)
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const int64_t left = count - i;
-        const __mmask16 mask = left >= kLanes ? 0xffff : (__mmask16)((1u << left) - 1);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t p = 0; p < parts; ++p) {
-            const __m256i raw = _mm256_maskz_loadu_epi16(mask, x + p * count + i);
-            const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
-            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(wide));
-        }
-        store(out + i, sum, left);
     }
 }
 }
