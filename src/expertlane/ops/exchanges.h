@@ -56,6 +56,7 @@ struct Incoming {
 struct Exchange {
     Group* group;
     bool sends = false, same_for_all = false, in_place = false, is_done = false;
+    bool past_cache = false;  // what all ranks exchange does not fit into it
     const char* from = nullptr;
     std::vector<Part> parts;  // of `from`
     int64_t block = -1;       // of the heap; at first, the one that the message was made in

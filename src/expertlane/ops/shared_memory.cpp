@@ -114,7 +114,7 @@ void copy_piece(const Endpoint& endpoint, const Exchange& exchange, const Descri
         const int64_t bytes = std::min(part.bytes - begin, description.piece_bytes);
         if (bytes <= 0) continue;
         copy_bytes(block + description.parts[other].offset, exchange.from + part.offset + begin,
-                   bytes);
+                   bytes, exchange.past_cache);
         if (exchange.same_for_all) break;
     }
 }
@@ -176,7 +176,7 @@ void copy_out(Exchange& exchange, Incoming& incoming) {
         if (!reached(published, end_piece)) return;
         const int64_t bytes = std::min(incoming.bytes - begin, description->piece_bytes);
         const char* block = heap + description->blocks[incoming.num_pieces % 2];
-        copy_bytes(incoming.to + begin, block + part.offset, bytes);
+        copy_bytes(incoming.to + begin, block + part.offset, bytes, exchange.past_cache);
         begin += bytes;
         ++incoming.num_pieces;
         if (in_pieces && begin < incoming.bytes) consume(group, sender, end_piece, true);
@@ -324,6 +324,9 @@ void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t*
     exchange.from = from;
     exchange.same_for_all = same_for_all;
     exchange.in_place = !to;
+    int64_t num_rows = 0;
+    for (int64_t p = 0; p < group.size; ++p) num_rows += std::max<int64_t>(receive[p], 0);
+    exchange.past_cache = num_rows * row_bytes * group.size > kCacheBytes;
     const int64_t in_heap = from - endpoint.region.heap(endpoint.rank);
     if (endpoint.made.is_taken(in_heap)) exchange.block = in_heap;
     exchange.parts.resize(group.size);
@@ -347,7 +350,7 @@ void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t*
         if (place != group.place && receive[place] >= 0) {
             exchange.incoming.push_back({place, group.num_expected[place]++, into, bytes});
         } else if (to && place == group.place) {
-            copy_bytes(into, own, bytes);
+            copy_bytes(into, own, bytes, exchange.past_cache);
         }
         offset += bytes;
     }

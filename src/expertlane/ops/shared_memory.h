@@ -27,15 +27,15 @@ constexpr auto kPublished = kOrdered;
 constexpr auto kSeen = std::memory_order_acquire;
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPastCache = 256 << 10;
+constexpr int64_t kCacheBytes = 24 << 20;  // about what a socket's cores share
 constexpr uint32_t kRing = 8;  // messages of a channel that are described at a time
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
-// What is larger than a share of the cache goes past it: it would push out what is to be read next.
-void copy_bytes(char* to, const char* from, int64_t bytes) {
+// Past the cache goes what would push itself out of it: then nothing need be read to be written.
+void copy_bytes(char* to, const char* from, int64_t bytes, bool past_cache) {
 #ifdef __SSE2__
-    if (bytes >= kPastCache) {
+    if (past_cache && bytes >= 4096) {
         const int64_t first = -(intptr_t)to & 15, last = (bytes - first) / 64 * 64 + first;
         std::memcpy(to, from, first);
         for (int64_t at = first; at < last; at += 64) {
