@@ -23,7 +23,7 @@ from expertlane.ops.build import (
     _library,
     build,
 )
-from expertlane.ops.cpu import Bfloat16Backend, CpuBackend
+from expertlane.ops.cpu import Avx512Backend, CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def failing_compiler(folder: Path, says: str) -> str:
 @needs_compiler
 def test_any_cpu_has_the_bookkeeping():
     assert isinstance(backend_for(CPU), CpuBackend)
-    assert isinstance(backend_for(CPU), Bfloat16Backend) == (not backend_of_cpu()[1])
+    assert isinstance(backend_for(CPU), Avx512Backend) == (not backend_of_cpu()[1])
 
 
 def test_torch_alone(monkeypatch):

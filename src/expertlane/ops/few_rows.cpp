@@ -1,21 +1,16 @@
 // Products of few rows with float32 weights [n, k] as torch keeps them. Each weight is read from
 // memory once, in order; torch's own product packs them anew at every call.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include "tiles.h"
 
 namespace {
 
-constexpr int kLanes = 16, kColumns = 4;  // outputs that are computed together
-constexpr int64_t kMostRows = 4;          // with kColumns, so many sums fit into registers
+constexpr int kColumns = 4;       // outputs that are computed together
+constexpr int64_t kMostRows = 4;  // with kColumns, so many sums fit into registers
 
 // out[r][c] = row r of x times row c of w, k values each.
 template <int R>
-void tile(const float* const* x, const float* w, int64_t k, float out[kMostRows][kColumns]) {
+void few_rows_tile(const float* const* x, const float* w, int64_t k, float out[kMostRows][kColumns]) {
     __m512 sum[R][kColumns];
     for (auto& row : sum) for (auto& each : row) each = _mm512_setzero_ps();
     for (int64_t i = 0; i < k; i += kLanes) {
@@ -38,10 +33,10 @@ void product(const float* const* x, int64_t rows, const float* w, int64_t column
              float out[kMostRows][kColumns]) {
     if (columns == kColumns) {
         switch (rows) {
-            case 1: return tile<1>(x, w, k, out);
-            case 2: return tile<2>(x, w, k, out);
-            case 3: return tile<3>(x, w, k, out);
-            default: return tile<4>(x, w, k, out);
+            case 1: return few_rows_tile<1>(x, w, k, out);
+            case 2: return few_rows_tile<2>(x, w, k, out);
+            case 3: return few_rows_tile<3>(x, w, k, out);
+            default: return few_rows_tile<4>(x, w, k, out);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -57,9 +52,6 @@ void product(const float* const* x, int64_t rows, const float* w, int64_t column
         }
     }
 }
-
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
-float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
 
 }  // namespace
 

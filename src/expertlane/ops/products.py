@@ -30,7 +30,10 @@ class Linear:
 
     Attributes:
         weight: as it is kept.
+        is_packed: not as torch's own products take it.
     """
+
+    is_packed = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
@@ -70,6 +73,8 @@ class Linear:
 
 class OnednnLinear(Linear):
     """The weight as oneDNN packs it, which only oneDNN reads: it is sent as torch has it."""
+
+    is_packed = True
 
     @staticmethod
     def suits(weight: Tensor) -> bool:
@@ -258,7 +263,7 @@ class GroupedExperts(Experts):
         sizes = {size for each in linears for size in (each.in_features, each.out_features)}
         first = linears[0].weight
         return (
-            all(type(linear) is Linear for linear in linears)
+            not any(linear.is_packed for linear in linears)
             and all(size and size * first.itemsize % _ALIGNMENT == 0 for size in sizes)
             and _groups_products(first.device, first.dtype)
         )

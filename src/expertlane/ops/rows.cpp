@@ -4,12 +4,13 @@
 
 #include "tiles.h"
 
-extern "C" {
+namespace {
 
 // Turns the first num_heads heads of each row of x [tokens, stride] in place, by cos and sin
 // [tokens, dim]: pairs (i, i + dim / 2) of the last dim of a head's values, or (2i, 2i + 1), which
 // are left as the former.
-void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
+template <class T>
+void rotate_rows(T* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
             int64_t dim, const float* cos, const float* sin, int64_t interleave) {
     const int64_t half = dim / 2;
 #pragma omp parallel if (tokens * num_heads * dim > 65536)
@@ -19,16 +20,16 @@ void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t 
         for (int64_t t = 0; t < tokens; ++t) {
             const float *c = cos + t * dim, *n = sin + t * dim;
             for (int64_t h = 0; h < num_heads; ++h) {
-                bf16* head = x + t * stride + (h + 1) * head_dim - dim;
+                T* head = x + t * stride + (h + 1) * head_dim - dim;
                 for (int64_t i = 0; i < half; ++i) {
                     first[i] = to_float(head[interleave ? 2 * i : i]);
                     second[i] = to_float(head[interleave ? 2 * i + 1 : i + half]);
                 }
                 for (int64_t i = 0; i < half; ++i) {
-                    head[i] = to_bf16(first[i] * c[i] + second[i] * n[i]);
+                    put(first[i] * c[i] + second[i] * n[i], head + i);
                 }
                 for (int64_t i = half; i < dim; ++i) {
-                    head[i] = to_bf16(second[i - half] * c[i] + first[i - half] * n[i]);
+                    put(second[i - half] * c[i] + first[i - half] * n[i], head + i);
                 }
             }
         }
@@ -36,14 +37,15 @@ void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t 
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight, the mean over each of the first `groups` groups of
-// `size` values of each row; x and out are bfloat16 and may be the same, weight [groups, size].
-void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
-              const float* weight, float eps, bf16* out, int64_t out_stride) {
+// `size` values of each row; x and out may be the same, weight [groups, size].
+template <class T>
+void norm_rows(const T* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+               const float* weight, float eps, T* out, int64_t out_stride) {
 #pragma omp parallel for schedule(static) if (rows * groups * size > 32768)
     for (int64_t task = 0; task < rows * groups; ++task) {
         const int64_t row = task / groups, group = task % groups;
-        const bf16* from = x + row * stride + group * size;
-        bf16* to = out + row * out_stride + group * size;
+        const T* from = x + row * stride + group * size;
+        T* to = out + row * out_stride + group * size;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t i = 0; i < size; i += kLanes) {
             const __m512 value = widen(from + i);
@@ -57,5 +59,29 @@ void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64
             store(to + i, _mm512_mul_ps(scaled, gain), kLanes);
         }
     }
+}
+
+}  // namespace
+
+extern "C" {
+
+void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
+            int64_t dim, const float* cos, const float* sin, int64_t interleave) {
+    rotate_rows(x, stride, tokens, num_heads, head_dim, dim, cos, sin, interleave);
+}
+
+void rotate_float(float* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
+                  int64_t dim, const float* cos, const float* sin, int64_t interleave) {
+    rotate_rows(x, stride, tokens, num_heads, head_dim, dim, cos, sin, interleave);
+}
+
+void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+              const float* weight, float eps, bf16* out, int64_t out_stride) {
+    norm_rows(x, stride, rows, groups, size, weight, eps, out, out_stride);
+}
+
+void rms_norm_float(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+                    const float* weight, float eps, float* out, int64_t out_stride) {
+    norm_rows(x, stride, rows, groups, size, weight, eps, out, out_stride);
 }
 }
