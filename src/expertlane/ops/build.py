@@ -39,10 +39,12 @@ class InstructionSet:
     link_flags: tuple[str, ...] = ()
 
 
-BASELINE = InstructionSet("baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp"))
+BASELINE = InstructionSet(
+    "baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp")
+)
 AVX512_BF16 = InstructionSet(
     "avx512_bf16",
-    ("attention.cpp", "products.cpp", "rows.cpp"),
+    ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp"),
     ("-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-ffast-math"),
     ("-fopenmp",),
 )
