@@ -7,7 +7,7 @@ import numpy as np
 
 import example_timelines
 from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.run import measured_record
+from expertlane.compare.records import measured_record
 from expertlane.engine.commands import HeldBytes
 from expertlane.memory import workload_limits
 from expertlane.results.metrics import num_tokens_per_expert, phase_record

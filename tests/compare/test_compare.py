@@ -20,7 +20,7 @@ from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine
 from expertlane.engine.launch import fit_to_machine
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.memory import PlacedModel, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
@@ -299,3 +299,26 @@ def test_the_peak_is_measured_quickly(pools):
     assert 1e8 < peak.gemm_flops_per_s < 1e15
     assert 1e8 < peak.read_bytes_per_s < 1e14
     assert peak.num_units <= (os.cpu_count() or 1)
+
+
+def test_computing_by_a_profiles_laws(pools):
+    h100 = read_profile("h100")
+    experiment = replace(
+        EXPERIMENT,
+        deployments=(*EXPERIMENT.deployments[1:], deployment("dp=2,ep=2", dispatch="auto")),
+        scaling=(),
+    )
+    found = run_comparison(
+        experiment, pools.pool(4), Silent(), command="", virtual=VirtualSettings(h100, None, h100)
+    )
+    assert found.virtual_time.scale == 1
+    values = {each.name: each.value for each in found.assumptions if each.source == "virtual"}
+    assert values["computing"] == "the laws of h100, in float16"
+    for each in found.select("virtual"):
+        assert 0 < each.decode.round_s.value < 0.01  # here it takes longer
+
+
+def test_laws_of_computing_take_no_experts_that_move():
+    moving = deployment("dp=4,ep=4", rebalance_steps=3)
+    with pytest.raises(UserError, match="'dp=4,ep=4' moves experts while it runs; --compute"):
+        VirtualSettings(None, None, read_profile("h100")).check([moving])
