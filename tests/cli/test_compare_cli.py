@@ -220,9 +220,9 @@ def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
     ("config", "line"),
     [
         (
-            {"max_position_embeddings": 32},
-            "--model moe: workload: a prompt of 32 and 9 output tokens take 40 positions but moe "
-            "has 32; valid prompt_len at this output_len: 1 to 24",
+            {"max_position_embeddings": 4},
+            "--model moe: workload: a prompt of 2 and 4 output tokens take 5 positions but moe "
+            "has 4; valid prompt_len at this output_len: 1 to 1",
         ),
         (
             {"num_hidden_layers": None},

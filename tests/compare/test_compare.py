@@ -20,7 +20,7 @@ from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine
 from expertlane.engine.launch import fit_to_machine
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.memory import PlacedModel, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
@@ -224,6 +224,17 @@ def test_results_are_read_back_as_written(results, tmp_path):
     assert markdown.render(again) == markdown.render(report_of(results))
 
 
+def test_each_size_runs_again_with_as_many_sequences_a_rank(results):
+    sizes = scaling(results, "measured")
+    assert [each.record.layout.ep for each in sizes] == SCALING_EP
+    assert [each.step.num_seqs for each in sizes[:2]] == [3 * 9] * 2  # 3 decode steps, once
+    assert [each.share.num_seqs for each in sizes] == [3 * 2, 3 * 4, 2 * 3 * 9]  # 9 // 4 a rank
+    assert sizes[2].share is sizes[2].step
+    for each in sizes:
+        assert each.share_tps_per_rank > 0
+        assert each.critical_path_share_tps_per_rank > 0
+
+
 def test_progress_is_told_of_every_deployment(compared):
     _, progress, _ = compared
     assert {each.name for each in EXPERIMENT.deployments + EXPERIMENT.scaling} < {*progress.tasks}
@@ -288,3 +299,26 @@ def test_the_peak_is_measured_quickly(pools):
     assert 1e8 < peak.gemm_flops_per_s < 1e15
     assert 1e8 < peak.read_bytes_per_s < 1e14
     assert peak.num_units <= (os.cpu_count() or 1)
+
+
+def test_computing_by_a_profiles_laws(pools):
+    h100 = read_profile("h100")
+    experiment = replace(
+        EXPERIMENT,
+        deployments=(*EXPERIMENT.deployments[1:], deployment("dp=2,ep=2", dispatch="auto")),
+        scaling=(),
+    )
+    found = run_comparison(
+        experiment, pools.pool(4), Silent(), command="", virtual=VirtualSettings(h100, None, h100)
+    )
+    assert found.virtual_time.scale == 1
+    values = {each.name: each.value for each in found.assumptions if each.source == "virtual"}
+    assert values["computing"] == "the laws of h100, in float16"
+    for each in found.select("virtual"):
+        assert 0 < each.decode.round_s.value < 0.01  # here it takes longer
+
+
+def test_laws_of_computing_take_no_experts_that_move():
+    moving = deployment("dp=4,ep=4", rebalance_steps=3)
+    with pytest.raises(UserError, match="'dp=4,ep=4' moves experts while it runs; --compute"):
+        VirtualSettings(None, None, read_profile("h100")).check([moving])

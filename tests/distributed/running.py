@@ -17,8 +17,11 @@ from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.workload import Workload
+
+LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
+LONG = Workload(num_sequences=8, prompt_len=2, output_len=4000)  # minutes
 
 
 class Run(NamedTuple):

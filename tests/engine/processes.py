@@ -76,13 +76,18 @@ class RunningRanks:
 
     def are_gone(self, seconds: float) -> bool:
         """Whether no process is left, or will be in time."""
-        return wait_until(lambda: not any(self._remaining()), seconds)
+        return session_is_gone(self.server.pid, seconds)
 
-    def _remaining(self) -> Iterable[int]:
-        """Processes of the fork server's session, which all its children share."""
+
+def session_is_gone(server_pid: int, seconds: float) -> bool:
+    """Whether none is left, or will be in time, of a fork server and the ranks in its session."""
+
+    def remaining() -> Iterable[int]:
         for pid in psutil.pids():
             try:
-                if os.getsid(pid) == self.server.pid:
+                if os.getsid(pid) == server_pid:
                     yield pid
             except (ProcessLookupError, PermissionError):
                 continue
+
+    return wait_until(lambda: not any(remaining()), seconds)

@@ -10,17 +10,13 @@ import pytest
 
 from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
-from distributed.running import deployment, run_deployment
+from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.processes import RunningRanks
 from expertlane.engine import local_ranks
 from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE, LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError, RankError, UserError
-from expertlane.spec.model import PRESETS
-from expertlane.spec.workload import Workload
 
-LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
-LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
 TIMEOUT_S = 2.0
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_EXPERIMENT = "paper-small"
 _DEFAULT_PROFILE = "h100"
-_NO_LINKS = "none"
+_NO_LINKS, _MEASURED = "none", "measured"
 _DEFAULT_SKEW = 1.0
 
 
@@ -99,9 +99,18 @@ class _Time:
         "its device computes faster than a core here.",
     )
 
+    compute: str = typer.Option(
+        _MEASURED,
+        metavar="PROFILE",
+        help="How long computing takes in virtual time: measured, or by the laws of a profile, "
+        "for what ran.",
+    )
+
     def __post_init__(self) -> None:
         given = "--link-scale" if self.link_scale is not None else "--links"
         is_given = self.links != _DEFAULT_PROFILE or self.link_scale is not None
+        if self.compute != _MEASURED:
+            given, is_given = "--compute", True
         if self.clock is _Clock.WALL and is_given:
             raise UserError(f"{given} is of virtual time; leave out --clock wall")
         if self.links == _NO_LINKS and self.link_scale is not None:
@@ -119,7 +128,8 @@ class _Time:
         if self.clock is _Clock.WALL:
             return None
         profile = None if self.links == _NO_LINKS else read_profile(self.links)
-        return VirtualSettings(profile, self.link_scale)
+        compute = None if self.compute == _MEASURED else read_profile(self.compute)
+        return VirtualSettings(profile, self.link_scale, compute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +221,8 @@ def compare(
 
     for each in comparisons:
         check_experiment(each.experiment)
+        if virtual is not None:
+            virtual.check(each.experiment.deployments + each.experiment.scaling)
     dtype = _dtype_of(comparisons, own.dtype)
     projectors = []
     if projection.project:
@@ -253,7 +265,7 @@ def _projector(
     from expertlane.cost.laws.profile_file import parse_cluster
 
     cluster = parse_cluster(options.cluster or f"{_DEFAULT_PROFILE}x{experiment.num_ranks}")
-    number_type = dtype or usual_number_type(cluster)
+    number_type = dtype or usual_number_type(cluster.profile)
     return ExperimentProjector(experiment, cluster, number_type, options.skew)
 
 

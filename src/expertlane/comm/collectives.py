@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Link, Work
 from expertlane.cost.step.operation import TransferKind
 from expertlane.ops.backend import backend_for
+from expertlane.ops.row_parts import RowParts
 
 
 class Pending:
@@ -28,7 +30,7 @@ class Pending:
         work: Work | None,
         received: Tensor,
         sent: Tensor | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[RowParts], Tensor] | None = None,
         transfer: int | None = None,
     ) -> None:
         self._recorder, self._transfer = recorder, transfer
@@ -47,7 +49,11 @@ class Pending:
         if self._work is not None:
             self._block(self._work.wait, self._transfer)
         self._sent = None
-        return self._received if self._finish is None else self._finish(self._received)
+        if self._finish is None:
+            return self._received
+        if self._work is None:
+            return self._finish(RowParts.of(self._received))
+        return self._work.read(self._finish)
 
     def let_go(self) -> None:
         """Block until a send goes on by itself: before a rank waits for its next command."""
@@ -104,16 +110,34 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Pending:
-        if self._link is None:
-            return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
+        if self._link is None:
+            return Pending(self._recorder, None, rows, finish=finish)
         transfer = self._post(kind, rows, send, metadata_bytes)
-        received = rows.new_empty((sum(receive), rows.shape[1]))
-        work = self._link.all_to_all(rows, send, received, receive)
+        if finish is not None:
+            work = self._link.all_to_all_parts(rows, send, receive)
+            received = rows
+        else:
+            received = rows.new_empty((sum(receive), rows.shape[1]))
+            work = self._link.all_to_all(rows, send, received, receive)
         self._recorder.posted()
         return Pending(self._recorder, work, received, rows, finish, transfer)
+
+    def empty(
+        self, num_rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Room for rows that this group will send once, where its transport takes them from.
+
+        Nothing may be written there once they are sent.
+
+        Args:
+            like: of the device, and the dtype if that is None.
+        """
+        if self._link is None:
+            return like.new_empty((num_rows, width), dtype=dtype)
+        return self._link.empty(num_rows, width, dtype or like.dtype)
 
     def all_to_all(
         self,
@@ -121,6 +145,7 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int = 0,
+        finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Pending:
         """Send consecutive rows to the ranks of the group, and get theirs in rank order.
 
@@ -128,11 +153,12 @@ class Group:
             rows: [sum(send), width].
             send, receive: [size]; numbers of rows, zeros allowed.
             metadata_bytes: how many bytes of each row are no hidden state; only counted.
+            finish: makes the result of what came, which may be gone when it returns.
 
         Returns:
-            [sum(receive), width] when waited for.
+            [sum(receive), width] when waited for, or what `finish` makes of it.
         """
-        return self._exchange(TransferKind.ALL_TO_ALL, rows, send, receive, metadata_bytes)
+        return self._exchange(TransferKind.ALL_TO_ALL, rows, send, receive, metadata_bytes, finish)
 
     def all_gather(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
@@ -164,10 +190,12 @@ class Group:
         Returns:
             [num_rows_of[self.rank], width] in the dtype of `rows` when waited for.
         """
-        own = num_rows_of[self.rank]
+        if self._link is None:
+            return Pending(self._recorder, None, rows)
+        own, ops = num_rows_of[self.rank], backend_for(rows.device)
 
-        def add_up(received: Tensor) -> Tensor:
-            return backend_for(received.device).sum_parts(received, self.size)
+        def add_up(received: RowParts) -> Tensor:
+            return ops.sum_parts(received, self.size)
 
         kind = TransferKind.REDUCE_SCATTER
         return self._exchange(kind, rows, num_rows_of, [own] * self.size, 0, add_up)

@@ -1,11 +1,9 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,15 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
+from expertlane.compare.projection import usual_number_type
+from expertlane.compare.records import measured_record, rebalance_records, typical
 from expertlane.compare.virtual import VirtualRuns, VirtualSettings
-from expertlane.engine.commands import HeldBytes
+from expertlane.cost.compute_laws import ComputeLaws
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
@@ -28,21 +29,17 @@ from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
     DeploymentRecord,
-    HeldRecord,
-    RebalanceRecord,
     Source,
-    StepsRecord,
 )
 from expertlane.results.results import MachinePeak, Results
 from expertlane.results.step_record import StepRecord
-from expertlane.results.time_shares import find_bottleneck
 from expertlane.results.timeline import timelines_of
-from expertlane.schedule.drive import drive, step_records
+from expertlane.schedule.drive import FinishedStep, drive, step_records
+from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
@@ -90,10 +87,11 @@ def run_comparison(
             each,
             experiment,
             limits[each.name],
+            seen[0].dtype,
             pool,
             ranks_per_node,
             progress,
-            is_virtual=virtual is not None,
+            virtual,
         )
         for each in experiment.deployments + experiment.scaling
     ]
@@ -107,6 +105,7 @@ def run_comparison(
         each.measure(run=1)
     for each in scaling:
         each.measure()
+        each.measure_share()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     roles = [*((each, EXPERIMENT) for each in own), *((each, SCALING) for each in scaling)]
     records = [each.record(role, peak) for each, role in roles]
@@ -136,83 +135,12 @@ def run_comparison(
     )
 
 
-def measured_record(
-    deployment: Deployment,
-    model: ModelConfig,
-    phases: Sequence[StepsRecord],
-    held: Sequence[HeldBytes],
-    tokens: npt.NDArray[np.int64],
-    source: Source = "measured",
-    **parts: Any,
-) -> DeploymentRecord:
-    """A deployment's record.
-
-    Args:
-        phases: prefill, and decode if there was any.
-        held: [num_ranks]; what each rank has allocated.
-        tokens: [num_sequences, output_len]; all generated tokens.
-        parts: further fields of the record.
-
-    Raises:
-        ValueError: `held` is not of the layout's ranks.
-    """
-    layout = deployment.layout
-    if len(held) != layout.world_size:
-        raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
-    placements = placements_of(model, layout, deployment.options)
-
-    def num_experts(rank: int) -> tuple[int, ...]:
-        at = layout.coordinates(rank)
-        own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-        return tuple(
-            len(placed.experts_of_rank[at.ep_rank]) if placed and layer in own_layers else 0
-            for layer, placed in enumerate(placements)
-        )
-
-    return DeploymentRecord(
-        name=deployment.name,
-        layout=layout,
-        options=deployment.options,
-        source=source,
-        is_baseline=deployment.is_baseline,
-        steps=tuple(phases),
-        held=tuple(
-            HeldRecord(rank, num_experts(rank), each.weight_bytes, each.kv_bytes)
-            for rank, each in enumerate(held)
-        ),
-        bottleneck=find_bottleneck(layout, phases[-1]),
-        tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
-        **parts,
-    )
-
-
-def _typical(
-    steps: Sequence[StepRecord], measured: Sequence[StepRecord], num_kept: int
-) -> Sequence[StepRecord]:
-    """`num_kept` steps in a row: of those with most tokens, those nearest to the usual time."""
-    rows = [steps[first : first + num_kept] for first in range(len(steps) - num_kept + 1)]
-    if not rows:
-        return steps
-
-    def num_tokens(row: Sequence[StepRecord]) -> int:
-        return sum(step.num_tokens for step in row)
-
-    def seconds(row: Sequence[StepRecord]) -> float:
-        return row[-1].finished_s - row[0].submitted_s
-
-    full = [row for row in rows if num_tokens(row) == max(map(num_tokens, rows))]
-    usual = [measured[first : first + num_kept] for first in range(len(measured) - num_kept + 1)]
-    alike = [row for row in usual if num_tokens(row) == num_tokens(full[0])] or full
-    usual_s = median(map(seconds, alike))
-    return min(full, key=lambda row: abs(seconds(row) - usual_s))
-
-
 @dataclass
 class _Deployed:
     """A deployment on the ranks, and what was measured of it, repetition by repetition.
 
     Attributes:
-        is_virtual: keep what virtual time needs.
+        virtual: what virtual time is to assume; None where none is made.
         traces: steps of a short run, by the deployment's name and in which time they are.
         link_tps: in virtual time, decode TPS by the scale of links.
     """
@@ -220,13 +148,16 @@ class _Deployed:
     deployment: Deployment
     experiment: Experiment
     limits: Limits
+    dtype: str
     pool: RankPool
     ranks_per_node: int
     progress: Progress
-    is_virtual: bool = False
+    virtual: VirtualSettings | None = None
 
     def __post_init__(self) -> None:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        self._plans: dict[StepRecord, StepPlan] = {}
+        self._share_steps: list[StepRecord] = []
         self._traced: list[StepRecord] = []
         self.traces: dict[str, list[StepRecord]] = {}
         self.link_tps: dict[float, float] = {}
@@ -256,6 +187,22 @@ class _Deployed:
         self._tokens = self._run(workload, self._keep, run=run)
         progress.done()
 
+    def measure_share(self) -> None:
+        """Run the workload once more with as many sequences a rank as the largest deployment."""
+        workload = self.experiment.workload
+        num_seqs = self.experiment.num_sequences_alike(self.deployment.layout)
+        if num_seqs < workload.num_sequences:
+            name = f"{self.deployment.name}, a rank's share"
+            self.progress.task(name, num_seqs * workload.output_len)
+            share = replace(workload, num_sequences=num_seqs)
+            self._run(share, self._keep_share)
+            self.progress.done()
+
+    def _keep_share(self, step: StepRecord) -> None:
+        if step.phase is Phase.DECODE:
+            self._share_steps.append(step)
+        self.progress.advance(len(step.seq_ids))
+
     def _keep(self, step: StepRecord) -> None:
         self._steps[step.phase].append(step)
         self.progress.advance(len(step.seq_ids))
@@ -283,7 +230,7 @@ class _Deployed:
         num_kept = options.num_micro_batches if is_rotating else 1
         kept: list[StepRecord] = []
         for phase, of_phase in measured.items():
-            kept += _typical([step for step in traced if step.phase is phase], of_phase, num_kept)
+            kept += typical([step for step in traced if step.phase is phase], of_phase, num_kept)
         return kept
 
     def _run(
@@ -296,24 +243,34 @@ class _Deployed:
         record_events: bool = False,
     ) -> npt.NDArray[np.int64]:
         """Generate the whole workload; gives its tokens, [num_sequences, output_len]."""
-        deployment, experiment = self.deployment, self.experiment
+        deployment, experiment, virtual = self.deployment, self.experiment, self.virtual
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,
             self.limits,
             record=record,
             record_events=record_events,
-            record_operations=self.is_virtual and record,
+            record_operations=virtual is not None and record,
+            record_routing=virtual is not None and virtual.compute is not None and record,
         )
         prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
         requests = [
             Request(str(number), prompt[: workload.prompt_len], max_tokens=workload.output_len)
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts[: workload.num_sequences])
         ]
         for request in requests:
             scheduler.add(request)
+        plans: list[StepPlan] = []
+
+        def noting_plans() -> Iterator[FinishedStep]:
+            for finished in drive(scheduler, self._runner):
+                plans.append(finished.plan)
+                yield finished
+
         try:
-            for step in step_records(drive(scheduler, self._runner), run):
+            for step in step_records(noting_plans(), run):
+                if virtual is not None and virtual.compute is not None:
+                    self._plans[step] = plans[-1]
                 take(step)
         except ModelError as error:
             raise ModelError(f"deployment {deployment.name!r}: {error}") from None
@@ -327,6 +284,7 @@ class _Deployed:
             role,
             peak,
             self._steps,
+            self._share_steps,
             self._traced,
             rebalances=rebalance_records(rebalancer) if rebalancer else (),
         )
@@ -335,14 +293,40 @@ class _Deployed:
         """The same in virtual time."""
         layout = self.deployment.layout
         steps = [*chain(*self._steps.values())]
-        replayed = runs.replay(layout, steps)
+        laws = self._laws()
+        replayed = runs.replay(layout, steps, laws)
         if self._steps[Phase.DECODE]:
-            self.link_tps = runs.decode_tps(layout, steps, replayed)
+            self.link_tps = runs.decode_tps(layout, steps, laws, replayed)
         by_phase: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
         for each in replayed:
             by_phase[each.step.phase].append(each.step)
-        traced = [each.step for each in runs.replay(layout, self._traced)]
-        return self._record("virtual", role, runs.peak_of(layout), by_phase, traced)
+        share, traced = (
+            [each.step for each in runs.replay(layout, of_kind, laws)]
+            for of_kind in (self._share_steps, self._traced)
+        )
+        return self._record("virtual", role, runs.peak_of(layout), by_phase, share, traced)
+
+    def _laws(self) -> ComputeLaws | None:
+        """What is to say how long computing takes; None for what was measured."""
+        virtual, model = self.virtual, self.experiment.model
+        if virtual is None or virtual.compute is None:
+            return None
+        layout, options, dispatch = self.deployment.layout, self.deployment.options, self._dispatch
+        if options.dispatch != "auto" and options.overlap != "auto":
+            dispatch = DispatchTable.fixed(options.dispatch, options.overlap)
+        assert dispatch is not None, "what is auto was timed"
+        builder = ProgramBuilder(
+            model,
+            layout,
+            placements_of(model, layout, options),
+            types=NumberTypes.all_of(self.dtype),
+            dispatch=dispatch,
+            payload=options.payload,
+            ranks_per_node=self.ranks_per_node,
+            block_size=self.limits.block_size,
+        )
+        types = NumberTypes.all_of(usual_number_type(virtual.compute))
+        return ComputeLaws(builder, self._plans, virtual.compute, types)
 
     def _record(
         self,
@@ -350,6 +334,7 @@ class _Deployed:
         role: str,
         peak: MachinePeak,
         steps: Mapping[Phase, Sequence[StepRecord]],
+        share: Sequence[StepRecord],
         traced: Sequence[StepRecord],
         **parts: Any,
     ) -> DeploymentRecord:
@@ -365,7 +350,7 @@ class _Deployed:
             for phase, of_phase in steps.items()
             if of_phase
         ]
-        return measured_record(
+        found = measured_record(
             self.deployment,
             self.experiment.model,
             phases,
@@ -377,42 +362,7 @@ class _Deployed:
             dispatch_table=self._dispatch,
             **parts,
         )
-
-
-def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
-    """All decisions of a run, with the loads seen before and after."""
-    return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
-
-
-def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
-    num_steps = taken.decision.num_steps
-    own = [each for each in rebalancer.loads if each.replica == taken.replica]
-    before = [each for each in own if each.step < taken.step][-num_steps:]
-    after: list[StepLoad] = []
-    if taken.switched is not None:
-        later = [each for each in rebalancer.decisions if each.replica == taken.replica]
-        ends = [each.switched or 0 for each in later]
-        until = min((end for end in ends if end > taken.switched), default=own[-1].step + 1)
-        after = [each for each in own if taken.switched <= each.step < until][:num_steps]
-    return RebalanceRecord(
-        replica=taken.replica,
-        step=taken.step,
-        switched=taken.switched,
-        gain_s=taken.decision.gain_s,
-        cost_s=taken.decision.cost_s,
-        num_bytes=taken.decision.num_bytes,
-        predicted_before=taken.predicted_before,
-        predicted_after=taken.predicted_after,
-        load_before=_load(before),
-        load_after=_load(after) if after else None,
-        experts_s_before=_experts_s(before),
-        experts_s_after=_experts_s(after) if after else None,
-    )
-
-
-def _load(steps: Sequence[StepLoad]) -> float:
-    return sum(each.most for each in steps) / sum(each.mean for each in steps)
-
-
-def _experts_s(steps: Sequence[StepLoad]) -> float:
-    return sum(each.experts_s for each in steps) / len(steps)
+        if not share:
+            return found
+        alike = phase_record(self.deployment.layout, share, peak, self.ranks_per_node)
+        return replace(found, steps=(*found.steps, alike))

@@ -5,18 +5,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from expertlane.compare.projection import usual_number_type
+from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
 from expertlane.results.metrics import latency
 from expertlane.results.results import Assumption, LinkSpeed, MachinePeak, VirtualTime
 from expertlane.results.step_record import StepRecord
+from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 
 _NEAR = (0.5, 1.0, 2.0)  # of the scale of links
 _FAR = (0.0, 0.25, 4.0)  # 0: without links
-_USUAL = "float16"  # what a device that lacks this machine's type computes in
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,27 @@ class VirtualSettings:
 
     Attributes:
         links: the profile of the links; None where transfers take no time.
-        scale: how many times as long transfers take; None for the ratio of compute speeds.
+        scale: how many times as long transfers take; None for the ratio of compute speeds, or 1
+            where computing is a profile's too.
+        compute: the profile whose laws say how long computing takes; None for what was measured.
     """
 
     links: Profile | None
     scale: float | None = None
+    compute: Profile | None = None
+
+    def check(self, deployments: Sequence[Deployment]) -> None:
+        """Refuse what laws cannot say.
+
+        Raises:
+            UserError: experts of a deployment move while it runs.
+        """
+        for each in deployments if self.compute else ():
+            if each.options.rebalance_steps:
+                raise UserError(
+                    f"deployment {each.name!r} moves experts while it runs; --compute takes "
+                    "deployments whose experts stay, or leave --compute out"
+                )
 
 
 def compute_ratio(steps: Sequence[StepRecord], peak: MachinePeak, profile: Profile) -> float:
@@ -37,18 +55,17 @@ def compute_ratio(steps: Sequence[StepRecord], peak: MachinePeak, profile: Profi
 
     Work is the FLOPs and the bytes read of each stage of each rank; it takes FLOPs over the peak
     or bytes over the memory's bandwidth, whichever is longer: measured of a core here, of the
-    datasheet there (in float16 where that has not this machine's type).
+    datasheet there, in the type that its ranks compute in.
 
     Raises:
         UserError: the steps hold no work, or the device has no figure for such a type.
     """
-    device = profile.device
-    there = device.flops_per_s.get(peak.dtype if peak.dtype != "float32" else _USUAL)
-    there = there or device.flops_per_s.get(peak.dtype)
+    device, dtype = profile.device, usual_number_type(profile)
+    there = device.flops_per_s.get(dtype)
     if there is None:
         raise UserError(
-            f"profile {profile.name} has no FLOP/s of {peak.dtype} or {_USUAL}; --link-scale says "
-            "how much slower links are to be"
+            f"profile {profile.name} has no FLOP/s of {dtype}; --link-scale says how much slower "
+            "links are to be"
         )
     records = [record for step in steps for record in step.records]
     flops = np.array([record.flops for record in records], dtype=np.float64)
@@ -83,19 +100,26 @@ class VirtualRuns:
         settings = self.settings
         if settings.scale is not None:
             self.scale = settings.scale
-        elif settings.links is not None:
+        elif settings.links is not None and settings.compute is None:
             self.scale = compute_ratio(decodes, self.peak, settings.links)
 
-    def replay(self, layout: Layout, steps: Sequence[StepRecord]) -> list[Replayed]:
-        """The steps of a deployment in virtual time."""
-        return self._replay(layout, steps, _NEAR)
-
-    def _replay(
-        self, layout: Layout, steps: Sequence[StepRecord], factors: tuple[float, float, float]
+    def replay(
+        self,
+        layout: Layout,
+        steps: Sequence[StepRecord],
+        laws: ComputeLaws | None,
+        factors: tuple[float, float, float] = _NEAR,
     ) -> list[Replayed]:
+        """The steps of a deployment in virtual time.
+
+        Args:
+            laws: of computing; None for what was measured.
+            factors: of the scale of links, for the three times of the clock.
+        """
         low, likely, high = (self.scale * factor for factor in factors)
         links = VirtualLinks(self.settings.links, (low, likely, high))
-        return VirtualClock(layout, self.num_layers, links, self.ranks_per_node).replay(steps)
+        clock = VirtualClock(layout, self.num_layers, links, self.ranks_per_node, laws)
+        return clock.replay(steps)
 
     def peak_of(self, layout: Layout) -> MachinePeak:
         """The rates of a deployment's ranks, each with a core."""
@@ -108,7 +132,11 @@ class VirtualRuns:
         )
 
     def decode_tps(
-        self, layout: Layout, steps: Sequence[StepRecord], replayed: Sequence[Replayed]
+        self,
+        layout: Layout,
+        steps: Sequence[StepRecord],
+        laws: ComputeLaws | None,
+        replayed: Sequence[Replayed],
     ) -> dict[float, float]:
         """Decode TPS by the scale of links, 0 for none: a quarter to four times the chosen one.
 
@@ -121,7 +149,7 @@ class VirtualRuns:
             factor * self.scale: _decode_tps([each.by_scale[place] for each in of_factors])
             for factors, of_factors in (
                 (_NEAR, replayed),
-                (_FAR, self._replay(layout, steps, _FAR)),
+                (_FAR, self.replay(layout, steps, laws, _FAR)),
             )
             for place, factor in enumerate(factors)
         }
@@ -147,19 +175,32 @@ class VirtualRuns:
             why += f"the same on {links.device.name}"
             if self.settings.scale is not None:
                 why = "asked for"
+            elif self.settings.compute is not None:
+                why = "as they are: computing is a profile's too"
             of_links = Assumption(
                 "links",
                 f"{links.name}, transfers {self.scale:,.4g} times as long",
                 why,
                 "--links, --link-scale",
             )
+        compute = self.settings.compute
+        computing = Assumption(
+            "computing",
+            "the CPU time of each operation, one thread a rank",
+            "measured while at most one rank a core computes",
+            "--compute",
+        )
+        if compute is not None:
+            computing = Assumption(
+                "computing",
+                f"the laws of {compute.name}, in {usual_number_type(compute)}",
+                "of the operations that ran: what ranks counted, and every collective, is what the "
+                "description of a step emits for the same choices of experts",
+                "--compute",
+            )
         rows = (
             of_links,
-            Assumption(
-                "computing",
-                "the CPU time of each operation, one thread a rank",
-                "measured while at most one rank a core computes",
-            ),
+            computing,
             Assumption(
                 "left out",
                 "the launcher, messages to and from it, and what copies cost the ranks",

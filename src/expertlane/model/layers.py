@@ -248,7 +248,7 @@ class MoEBlock:
         tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts(rows, pairs)
+        results = self.experts(rows, pairs, dispatcher.room(len(pairs.rows), rows))
         if recorder.is_recording:
             with recorder.uncounted():
                 num_tokens: list[int] = pairs.counts.tolist()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from expertlane.comm.collectives import Steps
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
+from expertlane.moe.payload import bytes_of, columns_of, unpack
 from expertlane.ops.products import PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import inverse
 
 _ROWS, _PAIRS = 0, 1
@@ -53,7 +54,7 @@ class AllToAllDispatcher(Dispatcher):
         # While the counts travel:
         hidden = self._payload.encode(tokens.x)
         columns = columns_of([to_ranks.ids, *hidden])
-        packed = pack([to_ranks.ids], hidden, to_ranks.tokens)
+        packed = self._pack(mesh.ep, [to_ranks.ids], hidden, to_ranks.tokens)
         places = inverse(by_rank.order).view_as(ids)
         counts = (yield counting).view(-1, 2, ep).cpu().numpy()
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
@@ -88,10 +89,18 @@ class AllToAllDispatcher(Dispatcher):
             )
         return packed
 
+    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+        """Where they are sent from."""
+        group = self._mesh.etp if self._mesh.layout.etp > 1 else self._mesh.ep
+        return group.empty(num_pairs, rows.shape[1], rows)
+
     def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
         """Return a row for every pair, and sum them at home."""
         mesh = self._mesh
         if mesh.layout.etp > 1:
             results = yield mesh.etp.reduce_scatter(results, sent.returns_to_etp_rank)
-        arrived = yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to)
-        return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
+
+        def add_up(arrived: RowParts) -> Tensor:
+            return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
+
+        return (yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to, finish=add_up))

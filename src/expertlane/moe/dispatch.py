@@ -14,9 +14,9 @@ from torch import Tensor
 
 from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Pending, Steps
+from expertlane.comm.collectives import Group, Pending, Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.payload import Payload
+from expertlane.moe.payload import Payload, bytes_of, columns_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.products import PairGroups
 
@@ -102,6 +102,29 @@ class Dispatcher(ABC):
         self._choice, self._ops = choice, choice.ops
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
 
+    def _pack(
+        self,
+        group: Group,
+        by_row: Sequence[Tensor],
+        by_token: Sequence[Tensor] = (),
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Parts of rows side by side, the hidden states last, where `group` would have them.
+
+        Args:
+            by_row: each [num_rows, columns], of any dtype; widest alignment first.
+            by_token: each [num_tokens, columns].
+            tokens: [num_rows]; the token of each row.
+
+        Returns:
+            [num_rows, bytes of a row].
+        """
+        parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
+        width = bytes_of(columns_of([part for part, _ in parts]))
+        packed = group.empty(len(by_row[0]), width, by_row[0], torch.uint8)
+        self._ops.pack(parts, packed)
+        return packed
+
     def _tell_all(self, counts: Sequence[Tensor]) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""
         own, stage = torch.cat(list(counts)).view(1, -1), self._mesh.stage
@@ -115,6 +138,10 @@ class Dispatcher(ABC):
             The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
             of the form's own for `combine`.
         """
+
+    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+        """[P, H] for the results of `rows`, if `combine` would have them somewhere."""
+        return None
 
     @abstractmethod
     def combine(self, sent: Any, results: Tensor) -> Steps[Tensor]:

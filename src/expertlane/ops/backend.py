@@ -16,7 +16,7 @@ import torch
 
 from expertlane.errors import UserError
 from expertlane.ops.build import AVX512_BF16, BASELINE, BuildError, build
-from expertlane.ops.cpu import Bfloat16Backend, CpuBackend
+from expertlane.ops.cpu import Avx512Backend, CpuBackend
 from expertlane.ops.host import num_cores
 from expertlane.ops.torch_backend import TorchBackend
 
@@ -54,7 +54,7 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
             raise BuildError(f"EXPERTLANE_INSTRUCTIONS leaves {AVX512_BF16.name} out")
         if not baseline.has_avx512_bf16():
             raise BuildError(f"this CPU lacks {AVX512_BF16.name}, which bfloat16 needs")
-        return Bfloat16Backend(baseline, build(AVX512_BF16)), ""
+        return Avx512Backend(baseline, build(AVX512_BF16)), ""
     except BuildError as error:
         return CpuBackend(baseline), str(error)
 
@@ -152,8 +152,8 @@ def choose_platform(
 def _kernels_of_cpu(dtype: torch.dtype) -> str:
     backend, why_not = backend_of_cpu()
     if isinstance(backend, CpuBackend) and dtype is not torch.bfloat16:
-        return "torch"  # and our bookkeeping: all that there is for it
-    if isinstance(backend, Bfloat16Backend):
+        return "torch"  # and ours for bookkeeping, and where rows are few
+    if isinstance(backend, Avx512Backend):
         return "expertlane"
     if _wanted_backend() == "cpu":
         raise UserError(f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {why_not}")

@@ -87,4 +87,17 @@ int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t to
     }
     return pairs;
 }
+
+// Rows of bytes put together of pieces: piece i takes bytes [i] of row index[i][r] (or r, where
+// index[i] is null) of from [i], whose rows are stride [i] apart, to every row r of `to`.
+void pack_rows(char* to, int64_t rows, int64_t row_bytes, int64_t pieces, const char* const* from,
+               const int64_t* stride, const int64_t* bytes, const int64_t* const* index) {
+    for (int64_t r = 0; r < rows; ++r, to += row_bytes) {
+        char* at = to;
+        for (int64_t i = 0; i < pieces; ++i) {
+            std::memcpy(at, from[i] + (index[i] ? index[i][r] : r) * stride[i], bytes[i]);
+            at += bytes[i];
+        }
+    }
+}
 }

@@ -289,8 +289,8 @@ class Size(Row):
     """One size of a family of layouts, with its decode steps of all sequences.
 
     Attributes:
-        share: projected: a step of as many sequences a rank as the experiment's largest has; of
-            what was measured, the same steps.
+        share: steps of as many sequences a rank as the experiment's largest deployment has; the
+            same steps where that is all of them.
     """
 
     share: StepsRecord
@@ -299,6 +299,12 @@ class Size(Row):
     def share_tps_per_rank(self) -> float:
         """TPS of `share` over the deployment's ranks."""
         return self.share.tps.value / self.record.num_ranks
+
+    @property
+    def critical_path_share_tps_per_rank(self) -> float:
+        """The same by CPU time on the critical path; 0 where none was counted."""
+        path = self.share.critical_path
+        return path.tps / self.record.num_ranks if path else 0.0
 
 
 def scaling(results: Results, source: Source) -> list[Size]:
@@ -315,8 +321,7 @@ def scaling(results: Results, source: Source) -> list[Size]:
     for record in records:
         steps = record.steps_of(Phase.DECODE)
         if steps:
-            share = steps[-1] if source == "projected" else steps[0]
-            by_size.setdefault(record.layout.ep, Size(None, record, steps[0], share))
+            by_size.setdefault(record.layout.ep, Size(None, record, steps[0], steps[-1]))
     return [by_size[size] for size in sorted(by_size)]
 
 

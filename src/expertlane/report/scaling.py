@@ -155,12 +155,18 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
     )
     same = factor(lambda size: size.tps_per_rank)
     if last.record.source == "virtual":
-        return f"{head}TPS per rank goes to {same}; linear would be 1.00×."
+        alike = factor(lambda size: size.share_tps_per_rank)
+        return (
+            f"{head}TPS per rank goes to {same}; with as many sequences on each rank to {alike}; "
+            "linear would be 1.00×."
+        )
     if last.record.source == "measured":
         critical = factor(lambda size: size.critical_path_tps_per_rank)
+        share = factor(lambda size: size.critical_path_share_tps_per_rank)
         return (
-            f"{head}critical-path TPS per rank goes to {critical}, TPS per rank to {same}; linear "
-            "would be 1.00×."
+            f"{head}critical-path TPS per rank goes to {critical}, TPS per rank to {same}; with as "
+            f"many sequences on each rank, critical-path TPS per rank to {share}; linear would be "
+            "1.00×."
         )
     return (
         f"{head}TPS per GPU goes to {same}; with as many sequences on each GPU to "
@@ -200,15 +206,24 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         number("TPS, same share", lambda size: size.share, tps, "projected"),
         *against_first("per GPU", lambda size: size.share_tps_per_rank, "projected"),
     )
+    of_share: tuple[Column[Size], ...] = (
+        *columns[:2],
+        number("TPS", lambda size: size.share, tps),
+        *against_first("per rank", lambda size: size.share_tps_per_rank),
+        *against_first(
+            "critical-path TPS per rank", lambda size: size.critical_path_share_tps_per_rank
+        ),
+    )
     bounds: tuple[Column[Size], ...] = (
         columns[0],
         number("same work", lambda size: size.step.tps, low_high_thousands),
         number("same share", lambda size: size.share.tps, low_high_thousands),
     )
-    tables = [Table.of("Growing ep", columns, found, source)]
     if source == "projected":
-        tables.append(Table.of("Low to high, 1000 TPS", bounds, found))
-    return tables
+        extra = Table.of("Low to high, 1000 TPS", bounds, found)
+    else:
+        extra = Table.of("Growing ep, as many sequences on each rank", of_share, found, source)
+    return [Table.of("Growing ep", columns, found, source), extra]
 
 
 def _beyond(found: Sequence[Size]) -> list[str]:

@@ -355,7 +355,10 @@ class DeploymentRecord(Strict):
         return next(iter(self.steps_of(Phase.DECODE)), None)
 
     def steps_of(self, phase: Phase) -> tuple[StepsRecord, ...]:
-        """Projected: by context, of all sequences, then of as many as fit; then of fewer."""
+        """Projected: by context, of all sequences, then of as many as fit; then of fewer.
+
+        Measured: of all sequences; of a scaling size, then of as many a rank as the largest has.
+        """
         return tuple(each for each in self.steps if each.phase is phase)
 
     def decode_of(self, context: int, num_seqs: int) -> StepsRecord | None:
