@@ -88,7 +88,7 @@ def test_a_comparison_prints_it_where_its_model_is_a_small_copy_of_the_papers():
     small = shipped("paper-small")
     (value,) = rows(small)
     assert "dp=16,ep=16, 1,024 tokens of context" in value
-    assert "0.5× for weights read, 0.058× for dispatch" in value
+    assert "0.500× for weights read, 0.0580× for dispatch" in value
     others = tuple(each for each in small.deployments if each.layout != PROPOSAL)
     wide = small.model.with_overrides(num_experts=32)
     for other in (replace(small, deployments=others), replace(small, model=wide)):

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 HERE = Path(__file__).parent
-TRACE = HERE / "routing.npz"  # of paper-small, 16 prompts of 48 tokens, 17 greedy tokens each
+# Of paper-small with hidden 256, heads of 16, experts of 1,024: 16 prompts of 48 tokens, 17 greedy
+# tokens each.
+TRACE = HERE / "routing.npz"
 PLACEMENT = HERE / "placement.json"  # what `expertlane balance` made of it, as in its case
 CPU_PROFILE = HERE / "cpu.toml"  # of `expertlane calibrate --ranks 2 --dtype float32`
 

@@ -191,8 +191,8 @@ def _beside_the_paper(experiment: Experiment, machine: Machine) -> list[Assumpti
         Assumption(
             "expert FLOPs a byte",
             f"of the paper's step ({PROPOSAL}, {PAPER_CONTEXT:,} tokens of context): "
-            f"{found.weights:.3g}× for weights read, {found.dispatch:.3g}× for dispatch and "
-            f"combine, {found.keys_and_values:.3g}× for keys and values; 1.00× would be alike",
+            f"{found.weights:#.3g}× for weights read, {found.dispatch:#.3g}× for dispatch and "
+            f"combine, {found.keys_and_values:#.3g}× for keys and values; 1.00× would be alike",
             "what an expert computes for a byte that is dispatched grows with its width",
         )
     ]
