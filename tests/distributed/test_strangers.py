@@ -28,24 +28,19 @@ COMMAND = ["-m", "expertlane", "compare", "two.toml", "--out", "out", "--timeout
 
 
 class TwoNodes:
-    """A run of two nodes; the second is not started yet.
+    """A run of two nodes; the other one's process is stopped before it does anything.
 
     Attributes:
-        first, second: torchrun's agents.
-        launcher: the process that stayed on the first node.
+        agents: torchrun's own processes.
+        launcher, other: the processes that they have started.
         place: where the launcher listens for nodes.
-        environment: of it.
     """
 
     def __init__(self, folder):
         (folder / "two.toml").write_text(EXPERIMENT)
-        self._folder = folder
-        self._node_0, self._node_1 = torchrun(2, 1)
-        self.first = start(folder, [*self._node_0, *COMMAND])
-        self.second = None
-        agent = psutil.Process(self.first.pid)
-        assert wait_until(agent.children)
-        (self.launcher,) = agent.children()
+        self.agents = [start(folder, [*node, *COMMAND]) for node in torchrun(2, 1)]
+        self.launcher, self.other = map(self._process_of, self.agents)
+        self.other.suspend()
         listening = []
 
         def listens():
@@ -55,15 +50,16 @@ class TwoNodes:
 
         assert wait_until(listens), "the launcher never listened"
         self.place = tuple(listening[0])
-        self.environment = self.launcher.environ()
 
-    def start_second(self):
-        """Start the other node's agent."""
-        self.second = start(self._folder, [*self._node_1, *COMMAND])
+    def _process_of(self, agent):
+        started = psutil.Process(agent.pid)
+        assert wait_until(started.children)
+        return started.children()[0]
 
     def read_store(self, key):
         """What anyone can read in torchrun's store, which has no authentication."""
-        place = self.environment["MASTER_ADDR"], int(self.environment["MASTER_PORT"])
+        environment = self.launcher.environ()
+        place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=60))
         return PrefixStore("expertlane-0", store).get(key).decode()
 
@@ -72,15 +68,20 @@ class TwoNodes:
 def two_nodes(tmp_path):
     run = TwoNodes(tmp_path)
     yield run
-    for each in filter(None, (run.first, run.second)):
+    if run.other.is_running():
+        run.other.kill()
+    for each in run.agents:
         each.kill()
         each.communicate()
 
 
 def test_all_end_with_torchrun_while_nodes_still_come(two_nodes):
     """Killed so early that they would wait minutes for its store, or for the other node."""
-    processes = psutil.Process(two_nodes.first.pid).children(recursive=True)
-    two_nodes.first.kill()
+    two_nodes.other.resume()
+    agents = [psutil.Process(each.pid) for each in two_nodes.agents]
+    processes = [child for agent in agents for child in agent.children(recursive=True)]
+    for each in two_nodes.agents:
+        each.kill()
     _, alive = psutil.wait_procs(processes, timeout=15)
     for each in alive:
         each.kill()
@@ -97,11 +98,11 @@ def test_the_run_goes_on(two_nodes):
     two_nodes.read_store("launcher")
     (server,) = two_nodes.launcher.children()
     server.suspend()  # it cannot tell the launcher the hashes: the thief comes first
-    two_nodes.start_second()
+    two_nodes.other.resume()
     thief.sendall(handshake(1, 0, bytes.fromhex(two_nodes.read_store("node 1"))))
     server.resume()
-    out, err = two_nodes.first.communicate(timeout=90)
-    assert two_nodes.first.returncode == 0, err
+    out, err = two_nodes.agents[0].communicate(timeout=90)
+    assert two_nodes.agents[0].returncode == 0, err
     assert "EP 2" in out
     refused = [line for line in err.splitlines() if "refused a connection from" in line]
     said = sorted(line.rpartition(": ")[2] for line in refused)

@@ -264,6 +264,7 @@ class _Server:
 
     def end_all(self) -> None:
         """Leave no rank, and no file."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
         for pid in self._rank_of_pid:
             os.kill(pid, signal.SIGKILL)
         for pid in self._rank_of_pid:

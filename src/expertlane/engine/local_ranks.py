@@ -254,6 +254,9 @@ class LocalRanks:
                 raise of_kind.get(failure.kind, RankError)(failure.text)
             else:
                 return message
+        except BlockingIOError:
+            name = self._names[node]
+            raise RankError(f"{name} hung in a message; all ranks were ended") from None
         except (EOFError, OSError):
             raise self._lost(node) from None
         except MessageError as error:

@@ -229,7 +229,8 @@ def become_supervisor(
     command = supervisor_command(settings)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what libraries print in ranks must not mix with results
     os.execve(command[0], command, rank_environment(on_one_node=False))
 
