@@ -241,13 +241,15 @@ def test_results_cannot_go_below_a_file(run, stub, tmp_path):
     assert stub == []
 
 
-def test_one_layout_a_run_of_torchrun(run, stub, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+def test_one_layout_a_run_on_several_nodes(run, stub, monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (place | {"MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
     code, _, err = run("bench", "paper-tiny", "--layout", "tp=1", "--layout", "tp=2")
     assert (code, stub) == (2, [])
     assert err == (
-        "expertlane: error: under torchrun, give one --layout a run; its ranks end with the run\n"
+        "expertlane: error: on several nodes, give one --layout a run; "
+        "their ranks end with the run\n"
     )
 
 

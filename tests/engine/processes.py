@@ -36,7 +36,7 @@ class RunningRanks:
         launcher = psutil.Process(launcher_pid)
 
         def servers() -> list[psutil.Process]:
-            return [c for c in launcher.children() if '"launcher_pid"' in " ".join(c.cmdline())]
+            return [c for c in launcher.children() if '"parent_pid"' in " ".join(c.cmdline())]
 
         assert wait_until(servers), "no fork server came"
         self.server = max(servers(), key=psutil.Process.create_time)

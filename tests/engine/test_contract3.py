@@ -119,15 +119,6 @@ def test_a_rank_that_stays_silent(start):
     assert running.are_gone(seconds=1)
 
 
-def test_ranks_that_cannot_see_the_board_tell_where_they_are():
-    """As on another node: they send heartbeats."""
-    ranks = on_ranks.local_ranks(2, 2.5, server_module="distributed.without_board")
-    with RankPool(ranks, 2.5) as pool:
-        with pytest.raises(RankError) as caught:
-            pool.call(Stay(60), ranks=[1])
-        assert str(caught.value).startswith("rank 1 hung in step 5, layer 1, stage attention: no")
-
-
 def test_a_slow_rank_that_shows_progress_is_left_alone(start):
     pool, _ = start(2, timeout_s=1.0)
     pool.call(Stay(1.6, 4), ranks=[0])

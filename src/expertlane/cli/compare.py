@@ -191,8 +191,8 @@ def compare(
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
     Says which deployment was faster here and why: tokens per second, time per output token, where
-    each step's time goes, and how the experts were loaded. Starts its own local ranks, or uses
-    those of torchrun. Writes results.json, report.md and report.html.
+    each step's time goes, and how the experts were loaded. Starts local ranks, or with
+    torchrun those of several nodes. Writes results.json, report.md and report.html.
 
     \b
     Examples:
@@ -212,8 +212,8 @@ def compare(
           the paper's experiment on a modelled cluster of 16 H100
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
           for other programs
-      torchrun --nproc-per-node 16 -m expertlane compare
-          on ranks that torchrun started
+      torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
+          on two nodes, 8 ranks each
     """
     comparisons = _comparisons(experiment, own)
     virtual = time.settings()
@@ -247,7 +247,7 @@ def compare(
                 raise
             reason = str(error)
     for each in comparisons:
-        assert each.projection is not None, "every process but torchrun's ranks projects"
+        assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured here: {reason}")
         results = replace(each.projection, not_measured=reason)
         output.publish(results, each.folder, as_json=own.as_json)
@@ -290,7 +290,7 @@ def _measure(
         pool = start_pool(
             num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
         )
-    if pool is None:  # this process was a rank of torchrun's; the first one speaks
+    if pool is None:  # torchrun has started this process besides one that starts ranks
         return
     with pool:
         for each in comparisons:
