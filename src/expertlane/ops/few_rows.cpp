@@ -47,6 +47,7 @@ void add_products(const float* const* x, const float* w, int64_t k, int64_t i, L
     __m512 rows[R];
     for (int r = 0; r < R; ++r) rows[r] = load(x[r] + i);
     for (int c = 0; c < kColumns; ++c) {
+        _mm_prefetch((const char*)(w + (c + kColumns) * k + i), _MM_HINT_T0);  // of the next tile
         const __m512 weights = load(w + c * k + i);
         for (int r = 0; r < R; ++r) {
             sum[r * kColumns + c] = _mm512_fmadd_ps(rows[r], weights, sum[r * kColumns + c]);
