@@ -42,15 +42,13 @@ class CopyChooser:
         ranks = np.where(np.arange(ranks.shape[1]) < num_copies[:, None], ranks, ranks[:, :1])
         self.num_slots = max(map(len, placement.experts_of_rank))
         slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
-        self._ep = placement.ep
         self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
         self._num_copies = torch.from_numpy(num_copies).to(device)
         self._offset = mesh.stage.rank
         self._recorder = mesh.recorder
         node_ids = sorted(set(nodes))
         self._own_node = node_ids.index(nodes[ep_rank])
-        on_node = torch.tensor([[node == each for each in node_ids] for node in nodes])
-        self._on_node = on_node.float().to(device)  # [ep, num_nodes]
+        self._nodes = torch.tensor([node_ids.index(node) for node in nodes], device=device)
 
     def physical_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K] int32; the copy of each pair of a batch.
@@ -65,11 +63,7 @@ class CopyChooser:
         return ids
 
     def _count_fan_out(self, ids: Tensor) -> None:
-        reached = torch.zeros(len(ids), self._ep, dtype=torch.bool, device=ids.device)
-        reached.scatter_(1, (ids // self.num_slots).long(), True)
-        by_node = (reached.float() @ self._on_node).long()  # [T, num_nodes]; ranks reached there
-        ranks, nodes = by_node.sum(1), (by_node > 0).sum(1)
-        here = by_node[:, self._own_node]
+        ranks, nodes, here = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
         remote_ranks = int((ranks - here).sum())
         remote_nodes = int((nodes - (here > 0).long()).sum())
         self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)

@@ -23,7 +23,7 @@ from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
-_FEW_ROWS = 8  # from about 12 on torch's own products are faster
+_FEW_ROWS = 16  # with more, torch's own products are faster
 _SUMMED = (torch.float32, torch.bfloat16)
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
@@ -53,6 +53,7 @@ class CpuBackend(TorchBackend):
         self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
         self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
         self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)
+        self._fan_out = _function(baseline, "fan_out", "pnninpnppp")
         self._pack_rows = _function(baseline, "pack_rows", "pnnnpppp")
         self._take_sums(baseline)
 
@@ -83,6 +84,16 @@ class CpuBackend(TorchBackend):
             *(counts.data_ptr(), tokens.data_ptr(), ids_there.data_ptr(), places.data_ptr()),
         )
         return PeerRows(counts, tokens[:num_rows], ids_there[:num_rows], places)
+
+    def fan_out(
+        self, ids: Tensor, divisor: int, nodes: Tensor, node: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ranks, of_nodes, of_node = torch.empty(3, len(ids), dtype=torch.int64)
+        self._fan_out(
+            *(ids.data_ptr(), *ids.shape, divisor, len(nodes), nodes.data_ptr(), node),
+            *(ranks.data_ptr(), of_nodes.data_ptr(), of_node.data_ptr()),
+        )
+        return ranks, of_nodes, of_node
 
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         num_rows, top_k = ids.shape

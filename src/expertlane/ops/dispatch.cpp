@@ -88,6 +88,27 @@ int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t to
     return pairs;
 }
 
+// How far tokens spread: id / divisor is a rank, nodes [ranks] the node of each. num_ranks,
+// num_nodes [tokens]: how many of either hold some id of a token; of_node [tokens]: how many ranks
+// of one node do.
+void fan_out(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t ranks,
+             const int64_t* nodes, int64_t node, int64_t* num_ranks, int64_t* num_nodes,
+             int64_t* of_node) {
+    std::vector<int64_t> rank_seen(ranks, -1), node_seen(ranks, -1);  // by the latest token
+    for (int64_t t = 0; t < tokens; ++t) {
+        num_ranks[t] = num_nodes[t] = of_node[t] = 0;
+        for (int64_t k = 0; k < top_k; ++k) {
+            const int64_t rank = ids[t * top_k + k] / divisor;
+            if (rank_seen[rank] == t) continue;
+            rank_seen[rank] = t;
+            ++num_ranks[t];
+            of_node[t] += nodes[rank] == node;
+            num_nodes[t] += node_seen[nodes[rank]] != t;
+            node_seen[nodes[rank]] = t;
+        }
+    }
+}
+
 // Rows of bytes put together of pieces: piece i takes bytes [i] of row index[i][r] (or r, where
 // index[i] is null) of from [i], whose rows are stride [i] apart, to every row r of `to`.
 void pack_rows(char* to, int64_t rows, int64_t row_bytes, int64_t pieces, const char* const* from,

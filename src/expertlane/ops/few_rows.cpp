@@ -8,23 +8,77 @@ namespace {
 constexpr int kColumns = 4;       // outputs that are computed together
 constexpr int64_t kMostRows = 4;  // with kColumns, so many sums fit into registers
 
-// out[r][c] = row r of x times row c of w, k values each.
-template <int R>
-void few_rows_tile(const float* const* x, const float* w, int64_t k, float out[kMostRows][kColumns]) {
-    __m512 sum[R][kColumns];
-    for (auto& row : sum) for (auto& each : row) each = _mm512_setzero_ps();
-    for (int64_t i = 0; i < k; i += kLanes) {
-        const int64_t left = k - i;
-        const __mmask16 mask = left >= kLanes ? 0xffff : (__mmask16)((1u << left) - 1);
-        __m512 rows[R];
-        for (int r = 0; r < R; ++r) rows[r] = _mm512_maskz_loadu_ps(mask, x[r] + i);
-        for (int c = 0; c < kColumns; ++c) {
-            const __m512 weights = _mm512_maskz_loadu_ps(mask, w + c * k + i);
-            for (int r = 0; r < R; ++r) sum[r][c] = _mm512_fmadd_ps(rows[r], weights, sum[r][c]);
+// One vector of the sums of 16 vectors' values.
+__m512 sums_of(const __m512 v[16]) {
+    __m512 two[8], four[4], eight[2];
+    for (int i = 0; i < 8; ++i) {
+        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 8]), _mm512_unpackhi_ps(v[i], v[i + 8]));
+    }
+    for (int i = 0; i < 4; ++i) {
+        four[i] = _mm512_add_ps(_mm512_unpacklo_ps(two[i], two[i + 4]),
+                                _mm512_unpackhi_ps(two[i], two[i + 4]));
+    }
+    for (int i = 0; i < 2; ++i) {
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[i], four[i + 2], 0x88),
+                                 _mm512_shuffle_f32x4(four[i], four[i + 2], 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
+                         _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
+// Where sums_of puts the sum of each vector: its lanes are in another order than the vectors.
+struct Places {
+    int of[16];
+    Places() {
+        for (int i = 0; i < 16; ++i) {
+            __m512 v[16];
+            for (auto& each : v) each = _mm512_setzero_ps();
+            v[i] = _mm512_set1_ps(1.0f);
+            float lanes[16];
+            _mm512_storeu_ps(lanes, sums_of(v));
+            of[i] = (int)(std::max_element(lanes, lanes + 16) - lanes);
         }
     }
+};
+
+template <int R, class Load>
+void add_products(const float* const* x, const float* w, int64_t k, int64_t i, Load load,
+                  __m512 sum[16]) {
+    __m512 rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = load(x[r] + i);
+    for (int c = 0; c < kColumns; ++c) {
+        _mm_prefetch((const char*)(w + (c + kColumns) * k + i), _MM_HINT_T0);  // of the next tile
+        const __m512 weights = load(w + c * k + i);
+        for (int r = 0; r < R; ++r) {
+            sum[r * kColumns + c] = _mm512_fmadd_ps(rows[r], weights, sum[r * kColumns + c]);
+        }
+    }
+}
+
+// out[r][c] = row r of x times row c of w, k values each.
+template <int R>
+void few_rows_tile(const float* const* x, const float* w, int64_t k,
+                   float out[kMostRows][kColumns]) {
+    static const Places places;
+    __m512 sum[16];
+    for (auto& each : sum) each = _mm512_setzero_ps();
+    const int64_t whole = k / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        add_products<R>(x, w, k, i, [](const float* p) { return _mm512_loadu_ps(p); }, sum);
+    }
+    if (whole < k) {
+        const __mmask16 mask = (__mmask16)((1u << (k - whole)) - 1);
+        const auto load = [mask](const float* p) { return _mm512_maskz_loadu_ps(mask, p); };
+        add_products<R>(x, w, k, whole, load, sum);
+    }
+    if (R == 1) {
+        for (int c = 0; c < kColumns; ++c) out[0][c] = _mm512_reduce_add_ps(sum[c]);
+        return;
+    }
+    float lanes[16];
+    _mm512_storeu_ps(lanes, sums_of(sum));
     for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < kColumns; ++c) out[r][c] = _mm512_reduce_add_ps(sum[r][c]);
+        for (int c = 0; c < kColumns; ++c) out[r][c] = lanes[places.of[r * kColumns + c]];
     }
 }
 
