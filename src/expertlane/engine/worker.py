@@ -123,7 +123,9 @@ def _connect(settings: RankSettings, platform: Platform, store: Store | None) ->
         timeout=timedelta(seconds=bound_s),
         device_id=platform.device if platform.device.type == "cuda" else None,
     )
-    return TorchTransport(platform.device.type, settings.rank)
+    several_nodes = settings.num_local_ranks < settings.world_size
+    over_links = several_nodes and platform.transport == "gloo"
+    return TorchTransport(platform.device.type, settings.rank, over_links=over_links)
 
 
 def _share_memory(settings: RankSettings, bound_s: float) -> SharedTransport:
