@@ -20,7 +20,7 @@ from expertlane.comm.transport import PeerLostError
 from expertlane.ops.row_parts import RowParts
 
 _MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
-_GATHER_TAG = 1  # keeps its sends apart from others between the same ranks
+_GATHER_TAG, _PAIRWISE_TAG = 1, 2  # keep their sends apart from others between the same ranks
 
 
 @contextlib.contextmanager
@@ -56,13 +56,21 @@ class TorchLink:
         ranks: [size]; global ranks, in group order.
         place: this rank's in the group.
         device_type: of what is sent.
+        over_links: gloo's messages go from node to node, where bytes take longer than calls.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, ranks: Sequence[int], place: int, device_type: str
+        self,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int],
+        place: int,
+        device_type: str,
+        *,
+        over_links: bool,
     ) -> None:
         self._group, self._ranks, self._place = group, ranks, place
         self._device = torch.device(device_type)
+        self._over_links = over_links
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(num_rows, width, dtype=dtype, device=self._device)
@@ -75,6 +83,8 @@ class TorchLink:
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
     ) -> _TorchWork:
+        if self._over_links:
+            return self._pairwise(rows, send, received, receive)
         with _blaming_peers():
             work = dist.all_to_all_single(
                 received,
@@ -85,6 +95,29 @@ class TorchLink:
                 async_op=True,
             )
         return _TorchWork([work], received)
+
+    def _pairwise(
+        self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
+    ) -> _TorchWork:
+        """An all-to-all whose receives are all posted before its sends.
+
+        gloo sends nothing before the receiver has said that it is ready, on the connection that
+        carries its own rows too: in gloo's all-to-all a late rank says so behind its rows.
+        """
+        parts, into = torch.split(rows, list(send)), torch.split(received, list(receive))
+        size, works = len(self._ranks), []
+        to = [(self._place + away) % size for away in range(1, size)]
+        with _blaming_peers():
+            for place in reversed(to):  # who sends to this rank first comes first
+                if receive[place]:
+                    source = self._ranks[place]
+                    works.append(dist.irecv(into[place], source, self._group, _PAIRWISE_TAG))
+            for place in to:
+                if send[place]:
+                    target = self._ranks[place]
+                    works.append(dist.isend(parts[place], target, self._group, _PAIRWISE_TAG))
+        into[self._place].copy_(parts[self._place])
+        return _TorchWork(works, received)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _TorchWork:
         size = len(self._ranks)
@@ -121,15 +154,17 @@ class TorchTransport:
 
     Args:
         rank: the global one.
+        over_links: as a `TorchLink`'s.
     """
 
-    def __init__(self, device_type: str, rank: int) -> None:
+    def __init__(self, device_type: str, rank: int, *, over_links: bool) -> None:
         self._device_type, self._rank = device_type, rank
+        self._over_links = over_links
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
 
     def make(self, ranks: tuple[int, ...]) -> None:
         self._meshes[ranks] = DeviceMesh(self._device_type, torch.tensor(ranks))
 
     def link(self, ranks: tuple[int, ...]) -> TorchLink:
-        group = self._meshes[ranks].get_group()
-        return TorchLink(group, ranks, ranks.index(self._rank), self._device_type)
+        group, place = self._meshes[ranks].get_group(), ranks.index(self._rank)
+        return TorchLink(group, ranks, place, self._device_type, over_links=self._over_links)

@@ -130,15 +130,17 @@ def _connect(settings: RankSettings, platform: Platform) -> Transport:
         if settings.meeting is None
         else PrefixStore("ranks", settings.meeting.open())
     )
+    backend = "gloo" if shares_memory else platform.transport
     dist.init_process_group(
-        "gloo" if shares_memory else platform.transport,
+        backend,
         store=store,
         rank=settings.rank,
         world_size=settings.world_size,
         timeout=timedelta(seconds=bound_s),
         device_id=platform.device if platform.device.type == "cuda" else None,
     )
-    among_nodes = TorchTransport(platform.device.type, settings.rank)
+    over_links = backend == "gloo" and settings.num_local_ranks < settings.world_size
+    among_nodes = TorchTransport(platform.device.type, settings.rank, over_links=over_links)
     if not shares_memory:
         return among_nodes
     in_node = _share_memory(settings, bound_s)

@@ -1,0 +1,153 @@
+"""Nodes as network namespaces: a data link through TUN, tbf and a forwarder, and a control link.
+
+Node i has `data0` (10.78.0.i+1), whose packets go through a token bucket (what a NIC sends a
+second), the forwarder (latency) and the receiver's token bucket on an ifb device (what a NIC
+receives a second); and `control0` (10.77.0.i+1) on a bridge without limits, for torchrun and the
+launcher, so that their messages load no modelled link.
+"""
+
+import ctypes
+import fcntl
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+NAME = "xljudge"
+MTU = 9000
+QUEUE_BYTES = 256 << 20  # nothing is dropped: TCP's own windows are smaller
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+PR_SET_PDEATHSIG = 1
+# Reno keeps growing its window where nothing is lost; an idle connection keeps it.
+TCP = {"congestion_control": "reno", "slow_start_after_idle": "0", "no_metrics_save": "1"}
+
+
+class JudgeError(Exception):
+    """One line: what this machine lacks, or which command failed."""
+
+
+def end_with_parent() -> None:
+    """For `preexec_fn`: the process is killed when the one that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run(*command: str, check: bool = True) -> None:
+    """Run a command; its first line on stderr is the error."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise JudgeError(f"{command[0]} is missing; install iproute2 and util-linux") from None
+    if check and done.returncode:
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+        raise JudgeError(f"{' '.join(command)}: {why}")
+
+
+def namespace(node: int) -> str:
+    return f"{NAME}{node}"
+
+
+def inside(node: int, *command: str) -> list[str]:
+    """The command in a node's network; unlike `ip netns exec`, /sys stays as it is."""
+    return ["nsenter", f"--net=/run/netns/{namespace(node)}", *command]
+
+
+def set_links(num_nodes: int, bytes_per_s: float, latency_s: float, latency_file: Path) -> None:
+    """What each node sends and receives a second at most, and how long packets are held back."""
+    rate, burst = f"{round(8 * bytes_per_s)}bit", str(2 * MTU)
+    bucket = ["root", "tbf", "rate", rate, "burst", burst, "limit", str(QUEUE_BYTES)]
+    for node in range(num_nodes):
+        for device in ("data0", "ifb0"):
+            run("tc", "-n", namespace(node), "qdisc", "replace", "dev", device, *bucket)
+    latency_file.write_bytes(struct.pack("d", latency_s))
+
+
+def remove_all() -> None:
+    """Delete all namespaces of ours, with what is in them; devices and qdiscs go with them."""
+    for path in Path("/run/netns").glob(f"{NAME}*"):
+        run("ip", "netns", "del", path.name, check=False)
+
+
+class Network:
+    """The nodes, and the forwarder between them; a context.
+
+    Args:
+        latency_file: see `set_links`.
+    """
+
+    def __init__(self, num_nodes: int, latency_file: Path) -> None:
+        self._num_nodes = num_nodes
+        self._latency_file = latency_file
+        self._forwarder: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Network":
+        remove_all()
+        devices: list[int] = []
+        try:
+            self._latency_file.write_bytes(struct.pack("d", 0.0))
+            run("ip", "netns", "add", f"{NAME}hub")
+            run("ip", "-n", f"{NAME}hub", "link", "add", "bridge0", "type", "bridge")
+            run("ip", "-n", f"{NAME}hub", "link", "set", "bridge0", "up")
+            for node in range(self._num_nodes):
+                run("ip", "netns", "add", namespace(node))
+                self._set_up_tcp(node)
+                self._add_control(node)
+                devices.append(self._add_data(node))
+            forwarder = str(Path(__file__).with_name("forwarder.py"))
+            self._forwarder = subprocess.Popen(
+                [sys.executable, forwarder, *map(str, devices), str(self._latency_file)],
+                pass_fds=devices,
+                preexec_fn=end_with_parent,
+            )
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            for device in devices:
+                os.close(device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._forwarder is not None:
+            self._forwarder.kill()
+            self._forwarder.wait()
+        remove_all()
+
+    def _set_up_tcp(self, node: int) -> None:
+        writes = [f"echo {value} > /proc/sys/net/ipv4/tcp_{key}" for key, value in TCP.items()]
+        run(*inside(node, "sh", "-ec", "; ".join(writes)))
+        run("ip", "-n", namespace(node), "link", "set", "lo", "up")
+
+    def _add_control(self, node: int) -> None:
+        hub, own, port = f"{NAME}hub", namespace(node), f"port{node}"
+        pair = ["type", "veth", "peer", "name", "control0", "netns", own]
+        run("ip", "-n", hub, "link", "add", port, *pair)
+        run("ip", "-n", hub, "link", "set", port, "master", "bridge0", "up")
+        run("ip", "-n", own, "addr", "add", f"10.77.0.{node + 1}/24", "dev", "control0")
+        run("ip", "-n", own, "link", "set", "control0", "up")
+
+    def _add_data(self, node: int) -> int:
+        """The device's descriptor, by which its packets are read and written."""
+        own, made_as = namespace(node), f"{NAME}{node}"
+        try:
+            descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise JudgeError(f"/dev/net/tun: {error.strerror}") from None
+        try:
+            flags = IFF_TUN | IFF_NO_PI
+            fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", made_as.encode(), flags))
+            run("ip", "link", "set", made_as, "netns", own, "name", "data0")
+            size = ["mtu", str(MTU), "txqueuelen", "10000"]
+            run("ip", "-n", own, "link", "add", "ifb0", "type", "ifb")
+            for device in ("data0", "ifb0"):
+                run("ip", "-n", own, "link", "set", device, *size, "up")
+            run("ip", "-n", own, "addr", "add", f"10.78.0.{node + 1}/24", "dev", "data0")
+            run("tc", "-n", own, "qdisc", "add", "dev", "data0", "ingress")
+            every = ["protocol", "ip", "u32", "match", "u32", "0", "0"]
+            to = ["action", "mirred", "egress", "redirect", "dev", "ifb0"]
+            run("tc", "-n", own, "filter", "add", "dev", "data0", "parent", "ffff:", *every, *to)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor

@@ -1,0 +1,51 @@
+"""Ranks of several nodes: gloo's messages with all receives posted before all sends."""
+
+import subprocess
+import sys
+
+NUM_RANKS = 3
+RANK = """
+import sys, torch, torch.distributed as dist
+from expertlane.comm.torch_transport import TorchTransport
+
+rank, size, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(path, size), rank=rank, world_size=size)
+transport = TorchTransport("cpu", rank, over_links=True)
+transport.make(tuple(range(size)))
+link = transport.link(tuple(range(size)))
+
+def exchange(number):  # rank r sends (r + 2 p + number) % 4 rows to rank p, of which some are none
+    num_rows = lambda source, to: (source + 2 * to + number) % 4
+    send = [num_rows(rank, to) for to in range(size)]
+    receive = [num_rows(source, rank) for source in range(size)]
+    value = lambda source, to: 100.0 * number + 10 * source + to
+    rows = torch.tensor([[value(rank, to)] * 2 for to in range(size) for _ in range(send[to])])
+    expected = [[value(s, rank)] * 2 for s in range(size) for _ in range(receive[s])]
+    received = torch.full((sum(receive), 2), -1.0)
+    work = link.all_to_all(rows.reshape(-1, 2), send, received, receive)
+    return work, received, expected, rows
+
+for begun in (1, 3):  # how many are under way at once
+    under_way = [exchange(number) for number in range(begun * 2)]
+    for work, received, expected, _ in under_way:
+        work.wait()
+        assert received.tolist() == expected, (received, expected)
+dist.destroy_process_group()
+"""
+
+
+def test_uneven_exchanges_between_nodes(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(NUM_RANKS), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(NUM_RANKS)
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * NUM_RANKS, errors
