@@ -36,6 +36,13 @@ def start():
         pool.close()
 
 
+@pytest.fixture(scope="module")
+def kept_pool():
+    """A pool of three ranks that nobody ends."""
+    with RankPool(on_ranks.local_ranks(3, TIMEOUT_S), TIMEOUT_S) as pool:
+        yield pool
+
+
 def error_in_mid_run(pool, running, layout, harm, **flags):
     """Run something long and do `harm` to rank 1, stopped in a layer: the error, seconds."""
     seen = {}
@@ -119,10 +126,9 @@ def test_a_rank_that_stays_silent(start):
     assert running.are_gone(seconds=1)
 
 
-def test_a_slow_rank_that_shows_progress_is_left_alone(start):
-    pool, _ = start(2, timeout_s=1.0)
-    pool.call(Stay(1.6, 4), ranks=[0])
-    assert not pool.is_closed
+def test_a_slow_rank_that_shows_progress_is_left_alone(kept_pool):
+    kept_pool.call(Stay(TIMEOUT_S + 0.6, 6), ranks=[0])
+    assert not kept_pool.is_closed
 
 
 def test_a_rank_that_dies_between_calls(start):
@@ -200,8 +206,8 @@ def test_closing_leaves_nothing(start):
         pool.call(Echo(1))
 
 
-def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(start):
-    pool, _ = start(2)
+def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(kept_pool):
+    pool = kept_pool
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -213,7 +219,7 @@ def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(start):
             pool.close()
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert pool.call(Echo("x")) == [(0, "x"), (1, "x")]
+    assert pool.call(Echo("x")) == [(0, "x"), (1, "x"), (2, "x")]
 
 
 def test_stopped_ranks_are_closed_too(start):
@@ -224,8 +230,8 @@ def test_stopped_ranks_are_closed_too(start):
     assert running.are_gone(seconds=1)
 
 
-def test_calls(start):
-    pool, _ = start(3)
+def test_calls(kept_pool):
+    pool = kept_pool
     assert pool.num_ranks == 3
     assert pool.call(Echo("x")) == [(0, "x"), (1, "x"), (2, "x")]
     assert pool.call(Echo("x"), ranks=[0, 2]) == [(0, "x"), (2, "x")]
