@@ -46,7 +46,7 @@ class AllToAllDispatcher(Dispatcher):
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
-        mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
+        mesh, at, ep = self._mesh, self._mesh.at, self._mesh.ep.size
         ids, num_slots = self._choice.physical_ids(tokens.topk_ids), self._choice.num_slots
         to_ranks = self._ops.rows_by_peer(ids, num_slots, ep)
         by_rank = self._ops.group_pairs(ids, 0, num_slots, ep)
@@ -61,7 +61,7 @@ class AllToAllDispatcher(Dispatcher):
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
-        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
+        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.etp.size)
         sent = Exchanged(
             topk_weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
@@ -75,15 +75,15 @@ class AllToAllDispatcher(Dispatcher):
         self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int
     ) -> Steps[Tensor]:
         """The packed rows that arrive here."""
-        mesh, at = self._mesh, self._mesh.at
-        arriving = counts[:, _ROWS, at.ep_rank].reshape(mesh.layout.ep, mesh.layout.etp)
+        mesh, at, etp = self._mesh, self._mesh.at, self._mesh.etp.size
+        arriving = counts[:, _ROWS, at.ep_rank].reshape(-1, etp)
         packed = yield mesh.ep.all_to_all(
             packed,
             counts[mesh.stage.rank, _ROWS].tolist(),
             arriving[:, at.etp_rank].tolist(),
             metadata_bytes=metadata_bytes,
         )
-        if mesh.layout.etp > 1:
+        if etp > 1:
             packed = yield mesh.etp.all_gather(
                 packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata_bytes
             )
@@ -91,13 +91,13 @@ class AllToAllDispatcher(Dispatcher):
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
         """Where they are sent from."""
-        group = self._mesh.etp if self._mesh.layout.etp > 1 else self._mesh.ep
+        group = self._mesh.etp if self._mesh.etp.size > 1 else self._mesh.ep
         return group.empty(num_pairs, rows.shape[1], rows)
 
     def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
         """Return a row for every pair, and sum them at home."""
         mesh = self._mesh
-        if mesh.layout.etp > 1:
+        if mesh.etp.size > 1:
             results = yield mesh.etp.reduce_scatter(results, sent.returns_to_etp_rank)
 
         def add_up(arrived: RowParts) -> Tensor:

@@ -16,7 +16,7 @@ from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
 from expertlane.comm.collectives import Group, Pending, Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.payload import Payload, bytes_of, columns_of
+from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.products import PairGroups
 
@@ -63,10 +63,8 @@ class CopyChooser:
         return ids
 
     def _count_fan_out(self, ids: Tensor) -> None:
-        ranks, nodes, here = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
-        remote_ranks = int((ranks - here).sum())
-        remote_nodes = int((nodes - (here > 0).long()).sum())
-        self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)
+        counts = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
+        self._recorder.count_fan_out(*counts)
 
 
 class RoutedTokens(NamedTuple):
@@ -114,7 +112,7 @@ class Dispatcher(ABC):
             [num_rows, bytes of a row].
         """
         parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
-        width = bytes_of(columns_of([part for part, _ in parts]))
+        width = sum(part.shape[1] * part.itemsize for part, _ in parts)
         packed = group.empty(len(by_row[0]), width, by_row[0], torch.uint8)
         self._ops.pack(parts, packed)
         return packed

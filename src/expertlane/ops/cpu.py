@@ -87,18 +87,20 @@ class CpuBackend(TorchBackend):
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ranks, of_nodes, of_node = torch.empty(3, len(ids), dtype=torch.int64)
+    ) -> tuple[Tensor, Tensor, int, int]:
+        num_tokens, top_k = ids.shape
+        ranks, num_nodes = torch.empty(2, num_tokens, dtype=torch.int64).unbind()
+        remote = array("q", [0, 0])
         self._fan_out(
-            *(ids.data_ptr(), *ids.shape, divisor, len(nodes), nodes.data_ptr(), node),
-            *(ranks.data_ptr(), of_nodes.data_ptr(), of_node.data_ptr()),
+            *(ids.data_ptr(), num_tokens, top_k, divisor, nodes.shape[0], nodes.data_ptr(), node),
+            *(ranks.data_ptr(), num_nodes.data_ptr(), remote.buffer_info()[0]),
         )
-        return ranks, of_nodes, of_node
+        return ranks, num_nodes, remote[0], remote[1]
 
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         num_rows, top_k = ids.shape
         counts = torch.empty(num_groups, dtype=torch.int64)
-        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64)
+        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64).unbind()
         numbers = torch.empty(num_rows, top_k, dtype=torch.int64)
         num_pairs = self._group_pairs(
             *(ids.data_ptr(), ids.stride(0), num_rows, top_k, first, divisor, num_groups),
@@ -367,7 +369,7 @@ class _FewRowsExperts(Experts):
         self._matrices = _matrices(self.held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = len(pairs.rows), rows.shape[1]
+        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
         most = int(pairs.counts.max()) if num_pairs > _FEW_ROWS else num_pairs
         if not 0 < most <= _FEW_ROWS or rows.stride(1) != 1:
             return self._many(rows, pairs, out)
@@ -375,7 +377,7 @@ class _FewRowsExperts(Experts):
         scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.counts.cumsum(0)
         self._function(
             *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-            *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
+            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self._matrices),
             *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
         )
         return out

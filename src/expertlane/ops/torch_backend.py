@@ -179,18 +179,21 @@ class TorchBackend:
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """How many ranks, nodes, and ranks of one node hold some id of a token, [T] each.
+    ) -> tuple[Tensor, Tensor, int, int]:
+        """How many ranks and nodes hold some id of a token, [T] each; and all that are elsewhere.
 
         Args:
             ids: [T, K] int32; none missing.
             divisor: the rank of an id is id // divisor.
             nodes: [num_ranks] int64; the node of each rank, from 0.
+            node: this rank's own; other nodes and their ranks are elsewhere.
         """
         reached = torch.zeros(len(ids), len(nodes), device=ids.device)
         reached.scatter_(1, (ids // divisor).long(), 1.0)
         by_node = (reached @ F.one_hot(nodes).float()).long()  # [T, num_nodes]
-        return by_node.sum(1), (by_node > 0).sum(1), by_node[:, node]
+        ranks, num_nodes, here = by_node.sum(1), (by_node > 0).sum(1), by_node[:, node]
+        remote_nodes = num_nodes - (here > 0).long()
+        return ranks, num_nodes, int((ranks - here).sum()), int(remote_nodes.sum())
 
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         """Pairs by the groups (id - first) // divisor; ids of other groups belong to no pair.
