@@ -275,10 +275,10 @@ PROJECTED = (
     Case("balance", "balance routing.npz --ranks 16 --ranks-per-node 8 --redundant 16"),
 )
 MEASURED = (
-    Case("compare paper-small", "compare paper-small --dtype float32", "measured"),
-    Case("compare skewed", "compare skewed.toml --dtype float32", "measured"),
-    Case("compare tiny", "compare tiny.toml --dtype float32", "measured", is_quick=True),
-    Case("compare checkpoint", "compare checkpoint.toml --dtype float32", "measured"),
+    Case("compare paper-small", "compare paper-small --dtype float32 --clock wall", "measured"),
+    Case("compare skewed", "compare skewed.toml --dtype float32 --clock wall", "measured"),
+    Case("compare tiny", "compare tiny.toml --dtype float32 --clock wall", "measured", is_quick=True),
+    Case("compare checkpoint", "compare checkpoint.toml --dtype float32 --clock wall", "measured"),
 )
 CASES = PROJECTED + MEASURED
 
