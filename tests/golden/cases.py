@@ -277,7 +277,9 @@ PROJECTED = (
 MEASURED = (
     Case("compare paper-small", "compare paper-small --dtype float32 --clock wall", "measured"),
     Case("compare skewed", "compare skewed.toml --dtype float32 --clock wall", "measured"),
-    Case("compare tiny", "compare tiny.toml --dtype float32 --clock wall", "measured", is_quick=True),
+    Case(
+        "compare tiny", "compare tiny.toml --dtype float32 --clock wall", "measured", is_quick=True
+    ),
     Case("compare checkpoint", "compare checkpoint.toml --dtype float32 --clock wall", "measured"),
 )
 CASES = PROJECTED + MEASURED
