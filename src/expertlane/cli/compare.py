@@ -72,8 +72,9 @@ class _Options:
     trace: bool = typer.Option(
         False,
         "--trace",
-        help="Also write trace-NAME.json of each deployment: what every rank did when, in one "
-        "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
+        help="Also write trace-NAME.json of each deployment, and trace-NAME-virtual.json: what "
+        "every rank did when, in one prefill and one decode step; open them in ui.perfetto.dev or "
+        "chrome://tracing.",
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
 
@@ -82,14 +83,14 @@ class _Options:
 class _Time:
     clock: _Clock = typer.Option(
         _Clock.VIRTUAL,
-        help="virtual: besides wall time, each rank on a core of its own and the links of a "
-        "cluster, replayed from what was measured; at most one rank a core computes at a time "
-        "meanwhile. wall: neither.",
+        help="virtual: also replay what was measured as if each rank had a core of its own and "
+        "the links were a cluster's; ranks of one core then compute one after the other. wall: "
+        "wall time alone.",
     )
     links: str = typer.Option(
         _DEFAULT_PROFILE,
         metavar="PROFILE",
-        help="The links of virtual time: a profile, as --cluster names them, or none, where "
+        help="The links of virtual time: a profile as --cluster names it, or none, where "
         "transfers take no time.",
     )
     link_scale: float | None = typer.Option(
@@ -102,8 +103,8 @@ class _Time:
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
-        help="How long computing takes in virtual time: measured, or by the laws of a profile, "
-        "for what ran.",
+        help="How long computing takes in virtual time: as measured, or as a profile says of the "
+        "operations that ran.",
     )
 
     def __post_init__(self) -> None:
@@ -190,8 +191,10 @@ def compare(
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
-    Says which deployment was faster here and why: tokens per second, time per output token, where
-    each step's time goes, and how the experts were loaded. Starts local ranks, or with
+    Says which deployment is faster and why: tokens per second, time per output token, where each
+    step's time goes, and how the experts were loaded. Ranks that share cores take turns, so the
+    answer is in virtual time: computing as measured, each rank on a core of its own, transfers as
+    on a cluster's links; wall time stands beside it. Starts local ranks, or with
     torchrun those of several nodes. Writes results.json, report.md and report.html.
 
     \b
