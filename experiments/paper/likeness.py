@@ -16,8 +16,9 @@ from expertlane.compare.likeness import (
     PAPER_CONTEXT,
     PROPOSAL,
     FlopsPerByte,
+    flops_per_byte,
     likeness,
-    paper_flops_per_byte,
+    paper_step_work,
 )
 from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import UserError
@@ -41,7 +42,7 @@ def table(
     experiment: Experiment, layout: Layout, dtypes: Sequence[str], context: int = PAPER_CONTEXT
 ) -> Table:
     """FLOPs a byte of the paper, and by what factor the experiment's differ in each dtype."""
-    paper = paper_flops_per_byte(layout, experiment.model.num_experts_per_tok, context)
+    paper = flops_per_byte(paper_step_work(layout, experiment.model.num_experts_per_tok, context))
     found = [likeness(experiment, layout, NumberTypes.all_of(dtype), context) for dtype in dtypes]
     rows = [
         _Row(

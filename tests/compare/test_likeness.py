@@ -16,6 +16,7 @@ from expertlane.compare.likeness import (
     flops_per_byte,
     is_of_the_papers_kind,
     likeness,
+    step_work,
 )
 from expertlane.cost.number_types import NumberTypes
 from expertlane.memory import workload_limits
@@ -34,7 +35,7 @@ def shipped(name: str) -> Experiment:
 
 def test_flops_over_bytes_are_those_of_a_sum_by_hand():
     model, num_seqs, context = shipped("paper-small").model, 1024, 5
-    found = flops_per_byte(model, PROPOSAL, FLOAT32, num_seqs, context)
+    found = flops_per_byte(step_work(model, PROPOSAL, FLOAT32, num_seqs, context))
     layers, hidden, attention = 4, model.hidden_size, model.attention_size
     flops = layers * num_seqs * 2 * 4 * hidden * model.moe_intermediate_size
     experts = 16 * 2 * hidden * model.moe_intermediate_size

@@ -5,7 +5,10 @@ and of keys and values. Two models that agree in all three spend their time in t
 machines that are alike but for their size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+
+import numpy as np
 
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
@@ -13,6 +16,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
+from expertlane.results.step_record import RankCounts
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout, partition
@@ -46,15 +50,44 @@ class FlopsPerByte:
         return FlopsPerByte(*(getattr(self, name) / getattr(other, name) for name in names))
 
 
-def flops_per_byte(
+@dataclass(frozen=True)
+class StepWork:
+    """What the ranks of one decode step count.
+
+    Attributes:
+        ranks: one each.
+    """
+
+    ranks: Sequence[RankCounts]
+
+    @property
+    def dispatch_bytes(self) -> int:
+        """Of dispatch and combine, sent to other ranks."""
+        sent = (rank.sent_bytes[[Stage.DISPATCH, Stage.COMBINE]] for rank in self.ranks)
+        return sum(int(each.sum()) for each in sent)
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Of all ranks: of each stage FLOPs or bytes read at these rates, whichever is longer.
+
+        Keys and values are read by attention.
+        """
+        total = 0.0
+        for rank in self.ranks:
+            num_bytes = rank.weight_bytes.astype(np.float64)
+            num_bytes[Stage.ATTENTION] += rank.kv_bytes
+            total += float(np.maximum(rank.flops / flops_per_s, num_bytes / bytes_per_s).sum())
+        return total
+
+
+def step_work(
     model: ModelConfig,
     layout: Layout,
     types: NumberTypes,
     num_seqs: int,
     context: int,
     ranks_per_node: int = 8,
-) -> FlopsPerByte:
-    """Of one decode step with flat dispatch, in one micro-batch, of tokens routed evenly by chance.
+) -> StepWork:
+    """One decode step with flat dispatch, in one micro-batch, of tokens routed evenly by chance.
 
     Args:
         layout: of several ranks and one replica.
@@ -71,26 +104,30 @@ def flops_per_byte(
     of_rank = [len(part) for part in partition(num_seqs, layout.dp)]
     sizes = PartSizes.even(layout.dp, layout.tp, of_rank, num_cached=context)
     program = builder.build_sized([("all_to_all", [sizes])], PowerLawRouting.of(model, 0.0))
-    ranks = count(program, model.num_hidden_layers, model.num_experts)
+    return StepWork(list(count(program, model.num_hidden_layers, model.num_experts)))
+
+
+def flops_per_byte(work: StepWork) -> FlopsPerByte:
+    """Of the experts of a step."""
+    ranks = work.ranks
     flops = sum(int(rank.flops[Stage.EXPERTS]) for rank in ranks)
-    sent = sum(int(rank.sent_bytes[[Stage.DISPATCH, Stage.COMBINE]].sum()) for rank in ranks)
     return FlopsPerByte(
         weights=flops / sum(int(rank.weight_bytes.sum()) for rank in ranks),
-        dispatch=flops / sent,
+        dispatch=flops / work.dispatch_bytes,
         keys_and_values=flops / sum(rank.kv_bytes for rank in ranks),
     )
 
 
-def paper_flops_per_byte(
+def paper_step_work(
     layout: Layout, num_experts_per_tok: int, context: int = PAPER_CONTEXT
-) -> FlopsPerByte:
+) -> StepWork:
     """The same of the paper's step of all its sequences.
 
     Args:
         num_experts_per_tok: which the paper does not give.
     """
     paper = read_experiment(shipped_experiments()["paper"])
-    return flops_per_byte(
+    return step_work(
         paper.model.with_overrides(num_experts_per_tok=num_experts_per_tok),
         layout,
         PAPER_TYPES,
@@ -100,20 +137,26 @@ def paper_flops_per_byte(
     )
 
 
-def likeness(
-    experiment: Experiment, layout: Layout, types: NumberTypes, paper_context: int = PAPER_CONTEXT
-) -> FlopsPerByte:
-    """An experiment's mean decode step, each as a factor of the paper's."""
-    model, workload = experiment.model, experiment.workload
-    own = flops_per_byte(
-        model,
+def own_step_work(experiment: Experiment, layout: Layout, types: NumberTypes) -> StepWork:
+    """The same of an experiment's mean decode step."""
+    workload = experiment.workload
+    return step_work(
+        experiment.model,
         layout,
         types,
         workload.num_sequences,
         workload.mean_context,
         experiment.cluster.ranks_per_node or layout.world_size,
     )
-    return own.over(paper_flops_per_byte(layout, model.num_experts_per_tok, paper_context))
+
+
+def likeness(
+    experiment: Experiment, layout: Layout, types: NumberTypes, paper_context: int = PAPER_CONTEXT
+) -> FlopsPerByte:
+    """An experiment's mean decode step, each as a factor of the paper's."""
+    own = flops_per_byte(own_step_work(experiment, layout, types))
+    paper = paper_step_work(layout, experiment.model.num_experts_per_tok, paper_context)
+    return own.over(flops_per_byte(paper))
 
 
 def is_of_the_papers_kind(experiment: Experiment) -> bool:

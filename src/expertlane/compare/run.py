@@ -14,7 +14,7 @@ from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
 from expertlane.compare.projection import usual_number_type
 from expertlane.compare.records import measured_record, rebalance_records, typical
-from expertlane.compare.virtual import VirtualRuns, VirtualSettings
+from expertlane.compare.virtual import VirtualRuns, VirtualSettings, choose_scale
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
@@ -112,8 +112,10 @@ def run_comparison(
     assumptions = measured_assumptions(experiment, machine, limits)
     virtual_time = None
     if virtual is not None:
-        runs = VirtualRuns(virtual, experiment.model.num_hidden_layers, ranks_per_node, peak)
-        runs.choose_scale([step for each in own for step in each.steps_of(Phase.DECODE)])
+        decodes = [step for each in own for step in each.steps_of(Phase.DECODE)]
+        scale = choose_scale(virtual, experiment, decodes, peak)
+        num_layers = experiment.model.num_hidden_layers
+        runs = VirtualRuns(virtual, num_layers, ranks_per_node, peak, scale)
         records += [each.virtual_record(role, runs) for each, role in roles]
         virtual_time = runs.summary([each.link_tps for each in own if each.link_tps])
         assumptions += runs.assumptions()

@@ -3,17 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from expertlane.compare.likeness import (
+    PROPOSAL,
+    StepWork,
+    is_of_the_papers_kind,
+    own_step_work,
+    paper_step_work,
+)
 from expertlane.compare.projection import usual_number_type
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Profile
+from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
 from expertlane.results.metrics import latency
 from expertlane.results.results import Assumption, LinkSpeed, MachinePeak, VirtualTime
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment
+from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 
@@ -27,8 +34,7 @@ class VirtualSettings:
 
     Attributes:
         links: the profile of the links; None where transfers take no time.
-        scale: how many times as long transfers take; None for the ratio of compute speeds, or 1
-            where computing is a profile's too.
+        scale: how many times as long transfers take; None to choose (`choose_scale`).
         compute: the profile whose laws say how long computing takes; None for what was measured.
     """
 
@@ -50,35 +56,81 @@ class VirtualSettings:
                 )
 
 
-def compute_ratio(steps: Sequence[StepRecord], peak: MachinePeak, profile: Profile) -> float:
-    """How many times as long the same work takes here, on a core, as on a profile's device.
+def compute_ratio(here: StepWork, there: StepWork, peak: MachinePeak, profile: Profile) -> float:
+    """How many times as long one work takes here, on a core, as another on a profile's device.
 
-    Work is the FLOPs and the bytes read of each stage of each rank; it takes FLOPs over the peak
-    or bytes over the memory's bandwidth, whichever is longer: measured of a core here, of the
-    datasheet there, in the type that its ranks compute in.
+    FLOPs over the peak or bytes read over the memory's bandwidth, whichever is longer: measured of
+    a core here, of the datasheet there, in the type that its ranks compute in.
 
     Raises:
-        UserError: the steps hold no work, or the device has no figure for such a type.
+        UserError: there is no work, or the device has no figure for such a type.
     """
     device, dtype = profile.device, usual_number_type(profile)
-    there = device.flops_per_s.get(dtype)
-    if there is None:
+    if dtype not in device.flops_per_s:
         raise UserError(
             f"profile {profile.name} has no FLOP/s of {dtype}; --link-scale says how much slower "
             "links are to be"
         )
-    records = [record for step in steps for record in step.records]
-    flops = np.array([record.flops for record in records], dtype=np.float64)
-    read = np.array([record.weight_bytes for record in records], dtype=np.float64)
-
-    def seconds(flops_per_s: float, bytes_per_s: float) -> float:
-        return float(np.maximum(flops / flops_per_s, read / bytes_per_s).sum())
-
-    here_s = seconds(peak.gemm_flops_per_s / peak.num_units, peak.read_bytes_per_s / peak.num_units)
-    there_s = seconds(there, device.memory_bytes_per_s)
+    num_units = peak.num_units
+    here_s = here.seconds(peak.gemm_flops_per_s / num_units, peak.read_bytes_per_s / num_units)
+    there_s = there.seconds(device.flops_per_s[dtype], device.memory_bytes_per_s)
     if not there_s:
         raise UserError("no work was counted; --link-scale says how much slower links are to be")
     return here_s / there_s
+
+
+@dataclass(frozen=True)
+class LinkScale:
+    """How transfers of virtual time stand to those of a profile.
+
+    Attributes:
+        times: as long.
+        byte_scale: times as many bytes are sent.
+        why: for a reader.
+    """
+
+    times: float = 1.0
+    byte_scale: float = 1.0
+    why: str = ""
+
+
+def choose_scale(
+    settings: VirtualSettings,
+    experiment: Experiment,
+    decodes: Sequence[StepRecord],
+    peak: MachinePeak,
+) -> LinkScale:
+    """What was asked for, else what lets computing and transfers stand as they do on the cluster.
+
+    Of a small copy of the paper's model: each transfer takes the share of a step that its like
+    takes of the paper's own step. It is priced for the bytes that the paper's would have, and takes
+    as many times as long as the step of the copy takes here over the paper's there. Otherwise the
+    ratio is that of the work of all decode steps, here and there.
+
+    Raises:
+        UserError: as `compute_ratio`.
+    """
+    links = settings.links
+    if settings.scale is not None:
+        return LinkScale(settings.scale, why="asked for")
+    if links is None or settings.compute is not None:
+        return LinkScale(why="as they are: computing is a profile's too" if links else "")
+    if not is_of_the_papers_kind(experiment):
+        work = StepWork([record for step in decodes for record in step.records])
+        why = (
+            "the ratio of compute speeds: FLOPs over the peak or bytes over the memory's "
+            f"bandwidth, of all decode steps, on a core here over the same on {links.device.name}"
+        )
+        return LinkScale(compute_ratio(work, work, peak, links), why=why)
+    own = own_step_work(experiment, PROPOSAL, NumberTypes.all_of(peak.dtype))
+    paper = paper_step_work(PROPOSAL, experiment.model.num_experts_per_tok)
+    why = (
+        "as in the paper's step: its dispatch sends so many times the bytes, and computing this "
+        f"step takes so many times as long on a core here as the paper's on {links.device.name}, "
+        "by FLOPs over the peak or bytes over the memory's bandwidth"
+    )
+    byte_scale = paper.dispatch_bytes / own.dispatch_bytes
+    return LinkScale(compute_ratio(own, paper, peak, links), byte_scale, why)
 
 
 @dataclass(eq=False)
@@ -93,15 +145,7 @@ class VirtualRuns:
     num_layers: int
     ranks_per_node: int
     peak: MachinePeak
-    scale: float = 1.0
-
-    def choose_scale(self, decodes: Sequence[StepRecord]) -> None:
-        """Take the scale that was asked for, or that of the work of all these steps."""
-        settings = self.settings
-        if settings.scale is not None:
-            self.scale = settings.scale
-        elif settings.links is not None and settings.compute is None:
-            self.scale = compute_ratio(decodes, self.peak, settings.links)
+    scale: LinkScale
 
     def replay(
         self,
@@ -116,8 +160,8 @@ class VirtualRuns:
             laws: of computing; None for what was measured.
             factors: of the scale of links, for the three times of the clock.
         """
-        low, likely, high = (self.scale * factor for factor in factors)
-        links = VirtualLinks(self.settings.links, (low, likely, high))
+        low, likely, high = (self.scale.times * factor for factor in factors)
+        links = VirtualLinks(self.settings.links, (low, likely, high), self.scale.byte_scale)
         clock = VirtualClock(layout, self.num_layers, links, self.ranks_per_node, laws)
         return clock.replay(steps)
 
@@ -146,7 +190,7 @@ class VirtualRuns:
         if self.settings.links is None:
             return {0.0: _decode_tps([each.step for each in replayed])}
         found = {
-            factor * self.scale: _decode_tps([each.by_scale[place] for each in of_factors])
+            factor * self.scale.times: _decode_tps([each.by_scale[place] for each in of_factors])
             for factors, of_factors in (
                 (_NEAR, replayed),
                 (_FAR, self.replay(layout, steps, laws, _FAR)),
@@ -162,7 +206,9 @@ class VirtualRuns:
             LinkSpeed(scale, tuple(each[scale] for each in of_deployments))
             for scale in (of_deployments[0] if of_deployments else ())
         ]
-        return VirtualTime(links.name if links else None, self.scale, tuple(speeds))
+        scale = self.scale
+        name = links.name if links else None
+        return VirtualTime(name, scale.times, scale.byte_scale, tuple(speeds))
 
     def assumptions(self) -> tuple[Assumption, ...]:
         """What virtual time takes for granted."""
@@ -170,19 +216,11 @@ class VirtualRuns:
         if links is None:
             of_links = Assumption("links", "none: transfers take no time", change="--links")
         else:
-            why = "so that computing and transfers stand as on the cluster: FLOPs over the peak or "
-            why += "bytes over the memory's bandwidth, of all decode steps, on a core here over "
-            why += f"the same on {links.device.name}"
-            if self.settings.scale is not None:
-                why = "asked for"
-            elif self.settings.compute is not None:
-                why = "as they are: computing is a profile's too"
-            of_links = Assumption(
-                "links",
-                f"{links.name}, transfers {self.scale:,.4g} times as long",
-                why,
-                "--links, --link-scale",
-            )
+            scale = self.scale
+            value = f"{links.name}, transfers {scale.times:,.4g} times as long"
+            if scale.byte_scale != 1:
+                value += f", of {scale.byte_scale:,.4g} times the bytes"
+            of_links = Assumption("links", value, scale.why, "--links, --link-scale")
         compute = self.settings.compute
         computing = Assumption(
             "computing",

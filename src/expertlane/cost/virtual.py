@@ -47,10 +47,12 @@ class VirtualLinks:
         profile: whose laws say how long a transfer takes; None where it takes no time.
         scales: how many times as long it takes here: latency times it, bandwidth over it; the
             second is that of the ranks' records.
+        byte_scale: how many times as many bytes a transfer is priced for as were sent.
     """
 
     profile: Profile | None
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    byte_scale: float = 1.0
 
 
 class Replayed(NamedTuple):
@@ -71,27 +73,35 @@ class _ScaledLinks:
     def __init__(self, links: VirtualLinks) -> None:
         self._model = None if links.profile is None else LinkModel(links.profile)
         self._scales = np.array(links.scales)[:, None]
+        self._byte_scale = links.byte_scale
 
     def times(self, transfer: Transfer) -> Times:
         if self._model is None:
             return _no_time(len(transfer.load.group_size))
-        return self._scaled(self._model.times(transfer))
+        return self._scaled(self._model.times(self._larger(transfer)))
 
     def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
         if self._model is None:
             return self.times(between), self.times(inside)
-        first, second = self._model.forwarded(between, inside)
+        first, second = self._model.forwarded(self._larger(between), self._larger(inside))
         return self._scaled(first), self._scaled(second)
 
     def hand_over(self, hand_over: HandOver) -> Times:
         if self._model is None:
             return _no_time(len(hand_over.sent_bytes))
-        return self._scaled(self._model.hand_over(hand_over))
+        sent_bytes: Floats = hand_over.sent_bytes * np.float64(self._byte_scale)
+        return self._scaled(self._model.hand_over(replace(hand_over, sent_bytes=sent_bytes)))
 
     def contention(self, transfer: Transfer) -> Term:
         if self._model is None:
             return Term(0.0, 0.0, 0.0, Basis.MEASURED, "no links")
-        return self._model.contention(transfer)
+        return self._model.contention(self._larger(transfer))
+
+    def _larger(self, transfer: Transfer) -> Transfer:
+        if self._byte_scale == 1:
+            return transfer
+        sent_bytes: Floats = transfer.sent_bytes * np.float64(self._byte_scale)
+        return replace(transfer, sent_bytes=sent_bytes)
 
     def _scaled(self, times: Times) -> Times:
         return replace(times, bounds=self._scales * times.seconds)

@@ -26,7 +26,7 @@ from expertlane.report.numbers import (
 )
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import RUN, Conditions, Source, StepsRecord
-from expertlane.results.results import Results
+from expertlane.results.results import LinkSpeed, Results, VirtualTime
 from expertlane.spec.names import Phase
 
 NAMED: tuple[Column[Row], ...] = (
@@ -128,6 +128,14 @@ def _holds(row: Row) -> str:
     )
 
 
+def speed_in_words(virtual: VirtualTime, speed: LinkSpeed) -> str:
+    """`with links 2.00× as fast`, by which they are faster than assumed."""
+    if not speed.scale:
+        return "without links"
+    factor = virtual.scale / speed.scale
+    return "as assumed" if factor == 1 else f"with links {times(factor)} as fast"
+
+
 def by_link_speed(results: Results, comparison: Comparison) -> Section:
     """In virtual time: decode TPS on faster and slower links, and the best proposal's factor."""
     virtual = results.virtual_time
@@ -136,16 +144,16 @@ def by_link_speed(results: Results, comparison: Comparison) -> Section:
         return Section(heading, ())
 
     def at(place: int) -> Column[Row]:
-        scale = virtual.speeds[place].scale
-        name = f"1:{figures(scale)}" if scale else "no links"
-        return number(name, lambda row: virtual.speeds[place].tps[(row.number or 1) - 1], figures)
+        speed = virtual.speeds[place]
+        name = speed_in_words(virtual, speed)
+        return number(name, lambda row: speed.tps[(row.number or 1) - 1], figures)
 
     columns: tuple[Column[Row], ...] = (*NAMED, *map(at, range(len(virtual.speeds))))
     return Section(
         heading,
         (
             Table.of(f"{comparison.phase} TPS", columns, comparison.rows),
-            f"1:N: transfers take N times as long as on {virtual.links}.",
+            "Links as assumed, from 4 times as fast to 4 times as slow, and none at all.",
         ),
     )
 

@@ -5,6 +5,7 @@ from operator import attrgetter, itemgetter
 
 from expertlane.report.compared import Comparison, Row, projected
 from expertlane.report.numbers import figures, milliseconds, percent, times
+from expertlane.report.speed import speed_in_words
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
@@ -66,12 +67,8 @@ def _by_link_speed(results: Results, comparison: Comparison) -> str:
         of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
         best = max(of_row[number] for number in proposals)
         other = max(tps for number, tps in of_row.items() if number not in proposals)
-        links = f"1:{figures(each.scale)}" if each.scale else "without links"
-        factors.append(f"{links} {times(best / other)}")
-    head = "Best proposal over best baseline"
-    if virtual.links is not None:
-        head += f" by how much slower links are than those of {virtual.links}"
-    return f"{head}: {', '.join(factors)}."
+        factors.append(f"{times(best / other)} {speed_in_words(virtual, each)}")
+    return f"Best proposal over best baseline: {', '.join(factors)}."
 
 
 def _pair(comparison: Comparison) -> tuple[Row, Row] | None:

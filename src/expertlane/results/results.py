@@ -113,12 +113,14 @@ class VirtualTime(Strict):
 
     Attributes:
         links: the profile that says how long a transfer takes; None where it takes no time.
-        scale: times as long in virtual time.
+        scale: how many times as long a transfer takes.
+        byte_scale: for how many times the bytes that were sent.
         speeds: what other speeds of the links give.
     """
 
     links: str | None
     scale: float
+    byte_scale: float
     speeds: tuple[LinkSpeed, ...]
 
 

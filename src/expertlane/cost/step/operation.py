@@ -278,11 +278,11 @@ class HandOver:
     """Hidden states that go to the same place of the next pipeline stage.
 
     Attributes:
-        sent_bytes: [R].
+        sent_bytes: [R]; counted, or expected.
         is_remote: [R]; whether the next stage's rank is on another node.
     """
 
-    sent_bytes: Ints
+    sent_bytes: Amounts
     is_remote: npt.NDArray[np.bool_]
 
 
