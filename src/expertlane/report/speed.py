@@ -87,7 +87,11 @@ def speed(
         number("runs", lambda row: row.tps_range, low_high, "measured"),
         number("1000 TPS, low–high", lambda row: row.step.tps, low_high_thousands, "projected"),
         number("TPOT ms", lambda row: _median(row.record.decode), milliseconds, "measured"),
-        number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured"),
+        *(
+            [number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured")]
+            if not in_wall_time
+            else []
+        ),
         number("TPOT ms", lambda row: row.step.round_s, milliseconds, "projected"),
         number("low–high", lambda row: row.step.round_s, low_high_ms, "projected"),
         number("× first", lambda row: row.tps / comparison.first.tps, figures),
@@ -128,12 +132,9 @@ def _holds(row: Row) -> str:
     )
 
 
-def speed_in_words(virtual: VirtualTime, speed: LinkSpeed) -> str:
-    """`with links 2.00× as fast`, by which they are faster than assumed."""
-    if not speed.scale:
-        return "without links"
-    factor = virtual.scale / speed.scale
-    return "as assumed" if factor == 1 else f"with links {times(factor)} as fast"
+def speed_of_links(virtual: VirtualTime, speed: LinkSpeed) -> float | None:
+    """As a factor of what is assumed; None where there are no links."""
+    return virtual.scale / speed.scale if speed.scale else None
 
 
 def by_link_speed(results: Results, comparison: Comparison) -> Section:
@@ -145,15 +146,16 @@ def by_link_speed(results: Results, comparison: Comparison) -> Section:
 
     def at(place: int) -> Column[Row]:
         speed = virtual.speeds[place]
-        name = speed_in_words(virtual, speed)
+        factor = speed_of_links(virtual, speed)
+        name = "no links" if factor is None else times(factor)
         return number(name, lambda row: speed.tps[(row.number or 1) - 1], figures)
 
     columns: tuple[Column[Row], ...] = (*NAMED, *map(at, range(len(virtual.speeds))))
     return Section(
         heading,
         (
-            Table.of(f"{comparison.phase} TPS", columns, comparison.rows),
-            "Links as assumed, from 4 times as fast to 4 times as slow, and none at all.",
+            Table.of(f"{comparison.phase} TPS by the speed of links", columns, comparison.rows),
+            "1.00×: links as assumed.",
         ),
     )
 

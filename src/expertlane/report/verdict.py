@@ -5,7 +5,7 @@ from operator import attrgetter, itemgetter
 
 from expertlane.report.compared import Comparison, Row, projected
 from expertlane.report.numbers import figures, milliseconds, percent, times
-from expertlane.report.speed import speed_in_words
+from expertlane.report.speed import speed_of_links
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
@@ -67,7 +67,14 @@ def _by_link_speed(results: Results, comparison: Comparison) -> str:
         of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
         best = max(of_row[number] for number in proposals)
         other = max(tps for number, tps in of_row.items() if number not in proposals)
-        factors.append(f"{times(best / other)} {speed_in_words(virtual, each)}")
+        factor = speed_of_links(virtual, each)
+        if factor is None:
+            words = "without links"
+        elif factor == 1:
+            words = "on links as assumed"
+        else:
+            words = f"at {times(factor)} their speed"
+        factors.append(f"{times(best / other)} {words}")
     return f"Best proposal over best baseline: {', '.join(factors)}."
 
 
