@@ -1,5 +1,6 @@
 """Nodes on which torchrun started processes: the same command, the same tokens, the same end."""
 
+import contextlib
 import json
 import os
 import re
@@ -159,12 +160,13 @@ class LongRun:
 
         def has_ranks():
             assert agent.poll() is None, agent.communicate()[1]
-            return [each for each in started.children() if each.children()]
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that leaves just now
+                return [each for each in started.children() if each.children()]
+            return []
 
         assert wait_until(has_ranks)
-        first = has_ranks()[0]
-        assert wait_until(lambda: started.children() == [first]), "the others leave"
-        return first
+        assert wait_until(lambda: len(started.children()) == 1), "the others leave"
+        return started.children()[0]
 
     def end(self, within_s):
         """Wait for its end: exit codes and our error lines; nothing may be left."""

@@ -17,7 +17,7 @@ class StubPool:
     def call(self, function):
         return [MACHINE]
 
-    def close(self):
+    def close(self, *, failed=False):
         self.is_closed = True
 
 
