@@ -21,7 +21,7 @@ from network import NAME, JudgeError, end_with_parent
 CONTROLLER = Path("/sys/fs/cgroup/cpu")
 ROOT = CONTROLLER / NAME
 QUOTA_US = 1000  # the kernel's least
-SHARES, MOST_SHARES = 1024, 262_144  # of the cores that ranks and other processes want
+RANK_SHARES, MOST_SHARES = 1024, 262_144  # of the cores that ranks and other processes want
 CHECKED_S, CHECKED_WAIT_S, CHECKED_TIMES = (0.01, 0.02, 0.04), 0.1, 10
 
 
@@ -32,10 +32,12 @@ class Dilation:
         self._groups = [ROOT / f"rank{rank}" for rank in range(num_ranks)]
 
     def make(self) -> None:
-        if not (CONTROLLER / "cpu.cfs_quota_us").exists() and not CONTROLLER.is_dir():
+        """Make the groups; ranks run at full speed at first."""
+        if not (CONTROLLER / "cpu.shares").exists():
             raise JudgeError(f"no cgroup v1 controller at {CONTROLLER}; this needs its quotas")
         for group in (ROOT, *self._groups):
             group.mkdir(exist_ok=True)
+        self.end()
 
     def place(self, rank: int, pid: int) -> None:
         """Put a rank's process, with all its threads, into the rank's group."""
@@ -53,7 +55,7 @@ class Dilation:
         """Ranks run as fast as they can, beside others."""
         for group in self._groups:
             (group / "cpu.cfs_quota_us").write_text("-1")
-        (ROOT / "cpu.shares").write_text(str(SHARES))
+        (ROOT / "cpu.shares").write_text(str(RANK_SHARES * len(self._groups)))
 
 
 def join() -> None:
