@@ -1,6 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two tests at a time, since many of them wait; those of a file one after another, since they share.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+NUMERICAL = -m "numerical and not full" $$(grep -rl mark.numerical tests --include='*.py')
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -16,14 +19,14 @@ compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 loca
 # Then what computes numbers again, with torch alone and without each instruction set in turn (of
 # that, float32 has nothing to say: the baseline is all it uses).
 test: $(VENV)/.dev ## Run the tests, without the long ones
-	@$(BIN)/pytest -m "not full"
+	@$(PYTEST) -m "not full"
 	@echo "Again with EXPERTLANE_BACKEND=torch: the numerical tests"
-	@EXPERTLANE_BACKEND=torch $(BIN)/pytest -m "numerical and not full"
+	@EXPERTLANE_BACKEND=torch $(PYTEST) $(NUMERICAL)
 	@echo "Again with EXPERTLANE_INSTRUCTIONS=baseline: the numerical tests in bfloat16"
-	@EXPERTLANE_INSTRUCTIONS=baseline $(BIN)/pytest -m "numerical and not full" -k bfloat16
+	@EXPERTLANE_INSTRUCTIONS=baseline $(BIN)/pytest $(NUMERICAL) -k bfloat16
 
 test-full: $(VENV)/.dev ## Run all tests
-	@$(BIN)/pytest
+	@$(PYTEST)
 
 gpu: ## Try this machine's GPU with the torch that is installed: tests, speed, a profile
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py

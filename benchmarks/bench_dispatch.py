@@ -96,8 +96,9 @@ def measure(
 
 
 def round_trip(dispatcher: Dispatcher, inputs: RoutedTokens, results: Tensor) -> Tensor:
-    *_, sent = interleave([dispatcher.dispatch(inputs)])[0]
-    return interleave([dispatcher.combine(sent, results)])[0]
+    rows, pairs, sent = interleave([dispatcher.dispatch(inputs)])[0]
+    room = dispatcher.room(len(pairs.rows), rows)  # where experts would have written them
+    return interleave([dispatcher.combine(sent, results if room is None else room)])[0]
 
 
 @contextmanager
@@ -111,14 +112,21 @@ def capturing(mesh: ParallelMesh) -> Iterator[list[Callable[[], Work]]]:
         transfers.append(partial(begin, *buffers))
         return begin(*given)
 
+    def captured_parts(link: Any, rows: Tensor, send: list[int], receive: list[int]) -> Work:
+        buffers = torch.ones_like(rows), send, rows.new_empty(sum(receive), rows.shape[1]), receive
+        transfers.append(partial(type(link).all_to_all, link, *buffers))
+        return type(link).all_to_all_parts(link, rows, send, receive)
+
     for link in links:
+        parts = partial(captured_parts, link)
         for name in ("all_to_all", "all_gather"):
             setattr(link, name, partial(captured, getattr(link, name)))
+        link.all_to_all_parts = parts
     try:
         yield transfers
     finally:
         for link in links:
-            del link.all_to_all, link.all_gather
+            del link.all_to_all, link.all_gather, link.all_to_all_parts
 
 
 def groups_of(mesh: ParallelMesh) -> list[Group]:

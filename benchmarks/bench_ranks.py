@@ -10,8 +10,8 @@ from expertlane.engine.pool import RankPool
 TIMEOUT_S = 60.0
 
 
-class MeasureCollectives(Command[dict[str, float]]):
-    """Median seconds of a call, by collective; `num_bytes` to each other rank."""
+class MeasureCollectives(Command[dict[str, list[float]]]):
+    """Wall (median) and processor seconds of a call, by collective; `num_bytes` to each rank."""
 
     num_ranks: int
     num_bytes: int

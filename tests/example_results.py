@@ -7,7 +7,7 @@ import numpy as np
 
 import example_timelines
 from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.run import measured_record
+from expertlane.compare.records import measured_record
 from expertlane.engine.commands import HeldBytes
 from expertlane.memory import workload_limits
 from expertlane.results.metrics import num_tokens_per_expert, phase_record
@@ -68,7 +68,13 @@ def sent(rank: int, world_size: int, stage: Stage) -> dict[tuple[Stage, Traffic,
 
 
 def steps(
-    deployment: Deployment, phase: Phase, *, start_s: float, step_s: float, num_rounds: int
+    deployment: Deployment,
+    phase: Phase,
+    *,
+    start_s: float,
+    step_s: float,
+    num_rounds: int,
+    num_seqs: int = WORKLOAD.num_sequences,
 ) -> list[StepRecord]:
     """Steps one after another in which each rank computes, dispatches, and lacks the last 10 %."""
     layout, tokens_each = deployment.layout, WORKLOAD.prompt_len if phase is Phase.PREFILL else 1
@@ -99,10 +105,10 @@ def steps(
         step_record(
             start_s + round_ * step_s,
             start_s + (round_ + 1) * step_s,
-            range(WORKLOAD.num_sequences),
+            range(num_seqs),
             records,
             phase=phase,
-            num_tokens=tokens_each * WORKLOAD.num_sequences,
+            num_tokens=tokens_each * num_seqs,
         )
         for round_ in range(num_rounds)
     ]
@@ -111,7 +117,10 @@ def steps(
 def record(
     deployment: Deployment, step_s: float, role: str = EXPERIMENT, *, output_len: int = 3
 ) -> DeploymentRecord:
-    """What a deployment with decode steps of `step_s` and a prefill of 10 such gives."""
+    """What a deployment with decode steps of `step_s` and a prefill of 10 such gives.
+
+    A size of scaling has steps of one sequence a rank too, which take half as long.
+    """
     layout = deployment.layout
     prefill = steps(deployment, Phase.PREFILL, start_s=0, step_s=10 * step_s, num_rounds=1)
     decode = steps(deployment, Phase.DECODE, start_s=50, step_s=step_s, num_rounds=output_len - 1)
@@ -123,6 +132,16 @@ def record(
         for of_phase, times in ((prefill, 10), (decode, 1))
         if of_phase
     ]
+    if role == SCALING and output_len > 1:
+        num_seqs, num_rounds = layout.world_size, output_len - 1
+        share = steps(
+            *(deployment, Phase.DECODE),
+            start_s=90,
+            step_s=step_s / 2,
+            num_rounds=num_rounds,
+            num_seqs=num_seqs,
+        )
+        phases.append(phase_record(layout, share, PEAK, RANKS_PER_NODE))
     return measured_record(
         deployment,
         MODEL,

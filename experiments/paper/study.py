@@ -27,9 +27,9 @@ from expertlane.report.compared import (
     Row,
     experts_at_once,
     experts_per_rank,
-    measured,
     part_of_expert,
     projected,
+    run,
     scaling,
     stages_at_once,
     weight_bytes_of_rank,
@@ -101,7 +101,7 @@ def study_of(results: Sequence[Results]) -> Report:
         missing = set(LAYOUTS) - {record.layout for record in each.deployments}
         if each.kind != "comparison" or missing:
             raise UserError(f"not the paper's experiment: {each.command}")
-        compared = (measured(each), projected(each))
+        compared = (run(each, "measured"), projected(each))
         sections += [goals(each, comparison) for comparison in compared if comparison]
         if each.conditions and is_papers_model(each):
             projections.append(each)

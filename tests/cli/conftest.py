@@ -51,9 +51,17 @@ class FakeComparison:
             raise self.too_large
 
     def run_comparison(
-        self, experiment: Any, pool: Any, progress: Any, *, command: str, on_trace: Any
+        self,
+        experiment: Any,
+        pool: Any,
+        progress: Any,
+        *,
+        command: str,
+        virtual: Any,
+        on_trace: Any,
     ) -> Any:
         self.calls.append({"experiment": experiment, "command": command})
+        self.virtual = virtual
         if on_trace is not None:
             for name in ("EP 16", "EP/16"):
                 on_trace(name, [])

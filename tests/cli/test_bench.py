@@ -47,7 +47,7 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
     assert Path(out_folder, "results.json").read_text(encoding="utf-8") == out
     found = json.loads(out)
     asked = found["question"]
-    assert (found["schema_version"], found["kind"], asked["model"]) == (6, "bench", "paper-tiny")
+    assert (found["schema_version"], found["kind"], asked["model"]) == (7, "bench", "paper-tiny")
     assert found["command"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
     assert asked["workload"] == {"prompt_len": "2:8", "output_len": "1:3", "seed": 5}
     assert found["machine"]["device"]
@@ -241,13 +241,15 @@ def test_results_cannot_go_below_a_file(run, stub, tmp_path):
     assert stub == []
 
 
-def test_one_layout_a_run_of_torchrun(run, stub, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+def test_one_layout_a_run_on_several_nodes(run, stub, monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (place | {"MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
     code, _, err = run("bench", "paper-tiny", "--layout", "tp=1", "--layout", "tp=2")
     assert (code, stub) == (2, [])
     assert err == (
-        "expertlane: error: under torchrun, give one --layout a run; its ranks end with the run\n"
+        "expertlane: error: on several nodes, give one --layout a run; "
+        "their ranks end with the run\n"
     )
 
 

@@ -74,6 +74,25 @@ def test_options_are_handed_over(comparison, run):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "links", "scale"),
+    [
+        ([], "h100", None),
+        (["--links", "a100", "--link-scale", "20"], "a100", 20.0),
+        (["--clock", "virtual", "--links", "none"], None, None),
+    ],
+)
+def test_virtual_time_has_the_links_that_were_asked_for(comparison, run, arguments, links, scale):
+    assert run("compare", *arguments)[0] == 0
+    found = comparison.virtual
+    assert (found.links and found.links.name, found.scale) == (links, scale)
+
+
+def test_wall_time_alone(comparison, run):
+    assert run("compare", "--clock", "wall")[0] == 0
+    assert comparison.virtual is None
+
+
+@pytest.mark.parametrize(
     ("arguments", "folders"),
     [
         (["--top-k", "1"], {1: "results/paper-small-top1"}),
@@ -201,9 +220,9 @@ def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
     ("config", "line"),
     [
         (
-            {"max_position_embeddings": 32},
-            "--model moe: workload: a prompt of 32 and 9 output tokens take 40 positions but moe "
-            "has 32; valid prompt_len at this output_len: 1 to 24",
+            {"max_position_embeddings": 4},
+            "--model moe: workload: a prompt of 2 and 4 output tokens take 5 positions but moe "
+            "has 4; valid prompt_len at this output_len: 1 to 1",
         ),
         (
             {"num_hidden_layers": None},
@@ -261,6 +280,7 @@ def test_a_failed_run_writes_nothing(comparison, run):
 
 
 TOP_KS = "it must be a whole number, 1 to 4,096, or several with commas between: 2,1"
+WALL = "{} is of virtual time; leave out --clock wall"
 TIMEOUT = "it must be a number above 0, at most 1,000,000"
 
 
@@ -287,6 +307,16 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
         (
             ["--timeout-s", "inf"],
             f"--timeout-s is inf; {TIMEOUT}",
+        ),
+        (["--clock", "wall", "--links", "a100"], WALL.format("--links")),
+        (["--clock", "wall", "--link-scale", "3"], WALL.format("--link-scale")),
+        (
+            ["--links", "none", "--link-scale", "3"],
+            "--link-scale needs links; give --links a profile",
+        ),
+        (
+            ["--link-scale", "0"],
+            "--link-scale is 0.0; it must be a number, 1e-06 to 1,000,000,000",
         ),
         (["none.toml"], "cannot read none.toml: No such file or directory"),
         (

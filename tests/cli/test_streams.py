@@ -54,9 +54,8 @@ def kept(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("full", ["full", "full, both"])
 def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, arguments, full):
     both = " 2> /dev/full" if full == "full, both" else ""
-    done = shell(f"EXPERTLANE {arguments} --out kept > /dev/full{both}", tmp_path)
-    if "simulate" not in arguments:
-        done = shell(f"EXPERTLANE {arguments} > /dev/full{both}", tmp_path)
+    to = " --out kept" if "simulate" in arguments else ""
+    done = shell(f"EXPERTLANE {arguments}{to} > /dev/full{both}", tmp_path)
     assert done.returncode == 1
     lines = [each for each in done.stderr.splitlines() if not each.startswith("simulating")]
     assert lines == ([] if both else [FULL])

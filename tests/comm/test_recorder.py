@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from expertlane.comm import operation_log
 from expertlane.comm import recorder as module
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
+from expertlane.cost.step.operation import TransferKind
+from expertlane.results.step_record import Action
 from expertlane.spec.names import Stage, Track, Traffic
 
 OUTSIDE = 2  # the slot after the model's two layers
@@ -44,6 +47,7 @@ def clock(monkeypatch):
         process_time=lambda: clock.now_s * 2,
     )
     monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(operation_log, "time", fake)
     return clock
 
 
@@ -52,11 +56,32 @@ def board():
     return ProgressBoard(1)
 
 
+class Token:
+    """Keeps what was done with it; the core is free after `delay_s`."""
+
+    def __init__(self, clock, board):
+        self.done = []
+        self.delay_s = 0.0
+        self._clock, self._board = clock, board
+
+    def acquire(self):
+        assert self._board.position(0).waiting  # or the watchdog would blame this rank
+        self._clock.advance(self.delay_s)
+        self.done.append("acquire")
+
+    def release(self):
+        self.done.append("release")
+
+
 @pytest.fixture
-def recorder(clock, board):
-    return Recorder(
-        0, num_layers=2, num_experts=3, progress=board.reporter(0), clock=clock, world_size=3
-    )
+def token(clock, board):
+    return Token(clock, board)
+
+
+@pytest.fixture
+def recorder(clock, board, token):
+    sizes = {"num_layers": 2, "num_experts": 3, "world_size": 3}
+    return Recorder(0, progress=board.reporter(0), clock=clock, token=token, **sizes)
 
 
 def seconds(array):
@@ -133,6 +158,13 @@ def test_the_time_since_the_last_step_is_idle_if_asked_for(recorder, clock):
     assert record.wall_s.sum() == record.process_cpu_s == 0
 
 
+def post(recorder, to, num_rows, row_bytes, metadata_bytes=0, kind=TransferKind.ALL_TO_ALL):
+    """A transfer of a group of all three ranks that is under way at once."""
+    number = recorder.post(kind, [0, 1, 2], to, num_rows, row_bytes, metadata_bytes)
+    recorder.posted()
+    return number
+
+
 def test_counts_by_stage(recorder):
     recorder.begin_step(0, 1, record=True, count_idle=False)
     recorder.enter(Stage.EXPERTS, 1)
@@ -142,21 +174,21 @@ def test_counts_by_stage(recorder):
     recorder.enter(Stage.ATTENTION, 0)
     recorder.count_compute(flops=3, weight_bytes=4, kv_bytes=5)
     recorder.enter(Stage.COMBINE, 0)
-    recorder.count_collective()
-    recorder.count_sent(Traffic.PAYLOAD, [0, 2], [5, 3], row_bytes=2)  # rank 0 keeps five rows
-    recorder.count_sent(Traffic.PAYLOAD, [1, 2], [0, 4], row_bytes=10)
-    recorder.count_sent(Traffic.METADATA, [1], [7], row_bytes=1)
+    post(recorder, [0, 2], [5, 3], row_bytes=2)  # rank 0 keeps five rows
+    post(recorder, [1, 2], [0, 4], row_bytes=10)
+    post(recorder, [1], [7], row_bytes=1, metadata_bytes=1)
     recorder.enter(Stage.DISPATCH, 0)
-    recorder.count_sent(Traffic.PADDING, [1], [1], row_bytes=9)
+    post(recorder, [1], [1], row_bytes=9, metadata_bytes=4)
     record = recorder.end_step()
     assert (record.flops[Stage.EXPERTS], record.weight_bytes[Stage.EXPERTS]) == (11, 22)
     assert (record.flops[Stage.ATTENTION], record.weight_bytes[Stage.ATTENTION]) == (3, 4)
     assert record.flops.sum() == 14
     assert record.kv_bytes == 5
-    assert record.num_collectives[Stage.COMBINE] == record.num_collectives.sum() == 1
+    assert record.num_collectives[[Stage.COMBINE, Stage.DISPATCH]].tolist() == [3, 1]
+    assert record.num_collectives.sum() == 4
     assert record.sent_bytes.shape == (len(Stage), len(Traffic), 3)
     assert record.sent_bytes[Stage.COMBINE].tolist() == [[0, 0, 46], [0, 7, 0], [0, 0, 0]]
-    assert record.sent_bytes[Stage.DISPATCH].tolist() == [[0, 0, 0], [0, 0, 0], [0, 9, 0]]
+    assert record.sent_bytes[Stage.DISPATCH].tolist() == [[0, 5, 0], [0, 4, 0], [0, 0, 0]]
     assert record.sent_bytes.sum() == 46 + 7 + 9
     assert record.num_tokens_per_expert.tolist() == [[0, 0, 0], [0, 4, 5]]
 
@@ -185,9 +217,8 @@ def test_a_step_starts_from_zero(recorder, clock):
     recorder.begin_step(0, 1, record=True, count_idle=False)
     recorder.enter(Stage.EXPERTS, 0)
     recorder.count_compute(1, 1, 1)
-    recorder.count_sent(Traffic.PAYLOAD, [1], [1], row_bytes=1)
+    post(recorder, [1], [1], row_bytes=1)
     count_fan_out(recorder)
-    recorder.count_collective()
     recorder.count_expert_tokens([0], [1])
     clock.advance(1)
     first = recorder.end_step()
@@ -208,6 +239,7 @@ def test_without_a_record_only_progress_is_kept(recorder, board):
     assert str(board.position(0)) == "step 9, layer 1, stage router"
     recorder.end_wait(recorder.begin_wait())
     count_fan_out(recorder)
+    assert post(recorder, [1], [1], row_bytes=1) is None
     assert recorder.end_step() is None
     position = board.position(0)
     # An idle rank says where it came to, for the launcher to name if it hangs.
@@ -287,3 +319,113 @@ def test_a_wait_that_ends_with_its_interval(recorder, clock):
         ("network", Stage.HAND_OVER, -1, 0, 0, 3),
         ("compute", Stage.ATTENTION, 0, 0, 3, 4),
     ]
+
+
+def operations(record):
+    """Action, stage, layer, micro-batch, CPU seconds, transfer of each."""
+    kept = record.operations
+    columns = kept.action, kept.stage, kept.layer, kept.micro_batch, kept.cpu_s, kept.transfer
+    return [
+        (Action(action).name, Stage(stage), layer, micro_batch, cpu_s, transfer)
+        for action, stage, layer, micro_batch, cpu_s, transfer in zip(*columns, strict=True)
+        if action != Action.COMPUTE or cpu_s
+    ]
+
+
+def begin_recorded(recorder, num_micro_batches=1, **flags):
+    recorder.begin_step(
+        0, num_micro_batches, record=False, count_idle=False, record_operations=True, **flags
+    )
+
+
+def test_operations_are_kept_if_asked_for(recorder, clock):
+    begin_recorded(recorder, 2)
+    clock.advance(2)
+    recorder.enter(Stage.EMBED)
+    clock.advance(4)
+    recorder.set_micro_batch(1)
+    recorder.enter(Stage.DISPATCH, 1)
+    clock.advance(8)
+    number = recorder.post(TransferKind.ALL_GATHER, [0, 1, 2], [0, 1], [5, 3], 10, 2)
+    clock.advance(100)  # copying is the transport's matter
+    recorder.posted()
+    clock.advance(16)
+    began = recorder.begin_wait()
+    clock.advance(100)
+    recorder.end_wait(began, number)
+    clock.advance(32)
+    recorder.arrive()
+    clock.advance(64)
+    with recorder.uncounted():
+        clock.advance(100)
+    clock.advance(128)
+    recorder.enter(Stage.EXPERTS, 1)
+    post(recorder, [1], [0], 10, kind=TransferKind.SEND)
+    recorder.end_wait(recorder.begin_wait())  # of a send: the replay does not wait for it
+    clock.advance(2)
+    record = recorder.end_step()
+    place = Stage.DISPATCH, 1, 1
+    assert operations(record) == [
+        ("COMPUTE", Stage.IDLE, -1, 0, 1, -1),
+        ("COMPUTE", Stage.EMBED, -1, 0, 2, -1),
+        ("COMPUTE", *place, 4, -1),
+        ("POST", *place, 0, 0),
+        ("COMPUTE", *place, 8, -1),
+        ("WAIT", *place, 0, 0),
+        ("COMPUTE", *place, 16, -1),
+        ("ARRIVE", *place, 0, -1),
+        ("COMPUTE", *place, 32, -1),
+        ("COMPUTE", *place, 64, -1),
+        ("POST", Stage.EXPERTS, 1, 1, 0, 1),
+        ("COMPUTE", Stage.EXPERTS, 1, 1, 1, -1),
+    ]
+    kept = record.operations
+    kinds = list(TransferKind)
+    assert [kinds[kind] for kind in kept.kind] == [TransferKind.ALL_GATHER, TransferKind.SEND]
+    assert kept.first_rank.tolist() == [0, 0]
+    assert kept.sent_bytes.tolist() == [[0, 30, 0], [0, 0, 0]]  # own rows stay; all bytes count
+    assert record.wall_s.sum() > 0  # a record it is as well
+    recorder.begin_step(1, 1, record=True, count_idle=False)
+    recorder.enter(Stage.EXPERTS, 0)
+    assert post(recorder, [1], [1], row_bytes=1) is None
+    recorder.end_wait(recorder.begin_wait())
+    assert recorder.end_step().operations is None
+
+
+def test_a_rank_computes_with_the_core_and_waits_without(recorder, clock, token):
+    begin_recorded(recorder)
+    recorder.enter(Stage.DISPATCH, 0)
+    number = post(recorder, [1], [1], row_bytes=1)
+    assert token.done == ["acquire"]  # computing goes on while the message travels
+    began = recorder.begin_wait()
+    assert token.done == ["acquire", "release"]
+    recorder.end_wait(began, number)
+    assert token.done == ["acquire", "release", "acquire"]
+    recorder.end_step()
+    assert token.done == ["acquire", "release"] * 2
+    recorder.begin_step(1, 1, record=True, count_idle=True)
+    recorder.end_wait(recorder.begin_wait())
+    recorder.end_step()
+    assert len(token.done) == 4  # only while operations are recorded
+
+
+@pytest.mark.parametrize("count_idle", [False, True])
+def test_waiting_for_the_core_is_no_work(recorder, clock, board, token, count_idle):
+    recorder.begin_step(0, 1, record=True, count_idle=False)
+    recorder.end_step()
+    token.delay_s = 4.0
+    flags = {"record_operations": True, "record_events": True}
+    recorder.begin_step(1, 1, record=True, count_idle=count_idle, **flags)
+    assert not board.position(0).waiting
+    began_s = clock.now_s
+    recorder.enter(Stage.DISPATCH, 0)
+    clock.advance(1)
+    recorder.end_wait(recorder.begin_wait())
+    clock.advance(2)
+    record = recorder.end_step()
+    idle = {(0, OUTSIDE, Stage.IDLE): 4} if count_idle else {}
+    assert seconds(record.wall_s) == {(0, 0, Stage.DISPATCH): 7} | idle
+    assert seconds(record.blocked_s) == {(0, 0, Stage.DISPATCH): 4} | idle
+    assert record.operations.cpu_s.sum() == 1.5
+    assert record.events.start_s == began_s  # what the times of events count from
+    assert events(record)[0][-2:] == (0, 1)

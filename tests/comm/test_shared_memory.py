@@ -141,7 +141,10 @@ def test_sends_that_are_let_go_arrive_while_their_sender_does_something_else(tra
 @pytest.mark.parametrize("heap_bytes", [1 << 14, 1 << 22])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_many_exchanges_in_flight_in_two_groups(transports, num_ranks, heap_bytes):
-    """With a small heap, messages go in pieces and wait for room; every byte arrives."""
+    """With a small heap, messages go in pieces and wait for room; every byte arrives.
+
+    Some are made in the heap, some are read where they are.
+    """
     everyone = tuple(range(num_ranks))
     groups = [everyone, tuple(reversed(everyone))]
     random = np.random.default_rng(3)
@@ -164,21 +167,74 @@ def test_many_exchanges_in_flight_in_two_groups(transports, num_ranks, heap_byte
                 work = links[group].all_gather(rows, received, receive)
                 wanted = [values(n, 3, p) for p, n in zip(group, receive, strict=True)]
             else:
-                work = links[group].all_to_all(rows, send, received, receive)
+                if number % 3:
+                    made = links[group].empty(len(rows), 3, dtype).copy_(rows)
+                    rows = made
+                if number % 4 < 2:
+                    received = None
+                    work = links[group].all_to_all_parts(rows, send, receive)
+                else:
+                    work = links[group].all_to_all(rows, send, received, receive)
                 wanted = [
                     values(n, 3, p, 10 * rank, number) for p, n in zip(group, receive, strict=True)
                 ]
             flights.append((work, received, torch.cat(wanted).to(dtype), rows))
-            if len(flights) == 3:
+            if len(flights) == 1 + number // 10 % 3:
                 check(*flights.pop(0))
         for flight in flights:
             check(*flight)
 
     def check(work, received, wanted, rows):
         work.wait()
+        if received is None:
+            received = work.read(lambda parts: parts.tensor())
         assert torch.equal(received, wanted)
 
     on_all(transports(num_ranks, heap_bytes=heap_bytes), groups, run)
+
+
+def test_what_is_made_in_the_heap_is_not_copied_there(transports):
+    """Its room is used again once all have read it; where there is none, it is made elsewhere."""
+    everyone, heap_bytes = (0, 1), 1 << 14
+    places = set()
+
+    def run(rank, links):
+        link, sums = links[everyone], []
+        for number in range(100):
+            rows = link.empty(4, 16, torch.float32).fill_(rank + number)
+            if rank == 0:
+                places.add(rows.data_ptr())
+            work = link.all_to_all_parts(rows, [2, 2], [2, 2])
+            work.wait()
+            sums.append(work.read(lambda parts: parts.tensor().sum()).item())
+        too_many = link.empty(1 << 20, 1, torch.uint8)
+        return sums, too_many.shape
+
+    for result in on_all(transports(2, heap_bytes=heap_bytes), [everyone], run):
+        assert result == ([32.0 * (1 + 2 * number) for number in range(100)], (1 << 20, 1))
+    assert len(places) < 20
+
+
+def test_a_sender_without_room_is_waited_for_by_one_that_reads_in_place(transports):
+    """Rank 0 sees rank 1's part and waits for rank 2's; rank 1 has no room for what 2 awaits."""
+    everyone, size = (0, 1, 2), 1 << 11
+    is_begun = Barrier(3)
+
+    def run(rank, links):
+        link, each = links[everyone], [size] * 3
+        rows = torch.full((3 * size, 1), rank, dtype=torch.uint8)
+        if rank == 2:  # the others' heaps hold what it does not take yet
+            is_begun.wait()
+        works = [link.all_to_all_parts(rows, each, each) for _ in range(6)]
+        if rank != 2:
+            is_begun.wait()
+        return [
+            (work.wait(), work.read(lambda parts: parts.tensor().long().sum()).item())[1]
+            for work in works
+        ]
+
+    results = on_all(transports(3, heap_bytes=1 << 15), [everyone], run)
+    assert results == [[3 * size] * 6] * 3
 
 
 def test_another_size_than_expected_is_named(transports):

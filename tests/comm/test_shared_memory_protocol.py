@@ -1,6 +1,7 @@
 """The protocol of docs/shared_memory.md over all interleavings, and its C++ under a race detector.
 
-The model is small: each rank sends a message to all, waits for those of all, and does so again.
+The model is small: each rank sends a message to all, waits for those of all, reads them where they
+are, and does so again.
 Every step below is one access to shared memory or one system call.
 """
 
@@ -144,14 +145,19 @@ class Rank:
             return self.go("find_room" if self.round + 1 < self.num_rounds else "end")
         if self.place == self.rank:
             return self.go("read", self.place + 1)
+        if self.variant == "consumed early":
+            return self.consume("read_late", self.place)
+        return self.read_late("consume", self.place)
+
+    def read_late(self, then="read", place=None):
         if self.state.payload[self.place] != self.round:
             raise BrokenError("a message was read that is not there")
-        return self.go("consume", self.place)
+        return self.go(then, self.place + 1 if place is None else place)
 
-    def consume(self):
+    def consume(self, then="read", place=None):
         row = put(self.state.consumed[self.rank], self.place, self.round + 1)
         consumed = put(self.state.consumed, self.rank, row)
-        return self.go("read", self.place + 1, consumed=consumed)
+        return self.go(then, self.place + 1 if place is None else place, consumed=consumed)
 
 
 def explore(size, num_rounds, variant=""):
@@ -187,7 +193,11 @@ def test_no_interleaving_loses_a_wake_or_reads_too_early(size, num_rounds, at_le
 
 @pytest.mark.parametrize(
     ("variant", "what"),
-    [("no second look", "nobody can go on"), ("payload last", "a message was read that is not")],
+    [
+        ("no second look", "nobody can go on"),
+        ("payload last", "a message was read that is not"),
+        ("consumed early", "a message was read that is not"),
+    ],
 )
 def test_the_model_sees_a_broken_protocol(variant, what):
     with pytest.raises(BrokenError, match=what):

@@ -15,17 +15,20 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.compare import machine as compare_module
 from expertlane.compare.machine import check_memory, measure_peak
 from expertlane.compare.run import run_comparison
+from expertlane.compare.virtual import VirtualSettings
+from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine
 from expertlane.engine.launch import fit_to_machine
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.memory import PlacedModel, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
-from expertlane.report.compared import measured, scaling
+from expertlane.report.compared import run, scaling
 from expertlane.report.sections import report_of
 from expertlane.results.file import read, write
 from expertlane.results.record import EXPERIMENT as EXPERIMENT_ROLE
+from expertlane.results.record import SCALING
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage, Track
@@ -47,6 +50,7 @@ EXPERIMENT = Experiment(
     seed=3,
 )
 SCALING_EP = [1, 2, 4]
+LINK_SCALE = 300.0
 
 
 class CountingProgress:
@@ -73,7 +77,12 @@ def compared(pools):
     progress, traces = CountingProgress(), {}
     command = "expertlane compare four.toml"
     results = run_comparison(
-        EXPERIMENT, pools.pool(4), progress, command=command, on_trace=traces.__setitem__
+        EXPERIMENT,
+        pools.pool(4),
+        progress,
+        command=command,
+        virtual=VirtualSettings(read_profile("h100"), LINK_SCALE),
+        on_trace=traces.__setitem__,
     )
     return results, progress, traces
 
@@ -85,7 +94,8 @@ def results(compared):
 
 def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
     traces = compared[2]
-    assert list(traces) == [each.name for each in EXPERIMENT.deployments]
+    names = [each.name for each in EXPERIMENT.deployments]
+    assert list(traces) == [each for name in names for each in (name, f"{name} virtual")]
     for each in EXPERIMENT.deployments:
         steps, options = traces[each.name], each.options
         num_kept = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
@@ -111,11 +121,42 @@ def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
 def test_every_deployment_is_there_and_measured(results):
     own = results.select("measured", EXPERIMENT_ROLE)
     assert [each.name for each in own] == ["tp=2,pp=2", "rotating", "dp=4,ep=4", "overlap"]
-    assert {each.source for each in results.deployments} == {"measured"}
+    assert {each.source for each in results.deployments} == {"measured", "virtual"}
     assert [each.is_baseline for each in own] == [True, True, False, False]
     assert results.machine.num_ranks == 4
     assert results.machine.ranks_per_node == 2
     assert results.machine.dtype == "float32"
+
+
+def test_virtual_time_is_of_the_same_work(results):
+    for role in (EXPERIMENT_ROLE, SCALING):
+        both = zip(results.select("measured", role), results.select("virtual", role), strict=True)
+        for wall, virtual in both:
+            assert (virtual.name, virtual.held) == (wall.name, wall.held)
+            for own, other in zip(virtual.steps, wall.steps, strict=True):
+                for of_work in ("num_tokens", "num_seqs", "num_steps", "flops", "weight_bytes"):
+                    assert getattr(own, of_work) == getattr(other, of_work)
+                assert own.num_collectives == other.num_collectives
+                assert own.traffic.sent_bytes == other.traffic.sent_bytes
+                assert own.wall_s.value > 0
+
+
+def test_virtual_time_on_links_of_other_speeds(results):
+    found = results.virtual_time
+    assert (found.links, found.scale) == ("h100", LINK_SCALE)
+    scales = [each.scale for each in found.speeds]
+    assert scales == [LINK_SCALE * factor for factor in (0, 0.25, 0.5, 1, 2, 4)]
+    own = results.select("virtual", EXPERIMENT_ROLE)
+    by_deployment = list(zip(*(each.tps for each in found.speeds), strict=True))
+    for record, tps in zip(own, by_deployment, strict=True):
+        assert list(tps) == sorted(tps, reverse=True)  # slower links, never faster
+        assert tps[3] == pytest.approx(record.decode.tps.value)
+    hidden = {each.name: each.decode.hidden_share for each in own}
+    assert hidden["dp=4,ep=4"] == pytest.approx(0, abs=0.2)  # but for what is packed meanwhile
+    assert 0 <= hidden["overlap"] <= 1
+    shown = markdown.render(report_of(results))
+    assert "Faster in virtual time" in shown or "Too close to tell in virtual time" in shown
+    assert "In wall time, on this machine" in shown
 
 
 def test_all_compute_the_same_tokens(results, pools):
@@ -170,7 +211,7 @@ def test_what_ranks_hold_is_what_was_predicted(results):
 
 
 def test_overlap_and_scaling_are_there(results):
-    (pair,) = measured(results).overlapped
+    (pair,) = run(results, "measured").overlapped
     assert (pair.off.name, pair.on.name) == ("dp=4,ep=4", "overlap")
     sizes = scaling(results, "measured")
     assert [each.record.layout.ep for each in sizes] == SCALING_EP
@@ -181,6 +222,17 @@ def test_results_are_read_back_as_written(results, tmp_path):
     assert read(write(results, tmp_path)) == results
     again = report_of(read(tmp_path / "results.json"))
     assert markdown.render(again) == markdown.render(report_of(results))
+
+
+def test_each_size_runs_again_with_as_many_sequences_a_rank(results):
+    sizes = scaling(results, "measured")
+    assert [each.record.layout.ep for each in sizes] == SCALING_EP
+    assert [each.step.num_seqs for each in sizes[:2]] == [3 * 9] * 2  # 3 decode steps, once
+    assert [each.share.num_seqs for each in sizes] == [3 * 2, 3 * 4, 2 * 3 * 9]  # 9 // 4 a rank
+    assert sizes[2].share is sizes[2].step
+    for each in sizes:
+        assert each.share_tps_per_rank > 0
+        assert each.critical_path_share_tps_per_rank > 0
 
 
 def test_progress_is_told_of_every_deployment(compared):
@@ -247,3 +299,26 @@ def test_the_peak_is_measured_quickly(pools):
     assert 1e8 < peak.gemm_flops_per_s < 1e15
     assert 1e8 < peak.read_bytes_per_s < 1e14
     assert peak.num_units <= (os.cpu_count() or 1)
+
+
+def test_computing_by_a_profiles_laws(pools):
+    h100 = read_profile("h100")
+    experiment = replace(
+        EXPERIMENT,
+        deployments=(*EXPERIMENT.deployments[1:], deployment("dp=2,ep=2", dispatch="auto")),
+        scaling=(),
+    )
+    found = run_comparison(
+        experiment, pools.pool(4), Silent(), command="", virtual=VirtualSettings(h100, None, h100)
+    )
+    assert found.virtual_time.scale == 1
+    values = {each.name: each.value for each in found.assumptions if each.source == "virtual"}
+    assert values["computing"] == "the laws of h100, in float16"
+    for each in found.select("virtual"):
+        assert 0 < each.decode.round_s.value < 0.01  # here it takes longer
+
+
+def test_laws_of_computing_take_no_experts_that_move():
+    moving = deployment("dp=4,ep=4", rebalance_steps=3)
+    with pytest.raises(UserError, match="'dp=4,ep=4' moves experts while it runs; --compute"):
+        VirtualSettings(None, None, read_profile("h100")).check([moving])

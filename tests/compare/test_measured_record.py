@@ -6,7 +6,7 @@ import pytest
 
 import example_results as example
 from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.run import measured_record
+from expertlane.compare.records import measured_record
 from expertlane.memory import workload_limits
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment

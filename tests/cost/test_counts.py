@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from cost.given_routing import GivenRouting
 from cost.plans import (
     BLOCK_SIZE,
     CHUNKS,
@@ -20,6 +19,7 @@ from cost.plans import (
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from cost.given_routing import GivenRouting
 from cost.tiny_models import MODELS
 from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
 from expertlane.cost.step.counts import count_dispatch
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts

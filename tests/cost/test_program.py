@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost.given_routing import GivenRouting
 from cost.plans import DECODE, PREFILL, random_plan
 from cost.tiny_models import MODELS
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from cost.given_routing import GivenRouting
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.routing import PowerLawRouting, TraceRouting
+from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting
 from expertlane.spec.model import PRESETS, Routing
 
 NOTHING = np.zeros(2, dtype=np.int64)

@@ -1,5 +1,8 @@
 """Commands that tests run on the ranks of a pool, and the fork server whose ranks know them."""
 
+import os
+import socket
+import subprocess
 import time
 from typing import Any, NamedTuple
 
@@ -13,7 +16,9 @@ from expertlane.comm.recorder import HostClock, Recorder
 from expertlane.engine import fork_server
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.worker import RankContext
+from expertlane.engine.rendezvous import Meeting
+from expertlane.engine.torchrun import NodeRanks, SupervisorSettings, supervisor_command
+from expertlane.engine.worker import Handlers, RankContext
 from expertlane.errors import UserError
 from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
@@ -230,19 +235,57 @@ def local_ranks(
     return LocalRanks(num_ranks, timeout_s, dtype, server_module)
 
 
-def main() -> None:
+class RanksOnNodes(NodeRanks):
+    """Ranks of several nodes, all on this machine, that know the commands of this file too.
+
+    Attributes:
+        supervisors: of the nodes after the first.
+    """
+
+    def __init__(
+        self,
+        num_nodes: int,
+        ranks_per_node: int,
+        timeout_s: float,
+        dtype: str | None = "float32",
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "test", num_nodes)
+        self.supervisors = [
+            subprocess.Popen(
+                supervisor_command(
+                    SupervisorSettings(
+                        node, ranks_per_node, meeting, os.getpid(), timeout_s, dtype, True
+                    ),
+                    "distributed.supervisor",
+                ),
+                start_new_session=True,
+            )
+            for node in range(1, num_nodes)
+        ]
+        super().__init__(meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks")
+
+    def close(self, *, failed: bool = False) -> None:
+        super().close(failed=failed)
+        for each in self.supervisors:
+            each.wait(15)
+
+
+def handlers() -> Handlers:
     from expertlane.engine.stage import HANDLERS
 
-    fork_server.main(
-        {
-            **HANDLERS,
-            Collective: collective,
-            PassOn: pass_on,
-            DispatchAndCombine: dispatch_and_combine,
-            Echo: lambda context, command: (context.rank, command.value),
-            Fail: fail,
-            Refuse: refuse,
-            Stay: stay,
-            FailWhileOthersWait: fail_while_others_wait,
-        }
-    )
+    return {
+        **HANDLERS,
+        Collective: collective,
+        PassOn: pass_on,
+        DispatchAndCombine: dispatch_and_combine,
+        Echo: lambda context, command: (context.rank, command.value),
+        Fail: fail,
+        Refuse: refuse,
+        Stay: stay,
+        FailWhileOthersWait: fail_while_others_wait,
+    }
+
+
+def main() -> None:
+    fork_server.main(handlers())

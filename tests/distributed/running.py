@@ -17,8 +17,11 @@ from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.workload import Workload
+
+LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
+LONG = Workload(num_sequences=8, prompt_len=2, output_len=4000)  # minutes
 
 
 class Run(NamedTuple):
@@ -57,14 +60,18 @@ def run_deployment(
     seed: int = 0,
     forced: npt.NDArray[np.int64] | None = None,
     return_logits: bool = False,
-    record: bool = True,
     ranks_per_node: int = 8,
+    **flags: bool,
 ) -> Run:
-    """Prefill and decode; with `forced`, those tokens are fed in place of the chosen ones."""
+    """Prefill and decode; with `forced`, those tokens are fed in place of the chosen ones.
+
+    Args:
+        flags: what the plans ask for, as `ContinuousScheduler` takes it.
+    """
     limits = workload_limits(workload, model, deployment.layout)
     runner = ModelRunner(pool, model, deployment, limits, seed=seed, ranks_per_node=ranks_per_node)
     scheduler = ContinuousScheduler(
-        deployment.layout, deployment.options, limits, return_logits=return_logits, record=record
+        deployment.layout, deployment.options, limits, return_logits=return_logits, **flags
     )
     prompts = workload.prompt_token_ids(model.vocab_size)
     for seq, prompt in enumerate(prompts):

@@ -1,21 +1,17 @@
-"""Strangers connect to the launcher while torchrun's ranks do: the run goes on."""
+"""Strangers connect to the launcher while torchrun's other node does: the run goes on."""
 
-import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 from datetime import timedelta
 
 import psutil
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
+from distributed.test_torchrun import start, torchrun
 from engine.processes import wait_until
 from expertlane.engine.rendezvous import handshake
 
-NUM_RANKS = 2
 EXPERIMENT = """
 name = "two"
 [model]
@@ -28,82 +24,90 @@ output_len = 3
 name = "EP 2"
 layout = "dp=2,ep=2"
 """
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS)]
 COMMAND = ["-m", "expertlane", "compare", "two.toml", "--out", "out", "--timeout-s", "60"]
 
 
-class Torchrun:
-    """A run that has just begun.
+class TwoNodes:
+    """A run of two nodes; the other one's process is stopped before it does anything.
 
     Attributes:
-        place: where its launcher listens for ranks.
-        environment: of its ranks.
+        agents: torchrun's own processes.
+        launcher, other: the processes that they have started.
+        place: where the launcher listens for nodes.
     """
 
     def __init__(self, folder):
         (folder / "two.toml").write_text(EXPERIMENT)
-        self.process = subprocess.Popen(
-            [sys.executable, *TORCHRUN, *COMMAND],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        agent = psutil.Process(self.process.pid)
-        assert wait_until(lambda: len(agent.children()) == NUM_RANKS)
-        launcher = min(agent.children(), key=lambda child: child.pid)
+        self.agents = [start(folder, [*node, *COMMAND]) for node in torchrun(2, 1)]
+        self.launcher, self.other = map(self._process_of, self.agents)
+        self.other.suspend()
         listening = []
 
         def listens():
-            found = launcher.net_connections("tcp")
+            found = self.launcher.net_connections("tcp")
             listening[:] = [each.laddr for each in found if each.status == psutil.CONN_LISTEN]
             return listening
 
         assert wait_until(listens), "the launcher never listened"
         self.place = tuple(listening[0])
-        self.environment = launcher.environ()
 
-    def hash_in_store(self, rank):
+    def _process_of(self, agent):
+        started = psutil.Process(agent.pid)
+        assert wait_until(started.children)
+        return started.children()[0]
+
+    def read_store(self, key):
         """What anyone can read in torchrun's store, which has no authentication."""
-        place = self.environment["MASTER_ADDR"], int(self.environment["MASTER_PORT"])
-        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))
-        return bytes.fromhex(PrefixStore("expertlane-0", store).get(f"rank {rank}").decode())
+        environment = self.launcher.environ()
+        place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=60))
+        return PrefixStore("expertlane-0", store).get(key).decode()
 
 
 @pytest.fixture
-def torchrun(tmp_path):
-    run = Torchrun(tmp_path)
+def two_nodes(tmp_path):
+    run = TwoNodes(tmp_path)
     yield run
-    run.process.kill()
-    run.process.communicate()
+    if run.other.is_running():
+        run.other.kill()
+    for each in run.agents:
+        each.kill()
+        each.communicate()
 
 
-def test_all_end_with_torchrun_while_ranks_still_come(torchrun):
-    """Killed so early that its ranks would wait minutes for its store."""
-    ranks = psutil.Process(torchrun.process.pid).children(recursive=True)
-    os.kill(torchrun.process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(ranks, timeout=15)
+def test_all_end_with_torchrun_while_nodes_still_come(two_nodes):
+    """Killed so early that they would wait minutes for its store, or for the other node."""
+    two_nodes.other.resume()
+    agents = [psutil.Process(each.pid) for each in two_nodes.agents]
+    processes = [child for agent in agents for child in agent.children(recursive=True)]
+    for each in two_nodes.agents:
+        each.kill()
+    _, alive = psutil.wait_procs(processes, timeout=15)
     for each in alive:
         each.kill()
     assert not alive
 
 
-def test_the_run_goes_on(torchrun):
-    strangers = [socket.create_connection(torchrun.place) for _ in range(5)]
+def test_the_run_goes_on(two_nodes):
+    strangers = [socket.create_connection(two_nodes.place) for _ in range(5)]
     _silent, reset, garbage, huge, thief = strangers
     reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     reset.close()
     garbage.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + bytes(100))
     huge.sendall(struct.pack("<4sIQQ", b"XLM1", 2, 2**63, 2**63) + bytes(100))
-    thief.sendall(handshake(1, torchrun.hash_in_store(1)))
-    out, err = torchrun.process.communicate(timeout=60)
-    assert torchrun.process.returncode == 0, err
+    two_nodes.read_store("launcher")
+    (server,) = two_nodes.launcher.children()
+    server.suspend()  # it cannot tell the launcher the hashes: the thief comes first
+    two_nodes.other.resume()
+    thief.sendall(handshake(1, 0, bytes.fromhex(two_nodes.read_store("node 1"))))
+    server.resume()
+    out, err = two_nodes.agents[0].communicate(timeout=90)
+    assert two_nodes.agents[0].returncode == 0, err
     assert "EP 2" in out
     refused = [line for line in err.splitlines() if "refused a connection from" in line]
     said = sorted(line.rpartition(": ")[2] for line in refused)
     at_the_end = [
-        line for line in said if line in ("all ranks are connected", "it sent no handshake in time")
+        line for line in said if line in ("all nodes are connected", "it sent no handshake in time")
     ]
     assert len(at_the_end) == 1  # the silent one
     assert said.count("it sent no valid handshake") == 2

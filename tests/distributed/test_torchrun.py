@@ -1,17 +1,17 @@
-"""Ranks that torchrun started: the same command, the same tokens."""
+"""Nodes on which torchrun started processes: the same command, the same tokens, the same end."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
 import psutil
 import pytest
 
-from engine.processes import wait_until
-from expertlane.comm.progress import ProgressBoard
+from engine.processes import RunningRanks, wait_until
 
 EXPERIMENT = """
 name = "four"
@@ -31,45 +31,77 @@ name = "EP 4 + overlap"
 layout = "dp=4,ep=4"
 overlap = true
 """
-COMMAND = ["-m", "expertlane", "compare", "four.toml", "--json", "--out"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+COMMAND = ["-m", "expertlane", "compare", "four.toml", "--json", "--out", "out"]
 
 
-def run(folder, *arguments):
-    """Run Python in `folder`; gives exit code, stdout and stderr."""
-    (folder / "four.toml").write_text(EXPERIMENT)
-    finished = subprocess.run(
-        [sys.executable, *arguments],
+def torchrun(num_nodes, num_processes):
+    """The commands of torchrun on each node."""
+    python = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
+    if num_nodes == 1:
+        return [[*python, "--standalone"]]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    nodes = ["--nnodes", str(num_nodes), *place, "--node-rank"]
+    return [[*python, *nodes, str(node)] for node in range(num_nodes)]
+
+
+def start(folder, command):
+    """Start a command in `folder`."""
+    return subprocess.Popen(
+        command,
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # torchrun warns where it is not set
     )
-    return finished.returncode, finished.stdout, finished.stderr
+
+
+def run(folder, *commands):
+    """Run commands in `folder` side by side; gives exit code, stdout and stderr of each."""
+    (folder / "four.toml").write_text(EXPERIMENT)
+    started = [start(folder, command) for command in commands]
+    outputs = [each.communicate(timeout=100) for each in started]
+    return [(each.returncode, *output) for each, output in zip(started, outputs, strict=True)]
+
+
+def sent_bytes(step):
+    """By kind; which links they take depends on the nodes."""
+    intra, inter = step["traffic"]["by_link"].values()
+    return {kind: intra[kind] + inter[kind] for kind in intra}
+
+
+def errors_in(err):
+    return [line for line in err.splitlines() if "expertlane: error:" in line]
 
 
 @pytest.fixture(scope="module")
-def under_torchrun(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun")
-    return folder, *run(folder, *TORCHRUN, "4", *COMMAND, "out")
-
-
-def test_it_ends_well_and_one_rank_speaks(under_torchrun):
-    folder, code, out, err = under_torchrun
+def local(tmp_path_factory):
+    """Results of local ranks."""
+    ((code, out, err),) = run(tmp_path_factory.mktemp("local"), [sys.executable, *COMMAND])
     assert code == 0, err
-    assert json.loads(out)["machine"]["num_ranks"] == 4
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_processes"),
+    [(1, 4), (1, 1), (2, 1), pytest.param(2, 2, marks=pytest.mark.full)],
+)
+def test_one_process_speaks_and_results_are_those_of_local_ranks(
+    local, tmp_path, num_nodes, num_processes
+):
+    commands = [[*node, *COMMAND] for node in torchrun(num_nodes, num_processes)]
+    (code, out, err), *others = run(tmp_path, *commands)
+    assert code == 0, err
+    for other in others:
+        assert other == (0, "", "")
     assert err.count("written: ") == 1
-    written = sorted(path.name for path in (folder / "out").iterdir())
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["report.html", "report.md", "results.json"]
-
-
-def test_tokens_and_counters_are_those_of_local_ranks(under_torchrun, tmp_path):
-    _, _, out, _ = under_torchrun
-    code, local_out, err = run(tmp_path, *COMMAND, "out")
-    assert code == 0, err
-    theirs, ours = json.loads(out)["deployments"], json.loads(local_out)["deployments"]
-    assert len(theirs) == len(ours) == 2
+    machine = json.loads(out)["machine"]
+    assert (machine["num_ranks"], machine["ranks_per_node"]) == (4, 4 // num_nodes)
+    assert machine["backend"].startswith("shared_memory")
+    theirs, ours = json.loads(out)["deployments"], local["deployments"]
     for one, other in zip(theirs, ours, strict=True):
         for key in ("name", "tokens_sha256", "num_tokens_per_expert"):
             assert one[key] == other[key]
@@ -79,16 +111,16 @@ def test_tokens_and_counters_are_those_of_local_ranks(under_torchrun, tmp_path):
             for key in ("flops", "weight_bytes", "kv_bytes", "num_collectives"):
                 assert step[key] == other_step[key]
                 assert step[key], "counted"
-            assert step["traffic"]["by_link"] == other_step["traffic"]["by_link"]
+            assert sent_bytes(step) == sent_bytes(other_step)
+            assert sent_bytes(step)["payload"] > 0
     assert theirs[0]["tokens_sha256"] == theirs[1]["tokens_sha256"]
 
 
-def test_too_few_ranks(tmp_path):
-    _, out, err = run(tmp_path, *TORCHRUN, "2", *COMMAND, "out")
-    errors = [line for line in err.splitlines() if "expertlane: error:" in line]
-    assert errors == [
-        "expertlane: error: the experiment needs 4 ranks but torchrun started 2; start it with 4 "
-        "processes in all"
+def test_too_few_processes(tmp_path):
+    ((_, out, err),) = run(tmp_path, [*torchrun(1, 2)[0], *COMMAND])
+    assert errors_in(err) == [
+        "expertlane: error: the experiment needs 4 ranks but torchrun started 2 processes; start 4 "
+        "in all, or one a node, which starts as many ranks as are needed"
     ]
     assert out == ""
     assert not (tmp_path / "out").exists()
@@ -98,75 +130,124 @@ class LongRun:
     """A run of minutes under torchrun.
 
     Attributes:
-        pids: of the processes that torchrun started, by rank; that of rank 0 is the launcher.
+        agents: torchrun's own processes, one a node.
+        pids: of the ranks.
     """
 
-    def __init__(self, folder, num_ranks):
+    def __init__(self, folder, num_nodes, num_processes):
         (folder / "long.toml").write_text(
             EXPERIMENT.replace("output_len = 3", "output_len = 4000").replace(
                 'preset = "paper-tiny"', 'preset = "paper-tiny"\nmax_position_embeddings = 5000'
             )
         )
         command = ["-m", "expertlane", "compare", "long.toml", "--out", "out", "--timeout-s", "3"]
-        self.process = subprocess.Popen(
-            [sys.executable, *TORCHRUN, str(num_ranks), *command],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        agent = psutil.Process(self.process.pid)
-        assert wait_until(lambda: len(agent.children()) == num_ranks)
-        self.pids = sorted(child.pid for child in agent.children())
-        launcher = psutil.Process(self.pids[0])
-        assert wait_until(launcher.children)
-        self._children = launcher.children()
-        # Between fork and exec a child still has its parent's environment.
-        assert wait_until(lambda: "EXPERTLANE_FIRST_RANK" in self._children[0].environ())
-        told = json.loads(self._children[0].environ()["EXPERTLANE_FIRST_RANK"])["launcher"]
-        board = os.open(f"/proc/{told['pid']}/fd/{told['board_fd']}", os.O_RDWR)
-        self.board = ProgressBoard(num_ranks, board)
-        os.close(board)
-        assert wait_until(lambda: self.board.position(0).step >= 3)
+        nodes = torchrun(num_nodes, num_processes)
+        self.agents = [start(folder, [*node, *command]) for node in nodes]
+        self.launcher, *self.supervisors = map(self._first_process, self.agents)
+        running = RunningRanks(self.launcher.pid, 4 // num_nodes)
+        self.pids, self.board = list(running.pids), running.board
+        for each in self.supervisors:
+            assert wait_until(lambda each=each: len(each.children()) == 4 // num_nodes)
+            self.pids += sorted(child.pid for child in each.children())
+        running.wait_for_step(3)
+        own = [self.launcher, running.server, *self.supervisors]
+        self._processes = [*own, *map(psutil.Process, self.pids)]
+
+    def _first_process(self, agent):
+        """Of an agent's, the one that starts ranks; all others leave."""
+        started = psutil.Process(agent.pid)
+
+        def has_ranks():
+            assert agent.poll() is None, agent.communicate()[1]
+            return [each for each in started.children() if each.children()]
+
+        assert wait_until(has_ranks)
+        first = has_ranks()[0]
+        assert wait_until(lambda: started.children() == [first]), "the others leave"
+        return first
 
     def end(self, within_s):
-        """Wait for its end: exit code and our error lines; nothing may be left."""
-        _, err = self.process.communicate(timeout=within_s)
-        pids = [*self.pids, *(child.pid for child in self._children)]
-        assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=2)
-        assert "EOFError" not in err
-        errors = [line for line in err.splitlines() if "expertlane: error:" in line]
-        return self.process.returncode, errors
+        """Wait for its end: exit codes and our error lines; nothing may be left."""
+        outputs = [agent.communicate(timeout=within_s)[1] for agent in self.agents]
+        left = psutil.wait_procs(self._processes, timeout=5)[1]
+        assert not left
+        errors = [line for err in outputs for line in errors_in(err)]
+        return [agent.returncode for agent in self.agents], errors
+
+    def close(self):
+        """End all, whatever state they are in."""
+        for each in self._processes:
+            if each.is_running():
+                each.kill()
+        for agent in self.agents:
+            agent.kill()
+            agent.communicate()
 
 
 @pytest.fixture
 def long_run(tmp_path):
-    run = LongRun(tmp_path, 4)
-    yield run
-    if run.process.poll() is None:
-        for pid in [*run.pids, run.process.pid]:
-            os.kill(pid, signal.SIGKILL)
-    run.process.communicate()
+    runs = []
 
+    def begin(num_nodes, num_processes):
+        runs.append(LongRun(tmp_path, num_nodes, num_processes))
+        return runs[0]
 
-def test_a_killed_rank(long_run, tmp_path):
-    os.kill(long_run.pids[3], signal.SIGKILL)
-    code, errors = long_run.end(within_s=10)
-    assert code != 0
-    assert len(errors) == 1, errors
-    assert re.match(r"expertlane: error: rank 3 is gone in .*stage [a-z-]+; all ranks", errors[0])
+    yield begin
+    for each in runs:
+        each.close()
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("nodes", [(1, 4), (2, 1)])
+def test_a_killed_rank(long_run, nodes):
+    """torchrun sees nothing of it; the launcher says what happened where."""
+    run = long_run(*nodes)
+    os.kill(run.pids[3], signal.SIGKILL)
+    codes, errors = run.end(within_s=10)
+    assert codes[0] != 0
+    assert len(errors) == 1, errors
+    assert re.match(
+        r"expertlane: error: rank 3 was killed by SIGKILL .* in .*stage [a-z-]+; all", errors[0]
+    )
+
+
 @pytest.mark.full
-def test_a_stopped_rank(long_run, tmp_path):
-    os.kill(long_run.pids[3], signal.SIGSTOP)
-    # torchrun gives its processes 30 s to end before it kills the stopped one.
-    code, errors = long_run.end(within_s=3 + 10 + 30)
-    assert code != 0
+@pytest.mark.parametrize("nodes", [(1, 4), (2, 1)])
+def test_a_stopped_rank(long_run, nodes):
+    run = long_run(*nodes)
+    os.kill(run.pids[3], signal.SIGSTOP)
+    codes, errors = run.end(within_s=3 + 10)
+    assert codes[0] != 0
     assert len(errors) == 1, errors
     assert re.match(
         r"expertlane: error: rank 3 hung in .*stage [a-z-]+ \(its process is", errors[0]
     )
-    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("nodes", [(1, 4), pytest.param((2, 1), marks=pytest.mark.full)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_is_told_to_end(long_run, nodes, number):
+    """As by Ctrl-C, or by a batch system, which tells all nodes."""
+    run = long_run(*nodes)
+    for agent in run.agents:
+        agent.send_signal(number)
+    codes, _ = run.end(within_s=30)  # torchrun takes its own time
+    assert 0 not in codes
+
+
+def test_a_node_whose_torchrun_is_killed(long_run):
+    run = long_run(2, 1)
+    run.agents[1].kill()
+    codes, errors = run.end(within_s=10)
+    assert codes[0] != 0
+    assert errors == [
+        "expertlane: error: the supervisor of node 1 (127.0.0.1) is gone; all ranks were ended"
+    ]
+
+
+@pytest.mark.full
+def test_a_launcher_that_is_killed(long_run):
+    run = long_run(2, 1)
+    run.launcher.kill()
+    codes, _ = run.end(within_s=10)
+    assert codes[0] != 0

@@ -11,15 +11,18 @@ import psutil
 from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
 
 _PATIENCE_S = 60.0
+_LOOK_S = 0.05  # between looks at all processes, which take milliseconds
 
 
-def wait_until(condition: Callable[[], object], seconds: float = _PATIENCE_S) -> bool:
+def wait_until(
+    condition: Callable[[], object], seconds: float = _PATIENCE_S, pause_s: float = 0.005
+) -> bool:
     """Whether `condition` became true in time."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
             return False
-        time.sleep(0.005)
+        time.sleep(pause_s)
     return True
 
 
@@ -36,12 +39,16 @@ class RunningRanks:
         launcher = psutil.Process(launcher_pid)
 
         def servers() -> list[psutil.Process]:
-            return [c for c in launcher.children() if '"launcher_pid"' in " ".join(c.cmdline())]
+            return [c for c in launcher.children() if '"parent_pid"' in " ".join(c.cmdline())]
 
-        assert wait_until(servers), "no fork server came"
+        assert wait_until(servers, pause_s=_LOOK_S), "no fork server came"
         self.server = max(servers(), key=psutil.Process.create_time)
+
         # Forked one after the other.
-        assert wait_until(lambda: len(self.server.children()) == num_ranks), "not all ranks came"
+        def all_came() -> bool:
+            return len(self.server.children()) == num_ranks
+
+        assert wait_until(all_came, pause_s=_LOOK_S), "not all ranks came"
         self.pids = sorted(child.pid for child in self.server.children())
         settings = json.loads(self.server.cmdline()[-1])
         board_fd = settings["first_rank"]["board_fd"]
@@ -76,13 +83,18 @@ class RunningRanks:
 
     def are_gone(self, seconds: float) -> bool:
         """Whether no process is left, or will be in time."""
-        return wait_until(lambda: not any(self._remaining()), seconds)
+        return session_is_gone(self.server.pid, seconds)
 
-    def _remaining(self) -> Iterable[int]:
-        """Processes of the fork server's session, which all its children share."""
+
+def session_is_gone(server_pid: int, seconds: float) -> bool:
+    """Whether none is left, or will be in time, of a fork server and the ranks in its session."""
+
+    def remaining() -> Iterable[int]:
         for pid in psutil.pids():
             try:
-                if os.getsid(pid) == self.server.pid:
+                if os.getsid(pid) == server_pid:
                     yield pid
             except (ProcessLookupError, PermissionError):
                 continue
+
+    return wait_until(lambda: not any(remaining()), seconds, _LOOK_S)

@@ -10,17 +10,13 @@ import pytest
 
 from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
-from distributed.running import deployment, run_deployment
+from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.processes import RunningRanks
 from expertlane.engine import local_ranks
 from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE, LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError, RankError, UserError
-from expertlane.spec.model import PRESETS
-from expertlane.spec.workload import Workload
 
-LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
-LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
 TIMEOUT_S = 2.0
 
@@ -40,7 +36,14 @@ def start():
         pool.close()
 
 
-def error_in_mid_run(pool, running, layout, harm):
+@pytest.fixture(scope="module")
+def kept_pool():
+    """A pool of three ranks that nobody ends."""
+    with RankPool(on_ranks.local_ranks(3, TIMEOUT_S), TIMEOUT_S) as pool:
+        yield pool
+
+
+def error_in_mid_run(pool, running, layout, harm, **flags):
     """Run something long and do `harm` to rank 1, stopped in a layer: the error, seconds."""
     seen = {}
 
@@ -52,7 +55,7 @@ def error_in_mid_run(pool, running, layout, harm):
     thread = threading.Thread(target=act)
     thread.start()
     with pytest.raises(RankError) as caught:
-        run_deployment(pool, LONG_MODEL, deployment(layout), LONG)
+        run_deployment(pool, LONG_MODEL, deployment(layout), LONG, **flags)
     took_s = time.monotonic() - seen["at_s"]
     thread.join()
     return str(caught.value), seen["position"], took_s
@@ -86,6 +89,36 @@ def test_a_stopped_rank(start, layout):
     assert running.are_gone(seconds=1)
 
 
+@pytest.fixture
+def one_core():
+    """Leaves ranks that are started a single core."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system does not say which cores a process has")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(cores)])
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_rank_whose_core_others_wait_for(one_core, start, is_killed):
+    """The system frees the core of a rank that dies; one that stops keeps it, and is named."""
+    pool, running = start(3)
+
+    def harm(pid):
+        if is_killed:
+            os.kill(pid, signal.SIGKILL)
+
+    line, position, took_s = error_in_mid_run(
+        pool, running, "dp=3,ep=3", harm, record_operations=True
+    )
+    assert took_s < TIMEOUT_S + 10
+    assert line.startswith(f"rank 1 {'was killed by SIGKILL' if is_killed else 'hung'} ")
+    assert f" in {position}" in line
+    assert pool.is_closed
+    assert running.are_gone(seconds=1)
+
+
 def test_a_rank_that_stays_silent(start):
     pool, running = start(2, timeout_s=1.0)
     with pytest.raises(RankError, match="rank 1 hung in step 5, layer 1, stage attention: no pro"):
@@ -93,19 +126,9 @@ def test_a_rank_that_stays_silent(start):
     assert running.are_gone(seconds=1)
 
 
-def test_ranks_that_cannot_see_the_board_tell_where_they_are():
-    """As on another node: they send heartbeats."""
-    ranks = on_ranks.local_ranks(2, 2.5, server_module="distributed.without_board")
-    with RankPool(ranks, 2.5) as pool:
-        with pytest.raises(RankError) as caught:
-            pool.call(Stay(60), ranks=[1])
-        assert str(caught.value).startswith("rank 1 hung in step 5, layer 1, stage attention: no")
-
-
-def test_a_slow_rank_that_shows_progress_is_left_alone(start):
-    pool, _ = start(2, timeout_s=1.0)
-    pool.call(Stay(1.6, 4), ranks=[0])
-    assert not pool.is_closed
+def test_a_slow_rank_that_shows_progress_is_left_alone(kept_pool):
+    kept_pool.call(Stay(TIMEOUT_S + 0.6, 6), ranks=[0])
+    assert not kept_pool.is_closed
 
 
 def test_a_rank_that_dies_between_calls(start):
@@ -183,8 +206,8 @@ def test_closing_leaves_nothing(start):
         pool.call(Echo(1))
 
 
-def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(start):
-    pool, _ = start(2)
+def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(kept_pool):
+    pool = kept_pool
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -196,7 +219,7 @@ def test_a_process_forked_from_the_launcher_leaves_its_ranks_alone(start):
             pool.close()
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert pool.call(Echo("x")) == [(0, "x"), (1, "x")]
+    assert pool.call(Echo("x")) == [(0, "x"), (1, "x"), (2, "x")]
 
 
 def test_stopped_ranks_are_closed_too(start):
@@ -207,8 +230,8 @@ def test_stopped_ranks_are_closed_too(start):
     assert running.are_gone(seconds=1)
 
 
-def test_calls(start):
-    pool, _ = start(3)
+def test_calls(kept_pool):
+    pool = kept_pool
     assert pool.num_ranks == 3
     assert pool.call(Echo("x")) == [(0, "x"), (1, "x"), (2, "x")]
     assert pool.call(Echo("x"), ranks=[0, 2]) == [(0, "x"), (2, "x")]

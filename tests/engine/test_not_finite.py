@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from distributed.running import deployment
 from engine.stub_runner import StubEngine, expected, run
 from expertlane.compare.run import run_comparison
 from expertlane.compare.serving_benchmark import serve
+from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Silent
@@ -47,7 +49,25 @@ def poison(healthy: Path, folder: Path, token_id: int, value: float) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(checkpoints):
+def kept_ranks(pools):
+    """What each `LLM` gets in place of ranks of its own, and does not end."""
+
+    class Kept:
+        def __init__(self, num_ranks, *, timeout_s, dtype, oversubscribe):
+            self._pool = pools.pool(num_ranks, dtype)
+
+        def __getattr__(self, name):
+            return getattr(self._pool, name)
+
+        def close(self):
+            pass
+
+    with mock.patch.object(llm_module, "start_pool", Kept):
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoints, kept_ranks):
     """By dtype: outputs of the healthy prompts, and those of prompts of one token, by it."""
     found = {}
     for dtype in ("float32", "bfloat16"):

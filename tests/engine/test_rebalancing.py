@@ -9,7 +9,7 @@ import pytest
 
 from distributed.running import Inline, deployment
 from expertlane.balance.placement_file import placements_of
-from expertlane.compare.run import rebalance_records
+from expertlane.compare.records import rebalance_records
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.memory import workload_limits

@@ -1,6 +1,7 @@
-"""Ranks that torchrun starts, and strangers who connect to the same port."""
+"""Nodes that connect to the launcher, and strangers who connect to the same port."""
 
 import contextlib
+import itertools
 import socket
 import struct
 import threading
@@ -10,57 +11,86 @@ from types import SimpleNamespace
 import pytest
 
 from expertlane.engine import rendezvous
-from expertlane.engine.rendezvous import RankAcceptor, handshake, hash_of, listen, new_secret
+from expertlane.engine.rendezvous import (
+    Meeting,
+    NodeAcceptor,
+    Place,
+    connect,
+    handshake,
+    hash_of,
+    listen,
+    new_secret,
+)
 from expertlane.errors import RankError, UserError
 
-NUM_RANKS = 3
+NUM_NODES, RANKS_PER_NODE = 3, 2
 
 
 class Launcher:
-    """A launcher that waits for its ranks in a thread.
+    """A launcher that waits for its nodes in a thread.
 
     Attributes:
-        secrets: of the ranks.
+        secrets: of the nodes; the first needs none.
         lines: what it reported of refused connections.
     """
 
     def __init__(self):
-        self.listener = listen("127.0.0.1", NUM_RANKS, several_nodes=False)
-        self.place = self.listener.getsockname()
-        self.secrets = [new_secret() for _ in range(NUM_RANKS)]
+        self.listener = listen("127.0.0.1", 9)
+        self._at = self.listener.getsockname()
+        self.place = Place(*self._at)
+        self.secrets = [new_secret() for _ in range(NUM_NODES)]
         self.lines = []
-        self.accepted = None
+        self.is_done = False
+        self.acceptor = NodeAcceptor(
+            self.listener, NUM_NODES, RANKS_PER_NODE, lambda line: self.lines.append(line)
+        )
+        self._news, self._control = socket.socketpair()
         self._connections = []
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
     def _accept(self):
         with contextlib.suppress(RankError):
-            acceptor = RankAcceptor(self.listener, NUM_RANKS, self.secrets[0], self.lines.append)
-            self.accepted = acceptor.accept_all()
+            self.acceptor.accept_all(self._control.fileno(), self._read_hashes)
+            self.is_done = True
+
+    def _read_hashes(self):
+        self._control.recv(1)
+        return [hash_of(secret) for secret in self.secrets[1:]]
+
+    def tell_hashes(self):
+        """As the fork server does, once all nodes have put theirs into the store."""
+        self._news.send(b".")
 
     def connect(self):
         """A new connection."""
-        connection = socket.create_connection(self.place, timeout=10)
-        self._connections.append(connection)
-        return connection
+        self._connections.append(socket.create_connection(self._at, timeout=10))
+        return self._connections[-1]
 
-    def connect_ranks(self, *ranks):
-        """Ranks connect as they should, the first with the others' hashes."""
-        for rank in ranks:
-            hashes = b"".join(map(hash_of, self.secrets[1:])) if rank == 0 else b""
-            self.connect().sendall(handshake(rank, self.secrets[rank]) + hashes)
+    def connect_node(self, node):
+        """A node connects as it should."""
+        made = connect(self.place, node, RANKS_PER_NODE, self.secrets[node])
+        self._connections += made
+        return made
+
+    def connect_all(self):
+        """All nodes, as they should."""
+        made = [self.connect_node(node) for node in range(1, NUM_NODES)]
+        self.tell_hashes()
+        return made
 
     def wait(self, seconds=30):
-        """Until all are connected; by rank, the peer's address as the launcher sees it."""
+        """Until all are connected; by node, the peers' addresses as the launcher sees them."""
         self._thread.join(seconds)
         assert not self._thread.is_alive()
-        assert self.accepted is not None
-        return [connection.getpeername() for connection in self.accepted]
+        assert self.is_done
+        accepted = {node: self.acceptor.of_node(node) for node in range(1, NUM_NODES)}
+        self._connections += itertools.chain(*accepted.values())
+        return {node: [each.getpeername() for each in of] for node, of in accepted.items()}
 
     def close(self):
         """Let go of everything."""
-        for connection in [*self._connections, *(self.accepted or [])]:
+        for connection in [*self._connections, self._news, self._control]:
             connection.close()
         self._thread.join(10)
         self.listener.close()
@@ -82,18 +112,22 @@ def is_refused(connection):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_ranks_connect_in_any_order(launcher, order):
-    launcher.connect_ranks(*order)
-    at = launcher.wait()
-    ours = [connection.getsockname() for connection in launcher._connections]
-    assert at == [ours[order.index(rank)] for rank in range(NUM_RANKS)]
+def test_nodes_connect_in_any_order(launcher, order):
+    """0 stands for the moment in which the store has told their hashes."""
+    made = {}
+    for node in order:
+        if node:
+            made[node] = [each.getsockname() for each in launcher.connect_node(node)]
+        else:
+            launcher.tell_hashes()
+    assert launcher.wait() == made
     assert launcher.lines == []
 
 
-def test_silent_strangers_do_not_make_ranks_wait(launcher):
+def test_silent_strangers_do_not_make_nodes_wait(launcher):
     strangers = [launcher.connect() for _ in range(5)]
     began_s = time.monotonic()
-    launcher.connect_ranks(0, 1, 2)
+    launcher.connect_all()
     launcher.wait()
     assert time.monotonic() - began_s < 3
     assert all(map(is_refused, strangers))
@@ -104,7 +138,7 @@ def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
     monkeypatch.setattr(rendezvous, "_HANDSHAKE_TIMEOUT_S", 0.2)
     stranger = launcher.connect()
     assert is_refused(stranger)
-    launcher.connect_ranks(0, 1, 2)
+    launcher.connect_all()
     launcher.wait()
     assert launcher.lines == [
         f"refused a connection from 127.0.0.1:{port(stranger)}: it sent no handshake in time"
@@ -121,75 +155,99 @@ def test_a_stranger_who_resets_the_connection(launcher):
     reset = struct.pack("ii", 1, 0)
     stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
     stranger.close()
-    launcher.connect_ranks(0, 1, 2)
+    launcher.connect_all()
     launcher.wait()
     assert "Connection reset by peer" in launcher.lines[0]
 
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"GET / HTTP/1.1\r\n" + bytes(64), b"\x80\x04" + b"c" * 100, b"XLRANK01" + b"\xff" * 64],
-    ids=["http", "pickle", "rank 4294967295"],
+    [
+        b"GET / HTTP/1.1\r\n" + bytes(64),
+        b"\x80\x04" + b"c" * 100,
+        b"XLNODE01" + b"\xff" * 64,
+        handshake(0, 0, bytes(32)),
+        handshake(NUM_NODES, 0, bytes(32)),
+        handshake(1, RANKS_PER_NODE + 1, bytes(32)),
+    ],
+    ids=["http", "pickle", "huge numbers", "the launcher's node", "no such node", "no such rank"],
 )
 def test_garbage(launcher, garbage):
     stranger = launcher.connect()
     stranger.sendall(garbage)
     assert is_refused(stranger)
-    launcher.connect_ranks(0, 1, 2)
+    launcher.connect_all()
     launcher.wait()
     assert launcher.lines[0].endswith(": it sent no valid handshake")
 
 
-@pytest.mark.parametrize("rank", range(NUM_RANKS))
-def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_rank(launcher, rank):
+@pytest.mark.parametrize("index", range(1 + RANKS_PER_NODE))
+@pytest.mark.parametrize("node", range(1, NUM_NODES))
+def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_node(launcher, node, index):
     """It comes first, and shows the hash that the store holds."""
     stranger = launcher.connect()
-    stranger.sendall(handshake(rank, hash_of(launcher.secrets[rank])))
-    launcher.connect_ranks(0, 1, 2)
+    stranger.sendall(handshake(node, index, hash_of(launcher.secrets[node])))
+    launcher.connect_all()
     peers = launcher.wait()
-    assert stranger.getsockname() not in peers
+    assert stranger.getsockname() not in peers[node]
     assert is_refused(stranger)
     assert launcher.lines == [
-        f"refused a connection from 127.0.0.1:{port(stranger)}: it is not rank {rank}"
+        f"refused a connection from 127.0.0.1:{port(stranger)}: it is not node {node}"
     ]
 
 
-def test_a_rank_that_is_connected_already_is_not_replaced(launcher):
-    launcher.connect_ranks(0, 1, 1)
-    assert is_refused(launcher._connections[2])
-    launcher.connect_ranks(2)
-    assert launcher.wait()[1] == launcher._connections[1].getsockname()
+def test_a_node_that_is_connected_already_is_not_replaced(launcher):
+    first = launcher.connect_node(1)
+    launcher.tell_hashes()
+    again = launcher.connect_node(1)
+    assert all(map(is_refused, again))
+    launcher.connect_node(2)
+    assert launcher.wait()[1] == [each.getsockname() for each in first]
 
 
-def test_a_crowd_of_strangers_pushes_out_no_rank_that_is_connected(launcher, monkeypatch):
+def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, monkeypatch):
     monkeypatch.setattr(rendezvous, "_MAX_PENDING", 4)
-    launcher.connect_ranks(0)
+    launcher.tell_hashes()
+    launcher.connect_node(1)
     strangers = [launcher.connect() for _ in range(10)]
-    launcher.connect_ranks(1, 2)
+    launcher.connect_node(2)
     launcher.wait()
     assert all(map(is_refused, strangers))
     assert len(launcher.lines) == 10
     assert launcher.lines[-1].endswith("; more are not reported")
 
 
-def test_ranks_that_do_not_connect(monkeypatch):
+def test_nodes_that_do_not_connect(monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT_S", 0.3)
-    line = r"^ranks \[0, 1, 2\] did not connect within 0.3 s$"
-    with (
-        listen("127.0.0.1", 3, several_nodes=False) as listener,
-        pytest.raises(RankError, match=line),
-    ):
-        RankAcceptor(listener, 3, new_secret(), print).accept_all()
+    ours, theirs = socket.socketpair()
+    line = r"^nodes \[1, 2\] did not connect within 0.3 s$"
+    with listen("127.0.0.1", 3) as listener, ours, theirs, pytest.raises(RankError, match=line):
+        NodeAcceptor(listener, NUM_NODES, 1, print).accept_all(ours.fileno(), list)
+
+
+def test_nodes_meet_in_a_store():
+    """The first one hosts it where torchrun's agent does not."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "test", 2)
+    secret, found = new_secret(), []
+    node = threading.Thread(target=lambda: found.append(meeting.find_launcher(1, secret)))
+    node.start()
+    store = meeting.open(as_host=True)
+    assert meeting.publish(store, Place("here", 7), lambda: True) == [hash_of(secret)]
+    node.join(30)
+    assert found == [Place("here", 7)]
+    waiting = Meeting(meeting.address, meeting.port, True, "others", 2)
+    assert waiting.publish(waiting.open(), Place("here", 7), lambda: False) == []
 
 
 def test_it_listens_at_the_master_address_alone():
-    with listen("127.0.0.1", 2, several_nodes=False) as listener:
+    with listen("127.0.0.1", 2) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
 
 
 def test_a_master_address_of_another_host():
     with pytest.raises(UserError, match=r"^cannot listen at MASTER_ADDR 192\.0\.2\.1: "):
-        listen("192.0.2.1", 2, several_nodes=False)
+        listen("192.0.2.1", 2)
 
 
 @pytest.mark.parametrize(
@@ -208,11 +266,16 @@ def test_a_master_address_that_means_this_host_alone(monkeypatch, addresses, cho
         bound.append(place[0])
         return socket.socket()
 
+    def getaddrinfo(name, *_, **__):
+        assert name == "first"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+
     monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: interfaces)
     monkeypatch.setattr(rendezvous.socket, "create_server", create_server)
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", getaddrinfo)
     if chosen is None:
         with pytest.raises(UserError, match="MASTER_ADDR means this host alone"):
-            listen("127.0.1.1", 2, several_nodes=True)
+            listen("first", 2)
     else:
-        listen("127.0.1.1", 2, several_nodes=True).close()
+        listen("first", 2).close()
         assert bound == [chosen]

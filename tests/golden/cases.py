@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 HERE = Path(__file__).parent
-TRACE = HERE / "routing.npz"  # of paper-small, 16 prompts of 48 tokens, 17 greedy tokens each
+# Of paper-small with hidden 256, heads of 16, experts of 1,024: 16 prompts of 48 tokens, 17 greedy
+# tokens each.
+TRACE = HERE / "routing.npz"
 PLACEMENT = HERE / "placement.json"  # what `expertlane balance` made of it, as in its case
 CPU_PROFILE = HERE / "cpu.toml"  # of `expertlane calibrate --ranks 2 --dtype float32`
 
@@ -273,10 +275,12 @@ PROJECTED = (
     Case("balance", "balance routing.npz --ranks 16 --ranks-per-node 8 --redundant 16"),
 )
 MEASURED = (
-    Case("compare paper-small", "compare paper-small --dtype float32", "measured"),
-    Case("compare skewed", "compare skewed.toml --dtype float32", "measured"),
-    Case("compare tiny", "compare tiny.toml --dtype float32", "measured", is_quick=True),
-    Case("compare checkpoint", "compare checkpoint.toml --dtype float32", "measured"),
+    Case("compare paper-small", "compare paper-small --dtype float32 --clock wall", "measured"),
+    Case("compare skewed", "compare skewed.toml --dtype float32 --clock wall", "measured"),
+    Case(
+        "compare tiny", "compare tiny.toml --dtype float32 --clock wall", "measured", is_quick=True
+    ),
+    Case("compare checkpoint", "compare checkpoint.toml --dtype float32 --clock wall", "measured"),
 )
 CASES = PROJECTED + MEASURED
 

@@ -35,13 +35,14 @@ OF_TIMES = {
     "dispatch_table",
     "foreign_cpu_share",
     "hidden",
+    "hidden_share",
     "num_last_arrivals",
     "num_meetings",
     "flops_utilisation",
     "read_utilisation",
 }
 # Of those, what there may be none of: its type depends on time too.
-_MAYBE_NONE = {"hidden", "straggler"}
+_MAYBE_NONE = {"hidden", "hidden_share", "straggler"}
 # Where experts moved while requests ran: decided by measured times, and what followed from that.
 OF_REBALANCES = {
     "active_expert_share",

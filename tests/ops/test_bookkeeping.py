@@ -69,6 +69,17 @@ def test_rows_by_peer(ops):
     assert rows.places.tolist() == [[-1, 2, -1], [0, 3, -1], [1, -1, -1]]
 
 
+def test_how_far_tokens_spread(ops):
+    """Two ids a rank; ranks 0 and 2 are a node, ranks 1 and 3 the other."""
+    ids = torch.tensor([[0, 1, 4], [2, 3, 7], [0, 2, 6]], dtype=torch.int32)
+    nodes = torch.tensor([0, 1, 0, 1])
+    ranks, num_nodes, remote_ranks, remote_nodes = ops.fan_out(ids, 2, nodes, 1)
+    assert (ranks.tolist(), num_nodes.tolist()) == ([2, 2, 3], [1, 1, 2])
+    assert (remote_ranks, remote_nodes) == (3, 2)
+    ranks, num_nodes, *remote = ops.fan_out(ids[:0], 2, nodes, 0)
+    assert (ranks.tolist(), num_nodes.tolist(), remote) == ([], [], [0, 0])
+
+
 def test_no_row_for_any_peer(ops):
     rows = ops.rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2)
     assert rows.counts.tolist() == [0, 0]

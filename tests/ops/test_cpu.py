@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import Bfloat16Backend, PackedLinear
+from expertlane.ops.cpu import Avx512Backend, PackedLinear
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
 OURS, WHY_NOT = backend_of_cpu()
 TORCH, CPU = TorchBackend(), torch.device("cpu")
-pytestmark = pytest.mark.skipif(not isinstance(OURS, Bfloat16Backend), reason=WHY_NOT)
+pytestmark = pytest.mark.skipif(not isinstance(OURS, Avx512Backend), reason=WHY_NOT)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,10 +47,10 @@ def assert_near(ours: torch.Tensor, expected: torch.Tensor, steps: float = 2.0) 
         assert error <= steps * BF16_STEP * expected.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_ours_do_not_cover_is_torch_s(dtype: torch.dtype):
-    """float32, and widths that our kernels refuse."""
-    width = 16 if dtype is torch.float32 else 5
+    """float64, and widths that our kernels refuse."""
+    width = 16 if dtype is torch.float64 else 5
     x, weight = random(3, width).to(dtype), random(7, width, seed=1).to(dtype)
     assert type(OURS.linear(weight)) is type(TORCH.linear(weight))
     assert torch.equal(OURS.linear(weight)(x), TORCH.linear(weight)(x))
@@ -303,5 +304,5 @@ def test_weighted_sum(num_tokens: int, top_k: int):
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 4), (1, 5), (3, 16), (7, 33)])
 def test_sum_of_parts(num_rows: int, size: int):
     rows = random(3 * num_rows, size)
-    ours = OURS.sum_parts(rows, 3)
+    ours = OURS.sum_parts(RowParts.of(rows), 3)
     assert_near(ours, rows.view(3, num_rows, size).float().sum(0), steps=1)

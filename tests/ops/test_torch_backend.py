@@ -6,6 +6,7 @@ import torch
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -184,7 +185,7 @@ def test_sums(random, device):
         [rows[0] * weights[0, 0] + rows[5] * weights[0, 1], 0 * rows[0], rows[3] * weights[2, 0]]
     )
     assert_near(OPS.gather_sum(values, places, weights), expected)
-    assert_near(OPS.sum_parts(values, 3), rows.view(3, 2, 16).sum(0))
+    assert_near(OPS.sum_parts(RowParts.of(values), 3), rows.view(3, 2, 16).sum(0))
 
 
 def test_bookkeeping_is_the_same_on_every_device(device):

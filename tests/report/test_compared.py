@@ -8,8 +8,8 @@ from expertlane.report.compared import (
     Row,
     experts_at_once,
     experts_per_rank,
-    measured,
     projected,
+    run,
     scaling,
     stages_at_once,
 )
@@ -22,7 +22,9 @@ from report.shown import tables
 
 
 def test_factors_against_the_first_and_the_best_baseline() -> None:
-    comparison = measured(example.usual())  # steps of 0.4, 0.32, 0.16, 0.12 s for 16 sequences
+    comparison = run(
+        example.usual(), "measured"
+    )  # steps of 0.4, 0.32, 0.16, 0.12 s for 16 sequences
     assert comparison.phase is Phase.DECODE
     assert comparison.best_baseline is comparison.rows[1]
     assert comparison.best_proposal is comparison.fastest is comparison.rows[3]
@@ -34,25 +36,25 @@ def test_factors_against_the_first_and_the_best_baseline() -> None:
 
 
 def test_gains_against_the_first_and_the_best_baseline() -> None:
-    first, best = tables(gains(measured(example.usual())))
+    first, best = tables(gains(run(example.usual(), "measured")))
     assert first.rows[0][2:] == ("0", "1.00×", "0", "1.00×")
     assert first.rows[2][2:] == ("+60.0", "2.50×", "-240", "2.50×")
     assert best.rows[2][2:] == ("+50.0", "2.00×", "-160", "2.00×")
 
 
 def test_without_baselines() -> None:
-    comparison = measured(example.results([(example.EXPERT, 0.2), (example.OVERLAP, 0.1)]))
+    comparison = run(example.results([(example.EXPERT, 0.2), (example.OVERLAP, 0.1)]), "measured")
     assert comparison.best_baseline is None
     assert comparison.rows[1].tps / comparison.first.tps == pytest.approx(2)
 
 
 def test_only_baselines() -> None:
-    assert measured(example.results([(example.TENSOR, 0.2)])).best_proposal is None
+    assert run(example.results([(example.TENSOR, 0.2)]), "measured").best_proposal is None
 
 
 def test_prefill_is_compared_where_nothing_was_decoded() -> None:
     given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], output_len=1)
-    comparison = measured(given)
+    comparison = run(given, "measured")
     assert (comparison.phase, comparison.latency_name) == (Phase.PREFILL, "TTFT")
     assert comparison.rows[1].latency_s == pytest.approx(1.0)
     assert comparison.rows[1].tps / comparison.first.tps == pytest.approx(4)
@@ -60,7 +62,7 @@ def test_prefill_is_compared_where_nothing_was_decoded() -> None:
 
 def test_a_projection_is_compared_at_the_context_that_is_spoken_of() -> None:
     results = example_projection.usual()
-    assert measured(results) is None
+    assert run(results, "measured") is None
     comparison = projected(results)
     assert (comparison.context, comparison.num_seqs) == (1024, 1024)
     assert comparison.contexts == example_projection.CONTEXTS
@@ -84,7 +86,7 @@ def test_a_deployment_without_the_step_is_refused() -> None:
 
 def test_nothing_is_compared_across_sources() -> None:
     both = example.usual().beside(example_projection.usual())
-    for found, source in ((measured(both), "measured"), (projected(both), "projected")):
+    for found, source in ((run(both, "measured"), "measured"), (projected(both), "projected")):
         assert {row.record.source for row in found.rows} == {source} == {found.source}
         assert len({row.record.conditions for row in found.rows}) == 1
 
@@ -104,23 +106,23 @@ def test_experts_at_once(
     layout: Layout, num_micro_batches: int, of_layer: int, stages: int
 ) -> None:
     deployment = Deployment("any", layout, Options(num_micro_batches=num_micro_batches))
-    record = measured(example.results([(deployment, 0.1)])).first.record
+    record = run(example.results([(deployment, 0.1)]), "measured").first.record
     assert (experts_at_once(record), stages_at_once(record)) == (of_layer, stages)
 
 
 def test_uneven_experts() -> None:
     uneven = Deployment("EP 3", Layout(dp=3, ep=3))
-    record = measured(example.results([(uneven, 0.1)])).first.record
+    record = run(example.results([(uneven, 0.1)]), "measured").first.record
     assert experts_per_rank(record) == {5, 6}
 
 
 def test_pairs_differ_in_overlap_alone() -> None:
     deployments = [(example.TENSOR, 0.5), (example.OVERLAP, 0.4), (example.EXPERT, 0.5)]
-    (pair,) = measured(example.results(deployments)).overlapped
+    (pair,) = run(example.results(deployments), "measured").overlapped
     assert (pair.off.name, pair.on.name) == ("EP 16", "EP 16, two-batch overlap")
     assert pair.exposed_s == pytest.approx((0.1 + 15 * 0.3) / 16 * 0.5)
     assert pair.hidden == pytest.approx(0.1 / pair.exposed_s)
-    assert measured(example.results(deployments[::2])).overlapped == []
+    assert run(example.results(deployments[::2]), "measured").overlapped == []
 
 
 def test_scaling_takes_in_deployments_of_its_family() -> None:
@@ -157,7 +159,7 @@ def test_an_experiments_own_join_its_scaling_sizes() -> None:
 
 
 def test_overlap_is_judged_alike_whatever_the_source() -> None:
-    (pair,) = measured(example.usual()).overlapped
+    (pair,) = run(example.usual(), "measured").overlapped
     assert (pair.off.number, pair.on.number) == (3, 4)
     # Blocked: rank 0 a tenth of 160 ms, 15 ranks three tenths: 46 ms; 40 of them gone.
     assert pair.exposed_s == pytest.approx(0.046)

@@ -277,3 +277,21 @@ def test_sixteen_ranks_with_full_timelines_stay_small():
     ]
     text = html.render(report_of(replace(results, deployments=tuple(deployments))))
     assert len(text.encode()) < 5e6
+
+
+def test_the_plotting_library_is_put_together_once_a_user(monkeypatch, tmp_path):
+    made = []
+
+    def bundle(snippet):
+        made.append(snippet)
+        return "'</script>'"
+
+    monkeypatch.setattr("vl_convert.javascript_bundle", bundle)
+    (tmp_path / "file").touch()
+    for cache, num_made in [(tmp_path, 1), (tmp_path, 1), (tmp_path / "file", 2)]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        html._library.cache_clear()
+        assert html._library() == "'<\\/script>'"
+        assert len(made) == num_made
+    assert len(list((tmp_path / "expertlane").iterdir())) == 1
+    html._library.cache_clear()

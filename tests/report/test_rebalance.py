@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from example_results import usual
-from expertlane.report.compared import measured
+from expertlane.report.compared import run
 from expertlane.report.traffic import rebalancing
 from expertlane.results.record import DeploymentRecord, RebalanceRecord
 
@@ -25,7 +25,7 @@ STAYED = replace(MOVED, step=19, switched=None, gain_s=0.1, load_after=None, exp
 
 
 def of(*records: DeploymentRecord):
-    return rebalancing(measured(replace(usual(), deployments=records)))
+    return rebalancing(run(replace(usual(), deployments=records), "measured"))
 
 
 def test_no_deployment_rebalances():

@@ -31,7 +31,15 @@ def test_the_evidence() -> None:
     )  # fmt: skip
     assert scaling.parts[0] == (
         "From 1 rank (ep=1) to 16 ranks (ep=16), the same workload: critical-path TPS per "
-        "rank goes to 0.0781×, TPS per rank to 0.0781×; linear would be 1.00×."
+        "rank goes to 0.0781×, TPS per rank to 0.0781×; with as many sequences on each rank, "
+        "critical-path TPS per rank to 0.625×; linear would be 1.00×."
+    )
+    same_work, same_share, _ = tables(scaling)
+    assert same_work.title == "Growing ep"
+    assert same_share.title == "Growing ep, as many sequences on each rank"
+    assert same_share.rows == (
+        ("1", "1", "10.0", "10.0", "1.00×", "100", "1.00×"),  # one sequence each 0.1 s
+        ("16", "16", "100", "6.25", "0.625×", "62.5", "0.625×"),
     )
 
 

@@ -7,7 +7,7 @@ from rich.cells import cell_len
 
 import example_results as example
 from expertlane.report import markdown
-from expertlane.report.compared import measured
+from expertlane.report.compared import run
 from expertlane.report.document import Figure, Table
 from expertlane.report.matrix import matrix
 from expertlane.report.sections import report_of
@@ -22,7 +22,7 @@ def shown(results, width):
 
 
 def sections(results):
-    return details(measured(results), results.machine.ranks_per_node)
+    return details(run(results, "measured"), results.machine.ranks_per_node)
 
 
 def facts(results, number):
@@ -112,7 +112,7 @@ def test_the_short_form_is_always_there_and_the_long_one_if_asked_for():
 
 def test_the_short_form_by_hand():
     # Of four tokens one reaches one rank, three two; one reaches two nodes.
-    section = hot_spots(measured(example.usual()))
+    section = hot_spots(run(example.usual(), "measured"))
     spread, hottest = (part for part in section.parts if isinstance(part, Table))
     padding = "0.3%"  # 15 × 5 of 16 × 15 × 108 bytes
     assert spread.rows[2] == ("3", "EP 16", "1.75", "1.25", "0.500", "0.250", padding)
@@ -172,7 +172,7 @@ def test_records_without_fan_out_say_nothing_of_it():
     found = facts(given, 1)
     assert "copies between nodes" not in found
     assert found["receives most"] == found["computes most"] == "—"
-    spread = hot_spots(measured(given)).parts[0]
+    spread = hot_spots(run(given, "measured")).parts[0]
     assert spread.rows[0][2:6] == ("—",) * 4
     assert report_of(given.with_traffic())
 
@@ -183,4 +183,4 @@ def test_a_narrower_payload_says_what_it_changes():
     rounded = replace(first, options=replace(first.options, payload="float8"))
     given = replace(results, deployments=(rounded, *results.deployments[1:]))
     line = "#1 sends hidden states as float8: they change by 2.63% (root mean square)."
-    assert hot_spots(measured(given)).parts[-1] == line
+    assert hot_spots(run(given, "measured")).parts[-1] == line

@@ -4,7 +4,7 @@ import pytest
 
 import example_projection
 import example_results as example
-from expertlane.report.compared import measured, projected
+from expertlane.report.compared import projected, run
 from expertlane.report.setup import cautions
 from expertlane.report.verdict import verdict
 from expertlane.results.estimate import Estimate
@@ -13,7 +13,7 @@ from expertlane.results.results import Results
 
 
 def sentences(results: Results) -> tuple[str, ...]:
-    comparison = measured(results)
+    comparison = run(results, "measured")
     assert comparison is not None
     return verdict(comparison, results)
 

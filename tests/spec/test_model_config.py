@@ -41,7 +41,12 @@ def test_presets_keep_the_paper_s_layers_experts_and_heads(name):
     assert model.name == name
     assert (model.num_hidden_layers, model.num_experts, model.num_attention_heads) == (4, 16, 16)
     assert model.num_experts_per_tok == 2
-    assert model.attention_size == model.hidden_size
+    if name == "paper-small":  # all but the hidden states in the paper's proportions
+        paper = PRESETS["paper"]
+        for size in ("attention_size", "moe_intermediate_size", "vocab_size"):
+            assert 8 * getattr(model, size) == getattr(paper, size)
+    else:
+        assert model.attention_size == model.hidden_size
 
 
 def test_overrides_replace_and_leave_the_rest():

@@ -76,15 +76,15 @@ def _check(
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.engine.torchrun import is_under_torchrun
+    from expertlane.engine.torchrun import num_nodes
     from expertlane.spec.workload import check_lengths
 
     for load in loads:
         check_lengths(load, engine.max_model_len or found.config.max_position_embeddings)
     for layout in layouts:
         found.check(layout, engine.options, engine.ranks_per_node)
-    if len(layouts) > 1 and is_under_torchrun():
-        raise UserError("under torchrun, give one --layout a run; its ranks end with the run")
+    if len(layouts) > 1 and num_nodes() > 1:
+        raise UserError("on several nodes, give one --layout a run; their ranks end with the run")
 
 
 def _run(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,13 +26,20 @@ from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
+    from expertlane.compare.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
 
 _DEFAULT_EXPERIMENT = "paper-small"
 _DEFAULT_PROFILE = "h100"
+_NO_LINKS, _MEASURED = "none", "measured"
 _DEFAULT_SKEW = 1.0
+
+
+class _Clock(StrEnum):
+    VIRTUAL = "virtual"
+    WALL = "wall"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,60 @@ class _Options:
         "prefill and one decode step; open it in ui.perfetto.dev or chrome://tracing.",
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Time:
+    clock: _Clock = typer.Option(
+        _Clock.VIRTUAL,
+        help="virtual: besides wall time, each rank on a core of its own and the links of a "
+        "cluster, replayed from what was measured; at most one rank a core computes at a time "
+        "meanwhile. wall: neither.",
+    )
+    links: str = typer.Option(
+        _DEFAULT_PROFILE,
+        metavar="PROFILE",
+        help="The links of virtual time: a profile, as --cluster names them, or none, where "
+        "transfers take no time.",
+    )
+    link_scale: float | None = typer.Option(
+        None,
+        metavar="N",
+        help="How many times as long transfers take as by that profile. Default: as many times as "
+        "its device computes faster than a core here.",
+    )
+
+    compute: str = typer.Option(
+        _MEASURED,
+        metavar="PROFILE",
+        help="How long computing takes in virtual time: measured, or by the laws of a profile, "
+        "for what ran.",
+    )
+
+    def __post_init__(self) -> None:
+        given = "--link-scale" if self.link_scale is not None else "--links"
+        is_given = self.links != _DEFAULT_PROFILE or self.link_scale is not None
+        if self.compute != _MEASURED:
+            given, is_given = "--compute", True
+        if self.clock is _Clock.WALL and is_given:
+            raise UserError(f"{given} is of virtual time; leave out --clock wall")
+        if self.links == _NO_LINKS and self.link_scale is not None:
+            raise UserError("--link-scale needs links; give --links a profile")
+
+    def settings(self) -> "VirtualSettings | None":
+        """None for wall time alone.
+
+        Raises:
+            UserError: no such profile, or a damaged one.
+        """
+        from expertlane.compare.virtual import VirtualSettings
+        from expertlane.cost.laws.profile_file import read_profile
+
+        if self.clock is _Clock.WALL:
+            return None
+        profile = None if self.links == _NO_LINKS else read_profile(self.links)
+        compute = None if self.compute == _MEASURED else read_profile(self.compute)
+        return VirtualSettings(profile, self.link_scale, compute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +184,15 @@ def compare(
     ] = _DEFAULT_EXPERIMENT,
     *,
     own: _Options,
+    time: _Time,
     launch: LaunchOptions,
     projection: _Projection,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
     Says which deployment was faster here and why: tokens per second, time per output token, where
-    each step's time goes, and how the experts were loaded. Starts its own local ranks, or uses
-    those of torchrun. Writes results.json, report.md and report.html.
+    each step's time goes, and how the experts were loaded. Starts local ranks, or with
+    torchrun those of several nodes. Writes results.json, report.md and report.html.
 
     \b
     Examples:
@@ -149,14 +212,17 @@ def compare(
           the paper's experiment on a modelled cluster of 16 H100
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
           for other programs
-      torchrun --nproc-per-node 16 -m expertlane compare
-          on ranks that torchrun started
+      torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
+          on two nodes, 8 ranks each
     """
     comparisons = _comparisons(experiment, own)
+    virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
     for each in comparisons:
         check_experiment(each.experiment)
+        if virtual is not None:
+            virtual.check(each.experiment.deployments + each.experiment.scaling)
     dtype = _dtype_of(comparisons, own.dtype)
     projectors = []
     if projection.project:
@@ -174,14 +240,14 @@ def compare(
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, own, launch, dtype)
+            _measure(comparisons, own, virtual, launch, dtype)
             return
         except CapacityError as error:
             if not projection.project or comparisons[0].is_published:
                 raise
             reason = str(error)
     for each in comparisons:
-        assert each.projection is not None, "every process but torchrun's ranks projects"
+        assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured here: {reason}")
         results = replace(each.projection, not_measured=reason)
         output.publish(results, each.folder, as_json=own.as_json)
@@ -199,12 +265,16 @@ def _projector(
     from expertlane.cost.laws.profile_file import parse_cluster
 
     cluster = parse_cluster(options.cluster or f"{_DEFAULT_PROFILE}x{experiment.num_ranks}")
-    number_type = dtype or usual_number_type(cluster)
+    number_type = dtype or usual_number_type(cluster.profile)
     return ExperimentProjector(experiment, cluster, number_type, options.skew)
 
 
 def _measure(
-    comparisons: list[_Comparison], own: _Options, launch: LaunchOptions, dtype: str | None
+    comparisons: list[_Comparison],
+    own: _Options,
+    virtual: "VirtualSettings | None",
+    launch: LaunchOptions,
+    dtype: str | None,
 ) -> None:
     """Run all on the same ranks.
 
@@ -220,7 +290,7 @@ def _measure(
         pool = start_pool(
             num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
         )
-    if pool is None:  # this process was a rank of torchrun's; the first one speaks
+    if pool is None:  # torchrun has started this process besides one that starts ranks
         return
     with pool:
         for each in comparisons:
@@ -234,6 +304,7 @@ def _measure(
                     pool,
                     progress,
                     command=output.command_line(),
+                    virtual=virtual,
                     on_trace=on_trace,
                 )
             if each.projection is not None:

@@ -7,16 +7,22 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Link, Work
+from expertlane.cost.step.operation import TransferKind
 from expertlane.ops.backend import backend_for
-from expertlane.spec.names import Traffic
+from expertlane.ops.row_parts import RowParts
 
 
 class Pending:
-    """A transfer in flight. It remembers the stage that began it, for the clock."""
+    """A transfer in flight. It remembers the stage that began it, for the clock.
+
+    Args:
+        transfer: its number in the recorder's log, if it has one.
+    """
 
     def __init__(
         self,
@@ -24,9 +30,10 @@ class Pending:
         work: Work | None,
         received: Tensor,
         sent: Tensor | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[RowParts], Tensor] | None = None,
+        transfer: int | None = None,
     ) -> None:
-        self._recorder = recorder
+        self._recorder, self._transfer = recorder, transfer
         self._work = work
         self._received, self._finish = received, finish
         self._sent = sent  # must outlive the transfer
@@ -40,9 +47,13 @@ class Pending:
         """
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
-            self._block(self._work.wait)
+            self._block(self._work.wait, self._transfer)
         self._sent = None
-        return self._received if self._finish is None else self._finish(self._received)
+        if self._finish is None:
+            return self._received
+        if self._work is None:
+            return self._finish(RowParts.of(self._received))
+        return self._work.read(self._finish)
 
     def let_go(self) -> None:
         """Block until a send goes on by itself: before a rank waits for its next command."""
@@ -50,10 +61,10 @@ class Pending:
         if self._work is not None:
             self._block(self._work.let_go)
 
-    def _block(self, until: Callable[[], None]) -> None:
+    def _block(self, until: Callable[[], None], transfer: int | None = None) -> None:
         begin = self._recorder.begin_wait()
         until()
-        self._recorder.end_wait(begin)
+        self._recorder.end_wait(begin, transfer)
 
 
 class Group:
@@ -84,27 +95,49 @@ class Group:
         self.size = len(ranks)
         self.rank = self.ranks.index(rank)
 
-    def _count(self, send: Sequence[int], row_bytes: int, metadata_bytes: int) -> None:
-        recorder, ranks = self._recorder, self.ranks
-        recorder.count_collective()
-        recorder.count_sent(Traffic.PAYLOAD, ranks, send, row_bytes - metadata_bytes)
-        recorder.count_sent(Traffic.METADATA, ranks, send, metadata_bytes)
+    def _post(
+        self, kind: TransferKind, rows: Tensor, num_rows: Sequence[int], metadata_bytes: int
+    ) -> int | None:
+        row_bytes = rows.shape[1] * rows.itemsize
+        return self._recorder.post(
+            kind, self.ranks, self.ranks, num_rows, row_bytes, metadata_bytes
+        )
 
     def _exchange(
         self,
+        kind: TransferKind,
         rows: Tensor,
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Pending:
-        if self._link is None:
-            return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
-        self._count(send, rows.shape[1] * rows.itemsize, metadata_bytes)
-        received = rows.new_empty((sum(receive), rows.shape[1]))
-        work = self._link.all_to_all(rows, send, received, receive)
-        return Pending(self._recorder, work, received, rows, finish)
+        if self._link is None:
+            return Pending(self._recorder, None, rows, finish=finish)
+        transfer = self._post(kind, rows, send, metadata_bytes)
+        if finish is not None:
+            work = self._link.all_to_all_parts(rows, send, receive)
+            received = rows
+        else:
+            received = rows.new_empty((sum(receive), rows.shape[1]))
+            work = self._link.all_to_all(rows, send, received, receive)
+        self._recorder.posted()
+        return Pending(self._recorder, work, received, rows, finish, transfer)
+
+    def empty(
+        self, num_rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Room for rows that this group will send once, where its transport takes them from.
+
+        Nothing may be written there once they are sent.
+
+        Args:
+            like: of the device, and the dtype if that is None.
+        """
+        if self._link is None:
+            return like.new_empty((num_rows, width), dtype=dtype)
+        return self._link.empty(num_rows, width, dtype or like.dtype)
 
     def all_to_all(
         self,
@@ -112,6 +145,7 @@ class Group:
         send: Sequence[int],
         receive: Sequence[int],
         metadata_bytes: int = 0,
+        finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Pending:
         """Send consecutive rows to the ranks of the group, and get theirs in rank order.
 
@@ -119,11 +153,12 @@ class Group:
             rows: [sum(send), width].
             send, receive: [size]; numbers of rows, zeros allowed.
             metadata_bytes: how many bytes of each row are no hidden state; only counted.
+            finish: makes the result of what came, which may be gone when it returns.
 
         Returns:
-            [sum(receive), width] when waited for.
+            [sum(receive), width] when waited for, or what `finish` makes of it.
         """
-        return self._exchange(rows, send, receive, metadata_bytes)
+        return self._exchange(TransferKind.ALL_TO_ALL, rows, send, receive, metadata_bytes, finish)
 
     def all_gather(
         self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
@@ -139,10 +174,12 @@ class Group:
         if self._link is None:
             return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
-        self._count([len(rows)] * self.size, rows.shape[1] * rows.itemsize, metadata_bytes)
+        to_each = [len(rows)] * self.size
+        transfer = self._post(TransferKind.ALL_GATHER, rows, to_each, metadata_bytes)
         received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
         work = self._link.all_gather(rows, received, num_rows_of)
-        return Pending(self._recorder, work, received, rows)
+        self._recorder.posted()
+        return Pending(self._recorder, work, received, rows, transfer=transfer)
 
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
@@ -153,12 +190,15 @@ class Group:
         Returns:
             [num_rows_of[self.rank], width] in the dtype of `rows` when waited for.
         """
-        own = num_rows_of[self.rank]
+        if self._link is None:
+            return Pending(self._recorder, None, rows)
+        own, ops = num_rows_of[self.rank], backend_for(rows.device)
 
-        def add_up(received: Tensor) -> Tensor:
-            return backend_for(received.device).sum_parts(received, self.size)
+        def add_up(received: RowParts) -> Tensor:
+            return ops.sum_parts(received, self.size)
 
-        return self._exchange(rows, num_rows_of, [own] * self.size, 0, add_up)
+        kind = TransferKind.REDUCE_SCATTER
+        return self._exchange(kind, rows, num_rows_of, [own] * self.size, 0, add_up)
 
     def send(self, rows: Tensor, to: int) -> Pending | None:
         """Begin to send rows to the rank at place `to`; None where there are none to send."""
@@ -167,9 +207,12 @@ class Group:
         assert self._link is not None, "there is another rank"
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
-        self._recorder.count_collective()
-        self._recorder.count_sent(Traffic.PAYLOAD, [self.ranks[to]], [rows.shape[0]], row_bytes)
-        return Pending(self._recorder, self._link.send(rows, to), rows)
+        self._recorder.post(
+            TransferKind.SEND, self.ranks, [self.ranks[to]], [rows.shape[0]], row_bytes
+        )
+        work = self._link.send(rows, to)
+        self._recorder.posted()
+        return Pending(self._recorder, work, rows)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
         """Begin to fill `rows`, contiguous, from the rank at place `source`."""

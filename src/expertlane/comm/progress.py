@@ -3,13 +3,15 @@
 import mmap
 import os
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from expertlane.spec.names import Stage
 
 _NUM_FIELDS = 6
 _STEP, _LAYER, _STAGE, _WAITING, _COUNTER, _TIME_NS = range(_NUM_FIELDS)
 NO_LAYER = -1
+
+Line = tuple[int, int, int, int, int, int]  # the fields of a rank
 
 
 class Position(NamedTuple):
@@ -71,15 +73,16 @@ class ProgressBoard:
             time_s=cells[_TIME_NS] / 1e9,
         )
 
-    def cells(self, rank: int) -> list[int]:
-        """The raw line of `rank`, for `update` on another node's board."""
-        return self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS].tolist()
+    def line(self, rank: int) -> Line:
+        """The raw line of `rank`, for `update` on the launcher's board."""
+        cells = self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS]
+        return cast(Line, tuple(cells.tolist()))
 
-    def update(self, rank: int, cells: list[int]) -> None:
+    def update(self, rank: int, line: Line) -> None:
         """Take over the line of a rank of another node; its clock is not ours."""
         begin = rank * _NUM_FIELDS
-        if cells[_COUNTER] != self._cells[begin + _COUNTER]:
-            for field, value in enumerate(cells):
+        if line[_COUNTER] != self._cells[begin + _COUNTER]:
+            for field, value in enumerate(line):
                 self._cells[begin + field] = value
             self._cells[begin + _TIME_NS] = time.monotonic_ns()
 

@@ -7,7 +7,8 @@ by events on the stream. Not yet run on a GPU (docs/validation.md).
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertlane.comm.core_token import CoreToken
+from expertlane.comm.operation_log import OperationLog
 from expertlane.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.cost.step.operation import TransferKind
 from expertlane.results.step_record import RankEvents, RankRecord
 from expertlane.spec.names import Stage, Track, Traffic
 
@@ -70,6 +74,7 @@ class Recorder:
     Args:
         rank: global rank.
         world_size: ranks of the layout, replicas too.
+        token: taken while a step's operations are recorded; None where ranks share no cores.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Recorder:
         progress: ProgressReporter,
         clock: HostClock,
         world_size: int,
+        token: CoreToken | None = None,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
@@ -87,6 +93,8 @@ class Recorder:
         self._num_experts = num_experts
         self.progress = progress
         self._clock = clock
+        self._token = token
+        self._log: OperationLog | None = None
         self.stage = Stage.IDLE
         self.layer = NO_LAYER
         self._last_layer = NO_LAYER
@@ -130,25 +138,32 @@ class Recorder:
         count_idle: bool,
         record_routing: bool = False,
         record_events: bool = False,
+        record_operations: bool = False,
     ) -> None:
         """Start a step's record.
 
         Args:
-            count_idle: the time since the last step counts as idle.
+            count_idle: the time since the last step counts as idle, the wait for the core too.
             record_routing: keep the experts that tokens choose; implies `record`.
             record_events: keep every stretch of time; implies `record`.
+            record_operations: keep what is to be replayed, one rank a core at a time; implies
+                `record`.
         """
         self.progress.set_step(step)
         self._clear(num_micro_batches)
-        self._recording = record or record_routing or record_events
+        self._recording = record or record_routing or record_events or record_operations
         self._recording_routing = record_routing
         self._recording_events = record_events
         self._micro_batch = 0
+        if record_operations:
+            self._take_turn()
         if count_idle:
             self._idle_s = time.perf_counter() - self._ended_s
         else:
             self._process_cpu_s = time.process_time()
         self._started_s = time.perf_counter()
+        if record_operations:
+            self._log = OperationLog(Stage.IDLE, NO_LAYER)
         self.enter(Stage.IDLE)
 
     def set_micro_batch(self, micro_batch: int) -> None:
@@ -161,6 +176,8 @@ class Recorder:
         if layer != NO_LAYER:
             self._last_layer = layer
         self.progress.enter(stage, layer)
+        if self._log is not None:
+            self._log.enter(stage, layer, self._micro_batch)
         if self._recording:
             self._cells.append(self._cell())
             self._marks.append(self._clock.mark())
@@ -173,14 +190,51 @@ class Recorder:
     def begin_wait(self) -> Any:
         """A wait for other ranks begins; pass what this returns to `end_wait`."""
         self.progress.set_waiting(True)
+        if self._log is not None:
+            self._log.pause()
+            if self._token is not None:
+                self._token.release()
         return self._clock.mark() if self._recording else None
 
-    def end_wait(self, begin: Any) -> None:
-        """Count the wait since `begin`, and report progress."""
+    def end_wait(self, begin: Any, transfer: int | None = None) -> None:
+        """Count the wait since `begin`, and report progress.
+
+        Args:
+            transfer: the number that `post` gave for what was waited for, if the replay is to
+                wait for it too.
+        """
+        if self._log is not None and self._token is not None:
+            self._token.acquire()
         self.progress.set_waiting(False)
         self.progress.touch()
         if self._recording:
             self._waits.append((self._cell(), begin, self._clock.mark()))
+        if self._log is not None:
+            if transfer is not None:
+                self._log.wait(transfer)
+            self._log.resume()
+
+    def arrive(self) -> None:
+        """What the pipeline stage before has sent is needed now."""
+        if self._log is not None:
+            self._log.pause()
+            self._log.arrive()
+            self._log.resume()
+
+    def _take_turn(self) -> None:
+        if self._token is not None:
+            self.progress.set_waiting(True)
+            self._token.acquire()
+            self.progress.set_waiting(False)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is computed for a record alone is no part of what the replay computes."""
+        if self._log is not None:
+            self._log.pause()
+        yield
+        if self._log is not None:
+            self._log.resume()
 
     def count_compute(self, flops: int, weight_bytes: int, kv_bytes: int = 0) -> None:
         """Add floating-point operations and bytes read to the current stage."""
@@ -189,24 +243,52 @@ class Recorder:
             self._weight_bytes[self.stage] += weight_bytes
             self._kv_bytes += kv_bytes
 
-    def count_sent(
-        self, traffic: Traffic, ranks: Sequence[int], num_rows: Sequence[int], row_bytes: int
-    ) -> None:
-        """Add what this rank sends in the current stage; rows that stay here do not count.
+    def post(
+        self,
+        kind: TransferKind,
+        ranks: Sequence[int],
+        to: Sequence[int],
+        num_rows: Sequence[int],
+        row_bytes: int,
+        metadata_bytes: int = 0,
+    ) -> int | None:
+        """A collective or send of the current stage begins; call `posted` when it is under way.
+
+        Rows that stay here do not count.
 
         Args:
-            ranks: global ranks.
-            num_rows: as long as `ranks`; rows of `row_bytes` to each of them.
-        """
-        if self._recording and row_bytes:
-            of_rank = self._sent_bytes[self.stage, traffic]
-            for rank, num in zip(ranks, num_rows, strict=True):
-                of_rank[rank] += num * row_bytes
+            ranks: of its group, global.
+            to: global ranks that rows go to.
+            num_rows: as long as `to`; rows to each of them.
+            row_bytes, metadata_bytes: of a row, and how many of them are no hidden state.
 
-    def count_collective(self) -> None:
-        """Add one collective or point-to-point send to the current stage."""
-        if self._recording:
-            self._num_collectives[self.stage] += 1
+        Returns:
+            Its number for `end_wait`; None unless operations are recorded.
+        """
+        if not self._recording:
+            return None
+        self._num_collectives[self.stage] += 1
+        for traffic, num_bytes in (
+            (Traffic.PAYLOAD, row_bytes - metadata_bytes),
+            (Traffic.METADATA, metadata_bytes),
+        ):
+            if num_bytes:
+                of_rank = self._sent_bytes[self.stage, traffic]
+                for rank, num in zip(to, num_rows, strict=True):
+                    of_rank[rank] += num * num_bytes
+        if self._log is None:
+            return None
+        self._log.pause()
+        sent_bytes = [0] * self._world_size
+        for rank, num in zip(to, num_rows, strict=True):
+            sent_bytes[rank] = num * row_bytes
+        sent_bytes[self._rank] = 0
+        return self._log.post(kind, min(ranks), sent_bytes)
+
+    def posted(self) -> None:
+        """The transfer is under way, and the rank computes on."""
+        if self._log is not None:
+            self._log.resume()
 
     @property
     def is_recording(self) -> bool:
@@ -261,7 +343,12 @@ class Recorder:
 
     def end_step(self) -> RankRecord | None:
         """Close the record; None where the plan asked for none."""
+        if self._log is not None:
+            self._log.pause()
+            if self._token is not None:
+                self._token.release()
         record = self._record() if self._recording else None
+        self._log = None
         self._recording = self._recording_routing = self._recording_events = False
         self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
         self.layer = NO_LAYER
@@ -305,6 +392,7 @@ class Recorder:
             payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
             events=self._events() if self._recording_events else None,
+            operations=None if self._log is None else self._log.operations(self._world_size),
         )
 
     def _events(self) -> RankEvents:

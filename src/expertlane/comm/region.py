@@ -17,12 +17,17 @@ class Region:
 
     num_ranks: int
     groups_bytes: int = 64 << 20
-    heap_bytes: int = 64 << 20
+    heap_bytes: int = 128 << 20
 
     @property
     def num_bytes(self) -> int:
         """Of all; zeros at first."""
         return self.num_ranks * (_LINE_BYTES + self.heap_bytes) + self.groups_bytes
+
+    def heap(self, rank: int) -> range:
+        """The bytes of a rank's heap; `rank` counts those of the node."""
+        begin = self.num_ranks * _LINE_BYTES + self.groups_bytes + rank * self.heap_bytes
+        return range(begin, begin + self.heap_bytes)
 
     def map(self, fd: int) -> mmap.mmap:
         """The memory in the file of a descriptor."""

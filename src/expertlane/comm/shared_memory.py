@@ -10,14 +10,16 @@ import mmap
 import time
 import weakref
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from expertlane.comm.region import Region
 from expertlane.comm.transport import PeerLostError
 from expertlane.errors import CapacityError
+from expertlane.ops.row_parts import RowParts
 
 _SLICE_S = 0.5  # of a wait: in between, Python handles signals
 _NONE = -1  # no message, not even an empty one
@@ -34,12 +36,16 @@ class Endpoint(Protocol):
         """A group; `number` and `offset` into the groups' memory are those of all its ranks."""
         ...
 
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Room for rows that are sent once, where they need not be copied if there is any."""
+        ...
+
     def begin(
         self,
         group: Any,
         rows: Tensor,
         send: Sequence[int],
-        received: Tensor,
+        received: Tensor | None,
         receive: Sequence[int],
         *,
         same_for_all: bool,
@@ -47,8 +53,13 @@ class Endpoint(Protocol):
         """Begin to exchange rows; numbers of them by place, -1 where there is no message.
 
         Args:
+            received: None where `read` is to follow the wait.
             same_for_all: all of `rows` goes to every place.
         """
+        ...
+
+    def read(self, exchange: Any, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        """`finish` of what came, then the end of the exchange."""
         ...
 
     def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
@@ -74,12 +85,14 @@ class CompiledEndpoint:
             ("shared_open", pointer, [pointer, *[number] * 5]),
             ("shared_close", None, [pointer]),
             ("shared_group", pointer, [pointer, *[number] * 4, pointer]),
+            ("shared_room", number, [pointer, number]),
             (
                 "shared_begin",
                 pointer,
                 [pointer, number, pointer, pointer, flag, pointer, pointer],
             ),
-            ("shared_wait", flag, [pointer, number, pointer]),
+            ("shared_wait", flag, [pointer, number, pointer, pointer]),
+            ("shared_end", None, [pointer]),
         ):
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -87,8 +100,12 @@ class CompiledEndpoint:
         sizes = region.num_ranks, region.groups_bytes, region.heap_bytes
         self._endpoint = library.shared_open(base, *sizes, rank, num_spins)
         weakref.finalize(self, library.shared_close, self._endpoint)
-        self._place = ctypes.c_int64()
-        self._in_use: dict[Any, tuple[Tensor, Tensor]] = {}  # by exchanges under way
+        self._place, self._pointers = ctypes.c_int64(), array("q", [0] * region.num_ranks)
+        self._results = ctypes.byref(self._place), self._pointers.buffer_info()[0]
+        self._in_use: dict[Any, tuple[Any, ...]] = {}  # by exchanges under way
+        heap = region.heap(rank)
+        self._heap = torch.frombuffer(memory, dtype=torch.uint8, offset=heap.start, count=len(heap))
+        self._heap_by_type: dict[torch.dtype, Tensor] = {}
 
     def group_bytes(self, size: int) -> int:
         return int(self._library.shared_group_bytes(size))
@@ -104,25 +121,43 @@ class CompiledEndpoint:
         group: Any,
         rows: Tensor,
         send: Sequence[int],
-        received: Tensor,
+        received: Tensor | None,
         receive: Sequence[int],
         *,
         same_for_all: bool,
     ) -> Any:
         out, back = array("q", send), array("q", receive)
+        # Of no rows there may be no memory, and None would mean that they are read in place.
+        into = None if received is None else received.data_ptr() or self._pointers.buffer_info()[0]
         exchange = self._library.shared_begin(
             *(group, rows.shape[1] * rows.itemsize, rows.data_ptr(), out.buffer_info()[0]),
-            *(same_for_all, received.data_ptr(), back.buffer_info()[0]),
+            *(same_for_all, into, back.buffer_info()[0]),
         )
-        self._in_use[exchange] = rows, received
+        self._in_use[exchange] = rows, received, receive
         return exchange
 
     def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
-        place = self._place
-        state = self._library.shared_wait(exchange, int(timeout_s * 1e9), ctypes.byref(place))
-        if state == 0:
+        state = self._library.shared_wait(exchange, int(timeout_s * 1e9), *self._results)
+        if state == 0 and self._in_use[exchange][1] is not None:
             del self._in_use[exchange]
-        return state, place.value
+        return state, self._place.value
+
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        num_bytes = num_rows * width * dtype.itemsize
+        offset = self._library.shared_room(self._endpoint, num_bytes) if num_bytes else -1
+        if offset < 0:
+            return torch.empty(num_rows, width, dtype=dtype)
+        heap = self._heap_by_type.get(dtype)
+        if heap is None:
+            heap = self._heap_by_type[dtype] = self._heap.view(dtype)
+        return heap.as_strided((num_rows, width), (width, 1), offset // dtype.itemsize)
+
+    def read(self, exchange: Any, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        rows, _, receive = self._in_use[exchange]
+        result = finish(RowParts(self._pointers, receive, rows.shape[1], rows.dtype))
+        self._library.shared_end(exchange)
+        del self._in_use[exchange]
+        return result
 
 
 class _SharedWork:
@@ -135,6 +170,9 @@ class _SharedWork:
 
     def let_go(self) -> None:
         self.wait()  # of a send, until it lies in shared memory
+
+    def read(self, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        return self._endpoint.read(self._exchange, finish)
 
     def wait(self) -> None:
         if self._is_done:
@@ -174,8 +212,21 @@ class SharedLink:
         self._endpoint, self._ranks, self._place = endpoint, ranks, place
         self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
 
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return self._endpoint.empty(num_rows, width, dtype)
+
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
+    ) -> _SharedWork:
+        return self._exchange(rows, send, received, receive)
+
+    def all_to_all_parts(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> _SharedWork:
+        return self._exchange(rows, send, None, receive)
+
+    def _exchange(
+        self, rows: Tensor, send: Sequence[int], received: Tensor | None, receive: Sequence[int]
     ) -> _SharedWork:
         exchange = self._endpoint.begin(
             self._group, rows, send, received, receive, same_for_all=False

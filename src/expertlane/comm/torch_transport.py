@@ -8,7 +8,7 @@ every rank.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from expertlane.comm.transport import PeerLostError
+from expertlane.ops.row_parts import RowParts
 
 _MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
 _GATHER_TAG, _PAIRWISE_TAG = 1, 2  # keep their sends apart from others between the same ranks
@@ -32,13 +33,17 @@ def _blaming_peers() -> Iterator[None]:
 
 
 class _TorchWork:
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
+    def __init__(self, works: Sequence[Any], received: Tensor | None = None) -> None:
+        self._works, self._received = works, received
 
     def wait(self) -> None:
         with _blaming_peers():
             for work in self._works:
                 work.wait()
+
+    def read(self, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        assert self._received is not None, "it came in parts"
+        return finish(RowParts.of(self._received))
 
     def let_go(self) -> None:
         """Threads of gloo and nccl see to it."""
@@ -50,14 +55,30 @@ class TorchLink:
     Args:
         ranks: [size]; global ranks, in group order.
         place: this rank's in the group.
+        device_type: of what is sent.
         over_links: gloo's messages go from node to node, where bytes take longer than calls.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, ranks: Sequence[int], place: int, over_links: bool
+        self,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int],
+        place: int,
+        device_type: str,
+        *,
+        over_links: bool,
     ) -> None:
         self._group, self._ranks, self._place = group, ranks, place
+        self._device = torch.device(device_type)
         self._over_links = over_links
+
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(num_rows, width, dtype=dtype, device=self._device)
+
+    def all_to_all_parts(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> _TorchWork:
+        return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
 
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
@@ -73,7 +94,7 @@ class TorchLink:
                 group=self._group,
                 async_op=True,
             )
-        return _TorchWork([work])
+        return _TorchWork([work], received)
 
     def _pairwise(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
@@ -96,7 +117,7 @@ class TorchLink:
                     target = self._ranks[place]
                     works.append(dist.isend(parts[place], target, self._group, _PAIRWISE_TAG))
         into[self._place].copy_(parts[self._place])
-        return _TorchWork(works)
+        return _TorchWork(works, received)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _TorchWork:
         size = len(self._ranks)
@@ -146,4 +167,4 @@ class TorchTransport:
 
     def link(self, ranks: tuple[int, ...]) -> TorchLink:
         group, place = self._meshes[ranks].get_group(), ranks.index(self._rank)
-        return TorchLink(group, ranks, place, self._over_links)
+        return TorchLink(group, ranks, place, self._device_type, over_links=self._over_links)

@@ -1,11 +1,13 @@
 """What groups of ranks need of a transport; `torch_transport` and `shared_memory` provide it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from expertlane.errors import RankError
+from expertlane.ops.row_parts import RowParts
 
 
 class PeerLostError(RankError):
@@ -23,6 +25,10 @@ class Work(Protocol):
         """
         ...
 
+    def read(self, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        """`finish` of what came, after the wait: it stays where it is until that returns."""
+        ...
+
     def let_go(self) -> None:
         """Block until a send goes on without this rank, which may do something else for long.
 
@@ -38,10 +44,18 @@ class Link(Protocol):
     Rows are contiguous, [num_rows, width]. What is sent must stay as it is until the wait is over.
     """
 
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Room for rows where the transport would have them: to be filled, sent once, let alone."""
+        ...
+
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
     ) -> Work:
         """Send `send[place]` rows to each place, and fill `received` in the order of places."""
+        ...
+
+    def all_to_all_parts(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Work:
+        """`all_to_all` of what the work's `read` makes something else of."""
         ...
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> Work:

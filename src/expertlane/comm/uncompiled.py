@@ -10,13 +10,15 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from expertlane.ops.row_parts import RowParts
 
 _NUM_BEGUN, _NUM_PUBLISHED, _FIRST_PIECE, _NUM_PIECES, _PIECE_BYTES, _BLOCK, _NUM_FIELDS = range(7)
 _LINE_WORDS = 8
@@ -54,6 +56,7 @@ class _Exchange:
     group: "_Group"
     outgoing: _Outgoing | None
     incoming: list[_Incoming]
+    received: Tensor
     differing: int = -1
 
     @property
@@ -137,16 +140,18 @@ class UncompiledEndpoint:
         group: _Group,
         rows: Tensor,
         send: Sequence[int],
-        received: Tensor,
+        received: Tensor | None,
         receive: Sequence[int],
         *,
         same_for_all: bool,
     ) -> _Exchange:
+        if received is None:
+            received = rows.new_empty(sum(receive), rows.shape[1])
         out = [_bytes(rows)] * len(send) if same_for_all else _parts(rows, send)
         into, place = _parts(received, receive), group.place
         if receive[place] >= 0:
             into[place][:] = out[place]
-        exchange = _Exchange(group, None, [])
+        exchange = _Exchange(group, None, [], received)
         if any(num >= 0 for other, num in enumerate(send) if other != place):
             exchange.outgoing = _Outgoing(out, same_for_all)
             group.queue.append(exchange.outgoing)
@@ -158,6 +163,12 @@ class UncompiledEndpoint:
         self._exchanges.append(exchange)
         self._push(group)
         return exchange
+
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(num_rows, width, dtype=dtype)
+
+    def read(self, exchange: _Exchange, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        return finish(RowParts.of(exchange.received))
 
     def wait(self, exchange: _Exchange, timeout_s: float) -> tuple[int, int]:
         deadline_s = time.monotonic() + timeout_s

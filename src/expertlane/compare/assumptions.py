@@ -4,6 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from expertlane.compare.likeness import (
+    PAPER_CONTEXT,
+    PROPOSAL,
+    is_of_the_papers_kind,
+    likeness,
+)
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
@@ -32,6 +38,7 @@ def measured_assumptions(
         *_of_model(experiment),
         *_of_workload(experiment, limits),
         *_of_deployments(experiment, machine),
+        *_beside_the_paper(experiment, machine),
     )
     return tuple(replace(each, source="measured") for each in rows)
 
@@ -173,6 +180,22 @@ def _of_deployments(experiment: Experiment, machine: Machine) -> list[Assumption
             )
         )
     return rows
+
+
+def _beside_the_paper(experiment: Experiment, machine: Machine) -> list[Assumption]:
+    """How like the paper's a step of a small copy of its model is."""
+    if not is_of_the_papers_kind(experiment):
+        return []
+    found = likeness(experiment, PROPOSAL, NumberTypes.all_of(machine.dtype))
+    return [
+        Assumption(
+            "expert FLOPs a byte",
+            f"of the paper's step ({PROPOSAL}, {PAPER_CONTEXT:,} tokens of context): "
+            f"{found.weights:#.3g}× for weights read, {found.dispatch:#.3g}× for dispatch and "
+            f"combine, {found.keys_and_values:#.3g}× for keys and values; 1.00× would be alike",
+            "what an expert computes for a byte that is dispatched grows with its width",
+        )
+    ]
 
 
 def projected_assumptions(

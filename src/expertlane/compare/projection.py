@@ -8,6 +8,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import projected_assumptions
 from expertlane.compare.best_layout import plan_beside
 from expertlane.cost.laws.execution import OVERHEAD_S, Execution
+from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
@@ -42,9 +43,9 @@ _MOST_SCALED = 64
 _BATCH_FACTOR = 4  # from one batch size to the next
 
 
-def usual_number_type(cluster: ModelledCluster) -> str:
+def usual_number_type(profile: Profile) -> str:
     """What the engine's ranks compute in if nobody says otherwise: float16 on GPUs."""
-    return "float32" if OVERHEAD_S in cluster.profile.terms else "float16"
+    return "float32" if OVERHEAD_S in profile.terms else "float16"
 
 
 class ExperimentProjector:
@@ -232,7 +233,7 @@ class ExperimentProjector:
         cluster = ModelledCluster(self._cluster.profile, layout.world_size)
         projector = self._steps(deployment, self._usual, cluster)
         num_all = self._experiment.workload.num_sequences
-        share = max(1, num_all // self._experiment.num_ranks) * layout.world_size
+        share = self._experiment.num_sequences_alike(layout)
         room = self._room(deployment, context + 1)
         placed = next(filter(None, placements_of(self._model, layout, deployment.options)), None)
         sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike

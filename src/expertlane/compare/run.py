@@ -1,11 +1,9 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,15 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
-from expertlane.engine.commands import HeldBytes
+from expertlane.compare.projection import usual_number_type
+from expertlane.compare.records import measured_record, rebalance_records, typical
+from expertlane.compare.virtual import VirtualRuns, VirtualSettings
+from expertlane.cost.compute_laws import ComputeLaws
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.errors import ModelError
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
@@ -27,25 +29,23 @@ from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
     DeploymentRecord,
-    HeldRecord,
-    RebalanceRecord,
-    StepsRecord,
+    Source,
 )
 from expertlane.results.results import MachinePeak, Results
 from expertlane.results.step_record import StepRecord
-from expertlane.results.time_shares import find_bottleneck
-from expertlane.results.timeline import StepTimeline, timelines_of
-from expertlane.schedule.drive import drive, step_records
+from expertlane.results.timeline import timelines_of
+from expertlane.schedule.drive import FinishedStep, drive, step_records
+from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
 _WARM_UP_LEN = 4
 _TRACED_LEN = 5
+_NO_VIRTUAL_TIME = "No virtual time: it is made of CPU time, and these ranks compute on GPUs."
 
 
 def run_comparison(
@@ -54,20 +54,27 @@ def run_comparison(
     progress: Progress,
     *,
     command: str,
+    virtual: VirtualSettings | None = None,
     on_trace: Callable[[str, list[StepRecord]], None] | None = None,
 ) -> Results:
     """Measure every deployment of the experiment on the ranks of `pool`.
 
     Args:
         command: how a user repeats it; kept in the results.
+        virtual: also replay what was measured in virtual time; None leaves that out, and lets
+            ranks compute whenever the system lets them.
         on_trace: gets each deployment's name, and a prefill and a decode step of it with events,
-            from a short run that is not measured.
+            from a short run that is not measured; the same in virtual time under the name with
+            "virtual" after it.
 
     Raises:
         RankError: a rank died, hung or failed.
         ModelError: the logits of a sequence are not finite.
     """
     seen = describe_ranks(pool)
+    cautions: tuple[str, ...] = ()
+    if virtual is not None and seen[0].on_gpu:
+        virtual, cautions = None, (_NO_VIRTUAL_TIME,)
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     progress.task("measuring this machine's peak", 1)
     peak = measure_peak(pool, seen)
@@ -76,7 +83,16 @@ def run_comparison(
     limits = experiment_limits(experiment, seen)
     foreign = ForeignLoad()
     deployed = [
-        _Deployed(each, experiment, limits[each.name], pool, ranks_per_node, progress)
+        _Deployed(
+            each,
+            experiment,
+            limits[each.name],
+            seen[0].dtype,
+            pool,
+            ranks_per_node,
+            progress,
+            virtual,
+        )
         for each in experiment.deployments + experiment.scaling
     ]
     num_own = len(experiment.deployments)
@@ -84,113 +100,67 @@ def run_comparison(
     # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
     for each in own:
         each.measure()
-        traced = each.trace()
-        if on_trace is not None:
-            on_trace(each.deployment.name, traced)
+        each.trace()
     for each in reversed(own):
         each.measure(run=1)
     for each in scaling:
         each.measure()
+        each.measure_share()
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
+    roles = [*((each, EXPERIMENT) for each in own), *((each, SCALING) for each in scaling)]
+    records = [each.record(role, peak) for each, role in roles]
+    assumptions = measured_assumptions(experiment, machine, limits)
+    virtual_time = None
+    if virtual is not None:
+        runs = VirtualRuns(virtual, experiment.model.num_hidden_layers, ranks_per_node, peak)
+        runs.choose_scale([step for each in own for step in each.steps_of(Phase.DECODE)])
+        records += [each.virtual_record(role, runs) for each, role in roles]
+        virtual_time = runs.summary([each.link_tps for each in own if each.link_tps])
+        assumptions += runs.assumptions()
+    if on_trace is not None:
+        for each in own:
+            for name, steps in each.traces.items():
+                on_trace(name, steps)
     return Results.now(
         "comparison",
         command,
         {"experiment": experiment},
-        [
-            *(each.record(EXPERIMENT, peak) for each in own),
-            *(each.record(SCALING, peak) for each in scaling),
-        ],
+        records,
         torch_version=seen[0].torch_version,
         machine=machine,
-        assumptions=measured_assumptions(experiment, machine, limits),
+        virtual_time=virtual_time,
+        assumptions=assumptions,
+        cautions=cautions,
         foreign_cpu_share=foreign.share(),
     )
 
 
-def measured_record(
-    deployment: Deployment,
-    model: ModelConfig,
-    phases: Sequence[StepsRecord],
-    held: Sequence[HeldBytes],
-    tokens: npt.NDArray[np.int64],
-    **parts: Any,
-) -> DeploymentRecord:
-    """A deployment's record.
-
-    Args:
-        phases: prefill, and decode if there was any.
-        held: [num_ranks]; what each rank has allocated.
-        tokens: [num_sequences, output_len]; all generated tokens.
-        parts: further fields of the record.
-
-    Raises:
-        ValueError: `held` is not of the layout's ranks.
-    """
-    layout = deployment.layout
-    if len(held) != layout.world_size:
-        raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
-    placements = placements_of(model, layout, deployment.options)
-
-    def num_experts(rank: int) -> tuple[int, ...]:
-        at = layout.coordinates(rank)
-        own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-        return tuple(
-            len(placed.experts_of_rank[at.ep_rank]) if placed and layer in own_layers else 0
-            for layer, placed in enumerate(placements)
-        )
-
-    return DeploymentRecord(
-        name=deployment.name,
-        layout=layout,
-        options=deployment.options,
-        source="measured",
-        is_baseline=deployment.is_baseline,
-        steps=tuple(phases),
-        held=tuple(
-            HeldRecord(rank, num_experts(rank), each.weight_bytes, each.kv_bytes)
-            for rank, each in enumerate(held)
-        ),
-        bottleneck=find_bottleneck(layout, phases[-1]),
-        tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
-        **parts,
-    )
-
-
-def _typical(
-    steps: Sequence[StepRecord], measured: Sequence[StepRecord], num_kept: int
-) -> Sequence[StepRecord]:
-    """`num_kept` steps in a row: of those with most tokens, those nearest to the usual time."""
-    rows = [steps[first : first + num_kept] for first in range(len(steps) - num_kept + 1)]
-    if not rows:
-        return steps
-
-    def num_tokens(row: Sequence[StepRecord]) -> int:
-        return sum(step.num_tokens for step in row)
-
-    def seconds(row: Sequence[StepRecord]) -> float:
-        return row[-1].finished_s - row[0].submitted_s
-
-    full = [row for row in rows if num_tokens(row) == max(map(num_tokens, rows))]
-    usual = [measured[first : first + num_kept] for first in range(len(measured) - num_kept + 1)]
-    alike = [row for row in usual if num_tokens(row) == num_tokens(full[0])] or full
-    usual_s = median(map(seconds, alike))
-    return min(full, key=lambda row: abs(seconds(row) - usual_s))
-
-
 @dataclass
 class _Deployed:
-    """A deployment on the ranks, and what was measured of it, repetition by repetition."""
+    """A deployment on the ranks, and what was measured of it, repetition by repetition.
+
+    Attributes:
+        virtual: what virtual time is to assume; None where none is made.
+        traces: steps of a short run, by the deployment's name and in which time they are.
+        link_tps: in virtual time, decode TPS by the scale of links.
+    """
 
     deployment: Deployment
     experiment: Experiment
     limits: Limits
+    dtype: str
     pool: RankPool
     ranks_per_node: int
     progress: Progress
+    virtual: VirtualSettings | None = None
 
     def __post_init__(self) -> None:
         self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
-        self._timelines: dict[Phase, StepTimeline] = {}
+        self._plans: dict[StepRecord, StepPlan] = {}
+        self._share_steps: list[StepRecord] = []
+        self._traced: list[StepRecord] = []
+        self.traces: dict[str, list[StepRecord]] = {}
+        self.link_tps: dict[float, float] = {}
         self._dispatch: DispatchTable | None = None
 
     def measure(self, run: int = 0) -> None:
@@ -217,27 +187,50 @@ class _Deployed:
         self._tokens = self._run(workload, self._keep, run=run)
         progress.done()
 
+    def measure_share(self) -> None:
+        """Run the workload once more with as many sequences a rank as the largest deployment."""
+        workload = self.experiment.workload
+        num_seqs = self.experiment.num_sequences_alike(self.deployment.layout)
+        if num_seqs < workload.num_sequences:
+            name = f"{self.deployment.name}, a rank's share"
+            self.progress.task(name, num_seqs * workload.output_len)
+            share = replace(workload, num_sequences=num_seqs)
+            self._run(share, self._keep_share)
+            self.progress.done()
+
+    def _keep_share(self, step: StepRecord) -> None:
+        if step.phase is Phase.DECODE:
+            self._share_steps.append(step)
+        self.progress.advance(len(step.seq_ids))
+
     def _keep(self, step: StepRecord) -> None:
         self._steps[step.phase].append(step)
         self.progress.advance(len(step.seq_ids))
 
-    def trace(self) -> list[StepRecord]:
-        """A prefill and a decode step of the workload with short outputs.
+    def steps_of(self, phase: Phase) -> list[StepRecord]:
+        """All that were measured."""
+        return self._steps[phase]
+
+    def trace(self) -> None:
+        """Run the workload with short outputs, and keep when each rank did what."""
+        workload = self.experiment.workload
+        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
+        self._run(short, self._traced.append, record_events=True)
+
+    def _typical(
+        self, measured: Mapping[Phase, Sequence[StepRecord]], traced: Sequence[StepRecord]
+    ) -> list[StepRecord]:
+        """A prefill and a decode step of those traced.
 
         Of those with most tokens the one that takes about as long as most did when measured; of
         micro-batches that rotate, as many steps of each as make a round.
         """
-        workload, options = self.experiment.workload, self.deployment.options
+        options = self.deployment.options
         is_rotating = options.micro_batch_schedule == "rotating"
         num_kept = options.num_micro_batches if is_rotating else 1
-        short = replace(workload, output_len=min(_TRACED_LEN, workload.output_len))
-        steps: list[StepRecord] = []
-        self._run(short, steps.append, record_events=True)
         kept: list[StepRecord] = []
-        for phase, measured in self._steps.items():
-            of_phase = [step for step in steps if step.phase is phase]
-            kept += _typical(of_phase, measured, num_kept)
-        self._timelines = timelines_of(kept)
+        for phase, of_phase in measured.items():
+            kept += typical([step for step in traced if step.phase is phase], of_phase, num_kept)
         return kept
 
     def _run(
@@ -250,23 +243,34 @@ class _Deployed:
         record_events: bool = False,
     ) -> npt.NDArray[np.int64]:
         """Generate the whole workload; gives its tokens, [num_sequences, output_len]."""
-        deployment, experiment = self.deployment, self.experiment
+        deployment, experiment, virtual = self.deployment, self.experiment, self.virtual
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,
             self.limits,
             record=record,
             record_events=record_events,
+            record_operations=virtual is not None and record,
+            record_routing=virtual is not None and virtual.compute is not None and record,
         )
         prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
         requests = [
             Request(str(number), prompt[: workload.prompt_len], max_tokens=workload.output_len)
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts[: workload.num_sequences])
         ]
         for request in requests:
             scheduler.add(request)
+        plans: list[StepPlan] = []
+
+        def noting_plans() -> Iterator[FinishedStep]:
+            for finished in drive(scheduler, self._runner):
+                plans.append(finished.plan)
+                yield finished
+
         try:
-            for step in step_records(drive(scheduler, self._runner), run):
+            for step in step_records(noting_plans(), run):
+                if virtual is not None and virtual.compute is not None:
+                    self._plans[step] = plans[-1]
                 take(step)
         except ModelError as error:
             raise ModelError(f"deployment {deployment.name!r}: {error}") from None
@@ -274,62 +278,91 @@ class _Deployed:
 
     def record(self, role: str, peak: MachinePeak) -> DeploymentRecord:
         """The record of all runs together."""
-        runner, steps = self._runner, self._steps
+        rebalancer = self._runner.rebalancer
+        return self._record(
+            "measured",
+            role,
+            peak,
+            self._steps,
+            self._share_steps,
+            self._traced,
+            rebalances=rebalance_records(rebalancer) if rebalancer else (),
+        )
+
+    def virtual_record(self, role: str, runs: VirtualRuns) -> DeploymentRecord:
+        """The same in virtual time."""
+        layout = self.deployment.layout
+        steps = [*chain(*self._steps.values())]
+        laws = self._laws()
+        replayed = runs.replay(layout, steps, laws)
+        if self._steps[Phase.DECODE]:
+            self.link_tps = runs.decode_tps(layout, steps, laws, replayed)
+        by_phase: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        for each in replayed:
+            by_phase[each.step.phase].append(each.step)
+        share, traced = (
+            [each.step for each in runs.replay(layout, of_kind, laws)]
+            for of_kind in (self._share_steps, self._traced)
+        )
+        return self._record("virtual", role, runs.peak_of(layout), by_phase, share, traced)
+
+    def _laws(self) -> ComputeLaws | None:
+        """What is to say how long computing takes; None for what was measured."""
+        virtual, model = self.virtual, self.experiment.model
+        if virtual is None or virtual.compute is None:
+            return None
+        layout, options, dispatch = self.deployment.layout, self.deployment.options, self._dispatch
+        if options.dispatch != "auto" and options.overlap != "auto":
+            dispatch = DispatchTable.fixed(options.dispatch, options.overlap)
+        assert dispatch is not None, "what is auto was timed"
+        builder = ProgramBuilder(
+            model,
+            layout,
+            placements_of(model, layout, options),
+            types=NumberTypes.all_of(self.dtype),
+            dispatch=dispatch,
+            payload=options.payload,
+            ranks_per_node=self.ranks_per_node,
+            block_size=self.limits.block_size,
+        )
+        types = NumberTypes.all_of(usual_number_type(virtual.compute))
+        return ComputeLaws(builder, self._plans, virtual.compute, types)
+
+    def _record(
+        self,
+        source: Source,
+        role: str,
+        peak: MachinePeak,
+        steps: Mapping[Phase, Sequence[StepRecord]],
+        share: Sequence[StepRecord],
+        traced: Sequence[StepRecord],
+        **parts: Any,
+    ) -> DeploymentRecord:
+        kept = self._typical(steps, traced) if traced else []
+        name = self.deployment.name if source == "measured" else f"{self.deployment.name} {source}"
+        self.traces[name] = kept
+        timelines = timelines_of(kept)
         phases = [
             replace(
                 phase_record(self.deployment.layout, of_phase, peak, self.ranks_per_node),
-                timeline=self._timelines.get(phase),
+                timeline=timelines.get(phase),
             )
             for phase, of_phase in steps.items()
             if of_phase
         ]
-        return measured_record(
+        found = measured_record(
             self.deployment,
             self.experiment.model,
             phases,
-            runner.held,
+            self._runner.held,
             self._tokens,
+            source,
             roles=(role,),
             num_tokens_per_expert=num_tokens_per_expert([*chain(*steps.values())]),
-            rebalances=rebalance_records(runner.rebalancer) if runner.rebalancer else (),
             dispatch_table=self._dispatch,
+            **parts,
         )
-
-
-def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
-    """All decisions of a run, with the loads seen before and after."""
-    return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
-
-
-def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
-    num_steps = taken.decision.num_steps
-    own = [each for each in rebalancer.loads if each.replica == taken.replica]
-    before = [each for each in own if each.step < taken.step][-num_steps:]
-    after: list[StepLoad] = []
-    if taken.switched is not None:
-        later = [each for each in rebalancer.decisions if each.replica == taken.replica]
-        ends = [each.switched or 0 for each in later]
-        until = min((end for end in ends if end > taken.switched), default=own[-1].step + 1)
-        after = [each for each in own if taken.switched <= each.step < until][:num_steps]
-    return RebalanceRecord(
-        replica=taken.replica,
-        step=taken.step,
-        switched=taken.switched,
-        gain_s=taken.decision.gain_s,
-        cost_s=taken.decision.cost_s,
-        num_bytes=taken.decision.num_bytes,
-        predicted_before=taken.predicted_before,
-        predicted_after=taken.predicted_after,
-        load_before=_load(before),
-        load_after=_load(after) if after else None,
-        experts_s_before=_experts_s(before),
-        experts_s_after=_experts_s(after) if after else None,
-    )
-
-
-def _load(steps: Sequence[StepLoad]) -> float:
-    return sum(each.most for each in steps) / sum(each.mean for each in steps)
-
-
-def _experts_s(steps: Sequence[StepLoad]) -> float:
-    return sum(each.experts_s for each in steps) / len(steps)
+        if not share:
+            return found
+        alike = phase_record(self.deployment.layout, share, peak, self.ranks_per_node)
+        return replace(found, steps=(*found.steps, alike))

@@ -1,22 +1,23 @@
 """From a step's program to work with times: what the device and the links say of each step."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import LIKELY, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
     ATTENTION,
     Floats,
+    HandOver,
     OneOfGroup,
     Operation,
     RankGroups,
@@ -137,10 +138,15 @@ class Entry(NamedTuple):
 
 
 class Compiler:
-    """Makes entries of blocks, once for each block, and keeps them as long as the block is."""
+    """Makes entries of blocks, once for each block, and keeps them as long as the block is.
 
-    def __init__(self, terms: Terms) -> None:
+    Args:
+        only_likely: all of the clock's times hide transfers as well as is likely.
+    """
+
+    def __init__(self, terms: Terms, *, only_likely: bool = False) -> None:
         self._terms = terms
+        self._only_likely = only_likely
         self._blocks: WeakKeyDictionary[Block, list[Entry]] = WeakKeyDictionary()
         self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
@@ -188,12 +194,31 @@ class Compiler:
         return entries
 
     def _contention(self, share: float) -> tuple[Floats, Floats]:
-        """`Entry.lost_share` and `Entry.stretch`; all is hidden at best, nothing at worst."""
         if share not in self._contentions:
-            lost_share = np.array([0.0, share, 1.0])[:, None]
-            stretch = 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
-            self._contentions[share] = lost_share, stretch
+            shares = [share] * len(BOUNDS) if self._only_likely else [0.0, share, 1.0]
+            self._contentions[share] = _contention(shares)
         return self._contentions[share]
+
+
+def _contention(shares: Sequence[float]) -> tuple[Floats, Floats]:
+    """`Entry.lost_share` and `Entry.stretch`."""
+    lost_share = np.array(shares)[:, None]
+    return lost_share, 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
+
+
+def transfer_entry(transfer: Transfer, times: Times, contention: float) -> Entry:
+    """A transfer that costs the ranks nothing but its time.
+
+    Args:
+        times: what each rank's own share of it takes.
+        contention: the share of compute that is lost while it is in flight.
+    """
+    groups = transfer.groups
+    assert isinstance(groups, RankGroups), "of all ranks"
+    seconds = np.broadcast_to(groups.largest(times.bounds), times.bounds.shape)
+    lost_share, stretch = _contention([contention] * len(BOUNDS))
+    no_overhead = np.zeros((len(BOUNDS), 1))
+    return Entry(transfer, seconds, None, no_overhead, groups, 0, lost_share, stretch)
 
 
 _MOST_KNOWN = 4096
@@ -206,18 +231,50 @@ def law_dtype(types: NumberTypes, operation: Operation) -> str:
     return operation.dtype or types.weights
 
 
+class Links(Protocol):
+    """Says how long transfers take; as `LinkModel` does."""
+
+    def times(self, transfer: Transfer) -> Times:
+        """Seconds of every rank for its own load."""
+        ...
+
+    def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
+        """Those of both hops of a hierarchical dispatch or combine."""
+        ...
+
+    def hand_over(self, hand_over: HandOver) -> Times:
+        """Those of every rank's message to the next pipeline stage."""
+        ...
+
+    def contention(self, transfer: Transfer) -> Term:
+        """The share of compute that is lost beside a transfer."""
+        ...
+
+
 class Pricing:
     """Gives each step of a program its times; layers that share their steps are priced once.
 
     So are steps of the same sizes in different layers, and operations in different programs.
     Both hops of a hierarchical dispatch or combine are priced together (`LinkModel.forwarded`).
+
+    Args:
+        links: the profile's own by default.
+        only_likely: operations take their likely times on all of the clock's.
     """
 
-    def __init__(self, profile: Profile, types: NumberTypes) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        types: NumberTypes,
+        links: Links | None = None,
+        *,
+        only_likely: bool = False,
+    ) -> None:
         self.profile = profile
         self.types = types
         self._device = DeviceModel(profile)
-        self._links = LinkModel(profile)
+        self._links: Links = links or LinkModel(profile)
+        self._only_likely = only_likely
         self._known: OrderedDict[Hashable, Times] = OrderedDict()  # operations
 
     def work(self, program: StepProgram) -> list[list[StageWork]]:
@@ -263,6 +320,8 @@ class Pricing:
         times = self._known.get(key)
         if times is None:
             times = self._device.times(step.kind, dtype, step.sizes).of_ranks(num_ranks)
+            if self._only_likely:
+                times = replace(times, bounds=np.broadcast_to(times.seconds, times.bounds.shape))
             self._known[key] = times
             if len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
@@ -287,13 +346,17 @@ class Pricing:
 
 
 def forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:
-    """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them."""
+    """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them.
+
+    Halves that are interleaved each have such a pair, and begin theirs in the same order.
+    """
     for stage in dict.fromkeys(each.stage for each in transfers):
-        hops = [
-            each
-            for each in transfers
-            if each.stage is stage and each.kind is TransferKind.ALL_TO_ALL
-        ]
+        hops: defaultdict[Hashable, list[Transfer]] = defaultdict(list)  # by their groups
+        for each in transfers:
+            if each.stage is stage and each.kind is TransferKind.ALL_TO_ALL:
+                hops[each.groups].append(each)
         if len(hops) == 2:
-            between, inside = sorted(hops, key=lambda hop: -int(hop.load.num_nodes.max()))
-            yield between, inside
+            between, inside = sorted(
+                hops.values(), key=lambda hop: -int(hop[0].load.num_nodes.max())
+            )
+            yield from zip(between, inside, strict=False)

@@ -94,6 +94,32 @@ class Log:
     repeated: list[RepeatedLayers] = field(default_factory=list)
 
 
+class _Place(NamedTuple):
+    """Where a recorded step belongs."""
+
+    part: int
+    layers: Sequence[int]
+    place: int
+
+    def executed(self, entry: Entry, *moments: Floats) -> ExecutedStep:
+        """The step there."""
+        return ExecutedStep(entry, *self, *moments)
+
+
+class RecordedStep(NamedTuple):
+    """A computation, the begin of a transfer, or the wait for one, in the order of the ranks.
+
+    Attributes:
+        entry: of a computation or of a transfer that begins; None of a wait.
+        layer: hidden layer, or `OUTSIDE`.
+        transfer: which of the micro-batch's transfers; -1 of a computation.
+    """
+
+    entry: Entry | None
+    layer: int
+    transfer: int = -1
+
+
 class _Cursor:
     """A part's place in its blocks."""
 
@@ -174,6 +200,23 @@ class Replay:
                 break
         return self.log
 
+    def run_recorded(self, steps: Sequence[RecordedStep]) -> Log:
+        """Run what ranks did in the order in which they did it; `clocks` go on."""
+        posted: dict[int, ExecutedStep] = {}
+        in_flight: list[int] = []
+        for entry, layer, transfer in steps:
+            if entry is None:
+                self._wait(posted.pop(transfer))
+                in_flight.remove(transfer)
+                continue
+            place = _Place(0, (layer,), 0)
+            if transfer < 0:
+                self._compute(place, entry, posted[in_flight[-1]] if in_flight else None)
+            else:
+                posted[transfer] = self._post(place, entry)
+                in_flight.append(transfer)
+        return self.log
+
     def _launch(self, entry: Entry) -> Floats:
         """When a step can begin on the rank."""
         clocks = self.clocks
@@ -182,7 +225,9 @@ class Replay:
         clocks.host = clocks.host + entry.launch_s
         return np.maximum(clocks.compute, clocks.host)
 
-    def _compute(self, cursor: _Cursor, entry: Entry, in_flight: ExecutedStep | None) -> None:
+    def _compute(
+        self, cursor: _Cursor | _Place, entry: Entry, in_flight: ExecutedStep | None
+    ) -> None:
         begin = self.clocks.compute
         start = self._launch(entry)
         end = start + entry.seconds
@@ -193,7 +238,7 @@ class Replay:
         self.clocks.compute = end
         self.log.executed.append(cursor.executed(entry, begin, start, start, start, end, end))
 
-    def _post(self, cursor: _Cursor, entry: Entry) -> ExecutedStep:
+    def _post(self, cursor: _Cursor | _Place, entry: Entry) -> ExecutedStep:
         clocks, groups = self.clocks, entry.groups
         assert groups is not None
         begin = clocks.compute

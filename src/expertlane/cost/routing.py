@@ -1,6 +1,6 @@
-"""Sources of the experts that tokens choose: drawn, or from a trace."""
+"""Sources of the experts that tokens choose: drawn, from a trace, or those of a step that ran."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -136,6 +136,28 @@ class TraceRouting:
         taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
         topk_ids: Ints = tokens[taken].astype(np.int64)
         return topk_ids
+
+
+class GivenRouting:
+    """What the ranks of a replica chose in a step, as their records have it.
+
+    Args:
+        of_rank: by rank of the replica, by layer of the rank's stage, [T, K].
+    """
+
+    def __init__(self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]]) -> None:
+        self._of_rank = of_rank
+
+    def sample_of(self, layer: int) -> Hashable:
+        """All layers differ."""
+        return layer
+
+    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+        """As the protocol says, `first` apart."""
+        of_ranks = [ids[layer] for ids in self._of_rank if layer in ids]
+        slices = zip(of_ranks, before.tolist(), owned.tolist(), strict=True)
+        parts = [ids[begin : begin + num] for ids, begin, num in slices]
+        return np.concatenate(parts).astype(np.int64)
 
 
 def _in_turn(num_tokens: int, first: int, num: int) -> slice | Ints:

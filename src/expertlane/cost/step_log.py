@@ -178,6 +178,23 @@ def events(times: StepTimes) -> Iterator[Event]:
                 )
 
 
+def transfer_seconds(spans: Sequence[Span]) -> Floats:
+    """[2, R]; dispatch and combine of a stage: in flight, and of that, waited for.
+
+    A transfer is in flight from when its group's last member has posted it.
+    """
+    num_ranks = spans[0].end.shape[1]
+    seconds = np.zeros((2, num_ranks))
+    for ran in (ran for span in spans for ran in span.log.executed):
+        if ran.entry.groups is not None and ran.entry.step.stage is not Stage.COLLECTIVES:
+            met, wait, end, done = (
+                np.broadcast_to(moment[LIKELY], num_ranks)
+                for moment in (ran.met, ran.wait, ran.end, ran.done)
+            )
+            seconds += done - met, np.maximum(end - np.maximum(wait, met), 0.0)
+    return seconds
+
+
 _TRACKS = list(Track)
 
 

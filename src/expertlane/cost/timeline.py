@@ -11,9 +11,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
+from expertlane.cost.laws.times import Times
 from expertlane.cost.pricing import Compiler, StageWork
-from expertlane.cost.replay import Clocks, Log, Replay
+from expertlane.cost.replay import Clocks, Log, RecordedStep, Replay
 from expertlane.cost.step.operation import Floats
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedWork:
+    """What a pipeline stage did for one micro-batch.
+
+    Attributes:
+        before, steps: until it needed what the stage before sends, and from then on.
+        hand_over: as of a `StageWork`.
+    """
+
+    before: Sequence[RecordedStep]
+    steps: Sequence[RecordedStep]
+    hand_over: Times | None = None
+
+
+Work = StageWork | RecordedWork
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +93,20 @@ class Timeline:
     Args:
         num_stages: pipeline stages.
         num_ranks: of each of them.
+        only_likely: as a `Compiler` takes it.
     """
 
-    def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:
+    def __init__(
+        self, terms: Terms, num_stages: int, num_ranks: int, *, only_likely: bool = False
+    ) -> None:
         self._terms = terms
-        self._compiler = Compiler(terms)
+        self._compiler = Compiler(terms, only_likely=only_likely)
         self._num_ranks = num_ranks
         self._stages = [Clocks.zero(len(BOUNDS), num_ranks) for _ in range(num_stages)]
 
     def run(
         self,
-        work: Sequence[Sequence[StageWork]],
+        work: Sequence[Sequence[Work]],
         plan_s: Floats | float,
         *,
         may_skip: bool = True,
@@ -128,7 +149,7 @@ class Timeline:
             for each in (clocks.compute, clocks.network, clocks.host)
         )
 
-    def cold_start(self, work: Sequence[Sequence[StageWork]]) -> ColdStart:
+    def cold_start(self, work: Sequence[Sequence[Work]]) -> ColdStart:
         """How a step goes that begins at zero; this timeline stays as it is."""
         other = Timeline(self._terms, len(self._stages), self._num_ranks)
         return ColdStart(other.run(work, 0.0), other._stages)
@@ -140,8 +161,10 @@ class Timeline:
         return StepTimes(known.times.spans, idle_s, known.times.end_s + plan_s, plan_s)
 
     def _micro_batch(
-        self, clocks: Clocks, work: StageWork, arrival: Floats | None, replay: Replay
+        self, clocks: Clocks, work: Work, arrival: Floats | None, replay: Replay
     ) -> Span:
+        if isinstance(work, RecordedWork):
+            replay.run_recorded(work.before)
         begin = clocks.compute
         arrived = begin if arrival is None else np.maximum(begin, arrival)
         clocks.compute = arrived
@@ -149,7 +172,10 @@ class Timeline:
             clocks.host = clocks.host + self._terms.launch_s[:, None]
             clocks.compute = np.maximum(arrived, clocks.host)
         launched = clocks.compute
-        log = replay.run(work.parts)
+        if isinstance(work, RecordedWork):
+            log = replay.run_recorded(work.steps)
+        else:
+            log = replay.run(work.parts)
         end = sending = sent = clocks.compute
         if work.hand_over is None:
             clocks.host = np.maximum(clocks.host, end)  # it reads the tokens

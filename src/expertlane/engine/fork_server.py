@@ -1,9 +1,9 @@
-"""Forks local ranks from one process that has imported torch and never computes in it.
+"""Forks the ranks of a node from one process that has imported torch and never computes in it.
 
 So all ranks share one copy of torch's pages, and the program that starts them needs no `__main__`
 guard. The server reports every rank that ends to the launcher. It ends all ranks when the launcher
-has ended, for whatever reason: it watches the control socket and also its own parent, since a
-process that the launcher has forked may hold the other end of the socket.
+has ended, for whatever reason: it watches the connection to it and also its own parent, since a
+process that the launcher has forked may hold the other end of a socket.
 """
 
 import contextlib
@@ -15,17 +15,31 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+import psutil
 
-from expertlane.engine.messages import Channel
+from expertlane.comm.progress import ProgressBoard
+from expertlane.engine.messages import (
+    Channel,
+    Exit,
+    Failure,
+    FailureKind,
+    Heartbeat,
+    MessageKind,
+    Nodes,
+    encode,
+)
+from expertlane.engine.rendezvous import Meeting, Place
+from expertlane.errors import TerminatedError
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
     from expertlane.engine.worker import Handlers
 
 _POLL_MS = 50
@@ -38,10 +52,12 @@ class RankSettings:
     """What a rank gets at its start.
 
     Attributes:
-        board_fd: of the progress board's file; None where it is not shared.
-        memory_fd: of the memory that all ranks share for their messages; None where there is none.
+        board_fd: of the file with the node's progress board.
+        memory_fd: of the memory that the node's ranks share for their messages; None where the
+            system has none.
         wake_fds: an eventfd for each rank that shares it.
-        store_path: the rendezvous file of local ranks; None under torchrun.
+        store_path: the rendezvous file of ranks that are all on this node.
+        meeting: where ranks of several nodes meet; None where all are on this one.
         timeout_s: the bound on any wait for other ranks.
     """
 
@@ -49,42 +65,49 @@ class RankSettings:
     world_size: int
     local_rank: int
     num_local_ranks: int
-    board_fd: int | None
+    board_fd: int
     memory_fd: int | None
     wake_fds: list[int]
-    store_path: str | None
+    store_path: str
+    meeting: Meeting | None
     timeout_s: float
     dtype: str | None
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server needs to start its ranks.
+    """What the server needs to start the ranks of its node.
 
     Attributes:
-        launcher_pid: the server's parent.
+        parent_pid: the server ends with this process; None where its parent does not matter.
         control_fd: socket to the launcher; its end of file ends everything.
-        rank_fds: one socket a rank.
+        rank_fds: a socket to the launcher for each rank.
         store_fd: of the ranks' rendezvous file; None where it has a name.
-        first_rank: settings of rank 0; the others' are like them.
+        first_rank: settings of the node's first rank; the others' are like them.
+        launcher: to be told to other nodes; None where there are none, and on the others.
     """
 
-    launcher_pid: int
+    parent_pid: int | None
     control_fd: int
     rank_fds: list[int]
     store_fd: int | None
     first_rank: RankSettings
+    launcher: Place | None = None
 
     def descriptors(self) -> list[int]:
         """All file descriptors that the server inherits from the launcher."""
         first = self.first_rank
-        shared = first.board_fd, first.memory_fd, self.store_fd
-        own = [self.control_fd, *self.rank_fds, *first.wake_fds]
+        own = [self.control_fd, *self.rank_fds, *first.wake_fds, first.board_fd]
+        shared = first.memory_fd, self.store_fd
         return own + [descriptor for descriptor in shared if descriptor is not None]
 
-    def of_rank(self, rank: int) -> RankSettings:
-        """The settings of one rank."""
-        return replace(self.first_rank, rank=rank, local_rank=rank)
+    def of_rank(self, place: int) -> RankSettings:
+        """The settings of the rank at a place of the node."""
+        return replace(self.first_rank, rank=self.first_rank.rank + place, local_rank=place)
+
+    def is_parent_alive(self) -> bool:
+        """Whether there is still someone to serve, as far as the parent tells."""
+        return self.parent_pid is None or os.getppid() == self.parent_pid
 
 
 def python_command(module: str, arguments: Sequence[str]) -> list[str]:
@@ -98,19 +121,30 @@ def python_command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-c", code, *arguments]
 
 
-def end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> Callable[[], None]:
     """Watch the parent from a thread, and end this process at once when it is gone.
 
     A parent-death signal would not do: the kernel sends it as soon as the *thread* that started
     this process ends.
+
+    Returns:
+        What ends the watch.
     """
+    is_over = threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
-        os.kill(os.getpid(), signal.SIGKILL)
+        while not is_over.wait(_PARENT_CHECK_S):
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def end_watch() -> None:
+        is_over.set()
+        thread.join()
+
+    return end_watch
 
 
 def _end_with_server(server_pid: int) -> None:
@@ -124,76 +158,161 @@ def _end_with_server(server_pid: int) -> None:
 
 
 def _become_rank(
-    settings: ServerSettings, rank: int, handlers: "Handlers", server_pid: int
-) -> None:
+    settings: ServerSettings, place: int, handlers: "Handlers", server_pid: int
+) -> NoReturn:
     code = 1
     try:
         from expertlane.engine.worker import run_rank
 
         _end_with_server(server_pid)
+        os.setpgid(0, 0)  # torchrun signals its process's group: it is for the server alone
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.close(settings.control_fd)
         for other, fd in enumerate(settings.rank_fds):
-            if other != rank:
+            if other != place:
                 os.close(fd)
-        channel = Channel(socket.socket(fileno=settings.rank_fds[rank]))
-        code = run_rank(channel, settings.of_rank(rank), handlers)
+        channel = Channel(socket.socket(fileno=settings.rank_fds[place]))
+        code = run_rank(channel, settings.of_rank(place), handlers)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)  # no clean-up that belongs to the server
 
 
-def _watch(settings: ServerSettings, rank_of_pid: dict[int, int]) -> None:
-    """Report ranks that end, until the launcher closes its side or has ended."""
-    poll = select.poll()
-    poll.register(settings.control_fd, select.POLLIN)
-    while os.getppid() == settings.launcher_pid:
-        if poll.poll(_POLL_MS) and not os.read(settings.control_fd, 4096):
-            return
-        while rank_of_pid:
+class _Server:
+    """The process that the ranks are forked from."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings, first = settings, settings.first_rank
+        self._control = Channel(socket.socket(fileno=settings.control_fd))
+        self._poll = select.poll()
+        self._poll.register(settings.control_fd, select.POLLIN)
+        self._board = ProgressBoard(first.world_size, first.board_fd)
+        self._rank_of_pid: dict[int, int] = {}
+
+    def meet(self) -> "Store | None":
+        """Let the nodes of the run meet, from its first one.
+
+        Returns:
+            The store, which this process may host.
+        """
+        settings = self._settings
+        meeting, launcher = settings.first_rank.meeting, settings.launcher
+        if meeting is None or launcher is None:
+            return None
+
+        def go_on() -> bool:
+            return settings.is_parent_alive() and not self._poll.poll(0)
+
+        assert settings.parent_pid is not None, "the launcher"
+        end_watch = end_with_parent(settings.parent_pid)  # it may wait minutes for the store
+        store = meeting.open(as_host=True)
+        end_watch()
+        if hashes := meeting.publish(store, launcher, go_on):
+            self._control.send(encode(MessageKind.NODES, Nodes(hashes)))
+        return store
+
+    def fork_all(self, handlers: "Handlers") -> None:
+        """Start all ranks."""
+        gc.collect()
+        gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
+        own_pid = os.getpid()
+        for place in range(len(self._settings.rank_fds)):
+            pid = os.fork()
+            if pid == 0:
+                _become_rank(self._settings, place, handlers, own_pid)
+            self._rank_of_pid[pid] = self._settings.first_rank.rank + place
+        for fd in self._settings.rank_fds:
+            os.close(fd)
+
+    def watch(self) -> bool:
+        """Report ranks that end and answer pings, until launcher or parent have ended.
+
+        Returns:
+            Whether the launcher has said so before.
+        """
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            while self._settings.is_parent_alive():
+                if self._poll.poll(_POLL_MS):
+                    if self._control.receive().kind is MessageKind.END:
+                        return True
+                    self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
+                self._report_ended()
+        except TerminatedError as error:
+            with contextlib.suppress(OSError):
+                failure = Failure(FailureKind.TERMINATED, str(error))
+                self._control.send(encode(MessageKind.FAILURE, failure))
+        except (EOFError, OSError):
+            pass  # the launcher has ended
+        return False
+
+    def _heartbeat(self) -> Heartbeat:
+        first = self._settings.first_rank.rank
+        lines = [self._board.line(first + i) for i in range(len(self._settings.rank_fds))]
+        stopped = [rank for pid, rank in self._rank_of_pid.items() if is_stopped(pid)]
+        return Heartbeat(lines, stopped)
+
+    def _report_ended(self) -> None:
+        while self._rank_of_pid:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
-                break
-            rank = rank_of_pid.pop(pid)
-            os.write(settings.control_fd, f"{rank} {os.waitstatus_to_exitcode(status)}\n".encode())
+                return
+            rank = self._rank_of_pid.pop(pid)
+            report = Exit(rank, os.waitstatus_to_exitcode(status), self._board.line(rank))
+            self._control.send(encode(MessageKind.EXIT, report))
+
+    def end_all(self) -> None:
+        """Leave no rank, and no file."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        for pid in self._rank_of_pid:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._rank_of_pid:
+            os.waitpid(pid, 0)
+        if self._settings.store_fd is None:  # the launcher may have been killed
+            with contextlib.suppress(OSError):
+                os.unlink(self._settings.first_rank.store_path)
 
 
-def main(handlers: "Handlers | None" = None) -> None:
-    """Start the ranks, watch them, and end them. The command line holds `ServerSettings` as JSON.
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise TerminatedError(f"{socket.gethostname()} was told to end by SIGTERM")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def serve(settings: ServerSettings, handlers: "Handlers | None") -> bool:
+    """Start the ranks of a node, watch them, and end them.
 
     Args:
         handlers: what ranks do for each command; None for the engine's own.
+
+    Returns:
+        Whether all was well in the end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
-    settings = msgspec.json.decode(sys.argv[1], type=ServerSettings)
-    for fd in settings.descriptors():
-        os.set_inheritable(fd, False)  # by programs that ranks start
     if handlers is None:
         from expertlane.engine.stage import HANDLERS  # torch, and what ranks run, for all ranks
 
         handlers = HANDLERS
-
-    gc.collect()
-    gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
-    rank_of_pid: dict[int, int] = {}
-    own_pid = os.getpid()
-    for rank in range(len(settings.rank_fds)):
-        pid = os.fork()
-        if pid == 0:
-            _become_rank(settings, rank, handlers, own_pid)
-        rank_of_pid[pid] = rank
-    for fd in settings.rank_fds:
-        os.close(fd)
+    server = _Server(settings)
+    store = server.meet()
     try:
-        _watch(settings, rank_of_pid)
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the launcher has ended
+        server.fork_all(handlers)
+        return server.watch()
     finally:
-        for pid in rank_of_pid:
-            os.kill(pid, signal.SIGKILL)
-        for pid in rank_of_pid:
-            os.waitpid(pid, 0)
-        if settings.store_fd is None:  # the launcher may have been killed
-            with contextlib.suppress(OSError):
-                os.unlink(settings.first_rank.store_path or "")
+        server.end_all()
+        del store
+
+
+def main(handlers: "Handlers | None" = None) -> None:
+    """Serve the launcher's own node. The command line holds `ServerSettings` as JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
+    settings = msgspec.json.decode(sys.argv[1], type=ServerSettings)
+    for fd in settings.descriptors():
+        os.set_inheritable(fd, False)  # by programs that ranks start
+    serve(settings, handlers)

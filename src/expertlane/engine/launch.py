@@ -1,5 +1,6 @@
 """What happens before a model runs: checks, ranks, and room for its cache."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,13 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
 from expertlane.engine.pool import RankPool
-from expertlane.engine.torchrun import TorchrunRanks, is_under_torchrun, own_rank, run_torchrun_rank
+from expertlane.engine.torchrun import (
+    NodeRanks,
+    TorchrunNode,
+    become_supervisor,
+    end_with_torchrun,
+    is_under_torchrun,
+)
 from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
@@ -23,32 +30,38 @@ from expertlane.spec.ranges import RANGES, take
 def start_pool(
     num_ranks: int, *, timeout_s: float, dtype: str | None = None, oversubscribe: bool = False
 ) -> RankPool | None:
-    """Local ranks, or under torchrun the ranks it has started.
+    """Ranks of this machine, or of all nodes where torchrun has started processes.
 
     Returns:
-        The pool; None in those processes of torchrun that were ranks themselves until now.
+        The pool; None in those processes of torchrun that have nothing to do. The first ones of
+        other nodes do not come back: they become supervisors.
 
     Raises:
-        CapacityError: more local ranks than this machine should run, or fewer under torchrun
-            than needed.
+        CapacityError: more local ranks than this machine should run, or fewer processes of
+            torchrun than needed.
         RankError: the ranks did not start.
+        UserError: torchrun's variables do not fit together.
     """
     if not is_under_torchrun():
         check_num_ranks(num_ranks, oversubscribe=oversubscribe)
         return RankPool(LocalRanks(num_ranks, timeout_s, dtype), timeout_s)
-    if own_rank() != 0:
-        code = run_torchrun_rank(timeout_s, dtype)
-        if code:
-            raise SystemExit(code)  # the launcher says why
+    node = TorchrunNode.from_environment()
+    if not node.is_supervisor:
         return None
-    pool = RankPool(TorchrunRanks(timeout_s, dtype), timeout_s)
-    if pool.num_ranks < num_ranks:
-        pool.close()
-        raise CapacityError(
-            f"the experiment needs {num_ranks} ranks but torchrun started {pool.num_ranks}; "
-            f"start it with {num_ranks} processes in all"
-        )
-    return pool
+    try:
+        ranks_per_node = node.num_ranks(num_ranks)
+    except CapacityError:
+        if node.number > 0:
+            return None  # the launcher says so
+        raise
+    oversubscribe |= node.num_processes > 1  # asked for
+    if node.number > 0:
+        become_supervisor(node, ranks_per_node, timeout_s, dtype, oversubscribe=oversubscribe)
+    end_with_torchrun()
+    check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
+    if node.meeting is None:
+        return RankPool(LocalRanks(ranks_per_node, timeout_s, dtype), timeout_s)
+    return RankPool(NodeRanks(node.meeting, ranks_per_node, timeout_s, dtype), timeout_s)
 
 
 def describe_ranks(pool: RankPool) -> list[RankMachine]:
@@ -121,7 +134,7 @@ def check_checkpoint(
     Raises:
         SpecError: a tensor is missing, has a wrong shape, or is not used.
     """
-    if is_under_torchrun() and own_rank() != 0:  # all find the same; the first one prints
+    if is_under_torchrun() and os.environ["RANK"] != "0":  # all find the same; the first one prints
         log = _discard
     checkpoint = StoredTensors(folder, model)
     unused = checkpoint.check()

@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -133,7 +134,7 @@ class LLM:
             dtype=dtype or own_dtype(self.model if self._folder else None),
             oversubscribe=oversubscribe,
         )
-        if pool is None:  # this process was a rank of torchrun's; the first one speaks
+        if pool is None:  # torchrun has started this process besides one that starts ranks
             raise SystemExit(0)
         self._pool: RankPool = pool
         try:
@@ -145,7 +146,7 @@ class LLM:
             self.engine = self._make_engine(deployment, seed, ranks_per_node, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
-            pool.close()
+            pool.close(failed=True)
             raise
 
     def _make_engine(
@@ -185,8 +186,8 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self._shared.close(partial(self._pool.close, failed=error_type is not None))
 
     def close(self) -> None:
         """End all ranks, after the present step; may be called again, and from any thread.

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Container, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -15,12 +16,26 @@ import msgspec
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
 from expertlane.engine.fork_server import RankSettings, ServerSettings, python_command
-from expertlane.engine.messages import Channel
-from expertlane.errors import CapacityError, RankError
+from expertlane.engine.messages import (
+    Channel,
+    Decoder,
+    Exit,
+    Failure,
+    FailureKind,
+    Heartbeat,
+    Message,
+    MessageError,
+    MessageKind,
+    encode,
+)
+from expertlane.engine.rendezvous import Meeting, Place
+from expertlane.errors import CapacityError, RankError, TerminatedError, UserError
 from expertlane.ops.host import num_cores
 
 MAX_RANKS_PER_CORE = 32
 _KILL_TIMEOUT_S = 5.0
+_PING_S = 1.0
+_PING, _END = encode(MessageKind.PING, None), encode(MessageKind.END, None)
 _SPIN_COUNT = "10000"  # some 0.2 ms
 
 
@@ -39,20 +54,20 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
 
 
 class RunFiles:
-    """Files of this run that its ranks share; those in memory have no name and leave nothing.
+    """Files that the ranks of a node share; those in memory have no name and leave nothing.
 
     Attributes:
-        board: of the run's ranks, in the file `board_fd`.
+        board: of the run's ranks, in the file `board_fd`; those of this node write to it.
         memory_fd: of the memory for messages; None where the system has no unnamed shared memory.
-        wake_fds: [num_ranks]; eventfds, or none.
-        store_path: the rendezvous file of local ranks; where it is in memory, they inherit its
-            descriptor.
+        wake_fds: [num_local_ranks]; eventfds, or none.
+        store_path: the rendezvous file of ranks that are all on this node; where it is in memory,
+            they inherit its descriptor.
 
     Raises:
         CapacityError: there is no room for them.
     """
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, world_size: int, num_local_ranks: int) -> None:
         self._descriptors: list[int] = []
         self.store_fd: int | None = None
         self.memory_fd: int | None = None
@@ -60,13 +75,13 @@ class RunFiles:
         self.store_path = ""
         try:
             self.board_fd = self._unnamed_file()
-            self.board = ProgressBoard(num_ranks, self.board_fd)
+            self.board = ProgressBoard(world_size, self.board_fd)
             if hasattr(os, "memfd_create"):
                 self.store_fd = self._unnamed_file()
                 self.store_path = f"/proc/self/fd/{self.store_fd}"
                 self.memory_fd = self._unnamed_file()
-                os.ftruncate(self.memory_fd, Region(num_ranks).num_bytes)
-                for _ in range(num_ranks):
+                os.ftruncate(self.memory_fd, Region(num_local_ranks).num_bytes)
+                for _ in range(num_local_ranks):
                     self.wake_fds.append(os.eventfd(0, os.EFD_NONBLOCK))
                     self._descriptors.append(self.wake_fds[-1])
             else:
@@ -96,10 +111,17 @@ class RunFiles:
 class LocalRanks:
     """Ranks of this machine, children of a fork server that this process owns.
 
+    The first node of several is such a one too: `NodeRanks` adds the others.
+
+    Args:
+        meeting: where the ranks meet those of other nodes; None without.
+
     Attributes:
         channels: one a rank.
-        control: readable when a rank has ended.
+        controls: one a node; readable when it has news, such as that a rank has ended.
         board: where the ranks report their progress.
+        ranks_per_node: how many a node has.
+        stopped: ranks whose processes were stopped when their nodes last said so.
 
     Raises:
         CapacityError: not enough file descriptors or temporary space for so many ranks.
@@ -111,43 +133,53 @@ class LocalRanks:
         timeout_s: float,
         dtype: str | None,
         server_module: str = "expertlane.engine.fork_server",
+        *,
+        meeting: Meeting | None = None,
+        launcher: Place | None = None,
     ) -> None:
+        num_nodes = meeting.num_nodes if meeting else 1
+        self.ranks_per_node = num_ranks
+        self.stopped: set[int] = set()
+        self._names = ["the fork server"]
         self._exit_codes: dict[int, int] = {}
-        self._unread = b""
-        self._files = RunFiles(num_ranks)
+        self._asked_s: dict[int, float] = {}  # when nodes were pinged that have not answered yet
+        self._pinged_s = 0.0
+        self._is_server_hung = False
+        self._files = RunFiles(num_nodes * num_ranks, num_ranks)
         self.board = self._files.board
         self.channels: list[Channel] = []
+        self.controls: list[Channel] = []
+        first_rank = RankSettings(
+            rank=0,
+            world_size=num_nodes * num_ranks,
+            local_rank=0,
+            num_local_ranks=num_ranks,
+            board_fd=self._files.board_fd,
+            memory_fd=self._files.memory_fd,
+            wake_fds=self._files.wake_fds,
+            store_path=self._files.store_path,
+            meeting=meeting,
+            timeout_s=timeout_s,
+            dtype=dtype,
+        )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._files.close)
             try:
-                self._start(num_ranks, timeout_s, dtype, server_module)
+                self._start(first_rank, launcher, server_module)
             except OSError as error:
                 raise CapacityError(f"cannot start {num_ranks} ranks: {error.strerror}") from error
             on_failure.pop_all()
 
-    def _start(
-        self, num_ranks: int, timeout_s: float, dtype: str | None, server_module: str
-    ) -> None:
-        pairs = [socket.socketpair() for _ in range(num_ranks)]
-        self.control, control_of_server = socket.socketpair()
-        files = self._files
+    def _start(self, first_rank: RankSettings, launcher: Place | None, server_module: str) -> None:
+        pairs = [socket.socketpair() for _ in range(1 + first_rank.num_local_ranks)]
+        control, *of_ranks = [theirs.fileno() for _, theirs in pairs]
         settings = ServerSettings(
-            launcher_pid=os.getpid(),
-            control_fd=control_of_server.fileno(),
-            rank_fds=[theirs.fileno() for _, theirs in pairs],
-            store_fd=files.store_fd,
-            first_rank=RankSettings(
-                rank=0,
-                world_size=num_ranks,
-                local_rank=0,
-                num_local_ranks=num_ranks,
-                board_fd=files.board_fd,
-                memory_fd=files.memory_fd,
-                wake_fds=files.wake_fds,
-                store_path=files.store_path,
-                timeout_s=timeout_s,
-                dtype=dtype,
-            ),
+            parent_pid=os.getpid(),
+            control_fd=control,
+            rank_fds=of_ranks,
+            store_fd=self._files.store_fd,
+            first_rank=first_rank,
+            launcher=launcher,
         )
         self._server = subprocess.Popen(
             python_command(server_module, [msgspec.json.encode(settings).decode()]),
@@ -155,50 +187,130 @@ class LocalRanks:
             stdin=subprocess.DEVNULL,
             stdout=2,  # what libraries print in ranks must not mix with results
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the ranks
-            env=_rank_environment(),
+            env=rank_environment(on_one_node=first_rank.meeting is None),
         )
-        control_of_server.close()
-        for ours, theirs in pairs:
+        for _, theirs in pairs:
             theirs.close()
-            self.channels.append(Channel(ours, timeout_s))
+        self._add_node([ours for ours, _ in pairs], first_rank.timeout_s)
 
-    def read_exits(self) -> None:
-        """Read what the fork server reports. Only when there is something.
+    def _add_node(self, connections: Sequence[socket.socket], timeout_s: float) -> None:
+        control, *of_ranks = [Channel(connection, timeout_s) for connection in connections]
+        self.controls.append(control)
+        self.channels += of_ranks
+
+    def ping(self) -> None:
+        """Ask each node once a second how its ranks are; call it while waiting for them."""
+        now_s = time.monotonic()
+        if now_s - self._pinged_s < _PING_S:
+            return
+        self._pinged_s = now_s
+        for node, control in enumerate(self.controls):
+            if node not in self._asked_s:
+                self._asked_s[node] = now_s
+                with contextlib.suppress(OSError):  # its end is noticed elsewhere
+                    control.send(_PING)
+
+    def check_answers(self, bound_s: float, resumed_s: float) -> None:
+        """Look for a node that is silent.
+
+        Args:
+            resumed_s: when this process went on after it was stopped itself.
 
         Raises:
-            RankError: it has ended.
+            RankError: it has not answered for so long.
         """
+        for node, asked_s in self._asked_s.items():
+            if time.monotonic() - max(asked_s, resumed_s) > bound_s:
+                self._is_server_hung = node == 0
+                raise RankError(
+                    f"{self._names[node]} hung: no answer for {bound_s:g} s; all ranks were ended"
+                )
+
+    def read_news(self, ready: Container[int]) -> None:
+        """Read what nodes report, a message each.
+
+        Args:
+            ready: descriptors; only of these.
+
+        Raises:
+            RankError: a node has ended.
+            TerminatedError, UserError: it could not go on.
+        """
+        for node, control in enumerate(self.controls):
+            if control.fileno() in ready:
+                self._read_node(node)
+
+    def _read_node(self, node: int) -> Message | None:
+        """Read one message; gives those that are not about ranks."""
         try:
-            data = self.control.recv(65536)
-        except ConnectionResetError:
-            data = b""
-        if not data:
-            code = self._server.wait(_KILL_TIMEOUT_S)
-            raise RankError(f"the fork server ended with exit code {code}; all ranks were ended")
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in lines:
-            rank, code = map(int, line.split())
-            self._exit_codes[rank] = code
+            message = self.controls[node].receive()
+            if message.kind is MessageKind.EXIT:
+                self._take_exit(node, Decoder(Exit).decode(message))
+            elif message.kind is MessageKind.HEARTBEAT:
+                self._take_heartbeat(node, Decoder(Heartbeat).decode(message))
+            elif message.kind is MessageKind.FAILURE:
+                failure = Decoder(Failure).decode(message)
+                of_kind = {FailureKind.USER: UserError, FailureKind.TERMINATED: TerminatedError}
+                raise of_kind.get(failure.kind, RankError)(failure.text)
+            else:
+                return message
+        except BlockingIOError:
+            name = self._names[node]
+            raise RankError(f"{name} hung in a message; all ranks were ended") from None
+        except (EOFError, OSError):
+            raise self._lost(node) from None
+        except MessageError as error:
+            raise RankError(f"{self._names[node]} sent an invalid message: {error}") from None
+        return None
+
+    def _take_exit(self, node: int, report: Exit) -> None:
+        if report.rank // self.ranks_per_node != node:
+            raise MessageError(f"rank {report.rank} is not its own")
+        self._exit_codes[report.rank] = report.code
+        if node:  # those of this one write to the board themselves
+            self.board.update(report.rank, report.line)
+
+    def _take_heartbeat(self, node: int, heartbeat: Heartbeat) -> None:
+        self._asked_s.pop(node, None)
+        ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
+        if len(heartbeat.lines) != len(ranks):
+            raise MessageError(f"{len(heartbeat.lines)} lines for {len(ranks)} ranks")
+        self.stopped = self.stopped.difference(ranks).union(heartbeat.stopped)
+        for rank, line in zip(ranks, heartbeat.lines if node else (), strict=bool(node)):
+            self.board.update(rank, line)
+
+    def _lost(self, node: int) -> RankError:
+        if node:
+            return RankError(f"{self._names[node]} is gone; all ranks were ended")
+        code = self._server.wait(_KILL_TIMEOUT_S)
+        return RankError(f"the fork server ended with exit code {code}; all ranks were ended")
 
     def exit_code(self, rank: int, timeout_s: float) -> int | None:
-        """How a rank ended, negative for a signal; None if the server does not say in time.
+        """How a rank ended, negative for a signal; None if its node does not say in time.
 
         Raises:
-            RankError: the fork server has ended.
+            ExpertlaneError: as `read_news`.
         """
-        until_s = time.monotonic() + timeout_s
+        node, until_s = rank // self.ranks_per_node, time.monotonic() + timeout_s
         while rank not in self._exit_codes and time.monotonic() < until_s:
-            if wait([self.control], until_s - time.monotonic()):
-                self.read_exits()
+            if wait([self.controls[node].fileno()], until_s - time.monotonic()):
+                self._read_node(node)
         return self._exit_codes.get(rank)
 
-    def close(self) -> None:
-        """End all ranks and the server; leaves nothing behind."""
-        for channel in self.channels:
-            channel.close()
-        self.control.close()  # the server kills what is left when it sees this
+    def close(self, *, failed: bool = False) -> None:
+        """End all ranks and servers; leaves nothing behind here.
+
+        Args:
+            failed: whether supervisors are to end with an error.
+        """
+        if not failed:
+            for control in self.controls[1:]:
+                with contextlib.suppress(OSError):
+                    control.send(_END)
+        for channel in [*self.channels, *self.controls]:
+            channel.close()  # a server kills what is left when it sees this
         try:
-            self._server.wait(_KILL_TIMEOUT_S)
+            self._server.wait(0 if self._is_server_hung else _KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._server.pid, signal.SIGKILL)
@@ -206,16 +318,16 @@ class LocalRanks:
         self._files.close()
 
 
-def _rank_environment() -> dict[str, str]:
-    """The environment of local ranks.
+def rank_environment(*, on_one_node: bool) -> dict[str, str]:
+    """The environment of ranks.
 
-    gloo goes over loopback, whatever the host's name resolves to. A thread of a parallel kernel
-    waits a short while for the others, then sleeps: libgomp's own default keeps a core spinning for
-    milliseconds, which other processes on it, the launcher first of all, need.
+    On one node, gloo goes over loopback, whatever the host's name resolves to. A thread of a
+    parallel kernel waits a short while for the others, then sleeps: libgomp's own default keeps a
+    core spinning for milliseconds, which other processes on it, the launcher first of all, need.
     """
     environment = dict(os.environ)
     environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
-    interfaces = {name for _, name in socket.if_nameindex()}
+    interfaces = {name for _, name in socket.if_nameindex()} if on_one_node else ()
     for loopback in ("lo", "lo0"):
         if loopback in interfaces:
             environment.setdefault("GLOO_SOCKET_IFNAME", loopback)

@@ -1,4 +1,4 @@
-"""Messages between the launcher and a rank: a fixed header, a typed value, raw arrays.
+"""Messages between the launcher and ranks or nodes: a fixed header, a typed value, raw arrays.
 
 Values are msgpack of known types, checked while they are decoded; nothing is unpickled, and nothing
 is imported by a name that came over a socket. Arrays follow the value, each aligned to 64 bytes, so
@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 import msgspec
 import numpy as np
 
+from expertlane.comm.progress import Line
 from expertlane.errors import UserError
 
 ValueT = TypeVar("ValueT")
@@ -35,6 +36,10 @@ class MessageKind(IntEnum):
     FAILURE = 3
     HEARTBEAT = 4
     READY = 5
+    PING = 6
+    EXIT = 7
+    NODES = 8
+    END = 9
 
 
 class MessageError(Exception):
@@ -45,19 +50,41 @@ class MessageError(Exception):
 class Ready:
     """A rank is up."""
 
-    host: str
     pid: int
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank of another node reports, since the launcher cannot read its progress board.
+    """A node's answer to a ping; the launcher cannot read the progress board of another node.
 
     Attributes:
-        cells: the rank's line of a `ProgressBoard`.
+        lines: [num_local_ranks]; of its `ProgressBoard`.
+        stopped: global ranks whose processes are stopped.
     """
 
-    cells: list[int]
+    lines: list[Line]
+    stopped: list[int]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A rank of a node has ended.
+
+    Attributes:
+        code: negative for a signal.
+        line: its last one of the node's `ProgressBoard`.
+    """
+
+    rank: int
+    code: int
+    line: Line
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The other nodes have told torchrun's store their hashes, [num_nodes - 1]."""
+
+    hashes: list[bytes]
 
 
 class FailureKind(Enum):
@@ -65,22 +92,24 @@ class FailureKind(Enum):
 
     USER = "user"  # a UserError: what was asked for is wrong
     PEER = "peer"  # a transfer broke: some other rank is the cause
-    TERMINATED = "terminated"  # the rank was told to end, as by torchrun or a batch system
+    TERMINATED = "terminated"  # the node was told to end, as by torchrun or a batch system
     BUG = "bug"  # anything else
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A command raised; the rank ends after this message.
+    """A rank or a node could not go on, and ends after this message.
 
     Attributes:
         text: one line.
         details: the traceback of a bug, else empty.
+        line: of a rank; its last one of the `ProgressBoard`.
     """
 
     kind: FailureKind
     text: str
     details: str = ""
+    line: Line | None = None
 
     def __post_init__(self) -> None:
         for name in ("text", "details"):  # may quote a file's name in any bytes

@@ -4,23 +4,20 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import wait
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-import psutil
-
-from expertlane.comm.progress import Position, ProgressBoard
+from expertlane.comm.progress import Position
 from expertlane.engine.commands import Command, result_type
+from expertlane.engine.fork_server import is_stopped
+from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.messages import (
-    Channel,
     Decoder,
     Failure,
     FailureKind,
-    Heartbeat,
     Message,
     MessageError,
     MessageKind,
@@ -33,43 +30,11 @@ from expertlane.spec.names import Stage
 _POLL_S = 0.5
 _OWN_PAUSE_S = 1.0  # a longer one is no fault of the ranks
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
+_NODE_MARGIN_S = 2.0  # a rank that hangs is named first
 _BLAME_WINDOW_S = 2.0  # how long to look for the cause after a symptom was reported
-_FAILURE_WAIT_S = 0.5
+_FAILURE_WAIT_S = 0.5  # for a user's mistake that another rank has found
 
 ResultT = TypeVar("ResultT")
-
-
-class Ranks(Protocol):
-    """What started the ranks and can end them.
-
-    Attributes:
-        channels: one a rank.
-        control: readable when ranks have ended.
-    """
-
-    channels: list[Channel]
-    control: socket.socket
-    board: ProgressBoard
-
-    def read_exits(self) -> None:
-        """Read which ranks ended.
-
-        Raises:
-            RankError: they can no longer be watched.
-        """
-        ...
-
-    def exit_code(self, rank: int, timeout_s: float) -> int | None:
-        """How a rank ended, negative for a signal; None if that is not known in time.
-
-        Raises:
-            RankError: as `read_exits`.
-        """
-        ...
-
-    def close(self) -> None:
-        """End all ranks."""
-        ...
 
 
 class Ticket(Generic[ResultT]):
@@ -110,7 +75,7 @@ class RankPool:
         UserError: from any method, when a rank found a mistake in what was asked for.
     """
 
-    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
+    def __init__(self, ranks: LocalRanks, timeout_s: float) -> None:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._waiting: list[deque[Ticket[Any]]] = [deque() for _ in ranks.channels]
@@ -118,10 +83,9 @@ class RankPool:
         self.is_closed = False
         self._own_pid = os.getpid()
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
-        self._heartbeats = Decoder(Heartbeat)
         self._poll = select.poll()  # kept: to make one a step costs a decode step a few percent
-        for descriptor in (ranks.control.fileno(), *(c.fileno() for c in ranks.channels)):
-            self._poll.register(descriptor, select.POLLIN)
+        for channel in (*ranks.controls, *ranks.channels):
+            self._poll.register(channel.fileno(), select.POLLIN)
         self._decoders: dict[type[Command[Any]], Decoder[Any]] = {}
         started = Ticket(range(self.num_ranks), Decoder(Ready))
         for waiting in self._waiting:
@@ -129,17 +93,17 @@ class RankPool:
         try:
             self._wait_for([started], max(timeout_s, _START_TIMEOUT_S))
         except BaseException:
-            self.close()
+            self.close(failed=True)
             raise
         for rank, ready in started.results.items():
-            if ready.host == socket.gethostname():
+            if rank < ranks.ranks_per_node:
                 self._pids[rank] = ready.pid
 
     def __enter__(self) -> "RankPool":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=error_type is not None)
 
     @property
     def num_ranks(self) -> int:
@@ -154,14 +118,18 @@ class RankPool:
         """What a rank last reported."""
         return self._ranks.board.position(rank)
 
-    def close(self) -> None:
-        """End all ranks; may be called again."""
+    def close(self, *, failed: bool = False) -> None:
+        """End all ranks; may be called again.
+
+        Args:
+            failed: whether torchrun is to see a failure on all nodes.
+        """
         if not self.is_closed and os.getpid() == self._own_pid:  # not for a process forked from it
             self.is_closed = True
             try:
-                self._ranks.close()
+                self._ranks.close(failed=failed)
             except (KeyboardInterrupt, TerminatedError):
-                self._ranks.close()  # a signal came in between: not before all is clean
+                self._ranks.close(failed=True)  # a signal came in between: not before all is clean
                 raise
 
     def call(
@@ -216,24 +184,22 @@ class RankPool:
 
     def _wait_for(self, tickets: Sequence[Ticket[Any]], bound_s: float) -> None:
         """Wait until one of the tickets is done."""
-        try:
-            while not any(ticket.is_done for ticket in tickets):
-                began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
-                self._receive_available(wait_s)
-                if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
-                    self._resumed_s = time.monotonic()
-                old_s = time.monotonic() - bound_s
-                for ticket in tickets:
-                    if ticket.is_done or ticket.submitted_s > old_s:
-                        continue
-                    if self._silent_s(ticket) > bound_s:
-                        self._fail(self._hang(ticket, bound_s))
-        except TerminatedError:
-            if not self.is_closed:
-                self._receive_available(
-                    _FAILURE_WAIT_S
-                )  # torchrun ends us when a rank has died: say which
-            raise
+        while not any(ticket.is_done for ticket in tickets):
+            self._ranks.ping()
+            began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
+            self._receive_available(wait_s)
+            if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
+                self._resumed_s = time.monotonic()
+            old_s = time.monotonic() - bound_s
+            for ticket in tickets:
+                if ticket.is_done or ticket.submitted_s > old_s:
+                    continue
+                if self._silent_s(ticket) > bound_s:
+                    self._fail(self._hang(ticket, bound_s))
+            try:
+                self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
+            except RankError as error:
+                self._fail(error)
 
     def _silent_s(self, ticket: Ticket[Any]) -> float:
         """Seconds since any rank of the ticket reported progress."""
@@ -253,17 +219,14 @@ class RankPool:
                 self._fail(self._death(rank))
             except MessageError as error:
                 self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
-        if self._ranks.control.fileno() in ready:
-            try:
-                self._ranks.read_exits()
-            except RankError as error:
-                self._fail(error)
+        try:
+            self._ranks.read_news(ready)
+        except ExpertlaneError as error:
+            self._fail(error)
 
     def _take(self, rank: int, message: Message) -> None:
         if message.kind is MessageKind.FAILURE:
-            self._fail(self._blame(rank, Decoder(Failure).decode(message)))
-        elif message.kind is MessageKind.HEARTBEAT:
-            self._ranks.board.update(rank, self._heartbeats.decode(message).cells)
+            self._fail(self._blame(rank, self._failure(rank, message)))
         elif message.kind in (MessageKind.RESULT, MessageKind.READY) and self._waiting[rank]:
             ticket = self._waiting[rank][0]
             ticket.results[rank] = ticket.decoder.decode(message)
@@ -271,9 +234,15 @@ class RankPool:
         else:
             raise MessageError(f"{message.kind.name} was not expected")
 
+    def _failure(self, rank: int, message: Message) -> Failure:
+        failure = Decoder(Failure).decode(message)
+        if failure.line is not None:
+            self._ranks.board.update(rank, failure.line)
+        return failure
+
     def _fail(self, error: ExpertlaneError) -> NoReturn:
-        with contextlib.suppress(TerminatedError):  # by torchrun, for the same reason
-            self.close()
+        with contextlib.suppress(TerminatedError):  # by a batch system, for the same reason
+            self.close(failed=True)
         raise error from None
 
     def _blame(self, rank: int, failure: Failure) -> ExpertlaneError:
@@ -291,14 +260,12 @@ class RankPool:
                 except (EOFError, OSError, MessageError):
                     return self._death(other)
                 if message.kind is MessageKind.FAILURE:
-                    also = Decoder(Failure).decode(message)
+                    also = self._failure(other, message)
                     if also.kind is FailureKind.USER:
                         return UserError(also.text)
                     if is_symptom and also.kind is FailureKind.BUG:
                         return self._bug(other, also)
                     del others[other]
-        if failure.kind is FailureKind.TERMINATED:
-            return TerminatedError(failure.text)
         if is_symptom:
             return RankError(
                 f"rank {rank} lost its peers in {self.position(rank)}: {failure.text}; "
@@ -313,10 +280,10 @@ class RankPool:
         error.add_note(failure.details)
         return error
 
-    def _death(self, rank: int) -> RankError:
+    def _death(self, rank: int) -> ExpertlaneError:
         try:
             code = self._ranks.exit_code(rank, _BLAME_WINDOW_S)
-        except RankError as error:
+        except ExpertlaneError as error:
             return error
         if code is None:
             how = "is gone"
@@ -338,9 +305,6 @@ class RankPool:
             return position.waiting or position.stage is Stage.IDLE, position.time_s
 
         rank = stopped[0] if stopped else min(busy, key=order)
-        if stopped:  # torchrun would wait half a minute for it to end by itself
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pids[rank], signal.SIGKILL)
         why = " (its process is stopped)" if stopped else ""
         can_wait_longer = not stopped and bound_s == self._timeout_s
         remedy = "; if it was only slow, raise --timeout-s" if can_wait_longer else ""
@@ -351,7 +315,4 @@ class RankPool:
 
     def _is_stopped(self, rank: int) -> bool:
         pid = self.pid(rank)
-        try:
-            return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
-        except psutil.NoSuchProcess:
-            return False
+        return rank in self._ranks.stopped if pid is None else is_stopped(pid)

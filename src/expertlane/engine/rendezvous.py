@@ -1,8 +1,8 @@
-"""How ranks that torchrun has started connect to the launcher, and how it authenticates them.
+"""How the nodes of a run meet: torchrun's store, and how the launcher authenticates them.
 
-Each rank makes a secret, puts its hash into the store that all ranks share, and sends the secret
-itself to the launcher alone. So whoever can only read the store cannot pass for a rank. The first
-rank, a child of the launcher, gets its secret from it and sends the others' hashes.
+Each node makes a secret, puts its hash into the store that all nodes share, and sends the secret
+itself to the launcher alone, on each of its connections. So whoever can only read the store cannot
+pass for a node. The first node's fork server, a child of the launcher, reads the hashes for it.
 """
 
 import contextlib
@@ -12,25 +12,101 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
+import msgspec
 import psutil
 
 from expertlane.errors import RankError, UserError
 
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
 SECRET_BYTES = 32
-HASH_BYTES = hashlib.sha256().digest_size
 CONNECT_TIMEOUT_S = 120.0
+_STORE_POLL_S = 0.05
 _HANDSHAKE_TIMEOUT_S = 5.0  # for a few bytes that are sent at once
-_HANDSHAKE = struct.Struct(f"<8sI{SECRET_BYTES}s")  # magic, rank, secret
-_MAGIC = b"XLRANK01"
+_HANDSHAKE = struct.Struct(f"<8sII{SECRET_BYTES}s")  # magic, node, connection of it, secret
+_MAGIC = b"XLNODE01"
 _MAX_PENDING = 1024  # connections; beyond, the oldest is refused
 _MAX_REPORTED = 10
+_LAUNCHER = "launcher"  # the key of its address in the store
+# A node whose machine or network is gone says nothing: the connection is lost after some 10 s.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where the launcher listens."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The store in which the nodes of a run meet.
+
+    Attributes:
+        is_hosted: by torchrun's agent; the first node's fork server hosts it otherwise.
+        name: begins all keys.
+    """
+
+    address: str
+    port: int
+    is_hosted: bool
+    name: str
+    num_nodes: int
+
+    def open(self, *, as_host: bool = False) -> "Store":
+        """The store; waits until it is there.
+
+        Raises:
+            RuntimeError: it is not, in time.
+        """
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        store = TCPStore(
+            self.address,
+            self.port,
+            is_master=as_host and not self.is_hosted,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
+        )
+        return PrefixStore(self.name, store)
+
+    def publish(self, store: "Store", launcher: Place, go_on: Callable[[], bool]) -> list[bytes]:
+        """Tell the other nodes where the launcher is; gives their hashes once all have come.
+
+        Args:
+            go_on: asked while it waits.
+
+        Returns:
+            [num_nodes - 1]; none if it was told not to go on.
+        """
+        store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
+        keys = [_key(node) for node in range(1, self.num_nodes)]
+        while not store.check(keys):
+            if not go_on():
+                return []
+            time.sleep(_STORE_POLL_S)
+        return [bytes.fromhex(store.get(key).decode()) for key in keys]
+
+    def find_launcher(self, node: int, secret: bytes) -> Place:
+        """Publish the hash of a node's secret, and wait for the launcher's place."""
+        store = self.open()
+        store.set(_key(node), hash_of(secret).hex())
+        return msgspec.json.decode(store.get(_LAUNCHER), type=Place)
+
+
+def _key(node: int) -> str:
+    return f"node {node}"
 
 
 def new_secret() -> bytes:
-    """Random bytes, for one rank of one run."""
+    """Random bytes, for one node of one run."""
     return secrets.token_bytes(SECRET_BYTES)
 
 
@@ -39,16 +115,41 @@ def hash_of(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()
 
 
-def handshake(rank: int, secret: bytes) -> bytes:
-    """What a rank sends first, once connected; the first rank adds the others' hashes."""
-    return _HANDSHAKE.pack(_MAGIC, rank, secret)
+def handshake(node: int, index: int, secret: bytes) -> bytes:
+    """What a node sends first on a connection: 0 is its own, then one for each of its ranks."""
+    return _HANDSHAKE.pack(_MAGIC, node, index, secret)
 
 
-def listen(master_address: str, num_ranks: int, *, several_nodes: bool) -> socket.socket:
-    """Listen for ranks at `master_address`, on a port of the system's choice.
+def connect(launcher: Place, node: int, num_ranks: int, secret: bytes) -> list[socket.socket]:
+    """A node's connections to the launcher, [1 + num_ranks]; the first is its own.
 
-    Where that name resolves to loopback, as Debian sets up a host's own name, but there are ranks
-    on other nodes, the host's only other address is taken.
+    Raises:
+        OSError: it cannot be reached.
+    """
+    connections = []
+    for index in range(1 + num_ranks):
+        place = launcher.address, launcher.port
+        connections.append(socket.create_connection(place, timeout=CONNECT_TIMEOUT_S))
+        connections[-1].sendall(handshake(node, index, secret))
+        set_options(connections[-1], keep_alive=index == 0)
+    return connections
+
+
+def set_options(connection: socket.socket, *, keep_alive: bool) -> None:
+    """Messages leave at once; with `keep_alive`, an end that is silent is noticed."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if keep_alive:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):  # not on every system
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def listen(master_address: str, num_connections: int) -> socket.socket:
+    """Listen for nodes at `master_address`, on a port of the system's choice.
+
+    Where that name resolves to loopback, as Debian sets up a host's own name, the host's only other
+    address is taken; an address of loopback is taken as it is.
 
     Raises:
         UserError: the address is not one of this host, or there are several to choose from.
@@ -57,9 +158,9 @@ def listen(master_address: str, num_ranks: int, *, several_nodes: bool) -> socke
         found = socket.getaddrinfo(master_address, None, type=socket.SOCK_STREAM)
         family, _, _, _, place = found[0]
         address = str(place[0])
-        if several_nodes and _is_loopback(address):
+        if _is_loopback(address) and master_address not in (address, "localhost"):
             family, address = socket.AF_INET, _only_address()
-        listener = socket.create_server((address, 0), family=family, backlog=num_ranks + 64)
+        listener = socket.create_server((address, 0), family=family, backlog=num_connections + 64)
     except OSError as error:
         raise UserError(
             f"cannot listen at MASTER_ADDR {master_address}: {error.strerror or error}; set it to "
@@ -95,64 +196,69 @@ class _PendingConnection:
     """A connection that is not authenticated yet.
 
     Attributes:
-        rank: the one that it claims to be; None before its handshake.
+        claim: the node and the connection of it that it claims to be; None before its handshake.
     """
 
     connection: socket.socket
     address: str
     deadline_s: float
     received: bytearray = field(default_factory=bytearray)
-    rank: int | None = None
+    claim: tuple[int, int] | None = None
+    secret: bytes = b""
 
 
-class RankAcceptor:
-    """Accepts the connections of ranks, in parallel, so that no other client makes them wait.
+class NodeAcceptor:
+    """Accepts the connections of nodes, in parallel, so that no other client makes them wait.
 
     Args:
         listener: not blocking; stays the caller's.
-        secret: of the first rank.
+        num_nodes: the first one is the launcher's own and does not connect.
+        ranks_per_node: a node has as many connections, and one more.
         report: called with a line for each connection that is refused, the first ten.
-        has_parent_ended: whether it is of no use to wait any longer.
     """
 
     def __init__(
         self,
         listener: socket.socket,
-        num_ranks: int,
-        secret: bytes,
+        num_nodes: int,
+        ranks_per_node: int,
         report: Callable[[str], None],
-        has_parent_ended: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._has_parent_ended = has_parent_ended
         self._listener = listener
-        self._num_ranks = num_ranks
+        self._num_nodes, self._per_node = num_nodes, 1 + ranks_per_node
         self._report = report
         self._num_reported = 0
-        self._hashes = {0: hash_of(secret)}
+        self._hashes: Sequence[bytes] = []
         self._pending: list[_PendingConnection] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._accepted: dict[int, socket.socket] = {}
+        self._accepted: dict[tuple[int, int], socket.socket] = {}
 
-    def accept_all(self) -> list[socket.socket]:
-        """The connections of all ranks, [num_ranks].
+    def accept_all(self, control: int, read_control: Callable[[], Sequence[bytes]]) -> None:
+        """Wait for all connections; `of_node` has them then.
+
+        Args:
+            control: a descriptor, from which the hashes of nodes 1, … can be read.
+            read_control: called when it is readable; gives the hashes, or none yet.
 
         Raises:
-            RankError: not all connected in time, or torchrun has ended.
+            RankError: not all connected in time; or `read_control` raises.
         """
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+        self._selector.register(control, selectors.EVENT_READ)
         try:
-            while len(self._accepted) < self._num_ranks:
+            while len(self._accepted) < (self._num_nodes - 1) * self._per_node:
                 if time.monotonic() > deadline_s:
-                    missing = sorted(set(range(self._num_ranks)) - set(self._accepted))
                     raise RankError(
-                        f"ranks {missing} did not connect within {CONNECT_TIMEOUT_S:g} s"
+                        f"nodes {self._missing()} did not connect within {CONNECT_TIMEOUT_S:g} s"
                     )
-                if self._has_parent_ended():
-                    raise RankError("torchrun ended before all ranks had connected")
                 for key, _ in self._selector.select(0.5):
                     if key.fileobj is self._listener:
                         self._accept_connection()
+                    elif key.fileobj == control:
+                        self._hashes = read_control() or self._hashes
+                        for pending in [each for each in self._pending if each.claim]:
+                            self._check(pending)
                     else:
                         self._receive(key.data)
                 self._refuse_overdue()
@@ -162,9 +268,17 @@ class RankAcceptor:
             raise
         finally:
             for pending in list(self._pending):
-                self._refuse(pending, "all ranks are connected")
+                self._refuse(pending, "all nodes are connected")
             self._selector.close()
-        return [self._accepted[rank] for rank in range(self._num_ranks)]
+
+    def of_node(self, node: int) -> list[socket.socket]:
+        """The connections of a node, [1 + ranks_per_node]; the first is its own."""
+        return [self._accepted[node, index] for index in range(self._per_node)]
+
+    def _missing(self) -> list[int]:
+        connected = [node for node, _ in self._accepted]
+        nodes = range(1, self._num_nodes)
+        return [node for node in nodes if connected.count(node) < self._per_node]
 
     def _accept_connection(self) -> None:
         try:
@@ -177,16 +291,12 @@ class RankAcceptor:
         self._pending.append(pending)
         self._selector.register(connection, selectors.EVENT_READ, pending)
         if len(self._pending) > _MAX_PENDING:
-            oldest = next(each for each in self._pending if each.rank != 0)
-            self._refuse(oldest, "too many connections are pending")
+            self._refuse(self._pending[0], "too many connections are pending")
 
     def _receive(self, pending: _PendingConnection) -> None:
         """Read what has arrived; never more than a handshake has."""
-        wanted = _HANDSHAKE.size
-        if pending.rank == 0:
-            wanted += HASH_BYTES * (self._num_ranks - 1)
         try:
-            data = pending.connection.recv(wanted - len(pending.received))
+            data = pending.connection.recv(_HANDSHAKE.size - len(pending.received))
         except BlockingIOError:
             return
         except OSError as error:
@@ -196,51 +306,29 @@ class RankAcceptor:
             self._refuse(pending, "it closed the connection")
             return
         pending.received += data
-        if len(pending.received) < wanted:
+        if len(pending.received) < _HANDSHAKE.size:
             return
-        magic, rank, secret = _HANDSHAKE.unpack_from(pending.received)
-        if magic != _MAGIC or rank >= self._num_ranks:
+        magic, node, index, secret = _HANDSHAKE.unpack(pending.received)
+        if magic != _MAGIC or not 0 < node < self._num_nodes or index >= self._per_node:
             self._refuse(pending, "it sent no valid handshake")
-        elif rank == 0:
-            self._check_first(pending, secret)
-        else:
-            pending.rank = rank
-            self._selector.unregister(pending.connection)
-            pending.deadline_s = float("inf")  # until the first rank has sent the hashes
-            self._check(pending)
-
-    def _check_first(self, pending: _PendingConnection, secret: bytes) -> None:
-        if not secrets.compare_digest(hash_of(secret), self._hashes[0]) or 0 in self._accepted:
-            self._refuse(pending, "it is not rank 0")
             return
-        pending.rank = 0
-        if len(pending.received) < _HANDSHAKE.size + HASH_BYTES * (self._num_ranks - 1):
-            pending.deadline_s = (
-                time.monotonic() + CONNECT_TIMEOUT_S
-            )  # the others have to start first
-            return
-        hashes = bytes(pending.received[_HANDSHAKE.size :])
-        for rank in range(1, self._num_ranks):
-            self._hashes[rank] = hashes[HASH_BYTES * (rank - 1) : HASH_BYTES * rank]
+        pending.claim, pending.secret = (node, index), secret
+        pending.deadline_s = float("inf")  # until all nodes have told the store their hashes
         self._selector.unregister(pending.connection)
-        self._accept_rank(pending, 0)
-        for other in [each for each in self._pending if each.rank is not None]:
-            self._check(other)
+        self._check(pending)
 
     def _check(self, pending: _PendingConnection) -> None:
-        assert pending.rank is not None, "its handshake is complete"
-        known = self._hashes.get(pending.rank)
-        if known is None:
+        assert pending.claim is not None, "its handshake is complete"
+        if not self._hashes:
             return
-        _, _, secret = _HANDSHAKE.unpack_from(pending.received)
-        if pending.rank in self._accepted or not secrets.compare_digest(hash_of(secret), known):
-            self._refuse(pending, f"it is not rank {pending.rank}")
-        else:
-            self._accept_rank(pending, pending.rank)
-
-    def _accept_rank(self, pending: _PendingConnection, rank: int) -> None:
+        known = self._hashes[pending.claim[0] - 1]
+        is_known = secrets.compare_digest(hash_of(pending.secret), known)
+        if not is_known or pending.claim in self._accepted:
+            self._refuse(pending, f"it is not node {pending.claim[0]}")
+            return
         self._pending.remove(pending)
-        self._accepted[rank] = pending.connection
+        set_options(pending.connection, keep_alive=pending.claim[1] == 0)
+        self._accepted[pending.claim] = pending.connection
 
     def _refuse_overdue(self) -> None:
         now_s = time.monotonic()

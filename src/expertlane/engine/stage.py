@@ -116,6 +116,7 @@ class DeployedStage:
             context.progress,
             clock_for(platform.device),
             spec.layout.world_size,
+            context.core_token(),
         )
         self._mesh = ParallelMesh(
             spec.layout,
@@ -176,6 +177,8 @@ class DeployedStage:
         self._commit(len(self._uncommitted) - step.num_uncommitted)
         before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
         changes = self._begin_changes(step, placements)
+        if step.record_operations and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)  # the recorder sees one thread's CPU time
         recorder = self._recorder
         same_phase = step.phase is self._phase
         self._phase = step.phase
@@ -186,6 +189,7 @@ class DeployedStage:
             count_idle=same_phase,
             record_routing=step.record_routing,
             record_events=step.record_events,
+            record_operations=step.record_operations,
         )
         # A step that far back was collected before this one was submitted: its sends are through.
         while len(self._sends) >= self.spec.layout.pp:
@@ -315,7 +319,9 @@ class DeployedStage:
         if arriving is None:
             inputs = [stage.embed(part) for part in parts]
         else:
-            inputs = list(torch.split(arriving.wait(), [part.num_owned for part in parts]))
+            arrived = arriving.wait()
+            self._recorder.arrive()
+            inputs = list(torch.split(arrived, [part.num_owned for part in parts]))
         results = interleave(
             [
                 stage.forward(x, part, self._needs_logits(part))

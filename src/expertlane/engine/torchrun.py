@@ -1,239 +1,285 @@
-"""Ranks that torchrun, or anything that sets its variables, has started.
+"""Ranks on nodes where torchrun, or anything that sets its variables, has started processes.
 
-Every process runs the same command. The one with RANK 0 becomes the launcher and starts a child
-for its rank; the others become their rank. They find the launcher through torchrun's own store.
+Every process runs the same command. Of each node's, the one with LOCAL_RANK 0 stays. That of the
+first node becomes the launcher; those of the others become *supervisors*: they connect to it and
+fork the ranks of their nodes. Nodes find the launcher through torchrun's own store.
 """
 
 import os
 import signal
 import socket
-import subprocess
 import sys
 from contextlib import closing
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from expertlane.engine.fork_server import RankSettings, end_with_parent, python_command
-from expertlane.engine.local_ranks import RunFiles
-from expertlane.engine.messages import Channel
+from expertlane.engine.fork_server import (
+    RankSettings,
+    ServerSettings,
+    end_with_parent,
+    python_command,
+    serve,
+)
+from expertlane.engine.local_ranks import LocalRanks, RunFiles, check_num_ranks, rank_environment
+from expertlane.engine.messages import (
+    Channel,
+    Decoder,
+    Failure,
+    FailureKind,
+    MessageKind,
+    Nodes,
+    encode,
+)
 from expertlane.engine.rendezvous import (
-    CONNECT_TIMEOUT_S,
-    RankAcceptor,
-    handshake,
-    hash_of,
+    Meeting,
+    NodeAcceptor,
+    Place,
+    connect,
     listen,
     new_secret,
 )
+from expertlane.errors import CapacityError, RankError, UserError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from collections.abc import Sequence
 
-_KILL_TIMEOUT_S = 5.0
+    from expertlane.engine.worker import Handlers
+
 _PARENT = os.getppid()  # as early as can be: it may end at any time
-_LAUNCHER = "launcher"  # the key of its address in the store
-_FIRST_RANK = "EXPERTLANE_FIRST_RANK"  # a variable: other users cannot read the environment
 
 
 def is_under_torchrun() -> bool:
-    """Whether ranks are already there."""
+    """Whether this process is one of several that run the same command."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def own_rank() -> int:
-    """This process's rank."""
-    return int(os.environ["RANK"])
-
-
-def _is_child_of_torchrun() -> bool:
-    """Whether the parent is torchrun's agent, which outlives its ranks unless it is killed."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-class _Launcher(msgspec.Struct):
-    """Where the launcher listens; published through the store.
-
-    Attributes:
-        host: identifies the machine and the process namespace.
-        pid, board_fd: the progress board's file, for ranks of that host.
-    """
-
-    address: str
-    port: int
-    host: str
-    pid: int
-    board_fd: int
-
-
-class _FirstRank(msgspec.Struct):
-    """What the launcher's own child gets, in the environment.
-
-    Attributes:
-        secret: authenticates it.
-    """
-
-    launcher: _Launcher
-    secret: bytes
-
-
-class TorchrunRanks:
-    """The launcher's side, in the process with RANK 0; the same interface as `LocalRanks`.
+def num_nodes() -> int:
+    """On how many nodes ranks will run.
 
     Raises:
-        RankError: not all ranks connected in time.
-        UserError: ranks cannot reach this host by MASTER_ADDR.
+        UserError: torchrun's variables do not fit together.
+    """
+    return TorchrunNode.from_environment().num_nodes if is_under_torchrun() else 1
+
+
+@dataclass(frozen=True)
+class TorchrunNode:
+    """This process's node, as torchrun's variables say.
+
+    Attributes:
+        is_supervisor: whether this process stays; one a node does.
+        num_processes: that torchrun has started on each node.
+        meeting: None where there is one node.
+
+    Raises:
+        UserError: a variable is missing, or they do not fit together.
     """
 
-    def __init__(self, timeout_s: float, dtype: str | None) -> None:
-        num_ranks = int(os.environ["WORLD_SIZE"])
-        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-        self._files = RunFiles(num_ranks)
-        self.board = self._files.board
-        self.channels: list[Channel] = []
-        self.control, self._other_end = socket.socketpair()  # never readable: no fork server here
-        self._child: subprocess.Popen[bytes] | None = None
-        several_nodes = num_local_ranks < num_ranks
-        try:
-            listener = listen(os.environ["MASTER_ADDR"], num_ranks, several_nodes=several_nodes)
-            with closing(listener):
-                connections = self._connect(listener, num_ranks, timeout_s, dtype)
-        except BaseException:
-            self.close()
-            raise
-        self.channels += [Channel(connection, timeout_s) for connection in connections]
+    number: int
+    is_supervisor: bool
+    num_nodes: int
+    num_processes: int
+    meeting: Meeting | None
 
-    def _connect(
-        self, listener: socket.socket, num_ranks: int, timeout_s: float, dtype: str | None
-    ) -> list[socket.socket]:
-        address, port = listener.getsockname()[:2]
-        launcher = _Launcher(address, port, _host(), os.getpid(), self._files.board_fd)
-        secret = new_secret()
-        first_rank = msgspec.json.encode(_FirstRank(launcher, secret)).decode()
-        self._child = subprocess.Popen(
-            python_command("expertlane.engine.torchrun", [str(timeout_s), dtype or ""]),
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            env=os.environ | {_FIRST_RANK: first_rank},
-        )
+    @classmethod
+    def from_environment(cls) -> "TorchrunNode":
+        """As the environment says."""
+        rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+        local_rank, num_processes = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
+        if num_processes < 1 or world_size % num_processes:
+            raise UserError(
+                f"{num_processes} of {world_size} processes are on this node; start equally many "
+                "on all nodes"
+            )
+        num_nodes, meeting = world_size // num_processes, None
+        if num_nodes > 1:
+            meeting = Meeting(
+                os.environ.get("MASTER_ADDR", ""),
+                _number("MASTER_PORT"),
+                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                f"expertlane-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+                num_nodes,
+            )
+        return cls(rank // num_processes, local_rank == 0, num_nodes, num_processes, meeting)
 
-        def report(line: str) -> None:
-            print(f"expertlane: {line}", file=sys.stderr, flush=True)
+    def num_ranks(self, needed: int) -> int:
+        """How many ranks each node gets: one a process, or as needed where there is one process.
 
-        def has_parent_ended() -> bool:
-            return _is_child_of_torchrun() and os.getppid() != _PARENT
-
-        acceptor = RankAcceptor(listener, num_ranks, secret, report, has_parent_ended)
-        return acceptor.accept_all()
-
-    def read_exits(self) -> None:
-        """Nothing to read: torchrun watches its own processes."""
-
-    def exit_code(self, rank: int, timeout_s: float) -> int | None:
-        """How rank 0's child ended; of others nothing is known, however long one waits."""
-        return self._child.poll() if rank == 0 and self._child is not None else None
-
-    def close(self) -> None:
-        """Close all connections: each rank ends when its own is closed."""
-        for channel in self.channels:
-            channel.close()
-        self.control.close()
-        self._other_end.close()
-        if self._child is not None:
-            self._end(self._child)
-        self._files.close()
-
-    def _end(self, child: "subprocess.Popen[bytes]") -> None:
-        try:
-            child.wait(_KILL_TIMEOUT_S if self.channels else 0)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        Raises:
+            CapacityError: torchrun has started several a node, but too few in all.
+        """
+        if self.num_processes == 1:
+            return -(-needed // self.num_nodes)
+        started = self.num_nodes * self.num_processes
+        if started < needed:
+            raise CapacityError(
+                f"the experiment needs {needed} ranks but torchrun started {started} processes; "
+                f"start {needed} in all, or one a node, which starts as many ranks as are needed"
+            )
+        return self.num_processes
 
 
-def _host() -> str:
-    """The boot id of this machine and the process namespace; empty where not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise UserError(f"{name} is {value!r}; torchrun sets it to a number, set it likewise")
+    return int(value)
 
 
-def _open_board(launcher: _Launcher) -> int | None:
-    """The launcher's progress board; None on another host."""
-    if not launcher.host or launcher.host != _host():
-        return None
-    try:
-        return os.open(f"/proc/{launcher.pid}/fd/{launcher.board_fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # a user's processes may be hidden from each other
-        return None
+def _watched_parent() -> int | None:
+    """torchrun's agent, which outlives its processes unless killed; None for other parents."""
+    return _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def run_torchrun_rank(timeout_s: float, dtype: str | None) -> int:
-    """Be this process's rank until the launcher is done; returns the exit code.
+def end_with_torchrun() -> None:
+    """From now on, end this process when torchrun has ended."""
+    if (parent := _watched_parent()) is not None:
+        end_with_parent(parent)
 
-    Rank 0's child finds the launcher in its environment and publishes it for the others.
+
+class NodeRanks(LocalRanks):
+    """Ranks of several nodes, in the launcher; the first of them are its own children.
+
+    Args:
+        ranks_per_node: on each node.
+
+    Raises:
+        RankError: not all nodes connected in time.
+        UserError: they cannot reach this host by MASTER_ADDR.
     """
-    if _is_child_of_torchrun():
-        end_with_parent(_PARENT)  # it would wait minutes for a store that is gone
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    from expertlane.engine.stage import HANDLERS
-    from expertlane.engine.worker import run_rank
+    def __init__(
+        self,
+        meeting: Meeting,
+        ranks_per_node: int,
+        timeout_s: float,
+        dtype: str | None,
+        server_module: str = "expertlane.engine.fork_server",
+    ) -> None:
+        with closing(listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))) as listener:
+            launcher = Place(*listener.getsockname()[:2])
+            super().__init__(
+                ranks_per_node,
+                timeout_s,
+                dtype,
+                server_module,
+                meeting=meeting,
+                launcher=launcher,
+            )
+            acceptor = NodeAcceptor(listener, meeting.num_nodes, ranks_per_node, _report)
+            try:
+                acceptor.accept_all(self.controls[0].fileno(), self._read_hashes)
+            except BaseException:
+                self.close(failed=True)
+                raise
+        for node in range(1, meeting.num_nodes):
+            connections = acceptor.of_node(node)
+            address = connections[0].getpeername()[0]
+            self._names.append(f"the supervisor of node {node} ({address})")
+            self._add_node(connections, timeout_s)
 
+    def _read_hashes(self) -> "Sequence[bytes]":
+        """Of the other nodes, once the fork server has them; none with other news."""
+        message = self._read_node(0)
+        return Decoder(Nodes).decode(message).hashes if message is not None else []
+
+
+def _report(line: str) -> None:
+    print(f"expertlane: {line}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class SupervisorSettings:
+    """What a supervisor needs to start the ranks of its node.
+
+    Attributes:
+        parent_pid: it ends with this process; None where its parent does not matter.
+    """
+
+    node: int
+    num_ranks: int
+    meeting: Meeting
+    parent_pid: int | None
+    timeout_s: float
+    dtype: str | None
+    oversubscribe: bool
+
+
+def supervisor_command(
+    settings: SupervisorSettings, module: str = "expertlane.engine.torchrun"
+) -> list[str]:
+    """The command of a supervisor: `main` of a module, which is this one's or calls it."""
+    return python_command(module, [msgspec.json.encode(settings).decode()])
+
+
+def become_supervisor(
+    node: TorchrunNode, num_ranks: int, timeout_s: float, dtype: str | None, *, oversubscribe: bool
+) -> NoReturn:
+    """Replace this process by the supervisor of its node.
+
+    By another program, since ranks are forked from it: nothing that ran here is left there.
+    """
+    assert node.meeting is not None, "the first node has the launcher"
+    parent = _watched_parent()
+    settings = SupervisorSettings(
+        node.number, num_ranks, node.meeting, parent, timeout_s, dtype, oversubscribe
+    )
+    command = supervisor_command(settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)  # what libraries print in ranks must not mix with results
+    os.execve(command[0], command, rank_environment(on_one_node=False))
+
+
+def main(handlers: "Handlers | None" = None) -> None:
+    """Be a supervisor until the launcher is done. The command line holds `SupervisorSettings`.
+
+    Args:
+        handlers: as of `serve`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
-    rank, world_size = own_rank(), int(os.environ["WORLD_SIZE"])
-    store = PrefixStore(
-        f"expertlane-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
-        _torchrun_store(rank, world_size),
+    settings = msgspec.json.decode(sys.argv[1], type=SupervisorSettings)
+    parent = settings.parent_pid
+    end_watch = end_with_parent(parent) if parent is not None else None  # it may wait minutes
+    connections = _connect(settings)
+    try:
+        check_num_ranks(settings.num_ranks, oversubscribe=settings.oversubscribe)
+        files = RunFiles(settings.meeting.num_nodes * settings.num_ranks, settings.num_ranks)
+    except UserError as error:
+        failure = Failure(FailureKind.USER, f"{socket.gethostname()}: {error}")
+        Channel(connections[0]).send(encode(MessageKind.FAILURE, failure))
+        sys.exit(error.exit_code)
+    if end_watch is not None:
+        end_watch()  # no thread while ranks are forked
+    control, *of_ranks = [connection.detach() for connection in connections]
+    first_rank = RankSettings(
+        rank=settings.node * settings.num_ranks,
+        world_size=settings.meeting.num_nodes * settings.num_ranks,
+        local_rank=0,
+        num_local_ranks=settings.num_ranks,
+        board_fd=files.board_fd,
+        memory_fd=files.memory_fd,
+        wake_fds=files.wake_fds,
+        store_path=files.store_path,
+        meeting=settings.meeting,
+        timeout_s=settings.timeout_s,
+        dtype=settings.dtype,
     )
-    first = os.environ.pop(_FIRST_RANK, None)
-    if first is not None:
-        own = msgspec.json.decode(first, type=_FirstRank)
-        launcher, secret = own.launcher, own.secret
-        store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
-    else:
-        secret = new_secret()
-        store.set(f"rank {rank}", hash_of(secret).hex())
-        launcher = msgspec.json.decode(store.get(_LAUNCHER), type=_Launcher)
-    place = launcher.address, launcher.port
-    connection = socket.create_connection(place, timeout=CONNECT_TIMEOUT_S)
-    connection.sendall(handshake(rank, secret))
-    if first is not None:
-        hashes = [store.get(f"rank {other}").decode() for other in range(1, world_size)]
-        connection.sendall(bytes.fromhex("".join(hashes)))
-    settings = RankSettings(
-        rank=rank,
-        world_size=world_size,
-        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        board_fd=_open_board(launcher),
-        memory_fd=None,
-        wake_fds=[],
-        store_path=None,
-        timeout_s=timeout_s,
-        dtype=dtype,
-    )
-    return run_rank(Channel(connection), settings, HANDLERS, PrefixStore("ranks", store))
+    # torchrun waits long for the first node where this one ended well and that one did not.
+    if not serve(ServerSettings(parent, control, of_ranks, files.store_fd, first_rank), handlers):
+        sys.exit(RankError.exit_code)
 
 
-def _torchrun_store(rank: int, world_size: int) -> "Store":
-    """The store that torchrun's agent hosts, or else rank 0 does."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not agent_hosts,
-        timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
-    )
-
-
-def main() -> None:
-    """The first rank: a child of the launcher."""
-    end_with_parent(_PARENT)
-    sys.exit(run_torchrun_rank(float(sys.argv[1]), sys.argv[2] or None))
+def _connect(settings: SupervisorSettings) -> list[socket.socket]:
+    secret = new_secret()
+    try:
+        launcher = settings.meeting.find_launcher(settings.node, secret)
+        return connect(launcher, settings.node, settings.num_ranks, secret)
+    except (OSError, RuntimeError) as error:  # of torch's store, too
+        why = str(error).splitlines()[0]
+        _report(f"error: node {settings.node} cannot reach the launcher: {why}")
+        sys.exit(RankError.exit_code)

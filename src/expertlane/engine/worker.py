@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-import socket
+import select
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
 from multiprocessing.connection import wait
@@ -15,9 +16,11 @@ from operator import or_
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
+from expertlane.comm.core_token import CoreToken
 from expertlane.comm.mesh import Meshes
+from expertlane.comm.nodes import NodesTransport
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.comm.region import Region
 from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
@@ -31,12 +34,11 @@ from expertlane.engine.messages import (
     Decoder,
     Failure,
     FailureKind,
-    Heartbeat,
     MessageKind,
     Ready,
     encode,
 )
-from expertlane.errors import TerminatedError, UserError
+from expertlane.errors import UserError
 from expertlane.ops.backend import (
     SHARED_MEMORY,
     Platform,
@@ -48,9 +50,9 @@ from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
 _GROUP_TIMEOUT_MARGIN_S = 30.0
-_HEARTBEAT_S = 1.0
 _NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
-_LINGER_S = 10.0
+_FAILED_S = 10.0
+_LINGER_S = 3.0  # a server takes less to end its ranks
 
 
 @dataclass(eq=False)
@@ -73,6 +75,13 @@ class RankContext:
         """Global rank."""
         return self.settings.rank
 
+    def core_token(self) -> CoreToken | None:
+        """The right to compute on a core of this node; None where ranks have GPUs."""
+        settings = self.settings
+        if self.platform.device.type != "cpu" or settings.board_fd is None:
+            return None
+        return CoreToken(settings.board_fd, settings.local_rank)
+
 
 # What a rank does for each command; the answer is of the command's own result type.
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
@@ -91,41 +100,51 @@ def _sender(channel: Channel) -> Send:
     return send
 
 
-def _open_board(
-    settings: RankSettings, send: Callable[[MessageKind, object], None]
-) -> ProgressBoard:
-    """The launcher's board; on another node, one of its own that is reported by heartbeats."""
-    if settings.board_fd is not None:
-        return ProgressBoard(settings.world_size, settings.board_fd)
-    board = ProgressBoard(settings.world_size)
+def _end_with_launcher(channel: Channel) -> threading.Thread:
+    """End this node's server, and so its ranks, when it does not although the launcher is gone.
 
-    def beat() -> None:
-        while True:
-            send(MessageKind.HEARTBEAT, Heartbeat(board.cells(settings.rank)))
-            time.sleep(_HEARTBEAT_S)
+    Returns:
+        What does it; it ends after the launcher.
+    """
+    server_pid, poll = os.getppid(), select.poll()
+    poll.register(channel.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
 
-    threading.Thread(target=beat, daemon=True).start()
-    return board
+    def watch() -> None:
+        poll.poll()
+        time.sleep(_LINGER_S)
+        if os.getppid() == server_pid:
+            os.kill(server_pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
-def _connect(settings: RankSettings, platform: Platform, store: Store | None) -> Transport:
+def _connect(settings: RankSettings, platform: Platform) -> Transport:
     bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
-    if platform.transport.startswith(SHARED_MEMORY):
+    shares_memory = platform.transport.startswith(SHARED_MEMORY)
+    if shares_memory and settings.meeting is None:
         return _share_memory(settings, bound_s)
-    if store is None:
-        assert settings.store_path is not None, "local ranks meet in a file"
-        store = FileStore(settings.store_path, settings.world_size)
+    store = (
+        FileStore(settings.store_path, settings.world_size)
+        if settings.meeting is None
+        else PrefixStore("ranks", settings.meeting.open())
+    )
+    backend = "gloo" if shares_memory else platform.transport
     dist.init_process_group(
-        platform.transport,
+        backend,
         store=store,
         rank=settings.rank,
         world_size=settings.world_size,
         timeout=timedelta(seconds=bound_s),
         device_id=platform.device if platform.device.type == "cuda" else None,
     )
-    several_nodes = settings.num_local_ranks < settings.world_size
-    over_links = several_nodes and platform.transport == "gloo"
-    return TorchTransport(platform.device.type, settings.rank, over_links=over_links)
+    over_links = backend == "gloo" and settings.num_local_ranks < settings.world_size
+    among_nodes = TorchTransport(platform.device.type, settings.rank, over_links=over_links)
+    if not shares_memory:
+        return among_nodes
+    in_node = _share_memory(settings, bound_s)
+    return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
 
 
 def _share_memory(settings: RankSettings, bound_s: float) -> SharedTransport:
@@ -142,28 +161,33 @@ def _share_memory(settings: RankSettings, bound_s: float) -> SharedTransport:
     return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s)
 
 
-def run_rank(
-    channel: Channel, settings: RankSettings, handlers: Handlers, store: Store | None = None
-) -> int:
-    """Answer commands until the launcher goes away or one fails; returns the exit code.
+def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
+    """Answer commands until the launcher goes away or one fails; returns the exit code."""
+    if settings.meeting is None:
+        return _answer(channel, settings, handlers)
+    watch = _end_with_launcher(channel)
+    code = _answer(channel, settings, handlers)
+    watch.join()  # the server ends this process, or this one the server
+    return code
 
-    Args:
-        store: where the ranks meet; None for local ranks, which meet in `settings.store_path`.
-    """
+
+def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
     send = _sender(channel)
     commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
+    board = ProgressBoard(settings.world_size, settings.board_fd)
+    progress = board.reporter(settings.rank)
     try:
-        progress = _open_board(settings, send).reporter(settings.rank)
         platform = choose_platform(
             settings.local_rank,
             settings.num_local_ranks,
             settings.dtype,
             shares_memory=settings.memory_fd is not None,
+            several_nodes=settings.meeting is not None,
         )
-        meshes = Meshes(_connect(settings, platform, store))
+        meshes = Meshes(_connect(settings, platform))
         context = RankContext(settings, platform, progress, meshes)
         progress.enter(Stage.IDLE, NO_LAYER)
-        send(MessageKind.READY, Ready(socket.gethostname(), os.getpid()))
+        send(MessageKind.READY, Ready(os.getpid()))
         while (command := _next_command(channel, commands)) is not None:
             send(MessageKind.RESULT, handlers[type(command)](context, command))
         if dist.is_initialized():
@@ -173,14 +197,12 @@ def run_rank(
         failure = Failure(FailureKind.USER, str(error))
     except PeerLostError as error:
         failure = Failure(FailureKind.PEER, str(error))
-    except TerminatedError as error:
-        failure = Failure(FailureKind.TERMINATED, str(error))
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
-    send(MessageKind.FAILURE, failure)
-    # A rank that ends by itself looks like the cause to torchrun, so leave it to the launcher.
-    wait([channel.fileno()], _LINGER_S)
+    send(MessageKind.FAILURE, replace(failure, line=board.line(settings.rank)))
+    # A rank that has ended looks like the cause to others, so leave it to the launcher.
+    wait([channel.fileno()], _FAILED_S)
     return 1
 
 

@@ -248,12 +248,13 @@ class MoEBlock:
         tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts(rows, pairs)
+        results = self.experts(rows, pairs, dispatcher.room(len(pairs.rows), rows))
         if recorder.is_recording:
-            num_tokens: list[int] = pairs.counts.tolist()
-            recorder.count_compute(*self.experts.compute_cost(num_tokens))
-            if self._mesh.at.etp_rank == 0:
-                recorder.count_expert_tokens(self._local, num_tokens)
+            with recorder.uncounted():
+                num_tokens: list[int] = pairs.counts.tolist()
+                recorder.count_compute(*self.experts.compute_cost(num_tokens))
+                if self._mesh.at.etp_rank == 0:
+                    recorder.count_expert_tokens(self._local, num_tokens)
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         if self._shared is not None:

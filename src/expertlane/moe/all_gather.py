@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertlane.comm.collectives import Steps
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, pack_all, unpack
+from expertlane.moe.payload import bytes_of, columns_of, unpack
 from expertlane.ops.products import PairGroups
 
 
@@ -42,7 +42,7 @@ class AllGatherDispatcher(Dispatcher):
         parts = [ids, tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of(parts)
         packed = yield self._mesh.stage.all_gather(
-            pack_all(parts), num_of, metadata_bytes=bytes_of(columns[:-1])
+            self._pack(self._mesh.stage, parts), num_of, metadata_bytes=bytes_of(columns[:-1])
         )
         ids, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
@@ -52,5 +52,6 @@ class AllGatherDispatcher(Dispatcher):
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
-        partial = self._ops.gather_sum(results, sent.places, sent.weights)
+        out = self._mesh.stage.empty(len(sent.places), results.shape[1], results)
+        partial = self._ops.gather_sum(results, sent.places, sent.weights, out)
         return (yield self._mesh.stage.reduce_scatter(partial, sent.num_of_stage_rank))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from expertlane.comm.collectives import Steps
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
+from expertlane.moe.payload import bytes_of, columns_of, unpack
 from expertlane.ops.products import PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import inverse
 
 _ROWS, _PAIRS = 0, 1
@@ -45,7 +46,7 @@ class AllToAllDispatcher(Dispatcher):
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
-        mesh, at, ep = self._mesh, self._mesh.at, self._mesh.layout.ep
+        mesh, at, ep = self._mesh, self._mesh.at, self._mesh.ep.size
         ids, num_slots = self._choice.physical_ids(tokens.topk_ids), self._choice.num_slots
         to_ranks = self._ops.rows_by_peer(ids, num_slots, ep)
         by_rank = self._ops.group_pairs(ids, 0, num_slots, ep)
@@ -53,14 +54,14 @@ class AllToAllDispatcher(Dispatcher):
         # While the counts travel:
         hidden = self._payload.encode(tokens.x)
         columns = columns_of([to_ranks.ids, *hidden])
-        packed = pack([to_ranks.ids], hidden, to_ranks.tokens)
+        packed = self._pack(mesh.ep, [to_ranks.ids], hidden, to_ranks.tokens)
         places = inverse(by_rank.order).view_as(ids)
         counts = (yield counting).view(-1, 2, ep).cpu().numpy()
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
-        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.layout.etp)
+        came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.etp.size)
         sent = Exchanged(
             topk_weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
@@ -74,24 +75,32 @@ class AllToAllDispatcher(Dispatcher):
         self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int
     ) -> Steps[Tensor]:
         """The packed rows that arrive here."""
-        mesh, at = self._mesh, self._mesh.at
-        arriving = counts[:, _ROWS, at.ep_rank].reshape(mesh.layout.ep, mesh.layout.etp)
+        mesh, at, etp = self._mesh, self._mesh.at, self._mesh.etp.size
+        arriving = counts[:, _ROWS, at.ep_rank].reshape(-1, etp)
         packed = yield mesh.ep.all_to_all(
             packed,
             counts[mesh.stage.rank, _ROWS].tolist(),
             arriving[:, at.etp_rank].tolist(),
             metadata_bytes=metadata_bytes,
         )
-        if mesh.layout.etp > 1:
+        if etp > 1:
             packed = yield mesh.etp.all_gather(
                 packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata_bytes
             )
         return packed
 
+    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+        """Where they are sent from."""
+        group = self._mesh.etp if self._mesh.etp.size > 1 else self._mesh.ep
+        return group.empty(num_pairs, rows.shape[1], rows)
+
     def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
         """Return a row for every pair, and sum them at home."""
         mesh = self._mesh
-        if mesh.layout.etp > 1:
+        if mesh.etp.size > 1:
             results = yield mesh.etp.reduce_scatter(results, sent.returns_to_etp_rank)
-        arrived = yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to)
-        return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
+
+        def add_up(arrived: RowParts) -> Tensor:
+            return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
+
+        return (yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to, finish=add_up))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertlane.balance.copies import usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Pending, Steps
+from expertlane.comm.collectives import Group, Pending, Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
@@ -42,15 +42,13 @@ class CopyChooser:
         ranks = np.where(np.arange(ranks.shape[1]) < num_copies[:, None], ranks, ranks[:, :1])
         self.num_slots = max(map(len, placement.experts_of_rank))
         slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
-        self._ep = placement.ep
         self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
         self._num_copies = torch.from_numpy(num_copies).to(device)
         self._offset = mesh.stage.rank
         self._recorder = mesh.recorder
         node_ids = sorted(set(nodes))
         self._own_node = node_ids.index(nodes[ep_rank])
-        on_node = torch.tensor([[node == each for each in node_ids] for node in nodes])
-        self._on_node = on_node.float().to(device)  # [ep, num_nodes]
+        self._nodes = torch.tensor([node_ids.index(node) for node in nodes], device=device)
 
     def physical_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K] int32; the copy of each pair of a batch.
@@ -60,18 +58,13 @@ class CopyChooser:
         """
         ids = self.ops.choose_copies(topk_ids, self._table, self._num_copies, self._offset)
         if self._recorder.is_recording:
-            self._count_fan_out(ids)
+            with self._recorder.uncounted():
+                self._count_fan_out(ids)
         return ids
 
     def _count_fan_out(self, ids: Tensor) -> None:
-        reached = torch.zeros(len(ids), self._ep, dtype=torch.bool, device=ids.device)
-        reached.scatter_(1, (ids // self.num_slots).long(), True)
-        by_node = (reached.float() @ self._on_node).long()  # [T, num_nodes]; ranks reached there
-        ranks, nodes = by_node.sum(1), (by_node > 0).sum(1)
-        here = by_node[:, self._own_node]
-        remote_ranks = int((ranks - here).sum())
-        remote_nodes = int((nodes - (here > 0).long()).sum())
-        self._recorder.count_fan_out(ranks, nodes, remote_ranks, remote_nodes)
+        counts = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
+        self._recorder.count_fan_out(*counts)
 
 
 class RoutedTokens(NamedTuple):
@@ -101,6 +94,29 @@ class Dispatcher(ABC):
         self._choice, self._ops = choice, choice.ops
         self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
 
+    def _pack(
+        self,
+        group: Group,
+        by_row: Sequence[Tensor],
+        by_token: Sequence[Tensor] = (),
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Parts of rows side by side, the hidden states last, where `group` would have them.
+
+        Args:
+            by_row: each [num_rows, columns], of any dtype; widest alignment first.
+            by_token: each [num_tokens, columns].
+            tokens: [num_rows]; the token of each row.
+
+        Returns:
+            [num_rows, bytes of a row].
+        """
+        parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
+        width = sum(part.shape[1] * part.itemsize for part, _ in parts)
+        packed = group.empty(len(by_row[0]), width, by_row[0], torch.uint8)
+        self._ops.pack(parts, packed)
+        return packed
+
     def _tell_all(self, counts: Sequence[Tensor]) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""
         own, stage = torch.cat(list(counts)).view(1, -1), self._mesh.stage
@@ -114,6 +130,10 @@ class Dispatcher(ABC):
             The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
             of the form's own for `combine`.
         """
+
+    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+        """[P, H] for the results of `rows`, if `combine` would have them somewhere."""
+        return None
 
     @abstractmethod
     def combine(self, sent: Any, results: Tensor) -> Steps[Tensor]:

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps
+from expertlane.comm.collectives import Group, Steps
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, pack, unpack
+from expertlane.moe.payload import bytes_of, columns_of, unpack
 from expertlane.ops.products import PairGroups
+from expertlane.ops.row_parts import RowParts
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class HierarchicalDispatcher(Dispatcher):
         # While the counts travel:
         travelling = [tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of([to_nodes.ids, *travelling])
-        packed = pack([to_nodes.ids], travelling, to_nodes.tokens)
+        packed = self._pack(between, [to_nodes.ids], travelling, to_nodes.tokens)
         gathered = yield counting
         counts, of_etp_rank = self._counts(gathered)
         metadata_bytes = bytes_of(columns[:-1])
@@ -77,7 +78,7 @@ class HierarchicalDispatcher(Dispatcher):
         if within.size > 1:
             ids, *arrived = unpack(packed, columns)
             inside = self._ops.rows_by_peer(ids, num_slots, within.size)
-            packed = pack([inside.ids], arrived, inside.tokens)
+            packed = self._pack(within, [inside.ids], arrived, inside.tokens)
             intra = self._intra_hop(inside.places, counts)
             packed = yield within.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
         if mesh.layout.etp > 1:
@@ -117,11 +118,24 @@ class HierarchicalDispatcher(Dispatcher):
 
     def combine(self, sent: Forwarded, results: Tensor) -> Steps[Tensor]:
         """Sum per rank, then per node, then at home."""
-        partial = self._ops.gather_sum(results, sent.places, sent.weights)
-        if self._mesh.layout.etp > 1:
-            partial = yield self._mesh.etp.reduce_scatter(partial, sent.rows_of_etp_rank)
-        for group, hop in ((self._mesh.ep_intra, sent.intra), (self._mesh.ep_inter, sent.inter)):
-            if hop is not None:
-                back = yield group.all_to_all(partial, hop.receive, hop.send)
-                partial = self._ops.gather_sum(back, hop.places)
+        mesh, ops = self._mesh, self._ops
+        hops = [(mesh.ep_inter, sent.inter)]
+        if sent.intra is not None:
+            hops.insert(0, (mesh.ep_intra, sent.intra))
+        groups: list[Group | None] = [group for group, _ in hops]
+        first = mesh.etp if mesh.layout.etp > 1 else hops[0][0]
+        out = first.empty(len(sent.places), results.shape[1], results)
+        partial = ops.gather_sum(results, sent.places, sent.weights, out)
+        if mesh.layout.etp > 1:
+            partial = yield mesh.etp.reduce_scatter(partial, sent.rows_of_etp_rank)
+        for (group, hop), following in zip(hops, [*groups[1:], None], strict=True):
+
+            def add_up(
+                back: RowParts, hop: _Hop = hop, following: Group | None = following
+            ) -> Tensor:
+                size = len(hop.places), back.width
+                out = None if following is None else following.empty(*size, results)
+                return ops.gather_sum(back, hop.places, out=out)
+
+            partial = yield group.all_to_all(partial, hop.receive, hop.send, finish=add_up)
         return partial

@@ -38,10 +38,11 @@ class Payload:
             return [x]
         parts = _to_float8(x) if self._kind == "float8" else [x.bfloat16()]
         if self._recorder.is_recording:
-            exact = x.double()
-            error = self.decode(parts, torch.float32) - exact
-            squares = (float(each.square().sum()) for each in (error, exact))
-            self._recorder.count_payload_error(*squares)
+            with self._recorder.uncounted():
+                exact = x.double()
+                error = self.decode(parts, torch.float32) - exact
+                squares = (float(each.square().sum()) for each in (error, exact))
+                self._recorder.count_payload_error(*squares)
         return parts
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -73,40 +74,6 @@ def _to_float8(x: Tensor) -> list[Tensor]:
 
 
 Columns = list[tuple[torch.dtype, int]]
-
-
-def pack(by_row: Sequence[Tensor], by_token: Sequence[Tensor], tokens: Tensor) -> Tensor:
-    """Put parts of rows side by side, the hidden states last.
-
-    Args:
-        by_row: each [num_rows, columns], of any dtype; widest alignment first.
-        by_token: each [num_tokens, columns].
-        tokens: [num_rows]; the token of each row.
-
-    Returns:
-        [num_rows, bytes of a row].
-    """
-    packed, places = _rows_for([*by_row, *by_token], len(tokens))
-    for place, part in zip(places, by_row, strict=False):
-        place.copy_(part)
-    for place, part in zip(places[len(by_row) :], by_token, strict=True):
-        torch.index_select(part, 0, tokens, out=place)  # ten times as fast as part[tokens]
-    return packed
-
-
-def pack_all(parts: Sequence[Tensor]) -> Tensor:
-    """`pack` for rows that are tokens: parts [num_rows, columns]."""
-    packed, places = _rows_for(parts, len(parts[0]))
-    for place, part in zip(places, parts, strict=True):
-        place.copy_(part)
-    return packed
-
-
-def _rows_for(parts: Sequence[Tensor], num_rows: int) -> tuple[Tensor, list[Tensor]]:
-    columns = columns_of(parts)
-    packed = parts[0].new_empty((num_rows, bytes_of(columns)), dtype=torch.uint8)
-    # Typed views: a byte view of a one-column tensor with stride 0 fails.
-    return packed, unpack(packed, columns)
 
 
 def columns_of(parts: Sequence[Tensor]) -> Columns:

@@ -9,8 +9,9 @@
 
 namespace {
 
+template <class T>
 struct Cache {
-    const bf16 *keys, *values;
+    const T *keys, *values;
     int64_t key_row, value_row, key_dim, value_stride, block_size;
 };
 
@@ -40,10 +41,25 @@ float exponentials(float* row, int64_t count, const float* sink) {
     return sum;
 }
 
+float dot(const float* a, const float* b, int64_t size) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < size; d += kLanes) sum = _mm512_fmadd_ps(widen(a + d), widen(b + d), sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+float dot(const bf16* a, const bf16* b, int64_t size) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < size; d += 32) {
+        sum = _mm512_dpbf16_ps(sum, load_pairs(a + d), load_pairs(b + d));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
 // A sequence's only new token, for some kv heads and the query heads of each.
-void attend_one(const Cache& cache, const Shape& shape, const int64_t* table, int64_t end,
-                const bf16* q, int64_t begin_head, int64_t end_head, std::vector<float>& room,
-                bf16* out) {
+template <class T>
+void attend_one(const Cache<T>& cache, const Shape& shape, const int64_t* table, int64_t end,
+                const T* q, int64_t begin_head, int64_t end_head, std::vector<float>& room,
+                T* out) {
     const int64_t group = shape.group, value_dim = shape.value_dim;
     const int64_t first = shape.window > 0 ? std::max<int64_t>(0, end - shape.window) : 0;
     const int64_t count = end - first, begin = begin_head * group, num = end_head * group - begin;
@@ -52,13 +68,9 @@ void attend_one(const Cache& cache, const Shape& shape, const int64_t* table, in
     float* sums = scores + num * count;
     visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
         for (int64_t h = begin; h < begin + num; ++h) {
-            const bf16* key = cache.keys + slot * cache.key_row + h / group * cache.key_dim;
-            const bf16* query = q + h * cache.key_dim;
-            __m512 acc = _mm512_setzero_ps();
-            for (int64_t d = 0; d < cache.key_dim; d += 32) {
-                acc = _mm512_dpbf16_ps(acc, load_pairs(query + d), load_pairs(key + d));
-            }
-            scores[(h - begin) * count + p - first] = shape.scale * _mm512_reduce_add_ps(acc);
+            const T* key = cache.keys + slot * cache.key_row + h / group * cache.key_dim;
+            scores[(h - begin) * count + p - first] =
+                shape.scale * dot(q + h * cache.key_dim, key, cache.key_dim);
         }
     });
     for (int64_t h = 0; h < num; ++h) {
@@ -69,8 +81,8 @@ void attend_one(const Cache& cache, const Shape& shape, const int64_t* table, in
     }
     visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
         for (int64_t h = 0; h < num; ++h) {
-            const bf16* value = cache.values + slot * cache.value_row +
-                                (begin + h) / group * cache.value_stride;
+            const T* value = cache.values + slot * cache.value_row +
+                             (begin + h) / group * cache.value_stride;
             const __m512 weight = _mm512_set1_ps(scores[h * count + p - first]);
             float* sum = sums + h * value_dim;
             for (int64_t d = 0; d < value_dim; d += kLanes) {
@@ -86,7 +98,7 @@ void attend_one(const Cache& cache, const Shape& shape, const int64_t* table, in
 
 // Several new tokens of a sequence, for one kv head and its query heads. Keys and values are
 // packed like weights, so that logits and sums are products of tiles; weights round to bfloat16.
-void attend_many(const Cache& cache, const Shape& shape, const int64_t* table, int64_t end,
+void attend_many(const Cache<bf16>& cache, const Shape& shape, const int64_t* table, int64_t end,
                  int64_t num, const bf16* q, int64_t kv_head, std::vector<float>& room, bf16* out) {
     const int64_t key_dim = cache.key_dim, value_dim = shape.value_dim;
     const int64_t start = end - num;  // positions computed before
@@ -158,6 +170,31 @@ void attend_many(const Cache& cache, const Shape& shape, const int64_t* table, i
     }
 }
 
+// A sequence, and some of its kv heads.
+using Task = std::array<int64_t, 3>;
+
+// All heads of a position lie side by side: a decode takes as many as leave work for others.
+std::vector<Task> share_out(const int64_t* scheduled, int64_t seqs, int64_t kv_heads) {
+    const int64_t threads = omp_get_max_threads();
+    const int64_t parts = std::min<int64_t>(kv_heads, seqs >= 4 * threads ? 1 : 2 * threads);
+    std::vector<Task> tasks;
+    for (int64_t s = 0; s < seqs; ++s) {
+        const int64_t num = scheduled[s] > 1 ? kv_heads : parts;
+        for (int64_t i = 0; i < num; ++i) {
+            tasks.push_back({s, kv_heads * i / num, kv_heads * (i + 1) / num});
+        }
+    }
+    return tasks;
+}
+
+template <class T>
+Cache<T> cache_of(const T* keys, const T* values, int64_t kv_heads, int64_t key_dim,
+                  int64_t value_dim, int64_t block_size) {
+    const int64_t stride = values ? value_dim : key_dim;
+    return {keys, values ? values : keys, kv_heads * key_dim, kv_heads * stride, key_dim, stride,
+            block_size};
+}
+
 }  // namespace
 
 extern "C" {
@@ -172,20 +209,9 @@ void attention(const bf16* q, int64_t q_stride, const bf16* keys, const bf16* va
                const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
                int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
                float scale, int64_t window, const float* sinks, bf16* out) {
-    const Cache cache{keys, values ? values : keys, kv_heads * key_dim,
-                      kv_heads * (values ? value_dim : key_dim), key_dim,
-                      values ? value_dim : key_dim, block_size};
+    const auto cache = cache_of(keys, values, kv_heads, key_dim, value_dim, block_size);
     const Shape shape{heads, heads / kv_heads, value_dim, q_stride, scale, window, sinks};
-    // All heads of a position lie side by side: a decode takes as many as leave work for others.
-    const int64_t threads = omp_get_max_threads();
-    const int64_t parts = std::min<int64_t>(kv_heads, seqs >= 4 * threads ? 1 : 2 * threads);
-    std::vector<std::array<int64_t, 3>> tasks;  // a sequence, and some of its kv heads
-    for (int64_t s = 0; s < seqs; ++s) {
-        const int64_t num = scheduled[s] > 1 ? kv_heads : parts;
-        for (int64_t i = 0; i < num; ++i) {
-            tasks.push_back({s, kv_heads * i / num, kv_heads * (i + 1) / num});
-        }
-    }
+    const std::vector<Task> tasks = share_out(scheduled, seqs, kv_heads);
 #pragma omp parallel
     {
         std::vector<float> room;
@@ -200,6 +226,29 @@ void attention(const bf16* q, int64_t q_stride, const bf16* keys, const bf16* va
             } else {
                 attend_many(cache, shape, table, lengths[s], scheduled[s], query, begin, room, to);
             }
+        }
+    }
+}
+
+// The same in float32 for sequences of one new token each; key_dim is a multiple of 16 too.
+void decode_attention_float(const float* q, int64_t q_stride, const float* keys,
+                            const float* values, const int64_t* tables, int64_t width,
+                            const int64_t* first_token, const int64_t* scheduled,
+                            const int64_t* lengths, int64_t seqs, int64_t heads, int64_t kv_heads,
+                            int64_t key_dim, int64_t value_dim, int64_t block_size, float scale,
+                            int64_t window, const float* sinks, float* out) {
+    const auto cache = cache_of(keys, values, kv_heads, key_dim, value_dim, block_size);
+    const Shape shape{heads, heads / kv_heads, value_dim, q_stride, scale, window, sinks};
+    const std::vector<Task> tasks = share_out(scheduled, seqs, kv_heads);
+#pragma omp parallel
+    {
+        std::vector<float> room;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t task = 0; task < tasks.size(); ++task) {
+            const auto [s, begin, end] = tasks[task];
+            const int64_t token = first_token[s];
+            attend_one(cache, shape, tables + s * width, lengths[s], q + token * q_stride, begin,
+                       end, room, out + token * heads * value_dim);
         }
     }
 }

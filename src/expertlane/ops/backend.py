@@ -3,7 +3,7 @@
 `EXPERTLANE_BACKEND` is `cpu` for our own kernels or `torch`; unset, ours if available.
 `EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all of them.
 `EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, for ranks that compute on a CPU; unset, the
-first where the ranks share memory.
+first where the ranks of a node share memory; between nodes it is gloo.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 
 from expertlane.errors import UserError
 from expertlane.ops.build import AVX512_BF16, BASELINE, BuildError, build
-from expertlane.ops.cpu import Bfloat16Backend, CpuBackend
+from expertlane.ops.cpu import Avx512Backend, CpuBackend
 from expertlane.ops.host import num_cores
 from expertlane.ops.torch_backend import TorchBackend
 
@@ -54,7 +54,7 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
             raise BuildError(f"EXPERTLANE_INSTRUCTIONS leaves {AVX512_BF16.name} out")
         if not baseline.has_avx512_bf16():
             raise BuildError(f"this CPU lacks {AVX512_BF16.name}, which bfloat16 needs")
-        return Bfloat16Backend(baseline, build(AVX512_BF16)), ""
+        return Avx512Backend(baseline, build(AVX512_BF16)), ""
     except BuildError as error:
         return CpuBackend(baseline), str(error)
 
@@ -72,7 +72,7 @@ def compiled_messages() -> ctypes.CDLL | None:
     return backend.baseline if isinstance(backend, CpuBackend) else None
 
 
-def _transport_of_cpu(*, shares_memory: bool) -> str:
+def _transport_of_cpu(*, shares_memory: bool, several_nodes: bool) -> str:
     value = os.environ.get("EXPERTLANE_TRANSPORT") or None
     if value not in (None, "shared_memory", "gloo"):
         raise UserError(f"EXPERTLANE_TRANSPORT is {value!r}; valid: shared_memory, gloo")
@@ -82,7 +82,8 @@ def _transport_of_cpu(*, shares_memory: bool) -> str:
         )
     if value == "gloo" or not shares_memory:
         return "gloo"
-    return SHARED_MEMORY if compiled_messages() else f"{SHARED_MEMORY} (without compiled code)"
+    name = SHARED_MEMORY if compiled_messages() else f"{SHARED_MEMORY} (without compiled code)"
+    return f"{name}, gloo between nodes" if several_nodes else name
 
 
 def _allowed_sets() -> frozenset[str]:
@@ -99,7 +100,7 @@ class Platform:
     """Where a rank computes and how it communicates.
 
     Attributes:
-        transport: `shared_memory`, or torch.distributed's name of it.
+        transport: begins with `shared_memory`, or is torch.distributed's name of it.
         kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
             where ours would have been better.
     """
@@ -122,11 +123,13 @@ def choose_platform(
     dtype_name: str | None,
     *,
     shares_memory: bool = False,
+    several_nodes: bool = False,
 ) -> Platform:
     """One GPU a rank with NCCL and float16 where there are enough; else the CPU and float32.
 
     Args:
-        shares_memory: whether all ranks are on this node and have inherited memory that they share.
+        shares_memory: whether the ranks of this node have inherited memory that they share.
+        several_nodes: whether there are ranks on others.
 
     Raises:
         UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
@@ -145,15 +148,15 @@ def choose_platform(
     torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
-    transport = _transport_of_cpu(shares_memory=shares_memory)
+    transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)
     return Platform(device, transport, dtype, "CPU", _kernels_of_cpu(dtype))
 
 
 def _kernels_of_cpu(dtype: torch.dtype) -> str:
     backend, why_not = backend_of_cpu()
     if isinstance(backend, CpuBackend) and dtype is not torch.bfloat16:
-        return "torch"  # and our bookkeeping: all that there is for it
-    if isinstance(backend, Bfloat16Backend):
+        return "torch"  # and ours for bookkeeping, and where rows are few
+    if isinstance(backend, Avx512Backend):
         return "expertlane"
     if _wanted_backend() == "cpu":
         raise UserError(f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {why_not}")

@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertlane.spec.files import user_cache
+
 _FOLDER = Path(__file__).parent
 _HEADERS = sorted(_FOLDER.glob("*.h"))
 _COMPILE = ("-O3", "-std=c++17", "-fPIC")
@@ -37,10 +39,12 @@ class InstructionSet:
     link_flags: tuple[str, ...] = ()
 
 
-BASELINE = InstructionSet("baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp"))
+BASELINE = InstructionSet(
+    "baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp")
+)
 AVX512_BF16 = InstructionSet(
     "avx512_bf16",
-    ("attention.cpp", "products.cpp", "rows.cpp"),
+    ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp"),
     ("-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-ffast-math"),
     ("-fopenmp",),
 )
@@ -96,7 +100,7 @@ def _library(compiler: list[str], instructions: InstructionSet) -> Path:
     contents = (path.read_bytes() for path in (*sources, *_HEADERS))
     key = (*contents, version, *map(str.encode, texts))
     name = hashlib.blake2b(b"\0".join(key), digest_size=12).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
+    folder = user_cache()
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{platform.machine()}-{instructions.name}-{name}.so"
     with (folder / "build.lock").open("w") as lock:

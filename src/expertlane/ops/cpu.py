@@ -4,6 +4,7 @@ Only `ops/backend.py` chooses among these.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,19 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.ops.products import (
+    Activation,
+    Expert,
+    Experts,
+    Linear,
+    PairGroups,
+)
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
+_FEW_ROWS = 16  # with more, torch's own products are faster
+_SUMMED = (torch.float32, torch.bfloat16)
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
     "n": ctypes.c_int64,
@@ -32,7 +42,7 @@ def _function(library: ctypes.CDLL, name: str, arguments: str, result: Any = Non
 
 
 class CpuBackend(TorchBackend):
-    """The bookkeeping of dispatch (`dispatch.cpp`), for any CPU.
+    """The bookkeeping of dispatch (`dispatch.cpp`) and sums (`sums.cpp`), for any CPU.
 
     Attributes:
         baseline: the library that every CPU can use.
@@ -43,6 +53,13 @@ class CpuBackend(TorchBackend):
         self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
         self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
         self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)
+        self._fan_out = _function(baseline, "fan_out", "pnninpnppp")
+        self._pack_rows = _function(baseline, "pack_rows", "pnnnpppp")
+        self._take_sums(baseline)
+
+    def _take_sums(self, library: ctypes.CDLL) -> None:
+        self._gather_sum = _function(library, "gather_sum", "ippnppnnnp")
+        self._sum_parts = _function(library, "sum_parts", "ipnnp")
 
     def choose_copies(
         self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
@@ -68,10 +85,22 @@ class CpuBackend(TorchBackend):
         )
         return PeerRows(counts, tokens[:num_rows], ids_there[:num_rows], places)
 
+    def fan_out(
+        self, ids: Tensor, divisor: int, nodes: Tensor, node: int
+    ) -> tuple[Tensor, Tensor, int, int]:
+        num_tokens, top_k = ids.shape
+        ranks, num_nodes = torch.empty(2, num_tokens, dtype=torch.int64).unbind()
+        remote = array("q", [0, 0])
+        self._fan_out(
+            *(ids.data_ptr(), num_tokens, top_k, divisor, nodes.shape[0], nodes.data_ptr(), node),
+            *(ranks.data_ptr(), num_nodes.data_ptr(), remote.buffer_info()[0]),
+        )
+        return ranks, num_nodes, remote[0], remote[1]
+
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         num_rows, top_k = ids.shape
         counts = torch.empty(num_groups, dtype=torch.int64)
-        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64)
+        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64).unbind()
         numbers = torch.empty(num_rows, top_k, dtype=torch.int64)
         num_pairs = self._group_pairs(
             *(ids.data_ptr(), ids.stride(0), num_rows, top_k, first, divisor, num_groups),
@@ -79,31 +108,96 @@ class CpuBackend(TorchBackend):
         )
         return PairGroups(counts, rows[:num_pairs], order[:num_pairs], numbers)
 
+    def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
+        from_, stride, num_bytes, index = (array("q", [0] * len(parts)) for _ in range(4))
+        for i, (part, rows) in enumerate(parts):
+            assert part.stride(1) == 1 or part.shape[1] == 1, "rows lie in one piece each"
+            from_[i], stride[i] = part.data_ptr(), part.stride(0) * part.itemsize
+            num_bytes[i] = part.shape[1] * part.itemsize
+            index[i] = 0 if rows is None else rows.data_ptr()
+        self._pack_rows(
+            *(packed.data_ptr(), *packed.shape, len(parts)),
+            *(each.buffer_info()[0] for each in (from_, stride, num_bytes, index)),
+        )
 
-class Bfloat16Backend(CpuBackend):
-    """Arithmetic in bfloat16 too (`products.cpp`, `attention.cpp`, `rows.cpp`)."""
+    def gather_sum(
+        self,
+        values: Tensor | RowParts,
+        places: Tensor,
+        weights: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if values.dtype not in _SUMMED:
+            return super().gather_sum(values, places, weights, out)
+        parts = values if isinstance(values, RowParts) else RowParts.of(values.contiguous())
+        places, weights = places.contiguous(), None if weights is None else weights.contiguous()
+        if out is None:
+            out = torch.empty(len(places), parts.width, dtype=parts.dtype)
+        num_rows = array("q", parts.num_rows)
+        self._gather_sum(
+            *(parts.dtype is torch.bfloat16, parts.pointers.buffer_info()[0]),
+            *(num_rows.buffer_info()[0], len(num_rows), places.data_ptr()),
+            *(None if weights is None else weights.data_ptr(), *places.shape, parts.width),
+            out.data_ptr(),
+        )
+        return out
+
+    def sum_parts(self, rows: RowParts, num_parts: int) -> Tensor:
+        if rows.dtype not in _SUMMED:
+            return super().sum_parts(rows, num_parts)
+        if len(rows.num_rows) != num_parts:
+            rows = RowParts.of(rows.tensor(), num_parts)
+        out = torch.empty(rows.num_rows[0], rows.width, dtype=rows.dtype)
+        self._sum_parts(
+            *(rows.dtype is torch.bfloat16, rows.pointers.buffer_info()[0], num_parts),
+            *(out.numel(), out.data_ptr()),
+        )
+        return out
+
+
+class Avx512Backend(CpuBackend):
+    """Arithmetic too: in bfloat16 (`products.cpp`, `attention.cpp`, `rows.cpp`), and in float32.
+
+    In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
+    new token a sequence. torch has the rest.
+    """
 
     def __init__(self, baseline: ctypes.CDLL, avx512_bf16: ctypes.CDLL) -> None:
         super().__init__(baseline)
         self._linear = _function(avx512_bf16, "linear", "pnnpnnpp")
         self._experts = _function(avx512_bf16, "experts", "pnpppnpppnnpp")
         self._attention = _function(avx512_bf16, "attention", "pnpppnpppnnnnnnfnpp")
-        self._rotate = _function(avx512_bf16, "rotate", "pnnnnnppn")
-        self._rms_norm = _function(avx512_bf16, "rms_norm", "pnnnnpfpn")
-        self._weighted_sum = _function(avx512_bf16, "weighted_sum", "pppnnnp")
-        self._sum_parts = _function(avx512_bf16, "sum_parts", "pnnp")
+        self._decode_attention = _function(
+            avx512_bf16, "decode_attention_float", "pnpppnpppnnnnnnfnpp"
+        )
+        self._few_rows_linear = _function(avx512_bf16, "few_rows_linear", "pnnpnnpp")
+        self._few_rows_experts = _function(avx512_bf16, "few_rows_experts", "pnpppnpppnnpp")
+        self._rotate, self._rms_norm = (
+            {
+                torch.bfloat16: _function(avx512_bf16, name, arguments),
+                torch.float32: _function(avx512_bf16, f"{name}_float", arguments),
+            }
+            for name, arguments in (("rotate", "pnnnnnppn"), ("rms_norm", "pnnnnpfpn"))
+        )
+        self._take_sums(avx512_bf16)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if weight.dtype is torch.float32 and weight.numel() and weight.is_contiguous():
+            return FewRowsLinear(weight, bias, self._few_rows_linear)
         if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():
             return super().linear(weight, bias)
         return PackedLinear(weight, None if bias is None else bias.float(), self._linear)
 
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
         linears = [linear for expert in held for linear in expert.linears]
+        is_plain = activation.is_plain(is_gated=held[0].gate is not None)
+        if all(isinstance(each, FewRowsLinear) and each.bias is None for each in linears):
+            many = super().experts(held, activation)
+            return _FewRowsExperts(many, self._few_rows_experts) if is_plain else many
         suits = (
             held[0].up.out_features % 32 == 0
             and all(isinstance(each, PackedLinear) and each.bias is None for each in linears)
-            and activation.is_plain(is_gated=held[0].gate is not None)
+            and is_plain
         )
         if not suits:
             return super().experts(held, activation)
@@ -121,13 +215,18 @@ class Bfloat16Backend(CpuBackend):
         value_dim, scale, window, sinks = params
         num_tokens, num_heads, key_dim = query.shape
         keys, values = cache.keys, cache.values
-        if keys.dtype is not torch.bfloat16 or key_dim % 32 or value_dim % 16:
+        attend, multiple = self._attention, 32
+        if keys.dtype is torch.float32 and batch.is_decode:
+            attend, multiple = self._decode_attention, 16
+        elif keys.dtype is not torch.bfloat16:
+            multiple = 0
+        if not multiple or key_dim % multiple or value_dim % 16 or query.dtype is not keys.dtype:
             return super().paged_attention(query, key, value, cache, batch, params)
         cache.write(batch.slots, key, value)
         out = query.new_empty(num_tokens, num_heads, value_dim)
         sequences = batch.sequences
         tables = sequences.block_tables
-        self._attention(
+        attend(
             *(query.data_ptr(), query.stride(0), keys.data_ptr()),
             *(values.data_ptr() if values.shape[-1] else None, tables.data_ptr(), tables.shape[1]),
             *(sequences.first_tokens.data_ptr(), sequences.num_scheduled.data_ptr()),
@@ -139,10 +238,10 @@ class Bfloat16Backend(CpuBackend):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         num_rows, size = x.shape
-        if x.dtype is not torch.bfloat16 or size % 16 or x.stride(1) != 1:
+        if x.dtype not in self._rms_norm or size % 16 or x.stride(1) != 1:
             return super().rms_norm(x, weight, eps)
         out = x.new_empty(num_rows, size)
-        self._rms_norm(
+        self._rms_norm[x.dtype](
             *(x.data_ptr(), x.stride(0), num_rows, 1, size, weight.data_ptr(), eps),
             *(out.data_ptr(), size),
         )
@@ -150,42 +249,23 @@ class Bfloat16Backend(CpuBackend):
 
     def rms_norm_heads_(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         num_tokens, num_heads, head_dim = x.shape
-        if x.dtype is not torch.bfloat16 or head_dim % 16:
+        if x.dtype not in self._rms_norm or head_dim % 16:
             return super().rms_norm_heads_(x, weight, eps)
-        self._rms_norm(
+        self._rms_norm[x.dtype](
             *(x.data_ptr(), x.stride(0), num_tokens, num_heads, head_dim),
             *(weight.data_ptr(), eps, x.data_ptr(), x.stride(0)),
         )
         return x
 
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
-        if x.dtype is not torch.bfloat16:
+        if x.dtype not in self._rotate:
             return super().rotate_(x, cos, sin, interleave=interleave)
         num_tokens, num_heads, head_dim = x.shape
-        self._rotate(
+        self._rotate[x.dtype](
             *(x.data_ptr(), x.stride(0), num_tokens, num_heads, head_dim, cos.shape[-1]),
             *(cos.data_ptr(), sin.data_ptr(), interleave),
         )
         return x
-
-    def gather_sum(self, values: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-        size = values.shape[1]
-        if values.dtype is not torch.bfloat16 or size % 16:
-            return super().gather_sum(values, places, weights)
-        places, weights = places.contiguous(), None if weights is None else weights.contiguous()
-        out = values.new_empty(len(places), size)
-        self._weighted_sum(
-            *(values.data_ptr(), places.data_ptr()),
-            *(None if weights is None else weights.data_ptr(), *places.shape, size, out.data_ptr()),
-        )
-        return out
-
-    def sum_parts(self, rows: Tensor, num_parts: int) -> Tensor:
-        if rows.dtype is not torch.bfloat16:
-            return super().sum_parts(rows, num_parts)
-        out = rows.new_empty(len(rows) // num_parts, rows.shape[1])
-        self._sum_parts(rows.data_ptr(), num_parts, out.numel(), out.data_ptr())
-        return out
 
 
 class PackedLinear(Linear):
@@ -195,6 +275,8 @@ class PackedLinear(Linear):
         bias: [n] float32.
         function: the kernel.
     """
+
+    is_packed = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
         super().__init__(weight, bias)
@@ -233,16 +315,12 @@ class _PackedExperts(Experts):
         super().__init__(held, activation)  # whose weights stay alive
         self._function = function
         self._inner = held[0].up.out_features
-        gates = [expert.gate for expert in held if expert.gate is not None]
-        self._matrices = (
-            _pointers(gates) if gates else None,
-            _pointers([expert.up for expert in held]),
-            _pointers([expert.down for expert in held]),
-        )
+        self._matrices = _matrices(held)
 
-    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = len(pairs.rows), rows.shape[1]
-        out, scratch = rows.new_empty(num_pairs, hidden), rows.new_empty(num_pairs, self._inner)
+        out = rows.new_empty(num_pairs, hidden) if out is None else out
+        scratch = rows.new_empty(num_pairs, self._inner)
         if num_pairs:
             ends = pairs.counts.cumsum(0)
             self._function(
@@ -251,6 +329,68 @@ class _PackedExperts(Experts):
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out
+
+
+class FewRowsLinear(Linear):
+    """A weight of float32 as torch has it, and a kernel for so few rows that packing is dear.
+
+    Args:
+        function: the kernel.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
+        super().__init__(weight, bias)
+        self._function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m, k = x.shape
+        if not 0 < m <= _FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
+            return super().__call__(x)
+        out = x.new_empty(m, self.out_features)
+        self._function(
+            *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
+            *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
+        )
+        return out
+
+
+class _FewRowsExperts(Experts):
+    """One call of a kernel where every expert has few pairs.
+
+    Args:
+        many: for the others; of float32 weights without biases.
+        function: the kernel.
+    """
+
+    def __init__(self, many: Experts, function: Any) -> None:
+        super().__init__(many.held, many.activation)
+        self._many, self._function = many, function
+        self._inner = self.held[0].up.out_features
+        self._matrices = _matrices(self.held)
+
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
+        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
+        most = int(pairs.counts.max()) if num_pairs > _FEW_ROWS else num_pairs
+        if not 0 < most <= _FEW_ROWS or rows.stride(1) != 1:
+            return self._many(rows, pairs, out)
+        out = rows.new_empty(num_pairs, hidden) if out is None else out
+        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.counts.cumsum(0)
+        self._function(
+            *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
+            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self._matrices),
+            *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
+        )
+        return out
+
+
+def _matrices(held: Sequence[Expert]) -> tuple[Any, Any, Any]:
+    """Where gates (None without), ups and downs lie."""
+    gates = [expert.gate for expert in held if expert.gate is not None]
+    return (
+        _pointers(gates) if gates else None,
+        _pointers([expert.up for expert in held]),
+        _pointers([expert.down for expert in held]),
+    )
 
 
 def _pointers(linears: Sequence[Linear]) -> Any:

@@ -87,4 +87,41 @@ int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t to
     }
     return pairs;
 }
+
+// How far tokens spread: id / divisor is a rank, nodes [ranks] the node of each. num_ranks,
+// num_nodes [tokens]: how many of either hold some id of a token; remote [2]: of all tokens, how many
+// of those ranks, and of those nodes, are not of `node`.
+void fan_out(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t ranks,
+             const int64_t* nodes, int64_t node, int64_t* num_ranks, int64_t* num_nodes,
+             int64_t* remote) {
+    std::vector<int64_t> rank_seen(ranks, -1), node_seen(ranks, -1);  // by the latest token
+    remote[0] = remote[1] = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+        num_ranks[t] = num_nodes[t] = 0;
+        for (int64_t k = 0; k < top_k; ++k) {
+            const int64_t rank = ids[t * top_k + k] / divisor;
+            if (rank_seen[rank] == t) continue;
+            rank_seen[rank] = t;
+            ++num_ranks[t];
+            remote[0] += nodes[rank] != node;
+            if (node_seen[nodes[rank]] == t) continue;
+            node_seen[nodes[rank]] = t;
+            ++num_nodes[t];
+            remote[1] += nodes[rank] != node;
+        }
+    }
+}
+
+// Rows of bytes put together of pieces: piece i takes bytes [i] of row index[i][r] (or r, where
+// index[i] is null) of from [i], whose rows are stride [i] apart, to every row r of `to`.
+void pack_rows(char* to, int64_t rows, int64_t row_bytes, int64_t pieces, const char* const* from,
+               const int64_t* stride, const int64_t* bytes, const int64_t* const* index) {
+    for (int64_t r = 0; r < rows; ++r, to += row_bytes) {
+        char* at = to;
+        for (int64_t i = 0; i < pieces; ++i) {
+            std::memcpy(at, from[i] + (index[i] ? index[i][r] : r) * stride[i], bytes[i]);
+            at += bytes[i];
+        }
+    }
+}
 }

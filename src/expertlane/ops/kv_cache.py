@@ -285,6 +285,11 @@ class PagedBatch:
         return attention_groups(self._batch, self._block_size, self._device)
 
     @cached_property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one new token."""
+        return bool((self._batch.num_scheduled_tokens == 1).all())
+
+    @cached_property
     def sequences(self) -> PagedSequences:
         """The batch's sequences one by one."""
         batch = self._batch

@@ -30,7 +30,10 @@ class Linear:
 
     Attributes:
         weight: as it is kept.
+        is_packed: not as torch's own products take it.
     """
+
+    is_packed = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
@@ -70,6 +73,8 @@ class Linear:
 
 class OnednnLinear(Linear):
     """The weight as oneDNN packs it, which only oneDNN reads: it is sent as torch has it."""
+
+    is_packed = True
 
     @staticmethod
     def suits(weight: Tensor) -> bool:
@@ -194,11 +199,12 @@ class Experts(ABC):
         self.held, self.activation = list(held), activation
 
     @abstractmethod
-    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         """Apply each expert to the rows of its pairs.
 
         Args:
             rows: [R, H]; may be apart.
+            out: what is returned, if given.
 
         Returns:
             [P, H], in order of row, then choice; partial sums where experts are cut.
@@ -216,17 +222,17 @@ class Experts(ABC):
 class LoopedExperts(Experts):
     """One expert after the other."""
 
-    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         """[P, H]."""
         rows = rows.index_select(0, pairs.rows)
-        results = torch.empty_like(rows)
+        results = torch.empty_like(rows) if out is None else out
         ends = pairs.counts.cumsum(0).tolist()
         for expert, (begin, end) in zip(self.held, pairwise([0, *ends]), strict=True):
             if end > begin:
                 of_expert = rows[begin:end]
                 gate = None if expert.gate is None else expert.gate(of_expert)
-                out = expert.down(self.activation(gate, expert.up(of_expert)))
-                results.index_copy_(0, pairs.order[begin:end], out)
+                of_expert = expert.down(self.activation(gate, expert.up(of_expert)))
+                results.index_copy_(0, pairs.order[begin:end], of_expert)
         return results
 
 
@@ -257,21 +263,22 @@ class GroupedExperts(Experts):
         sizes = {size for each in linears for size in (each.in_features, each.out_features)}
         first = linears[0].weight
         return (
-            all(type(linear) is Linear for linear in linears)
+            not any(linear.is_packed for linear in linears)
             and all(size and size * first.itemsize % _ALIGNMENT == 0 for size in sizes)
             and _groups_products(first.device, first.dtype)
         )
 
-    def __call__(self, rows: Tensor, pairs: PairGroups) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         """[P, H]."""
         if len(pairs.rows) not in self._pairs:
-            return self._loop(rows, pairs)
+            return self._loop(rows, pairs, out)
         rows = rows.index_select(0, pairs.rows)
         ends = pairs.counts.cumsum(0, dtype=torch.int32)
         gate = None if self._gate is None else self._gate(rows, pairs.counts, ends)
         inner = self.activation(gate, self._up(rows, pairs.counts, ends))
-        out = self._down(inner, pairs.counts, ends)
-        return torch.empty_like(out).index_copy_(0, pairs.order, out)
+        results = self._down(inner, pairs.counts, ends)
+        out = torch.empty_like(results) if out is None else out
+        return out.index_copy_(0, pairs.order, results)
 
 
 _ANY_NUMBER = 1 << 62

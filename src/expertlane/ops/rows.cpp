@@ -1,15 +1,16 @@
-// What lies between products: rotary positions, norms, sums of rows.
+// What lies between products: rotary positions and norms.
 
 #include <vector>
 
 #include "tiles.h"
 
-extern "C" {
+namespace {
 
 // Turns the first num_heads heads of each row of x [tokens, stride] in place, by cos and sin
 // [tokens, dim]: pairs (i, i + dim / 2) of the last dim of a head's values, or (2i, 2i + 1), which
 // are left as the former.
-void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
+template <class T>
+void rotate_rows(T* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
             int64_t dim, const float* cos, const float* sin, int64_t interleave) {
     const int64_t half = dim / 2;
 #pragma omp parallel if (tokens * num_heads * dim > 65536)
@@ -19,16 +20,16 @@ void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t 
         for (int64_t t = 0; t < tokens; ++t) {
             const float *c = cos + t * dim, *n = sin + t * dim;
             for (int64_t h = 0; h < num_heads; ++h) {
-                bf16* head = x + t * stride + (h + 1) * head_dim - dim;
+                T* head = x + t * stride + (h + 1) * head_dim - dim;
                 for (int64_t i = 0; i < half; ++i) {
                     first[i] = to_float(head[interleave ? 2 * i : i]);
                     second[i] = to_float(head[interleave ? 2 * i + 1 : i + half]);
                 }
                 for (int64_t i = 0; i < half; ++i) {
-                    head[i] = to_bf16(first[i] * c[i] + second[i] * n[i]);
+                    put(first[i] * c[i] + second[i] * n[i], head + i);
                 }
                 for (int64_t i = half; i < dim; ++i) {
-                    head[i] = to_bf16(second[i - half] * c[i] + first[i - half] * n[i]);
+                    put(second[i - half] * c[i] + first[i - half] * n[i], head + i);
                 }
             }
         }
@@ -36,14 +37,15 @@ void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t 
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight, the mean over each of the first `groups` groups of
-// `size` values of each row; x and out are bfloat16 and may be the same, weight [groups, size].
-void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
-              const float* weight, float eps, bf16* out, int64_t out_stride) {
+// `size` values of each row; x and out may be the same, weight [groups, size].
+template <class T>
+void norm_rows(const T* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+               const float* weight, float eps, T* out, int64_t out_stride) {
 #pragma omp parallel for schedule(static) if (rows * groups * size > 32768)
     for (int64_t task = 0; task < rows * groups; ++task) {
         const int64_t row = task / groups, group = task % groups;
-        const bf16* from = x + row * stride + group * size;
-        bf16* to = out + row * out_stride + group * size;
+        const T* from = x + row * stride + group * size;
+        T* to = out + row * out_stride + group * size;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t i = 0; i < size; i += kLanes) {
             const __m512 value = widen(from + i);
@@ -59,37 +61,27 @@ void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64
     }
 }
 
-// out [tokens, size] = the sum of each token's top_k rows, weighted (or not, where weights are
-// null); pair token * top_k + choice has the row place[pair] of x, or none below 0.
-void weighted_sum(const bf16* x, const int64_t* place, const float* weights, int64_t tokens,
-                  int64_t top_k, int64_t size, bf16* out) {
-#pragma omp parallel for schedule(static) if (tokens * size > 32768)
-    for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < size; i += kLanes) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k) {
-                if (place[k] < 0) continue;
-                const __m512 value = widen(x + place[k] * size + i);
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(weights ? weights[k] : 1.0f), value, sum);
-            }
-            store(out + t * size + i, sum, kLanes);
-        }
-    }
+}  // namespace
+
+extern "C" {
+
+void rotate(bf16* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
+            int64_t dim, const float* cos, const float* sin, int64_t interleave) {
+    rotate_rows(x, stride, tokens, num_heads, head_dim, dim, cos, sin, interleave);
 }
 
-// out [count] = the sum of x [parts, count] over its parts, in their order.
-void sum_parts(const bf16* x, int64_t parts, int64_t count, bf16* out) {
-#pragma omp parallel for schedule(static) if (parts * count > 65536)
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const int64_t left = count - i;
-        const __mmask16 mask = left >= kLanes ? 0xffff : (__mmask16)((1u << left) - 1);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t p = 0; p < parts; ++p) {
-            const __m256i raw = _mm256_maskz_loadu_epi16(mask, x + p * count + i);
-            const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
-            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(wide));
-        }
-        store(out + i, sum, left);
-    }
+void rotate_float(float* x, int64_t stride, int64_t tokens, int64_t num_heads, int64_t head_dim,
+                  int64_t dim, const float* cos, const float* sin, int64_t interleave) {
+    rotate_rows(x, stride, tokens, num_heads, head_dim, dim, cos, sin, interleave);
+}
+
+void rms_norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+              const float* weight, float eps, bf16* out, int64_t out_stride) {
+    norm_rows(x, stride, rows, groups, size, weight, eps, out, out_stride);
+}
+
+void rms_norm_float(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+                    const float* weight, float eps, float* out, int64_t out_stride) {
+    norm_rows(x, stride, rows, groups, size, weight, eps, out, out_stride);
 }
 }

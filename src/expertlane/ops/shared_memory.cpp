@@ -1,104 +1,19 @@
 // Messages among the ranks of a node, through memory that all of them map.
 //
-// A channel has one sender and some consumers. The sender puts a message into its own heap,
-// describes it in the channel's ring and raises a counter; consumers copy their parts out of that
-// heap and raise theirs. So each word has one writer, except the word that a rank sleeps on, which
-// others clear to wake it. Messages too large for the heap go in pieces, two at a time. The protocol
-// and its invariants: docs/shared_memory.md.
+// A channel has one sender and some consumers. A message lies in its sender's heap: it is made there
+// or put there. The sender describes it in the channel's ring and raises a counter; consumers copy
+// their parts out of that heap, or read them there, and raise theirs. So each word has one writer,
+// except the word that a rank sleeps on, which others clear to wake it. Messages too large for the
+// heap go in pieces, two at a time. The protocol and its invariants: docs/shared_memory.md.
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-#include <cstring>
-#include <deque>
-#include <memory>
-#include <vector>
-
-#include "shared_memory.h"
+#include "exchanges.h"
 
 namespace {
-
-// A rank's view of a group; a group of two is used for messages from one to the other too.
-struct Group {
-    struct Endpoint* endpoint;
-    uint32_t id;
-    int64_t size, place;
-    std::vector<int64_t> ranks;
-    char* base;
-    uint32_t num_sent = 0;               // messages that are out whole
-    uint32_t num_pieces_sent = 0;        // of described messages
-    uint32_t end_pieces[kRing] = {};     // of the messages in the ring
-    std::vector<uint32_t> num_expected;  // by place: messages that exchanges wait for, or did
-    std::vector<uint32_t> num_taken;     // by place: messages that are copied out
-
-    char* channel(int64_t sender) const { return base + sender * channel_bytes(size); }
-    Counters& counters(int64_t sender) const { return *(Counters*)channel(sender); }
-    Description& description(int64_t sender, uint32_t message) const {
-        return *(Description*)(channel(sender) + kLine +
-                               message % kRing * description_bytes(size));
-    }
-    // Pieces of a sender that a consumer needs no more.
-    Word& consumed(int64_t consumer, int64_t sender) const {
-        return ((Word*)(channel(size) + consumer * lines(4 * size)))[sender];
-    }
-    bool all_consumed(uint32_t end_piece) const {
-        for (int64_t other = 0; other < size; ++other) {
-            if (other != place && !reached(consumed(other, place).load(kSeen), end_piece)) {
-                return false;
-            }
-        }
-        return true;
-    }
-};
-
-struct Incoming {
-    int64_t sender;
-    uint32_t message;
-    char* to;
-    int64_t bytes;
-    uint32_t num_pieces = 0;  // taken
-    bool is_done = false;
-};
-
-struct Exchange {
-    Group* group;
-    bool sends = false, same_for_all = false, is_done = false;
-    const char* from = nullptr;
-    std::vector<Part> parts;  // of `from`
-    int64_t block = -1;       // of the heap
-    uint32_t message = 0, num_pieces = 0, num_published = 0;
-    std::vector<Incoming> incoming;
-    int64_t differing = -1;  // a place whose message has another size than was expected
-};
-
-struct Lent {  // a block of the heap, until all consumers have read it
-    Group* group;
-    uint32_t end_piece;
-    int64_t block;
-};
-
-struct Endpoint {
-    Region region;
-    int64_t rank, num_spins;
-    Heap heap;
-    std::vector<std::unique_ptr<Group>> groups;
-    std::deque<std::unique_ptr<Exchange>> exchanges;
-    std::vector<Lent> lent;
-
-    // What is read already is used again first: pages that nobody has touched yet cost more.
-    int64_t take(int64_t bytes) {
-        auto is_back = [this](const Lent& each) {
-            if (!each.group->all_consumed(each.end_piece)) return false;
-            heap.give_back(each.block);
-            return true;
-        };
-        lent.erase(std::remove_if(lent.begin(), lent.end(), is_back), lent.end());
-        return heap.take(bytes);
-    }
-    bool progress();
-};
 
 long futex(Word& word, int operation, uint32_t value, const timespec* timeout) {
     return syscall(SYS_futex, &word, operation, value, timeout, nullptr, 0);
@@ -139,13 +54,21 @@ bool find_room(Endpoint& endpoint, Exchange& exchange, Description& description)
         total += lines(part.bytes);
     }
     if (exchange.same_for_all) total = lines(most);
+    if (exchange.block >= 0) {  // it was made in the heap
+        std::copy(exchange.parts.begin(), exchange.parts.end(), description.parts);
+        exchange.num_pieces = 1;
+        description.piece_bytes = most;
+        description.blocks[0] = exchange.block;
+        return true;
+    }
     const int64_t num_parts = exchange.same_for_all ? 1 : size - 1;
-    const int64_t room = endpoint.region.heap_bytes / 4;
+    const int64_t room = endpoint.region.half() / 4;
     const bool in_pieces = total > room;
     const int64_t piece_bytes = in_pieces ? room / num_parts / kLine * kLine : most;
     const int64_t block_bytes = in_pieces ? num_parts * piece_bytes : total;
     // Both blocks or none: messages that each hold one and wait for another would wait for ever.
-    const int64_t block = endpoint.take(in_pieces ? 2 * block_bytes : block_bytes);
+    const int64_t block =
+        endpoint.take(endpoint.copied, in_pieces ? 2 * block_bytes : block_bytes);
     if (block < 0) return false;
     int64_t offset = 0;
     for (int64_t other = 0; other < size; ++other) {
@@ -175,20 +98,23 @@ bool describe(Endpoint& endpoint, Exchange& exchange) {
     description.num_pieces = exchange.num_pieces;
     group.num_pieces_sent += exchange.num_pieces;
     group.end_pieces[slot] = group.num_pieces_sent;
-    endpoint.lent.push_back({&group, group.num_pieces_sent, exchange.block});
+    const bool reads_own = exchange.in_place && endpoint.made.has(exchange.block);
+    const Exchange* reader = reads_own ? &exchange : nullptr;
+    endpoint.lent.push_back({&group, group.num_pieces_sent, exchange.block, reader});
     return true;
 }
 
 void copy_piece(const Endpoint& endpoint, const Exchange& exchange, const Description& description,
                 uint32_t piece) {
     char* block = endpoint.region.heap(endpoint.rank) + description.blocks[piece % 2];
+    if (endpoint.made.has(exchange.block)) return;
     const int64_t begin = piece * description.piece_bytes;
     for (int64_t other = 0; other < exchange.group->size; ++other) {
         const Part& part = exchange.parts[other];
         const int64_t bytes = std::min(part.bytes - begin, description.piece_bytes);
         if (bytes <= 0) continue;
-        std::memcpy(block + description.parts[other].offset, exchange.from + part.offset + begin,
-                    bytes);
+        copy_bytes(block + description.parts[other].offset, exchange.from + part.offset + begin,
+                   bytes, exchange.past_cache);
         if (exchange.same_for_all) break;
     }
 }
@@ -220,51 +146,91 @@ void consume(const Group& group, int64_t sender, uint32_t end_piece, bool in_pie
     if (in_pieces || line.starving.load(kOrdered)) wake(line);
 }
 
+// Where a message of one piece is, if it is there and its turn has come; else, or if another size
+// was expected, null.
+const Description* arrived(Exchange& exchange, const Incoming& incoming) {
+    const Group& group = *exchange.group;
+    if (group.num_taken[incoming.sender] != incoming.message ||
+        !reached(group.counters(incoming.sender).num_begun.load(kSeen), incoming.message + 1)) {
+        return nullptr;
+    }
+    const Description& description = group.description(incoming.sender, incoming.message);
+    if (description.parts[group.place].bytes == incoming.bytes) return &description;
+    exchange.differing = incoming.sender;
+    return nullptr;
+}
+
 // Copy out what is there of a message; messages of a sender are taken in order.
 void copy_out(Exchange& exchange, Incoming& incoming) {
+    const Description* description = arrived(exchange, incoming);
+    if (!description) return;
     Group& group = *exchange.group;
     const int64_t sender = incoming.sender;
-    const Counters& counters = group.counters(sender);
-    if (group.num_taken[sender] != incoming.message ||
-        !reached(counters.num_begun.load(kSeen), incoming.message + 1)) {
-        return;
-    }
-    const Description& description = group.description(sender, incoming.message);
-    const Part& part = description.parts[group.place];
-    if (part.bytes != incoming.bytes) {
-        exchange.differing = sender;
-        return;
-    }
+    const Part& part = description->parts[group.place];
     const char* heap = group.endpoint->region.heap(group.ranks[sender]);
-    const bool in_pieces = description.num_pieces > 1;
-    const uint32_t published = counters.num_published.load(kSeen);
-    int64_t begin = incoming.num_pieces * description.piece_bytes;
+    const bool in_pieces = description->num_pieces > 1;
+    const uint32_t published = group.counters(sender).num_published.load(kSeen);
+    int64_t begin = incoming.num_pieces * description->piece_bytes;
     while (begin < incoming.bytes) {
-        const uint32_t end_piece = description.first_piece + incoming.num_pieces + 1;
+        const uint32_t end_piece = description->first_piece + incoming.num_pieces + 1;
         if (!reached(published, end_piece)) return;
-        const int64_t bytes = std::min(incoming.bytes - begin, description.piece_bytes);
-        const char* block = heap + description.blocks[incoming.num_pieces % 2];
-        std::memcpy(incoming.to + begin, block + part.offset, bytes);
+        const int64_t bytes = std::min(incoming.bytes - begin, description->piece_bytes);
+        const char* block = heap + description->blocks[incoming.num_pieces % 2];
+        copy_bytes(incoming.to + begin, block + part.offset, bytes, exchange.past_cache);
         begin += bytes;
         ++incoming.num_pieces;
         if (in_pieces && begin < incoming.bytes) consume(group, sender, end_piece, true);
     }
     incoming.is_done = true;
     ++group.num_taken[sender];
-    consume(group, sender, description.first_piece + description.num_pieces, in_pieces);
+    consume(group, sender, description->first_piece + description->num_pieces, in_pieces);
 }
 
-// Go on with every exchange; whether something can't go out for want of room.
-bool Endpoint::progress() {
+// Have what was to be read in place copied out: others wait for its block, or for what follows it.
+void copy_after_all(Exchange& exchange, Incoming& incoming) {
+    if (!exchange.copy) {
+        int64_t total = 0;
+        for (const Incoming& each : exchange.incoming) total += each.bytes;
+        exchange.copy.reset(new char[total]);
+    }
+    incoming.to = exchange.copy.get();
+    for (const Incoming* each = exchange.incoming.data(); each != &incoming; ++each) {
+        incoming.to += each->bytes;
+    }
+    incoming.at = nullptr;
+    incoming.is_done = false;
+}
+
+// Find a message that is to be read in place; while its sender has no room left it is copied.
+void find(Exchange& exchange, Incoming& incoming) {
+    const Group& group = *exchange.group;
+    const Description* description = arrived(exchange, incoming);
+    if (!description) return;
+    const RankLine& line = group.endpoint->region.line(group.ranks[incoming.sender]);
+    if (description->num_pieces > 1 || line.starving.load(kOrdered)) {
+        copy_after_all(exchange, incoming);
+        return copy_out(exchange, incoming);
+    }
+    incoming.at = group.endpoint->region.heap(group.ranks[incoming.sender]) +
+                  description->blocks[0] + description->parts[group.place].offset;
+    incoming.is_done = true;
+}
+
+// Go on with every exchange; whether something can't go out for want of room. Only what a rank
+// waits for stays where it is: messages behind it in the same group can't be taken meanwhile.
+bool Endpoint::progress(const Exchange& waited_for) {
     bool is_starving = false;
     for (auto& each : exchanges) {
         Exchange& exchange = *each;
-        if (exchange.is_done) continue;
+        if (exchange.is_done && (!exchange.in_place || &exchange == &waited_for)) continue;
         const bool is_out = push(*this, exchange);
         is_starving |= !is_out;
         exchange.is_done = is_out;
         for (Incoming& incoming : exchange.incoming) {
-            if (!incoming.is_done) copy_out(exchange, incoming);
+            const bool stays = &exchange == &waited_for;
+            if (!incoming.to && !stays) copy_after_all(exchange, incoming);
+            if (!incoming.to) find(exchange, incoming);
+            else if (!incoming.is_done) copy_out(exchange, incoming);
             exchange.is_done &= incoming.is_done;
         }
     }
@@ -290,7 +256,7 @@ void sleep_until(Endpoint& endpoint, const Exchange& exchange, int64_t deadline_
     line.want.store((uint64_t)exchange.group->id << 32 | (message + 1), kOrdered);
     line.starving.store(1, kOrdered);
     line.sleeping.store(1, kOrdered);
-    const bool is_starving = endpoint.progress();  // what came before others saw it asleep
+    const bool is_starving = endpoint.progress(exchange);  // what came before others saw it asleep
     line.starving.store(is_starving, kOrdered);
     if (is_starving) wake_borrowers(endpoint);
     const int64_t left_ns = deadline_ns - now_ns();
@@ -312,8 +278,9 @@ int64_t shared_group_bytes(int64_t size) {
 // A rank's end of memory that begins as zeros. num_spins: looks before it sleeps.
 void* shared_open(char* base, int64_t num_ranks, int64_t groups_bytes, int64_t heap_bytes,
                   int64_t rank, int64_t num_spins) {
-    return new Endpoint{{base, num_ranks, groups_bytes, heap_bytes}, rank, num_spins,
-                        Heap(heap_bytes), {}, {}, {}};
+    const Region region{base, num_ranks, groups_bytes, heap_bytes};
+    const int64_t half = region.half();
+    return new Endpoint{region, rank, num_spins, Heap(0, half), Heap(half, half), {}, {}, {}};
 }
 
 void shared_close(void* endpoint) { delete (Endpoint*)endpoint; }
@@ -335,9 +302,18 @@ void* shared_group(void* of, int64_t id, int64_t offset, int64_t size, int64_t p
     return endpoint.groups.back().get();
 }
 
+// Room for a message that is made in the heap, then sent once and left alone: where in the heap.
+// -1: there is none, or the message is too large.
+int64_t shared_room(void* of, int64_t bytes) {
+    Endpoint& endpoint = *(Endpoint*)of;
+    if (bytes > endpoint.region.half() / 4) return -1;
+    return endpoint.take(endpoint.made, bytes);
+}
+
 // Begin an exchange of rows. send [size]: how many to each place, one after another in `from`, or
 // the first for all; -1 for no message. receive [size]: how many from each place, one after another
-// in `to`; -1 for no message. `from` stays as it is until the end.
+// in `to`, or to be read where they are if that is null; -1 for no message. `from` stays as it is
+// until the end.
 void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t* send,
                    int32_t same_for_all, char* to, const int64_t* receive) {
     auto& group = *(Group*)of;
@@ -347,6 +323,12 @@ void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t*
     exchange.group = &group;
     exchange.from = from;
     exchange.same_for_all = same_for_all;
+    exchange.in_place = !to;
+    int64_t num_rows = 0;
+    for (int64_t p = 0; p < group.size; ++p) num_rows += std::max<int64_t>(receive[p], 0);
+    exchange.past_cache = num_rows * row_bytes * group.size > kCacheBytes;
+    const int64_t in_heap = from - endpoint.region.heap(endpoint.rank);
+    if (endpoint.made.is_taken(in_heap)) exchange.block = in_heap;
     exchange.parts.resize(group.size);
     const char* own = from;
     int64_t offset = 0;
@@ -364,25 +346,48 @@ void* shared_begin(void* of, int64_t row_bytes, const char* from, const int64_t*
     offset = 0;
     for (int64_t place = 0; place < group.size; ++place) {
         const int64_t bytes = row_bytes * std::max<int64_t>(receive[place], 0);
-        if (place == group.place) std::memcpy(to + offset, own, bytes);
-        else if (receive[place] >= 0) {
-            exchange.incoming.push_back({place, group.num_expected[place]++, to + offset, bytes});
+        char* into = to ? to + offset : nullptr;
+        if (place != group.place && receive[place] >= 0) {
+            exchange.incoming.push_back({place, group.num_expected[place]++, into, bytes});
+        } else if (to && place == group.place) {
+            copy_bytes(into, own, bytes, exchange.past_cache);
         }
         offset += bytes;
     }
+    if (!to) exchange.at.resize(group.size), exchange.at[group.place] = own;
     push(endpoint, exchange);
     return &exchange;
 }
 
-// Wait for an exchange, so long at most. 0: done, and gone; 1: not yet; 2: a size differs. In
-// `place` then the first that is missing or differs; -1: nobody, but there is no room.
-int32_t shared_wait(void* of, int64_t timeout_ns, int64_t* place) {
+// The end of an exchange.
+void shared_end(void* of) {
+    auto& exchange = *(Exchange*)of;
+    Group& group = *exchange.group;
+    Endpoint& endpoint = *group.endpoint;
+    for (const Incoming& incoming : exchange.incoming) {
+        if (!incoming.at) continue;
+        const uint32_t message = group.num_taken[incoming.sender]++;
+        const Description& description = group.description(incoming.sender, message);
+        consume(group, incoming.sender, description.first_piece + 1, false);
+    }
+    for (Lent& each : endpoint.lent) {
+        if (each.reader == &exchange) each.reader = nullptr;
+    }
+    auto is_this = [&](const auto& each) { return each.get() == &exchange; };
+    auto& exchanges = endpoint.exchanges;
+    exchanges.erase(std::find_if(exchanges.begin(), exchanges.end(), is_this));
+}
+
+// Wait for an exchange, so long at most. 0: done; 1: not yet; 2: a size differs. In `place` then the
+// first that is missing or differs; -1: nobody, but there is no room. What is done is gone, unless
+// it is read in place: then `at` [size] says where, until shared_end.
+int32_t shared_wait(void* of, int64_t timeout_ns, int64_t* place, const char** at) {
     auto& exchange = *(Exchange*)of;
     Endpoint& endpoint = *exchange.group->endpoint;
     const int64_t deadline_ns = now_ns() + timeout_ns;
     int64_t num_spins = endpoint.num_spins;
     do {
-        endpoint.progress();
+        endpoint.progress(exchange);
         if (exchange.is_done || exchange.differing >= 0) break;
         if (num_spins-- <= 0) sleep_until(endpoint, exchange, deadline_ns);
     } while (!exchange.is_done && exchange.differing < 0 && now_ns() < deadline_ns);
@@ -394,9 +399,11 @@ int32_t shared_wait(void* of, int64_t timeout_ns, int64_t* place) {
         }
         return 1;
     }
-    auto is_this = [&](const auto& each) { return each.get() == &exchange; };
-    auto& exchanges = endpoint.exchanges;
-    exchanges.erase(std::find_if(exchanges.begin(), exchanges.end(), is_this));
+    if (!exchange.in_place) return shared_end(of), 0;
+    for (const Incoming& each : exchange.incoming) {
+        exchange.at[each.sender] = each.at ? each.at : each.to;
+    }
+    std::copy(exchange.at.begin(), exchange.at.end(), at);
     return 0;
 }
 }

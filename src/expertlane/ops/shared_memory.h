@@ -5,7 +5,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <map>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace {
 
@@ -23,9 +27,29 @@ constexpr auto kPublished = kOrdered;
 constexpr auto kSeen = std::memory_order_acquire;
 
 constexpr int64_t kLine = 64;
+constexpr int64_t kCacheBytes = 24 << 20;  // about what a socket's cores share
 constexpr uint32_t kRing = 8;  // messages of a channel that are described at a time
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// Past the cache goes what would push itself out of it: then nothing need be read to be written.
+void copy_bytes(char* to, const char* from, int64_t bytes, bool past_cache) {
+#ifdef __SSE2__
+    if (past_cache && bytes >= 4096) {
+        const int64_t first = -(intptr_t)to & 15, last = (bytes - first) / 64 * 64 + first;
+        std::memcpy(to, from, first);
+        for (int64_t at = first; at < last; at += 64) {
+            for (int64_t i = at; i < at + 64; i += 16) {
+                const __m128i value = _mm_loadu_si128((const __m128i*)(from + i));
+                _mm_stream_si128((__m128i*)(to + i), value);
+            }
+        }
+        std::memcpy(to + last, from + last, bytes - last);
+        return _mm_sfence();  // before a counter says that it is there
+    }
+#endif
+    std::memcpy(to, from, bytes);
+}
 
 // Counters wrap around.
 bool reached(uint32_t counter, uint32_t value) { return (int32_t)(counter - value) >= 0; }
@@ -65,13 +89,17 @@ struct Region {
     RankLine& line(int64_t rank) const { return *(RankLine*)(base + rank * kLine); }
     char* groups() const { return base + num_ranks * kLine; }
     char* heap(int64_t rank) const { return groups() + groups_bytes + rank * heap_bytes; }
+    int64_t half() const { return heap_bytes / 2 / kLine * kLine; }
 };
 
-// Which bytes of its heap a rank uses. First fit, from the low end: what was touched
+// Which bytes of a part of its heap a rank uses. First fit, from the low end: what was touched
 // before is used again.
 class Heap {
   public:
-    explicit Heap(int64_t bytes) : free_{{0, bytes}} {}
+    Heap(int64_t begin, int64_t bytes) : free_{{begin, bytes}}, begin_(begin), bytes_(bytes) {}
+
+    bool has(int64_t offset) const { return offset >= begin_ && offset < begin_ + bytes_; }
+    bool is_taken(int64_t offset) const { return taken_.count(offset); }
 
     int64_t take(int64_t bytes) {  // -1: there is no room
         bytes = lines(std::max<int64_t>(bytes, 1));
@@ -103,6 +131,7 @@ class Heap {
     }
 
     Blocks free_, taken_;
+    int64_t begin_, bytes_;
 };
 
 }  // namespace

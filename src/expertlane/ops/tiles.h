@@ -35,11 +35,17 @@ inline void store(bf16* out, __m512 values, int64_t count) {
     _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
+inline void store(float* out, __m512 values, int64_t count) {
+    _mm512_mask_storeu_ps(out, count >= kLanes ? 0xffff : (__mmask16)((1u << count) - 1), values);
+}
+
+inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 widen(const bf16* p) {
     __m256i raw = _mm256_loadu_si256((const __m256i*)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
+inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
     float value;
@@ -52,6 +58,9 @@ inline bf16 to_bf16(float x) {  // to the nearest, ties to even
     std::memcpy(&bits, &x, sizeof(bits));
     return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+inline void put(float x, float* to) { *to = x; }
+inline void put(float x, bf16* to) { *to = to_bf16(x); }
 
 inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }

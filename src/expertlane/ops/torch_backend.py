@@ -23,6 +23,7 @@ from expertlane.ops.products import (
     OnednnLinear,
     PairGroups,
 )
+from expertlane.ops.row_parts import RowParts
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,24 @@ class TorchBackend:
         places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
         return PeerRows(reached.sum(0), tokens, ids_there, places)
 
+    def fan_out(
+        self, ids: Tensor, divisor: int, nodes: Tensor, node: int
+    ) -> tuple[Tensor, Tensor, int, int]:
+        """How many ranks and nodes hold some id of a token, [T] each; and all that are elsewhere.
+
+        Args:
+            ids: [T, K] int32; none missing.
+            divisor: the rank of an id is id // divisor.
+            nodes: [num_ranks] int64; the node of each rank, from 0.
+            node: this rank's own; other nodes and their ranks are elsewhere.
+        """
+        reached = torch.zeros(len(ids), len(nodes), device=ids.device)
+        reached.scatter_(1, (ids // divisor).long(), 1.0)
+        by_node = (reached @ F.one_hot(nodes).float()).long()  # [T, num_nodes]
+        ranks, num_nodes, here = by_node.sum(1), (by_node > 0).sum(1), by_node[:, node]
+        remote_nodes = num_nodes - (here > 0).long()
+        return ranks, num_nodes, int((ranks - here).sum()), int(remote_nodes.sum())
+
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         """Pairs by the groups (id - first) // divisor; ids of other groups belong to no pair.
 
@@ -191,17 +210,44 @@ class TorchBackend:
         counts = torch.bincount(groups, minlength=num_groups)
         return PairGroups(counts, pair[order] // ids.shape[1], order, numbers.view(ids.shape))
 
-    def gather_sum(self, values: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
+        """Put parts of rows side by side.
+
+        Args:
+            parts: each [num_rows, columns], of any dtype; or [num, columns] and the row of it that
+                each row takes, [num_rows].
+            packed: [num_rows, bytes of all]; to be filled.
+        """
+        begin = 0
+        for part, rows in parts:
+            end = begin + part.shape[1] * part.itemsize
+            # A typed view: a byte view of a one-column tensor with stride 0 fails.
+            place = packed[:, begin:end].view(part.dtype)
+            if rows is None:
+                place.copy_(part)
+            else:
+                torch.index_select(part, 0, rows, out=place)  # ten times as fast as part[rows]
+            begin = end
+
+    def gather_sum(
+        self,
+        values: Tensor | RowParts,
+        places: Tensor,
+        weights: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Sum some rows of `values`, in float32 and in the order given; zero where there are none.
 
         Args:
             values: [num_values, H].
             places: [R, M] int64; the rows that go into each sum, -1 for none.
             weights: [R, M] float32; None for ones.
+            out: what is returned, if given.
 
         Returns:
             [R, H] in the dtype of `values`.
         """
+        values = values.tensor() if isinstance(values, RowParts) else values
         total = values.new_zeros((len(places), values.shape[1]), dtype=torch.float32)
         for number, column in enumerate(places.unbind(1)):
             there = (column >= 0).nonzero().squeeze(1)
@@ -209,11 +255,12 @@ class TorchBackend:
             if weights is not None:
                 rows *= weights[there, number, None]
             total.index_add_(0, there, rows)  # no row twice
-        return total.to(values.dtype)
+        return total.to(values.dtype) if out is None else out.copy_(total)
 
-    def sum_parts(self, rows: Tensor, num_parts: int) -> Tensor:
-        """[num_rows / num_parts, size]; equal parts of rows added up, in float32 and in order."""
-        parts = rows.view(num_parts, len(rows) // num_parts, rows.shape[1])
+    def sum_parts(self, rows: RowParts, num_parts: int) -> Tensor:
+        """[num_rows / num_parts, width]; equal parts added up, in float32 and in order."""
+        whole = rows.tensor()
+        parts = whole.view(num_parts, len(whole) // num_parts, rows.width)
         return parts.sum(dim=0, dtype=torch.float32).to(rows.dtype)
 
 

@@ -8,6 +8,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     EXPERIMENT,
     FASTEST,
+    RUN,
     SCALING,
     Conditions,
     DeploymentRecord,
@@ -105,8 +106,21 @@ class Overlapped:
 
     @property
     def hidden(self) -> float | None:
-        """The share of the exposed time that overlap hides; None where nothing was exposed."""
+        """The share of transfers that overlap hides; None where there are none to hide.
+
+        In virtual time, of those in flight; else what is gained over what was exposed.
+        """
+        if self.on.record.source == "virtual":
+            return self.on.step.hidden_share
         return hidden_share(self.gained_s, self.exposed_s)
+
+    @property
+    def added_s(self) -> float:
+        """Seconds that computing in two halves takes longer in a step."""
+        return sum(
+            self.on.step.breakdown_s.get(cause, 0.0) - self.off.step.breakdown_s.get(cause, 0.0)
+            for cause in COMPUTING
+        )
 
 
 def hidden_share(gained_s: float, exposed_s: float) -> float | None:
@@ -120,8 +134,8 @@ class Comparison:
 
     Attributes:
         rows: in the experiment's order.
-        conditions: None where it was measured.
-        context: of the projected step that is spoken of; None where it was measured.
+        conditions: None where real ranks ran.
+        context: of the projected step that is spoken of; None where real ranks ran.
         contexts: all there are, ascending.
         num_seqs: of the workload.
         planned: the fastest step that a planner found, if one was looked for.
@@ -135,6 +149,11 @@ class Comparison:
     contexts: tuple[int, ...] = ()
     num_seqs: int = 0
     planned: Row | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether real ranks ran, be it told in virtual time."""
+        return self.source in RUN
 
     @property
     def latency_name(self) -> str:
@@ -216,14 +235,14 @@ def _fastest(rows: Iterable[Row]) -> Row | None:
     return max(rows, key=lambda row: row.tps, default=None)
 
 
-def measured(results: Results) -> Comparison | None:
-    """What was measured, if anything was."""
-    records = results.select("measured", EXPERIMENT)
+def run(results: Results, source: Source) -> Comparison | None:
+    """What real ranks did, if they did anything: `measured`, or in `virtual` time."""
+    records = results.select(source, EXPERIMENT)
     if not records:
         return None
     phase = Phase.DECODE if all(each.decode for each in records) else Phase.PREFILL
     steps = [each.decode if phase is Phase.DECODE else each.prefill for each in records]
-    return Comparison("measured", phase, _rows(records, steps))
+    return Comparison(source, phase, _rows(records, steps))
 
 
 def projected(results: Results, conditions: Conditions | None = None) -> Comparison | None:
@@ -270,8 +289,8 @@ class Size(Row):
     """One size of a family of layouts, with its decode steps of all sequences.
 
     Attributes:
-        share: projected: a step of as many sequences a rank as the experiment's largest has; of
-            what was measured, the same steps.
+        share: steps of as many sequences a rank as the experiment's largest deployment has; the
+            same steps where that is all of them.
     """
 
     share: StepsRecord
@@ -281,6 +300,12 @@ class Size(Row):
         """TPS of `share` over the deployment's ranks."""
         return self.share.tps.value / self.record.num_ranks
 
+    @property
+    def critical_path_share_tps_per_rank(self) -> float:
+        """The same by CPU time on the critical path; 0 where none was counted."""
+        path = self.share.critical_path
+        return path.tps / self.record.num_ranks if path else 0.0
+
 
 def scaling(results: Results, source: Source) -> list[Size]:
     """By size; where it was measured, the experiment's own join at sizes that others lack.
@@ -288,7 +313,7 @@ def scaling(results: Results, source: Source) -> list[Size]:
     Those of the same family do: layouts that differ in `dp` and `ep` alone, same options.
     """
     records = list(results.select(source, SCALING))
-    if source == "measured":
+    if source in RUN:
         families = {_family(each) for each in records}
         own = results.select(source, EXPERIMENT)
         records += [each for each in own if _family(each) in families]
@@ -296,8 +321,7 @@ def scaling(results: Results, source: Source) -> list[Size]:
     for record in records:
         steps = record.steps_of(Phase.DECODE)
         if steps:
-            share = steps[-1] if source == "projected" else steps[0]
-            by_size.setdefault(record.layout.ep, Size(None, record, steps[0], share))
+            by_size.setdefault(record.layout.ep, Size(None, record, steps[0], steps[-1]))
     return [by_size[size] for size in sorted(by_size)]
 
 
@@ -339,6 +363,7 @@ def weight_bytes_of_rank(row: Row) -> float:
     return total / row.record.num_ranks / (step.num_rounds or step.num_steps)
 
 
+COMPUTING = (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD)
 COMMUNICATION = (
     Cause.DISPATCH_COMBINE,
     Cause.TP_COLLECTIVES,

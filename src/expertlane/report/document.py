@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from expertlane.report.numbers import NONE
-from expertlane.results.record import Source
+from expertlane.results.record import RUN, Source
 from expertlane.spec.printable import printable
 
 T = TypeVar("T")
@@ -27,7 +27,8 @@ class Column(Heading, Generic[T]):
     Attributes:
         get: from an item; None is shown as a dash.
         show: how that is written.
-        source: of the records that it is said of; None where it is said of all.
+        source: of the records that it is said of, `measured` for virtual time too; None where it
+            is said of all.
     """
 
     get: Callable[[T], Any] = str
@@ -86,7 +87,8 @@ class Table:
         source: Source | None = None,
     ) -> "Table":
         """A row for each item; of the columns, those for records of this source."""
-        columns = [each for each in columns if each.source in (None, source)]
+        of = "measured" if source in RUN else source
+        columns = [each for each in columns if each.source in (None, of)]
         rows = (tuple(column.cell(item) for column in columns) for item in items)
         headings = tuple(Heading(each.heading, each.is_number) for each in columns)
         return cls(title, headings, tuple(rows))

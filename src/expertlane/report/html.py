@@ -1,7 +1,10 @@
 """A report as one page that opens anywhere, offline: `report.html`."""
 
+import contextlib
+import hashlib
 from datetime import datetime
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -9,8 +12,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from expertlane import __version__
+from expertlane.errors import UserError
 from expertlane.report.document import Chart, Figure, Plot, Report, Table, Tabs, Timelines, Words
-from expertlane.spec.files import strict_json
+from expertlane.spec.files import strict_json, user_cache, write_text
 
 
 def render(report: Report) -> str:
@@ -83,10 +87,20 @@ def _asset(name: str) -> str:
     return files("expertlane.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
+_SNIPPET = "window.vegaEmbed = vegaEmbed;"
+
+
 @cache
 def _library() -> str:
     """Vega-Lite and what it needs; over a second to put together, and the same for all pages."""
+    key = hashlib.blake2b(f"{_SNIPPET} {version('vl-convert-python')}".encode(), digest_size=12)
+    name = f"vega-{key.hexdigest()}.js"
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        return (user_cache() / name).read_text(encoding="utf-8")
     import vl_convert  # a large library that nothing else needs
 
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return bundle.replace("</script", "<\\/script")
+    bundle: str = vl_convert.javascript_bundle(_SNIPPET)
+    bundle = bundle.replace("</script", "<\\/script")
+    with contextlib.suppress(UserError, RuntimeError):  # then the next page takes as long
+        write_text(user_cache() / name, bundle)
+    return bundle

@@ -14,10 +14,19 @@ from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.serving import phases_of
 from expertlane.report.speed import in_words, unit_of
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import BEST, FAMILY, PARETO, DeploymentRecord, Source, StepsRecord
+from expertlane.results.record import (
+    BEST,
+    FAMILY,
+    PARETO,
+    RUN,
+    DeploymentRecord,
+    Source,
+    StepsRecord,
+)
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase, Traffic
 
+_WHERE = {"measured": "measured", "virtual": "virtual time"}
 _PHASES = (Phase.DECODE, Phase.PREFILL)
 _MS_PER_S, _US_PER_S = 1e3, 1e6
 _UNTYPICAL = 0.25  # of the usual time
@@ -30,8 +39,8 @@ def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
 
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     """Plots of a comparison, under the usual conditions unless a plot says otherwise."""
-    is_measured = compared.source == "measured"
-    where = "measured" if is_measured else f"projected for {results.projected_for.name}"
+    is_measured = compared.is_run
+    where = _WHERE.get(compared.source) or f"projected for {results.projected_for.name}"
     what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
     steps = {phase: _steps(compared, phase) for phase in _PHASES}
     largest = [
@@ -74,7 +83,7 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
 
 
 def _speed(compared: Comparison) -> list[Tabs]:
-    is_measured = compared.source == "measured"
+    is_measured = compared.is_run
     at = "" if is_measured else f" at {compared.context:,} tokens of context"
     bars = {str(compared.phase): [_bar(row, row.tps_range) for row in compared.rows]}
     if not is_measured:
@@ -118,6 +127,7 @@ def _timelines(
     *,
     what: str = "One {} step",
     notes: Callable[[Phase, str], str] | None = None,
+    shows_waits: bool = False,
 ) -> list[Words | Plot]:
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
@@ -128,8 +138,8 @@ def _timelines(
         }
         if timelines:
             title = what.format(phase)
-            drawn.append(timelines_chart(title, timelines, first, is_measured=bool(notes)))
-    lower = "what it waits for" if notes else "its transfers"
+            drawn.append(timelines_chart(title, timelines, first, is_measured=shows_waits))
+    lower = "what it waits for" if shows_waits else "its transfers"
     how = f"{words}Upper half of a row: what the rank computes; lower half: {lower}. Gaps are idle."
     return [how, *drawn] if drawn else []
 
@@ -159,7 +169,8 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
         return words
 
     words = "A step of each deployment from a short run of its own, all on the same time axis. "
-    return _timelines(words, steps, cast, notes=typical)
+    shows_waits = compared.source == "measured"
+    return _timelines(words, steps, cast, notes=typical, shows_waits=shows_waits)
 
 
 _Loads = Mapping[str, Sequence[Sequence[int]]]
@@ -198,7 +209,11 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
     found = scaling(results, source)
     if not found:
         return []
-    if source == "measured":
+    if source == "virtual":
+        curves = {"virtual time": [Estimate(each.tps_per_rank) for each in found]}
+        title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
+        note = "Linear scaling is a level line."
+    elif source == "measured":
         curves = {
             "wall time": [Estimate(each.tps_per_rank) for each in found],
             "critical-path CPU time": [Estimate(each.critical_path_tps_per_rank) for each in found],
@@ -228,7 +243,7 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         )
         for name, of_curve in curves.items()
     ]
-    scale: Literal["linear", "log"] = "linear" if source == "measured" else "log"
+    scale: Literal["linear", "log"] = "linear" if source in RUN else "log"
     x = Axis(f"{unit_of(source)}s", "log")
     return [curves_chart(title, x, Axis(y, scale), drawn, note=note)]
 

@@ -28,7 +28,7 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
-from expertlane.results.record import Source
+from expertlane.results.record import RUN, Source
 from expertlane.results.results import Results
 
 
@@ -66,7 +66,7 @@ def parallelism(comparison: Comparison) -> Section:
 
 
 def _heading(source: Source, words: str) -> str:
-    return words if source == "measured" else f"Projected: {words[0].lower()}{words[1:]}"
+    return words if source in RUN else f"Projected: {words[0].lower()}{words[1:]}"
 
 
 def overlap(comparison: Comparison) -> Section:
@@ -76,12 +76,14 @@ def overlap(comparison: Comparison) -> Section:
     if not pairs:
         return Section(heading, ("No two deployments differ in overlap alone.",))
     num_paying = sum(pair.gained_s > 0 for pair in pairs)
+    is_virtual = comparison.source == "virtual"
     columns: tuple[Column[Overlapped], ...] = (
         text("without, with", lambda pair: f"#{pair.off.number}, #{pair.on.number}"),
         number("step without, ms", lambda pair: pair.off.step.round_s, milliseconds),
         number("with, ms", lambda pair: pair.on.step.round_s, milliseconds),
         number("exposed without, ms", lambda pair: pair.exposed_s, milliseconds),
         number("hidden", lambda pair: pair.hidden, percent),
+        *([number("computing adds, ms", lambda pair: pair.added_s, milliseconds)] * is_virtual),
         number(
             "more weights read",
             lambda pair: weight_bytes_of_rank(pair.on) - weight_bytes_of_rank(pair.off),
@@ -95,7 +97,13 @@ def overlap(comparison: Comparison) -> Section:
             f"Overlap shortens the decode step in {num_paying} of "
             f"{counted(len(pairs), 'pair')}. Each half of a batch reads the weights for "
             "itself: where a step is bound by weights, that costs more than it hides. Exposed: "
-            "blocked in dispatch and combine; hidden: the time gained over that.",
+            "blocked in dispatch and combine; hidden: "
+            + (
+                "of the time that transfers of both are in flight, what no rank waits for. "
+                "Computing adds: what attention, router, experts and head take longer in halves."
+                if is_virtual
+                else "the time gained over that."
+            ),
             Table.of("", columns, pairs),
         ),
     )
@@ -114,9 +122,9 @@ def sizes(results: Results, comparison: Comparison) -> Section:
     if found:
         parts = [sizes_sentence(found, unit), *_sizes_tables(found, source)]
         parts += _beyond(found) if source == "projected" else []
-    if source == "measured":
+    if comparison.is_run:
         machine = results.measured_on
-        if machine.is_oversubscribed:
+        if source == "measured" and machine.is_oversubscribed:
             num_cores = counted(machine.num_cores, "core")
             parts.append(
                 f"TPS per rank must fall where {machine.num_ranks} ranks share "
@@ -146,11 +154,19 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
         f"{counted(last.record.num_ranks, unit)} (ep={last.record.layout.ep}), the same workload: "
     )
     same = factor(lambda size: size.tps_per_rank)
+    if last.record.source == "virtual":
+        alike = factor(lambda size: size.share_tps_per_rank)
+        return (
+            f"{head}TPS per rank goes to {same}; with as many sequences on each rank to {alike}; "
+            "linear would be 1.00×."
+        )
     if last.record.source == "measured":
         critical = factor(lambda size: size.critical_path_tps_per_rank)
+        share = factor(lambda size: size.critical_path_share_tps_per_rank)
         return (
-            f"{head}critical-path TPS per rank goes to {critical}, TPS per rank to {same}; linear "
-            "would be 1.00×."
+            f"{head}critical-path TPS per rank goes to {critical}, TPS per rank to {same}; with as "
+            f"many sequences on each rank, critical-path TPS per rank to {share}; linear would be "
+            "1.00×."
         )
     return (
         f"{head}TPS per GPU goes to {same}; with as many sequences on each GPU to "
@@ -190,15 +206,24 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         number("TPS, same share", lambda size: size.share, tps, "projected"),
         *against_first("per GPU", lambda size: size.share_tps_per_rank, "projected"),
     )
+    of_share: tuple[Column[Size], ...] = (
+        *columns[:2],
+        number("TPS", lambda size: size.share, tps),
+        *against_first("per rank", lambda size: size.share_tps_per_rank),
+        *against_first(
+            "critical-path TPS per rank", lambda size: size.critical_path_share_tps_per_rank
+        ),
+    )
     bounds: tuple[Column[Size], ...] = (
         columns[0],
         number("same work", lambda size: size.step.tps, low_high_thousands),
         number("same share", lambda size: size.share.tps, low_high_thousands),
     )
-    tables = [Table.of("Growing ep", columns, found, source)]
     if source == "projected":
-        tables.append(Table.of("Low to high, 1000 TPS", bounds, found))
-    return tables
+        extra = Table.of("Low to high, 1000 TPS", bounds, found)
+    else:
+        extra = Table.of("Growing ep, as many sequences on each rank", of_share, found, source)
+    return [Table.of("Growing ep", columns, found, source), extra]
 
 
 def _beyond(found: Sequence[Size]) -> list[str]:

@@ -1,13 +1,14 @@
 """Which sections the report of each kind of results has, in order."""
 
 from expertlane.report import bench_plots, planning, plots, serving
-from expertlane.report.compared import Comparison, Row, measured, projected
+from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Report, Section
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
     by_conditions,
     by_context,
+    by_link_speed,
     deployments,
     gains,
     in_words,
@@ -22,7 +23,7 @@ from expertlane.report.traffic import (
     rebalancing,
     work_and_traffic,
 )
-from expertlane.report.verdict import verdict
+from expertlane.report.verdict import in_wall_time, verdict
 from expertlane.results.results import Results
 
 
@@ -45,18 +46,21 @@ _Made = tuple[str, str, tuple[Section, ...]]
 
 
 def _comparison(results: Results) -> _Made:
-    own, modelled = measured(results), projected(results)
+    wall, virtual, modelled = run(results, "measured"), run(results, "virtual"), projected(results)
     sections: list[Section] = []
     headline = ""
-    if own is not None:
+    if wall is not None:
+        own = virtual or wall
         said = verdict(own, results)
         headline = said[0]
-        sections += [Section("Verdict", (*said, *cautions(results)), "top")]
-        sections += _measured(results, own)
+        beside = (in_wall_time(wall),) if virtual else ()
+        sections += [Section("Verdict", (*said, *beside, *cautions(results)), "top")]
+        sections += _run(results, own, wall)
     if modelled is not None:
         headline = headline or verdict(modelled, results)[0]
         sections += _projected(results, modelled)
     sections += [
+        assumptions(results, "virtual", "Assumptions of virtual time"),
         assumptions(results, "measured"),
         setup(results, "Controlled variables (the same for every deployment)"),
     ]
@@ -66,16 +70,20 @@ def _comparison(results: Results) -> _Made:
     return f": {name}" + (f", top-{top_k}" if top_k else ""), headline, tuple(sections)
 
 
-def _measured(results: Results, own: Comparison) -> list[Section]:
+def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
+    """What is shown of real ranks, in virtual time where there is any, and wall time beside it."""
     long_form = results.question.get("traffic", False)
+    is_virtual = own is not wall
     return [
-        deployments(own),
+        deployments(own, wall if is_virtual else None),
         *plots.comparison(results, own),
         gains(own),
+        by_link_speed(results, own),
         bottlenecks(own),
+        *((bottlenecks(wall, "Wall time: bottlenecks"),) if is_virtual else ()),
         work_and_traffic(own),
         hot_spots(own),
-        rebalancing(own),
+        rebalancing(wall),
         *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
         parallelism(own),
         overlap(own),

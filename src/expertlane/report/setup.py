@@ -16,11 +16,14 @@ def cautions(results: Results) -> Iterator[str]:
     machine = results.machine
     num_ranks = max((each.num_ranks for each in results.select("measured")), default=0)
     if machine is not None and machine.is_oversubscribed_by(num_ranks):
-        critical = "; critical-path CPU time is the figure closest to one core a rank"
+        instead = ""
+        if results.virtual_time is not None:
+            instead = "; in virtual time every rank has its own"
+        elif results.kind == "comparison":
+            instead = "; critical-path CPU time is the figure closest to one core a rank"
         yield (
             f"{num_ranks} ranks share {counted(machine.num_cores, 'core')}: wall times compare "
-            "work and waiting on this machine, not a cluster"
-            f"{critical if results.kind == 'comparison' else ''}."
+            f"work and waiting on this machine, not a cluster{instead}."
         )
     num_preemptions = sum(
         sum(each.num_preemptions or 0 for each in record.serving)

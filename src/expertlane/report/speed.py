@@ -25,7 +25,7 @@ from expertlane.report.numbers import (
     whole,
 )
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import Conditions, Source, StepsRecord
+from expertlane.results.record import RUN, Conditions, Source, StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
@@ -39,11 +39,15 @@ _EVEN = 0.05  # less is no difference
 
 def unit_of(source: Source) -> str:
     """What a deployment runs on, in words."""
-    return "rank" if source == "measured" else "GPU"
+    return "rank" if source in RUN else "GPU"
 
 
-def deployments(comparison: Comparison) -> Section:
-    """What was measured, and how fast it was."""
+def deployments(comparison: Comparison, wall: Comparison | None = None) -> Section:
+    """What ran, and how fast it was.
+
+    Args:
+        wall: the same in wall time, where `comparison` is in virtual time.
+    """
     columns: tuple[Column[Row], ...] = (
         *NAMED,
         text("layout", lambda row: row.record.layout),
@@ -51,10 +55,10 @@ def deployments(comparison: Comparison) -> Section:
         text("each rank holds, weights", _holds),
     )
     return Section(
-        f"Deployments ({comparison.source})",
+        "Deployments (virtual time)" if wall else f"Deployments ({comparison.source})",
         (
             Table.of("", columns, comparison.rows),
-            speed(comparison, comparison.rows),
+            speed(comparison, comparison.rows, wall=wall),
             f"Factors are of {comparison.phase} TPS, a mean. Runs: the slowest and the fastest "
             "repetition; what is closer together than that is not told apart. TTFT and TPOT are "
             "medians. × best base: against the best baseline.",
@@ -69,9 +73,12 @@ def deployments(comparison: Comparison) -> Section:
     )
 
 
-def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table:
-    """Throughput and latency, and factors of TPS."""
+def speed(
+    comparison: Comparison, rows: Sequence[Row], title: str = "", wall: Comparison | None = None
+) -> Table:
+    """Throughput and latency, and factors of TPS; beside them what the same did in wall time."""
     best = comparison.best_baseline
+    in_wall_time = {row.number: row for row in wall.rows} if wall else {}
     columns: tuple[Column[Row], ...] = (
         *NAMED,
         number("prefill TPS", _prefill, figures, "measured"),
@@ -85,6 +92,11 @@ def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table
         number("low–high", lambda row: row.step.round_s, low_high_ms, "projected"),
         number("× first", lambda row: row.tps / comparison.first.tps, figures),
         number("× best base", lambda row: row.tps / best.tps if best else None, figures),
+        *(
+            [number("wall TPS", lambda row: in_wall_time[row.number].tps, figures)]
+            if in_wall_time
+            else []
+        ),
     )
     return Table.of(title, columns, rows, comparison.source)
 
@@ -113,6 +125,28 @@ def _holds(row: Row) -> str:
         f"{span(layers)} layer{'' if layers == {1} else 's'} × {span(num_experts)} "
         f"expert{'' if num_experts == {1} else 's'}, {part_of_expert(row.record)} of each; "
         f"up to {bytes_si(memory)}"
+    )
+
+
+def by_link_speed(results: Results, comparison: Comparison) -> Section:
+    """In virtual time: decode TPS on faster and slower links, and the best proposal's factor."""
+    virtual = results.virtual_time
+    heading = "Speed of links (virtual time)"
+    if virtual is None or comparison.source != "virtual" or not virtual.speeds:
+        return Section(heading, ())
+
+    def at(place: int) -> Column[Row]:
+        scale = virtual.speeds[place].scale
+        name = f"1:{figures(scale)}" if scale else "no links"
+        return number(name, lambda row: virtual.speeds[place].tps[(row.number or 1) - 1], figures)
+
+    columns: tuple[Column[Row], ...] = (*NAMED, *map(at, range(len(virtual.speeds))))
+    return Section(
+        heading,
+        (
+            Table.of(f"{comparison.phase} TPS", columns, comparison.rows),
+            f"1:N: transfers take N times as long as on {virtual.links}.",
+        ),
     )
 
 

@@ -59,8 +59,8 @@ def causes(
     return tuple(Table.across(title, (*facts, IN_ALL, *more), chunk) for chunk in chunks)
 
 
-def bottlenecks(comparison: Comparison) -> Section:
-    """Measured: the largest part of each deployment's time, then all parts of all deployments."""
+def bottlenecks(comparison: Comparison, heading: str = "Bottlenecks") -> Section:
+    """Of real ranks: the largest part of each deployment's time, then all parts of all."""
     largest: tuple[Column[Row], ...] = (
         *NAMED,
         text("largest part", lambda row: row.record.bottleneck and row.record.bottleneck.sentence),
@@ -70,7 +70,7 @@ def bottlenecks(comparison: Comparison) -> Section:
         number("in dispatch and combine, ms", lambda step: step.exposed_s, milliseconds),
     )
     return Section(
-        "Bottlenecks",
+        heading,
         (
             Table.of("", largest, comparison.rows),
             *causes(f"Where the time of {comparison.phase} goes", _numbered(comparison), waits),

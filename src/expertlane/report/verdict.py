@@ -14,8 +14,7 @@ _EVEN = 0.05
 
 def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     """The paragraphs on top: which is faster, and why; then what else a reader must know of it."""
-    is_measured = comparison.source == "measured"
-    where = "here" if is_measured else f"on {results.projected_for.name}, projected"
+    where = _where(comparison, results)
     pair = _pair(comparison)
     if pair is None:
         only = comparison.first
@@ -27,7 +26,9 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     faster, slower = pair
     sentences = [_which(comparison, faster, slower, where), _why(comparison, faster, slower)]
     named = [comparison.first, faster, slower]
-    if not is_measured:
+    if comparison.source == "virtual":
+        sentences += [_by_link_speed(results, comparison)]
+    elif not comparison.is_run:
         sentences += [_by_context(comparison), _prefill(comparison), _skewed(results, comparison)]
     elif results.measured_on.is_oversubscribed:
         ahead = _pair_by_critical_path(comparison)
@@ -37,6 +38,40 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     numbers = {row.number for row in named}
     rows = [row for row in comparison.rows if row.number in numbers]
     return (*filter(None, sentences), *_rounding(rows))
+
+
+def _where(comparison: Comparison, results: Results) -> str:
+    match comparison.source:
+        case "measured":
+            return "here"
+        case "virtual":
+            return "in virtual time"
+    return f"on {results.projected_for.name}, projected"
+
+
+def in_wall_time(wall: Comparison) -> str:
+    """How the best proposal and the best baseline compare on the machine as it is."""
+    pair = _pair(wall)
+    return "" if pair is None else f"In wall time, on this machine: {_which(wall, *pair, 'here')}"
+
+
+def _by_link_speed(results: Results, comparison: Comparison) -> str:
+    """The best proposal over the best baseline on faster and slower links."""
+    virtual = results.virtual_time
+    proposals = [row.number for row in comparison.proposals]
+    if virtual is None or not proposals or len(proposals) == len(comparison.rows):
+        return ""
+    factors = []
+    for each in virtual.speeds:
+        of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
+        best = max(of_row[number] for number in proposals)
+        other = max(tps for number, tps in of_row.items() if number not in proposals)
+        links = f"1:{figures(each.scale)}" if each.scale else "without links"
+        factors.append(f"{links} {times(best / other)}")
+    head = "Best proposal over best baseline"
+    if virtual.links is not None:
+        head += f" by how much slower links are than those of {virtual.links}"
+    return f"{head}: {', '.join(factors)}."
 
 
 def _pair(comparison: Comparison) -> tuple[Row, Row] | None:

@@ -47,6 +47,7 @@ def phase_record(
         speed,
         breakdown_s=time.breakdown_s(wall_s, num_rounds),
         exposed_s=time.exposed_s / num_rounds,
+        hidden_share=_hidden_share(steps),
         flops_utilisation=sum(flops.values()) / wall_s / peak.gemm_flops_per_s,
         read_utilisation=num_read / wall_s / peak.read_bytes_per_s,
         flops=flops,
@@ -61,6 +62,12 @@ def phase_record(
         bubble_s=tuple(time.bubble_s.tolist()),
         traffic=traffic_record(layout, steps, ranks_per_node),
     )
+
+
+def _hidden_share(steps: Sequence[StepRecord]) -> float | None:
+    of_ranks = [r.transfers_s for step in steps for r in step.records if r.transfers_s is not None]
+    in_flight_s, waited_s = np.sum(of_ranks, axis=0) if of_ranks else (0.0, 0.0)
+    return float(1 - waited_s / in_flight_s) if in_flight_s else None
 
 
 def latency(steps: Sequence[StepRecord]) -> StepsRecord:

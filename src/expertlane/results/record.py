@@ -17,7 +17,10 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
 from expertlane.spec.ranges import Strict
 
-Source = Literal["measured", "projected", "reported"]
+# virtual: computing measured, transfers modelled.
+Source = Literal["measured", "virtual", "projected", "reported"]
+# Of records of real ranks: their numbers are of the same kind.
+RUN: tuple[Source, ...] = ("measured", "virtual")
 PoolRole = Literal["both", "prefill", "decode"]
 
 # Why a record is there; one may have several.
@@ -73,6 +76,8 @@ class StepsRecord(Strict):
             a simulated step; mean over ranks.
         exposed_s: seconds a round blocked in dispatch and combine, mean over the ranks of a
             pipeline stage, added up over stages.
+        hidden_share: in virtual time, of the time that dispatch and combine are in flight, the part
+            that no rank waits for; None where there is none.
         floor_s: of a round or simulated step (mean): bytes of weights, keys and values over memory
             bandwidth or FLOPs over peak, the larger, of the busiest rank: no deployment of this
             layout is faster.
@@ -104,6 +109,7 @@ class StepsRecord(Strict):
     token_s: Summary | None = None
     breakdown_s: dict[str, float] = field(default_factory=dict)
     exposed_s: float | None = None
+    hidden_share: float | None = None
     floor_s: float | None = None
     flops_utilisation: float | None = None
     read_utilisation: float | None = None
@@ -302,7 +308,7 @@ class DeploymentRecord(Strict):
         prefill_layout: of the pool that computes prompts; None where `layout` does both.
         is_baseline: whether it stands for what an experiment compares against.
         roles: why it is there, of the words above.
-        conditions: None where it was measured.
+        conditions: None unless it was projected.
         pools: one, or the one that prefills and the one that decodes.
         serving: one for each load, or for the one that was asked for.
         held: [num_ranks].
@@ -349,7 +355,10 @@ class DeploymentRecord(Strict):
         return next(iter(self.steps_of(Phase.DECODE)), None)
 
     def steps_of(self, phase: Phase) -> tuple[StepsRecord, ...]:
-        """Projected: by context, of all sequences, then of as many as fit; then of fewer."""
+        """Projected: by context, of all sequences, then of as many as fit; then of fewer.
+
+        Measured: of all sequences; of a scaling size, then of as many a rank as the largest has.
+        """
         return tuple(each for each in self.steps if each.phase is phase)
 
     def decode_of(self, context: int, num_seqs: int) -> StepsRecord | None:

@@ -15,7 +15,7 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 NoPools = Literal["no split", "too large", "over limits"]
@@ -92,6 +92,34 @@ class Machine(Strict):
     def is_oversubscribed(self) -> bool:
         """Whether the largest deployment has more ranks than cores."""
         return self.is_oversubscribed_by(self.num_ranks)
+
+
+@dataclass(frozen=True)
+class LinkSpeed(Strict):
+    """The decode throughput of an experiment's deployments on links of one speed.
+
+    Attributes:
+        scale: how many times as long transfers take as by the profile; 0: they take no time.
+        tps: of each deployment that decodes, in the experiment's order.
+    """
+
+    scale: float
+    tps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class VirtualTime(Strict):
+    """What the clock of virtual records assumes of links.
+
+    Attributes:
+        links: the profile that says how long a transfer takes; None where it takes no time.
+        scale: times as long in virtual time.
+        speeds: what other speeds of the links give.
+    """
+
+    links: str | None
+    scale: float
+    speeds: tuple[LinkSpeed, ...]
 
 
 @dataclass(frozen=True)
@@ -180,6 +208,7 @@ class Results(Strict):
             `ranks_per_node`.
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
+        virtual_time: None where nothing is in virtual time.
         cautions: what a reader must know of the numbers, in sentences.
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
@@ -201,6 +230,7 @@ class Results(Strict):
     deployments: tuple[DeploymentRecord, ...]
     machine: Machine | None = None
     cluster: Cluster | None = None
+    virtual_time: VirtualTime | None = None
     assumptions: tuple[Assumption, ...] = ()
     cautions: tuple[str, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
@@ -215,9 +245,12 @@ class Results(Strict):
             raise UserError("results that were measured, without the machine")
         if self.cluster is None and self.select("projected"):
             raise UserError("results that were projected, without the cluster")
-        names = [each.name for each in self.select("measured")]
-        if self.kind == "comparison" and len(set(names)) < len(names):
-            raise UserError(f"results with one deployment twice: {', '.join(names)}")
+        if self.virtual_time is None and self.select("virtual"):
+            raise UserError("results in virtual time, without its links")
+        for source in ("measured", "virtual"):
+            names = [each.name for each in self.select(source)]
+            if self.kind == "comparison" and len(set(names)) < len(names):
+                raise UserError(f"results with one deployment twice: {', '.join(names)}")
 
     @classmethod
     def now(

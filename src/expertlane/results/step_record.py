@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,40 @@ class RankEvents:
     end_s: npt.NDArray[np.float64]
     flops: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     num_bytes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+class Action(IntEnum):
+    """What one entry of `RankOperations` is."""
+
+    COMPUTE = 0
+    POST = 1  # begin a transfer
+    WAIT = 2  # need its result
+    ARRIVE = 3  # need what the pipeline stage before sends
+
+
+@dataclass(frozen=True, eq=False)
+class RankOperations:
+    """What one rank did in a step, one after the other: N entries and M transfers.
+
+    Attributes:
+        action: [N]; as `Action`.
+        stage, layer, micro_batch: [N]; layer -1 outside of any.
+        cpu_s: [N]; CPU time of the rank's thread where it computes, else 0.
+        transfer: [N]; which of the M is begun or waited for, -1 where none is.
+        kind: [M]; place in `list(TransferKind)`.
+        first_rank: [M]; the lowest global rank of the group.
+        sent_bytes: [M, world_size]; to each global rank, 0 for this one.
+    """
+
+    action: npt.NDArray[np.int64]
+    stage: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+    micro_batch: npt.NDArray[np.int64]
+    cpu_s: npt.NDArray[np.float64]
+    transfer: npt.NDArray[np.int64]
+    kind: npt.NDArray[np.int64]
+    first_rank: npt.NDArray[np.int64]
+    sent_bytes: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +124,9 @@ class RankRecord(RankCounts):
             logical experts that its own tokens chose, in the order of computation, which is the
             same in all layers. Empty unless the plan asked for it.
         events: what it did when; None unless the plan asked for it.
+        operations: what it did, to be replayed; None unless the plan asked for it.
+        transfers_s: [2]; in virtual time, seconds that dispatch and combine were in flight, and
+            those of them that the rank waited for; else None.
     """
 
     wall_s: npt.NDArray[np.float64]
@@ -98,6 +136,8 @@ class RankRecord(RankCounts):
     payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     events: RankEvents | None = None
+    operations: RankOperations | None = None
+    transfers_s: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,6 +125,8 @@ class _Step:
         record: fill in times and counters.
         record_routing: keep the experts that each token chose too; implies `record`.
         record_events: keep when each rank did what too; implies `record`.
+        record_operations: keep what each rank did, to be replayed; implies `record`. At most one
+            rank a core computes at a time then.
     """
 
     step: int
@@ -138,6 +140,7 @@ class _Step:
     record: bool = True
     record_routing: bool = False
     record_events: bool = False
+    record_operations: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,7 @@ class ContinuousScheduler:
         record: bool = True,
         record_routing: bool = False,
         record_events: bool = False,
+        record_operations: bool = False,
     ) -> None:
         if lookahead and layout.pp > 1:
             raise ValueError("the first pipeline stage does not learn of the last one's tokens")
@@ -88,6 +89,7 @@ class ContinuousScheduler:
             "record": record,
             "record_routing": record_routing,
             "record_events": record_events,
+            "record_operations": record_operations,
         }
         is_rotating = options.micro_batch_schedule == "rotating"
         self._num_groups = options.num_micro_batches if is_rotating else 1

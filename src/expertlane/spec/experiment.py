@@ -91,6 +91,10 @@ class Experiment:
         """Ranks of the largest deployment."""
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
 
+    def num_sequences_alike(self, layout: Layout) -> int:
+        """Sequences that give a rank of `layout` as many as the largest deployment's ranks have."""
+        return max(1, self.workload.num_sequences // self.num_ranks) * layout.world_size
+
 
 _TABLES = ("model", "workload", "cluster")
 _ARRAYS = ("deployments", "scaling")

@@ -54,6 +54,15 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def user_cache() -> Path:
+    """Where what took long to make is kept; not made yet.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
+
+
 _MIB = 2**20
 CONFIG_BYTES = 16 * _MIB  # config.json, experiment, profile and placement files
 INDEX_BYTES = 256 * _MIB  # index of a checkpoint's shards, tokenizer

@@ -317,12 +317,14 @@ _PAPER = ModelConfig(
 
 PRESETS: dict[str, ModelConfig] = {
     "paper": _PAPER,
+    # Heads, experts and vocabulary in the paper's proportions, 1/8 as wide; the hidden states alone
+    # 1/128, for those decide what dispatch sends for what an expert computes (`compare.likeness`).
     "paper-small": replace(
         _PAPER,
         name="paper-small",
-        hidden_size=256,
-        head_dim=16,
-        moe_intermediate_size=1024,
+        hidden_size=64,
+        head_dim=64,
+        moe_intermediate_size=4096,
         vocab_size=4096,
         max_position_embeddings=1024,
     ),

@@ -93,8 +93,23 @@ class Terms:
             driver_per_rank_s=known.get(DRIVER_PER_RANK_S, np.zeros(len(BOUNDS))),
         )
 
+    @property
+    def only_likely(self) -> "Terms":
+        """The likely ones in place of the low and the high."""
+        return Terms(
+            execution=self.execution,
+            launch_s=_likely(self.launch_s),
+            driver_s=_likely(self.driver_s),
+            in_series={place: _likely(each) for place, each in self.in_series.items()},
+            driver_per_rank_s=_likely(self.driver_per_rank_s),
+        )
+
     @classmethod
     def free(cls) -> "Terms":
         """Launches and driver that take no time."""
         none = np.zeros(len(BOUNDS))
         return cls(Execution.SERIAL, none, none)
+
+
+def _likely(bounds: Floats) -> Floats:
+    return np.full(len(BOUNDS), bounds[LIKELY])

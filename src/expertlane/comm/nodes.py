@@ -1,0 +1,32 @@
+"""Groups of ranks on several nodes: shared memory inside a node, torch.distributed between."""
+
+from expertlane.comm.shared_memory import SharedTransport
+from expertlane.comm.torch_transport import TorchTransport
+from expertlane.comm.transport import Link
+
+
+class NodesTransport:
+    """Implements `Transport`.
+
+    Args:
+        rank: the global one.
+        ranks_per_node: consecutive ranks that share a node.
+    """
+
+    def __init__(
+        self, in_node: SharedTransport, among_nodes: TorchTransport, rank: int, ranks_per_node: int
+    ) -> None:
+        self._in_node, self._among_nodes = in_node, among_nodes
+        self._rank, self._ranks_per_node = rank, ranks_per_node
+
+    def make(self, ranks: tuple[int, ...]) -> None:
+        """Collective over all ranks where the group spans nodes, else over those of its node."""
+        nodes = {rank // self._ranks_per_node for rank in ranks}
+        if len(nodes) > 1:
+            self._among_nodes.make(ranks)
+        elif self._rank // self._ranks_per_node in nodes:
+            self._in_node.make(ranks)
+
+    def link(self, ranks: tuple[int, ...]) -> Link:
+        is_in_node = len({rank // self._ranks_per_node for rank in ranks}) == 1
+        return self._in_node.link(ranks) if is_in_node else self._among_nodes.link(ranks)

@@ -1,0 +1,267 @@
+"""Virtual time: what ranks did on this machine, on a clock where each has its own cores and links.
+
+What a rank computes takes the CPU time that was measured; a transfer takes what the laws of the
+links say of its bytes, times a scale. Ranks do the same things in the same order whatever the time,
+so the order is that of the record, and what depends on what is known. A step begins when the last
+of the steps that had ended before it was submitted ends. The launcher takes no time.
+
+Or a profile's laws say what computing takes, and the launcher of each replica (`ComputeLaws`).
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from expertlane.cost.compute_laws import ComputeLaws
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.laws.times import Basis, Times
+from expertlane.cost.pricing import Entry, forwarding_hops, transfer_entry
+from expertlane.cost.replay import RecordedStep
+from expertlane.cost.stage_operations import Item, StageOperations
+from expertlane.cost.step.operation import (
+    Floats,
+    HandOver,
+    Ints,
+    Kind,
+    Operation,
+    RankGroups,
+    Transfer,
+)
+from expertlane.cost.step_log import rank_events, stage_seconds, transfer_seconds
+from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline, Work
+from expertlane.results.step_record import Action, RankRecord, StepRecord, by_pipeline_stage
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage
+
+
+@dataclass(frozen=True)
+class VirtualLinks:
+    """The links of a virtual clock, which has three times: on links of three speeds.
+
+    Attributes:
+        profile: whose laws say how long a transfer takes; None where it takes no time.
+        scales: how many times as long it takes here: latency times it, bandwidth over it; the
+            second is that of the ranks' records.
+    """
+
+    profile: Profile | None
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+class Replayed(NamedTuple):
+    """A step in virtual time.
+
+    Attributes:
+        step: on links of the second scale, with its ranks.
+        by_scale: on links of each scale, without.
+    """
+
+    step: StepRecord
+    by_scale: tuple[StepRecord, ...]
+
+
+class _ScaledLinks:
+    """Implements `Links`: those of a virtual clock."""
+
+    def __init__(self, links: VirtualLinks) -> None:
+        self._model = None if links.profile is None else LinkModel(links.profile)
+        self._scales = np.array(links.scales)[:, None]
+
+    def times(self, transfer: Transfer) -> Times:
+        if self._model is None:
+            return _no_time(len(transfer.load.group_size))
+        return self._scaled(self._model.times(transfer))
+
+    def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
+        if self._model is None:
+            return self.times(between), self.times(inside)
+        first, second = self._model.forwarded(between, inside)
+        return self._scaled(first), self._scaled(second)
+
+    def hand_over(self, hand_over: HandOver) -> Times:
+        if self._model is None:
+            return _no_time(len(hand_over.sent_bytes))
+        return self._scaled(self._model.hand_over(hand_over))
+
+    def contention(self, transfer: Transfer) -> Term:
+        if self._model is None:
+            return Term(0.0, 0.0, 0.0, Basis.MEASURED, "no links")
+        return self._model.contention(transfer)
+
+    def _scaled(self, times: Times) -> Times:
+        return replace(times, bounds=self._scales * times.seconds)
+
+
+def _no_time(num_ranks: int) -> Times:
+    none = np.zeros((len(BOUNDS), num_ranks))
+    return Times(none, Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
+
+
+@dataclass(eq=False)
+class VirtualClock:
+    """Replays the steps of one deployment, run by run.
+
+    Args:
+        ranks_per_node: consecutive ranks that share a node.
+        laws: of computing, in place of the CPU time that was measured.
+    """
+
+    layout: Layout
+    num_layers: int
+    links: VirtualLinks
+    ranks_per_node: int
+    laws: ComputeLaws | None = None
+    _groups: dict[object, RankGroups] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._links = _ScaledLinks(self.links)
+        self._terms = Terms.free()
+        if self.laws is not None:
+            self._terms = self.laws.terms
+            self._pricing = self.laws.pricing(self._links)
+
+    def replay(self, steps: Sequence[StepRecord]) -> list[Replayed]:
+        """The same steps in virtual time, in the given order; from 0 in each run.
+
+        Args:
+            steps: whose plans asked for `record_operations`, in any order.
+
+        Raises:
+            ValueError: a step has no operations, or ranks of a stage did not do the same; or laws
+                are for other steps than those that ran.
+        """
+        chains: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
+        for step in steps:
+            chains[step.run, step.replica].append(step)
+        replayed: dict[int, Replayed] = {}
+        for chain in chains.values():
+            self._chain(chain, replayed)
+        return [replayed[id(step)] for step in steps]
+
+    def _chain(self, steps: Sequence[StepRecord], replayed: dict[int, Replayed]) -> None:
+        """Replay the steps of a replica in one run."""
+        layout, terms = self.layout, self._terms
+        timeline = Timeline(terms, layout.pp, layout.stage_size, only_likely=True)
+        ordered = sorted(steps, key=lambda step: step.submitted_s)
+        ends: list[tuple[float, Floats]] = []  # measured and virtual, of the steps so far
+        plan_s = np.zeros(len(BOUNDS))  # when the plan of the step before was sent
+        for step in ordered:
+            before = [end_s for measured_s, end_s in ends if measured_s <= step.submitted_s]
+            begin_s = np.max([plan_s, *before], axis=0)
+            plan_s = begin_s + terms.step_s(layout.replica_size)
+            times = timeline.run(self._work(step), plan_s, may_skip=False)
+            ends.append((step.finished_s, times.end_s))
+            by_scale = [
+                replace(step, submitted_s=float(begin), finished_s=float(end), records=())
+                for begin, end in zip(begin_s, times.end_s, strict=True)
+            ]
+            likely = replace(by_scale[LIKELY], records=self._records(step, times))
+            replayed[id(step)] = Replayed(likely, tuple(by_scale))
+
+    def _records(self, step: StepRecord, times: StepTimes) -> tuple[RankRecord, ...]:
+        # The time before a step counts where it counted when it was measured.
+        count_idle = any(record.blocked_s[..., Stage.IDLE].any() for record in step.records)
+        of_stages = stage_seconds(times, self.num_layers, count_idle=count_idle)
+        events = rank_events(times) if any(r.events is not None for r in step.records) else {}
+        in_flight = [transfer_seconds(spans) for spans in times.spans]
+        records = []
+        for record in step.records:
+            at = self.layout.coordinates(record.rank)
+            place = at.dp_rank * self.layout.tp + at.tp_rank
+            seconds = of_stages[at.pp_rank]
+            records.append(
+                replace(
+                    record,
+                    wall_s=seconds.wall_s[place],
+                    blocked_s=seconds.blocked_s[place],
+                    events=events.get((at.pp_rank, place)),
+                    operations=None,
+                    transfers_s=in_flight[at.pp_rank][:, place],
+                )
+            )
+        return tuple(records)
+
+    def _work(self, step: StepRecord) -> Sequence[Sequence[Work]]:
+        """[num_stages][num_micro_batches]."""
+        if self.laws is not None:
+            return self._pricing.work(self.laws.program(step))
+        by_stage = by_pipeline_stage(self.layout, step)
+        work = []
+        for pp_rank in range(self.layout.pp):
+            records = sorted(by_stage[pp_rank], key=lambda record: record.rank)
+            stage = StageOperations.of(records, step.num_micro_batches)
+            is_last = pp_rank == self.layout.pp - 1
+            work.append(self._micro_batches(stage, step.num_micro_batches, is_last=is_last))
+        return work
+
+    def _micro_batches(
+        self, stage: StageOperations, num: int, *, is_last: bool
+    ) -> list[RecordedWork]:
+        before: list[list[RecordedStep]] = [[] for _ in range(num)]
+        steps: list[list[RecordedStep]] = [[] for _ in range(num)]
+        priced = self._priced(stage)
+        for item in stage.items:
+            own = steps[item.micro_batch]
+            match item.action:
+                case Action.ARRIVE:
+                    before[item.micro_batch], steps[item.micro_batch] = own, []
+                case Action.COMPUTE:
+                    own.append(RecordedStep(_computation(item), item.layer))
+                case Action.POST:
+                    own.append(RecordedStep(priced[item.transfer], item.layer, item.transfer))
+                case Action.WAIT:
+                    own.append(RecordedStep(None, item.layer, item.transfer))
+        return [
+            RecordedWork(before[at], steps[at], None if is_last else self._hand_over(stage, at))
+            for at in range(num)
+        ]
+
+    def _hand_over(self, stage: StageOperations, micro_batch: int) -> Times:
+        there = (stage.ranks + self.layout.stage_size) // self.ranks_per_node
+        is_remote = there != stage.ranks // self.ranks_per_node
+        sent_bytes = stage.handed_over[micro_batch]
+        return self._links.hand_over(HandOver(sent_bytes, is_remote))
+
+    def _priced(self, stage: StageOperations) -> list[Entry]:
+        """[M]; every collective with its seconds."""
+        links, groups = self._links, [self._groups_of(stage, of) for of in stage.first_ranks]
+        transfers = [
+            Transfer(kind, item.stage, of_ranks, sent[None])
+            for item, kind, of_ranks, sent in zip(
+                stage.posts, stage.kinds, groups, stage.sent_bytes, strict=True
+            )
+        ]
+        forwarded: dict[int, Times] = {}
+        by_layer: dict[object, list[Transfer]] = defaultdict(list)
+        for item, transfer in zip(stage.posts, transfers, strict=True):
+            by_layer[item.micro_batch, item.layer].append(transfer)
+        for of_layer in by_layer.values():
+            for between, inside in forwarding_hops(of_layer):
+                forwarded[id(between)], forwarded[id(inside)] = links.forwarded(between, inside)
+        return [
+            transfer_entry(
+                each,
+                forwarded.get(id(each)) or links.times(each),
+                links.contention(each).value,
+            )
+            for each in transfers
+        ]
+
+    def _groups_of(self, stage: StageOperations, first_ranks: Ints) -> RankGroups:
+        key = int(stage.ranks[0]), first_ranks.tobytes()
+        if key not in self._groups:
+            self._groups[key] = RankGroups(first_ranks, stage.ranks // self.ranks_per_node)
+        return self._groups[key]
+
+
+def _computation(item: Item) -> Entry:
+    none = np.zeros(len(item.cpu_s), dtype=np.int64)
+    step = Operation(Kind.MEMORY, item.stage, {"bytes": 0.0}, none, none, none)
+    zero = np.zeros((len(BOUNDS), 1))
+    seconds = np.broadcast_to(item.cpu_s, (len(BOUNDS), len(item.cpu_s)))
+    return Entry(step, seconds, None, zero, None, 0, zero, zero)

@@ -1,0 +1,8 @@
+"""A supervisor whose ranks know the tests' commands too."""
+
+from distributed.on_ranks import handlers
+from expertlane.engine import torchrun
+
+
+def main() -> None:
+    torchrun.main(handlers())

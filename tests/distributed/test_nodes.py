@@ -1,0 +1,221 @@
+"""Ranks of two nodes, both on this machine: contracts 1 and 3 beyond the launcher's own node."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from distributed.on_ranks import Echo, FailWhileOthersWait, RanksOnNodes, Stay
+from distributed.running import deployment, run_deployment
+from engine.processes import wait_until
+from expertlane.engine.launch import describe_ranks
+from expertlane.engine.pool import RankPool
+from expertlane.errors import RankError, TerminatedError, UserError
+from expertlane.spec.model import PRESETS
+from expertlane.spec.workload import Workload
+from parity.contract import check_contract
+
+TINY = PRESETS["paper-tiny"]
+WORKLOAD = Workload(num_sequences=9, prompt_len=5, output_len=3, seed=7)
+LONG_MODEL = TINY.with_overrides(max_position_embeddings=5000)
+LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
+TIMEOUT_S = 2.5
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    with RankPool(RanksOnNodes(2, 2, 60.0), 60.0) as pool:
+        yield pool
+
+
+def sent_bytes(run):
+    """By rank, over all steps: replicas' steps may end in another order."""
+    records = [record for step in run.steps for record in step.outcome.records]
+    return [sum(each.sent_bytes for each in records if each.rank == rank) for rank in range(4)]
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("dp=4,ep=4", {"overlap": True}),
+        ("dp=4,ep=4", {"dispatch": "hierarchical"}),
+        ("dp=4,ep=4", {"dispatch": "all_gather"}),
+        ("tp=4", {}),  # every collective spans the nodes
+        ("pp=2,tp=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),
+        ("tp=2,pp=2", {"num_micro_batches": 2}),
+        ("dp=2,tp=2,ep=2", {}),
+        ("replicas=2,dp=2,ep=2", {}),
+    ],
+)
+def test_results_are_the_reference_s_and_bit_for_bit_those_of_one_node(
+    two_nodes, pools, references, layout, options
+):
+    reference = references.run(TINY, WORKLOAD, 0)
+    chosen = deployment(layout, **options)
+    runs = [
+        run_deployment(
+            pool,
+            TINY,
+            chosen,
+            WORKLOAD,
+            forced=reference.tokens,
+            return_logits=True,
+            ranks_per_node=2,
+        )
+        for pool in (two_nodes, pools.pool(4))
+    ]
+    check_contract(reference, runs[0].logits, runs[0].tokens)
+    np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
+    np.testing.assert_array_equal(*map(sent_bytes, runs))
+
+
+@pytest.mark.numerical
+def test_ranks_know_their_nodes(two_nodes):
+    machines = describe_ranks(two_nodes)
+    assert [each.ranks_per_node for each in machines] == [2] * 4
+    name = machines[0].backend
+    assert name.startswith("shared_memory")
+    assert name.endswith(", gloo between nodes")
+    assert [two_nodes.pid(rank) is None for rank in range(4)] == [False, False, True, True]
+
+
+class TwoNodes:
+    """A pool of two nodes whose ranks run something long, and the processes behind it."""
+
+    def __init__(self):
+        self.ranks = RanksOnNodes(2, 2, TIMEOUT_S)
+        (supervisor,) = self.ranks.supervisors
+        self.supervisor = psutil.Process(supervisor.pid)
+        self.server = psutil.Process(self.ranks._server.pid)
+        self.pool = RankPool(self.ranks, TIMEOUT_S)
+        here, there = (
+            sorted(child.pid for child in each.children())
+            for each in (self.server, self.supervisor)
+        )
+        self.pids = here + there
+        self.processes = [
+            *(psutil.Process(pid) for pid in self.pids),
+            self.server,
+            self.supervisor,
+        ]
+
+    def error_after(self, pid, number):
+        """Signal a process while ranks are in a step: the error that ends them, and seconds."""
+        at_s = []
+
+        def act():
+            assert wait_until(lambda: self.ranks.board.position(2).step >= 3)
+            at_s.append(time.monotonic())
+            os.kill(pid, number)
+
+        thread = threading.Thread(target=act)
+        thread.start()
+        with pytest.raises((RankError, TerminatedError)) as caught:
+            run_deployment(self.pool, LONG_MODEL, deployment("dp=2,tp=2,ep=2"), LONG)
+        took_s = time.monotonic() - at_s[0]
+        thread.join()
+        return caught.value, took_s
+
+    def are_gone(self):
+        """Whether no process is left, in a moment."""
+        return not psutil.wait_procs(self.processes, timeout=5)[1]
+
+    def close(self):
+        """End all, whatever state they are in."""
+        for each in self.processes:
+            if each.is_running():
+                each.kill()
+        self.pool.close()
+
+
+@pytest.fixture
+def long_run():
+    started = TwoNodes()
+    yield started
+    started.close()
+
+
+def test_a_killed_rank_of_another_node(long_run):
+    error, took_s = long_run.error_after(long_run.pids[3], signal.SIGKILL)
+    assert took_s < 10
+    assert re.fullmatch(
+        r"rank 3 was killed by SIGKILL \(by someone, or by the system for lack of memory\) in "
+        r"step \d+, (layer \d, )?stage [a-z-]+; all ranks were ended",
+        str(error),
+    )
+    assert long_run.are_gone()
+
+
+def test_a_stopped_rank_of_another_node(long_run):
+    error, took_s = long_run.error_after(long_run.pids[2], signal.SIGSTOP)
+    assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
+    assert re.fullmatch(
+        r"rank 2 hung in step \d+, (layer \d, )?stage [a-z-]+ \(its process is stopped\): "
+        r"no progress for 2.5 s; all ranks were ended",
+        str(error),
+    )
+    assert long_run.are_gone()
+
+
+def test_a_killed_supervisor(long_run):
+    error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGKILL)
+    assert took_s < 10
+    assert str(error) == "the supervisor of node 1 (127.0.0.1) is gone; all ranks were ended"
+    assert long_run.are_gone()
+
+
+def test_a_stopped_supervisor_is_noticed_though_its_ranks_go_on(long_run):
+    """And its ranks end it."""
+    error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGSTOP)
+    assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
+    assert str(error) == (
+        "the supervisor of node 1 (127.0.0.1) hung: no answer for 4.5 s; all ranks were ended"
+    )
+    assert long_run.are_gone()
+
+
+def test_a_stopped_fork_server_of_the_first_node(long_run):
+    error, took_s = long_run.error_after(long_run.server.pid, signal.SIGSTOP)
+    assert took_s < TIMEOUT_S + 10
+    assert str(error) == "the fork server hung: no answer for 4.5 s; all ranks were ended"
+    assert long_run.are_gone()
+
+
+def test_a_supervisor_that_is_told_to_end(long_run):
+    error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGTERM)
+    assert took_s < 10
+    assert isinstance(error, TerminatedError)
+    assert str(error).endswith(" was told to end by SIGTERM")
+    assert long_run.are_gone()
+
+
+def test_calls_between_the_nodes(long_run):
+    assert long_run.pool.call(Echo("x")) == [(rank, "x") for rank in range(4)]
+    with pytest.raises(
+        RankError, match=r"^rank 2 failed in layer 0, stage router: ValueError: broken"
+    ):
+        long_run.pool.call(FailWhileOthersWait(2))
+    assert long_run.are_gone()
+
+
+def test_a_silent_rank_of_another_node_tells_where_it_is(long_run):
+    with pytest.raises(RankError, match=r"^rank 3 hung in step 5, layer 1, stage attention: no pr"):
+        long_run.pool.call(Stay(60), ranks=[3])
+    assert long_run.are_gone()
+
+
+def test_closing_leaves_nothing(long_run):
+    long_run.pool.close()
+    assert long_run.are_gone()
+    assert long_run.ranks.supervisors[0].returncode == 0
+
+
+def test_a_mistake_that_ranks_of_another_node_find():
+    with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
+        RankPool(RanksOnNodes(2, 1, TIMEOUT_S, "float16"), TIMEOUT_S)

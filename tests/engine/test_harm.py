@@ -1,0 +1,69 @@
+"""A rank that dies or stops at a drawn moment of an exchange; a thousand: `engine/harm.py`."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from engine.harm import Draw, read, remaining
+from engine.harmed_ranks import COMPILED_KINDS
+from engine.processes import wait_until
+
+NUM_RUNS, NUM_AT_ONCE = 30, 3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Gives a run's line when the run has ended."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no unnamed shared memory")
+    file = tmp_path_factory.mktemp("harm") / "runs.jsonl"
+    command = ["-m", "engine.harm", str(file), "--to", str(NUM_RUNS), "--at-once", str(NUM_AT_ONCE)]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    found = {}
+
+    def line(number):
+        def is_there():
+            found.update((each["number"], each) for each in read(file))
+            return number in found or process.poll() is not None
+
+        wait_until(is_there, seconds=120)
+        return found[number]
+
+    yield line
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("number", range(NUM_RUNS))
+def test_a_rank_that_is_killed_or_stopped_is_named_and_nothing_is_left(runs, number):
+    line = runs(number)
+    if "skipped" in line:
+        pytest.skip(line["skipped"])
+    assert line["wrong"] == [], line
+
+
+def test_what_is_drawn_covers_all():
+    draws = [Draw.of(number) for number in range(NUM_RUNS)]
+    assert {draw.harm.kind for draw in draws} == set(COMPILED_KINDS)
+    assert {draw.is_compiled for draw in draws} == {True, False}
+    assert {draw.harm.number for draw in draws} == {signal.SIGKILL, signal.SIGSTOP}
+    assert len({draw.deployment for draw in draws}) > 10
+
+
+def test_runs_go_on_where_the_file_ends(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    assert remaining(file, 0, 3) == [0, 1, 2]
+    file.write_text('{"number": 1}\n{"number": 0}\n{"numb')
+    assert remaining(file, 0, 4) == [2, 3]
+    with file.open("a") as lines:
+        lines.write('{"number": 2}\n')
+    assert [line["number"] for line in read(file)] == [0, 1, 2]
