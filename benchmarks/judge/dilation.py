@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import network
 from network import NAME, JudgeError, end_with_parent
 
 CONTROLLER = Path("/sys/fs/cgroup/cpu")
@@ -39,9 +40,22 @@ class Dilation:
             group.mkdir(exist_ok=True)
         self.end()
 
-    def place(self, rank: int, pid: int) -> None:
-        """Put a rank's process, with all its threads, into the rank's group."""
-        (self._groups[rank] / "cgroup.procs").write_text(str(pid))
+    def place(self, pids: Sequence[int]) -> None:
+        """Put each of these processes, with all its threads, into a rank's group."""
+        for group, pid in zip(self._groups, pids, strict=True):
+            (group / "cgroup.procs").write_text(str(pid))
+
+    def place_ranks(self) -> None:
+        """The same for the ranks: whoever of us has a socket on a data link, whoever started it.
+
+        Raises:
+            JudgeError: there are more or fewer of them than ranks.
+        """
+        pids = (ROOT / "cgroup.procs").read_text().split()
+        found = [int(pid) for pid in pids if network.uses_data_link(int(pid))]
+        if len(found) != len(self._groups):
+            raise JudgeError(f"{len(self._groups)} ranks, but {len(found)} processes use data0")
+        self.place(found)
 
     def begin(self, share: float) -> None:
         """From now on each rank has `share` of a core; 1 for no limit. Others come after them."""
@@ -89,7 +103,7 @@ def check(share: float) -> list[dict[str, float]]:
     process = subprocess.Popen(
         [sys.executable, __file__], stdout=subprocess.PIPE, text=True, preexec_fn=join
     )
-    dilation.place(0, process.pid)
+    dilation.place([process.pid])
     dilation.begin(share)
     out, _ = process.communicate(timeout=120)
     dilation.end()

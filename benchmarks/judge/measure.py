@@ -99,8 +99,9 @@ def run_session(session: Session, folder: Path, log: Path) -> list[dict[str, Any
         for node in range(session.num_nodes):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "1"]
             torchrun += ["--nnodes", str(session.num_nodes), "--node-rank", str(node)]
-            torchrun += ["--nproc-per-node", str(session.num_ranks // session.num_nodes)]
-            torchrun += ["--master-addr", "10.77.0.1", "--master-port", str(MASTER_PORT)]
+            torchrun += ["--nproc-per-node", "1"]  # it starts the node's ranks
+            torchrun += ["--master-addr", f"{network.CONTROL_NETWORK}1"]
+            torchrun += ["--master-port", str(MASTER_PORT)]
             torchrun += [str(here / "on_ranks.py"), str(task)]
             agents.append(
                 subprocess.Popen(

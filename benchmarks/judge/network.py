@@ -10,12 +10,14 @@ import ctypes
 import fcntl
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 NAME = "xljudge"
+CONTROL_NETWORK, DATA_NETWORK = "10.77.0.", "10.78.0."
 MTU = 9000
 QUEUE_BYTES = 256 << 20  # nothing is dropped: TCP's own windows are smaller
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -58,6 +60,20 @@ def namespace(node: int) -> str:
 def inside(node: int, *command: str) -> list[str]:
     """The command in a node's network; unlike `ip netns exec`, /sys stays as it is."""
     return ["nsenter", f"--net=/run/netns/{namespace(node)}", *command]
+
+
+def uses_data_link(pid: int) -> bool:
+    """Whether a process has a TCP socket with an address of a data link."""
+    network = socket.inet_aton(f"{DATA_NETWORK}0")[2::-1].hex().upper()  # as the kernel lists it
+    try:
+        own = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+        listed = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    except OSError:  # it has ended
+        return False
+    sockets = (line.split() for line in listed)
+    return any(
+        each[1].split(":")[0].endswith(network) and f"socket:[{each[9]}]" in own for each in sockets
+    )
 
 
 def run_tc(node: int, lines: list[str]) -> None:
@@ -142,7 +158,7 @@ class Network:
         pair = ["type", "veth", "peer", "name", "control0", "netns", own]
         run("ip", "-n", hub, "link", "add", port, *pair)
         run("ip", "-n", hub, "link", "set", port, "master", "bridge0", "up")
-        run("ip", "-n", own, "addr", "add", f"10.77.0.{node + 1}/24", "dev", "control0")
+        run("ip", "-n", own, "addr", "add", f"{CONTROL_NETWORK}{node + 1}/24", "dev", "control0")
         run("ip", "-n", own, "link", "set", "control0", "up")
 
     def _add_data(self, node: int) -> int:
@@ -160,8 +176,8 @@ class Network:
             run("ip", "-n", own, "link", "add", "ifb0", "type", "ifb")
             for device in ("data0", "ifb0"):
                 run("ip", "-n", own, "link", "set", device, *size, "up")
-            run("ip", "-n", own, "addr", "add", f"10.78.0.{node + 1}/24", "dev", "data0")
-            route = ["10.78.0.0/24", "dev", "data0", "src", f"10.78.0.{node + 1}"]
+            run("ip", "-n", own, "addr", "add", f"{DATA_NETWORK}{node + 1}/24", "dev", "data0")
+            route = [f"{DATA_NETWORK}0/24", "dev", "data0", "src", f"{DATA_NETWORK}{node + 1}"]
             run("ip", "-n", own, "route", "replace", *route, "rto_min", LEAST_TIMEOUT)
             every = "match u32 0 0 action mirred egress redirect dev ifb0"
             lines = [
@@ -170,7 +186,7 @@ class Network:
                 f"filter add dev data0 parent ffff: protocol ip u32 {every}",
             ]
             for peer in range(self._num_nodes):
-                of_peer = f"match ip dst 10.78.0.{peer + 1}/32 flowid 1:{peer + 2:x}"
+                of_peer = f"match ip dst {DATA_NETWORK}{peer + 1}/32 flowid 1:{peer + 2:x}"
                 lines.append(f"filter add dev data0 parent 1: protocol ip u32 {of_peer}")
             run_tc(node, lines)
         except BaseException:

@@ -164,16 +164,13 @@ def measure_case(
 
 def main() -> None:
     session = Session(**json.loads(Path(sys.argv[1]).read_text()))
-    pool = start_pool(session.num_ranks, timeout_s=TIMEOUT_S, dtype="float32")
+    pool = start_pool(session.num_ranks, timeout_s=TIMEOUT_S, dtype="float32", oversubscribe=True)
     if pool is None:
         return
     cases = [case for case in CASES if case.name in session.cases]
     dilation = Dilation(session.num_ranks)
     with pool:
-        for rank in range(session.num_ranks):
-            pid = pool.pid(rank)
-            assert pid is not None, "all ranks are on this machine"
-            dilation.place(rank, pid)
+        dilation.place_ranks()
         if not session.ping_pong:
             for case in cases:
                 write(session, measure_case(pool, session, case, dilation))
