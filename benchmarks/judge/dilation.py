@@ -101,7 +101,11 @@ def check(share: float) -> list[dict[str, float]]:
     dilation = Dilation(1)
     dilation.make()
     process = subprocess.Popen(
-        [sys.executable, __file__], stdout=subprocess.PIPE, text=True, preexec_fn=join
+        [sys.executable, __file__],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=join,
+        start_new_session=True,
     )
     dilation.place([process.pid])
     dilation.begin(share)

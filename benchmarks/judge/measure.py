@@ -110,6 +110,7 @@ def run_session(session: Session, folder: Path, log: Path) -> list[dict[str, Any
                     stderr=output,
                     env=environment,
                     preexec_fn=dilation.join,
+                    start_new_session=True,
                 )
             )
         until = time.monotonic() + SESSION_S

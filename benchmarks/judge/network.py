@@ -133,6 +133,7 @@ class Network:
                 [sys.executable, forwarder, *map(str, devices), str(self._latency_file)],
                 pass_fds=devices,
                 preexec_fn=end_with_parent,
+                start_new_session=True,
             )
         except BaseException:
             self.__exit__()
