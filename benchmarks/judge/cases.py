@@ -24,6 +24,7 @@ class LinkSpeed:
     latency_s: float
 
     def slowed(self, share: float) -> "LinkSpeed":
+        """As ranks with so much of a core need it."""
         return LinkSpeed(self.bytes_per_s * share, self.latency_s / share)
 
 
@@ -53,10 +54,12 @@ class Case:
 
     @property
     def num_ranks(self) -> int:
+        """The layout's."""
         return Layout.parse(self.layout).world_size
 
     @property
     def experiment(self) -> Experiment:
+        """The same case for `compare`, or to be run without links."""
         model = ModelConfig(
             name="judged",
             num_hidden_layers=self.num_layers,

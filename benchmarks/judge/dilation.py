@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import network
 from network import NAME, JudgeError, end_with_parent
 
 CONTROLLER = Path("/sys/fs/cgroup/cpu")
 ROOT = CONTROLLER / NAME
 QUOTA_US = 1000  # the kernel's least
-SHARES, MOST_SHARES = 1024, 262_144  # of the cores that ranks and other processes want
+RANK_SHARES, MOST_SHARES = 1024, 262_144  # of the cores that ranks and other processes want
 CHECKED_S, CHECKED_WAIT_S, CHECKED_TIMES = (0.01, 0.02, 0.04), 0.1, 10
 
 
@@ -32,14 +33,29 @@ class Dilation:
         self._groups = [ROOT / f"rank{rank}" for rank in range(num_ranks)]
 
     def make(self) -> None:
-        if not (CONTROLLER / "cpu.cfs_quota_us").exists() and not CONTROLLER.is_dir():
+        """Make the groups; ranks run at full speed at first."""
+        if not (CONTROLLER / "cpu.shares").exists():
             raise JudgeError(f"no cgroup v1 controller at {CONTROLLER}; this needs its quotas")
         for group in (ROOT, *self._groups):
             group.mkdir(exist_ok=True)
+        self.end()
 
-    def place(self, rank: int, pid: int) -> None:
-        """Put a rank's process, with all its threads, into the rank's group."""
-        (self._groups[rank] / "cgroup.procs").write_text(str(pid))
+    def place(self, pids: Sequence[int]) -> None:
+        """Put each of these processes, with all its threads, into a rank's group."""
+        for group, pid in zip(self._groups, pids, strict=True):
+            (group / "cgroup.procs").write_text(str(pid))
+
+    def place_ranks(self) -> None:
+        """The same for the ranks: whoever of us has a socket on a data link, whoever started it.
+
+        Raises:
+            JudgeError: there are more or fewer of them than ranks.
+        """
+        pids = (ROOT / "cgroup.procs").read_text().split()
+        found = [int(pid) for pid in pids if network.uses_data_link(int(pid))]
+        if len(found) != len(self._groups):
+            raise JudgeError(f"{len(self._groups)} ranks, but {len(found)} processes use data0")
+        self.place(found)
 
     def begin(self, share: float) -> None:
         """From now on each rank has `share` of a core; 1 for no limit. Others come after them."""
@@ -53,7 +69,7 @@ class Dilation:
         """Ranks run as fast as they can, beside others."""
         for group in self._groups:
             (group / "cpu.cfs_quota_us").write_text("-1")
-        (ROOT / "cpu.shares").write_text(str(SHARES))
+        (ROOT / "cpu.shares").write_text(str(RANK_SHARES * len(self._groups)))
 
 
 def join() -> None:
@@ -85,9 +101,13 @@ def check(share: float) -> list[dict[str, float]]:
     dilation = Dilation(1)
     dilation.make()
     process = subprocess.Popen(
-        [sys.executable, __file__], stdout=subprocess.PIPE, text=True, preexec_fn=join
+        [sys.executable, __file__],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=join,
+        start_new_session=True,
     )
-    dilation.place(0, process.pid)
+    dilation.place([process.pid])
     dilation.begin(share)
     out, _ = process.communicate(timeout=120)
     dilation.end()

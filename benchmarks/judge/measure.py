@@ -3,14 +3,17 @@
 Each node is a network namespace with a torchrun of its own; links have the bandwidth and latency of
 the case (`network.py`), and ranks a share of a core (`dilation.py`), so that 16 ranks on 2 cores
 run as 16 on 16 would, only slower. Links are told by ping-pong between two nodes; nothing is fitted
-to a step. Needs root, Linux with cgroup v1's CPU controller, network namespaces, TUN, tbf and ifb,
-iproute2 and util-linux:
+to a step. Needs root, Linux with cgroup v1's CPU controller, network namespaces, TUN, htb, tbf, ifb
+and mirred, iproute2 and util-linux. Ranks come before whatever else runs, for they have to get
+their shares; so other work on the machine slows down.
 
     python benchmarks/judge/measure.py [--cases NAME …] [--out FOLDER]
 
-Prints a table, then one JSON line, and leaves in the folder `truth.json` and for each link a
-profile as projections read it, `links-LINK-SHARE.toml`. Times of a dilated case, and of its links'
-ping-pong, divided by dilation (times `share`) are those of ranks with a core each.
+Prints tables, then one JSON line, and leaves in the folder `truth.json` and for each link a profile
+as projections read it, of ranks with a core each (`profile` of a case). A dilated case's
+times are theirs when multiplied by its share. `token_s`: between a sequence's tokens, all steps;
+`step_s`: from sending a plan to having all its outcomes; `cpu_s` and `process_cpu_s`: [num_ranks],
+CPU time for a token, by stage of the main thread, and of the whole process.
 """
 
 import argparse
@@ -47,7 +50,6 @@ from expertlane.spec.names import Link
 
 MASTER_PORT, SESSION_S = 29500, 1800.0
 LOCK = Path("/run/expertlane-judge.lock")
-KEPT_LINES = 15  # of a failed session's log
 ENVIRONMENT = {
     "EXPERTLANE_TRANSPORT": "gloo",
     "GLOO_SOCKET_IFNAME": "data0",
@@ -80,13 +82,13 @@ def cleaned_up() -> Iterator[None]:
         network.remove_all()
 
 
-def run_session(session: Session, folder: Path) -> list[dict[str, Any]]:
+def run_session(session: Session, folder: Path, log: Path) -> list[dict[str, Any]]:
     """Start torchrun in every node and wait for all of them; the rows that were written.
 
     Raises:
         JudgeError: one of them failed, or they took too long.
     """
-    task, log = folder / "session.json", folder / "log"
+    task = folder / "session.json"
     task.write_text(json.dumps(asdict(session)))
     Path(session.out).write_text("")
     here = Path(__file__).resolve().parent
@@ -97,8 +99,9 @@ def run_session(session: Session, folder: Path) -> list[dict[str, Any]]:
         for node in range(session.num_nodes):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "1"]
             torchrun += ["--nnodes", str(session.num_nodes), "--node-rank", str(node)]
-            torchrun += ["--nproc-per-node", str(session.num_ranks // session.num_nodes)]
-            torchrun += ["--master-addr", "10.77.0.1", "--master-port", str(MASTER_PORT)]
+            torchrun += ["--nproc-per-node", "1"]  # it starts the node's ranks
+            torchrun += ["--master-addr", f"{network.CONTROL_NETWORK}1"]
+            torchrun += ["--master-port", str(MASTER_PORT)]
             torchrun += [str(here / "on_ranks.py"), str(task)]
             agents.append(
                 subprocess.Popen(
@@ -107,6 +110,7 @@ def run_session(session: Session, folder: Path) -> list[dict[str, Any]]:
                     stderr=output,
                     env=environment,
                     preexec_fn=dilation.join,
+                    start_new_session=True,
                 )
             )
         until = time.monotonic() + SESSION_S
@@ -115,12 +119,11 @@ def run_session(session: Session, folder: Path) -> list[dict[str, Any]]:
             if any(agent.poll() for agent in agents) or time.monotonic() > until:
                 break
     if any(agent.poll() != 0 for agent in agents):
-        print(*log.read_text().splitlines()[-KEPT_LINES:], sep="\n", file=sys.stderr)
-        raise JudgeError("the ranks did not end well; the last lines of their output are above")
+        raise JudgeError(f"the ranks did not end well; what they said is in {log}")
     return [json.loads(line) for line in Path(session.out).read_text().splitlines()]
 
 
-def measure(cases: list[Case], folder: Path) -> dict[str, Any]:
+def measure(cases: list[Case], folder: Path, log: Path) -> dict[str, Any]:
     """All cases, those of one network after the other."""
     truth: dict[str, Any] = {"dilation": [], "links": [], "cases": []}
     for share in dict.fromkeys(case.share for case in cases if case.share < 1):
@@ -141,7 +144,7 @@ def measure(cases: list[Case], folder: Path) -> dict[str, Any]:
                 size = (2, 2) if is_ping_pong else (num_nodes, num_ranks)
                 dilation.Dilation(size[1]).make()
                 session = Session(*size, names, is_ping_pong, latency_file, out)
-                rows = run_session(session, folder)
+                rows = run_session(session, folder, log)
                 dilation.remove_all()
                 for row in rows:
                     if "rates" in row:
@@ -152,24 +155,50 @@ def measure(cases: list[Case], folder: Path) -> dict[str, Any]:
     return truth
 
 
-def profile_of(row: dict[str, Any], rates: dict[str, Any]) -> Profile:
+def write_profiles(truth: dict[str, Any], folder: Path) -> None:
+    """A profile of each link and number of ranks that share it; the case's row names its own."""
+    of_link = {(row["link"], row["share"]): row for row in truth["links"]}
+    for row in truth["cases"]:
+        case = row["case"]
+        num_near, share = case["ranks_per_node"], case["share"]
+        profile = profile_of(
+            of_link[case["link"], share], row["ping_pong_inside"], num_near, truth["rates"]
+        )
+        path = folder / f"{profile.name}-{1 / share:.0f}.toml"
+        row["profile"] = path.name
+        write_profile(profile, path)
+
+
+def profile_of(
+    link: dict[str, Any], inside: dict[str, Any] | None, num_near: int, rates: dict[str, Any]
+) -> Profile:
     """A link as ping-pong shows it, as if each rank had a core.
 
-    A NIC carries the bytes of all peers one after the other, the busier of its two directions;
-    so the law of a collective is one latency and those bytes over the bandwidth.
+    A NIC carries the bytes of all peers one after the other, each way by itself; so an exchange
+    takes the bytes of the busier way over the bandwidth, of which ranks of one node have equal
+    parts. gloo's sender waits until the receiver has said that it is ready. Where all begin
+    together, that is a round trip; a pipeline stage has said so long before.
     """
-    share, found = row["share"], row["ping_pong"]
-    origin = f"ping-pong between two nodes, link {row['link']}, {share:g} of a core a rank"
-    latency_s = found["latency_s"] * share
+    share = link["share"]
+    places = {"inter_node": (link["ping_pong"], num_near)}
+    if inside is not None:
+        places["intra_node"] = inside, 1
+    sheets, terms = {}, {}
+    for place, (found, num_sharing) in places.items():
+        origin = f"ping-pong, {place}, link {link['link']}, {share:g} of a core a rank"
+        sheets[Link[place.upper()]] = LinkSheet(found["bytes_per_s"] / share / num_sharing, origin)
 
-    def term(value: float) -> Term:
-        return Term(value, value, value, Basis.MEASURED, origin)
+        def term(value: float, origin: str = origin) -> Term:
+            return Term(value, value, value, Basis.MEASURED, origin)
 
-    terms = {}
-    for kind in ("collective", "send"):
-        terms[f"floor_s.{kind}.inter_node"] = term(latency_s)
-        terms[f"efficiency.{kind}.inter_node"] = term(1.0)
-    terms["floor_per_doubling_s.collective.inter_node"] = term(0.0)
+        for kind, num_latencies in (("collective", 2), ("send", 1)):
+            terms[f"floor_s.{kind}.{place}"] = term(num_latencies * found["latency_s"] * share)
+            terms[f"efficiency.{kind}.{place}"] = term(1.0)
+    for name in (
+        "floor_per_doubling_s.collective.inter_node",
+        "floor_per_peer_s.collective.intra_node",
+    ):
+        terms[name] = term(0.0)
     device = Device(
         name="a core of this machine",
         memory_bytes=float(psutil.virtual_memory().total),
@@ -177,11 +206,25 @@ def profile_of(row: dict[str, Any], rates: dict[str, Any]) -> Profile:
         flops_per_s={"float32": rates["gemm_flops_per_s"]},
         origin="measured: a large product, and reading memory, by one rank",
     )
-    links = {Link.INTER_NODE: LinkSheet(found["bytes_per_s"] / share, origin)}
-    return Profile(f"links-{row['link']}", device, 1, links, {}, terms)
+    name = f"links-{link['link']}" + (f"-{num_near}-ranks-a-node" if num_near > 1 else "")
+    return Profile(name, device, num_near, sheets, {}, terms)
+
+
+def exchange_over_law(row: dict[str, Any], links: list[dict[str, Any]]) -> float:
+    """Measured time of the case's larger all-to-all, over what ping-pong says of it."""
+    case, (num_bytes, seconds) = row["case"], row["all_to_all"][-1]
+    (found,) = (
+        link["ping_pong"]
+        for link in links
+        if (link["link"], link["share"]) == (case["link"], case["share"])
+    )
+    num_near = case["ranks_per_node"]  # they share the NIC
+    over_nic = num_bytes * num_near * (case["num_ranks"] - num_near)
+    return seconds / (2 * found["latency_s"] + over_nic / found["bytes_per_s"])
 
 
 def show(console: Console, truth: dict[str, Any]) -> None:
+    """What `measure` found, as tables."""
     table = Table("share of a core", "work ms", "after a wait of ms", "wall × share / work")
     for row in truth["dilation"]:
         milliseconds = f"{1e3 * row['work_s']:.0f}", f"{1e3 * row['wait_s']:.0f}"
@@ -195,19 +238,17 @@ def show(console: Console, truth: dict[str, Any]) -> None:
         times = f"{1e3 * slowed.latency_s:.2f}", f"{1e3 * found['latency_s']:.2f}"
         table.add_row(row["link"], f"1/{1 / row['share']:.0f}", *rates, *times)
     console.print(table)
-    names = ["case", "bound", "layout", "batch", "link", "share", "s a step", "±", "undilated ms"]
-    table = Table(*names, "busiest CPU ms", title="decode steps, from token to token")
+    names = ["case", "bound", "layout", "batch", "link", "share", "s a step", "±", "× share ms"]
+    table = Table(*names, "CPU ms", "exchange/law", title="decode steps, from token to token")
     for row in truth["cases"]:
-        case, step_s = row["case"], row["token_median_s"]
-        busiest = max(row["process_cpu_s"])
+        case, step_s, spread_s = row["case"], row["token_median_s"], row["token_spread_s"]
         texts = case["name"], case["bound"], case["layout"], str(case["batch"]), case["link"]
-        times = (
-            f"{step_s:.3f}",
-            f"{row['token_spread_s']:.3f}",
-            f"{1e3 * step_s * case['share']:.1f}",
-        )
-        table.add_row(*texts, f"1/{1 / case['share']:.0f}", *times, f"{1e3 * busiest:.1f}")
+        times = f"{step_s:.3f}", f"{spread_s:.3f}", f"{1e3 * step_s * case['share']:.1f}"
+        busiest = f"{1e3 * max(row['process_cpu_s']):.1f}"
+        over_law = f"{exchange_over_law(row, truth['links']):.2f}"
+        table.add_row(*texts, f"1/{1 / case['share']:.0f}", *times, busiest, over_law)
     console.print(table)
+    console.print("CPU: of the busiest rank; exchange/law: an all-to-all of the case's size")
 
 
 def main() -> None:
@@ -222,14 +263,12 @@ def main() -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     asked.out.mkdir(parents=True, exist_ok=True)
     with only_one(), cleaned_up(), tempfile.TemporaryDirectory() as folder:
-        truth = measure(cases, Path(folder))
-    for row in truth["links"]:
-        name = f"links-{row['link']}-{1 / row['share']:.0f}.toml"
-        row["profile"] = str(write_profile(profile_of(row, truth["rates"]), asked.out / name))
+        truth = measure(cases, Path(folder), asked.out / "ranks.log")
+    write_profiles(truth, asked.out)
     head = {"benchmark": "judge", "version": __version__, "torch": torch.__version__}
     line = json.dumps(head | truth)
     (asked.out / "truth.json").write_text(line + "\n")
-    console = Console(width=130)
+    console = Console(width=140)
     show(console, truth)
     console.out(line, highlight=False)
 

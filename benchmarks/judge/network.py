@@ -1,27 +1,36 @@
-"""Nodes as network namespaces: a data link through TUN, tbf and a forwarder, and a control link.
+"""Nodes as network namespaces: a data link through TUN, htb, tbf and a forwarder; a control link.
 
-Node i has `data0` (10.78.0.i+1), whose packets go through a token bucket (what a NIC sends a
-second), the forwarder (latency) and the receiver's token bucket on an ifb device (what a NIC
-receives a second); and `control0` (10.77.0.i+1) on a bridge without limits, for torchrun and the
-launcher, so that their messages load no modelled link.
+Node i has `data0` (10.78.0.i+1). htb sends so many bytes a second from it, taking its peers in turn
+as a NIC takes its connections; the forwarder holds packets back (latency); a token bucket on an ifb
+device lets so many bytes a second in. And it has `control0` (10.77.0.i+1) on a bridge without
+limits, for torchrun and the launcher, so that their messages load no modelled link.
 """
 
 import ctypes
 import fcntl
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 NAME = "xljudge"
+CONTROL_NETWORK, DATA_NETWORK = "10.77.0.", "10.78.0."
 MTU = 9000
 QUEUE_BYTES = 256 << 20  # nothing is dropped: TCP's own windows are smaller
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PR_SET_PDEATHSIG = 1
-# Reno keeps growing its window where nothing is lost; an idle connection keeps it.
-TCP = {"congestion_control": "reno", "slow_start_after_idle": "0", "no_metrics_save": "1"}
+# Reno keeps growing its window where nothing is lost; an idle connection keeps it. No packet is
+# lost, so none is sent again because others wait before it: neither by a probe nor by a timeout.
+TCP = {
+    "congestion_control": "reno",
+    "slow_start_after_idle": "0",
+    "no_metrics_save": "1",
+    "early_retrans": "0",
+}
+LEAST_TIMEOUT = "20s"
 
 
 class JudgeError(Exception):
@@ -33,10 +42,10 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run(*command: str, check: bool = True) -> None:
-    """Run a command; its first line on stderr is the error."""
+def run(*command: str, text: str = "", check: bool = True) -> None:
+    """Run a command, with `text` on its standard input; its first line on stderr is the error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, input=text)
     except FileNotFoundError:
         raise JudgeError(f"{command[0]} is missing; install iproute2 and util-linux") from None
     if check and done.returncode:
@@ -53,13 +62,38 @@ def inside(node: int, *command: str) -> list[str]:
     return ["nsenter", f"--net=/run/netns/{namespace(node)}", *command]
 
 
+def uses_data_link(pid: int) -> bool:
+    """Whether a process has a TCP socket with an address of a data link."""
+    network = socket.inet_aton(f"{DATA_NETWORK}0")[2::-1].hex().upper()  # as the kernel lists it
+    try:
+        own = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+        listed = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    except OSError:  # it has ended
+        return False
+    sockets = (line.split() for line in listed)
+    return any(
+        each[1].split(":")[0].endswith(network) and f"socket:[{each[9]}]" in own for each in sockets
+    )
+
+
+def run_tc(node: int, lines: list[str]) -> None:
+    """Run tc's commands in a node."""
+    run("tc", "-n", namespace(node), "-batch", "-", text="\n".join(lines) + "\n")
+
+
 def set_links(num_nodes: int, bytes_per_s: float, latency_s: float, latency_file: Path) -> None:
     """What each node sends and receives a second at most, and how long packets are held back."""
-    rate, burst = f"{round(8 * bytes_per_s)}bit", str(2 * MTU)
-    bucket = ["root", "tbf", "rate", rate, "burst", burst, "limit", str(QUEUE_BYTES)]
+    rate, burst = f"{round(8 * bytes_per_s)}bit", 2 * MTU
+    of_peer = f"{round(8 * bytes_per_s / num_nodes)}bit"  # what none takes is for the others
+    limits = f"ceil {rate} burst {burst} cburst {burst} quantum {MTU}"
+    classes = [f"parent 1: classid 1:1 htb rate {rate} {limits}"] + [
+        f"parent 1:1 classid 1:{peer + 2:x} htb rate {of_peer} {limits}"
+        for peer in range(num_nodes)
+    ]
+    receiving = f"root tbf rate {rate} burst {burst} limit {QUEUE_BYTES}"
+    lines = [f"class replace dev data0 {each}" for each in classes]
     for node in range(num_nodes):
-        for device in ("data0", "ifb0"):
-            run("tc", "-n", namespace(node), "qdisc", "replace", "dev", device, *bucket)
+        run_tc(node, [*lines, f"qdisc replace dev ifb0 {receiving}"])
     latency_file.write_bytes(struct.pack("d", latency_s))
 
 
@@ -99,6 +133,7 @@ class Network:
                 [sys.executable, forwarder, *map(str, devices), str(self._latency_file)],
                 pass_fds=devices,
                 preexec_fn=end_with_parent,
+                start_new_session=True,
             )
         except BaseException:
             self.__exit__()
@@ -124,7 +159,7 @@ class Network:
         pair = ["type", "veth", "peer", "name", "control0", "netns", own]
         run("ip", "-n", hub, "link", "add", port, *pair)
         run("ip", "-n", hub, "link", "set", port, "master", "bridge0", "up")
-        run("ip", "-n", own, "addr", "add", f"10.77.0.{node + 1}/24", "dev", "control0")
+        run("ip", "-n", own, "addr", "add", f"{CONTROL_NETWORK}{node + 1}/24", "dev", "control0")
         run("ip", "-n", own, "link", "set", "control0", "up")
 
     def _add_data(self, node: int) -> int:
@@ -142,11 +177,19 @@ class Network:
             run("ip", "-n", own, "link", "add", "ifb0", "type", "ifb")
             for device in ("data0", "ifb0"):
                 run("ip", "-n", own, "link", "set", device, *size, "up")
-            run("ip", "-n", own, "addr", "add", f"10.78.0.{node + 1}/24", "dev", "data0")
-            run("tc", "-n", own, "qdisc", "add", "dev", "data0", "ingress")
-            every = ["protocol", "ip", "u32", "match", "u32", "0", "0"]
-            to = ["action", "mirred", "egress", "redirect", "dev", "ifb0"]
-            run("tc", "-n", own, "filter", "add", "dev", "data0", "parent", "ffff:", *every, *to)
+            run("ip", "-n", own, "addr", "add", f"{DATA_NETWORK}{node + 1}/24", "dev", "data0")
+            route = [f"{DATA_NETWORK}0/24", "dev", "data0", "src", f"{DATA_NETWORK}{node + 1}"]
+            run("ip", "-n", own, "route", "replace", *route, "rto_min", LEAST_TIMEOUT)
+            every = "match u32 0 0 action mirred egress redirect dev ifb0"
+            lines = [
+                "qdisc add dev data0 root handle 1: htb",
+                "qdisc add dev data0 ingress",
+                f"filter add dev data0 parent ffff: protocol ip u32 {every}",
+            ]
+            for peer in range(self._num_nodes):
+                of_peer = f"match ip dst {DATA_NETWORK}{peer + 1}/32 flowid 1:{peer + 2:x}"
+                lines.append(f"filter add dev data0 parent 1: protocol ip u32 {of_peer}")
+            run_tc(node, lines)
         except BaseException:
             os.close(descriptor)
             raise

@@ -32,6 +32,7 @@ from expertlane.spec.names import Phase, Stage
 TIMEOUT_S = 120.0  # without progress; dilated steps are long
 PING_PONG_S = (0.05, 0.2)  # how long the two messages that give the bandwidth take on the link
 SMALL_BYTES = 64
+INSIDE_BYTES_PER_S = 200e6  # about, of gloo over loopback
 POINT_S = 1.0
 
 
@@ -118,22 +119,22 @@ def measured(case: Case, steps: list[FinishedStep]) -> dict[str, Any]:
         for number, stage in enumerate(Stage):
             of_ranks = [float(r.cpu_s[:, :, number].sum()) for r in step.outcome.records]
             cpu_s[stage.name.lower()].append(of_ranks)
-    plans_a_token = len(of_group)
+    num_groups = len(of_group)
     return {
         "token_s": token_s,
         "step_s": step_s,
         "token_median_s": statistics.median(token_s),
         "token_spread_s": statistics.stdev(token_s),
-        "num_groups": plans_a_token,
+        "num_groups": num_groups,
         # [num_ranks] of one step of each group
         "cpu_s": {
-            name: (np.mean(of_steps, axis=0) * plans_a_token).round(6).tolist()
+            name: (np.mean(of_steps, axis=0) * num_groups).round(6).tolist()
             for name, of_steps in cpu_s.items()
             if np.any(of_steps)
         },
         "process_cpu_s": (
             np.mean([[r.process_cpu_s for r in step.outcome.records] for step in kept], axis=0)
-            * plans_a_token
+            * num_groups
         ).tolist(),
     }
 
@@ -150,7 +151,7 @@ def measure_case(
     sizes = [SMALL_BYTES, round(tokens_a_peer * model.hidden_size * 4) // 64 * 64]
     dilation.begin(case.share)
     seconds = transfers(pool, TransferKind.ALL_TO_ALL, case.num_ranks, sizes)
-    inside = ping_pong(pool, 1e9) if case.ranks_per_node > 1 else None
+    inside = ping_pong(pool, INSIDE_BYTES_PER_S) if case.ranks_per_node > 1 else None
     dilation.end()
     return {
         "case": asdict(case) | {"num_ranks": case.num_ranks},
@@ -163,21 +164,20 @@ def measure_case(
 
 def main() -> None:
     session = Session(**json.loads(Path(sys.argv[1]).read_text()))
-    pool = start_pool(session.num_ranks, timeout_s=TIMEOUT_S, dtype="float32")
+    pool = start_pool(session.num_ranks, timeout_s=TIMEOUT_S, dtype="float32", oversubscribe=True)
     if pool is None:
         return
     cases = [case for case in CASES if case.name in session.cases]
     dilation = Dilation(session.num_ranks)
     with pool:
-        for rank in range(session.num_ranks):
-            pid = pool.pid(rank)
-            assert pid is not None, "all ranks are on this machine"
-            dilation.place(rank, pid)
+        dilation.place_ranks()
         if not session.ping_pong:
             for case in cases:
                 write(session, measure_case(pool, session, case, dilation))
             return
-        (rates, *_) = pool.call(MeasureRates(), ranks=[0])
+        dilation.begin(1)
+        (rates,) = pool.call(MeasureRates(), ranks=[0])
+        dilation.end()
         write(session, {"rates": asdict(rates)})
         for link, share in dict.fromkeys((case.link, case.share) for case in cases):
             use_link(session, link, share)
