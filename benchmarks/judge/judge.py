@@ -47,15 +47,14 @@ def virtual_s(case: Case, profile: Path) -> float:
     return token_s.median.value
 
 
-def judged(truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each case with both times and the error."""
-    profiles = {(row["link"], row["share"]): Path(row["profile"]) for row in truth["links"]}
+def judged(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Each case with both times and the error; profiles are in the folder."""
     known = {case.name: case for case in CASES}
     rows = []
     for row in truth["cases"]:
         case = known[row["case"]["name"]]
         true_s = row["token_median_s"] * case.share
-        found_s = virtual_s(case, profiles[case.link, case.share])
+        found_s = virtual_s(case, folder / row["profile"])
         rows.append(
             {
                 "case": case.name,
@@ -86,8 +85,8 @@ def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("truth", type=Path)
-    truth = json.loads(parser.parse_args().truth.read_text())
-    rows = judged(truth)
+    path = parser.parse_args().truth
+    rows = judged(json.loads(path.read_text()), path.parent)
     names = "case", "bound", "layout", "true ms", "±", "virtual ms", "error"
     table = Table(*names, title="decode, from token to token, a core a rank")
     for row in rows:
