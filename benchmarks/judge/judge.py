@@ -48,7 +48,7 @@ def virtual_s(case: Case, profile: Path) -> float:
 
 
 def judged(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Each case with both times and the error; profiles of links lie in the folder."""
+    """Each case with both times and the error; profiles are in the folder."""
     known = {case.name: case for case in CASES}
     rows = []
     for row in truth["cases"]:
