@@ -6,7 +6,7 @@ import pytest
 
 from expertlane.compare.projection import ExperimentProjector, usual_number_type
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
+from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import CapacityError
@@ -179,7 +179,7 @@ def test_sequences_that_do_not_fit_are_projected_both_ways():
 
 def test_types_are_the_engines_choice():
     h100 = parse_cluster("h100x2")
-    assert usual_number_type(h100) == "float16"
+    assert usual_number_type(h100.profile) == "float16"
     terms = h100.profile.terms | {"overhead_s": h100.profile.terms["launch_s"]}
-    cpu = ModelledCluster(replace(h100.profile, terms=terms), 2)
+    cpu = replace(h100.profile, terms=terms)
     assert usual_number_type(cpu) == "float32"

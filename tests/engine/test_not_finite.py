@@ -59,7 +59,7 @@ def kept_ranks(pools):
         def __getattr__(self, name):
             return getattr(self._pool, name)
 
-        def close(self):
+        def close(self, *, failed=False):
             pass
 
     with mock.patch.object(llm_module, "start_pool", Kept):
