@@ -43,8 +43,8 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
-_WARM_UP_LEN = 4
-_TRACED_LEN = 5
+_WARM_UP_LEN, _WARM_UP_PART, _WARM_UP_LEAST = 4, 4, 64  # of a prompt; of all sequences
+_TRACED_LEN = 3
 _NO_VIRTUAL_TIME = "No virtual time: it is made of CPU time, and these ranks compute on GPUs."
 
 
@@ -182,9 +182,14 @@ class _Deployed:
         )
         if run == 0:
             self._dispatch = self._runner.dispatch_table
-        prompt_len = min(_WARM_UP_LEN, workload.prompt_len)
-        output_len = min(2, workload.output_len)  # a prefill and a decode step
-        self._run(replace(workload, prompt_len=prompt_len, output_len=output_len), record=False)
+        num_sequences = workload.num_sequences
+        shorter = replace(
+            workload,
+            num_sequences=max(num_sequences // _WARM_UP_PART, min(num_sequences, _WARM_UP_LEAST)),
+            prompt_len=min(_WARM_UP_LEN, workload.prompt_len),
+            output_len=min(2, workload.output_len),  # a prefill and a decode step
+        )
+        self._run(shorter, record=False)
         progress.advance()
         self._tokens = self._run(workload, self._keep, run=run)
         progress.done()
@@ -297,8 +302,10 @@ class _Deployed:
         steps = [*chain(*self._steps.values())]
         laws = self._laws()
         replayed = runs.replay(layout, steps, laws)
-        if self._steps[Phase.DECODE]:
-            self.link_tps = runs.decode_tps(layout, steps, laws, replayed)
+        if role == EXPERIMENT and self._steps[Phase.DECODE]:
+            at = [place for place, step in enumerate(steps) if step.phase is Phase.DECODE]
+            decodes = [steps[place] for place in at]
+            self.link_tps = runs.decode_tps(layout, decodes, laws, [replayed[p] for p in at])
         by_phase: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
         for each in replayed:
             by_phase[each.step.phase].append(each.step)

@@ -22,7 +22,6 @@ from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase
 
 _NEAR = (0.5, 1.0, 2.0)  # of the scale of links
 _FAR = (0.0, 0.25, 4.0)  # 0: without links
@@ -185,12 +184,13 @@ class VirtualRuns:
         """Decode TPS by the scale of links, 0 for none: a quarter to four times the chosen one.
 
         Args:
-            replayed: as `replay` gave it for the steps.
+            steps: that decode.
+            replayed: as `replay` gave it for them.
         """
         if self.settings.links is None:
-            return {0.0: _decode_tps([each.step for each in replayed])}
+            return {0.0: _tps([each.step for each in replayed])}
         found = {
-            factor * self.scale.times: _decode_tps([each.by_scale[place] for each in of_factors])
+            factor * self.scale.times: _tps([each.by_scale[place] for each in of_factors])
             for factors, of_factors in (
                 (_NEAR, replayed),
                 (_FAR, self.replay(layout, steps, laws, _FAR)),
@@ -248,5 +248,5 @@ class VirtualRuns:
         return tuple(replace(each, source="virtual") for each in rows)
 
 
-def _decode_tps(steps: Sequence[StepRecord]) -> float:
-    return latency([step for step in steps if step.phase is Phase.DECODE]).tps.value
+def _tps(steps: Sequence[StepRecord]) -> float:
+    return latency(steps).tps.value
