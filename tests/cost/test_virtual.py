@@ -11,7 +11,8 @@ from cost.by_hand import LINKS, NUM_LAYERS, logs, records_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.step.operation import RankGroups, Transfer, TransferKind
-from expertlane.cost.virtual import VirtualClock, VirtualLinks
+from expertlane.cost.virtual import VirtualClock, VirtualLinks, undisturbed
+from expertlane.results.step_record import Action
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Track
 from records import step_record
@@ -528,3 +529,23 @@ def test_one_rank_a_stage_without_links_takes_its_cpu_time(items, seconds):
     records = pipeline((seconds[0],), (seconds[-1],), (8,))
     ((_, finished_s),) = run_chain([(0.0, 1.0, records)], links=None)
     assert finished_s == pytest.approx(seconds[0] + seconds[-1])
+
+
+def test_what_disturbed_one_run_counts_in_none():
+    def step_of(run, cpu_s, sent=8):
+        ranks = logs(2)
+        for rank in ranks:
+            rank.compute(cpu_s[0])
+        exchange(ranks, [[0, sent], [sent, 0]])
+        for rank in ranks:
+            rank.compute(cpu_s[1])
+        return replace(step_record(5.0, 6.0, [0], records_of(ranks)), run=run)
+
+    def least(*steps):
+        found = [step.records[0].operations for step in undisturbed(steps)]
+        return [each.cpu_s[each.action == Action.COMPUTE].tolist() for each in found]
+
+    quiet = step_of(0, [1.0, 5.0])
+    assert least(quiet, step_of(1, [3.0, 2.0])) == [[1.0, 2.0], [1.0, 2.0]]
+    other = step_of(1, [0.5, 0.5], sent=16)  # it sent something else
+    assert least(quiet, other) == [[1.0, 5.0], [0.5, 0.5]]

@@ -224,8 +224,8 @@ class VirtualRuns:
         compute = self.settings.compute
         computing = Assumption(
             "computing",
-            "the CPU time of each operation, one thread a rank",
-            "measured while at most one rank a core computes",
+            "the CPU time of each operation, one thread a rank, the least of all repetitions",
+            "measured while at most one rank a core computes; what disturbs it only adds to it",
             "--compute",
         )
         if compute is not None:

@@ -8,7 +8,7 @@ of the steps that had ended before it was submitted ends. The launcher takes no 
 Or a profile's laws say what computing takes, and the launcher of each replica (`ComputeLaws`).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -34,7 +34,13 @@ from expertlane.cost.step.operation import (
 )
 from expertlane.cost.step_log import rank_events, stage_seconds, transfer_seconds
 from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline, Work
-from expertlane.results.step_record import Action, RankRecord, StepRecord, by_pipeline_stage
+from expertlane.results.step_record import (
+    Action,
+    RankOperations,
+    RankRecord,
+    StepRecord,
+    by_pipeline_stage,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
@@ -65,6 +71,42 @@ class Replayed(NamedTuple):
 
     step: StepRecord
     by_scale: tuple[StepRecord, ...]
+
+
+def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    """Steps with each operation's least CPU time of all runs, in the given order.
+
+    Runs of the same work do the same operations; what disturbs one only adds to its time. A step
+    that did something else than its like in another run keeps its own times.
+
+    Args:
+        steps: of one deployment, of several runs.
+    """
+    alike: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
+    num_before: Counter[tuple[int, int]] = Counter()
+    for step in sorted(steps, key=lambda step: (step.run, step.submitted_s)):
+        of_chain = step.run, step.replica
+        alike[step.replica, num_before[of_chain]].append(step)
+        num_before[of_chain] += 1
+    found = {id(step): _least(step, others) for others in alike.values() for step in others}
+    return [found[id(step)] for step in steps]
+
+
+def _least(step: StepRecord, alike: Sequence[StepRecord]) -> StepRecord:
+    records = []
+    for place, record in enumerate(step.records):
+        own = record.operations
+        others = [each.records[place].operations for each in alike]
+        if own is None or not all(other is not None and _is_same(own, other) for other in others):
+            return step
+        least = np.min([other.cpu_s for other in others if other is not None], axis=0)
+        records.append(replace(record, operations=replace(own, cpu_s=least)))
+    return replace(step, records=tuple(records))
+
+
+def _is_same(one: RankOperations, other: RankOperations) -> bool:
+    names = "action", "stage", "layer", "micro_batch", "transfer", "sent_bytes"
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 class _ScaledLinks:

@@ -35,6 +35,7 @@ NAMED: tuple[Column[Row], ...] = (
 )
 BEYOND = "*"  # of a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
+_LEAST = ", and the figure, which takes the shorter time of both for each operation"
 
 
 def unit_of(source: Source) -> str:
@@ -60,8 +61,8 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
             Table.of("", columns, comparison.rows),
             speed(comparison, comparison.rows, wall=wall),
             f"Factors are of {comparison.phase} TPS, a mean. Runs: the slowest and the fastest "
-            "repetition; what is closer together than that is not told apart. TTFT and TPOT are "
-            "medians. × best base: against the best baseline.",
+            f"repetition{_LEAST if wall else ''}; what is closer together than that is not told "
+            "apart. TTFT and TPOT are medians. × best base: against the best baseline.",
             *(
                 f"#{row.number} dispatches by {table}: tokens of a rank in a micro-batch, timed at "
                 "its start."
