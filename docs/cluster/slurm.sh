@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs an experiment on two nodes of eight GPUs: sbatch docs/cluster/slurm.sh paper
-# One process a node starts that node's ranks. The first node's prints and writes.
+# One process per node starts that node's ranks. That of the first node prints and writes.
 #SBATCH --job-name=expertlane
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -83,28 +83,28 @@ class _Options:
 class _Time:
     clock: _Clock = typer.Option(
         _Clock.VIRTUAL,
-        help="virtual: also replay what was measured as if each rank had a core of its own and "
-        "the links were a cluster's; ranks of one core then compute one after the other. wall: "
+        help="virtual: also replay what was measured as if each rank had its own core and the "
+        "links were those of a cluster; ranks that share a core then compute one at a time. wall: "
         "wall time alone.",
     )
     links: str = typer.Option(
         _DEFAULT_PROFILE,
         metavar="PROFILE",
-        help="The links of virtual time: a profile as --cluster names it, or none, where "
-        "transfers take no time.",
+        help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
+        "take no time.",
     )
     link_scale: float | None = typer.Option(
         None,
         metavar="N",
-        help="How many times as long transfers take as by that profile. Default: as many times as "
-        "its device computes faster than a core here.",
+        help="How many times as long transfers take as on the profile's links. Default: chosen "
+        "from the compute speeds of its device and of a core here; the report gives it.",
     )
 
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
-        help="How long computing takes in virtual time: as measured, or as a profile says of the "
-        "operations that ran.",
+        help="How long computing takes in virtual time: as measured, or by a profile's laws for "
+        "the operations that ran.",
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class _Time:
             raise UserError("--link-scale needs links; give --links a profile")
 
     def settings(self) -> "VirtualSettings | None":
-        """None for wall time alone.
+        """What virtual time assumes; None for wall time alone.
 
         Raises:
             UserError: no such profile, or a damaged one.
@@ -193,9 +193,9 @@ def compare(
 
     Says which deployment is faster and why: tokens per second, time per output token, where each
     step's time goes, and how the experts were loaded. Ranks that share cores take turns, so the
-    answer is in virtual time: computing as measured, each rank on a core of its own, transfers as
-    on a cluster's links; wall time stands beside it. Starts local ranks, or with
-    torchrun those of several nodes. Writes results.json, report.md and report.html.
+    answer is in virtual time: computing as measured, each rank on its own core, transfers as on the
+    links of a cluster. Wall time is shown beside it. Starts local ranks, or under torchrun those of
+    several nodes. Writes results.json, report.md and report.html.
 
     \b
     Examples:
@@ -293,7 +293,7 @@ def _measure(
         pool = start_pool(
             num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
         )
-    if pool is None:  # torchrun has started this process besides one that starts ranks
+    if pool is None:  # torchrun started this process beside the one that starts ranks
         return
     with pool:
         for each in comparisons:

@@ -203,7 +203,7 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
     if file is not None:
         prompts += _lines(read_stream(file, PROMPTS_BYTES), str(file))
     prompts += [parse_list("--token-ids", "stop_token_ids", each, "1,2") for each in token_ids]
-    if prompts or not is_first_process():  # torchrun's share one standard input
+    if prompts or not is_first_process():  # torchrun's processes share one standard input
         return prompts
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("there is no prompt; give one, or --file, --token-ids or --chat")

@@ -113,7 +113,7 @@ def _print_error(error: object, code: int) -> int:
     from expertlane.errors import ExpertlaneError
     from expertlane.spec.printable import printable
 
-    # All of torchrun's find the same mistake or get the same signal; the first one prints.
+    # All processes of torchrun find the same mistake or get the same signal; the first prints.
     if is_first_process() or code == ExpertlaneError.exit_code:
         print("expertlane: error:", printable(" ".join(str(error).split())), file=sys.stderr)
     return code

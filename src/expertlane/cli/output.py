@@ -37,7 +37,7 @@ FILES = "results.json, report.md and report.html"
 
 
 def is_first_process() -> bool:
-    """Whether this process prints and writes: all but those after the first of `torchrun`."""
+    """Whether this process prints and writes: under `torchrun` only the first one does."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 

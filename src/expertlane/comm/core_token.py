@@ -1,4 +1,4 @@
-"""At most one rank a core computes at a time, so that what each of them takes is measured alone."""
+"""At most one rank per core computes at a time, so that each is measured without the others."""
 
 import fcntl
 
@@ -6,13 +6,14 @@ from expertlane.ops.host import num_cores
 
 
 class CoreToken:
-    """The right to compute on a core, which the ranks of that core pass on.
+    """The right to compute on a core, held by one of the ranks that share it at a time.
 
-    It is a lock on a byte of a file that all of them have open: the system frees it when its owner
-    dies. A rank must give it back before it blocks.
+    It is a lock on one byte of a file that all of them have open: the kernel releases it when its
+    owner dies. A rank must release it before it blocks.
 
     Args:
         file: descriptor of a file that the ranks of a node share.
+        local_rank: the rank within its node; ranks are assigned to cores in turn.
     """
 
     def __init__(self, file: int, local_rank: int) -> None:
@@ -21,13 +22,13 @@ class CoreToken:
         self._is_held = False
 
     def acquire(self) -> None:
-        """Wait for the core; no effect on a rank that has it."""
+        """Wait for the core; no effect if this rank holds it."""
         if not self._is_held:
             fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self._core)
             self._is_held = True
 
     def release(self) -> None:
-        """Give the core to the next; no effect on a rank that has none."""
+        """Let another rank have the core; no effect if this rank does not hold it."""
         if self._is_held:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._core)
             self._is_held = False

@@ -1,4 +1,4 @@
-"""Groups of ranks on several nodes: shared memory inside a node, torch.distributed between."""
+"""Ranks of several nodes: shared memory for groups within a node, else torch.distributed."""
 
 from expertlane.comm.shared_memory import SharedTransport
 from expertlane.comm.torch_transport import TorchTransport
@@ -6,10 +6,12 @@ from expertlane.comm.transport import Link
 
 
 class NodesTransport:
-    """Implements `Transport`.
+    """Implements `Transport`, choosing one of two transports for each group.
 
     Args:
-        rank: the global one.
+        in_node: for groups within this rank's node.
+        among_nodes: for groups that span nodes.
+        rank: global.
         ranks_per_node: consecutive ranks that share a node.
     """
 
@@ -20,7 +22,7 @@ class NodesTransport:
         self._rank, self._ranks_per_node = rank, ranks_per_node
 
     def make(self, ranks: tuple[int, ...]) -> None:
-        """Collective over all ranks where the group spans nodes, else over those of its node."""
+        """Collective over all ranks if the group spans nodes, else over those of its node."""
         nodes = {rank // self._ranks_per_node for rank in ranks}
         if len(nodes) > 1:
             self._among_nodes.make(ranks)

@@ -1,7 +1,7 @@
-"""What a rank does in a step, one thing after the other, so that it can be replayed on other links.
+"""The operations of a rank in a step, in order, so that they can be replayed on other links.
 
-Computing is timed by the CPU clock of the rank's thread, so that neither other ranks on its core
-nor the transport have a part in it.
+Computing is timed by the CPU clock of the rank's thread, and not while the transport runs, so that
+neither the other ranks on its core nor the transport count.
 """
 
 import time
@@ -17,7 +17,14 @@ _KINDS = list(TransferKind)
 
 
 class OperationLog:
-    """The computations, transfers and waits of one step."""
+    """The computations, transfers and waits of one rank in one step.
+
+    It starts with a computation; between `pause` and `resume` nothing is timed.
+
+    Args:
+        stage: of the first computation.
+        layer: of the first computation.
+    """
 
     def __init__(self, stage: Stage, layer: int) -> None:
         self._rows: list[tuple[int, int, int, int, float, int]] = []
@@ -27,28 +34,31 @@ class OperationLog:
         self.resume()
 
     def enter(self, stage: Stage, layer: int, micro_batch: int) -> None:
-        """What follows is another computation."""
+        """End the present computation and start another one."""
         self.pause()
         self._place = (int(stage), layer, micro_batch)
         self.resume()
 
     def pause(self) -> None:
-        """End the present computation; what follows is none of the model's until `resume`."""
+        """End the present computation; until `resume` nothing is timed."""
         if not self._is_paused:
             self._is_paused = True
             self._add(Action.COMPUTE, time.thread_time() - self._since_s, -1)
 
     def resume(self) -> None:
-        """The computation goes on."""
+        """Start timing again, at the same place."""
         self._is_paused = False
         self._since_s = time.thread_time()
 
     def post(self, kind: TransferKind, first_rank: int, sent_bytes: Sequence[int]) -> int:
-        """A transfer begins; gives its number. The log is paused already.
+        """Record that a transfer starts, while the log is paused.
 
         Args:
             first_rank: the lowest global rank of its group.
             sent_bytes: [world_size]; to each global rank.
+
+        Returns:
+            The transfer's number in this log, which `wait` takes.
         """
         number = len(self._transfers)
         self._transfers.append((_KINDS.index(kind), first_rank, list(sent_bytes)))
@@ -56,18 +66,18 @@ class OperationLog:
         return number
 
     def wait(self, transfer: int) -> None:
-        """The rank needs a transfer's result; the log is paused already."""
+        """Record that the rank needs a transfer's result, while the log is paused."""
         self._add(Action.WAIT, 0.0, transfer)
 
     def arrive(self) -> None:
-        """The rank needs what the pipeline stage before sends; the log is paused already."""
+        """Record that the rank needs what the previous stage sends, while the log is paused."""
         self._add(Action.ARRIVE, 0.0, -1)
 
     def _add(self, action: Action, seconds: float, transfer: int) -> None:
         self._rows.append((action, *self._place, seconds, transfer))
 
     def operations(self, world_size: int) -> RankOperations:
-        """All of it; the log is paused already."""
+        """Everything recorded, as arrays; the log must be paused."""
         rows = np.array(self._rows, dtype=np.float64).reshape(-1, 6)
         action, stage, layer, micro_batch = rows[:, :4].T.astype(np.int64)
         kinds, first_ranks, sent = (

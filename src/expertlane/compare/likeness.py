@@ -1,8 +1,8 @@
-"""How far the decode step of a small model is like that of the paper's experiment.
+"""How similar the decode step of a small model is to that of the paper's experiment.
 
-A step is described by what its experts compute for each byte of weights, of dispatch and combine,
-and of keys and values. Two models that agree in all three spend their time in the same places on
-machines that are alike but for their size.
+A step is described by the FLOPs of its experts per byte of weights, of dispatch and combine, and
+of keys and values. Two models that agree in all three spend their time in the same places, on
+machines that differ only in size.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
 BASELINE, PROPOSAL = Layout(tp=8, pp=2), Layout(dp=16, ep=16)
-# Of the paper's step: its own numbers hold near the start of a sequence alone, and at 10,000 tokens
-# its sequences do not fit; this is the context that its projection speaks of.
+# Of the paper's step: the paper's figures hold only near the start of a sequence, and at 10,000
+# tokens its sequences do not fit; this is the context that its projection uses.
 PAPER_CONTEXT = 1024
 PAPER_TYPES = NumberTypes.all_of("float16")
 
 
 @dataclass(frozen=True)
 class FlopsPerByte:
-    """FLOPs of a step's experts over bytes, both of all ranks.
+    """FLOPs of a step's experts over bytes, both summed over all ranks.
 
     Attributes:
         weights: read, of all parts of the model.
@@ -45,31 +45,32 @@ class FlopsPerByte:
     keys_and_values: float
 
     def over(self, other: "FlopsPerByte") -> "FlopsPerByte":
-        """Each as a factor of the other's."""
+        """Each value as a factor of the other's."""
         names = [field.name for field in fields(self)]
         return FlopsPerByte(*(getattr(self, name) / getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What the ranks of one decode step count.
+    """FLOPs, bytes and messages that the ranks count in one or more decode steps.
 
     Attributes:
-        ranks: one each.
+        ranks: one entry for each rank and step.
     """
 
     ranks: Sequence[RankCounts]
 
     @property
     def dispatch_bytes(self) -> int:
-        """Of dispatch and combine, sent to other ranks."""
+        """Sent to other ranks in dispatch and combine."""
         sent = (rank.sent_bytes[[Stage.DISPATCH, Stage.COMBINE]] for rank in self.ranks)
         return sum(int(each.sum()) for each in sent)
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Of all ranks: of each stage FLOPs or bytes read at these rates, whichever is longer.
+        """Roofline time, summed over ranks and stages.
 
-        Keys and values are read by attention.
+        Of each stage FLOPs or bytes read at these rates, whichever takes longer. Bytes of keys and
+        values count as attention's.
         """
         total = 0.0
         for rank in self.ranks:
@@ -87,12 +88,12 @@ def step_work(
     context: int,
     ranks_per_node: int = 8,
 ) -> StepWork:
-    """One decode step with flat dispatch, in one micro-batch, of tokens routed evenly by chance.
+    """One decode step with flat dispatch, in one micro-batch, with uniformly random routing.
 
     Args:
         layout: of several ranks and one replica.
-        num_seqs: sequences of all ranks, each with one new token.
-        context: positions cached before it.
+        num_seqs: sequences on all ranks together, each with one new token.
+        context: positions cached before that token.
     """
     builder = ProgramBuilder(
         model,
@@ -108,7 +109,7 @@ def step_work(
 
 
 def flops_per_byte(work: StepWork) -> FlopsPerByte:
-    """Of the experts of a step."""
+    """FLOPs of the experts over the bytes of a step."""
     ranks = work.ranks
     flops = sum(int(rank.flops[Stage.EXPERTS]) for rank in ranks)
     return FlopsPerByte(
@@ -121,10 +122,11 @@ def flops_per_byte(work: StepWork) -> FlopsPerByte:
 def paper_step_work(
     layout: Layout, num_experts_per_tok: int, context: int = PAPER_CONTEXT
 ) -> StepWork:
-    """The same of the paper's step of all its sequences.
+    """`step_work` of the paper's decode step with all its sequences.
 
     Args:
-        num_experts_per_tok: which the paper does not give.
+        num_experts_per_tok: the paper does not give it.
+        context: positions cached for each sequence.
     """
     paper = read_experiment(shipped_experiments()["paper"])
     return step_work(
@@ -138,7 +140,7 @@ def paper_step_work(
 
 
 def own_step_work(experiment: Experiment, layout: Layout, types: NumberTypes) -> StepWork:
-    """The same of an experiment's mean decode step."""
+    """`step_work` of an experiment's mean decode step."""
     workload = experiment.workload
     return step_work(
         experiment.model,
@@ -153,14 +155,14 @@ def own_step_work(experiment: Experiment, layout: Layout, types: NumberTypes) ->
 def likeness(
     experiment: Experiment, layout: Layout, types: NumberTypes, paper_context: int = PAPER_CONTEXT
 ) -> FlopsPerByte:
-    """An experiment's mean decode step, each as a factor of the paper's."""
+    """FLOPs per byte of an experiment's mean decode step, as factors of the paper's."""
     own = flops_per_byte(own_step_work(experiment, layout, types))
     paper = paper_step_work(layout, experiment.model.num_experts_per_tok, paper_context)
     return own.over(flops_per_byte(paper))
 
 
 def is_of_the_papers_kind(experiment: Experiment) -> bool:
-    """Whether it runs the paper's proposal on random weights of as many layers and experts."""
+    """Whether it runs the paper's proposal on random weights, with as many layers and experts."""
     paper = read_experiment(shipped_experiments()["paper"]).model
     model = experiment.model
     return (

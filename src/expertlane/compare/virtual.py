@@ -1,4 +1,4 @@
-"""A comparison in virtual time: each rank on cores of its own, on the links of a cluster."""
+"""A comparison in virtual time: each rank on its own core, with the links of a cluster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +29,12 @@ _FAR = (0.0, 0.25, 4.0)  # 0: without links
 
 @dataclass(frozen=True)
 class VirtualSettings:
-    """What virtual time is to assume.
+    """What the user asked virtual time to assume.
 
     Attributes:
         links: the profile of the links; None where transfers take no time.
-        scale: how many times as long transfers take; None to choose (`choose_scale`).
-        compute: the profile whose laws say how long computing takes; None for what was measured.
+        scale: factor of the time of transfers; None to choose it (`choose_scale`).
+        compute: the profile whose laws give the time of computing; None for measured CPU time.
     """
 
     links: Profile | None
@@ -42,10 +42,10 @@ class VirtualSettings:
     compute: Profile | None = None
 
     def check(self, deployments: Sequence[Deployment]) -> None:
-        """Refuse what laws cannot say.
+        """Refuse deployments that the laws of `compute` cannot describe.
 
         Raises:
-            UserError: experts of a deployment move while it runs.
+            UserError: `compute` is given, and a deployment's experts move while it runs.
         """
         for each in deployments if self.compute else ():
             if each.options.rebalance_steps:
@@ -56,13 +56,13 @@ class VirtualSettings:
 
 
 def compute_ratio(here: StepWork, there: StepWork, peak: MachinePeak, profile: Profile) -> float:
-    """How many times as long one work takes here, on a core, as another on a profile's device.
+    """Roofline time of one step's work on a core here, over that of another on a profile's device.
 
-    FLOPs over the peak or bytes read over the memory's bandwidth, whichever is longer: measured of
-    a core here, of the datasheet there, in the type that its ranks compute in.
+    FLOPs over the peak or bytes read over the memory bandwidth, whichever is longer: at the rates
+    measured for a core here, and at the device's datasheet rates for its usual number type.
 
     Raises:
-        UserError: there is no work, or the device has no figure for such a type.
+        UserError: no work was counted, or the profile has no FLOP/s for that type.
     """
     device, dtype = profile.device, usual_number_type(profile)
     if dtype not in device.flops_per_s:
@@ -80,12 +80,12 @@ def compute_ratio(here: StepWork, there: StepWork, peak: MachinePeak, profile: P
 
 @dataclass(frozen=True)
 class LinkScale:
-    """How transfers of virtual time stand to those of a profile.
+    """Factors from a profile's transfers to those of virtual time.
 
     Attributes:
-        times: as long.
-        byte_scale: times as many bytes are sent.
-        why: for a reader.
+        times: factor of the duration.
+        byte_scale: factor of the bytes sent.
+        why: the reason, for the report.
     """
 
     times: float = 1.0
@@ -99,12 +99,16 @@ def choose_scale(
     decodes: Sequence[StepRecord],
     peak: MachinePeak,
 ) -> LinkScale:
-    """What was asked for, else what lets computing and transfers stand as they do on the cluster.
+    """The scale asked for, else one that keeps the cluster's ratio of transfers to computing.
 
-    Of a small copy of the paper's model: each transfer takes the share of a step that its like
-    takes of the paper's own step. It is priced for the bytes that the paper's would have, and takes
-    as many times as long as the step of the copy takes here over the paper's there. Otherwise the
-    ratio is that of the work of all decode steps, here and there.
+    For a small copy of the paper's model, each transfer takes the same share of a step as the
+    corresponding transfer takes of the paper's step: its bytes are multiplied by the ratio of the
+    dispatch bytes, its time by the `compute_ratio` of the copy's step to the paper's. For other
+    models, the time is multiplied by the `compute_ratio` of all decode steps.
+
+    Args:
+        decodes: the recorded decode steps of the deployments.
+        peak: measured on this machine.
 
     Raises:
         UserError: as `compute_ratio`.
@@ -113,7 +117,7 @@ def choose_scale(
     if settings.scale is not None:
         return LinkScale(settings.scale, why="asked for")
     if links is None or settings.compute is not None:
-        return LinkScale(why="as they are: computing is a profile's too" if links else "")
+        return LinkScale(why="unscaled, since computing is a profile's too" if links else "")
     if not is_of_the_papers_kind(experiment):
         work = StepWork([record for step in decodes for record in step.records])
         why = (
@@ -124,9 +128,10 @@ def choose_scale(
     own = own_step_work(experiment, PROPOSAL, NumberTypes.all_of(peak.dtype))
     paper = paper_step_work(PROPOSAL, experiment.model.num_experts_per_tok)
     why = (
-        "as in the paper's step: its dispatch sends so many times the bytes, and computing this "
-        f"step takes so many times as long on a core here as the paper's on {links.device.name}, "
-        "by FLOPs over the peak or bytes over the memory's bandwidth"
+        "each transfer takes the same share of a step as in the paper: these are the ratios of the "
+        "bytes of dispatch, the paper's over this step's, and of the time of computing, this "
+        f"step's on a core here over the paper's on {links.device.name}, by FLOPs over the peak or "
+        "bytes over the memory's bandwidth"
     )
     byte_scale = paper.dispatch_bytes / own.dispatch_bytes
     return LinkScale(compute_ratio(own, paper, peak, links), byte_scale, why)
@@ -134,9 +139,11 @@ def choose_scale(
 
 @dataclass(eq=False)
 class VirtualRuns:
-    """The recorded steps of an experiment's deployments, and what becomes of them.
+    """Replays the recorded steps of an experiment's deployments in virtual time.
 
     Args:
+        num_layers: hidden layers of the model.
+        peak: of this machine, measured.
         ranks_per_node: consecutive ranks that share a node.
     """
 
@@ -156,8 +163,8 @@ class VirtualRuns:
         """The steps of a deployment in virtual time.
 
         Args:
-            laws: of computing; None for what was measured.
-            factors: of the scale of links, for the three times of the clock.
+            laws: give the time of computing; None for measured CPU time.
+            factors: of the link scale, for the three times of the clock.
         """
         low, likely, high = (self.scale.times * factor for factor in factors)
         links = VirtualLinks(self.settings.links, (low, likely, high), self.scale.byte_scale)
@@ -165,7 +172,7 @@ class VirtualRuns:
         return clock.replay(steps)
 
     def peak_of(self, layout: Layout) -> MachinePeak:
-        """The rates of a deployment's ranks, each with a core."""
+        """The rates of all ranks of a deployment together, each with its own core."""
         peak, factor = self.peak, layout.world_size / self.peak.num_units
         return replace(
             peak,
@@ -181,11 +188,11 @@ class VirtualRuns:
         laws: ComputeLaws | None,
         replayed: Sequence[Replayed],
     ) -> dict[float, float]:
-        """Decode TPS by the scale of links, 0 for none: a quarter to four times the chosen one.
+        """Decode TPS by link scale, from a quarter to four times the chosen one; 0: no links.
 
         Args:
-            steps: that decode.
-            replayed: as `replay` gave it for them.
+            steps: decode steps.
+            replayed: what `replay` returned for them.
         """
         if self.settings.links is None:
             return {0.0: _tps([each.step for each in replayed])}
@@ -200,7 +207,11 @@ class VirtualRuns:
         return dict(sorted(found.items()))
 
     def summary(self, of_deployments: Sequence[dict[float, float]]) -> VirtualTime:
-        """What the results say of the clock; of deployments that decode."""
+        """The links, their scale, and decode TPS by link scale, for the results.
+
+        Args:
+            of_deployments: what `decode_tps` returned, for each deployment that decodes.
+        """
         links = self.settings.links
         speeds = [
             LinkSpeed(scale, tuple(each[scale] for each in of_deployments))
@@ -211,7 +222,7 @@ class VirtualRuns:
         return VirtualTime(name, scale.times, scale.byte_scale, tuple(speeds))
 
     def assumptions(self) -> tuple[Assumption, ...]:
-        """What virtual time takes for granted."""
+        """Rows about links, computing and what is left out, for the report."""
         links = self.settings.links
         if links is None:
             of_links = Assumption("links", "none: transfers take no time", change="--links")
@@ -224,16 +235,16 @@ class VirtualRuns:
         compute = self.settings.compute
         computing = Assumption(
             "computing",
-            "the CPU time of each operation, one thread a rank, the least of all repetitions",
-            "measured while at most one rank a core computes; what disturbs it only adds to it",
+            "the CPU time of each operation, one thread per rank, the least of all repetitions",
+            "measured while at most one rank per core computes; a disturbance only adds time",
             "--compute",
         )
         if compute is not None:
             computing = Assumption(
                 "computing",
                 f"the laws of {compute.name}, in {usual_number_type(compute)}",
-                "of the operations that ran: what ranks counted, and every collective, is what the "
-                "description of a step emits for the same choices of experts",
+                "for the operations that ran: the ranks' counters, and every collective, equal "
+                "those of the step's description for the same choices of experts",
                 "--compute",
             )
         rows = (
@@ -241,8 +252,8 @@ class VirtualRuns:
             computing,
             Assumption(
                 "left out",
-                "the launcher, messages to and from it, and what copies cost the ranks",
-                "wall time has them; a cluster hides most of them",
+                "the launcher, messages to and from it, and the ranks' CPU time for copies",
+                "wall time includes them; a cluster hides most of them",
             ),
         )
         return tuple(replace(each, source="virtual") for each in rows)

@@ -1,6 +1,6 @@
-"""Recorded steps emitted anew from their plans, for a profile's laws to say what they take.
+"""Programs of recorded steps, built again from their plans and priced by a profile's laws.
 
-What is emitted must be what ran, exactly: what ranks counted, and every collective in its order.
+A program must match what ran exactly: the ranks' counters, and every collective in its order.
 """
 
 from collections import deque
@@ -29,14 +29,14 @@ assert set(_COUNTED) <= {field.name for field in fields(RankCounts)}
 
 @dataclass(frozen=True, eq=False)
 class ComputeLaws:
-    """What the steps of one deployment take by the laws of a profile.
+    """How long the steps of one deployment take to compute by the laws of a profile.
 
     Attributes:
         builder: of the deployment as it ran: its dispatch table, placements and types.
         plans: of the steps; they asked for `record_operations` and `record_routing`, and no
-            sequence for more than its likeliest token.
-        profile: of what computes.
-        types: of numbers, that its laws are looked up by.
+            sequence asked for more than its likeliest token.
+        profile: of the device that computes.
+        types: number types by which its laws are looked up.
     """
 
     builder: ProgramBuilder
@@ -47,7 +47,7 @@ class ComputeLaws:
 
     @property
     def terms(self) -> Terms:
-        """What launches take, and the time between steps.
+        """Seconds that launches take, and seconds between steps.
 
         Raises:
             UserError: the profile lacks one of them.
@@ -55,14 +55,14 @@ class ComputeLaws:
         return Terms.of(self.profile, self.execution).only_likely
 
     def pricing(self, links: Links) -> Pricing:
-        """Likely times of what is computed; transfers are the links' matter."""
+        """Prices of computing, at its likely time, and of transfers over `links`."""
         return Pricing(self.profile, self.types, links, only_likely=True)
 
     def program(self, step: StepRecord) -> StepProgram:
-        """A step as it is emitted.
+        """Build the program of a step from its plan and recorded routing, and check it.
 
         Raises:
-            ValueError: it is not what ran, or the plan did not ask for what this takes.
+            ValueError: the program is not what ran, or the plan did not ask for the routing.
         """
         plan = self.plans[step]
         records = sorted(step.records, key=lambda record: record.rank)
@@ -94,7 +94,7 @@ def _compare_counts(step: int, record: RankRecord, emitted: RankCounts) -> None:
 
 
 def _words(name: str, place: tuple[int, ...]) -> str:
-    """What a counter counts."""
+    """Name a counter's entry for an error message."""
     what = name.replace("_", " ")
     if name == "kv_bytes":
         return what
@@ -105,12 +105,12 @@ def _words(name: str, place: tuple[int, ...]) -> str:
 
 
 class _Event(NamedTuple):
-    """A collective begins, or is waited for.
+    """A collective is posted or waited for.
 
     Attributes:
-        number: of it in its micro-batch.
-        first_ranks: [R]; the lowest rank of each rank's group, in the stage.
-        sent_bytes: [R, R].
+        number: index of the collective in its micro-batch.
+        first_ranks: [R]; the lowest rank of each rank's group, counted within the stage.
+        sent_bytes: [R, R]; by source and destination.
     """
 
     action: Action
@@ -131,7 +131,7 @@ class _Event(NamedTuple):
         )
 
     def is_like(self, other: "_Event") -> bool:
-        """Whether both are the same in all that can be told."""
+        """Whether all fields are equal."""
         return (
             self[:5] == other[:5]
             and np.array_equal(self.first_ranks, other.first_ranks)

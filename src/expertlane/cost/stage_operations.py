@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline stage did in a step, put side by side."""
+"""The operations of all ranks of a pipeline stage in a step, aligned with each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ _Place = tuple[int, int, int]  # stage, layer, micro-batch
 
 
 class Item(NamedTuple):
-    """One thing that all ranks did.
+    """An operation that all R ranks of the stage did.
 
     Attributes:
         layer: hidden layer, or `OUTSIDE`.
-        transfer: of a post or a wait, which of the stage's collectives; else -1.
-        cpu_s: [R]; of a computation.
+        transfer: index of the collective that a post or a wait refers to; else -1.
+        cpu_s: [R]; CPU seconds of a computation, else 0.
     """
 
     action: Action
@@ -34,12 +34,12 @@ class Item(NamedTuple):
 
 @dataclass(eq=False)
 class _Ordered:
-    """One rank's operations: what it computed before each collective, wait or arrival, in order.
+    """One rank's collectives, waits and arrivals in order, and what it computed between them.
 
     Attributes:
-        actions: [K]; what it is, where, which collective, and of what kind where it begins.
-        computed: [K + 1]; CPU seconds by place, before each of them and after the last.
-        collectives: places of transfers that are no sends, in the rank's record.
+        actions: [K]; action, place, index of the collective, and its kind if the action posts it.
+        computed: [K + 1]; CPU seconds by place, before each action and after the last.
+        collectives: indices, in the rank's record, of transfers other than sends.
     """
 
     actions: list[tuple[int, _Place, int, int]] = field(default_factory=list)
@@ -80,12 +80,12 @@ class StageOperations:
     """A step of the R ranks of a pipeline stage, with M collectives.
 
     Attributes:
-        ranks: [R]; global.
+        ranks: [R]; global ranks.
         items: in the order in which every rank did them.
-        posts: [M]; where each collective began.
-        kinds: [M].
+        posts: [M]; the items that start a collective.
+        kinds: [M]; of the collectives.
         first_ranks: [M, R]; the lowest global rank of each rank's group.
-        sent_bytes: [M, R, R]; by source and destination.
+        sent_bytes: [M, R, R]; by source and destination within the stage.
         handed_over: [num_micro_batches, R]; bytes sent to the next stage.
     """
 
@@ -99,13 +99,13 @@ class StageOperations:
 
     @classmethod
     def of(cls, records: Sequence[RankRecord], num_micro_batches: int) -> "StageOperations":
-        """Put the ranks' operations side by side.
+        """Align the operations of the ranks.
 
         Args:
             records: of all ranks of the stage, in rank order.
 
         Raises:
-            ValueError: one of them has no operations, or did not do what the others did.
+            ValueError: a rank has no operations, or its transfers differ from the others'.
         """
         operations = [_operations_of(record) for record in records]
         ordered = [_Ordered.of(each) for each in operations]

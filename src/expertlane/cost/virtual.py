@@ -1,11 +1,11 @@
-"""Virtual time: what ranks did on this machine, on a clock where each has its own cores and links.
+"""Virtual time: what ranks did here, replayed as if each had its own core and a cluster's links.
 
-What a rank computes takes the CPU time that was measured; a transfer takes what the laws of the
-links say of its bytes, times a scale. Ranks do the same things in the same order whatever the time,
-so the order is that of the record, and what depends on what is known. A step begins when the last
-of the steps that had ended before it was submitted ends. The launcher takes no time.
+A computation takes the CPU time that was measured; a transfer takes the time that the laws of the
+links give for its bytes, times a scale. Ranks do the same operations in the same order however long
+each takes, so the replay keeps the recorded order and dependencies. A step begins once all steps
+that had ended before it was submitted have ended in virtual time. The launcher takes no time.
 
-Or a profile's laws say what computing takes, and the launcher of each replica (`ComputeLaws`).
+With `ComputeLaws`, a profile's laws give the time of computing, and of the launcher between steps.
 """
 
 from collections import Counter, defaultdict
@@ -47,13 +47,13 @@ from expertlane.spec.names import Stage
 
 @dataclass(frozen=True)
 class VirtualLinks:
-    """The links of a virtual clock, which has three times: on links of three speeds.
+    """The links of a virtual clock, which keeps three times: on links of three speeds.
 
     Attributes:
-        profile: whose laws say how long a transfer takes; None where it takes no time.
-        scales: how many times as long it takes here: latency times it, bandwidth over it; the
-            second is that of the ranks' records.
-        byte_scale: how many times as many bytes a transfer is priced for as were sent.
+        profile: its laws give the seconds of a transfer; None where transfers take no time.
+        scales: factors of those seconds: they multiply latency and divide bandwidth. The second
+            is that of the ranks' records.
+        byte_scale: factor of the bytes that were sent, before the laws are applied.
     """
 
     profile: Profile | None
@@ -65,8 +65,8 @@ class Replayed(NamedTuple):
     """A step in virtual time.
 
     Attributes:
-        step: on links of the second scale, with its ranks.
-        by_scale: on links of each scale, without.
+        step: on links of the second scale, with the records of its ranks.
+        by_scale: on links of each scale, without those records.
     """
 
     step: StepRecord
@@ -74,10 +74,10 @@ class Replayed(NamedTuple):
 
 
 def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """Steps with each operation's least CPU time of all runs, in the given order.
+    """Steps with the least CPU time of each operation over all runs, in the given order.
 
-    Runs of the same work do the same operations; what disturbs one only adds to its time. A step
-    that did something else than its like in another run keeps its own times.
+    Runs of the same work do the same operations, and a disturbance only adds time. A step whose
+    operations differ from those of the same step in another run keeps its own times.
 
     Args:
         steps: of one deployment, of several runs.
@@ -110,7 +110,7 @@ def _is_same(one: RankOperations, other: RankOperations) -> bool:
 
 
 class _ScaledLinks:
-    """Implements `Links`: those of a virtual clock."""
+    """Implements `Links` for a virtual clock."""
 
     def __init__(self, links: VirtualLinks) -> None:
         self._model = None if links.profile is None else LinkModel(links.profile)
@@ -160,7 +160,7 @@ class VirtualClock:
 
     Args:
         ranks_per_node: consecutive ranks that share a node.
-        laws: of computing, in place of the CPU time that was measured.
+        laws: give the time of computing, in place of the measured CPU time.
     """
 
     layout: Layout
@@ -178,14 +178,14 @@ class VirtualClock:
             self._pricing = self.laws.pricing(self._links)
 
     def replay(self, steps: Sequence[StepRecord]) -> list[Replayed]:
-        """The same steps in virtual time, in the given order; from 0 in each run.
+        """The same steps in virtual time, in the given order; each run starts at 0 s.
 
         Args:
-            steps: whose plans asked for `record_operations`, in any order.
+            steps: in any order; their plans asked for `record_operations`.
 
         Raises:
-            ValueError: a step has no operations, or ranks of a stage did not do the same; or laws
-                are for other steps than those that ran.
+            ValueError: a step has no operations, the ranks of a stage did not do the same
+                operations, or the steps that `laws` describe are not those that ran.
         """
         chains: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
         for step in steps:
@@ -216,7 +216,7 @@ class VirtualClock:
             replayed[id(step)] = Replayed(likely, tuple(by_scale))
 
     def _records(self, step: StepRecord, times: StepTimes) -> tuple[RankRecord, ...]:
-        # The time before a step counts where it counted when it was measured.
+        # The time before a step counts if it counted when the step was measured.
         count_idle = any(record.blocked_s[..., Stage.IDLE].any() for record in step.records)
         of_stages = stage_seconds(times, self.num_layers, count_idle=count_idle)
         events = rank_events(times) if any(r.events is not None for r in step.records) else {}

@@ -116,7 +116,7 @@ class Overlapped:
 
     @property
     def added_s(self) -> float:
-        """Seconds that computing in two halves takes longer in a step."""
+        """Seconds that computing in two halves adds to a step."""
         return sum(
             self.on.step.breakdown_s.get(cause, 0.0) - self.off.step.breakdown_s.get(cause, 0.0)
             for cause in COMPUTING
@@ -152,7 +152,7 @@ class Comparison:
 
     @property
     def is_run(self) -> bool:
-        """Whether real ranks ran, be it told in virtual time."""
+        """Whether real ranks ran, also where times are virtual."""
         return self.source in RUN
 
     @property

@@ -99,8 +99,9 @@ def overlap(comparison: Comparison) -> Section:
             "itself: where a step is bound by weights, that costs more than it hides. Exposed: "
             "blocked in dispatch and combine; hidden: "
             + (
-                "of the time that transfers of both are in flight, what no rank waits for. "
-                "Computing adds: what attention, router, experts and head take longer in halves."
+                "of the time that transfers of both are in flight, the share that no rank waits "
+                "for. Computing adds: the time that attention, router, experts and head take "
+                "longer in halves."
                 if is_virtual
                 else "the time gained over that."
             ),

@@ -18,7 +18,7 @@ def cautions(results: Results) -> Iterator[str]:
     if machine is not None and machine.is_oversubscribed_by(num_ranks):
         instead = ""
         if results.virtual_time is not None:
-            instead = "; in virtual time every rank has its own"
+            instead = "; in virtual time each rank has its own core"
         elif results.kind == "comparison":
             instead = "; critical-path CPU time is the figure closest to one core a rank"
         yield (

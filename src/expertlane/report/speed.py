@@ -35,7 +35,7 @@ NAMED: tuple[Column[Row], ...] = (
 )
 BEYOND = "*"  # of a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
-_LEAST = ", and the figure, which takes the shorter time of both for each operation"
+_LEAST = ", counting the figure itself, which takes the shorter time of both for each operation"
 
 
 def unit_of(source: Source) -> str:
@@ -156,7 +156,7 @@ def by_link_speed(results: Results, comparison: Comparison) -> Section:
         heading,
         (
             Table.of(f"{comparison.phase} TPS by the speed of links", columns, comparison.rows),
-            "1.00×: links as assumed.",
+            "1.00×: the assumed link speed.",
         ),
     )
 

@@ -71,11 +71,11 @@ def _by_link_speed(results: Results, comparison: Comparison) -> str:
         if factor is None:
             words = "without links"
         elif factor == 1:
-            words = "on links as assumed"
+            words = "as assumed"
         else:
-            words = f"at {times(factor)} their speed"
+            words = f"at {times(factor)}"
         factors.append(f"{times(best / other)} {words}")
-    return f"Best proposal over best baseline: {', '.join(factors)}."
+    return f"Best proposal over best baseline, by link speed: {', '.join(factors)}."
 
 
 def _pair(comparison: Comparison) -> tuple[Row, Row] | None:

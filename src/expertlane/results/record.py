@@ -76,8 +76,8 @@ class StepsRecord(Strict):
             a simulated step; mean over ranks.
         exposed_s: seconds a round blocked in dispatch and combine, mean over the ranks of a
             pipeline stage, added up over stages.
-        hidden_share: in virtual time, of the time that dispatch and combine are in flight, the part
-            that no rank waits for; None where there is none.
+        hidden_share: in virtual time, the share of the time of dispatch and combine in flight that
+            no rank waits for; None where there is none.
         floor_s: of a round or simulated step (mean): bytes of weights, keys and values over memory
             bandwidth or FLOPs over peak, the larger, of the busiest rank: no deployment of this
             layout is faster.

@@ -99,7 +99,7 @@ class LinkSpeed(Strict):
     """The decode throughput of an experiment's deployments on links of one speed.
 
     Attributes:
-        scale: how many times as long transfers take as by the profile; 0: they take no time.
+        scale: factor of the time that the profile gives for transfers; 0: they take no time.
         tps: of each deployment that decodes, in the experiment's order.
     """
 
@@ -109,13 +109,13 @@ class LinkSpeed(Strict):
 
 @dataclass(frozen=True)
 class VirtualTime(Strict):
-    """What the clock of virtual records assumes of links.
+    """What virtual time assumes about links.
 
     Attributes:
-        links: the profile that says how long a transfer takes; None where it takes no time.
-        scale: how many times as long a transfer takes.
-        byte_scale: for how many times the bytes that were sent.
-        speeds: what other speeds of the links give.
+        links: name of the profile of the links; None where transfers take no time.
+        scale: factor of the time that the profile gives for transfers.
+        byte_scale: factor of the bytes that were sent, before the profile is applied.
+        speeds: decode throughput by the speed of the links.
     """
 
     links: str | None

@@ -43,18 +43,18 @@ class Action(IntEnum):
     COMPUTE = 0
     POST = 1  # begin a transfer
     WAIT = 2  # need its result
-    ARRIVE = 3  # need what the pipeline stage before sends
+    ARRIVE = 3  # need what the previous pipeline stage sends
 
 
 @dataclass(frozen=True, eq=False)
 class RankOperations:
-    """What one rank did in a step, one after the other: N entries and M transfers.
+    """The operations of one rank in a step, in order: N entries and M transfers.
 
     Attributes:
         action: [N]; as `Action`.
         stage, layer, micro_batch: [N]; layer -1 outside of any.
         cpu_s: [N]; CPU time of the rank's thread where it computes, else 0.
-        transfer: [N]; which of the M is begun or waited for, -1 where none is.
+        transfer: [N]; which of the M is started or waited for, -1 for none.
         kind: [M]; place in `list(TransferKind)`.
         first_rank: [M]; the lowest global rank of the group.
         sent_bytes: [M, world_size]; to each global rank, 0 for this one.
@@ -124,7 +124,7 @@ class RankRecord(RankCounts):
             logical experts that its own tokens chose, in the order of computation, which is the
             same in all layers. Empty unless the plan asked for it.
         events: what it did when; None unless the plan asked for it.
-        operations: what it did, to be replayed; None unless the plan asked for it.
+        operations: for replay; None unless the plan asked for them.
         transfers_s: [2]; in virtual time, seconds that dispatch and combine were in flight, and
             those of them that the rank waited for; else None.
     """
