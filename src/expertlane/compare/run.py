@@ -14,7 +14,7 @@ from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
 from expertlane.compare.projection import usual_number_type
 from expertlane.compare.records import measured_record, rebalance_records, typical
-from expertlane.compare.virtual import VirtualRuns, VirtualSettings, choose_scale
+from expertlane.compare.virtual import VirtualRuns, VirtualSettings
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
@@ -98,15 +98,7 @@ def run_comparison(
     ]
     num_own = len(experiment.deployments)
     own, scaling = deployed[:num_own], deployed[num_own:]
-    # Twice, the second time backwards: what changes on the machine meanwhile hits all alike.
-    for each in own:
-        each.measure()
-        each.trace()
-    for each in reversed(own):
-        each.measure(run=1)
-    for each in scaling:
-        each.measure()
-        each.measure_share()
+    _measure(own, scaling)
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     roles = [*((each, EXPERIMENT) for each in own), *((each, SCALING) for each in scaling)]
     records = [each.record(role, peak) for each, role in roles]
@@ -114,9 +106,7 @@ def run_comparison(
     virtual_time = None
     if virtual is not None:
         decodes = [step for each in own for step in each.steps_of(Phase.DECODE)]
-        scale = choose_scale(virtual, experiment, decodes, peak)
-        num_layers = experiment.model.num_hidden_layers
-        runs = VirtualRuns(virtual, num_layers, ranks_per_node, peak, scale)
+        runs = VirtualRuns.of(virtual, experiment, decodes, ranks_per_node, peak)
         records += [each.virtual_record(role, runs) for each, role in roles]
         virtual_time = runs.summary([each.link_tps for each in own if each.link_tps])
         assumptions += runs.assumptions()
@@ -136,6 +126,18 @@ def run_comparison(
         cautions=cautions,
         foreign_cpu_share=foreign.share(),
     )
+
+
+def _measure(own: Sequence["_Deployed"], scaling: Sequence["_Deployed"]) -> None:
+    """Twice, the second time backwards: what changes on the machine meanwhile hits all alike."""
+    for each in own:
+        each.measure()
+        each.trace()
+    for each in reversed(own):
+        each.measure(run=1)
+    for each in scaling:
+        each.measure()
+        each.measure_share()
 
 
 @dataclass

@@ -153,6 +153,19 @@ class VirtualRuns:
     peak: MachinePeak
     scale: LinkScale
 
+    @classmethod
+    def of(
+        cls,
+        settings: VirtualSettings,
+        experiment: Experiment,
+        decodes: Sequence[StepRecord],
+        ranks_per_node: int,
+        peak: MachinePeak,
+    ) -> "VirtualRuns":
+        """With the scale of links that `choose_scale` gives."""
+        scale = choose_scale(settings, experiment, decodes, peak)
+        return cls(settings, experiment.model.num_hidden_layers, ranks_per_node, peak, scale)
+
     def replay(
         self,
         layout: Layout,

@@ -81,7 +81,7 @@ def speed(
     best = comparison.best_baseline
     in_wall_time = {row.number: row for row in wall.rows} if wall else {}
     columns: tuple[Column[Row], ...] = (
-        *NAMED,
+        *(NAMED[:1] if wall else NAMED),  # with another column, names leave no room on a terminal
         number("prefill TPS", _prefill, figures, "measured"),
         number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
         number("decode TPS", _decode_tps, figures),
