@@ -8,6 +8,7 @@ from expertlane.report.numbers import NONE
 from expertlane.results.record import RUN, Source
 from expertlane.spec.printable import printable
 
+ColumnSource = Source | Literal["wall"] | None
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -27,13 +28,13 @@ class Column(Heading, Generic[T]):
     Attributes:
         get: from an item; None is shown as a dash.
         show: how that is written.
-        source: of the records that it is said of, `measured` for virtual time too; None where it
-            is said of all.
+        source: of the records that it is said of: `measured` is of virtual time too, `wall` of wall
+            time alone; None where it is said of all.
     """
 
     get: Callable[[T], Any] = str
     show: Callable[[Any], str] = str
-    source: Source | None = None
+    source: ColumnSource = None
 
     def cell(self, item: T) -> str:
         """The item's value as text."""
@@ -50,7 +51,7 @@ class Column(Heading, Generic[T]):
         return Column(self.heading, self.is_number, get, self.show, self.source)
 
 
-def text(heading: str, get: Callable[[T], Any], source: Source | None = None) -> Column[T]:
+def text(heading: str, get: Callable[[T], Any], source: ColumnSource = None) -> Column[T]:
     """A column of words."""
     return Column(heading, False, get, str, source)
 
@@ -59,7 +60,7 @@ def number(
     heading: str,
     get: Callable[[T], Any],
     show: Callable[[Any], str] = str,
-    source: Source | None = None,
+    source: ColumnSource = None,
 ) -> Column[T]:
     """A column of numbers."""
     return Column(heading, True, get, show, source)
@@ -87,8 +88,9 @@ class Table:
         source: Source | None = None,
     ) -> "Table":
         """A row for each item; of the columns, those for records of this source."""
-        of = "measured" if source in RUN else source
-        columns = [each for each in columns if each.source in (None, of)]
+        of: set[ColumnSource] = {None, "measured" if source in RUN else source}
+        of |= {"wall"} if source == "measured" else set()
+        columns = [each for each in columns if each.source in of]
         rows = (tuple(column.cell(item) for column in columns) for item in items)
         headings = tuple(Heading(each.heading, each.is_number) for each in columns)
         return cls(title, headings, tuple(rows))

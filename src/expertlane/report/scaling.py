@@ -15,7 +15,7 @@ from expertlane.report.compared import (
     step_of,
     weight_bytes_of_rank,
 )
-from expertlane.report.document import Column, Section, Table, Words, number, text
+from expertlane.report.document import Column, ColumnSource, Section, Table, Words, number, text
 from expertlane.report.numbers import (
     NONE,
     bytes_si,
@@ -136,10 +136,13 @@ def sizes(results: Results, comparison: Comparison) -> Section:
             number("ranks", lambda row: row.record.num_ranks),
             number("TPS per rank", lambda row: row.tps_per_rank, figures),
             number(
-                "critical-path TPS per rank", lambda row: row.critical_path_tps_per_rank, figures
+                "critical-path TPS per rank",
+                lambda row: row.critical_path_tps_per_rank,
+                figures,
+                "wall",
             ),
         )
-        parts.append(Table.of(f"Per rank, {comparison.phase}", columns, comparison.rows))
+        parts.append(Table.of(f"Per rank, {comparison.phase}", columns, comparison.rows, source))
     return Section(_heading(source, "Scaling"), tuple(parts))
 
 
@@ -180,7 +183,7 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
     first = found[0]
 
     def against_first(
-        heading: str, get: Callable[[Size], float], of: Source | None = None
+        heading: str, get: Callable[[Size], float], of: ColumnSource = None
     ) -> tuple[Column[Size], ...]:
         return (
             number(heading, get, figures, of),
@@ -202,7 +205,7 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         number("TPS", step_of, tps),
         *against_first(f"per {unit_of(source)}", lambda size: size.tps_per_rank),
         *against_first(
-            "critical-path TPS per rank", lambda size: size.critical_path_tps_per_rank, "measured"
+            "critical-path TPS per rank", lambda size: size.critical_path_tps_per_rank, "wall"
         ),
         number("TPS, same share", lambda size: size.share, tps, "projected"),
         *against_first("per GPU", lambda size: size.share_tps_per_rank, "projected"),
@@ -212,7 +215,9 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         number("TPS", lambda size: size.share, tps),
         *against_first("per rank", lambda size: size.share_tps_per_rank),
         *against_first(
-            "critical-path TPS per rank", lambda size: size.critical_path_share_tps_per_rank
+            "critical-path TPS per rank",
+            lambda size: size.critical_path_share_tps_per_rank,
+            "wall",
         ),
     )
     bounds: tuple[Column[Size], ...] = (

@@ -21,13 +21,17 @@ from expertlane.results.traffic import FanOut, HottestRank, TrafficRecord
 from expertlane.spec.names import Link, Traffic
 
 _NUM_LAST_NAMED = 3
+_CRITICAL_PATH = (
+    "Critical path: per stage the largest CPU time among ranks, chained through the pipeline; "
+    "transfers and other threads left out. "
+)
 
 
 def work_and_traffic(comparison: Comparison) -> Section:
     """CPU time, utilisation, balance and bytes."""
     path: tuple[Column[CriticalPath], ...] = (
-        number("critical-path TPS", lambda path: path.tps, figures),
-        number("critical-path ms per step", lambda path: path.step_s, milliseconds),
+        number("critical-path TPS", lambda path: path.tps, figures, "wall"),
+        number("critical-path ms per step", lambda path: path.step_s, milliseconds, "wall"),
     )
     work: tuple[Column[Row], ...] = (
         *NAMED,
@@ -48,12 +52,11 @@ def work_and_traffic(comparison: Comparison) -> Section:
     return Section(
         f"Work and traffic of {comparison.phase}",
         (
-            Table.of("", work, comparison.rows),
+            Table.of("", work, comparison.rows, comparison.source),
             Table.of("Sent to other ranks, per token", sent, comparison.rows),
-            "Critical path: per stage the largest CPU time among ranks, chained through the "
-            "pipeline; transfers and other threads left out. Load: token-expert pairs of the "
-            "fullest expert over the mean, prefill and decode counted together, in the layer "
-            "where that is most.",
+            (_CRITICAL_PATH if comparison.source == "measured" else "")
+            + "Load: token-expert pairs of the fullest expert over the mean, prefill and decode "
+            "counted together, in the layer where that is most.",
         ),
     )
 

@@ -53,7 +53,7 @@ def _where(comparison: Comparison, results: Results) -> str:
 def in_wall_time(wall: Comparison) -> str:
     """How the best proposal and the best baseline compare on the machine as it is."""
     pair = _pair(wall)
-    return "" if pair is None else f"In wall time, on this machine: {_which(wall, *pair, 'here')}"
+    return "" if pair is None else _which(wall, *pair, "in wall time, on this machine as it is")
 
 
 def _by_link_speed(results: Results, comparison: Comparison) -> str:
