@@ -322,3 +322,17 @@ def test_laws_of_computing_take_no_experts_that_move():
     moving = deployment("dp=4,ep=4", rebalance_steps=3)
     with pytest.raises(UserError, match="'dp=4,ep=4' moves experts while it runs; --compute"):
         VirtualSettings(None, None, read_profile("h100")).check([moving])
+
+
+def test_virtual_time_where_nothing_is_decoded(pools):
+    workload = replace(EXPERIMENT.workload, output_len=1)
+    experiment = replace(EXPERIMENT, workload=workload, scaling=())
+    h100 = read_profile("h100")
+    found = run_comparison(
+        experiment, pools.pool(4), Silent(), command="", virtual=VirtualSettings(h100)
+    )
+    assert found.virtual_time.speeds == ()
+    assert all(each.prefill.wall_s.value > 0 for each in found.select("virtual"))
+    shown = markdown.render(report_of(found))
+    assert "in virtual time" in shown
+    assert "by link speed" not in shown

@@ -100,3 +100,11 @@ def test_each_rank_has_a_core():
     assert (peak.gemm_flops_per_s, peak.num_units) == (1600e9, 16)
     assert [each.name for each in runs.assumptions()] == ["links", "computing", "left out"]
     assert {each.source for each in runs.assumptions()} == {"virtual"}
+
+
+def test_a_profile_without_the_rates_is_refused_before_anything_runs():
+    device = replace(PROFILE.device, flops_per_s={"float8": 2e15})
+    links = replace(PROFILE, device=device)
+    with pytest.raises(UserError, match="no FLOP/s of float16; --link-scale says"):
+        VirtualSettings(links).check([])
+    VirtualSettings(links, 5.0).check([])

@@ -105,8 +105,11 @@ def run_comparison(
     assumptions = measured_assumptions(experiment, machine, limits)
     virtual_time = None
     if virtual is not None:
-        decodes = [step for each in own for step in each.steps_of(Phase.DECODE)]
-        runs = VirtualRuns.of(virtual, experiment, decodes, ranks_per_node, peak)
+        decodes, prefills = (
+            [step for each in own for step in each.steps_of(phase)]
+            for phase in (Phase.DECODE, Phase.PREFILL)
+        )
+        runs = VirtualRuns.of(virtual, experiment, decodes or prefills, ranks_per_node, peak)
         records += [each.virtual_record(role, runs) for each, role in roles]
         virtual_time = runs.summary([each.link_tps for each in own if each.link_tps])
         assumptions += runs.assumptions()

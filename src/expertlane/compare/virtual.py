@@ -42,11 +42,20 @@ class VirtualSettings:
     compute: Profile | None = None
 
     def check(self, deployments: Sequence[Deployment]) -> None:
-        """Refuse deployments that the laws of `compute` cannot describe.
+        """Refuse, before anything runs, what virtual time cannot be made of.
 
         Raises:
-            UserError: `compute` is given, and a deployment's experts move while it runs.
+            UserError: `compute` is given, and a deployment's experts move while it runs; or the
+                scale of links is to be chosen, and their profile has no FLOP/s to choose it by.
         """
+        links = self.links
+        if links is not None and self.scale is None and self.compute is None:
+            dtype = usual_number_type(links)
+            if dtype not in links.device.flops_per_s:
+                raise UserError(
+                    f"profile {links.name} has no FLOP/s of {dtype}; --link-scale says how much "
+                    "slower links are to be"
+                )
         for each in deployments if self.compute else ():
             if each.options.rebalance_steps:
                 raise UserError(
@@ -62,14 +71,9 @@ def compute_ratio(here: StepWork, there: StepWork, peak: MachinePeak, profile: P
     measured for a core here, and at the device's datasheet rates for its usual number type.
 
     Raises:
-        UserError: no work was counted, or the profile has no FLOP/s for that type.
+        UserError: no work was counted.
     """
     device, dtype = profile.device, usual_number_type(profile)
-    if dtype not in device.flops_per_s:
-        raise UserError(
-            f"profile {profile.name} has no FLOP/s of {dtype}; --link-scale says how much slower "
-            "links are to be"
-        )
     num_units = peak.num_units
     here_s = here.seconds(peak.gemm_flops_per_s / num_units, peak.read_bytes_per_s / num_units)
     there_s = there.seconds(device.flops_per_s[dtype], device.memory_bytes_per_s)
@@ -111,7 +115,7 @@ def choose_scale(
         peak: measured on this machine.
 
     Raises:
-        UserError: as `compute_ratio`.
+        UserError: no work was counted.
     """
     links = settings.links
     if settings.scale is not None:

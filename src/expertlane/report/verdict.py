@@ -60,7 +60,12 @@ def _by_link_speed(results: Results, comparison: Comparison) -> str:
     """The best proposal over the best baseline on faster and slower links."""
     virtual = results.virtual_time
     proposals = [row.number for row in comparison.proposals]
-    if virtual is None or not proposals or len(proposals) == len(comparison.rows):
+    if (
+        virtual is None
+        or not virtual.speeds
+        or not proposals
+        or len(proposals) == len(comparison.rows)
+    ):
         return ""
     factors = []
     for each in virtual.speeds:
