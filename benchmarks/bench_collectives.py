@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from bench_ranks import MeasureCollectives, start_ranks
 
+from expertlane.comm.clocks import HostClock
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.recorder import Recorder
 from expertlane.ops.host import num_cores
 from expertlane.spec.layout import Layout
 

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
+from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import Group, interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Work
 from expertlane.engine.worker import RankContext
 from expertlane.model.layers import make_dispatcher

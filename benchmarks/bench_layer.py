@@ -22,10 +22,11 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
+from expertlane.comm.clocks import clock_for
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder, clock_for
+from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import WeightSource

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from distributed.on_ranks import Collective, PassOn
+from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import Group
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.recorder import Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement import Placement
+from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.recorder import Recorder
 from expertlane.engine import fork_server
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks

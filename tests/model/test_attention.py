@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.recorder import Recorder
 from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.ops.kv_cache import KVCache

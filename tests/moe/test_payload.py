@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from expertlane.comm.clocks import HostClock
 from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import HostClock, Recorder
+from expertlane.comm.recorder import Recorder
 from expertlane.moe.payload import Payload
 from expertlane.spec.names import Stage, Traffic
 from moe.test_dispatch import run

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement_file import Placements
+from expertlane.comm.clocks import clock_for
 from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.progress import NO_LAYER
-from expertlane.comm.recorder import Recorder, clock_for
+from expertlane.comm.recorder import Recorder
 from expertlane.engine.commands import (
     Deploy,
     DescribeMachine,

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertlane.comm.clocks import clock_for
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder, clock_for
+from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import Kind
 from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore, Point
 from expertlane.engine.measure.machine import synchronize
