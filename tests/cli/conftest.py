@@ -85,7 +85,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     def write(results: Any, folder: Path) -> Path:
         return write_text(folder / "results.json", as_json(results))
 
-    def show(report: str, console: Any) -> None:
+    def show(report: str, console: Any, page: Path | None = None) -> None:
         console.print(f"{report}!")
 
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:
@@ -106,7 +106,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     monkeypatch.setattr(expertlane.results.file, "write", write)
     install(expertlane.report, "sections", report_of=str)
     install(expertlane.report, "markdown", render=lambda report: f"# {report} ×\n")
-    install(expertlane.report, "terminal", show=show)
+    install(expertlane.report, "terminal", show=show, show_answer=show)
     install(expertlane.report, "html", render=lambda report: f"<title>{report} ×</title>\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -30,7 +30,14 @@ def test_only_the_first_rank_of_torchrun_speaks(monkeypatch, environment, speaks
 
 @pytest.mark.parametrize(
     ("stream", "columns", "width"),
-    [(io.StringIO(), 200, 80), (Terminal(), 200, 100), (Terminal(), 90, 90)],
+    [
+        (io.StringIO(), "", 80),
+        (io.StringIO(), 200, 200),
+        (io.StringIO(), 3, 40),
+        (io.StringIO(), "9" * 30, 1_000),
+        (Terminal(), 200, 120),
+        (Terminal(), 90, 90),
+    ],
 )
 def test_width_of_tables(monkeypatch, stream, columns, width):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -85,7 +85,7 @@ def test_everything_of_the_other_reports_is_in_it(make):
     results = make()
     words = " ".join(" ".join(page_of(results).words).split())
     report = report_of(results)
-    assert report.headline in words
+    assert report.answer.headline in words
     for section in report.sections:
         assert section.heading in words
         for part in section.parts:

@@ -1,14 +1,19 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from expertlane.cli import output
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.options import EngineOptions, LoadOptions, ModelArgument, takes_groups
+from expertlane.cli.options import (
+    EngineOptions,
+    LoadOptions,
+    ModelArgument,
+    OutputOptions,
+    takes_groups,
+)
 from expertlane.errors import UserError
 from expertlane.spec.layout import Layout
 
@@ -25,14 +30,16 @@ class _Options:
         help="How ranks are arranged, tp=2,ep=2 for example. May be repeated: each gets the same "
         "requests, one after the other. Default: tp=1.",
     )
-    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
-    out: Path | None = typer.Option(
-        None, metavar="DIR", help=f"Folder for {output.FILES}. Default: results/bench-MODEL."
-    )
 
 
 @takes_groups
-def bench(model: ModelArgument, load: LoadOptions, own: _Options, engine: EngineOptions) -> None:
+def bench(
+    model: ModelArgument,
+    own: _Options,
+    output_options: OutputOptions,
+    load: LoadOptions,
+    engine: EngineOptions,
+) -> None:
     """Put load on a model and measure throughput and latency.
 
     A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
@@ -60,9 +67,9 @@ def bench(model: ModelArgument, load: LoadOptions, own: _Options, engine: Engine
     found = find_model(model)
     layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
     _check(found, engine, loads, layouts)
-    folder = output.results_folder(own.out, output.slug("bench", found.config.name))
+    folder = output.results_folder(output_options.out, output.slug("bench", found.config.name))
     results = _run(found, engine, loads, layouts, load.seed)
-    output.publish(results, folder, as_json=own.as_json)
+    output.publish(results, folder, output_options)
 
 
 def _check(

@@ -15,6 +15,7 @@ from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     Dtype,
     LaunchOptions,
+    OutputOptions,
     cluster_option,
     dtype_option,
     parse_list,
@@ -56,13 +57,6 @@ class _Options:
         help="Experts per token in place of the model's; with several, one comparison each, one "
         "after the other.",
     )
-    out: Path | None = typer.Option(
-        None,
-        metavar="DIR",
-        help=f"Folder for {output.FILES} (with several K, its subfolders topK). "
-        "Default: results/NAME, with -MODEL and -topK added where those options are given.",
-    )
-    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
     traffic: bool = typer.Option(
         False,
         "--traffic",
@@ -185,6 +179,7 @@ def compare(
     ] = _DEFAULT_EXPERIMENT,
     *,
     own: _Options,
+    output_options: OutputOptions,
     time: _Time,
     launch: LaunchOptions,
     projection: _Projection,
@@ -218,7 +213,7 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    comparisons = _comparisons(experiment, own)
+    comparisons = _comparisons(experiment, own, output_options.out)
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
@@ -243,7 +238,7 @@ def compare(
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, own, virtual, launch, dtype)
+            _measure(comparisons, own, output_options, virtual, launch, dtype)
             return
         except CapacityError as error:
             if not projection.project or comparisons[0].is_published:
@@ -253,7 +248,7 @@ def compare(
         assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured here: {reason}")
         results = replace(each.projection, not_measured=reason)
-        output.publish(results, each.folder, as_json=own.as_json)
+        output.publish(results, each.folder, output_options)
 
 
 def _projector(
@@ -275,6 +270,7 @@ def _projector(
 def _measure(
     comparisons: list[_Comparison],
     own: _Options,
+    output_options: OutputOptions,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
     dtype: str | None,
@@ -318,7 +314,7 @@ def _measure(
             output.publish(
                 results,
                 each.folder,
-                as_json=own.as_json,
+                output_options,
                 also=partial(_write_traces, traces, each.folder),
             )
 
@@ -352,7 +348,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
         each.experiment = replace(each.experiment, model=model)
 
 
-def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
+def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Comparison]:
     """The comparisons to run, all checked before the first one runs."""
     from expertlane.spec.experiment import find_experiment, read_experiment
 
@@ -367,7 +363,7 @@ def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
     if own.top_k is None:
-        return [_Comparison(experiment, own.out or Path("results", experiment.name))]
+        return [_Comparison(experiment, out or Path("results", experiment.name))]
     top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
     if len(set(top_ks)) < len(top_ks):
         raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
@@ -375,10 +371,10 @@ def _comparisons(argument: str, own: _Options) -> list[_Comparison]:
     for k in top_ks:
         with naming(f"--top-k {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
-        if own.out is None:
+        if out is None:
             folder = Path("results", f"{experiment.name}-top{k}")
         else:
-            folder = own.out / f"top{k}" if len(top_ks) > 1 else own.out
+            folder = out / f"top{k}" if len(top_ks) > 1 else out
         comparisons.append(_Comparison(replace(experiment, model=model), folder))
     return comparisons
 

@@ -38,6 +38,40 @@ ModelArgument = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where results go, and how much of them is printed.
+
+    Raises:
+        UserError: two forms at once.
+    """
+
+    out: Path | None = typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Folder for results.json, report.md, report.html and what else is written. Default: "
+        "results/NAME, after the command and what it is about.",
+    )
+    full: bool = typer.Option(False, "--full", help="Print every table, not the answer alone.")
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print the answer's one line.")
+    as_json: bool = typer.Option(False, "--json", help="Print results.json instead.")
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name, is_given in (
+                ("--full", self.full),
+                ("--quiet", self.quiet),
+                ("--json", self.as_json),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other; give one")
+
+
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer takes it: in place of each group, its options.
 

@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
+    from expertlane.cli.options import OutputOptions
     from expertlane.engine.llm import LLM
     from expertlane.report.document import Report
     from expertlane.results.results import Results
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 
-TERMINAL_WIDTH = 100  # columns at most; a narrower terminal keeps its own width
+TERMINAL_WIDTH = 120  # columns at most; a narrower terminal keeps its own width
+LEAST_WIDTH, MOST_WIDTH = 40, 1_000  # whatever COLUMNS says
 PIPED_WIDTH = 80
-JSON_HELP = "Print results.json instead of tables."
 FILES = "results.json, report.md and report.html"
+_TRAILING = re.compile(r" +(?=(?:\x1b\[[0-9;]*m)*$)", re.MULTILINE)
 
 
 def is_first_process() -> bool:
@@ -45,9 +47,24 @@ def stdout_console() -> "Console":
     """The console for tables."""
     from rich.console import Console
 
-    if not sys.stdout.isatty():
-        return Console(width=PIPED_WIDTH, markup=False, emoji=False)
-    return Console(width=min(TERMINAL_WIDTH, Console().width), markup=False, emoji=False)
+    columns = os.environ.get("COLUMNS", "")
+    if sys.stdout.isatty():
+        width = min(TERMINAL_WIDTH, Console().width)
+    else:
+        width = int(columns) if columns.isascii() and columns.isdigit() else PIPED_WIDTH
+    return Console(
+        width=min(max(LEAST_WIDTH, width), MOST_WIDTH), markup=False, emoji=False, highlight=False
+    )
+
+
+@contextmanager
+def printing() -> Iterator["Console"]:
+    """A console for tables on standard output; lines end without blanks."""
+    console = stdout_console()
+    with console.capture() as capture:
+        yield console
+    sys.stdout.write(_TRAILING.sub("", capture.get()))
+    sys.stdout.flush()
 
 
 def print_message(text: str) -> None:
@@ -193,13 +210,14 @@ def results_folder(out: Path | None, name: str) -> Path:
 def publish(
     results: "Results",
     folder: Path,
+    options: "OutputOptions",
     *,
-    as_json: bool,
     also: Callable[[], Sequence[Path]] = tuple,
 ) -> None:
     """Print results, write them and their reports, and say on stderr what was written.
 
     Args:
+        options: how much is printed, and in which form.
         also: writes files of the command's own, after the results.
     """
     from expertlane.report import terminal
@@ -209,10 +227,16 @@ def publish(
     written = [write(results, folder)]  # first: what was found is kept whatever comes
     report = report_of(results)
     try:
-        if as_json:
+        if options.as_json:
             print_json(to_json(results))
+        elif options.quiet:
+            print(report.answer.headline)
         else:
-            terminal.show(report, stdout_console())
+            with printing() as console:
+                if options.full:
+                    terminal.show(report, console)
+                else:
+                    terminal.show_answer(report, console, folder / "report.html")
     finally:  # also where standard output takes nothing
         written += [*write_reports(report, folder), *also()]
     print_message(f"written: {', '.join(map(str, written))}")

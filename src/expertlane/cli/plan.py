@@ -2,14 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from expertlane.cli import output
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.options import ProjectionOptions, cluster_option, takes_groups
+from expertlane.cli.options import OutputOptions, ProjectionOptions, cluster_option, takes_groups
 from expertlane.errors import UserError
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
@@ -44,17 +43,10 @@ class _Options:
     max_ttft_ms: float | None = typer.Option(
         None, metavar="MS", help="Longest mean time from a prompt's arrival to a first token."
     )
-    out: Path | None = typer.Option(
-        None,
-        metavar="DIR",
-        help=f"Folder for {output.FILES}, and the winner as experiment.toml. Default: "
-        "results/plan-MODEL-CLUSTER.",
-    )
-    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
 
 
 @takes_groups
-def plan(own: _Options, projection: ProjectionOptions) -> None:
+def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOptions) -> None:
     """Find the deployment that serves most tokens a second on a cluster, within limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
@@ -93,7 +85,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
     name = output.slug("plan", found.config.name, devices)
-    folder = output.results_folder(own.out, name)
+    folder = output.results_folder(output_options.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
     request = PlanRequest(found.config, devices, workload, Goals(*limits_s), setting)
     with output.progress_on_stderr() as progress:
@@ -106,7 +98,7 @@ def plan(own: _Options, projection: ProjectionOptions) -> None:
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
     output.publish(
-        results, folder, as_json=own.as_json, also=lambda: [write_text(folder / _EXPERIMENT, text)]
+        results, folder, output_options, also=lambda: [write_text(folder / _EXPERIMENT, text)]
     )
 
 

@@ -12,6 +12,7 @@ from expertlane.cli.options import (
     DeploymentOptions,
     LoadOptions,
     ModelArgument,
+    OutputOptions,
     ProjectionOptions,
     SchedulerOptions,
     batch_option,
@@ -52,12 +53,6 @@ class _Options:
         help="Also write what every rank does when, in one prefill and one decode step; open it "
         "in ui.perfetto.dev or chrome://tracing.",
     )
-    as_json: bool = typer.Option(False, "--json", help=output.JSON_HELP)
-    out: Path | None = typer.Option(
-        None,
-        metavar="DIR",
-        help=f"Folder for {output.FILES}. Default: results/simulate-MODEL-CLUSTER.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +79,7 @@ class _Deployment(DeploymentOptions):
 def simulate(
     model: ModelArgument,
     own: _Options,
+    output_options: OutputOptions,
     load_options: _Load,
     projection: ProjectionOptions,
     deployment: _Deployment,
@@ -140,7 +136,9 @@ def simulate(
             found_model.check(setup.prefill_layout, setup.options, per_node)
     if trace is not None:
         output.check_file("--trace", trace, "step.json")
-    folder = output.results_folder(own.out, output.slug("simulate", config.name, own.cluster))
+    folder = output.results_folder(
+        output_options.out, output.slug("simulate", config.name, own.cluster)
+    )
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
     results = simulation(
@@ -155,7 +153,7 @@ def simulate(
     def write_steps() -> list[Path]:
         return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
 
-    output.publish(results, folder, as_json=own.as_json, also=write_steps)
+    output.publish(results, folder, output_options, also=write_steps)
 
 
 def _one_load(options: _Load) -> "Load":

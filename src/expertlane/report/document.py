@@ -188,17 +188,32 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What fits on one screen.
+
+    Attributes:
+        setting: what was asked, of what, and on which clock: a line.
+        headline: what was found, in a sentence or two.
+        parts: the numbers behind it, and why.
+    """
+
+    setting: str
+    headline: str
+    parts: tuple[Words, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """All that is shown of something; unsafe characters of names in its words are escaped.
 
     Attributes:
-        headline: what was found, in a sentence or two.
         source: `measured`, `projected`, or what else a reader must know of all numbers.
         command, created: how it was made, and when (ISO 8601).
+        sections: everything, also what the answer says.
     """
 
     title: str
-    headline: str
+    answer: Answer
     source: str
     command: str
     created: str
@@ -206,7 +221,7 @@ class Report:
 
     def __post_init__(self) -> None:
         filled = tuple(each for each in self.sections if each.parts)
-        shown = {"title": self.title, "headline": self.headline, "sections": filled}
+        shown = {"title": self.title, "answer": self.answer, "sections": filled}
         for name, value in shown.items():
             object.__setattr__(self, name, _printable(value))
 
@@ -222,6 +237,6 @@ def _printable(part: Any) -> Any:
             return printable(part)
         case tuple():
             return tuple(map(_printable, part))
-        case Section() | Table() | Figure() | Heading():
+        case Section() | Table() | Figure() | Heading() | Answer():
             return replace(part, **{name: _printable(each) for name, each in vars(part).items()})
     return part

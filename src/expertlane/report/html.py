@@ -23,7 +23,7 @@ def render(report: Report) -> str:
     shown: dict[str, list[dict[str, Any]]] = {"top": [], "plots": [], "tables": []}
     in_order = report.of_place("top") + report.of_place("plots") + report.of_place("tables")
     for place, section in enumerate(in_order, 1):
-        parts = [_part(part, charts) for part in section.parts if part != report.headline]
+        parts = [_part(part, charts) for part in section.parts if part != report.answer.headline]
         shown[section.place].append(
             {"id": f"section-{place}", "heading": section.heading, "parts": parts}
         )

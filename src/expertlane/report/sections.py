@@ -2,7 +2,7 @@
 
 from expertlane.report import bench_plots, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, projected, run
-from expertlane.report.document import Report, Section
+from expertlane.report.document import Answer, Report, Section
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
@@ -30,11 +30,11 @@ from expertlane.results.results import Results
 def report_of(results: Results) -> Report:
     """The whole report of any kind of results."""
     make = {"comparison": _comparison, "plan": _plan, "simulation": _simulation, "bench": _bench}
-    name, headline, sections = make[results.kind](results)
+    name, answer, sections = make[results.kind](results)
     sources = sorted({each.source for each in results.deployments})
     return Report(
         f"expertlane{name}",
-        headline,
+        answer,
         ", and apart: ".join(sources),
         results.command,
         results.created,
@@ -42,22 +42,21 @@ def report_of(results: Results) -> Report:
     )
 
 
-_Made = tuple[str, str, tuple[Section, ...]]
+_Made = tuple[str, Answer, tuple[Section, ...]]
 
 
 def _comparison(results: Results) -> _Made:
     wall, virtual, modelled = run(results, "measured"), run(results, "virtual"), projected(results)
     sections: list[Section] = []
-    headline = ""
+    shown = virtual or wall or modelled
+    assert shown is not None, "something was measured or projected"
     if wall is not None:
         own = virtual or wall
         said = verdict(own, results)
-        headline = said[0]
         beside = (in_wall_time(wall),) if virtual else ()
         sections += [Section("Verdict", (*said, *beside, *cautions(results)), "top")]
         sections += _run(results, own, wall)
     if modelled is not None:
-        headline = headline or verdict(modelled, results)[0]
         sections += _projected(results, modelled)
     sections += [
         assumptions(results, "virtual", "Assumptions of virtual time"),
@@ -66,8 +65,10 @@ def _comparison(results: Results) -> _Made:
     ]
     experiment = results.question["experiment"]
     top_k = experiment.get("model", {}).get("num_experts_per_tok")
-    name = experiment.get("name", "comparison")
-    return f": {name}" + (f", top-{top_k}" if top_k else ""), headline, tuple(sections)
+    name = experiment.get("name", "comparison") + (f", top-{top_k}" if top_k else "")
+    setting = f"{name} | {shown.source}"
+    answer = Answer(setting, verdict(shown, results)[0], (speed(shown, shown.rows),))
+    return f": {name}", answer, tuple(sections)
 
 
 def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
@@ -141,9 +142,10 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 def _plan(results: Results) -> _Made:
     sections = planning.plan(results)
+    asked = f"{results.question['model']['name']} on {results.projected_for.name}"
     return (
-        f" plan: {results.question['model']['name']} on {results.projected_for.name}",
-        planning.verdict(results)[0],
+        f" plan: {asked}",
+        Answer(f"{asked} | projected", planning.verdict(results)[0]),
         (*sections, *plots.plan(results), assumptions(results, "projected")),
     )
 
@@ -152,10 +154,10 @@ def _simulation(results: Results) -> _Made:
     record = results.deployments[0]
     layouts = [record.prefill_layout, record.layout]
     layout = " + ".join(str(each) for each in layouts if each is not None)
+    asked = f"{results.question['model']['name']} as {layout} on {results.projected_for.name}"
     return (
-        f" simulate: {results.question['model']['name']} as {layout} on "
-        f"{results.projected_for.name}",
-        serving.feels(results),
+        f" simulate: {asked}",
+        Answer(f"{asked} | projected", serving.feels(results), (serving.latency(results),)),
         (
             *serving.simulation(results),
             *plots.simulation(results),
@@ -168,9 +170,12 @@ def _simulation(results: Results) -> _Made:
 
 def _bench(results: Results) -> _Made:
     load = results.question["workload"]
+    asked = (
+        f"{results.question['model']}, prompts of {load['prompt_len']} and outputs of "
+        f"{load['output_len']} tokens"
+    )
     return (
-        f" bench: {results.question['model']}, prompts of {load['prompt_len']} and outputs of "
-        f"{load['output_len']} tokens",
-        serving.fastest(results),
+        f" bench: {asked}",
+        Answer(f"{asked} | measured", serving.fastest(results), (serving.throughput(results),)),
         (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
     )

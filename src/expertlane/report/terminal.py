@@ -1,6 +1,7 @@
 """A report as tables in a terminal."""
 
 import textwrap
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -9,10 +10,28 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from expertlane.report.document import Figure, Report, Table
+from expertlane.report.document import Figure, Report, Table, Words
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
+
+
+def show_answer(report: Report, console: Console, page: Path) -> None:
+    """Print what fits on one screen, no wider than the console.
+
+    Args:
+        page: where the rest is.
+    """
+    answer = report.answer
+    console.print(Text(answer.setting, style="dim"))
+    console.print(Text(answer.headline, style="bold"))
+    for part in answer.parts:
+        console.print()
+        if not isinstance(part, str) and part.title:
+            console.print(Text(part.title))
+        console.print(_drawn(part, compact=True))
+    console.print()
+    console.print(Text(f"More: --full, or {page}"), soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:
@@ -29,12 +48,27 @@ def show(report: Report, console: Console) -> None:
                 console.print()
             if part.title:
                 console.print(Padding(Text(part.title, style="italic"), (0, 0, 0, 1), expand=False))
-            drawn = Text("\n".join(part.lines)) if isinstance(part, Figure) else _table(part)
-            console.print(Padding(drawn, (0, 0, 0, 1), expand=False))
+            console.print(Padding(_drawn(part), (0, 0, 0, 1), expand=False))
 
 
-def _table(table: Table) -> RichTable:
-    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+def _drawn(part: Words, compact: bool = False) -> Text | RichTable:
+    match part:
+        case str():
+            return Text(part)
+        case Figure():
+            return Text("\n".join(part.lines))
+    return _table(part, compact)
+
+
+def _table(table: Table, compact: bool) -> RichTable:
+    """Compact: no rule under the headings, more between columns."""
+    drawn = RichTable(
+        box=None if compact else box.SIMPLE_HEAD,
+        padding=(0, 2 if compact else 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
     for position, column in enumerate(table.columns):
         heading = column.heading
         if column.is_number:
