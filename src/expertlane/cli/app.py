@@ -9,6 +9,7 @@ from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
 from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
+from expertlane.cli.diff import diff
 from expertlane.cli.generate import generate
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
@@ -26,6 +27,7 @@ app.command(short_help="Spread experts over ranks by the load of a routing trace
 app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
     calibrate
 )
+app.command(short_help="Say what changed between two results; exit code 1 on a regression.")(diff)
 app.command(short_help="Make the reports of kept results again.")(report)
 
 

@@ -39,12 +39,22 @@ ModelArgument = Annotated[
 ]
 
 
+def export_option(file: str) -> Any:
+    """A flat table beside the other files."""
+    return typer.Option(
+        None,
+        "--export",
+        help=f"Also write {file}.csv or {file}.parquet: a flat table for other programs, a row for "
+        "each deployment and phase or load. parquet needs pyarrow.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """Where results go, and how much of them is printed.
 
     Raises:
-        UserError: two forms at once.
+        UserError: two forms at once, or a library for `--export` is missing.
     """
 
     out: Path | None = typer.Option(
@@ -58,8 +68,12 @@ class OutputOptions:
     full: bool = typer.Option(False, "--full", help="Print every table, not the answer alone.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print the answer's one line.")
     as_json: bool = typer.Option(False, "--json", help="Print results.json instead.")
+    export: Literal["csv", "parquet"] | None = export_option("results")
 
     def __post_init__(self) -> None:
+        from expertlane.results.table import check_format  # numpy, not for the help of commands
+
+        check_format(self.export)
         given = [
             name
             for name, is_given in (

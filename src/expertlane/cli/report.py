@@ -1,11 +1,12 @@
 """`expertlane report`: make the reports of kept results again."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from expertlane.cli.output import check_folder, print_json, write_reports
+from expertlane.cli.options import export_option
+from expertlane.cli.output import Found, check_folder, print_json, write_beside
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable
@@ -28,6 +29,7 @@ def report(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the paths of what was written.")
     ] = False,
+    export: Literal["csv", "parquet"] | None = export_option("results"),
 ) -> None:
     """Make report.html and report.md again from kept results; runs nothing.
 
@@ -41,12 +43,15 @@ def report(
     """
     from expertlane.report.sections import report_of
     from expertlane.results.file import read as read_results
+    from expertlane.results.table import check_format
 
+    check_format(export)
     kept = read_results(results)
     folder = out or (results if results.is_dir() else results.parent)
     check_folder(folder)
     try:
-        written = [str(each) for each in write_reports(report_of(kept), folder)]
+        found = Found(kept, folder)
+        written = [str(each) for each in write_beside(found, report_of(kept), export)]
     except ExpertlaneError:
         raise
     except Exception as error:  # a file that is well-formed and yet makes no sense

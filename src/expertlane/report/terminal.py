@@ -16,11 +16,11 @@ from expertlane.report.document import Figure, Report, Table, Words
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, page: Path) -> None:
+def show_answer(report: Report, console: Console, page: Path | None) -> None:
     """Print what fits on one screen, no wider than the console.
 
     Args:
-        page: where the rest is.
+        page: where the rest is, beside `--full`, if anywhere.
     """
     answer = report.answer
     console.print(Text(answer.setting, style="dim"))
@@ -31,7 +31,7 @@ def show_answer(report: Report, console: Console, page: Path) -> None:
             console.print(Text(part.title))
         console.print(_drawn(part, compact=True))
     console.print()
-    console.print(Text(f"More: --full, or {page}"), soft_wrap=True)
+    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:

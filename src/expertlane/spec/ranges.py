@@ -105,6 +105,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "rate": _number(1e-3, 1e6),
     "max_tpot_ms max_ttft_ms": _above(0, 1e9),
     "skew": _number(0, 10),
+    "threshold": _number(0, 1e3),
     "link_scale": _number(1e-6, 1e9),
     "mtp_acceptance": _number(0, 1),
     # engine
