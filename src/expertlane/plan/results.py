@@ -77,7 +77,7 @@ _LEAST = 0.1  # of the difference, for a cause to be named
 
 def time_by_cause(option: ScreenedCandidate, workload: Workload) -> dict[str, float]:
     """Seconds of the whole system for one output token, its part of prefill included."""
-    assert option.place is not None, "it keeps the limits"
+    assert option.place is not None, "it meets the limits"
     decode = option.decode_by_cause_s[:, option.place] / option.num_seqs
     shares = option.prefill_by_cause_s / option.prefill_by_cause_s.sum()
     per_token = workload.prompt_len / workload.output_len
@@ -88,7 +88,7 @@ def time_by_cause(option: ScreenedCandidate, workload: Workload) -> dict[str, fl
 
 
 def why_it_loses(winner: ScreenedCandidate, loser: ScreenedCandidate, workload: Workload) -> str:
-    """For example `µs a token: weight reads in decode +12; memory for 316 sequences`."""
+    """For example `µs per token: weight reads in decode +12; memory for 316 sequences`."""
     if winner is loser:
         return ""
     mine, best = (time_by_cause(each, workload) for each in (loser, winner))
@@ -102,8 +102,8 @@ def why_it_loses(winner: ScreenedCandidate, loser: ScreenedCandidate, workload: 
         if growth > 0 and more[cause] > _LEAST * growth
     ]
     if total <= least:
-        return "as fast by this count"
-    text = f"µs a token: {', '.join(parts)}" if parts else "a little more of everything"
+        return "none by this estimate"
+    text = f"µs per token: {', '.join(parts)}" if parts else "slightly more of every cost"
     most = np.minimum(workload.num_sequences, winner.steps.num_seqs.max())
     room = int(loser.steps.num_seqs.max())
     if room < most:
@@ -236,7 +236,7 @@ class Plan:
         ]
 
     def _two(self) -> list[DeploymentRecord]:
-        """Two pools as they serve together, and each by itself."""
+        """The disaggregated best: both pools together, and each by itself."""
         found = self.pools
         if not isinstance(found, TwoPools):
             return []
@@ -244,7 +244,7 @@ class Plan:
         decode = self._in_full(found.decode, DECODE_POOL)
         serving = serving_at(found.served, 0)
         together = DeploymentRecord(
-            name=f"{prefill.layout} prefills, {decode.layout} decodes",
+            name=f"prefill {prefill.layout}, decode {decode.layout}",
             layout=decode.layout,
             options=decode.options,
             source="projected",
@@ -268,13 +268,13 @@ def make_plan(
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
     """
     search, of_pools = Search(request), TwoPoolSearch(request)
-    progress.task("one pool: every layout and option", len(search.candidates))
+    progress.task("aggregated: all layouts and options", len(search.candidates))
     screened = search.screen(progress.advance)
     progress.done()
-    progress.task("the best of them in full", NUM_FINALISTS)
+    progress.task("projecting the best in full", NUM_FINALISTS)
     found = search.in_full(screened, progress.advance)
     progress.done()
-    progress.task("prefill and decode apart", of_pools.num_candidates)
+    progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()
     return Plan(request, routing, cautions, search, found, pools, of_pools.num_candidates)
@@ -312,7 +312,7 @@ def candidate_record(
 
 
 def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
-    """What requests would feel, at one number of sequences; times are means."""
+    """Throughput and latency at one number of sequences; times are means."""
 
     def mean(bounds: Floats) -> Summary | None:
         return Summary(mean=Estimate.between(bounds)) if np.isfinite(bounds).all() else None
@@ -333,44 +333,44 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
     rows = (
         (
             "workload",
-            f"served without end, {num:,} sequence{'' if num == 1 else 's'} at once where "
-            f"they fit: {workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
+            f"steady state at concurrency {num:,}, as far as memory allows: "
+            f" {workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
             "--workload",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
         ("types", f"weights in {request.setting.types}", "--dtype, --kv-dtype"),
         (
             "execution",
-            "a step is captured as a CUDA graph" if graph else "launched kernel by kernel",
+            "steps captured as CUDA graphs" if graph else "kernels launched one by one",
             "--execution",
         ),
         (
             "kernels",
-            "as fused as libraries have them; flat dispatch without an exchange of counts",
+            "fused as in GPU libraries; flat dispatch without an exchange of counts",
             "",
         ),
         (
             "TPOT",
-            "mean; of one pool, others' prefills between decode steps included; of two, the "
-            "transfer of keys and values",
-            "one pool or two",
+            "mean; aggregated: other requests' prefills between decode steps included; "
+            "disaggregated: KV transfer included",
+            "",
         ),
         (
             "TTFT",
-            "to the end of a prompt's last step, which computes the first token; its mean wait "
-            "in the queue (M/D/1) included",
+            "to the end of the prompt's last step, which computes the first token; mean queueing "
+            "time (M/D/1) included",
             "",
         ),
         (
             "memory",
             f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
-            "GB; whole sequences in the cache",
+            "GB; full-length sequences in the KV cache",
             "",
         ),
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
         (
             "bounds",
-            "all terms low together, all high together: wider than independent errors",
+            "all terms low together or high together: wider than independent errors",
             "",
         ),
     )
