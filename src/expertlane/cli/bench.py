@@ -63,13 +63,24 @@ def bench(
       expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512 --output-len 16:128
       expertlane bench paper-tiny --json | jq '.deployments[].serving[].output_tps.value'
     """
+    output.publish(run(model, own, load, engine, output_options.call()), output_options)
+
+
+def run(
+    model: ModelArgument,
+    own: _Options,
+    load: LoadOptions,
+    engine: EngineOptions,
+    call: output.Call,
+) -> output.Found:
+    """Measure, without a word on standard output."""
     loads = load.loads()
     found = find_model(model)
     layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
     _check(found, engine, loads, layouts)
-    folder = output.results_folder(output_options.out, output.slug("bench", found.config.name))
-    results = _run(found, engine, loads, layouts, load.seed)
-    output.publish(results, folder, output_options)
+    folder = call.folder(output.slug("bench", found.config.name))
+    results = _measured(found, engine, loads, layouts, load.seed, call.command)
+    return output.Found(results, folder)
 
 
 def _check(
@@ -94,12 +105,13 @@ def _check(
         raise UserError("on several nodes, give one --layout per run; ranks end with the run")
 
 
-def _run(
+def _measured(
     found: FoundModel,
     options: EngineOptions,
     loads: "list[Load]",
     layouts: list[Layout],
     seed: int,
+    command: str,
 ) -> "Results":
     """All loads on each layout in turn."""
     from expertlane.compare.machine import machine_record
@@ -125,7 +137,7 @@ def _run(
     first = loads[0]
     return Results.now(
         "bench",
-        output.command_line(),
+        command,
         {
             "model": found.name,
             "workload": {

@@ -1,7 +1,8 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -156,15 +157,14 @@ class _Comparison:
     """What to run, and what stands beside it.
 
     Attributes:
-        folder: of its results.
+        folder: of its results, if they are to be written.
         projection: if asked for.
-        is_published: whether it was measured.
     """
 
     experiment: "Experiment"
-    folder: Path
+    folder: Path | None
     projection: "Results | None" = None
-    is_published: bool = False
+    is_measured: bool = False
 
 
 @takes_groups
@@ -213,7 +213,24 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    comparisons = _comparisons(experiment, own, output_options.out)
+    found = run(experiment, own, time, launch, projection, output_options.call())
+    with closing(found):  # its ranks end, whatever printing comes to
+        for each in found:
+            output.publish(each, output_options)
+
+
+def run(
+    experiment: str,
+    own: _Options,
+    time: _Time,
+    launch: LaunchOptions,
+    projection: _Projection,
+    call: output.Call,
+) -> Generator[output.Found]:
+    """Compare, without a word on standard output: one comparison after the other."""
+    comparisons = _comparisons(experiment, own, call)
+    if own.trace and comparisons[0].folder is None:
+        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
@@ -225,12 +242,10 @@ def compare(
     projectors = []
     if projection.project:
         projectors = [_projector(each.experiment, projection, dtype) for each in comparisons]
-    for each in comparisons:
-        output.check_folder(each.folder)
     if output.is_first_process():
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
-                each.projection = projector.run(progress, output.command_line())
+                each.projection = projector.run(progress, call.command)
     reason = None
     if projection.project:  # what can't be run here may be known before any rank is started
         shortages = (memory_shortage(each.experiment, dtype) for each in comparisons)
@@ -238,17 +253,16 @@ def compare(
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, own, output_options, virtual, launch, dtype)
+            yield from _measure(comparisons, own, call.command, virtual, launch, dtype)
             return
         except CapacityError as error:
-            if not projection.project or comparisons[0].is_published:
+            if not projection.project or comparisons[0].is_measured:
                 raise
             reason = str(error)
     for each in comparisons:
         assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
-        results = replace(each.projection, not_measured=reason)
-        output.publish(results, each.folder, output_options)
+        yield output.Found(replace(each.projection, not_measured=reason), each.folder)
 
 
 def _projector(
@@ -270,11 +284,11 @@ def _projector(
 def _measure(
     comparisons: list[_Comparison],
     own: _Options,
-    output_options: OutputOptions,
+    command: str,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
     dtype: str | None,
-) -> None:
+) -> Iterator[output.Found]:
     """Run all on the same ranks.
 
     Raises:
@@ -302,7 +316,7 @@ def _measure(
                     each.experiment,
                     pool,
                     progress,
-                    command=output.command_line(),
+                    command=command,
                     virtual=virtual,
                     on_trace=on_trace,
                 )
@@ -310,13 +324,10 @@ def _measure(
                 results = results.beside(each.projection)
             if own.traffic:
                 results = results.with_traffic()
-            each.is_published = True
-            output.publish(
-                results,
-                each.folder,
-                output_options,
-                also=partial(_write_traces, traces, each.folder),
-            )
+            each.is_measured = True
+            folder = each.folder
+            also = tuple if folder is None else partial(_write_traces, traces, folder)
+            yield output.Found(results, folder, also)
 
 
 def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) -> list[Path]:
@@ -348,7 +359,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
         each.experiment = replace(each.experiment, model=model)
 
 
-def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Comparison]:
+def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Comparison]:
     """The comparisons to run, all checked before the first one runs."""
     from expertlane.spec.experiment import find_experiment, read_experiment
 
@@ -363,7 +374,7 @@ def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Compar
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
     if own.top_k is None:
-        return [_Comparison(experiment, out or Path("results", experiment.name))]
+        return [_Comparison(experiment, call.folder(experiment.name))]
     top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
     if len(set(top_ks)) < len(top_ks):
         raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
@@ -371,10 +382,9 @@ def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Compar
     for k in top_ks:
         with naming(f"--top-k {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
-        if out is None:
-            folder = Path("results", f"{experiment.name}-top{k}")
-        else:
-            folder = out / f"top{k}" if len(top_ks) > 1 else out
+        part = f"top{k}" if len(top_ks) > 1 else ""
+        own_call = call if call.out is None else replace(call, out=call.out / part)
+        folder = own_call.folder(f"{experiment.name}-top{k}")
         comparisons.append(_Comparison(replace(experiment, model=model), folder))
     return comparisons
 

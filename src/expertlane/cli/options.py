@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -70,6 +71,10 @@ class OutputOptions:
         ]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
+
+    def call(self) -> Call:
+        """This command line."""
+        return Call(command_line(), self.out, always_writes=True)
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -66,6 +67,11 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
+    output.publish(run(own, projection, output_options.call()), output_options)
+
+
+def run(own: _Options, projection: ProjectionOptions, call: output.Call) -> output.Found:
+    """Plan, without a word on standard output."""
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
@@ -83,21 +89,26 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
     name = output.slug("plan", found.config.name, devices)
-    folder = output.results_folder(output_options.out, name)
+    folder = call.folder(name)
+    experiment = None if folder is None else folder / _EXPERIMENT
     cautions = tuple(filter(None, [found.priced_wider(types)]))
     request = PlanRequest(found.config, devices, workload, Goals(*limits_s), setting)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
-        command=output.command_line(),
+        command=call.command,
         loaded=_served(found),
-        experiment=str(folder / _EXPERIMENT),
+        experiment=None if experiment is None else str(experiment),
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
-    text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    output.publish(
-        results, folder, output_options, also=lambda: [write_text(folder / _EXPERIMENT, text)]
-    )
+
+    def write_experiment() -> list[Path]:
+        if experiment is None:
+            return []
+        written_by = f"Written by: {results.command}"
+        return [write_text(experiment, plan.experiment(name, checkpoint, written_by))]
+
+    return output.Found(results, folder, write_experiment)
 
 
 def _served(found: FoundModel) -> "ServeTarget":

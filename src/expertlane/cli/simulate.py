@@ -100,6 +100,21 @@ def simulate(
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
           --cluster h100x16 --trace step.json
     """
+    call = output_options.call()
+    found = run(model, own, load_options, projection, deployment, scheduler, call)
+    output.publish(found, output_options)
+
+
+def run(
+    model: ModelArgument,
+    own: _Options,
+    load_options: _Load,
+    projection: ProjectionOptions,
+    deployment: _Deployment,
+    scheduler: SchedulerOptions,
+    call: output.Call,
+) -> output.Found:
+    """Simulate, without a word on standard output."""
     load = _one_load(load_options)
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
@@ -136,9 +151,7 @@ def simulate(
             found_model.check(setup.prefill_layout, setup.options, per_node)
     if trace is not None:
         output.check_file("--trace", trace, "step.json")
-    folder = output.results_folder(
-        output_options.out, output.slug("simulate", config.name, own.cluster)
-    )
+    folder = call.folder(output.slug("simulate", config.name, own.cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
     results = simulation(
@@ -146,14 +159,14 @@ def simulate(
         outcome,
         routing,
         seed,
-        command=output.command_line(),
+        command=call.command,
         caution=found_model.priced_wider(setup.types),
     )
 
     def write_steps() -> list[Path]:
         return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
 
-    output.publish(results, folder, output_options, also=write_steps)
+    return output.Found(results, folder, write_steps)
 
 
 def _one_load(options: _Load) -> "Load":
