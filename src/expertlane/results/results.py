@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
+from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source, TieBreak
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
@@ -180,6 +180,8 @@ class PlanSummary(Strict):
         top_k: of the model that was planned for.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: deployments tried for two pools.
+        num_tied: of the best, the first so many tie with the one of most tokens a second.
+        tie_break: what decided among them; None where one was alone.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             or none keeps the limits.
         commands: the best, as other systems take it.
@@ -191,6 +193,8 @@ class PlanSummary(Strict):
     num_too_large: int
     num_over_limits: int = 0
     num_pool_candidates: int = 0
+    num_tied: int = 1
+    tie_break: TieBreak | None = None
     no_two_pools: NoPools | None = None
     commands: tuple[ServeCommand, ...] = ()
     experiment: str | None = None
