@@ -13,6 +13,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
+from expertlane.cost.laws.judged import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
@@ -260,4 +261,5 @@ def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
         memory_bytes=device.memory_bytes,
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
+        judged=judged(cluster.profile),
     )

@@ -85,6 +85,7 @@ class Plan:
             num_over_limits=sum(option.place is None for option in found.options),
             num_pool_candidates=self.num_pool_candidates,
             num_tied=self.ranking.num_tied,
+            tie_spread=self.ranking.spread,
             tie_break=self.ranking.by,
             no_two_pools=None if isinstance(self.pools, TwoPools) else self.pools,
             commands=tuple(commands),
@@ -205,7 +206,7 @@ def make_plan(
     ranking = ranked([contender(each, workload) for each in found.finalists])
     families = best_of_families(ranking, found.options, request.goals, search.finish, workload)
     progress.done()
-    progress.task("prefill and decode apart", of_pools.num_candidates)
+    progress.task("disaggregated: prefill and decode pools", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()
     num_pool_candidates = of_pools.num_candidates
@@ -267,7 +268,7 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
     rows = (
         (
             "workload",
-            f"served without end, {num:,} sequence{'' if num == 1 else 's'} at once where "
+            f"steady state, {num:,} sequence{'' if num == 1 else 's'} at once where "
             f"they fit: {workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
             "--workload",
         ),
@@ -285,9 +286,9 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         ),
         (
             "TPOT",
-            "mean; of one pool, others' prefills between decode steps included; of two, the "
-            "transfer of keys and values",
-            "one pool or two",
+            "mean; of one pool, others' prefills between decode steps included; disaggregated, "
+            "the KV transfer",
+            "",
         ),
         (
             "TTFT",

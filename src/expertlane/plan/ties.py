@@ -140,6 +140,12 @@ class Ranking:
         """The first."""
         return self.contenders[0]
 
+    @property
+    def spread(self) -> float:
+        """How far the least of those that tie is below the most tokens a second; a share."""
+        tps = [each.tps.value for each in self.contenders[: self.num_tied]]
+        return 1 - min(tps) / max(tps)
+
 
 def ranked(contenders: Sequence[Contender]) -> Ranking:
     """Those that tie with the one of most tokens a second first, then the others by tokens a second.
@@ -157,11 +163,9 @@ def ranked(contenders: Sequence[Contender]) -> Ranking:
     fewest = min(num_kinds(each.finalist.candidate.layout) for each in as_soon)
     simplest = [each for each in as_soon if num_kinds(each.finalist.candidate.layout) == fewest]
     chosen = max(simplest, key=lambda each: each.tps.value)
-    by: TieBreak = "most tokens"
-    if len(as_soon) == 1:
+    by: TieBreak = "most tokens" if len(simplest) > 1 else "fewest kinds"
+    if chosen is tied[0]:
         by = "lowest TTFT"
-    elif len(simplest) == 1:
-        by = "fewest kinds"
     tied.remove(chosen)
     return Ranking([chosen, *tied, *others], 1 + len(tied), by)
 
