@@ -40,19 +40,19 @@ def bench(
     load: LoadOptions,
     engine: EngineOptions,
 ) -> None:
-    """Put load on a model and measure throughput and latency.
+    """Measure throughput and latency of a model under load.
 
     A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
-    tokens are chosen greedily, beyond any end of sequence. Before each load the ranks are warmed
+    decoding is greedy and ignores end of sequence. Before each load the ranks are warmed
     up.
 
     \b
     TTFT     from a request's arrival to its first token
-    TPOT     a request's mean time of a token after the first
+    TPOT     a request's mean time per token after the first
     ITL      each time between successive tokens of a request
     E2E      from a request's arrival to its last token
-    output   output tokens a second, from the first arrival to the last token
-    total    the same, with the prompts' tokens
+    output   output tokens per second, from the first arrival to the last token
+    total    the same, prompt tokens included
     prefill  prompt tokens over the time until all requests have their first token; only where
              all are there from the start
 
@@ -91,7 +91,7 @@ def _check(
     for layout in layouts:
         found.check(layout, engine.options, engine.ranks_per_node)
     if len(layouts) > 1 and num_nodes() > 1:
-        raise UserError("on several nodes, give one --layout a run; their ranks end with the run")
+        raise UserError("on several nodes, give one --layout per run; ranks end with the run")
 
 
 def _run(

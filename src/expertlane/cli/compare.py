@@ -60,14 +60,14 @@ class _Options:
     traffic: bool = typer.Option(
         False,
         "--traffic",
-        help="Also show, of each deployment: who sent how much to whom, how far tokens spread, "
-        "what is hottest, who comes last.",
+        help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
+        "and experts, and the straggler.",
     )
     trace: bool = typer.Option(
         False,
         "--trace",
         help="Also write trace-NAME.json of each deployment, and trace-NAME-virtual.json: what "
-        "every rank did when, in one prefill and one decode step; open them in ui.perfetto.dev or "
+        "every rank did, in one prefill and one decode step, for ui.perfetto.dev or "
         "chrome://tracing.",
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
@@ -77,9 +77,9 @@ class _Options:
 class _Time:
     clock: _Clock = typer.Option(
         _Clock.VIRTUAL,
-        help="virtual: also replay what was measured as if each rank had its own core and the "
-        "links were those of a cluster; ranks that share a core then compute one at a time. wall: "
-        "wall time alone.",
+        help="virtual: also replay what was measured with one core per rank and a cluster's "
+        "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
+        "only.",
     )
     links: str = typer.Option(
         _DEFAULT_PROFILE,
@@ -90,15 +90,15 @@ class _Time:
     link_scale: float | None = typer.Option(
         None,
         metavar="N",
-        help="How many times as long transfers take as on the profile's links. Default: chosen "
-        "from the compute speeds of its device and of a core here; the report gives it.",
+        help="Transfers take N times as long as on the profile's links. Default: from the ratio "
+        "of compute speeds, the profile's device over a core here; printed in the report.",
     )
 
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
-        help="How long computing takes in virtual time: as measured, or by a profile's laws for "
-        "the operations that ran.",
+        help="Compute times in virtual time: measured, or a profile's cost model for the "
+        "operations that ran.",
     )
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class _Time:
         if self.compute != _MEASURED:
             given, is_given = "--compute", True
         if self.clock is _Clock.WALL and is_given:
-            raise UserError(f"{given} is of virtual time; leave out --clock wall")
+            raise UserError(f"{given} needs virtual time; leave out --clock wall")
         if self.links == _NO_LINKS and self.link_scale is not None:
             raise UserError("--link-scale needs links; give --links a profile")
 
@@ -132,8 +132,8 @@ class _Projection:
     project: bool = typer.Option(
         False,
         "--project",
-        help="Also show what a cluster model says of the same deployments, in tables of its own; "
-        "alone where this machine is too small to run them.",
+        help="Also project the same deployments on a modelled cluster, in separate tables; "
+        "only project where this machine is too small to run them.",
     )
     cluster: str | None = cluster_option(
         None, "The modelled cluster for --project", "Default: as many h100 as ranks."
@@ -141,14 +141,14 @@ class _Projection:
     skew: float = typer.Option(
         _DEFAULT_SKEW,
         metavar="ALPHA",
-        help="For --project: beside balanced routing, one where experts' popularity falls with "
-        "their rank to the power of -ALPHA.",
+        help="For --project: besides uniform routing, also project skewed routing, expert "
+        "popularity by Zipf's law with exponent ALPHA.",
     )
 
     def __post_init__(self) -> None:
         if not self.project and (self.cluster is not None or self.skew != _DEFAULT_SKEW):
             option = "--skew" if self.cluster is None else "--cluster"
-            raise UserError(f"{option} is of a projection; add --project")
+            raise UserError(f"{option} needs a projection; add --project")
 
 
 @dataclass
@@ -197,15 +197,15 @@ def compare(
       expertlane compare
           the paper's deployments on a small model, 16 local ranks
       expertlane compare --top-k 2,1
-          the same twice: two experts a token, then one
+          the same twice: two experts per token, then one
       expertlane compare mine.toml --model ./my-checkpoint
           your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
       expertlane compare --traffic
-          who sends how much to whom, and which rank, expert and layer are hottest
+          traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
-          what every rank does when, step by step
+          a Chrome trace of each deployment
       expertlane compare paper --project
           the paper's experiment on a modelled cluster of 16 H100
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
@@ -246,7 +246,7 @@ def compare(
             reason = str(error)
     for each in comparisons:
         assert each.projection is not None, "the first process projects"
-        output.print_message(f"expertlane: nothing is measured here: {reason}")
+        output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
         results = replace(each.projection, not_measured=reason)
         output.publish(results, each.folder, output_options)
 

@@ -34,25 +34,23 @@ class _Options:
     workload: str = typer.Option(
         DEFAULT_WORKLOAD,
         metavar="KEY=N,…",
-        help="num_sequences: how many are to be served at once; prompt_len, output_len: tokens of "
-        "each.",
+        help="num_sequences: concurrency; prompt_len, output_len: tokens of each request.",
     )
-    max_tpot_ms: float | None = typer.Option(
-        None, metavar="MS", help="Longest mean time of an output token."
-    )
+    max_tpot_ms: float | None = typer.Option(None, metavar="MS", help="Limit on mean TPOT.")
     max_ttft_ms: float | None = typer.Option(
-        None, metavar="MS", help="Longest mean time from a prompt's arrival to a first token."
+        None, metavar="MS", help="Limit on mean TTFT, queueing included."
     )
 
 
 @takes_groups
 def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOptions) -> None:
-    """Find the deployment that serves most tokens a second on a cluster, within limits.
+    """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
-    in one pool and with prefill and decode apart; projects each with a cost model calibrated on
-    public measurements. Needs no GPU, loads no weights. Says why the others lose, and writes the
-    winner as an experiment for expertlane compare, and as vLLM and SGLang command lines.
+    aggregated and disaggregated (prefill and decode apart); projects each with a cost model
+    calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
+    to #1, and writes the winner as an experiment for expertlane compare, and as vLLM and SGLang
+    command lines.
 
     \b
     Examples:
@@ -60,9 +58,9 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
           the paper's model on its cluster, 16 H100
       expertlane plan ./my-checkpoint --cluster h100x32 --max-tpot-ms 50 \\
           --workload num_sequences=1024,prompt_len=2000,output_len=500
-          the most tokens a second with at most 50 ms a token
+          the most tokens/s with a TPOT of at most 50 ms
       expertlane plan org/model --dtype float8 --routing-trace trace.npz
-          by the experts that your own traffic chooses
+          with the routing of your own traffic
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'

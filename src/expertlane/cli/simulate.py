@@ -40,17 +40,17 @@ class _Options:
     prefill_layout: str | None = typer.Option(
         None,
         metavar="LAYOUT",
-        help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
-        "and values travel between them. All other options hold for both pools.",
+        help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
+        "All other options hold for both pools.",
     )
-    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N tokens guessed a step.")
+    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
     mtp_acceptance: float | None = typer.Option(
-        None, metavar="P", help="How often a guess is right, 0 to 1; needed with --mtp."
+        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
     )
     trace: Path | None = typer.Option(
         None,
         metavar="FILE",
-        help="Also write what every rank does when, in one prefill and one decode step; open it "
+        help="Also write a Chrome trace of one prefill and one decode step; open it "
         "in ui.perfetto.dev or chrome://tracing.",
     )
 
@@ -59,8 +59,8 @@ class _Options:
 class _Load(LoadOptions):
     batch: str | None = batch_option(f". Default: {_DEFAULT_BATCH}.", "N")
     rate: str | None = rate_option("R")
-    prompt_len: str = length_option("1024", "a prompt")
-    output_len: str = length_option("128", "an output")
+    prompt_len: str = length_option("1024", "prompt")
+    output_len: str = length_option("128", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def simulate(
     deployment: _Deployment,
     scheduler: SchedulerOptions,
 ) -> None:
-    """Project what a deployment would do on a cluster that is not here.
+    """Project one deployment on target hardware.
 
     The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
     to published measurements or made by expertlane calibrate. Says what limits the deployment,
@@ -160,7 +160,7 @@ def _one_load(options: _Load) -> "Load":
     loads = options.loads(_DEFAULT_BATCH)
     if len(loads) > 1:
         given = f"--batch {options.batch}" if options.rate is None else f"--rate {options.rate}"
-        raise UserError(f"{given} is {len(loads)} loads; simulate takes one a run")
+        raise UserError(f"{given} is {len(loads)} loads; simulate takes one per run")
     return loads[0]
 
 

@@ -117,7 +117,9 @@ class Timeline:
                 all of them are in the logs.
         """
         compiler = self._compiler
-        plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (self._terms.num_clocks,))[:, None]
+        plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (self._terms.num_clocks,))[
+            :, None
+        ]
         spans: list[list[Span]] = []
         idle_s = []
         for clocks, of_stage in zip(self._stages, work, strict=True):

@@ -99,7 +99,7 @@ def gap_to(best: Contender, other: Contender, workload: Workload) -> str:
     parts = [
         f"{cause} +{1e6 * more[cause]:.3g}" for cause in named if more[cause] > _LEAST * growth
     ]
-    text = f"µs per token: {', '.join(parts)}" if parts else "a little more of everything"
+    text = f"µs per token: {', '.join(parts)}" if parts else "slightly more of every cost"
     room, of_best = (int(each.finalist.option.steps.num_seqs.max()) for each in (other, best))
     if room < min(workload.num_sequences, of_best):
         text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"

@@ -162,7 +162,7 @@ class Plan:
         return replace(record, why=why, over_best=contender.tps.over(best.tps))
 
     def _two(self) -> list[DeploymentRecord]:
-        """Two pools as they serve together, and each by itself."""
+        """The disaggregated best: both pools together, and each by itself."""
         found = self.pools
         if not isinstance(found, TwoPools):
             return []
@@ -170,7 +170,7 @@ class Plan:
         decode = self._in_full(found.decode, DECODE_POOL)
         serving = serving_at(found.served, 0)
         together = DeploymentRecord(
-            name=f"{prefill.layout} prefills, {decode.layout} decodes",
+            name=f"prefill {prefill.layout}, decode {decode.layout}",
             layout=decode.layout,
             options=decode.options,
             source="projected",
@@ -197,16 +197,16 @@ def make_plan(
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
     """
     search, of_pools = Search(request), TwoPoolSearch(request)
-    progress.task("one pool: every layout and option", len(search.candidates))
+    progress.task("aggregated: all layouts and options", len(search.candidates))
     screened = search.screen(progress.advance)
     progress.done()
-    progress.task("the best of them in full", NUM_FINALISTS)
+    progress.task("projecting the best in full", NUM_FINALISTS)
     found = search.in_full(screened, progress.advance)
     workload = request.workload
     ranking = ranked([contender(each, workload) for each in found.finalists])
     families = best_of_families(ranking, found.options, request.goals, search.finish, workload)
     progress.done()
-    progress.task("disaggregated: prefill and decode pools", of_pools.num_candidates)
+    progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()
     num_pool_candidates = of_pools.num_candidates
@@ -247,7 +247,7 @@ def candidate_record(
 
 
 def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
-    """What requests would feel, at one number of sequences; times are means."""
+    """Throughput and latency at one number of sequences; times are means."""
 
     def mean(bounds: Floats) -> Summary | None:
         return Summary(mean=Estimate.between(bounds)) if np.isfinite(bounds).all() else None
@@ -268,45 +268,45 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
     rows = (
         (
             "workload",
-            f"steady state, {num:,} sequence{'' if num == 1 else 's'} at once where "
-            f"they fit: {workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
+            f"steady state at concurrency {num:,}, as far as memory allows: "
+            f"{workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
             "--workload",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
         ("types", f"weights in {request.setting.types}", "--dtype, --kv-dtype"),
         (
             "execution",
-            "a step is captured as a CUDA graph" if graph else "launched kernel by kernel",
+            "steps captured as CUDA graphs" if graph else "kernels launched one by one",
             "--execution",
         ),
         (
             "kernels",
-            "as fused as libraries have them; flat dispatch without an exchange of counts",
+            "fused as in GPU libraries; flat dispatch without an exchange of counts",
             "",
         ),
         (
             "TPOT",
-            "mean; of one pool, others' prefills between decode steps included; disaggregated, "
-            "the KV transfer",
+            "mean; aggregated: other requests' prefills between decode steps included; "
+            "disaggregated: KV transfer included",
             "",
         ),
         (
             "TTFT",
-            "to the end of a prompt's last step, which computes the first token; its mean wait "
-            "in the queue (M/D/1) included",
+            "to the end of the prompt's last step, which computes the first token; mean queueing "
+            "time (M/D/1) included",
             "",
         ),
         (
             "memory",
             f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
-            "GB; whole sequences in the cache",
+            "GB; full-length sequences in the KV cache",
             "",
         ),
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
         (
             "bounds",
-            "all laws low together, all high together: wider than independent errors; of ratios, "
-            "what is left when shared errors cancel, the others independent",
+            "all laws low together or high together: wider than independent errors; of ratios, "
+            "what is left once shared errors cancel, the rest independent",
             "",
         ),
     )

@@ -222,7 +222,7 @@ class Search:
 
     def finish(self, option: ScreenedCandidate) -> Finalist:
         """An option in full, at its best number of sequences; it may break a limit then."""
-        assert option.place is not None, "it keeps the limits as screened"
+        assert option.place is not None, "it meets the limits as screened"
         projector, sizes = self._projected(option)
         decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
         prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
@@ -264,7 +264,7 @@ class Search:
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
             f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} on a "
-            f"rank (weights {size_text(need.weight_bytes)}, keys and values of one sequence "
+            f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
             f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) of "
             f"{size_text(nearest.capacity.free_bytes)}; take more devices, float8 or shorter "
             "sequences"
@@ -281,10 +281,10 @@ class Search:
             if limit is not None:
                 says = misses if value > limit else keeps
                 says.append(f"the {name} limit of {1e3 * limit:g} ms with {1e3 * value:.4g} ms")
-        said = [f"misses {' and '.join(misses)}", *(f"keeps {each}" for each in keeps)]
+        said = [f"misses {' and '.join(misses)}", *(f"meets {each}" for each in keeps)]
         num = nearest.num_seqs
         return (
-            f"no deployment on {self._request.cluster} keeps the limits; the nearest, "
+            f"no deployment on {self._request.cluster} meets the limits; the nearest, "
             f"{nearest.candidate}, with {num} sequence{'' if num == 1 else 's'} at once, "
             f"{' and '.join(said)}"
         )

@@ -108,9 +108,7 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
     )
 
 
-def _uncertain(
-    served: ThroughputCurve, errors: Sequence[LawError]
-) -> tuple[Uncertain, Uncertain]:
+def _uncertain(served: ThroughputCurve, errors: Sequence[LawError]) -> tuple[Uncertain, Uncertain]:
     """Tokens a second and TTFT of what `_moved` serves."""
 
     def of(values: Floats) -> Uncertain:

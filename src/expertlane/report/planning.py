@@ -1,4 +1,4 @@
-"""What a planner found: what to run, what else was close, and why the others lose."""
+"""What a planner found: what to run, what else was close, and each gap to #1."""
 
 from collections.abc import Iterator
 
@@ -35,9 +35,9 @@ from expertlane.results.results import NoPools, Results
 from expertlane.spec.names import Phase
 
 _NO_POOLS: dict[NoPools, str] = {
-    "no split": "there is no way to split the devices between them",
-    "too large": "the model does not fit both parts of any split",
-    "over limits": "none keeps the limits",
+    "no split": "the devices cannot be split",
+    "too large": "the model does not fit both pools of any split",
+    "over limits": "none meets the limits",
 }
 NUM_EXPLAINED = 3
 _MOST = 0.5  # of the time
@@ -109,7 +109,7 @@ def verdict(results: Results) -> tuple[str, ...]:
         close = second.bounds[-1] > first.bounds[0]
         lines.append(
             f"Next: {named(ranked[1])} at {percent(second.value / first.value)} of its tokens "
-            f"a second{', within the bounds: too close to tell' if close else ''}."
+            f"a second{', within error' if close else ''}."
         )
     lines.append(_two_pools(results))
     limits = ", ".join(
@@ -121,9 +121,9 @@ def verdict(results: Results) -> tuple[str, ...]:
         if limit is not None
     )
     lines.append(
-        f"{counted(found.num_candidates, 'deployment')} of one pool: {found.num_too_large:,} too "
-        f"large, {found.num_over_limits:,} over the limits; {found.num_pool_candidates:,} more "
-        f"tried for two pools. Limits: {limits or 'none'}."
+        f"{counted(found.num_candidates, 'deployment')} aggregated: {found.num_too_large:,} do not "
+        f"fit, {found.num_over_limits:,} miss the limits; {found.num_pool_candidates:,} more "
+        f"tried disaggregated. Limits: {limits or 'none'}."
     )
     return (*lines, *_firmness(best), *cautions(results))
 
@@ -131,7 +131,7 @@ def verdict(results: Results) -> tuple[str, ...]:
 def _latencies(record: DeploymentRecord) -> str:
     ttft = _ttft(record)
     return f"TPOT {ms_with_bounds(tpot(record))} ms, TTFT " + (
-        "without end" if ttft is None else f"{ms_with_bounds(ttft)} ms"
+        "unbounded" if ttft is None else f"{ms_with_bounds(ttft)} ms"
     )
 
 
@@ -144,14 +144,14 @@ def _firmness(best: DeploymentRecord) -> Iterator[str]:
     bound = sum(part * step.basis_shares.get("bound", 0.0) for part, step in steps)
     extrapolated = sum(part * (step.extrapolated_share or 0.0) for part, step in steps)
     said = (
-        (bound, "rests on datasheets and assumptions alone"),
-        (extrapolated, "lies outside the sizes that were ever measured"),
+        (bound, "rests on datasheets and assumptions"),
+        (extrapolated, "lies outside the measured sizes"),
     )
     most = [f"{words} ({percent(share)})" for share, words in said if share > _MOST]
     if most:
         yield (
-            f"Most of the first one's time {' and '.join(most)}: trust its bounds, and "
-            "orders and factors more than digits."
+            f"Most of the time of #1 {' and '.join(most)}: rankings are reliable, absolute "
+            "values are not."
         )
 
 
@@ -159,18 +159,18 @@ def _two_pools(results: Results) -> str:
     together = next(iter(results.select("projected", TWO_POOLS)), None)
     if together is None:
         why = _NO_POOLS[results.plans[0].no_two_pools or "over limits"]
-        return f"Two pools, prefill apart from decode: {why}."
+        return f"Disaggregated (prefill and decode apart): {why}."
     (prefill,) = results.select("projected", PREFILL_POOL)
     (decode,) = results.select("projected", DECODE_POOL)
     best = serving(results.select("projected", BEST)[0]).output_tps
     factor = serving(together).output_tps.value / best.value
     travels = milliseconds(serving(together).transfer_s or 0.0)
-    than = "faster than one pool" if factor > 1 else "of one pool's"
+    than = "the aggregated best"
     return (
-        f"Two pools: prefill on {prefill.num_ranks} ({named(prefill)}), decode on "
+        f"Disaggregated: prefill on {prefill.num_ranks} ({named(prefill)}), decode on "
         f"{decode.num_ranks} ({named(decode)}): {with_bounds(serving(together).output_tps)} "
         f"tokens/s, {figures(factor)}× {than}"
-        f", {_latencies(together)}. Keys and values of a prompt travel {travels} ms, before its "
+        f", {_latencies(together)}. KV transfer: {travels} ms per prompt, before its "
         "second token."
     )
 
@@ -179,17 +179,17 @@ def _best(results: Results) -> Section:
     rows = results.select("projected", BEST)
     place: Column[DeploymentRecord] = text("#", lambda each: 1 + rows.index(each))
     ttft: Column[DeploymentRecord] = number("TTFT ms", _ttft, milliseconds)
-    why: Column[DeploymentRecord] = text("why", lambda each: each.why)
+    why: Column[DeploymentRecord] = text("gap to #1", lambda each: each.why)
     loses = [each for each in rows if each.why]
     parts: list[Words] = [Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], ttft), rows)]
     if loses:
-        parts.append(Table.of("Why they lose to the first", (place, why), loses))
+        parts.append(Table.of("Gap to #1", (place, why), loses))
     return Section("Best deployments (projected in full)", tuple(parts), "top")
 
 
 def _families(results: Results) -> Section:
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
-    why: Column[DeploymentRecord] = text("why it loses", lambda each: each.why)
+    why: Column[DeploymentRecord] = text("gap to #1", lambda each: each.why)
     columns = (kind, _HOW, _SEQS, _TPS[0], _TPOT[0], why)
     table = Table.of("", columns, results.select("projected", FAMILY))
     return Section("The best of each kind (screened)", (table,))
@@ -198,8 +198,11 @@ def _families(results: Results) -> Section:
 def _pareto(results: Results) -> Section:
     table = Table.of("", (*_TPOT, *_TPS, _SEQS, _HOW), results.select("projected", PARETO))
     return Section(
-        "Pareto front: tokens a second against TPOT (screened)",
-        (table, "No deployment has both more tokens a second and a lower TPOT than one of these."),
+        "Pareto front: tokens/s against TPOT (screened)",
+        (
+            table,
+            "No aggregated deployment has both more tokens/s and a lower TPOT than one of these.",
+        ),
     )
 
 
@@ -224,7 +227,7 @@ def _time(results: Results) -> Section:
         for table in causes(str(phase).capitalize(), steps, FACTS)
     ]
     return Section(
-        "Where the time of a step goes",
+        "Where the time goes, per step",
         (*tables, f"Mean over ranks. {HOW_TO_READ_FACTS}"),
     )
 
@@ -235,11 +238,10 @@ def _run_it(results: Results) -> Section:
     parts = [
         f"Each rank holds {bytes_si(memory.weight_bytes or 0)} of weights, "
         f"{bytes_si(memory.activation_bytes or 0)} of activations and "
-        f"{bytes_si(memory.sequence_bytes or 0)} of keys and values a full-length sequence of "
-        "its own."
+        f"{bytes_si(memory.sequence_bytes or 0)} of KV per full-length sequence."
     ]
     if found.experiment is not None:
-        parts.append(f"Measured on such a cluster by: expertlane compare {found.experiment}")
+        parts.append(f"To measure it on such a cluster: expertlane compare {found.experiment}")
     for each in found.commands:
         said = each.command or "cannot express it"
         parts.append(f"{each.system}: {said}{f'  ({each.note})' if each.note else ''}")
@@ -248,9 +250,9 @@ def _run_it(results: Results) -> Section:
 
 def beside(results: Results, comparison: Comparison) -> Section:
     """A planner's best against an experiment's own deployments."""
-    heading = "Projected: the best layout a planner finds"
+    heading = "Projected: the planner's best"
     if not results.plans:
-        return Section(heading, ("Not looked for: the cluster is larger than plan takes.",))
+        return Section(heading, ("Not searched: the cluster is larger than plan takes.",))
     parts: list[Words] = [_decode_sentence(results, comparison)]
     best = results.select("projected", BEST, comparison.conditions)
     if best:
@@ -263,8 +265,8 @@ def beside(results: Results, comparison: Comparison) -> Section:
         parts.append(_served_sentence(best[0], own))
         parts.append(Table.of("The whole workload", (name, _SEQS, *_TPS, *_TPOT), (best[0], *own)))
     parts.append(
-        "The whole workload: all its prompts and outputs, sequences in as fast as memory and time "
-        "allow; output tokens a second, others' prompts included in TPOT."
+        "The whole workload: all prompts and outputs, sequences admitted as soon as memory allows; "
+        "output tokens/s, other requests' prefills included in TPOT."
     )
     return Section(heading, tuple(parts))
 
@@ -273,21 +275,22 @@ def _decode_sentence(results: Results, comparison: Comparison) -> str:
     found, best = results.plans[0], comparison.planned
     head = (
         f"Decode at {comparison.context:,}: of {found.num_candidates:,} "
-        f"deployments ({found.num_too_large:,} too large)"
+        f"deployments ({found.num_too_large:,} do not fit)"
     )
     if best is None:
         return f"{head} none holds all {comparison.num_seqs:,} sequences."
     against = "; ".join(f"{times(best.tps / row.tps)} {row.name}" for row in comparison.rows)
     return (
         f"{head} the fastest is {best.name}: {with_bounds(best.step.tps)} TPS, TPOT "
-        f"{ms_with_bounds(best.step.round_s)} ms. Against the experiment's own: {against}."
+        f"{ms_with_bounds(best.step.round_s)} ms. Relative to the "
+        f"experiment's deployments: {against}."
     )
 
 
 def _served_sentence(best: DeploymentRecord, own: list[DeploymentRecord]) -> str:
     head = f"The whole workload: the best is {best.name}"
     if not own:
-        return f"{head}; none of the experiment's own fits."
+        return f"{head}; none of the experiment's deployments fits."
     output = [serving(each).output_tps.value for each in own]
     fastest = output.index(max(output))
     return (

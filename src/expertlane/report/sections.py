@@ -97,14 +97,14 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
     assert conditions is not None, "projections have them"
     types = conditions.dtype
     if conditions.kv_dtype != types:
-        types += f", keys and values in {conditions.kv_dtype}"
+        types += f", KV cache in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
     return [
         Section(
-            f"Projected: verdict ({results.projected_for.name}, nothing here was measured)",
+            f"Projected: verdict ({results.projected_for.name}; nothing was measured there)",
             (
                 f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
-                f"tokens of context, {types}; likely values with their bounds:",
+                f"tokens of context, {types}; likely values and bounds:",
                 speed(modelled, _cast(modelled), in_words(conditions)),
                 *verdict(modelled, results),
                 firmness([row.step for row in modelled.rows]),
@@ -132,7 +132,7 @@ def _cast(modelled: Comparison) -> list[Row]:
     names = {modelled.first.number: "first"}
     if best is not None:
         names[best.number] = (
-            "baseline, also the best" if best is modelled.first else "best baseline"
+            "first and best baseline" if best is modelled.first else "best baseline"
         )
     if modelled.best_proposal is not None:
         names[modelled.best_proposal.number] = "best proposal"
