@@ -17,7 +17,7 @@ Different errors are independent of each other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -150,7 +150,7 @@ def _errors(
 
 
 def _law_of(step: Operation | Transfer | None, types: NumberTypes) -> tuple[str, list[float]]:
-    """The name of a step's law, and the sizes by which it is looked up; the largest of all ranks."""
+    """The name of a step's law, and the sizes that it is looked up by; the largest of all ranks."""
     if step is None:
         return "send", []
     if isinstance(step, Operation):

@@ -45,7 +45,8 @@ def best_of_families(
             others.setdefault(family, []).append(option)
     for family, of_family in others.items():
         kept = best_in_full(of_family, goals, finish, lambda _: None, most=1).kept
-        best |= {family: contender(each, workload) for each in kept}
+        if kept:
+            best[family] = contender(kept[0], workload)
     return dict(sorted(best.items(), key=lambda item: -item[1].tps.value))
 
 

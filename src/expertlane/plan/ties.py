@@ -146,7 +146,7 @@ class Ranking:
 
 
 def ranked(contenders: Sequence[Contender]) -> Ranking:
-    """Those that tie with the one of most tokens a second first, then the others by tokens a second.
+    """Those that tie with the one of most tokens a second, then the others by tokens a second.
 
     Of those that tie the one with the lowest TTFT is chosen; where that ties too, the one with
     fewest kinds of parallelism, then with most tokens a second. The others that tie follow by TTFT.
