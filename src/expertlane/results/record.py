@@ -34,6 +34,9 @@ TWO_POOLS = "disaggregated"  # a plan's best, both pools together
 PREFILL_POOL = "prefill pool"  # and each of the two by itself
 DECODE_POOL = "decode pool"
 
+# What decided among the plans of a tie.
+TieBreak = Literal["lowest TTFT", "fewest kinds", "most tokens"]
+
 
 @dataclass(frozen=True)
 class CriticalPath(Strict):
@@ -316,7 +319,9 @@ class DeploymentRecord(Strict):
         rebalances: decisions about moving experts, in its last run.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.
-        why: what makes it slower than the best of a plan; empty for that.
+        why: what makes it slower than the best of a plan; empty where it ties with that.
+        over_best: its output tokens a second over those of the best of a plan, with the bounds that
+            are left when the errors that both share have cancelled; None for that.
     """
 
     name: str
@@ -337,6 +342,7 @@ class DeploymentRecord(Strict):
     dispatch_table: DispatchTable | None = None
     tokens_sha256: str | None = None
     why: str = ""
+    over_best: Estimate | None = None
 
     @property
     def num_ranks(self) -> int:
