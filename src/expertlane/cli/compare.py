@@ -1,7 +1,6 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -20,6 +19,7 @@ from expertlane.cli.options import (
     dtype_option,
     parse_list,
     takes_groups,
+    trace_option,
 )
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
@@ -51,7 +51,7 @@ class _Options:
         help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
         "a preset, whose weights are random.",
     )
-    top_k: str | None = typer.Option(
+    experts_per_token: str | None = typer.Option(
         None,
         metavar="K[,K…]",
         help="Experts per token in place of the model's; with several, one comparison each, one "
@@ -63,13 +63,7 @@ class _Options:
         help="Also show, of each deployment: who sent how much to whom, how far tokens spread, "
         "what is hottest, who comes last.",
     )
-    trace: bool = typer.Option(
-        False,
-        "--trace",
-        help="Also write trace-NAME.json of each deployment, and trace-NAME-virtual.json: what "
-        "every rank did when, in one prefill and one decode step; open them in ui.perfetto.dev or "
-        "chrome://tracing.",
-    )
+    trace: bool = trace_option()
     dtype: Dtype | None = dtype_option("the machine's choice")
 
 
@@ -196,7 +190,7 @@ def compare(
     Examples:
       expertlane compare
           the paper's deployments on a small model, 16 local ranks
-      expertlane compare --top-k 2,1
+      expertlane compare --experts-per-token 2,1
           the same twice: two experts a token, then one
       expertlane compare mine.toml --model ./my-checkpoint
           your experiment's deployments and workload on a checkpoint
@@ -283,6 +277,7 @@ def _measure(
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
     from expertlane.engine.launch import start_pool
+    from expertlane.results.chrome_trace import write_traces
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
@@ -315,15 +310,8 @@ def _measure(
                 results,
                 each.folder,
                 output_options,
-                also=partial(_write_traces, traces, each.folder),
+                also=partial(write_traces, traces, each.folder),
             )
-
-
-def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) -> list[Path]:
-    from expertlane.results.chrome_trace import trace_names, write_trace
-
-    names = trace_names(traces)
-    return [write_trace(folder / names[each], steps) for each, steps in traces.items()]
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
@@ -362,14 +350,15 @@ def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Compar
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
-    if own.top_k is None:
+    if own.experts_per_token is None:
         return [_Comparison(experiment, out or Path("results", experiment.name))]
-    top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
+    given = own.experts_per_token
+    top_ks = parse_list("--experts-per-token", "num_experts_per_tok", given, "2,1")
     if len(set(top_ks)) < len(top_ks):
-        raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
+        raise UserError(f"--experts-per-token is {shown(given)}; a number is given twice")
     comparisons = []
     for k in top_ks:
-        with naming(f"--top-k {k}"):
+        with naming(f"--experts-per-token {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
         if out is None:
             folder = Path("results", f"{experiment.name}-top{k}")

@@ -121,6 +121,17 @@ def timeout_option() -> Any:
     return typer.Option(60.0, metavar="SECONDS", help="Longest wait for a rank without progress.")
 
 
+def trace_option() -> Any:
+    """Chrome traces beside the results."""
+    return typer.Option(
+        False,
+        "--trace",
+        help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
+        "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
+        "too.",
+    )
+
+
 def dtype_option(default: str) -> Any:
     """What ranks compute in."""
     return typer.Option(None, help=f"Type of weights and activations. Default: {default}.")
@@ -190,7 +201,6 @@ class DeploymentOptions:
     )
     num_redundant_experts: int = typer.Option(
         0,
-        "--redundant",
         metavar="N",
         help="Copies of experts beside each MoE layer's own, to share load.",
     )
@@ -207,7 +217,8 @@ class DeploymentOptions:
         num_redundant = self.num_redundant_experts
         if num_redundant and not is_method:
             raise UserError(
-                f"--redundant is {num_redundant}, but {self.placement} says which copies there are"
+                f"--num-redundant-experts is {num_redundant}, but {self.placement} says which "
+                "copies there are"
             )
         where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
         options = Options(
@@ -256,7 +267,6 @@ class EngineOptions:
     deployment: DeploymentOptions
     rebalance_steps: int = typer.Option(
         0,
-        "--rebalance",
         metavar="STEPS",
         help="Move experts while requests run, by the load of so many steps, where that pays. "
         "0: never.",
