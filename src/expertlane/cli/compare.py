@@ -1,7 +1,7 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -21,6 +21,7 @@ from expertlane.cli.options import (
     dtype_option,
     parse_list,
     takes_groups,
+    trace_option,
 )
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
@@ -52,7 +53,7 @@ class _Options:
         help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
         "a preset, whose weights are random.",
     )
-    top_k: str | None = typer.Option(
+    experts_per_token: str | None = typer.Option(
         None,
         metavar="K[,K…]",
         help="Experts per token in place of the model's; with several, one comparison each, one "
@@ -64,13 +65,7 @@ class _Options:
         help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
-    trace: bool = typer.Option(
-        False,
-        "--trace",
-        help="Also write trace-NAME.json of each deployment, and trace-NAME-virtual.json: what "
-        "every rank did, in one prefill and one decode step, for ui.perfetto.dev or "
-        "chrome://tracing.",
-    )
+    trace: bool = trace_option()
     dtype: Dtype | None = dtype_option("the machine's choice")
 
 
@@ -196,7 +191,7 @@ def compare(
     Examples:
       expertlane compare
           the paper's deployments on a small model, 16 local ranks
-      expertlane compare --top-k 2,1
+      expertlane compare --experts-per-token 2,1
           the same twice: two experts per token, then one
       expertlane compare mine.toml --model ./my-checkpoint
           your experiment's deployments and workload on a checkpoint
@@ -297,6 +292,7 @@ def _measure(
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
     from expertlane.engine.launch import start_pool
+    from expertlane.results.chrome_trace import write_traces
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
@@ -326,15 +322,8 @@ def _measure(
                 results = results.with_traffic()
             each.is_measured = True
             folder = each.folder
-            also = tuple if folder is None else partial(_write_traces, traces, folder)
+            also = tuple if folder is None else partial(write_traces, traces, folder)
             yield output.Found(results, folder, also)
-
-
-def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) -> list[Path]:
-    from expertlane.results.chrome_trace import trace_names, write_trace
-
-    names = trace_names(traces)
-    return [write_trace(folder / names[each], steps) for each, steps in traces.items()]
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
@@ -373,14 +362,15 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
-    if own.top_k is None:
+    if own.experts_per_token is None:
         return [_Comparison(experiment, call.folder(experiment.name))]
-    top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
+    given = own.experts_per_token
+    top_ks = parse_list("--experts-per-token", "num_experts_per_tok", given, "2,1")
     if len(set(top_ks)) < len(top_ks):
-        raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
+        raise UserError(f"--experts-per-token is {shown(given)}; a number is given twice")
     comparisons = []
     for k in top_ks:
-        with naming(f"--top-k {k}"):
+        with naming(f"--experts-per-token {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
         part = f"top{k}" if len(top_ks) > 1 else ""
         own_call = call if call.out is None else replace(call, out=call.out / part)

@@ -128,6 +128,17 @@ def timeout_option() -> Any:
     )
 
 
+def trace_option() -> Any:
+    """Chrome traces beside the results."""
+    return typer.Option(
+        False,
+        "--trace",
+        help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
+        "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
+        "too.",
+    )
+
+
 def dtype_option(default: str) -> Any:
     """What ranks compute in."""
     return typer.Option(None, help=f"Type of weights and activations. Default: {default}.")
@@ -195,7 +206,6 @@ class DeploymentOptions:
     )
     num_redundant_experts: int = typer.Option(
         0,
-        "--redundant",
         metavar="N",
         help="Redundant experts per MoE layer, to share load.",
     )
@@ -212,7 +222,8 @@ class DeploymentOptions:
         num_redundant = self.num_redundant_experts
         if num_redundant and not is_method:
             raise UserError(
-                f"--redundant is {num_redundant}, but {self.placement} says which copies there are"
+                f"--num-redundant-experts is {num_redundant}, but {self.placement} says which "
+                "copies there are"
             )
         where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
         options = Options(
@@ -261,7 +272,6 @@ class EngineOptions:
     deployment: DeploymentOptions
     rebalance_steps: int = typer.Option(
         0,
-        "--rebalance",
         metavar="STEPS",
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )

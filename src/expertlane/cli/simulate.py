@@ -20,6 +20,7 @@ from expertlane.cli.options import (
     length_option,
     rate_option,
     takes_groups,
+    trace_option,
 )
 from expertlane.errors import UserError, naming
 
@@ -47,12 +48,7 @@ class _Options:
     mtp_acceptance: float | None = typer.Option(
         None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
     )
-    trace: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        help="Also write a Chrome trace of one prefill and one decode step; open it "
-        "in ui.perfetto.dev or chrome://tracing.",
-    )
+    trace: bool = trace_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +92,9 @@ def simulate(
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
       expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 --dtype float8 --batch 256
       expertlane simulate ./my-checkpoint --layout dp=16,ep=16 --cluster h100x16 --rate 20
-          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --redundant 16
+          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --num-redundant-experts 16
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
-          --cluster h100x16 --trace step.json
+          --cluster h100x16 --trace
     """
     call = output_options.call()
     found = run(model, own, load_options, projection, deployment, scheduler, call)
@@ -122,12 +118,12 @@ def run(
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.chrome_trace import write_trace
+    from expertlane.results.chrome_trace import write_traces
     from expertlane.simulate.results import simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
     from expertlane.spec.workload import check_lengths
 
-    config, trace, seed = found_model.config, own.trace, load_options.seed
+    config, seed = found_model.config, load_options.seed
     modelled = parse_cluster(own.cluster)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     setup = ServingSetup(
@@ -149,8 +145,6 @@ def run(
     if setup.prefill_layout is not None:
         with naming("--prefill-layout"):
             found_model.check(setup.prefill_layout, setup.options, per_node)
-    if trace is not None:
-        output.check_file("--trace", trace, "step.json")
     folder = call.folder(output.slug("simulate", config.name, own.cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
@@ -164,7 +158,9 @@ def run(
     )
 
     def write_steps() -> list[Path]:
-        return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
+        if folder is None or not own.trace:
+            return []
+        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
     return output.Found(results, folder, write_steps)
 
