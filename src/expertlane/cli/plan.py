@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.load import PlannedLoad
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import OutputOptions, ProjectionOptions, cluster_option, takes_groups
-from expertlane.errors import UserError
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
-from expertlane.spec.ranges import parse_sizes, shown
 
 if TYPE_CHECKING:
     from expertlane.plan.commands import ServeTarget
-    from expertlane.spec.model import ModelConfig
-    from expertlane.spec.workload import Workload
 
 _EXPERIMENT = "experiment.toml"
-_DEFAULT_WORKLOAD = {"num_sequences": 256, "prompt_len": 1024, "output_len": 256}
-DEFAULT_WORKLOAD = ",".join(f"{key}={number}" for key, number in _DEFAULT_WORKLOAD.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +26,15 @@ class _Options:
         "paper-tiny, paper-small, paper."
     )
     cluster: str = cluster_option("h100x16")
-    workload: str = typer.Option(
-        DEFAULT_WORKLOAD,
-        metavar="KEY=N,…",
-        help="num_sequences: how many are to be served at once; prompt_len, output_len: tokens of "
-        "each.",
-    )
-    max_tpot_ms: float | None = typer.Option(
-        None, metavar="MS", help="Longest mean time of an output token."
-    )
-    max_ttft_ms: float | None = typer.Option(
-        None, metavar="MS", help="Longest mean time from a prompt's arrival to a first token."
-    )
 
 
 @takes_groups
-def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOptions) -> None:
+def plan(
+    own: _Options,
+    output_options: OutputOptions,
+    load: PlannedLoad,
+    projection: ProjectionOptions,
+) -> None:
     """Find the deployment that serves most tokens a second on a cluster, within limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
@@ -58,8 +46,8 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
     Examples:
       expertlane plan paper
           the paper's model on its cluster, 16 H100
-      expertlane plan ./my-checkpoint --cluster h100x32 --max-tpot-ms 50 \\
-          --workload num_sequences=1024,prompt_len=2000,output_len=500
+      expertlane plan ./my-checkpoint --cluster h100x32 --slo tpot.mean=50ms \\
+          --batch 1024 --prompt-len 2000 --output-len 500
           the most tokens a second with at most 50 ms a token
       expertlane plan org/model --dtype float8 --routing-trace trace.npz
           by the experts that your own traffic chooses
@@ -74,12 +62,13 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
+    from expertlane.results.cost import with_costs
 
     found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
-    limits_s = (each and each / 1e3 for each in (own.max_tpot_ms, own.max_ttft_ms))
-    workload = _workload(own.workload, found.config)
+    workload, goals = load.workload(), Goals(**load.limits_s())
+    workload.check_model(found.config)
     routing = choose_routing(
-        found.config, projection.routing_trace, projection.skew, num_sampled_layers=2
+        found.config, projection.routing_trace, projection.skew, load.seed, num_sampled_layers=2
     )
     types = found.number_types(projection, devices)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
@@ -87,7 +76,7 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
     name = output.slug("plan", found.config.name, devices)
     folder = output.results_folder(output_options.out, name)
     cautions = tuple(filter(None, [found.priced_wider(types)]))
-    request = PlanRequest(found.config, devices, workload, Goals(*limits_s), setting)
+    request = PlanRequest(found.config, devices, workload, goals, setting)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
@@ -95,6 +84,8 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
         loaded=_served(found),
         experiment=str(folder / _EXPERIMENT),
     )
+    if load.price is not None:
+        results = with_costs(results, load.price)
     checkpoint = os.path.abspath(found.folder) if found.folder else None
     text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
     output.publish(
@@ -111,15 +102,3 @@ def _served(found: FoundModel) -> "ServeTarget":
     is_local = os.path.isdir(os.path.expanduser(found.name))
     model = os.path.abspath(found.folder) if is_local else found.name
     return ServeTarget(model, found.quantization)
-
-
-def _workload(text: str, model: "ModelConfig") -> "Workload":
-    """Read `num_sequences=256,prompt_len=1024,output_len=256`; what is left out is the default."""
-    from expertlane.spec.workload import Workload
-
-    given = parse_sizes("--workload", "unknown key", text, tuple(_DEFAULT_WORKLOAD))
-    if not given:
-        raise UserError(f"--workload is {shown(text)}; an example: {DEFAULT_WORKLOAD}")
-    workload = Workload(**(_DEFAULT_WORKLOAD | given))
-    workload.check_model(model)
-    return workload

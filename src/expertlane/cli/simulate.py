@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     DeploymentOptions,
-    LoadOptions,
     ModelArgument,
     OutputOptions,
     ProjectionOptions,
     SchedulerOptions,
-    batch_option,
     cluster_option,
-    length_option,
-    rate_option,
     takes_groups,
 )
 from expertlane.errors import UserError, naming
@@ -26,9 +23,6 @@ from expertlane.errors import UserError, naming
 if TYPE_CHECKING:
     from expertlane.cost.multi_token import MultiToken
     from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.spec.workload import Load
-
-_DEFAULT_BATCH = "64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +50,6 @@ class _Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Load(LoadOptions):
-    batch: str | None = batch_option(f". Default: {_DEFAULT_BATCH}.", "N")
-    rate: str | None = rate_option("R")
-    prompt_len: str = length_option("1024", "a prompt")
-    output_len: str = length_option("128", "an output")
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Deployment(DeploymentOptions):
     def __post_init__(self) -> None:
         for name in ("dispatch", "overlap"):
@@ -80,7 +66,7 @@ def simulate(
     model: ModelArgument,
     own: _Options,
     output_options: OutputOptions,
-    load_options: _Load,
+    load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
     scheduler: SchedulerOptions,
@@ -100,7 +86,7 @@ def simulate(
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
           --cluster h100x16 --trace step.json
     """
-    load = _one_load(load_options)
+    loads = load_options.loads()
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
 
@@ -108,7 +94,8 @@ def simulate(
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.chrome_trace import write_trace
-    from expertlane.simulate.results import simulation
+    from expertlane.results.cost import with_costs
+    from expertlane.simulate.results import best_run, simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
     from expertlane.spec.workload import check_lengths
 
@@ -127,7 +114,8 @@ def simulate(
         multi_token=multi_token,
         **vars(scheduler),
     )
-    check_lengths(load, config.max_position_embeddings)
+    for load in loads:
+        check_lengths(load, config.max_position_embeddings)
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
     found_model.check(setup.layout, setup.options, per_node)
@@ -139,29 +127,26 @@ def simulate(
     folder = output.results_folder(
         output_options.out, output.slug("simulate", config.name, own.cluster)
     )
-    simulator = Simulator(config, modelled, setup, load)
-    outcome = _run(simulator, load, seed)
+    simulators = [Simulator(config, modelled, setup, load) for load in loads]
+    runs = [(each, _run(each, seed, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(
-        simulator,
-        outcome,
+        runs,
+        load_options.question(loads[0]),
         routing,
-        seed,
+        load_options.slos,
         command=output.command_line(),
         caution=found_model.priced_wider(setup.types),
     )
+    if load_options.price is not None:
+        results = with_costs(results, load_options.price)
 
     def write_steps() -> list[Path]:
-        return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
+        if trace is None:
+            return []
+        simulator, outcome = best_run(runs, results.deployments[0].serving)
+        return [write_trace(trace, simulator.trace(outcome))]
 
     output.publish(results, folder, output_options, also=write_steps)
-
-
-def _one_load(options: _Load) -> "Load":
-    loads = options.loads(_DEFAULT_BATCH)
-    if len(loads) > 1:
-        given = f"--batch {options.batch}" if options.rate is None else f"--rate {options.rate}"
-        raise UserError(f"{given} is {len(loads)} loads; simulate takes one a run")
-    return loads[0]
 
 
 def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
@@ -177,10 +162,10 @@ def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
         return MultiToken(num_drafts, acceptance or 0.0)
 
 
-def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
-
-    num_runs = simulator.num_runs
+def _run(simulator: "Simulator", seed: int, *, is_alone: bool) -> "Outcome":
+    num_runs, load = simulator.num_runs, simulator.load
     times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
-    description = f"simulating {load.num_requests:,} requests{times}"
+    name = "" if is_alone else f"{load}: "
+    description = f"{name}simulating {load.num_requests:,} requests{times}"
     with output.task_on_stderr(description, num_runs * load.num_requests) as advance:
         return simulator.run(seed, advance)
