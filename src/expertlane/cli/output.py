@@ -349,7 +349,7 @@ def stream_output(
 
 
 def output_text(llm: "LLM", output: "RequestOutput") -> str:
-    """A prompt and what came of it, to be told apart from others."""
+    """A prompt and its output, separated from others."""
     prompt = _ids(output.prompt_token_ids) if output.prompt is None else output.prompt
     return f"> {prompt}\n{_text(llm, output)}\n\n"
 
