@@ -70,8 +70,8 @@ def diff(
       expertlane diff results/before results/after --json | jq '.changes[] | .gain'
     """
     from expertlane.report import markdown
-    from expertlane.report.differences import report_of_difference
-    from expertlane.results.difference import difference
+    from expertlane.report.diff import report_of_difference
+    from expertlane.results.diff import difference
     from expertlane.results.file import read
     from expertlane.results.table import aligned, write_table
 

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, figures, percent, with_bounds
-from expertlane.results.difference import Change, Difference, Verdict
+from expertlane.results.diff import Change, Difference, Verdict
 from expertlane.results.estimate import Estimate
 
 _MOST_ROWS = 5  # of each table of the answer
