@@ -13,6 +13,7 @@ from expertlane.errors import UserError
 from expertlane.spec.files import strict_json, write_text
 
 REGRESSION = 1  # exit code
+THRESHOLD_PERCENT = 5.0
 
 _RESULTS = "A results.json of compare, plan, simulate or bench, or the folder it is in."
 
@@ -20,7 +21,7 @@ _RESULTS = "A results.json of compare, plan, simulate or bench, or the folder it
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     threshold: float = typer.Option(
-        5.0,
+        THRESHOLD_PERCENT,
         metavar="PERCENT",
         help="By how much a figure may get worse; beyond, and beyond its noise, the exit code is "
         "1.",

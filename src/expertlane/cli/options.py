@@ -94,33 +94,40 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     Numbers of options are checked by the ranges of the fields that they are named like.
     """
 
-    parameters = _parameters(command)
+    parameters = parameters_of(command)
 
     @wraps(command)
     def run(**values: Any) -> None:
         for each in parameters:
             _check(each, values[each.name])
-        _call(command, values)
+        call_with(command, values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 
-def _parameters(taker: Any) -> list[inspect.Parameter]:
+def parameters_of(taker: Any) -> list[inspect.Parameter]:
+    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
     found = []
     for each in inspect.signature(taker).parameters.values():
-        if is_dataclass(each.annotation):
-            found += _parameters(each.annotation)
-        else:
+        if is_group(each.annotation):
+            found += parameters_of(each.annotation)
+        elif each.annotation is not Call:
             found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     return found
 
 
-def _call(taker: Any, values: dict[str, Any]) -> Any:
+def is_group(kind: object) -> bool:
+    """Whether a parameter of this type stands for several options."""
+    return is_dataclass(kind) and kind is not Call
+
+
+def call_with(taker: Any, values: dict[str, Any]) -> Any:
+    """Call a function that takes groups; a value for each option, by its name."""
     return taker(
         **{
-            name: _call(each.annotation, values) if is_dataclass(each.annotation) else values[name]
+            name: call_with(each.annotation, values) if is_group(each.annotation) else values[name]
             for name, each in inspect.signature(taker).parameters.items()
         }
     )

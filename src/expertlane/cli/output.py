@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from expertlane.errors import UserError
 from expertlane.progress import Progress, Silent
-from expertlane.spec.files import strict_json, write_text
+from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable, printable_json
 
 if TYPE_CHECKING:
@@ -281,7 +281,9 @@ def print_report(
             if options.full:
                 terminal.show(report, console)
             else:
-                terminal.show_answer(report, console, page)
+                terminal.show_answer(report, console)
+                more = "" if page is None else f", or {page}"
+                console.print(f"\nMore: --full{more}", soft_wrap=True)
 
 
 def print_written(paths: Sequence[Path]) -> None:
@@ -295,6 +297,7 @@ def write_beside(found: Found, report: "Report", export: "Format | None") -> lis
     Raises:
         UserError: the folder can't be written to.
     """
+    from expertlane.report.files import write_reports
     from expertlane.results.table import rows_of, write_table
 
     assert found.folder is not None, "it has been asked for"
@@ -302,21 +305,6 @@ def write_beside(found: Found, report: "Report", export: "Format | None") -> lis
     if export is not None:
         written.append(write_table(rows_of(found.results), found.folder / TABLE, export))
     return [*written, *found.also()]
-
-
-def write_reports(report: "Report", folder: Path) -> tuple[Path, ...]:
-    """Write report.md and report.html; return their paths.
-
-    Raises:
-        UserError: the folder can't be written to.
-    """
-    from expertlane.report import html, markdown
-
-    texts = {"report.md": markdown.render(report), "report.html": html.render(report)}
-    for name in texts:
-        if (folder / name).is_dir():
-            raise UserError(f"cannot write {folder / name}: it is a folder")
-    return tuple(write_text(folder / name, text) for name, text in texts.items())
 
 
 def print_text(text: str) -> None:

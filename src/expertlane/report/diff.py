@@ -40,7 +40,7 @@ def report_of_difference(found: Difference, command: str, created: str) -> Repor
 def headline(found: Difference) -> str:
     """Whether there is a regression, and how many figures changed."""
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
-    counts = [(len(found.of(verdict)), verdict) for verdict in _WORDS]
+    counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
     if not regressions:
         return f"No regression beyond {beyond}: of {len(found.changes)} figures {changed}."
@@ -57,7 +57,7 @@ def headline(found: Difference) -> str:
 def _tables(found: Difference) -> Iterator[Table | str]:
     """What changed, the most changed first; of the rest, the deployments' names."""
     for verdict, words in _WORDS.items():
-        changes = found.of(verdict)
+        changes = found.with_verdict(verdict)
         if not changes:
             continue
         if verdict in ("slower", "faster"):

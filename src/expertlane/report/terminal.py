@@ -1,7 +1,6 @@
 """A report as tables in a terminal."""
 
 import textwrap
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -16,12 +15,8 @@ from expertlane.report.document import Figure, Report, Table, Words
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, page: Path | None) -> None:
-    """Print what fits on one screen, no wider than the console.
-
-    Args:
-        page: where the rest is, beside `--full`, if anywhere.
-    """
+def show_answer(report: Report, console: Console) -> None:
+    """Print what fits on one screen, no wider than the console."""
     answer = report.answer
     console.print(Text(answer.setting, style="dim"))
     console.print(Text(answer.headline, style="bold"))
@@ -30,8 +25,6 @@ def show_answer(report: Report, console: Console, page: Path | None) -> None:
         if not isinstance(part, str) and part.title:
             console.print(Text(part.title))
         console.print(_drawn(part, compact=True))
-    console.print()
-    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:

@@ -87,17 +87,18 @@ class Difference:
         found = [each for each in self.changes if each.is_regression(self.threshold)]
         return tuple(sorted(found, key=lambda change: change.gain or 0.0))
 
-    def of(self, *verdicts: Verdict) -> tuple[Change, ...]:
+    def with_verdict(self, *verdicts: Verdict) -> tuple[Change, ...]:
         """The changes with one of these verdicts."""
         return tuple(each for each in self.changes if each.verdict in verdicts)
 
 
 def difference(
-    first: Results, second: Results, names: tuple[str, str] = ("A", "B"), threshold: float = 0.05
+    first: Results, second: Results, names: tuple[str, str], threshold: float
 ) -> Difference:
     """Compare B with A.
 
     Args:
+        names: how they are called.
         threshold: the share by which a quantity may get worse before it is a regression.
 
     Raises:
