@@ -281,9 +281,7 @@ def print_report(
             if options.full:
                 terminal.show(report, console)
             else:
-                terminal.show_answer(report, console)
-                more = "" if page is None else f", or {page}"
-                console.print(f"\nMore: --full{more}", soft_wrap=True)
+                terminal.show_answer(report, console, page)
 
 
 def print_written(paths: Sequence[Path]) -> None:

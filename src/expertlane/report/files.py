@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from expertlane.errors import UserError
-from expertlane.report import html, markdown
 from expertlane.report.document import Report
 from expertlane.spec.files import write_text
 
@@ -14,6 +13,8 @@ def write_reports(report: "Report", folder: Path) -> tuple[Path, ...]:
     Raises:
         UserError: the folder can't be written to.
     """
+    from expertlane.report import html, markdown  # not for commands that only print
+
     texts = {"report.md": markdown.render(report), "report.html": html.render(report)}
     for name in texts:
         if (folder / name).is_dir():

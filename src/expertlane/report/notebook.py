@@ -7,18 +7,18 @@ from html import escape
 from rich.console import Console
 
 from expertlane.report import terminal
-from expertlane.report.document import Answer, Figure, Report, Table, Words
+from expertlane.report.document import Answer, Figure, Table, Words
 
 _WIDTH = 80
 
 
-def answer_text(report: Report) -> str:
+def answer_text(answer: Answer) -> str:
     """What a terminal of 80 columns shows."""
     stream = io.StringIO()
     console = Console(
         file=stream, width=_WIDTH, color_system=None, markup=False, emoji=False, highlight=False
     )
-    terminal.show_answer(report, console)
+    terminal.draw_answer(answer, console)
     return re.sub(r" +$", "", stream.getvalue(), flags=re.MULTILINE)
 
 

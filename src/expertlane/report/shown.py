@@ -27,7 +27,7 @@ class _Shown:
     @property
     def answer(self) -> str:
         """What the command prints: at most 40 lines of 80 columns."""
-        return answer_text(self._report())
+        return answer_text(self._report().answer)
 
     @property
     def headline(self) -> str:
