@@ -80,11 +80,13 @@ def diff(
     if folder is not None:
         output.check_folder(folder)
     names = str(first), str(second)
-    found = difference(read(first), read(second), names, own.threshold / 100)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    report = report_of_difference(found, output.command_line(), created)
-    plain = asdict(found) | {"num_regressions": len(found.regressions)}
-    as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
+    results = read(first), read(second)
+    with output.making_sense(f"the difference from {first} to {second}"):
+        found = difference(*results, names, own.threshold / 100)
+        report = report_of_difference(found, output.command_line(), created)
+        plain = asdict(found) | {"num_regressions": len(found.regressions)}
+        as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
     output.print_report(report, output_options, None, lambda: as_json)
     if folder is not None:
         texts = {"diff.json": as_json, "diff.md": markdown.render(report)}

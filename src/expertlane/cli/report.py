@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from expertlane.cli.options import export_option
-from expertlane.cli.output import Found, check_folder, print_json, write_beside
-from expertlane.errors import ExpertlaneError, UserError
+from expertlane.cli.output import Found, check_folder, making_sense, print_json, write_beside
 from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable
 
@@ -49,16 +48,9 @@ def report(
     kept = read_results(results)
     folder = out or (results if results.is_dir() else results.parent)
     check_folder(folder)
-    try:
-        found = Found(kept, folder)
+    found = Found(kept, folder)
+    with making_sense(results):
         written = [str(each) for each in write_beside(found, report_of(kept), export)]
-    except ExpertlaneError:
-        raise
-    except Exception as error:  # a file that is well-formed and yet makes no sense
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{results} cannot be shown: its numbers do not fit together ({reason})"
-        ) from error
     if as_json:
         print_json(strict_json({"written": written}) + "\n")
     else:

@@ -136,13 +136,13 @@ def _compared(results: Results) -> list[DeploymentRecord]:
     return [each for each in results.deployments if not _AS_SCREENED & {*each.roles}]
 
 
+def _projected(results: Results) -> list[DeploymentRecord]:
+    return [each for each in _compared(results) if each.source == "projected"]
+
+
 def _changes(first: Results, second: Results) -> Iterator[Change]:
-    is_paired = _cluster(first) == _cluster(second)
-    records = _compared(first), _compared(second)
-    pairs = list(_pairs(*records, _name_of))
-    if first.kind == "plan" and records[0][0].name != records[1][0].name:
-        pairs = [(records[0][0], records[1][0]), *pairs]  # what was chosen
-    for record, other in pairs:
+    is_paired = _device(first) == _device(second)
+    for record, other in _record_pairs(first, second):
         held = record or other
         assert held is not None, "a pair has one at least"
         name = held.name
@@ -153,13 +153,30 @@ def _changes(first: Results, second: Results) -> Iterator[Change]:
             yield _change(name, held.source, where, quantity, before, after, shared)
 
 
-def _cluster(results: Results) -> str | None:
+def _device(results: Results) -> str | None:
     return None if results.cluster is None else results.cluster.device
 
 
-def _name_of(record: DeploymentRecord) -> Hashable:
-    """Of a projected comparison there is one for each of several conditions."""
-    return record.name, record.source, record.conditions, record.roles[:1]
+_Pair = tuple[DeploymentRecord | None, DeploymentRecord | None]
+
+
+def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
+    """Records of one source and name; of plans first what was chosen, whatever it is."""
+    by_conditions = any(
+        len({each.conditions for each in _projected(r)}) > 1 for r in (first, second)
+    )
+
+    def key(record: DeploymentRecord) -> Hashable:
+        return record.name, record.roles[:1], record.conditions if by_conditions else None
+
+    for source in _LEADING:
+        here, there = (
+            [each for each in _compared(results) if each.source == source]
+            for results in (first, second)
+        )
+        if first.kind == "plan" and here and there and here[0].name != there[0].name:
+            yield here[0], there[0]
+        yield from _pairs(here, there, key)
 
 
 def _pairs(
@@ -318,9 +335,9 @@ def _setting(results: Results) -> dict[str, str]:
         found["cluster"] = results.cluster.name
     if results.virtual_time is not None:
         found["links"] = results.virtual_time.links or "none"
-    conditions = {each.conditions for each in _compared(results) if each.conditions is not None}
-    if len(conditions) == 1:
-        found |= {name: str(value) for name, value in asdict(conditions.pop()).items()}
+    conditions = {each.conditions for each in _projected(results)}
+    if len(conditions) == 1 and (only := conditions.pop()) is not None:
+        found |= {name: str(value) for name, value in asdict(only).items()}
     return found
 
 

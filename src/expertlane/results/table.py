@@ -18,6 +18,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.files import write_text, write_whole
+from expertlane.spec.printable import printable
 
 Format = Literal["csv", "parquet"]
 Cell = str | int | float | bool | None
@@ -31,7 +32,7 @@ _NAMES = {  # where the field's own lacks a unit, or says too little in a table
     "name": "deployment",
 }
 _UNNAMED = {"options", "conditions"}  # their parts say enough
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@")
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -143,7 +144,7 @@ def write_table(rows: Sequence[Row], path: Path, wanted: Format) -> Path:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """The rows as CSV (RFC 4180, lines end with a line feed), None as an empty cell."""
+    """The rows as CSV (RFC 4180, but lines end with a line feed), None as an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writerow({name: _harmless(name) for name in writer.fieldnames})
@@ -153,8 +154,11 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def _harmless(cell: Cell) -> Cell:
-    """Text that a spreadsheet shows and does not calculate."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+    """Text that a spreadsheet shows and does not calculate; unsafe characters are escaped."""
+    if not isinstance(cell, str):
+        return cell
+    text = printable(cell)
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def to_pandas(rows: Sequence[Row]) -> Any:
