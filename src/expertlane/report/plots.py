@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
+from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.charts.traffic import fan_out_chart, load_chart, traffic_chart
+from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.compared import Comparison, Row, scaling
+from expertlane.report.difference import step_difference
 from expertlane.report.document import Chart, Plot, Section, Tabs, Words
-from expertlane.report.numbers import likely, milliseconds
+from expertlane.report.numbers import figures, likely, milliseconds, times
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.serving import phases_of
 from expertlane.report.speed import in_words, unit_of
+from expertlane.report.verdict import _pair as compared_pair
+from expertlane.report.verdict import is_close
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -57,7 +61,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
         own = _plots(f"Context and batch, {what}", _by_context(compared))
         front = _front(results, compared)
     return (
-        _plots(f"Speed, {what}", _speed(compared)),
+        _plots(f"Prefill, {what}", _prefill(compared)),
         _plots(f"Where the time goes, {what}", (*largest, *_causes(steps))),
         _plots(f"One step, rank by rank, {what}", _compared_timelines(compared, steps)),
         own,
@@ -82,42 +86,73 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
     return {name: step for name, step in of_phase.items() if step is not None}
 
 
-def _speed(compared: Comparison) -> list[Tabs]:
-    is_measured = compared.is_run
-    at = "" if is_measured else f" at {compared.context:,} tokens of context"
-    bars = {str(compared.phase): [_bar(row, row.tps_range) for row in compared.rows]}
-    if not is_measured:
-        prefills = [(row, row.record.prefill) for row in compared.rows]
-        bars["prefill"] = [_bar(row, step.tps) for row, step in prefills if step]
-    charts = {
-        phase: speed_chart(
-            f"{phase} tokens a second{at if phase == 'decode' else ''}".capitalize(),
-            f"{phase} tokens/s",
+def first(compared: Comparison) -> Section:
+    """What a page's first screen shows beside the verdict: how fast all are, and why."""
+    chart = _throughput(compared)
+    pair = compared_pair(compared)
+    charts = [chart] if chart else []
+    if pair is not None:
+        charts.append(_step_difference(compared, *pair))
+    return Section(_WHERE.get(compared.source) or "projected", tuple(charts), "first")
+
+
+def _throughput(compared: Comparison) -> Chart | None:
+    """How fast all deployments are, those that the verdict names in colours of their own."""
+    faster, slower = compared_pair(compared) or (None, None)
+    roles = {row.number: role for row, role in ((faster, FASTER), (slower, SLOWER)) if row}
+    bars = [Bar(row.name, row.tps_range, roles.get(row.number, "other")) for row in compared.rows]
+    phase, fastest = compared.phase, compared.fastest
+    done = "decodes" if phase is Phase.DECODE else "prefills"
+    if faster is None or slower is None or is_close(faster, slower):
+        title = f"{fastest.name} {done} {figures(fastest.tps)} tokens/s"
+    else:
+        title = f"{faster.name} {done} {times(faster.tps / slower.tps)} as fast as {slower.name}"
+    unit = f"{phase} tokens/s"
+    between = "slowest–fastest run" if compared.is_run else "low–high"
+    return throughput_chart(title, unit, bars, between=between)
+
+
+def _step_difference(compared: Comparison, faster: Row, slower: Row) -> Chart:
+    difference = step_difference(slower, faster)
+    phase = compared.phase
+    return waterfall_chart(
+        step_title(slower.name, faster.name, difference),
+        slower.name,
+        faster.name,
+        difference,
+        note=f"ms of a {phase} step, mean over ranks.",
+    )
+
+
+def _prefill(compared: Comparison) -> list[Chart]:
+    """Of a projection, how fast prompts are computed."""
+    if compared.is_run or compared.phase is Phase.PREFILL:
+        return []
+    found = {row.name: step for row in compared.rows if (step := row.record.prefill)}
+    if not found:
+        return []
+    fastest = max(found, key=lambda name: found[name].tps.value)
+    chart = throughput_chart(
+        f"{fastest} prefills fastest: {figures(found[fastest].tps)} tokens/s",
+        "prefill tokens/s",
+        [Bar(name, step.tps) for name, step in found.items()],
+        between="low–high",
+    )
+    return [chart] if chart else []
+
+
+def _causes(steps: Mapping[Phase, _Named]) -> list[Chart]:
+    charts = [
+        causes_chart(
             of_phase,
-            between="slowest–fastest run" if is_measured else "low–high",
-        )
-        for phase, of_phase in bars.items()
-        if of_phase
-    }
-    return _tabs("Speed", charts)
-
-
-def _bar(row: Row, of: Estimate) -> Bar:
-    return Bar(row.label, of, row.record.is_baseline)
-
-
-def _causes(steps: Mapping[Phase, _Named]) -> list[Tabs]:
-    charts = {
-        str(phase): causes_chart(
-            f"Time of a {phase} step by cause",
-            of_phase,
-            note="Mean over ranks, while every sequence goes one token on or through its "
-            "prompt. Reads: operations bound by memory.",
+            f"{phase} step",
+            note="ms, mean over ranks, of one step of every sequence. Reads: operations bound by "
+            "memory.",
         )
         for phase, of_phase in steps.items()
         if of_phase
-    }
-    return _tabs("Time by cause", charts)
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
 def _timelines(
@@ -334,7 +369,7 @@ def plan(results: Results) -> tuple[Section, ...]:
     """Plots of a plan; everything is projected."""
     best = results.select("projected", BEST)
     bars = [
-        Bar(f"#{place} {named(each)}", serving(each).output_tps)
+        Bar(f"#{place} {named(each)}", serving(each).output_tps, FASTER if place == 1 else "other")
         for place, each in enumerate(best, 1)
     ]
     rows = {f"{number} {named(each)}": each for number, each in explained(results)}
@@ -358,11 +393,16 @@ def plan(results: Results) -> tuple[Section, ...]:
         note="No deployment of one pool is above and left of the front. The front and the best of "
         "each kind are screened, the others projected in full.",
     )
-    speed = speed_chart("Output tokens a second", "output tokens/s", bars, between="low–high")
+    speed = throughput_chart(
+        f"{named(best[0])} gives {figures(serving(best[0]).output_tps)} output tokens/s",
+        "output tokens/s",
+        bars,
+        between="low–high",
+    )
     words = "A step of each at its own number of sequences or prompts, written under it. "
     return (
         _plots("Throughput against latency, projected", [front]),
-        _plots("The best deployments, projected", [speed]),
+        _plots("The best deployments, projected", [speed] if speed else []),
         _plots("Where the time goes, projected", _causes(steps)),
         _plots("One step, rank by rank, projected", _timelines(words, steps)),
     )
@@ -374,12 +414,12 @@ def simulation(results: Results) -> tuple[Section, ...]:
     phases = dict(phases_of(record))
     steps = {step.phase: {name: step} for name, step in phases.items()}
     sent = {step.phase: {f"The largest {name} step": step} for name, step in phases.items()}
-    causes = causes_chart("Time of a mean step by cause", phases, note="Mean over ranks.")
+    causes = causes_chart(phases, "mean step", note="ms, mean over ranks.")
     loads = {record.name: record.num_tokens_per_expert}
     squares = _squares(loads, sent, results.projected_for.ranks_per_node)
     timelines = _timelines("A step by itself. ", steps, what="The largest {} step")
     return (
-        _plots("Where the time goes, projected", [causes]),
+        _plots("Where the time goes, projected", [causes] if causes else []),
         _plots("One step, rank by rank, projected", timelines),
         _plots("Experts and traffic, projected", squares),
     )

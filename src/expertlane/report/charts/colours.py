@@ -46,7 +46,7 @@ OF_STAGE: dict[str, str] = {
     BUBBLE: OF_CAUSE[BUBBLE],
 }
 
-BASELINE, PROPOSAL = "--grey", "--accent"
+PROPOSAL = "--accent"
 
 # Of curves and points, told apart by their marks too; those in the background are grey.
 SERIES = (
@@ -64,3 +64,9 @@ SERIES = (
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"
+
+# Of two deployments that a verdict names, the faster and the slower one, and of all others.
+RIVAL, OTHERS = "--grey", "--silver"
+# What a cause takes off a step or adds to it; loads below and above the mean.
+SAVED, ADDED = "--blue", "--vermillion"
+BELOW, ABOVE = "--blue", "--vermillion"
