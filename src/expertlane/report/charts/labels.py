@@ -40,9 +40,15 @@ def placed(
     Args:
         points: in pixels from the upper left; a name for each, the most important first, empty for
             a point without.
+        size_px: width and height of what there is.
+        line: places that are joined, which no name shall cross.
     """
-    taken = [_Box(x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX) for x, y in points]
-    found: list[tuple[float, float] | None] = []
+    taken = [
+        _Box(x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX)
+        for x, y in [*points, *_along(line)]
+    ]
+    width_px, height_px = size_px
+    found: list[_Place | None] = []
     for point, name in zip(points, names, strict=True):
         boxes = (_box(point, side, name) for side in _SIDES)
         free = (
