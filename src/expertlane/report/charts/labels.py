@@ -20,6 +20,10 @@ class _Box:
     right: float
     bottom: float
 
+    def is_within(self, size_px: _Place) -> bool:
+        width, height = size_px
+        return self.left >= 0 and self.top >= 0 and self.right <= width and self.bottom <= height
+
     def meets(self, other: "_Box") -> bool:
         return (
             self.left < other.right
@@ -41,30 +45,27 @@ def placed(
         points: in pixels from the upper left; a name for each, the most important first, empty for
             a point without.
         size_px: width and height of what there is.
-        line: places that are joined, which no name shall cross.
+        line: places that are joined, which a name crosses only where there is no other room.
     """
-    taken = [
-        _Box(x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX)
-        for x, y in [*points, *_along(line)]
-    ]
-    width_px, height_px = size_px
+    taken, joined = list(map(_around, points)), list(map(_around, _along(line)))
     found: list[_Place | None] = []
     for point, name in zip(points, names, strict=True):
-        boxes = (_box(point, side, name) for side in _SIDES)
-        free = (
+        boxes = [
             box
-            for box in boxes
-            if box.left >= 0
-            and box.top >= 0
-            and box.right <= width_px
-            and box.bottom <= height_px
-            and not any(map(box.meets, taken))
-        )
-        box = next(free, None) if name else None
+            for box in (_box(point, side, name) for side in _SIDES)
+            if box.is_within(size_px) and not any(map(box.meets, taken))
+        ]
+        beside_line = (box for box in boxes if not any(map(box.meets, joined)))
+        box = next(beside_line, next(iter(boxes), None)) if name else None
         if box is not None:
             taken.append(box)
         found.append(box and (box.left, (box.top + box.bottom) / 2))
     return found
+
+
+def _around(place: _Place) -> _Box:
+    x, y = place
+    return _Box(x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX)
 
 
 def _along(line: Sequence[_Place]) -> Iterator[_Place]:

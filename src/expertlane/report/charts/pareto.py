@@ -108,7 +108,10 @@ def _spec(
             "values": [{"x": 1.0 / each, "said": f"TPOT ≤ {1e3 * each:g} ms"} for each in limits]
         },
         "layer": [
-            {"mark": {"type": "rule", "strokeDash": [5, 4]}, "encoding": {"x": across("x")}},
+            {
+                "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
+                "encoding": {"x": across("x")},
+            },
             {
                 "mark": {"type": "text", "align": "left", "dx": 4, "baseline": "top", "dy": 2},
                 "encoding": {"x": across("x"), "y": {"value": 0}, "text": {"field": "said"}},
