@@ -5,13 +5,14 @@ from typing import Literal
 
 from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
+from expertlane.report.charts.load import alike, load_chart
 from expertlane.report.charts.pareto import Dot, Role, pareto_chart
 from expertlane.report.charts.timeline import timelines_chart
-from expertlane.report.charts.traffic import fan_out_chart, load_chart, traffic_chart
+from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
 from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.compared import Comparison, Row, scaling
 from expertlane.report.difference import step_difference
-from expertlane.report.document import Chart, Plot, Section, Tabs, Words
+from expertlane.report.document import Chart, Plot, Section, Words
 from expertlane.report.numbers import counted, figures, likely, milliseconds, times
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.serving import phases_of
@@ -57,7 +58,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     ]
     if is_measured:
         loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
-        squares = _squares(loads, steps, results.measured_on.ranks_per_node)
+        squares = _experts_and_traffic(loads, steps, results.measured_on.ranks_per_node)
         own = _plots(f"Experts and traffic, {what}", squares)
         front = []
     else:
@@ -71,12 +72,6 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
         _plots(f"Scaling, {what}", _sizes(results, compared.source)),
         _plots(f"Throughput against latency, {where}", front),
     )
-
-
-def _tabs(title: str, charts: Mapping[str, Chart | None]) -> list[Tabs]:
-    """The tabs that show anything."""
-    drawn = tuple((name, chart) for name, chart in charts.items() if chart is not None)
-    return [Tabs(title, drawn)] if drawn else []
 
 
 def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
@@ -214,32 +209,21 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
 _Loads = Mapping[str, Sequence[Sequence[int]]]
 
 
-def _squares(loads: _Loads, steps: Mapping[Phase, _Named], per_node: int) -> list[Plot]:
-    parts = _loads(loads)
+def _experts_and_traffic(
+    loads: _Loads, steps: Mapping[Phase, _Named], per_node: int, of_what: str = "all steps"
+) -> list[Words | Plot]:
+    groups = alike(loads)
+    if len(groups) == 1 and len(loads) > 1:
+        groups = [([f"all {len(loads)} deployments"], groups[0][1])]
+    parts: list[Words | Plot | None] = [load_chart(*each) for each in groups]
     for phase, of_phase in steps.items():
-        sent = {name: step.traffic for name, step in of_phase.items() if step.traffic}
-        alone = "" if len(sent) > 1 else ": who sends to whom"
-        matrices = {
-            name: traffic_chart(f"{name}{alone}", payload, per_node)
-            for name, seen in sent.items()
-            if (payload := seen.sent_bytes.get(Traffic.PAYLOAD.label))
-        }
-        parts += _tabs(f"Who sends to whom in {phase}", matrices)
-        fan_outs = {name: seen.fan_out for name, seen in sent.items() if seen.fan_out}
-        fan_out = fan_out_chart(f"Ranks that a token reaches in {phase}", fan_outs)
-        if fan_out is not None:
-            parts.append(fan_out)
-    return parts
-
-
-def _loads(loads: _Loads) -> list[Plot]:
-    """One plot where all had the same; none without experts."""
-    title = "Load of the experts"
-    if len(set(loads.values())) == 1:
-        also = ", the same in all deployments" if len(loads) > 1 else ""
-        loads = {f"{title}{also}": next(iter(loads.values()))}
-    charts = [(name, chart) for name, load in loads.items() if (chart := load_chart(name, load))]
-    return [Tabs(title, tuple(charts))] if len(charts) > 1 else [chart for _, chart in charts]
+        seen = {name: step.traffic for name, step in of_phase.items() if step.traffic}
+        sent = {name: each.sent_bytes.get(Traffic.PAYLOAD.label) for name, each in seen.items()}
+        payloads = {name: each for name, each in sent.items() if each}
+        parts += traffic_charts(str(phase), payloads, per_node, of_what)
+        fan_outs = {name: each.fan_out for name, each in seen.items() if each.fan_out}
+        parts.append(fan_out_chart(str(phase), fan_outs))
+    return [part for part in parts if part is not None]
 
 
 def _sizes(results: Results, source: Source) -> list[Chart]:
@@ -465,10 +449,10 @@ def simulation(results: Results) -> tuple[Section, ...]:
     record = results.deployments[0]
     phases = dict(phases_of(record))
     steps = {step.phase: {name: step} for name, step in phases.items()}
-    sent = {step.phase: {f"The largest {name} step": step} for name, step in phases.items()}
+    sent = {step.phase: {record.name: step} for step in phases.values()}
     causes = causes_chart(phases, "mean step", note="ms, mean over ranks.")
     loads = {record.name: record.num_tokens_per_expert}
-    squares = _squares(loads, sent, results.projected_for.ranks_per_node)
+    squares = _experts_and_traffic(loads, sent, results.projected_for.ranks_per_node, "one step")
     timelines = _timelines("A step by itself. ", steps, what="The largest {} step")
     return (
         _plots("Where the time goes, projected", [causes] if causes else []),

@@ -59,7 +59,7 @@ def bar(**looks: object) -> Spec:
     return {"type": "bar", "height": BAR_PX, "yOffset": _DOWN_PX, **looks}
 
 
-def inside(text: str, middle: str, size: str, most: float) -> Spec:
+def inside(text: str, middle: str, size: str, most: float, colour: str = "--card") -> Spec:
     """A layer of words within bars, where these have the room.
 
     Args:
@@ -68,7 +68,7 @@ def inside(text: str, middle: str, size: str, most: float) -> Spec:
     """
     return {
         "transform": [{"filter": f"datum[{size!r}] * width / {most} > {_LEAST_PX}"}],
-        "mark": {"type": "text", "yOffset": _DOWN_PX, "color": "--card", "fontSize": 10.5},
+        "mark": {"type": "text", "yOffset": _DOWN_PX, "color": colour, "fontSize": 10.5},
         "encoding": in_row() | {"x": along(middle, None, most), "text": {"field": text}},
     }
 
@@ -78,12 +78,12 @@ def rule(**looks: object) -> Spec:
     return {"type": "rule", "yOffset": _DOWN_PX, **looks}
 
 
-def along(field: str, title: str | None, most: float, least: float = 0.0) -> Spec:
+def along(field: str, title: str | None, most: float, least: float = 0.0, text: str = "~s") -> Spec:
     """Where a value is on the axis that all rows share."""
     return quantity(
         field,
         title,
-        {"format": "~s", "labelOverlap": True, "domain": False, "ticks": False},
+        {"format": text, "labelOverlap": True, "domain": False, "ticks": False},
         domain=[least, most],
         nice=False,
     )
