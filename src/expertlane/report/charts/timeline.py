@@ -6,15 +6,20 @@ from dataclasses import replace
 import numpy as np
 
 from expertlane.report.charts.colours import BUBBLE, OF_STAGE
-from expertlane.report.charts.encoding import Spec, colour, quantity, tooltip
-from expertlane.report.document import Chart, Heading, Legend, Table, Timelines
+from expertlane.report.document import (
+    Chart,
+    Heading,
+    Lanes,
+    Legend,
+    Stretch,
+    Table,
+    Timelines,
+)
 from expertlane.report.numbers import counted, milliseconds, percent
 from expertlane.results.timeline import RankTimeline, StepTimeline
 from expertlane.spec.names import Stage, Track
 
-_LANE_PX, _LEAST_PX = 7, 36
 _NUM_OPEN = 3
-_US_PER_MS = 1e3
 _US_PER_S = 1e6
 _UNSHOWN = {"idle", "setup"}
 _WAITS = "waits"
@@ -34,10 +39,10 @@ def timelines_chart(
         first: the deployments that are seen at once; the first few if there is none.
         is_measured: a rank's lower row is then its waiting, not transfers of a model.
     """
-    until_ms = max(step.shown_us for step, _ in timelines.values()) / _US_PER_MS
+    until_us = max(step.shown_us for step, _ in timelines.values())
     seen = [name for name in timelines if name in first] or list(timelines)[:_NUM_OPEN]
     charts = [
-        (name, _chart(name, _measured(step) if is_measured else step, until_ms, note))
+        (name, _chart(name, _measured(step) if is_measured else step, until_us, note))
         for name, (step, note) in timelines.items()
     ]
     return Timelines(title, tuple(charts), frozenset(seen))
@@ -67,30 +72,17 @@ def _used(step: StepTimeline) -> list[int]:
     return [place for place in sorted(places) if step.stages[place] not in _UNSHOWN]
 
 
-def _chart(name: str, step: StepTimeline, until_ms: float, note: str) -> Chart:
-    stages = [step.stages[place] for place in _used(step)]
-    legend = [Legend(stage, OF_STAGE[stage]) for stage in stages]
-    tracks = [
-        track
-        for place, track in enumerate(step.tracks)
-        if any(place in rank.track for rank in step.ranks)
-    ]
+def _chart(name: str, step: StepTimeline, until_us: float, note: str) -> Chart:
+    legend = [Legend(step.stages[place], OF_STAGE[step.stages[place]]) for place in _used(step)]
     lower = "what it waited for" if _WAITS in step.tracks else "its transfers"
     return Chart(
         name,
         f"A row for each of {counted(len(step.ranks), 'rank')}: what it computed above, {lower} "
-        f"below, over {_extent(step)}. {_extremes(step)} Arrow keys move along the time axis, "
-        "plus and minus zoom, 0 shows all.",
-        _spec(legend, tracks, len(step.ranks)),
+        f"below, over {_extent(step)}. {_extremes(step)}",
+        _lanes(step, until_us),
         _table(name, step),
         legend=legend,
         note=" ".join(filter(None, (_note(step), note))),
-        data={
-            "until_ms": until_ms,
-            "stages": step.stages,
-            "tracks": step.tracks,
-            "ranks": list(map(vars, step.ranks)),
-        },
     )
 
 
@@ -101,47 +93,20 @@ def _extent(step: StepTimeline) -> str:
     return f"the first {milliseconds(step.shown_us / _US_PER_S)} of {whole}"
 
 
-def _spec(legend: list[Legend], tracks: list[str], num_ranks: int) -> Spec:
-    return {
-        "data": {"name": "events"},
-        "height": max(_LEAST_PX, _LANE_PX * len(tracks) * num_ranks),
-        "params": [{"name": "from_ms", "value": 0}, {"name": "to_ms", "value": 1}],
-        "mark": {"type": "rect", "clip": True},
-        "encoding": {
-            "x": quantity(
-                "begin",
-                "ms",
-                domainMin={"expr": "from_ms"},
-                domainMax={"expr": "to_ms"},
-                nice=False,
-                zero=False,
-            ),
-            "x2": {"field": "end"},
-            "y": {
-                "field": "rank",
-                "type": "ordinal",
-                "title": "rank",
-                "axis": {"ticks": False, "domain": False, "labelOverlap": True},
-                "scale": {"paddingInner": 0.15},
-            },
-            "yOffset": {
-                "field": "track",
-                "type": "nominal",
-                "sort": tracks,
-                "scale": {"domain": tracks},
-            },
-            "color": colour("stage", legend),
-            "tooltip": tooltip(
-                stage="stage",
-                where="rank",
-                track="row",
-                layer="layer",
-                micro_batch="micro-batch",
-                begins="begins at",
-                takes="takes",
-            ),
-        },
-    }
+def _lanes(step: StepTimeline, until_us: float) -> Lanes:
+    tracks = sorted({track for rank in step.ranks for track in rank.track})
+    stretches: dict[str, list[Stretch]] = {step.stages[place]: [] for place in _used(step)}
+    for row, rank in enumerate(step.ranks):
+        columns = zip(rank.stage, rank.track, rank.begin_us, rank.duration_us, strict=True)
+        for stage, track, begin_us, duration_us in columns:
+            if (of_stage := stretches.get(step.stages[stage])) is not None:
+                of_stage.append(Stretch(row, tracks.index(track), begin_us, duration_us))
+    return Lanes(
+        tuple(str(rank.rank) for rank in step.ranks),
+        len(tracks),
+        until_us,
+        {stage: tuple(of_stage) for stage, of_stage in stretches.items()},
+    )
 
 
 def _busy_us(rank: RankTimeline, step: StepTimeline) -> float:
