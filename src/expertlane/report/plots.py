@@ -169,9 +169,11 @@ def _timelines(
     steps: Mapping[Phase, _Named],
     title: str = "The {} step, rank by rank",
     notes: Callable[[Phase, str], str] = lambda phase, name: "",
-    **how: bool,
+    *,
+    is_measured: bool = False,
+    shares_cores: bool = False,
 ) -> list[Words | Plot]:
-    """A group a phase; `how` as `timelines_chart` takes it."""
+    """A group a phase; the rest as `timelines_chart` takes it."""
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
         timelines = {
@@ -180,7 +182,14 @@ def _timelines(
             if step.timeline
         }
         if timelines:
-            drawn.append(timelines_chart(title.format(phase), timelines, **how))
+            drawn.append(
+                timelines_chart(
+                    title.format(phase),
+                    timelines,
+                    is_measured=is_measured,
+                    shares_cores=shares_cores,
+                )
+            )
     said = (
         f"{words} Each row is a rank; all share one time axis, and what is shorter than a "
         "thousandth of it counts with what is around it. Idle: a rank has nothing to do."

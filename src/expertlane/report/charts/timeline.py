@@ -1,6 +1,6 @@
 """What every rank does when in one step: a row a rank, deployments on one time axis."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,6 @@ class _Rank:
 def timelines_chart(
     title: str,
     timelines: Mapping[str, tuple[StepTimeline, str]],
-    first: Collection[str] = (),
     *,
     is_measured: bool = False,
     shares_cores: bool = False,
@@ -43,20 +42,17 @@ def timelines_chart(
 
     Args:
         timelines: by deployment, at least one, each with what more there is to say of it.
-        first: the deployments that are seen at once; the first few if there is none.
         is_measured: in wall time: a rank's network row is then its waiting, else transfers.
         shares_cores: ranks take turns, so that one that begins late had no core.
     """
     until_us = max(step.shown_us for step, _ in timelines.values())
-    seen = [name for name in timelines if name in first] or list(timelines)[:_NUM_OPEN]
-    charts, is_open = [], set()
+    charts = []
     for name, (step, note) in timelines.items():
         ranks = [_rank(each, step, is_measured, shares_cores) for each in step.ranks]
         chart = _chart(name, step, ranks, until_us, note)
         charts.append((chart.title, chart))
-        if name in seen:
-            is_open.add(chart.title)
-    return Timelines(title, tuple(charts), frozenset(is_open))
+    seen = frozenset(name for name, _ in charts[:_NUM_OPEN])
+    return Timelines(title, tuple(charts), seen)
 
 
 def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_cores: bool) -> _Rank:
