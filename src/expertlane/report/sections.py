@@ -157,7 +157,7 @@ def _simulation(results: Results) -> _Made:
     asked = f"{results.question['model']['name']} as {layout} on {results.projected_for.name}"
     return (
         f" simulate: {asked}",
-        Answer(f"{asked} | projected", serving.feels(results), (serving.latency(results),)),
+        serving.simulation_answer(results, asked),
         (
             *serving.simulation(results),
             *plots.simulation(results),
@@ -176,6 +176,6 @@ def _bench(results: Results) -> _Made:
     )
     return (
         f" bench: {asked}",
-        Answer(f"{asked} | measured", serving.fastest(results), (serving.throughput(results),)),
+        serving.bench_answer(results),
         (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
     )
