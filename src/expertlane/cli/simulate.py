@@ -17,6 +17,7 @@ from expertlane.cli.options import (
     SchedulerOptions,
     cluster_option,
     takes_groups,
+    trace_option,
 )
 from expertlane.errors import UserError, naming
 
@@ -34,19 +35,14 @@ class _Options:
     prefill_layout: str | None = typer.Option(
         None,
         metavar="LAYOUT",
-        help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
-        "and values travel between them. All other options hold for both pools.",
+        help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
+        "All other options hold for both pools.",
     )
-    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N tokens guessed a step.")
+    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
     mtp_acceptance: float | None = typer.Option(
-        None, metavar="P", help="How often a guess is right, 0 to 1; needed with --mtp."
+        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
     )
-    trace: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        help="Also write what every rank does when, in one prefill and one decode step; open it "
-        "in ui.perfetto.dev or chrome://tracing.",
-    )
+    trace: bool = trace_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,7 @@ def simulate(
     deployment: _Deployment,
     scheduler: SchedulerOptions,
 ) -> None:
-    """Project what a deployment would do on a cluster that is not here.
+    """Project one deployment on target hardware.
 
     The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
     to published measurements or made by expertlane calibrate. Says what limits the deployment,
@@ -82,10 +78,25 @@ def simulate(
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
       expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 --dtype float8 --batch 256
       expertlane simulate ./my-checkpoint --layout dp=16,ep=16 --cluster h100x16 --rate 20
-          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --redundant 16
+          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --num-redundant-experts 16
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
-          --cluster h100x16 --trace step.json
+          --cluster h100x16 --trace
     """
+    call = output_options.call()
+    found = run(model, own, load_options, projection, deployment, scheduler, call)
+    output.publish(found, output_options)
+
+
+def run(
+    model: ModelArgument,
+    own: _Options,
+    load_options: SimulatedLoad,
+    projection: ProjectionOptions,
+    deployment: _Deployment,
+    scheduler: SchedulerOptions,
+    call: output.Call,
+) -> output.Found:
+    """Simulate, without a word on standard output."""
     loads = load_options.loads()
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
@@ -93,13 +104,13 @@ def simulate(
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.chrome_trace import write_trace
+    from expertlane.results.chrome_trace import write_traces
     from expertlane.results.cost import with_costs
     from expertlane.simulate.results import best_run, simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
     from expertlane.spec.workload import check_lengths
 
-    config, trace, seed = found_model.config, own.trace, load_options.seed
+    config, seed = found_model.config, load_options.seed
     modelled = parse_cluster(own.cluster)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     setup = ServingSetup(
@@ -122,11 +133,7 @@ def simulate(
     if setup.prefill_layout is not None:
         with naming("--prefill-layout"):
             found_model.check(setup.prefill_layout, setup.options, per_node)
-    if trace is not None:
-        output.check_file("--trace", trace, "step.json")
-    folder = output.results_folder(
-        output_options.out, output.slug("simulate", config.name, own.cluster)
-    )
+    folder = call.folder(output.slug("simulate", config.name, own.cluster))
     simulators = [Simulator(config, modelled, setup, load) for load in loads]
     runs = [(each, _run(each, seed, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(
@@ -134,19 +141,19 @@ def simulate(
         load_options.question(loads[0]),
         routing,
         load_options.slos,
-        command=output.command_line(),
+        command=call.command,
         caution=found_model.priced_wider(setup.types),
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
 
     def write_steps() -> list[Path]:
-        if trace is None:
+        if folder is None or not own.trace:
             return []
         simulator, outcome = best_run(runs, results.deployments[0].serving)
-        return [write_trace(trace, simulator.trace(outcome))]
+        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
-    output.publish(results, folder, output_options, also=write_steps)
+    return output.Found(results, folder, write_steps)
 
 
 def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":

@@ -154,7 +154,7 @@ def bench(results: Results) -> tuple[Section, ...]:
     """What a load on an engine gave."""
     return (
         Section("Verdict", (headline(results), *_scaling(results), *cautions(results)), "top"),
-        Section("Throughput, tokens a second (measured)", (throughput(results),), "top"),
+        Section("Throughput, tokens/s (measured)", (throughput(results),), "top"),
         Section("Latency, ms (measured)", (latency(results),)),
         Section("Objectives and goodput (measured)", tuple(objectives(results)), "top"),
         Section("Cost (measured)", tuple(cost(results))),
@@ -223,7 +223,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
             "Throughput and latency (projected)",
             (
                 f"Prompts of {asked['prompt_len']} and outputs of {asked['output_len']} tokens. "
-                "Output, total: tokens a second. Latency is in ms.",
+                "Output, total: tokens/s. Latency is in ms.",
                 throughput(results),
                 latency(results),
                 *objectives(results),
@@ -236,16 +236,16 @@ def simulation(results: Results) -> tuple[Section, ...]:
             (
                 *causes("", phases),
                 Table.across("Steps", (*_COUNTS, IN_ALL, *FACTS), phases),
-                "Mean over ranks and steps; steps with any prompt in them count as prefill. Reads: "
-                "of operations that are bound by memory. Waiting is until the last rank of a group "
-                f"came; exposed is what even that one waits. {HOW_TO_READ_FACTS}",
+                "Mean over ranks and steps; steps that contain a prompt count as prefill. Reads: "
+                "operations bound by memory bandwidth. Waiting: until the last rank of a group "
+                f"arrives; exposed: what that rank itself waits. {HOW_TO_READ_FACTS}",
             ),
         ),
         Section(
-            f"Memory of the fullest rank{of}",
+            f"Memory per rank (the fullest){of}",
             (
                 Table.across("", MEMORY, [(_pool_name(record, pool), pool) for pool in pools]),
-                "Sequences are of the whole pool. The cache is no larger than this load could use.",
+                "Sequences: in the whole pool. The KV cache is no larger than this load can use.",
             ),
         ),
     )
@@ -310,17 +310,17 @@ def _noted(sentences: Iterable[str]) -> list[Note]:
 
 _COUNTS: tuple[Column[StepsRecord], ...] = (
     number("steps", lambda step: step.num_steps, whole),
-    number("tokens a step", lambda step: step.num_tokens / step.num_steps, figures),
-    number("sequences a step", lambda step: step.num_seqs / step.num_steps, figures),
+    number("tokens per step", lambda step: step.num_tokens / step.num_steps, figures),
+    number("sequences per step", lambda step: step.num_seqs / step.num_steps, figures),
 )
 MEMORY: tuple[Column[PoolRecord], ...] = (
     number("weights", lambda pool: pool.weight_bytes, bytes_si),
-    number("key/value cache", lambda pool: pool.kv_bytes, bytes_si),
+    number("KV cache", lambda pool: pool.kv_bytes, bytes_si),
     number("activations of the largest step", lambda pool: pool.activation_bytes, bytes_si),
-    number("a sequence of full length", lambda pool: pool.sequence_bytes, bytes_si),
-    number("allowed in all", lambda pool: pool.allowed_bytes, bytes_si),
-    number("sequences of full length that fit", lambda pool: pool.num_resident, whole),
-    number("most sequences at once", lambda pool: pool.most_running, whole),
+    number("KV per full-length sequence", lambda pool: pool.sequence_bytes, bytes_si),
+    number("memory limit", lambda pool: pool.allowed_bytes, bytes_si),
+    number("full-length sequences that fit", lambda pool: pool.num_resident, whole),
+    number("peak concurrency", lambda pool: pool.most_running, whole),
     number("preemptions", lambda pool: pool.num_preemptions, whole),
 )
 
@@ -354,7 +354,7 @@ def limits(results: Results) -> Iterator[str]:
     unsure = sum((step.extrapolated_share or 0) * step.wall_s.value for _, step in phases) / total_s
     if unsure > _UNSURE:
         yield (
-            f"{percent(unsure)} of the time lies outside the sizes that were measured: take the "
+            f"{percent(unsure)} of the time lies outside the sizes that were measured: use the "
             "bounds, not the values."
         )
 
@@ -375,11 +375,8 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
             and running < wanted
             and (room < min(wanted, slots) or slots < wanted)
         ):
-            lacking = "room (--max-num-seqs)" if slots <= room else "memory"
-            yield (
-                f"At most {counted(running, 'sequence')} of {wanted:,} ran at once, for want of "
-                f"{lacking}."
-            )
+            lacking = "--max-num-seqs" if slots <= room else "memory"
+            yield (f"Concurrency reached {running:,} of {wanted:,}, limited by {lacking}.")
     num_idle = results.projected_for.num_devices - record.num_ranks
     if num_idle:
         yield f"{counted(num_idle, 'device')} of the cluster stay idle."
