@@ -6,22 +6,24 @@ from dataclasses import dataclass
 
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
+    COLUMNS,
+    compact,
     counted,
     figures,
     low_high,
+    low_high_compact,
     milliseconds,
     percent,
-    short,
-    short_range,
+    shortened,
     whole,
 )
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import DeploymentRecord, ServingRecord, SLOResult, best_load
 from expertlane.results.results import Results
 
-_COLUMNS, _GAP = 80, 2  # of an answer's table
+_GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
-_NAME = 36  # characters of a model's name
+NAME_COLUMNS = 36  # of a model's or a file's name
 _MOST_LINES = 16  # of the table's rows
 
 
@@ -85,9 +87,10 @@ def answer(
     prompts, outputs = (_lengths(workload[f"{name}_len"]) for name in ("prompt", "output"))
     asked = f"{prompts} in / {outputs} out"
     if source := workload["requests"]:
-        asked += f", {short_name(source)}"
+        asked += f", {shortened(source, NAME_COLUMNS)}"
     best = best_of(found)
     rows, num_left_out = _rows(found, best, len(results.deployments))
+    cost = cost_of(results, best)
     said = [
         *(
             [("Left out", f"{counted(num_left_out, 'row')}; --full has all")]
@@ -95,7 +98,7 @@ def answer(
             else ()
         ),
         *objectives(best),
-        *_cost(results, best),
+        *([("Cost", f"{cost} (at {best.load})")] if cost else ()),
         *notes,
     ]
     table = Table("", (Heading("", False), Heading("", False)), tuple(said))
@@ -115,7 +118,7 @@ def headline(results: Results) -> str:
         where = f"{best.layout} at {where}"
     tps = figures(serving.output_tps)
     if serving.output_tps.low is not None:
-        tps += f" ({short_range(serving.output_tps)})"
+        tps += f" ({low_high_compact(serving.output_tps)})"
     medians = "".join(
         f", {name} {milliseconds(seconds.median)} ms"
         for name, seconds in (("TPOT", serving.tpot_s), ("TTFT", serving.ttft_s))
@@ -131,11 +134,6 @@ def headline(results: Results) -> str:
         lead = f"{where} gives most output{within}"
         lead = lead[0].upper() + lead[1:] if len(results.deployments) == 1 else lead
     return f"{lead}: {tps} tokens/s{medians} (medians)."
-
-
-def short_name(name: str) -> str:
-    """A model's or a file's name; of a long path the end."""
-    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 
 def _lengths(text: str) -> str:
@@ -163,17 +161,17 @@ def _told(result: SLOResult) -> str:
     return f"{name} {milliseconds(result.value)} ms {how.format(result.slo.limit)}"
 
 
-def _cost(results: Results, served: Served) -> Iterator[Note]:
+def cost_of(results: Results, served: Served) -> str | None:
+    """Dollars for a million tokens, in a few words; None without a price."""
     output, total = served.serving.usd_per_million_output, served.serving.usd_per_million_total
     if output is None or total is None:
-        return
+        return None
     bounds = "" if output.low is None else f" ({low_high(output)})"
     num = served.record.num_ranks
     of = "in all" if is_on_cpus(results) else f"for each of {counted(num, 'GPU')}"
-    yield (
-        "Cost",
+    return (
         f"${figures(output)}{bounds} per million output tokens, ${figures(total)} of all tokens, "
-        f"at ${results.question['price']:g} an hour {of} (at {served.load})",
+        f"at ${results.question['price']:g} an hour {of}"
     )
 
 
@@ -204,15 +202,15 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Optional]:
         ]
         yield text("layout", lambda each: each.layout if each in firsts else ""), False
     yield number(kind, lambda each: load_of(each.serving)[1]), False
-    yield number("tok/s", _tps, short), False
-    yield number("low–high", _tps, short_range, "projected"), True
-    yield number("/rank" if is_on_cpus(results) else "/GPU", per_device, short), False
+    yield number("tok/s", _tps, compact), False
+    yield number("low–high", _tps, low_high_compact, "projected"), True
+    yield number("/rank" if is_on_cpus(results) else "/GPU", per_device, compact), False
     for metric in ("tpot", "ttft"):
         yield number(metric.upper(), _of(metric, "median"), milliseconds), False
         yield number("p95", _of(metric, "p95"), milliseconds), False
     serving = rows[0].serving
     if serving.goodput is not None:
-        yield number("goodput", lambda each: each.serving.goodput, short), False
+        yield number("goodput", lambda each: each.serving.goodput, compact), False
         yield number("good", lambda each: each.serving.good_share, _share), True
     if serving.usd_per_million_output is not None:
         yield number("$/M out", lambda each: each.serving.usd_per_million_output, figures), True
@@ -234,7 +232,7 @@ def _table(results: Results, rows: Sequence[Served]) -> Table:
     while True:
         table = Table.of(title, [each for each, _ in kept], rows, rows[0].record.source)
         optional = [place for place, (_, is_optional) in enumerate(kept) if is_optional]
-        if _width(table) <= _COLUMNS or not optional:
+        if _width(table) <= COLUMNS or not optional:
             return table
         del kept[optional[-1]]
 

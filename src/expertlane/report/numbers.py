@@ -89,24 +89,6 @@ def low_high_thousands(estimate: Estimate) -> str:
     return low_high(estimate / 1e3)
 
 
-_SHORT = ((1e6, "M"), (1e3, "k"))
-
-
-def short(amount: Amount) -> str:
-    """At most six characters: `25,991`, `113k`, `1.23M`."""
-    value = likely(amount)
-    scale, unit = next((each for each in _SHORT if value >= 99_999.5 * each[0] / 1e3), (1.0, ""))
-    return figures(value / scale) + unit
-
-
-def short_range(estimate: Estimate) -> str:
-    """`low_high` at most eleven characters wide: `18.2–33.6k`."""
-    high = estimate.high or 0.0
-    scale, unit = next((each for each in _SHORT if high >= 9_999.5 * each[0] / 1e3), (1.0, ""))
-    text = low_high(estimate / scale)
-    return text if text == NONE else text + unit
-
-
 def with_bounds(estimate: Estimate) -> str:
     """`6.40 (3.20–12.8)`."""
     return f"{figures(estimate)} ({low_high(estimate)})"

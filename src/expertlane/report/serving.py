@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
 from expertlane.report.loads import (
+    NAME_COLUMNS,
     Note,
     Served,
     answer,
@@ -13,7 +14,6 @@ from expertlane.report.loads import (
     is_on_cpus,
     per_device,
     served,
-    short_name,
 )
 from expertlane.report.numbers import (
     bytes_si,
@@ -24,10 +24,11 @@ from expertlane.report.numbers import (
     low_high_ms,
     milliseconds,
     percent,
+    shortened,
     times,
     whole,
 )
-from expertlane.report.setup import cautions
+from expertlane.report.setup import cautions, how_judged
 from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import DeploymentRecord, PoolRecord, SLOResult, StepsRecord
@@ -175,7 +176,7 @@ def bench_answer(results: Results) -> Answer:
         notes.append(("Prefixes", f"the cache had {percent(share)} of the prompts' tokens"))
     return answer(
         results,
-        f"{short_name(results.question['model'])} | {where}",
+        f"{shortened(results.question['model'], NAME_COLUMNS)} | {where}",
         " ".join(_scaling(results)),
         (),
         [*notes, *_noted(cautions(results))],
@@ -278,7 +279,7 @@ def simulation_answer(results: Results, setting: str) -> Answer:
     table = Table.of(f"Where the time goes at {at}, mean of a step", columns, phases)
     notes = [
         *_noted(_held_back(results, record)),
-        ("How sure", _firmness(record, total_s)),
+        ("How sure", _firmness(results, total_s)),
         *_noted(cautions(results)),
     ]
     return answer(results, setting, why, (table,), notes)
@@ -289,17 +290,18 @@ def _largest_causes(step: StepsRecord) -> str:
     return ", ".join(f"{cause} {percent(share)}" for cause, share in largest if share > _NARROW)
 
 
-def _firmness(record: DeploymentRecord, total_s: float) -> str:
-    """What the times rest on."""
+def _firmness(results: Results, total_s: float) -> str:
+    """How far off such projections were, and what the times rest on."""
+    phases = phases_of(results.deployments[0])
 
     def share(part: Callable[[StepsRecord], float]) -> float:
-        return sum(part(each) * each.wall_s.value for _, each in phases_of(record)) / total_s
+        return sum(part(each) * each.wall_s.value for _, each in phases) / total_s
 
     bound = share(lambda step: step.basis_shares.get("bound", 0.0))
     beyond = share(lambda step: step.extrapolated_share or 0.0)
     return (
-        f"{percent(1 - bound)} of the time rests on measurements, the rest on datasheets;"
-        f" {percent(beyond)} lies outside measured sizes"
+        f"{how_judged(results)} {percent(1 - bound)} of the time rests on measurements, the rest "
+        f"on datasheets; {percent(beyond)} lies outside measured sizes"
         + (": take the range, not the value" if beyond > _UNSURE else "")
     )
 
