@@ -69,9 +69,9 @@ def verdict(results: Results) -> Section:
     """The answer in sentences, and what was tried."""
     found = results.plans[0]
     tried = (
-        f"Tried: {counted(found.num_candidates, 'deployment')} aggregated, of which "
-        f"{found.num_too_large:,} do not fit and {found.num_over_limits:,} miss the limits; "
-        f"{found.num_pool_candidates:,} more disaggregated."
+        f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
+        f"too large, {found.num_over_limits:,} over the limits), {found.num_pool_candidates:,} "
+        "more disaggregated."
     )
     asked = (_setting(results), headline(results), _two_pools(results), tried)
     return Section("Verdict", (*asked, *how_sure(results), *cautions(results)), "top")
@@ -107,8 +107,10 @@ def headline(results: Results) -> str:
             f"best of one pool, {named(best)}."
         )
     if found.num_tied > 1 and found.tie_break is not None:
+        is_shown = found.num_tied <= 1 + len(others)
+        tied = f"#1–#{found.num_tied}" if is_shown else f"{found.num_tied} plans"
         apart = percent(found.tie_spread)
-        return f"{said}. #1–#{found.num_tied} tie, {apart} apart: {_WON_BY[found.tie_break]}."
+        return f"{said}. {tied} tie for most tokens/s ({apart} apart): {_WON_BY[found.tie_break]}."
     if others:
         return f"{said}; #2 is {versus(others[0])}."
     return f"{said}; no other deployment keeps the limits."
