@@ -70,9 +70,7 @@ def test_json_is_the_file_and_reads_back(run, here):
 
 def test_a_checkpoint_needs_only_its_configuration(run, here):
     checkpoint(here / "mine")
-    code, _, err = run(
-        "plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--out", "there"
-    )
+    code, _, err = run("plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--out", "there")
     assert code == 0, err
     commands = json.loads((here / "there" / "results.json").read_text())["plans"][0]["commands"]
     assert all(str(here / "mine") in each["command"] for each in commands)

@@ -25,6 +25,7 @@ _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
 NAME_COLUMNS = 36  # of a model's or a file's name
 _MOST_LINES = 16  # of the table's rows
+_MOST_SLOS = 3  # that are told, those that are missed first
 
 
 Note = tuple[str, str]  # what it is about, and a sentence
@@ -145,11 +146,13 @@ def objectives(served: Served) -> Iterator[Note]:
     serving = served.serving
     if serving.good_share is None or serving.goodput is None:
         return
-    told = "; ".join(map(_told, serving.slos))
+    told = [_told(each) for each in sorted(serving.slos, key=lambda each: each.is_met)]
+    more = f"; {len(told) - _MOST_SLOS} more" if len(told) > _MOST_SLOS else ""
     yield (
         "SLOs",
-        f"{told} (at {served.load}); goodput {figures(serving.goodput)} requests/s: "
-        f"{percent(serving.good_share.value)} are within all limits",
+        f"{'; '.join(told[:_MOST_SLOS])}{more} (at {served.load}); goodput "
+        f"{figures(serving.goodput)} requests/s: {percent(serving.good_share.value)} are within "
+        "all limits",
     )
 
 
@@ -189,10 +192,10 @@ def _of(metric: str, statistic: str) -> Callable[[Served], Estimate | None]:
     return get
 
 
-_Optional = tuple[Column[Served], bool]  # whether it may be left out
+_Ranked = tuple[int, Column[Served]]  # the highest is the first to be left out; 0 stays
 
 
-def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Optional]:
+def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
     kind, _ = load_of(rows[0].serving)
     if len(results.deployments) > 1:
         firsts = [
@@ -200,20 +203,20 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Optional]:
             for place, each in enumerate(rows)
             if not place or rows[place - 1].record is not each.record
         ]
-        yield text("layout", lambda each: each.layout if each in firsts else ""), False
-    yield number(kind, lambda each: load_of(each.serving)[1]), False
-    yield number("tok/s", _tps, compact), False
-    yield number("low–high", _tps, low_high_compact, "projected"), True
-    yield number("/rank" if is_on_cpus(results) else "/GPU", per_device, compact), False
-    for metric in ("tpot", "ttft"):
-        yield number(metric.upper(), _of(metric, "median"), milliseconds), False
-        yield number("p95", _of(metric, "p95"), milliseconds), False
+        yield 0, text("layout", lambda each: each.layout if each in firsts else "")
+    yield 0, number(kind, lambda each: load_of(each.serving)[1])
+    yield 0, number("tok/s", _tps, compact)
+    yield 4, number("low–high", _tps, low_high_compact, "projected")
+    yield 1, number("/rank" if is_on_cpus(results) else "/GPU", per_device, compact)
+    for rank, metric in ((2, "tpot"), (3, "ttft")):
+        yield 0, number(metric.upper(), _of(metric, "median"), milliseconds)
+        yield rank, number("p95", _of(metric, "p95"), milliseconds)
     serving = rows[0].serving
     if serving.goodput is not None:
-        yield number("goodput", lambda each: each.serving.goodput, compact), False
-        yield number("good", lambda each: each.serving.good_share, _share), True
+        yield 0, number("goodput", lambda each: each.serving.goodput, compact)
+        yield 5, number("good", lambda each: each.serving.good_share, _share)
     if serving.usd_per_million_output is not None:
-        yield number("$/M out", lambda each: each.serving.usd_per_million_output, figures), True
+        yield 6, number("$/M out", lambda each: each.serving.usd_per_million_output, figures)
 
 
 def _tps(served: Served) -> Estimate:
@@ -225,16 +228,16 @@ def _share(share: Estimate) -> str:
 
 
 def _table(results: Results, rows: Sequence[Served]) -> Table:
-    """With as many of the optional columns as there is room for."""
+    """With as many columns as there is room for."""
     title = "Output tokens/s; TPOT and TTFT in ms, median and p95"
     title += "; goodput in requests/s" if rows[0].serving.slos else ""
     kept = list(_columns(results, rows))
     while True:
-        table = Table.of(title, [each for each, _ in kept], rows, rows[0].record.source)
-        optional = [place for place, (_, is_optional) in enumerate(kept) if is_optional]
-        if _width(table) <= COLUMNS or not optional:
+        table = Table.of(title, [each for _, each in kept], rows, rows[0].record.source)
+        least = max(rank for rank, _ in kept)
+        if _width(table) <= COLUMNS or not least:
             return table
-        del kept[optional[-1]]
+        kept = [each for each in kept if each[0] < least]
 
 
 def _width(table: Table) -> int:

@@ -3,6 +3,8 @@
 from expertlane.report import bench_plots, plan_answer, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
+from expertlane.report.loads import NAME_COLUMNS
+from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
@@ -151,10 +153,11 @@ def _simulation(results: Results) -> _Made:
     record = results.deployments[0]
     layouts = [record.prefill_layout, record.layout]
     layout = " + ".join(str(each) for each in layouts if each is not None)
-    asked = f"{results.question['model']['name']} as {layout} on {results.projected_for.name}"
+    name, where = results.question["model"]["name"], f"as {layout} on {results.projected_for.name}"
+    asked = f"{name} {where}"
     return (
         f" simulate: {asked}",
-        serving.simulation_answer(results, asked),
+        serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
             *plots.simulation(results),

@@ -36,7 +36,7 @@ from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
 _NARROW = 0.05  # of the time; less is not worth a sentence
-_NUM_CAUSES = 3  # of a phase in the answer
+_NUM_CAUSES = 2  # of a phase in the answer
 _FEW = 20  # requests
 _UNSURE = 0.2  # of the time that is extrapolated, from where on a sentence says so
 
