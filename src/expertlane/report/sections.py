@@ -5,6 +5,8 @@ from dataclasses import replace
 from expertlane.report import bench_plots, plan_answer, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
+from expertlane.report.loads import NAME_COLUMNS
+from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
@@ -156,10 +158,11 @@ def _simulation(results: Results) -> _Made:
     record = results.deployments[0]
     layouts = [record.prefill_layout, record.layout]
     layout = " + ".join(str(each) for each in layouts if each is not None)
-    asked = f"{results.question['model']['name']} as {layout} on {results.projected_for.name}"
+    name, where = results.question["model"]["name"], f"as {layout} on {results.projected_for.name}"
+    asked = f"{name} {where}"
     return (
         f" simulate: {asked}",
-        Answer(f"{asked} | projected", serving.feels(results), (serving.latency(results),)),
+        serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
             *plots.simulation(results),
@@ -178,6 +181,6 @@ def _bench(results: Results) -> _Made:
     )
     return (
         f" bench: {asked}",
-        Answer(f"{asked} | measured", serving.fastest(results), (serving.throughput(results),)),
+        serving.bench_answer(results),
         (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
     )
