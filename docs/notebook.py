@@ -31,6 +31,7 @@ even = expertlane.simulate(
     batch=[8, 64],
     prompt_len=128,
     output_len=32,
+    skew=0,
 )
 for load in even.deployments[0].serving:
     print(f"concurrency {load.batch}: {load.output_tps.value:,.0f} output tokens/s")

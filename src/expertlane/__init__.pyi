@@ -49,7 +49,7 @@ def compare(
     ignore_unused_tensors: bool = False,
     project: bool = False,
     cluster: Text | None = None,
-    skew: float = 1.0,
+    skew: float | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -93,7 +93,7 @@ def compare(
         cluster: The modelled cluster for --project: N devices of a profile (h100, h200, b200,
             a100, or a TOML file from expertlane calibrate). Default: as many h100 as ranks.
         skew: For --project: besides uniform routing, also project skewed routing, expert
-            popularity by Zipf's law with exponent ALPHA.
+            popularity by Zipf's law with exponent ALPHA. Default: 0.8.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -121,7 +121,7 @@ def plan(
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
     routing_trace: str | Path | None = None,
-    skew: float = 0.0,
+    skew: float | None = None,
     dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
     kv_dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
@@ -154,6 +154,7 @@ def plan(
             machines together.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform.
+            Default: 0.8.
         dtype: Type of weights. Default: the checkpoint's, float16 for a preset.
         kv_dtype: Type of the KV cache. Default: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
@@ -189,7 +190,7 @@ def simulate(
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
     routing_trace: str | Path | None = None,
-    skew: float = 0.0,
+    skew: float | None = None,
     dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
     kv_dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
@@ -240,6 +241,7 @@ def simulate(
             machines together.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform.
+            Default: 0.8.
         dtype: Type of weights. Default: the checkpoint's, float16 for a preset.
         kv_dtype: Type of the KV cache. Default: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
