@@ -189,7 +189,7 @@ _LOAD = "--batch 64 --prompt-len 512 --output-len 32"
 _DRAWN = "--prompt-len 64:1024 --output-len 8:64"
 
 PROJECTED = (
-    Case("compare paper", "compare paper --project --experts-per-token 2,1"),
+    Case("compare paper", "compare paper --project --skew 1 --experts-per-token 2,1"),
     Case("compare mixtral", "compare mixtral.toml --project --cluster a100x8 --skew 0.6"),
     Case("compare deepseek", "compare deepseek.toml --project --cluster b200x16 --skew 0.5"),
     _plan("paper h100x16", "paper --cluster h100x16"),

@@ -10,23 +10,28 @@ from expertlane.cli.bench import bench
 from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
 from expertlane.cli.generate import generate
+from expertlane.cli.help import Command, Group
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
 from expertlane.cli.simulate import simulate
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)  # plain help: quick to start, and the same in a pipe
-app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
-app.command(short_help="Say which deployment of a model to choose on a cluster, and why.")(plan)
-app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
-app.command(short_help="Put load on a model; show throughput and latency.")(bench)
-app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
-app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
-app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
-    calibrate
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # plain help: quick to start, and the same in a pipe
+    pretty_exceptions_enable=False,
 )
-app.command(short_help="Make the reports of kept results again.")(report)
+for _command, _help in {
+    compare: "Run deployments side by side; say which is faster, and why.",
+    plan: "Say which deployment of a model to choose on a cluster, and why.",
+    generate: "Continue prompts with a model, or talk to it.",
+    bench: "Put load on a model; show throughput and latency.",
+    simulate: "Project a deployment on a modelled cluster.",
+    balance: "Spread experts over ranks by the load of a routing trace.",
+    calibrate: "Measure this machine, so that deployments on it can be projected.",
+    report: "Show results.json again, and write its pages.",
+}.items():
+    app.command(short_help=_help, cls=Command)(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import typer
-
 from expertlane.cli import output
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import (
@@ -12,6 +10,7 @@ from expertlane.cli.options import (
     LoadOptions,
     ModelArgument,
     OutputOptions,
+    layout_option,
     takes_groups,
 )
 from expertlane.errors import UserError
@@ -24,12 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: list[str] | None = typer.Option(
-        None,
-        metavar="LAYOUT",
-        help="How ranks are arranged, tp=2,ep=2 for example. May be repeated: each gets the same "
-        "requests, one after the other. Default: tp=1.",
-    )
+    layout: list[str] | None = layout_option(None, "tp=1")
 
 
 @takes_groups
@@ -42,7 +36,8 @@ def bench(
 ) -> None:
     """Put load on a model and measure throughput and latency.
 
-    A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
+    A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
+    requests, one after the other. Prompts are random token ids;
     tokens are chosen greedily, beyond any end of sequence. Before each load the ranks are warmed
     up.
 

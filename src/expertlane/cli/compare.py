@@ -5,19 +5,22 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
+    MODEL_HELP,
     Dtype,
     LaunchOptions,
     OutputOptions,
     cluster_option,
     dtype_option,
     parse_list,
+    skew_option,
     takes_groups,
     trace_option,
 )
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 _DEFAULT_EXPERIMENT = "paper-small"
 _DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
-_DEFAULT_SKEW = 1.0
 
 
 class _Clock(StrEnum):
@@ -45,21 +47,23 @@ class _Clock(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
+    panel: ClassVar = Panel.WORKLOAD
     model: str | None = typer.Option(
         None,
         metavar="MODEL",
-        help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
-        "a preset, whose weights are random.",
+        show_default="the experiment's",
+        help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
         None,
         metavar="K[,K…]",
-        help="Experts per token in place of the model's; with several, one comparison each, one "
-        "after the other.",
+        show_default="the model's",
+        help="Experts per token; with several, one comparison each, one after the other.",
     )
     traffic: bool = typer.Option(
         False,
         "--traffic",
+        rich_help_panel=Panel.OUTPUT,
         help="Also show, of each deployment: who sent how much to whom, how far tokens spread, "
         "what is hottest, who comes last.",
     )
@@ -69,6 +73,7 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Time:
+    panel: ClassVar = Panel.VIRTUAL_TIME
     clock: _Clock = typer.Option(
         _Clock.VIRTUAL,
         help="virtual: also replay what was measured as if each rank had its own core and the "
@@ -84,10 +89,9 @@ class _Time:
     link_scale: float | None = typer.Option(
         None,
         metavar="N",
-        help="How many times as long transfers take as on the profile's links. Default: chosen "
-        "from the compute speeds of its device and of a core here; the report gives it.",
+        show_default="chosen from the compute speeds of its device and of a core here",
+        help="How many times as long transfers take as on the profile's links.",
     )
-
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
@@ -123,24 +127,18 @@ class _Time:
 
 @dataclass(frozen=True, kw_only=True)
 class _Projection:
+    panel: ClassVar = Panel.PROJECTION
     project: bool = typer.Option(
         False,
         "--project",
         help="Also show what a cluster model says of the same deployments, in tables of its own; "
         "alone where this machine is too small to run them.",
     )
-    cluster: str | None = cluster_option(
-        None, "The modelled cluster for --project", "Default: as many h100 as ranks."
-    )
-    skew: float = typer.Option(
-        _DEFAULT_SKEW,
-        metavar="ALPHA",
-        help="For --project: beside balanced routing, one where experts' popularity falls with "
-        "their rank to the power of -ALPHA.",
-    )
+    cluster: str | None = cluster_option(None, "as many h100 as ranks")
+    skew: float = skew_option()
 
     def __post_init__(self) -> None:
-        if not self.project and (self.cluster is not None or self.skew != _DEFAULT_SKEW):
+        if not self.project and (self.cluster is not None or self.skew):
             option = "--skew" if self.cluster is None else "--cluster"
             raise UserError(f"{option} is of a projection; add --project")
 
@@ -166,9 +164,10 @@ def compare(
     experiment: Annotated[
         str,
         typer.Argument(
+            metavar="EXPERIMENT",
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
-            "load balanced), paper (full size)."
+            "load balanced), paper (full size).",
         ),
     ] = _DEFAULT_EXPERIMENT,
     *,

@@ -7,12 +7,15 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
+from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import typer
+from typer.models import OptionInfo
 
+from expertlane.cli.help import Panel
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -28,14 +31,32 @@ if TYPE_CHECKING:
     from expertlane.spec.workload import LengthRange, Load
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-NumberType = Literal["float32", "float16", "bfloat16", "float8"]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A checkpoint's folder, a hub id (org/name), or a preset, whose weights are random: "
-        "paper-tiny, paper-small, paper.",
-    ),
-]
+NumberType = Literal["float32", "bfloat16", "float16", "float8"]
+MODEL_HELP = (
+    "A checkpoint's folder, a hub id (org/name), or a preset, whose weights are random: "
+    "paper-tiny, paper-small, paper."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+
+
+def out_option(default: str) -> Any:
+    """Where files go."""
+    return typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="DIR",
+        show_default=default,
+        rich_help_panel=Panel.OUTPUT,
+        help="Folder that files are written to.",
+    )
+
+
+def json_option() -> Any:
+    """JSON for other programs."""
+    return typer.Option(
+        False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +67,11 @@ class OutputOptions:
         UserError: two forms at once.
     """
 
-    out: Path | None = typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="Folder for results.json, report.md, report.html and what else is written. Default: "
-        "results/NAME, after the command and what it is about.",
-    )
+    panel: ClassVar = Panel.OUTPUT
+    out: Path | None = out_option("results/NAME, after the command and its subject")
     full: bool = typer.Option(False, "--full", help="Print every table, not the answer alone.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print the answer's one line.")
-    as_json: bool = typer.Option(False, "--json", help="Print results.json instead.")
+    as_json: bool = json_option()
 
     def __post_init__(self) -> None:
         given = [
@@ -73,7 +88,7 @@ class OutputOptions:
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it: in place of each group, its options.
+    """The command as typer takes it: in place of each group, its options, in the group's panel.
 
     Numbers of options are checked by the ranges of the fields that they are named like.
     """
@@ -96,9 +111,24 @@ def _parameters(taker: Any) -> list[inspect.Parameter]:
     for each in inspect.signature(taker).parameters.values():
         if is_dataclass(each.annotation):
             found += _parameters(each.annotation)
-        else:
-            found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        if isinstance(each.default, OptionInfo):
+            panel = each.default.rich_help_panel or getattr(taker, "panel", None)
+            each.default.rich_help_panel = panel
+            each.default.metavar = each.default.metavar or "|".join(_choices(each.annotation))
+        found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     return found
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a `Literal` or of an enumeration, also where they may be missing."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [each.value for each in annotation]
+    return [
+        value
+        for each in get_args(annotation)
+        for value in ([each] if isinstance(each, str) else _choices(each))
+    ]
 
 
 def _call(taker: Any, values: dict[str, Any]) -> Any:
@@ -118,7 +148,64 @@ def _check(option: inspect.Parameter, value: object) -> None:
 
 def timeout_option() -> Any:
     """How long to wait for ranks."""
-    return typer.Option(60.0, metavar="SECONDS", help="Longest wait for a rank without progress.")
+    return typer.Option(
+        60.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.RANKS,
+        help="Longest wait for a rank without progress.",
+    )
+
+
+def layout_option(default: Any, show_default: bool | str = True) -> Any:
+    """How ranks are arranged."""
+    return typer.Option(
+        default,
+        metavar="LAYOUT",
+        show_default=show_default,
+        rich_help_panel=Panel.DEPLOYMENT,
+        help="How ranks are arranged: dp=2,ep=2 for example.",
+    )
+
+
+def ranks_per_node_option(default: Any, show_default: str) -> Any:
+    """Where nodes begin."""
+    return typer.Option(
+        default,
+        metavar="N",
+        show_default=show_default,
+        help="Consecutive ranks that count as one node.",
+    )
+
+
+def redundant_option() -> Any:
+    """Copies of experts."""
+    return typer.Option(
+        0, metavar="N", help="Copies of experts beside each MoE layer's own, to share load."
+    )
+
+
+def seed_option(
+    default: Any, show_default: bool | str = True, panel: Panel = Panel.WORKLOAD
+) -> Any:
+    """Random draws."""
+    return typer.Option(
+        default,
+        metavar="N",
+        show_default=show_default,
+        rich_help_panel=panel,
+        help="Seed of all random draws; reproducible for equal seeds.",
+    )
+
+
+def placement_option(default: Any, show_default: bool | str = True) -> Any:
+    """Which rank holds which experts."""
+    return typer.Option(
+        default,
+        metavar="linear|round_robin|FILE",
+        show_default=show_default,
+        help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
+        "by expertlane balance.",
+    )
 
 
 def trace_option() -> Any:
@@ -126,6 +213,7 @@ def trace_option() -> Any:
     return typer.Option(
         False,
         "--trace",
+        rich_help_panel=Panel.OUTPUT,
         help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
         "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
         "too.",
@@ -134,16 +222,33 @@ def trace_option() -> Any:
 
 def dtype_option(default: str) -> Any:
     """What ranks compute in."""
-    return typer.Option(None, help=f"Type of weights and activations. Default: {default}.")
+    return typer.Option(
+        None,
+        show_default=default,
+        rich_help_panel=Panel.DEPLOYMENT,
+        help="Type of weights and activations.",
+    )
 
 
-def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> Any:
+def cluster_option(default: Any, show_default: bool | str = True) -> Any:
     """A modelled cluster."""
     return typer.Option(
         default,
         metavar="PROFILExN",
-        help=f"{what}: so many devices of a profile (h100, h200, b200, a100, or a TOML file of "
-        f"expertlane calibrate). {more}".rstrip(),
+        show_default=show_default,
+        help="The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML "
+        "file of expertlane calibrate).",
+    )
+
+
+def skew_option() -> Any:
+    """Routing without a trace."""
+    return typer.Option(
+        0.0,
+        metavar="ALPHA",
+        rich_help_panel=Panel.MODELLED,
+        help="Skewed routing: experts' popularity falls with their rank to the power of -ALPHA; 0 "
+        "for uniform.",
     )
 
 
@@ -151,6 +256,7 @@ def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> A
 class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
 
+    panel: ClassVar = Panel.BATCHING
     block_size: int = typer.Option(16, metavar="N", help="Positions in a block of the cache.")
     max_num_seqs: int = typer.Option(
         256, metavar="N", help="Requests running at once on a data-parallel rank."
@@ -171,6 +277,7 @@ class DeploymentOptions:
         UserError: a value is not valid, or there is no such file.
     """
 
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
     overlap: Literal["off", "on", "auto"] = typer.Option(
         "off",
         help="Whether one half of a batch computes while the other half travels; auto: where that "
@@ -193,17 +300,8 @@ class DeploymentOptions:
         help="The type in which hidden states travel to experts; a narrower one than the model's "
         "rounds them. How much that changes, expertlane compare measures.",
     )
-    placement: str = typer.Option(
-        "linear",
-        metavar="linear|round_robin|FILE",
-        help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
-        "by expertlane balance.",
-    )
-    num_redundant_experts: int = typer.Option(
-        0,
-        metavar="N",
-        help="Copies of experts beside each MoE layer's own, to share load.",
-    )
+    placement: str = placement_option("linear")
+    num_redundant_experts: int = redundant_option()
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -237,6 +335,7 @@ class DeploymentOptions:
 class LaunchOptions:
     """How real ranks are started."""
 
+    panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
     oversubscribe: bool = typer.Option(
         False, "--oversubscribe", help="Allow more than 32 local ranks a core."
@@ -253,16 +352,28 @@ class LaunchOptions:
 class EngineOptions:
     """Options of `LLM`."""
 
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = typer.Option(
-        None, metavar="N", help="Positions a sequence may take. Default: the model's."
+        None,
+        metavar="N",
+        show_default="the model's",
+        rich_help_panel=Panel.BATCHING,
+        help="Positions a sequence may take.",
     )
     num_blocks: int | None = typer.Option(
-        None, metavar="N", help="Blocks of the key/value cache. Default: what memory has room for."
+        None,
+        metavar="N",
+        show_default="what memory has room for",
+        rich_help_panel=Panel.BATCHING,
+        help="Blocks of the key/value cache.",
     )
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
-        False, "--no-prefix-caching", help="Compute equal beginnings of prompts anew."
+        False,
+        "--no-prefix-caching",
+        rich_help_panel=Panel.BATCHING,
+        help="Turn prefix caching off.",
     )
     deployment: DeploymentOptions
     rebalance_steps: int = typer.Option(
@@ -271,12 +382,7 @@ class EngineOptions:
         help="Move experts while requests run, by the load of so many steps, where that pays. "
         "0: never.",
     )
-    ranks_per_node: int = typer.Option(
-        0,
-        metavar="N",
-        help="Consecutive ranks that count as one node, on one machine too. 0: as they were "
-        "started.",
-    )
+    ranks_per_node: int = ranks_per_node_option(0, "0, as they were started")
     launch: LaunchOptions
     options: Options = field(init=False)
 
@@ -302,22 +408,16 @@ class EngineOptions:
 class ProjectionOptions:
     """What of a modelled cluster is not its profile's."""
 
+    panel: ClassVar = Panel.MODELLED
     routing_trace: Path | None = typer.Option(
         None,
         metavar="FILE",
-        help="Which experts tokens choose, as recorded by expertlane generate --record-routing.",
+        help="Which experts tokens choose: routing.npz of expertlane generate --record-routing.",
     )
-    skew: float = typer.Option(
-        0.0,
-        metavar="ALPHA",
-        help="Without a trace: experts' popularity falls with their rank to the power of -ALPHA; "
-        "0 for experts alike.",
-    )
-    dtype: NumberType | None = typer.Option(
-        None, help="Type of weights. Default: the checkpoint's, float16 for a preset."
-    )
+    skew: float = skew_option()
+    dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
     kv_dtype: NumberType | None = typer.Option(
-        None, help="Type of cached keys and values. Default: that of hidden states."
+        None, show_default="that of hidden states", help="Type of cached keys and values."
     )
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Whether a step is captured as a CUDA graph or launched kernel by kernel."
@@ -355,6 +455,7 @@ _DEFAULT_SIZE = 100  # of an open loop
 class LoadOptions:
     """What is put on an engine."""
 
+    panel: ClassVar = Panel.WORKLOAD
     batch: str | None = batch_option(
         f"; several are measured in turn. Default: {_DEFAULT_BATCH}.", "N[,N…]"
     )
@@ -367,7 +468,7 @@ class LoadOptions:
     )
     prompt_len: str = length_option("32", "a prompt")
     output_len: str = length_option("32", "an output")
-    seed: int = typer.Option(0, metavar="N", help="Seed of prompts, lengths and arrivals.")
+    seed: int = seed_option(0)
 
     def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":
         """What to measure, one load for each batch size or rate.

@@ -2,13 +2,20 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.options import OutputOptions, ProjectionOptions, cluster_option, takes_groups
+from expertlane.cli.options import (
+    ModelArgument,
+    OutputOptions,
+    ProjectionOptions,
+    cluster_option,
+    takes_groups,
+)
 from expertlane.errors import UserError
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
@@ -26,22 +33,27 @@ DEFAULT_WORKLOAD = ",".join(f"{key}={number}" for key, number in _DEFAULT_WORKLO
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    model: str = typer.Argument(
-        help="A checkpoint's folder (its config.json is enough), a hub id (org/name), or a preset: "
-        "paper-tiny, paper-small, paper."
-    )
+    panel: ClassVar = Panel.DEPLOYMENT
+    model: ModelArgument
     cluster: str = cluster_option("h100x16")
     workload: str = typer.Option(
         DEFAULT_WORKLOAD,
         metavar="KEY=N,…",
+        rich_help_panel=Panel.WORKLOAD,
         help="num_sequences: how many are to be served at once; prompt_len, output_len: tokens of "
         "each.",
     )
     max_tpot_ms: float | None = typer.Option(
-        None, metavar="MS", help="Longest mean time of an output token."
+        None,
+        metavar="MS",
+        rich_help_panel=Panel.WORKLOAD,
+        help="Longest mean time of an output token.",
     )
     max_ttft_ms: float | None = typer.Option(
-        None, metavar="MS", help="Longest mean time from a prompt's arrival to a first token."
+        None,
+        metavar="MS",
+        rich_help_panel=Panel.WORKLOAD,
+        help="Longest mean time from a prompt's arrival to a first token.",
     )
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     DeploymentOptions,
@@ -17,6 +18,7 @@ from expertlane.cli.options import (
     SchedulerOptions,
     batch_option,
     cluster_option,
+    layout_option,
     length_option,
     rate_option,
     takes_groups,
@@ -34,19 +36,27 @@ _DEFAULT_BATCH = "64"
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: str = typer.Option(
-        ..., metavar="LAYOUT", help="How ranks are arranged, dp=16,ep=16 for example."
-    )
+    panel: ClassVar = Panel.DEPLOYMENT
+    layout: str = layout_option(...)
     cluster: str = cluster_option(...)
     prefill_layout: str | None = typer.Option(
         None,
         metavar="LAYOUT",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
         "and values travel between them. All other options hold for both pools.",
     )
-    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N tokens guessed a step.")
+    mtp: int = typer.Option(
+        0,
+        metavar="N",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
+        help="Multi-token prediction: N tokens guessed a step.",
+    )
     mtp_acceptance: float | None = typer.Option(
-        None, metavar="P", help="How often a guess is right, 0 to 1; needed with --mtp."
+        None,
+        metavar="P",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
+        help="How often a guess is right, 0 to 1; needed with --mtp.",
     )
     trace: bool = trace_option()
 
@@ -81,7 +91,7 @@ def simulate(
     deployment: _Deployment,
     scheduler: SchedulerOptions,
 ) -> None:
-    """Project what a deployment would do on a cluster that is not here.
+    """Project what a deployment would do on a modelled cluster.
 
     The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
     to published measurements or made by expertlane calibrate. Says what limits the deployment,

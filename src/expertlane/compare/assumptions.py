@@ -229,7 +229,9 @@ def projected_assumptions(
         ),
         Assumption(
             "routing",
-            f"balanced: uniform; skewed: popularity falls with rank to the power of -{skew:g}",
+            "uniform"
+            if not skew
+            else f"balanced: uniform; skewed: popularity falls with rank to the power of -{skew:g}",
             "experts are drawn for each token, so balanced loads scatter as well",
             "--skew",
         ),

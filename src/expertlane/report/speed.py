@@ -259,9 +259,12 @@ def by_conditions(results: Results, usual: Comparison) -> Section:
         _conditions("Prefill TPS", of_all, _prefill, figures),
         _conditions("Prefill TPS, low to high in thousands", of_all, _prefill, low_high_thousands),
         *_graph_against_eager(of_all),
-        f"Skewed: a power law of popularity, alpha {results.question.get('skew', 0):g}. Layouts "
-        "with ep=1 cut every expert over all ranks of a stage: no routing makes one of them late.",
     ]
+    if skew := results.question.get("skew"):
+        parts.append(
+            f"Skewed: a power law of popularity, alpha {skew:g}. Layouts with ep=1 cut every "
+            "expert over all ranks of a stage: no routing makes one of them late."
+        )
     return Section("Projected: routing and execution", tuple(parts))
 
 
