@@ -82,7 +82,9 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
 
 
 def test_a_rate_and_its_table(run, stub):
-    code, out, _ = run("bench", "paper-tiny", "--rate", "2000,1e4", "--num-requests", "12", *SHORT)
+    code, out, _ = run(
+        "bench", "paper-tiny", "--rate", "2000,1e4", "--num-requests", "12", *SHORT, "--full"
+    )
     assert code == 0
     assert "2000 req/s" in out
     assert "10000 req/s" in out

@@ -32,7 +32,7 @@ def as_json(run, *arguments, **model):
 
 
 def test_a_report_says_what_limits_the_deployment(run, tmp_path):
-    out, err = simulate(run, *EP16, *LOAD, "--out", str(tmp_path / "new"))
+    out, err = simulate(run, *EP16, *LOAD, "--full", "--out", str(tmp_path / "new"))
     assert all(len(line) <= 80 for line in out.splitlines())
     title, _, heading, first, *_ = out.splitlines()
     assert "paper-tiny as dp=16,ep=16 on h100x16" in title
@@ -64,7 +64,7 @@ def test_the_same_load_gives_the_same_numbers(run):
 
 def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
-    out, err = simulate(run, *EP16, *opened)
+    out, err = simulate(run, *EP16, *opened, "--full")
     assert "simulating 6 requests 3 times" in err
     assert "200 req/s: 6 requests" in out
 
@@ -88,7 +88,7 @@ def test_two_pools(run):
     assert [each["role"] for each in record["pools"]] == ["prefill", "decode"]
     steps = [(each["pool"], each["phase"]) for each in record["steps"]]
     assert steps == [("prefill", "prefill"), ("decode", "decode")]
-    out, _ = simulate(run, *layouts, *LOAD)
+    out, _ = simulate(run, *layouts, *LOAD, "--full")
     assert "2 devices of the cluster stay idle." in out
     assert "tp=2 + dp=4,ep=4" in out
 
@@ -160,7 +160,7 @@ def test_sequences_that_wait_for_room(run):
     out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
     assert "want of" not in out  # one on each of 16 ranks is enough for 8
     load = ["--batch", "8", "--prompt-len", "4", "--output-len", "4", "--max-num-seqs", "3"]
-    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load)
+    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load, "--full")
     assert "At most 3 sequences of 8 ran at once, for want of room (--max-num-seqs)." in out
 
 

@@ -23,13 +23,13 @@ app = typer.Typer(
 )
 for _command, _help in {
     compare: "Run deployments side by side; say which is faster, and why.",
-    plan: "Say which deployment of a model to choose on a cluster, and why.",
+    plan: "Find the best deployment of a model on a cluster, and why it is.",
     generate: "Continue prompts with a model, or talk to it.",
-    bench: "Put load on a model; show throughput and latency.",
-    simulate: "Project a deployment on a modelled cluster.",
-    balance: "Spread experts over ranks by the load of a routing trace.",
-    calibrate: "Measure this machine, so that deployments on it can be projected.",
-    report: "Show results.json again, and write its pages.",
+    bench: "Measure throughput and latency under load.",
+    simulate: "Project one deployment on target hardware; needs no GPU.",
+    balance: "Place experts on ranks by the load in a routing trace.",
+    calibrate: "Measure this machine, to plan and simulate for it.",
+    report: "Show a results.json again, and write its pages.",
 }.items():
     app.command(short_help=_help, cls=Command)(_command)
 
@@ -65,9 +65,9 @@ def _expertlane(
 
     \b
     Environment:
-      EXPERTLANE_BACKEND=cpu|torch              our CPU kernels, or torch alone; by default
-                                                ours, where they are available
-      EXPERTLANE_INSTRUCTIONS=LIST              instruction sets of our kernels:
+      EXPERTLANE_BACKEND=cpu|torch              own CPU kernels, or torch only; by default
+                                                the own ones, where available
+      EXPERTLANE_INSTRUCTIONS=LIST              instruction sets of the own kernels:
                                                 baseline,avx512_bf16
     """
     if context.invoked_subcommand is None:

@@ -1,6 +1,8 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -64,8 +66,8 @@ class _Options:
         False,
         "--traffic",
         rich_help_panel=Panel.OUTPUT,
-        help="Also show, of each deployment: who sent how much to whom, how far tokens spread, "
-        "what is hottest, who comes last.",
+        help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
+        "and experts, and the straggler.",
     )
     trace: bool = trace_option()
     dtype: Dtype | None = dtype_option("the machine's choice")
@@ -76,9 +78,9 @@ class _Time:
     panel: ClassVar = Panel.VIRTUAL_TIME
     clock: _Clock = typer.Option(
         _Clock.VIRTUAL,
-        help="virtual: also replay what was measured as if each rank had its own core and the "
-        "links were those of a cluster; ranks that share a core then compute one at a time. wall: "
-        "wall time alone.",
+        help="virtual: also replay what was measured with one core per rank and a cluster's "
+        "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
+        "only.",
     )
     links: str = typer.Option(
         _DEFAULT_PROFILE,
@@ -89,14 +91,14 @@ class _Time:
     link_scale: float | None = typer.Option(
         None,
         metavar="N",
-        show_default="chosen from the compute speeds of its device and of a core here",
-        help="How many times as long transfers take as on the profile's links.",
+        show_default="the ratio of compute speeds, the profile's device over a core here",
+        help="Transfers take N times as long as on the profile's links.",
     )
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
-        help="How long computing takes in virtual time: as measured, or by a profile's laws for "
-        "the operations that ran.",
+        help="Compute times in virtual time: measured, or a profile's cost model for the "
+        "operations that ran.",
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class _Time:
         if self.compute != _MEASURED:
             given, is_given = "--compute", True
         if self.clock is _Clock.WALL and is_given:
-            raise UserError(f"{given} is of virtual time; leave out --clock wall")
+            raise UserError(f"{given} needs virtual time; leave out --clock wall")
         if self.links == _NO_LINKS and self.link_scale is not None:
             raise UserError("--link-scale needs links; give --links a profile")
 
@@ -131,8 +133,8 @@ class _Projection:
     project: bool = typer.Option(
         False,
         "--project",
-        help="Also show what a cluster model says of the same deployments, in tables of its own; "
-        "alone where this machine is too small to run them.",
+        help="Also project the same deployments on a modelled cluster, in separate tables; "
+        "only project where this machine is too small to run them.",
     )
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
     skew: float = skew_option()
@@ -140,7 +142,7 @@ class _Projection:
     def __post_init__(self) -> None:
         if not self.project and (self.cluster is not None or self.skew):
             option = "--skew" if self.cluster is None else "--cluster"
-            raise UserError(f"{option} is of a projection; add --project")
+            raise UserError(f"{option} needs a projection; add --project")
 
 
 @dataclass
@@ -148,15 +150,14 @@ class _Comparison:
     """What to run, and what stands beside it.
 
     Attributes:
-        folder: of its results.
+        folder: of its results, if they are to be written.
         projection: if asked for.
-        is_published: whether it was measured.
     """
 
     experiment: "Experiment"
-    folder: Path
+    folder: Path | None
     projection: "Results | None" = None
-    is_published: bool = False
+    is_measured: bool = False
 
 
 @takes_groups
@@ -190,15 +191,15 @@ def compare(
       expertlane compare
           the paper's deployments on a small model, 16 local ranks
       expertlane compare --experts-per-token 2,1
-          the same twice: two experts a token, then one
+          the same twice: two experts per token, then one
       expertlane compare mine.toml --model ./my-checkpoint
           your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
       expertlane compare --traffic
-          who sends how much to whom, and which rank, expert and layer are hottest
+          traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
-          what every rank does when, step by step
+          a Chrome trace of each deployment
       expertlane compare paper --project
           the paper's experiment on a modelled cluster of 16 H100
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
@@ -206,7 +207,24 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    comparisons = _comparisons(experiment, own, output_options.out)
+    found = run(experiment, own, time, launch, projection, output_options.call())
+    with closing(found):  # its ranks end, whatever printing comes to
+        for each in found:
+            output.publish(each, output_options)
+
+
+def run(
+    experiment: str,
+    own: _Options,
+    time: _Time,
+    launch: LaunchOptions,
+    projection: _Projection,
+    call: output.Call,
+) -> Generator[output.Found]:
+    """Compare, without a word on standard output: one comparison after the other."""
+    comparisons = _comparisons(experiment, own, call)
+    if own.trace and comparisons[0].folder is None:
+        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
@@ -218,12 +236,10 @@ def compare(
     projectors = []
     if projection.project:
         projectors = [_projector(each.experiment, projection, dtype) for each in comparisons]
-    for each in comparisons:
-        output.check_folder(each.folder)
     if output.is_first_process():
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
-                each.projection = projector.run(progress, output.command_line())
+                each.projection = projector.run(progress, call.command)
     reason = None
     if projection.project:  # what can't be run here may be known before any rank is started
         shortages = (memory_shortage(each.experiment, dtype) for each in comparisons)
@@ -231,17 +247,16 @@ def compare(
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, own, output_options, virtual, launch, dtype)
+            yield from _measure(comparisons, own, call.command, virtual, launch, dtype)
             return
         except CapacityError as error:
-            if not projection.project or comparisons[0].is_published:
+            if not projection.project or comparisons[0].is_measured:
                 raise
             reason = str(error)
     for each in comparisons:
         assert each.projection is not None, "the first process projects"
-        output.print_message(f"expertlane: nothing is measured here: {reason}")
-        results = replace(each.projection, not_measured=reason)
-        output.publish(results, each.folder, output_options)
+        output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
+        yield output.Found(replace(each.projection, not_measured=reason), each.folder)
 
 
 def _projector(
@@ -263,11 +278,11 @@ def _projector(
 def _measure(
     comparisons: list[_Comparison],
     own: _Options,
-    output_options: OutputOptions,
+    command: str,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
     dtype: str | None,
-) -> None:
+) -> Iterator[output.Found]:
     """Run all on the same ranks.
 
     Raises:
@@ -296,7 +311,7 @@ def _measure(
                     each.experiment,
                     pool,
                     progress,
-                    command=output.command_line(),
+                    command=command,
                     virtual=virtual,
                     on_trace=on_trace,
                 )
@@ -304,13 +319,10 @@ def _measure(
                 results = results.beside(each.projection)
             if own.traffic:
                 results = results.with_traffic()
-            each.is_published = True
-            output.publish(
-                results,
-                each.folder,
-                output_options,
-                also=partial(write_traces, traces, each.folder),
-            )
+            each.is_measured = True
+            folder = each.folder
+            also = tuple if folder is None else partial(write_traces, traces, folder)
+            yield output.Found(results, folder, also)
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
@@ -335,7 +347,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
         each.experiment = replace(each.experiment, model=model)
 
 
-def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Comparison]:
+def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Comparison]:
     """The comparisons to run, all checked before the first one runs."""
     from expertlane.spec.experiment import find_experiment, read_experiment
 
@@ -350,7 +362,7 @@ def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Compar
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
     if own.experts_per_token is None:
-        return [_Comparison(experiment, out or Path("results", experiment.name))]
+        return [_Comparison(experiment, call.folder(experiment.name))]
     given = own.experts_per_token
     top_ks = parse_list("--experts-per-token", "num_experts_per_tok", given, "2,1")
     if len(set(top_ks)) < len(top_ks):
@@ -359,10 +371,9 @@ def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Compar
     for k in top_ks:
         with naming(f"--experts-per-token {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
-        if out is None:
-            folder = Path("results", f"{experiment.name}-top{k}")
-        else:
-            folder = out / f"top{k}" if len(top_ks) > 1 else out
+        part = f"top{k}" if len(top_ks) > 1 else ""
+        own_call = call if call.out is None else replace(call, out=call.out / part)
+        folder = own_call.folder(f"{experiment.name}-top{k}")
         comparisons.append(_Comparison(replace(experiment, model=model), folder))
     return comparisons
 

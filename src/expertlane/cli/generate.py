@@ -48,12 +48,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     panel: ClassVar = Panel.PROMPTS
-    file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one a line.")
+    file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one per line.")
     token_ids: list[str] | None = typer.Option(
         None, metavar="ID[,ID…]", help="A prompt as token ids."
     )
     chat: bool = typer.Option(
-        False, "--chat", help="A conversation, a line a message; by the model's chat template."
+        False,
+        "--chat",
+        help="A conversation, one message per line, with the model's chat template.",
     )
     system: str | None = typer.Option(
         None, metavar="TEXT", help="The conversation's system message."
@@ -87,50 +89,50 @@ class SamplingOptions:
         metavar="T",
         show_default="1",
         rich_help_panel=Panel.SAMPLING,
-        help="0 takes the likeliest token.",
+        help="0: greedy.",
     )
     seed: int | None = seed_option(None, "a new one", Panel.SAMPLING)
     top_k: int | None = typer.Option(
-        None, metavar="K", show_default="0, all", help="Draw from the K likeliest tokens."
+        None, metavar="K", show_default="0, all", help="Sample from the K likeliest tokens."
     )
     top_p: float | None = typer.Option(
         None,
         metavar="P",
         show_default="1",
-        help="Draw from the nucleus: the likeliest tokens of cumulative probability P.",
+        help="Nucleus sampling: the likeliest tokens of cumulative probability P.",
     )
     min_p: float | None = typer.Option(
         None,
         metavar="P",
         show_default="0",
-        help="Draw from tokens at least P times as likely as the likeliest.",
+        help="Sample from tokens at least P times as likely as the likeliest.",
     )
     repetition_penalty: float | None = typer.Option(
         None,
         metavar="X",
         show_default="1",
-        help="Above 1: fewer tokens that prompt or output hold.",
+        help="Above 1: penalises tokens in prompt or output.",
     )
     presence_penalty: float | None = typer.Option(
-        None, metavar="X", show_default="0", help="Above 0: fewer tokens that the output holds."
+        None, metavar="X", show_default="0", help="Above 0: penalises tokens in the output."
     )
     frequency_penalty: float | None = typer.Option(
         None,
         metavar="X",
         show_default="0",
-        help="Above 0: fewer tokens that the output holds often.",
+        help="Above 0: penalises tokens by their count in the output.",
     )
-    stop: list[str] | None = typer.Option(None, metavar="TEXT", help="Text that ends the output.")
+    stop: list[str] | None = typer.Option(None, metavar="TEXT", help="Stop string.")
     stop_token_ids: list[int] | None = typer.Option(
-        None, "--stop-token-id", metavar="ID", help="A token that ends the output."
+        None, "--stop-token-id", metavar="ID", help="Stop token."
     )
     ignore_eos: bool = typer.Option(
-        False, "--ignore-eos", help="Go on after an end-of-sequence token."
+        False, "--ignore-eos", help="Continue after an end-of-sequence token."
     )
     logprobs: int | None = typer.Option(
         None,
         metavar="N",
-        help="With --json: log-probabilities of each token and of the N likeliest ones.",
+        help="With --json: log-probabilities of each token and of the N likeliest.",
     )
 
 
@@ -245,7 +247,7 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
 def _lines(text: str, source: str) -> list[str]:
     lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
-        raise UserError(f"{source}: there is no prompt; give one a line")
+        raise UserError(f"{source}: there is no prompt; give one per line")
     return lines
 
 

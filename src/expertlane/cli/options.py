@@ -16,6 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from expertlane.cli.help import Panel
+from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 NumberType = Literal["float32", "bfloat16", "float16", "float8"]
 MODEL_HELP = (
-    "A checkpoint's folder, a hub id (org/name), or a preset, whose weights are random: "
+    "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
     "paper-tiny, paper-small, paper."
 )
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -69,8 +70,8 @@ class OutputOptions:
 
     panel: ClassVar = Panel.OUTPUT
     out: Path | None = out_option("results/NAME, after the command and its subject")
-    full: bool = typer.Option(False, "--full", help="Print every table, not the answer alone.")
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print the answer's one line.")
+    full: bool = typer.Option(False, "--full", help="Print all tables.")
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = json_option()
 
     def __post_init__(self) -> None:
@@ -85,6 +86,10 @@ class OutputOptions:
         ]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
+
+    def call(self) -> Call:
+        """This command line."""
+        return Call(command_line(), self.out, always_writes=True)
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -152,7 +157,7 @@ def timeout_option() -> Any:
         60.0,
         metavar="SECONDS",
         rich_help_panel=Panel.RANKS,
-        help="Longest wait for a rank without progress.",
+        help="Longest wait for a rank that makes no progress.",
     )
 
 
@@ -179,9 +184,7 @@ def ranks_per_node_option(default: Any, show_default: str) -> Any:
 
 def redundant_option() -> Any:
     """Copies of experts."""
-    return typer.Option(
-        0, metavar="N", help="Copies of experts beside each MoE layer's own, to share load."
-    )
+    return typer.Option(0, metavar="N", help="Redundant experts per MoE layer, to share load.")
 
 
 def seed_option(
@@ -203,8 +206,8 @@ def placement_option(default: Any, show_default: bool | str = True) -> Any:
         default,
         metavar="linear|round_robin|FILE",
         show_default=show_default,
-        help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
-        "by expertlane balance.",
+        help="Experts per rank: consecutive ones, every ep-th, or as in a file of expertlane "
+        "balance.",
     )
 
 
@@ -247,8 +250,7 @@ def skew_option() -> Any:
         0.0,
         metavar="ALPHA",
         rich_help_panel=Panel.MODELLED,
-        help="Skewed routing: experts' popularity falls with their rank to the power of -ALPHA; 0 "
-        "for uniform.",
+        help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
     )
 
 
@@ -257,12 +259,12 @@ class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
 
     panel: ClassVar = Panel.BATCHING
-    block_size: int = typer.Option(16, metavar="N", help="Positions in a block of the cache.")
+    block_size: int = typer.Option(16, metavar="N", help="Tokens per KV-cache block.")
     max_num_seqs: int = typer.Option(
-        256, metavar="N", help="Requests running at once on a data-parallel rank."
+        256, metavar="N", help="Concurrent requests per data-parallel rank."
     )
     max_num_batched_tokens: int = typer.Option(
-        2048, metavar="N", help="New tokens in a step of a data-parallel rank."
+        2048, metavar="N", help="Tokens per step and data-parallel rank."
     )
 
 
@@ -280,25 +282,23 @@ class DeploymentOptions:
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     overlap: Literal["off", "on", "auto"] = typer.Option(
         "off",
-        help="Whether one half of a batch computes while the other half travels; auto: where that "
-        "is faster for a step's number of tokens, timed at the start.",
+        help="Two-batch overlap: one half batch computes while the other communicates; auto: "
+        "where faster for a step's number of tokens, timed at startup.",
     )
-    num_micro_batches: int = typer.Option(
-        1, metavar="N", help="Parts a batch is cut into for the pipeline."
-    )
+    num_micro_batches: int = typer.Option(1, metavar="N", help="Micro-batches per pipeline step.")
     micro_batch_schedule: MicroBatchSchedule = typer.Option(
-        "drained", help="Whether micro-batches wait for each other after each token."
+        "drained", help="drained: the pipeline empties after each step; rotating: it stays full."
     )
     dispatch: DispatchChoice = typer.Option(
         "all_to_all",
-        help="How tokens travel to experts: "
+        help="How tokens are dispatched to experts: "
         + ", ".join(form.sends for form in DISPATCH_FORMS.values())
-        + ", or the fastest for a step's number of tokens, timed at the start.",
+        + ", or the fastest for a step's number of tokens, timed at startup.",
     )
     payload: PayloadType = typer.Option(
         "model",
-        help="The type in which hidden states travel to experts; a narrower one than the model's "
-        "rounds them. How much that changes, expertlane compare measures.",
+        help="Number type of dispatched hidden states; float8 rounds them (expertlane compare "
+        "measures the error).",
     )
     placement: str = placement_option("linear")
     num_redundant_experts: int = redundant_option()
@@ -338,13 +338,13 @@ class LaunchOptions:
     panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
     oversubscribe: bool = typer.Option(
-        False, "--oversubscribe", help="Allow more than 32 local ranks a core."
+        False, "--oversubscribe", help="Allow more than 32 local ranks per core."
     )
     ignore_unused_tensors: bool = typer.Option(
         False,
         "--ignore-unused-tensors",
-        help="Go on, with a warning, where a checkpoint holds tensors that its config.json has no "
-        "use for.",
+        help="Continue, with a warning, if the checkpoint holds tensors that its config.json does "
+        "not use.",
     )
 
 
@@ -359,14 +359,14 @@ class EngineOptions:
         metavar="N",
         show_default="the model's",
         rich_help_panel=Panel.BATCHING,
-        help="Positions a sequence may take.",
+        help="Longest sequence, in tokens.",
     )
     num_blocks: int | None = typer.Option(
         None,
         metavar="N",
-        show_default="what memory has room for",
+        show_default="as many as fit in memory",
         rich_help_panel=Panel.BATCHING,
-        help="Blocks of the key/value cache.",
+        help="KV-cache blocks.",
     )
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
@@ -379,10 +379,9 @@ class EngineOptions:
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
-        help="Move experts while requests run, by the load of so many steps, where that pays. "
-        "0: never.",
+        help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
-    ranks_per_node: int = ranks_per_node_option(0, "0, as they were started")
+    ranks_per_node: int = ranks_per_node_option(0, "0, as started")
     launch: LaunchOptions
     options: Options = field(init=False)
 
@@ -412,23 +411,21 @@ class ProjectionOptions:
     routing_trace: Path | None = typer.Option(
         None,
         metavar="FILE",
-        help="Which experts tokens choose: routing.npz of expertlane generate --record-routing.",
+        help="Routing as recorded by expertlane generate --record-routing.",
     )
     skew: float = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
     kv_dtype: NumberType | None = typer.Option(
-        None, show_default="that of hidden states", help="Type of cached keys and values."
+        None, show_default="that of hidden states", help="Type of the KV cache."
     )
     execution: Literal["graph", "eager"] = typer.Option(
-        "graph", help="Whether a step is captured as a CUDA graph or launched kernel by kernel."
+        "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
 
 
 def batch_option(help: str, metavar: str) -> Any:
     """`--batch`, the size of a closed loop."""
-    return typer.Option(
-        None, metavar=metavar, help=f"Closed loop: keep N requests unfinished{help}"
-    )
+    return typer.Option(None, metavar=metavar, help=f"Closed loop: concurrency N{help}")
 
 
 def rate_option(metavar: str) -> Any:
@@ -436,14 +433,14 @@ def rate_option(metavar: str) -> Any:
     return typer.Option(
         None,
         metavar=metavar,
-        help="Open loop in place of --batch: R requests a second arrive at random times.",
+        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
     )
 
 
 def length_option(default: str, of: str) -> Any:
     """How long a prompt or an output is."""
     return typer.Option(
-        default, metavar="N[:N]", help=f"Tokens of {of}; of a range, drawn uniformly."
+        default, metavar="N[:N]", help=f"Tokens per {of}; N:N: uniform in that range."
     )
 
 
@@ -463,11 +460,10 @@ class LoadOptions:
     num_requests: int | None = typer.Option(
         None,
         metavar="N",
-        help="Requests of each batch size or rate. Default: the batch; with --rate "
-        f"{_DEFAULT_SIZE}.",
+        help=f"Requests per batch size or rate. Default: the batch; with --rate {_DEFAULT_SIZE}.",
     )
-    prompt_len: str = length_option("32", "a prompt")
-    output_len: str = length_option("32", "an output")
+    prompt_len: str = length_option("32", "prompt")
+    output_len: str = length_option("32", "output")
     seed: int = seed_option(0)
 
     def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":

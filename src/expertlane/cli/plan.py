@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import typer
@@ -40,31 +41,31 @@ class _Options:
         DEFAULT_WORKLOAD,
         metavar="KEY=N,…",
         rich_help_panel=Panel.WORKLOAD,
-        help="num_sequences: how many are to be served at once; prompt_len, output_len: tokens of "
-        "each.",
+        help="num_sequences: concurrency; prompt_len, output_len: tokens of each request.",
     )
     max_tpot_ms: float | None = typer.Option(
         None,
         metavar="MS",
         rich_help_panel=Panel.WORKLOAD,
-        help="Longest mean time of an output token.",
+        help="Limit on mean TPOT.",
     )
     max_ttft_ms: float | None = typer.Option(
         None,
         metavar="MS",
         rich_help_panel=Panel.WORKLOAD,
-        help="Longest mean time from a prompt's arrival to a first token.",
+        help="Limit on mean TTFT, queueing included.",
     )
 
 
 @takes_groups
 def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOptions) -> None:
-    """Find the deployment that serves most tokens a second on a cluster, within limits.
+    """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
-    in one pool and with prefill and decode apart; projects each with a cost model calibrated on
-    public measurements. Needs no GPU, loads no weights. Says why the others lose, and writes the
-    winner as an experiment for expertlane compare, and as vLLM and SGLang command lines.
+    aggregated and disaggregated (prefill and decode apart); projects each with a cost model
+    calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
+    to #1, and writes the winner as an experiment for expertlane compare, and as vLLM and SGLang
+    command lines.
 
     \b
     Examples:
@@ -72,14 +73,19 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
           the paper's model on its cluster, 16 H100
       expertlane plan ./my-checkpoint --cluster h100x32 --max-tpot-ms 50 \\
           --workload num_sequences=1024,prompt_len=2000,output_len=500
-          the most tokens a second with at most 50 ms a token
+          the most tokens/s with a TPOT of at most 50 ms
       expertlane plan org/model --dtype float8 --routing-trace trace.npz
-          by the experts that your own traffic chooses
+          with the routing of your own traffic
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
+    output.publish(run(own, projection, output_options.call()), output_options)
+
+
+def run(own: _Options, projection: ProjectionOptions, call: output.Call) -> output.Found:
+    """Plan, without a word on standard output."""
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
@@ -97,21 +103,26 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
     name = output.slug("plan", found.config.name, devices)
-    folder = output.results_folder(output_options.out, name)
+    folder = call.folder(name)
+    experiment = None if folder is None else folder / _EXPERIMENT
     cautions = tuple(filter(None, [found.priced_wider(types)]))
     request = PlanRequest(found.config, devices, workload, Goals(*limits_s), setting)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
-        command=output.command_line(),
+        command=call.command,
         loaded=_served(found),
-        experiment=str(folder / _EXPERIMENT),
+        experiment=None if experiment is None else str(experiment),
     )
     checkpoint = os.path.abspath(found.folder) if found.folder else None
-    text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    output.publish(
-        results, folder, output_options, also=lambda: [write_text(folder / _EXPERIMENT, text)]
-    )
+
+    def write_experiment() -> list[Path]:
+        if experiment is None:
+            return []
+        written_by = f"Written by: {results.command}"
+        return [write_text(experiment, plan.experiment(name, checkpoint, written_by))]
+
+    return output.Found(results, folder, write_experiment)
 
 
 def _served(found: FoundModel) -> "ServeTarget":

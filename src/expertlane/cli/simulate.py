@@ -43,20 +43,20 @@ class _Options:
         None,
         metavar="LAYOUT",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="A pool of its own for prompts, on further devices; --layout then decodes, and keys "
-        "and values travel between them. All other options hold for both pools.",
+        help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
+        "All other options hold for both pools.",
     )
     mtp: int = typer.Option(
         0,
         metavar="N",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Multi-token prediction: N tokens guessed a step.",
+        help="Multi-token prediction: N draft tokens per step.",
     )
     mtp_acceptance: float | None = typer.Option(
         None,
         metavar="P",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="How often a guess is right, 0 to 1; needed with --mtp.",
+        help="Acceptance rate of drafts, 0 to 1; needed with --mtp.",
     )
     trace: bool = trace_option()
 
@@ -65,8 +65,8 @@ class _Options:
 class _Load(LoadOptions):
     batch: str | None = batch_option(f". Default: {_DEFAULT_BATCH}.", "N")
     rate: str | None = rate_option("R")
-    prompt_len: str = length_option("1024", "a prompt")
-    output_len: str = length_option("128", "an output")
+    prompt_len: str = length_option("1024", "prompt")
+    output_len: str = length_option("128", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def simulate(
     deployment: _Deployment,
     scheduler: SchedulerOptions,
 ) -> None:
-    """Project what a deployment would do on a modelled cluster.
+    """Project one deployment on target hardware.
 
     The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
     to published measurements or made by expertlane calibrate. Says what limits the deployment,
@@ -106,6 +106,21 @@ def simulate(
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
           --cluster h100x16 --trace
     """
+    call = output_options.call()
+    found = run(model, own, load_options, projection, deployment, scheduler, call)
+    output.publish(found, output_options)
+
+
+def run(
+    model: ModelArgument,
+    own: _Options,
+    load_options: _Load,
+    projection: ProjectionOptions,
+    deployment: _Deployment,
+    scheduler: SchedulerOptions,
+    call: output.Call,
+) -> output.Found:
+    """Simulate, without a word on standard output."""
     load = _one_load(load_options)
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
@@ -140,9 +155,7 @@ def simulate(
     if setup.prefill_layout is not None:
         with naming("--prefill-layout"):
             found_model.check(setup.prefill_layout, setup.options, per_node)
-    folder = output.results_folder(
-        output_options.out, output.slug("simulate", config.name, own.cluster)
-    )
+    folder = call.folder(output.slug("simulate", config.name, own.cluster))
     simulator = Simulator(config, modelled, setup, load)
     outcome = _run(simulator, load, seed)
     results = simulation(
@@ -150,22 +163,23 @@ def simulate(
         outcome,
         routing,
         seed,
-        command=output.command_line(),
+        command=call.command,
         caution=found_model.priced_wider(setup.types),
     )
 
     def write_steps() -> list[Path]:
-        steps = {str(setup.layout): simulator.trace(outcome)} if own.trace else {}
-        return write_traces(steps, folder)
+        if folder is None or not own.trace:
+            return []
+        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
-    output.publish(results, folder, output_options, also=write_steps)
+    return output.Found(results, folder, write_steps)
 
 
 def _one_load(options: _Load) -> "Load":
     loads = options.loads(_DEFAULT_BATCH)
     if len(loads) > 1:
         given = f"--batch {options.batch}" if options.rate is None else f"--rate {options.rate}"
-        raise UserError(f"{given} is {len(loads)} loads; simulate takes one a run")
+        raise UserError(f"{given} is {len(loads)} loads; simulate takes one per run")
     return loads[0]
 
 

@@ -1,6 +1,6 @@
-"""Put load on an engine, and measure what its users would feel.
+"""Put load on an engine, and measure throughput and latency.
 
-Closed loop: a number of requests is kept unfinished. Open loop: requests arrive at random, however
+Closed loop: a constant concurrency. Open loop: requests arrive at random, however
 far the engine is (Poisson arrivals). All times of a request count from when it was due, so that
 one that the loop could only add late, because a step was under way, does not look faster.
 """

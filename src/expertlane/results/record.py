@@ -30,9 +30,12 @@ FASTEST = "fastest"  # a comparison's plan: the fastest decode step of all seque
 BEST = "best"  # a plan's best of one pool, projected in full; the first wins
 FAMILY = "family"  # a plan's best of a kind of deployment, as screened; its name is the kind's
 PARETO = "pareto"  # as screened: none has both more tokens a second and a lower TPOT
-TWO_POOLS = "two pools"  # a plan's best of two pools, as they serve together
+TWO_POOLS = "disaggregated"  # a plan's best, both pools together
 PREFILL_POOL = "prefill pool"  # and each of the two by itself
 DECODE_POOL = "decode pool"
+
+# What decided among the plans of a tie.
+TieBreak = Literal["lowest TTFT", "fewest kinds", "most tokens"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class StepsRecord(Strict):
     Counts are sums over ranks and steps. A simulated step with any prompt in it is a prefill.
 
     Attributes:
-        pool: the ranks that ran them: all, or those of one of two pools.
+        pool: the ranks that ran them: all, or those of one of its pools.
         context: positions that each sequence has cached before the step; None where it varies.
         num_steps: steps of all replicas; a rotating micro-batch's counts as one.
-        num_rounds: times every sequence went one token on; None where steps mix freely.
+        num_rounds: decode steps of all sequences; None where steps mix freely.
         num_tokens: computed, drafts among them.
         num_seqs: sequences that took part, added up over steps.
         wall_s: measured: of the phase. Projected: of the one step, or round where micro-batches
@@ -132,7 +135,7 @@ class StepsRecord(Strict):
 
     @property
     def round_s(self) -> Estimate:
-        """Mean time in which every sequence went one token on; a step's where none is counted."""
+        """Mean time of a decode step of all sequences; of any step where none is counted."""
         return self.wall_s / (self.num_rounds or self.num_steps)
 
     @property
@@ -152,7 +155,7 @@ class ServingRecord(Strict):
     """What requests felt under one load.
 
     Attributes:
-        batch: requests kept unfinished; None in an open loop.
+        batch: concurrency; None in an open loop.
         rate: requests that arrive a second; None in a closed one.
         num_running: planned: sequences that run at once, over the whole system.
         wall_s: from the first request's due time to the last token.
@@ -316,7 +319,9 @@ class DeploymentRecord(Strict):
         rebalances: decisions about moving experts, in its last run.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.
-        why: what makes it slower than the best of a plan; empty for that.
+        why: what makes it slower than the best of a plan; empty where it ties with that.
+        over_best: its output tokens a second over those of the best of a plan, with the bounds that
+            are left when the errors that both share have cancelled; None for that.
     """
 
     name: str
@@ -337,6 +342,7 @@ class DeploymentRecord(Strict):
     dispatch_table: DispatchTable | None = None
     tokens_sha256: str | None = None
     why: str = ""
+    over_best: Estimate | None = None
 
     @property
     def num_ranks(self) -> int:

@@ -35,7 +35,7 @@ from expertlane.simulate.totals import PhaseTotals
 from expertlane.spec.names import ProjectedCause, Traffic
 
 _HOW = {
-    Execution.GRAPH: "a micro-batch's kernels are launched at once, as captured graphs",
+    Execution.GRAPH: "the kernels of a micro-batch are launched at once, as CUDA graphs",
     Execution.EAGER: "the host launches every kernel, ahead of the device",
     Execution.SERIAL: "a CPU's calls and its work take turns; the profile has no other way",
 }
@@ -93,7 +93,7 @@ def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> D
     facts = reduce(add, (totals.facts for totals in phases))
     name = str(setup.layout)
     if setup.prefill_layout is not None:
-        name = f"{setup.prefill_layout} prefills, {name} decodes"
+        name = f"prefill {setup.prefill_layout}, decode {name}"
     return DeploymentRecord(
         name=name,
         layout=setup.layout,
@@ -193,14 +193,14 @@ def _assumptions(
     beside = caution or "hidden states are bfloat16 beside float8"
     rows = [
         ("weights", setup.types.weights, "--dtype", beside),
-        ("keys and values", setup.types.kv, "--kv-dtype", "as hidden states, if not said"),
+        ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
         ("execution", execution.value, "--execution", _HOW[execution]),
         ("routing", routing.option, "--routing-trace, --skew", routing.words),
         (
             "step",
             f"{setup.max_num_batched_tokens} tokens, {setup.max_num_seqs} sequences",
             "--max-num-batched-tokens, --max-num-seqs",
-            "of a data-parallel rank at most; prompts go in chunks beside decodes",
+            "at most, per data-parallel rank; chunked prefill together with decodes",
         ),
         (
             "memory",
@@ -210,22 +210,22 @@ def _assumptions(
         ),
         (
             "ranks",
-            f"{cluster.profile.ranks_per_node} a node, in order",
+            f"{cluster.profile.ranks_per_node} per node, in order",
             "--cluster",
             "tensor-parallel ranks are innermost, so that they share a node",
         ),
-        ("prompts", "nothing in common", "", "no prefix is found in the cache"),
-        ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
+        ("prompts", "no shared prefixes", "", "prefix caching never hits"),
+        ("outputs", "full length", "--output-len", "no early end of sequence"),
         (
-            "between steps",
+            "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",
             "--cluster",
-            "scheduling and sending a plan; not hidden behind the step before",
+            "scheduling and sending a plan; not overlapped with the previous step",
         ),
     ]
     if OVERHEAD_S not in cluster.profile.terms:
         rows.append(
-            ("kernels", "of GPU libraries", "", "fused as there, not one for each tensor operation")
+            ("kernels", "of GPU libraries", "", "fused as there, not one per tensor operation")
         )
     rows += _of_pools(setup, cluster) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
@@ -241,17 +241,17 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
     )
     return [
         (
-            "two pools",
-            f"{setup.prefill_layout} prefills, {setup.layout} decodes",
+            "disaggregated",
+            f"prefill {setup.prefill_layout}, decode {setup.layout}",
             "--prefill-layout",
-            "each with its own scheduler, and as if it began on a node's first device",
+            "each pool with its own scheduler, starting on a node's first device",
         ),
         (
-            "key/value transfer",
+            "KV transfer",
             where,
             "--prefill-layout",
-            "after the prompt and its first token (TTFT ends there, TPOT has the transfer), one "
-            "request after the other, beside both pools' own work",
+            "after the first token (so it counts in TPOT, not TTFT), one request at a time, "
+            "overlapped with both pools' work",
         ),
     ]
 
@@ -263,11 +263,11 @@ def _of_drafts(setup: ServingSetup) -> list[tuple[str, str, str, str]]:
     return [
         (
             "multi-token prediction",
-            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} right: "
-            f"{drafts.tokens_per_step:.3g} tokens a step",
+            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} accepted: "
+            f"{drafts.tokens_per_step:.3g} tokens per step",
             "--mtp, --mtp-acceptance",
-            f"a decode takes {1 + drafts.num_drafts} tokens through the model, then "
-            f"{drafts.num_drafts} passes of one more layer and the head; every step of every "
-            "sequence yields the average; the scheduler's cache is cut to fill up as early",
+            f"a decode step runs {1 + drafts.num_drafts} tokens through the model, then "
+            f"{drafts.num_drafts} passes of one more layer and the head; every step yields the "
+            "average; the KV cache is reduced so that it fills as early",
         )
     ]

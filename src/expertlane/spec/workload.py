@@ -91,7 +91,7 @@ class Load:
     """What is put on the engine.
 
     Attributes:
-        batch: requests kept unfinished; None in an open loop.
+        batch: concurrency; None in an open loop.
         rate: requests that arrive a second, on average; None in a closed loop.
 
     Raises:
