@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expertlane.cli import output
+from expertlane.cli.load import LoadOptions
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import (
     EngineOptions,
-    LoadOptions,
     ModelArgument,
     OutputOptions,
     layout_option,
@@ -54,8 +54,8 @@ def bench(
     Examples:
       expertlane bench ./my-checkpoint
       expertlane bench ./my-checkpoint --batch 1,32 --layout tp=2 --layout dp=2,ep=2
-      expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512 --output-len 16:128
-      expertlane bench paper-tiny --json | jq '.deployments[].serving[].output_tps.value'
+      expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512
+      expertlane bench paper-tiny --json | jq '.deployments[].layout'
     """
     output.publish(run(model, own, load, engine, output_options.call()), output_options)
 
@@ -73,7 +73,7 @@ def run(
     layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
     _check(found, engine, loads, layouts)
     folder = call.folder(output.slug("bench", found.config.name))
-    results = _measured(found, engine, loads, layouts, load.seed, call.command)
+    results = _measured(found, engine, loads, layouts, load, call.command)
     return output.Found(results, folder)
 
 
@@ -104,13 +104,14 @@ def _measured(
     options: EngineOptions,
     loads: "list[Load]",
     layouts: list[Layout],
-    seed: int,
+    asked: LoadOptions,
     command: str,
 ) -> "Results":
     """All loads on each layout in turn."""
     from expertlane.compare.machine import machine_record
     from expertlane.compare.serving_benchmark import run_loads
     from expertlane.ops.host import ForeignLoad
+    from expertlane.results.cost import with_costs
     from expertlane.results.record import DeploymentRecord
     from expertlane.results.results import Results
 
@@ -121,24 +122,19 @@ def _measured(
             seen = llm.machine
             foreign = ForeignLoad()
             with output.progress_on_stderr() as progress:
-                serving = tuple(run_loads(llm, layout, loads, seed, progress))
+                serving = tuple(run_loads(llm, layout, loads, asked.seed, progress, asked.slos))
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
         records.append(
             DeploymentRecord(str(layout), layout, options.options, "measured", serving=serving)
         )
     num_ranks = max(layout.world_size for layout in layouts)
     ranks_per_node = options.ranks_per_node or seen[0].ranks_per_node
-    first = loads[0]
-    return Results.now(
+    results = Results.now(
         "bench",
         command,
         {
             "model": found.name,
-            "workload": {
-                "prompt_len": str(first.prompt_len),
-                "output_len": str(first.output_len),
-                "seed": seed,
-            },
+            "workload": asked.question(loads[0]),
             "ranks_per_node": options.ranks_per_node,
         },
         records,
@@ -146,3 +142,4 @@ def _measured(
         machine=machine_record(seen, num_ranks, ranks_per_node),
         foreign_cpu_share=foreign_cpu_share,
     )
+    return results if asked.price is None else with_costs(results, asked.price)

@@ -65,7 +65,7 @@ class _Options:
     traffic: bool = typer.Option(
         False,
         "--traffic",
-        rich_help_panel=Panel.OUTPUT,
+        rich_help_panel=Panel.MORE_OUTPUT,
         help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )

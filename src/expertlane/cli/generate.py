@@ -23,6 +23,8 @@ from expertlane.cli.options import (
     takes_groups,
 )
 from expertlane.cli.output import (
+    Call,
+    command_line,
     is_first_process,
     output_json,
     output_text,
@@ -30,7 +32,6 @@ from expertlane.cli.output import (
     print_json,
     print_message,
     print_text,
-    results_folder,
     slug,
     stream_output,
 )
@@ -184,7 +185,10 @@ def generate(
         raise UserError("--out needs --record-routing, which writes there")
     trace = None
     if own.record_routing:
-        trace = results_folder(own.out, slug("generate", found.config.name)) / "routing.npz"
+        call = Call(command_line(), own.out, always_writes=True)
+        folder = call.folder(slug("generate", found.config.name))
+        assert folder is not None, "it always writes"
+        trace = folder / "routing.npz"
     if own.chat:
         conversation = Chat(found, params, own.system)
         with _load(found, layout, engine, trace) as llm:

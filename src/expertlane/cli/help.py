@@ -25,12 +25,14 @@ class Panel(StrEnum):
     PROJECTION = "Projection"
     OUTPUT = "Output"
     OTHER = "Options"
+    MORE_WORKLOAD = "Advanced: workload"
     MORE_SAMPLING = "Advanced: sampling"
     BATCHING = "Advanced: batching and cache"
     MORE_DEPLOYMENT = "Advanced: deployment"
     MODELLED = "Advanced: modelled cluster"
     VIRTUAL_TIME = "Advanced: virtual time"
     RANKS = "Advanced: ranks"
+    MORE_OUTPUT = "Advanced: output"
 
 
 class Command(TyperCommand):
