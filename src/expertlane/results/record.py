@@ -92,7 +92,7 @@ class StepsRecord(Strict):
             fitted, bound.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
         fits: whether so many sequences of this context fit into memory.
-        timeline: of one step: measured, from a short run by itself; simulated, the largest.
+        timeline: of one step: measured, from a short run by itself; simulated, the median.
     """
 
     phase: Phase
