@@ -32,7 +32,7 @@ def as_json(run, *arguments, **model):
 
 
 def test_a_report_says_what_limits_the_deployment(run, tmp_path):
-    out, err = simulate(run, *EP16, *LOAD, "--out", str(tmp_path / "new"))
+    out, err = simulate(run, *EP16, *LOAD, "--full", "--out", str(tmp_path / "new"))
     assert all(len(line) <= 80 for line in out.splitlines())
     title, _, heading, first, *_ = out.splitlines()
     assert "paper-tiny as dp=16,ep=16 on h100x16" in title
@@ -66,7 +66,80 @@ def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
     out, err = simulate(run, *EP16, *opened)
     assert "simulating 6 requests 3 times" in err
-    assert "200 req/s: 6 requests" in out
+    assert "tokens/s at 200 req/s, " in " ".join(out.split())
+
+
+def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_path):
+    swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "8"]
+    both, alone = (
+        as_json(run, *EP16, *load)["deployments"][0]
+        for load in (swept, [*swept[2:], "--batch", "8"])
+    )
+    assert [each["batch"] for each in both["serving"]] == [2, 8, 4]
+    assert both["serving"][1] == alone["serving"][0]
+    assert both["steps"] == alone["steps"]
+    assert both["pools"] == alone["pools"]
+    # Within the objective nothing but the smallest batch.
+    limit = both["serving"][2]["tpot_s"]["mean"]["value"]
+    kept = as_json(run, *EP16, *swept, "--slo", f"tpot.mean={0.999 * limit}s")["deployments"][0]
+    assert [each["slos"][0]["value"] for each in kept["serving"]] == [
+        each["tpot_s"]["mean"] for each in both["serving"]
+    ]
+    small = as_json(run, *EP16, *swept[2:], "--batch", "2")["deployments"][0]
+    assert kept["steps"] == small["steps"]
+    _, err = simulate(run, *EP16, *swept)
+    assert [line.partition(":")[0] for line in err.splitlines()] == [
+        "batch 2",
+        "batch 8",
+        "batch 4",
+        "written",
+    ]
+
+
+def test_recorded_requests(run):
+    path = Path(__file__).parents[1] / "spec" / "requests" / "azure.csv"
+    asked = ["--layout", "dp=16,ep=16", "--cluster", "h100x16", "--requests", str(path)]
+    (record,) = as_json(run, *asked, model="paper")["deployments"]
+    (found,) = record["serving"]
+    assert (found["batch"], found["rate"]) == (None, None)
+    assert (found["num_prompt_tokens"], found["num_output_tokens"]) == (1649, 208)
+    assert found["wall_s"]["value"] > 4.54  # the last one's arrival
+    (found,) = as_json(run, *asked, "--batch", "1", "--num-requests", "2", model="paper")[
+        "deployments"
+    ][0]["serving"]
+    assert (found["batch"], found["num_output_tokens"]) == (1, 153)
+    out, _ = simulate(run, *asked, model="paper")
+    assert "tokens/s at recorded arrivals" in " ".join(out.split())
+
+
+def test_goodput_and_cost(run):
+    asked = [*EP16, *LOAD, "--slo", "ttft.p90=1us,e2e.p99=1h"]
+    assert run("simulate", "paper-tiny", *asked)[0] == 2
+    asked[-1] = "ttft.p90=0.001ms,e2e.p99=1e5s"
+    (found,) = as_json(run, *asked, "--price", "3")["deployments"][0]["serving"]
+    assert [each["slo"]["metric"] for each in found["slos"]] == ["ttft", "e2e"]
+    assert found["goodput"]["value"] == found["good_share"]["value"] == 0
+    cost = 3 * 16 / 3600 / found["output_tps"]["value"] * 1e6
+    assert found["usd_per_million_output"]["value"] == pytest.approx(cost)
+    out, _ = simulate(run, *asked, "--price", "3")
+    assert "Misses the SLOs" in out
+    assert "0% are within all limits" in " ".join(out.split())
+
+
+def test_fewer_requests_than_the_usual_batch(run):
+    asked = [*EP16, *LOAD[2:], "--num-requests", "20"]
+    (found,) = as_json(run, *asked)["deployments"][0]["serving"]
+    assert (found["batch"], found["num_requests"]) == (20, 20)
+
+
+def test_routing_is_skewed_unless_a_user_says_otherwise(run):
+    usual, uniform = (
+        as_json(run, *EP16, *LOAD, *skew)["deployments"][0] for skew in ([], ["--skew", "0"])
+    )
+    assert usual["conditions"]["routing"] == "--skew 0.8"
+    assert uniform["conditions"]["routing"] == "--skew 0"
+    loads = [max(map(max, each["num_tokens_per_expert"])) for each in (usual, uniform)]
+    assert loads[0] > loads[1]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +161,7 @@ def test_two_pools(run):
     assert [each["role"] for each in record["pools"]] == ["prefill", "decode"]
     steps = [(each["pool"], each["phase"]) for each in record["steps"]]
     assert steps == [("prefill", "prefill"), ("decode", "decode")]
-    out, _ = simulate(run, *layouts, *LOAD)
+    out, _ = simulate(run, *layouts, *LOAD, "--full")
     assert "2 devices of the cluster stay idle." in out
     assert "tp=2 + dp=4,ep=4" in out
 
@@ -112,8 +185,10 @@ def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
 
 
 def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
-    path = tmp_path / "deep" / "step.json"
-    simulate(run, "--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD, "--trace", str(path))
+    asked = ["--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD]
+    _, err = simulate(run, *asked, "--trace", "--out", str(tmp_path / "deep"))
+    path = tmp_path / "deep" / "trace-pp-2-tp-2.json"
+    assert err.splitlines()[-1].endswith(f", {path}")
     events = json.loads(path.read_text())["traceEvents"]
     timed = [event for event in events if event["ph"] == "X"]
     assert {event["args"]["phase"] for event in timed} == {"prefill", "decode"}
@@ -135,7 +210,7 @@ def test_replicas_send_among_themselves(run, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--dispatch", "hierarchical", "--overlap", "on", "--redundant", "16"],
+        ["--dispatch", "hierarchical", "--overlap", "on", "--num-redundant-experts", "16"],
         ["--dtype", "float8", "--kv-dtype", "float8", "--execution", "eager"],
         ["--skew", "0.9", "--payload", "float8", "--placement", "round_robin"],
     ],
@@ -156,10 +231,10 @@ def test_skewed_routing_loads_ranks_unevenly(run):
 
 def test_sequences_that_wait_for_room(run):
     out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
-    assert "want of" not in out  # one on each of 16 ranks is enough for 8
+    assert "limited by --max" not in out  # one on each of 16 ranks is enough for 8
     load = ["--batch", "8", "--prompt-len", "4", "--output-len", "4", "--max-num-seqs", "3"]
-    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load)
-    assert "At most 3 sequences of 8 ran at once, for want of room (--max-num-seqs)." in out
+    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load, "--full")
+    assert "Concurrency reached 3 of 8, limited by --max-num-seqs." in out
 
 
 @pytest.mark.parametrize(
@@ -178,7 +253,11 @@ def test_sequences_that_wait_for_room(run):
             ["ep=8 is on one node of 8", "all_to_all"],
         ),
         (["--rate", "2", "--batch", "4"], ["--batch and --rate exclude each other"]),
-        (["--batch", "1,2"], ["simulate takes one"]),
+        (["--batch", "0"], ["--batch is '0'; it must be a whole number, 1 to"]),
+        (["--batch", "9", "--num-requests", "8"], ["--num-requests is 8, fewer than --batch 9"]),
+        (["--slo", "ttft.p95=5"], ["--slo is 'ttft.p95=5'", "ms or s"]),
+        (["--requests", "none.csv"], ["--requests: cannot read none.csv"]),
+        (["--requests", "x", "--prompt-len", "8"], ["--prompt-len and --requests exclude"]),
         (["--dispatch", "auto"], ["--dispatch auto is timed on real ranks"]),
         (["--overlap", "auto"], ["--overlap auto is timed on real ranks"]),
         (["--prompt-len", "60", "--output-len", "8"], ["67 positions", "valid: 64"]),
@@ -191,9 +270,8 @@ def test_sequences_that_wait_for_room(run):
         (["--block-size", "0"], ["--block-size is 0", "1 to 65,536"]),
         (["--max-num-seqs", "0"], ["--max-num-seqs is 0", "1 to 1,048,576"]),
         (["--seed", "-1"], ["--seed is -1"]),
-        (["--trace", "."], ["--trace is .", "is a folder; give a file: step.json"]),
         (["--cluster", "a100x16", "--dtype", "float8"], ["float8", "bfloat16"]),
-        (["--redundant", "999"], ["at most 240 can be redundant"]),
+        (["--num-redundant-experts", "999"], ["at most 240 can be redundant"]),
     ],
     ids=lambda given: " ".join(given) if isinstance(given[0], str) else "",
 )
@@ -201,7 +279,7 @@ def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
     used = [*EP16, *arguments, "--out", str(tmp_path / "out")]
     if "--cluster" in arguments or "--layout" in arguments:  # the last one given counts
         used = [*arguments, *EP16, *arguments, "--out", str(tmp_path / "out")]
-    if not {"--prompt-len", "--batch", "--rate"} & set(arguments):
+    if not {"--prompt-len", "--batch", "--rate", "--requests"} & set(arguments):
         used = [*LOAD, *used]
     code, out, err = run("simulate", "paper-tiny", *used)
     assert (code, out) == (2, "")
@@ -212,7 +290,7 @@ def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
 
 def test_a_mistake_of_the_prefill_pool_is_told_as_its_own(run):
     pools = ("--layout", "dp=8,ep=8", "--prefill-layout", "tp=8", "--cluster", "h100x16")
-    code, _, err = run("simulate", "paper", *pools, "--redundant", "3")
+    code, _, err = run("simulate", "paper", *pools, "--num-redundant-experts", "3")
     assert code == 2
     assert "error: --prefill-layout: 19 physical experts on 1 rank: a rank holds each" in err
 

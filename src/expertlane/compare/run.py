@@ -46,7 +46,7 @@ from expertlane.spec.workload import Workload
 
 _WARM_UP_LEN, _WARM_UP_PART, _WARM_UP_LEAST = 4, 4, 64  # of a prompt; of all sequences
 _TRACED_LEN = 3
-_NO_VIRTUAL_TIME = "No virtual time: it is made of CPU time, and these ranks compute on GPUs."
+_NO_VIRTUAL_TIME = "No virtual time: it is built from CPU times, and these ranks compute on GPUs."
 
 
 def run_comparison(

@@ -12,7 +12,7 @@ from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import UserError
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import take_option
+from expertlane.spec.ranges import DEFAULT_SKEW, take_option
 
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
@@ -49,7 +49,7 @@ class PowerLawRouting:
     inside them. Tokens are drawn once and taken in turn.
 
     Args:
-        alpha: 0 for experts alike.
+        alpha: 0 for uniform.
         num_sampled_layers: layers take turns with so many samples.
         groups: those of the router; none by default.
     """
@@ -185,13 +185,14 @@ class RoutingChoice:
 def choose_routing(
     model: ModelConfig,
     trace: Path | None,
-    skew: float,
+    skew: float | None,
     seed: int = 0,
     num_sampled_layers: int = 4,
 ) -> RoutingChoice:
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
     Args:
+        skew: None for the default, without a trace.
         num_sampled_layers: for a power law; see `PowerLawRouting.of`.
 
     Raises:
@@ -199,20 +200,20 @@ def choose_routing(
     """
     take_option("--skew", skew)
     if trace is None:
+        skew = DEFAULT_SKEW if skew is None else skew
         source = PowerLawRouting.of(model, skew, seed, num_sampled_layers)
         words = (
-            f"popularity falls by an expert's rank to the power of -{skew:g}, in an order drawn "
-            "by layer"
+            f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
             if skew
-            else "every expert is as popular; real traffic is not, so this is the best case"
+            else "uniform over experts; real traffic is not, so this is the best case"
         )
         if model.routing.n_group > 1:
             words += (
-                f"; within the best {model.routing.topk_group} of {model.routing.n_group} groups "
+                f"; within the top {model.routing.topk_group} of {model.routing.n_group} groups "
                 "of each token"
             )
         return RoutingChoice(source, f"--skew {skew:g}", words)
-    if skew:
+    if skew is not None:
         raise UserError("--routing-trace and --skew exclude each other")
     read = read_trace(trace)
     if not read.num_tokens:
@@ -220,8 +221,8 @@ def choose_routing(
     sizes = (read.num_experts, read.num_experts_per_tok)
     if sizes != (model.num_experts, model.num_experts_per_tok):
         raise UserError(
-            f"{trace} is of {sizes[1]} of {sizes[0]} experts a token; {model.name} has "
+            f"{trace} is of {sizes[1]} of {sizes[0]} experts per token; {model.name} has "
             f"{model.num_experts_per_tok} of {model.num_experts}"
         )
-    words = f"{read.num_tokens:,} recorded tokens in turn, over and over"
+    words = f"{read.num_tokens:,} recorded tokens, repeated in a loop"
     return RoutingChoice(TraceRouting(read), f"--routing-trace {trace}", words)

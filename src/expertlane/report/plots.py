@@ -63,7 +63,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
     steps = {phase: _steps(compared, phase) for phase in _PHASES}
     largest = [
-        f"The largest part of {row.name} is {row.record.bottleneck.sentence}."
+        f"Largest cost of {row.name}: {row.record.bottleneck.sentence}."
         for row in compared.cast
         if row.record.bottleneck
     ]
@@ -222,10 +222,10 @@ def _compared_timelines(
         median = step.step_s.median if step.step_s else None
         usual_s = likely(step.round_s if is_round or median is None else median)
         own_s = step.timeline.end_us / _US_PER_S
-        what = "a mean round" if is_round else "the median step"
+        what = "the mean step" if is_round else "the median step"
         words = f"It took {milliseconds(own_s)} ms; {what} of the run {milliseconds(usual_s)} ms."
         if abs(own_s / usual_s - 1) > _UNTYPICAL:
-            words += " So it is not typical: look at its shape, not at its length."
+            words += " Not typical: read its shape, not its length."
         return words
 
     is_wall = compared.source == "measured"
@@ -280,17 +280,17 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
             "critical-path CPU time": [Estimate(each.critical_path_tps_per_rank) for each in found],
         }
         note = (
-            "Linear scaling is a level line. Critical-path CPU time is what one core a rank would "
-            "take, transfers left out."
+            "Linear scaling is a horizontal line. Critical-path CPU time: one core per rank, "
+            "transfers excluded."
         )
     else:
         curves = {
-            "the same sequences": [each.step.tps for each in found],
-            "as many sequences a GPU": [each.share.tps for each in found],
+            "same sequences": [each.step.tps for each in found],
+            "same sequences per GPU": [each.share.tps for each in found],
         }
         note = (
-            "One expert-parallel group of all GPUs; linear scaling is a straight line that rises "
-            "tenfold over a tenfold of GPUs."
+            "One expert-parallel group of all GPUs. Linear scaling is a straight line: ten times "
+            "the tokens/s with ten times the GPUs."
         )
     first, last, unit = found[0].record.num_ranks, found[-1].record.num_ranks, unit_of(source)
     name, values = next(iter(curves.items()))

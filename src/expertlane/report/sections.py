@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
-from expertlane.report import bench_plots, planning, plots, serving
+from expertlane.report import bench_plots, plan_answer, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
+from expertlane.report.loads import NAME_COLUMNS
+from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
@@ -100,16 +102,16 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
     assert conditions is not None, "projections have them"
     types = conditions.dtype
     if conditions.kv_dtype != types:
-        types += f", keys and values in {conditions.kv_dtype}"
+        types += f", KV cache in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
     own = plots.first(modelled)
     return [
         own if is_alone else replace(own, heading="Throughput, projected", place="plots"),
         Section(
-            f"Projected: verdict ({results.projected_for.name}, nothing here was measured)",
+            f"Projected: verdict ({results.projected_for.name}; nothing was measured there)",
             (
                 f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
-                f"tokens of context, {types}; likely values with their bounds:",
+                f"tokens of context, {types}; likely values and bounds:",
                 speed(modelled, _cast(modelled), in_words(conditions)),
                 *verdict(modelled, results),
                 firmness([row.step for row in modelled.rows]),
@@ -137,7 +139,7 @@ def _cast(modelled: Comparison) -> list[Row]:
     names = {modelled.first.number: "first"}
     if best is not None:
         names[best.number] = (
-            "baseline, also the best" if best is modelled.first else "best baseline"
+            "first and best baseline" if best is modelled.first else "best baseline"
         )
     if modelled.best_proposal is not None:
         names[modelled.best_proposal.number] = "best proposal"
@@ -146,23 +148,21 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 
 def _plan(results: Results) -> _Made:
-    sections = planning.plan(results)
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
-    return (
-        f" plan: {asked}",
-        Answer(f"{asked} | projected", planning.verdict(results)[0]),
-        (*sections, *plots.plan(results), assumptions(results, "projected")),
-    )
+    sections = plan_answer.verdict(results), *planning.plan(results), *plots.plan(results)
+    assumed = assumptions(results, "projected")
+    return f" plan: {asked}", plan_answer.answer(results), (*sections, assumed)
 
 
 def _simulation(results: Results) -> _Made:
     record = results.deployments[0]
     layouts = [record.prefill_layout, record.layout]
     layout = " + ".join(str(each) for each in layouts if each is not None)
-    asked = f"{results.question['model']['name']} as {layout} on {results.projected_for.name}"
+    name, where = results.question["model"]["name"], f"as {layout} on {results.projected_for.name}"
+    asked = f"{name} {where}"
     return (
         f" simulate: {asked}",
-        Answer(f"{asked} | projected", serving.feels(results), (serving.latency(results),)),
+        serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
             *plots.simulation(results),
@@ -181,6 +181,6 @@ def _bench(results: Results) -> _Made:
     )
     return (
         f" bench: {asked}",
-        Answer(f"{asked} | measured", serving.fastest(results), (serving.throughput(results),)),
+        serving.bench_answer(results),
         (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
     )

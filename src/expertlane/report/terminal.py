@@ -60,13 +60,14 @@ def _drawn(part: Words, compact: bool = False) -> Text | RichTable:
     return _table(part, compact)
 
 
-def _table(table: Table, compact: bool) -> RichTable:
+def _table(table: Table, compact: bool = False) -> RichTable:
     """Compact: no rule under the headings, more between columns."""
     drawn = RichTable(
         box=None if compact else box.SIMPLE_HEAD,
         padding=(0, 2 if compact else 1, 0, 0),
         pad_edge=False,
         show_edge=False,
+        show_header=any(column.heading for column in table.columns),
         header_style="bold",
     )
     for position, column in enumerate(table.columns):

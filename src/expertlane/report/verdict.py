@@ -9,7 +9,7 @@ from expertlane.report.speed import speed_of_links
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
-# Factors this close to 1 are called equal: one run of a few steps does not tell them apart.
+# Factors this close to 1 are called equal: one run of a few steps cannot separate them.
 _EVEN = 0.05
 
 
@@ -53,7 +53,7 @@ def _where(comparison: Comparison, results: Results) -> str:
 def in_wall_time(wall: Comparison) -> str:
     """How the best proposal and the best baseline compare on the machine as it is."""
     pair = _pair(wall)
-    return "" if pair is None else _which(wall, *pair, "in wall time, on this machine as it is")
+    return "" if pair is None else _which(wall, *pair, "in wall time on this machine")
 
 
 def _by_link_speed(results: Results, comparison: Comparison) -> str:
@@ -108,7 +108,7 @@ def _which(comparison: Comparison, faster: Row, slower: Row, where: str) -> str:
         for row in (faster, slower)
     )
     if is_close(faster, slower):
-        sentence = f"Too close to tell {where}: {fast} and {slow}: {rates}; {latencies}."
+        sentence = f"Within error {where}: {fast} and {slow}: {rates}; {latencies}."
     else:
         sentence = (
             f"Faster {where}: {fast}, with {times(faster.tps / slower.tps)} the throughput of "
@@ -144,7 +144,7 @@ def _why(comparison: Comparison, faster: Row, slower: Row) -> str:
     largest, _ = faster.step.largest
     if excess_s[main] <= 0:
         return ""
-    unit = "per token of every sequence" if comparison.phase is Phase.DECODE else "over the prefill"
+    unit = "per decode step" if comparison.phase is Phase.DECODE else "over the prefill"
     if comparison.context is not None:
         unit += f" at {comparison.context:,} tokens of context"
     sentence = (
@@ -152,7 +152,7 @@ def _why(comparison: Comparison, faster: Row, slower: Row) -> str:
         f"{slower.name}, {_part(faster, main)} with {faster.name}."
     )
     if largest != main:
-        sentence += f" The largest part of {faster.name} is {largest}, {_part(faster, largest)}."
+        sentence += f" Largest cost of {faster.name}: {largest}, {_part(faster, largest)}."
     return sentence
 
 
@@ -228,14 +228,14 @@ def _by_critical_path(ahead: Row, behind: Row) -> str:
     rates = f"{figures(tps)} against {figures(tps_behind)} TPS"
     factor = tps / tps_behind
     if factor < 1 + _EVEN:
-        outcome = f"{ahead.name} and {behind.name} are even: {rates}"
+        outcome = f"{ahead.name} and {behind.name} are within error: {rates}"
     else:
         outcome = (
             f"{ahead.name} is ahead, with {times(factor)} the throughput of {behind.name}: {rates}"
         )
     return (
-        "By critical-path CPU time, as if every rank had a core and transfers were free, "
-        f"{outcome}. That favours deployments that communicate most."
+        "By critical-path CPU time (one core per rank, transfers free), "
+        f"{outcome}. This favours deployments that communicate most."
     )
 
 
@@ -246,7 +246,7 @@ def _rounding(rows: Sequence[Row]) -> Iterator[str]:
         if error:
             yield (
                 f"{row.name} rounds hidden states to {row.record.options.payload} on their way to "
-                f"experts, by {error_in_words(error)}: it does not compute quite the same."
+                f"experts, by {error_in_words(error)}: its outputs differ slightly."
             )
 
 

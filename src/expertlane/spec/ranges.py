@@ -16,6 +16,8 @@ from expertlane.errors import SpecError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
+# Of expert popularity, in every command: between uniform, 0, and heavy, above 1. An assumption.
+DEFAULT_SKEW = 0.8
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 
@@ -103,7 +105,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "seed": _whole(0, 2**64 - 1),
     "num_requests batch": _whole(1, 10**6),
     "rate": _number(1e-3, 1e6),
-    "max_tpot_ms max_ttft_ms": _above(0, 1e9),
+    "limit_s": _above(0, 1e9),  # of an SLO, in its unit
+    "price": _above(0, 1e6),
     "skew": _number(0, 10),
     "link_scale": _number(1e-6, 1e9),
     "mtp_acceptance": _number(0, 1),

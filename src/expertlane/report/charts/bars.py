@@ -109,7 +109,7 @@ def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> C
         return None
     legend = [Legend(cause, OF_CAUSE[cause]) for cause in causes]
     in_all: Column[Mapping[str, float]] = number(
-        "in all", lambda each: sum(each.values()), milliseconds
+        "total", lambda each: sum(each.values()), milliseconds
     )
     return Chart(
         _most_costly(seconds, what),

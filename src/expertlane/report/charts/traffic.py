@@ -199,7 +199,7 @@ def fan_out_chart(phase: str, fan_outs: Mapping[str, FanOut]) -> Chart | str | N
             ),
         ),
         legend=legend,
-        note="A token counts once a layer; its own rank counts if it has one of its experts.",
+        note="A token counts once per layer; its own rank counts if it holds one of its experts.",
     )
 
 
