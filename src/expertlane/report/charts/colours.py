@@ -1,66 +1,118 @@
-"""Which colour stands for what: for a cause and a stage the same in every plot of them.
+"""The page's colours, and what each stands for: for a cause and a stage the same in every plot.
 
-Hues after Okabe and Ito (2008), made for all kinds of colour vision, in lightnesses that stand out
-from the page by 3 to 1, nearly all; names are variables of the page's style sheet, which has them
-for light and dark.
+One hue a family: compute blue, communication orange, waiting grey, overhead purple; its members
+differ in lightness. Any two that meet in a plot differ by 12 or more of CIEDE2000, to all cones and
+without those for red or for green, on the light page and on the dark one; a test computes it.
 """
 
 from expertlane.spec.names import Cause, ProjectedCause, Stage
 
+# Variables of the page's style sheet: on a light page and on paper, on a dark page.
+PALETTE: dict[str, tuple[str, str]] = {
+    "--ink": ("#1a2027", "#e8ecf0"),
+    "--muted": ("#5b6670", "#a3adb7"),
+    "--line": ("#d9dee3", "#333b44"),
+    "--page": ("#f6f7f9", "#12161b"),
+    "--card": ("#ffffff", "#1b2128"),
+    "--accent": ("#00588c", "#7cc4f5"),
+    "--shadow": ("#00000040", "#000000b0"),
+    "--compute-1": ("#0361b5", "#2180e7"),
+    "--compute-2": ("#66afd1", "#b2d9fc"),
+    "--compute-3": ("#348bf3", "#0ab4fe"),
+    "--compute-4": ("#488099", "#2c5ea3"),
+    "--communication-1": ("#ef8f04", "#ef8800"),
+    "--communication-2": ("#d1785a", "#f6cf7f"),
+    "--communication-3": ("#a36000", "#c77052"),
+    "--communication-4": ("#84351c", "#a64603"),
+    "--waiting-1": ("#6d6d6d", "#c6c6c6"),
+    "--waiting-2": ("#ababab", "#848484"),
+    "--overhead-1": ("#63136b", "#b38eb4"),
+    "--overhead-2": ("#5b2b40", "#834e65"),
+    "--baseline": ("#7d858d", "#8d959d"),
+    "--proposal": ("#00588c", "#7cc4f5"),
+    "--blue": ("#27b5ff", "#3463ab"),
+    "--orange": ("#975c11", "#de7e39"),
+    "--green": ("#064220", "#a2dca5"),
+    "--purple": ("#512087", "#987ff2"),
+    "--sky": ("#2980a1", "#86d0fc"),
+    "--brick": ("#c7776f", "#bc2c0f"),
+    "--yellow": ("#cfa600", "#f0e82c"),
+    "--pink": ("#8e4d62", "#be849a"),
+    "--silver": ("#a6acb2", "#5a5d5f"),
+    "--below-3": ("#095d97", "#82d7fd"),
+    "--below-2": ("#2a92da", "#109eea"),
+    "--below-1": ("#91c4ec", "#1768b0"),
+    "--even": ("#ebeef1", "#383c40"),
+    "--above-1": ("#ebb783", "#9d5534"),
+    "--above-2": ("#d77836", "#e08537"),
+    "--above-3": ("#a43d1b", "#ffd16d"),
+    "--amount-1": ("#eaf2f8", "#313a45"),
+    "--amount-2": ("#a3cce9", "#2a609c"),
+    "--amount-3": ("#54a2d9", "#228edc"),
+    "--amount-4": ("#0474bb", "#65bff3"),
+    "--amount-5": ("#054582", "#c1ecfc"),
+}
+
 OF_CAUSE: dict[str, str] = {
-    Cause.EXPERTS: "--blue",
-    Cause.ATTENTION: "--sky",
-    Cause.ROUTER: "--pink",
-    Cause.HEAD: "--lime",
-    Cause.DISPATCH_COMBINE: "--vermillion",
-    Cause.TP_COLLECTIVES: "--orange",
-    Cause.HAND_OVER: "--yellow",
-    Cause.WAITING: "--grey",
-    Cause.PIPELINE_BUBBLE: "--silver",
-    Cause.ENGINE: "--brown",
-    ProjectedCause.EXPERT_COMPUTE: "--blue",
-    ProjectedCause.OTHER_COMPUTE: "--sky",
-    ProjectedCause.WEIGHT_READS: "--green",
-    ProjectedCause.KV_READS: "--purple",
-    ProjectedCause.DISPATCH_COMBINE: "--vermillion",
-    ProjectedCause.CONTENTION: "--pink",
-    ProjectedCause.IMBALANCE: "--grey",
-    ProjectedCause.LAUNCH: "--teal",
+    Cause.EXPERTS: "--compute-1",
+    Cause.ATTENTION: "--compute-2",
+    Cause.ROUTER: "--compute-3",
+    Cause.HEAD: "--compute-4",
+    Cause.DISPATCH_COMBINE: "--communication-1",
+    Cause.TP_COLLECTIVES: "--communication-3",
+    Cause.HAND_OVER: "--communication-4",
+    Cause.WAITING: "--waiting-1",
+    Cause.PIPELINE_BUBBLE: "--waiting-2",
+    Cause.ENGINE: "--overhead-1",
+    ProjectedCause.EXPERT_COMPUTE: "--compute-1",
+    ProjectedCause.OTHER_COMPUTE: "--compute-2",
+    ProjectedCause.WEIGHT_READS: "--compute-3",
+    ProjectedCause.KV_READS: "--compute-4",
+    ProjectedCause.DISPATCH_COMBINE: "--communication-1",
+    ProjectedCause.CONTENTION: "--communication-2",
+    ProjectedCause.IMBALANCE: "--waiting-1",
+    ProjectedCause.LAUNCH: "--overhead-2",
 }
 
 # What a rank waits for in a hand-over is the bubble of its pipeline.
 BUBBLE = str(Cause.PIPELINE_BUBBLE)
 
 OF_STAGE: dict[str, str] = {
-    Stage.IDLE.label: "--silver",
-    Stage.EMBED.label: "--lime",
-    Stage.ATTENTION.label: "--sky",
-    Stage.ROUTER.label: "--pink",
-    Stage.DISPATCH.label: "--vermillion",
-    Stage.EXPERTS.label: "--blue",
-    Stage.COMBINE.label: "--salmon",
-    Stage.COLLECTIVES.label: "--orange",
-    Stage.HAND_OVER.label: "--yellow",
-    Stage.HEAD.label: "--lime",
-    Stage.SETUP.label: "--brown",
+    Stage.IDLE.label: "--waiting-2",
+    Stage.EMBED.label: "--compute-4",
+    Stage.ATTENTION.label: "--compute-2",
+    Stage.ROUTER.label: "--compute-3",
+    Stage.DISPATCH.label: "--communication-1",
+    Stage.EXPERTS.label: "--compute-1",
+    Stage.COMBINE.label: "--communication-2",
+    Stage.COLLECTIVES.label: "--communication-3",
+    Stage.HAND_OVER.label: "--communication-4",
+    Stage.HEAD.label: "--compute-4",
+    Stage.SETUP.label: "--overhead-1",
     BUBBLE: OF_CAUSE[BUBBLE],
 }
 
-BASELINE, PROPOSAL = "--grey", "--accent"
+BASELINE, PROPOSAL = "--baseline", "--proposal"
 
 # Of curves and points, told apart by their marks too; those in the background are grey.
-SERIES = (
-    "--blue",
-    "--vermillion",
-    "--green",
-    "--orange",
-    "--purple",
-    "--sky",
-    "--pink",
-    "--brown",
-    "--lime",
-    "--teal",
-)
+SERIES = (*("--blue", "--orange", "--green", "--purple", "--yellow", "--pink", "--sky", "--brick"),)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"
+
+# Around what is even, and of an amount from none to most; for scales of steps.
+DIVERGING = (
+    *("--below-3", "--below-2", "--below-1", "--even", "--above-1", "--above-2", "--above-3"),
+)
+AMOUNTS = ("--amount-1", "--amount-2", "--amount-3", "--amount-4", "--amount-5")
+
+
+def style_sheet() -> str:
+    """The palette as CSS: on a screen as light or dark as its user has it, on paper light."""
+    light, dark = (
+        "".join(f"{name}:{looks[place]};" for name, looks in PALETTE.items()) for place in (0, 1)
+    )
+    return (
+        f":root{{color-scheme:light dark;{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    )

@@ -162,7 +162,7 @@ def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[f
     rules: list[Spec] = [
         {
             "data": {"values": [{"at": border} for border in borders]},
-            "mark": {"type": "rule", "color": "--vermillion", "strokeWidth": 2},
+            "mark": {"type": "rule", "color": "--above-3", "strokeWidth": 2},
             "encoding": {side: quantity("at", title, domain=domain, nice=False)},
         }
         for side, title in (("x", f"to {what}"), ("y", f"from {what}"))
