@@ -5,15 +5,16 @@ from itertools import combinations
 import pytest
 
 from expertlane.report.charts.colours import (
-    AMOUNTS,
+    ABOVE,
     BACKGROUND,
-    BASELINE,
-    DIVERGING,
+    BELOW,
     OF_CAUSE,
     OF_STAGE,
+    OTHERS,
     PALETTE,
     PROPOSAL,
     REPORTED,
+    RIVAL,
     SERIES,
 )
 from expertlane.spec.names import Cause, ProjectedCause
@@ -27,9 +28,8 @@ TOGETHER = {
     "projected causes": {"--card", *(OF_CAUSE[cause] for cause in ProjectedCause)},
     "stages": {"--card", *OF_STAGE.values()},
     "curves": {"--card", *SERIES, BACKGROUND, REPORTED},
-    "bars": {"--card", "--ink", BASELINE, PROPOSAL},
-    "diverging": {*DIVERGING},
-    "amounts": {*AMOUNTS},
+    "bars": {"--card", "--ink", PROPOSAL, RIVAL, OTHERS},
+    "differences": {"--card", "--ink", PROPOSAL, RIVAL, OTHERS, BELOW, ABOVE},
 }
 SCHEMES = pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 
@@ -87,6 +87,6 @@ def test_words_and_marks_stand_out_from_the_page(scheme):
 
 
 def test_every_cause_and_stage_has_a_colour_and_every_colour_a_use():
-    used = {*OF_CAUSE.values(), *OF_STAGE.values(), *SERIES, *DIVERGING, *AMOUNTS}
+    used = {*OF_CAUSE.values(), *OF_STAGE.values(), *SERIES, BELOW, ABOVE}
     plain = {"--ink", "--muted", "--line", "--page", "--card", "--accent", "--shadow"}
-    assert used | plain | {BASELINE, PROPOSAL, BACKGROUND, REPORTED} == {*PALETTE}
+    assert used | plain | {PROPOSAL, RIVAL, OTHERS, BACKGROUND, REPORTED} == {*PALETTE}

@@ -120,11 +120,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Legend:
-    """What a colour stands for; `colour` is a variable of the page's style sheet, `--blue`."""
+    """What a colour stands for.
+
+    Attributes:
+        colour: a variable of the page's style sheet, `--blue`.
+        opacity: of the mark, where a shade of the colour stands for an amount.
+    """
 
     label: str
     colour: str
     shape: str = "square"
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,20 @@ class Tabs:
 
 
 @dataclass(frozen=True)
+class Multiples:
+    """Small plots of one kind beside each other, all seen at once, each legible at 200 px width.
+
+    Attributes:
+        legend: of all of them.
+    """
+
+    title: str
+    charts: tuple[Chart, ...]
+    note: str = ""
+    legend: Sequence[Legend] = ()
+
+
+@dataclass(frozen=True)
 class Timelines:
     """Plots under each other on one time axis, by what they are called; `open` are seen at once."""
 
@@ -190,7 +210,7 @@ class Timelines:
 
 
 Words = str | Table | Figure
-Plot = Chart | Tabs | Timelines
+Plot = Chart | Tabs | Multiples | Timelines
 
 
 @dataclass(frozen=True)

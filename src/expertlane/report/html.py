@@ -12,11 +12,12 @@ from markupsafe import Markup
 from expertlane import __version__
 from expertlane.report.charts.colours import style_sheet
 from expertlane.report.charts.lanes import lanes_svg, ticks
-from expertlane.report.charts.svg import NARROW_PX, WIDE_PX, svg
+from expertlane.report.charts.svg import NARROW_PX, SMALL_PX, WIDE_PX, svg
 from expertlane.report.document import (
     Chart,
     Figure,
     Lanes,
+    Multiples,
     Plot,
     Report,
     Section,
@@ -78,6 +79,9 @@ class _Drawn:
             case Tabs():
                 shown = [self._chart(chart, name=name) for name, chart in part.charts]
                 return {"kind": "tabs", "title": part.title, "charts": shown}
+            case Multiples():
+                small = [self._chart(chart, is_small=True) for chart in part.charts]
+                return {"kind": "multiples", "group": part, "charts": small}
             case Timelines():
                 steps = [
                     self._chart(chart, name=name, is_open=name in part.open)
@@ -85,13 +89,15 @@ class _Drawn:
                 ]
                 return {"kind": "timelines", "title": part.title, "charts": steps}
 
-    def _chart(self, chart: Chart, **more: Any) -> dict[str, Any]:
+    def _chart(self, chart: Chart, *, is_small: bool = False, **more: Any) -> dict[str, Any]:
         name = f"chart-{next(self._charts)}"
         drawn: dict[str, Any]
         if isinstance(chart.spec, Lanes):
             colours = {each.label: each.colour for each in chart.legend}
             drawn = {"lanes": chart.spec, "svg": lanes_svg(chart.spec, colours)}
             drawn["ticks"] = ticks(chart.spec)
+        elif is_small:
+            drawn = {"wide": svg(chart.spec, name, SMALL_PX), "narrow": None, "lanes": None}
         else:
             wide, narrow = f"{name}-wide", f"{name}-narrow"
             drawn = {"wide": svg(chart.spec, wide, WIDE_PX), "lanes": None}

@@ -1,5 +1,7 @@
 """Which sections the report of each kind of results has, in order."""
 
+from dataclasses import replace
+
 from expertlane.report import bench_plots, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
@@ -54,6 +56,7 @@ def _comparison(results: Results) -> _Made:
         own = virtual or wall
         said = verdict(own, results)
         beside = (in_wall_time(wall),) if virtual else ()
+        sections.append(plots.first(own))
         sections += [Section("Verdict", (*said, *beside, *cautions(results)), "top")]
         sections += _run(results, own, wall)
     if modelled is not None:
@@ -99,7 +102,9 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
     if conditions.kv_dtype != types:
         types += f", keys and values in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
+    own = plots.first(modelled)
     return [
+        own if is_alone else replace(own, heading="Throughput, projected", place="plots"),
         Section(
             f"Projected: verdict ({results.projected_for.name}, nothing here was measured)",
             (

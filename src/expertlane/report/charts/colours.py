@@ -28,8 +28,11 @@ PALETTE: dict[str, tuple[str, str]] = {
     "--waiting-2": ("#ababab", "#848484"),
     "--overhead-1": ("#63136b", "#b38eb4"),
     "--overhead-2": ("#5b2b40", "#834e65"),
-    "--baseline": ("#7d858d", "#8d959d"),
     "--proposal": ("#00588c", "#7cc4f5"),
+    "--rival": ("#7d858d", "#8d959d"),
+    "--others": ("#b9bfc5", "#535b64"),
+    "--below": ("#2a92da", "#1e7fcb"),
+    "--above": ("#d77836", "#e08537"),
     "--blue": ("#27b5ff", "#3463ab"),
     "--orange": ("#975c11", "#de7e39"),
     "--green": ("#064220", "#a2dca5"),
@@ -39,18 +42,6 @@ PALETTE: dict[str, tuple[str, str]] = {
     "--yellow": ("#cfa600", "#f0e82c"),
     "--pink": ("#8e4d62", "#be849a"),
     "--silver": ("#a6acb2", "#5a5d5f"),
-    "--below-3": ("#095d97", "#82d7fd"),
-    "--below-2": ("#2a92da", "#109eea"),
-    "--below-1": ("#91c4ec", "#1768b0"),
-    "--even": ("#ebeef1", "#383c40"),
-    "--above-1": ("#ebb783", "#9d5534"),
-    "--above-2": ("#d77836", "#e08537"),
-    "--above-3": ("#a43d1b", "#ffd16d"),
-    "--amount-1": ("#eaf2f8", "#313a45"),
-    "--amount-2": ("#a3cce9", "#2a609c"),
-    "--amount-3": ("#54a2d9", "#228edc"),
-    "--amount-4": ("#0474bb", "#65bff3"),
-    "--amount-5": ("#054582", "#c1ecfc"),
 }
 
 OF_CAUSE: dict[str, str] = {
@@ -92,19 +83,17 @@ OF_STAGE: dict[str, str] = {
     BUBBLE: OF_CAUSE[BUBBLE],
 }
 
-BASELINE, PROPOSAL = "--baseline", "--proposal"
+# Of two deployments that a verdict names, the faster and the slower one, and of all others.
+PROPOSAL, RIVAL, OTHERS = "--proposal", "--rival", "--others"
+# What a cause takes off a step or adds to it; loads below and above the mean.
+SAVED, ADDED = "--below", "--above"
+BELOW, ABOVE = "--below", "--above"
 
 # Of curves and points, told apart by their marks too; those in the background are grey.
 SERIES = (*("--blue", "--orange", "--green", "--purple", "--yellow", "--pink", "--sky", "--brick"),)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"
-
-# Around what is even, and of an amount from none to most; for scales of steps.
-DIVERGING = (
-    *("--below-3", "--below-2", "--below-1", "--even", "--above-1", "--above-2", "--above-3"),
-)
-AMOUNTS = ("--amount-1", "--amount-2", "--amount-3", "--amount-4", "--amount-5")
 
 
 def style_sheet() -> str:

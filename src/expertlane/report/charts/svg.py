@@ -11,7 +11,7 @@ from markupsafe import Markup
 from expertlane.report.charts.encoding import Spec
 from expertlane.spec.printable import printable
 
-WIDE_PX, NARROW_PX = 560, 330  # the page shows the one that fits
+WIDE_PX, NARROW_PX, SMALL_PX = 560, 330, 220  # the page shows the one that fits
 _FONT_PX, _NARROW_FONT_PX = 12, 11
 _MOST_NAMED = 160  # marks with a title of their own; of more they would be half of the page
 _TIP = "tip"
