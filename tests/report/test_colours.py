@@ -9,7 +9,7 @@ from expertlane.report.charts.colours import (
     BACKGROUND,
     BELOW,
     OF_CAUSE,
-    OF_STAGE,
+    OF_GAP,
     OTHERS,
     PALETTE,
     PROPOSAL,
@@ -17,7 +17,7 @@ from expertlane.report.charts.colours import (
     RIVAL,
     SERIES,
 )
-from expertlane.spec.names import Cause, ProjectedCause
+from expertlane.spec.names import Cause, Gap, ProjectedCause
 from report.colour_vision import SEEN_BY, contrast, difference, lab
 
 LEAST = 12  # of CIEDE2000
@@ -26,7 +26,11 @@ LEAST = 12  # of CIEDE2000
 TOGETHER = {
     "causes": {"--card", *(OF_CAUSE[cause] for cause in Cause)},
     "projected causes": {"--card", *(OF_CAUSE[cause] for cause in ProjectedCause)},
-    "stages": {"--card", *OF_STAGE.values()},
+    "timelines": {"--card", *(OF_CAUSE[cause] for cause in Cause), *OF_GAP.values()},
+    "projected timelines": {
+        *("--card", OF_GAP[Gap.IDLE]),
+        *(OF_CAUSE[cause] for cause in ProjectedCause),
+    },
     "curves": {"--card", *SERIES, BACKGROUND, REPORTED},
     "bars": {"--card", "--ink", PROPOSAL, RIVAL, OTHERS},
     "differences": {"--card", "--ink", PROPOSAL, RIVAL, OTHERS, BELOW, ABOVE},
@@ -82,11 +86,11 @@ def test_words_and_marks_stand_out_from_the_page(scheme):
         assert on("--ink", ground) > 7
         assert on("--muted", ground) > 4.5
         assert on("--accent", ground) > 4.5
-    for name in TOGETHER["causes"] | TOGETHER["stages"] | TOGETHER["curves"]:
+    for name in TOGETHER["causes"] | TOGETHER["projected causes"] | TOGETHER["curves"]:
         assert name == "--card" or on(name, "--card") > 2
 
 
-def test_every_cause_and_stage_has_a_colour_and_every_colour_a_use():
-    used = {*OF_CAUSE.values(), *OF_STAGE.values(), *SERIES, BELOW, ABOVE}
+def test_every_cause_has_a_colour_and_every_colour_a_use():
+    used = {*OF_CAUSE.values(), *OF_GAP.values(), *SERIES, BELOW, ABOVE}
     plain = {"--ink", "--muted", "--line", "--page", "--card", "--accent", "--shadow"}
     assert used | plain | {PROPOSAL, RIVAL, OTHERS, BACKGROUND, REPORTED} == {*PALETTE}

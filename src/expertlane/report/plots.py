@@ -12,7 +12,7 @@ from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
 from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.compared import Comparison, Row, scaling
 from expertlane.report.difference import step_difference
-from expertlane.report.document import Chart, Plot, Section, Words
+from expertlane.report.document import Chart, Multiples, Plot, Section, Timelines, Words
 from expertlane.report.numbers import counted, figures, likely, milliseconds, times
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.serving import phases_of
@@ -42,7 +42,18 @@ _Named = Mapping[str, StepsRecord]
 
 
 def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
-    return Section(heading, tuple(parts), "plots")
+    """With what its first plot shows."""
+    parts = tuple(parts)
+    return Section(heading, parts, "plots", next(filter(None, map(_finding, parts)), ""))
+
+
+def _finding(part: Words | Plot) -> str:
+    match part:
+        case Chart() | Multiples():
+            return part.title
+        case Timelines():
+            return part.charts[0][1].title
+    return ""
 
 
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
@@ -67,7 +78,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     return (
         _plots(f"Prefill, {what}", _prefill(compared)),
         _plots(f"Where the time goes, {what}", (*largest, *_causes(steps))),
-        _plots(f"One step, rank by rank, {what}", _compared_timelines(compared, steps)),
+        _plots(f"One step, rank by rank, {what}", _compared_timelines(results, compared, steps)),
         own,
         _plots(f"Scaling, {what}", _sizes(results, compared.source)),
         _plots(f"Throughput against latency, {where}", front),
@@ -156,35 +167,51 @@ def _causes(steps: Mapping[Phase, _Named]) -> list[Chart]:
 def _timelines(
     words: str,
     steps: Mapping[Phase, _Named],
-    first: Sequence[str] = (),
+    title: str = "The {} step, rank by rank",
+    notes: Callable[[Phase, str], str] = lambda phase, name: "",
     *,
-    what: str = "One {} step",
-    notes: Callable[[Phase, str], str] | None = None,
-    shows_waits: bool = False,
+    is_measured: bool = False,
+    shares_cores: bool = False,
 ) -> list[Words | Plot]:
+    """A group a phase; the rest as `timelines_chart` takes it."""
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
         timelines = {
-            name: (step.timeline, notes(phase, name) if notes else "")
+            name: (step.timeline, notes(phase, name))
             for name, step in of_phase.items()
             if step.timeline
         }
         if timelines:
-            title = what.format(phase)
-            drawn.append(timelines_chart(title, timelines, first, is_measured=shows_waits))
-    lower = "what it waits for" if shows_waits else "its transfers"
-    how = f"{words}Upper half of a row: what the rank computes; lower half: {lower}. Gaps are idle."
-    return [how, *drawn] if drawn else []
+            drawn.append(
+                timelines_chart(
+                    title.format(phase),
+                    timelines,
+                    is_measured=is_measured,
+                    shares_cores=shares_cores,
+                )
+            )
+    said = (
+        f"{words} Each row is a rank; all share one time axis, and what is shorter than a "
+        "thousandth of it counts with what is around it. Idle: a rank has nothing to do."
+    )
+    return [said, *drawn] if drawn else []
 
 
-def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> list[Words | Plot]:
+def _compared_timelines(
+    results: Results, compared: Comparison, steps: Mapping[Phase, _Named]
+) -> list[Words | Plot]:
+    """Of those that are spoken of; the others' are in the trace."""
     cast = [row.label for row in compared.cast]
+    of_cast = {
+        phase: {name: step for name, step in of_phase.items() if name in cast}
+        for phase, of_phase in steps.items()
+    }
     if compared.source == "projected":
         words = (
-            "A step of each deployment in the steady state, all on the same time axis. Where "
-            "micro-batches rotate, one step of each is drawn; it overlaps the rounds beside it. "
+            "A step of each deployment in the steady state. Where micro-batches rotate, one step "
+            "of each is drawn; it overlaps the rounds beside it."
         )
-        return _timelines(words, steps, cast)
+        return _timelines(words, of_cast)
     rows = {row.label: row for row in compared.rows}
 
     def typical(phase: Phase, name: str) -> str:
@@ -201,9 +228,22 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
             words += " So it is not typical: look at its shape, not at its length."
         return words
 
-    words = "A step of each deployment from a short run of its own, all on the same time axis. "
-    shows_waits = compared.source == "measured"
-    return _timelines(words, steps, cast, notes=typical, shows_waits=shows_waits)
+    is_wall = compared.source == "measured"
+    shares_cores = is_wall and results.measured_on.is_oversubscribed
+    words = "Of a short run by itself, the step that is nearest to the median one."
+    if shares_cores:
+        words += (
+            " Descheduled: a rank had work, but other ranks had the cores; how much of a stretch "
+            "that was is known, and drawn at its end."
+        )
+    return _timelines(
+        words,
+        of_cast,
+        "The median {} step, rank by rank",
+        typical,
+        is_measured=is_wall,
+        shares_cores=shares_cores,
+    )
 
 
 _Loads = Mapping[str, Sequence[Sequence[int]]]
@@ -406,7 +446,7 @@ def plan(results: Results) -> tuple[Section, ...]:
         bars,
         between="low–high",
     )
-    words = "A step of each at its own number of sequences or prompts, written under it. "
+    words = "A step of each at its own number of sequences or prompts, written under it."
     return (
         _plots("Throughput against latency, projected", [_plan_front(results)]),
         _plots("The best deployments, projected", [speed] if speed else []),
@@ -453,7 +493,8 @@ def simulation(results: Results) -> tuple[Section, ...]:
     causes = causes_chart(phases, "mean step", note="ms, mean over ranks.")
     loads = {record.name: record.num_tokens_per_expert}
     squares = _experts_and_traffic(loads, sent, results.projected_for.ranks_per_node, "one step")
-    timelines = _timelines("A step by itself. ", steps, what="The largest {} step")
+    words = "The step that is nearest to the median one, by itself."
+    timelines = _timelines(words, steps, "The median {} step, rank by rank")
     return (
         _plots("Where the time goes, projected", [causes] if causes else []),
         _plots("One step, rank by rank, projected", timelines),

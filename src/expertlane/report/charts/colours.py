@@ -5,7 +5,7 @@ differ in lightness. Any two that meet in a plot differ by 12 or more of CIEDE20
 without those for red or for green, on the light page and on the dark one; a test computes it.
 """
 
-from expertlane.spec.names import Cause, ProjectedCause, Stage
+from expertlane.spec.names import Cause, Gap, ProjectedCause
 
 # Variables of the page's style sheet: on a light page and on paper, on a dark page.
 PALETTE: dict[str, tuple[str, str]] = {
@@ -66,23 +66,8 @@ OF_CAUSE: dict[str, str] = {
     ProjectedCause.LAUNCH: "--overhead-2",
 }
 
-# What a rank waits for in a hand-over is the bubble of its pipeline.
-BUBBLE = str(Cause.PIPELINE_BUBBLE)
-
-OF_STAGE: dict[str, str] = {
-    Stage.IDLE.label: "--waiting-3",
-    Stage.EMBED.label: "--compute-4",
-    Stage.ATTENTION.label: "--compute-2",
-    Stage.ROUTER.label: "--compute-3",
-    Stage.DISPATCH.label: "--communication-1",
-    Stage.EXPERTS.label: "--compute-1",
-    Stage.COMBINE.label: "--communication-2",
-    Stage.COLLECTIVES.label: "--communication-3",
-    Stage.HAND_OVER.label: "--communication-4",
-    Stage.HEAD.label: "--compute-4",
-    Stage.SETUP.label: "--overhead-1",
-    BUBBLE: OF_CAUSE[BUBBLE],
-}
+# Of a timeline, what is no part of a step's causes.
+OF_GAP: dict[str, str] = {Gap.IDLE: "--waiting-3", Gap.DESCHEDULED: "--overhead-2"}
 
 # Of two deployments that a verdict names, the faster and the slower one, and of all others.
 PROPOSAL, RIVAL, OTHERS = "--proposal", "--rival", "--others"

@@ -59,7 +59,7 @@ def placed(
         box = next(beside_line, next(iter(boxes), None)) if name else None
         if box is not None:
             taken.append(box)
-        found.append(box and (box.left, (box.top + box.bottom) / 2))
+        found.append(None if box is None else (box.left, (box.top + box.bottom) / 2))
     return found
 
 
