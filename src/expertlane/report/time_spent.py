@@ -73,7 +73,11 @@ def bottlenecks(comparison: Comparison, heading: str = "Bottlenecks") -> Section
         heading,
         (
             Table.of("", largest, comparison.rows),
-            *causes(f"Where the time of {comparison.phase} goes", _numbered(comparison), waits),
+            *causes(
+                f"Where the time of {comparison.phase} goes, {comparison.clock}",
+                _numbered(comparison),
+                waits,
+            ),
             "Mean over ranks. In all: the time in which every sequence goes one token on. "
             "Waiting is time blocked because another rank came later; what even the last rank "
             "waits for is the transfer. A straggler waits less than the others of its pipeline "
