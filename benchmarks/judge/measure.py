@@ -82,11 +82,11 @@ def cleaned_up() -> Iterator[None]:
         network.remove_all()
 
 
-def run_session(session: Session, folder: Path, log: Path) -> list[dict[str, Any]]:
+def run_session(session: Session, nodes: Network, folder: Path, log: Path) -> list[dict[str, Any]]:
     """Start torchrun in every node and wait for all of them; the rows that were written.
 
     Raises:
-        JudgeError: one of them failed, or they took too long.
+        JudgeError: one of them failed, they took too long, or the network broke.
     """
     task = folder / "session.json"
     task.write_text(json.dumps(asdict(session)))
@@ -116,6 +116,7 @@ def run_session(session: Session, folder: Path, log: Path) -> list[dict[str, Any
         until = time.monotonic() + SESSION_S
         while any(agent.poll() is None for agent in agents):
             time.sleep(0.5)
+            nodes.check()
             if any(agent.poll() for agent in agents) or time.monotonic() > until:
                 break
     if any(agent.poll() != 0 for agent in agents):
@@ -135,7 +136,7 @@ def measure(cases: list[Case], folder: Path, log: Path) -> dict[str, Any]:
         own = [case for case in cases if case.ranks_per_node == per_node]
         num_ranks = max(case.num_ranks for case in own)
         num_nodes = num_ranks // per_node
-        with Network(num_nodes, Path(latency_file)):
+        with Network(num_nodes, Path(latency_file)) as nodes:
             asked = [c.name for c in own if (c.link, c.share) not in measured_links]
             for is_ping_pong in (True, False):
                 names = asked if is_ping_pong else [case.name for case in own]
@@ -144,7 +145,7 @@ def measure(cases: list[Case], folder: Path, log: Path) -> dict[str, Any]:
                 size = (2, 2) if is_ping_pong else (num_nodes, num_ranks)
                 dilation.Dilation(size[1]).make()
                 session = Session(*size, names, is_ping_pong, latency_file, out)
-                rows = run_session(session, folder, log)
+                rows = run_session(session, nodes, folder, log)
                 dilation.remove_all()
                 for row in rows:
                     if "rates" in row:

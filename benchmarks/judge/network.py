@@ -88,7 +88,8 @@ def set_links(num_nodes: int, bytes_per_s: float, latency_s: float, latency_file
     lines = [f"class replace dev data0 {each}" for each in classes]
     for node in range(num_nodes):
         run_tc(node, [*lines, f"qdisc replace dev ifb0 {receiving}"])
-    latency_file.write_bytes(struct.pack("d", latency_s))
+    with latency_file.open("r+b") as file:  # cut short, it would kill the forwarder, which maps it
+        file.write(struct.pack("d", latency_s))
 
 
 def remove_all() -> None:
@@ -142,6 +143,15 @@ class Network:
             self._forwarder.kill()
             self._forwarder.wait()
         remove_all()
+
+    def check(self) -> None:
+        """Whether packets still get through.
+
+        Raises:
+            JudgeError: the forwarder has ended.
+        """
+        if self._forwarder is not None and self._forwarder.poll() is not None:
+            raise JudgeError(f"the forwarder ended with exit code {self._forwarder.returncode}")
 
     def _set_up_tcp(self, node: int) -> None:
         writes = [f"echo {value} > /proc/sys/net/ipv4/tcp_{key}" for key, value in TCP.items()]

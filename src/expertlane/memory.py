@@ -155,11 +155,10 @@ class PlacedModel:
             need = self.rank_memory(smallest, rank)
             if need.total_bytes > free_bytes:
                 raise CapacityError(
-                    f"{self.model.name} as {self.layout} needs {size_text(need.total_bytes)} on a "
-                    f"rank (weights {size_text(need.weight_bytes)}, key/value cache of one "
-                    f"sequence {size_text(need.kv_bytes)}, activations "
-                    f"{size_text(need.activation_bytes)}) but {size_text(free_bytes)} of memory "
-                    "are free for it"
+                    f"{self.model.name} as {self.layout} needs {size_text(need.total_bytes)} per "
+                    f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
+                    f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) "
+                    f"but {size_text(free_bytes)} of memory are free"
                 )
             of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
             num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))

@@ -56,7 +56,7 @@ def too_small(tmp_path, monkeypatch):
 
 
 def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
-    code, out, err = run("compare", "short.toml", "--project")
+    code, out, err = run("compare", "short.toml", "--project", "--full")
 
     assert code == 0
     assert any(
@@ -127,7 +127,7 @@ def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypa
 
 @pytest.mark.full
 def test_the_papers_experiment_at_full_size(too_small, run):
-    code, out, _ = run("compare", "paper", "--project")
+    code, out, _ = run("compare", "paper", "--project", "--full")
     assert code == 0
     assert "TPOT at" in out
     results = read(Path("results/paper/results.json"))

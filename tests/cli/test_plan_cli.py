@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_plan_is_printed_and_written(run, here):
-    code, out, err = run(*TINY, "--workload", WORKLOAD)
+    code, out, err = run(*TINY, "--workload", WORKLOAD, "--full")
     assert code == 0, err
     assert all(len(line) <= 80 for line in out.splitlines())
     for heading in ("Verdict", "Best deployments", "Pareto front", "Run it", "Assumptions"):
@@ -91,7 +91,7 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
 )
 def test_quantised_checkpoints(run, here, quantization, weights, caution):
     checkpoint(here / "mine", quantization_config=quantization)
-    asked = ("plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD)
+    asked = ("plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD, "--full")
     code, out, err = run(*asked)
     assert code == 0, err
     assert f"weights in {weights}" in flat(out)
@@ -104,7 +104,7 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
     ids = np.argsort(rng.random((4, 256, 16)), axis=2)[..., :2].astype(np.int16)
     trace = RoutingTrace("paper-tiny", 16, (0, 1, 2, 3), ids, np.arange(256))
     write_trace(trace, here / "trace.npz")
-    asked = (*TINY, "--workload", WORKLOAD, "--routing-trace", "trace.npz")
+    asked = (*TINY, "--workload", WORKLOAD, "--routing-trace", "trace.npz", "--full")
     code, out, err = run(*asked)
     assert code == 0, err
     assert "256 recorded tokens" in " ".join(out.split())

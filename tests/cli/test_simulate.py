@@ -32,7 +32,7 @@ def as_json(run, *arguments, **model):
 
 
 def test_a_report_says_what_limits_the_deployment(run, tmp_path):
-    out, err = simulate(run, *EP16, *LOAD, "--out", str(tmp_path / "new"))
+    out, err = simulate(run, *EP16, *LOAD, "--full", "--out", str(tmp_path / "new"))
     assert all(len(line) <= 80 for line in out.splitlines())
     title, _, heading, first, *_ = out.splitlines()
     assert "paper-tiny as dp=16,ep=16 on h100x16" in title
@@ -64,7 +64,7 @@ def test_the_same_load_gives_the_same_numbers(run):
 
 def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
-    out, err = simulate(run, *EP16, *opened)
+    out, err = simulate(run, *EP16, *opened, "--full")
     assert "simulating 6 requests 3 times" in err
     assert "200 req/s: 6 requests" in out
 
@@ -88,7 +88,7 @@ def test_two_pools(run):
     assert [each["role"] for each in record["pools"]] == ["prefill", "decode"]
     steps = [(each["pool"], each["phase"]) for each in record["steps"]]
     assert steps == [("prefill", "prefill"), ("decode", "decode")]
-    out, _ = simulate(run, *layouts, *LOAD)
+    out, _ = simulate(run, *layouts, *LOAD, "--full")
     assert "2 devices of the cluster stay idle." in out
     assert "tp=2 + dp=4,ep=4" in out
 
@@ -112,8 +112,10 @@ def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
 
 
 def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
-    path = tmp_path / "deep" / "step.json"
-    simulate(run, "--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD, "--trace", str(path))
+    asked = ["--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD]
+    _, err = simulate(run, *asked, "--trace", "--out", str(tmp_path / "deep"))
+    path = tmp_path / "deep" / "trace-pp-2-tp-2.json"
+    assert err.splitlines()[-1].endswith(f", {path}")
     events = json.loads(path.read_text())["traceEvents"]
     timed = [event for event in events if event["ph"] == "X"]
     assert {event["args"]["phase"] for event in timed} == {"prefill", "decode"}
@@ -135,7 +137,7 @@ def test_replicas_send_among_themselves(run, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--dispatch", "hierarchical", "--overlap", "on", "--redundant", "16"],
+        ["--dispatch", "hierarchical", "--overlap", "on", "--num-redundant-experts", "16"],
         ["--dtype", "float8", "--kv-dtype", "float8", "--execution", "eager"],
         ["--skew", "0.9", "--payload", "float8", "--placement", "round_robin"],
     ],
@@ -158,7 +160,7 @@ def test_sequences_that_wait_for_room(run):
     out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
     assert "want of" not in out  # one on each of 16 ranks is enough for 8
     load = ["--batch", "8", "--prompt-len", "4", "--output-len", "4", "--max-num-seqs", "3"]
-    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load)
+    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load, "--full")
     assert "At most 3 sequences of 8 ran at once, for want of room (--max-num-seqs)." in out
 
 
@@ -191,9 +193,8 @@ def test_sequences_that_wait_for_room(run):
         (["--block-size", "0"], ["--block-size is 0", "1 to 65,536"]),
         (["--max-num-seqs", "0"], ["--max-num-seqs is 0", "1 to 1,048,576"]),
         (["--seed", "-1"], ["--seed is -1"]),
-        (["--trace", "."], ["--trace is .", "is a folder; give a file: step.json"]),
         (["--cluster", "a100x16", "--dtype", "float8"], ["float8", "bfloat16"]),
-        (["--redundant", "999"], ["at most 240 can be redundant"]),
+        (["--num-redundant-experts", "999"], ["at most 240 can be redundant"]),
     ],
     ids=lambda given: " ".join(given) if isinstance(given[0], str) else "",
 )
@@ -212,7 +213,7 @@ def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
 
 def test_a_mistake_of_the_prefill_pool_is_told_as_its_own(run):
     pools = ("--layout", "dp=8,ep=8", "--prefill-layout", "tp=8", "--cluster", "h100x16")
-    code, _, err = run("simulate", "paper", *pools, "--redundant", "3")
+    code, _, err = run("simulate", "paper", *pools, "--num-redundant-experts", "3")
     assert code == 2
     assert "error: --prefill-layout: 19 physical experts on 1 rank: a rank holds each" in err
 

@@ -18,15 +18,13 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )  # plain help: quick to start, and the same in a pipe
 app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
-app.command(short_help="Say which deployment of a model to choose on a cluster, and why.")(plan)
+app.command(short_help="Find the best deployment of a model on a cluster, and why it is.")(plan)
 app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
-app.command(short_help="Put load on a model; show throughput and latency.")(bench)
-app.command(short_help="Project a deployment on a cluster that is not here.")(simulate)
-app.command(short_help="Spread experts over ranks by the load of a routing trace.")(balance)
-app.command(short_help="Measure this machine, so that deployments on it can be projected.")(
-    calibrate
-)
-app.command(short_help="Make the reports of kept results again.")(report)
+app.command(short_help="Measure throughput and latency under load.")(bench)
+app.command(short_help="Project one deployment on target hardware; needs no GPU.")(simulate)
+app.command(short_help="Place experts on ranks by the load in a routing trace.")(balance)
+app.command(short_help="Measure this machine, to plan and simulate for it.")(calibrate)
+app.command(short_help="Make the reports again from a results.json.")(report)
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,9 +58,9 @@ def _expertlane(
 
     \b
     Environment:
-      EXPERTLANE_BACKEND=cpu|torch              our CPU kernels, or torch alone; by default
-                                                ours, where they are available
-      EXPERTLANE_INSTRUCTIONS=LIST              instruction sets of our kernels:
+      EXPERTLANE_BACKEND=cpu|torch              own CPU kernels, or torch only; by default
+                                                the own ones, where available
+      EXPERTLANE_INSTRUCTIONS=LIST              instruction sets of the own kernels:
                                                 baseline,avx512_bf16
     """
     if context.invoked_subcommand is None:

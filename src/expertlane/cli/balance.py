@@ -29,27 +29,26 @@ class _Options:
     ranks: int = typer.Option(
         ...,
         metavar="N",
-        help="Expert-parallel ranks: those that an expert is cut over count as one.",
+        help="Expert-parallel ranks; ranks that share a sharded expert count as one.",
     )
     ranks_per_node: int | None = typer.Option(
         None,
         metavar="N",
-        help="Consecutive expert-parallel ranks on a node, counted as --ranks. Default: all, one "
-        "node.",
+        help="Expert-parallel ranks per node. Default: all on one node.",
     )
     num_redundant_experts: int = typer.Option(
-        0, "--redundant", metavar="N", help="Physical experts of a layer beyond one of each."
+        0, metavar="N", help="Copies of experts beside each MoE layer's own, to share load."
     )
     method: Literal["auto", "linear", "round_robin"] = typer.Option(
-        "auto", help="The new placement: auto balances; the others place experts in order."
+        "auto", help="auto: balance by load; linear, round_robin: in order."
     )
     placement: Path | None = typer.Option(
-        None, metavar="FILE", help="Judge this placement instead of making one."
+        None, metavar="FILE", help="Evaluate this placement instead of making one."
     )
     no_coactivation: bool = typer.Option(
         False,
         "--no-coactivation",
-        help="Balance alone: take no notice of which experts are chosen together.",
+        help="Balance load only; ignore which experts are chosen together.",
     )
     output: Path | None = typer.Option(None, metavar="FILE", help="Write the new placement (JSON).")
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables.")
@@ -69,8 +68,8 @@ class _Options:
             or self.output
         ):
             raise UserError(
-                "--placement judges a placement as it is; valid without --method, --redundant, "
-                "--no-coactivation and --output"
+                "--placement evaluates a placement as it is; valid without --method, "
+                "--num-redundant-experts, --no-coactivation and --output"
             )
 
 
@@ -79,22 +78,22 @@ def balance(own: _Options) -> None:
     """Place a model's experts so that ranks are evenly loaded and few tokens cross nodes.
 
     Reads which experts each token of a trace chose. Compares experts placed in order (before)
-    with the new placement (after), both judged on the whole trace; needs no model and no GPU.
+    with the new placement (after), both evaluated on the whole trace; needs no model and no GPU.
 
     \b
-    max/mean  load of the fullest rank over the mean; 1 is even, and at 2 a layer's experts take
-              twice the time they need to
-    crossings copies of tokens sent to another node, per token and layer; tokens are taken to sit
-              on the nodes in turn
-    to move   experts a rank must fetch to get from before to after
+    max/mean  load of the most loaded rank over the mean; 1 is balanced, at 2 the experts of a
+              layer take twice as long
+    cross-node copies of tokens sent to another node, per token and layer; tokens start on the
+              nodes in turn
+    to move   experts that ranks must fetch to get from before to after
 
     \b
     Examples:
       expertlane balance trace.npz --ranks 16
           how uneven is it, and how even could it be?
-      expertlane balance trace.npz --ranks 16 --ranks-per-node 8 --redundant 16
-          with 16 redundant experts a layer, on two nodes
-      expertlane balance trace.npz --ranks 16 --redundant 16 --output placement.json
+      expertlane balance trace.npz --ranks 16 --ranks-per-node 8 --num-redundant-experts 16
+          with 16 redundant experts per layer, on two nodes
+      expertlane balance trace.npz --ranks 16 --num-redundant-experts 16 --output placement.json
           keep the placement
       expertlane balance other.npz --ranks 16 --placement placement.json
           does it hold on another trace?
@@ -107,7 +106,7 @@ def balance(own: _Options) -> None:
     take(
         "num_slots",
         own.num_redundant_experts + read.num_experts,
-        f"--redundant {own.num_redundant_experts}: physical experts",
+        f"--num-redundant-experts {own.num_redundant_experts}: physical experts",
     )
     if own.placement is None:
         after = _made(read, own)
@@ -126,7 +125,7 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
     redundant = own.num_redundant_experts
-    with naming(f"--redundant {redundant}, --ranks {own.ranks}"):
+    with naming(f"--num-redundant-experts {redundant}, --ranks {own.ranks}"):
         if own.method == "linear":
             return _linear(trace, own.ranks, redundant)
         if own.method == "round_robin":
@@ -198,7 +197,7 @@ def _title(trace: "RoutingTrace", placements: "list[Placement]", ranks_per_node:
         f"{counted(trace.num_tokens, 'token')}, {trace.num_experts_per_tok} of "
         f"{trace.num_experts} experts each\n"
         f"{counted(ep, 'rank')} on {counted(ep // ranks_per_node, 'node')}, "
-        f"{num_slots:,} slots a layer"
+        f"{num_slots:,} physical experts per layer"
     )
 
 
@@ -211,7 +210,7 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
     shown = sorted(layers, key=lambda each: -each.before.max_over_mean)[:_MAX_ROWS]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("layer")
-    for heading in ("max/mean before", "after", "crossings before", "after", "to move"):
+    for heading in ("max/mean before", "after", "cross-node before", "after", "to move"):
         table.add_column(Text(heading), justify="right")
     for each in sorted(shown, key=lambda each: each.layer or 0):
         table.add_row(*_row(str(each.layer), each, num_tokens))
@@ -222,9 +221,9 @@ def _show(title: str, compared: "list[Comparison]", num_tokens: int, console: "C
     console.print(table)
     console.print()
     if len(layers) > len(shown):
-        console.print(f"The {len(shown)} least even of {len(layers)} layers; all stands for all.")
+        console.print(f"The {len(shown)} least balanced of {len(layers)} layers; all: all layers.")
     console.print(
-        "Before: experts in order. Crossings: copies to other nodes, per token and layer."
+        "Before: experts in order. Cross-node: copies to other nodes, per token and layer."
     )
     if (line := _more_crossings(total, num_tokens * len(layers))) is not None:
         console.print(line)
@@ -239,12 +238,11 @@ def _more_crossings(total: "Comparison", num_tokens: int) -> str | None:
     before, after = total.before, total.after
     if after.cross_node_copies <= before.cross_node_copies:
         return None
-    rose = (
-        f"Crossings rose from {_crossings(before, num_tokens)} to {_crossings(after, num_tokens)}"
-    )
+    was, now = (_crossings(each, num_tokens) for each in (before, after))
+    rose = f"Cross-node copies rose from {was} to {now}"
     if after.max_over_mean < before.max_over_mean:
-        return f"{rose}: load was evened out at their expense."
-    return f"{rose}, and load is no more even."
+        return f"{rose}: the price of balance."
+    return f"{rose}, and load is not better balanced."
 
 
 def _row(name: str, each: "Comparison", num_tokens: int) -> list[str]:

@@ -22,9 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    name: str = typer.Argument(
-        "this-machine", metavar="NAME", help="What the machine shall be called."
-    )
+    name: str = typer.Argument("this-machine", metavar="NAME", help="Name of the profile.")
     ranks: int | None = typer.Option(
         None,
         metavar="N",
@@ -40,10 +38,10 @@ class _Options:
 
 @takes_groups
 def calibrate(own: _Options) -> None:
-    """Measure this machine, so that deployments on it can be projected.
+    """Measure this machine, to plan and simulate for it.
 
-    Times products, experts, attention, small operations, collectives over 2, 4, 8 … ranks, and
-    whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
+    Times matrix products, experts, attention, small operations, collectives over 2, 4, 8 … ranks,
+    and whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
     else uses. All ranks measure at once, since they share memory; where there are enough cores
     each has its own. What other programs disturb is measured again, within a minute in all, and no
     round begins that would end after four minutes, save the first. The profile says what share was
@@ -144,19 +142,19 @@ def _show(profile: "Profile", calibration: "Calibration") -> None:
     console.print(f"{profile.ranks_per_node} × {name}, {calibration.machine.dtype}")
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("a rank's", "value", "low", "high"):
-        table.add_column(heading, justify="left" if heading == "a rank's" else "right")
+    for heading in ("per rank", "value", "low", "high"):
+        table.add_column(heading, justify="left" if heading == "per rank" else "right")
     for dtype, rate in device.flops_per_s.items():
-        table.add_row(f"product in {dtype}", f"{rate / 1e9:,.1f} GFLOP/s", "", "")
-    table.add_row("reading memory", f"{device.memory_bytes_per_s / 1e9:,.1f} GB/s", "", "")
+        table.add_row(f"matrix product, {dtype}", f"{rate / 1e9:,.1f} GFLOP/s", "", "")
+    table.add_row("memory bandwidth", f"{device.memory_bytes_per_s / 1e9:,.1f} GB/s", "", "")
     for link in list(profile.links.values())[:1]:
-        table.add_row("sending to a rank", f"{link.bytes_per_s / 1e9:,.2f} GB/s", "", "")
+        table.add_row("rank to rank", f"{link.bytes_per_s / 1e9:,.2f} GB/s", "", "")
     for label, name in (
-        ("step's driver", "driver_s"),
-        ("operation's overhead", "overhead_s"),
-        ("transfer's overhead", "overhead_s.transfer"),
-        ("least all-to-all", "floor_s.all_to_all.all_links"),
-        ("launch", "launch_s"),
+        ("scheduler overhead", "driver_s"),
+        ("overhead per operation", "overhead_s"),
+        ("overhead per transfer", "overhead_s.transfer"),
+        ("shortest all-to-all", "floor_s.all_to_all.all_links"),
+        ("kernel launch", "launch_s"),
     ):
         term = profile.terms.get(name)
         if term is not None:

@@ -36,18 +36,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one a line.")
+    file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one per line.")
     token_ids: list[str] | None = typer.Option(
         None, metavar="ID[,ID…]", help="A prompt as token ids; may be repeated."
     )
     chat: bool = typer.Option(
-        False, "--chat", help="A conversation, a line a message; by the model's chat template."
+        False,
+        "--chat",
+        help="A conversation, one message per line, with the model's chat template.",
     )
     system: str | None = typer.Option(
         None, metavar="TEXT", help="The conversation's system message."
     )
     as_json: bool = typer.Option(
-        False, "--json", help="Print one JSON object a prompt, a line each."
+        False, "--json", help="Print one JSON object per prompt, one per line."
     )
     record_routing: Path | None = typer.Option(
         None,
@@ -66,48 +68,50 @@ class SamplingOptions:
     max_tokens: int | None = typer.Option(
         None, metavar="N", help="Output tokens at most. Default: 256."
     )
-    temperature: float | None = typer.Option(
-        None, metavar="T", help="0 takes the likeliest token. Default: 1."
-    )
+    temperature: float | None = typer.Option(None, metavar="T", help="0: greedy. Default: 1.")
     top_k: int | None = typer.Option(
-        None, metavar="K", help="Draw from the K likeliest tokens. Default: 0, from all."
+        None, metavar="K", help="Sample from the K likeliest tokens. Default: 0, all."
     )
     top_p: float | None = typer.Option(
-        None, metavar="P", help="Draw from the likeliest tokens that add up to P. Default: 1."
+        None,
+        metavar="P",
+        help="Nucleus sampling: the likeliest tokens of cumulative probability P. Default: 1.",
     )
     min_p: float | None = typer.Option(
         None,
         metavar="P",
-        help="Draw from tokens at least P times as likely as the likeliest. Default: 0.",
+        help="Sample from tokens at least P times as likely as the likeliest. Default: 0.",
     )
     repetition_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 1: fewer tokens that prompt or output hold. Default: 1."
+        None, metavar="X", help="Above 1: penalises tokens in prompt or output. Default: 1."
     )
     presence_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 0: fewer tokens that the output holds. Default: 0."
+        None, metavar="X", help="Above 0: penalises tokens in the output. Default: 0."
     )
     frequency_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 0: fewer tokens that the output holds often. Default: 0."
+        None,
+        metavar="X",
+        help="Above 0: penalises tokens by their count in the output. Default: 0.",
     )
     seed: int | None = typer.Option(
-        None, metavar="N", help="Equal seeds draw equally. Default: a new one."
+        None, metavar="N", help="Sampling is reproducible for equal seeds. Default: a new one."
     )
     stop: list[str] | None = typer.Option(
-        None, metavar="TEXT", help="Ends the output; may be repeated."
+        None, metavar="TEXT", help="Stop string; may be repeated."
     )
     stop_token_ids: list[int] | None = typer.Option(
         None,
         "--stop-token-id",
         metavar="ID",
-        help="A token that ends the output; may be repeated.",
+        help="Stop token; may be repeated.",
     )
     ignore_eos: bool = typer.Option(
-        False, "--ignore-eos", help="Go on after an end-of-sequence token."
+        False, "--ignore-eos", help="Continue after an end-of-sequence token."
     )
     logprobs: int | None = typer.Option(
         None,
         metavar="N",
-        help="With --json: log-probabilities of each token and of the N likeliest ones.",
+        help="With --json: log-probabilities of each token and of the N likeliest.",
     )
 
 
@@ -219,7 +223,7 @@ def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[
 def _lines(text: str, source: str) -> list[str]:
     lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
-        raise UserError(f"{source}: there is no prompt; give one a line")
+        raise UserError(f"{source}: there is no prompt; give one per line")
     return lines
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
+from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -24,15 +25,12 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.ranges import RANGES, shown, take
 
-if TYPE_CHECKING:
-    from expertlane.spec.workload import LengthRange, Load
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 NumberType = Literal["float32", "float16", "bfloat16", "float8"]
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A checkpoint's folder, a hub id (org/name), or a preset, whose weights are random: "
+        help="A checkpoint folder, a hub id (org/name), or a preset with random weights: "
         "paper-tiny, paper-small, paper.",
     ),
 ]
@@ -51,11 +49,11 @@ class OutputOptions:
         "--out",
         "-o",
         metavar="DIR",
-        help="Folder for results.json, report.md, report.html and what else is written. Default: "
-        "results/NAME, after the command and what it is about.",
+        help="Folder for results.json, report.md and report.html. Default: results/NAME, named "
+        "after the command and its subject.",
     )
-    full: bool = typer.Option(False, "--full", help="Print every table, not the answer alone.")
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print the answer's one line.")
+    full: bool = typer.Option(False, "--full", help="Print all tables.")
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = typer.Option(False, "--json", help="Print results.json instead.")
 
     def __post_init__(self) -> None:
@@ -70,6 +68,10 @@ class OutputOptions:
         ]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
+
+    def call(self) -> Call:
+        """This command line."""
+        return Call(command_line(), self.out, always_writes=True)
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -118,7 +120,20 @@ def _check(option: inspect.Parameter, value: object) -> None:
 
 def timeout_option() -> Any:
     """How long to wait for ranks."""
-    return typer.Option(60.0, metavar="SECONDS", help="Longest wait for a rank without progress.")
+    return typer.Option(
+        60.0, metavar="SECONDS", help="Longest wait for a rank that makes no progress."
+    )
+
+
+def trace_option() -> Any:
+    """Chrome traces beside the results."""
+    return typer.Option(
+        False,
+        "--trace",
+        help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
+        "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
+        "too.",
+    )
 
 
 def dtype_option(default: str) -> Any:
@@ -131,7 +146,7 @@ def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> A
     return typer.Option(
         default,
         metavar="PROFILExN",
-        help=f"{what}: so many devices of a profile (h100, h200, b200, a100, or a TOML file of "
+        help=f"{what}: N devices of a profile (h100, h200, b200, a100, or a TOML file from "
         f"expertlane calibrate). {more}".rstrip(),
     )
 
@@ -140,12 +155,12 @@ def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> A
 class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
 
-    block_size: int = typer.Option(16, metavar="N", help="Positions in a block of the cache.")
+    block_size: int = typer.Option(16, metavar="N", help="Tokens per KV-cache block.")
     max_num_seqs: int = typer.Option(
-        256, metavar="N", help="Requests running at once on a data-parallel rank."
+        256, metavar="N", help="Concurrent requests per data-parallel rank."
     )
     max_num_batched_tokens: int = typer.Option(
-        2048, metavar="N", help="New tokens in a step of a data-parallel rank."
+        2048, metavar="N", help="Tokens per step and data-parallel rank."
     )
 
 
@@ -162,37 +177,34 @@ class DeploymentOptions:
 
     overlap: Literal["off", "on", "auto"] = typer.Option(
         "off",
-        help="Whether one half of a batch computes while the other half travels; auto: where that "
-        "is faster for a step's number of tokens, timed at the start.",
+        help="Two-batch overlap: one half batch computes while the other communicates; auto: "
+        "where faster for a step's number of tokens, timed at startup.",
     )
-    num_micro_batches: int = typer.Option(
-        1, metavar="N", help="Parts a batch is cut into for the pipeline."
-    )
+    num_micro_batches: int = typer.Option(1, metavar="N", help="Micro-batches per pipeline step.")
     micro_batch_schedule: MicroBatchSchedule = typer.Option(
-        "drained", help="Whether micro-batches wait for each other after each token."
+        "drained", help="drained: the pipeline empties after each step; rotating: it stays full."
     )
     dispatch: DispatchChoice = typer.Option(
         "all_to_all",
-        help="How tokens travel to experts: "
+        help="How tokens are dispatched to experts: "
         + ", ".join(form.sends for form in DISPATCH_FORMS.values())
-        + ", or the fastest for a step's number of tokens, timed at the start.",
+        + ", or the fastest for a step's number of tokens, timed at startup.",
     )
     payload: PayloadType = typer.Option(
         "model",
-        help="The type in which hidden states travel to experts; a narrower one than the model's "
-        "rounds them. How much that changes, expertlane compare measures.",
+        help="Number type of dispatched hidden states; float8 rounds them (expertlane compare "
+        "measures the error).",
     )
     placement: str = typer.Option(
         "linear",
         metavar="linear|round_robin|FILE",
-        help="Which experts a rank holds: consecutive ones, every ep-th, or as in a file written "
-        "by expertlane balance.",
+        help="Experts per rank: consecutive ones, every ep-th, or as in a file of expertlane "
+        "balance.",
     )
     num_redundant_experts: int = typer.Option(
         0,
-        "--redundant",
         metavar="N",
-        help="Copies of experts beside each MoE layer's own, to share load.",
+        help="Redundant experts per MoE layer, to share load.",
     )
     options: Options = field(init=False)
 
@@ -207,7 +219,8 @@ class DeploymentOptions:
         num_redundant = self.num_redundant_experts
         if num_redundant and not is_method:
             raise UserError(
-                f"--redundant is {num_redundant}, but {self.placement} says which copies there are"
+                f"--num-redundant-experts is {num_redundant}, but {self.placement} says which "
+                "copies there are"
             )
         where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
         options = Options(
@@ -228,13 +241,13 @@ class LaunchOptions:
 
     timeout_s: float = timeout_option()
     oversubscribe: bool = typer.Option(
-        False, "--oversubscribe", help="Allow more than 32 local ranks a core."
+        False, "--oversubscribe", help="Allow more than 32 local ranks per core."
     )
     ignore_unused_tensors: bool = typer.Option(
         False,
         "--ignore-unused-tensors",
-        help="Go on, with a warning, where a checkpoint holds tensors that its config.json has no "
-        "use for.",
+        help="Continue, with a warning, if the checkpoint holds tensors that its config.json does "
+        "not use.",
     )
 
 
@@ -244,28 +257,25 @@ class EngineOptions:
 
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = typer.Option(
-        None, metavar="N", help="Positions a sequence may take. Default: the model's."
+        None, metavar="N", help="Longest sequence, in tokens. Default: the model's."
     )
     num_blocks: int | None = typer.Option(
-        None, metavar="N", help="Blocks of the key/value cache. Default: what memory has room for."
+        None, metavar="N", help="KV-cache blocks. Default: as many as fit in memory."
     )
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
-        False, "--no-prefix-caching", help="Compute equal beginnings of prompts anew."
+        False, "--no-prefix-caching", help="Turn prefix caching off."
     )
     deployment: DeploymentOptions
     rebalance_steps: int = typer.Option(
         0,
-        "--rebalance",
         metavar="STEPS",
-        help="Move experts while requests run, by the load of so many steps, where that pays. "
-        "0: never.",
+        help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
     ranks_per_node: int = typer.Option(
         0,
         metavar="N",
-        help="Consecutive ranks that count as one node, on one machine too. 0: as they were "
-        "started.",
+        help="Consecutive ranks that count as one node. 0: as started.",
     )
     launch: LaunchOptions
     options: Options = field(init=False)
@@ -295,106 +305,22 @@ class ProjectionOptions:
     routing_trace: Path | None = typer.Option(
         None,
         metavar="FILE",
-        help="Which experts tokens choose, as recorded by expertlane generate --record-routing.",
+        help="Routing as recorded by expertlane generate --record-routing.",
     )
     skew: float = typer.Option(
         0.0,
         metavar="ALPHA",
-        help="Without a trace: experts' popularity falls with their rank to the power of -ALPHA; "
-        "0 for experts alike.",
+        help="Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform.",
     )
     dtype: NumberType | None = typer.Option(
         None, help="Type of weights. Default: the checkpoint's, float16 for a preset."
     )
     kv_dtype: NumberType | None = typer.Option(
-        None, help="Type of cached keys and values. Default: that of hidden states."
+        None, help="Type of the KV cache. Default: that of hidden states."
     )
     execution: Literal["graph", "eager"] = typer.Option(
-        "graph", help="Whether a step is captured as a CUDA graph or launched kernel by kernel."
+        "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
-
-
-def batch_option(help: str, metavar: str) -> Any:
-    """`--batch`, the size of a closed loop."""
-    return typer.Option(
-        None, metavar=metavar, help=f"Closed loop: keep N requests unfinished{help}"
-    )
-
-
-def rate_option(metavar: str) -> Any:
-    """`--rate`, the arrival rate of an open loop."""
-    return typer.Option(
-        None,
-        metavar=metavar,
-        help="Open loop in place of --batch: R requests a second arrive at random times.",
-    )
-
-
-def length_option(default: str, of: str) -> Any:
-    """How long a prompt or an output is."""
-    return typer.Option(
-        default, metavar="N[:N]", help=f"Tokens of {of}; of a range, drawn uniformly."
-    )
-
-
-_DEFAULT_BATCH = "1,8,32"
-_DEFAULT_SIZE = 100  # of an open loop
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """What is put on an engine."""
-
-    batch: str | None = batch_option(
-        f"; several are measured in turn. Default: {_DEFAULT_BATCH}.", "N[,N…]"
-    )
-    rate: str | None = rate_option("R[,R…]")
-    num_requests: int | None = typer.Option(
-        None,
-        metavar="N",
-        help="Requests of each batch size or rate. Default: the batch; with --rate "
-        f"{_DEFAULT_SIZE}.",
-    )
-    prompt_len: str = length_option("32", "a prompt")
-    output_len: str = length_option("32", "an output")
-    seed: int = typer.Option(0, metavar="N", help="Seed of prompts, lengths and arrivals.")
-
-    def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":
-        """What to measure, one load for each batch size or rate.
-
-        Raises:
-            UserError: it is not clear what.
-        """
-        from expertlane.spec.workload import Load
-
-        lengths = _length("prompt", self.prompt_len), _length("output", self.output_len)
-        if self.batch is not None and self.rate is not None:
-            raise UserError("--batch and --rate exclude each other; run one, then the other")
-        num_requests = self.num_requests
-        if self.rate is not None:
-            rates = parse_list("--rate", "rate", self.rate, "2,5")
-            return [Load(num_requests or _DEFAULT_SIZE, *lengths, rate=each) for each in rates]
-        batches = parse_list("--batch", "batch", self.batch or default_batch, "1,8,32")
-        if num_requests is not None and num_requests < max(batches):
-            raise UserError(
-                f"--num-requests is {num_requests} but --batch has {max(batches)}; it must be as "
-                "many or more"
-            )
-        return [Load(num_requests or each, *lengths, batch=each) for each in batches]
-
-
-def _length(name: str, text: str) -> "LengthRange":
-    from expertlane.spec.workload import LengthRange
-
-    allowed = RANGES[f"{name}_len"]
-    ends = [allowed.parse(part) for part in text.split(":")]
-    low, high = ends[0], ends[-1]
-    if low is None or high is None or len(ends) > 2 or low > high:
-        raise UserError(
-            f"--{name}-len is {shown(text)}; it must be {allowed}, or two, the lower one first: "
-            "32:512"
-        )
-    return LengthRange(int(low), int(high))
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

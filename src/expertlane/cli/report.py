@@ -1,4 +1,4 @@
-"""`expertlane report`: make the reports of kept results again."""
+"""`expertlane report`: make the reports again from a results.json."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,7 @@ def report(
         bool, typer.Option("--json", help="Print the paths of what was written.")
     ] = False,
 ) -> None:
-    """Make report.html and report.md again from kept results; runs nothing.
+    """Make report.html and report.md again from a results.json; runs nothing.
 
     report.html is one file that opens offline: the verdict, where the time goes, every rank's
     time in a step, experts and traffic, and all tables. Send it to whoever should see it.

@@ -1,4 +1,4 @@
-"""What an experiment takes for granted, measured and projected, printed beside its numbers."""
+"""The assumptions of an experiment, measured and projected, printed beside its numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -129,15 +129,15 @@ def _cache(experiment: Experiment, limits: Mapping[str, Limits]) -> list[Assumpt
         if found.num_blocks < wanted.num_blocks:
             num_caches = layout.replicas * layout.dp
             sizes = [num_caches * each.num_blocks * each.block_size for each in (found, wanted)]
-            short.append(f"{deployment.name}: {sizes[0]:,} of {sizes[1]:,} positions")
+            short.append(f"{deployment.name}: {sizes[0]:,} of {sizes[1]:,} tokens")
     if not short:
         return []
     return [
         Assumption(
-            "key/value cache",
+            "KV cache",
             "; ".join(short),
-            "memory has no room for all sequences at once, so requests go in waves: one that finds "
-            "no room waits until others end; needs are in whole blocks, one a sequence in reserve",
+            "memory does not hold all sequences at once, so some requests wait until others end; "
+            "needs count whole blocks and one spare block per sequence",
         )
     ]
 
@@ -157,13 +157,13 @@ def _of_deployments(experiment: Experiment, machine: Machine) -> list[Assumption
         Assumption(
             "baseline",
             "; ".join(baselines) or "none",
-            "the paper's text allows two readings: experts cut over stages of layers, or over "
-            "data-parallel groups",
+            "the paper's text allows two readings: pipeline stages, or data-parallel groups "
+            "that share the experts",
         ),
         Assumption(
             "micro-batches",
             ", ".join(map(str, micro_batches)),
-            "the paper does not give the baseline's; the best is compared against too",
+            "the paper does not give the baseline's; the best one is compared too",
         ),
         Assumption(
             "tensor parallelism",
@@ -189,11 +189,11 @@ def _beside_the_paper(experiment: Experiment, machine: Machine) -> list[Assumpti
     found = likeness(experiment, PROPOSAL, NumberTypes.all_of(machine.dtype))
     return [
         Assumption(
-            "expert FLOPs a byte",
+            "expert FLOPs per byte",
             f"of the paper's step ({PROPOSAL}, {PAPER_CONTEXT:,} tokens of context): "
             f"{found.weights:#.3g}× for weights read, {found.dispatch:#.3g}× for dispatch and "
-            f"combine, {found.keys_and_values:#.3g}× for keys and values; 1.00× would be alike",
-            "what an expert computes for a byte that is dispatched grows with its width",
+            f"combine, {found.keys_and_values:#.3g}× for KV reads; 1.00× would be equal",
+            "expert FLOPs per dispatched byte grow with the expert's width",
         )
     ]
 
@@ -206,55 +206,55 @@ def projected_assumptions(
     executions: Sequence[Execution],
     prefill: StepSize,
 ) -> tuple[Assumption, ...]:
-    """What a projection of the experiment takes for granted."""
+    """The assumptions of a projection of the experiment."""
     rows = [
         *_of_cluster(cluster),
         Assumption(
             "execution",
             " and ".join(executions),
-            "both are shown; the main tables have the first: graph launches a step's kernels at "
-            "once, eager each by itself"
+            "both are shown, the first in the main tables: graph launches all kernels of a step "
+            "at once, eager one by one"
             if len(executions) > 1
-            else "a CPU's calls and its work take turns",
+            else "on a CPU, launching and computing alternate",
         ),
         Assumption(
             "kernels",
-            "as fused as those of GPU libraries; an estimate",
-            "the engine's own are more and smaller (cost/step/kernel_sets.py)",
+            "fused as in GPU libraries; an estimate",
+            "the engine's own are smaller and more (cost/step/kernel_sets.py)",
         ),
         Assumption(
             "flat dispatch",
             "sends no counts before rows",
-            "kernels with buffers of a static size need none and can be captured",
+            "static-size buffers need none and can be captured in a CUDA graph",
         ),
         Assumption(
             "routing",
-            f"balanced: uniform; skewed: popularity falls with rank to the power of -{skew:g}",
-            "experts are drawn for each token, so balanced loads scatter as well",
+            f"balanced: uniform; skewed: Zipf's law, exponent {skew:g}",
+            "experts are drawn per token, so balanced loads vary too",
             "--skew",
         ),
         Assumption(
             "decode step",
             f"all {experiment.workload.num_sequences:,} sequences, one token each, all at the "
             "same context",
-            "TPS × TPOT is then their number",
+            "so TPS × TPOT = number of sequences",
             "the experiment's num_sequences",
         ),
         Assumption(
             "prefill step",
             f"{prefill.num_seqs * prefill.num_new:,} tokens over the system: {prefill.num_seqs} "
-            f"prompts × {prefill.num_new}, {prefill.num_cached:,} positions before each",
-            "as large as a measured comparison's, half way through a prompt",
+            f"prompts × {prefill.num_new}, {prefill.num_cached:,} cached tokens each",
+            "as large as a measured comparison's, half-way through a prompt",
         ),
         Assumption(
             "memory",
-            f"{FREE_SHARE:.0%} of a device's may be taken",
+            f"{FREE_SHARE:.0%} of a device's may be used",
             "the rest is the framework's",
         ),
         *_of_types(types, experiment.model),
     ]
     if any(each.options.rebalance_steps for each in experiment.deployments):
-        rows.append(Assumption("rebalancing", "none", "experts stay where they begin"))
+        rows.append(Assumption("rebalancing", "none", "experts stay where they start"))
     return tuple(rows)
 
 
@@ -269,8 +269,8 @@ def _of_cluster(cluster: ModelledCluster) -> list[Assumption]:
     return [
         Assumption(
             "cluster",
-            f"{cluster}: {device.name}, {cluster.profile.ranks_per_node} a node; "
-            f"{near} inside a node, {far} between nodes, a device and direction",
+            f"{cluster}: {device.name}, {cluster.profile.ranks_per_node} per node; "
+            f"{near} inside a node, {far} between nodes, per device and direction",
             change="--cluster",
         ),
         Assumption(
@@ -295,8 +295,8 @@ def _of_types(types: NumberTypes, model: ModelConfig) -> list[Assumption]:
         Assumption(
             "sizes never measured",
             f"experts {model.moe_intermediate_size:,} wide, heads of {model.head_dim}",
-            "the profile's laws go on from the nearest sizes that were fitted, with wider bounds "
-            "for every doubling beyond; the share of time that lies outside is in the tables",
+            "extrapolated from the nearest fitted sizes, with wider bounds per doubling; the "
+            "tables give the extrapolated share of time",
         ),
     ]
     return [each for each in rows if each.name != "float16" or types.weights == "float16"]

@@ -23,7 +23,7 @@ from expertlane.spec.names import Phase
 
 _MOST_RUNS = 1_000
 _RUNS_OF_OTHERS = 2
-_NO_VIRTUAL_TIME = "No virtual time: it is made of CPU time, and these ranks compute on GPUs."
+_NO_VIRTUAL_TIME = "No virtual time: it is built from CPU times, and these ranks compute on GPUs."
 _OWN_LINKS = (
     "No virtual time: these ranks are on {} hosts with links of their own, so wall time counts. "
     "--clock virtual models links all the same."

@@ -54,15 +54,12 @@ class VirtualSettings:
         if links is not None and self.scale is None and self.compute is None:
             dtype = usual_number_type(links)
             if dtype not in links.device.flops_per_s:
-                raise UserError(
-                    f"profile {links.name} has no FLOP/s of {dtype}; --link-scale says how much "
-                    "slower links are to be"
-                )
+                raise UserError(f"profile {links.name} has no FLOP/s of {dtype}; give --link-scale")
         for each in deployments if self.compute else ():
             if each.options.rebalance_steps:
                 raise UserError(
-                    f"deployment {each.name!r} moves experts while it runs; --compute takes "
-                    "deployments whose experts stay, or leave --compute out"
+                    f"deployment {each.name!r} moves experts while it runs; --compute needs "
+                    "deployments without rebalancing"
                 )
 
 
@@ -80,7 +77,7 @@ def compute_ratio(here: StepWork, there: StepWork, peak: MachinePeak, profile: P
     here_s = here.seconds(peak.gemm_flops_per_s / num_units, peak.read_bytes_per_s / num_units)
     there_s = there.seconds(device.flops_per_s[dtype], device.memory_bytes_per_s)
     if not there_s:
-        raise UserError("no work was counted; --link-scale says how much slower links are to be")
+        raise UserError("no work was counted; give --link-scale")
     return here_s / there_s
 
 
@@ -123,21 +120,22 @@ def choose_scale(
     if settings.scale is not None:
         return LinkScale(settings.scale, why="asked for")
     if links is None or settings.compute is not None:
-        return LinkScale(why="unscaled, since computing is a profile's too" if links else "")
+        return LinkScale(
+            why="unscaled, since compute times come from a profile too" if links else ""
+        )
     if not is_of_the_papers_kind(experiment):
         work = StepWork([record for step in decodes for record in step.records])
         why = (
-            "the ratio of compute speeds: FLOPs over the peak or bytes over the memory's "
-            f"bandwidth, of all decode steps, on a core here over the same on {links.device.name}"
+            "the ratio of roofline compute times of all decode steps, a core here over "
+            f"{links.device.name}"
         )
         return LinkScale(compute_ratio(work, work, peak, links), why=why)
     own = own_step_work(experiment, PROPOSAL, NumberTypes.all_of(peak.dtype))
     paper = paper_step_work(PROPOSAL, experiment.model.num_experts_per_tok)
     why = (
-        "each transfer takes the same share of a step as in the paper: these are the ratios of the "
-        "bytes of dispatch, the paper's over this step's, and of the time of computing, this "
-        f"step's on a core here over the paper's on {links.device.name}, by FLOPs over the peak or "
-        "bytes over the memory's bandwidth"
+        "so that each transfer takes the same share of a step as in the paper: the ratio of "
+        "dispatch bytes, the paper's over this step's, and of roofline compute time, this step's "
+        f"on a core here over the paper's on {links.device.name}"
     )
     byte_scale = paper.dispatch_bytes / own.dispatch_bytes
     return LinkScale(compute_ratio(own, paper, peak, links), byte_scale, why)
@@ -253,26 +251,26 @@ class VirtualRuns:
             of_links = Assumption("links", value, scale.why, "--links, --link-scale")
         compute = self.settings.compute
         computing = Assumption(
-            "computing",
-            "the CPU time of each operation, one thread per rank, the lesser of two repetitions",
-            "measured while at most one rank per core computes; a disturbance only adds time",
+            "compute",
+            "CPU time of each operation, one thread per rank, the lesser of two repetitions",
+            "measured while at most one rank per core computes; noise only adds time",
             "--compute",
         )
         if compute is not None:
             computing = Assumption(
-                "computing",
-                f"the laws of {compute.name}, in {usual_number_type(compute)}",
-                "for the operations that ran: the ranks' counters, and every collective, equal "
-                "those of the step's description for the same choices of experts",
+                "compute",
+                f"cost model of profile {compute.name}, in {usual_number_type(compute)}",
+                "for the operations that ran: counters and collectives of the ranks equal the "
+                "model's for the same routing",
                 "--compute",
             )
         rows = (
             of_links,
             computing,
             Assumption(
-                "left out",
-                "the launcher, messages to and from it, and the ranks' CPU time for copies",
-                "wall time includes them; a cluster hides most of them",
+                "excluded",
+                "scheduler, messages to and from it, and CPU time of copies",
+                "included in wall time; a cluster hides most of it",
             ),
         )
         return tuple(replace(each, source="virtual") for each in rows)

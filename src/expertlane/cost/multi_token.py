@@ -40,9 +40,9 @@ class MultiToken:
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_drafts <= _MOST_DRAFTS:
-            raise SpecError(f"{self.num_drafts} drafts a step; valid: 0 to {_MOST_DRAFTS}")
+            raise SpecError(f"{self.num_drafts} drafts per step; valid: 0 to {_MOST_DRAFTS}")
         if not 0 <= self.acceptance <= 1:  # NaN neither
-            raise SpecError(f"an acceptance of {self.acceptance:g}; valid: 0 to 1")
+            raise SpecError(f"acceptance {self.acceptance:g}; valid: 0 to 1")
 
     @property
     def tokens_per_step(self) -> float:

@@ -49,7 +49,7 @@ class PowerLawRouting:
     inside them. Tokens are drawn once and taken in turn.
 
     Args:
-        alpha: 0 for experts alike.
+        alpha: 0 for uniform.
         num_sampled_layers: layers take turns with so many samples.
         groups: those of the router; none by default.
     """
@@ -201,14 +201,13 @@ def choose_routing(
     if trace is None:
         source = PowerLawRouting.of(model, skew, seed, num_sampled_layers)
         words = (
-            f"popularity falls by an expert's rank to the power of -{skew:g}, in an order drawn "
-            "by layer"
+            f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
             if skew
-            else "every expert is as popular; real traffic is not, so this is the best case"
+            else "uniform over experts; real traffic is not, so this is the best case"
         )
         if model.routing.n_group > 1:
             words += (
-                f"; within the best {model.routing.topk_group} of {model.routing.n_group} groups "
+                f"; within the top {model.routing.topk_group} of {model.routing.n_group} groups "
                 "of each token"
             )
         return RoutingChoice(source, f"--skew {skew:g}", words)
@@ -220,8 +219,8 @@ def choose_routing(
     sizes = (read.num_experts, read.num_experts_per_tok)
     if sizes != (model.num_experts, model.num_experts_per_tok):
         raise UserError(
-            f"{trace} is of {sizes[1]} of {sizes[0]} experts a token; {model.name} has "
+            f"{trace} is of {sizes[1]} of {sizes[0]} experts per token; {model.name} has "
             f"{model.num_experts_per_tok} of {model.num_experts}"
         )
-    words = f"{read.num_tokens:,} recorded tokens in turn, over and over"
+    words = f"{read.num_tokens:,} recorded tokens, repeated in a loop"
     return RoutingChoice(TraceRouting(read), f"--routing-trace {trace}", words)

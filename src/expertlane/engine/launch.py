@@ -142,9 +142,9 @@ def check_checkpoint(
         text = f"{folder}: config.json has no use for {_listed(unused)}"
         if not ignore_unused_tensors:
             raise SpecError(
-                f"{text}; to go on without: --ignore-unused-tensors (ignore_unused_tensors=True)"
+                f"{text}; to ignore them: --ignore-unused-tensors (ignore_unused_tensors=True)"
             )
-        log(f"warning: {text}; going on without")
+        log(f"warning: {text}; ignoring them")
     if not checkpoint.has_head_of_its_own():
         return model
     log(

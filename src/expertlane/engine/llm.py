@@ -68,7 +68,7 @@ class LLM:
         block_size: positions a block of the paged cache.
         max_num_batched_tokens, max_num_seqs: new tokens in a step, and requests that run at once,
             on each data-parallel rank.
-        prefix_caching: requests with equal beginnings share blocks.
+        prefix_caching: requests with a common prefix share blocks.
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
@@ -297,7 +297,7 @@ class LLM:
         if len(params) != len(several):
             raise UserError(
                 f"{len(several)} prompts but {len(params)} sampling parameters; "
-                "give one for all, or one a prompt"
+                "give one for all, or one per prompt"
             )
         outputs: list[RequestOutput] = []
         try:

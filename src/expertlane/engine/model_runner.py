@@ -86,7 +86,7 @@ class ModelRunner:
             self.dispatch_table = time_dispatch(self, layout, limits, modes)
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)
-            unit = " (tokens of a rank)" if " up to " in text else " for all steps"
+            unit = " (tokens per rank)" if " up to " in text else " for all steps"
             log(f"dispatch: {text}{unit}")
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(

@@ -103,7 +103,7 @@ class Rebalancer:
 
     Args:
         placements: [num_hidden_layers]; where experts are now. Ranks keep their numbers of slots.
-        num_steps: experts are placed anew by the load of that many steps, at most that often, if
+        num_steps: experts are rebalanced by the load of that many steps, at most that often, if
             it pays over that many more.
         log: takes the line of each decision.
         worth: the placement with most of it is taken; above 0 experts move.

@@ -116,7 +116,7 @@ class TorchrunNode:
         if started < needed:
             raise CapacityError(
                 f"the experiment needs {needed} ranks but torchrun started {started} processes; "
-                f"start {needed} in all, or one a node, which starts as many ranks as are needed"
+                f"start {needed} in all, or one per node, which starts as many ranks as are needed"
             )
         return self.num_processes
 

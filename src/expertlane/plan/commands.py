@@ -55,7 +55,7 @@ def _vllm(
     if layout.ep > 1 and layout.etp > 1:
         why = (
             f"vLLM spreads experts over all dp × tp = {layout.stage_size} ranks; ep={layout.ep} "
-            f"with experts cut in {layout.etp} cannot be said"
+            f"with experts sharded over {layout.etp} cannot be expressed"
         )
         return ServeCommand("vLLM", None, why)
     words = ["vllm", "serve", served.model, "--tensor-parallel-size", str(layout.tp)]
@@ -83,7 +83,7 @@ def _vllm(
     elif nodes > 1:
         notes.append(f"on {nodes} nodes: start it inside a Ray cluster or with --nnodes")
     if options.overlap and layout.ep == 1:
-        notes.append("it overlaps two batches under expert parallelism alone")
+        notes.append("it overlaps two batches only under expert parallelism")
     return ServeCommand("vLLM", shlex.join(words), "; ".join(notes))
 
 
@@ -113,7 +113,7 @@ def _sglang(
     deepep_mode = _form(options).sglang if layout.ep > 1 else None
     if deepep_mode and layout.etp > 1:
         why = f"with DeepEP, SGLang's ep is all of its ranks; ep={layout.ep} of {layout.stage_size}"
-        return ServeCommand("SGLang", None, f"{why} cannot be said")
+        return ServeCommand("SGLang", None, f"{why} cannot be expressed")
     words = ["python", "-m", "sglang.launch_server", "--model-path", served.model]
     words += ["--tp-size", str(layout.stage_size)]  # its tp is all ranks; attention's is tp / dp
     if layout.dp > 1:

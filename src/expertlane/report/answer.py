@@ -9,7 +9,7 @@ from expertlane.report.compared import Comparison, Row
 from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
 from expertlane.report.numbers import NONE, counted, figures, milliseconds, percent, signed
 from expertlane.report.speed import in_words
-from expertlane.report.verdict import Judged, headline, in_wall_time, judge, ratio
+from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
@@ -26,14 +26,11 @@ _MOST_CAUSES = 6
 _SHORT: dict[str, str] = {
     Cause.HEAD: "head",
     Cause.DISPATCH_COMBINE: "dispatch",
-    Cause.TP_COLLECTIVES: "TP collectives",
-    Cause.HAND_OVER: "PP send/recv",
     Cause.WAITING: "waiting",
     Cause.PIPELINE_BUBBLE: "bubble",
     Cause.ENGINE: "scheduler",
     ProjectedCause.EXPERT_COMPUTE: "experts",
     ProjectedCause.OTHER_COMPUTE: "other compute",
-    ProjectedCause.KV_READS: "KV reads",
     ProjectedCause.DISPATCH_COMBINE: "dispatch",
     ProjectedCause.CONTENTION: "contention",
     ProjectedCause.IMBALANCE: "imbalance",
@@ -118,7 +115,7 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
     return (*parts, " ".join(notes)) if notes else tuple(parts)
 
 
-def _shown(comparison: Comparison, judged: Judged | None, most: int) -> list[Row]:
+def _shown(comparison: Comparison, judged: Verdict | None, most: int) -> list[Row]:
     """The rows that there is room for: the two of the verdict, the first, and the fastest.
 
     Under shorter names where all of them would take more lines than `most`.
@@ -140,7 +137,7 @@ def _shortened(row: Row) -> Row:
     return replace(row, record=replace(row.record, name=name))
 
 
-def _table(comparison: Comparison, judged: Judged | None, rows: Sequence[Row]) -> Table:
+def _table(comparison: Comparison, judged: Verdict | None, rows: Sequence[Row]) -> Table:
     is_decode = comparison.phase is Phase.DECODE
     is_run = comparison.is_run
     columns: list[Column[Row]] = [
@@ -192,7 +189,7 @@ def compact_range(estimate: Estimate) -> str:
     return f"{figures(low / 1e3)}–{figures(high / 1e3)}k"
 
 
-def _why(comparison: Comparison, judged: Judged) -> Figure | str:
+def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
     """How the one's step differs, in milliseconds: what makes it faster, then what it pays."""
     one, other = judged.one, judged.other
     what = "step" if comparison.phase is Phase.DECODE else "prefill"

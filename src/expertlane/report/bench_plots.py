@@ -17,7 +17,7 @@ def bench(results: Results) -> tuple[Section, ...]:
     for each in served(results):
         by_layout.setdefault(str(each.record.layout), []).append(each)
     is_closed = served(results)[0].serving.batch is not None
-    load = Axis("requests at once" if is_closed else "requests a second", "log")
+    load = Axis("concurrency" if is_closed else "requests/s", "log")
     output, latency = Axis("output tokens/s"), Axis("TPOT, ms")
 
     def curves(point: Callable[[Served], Point | None]) -> list[Curve]:
@@ -28,7 +28,7 @@ def bench(results: Results) -> tuple[Section, ...]:
 
     charts = [
         curves_chart(
-            "Output tokens a second by load",
+            "Output tokens/s by load",
             load,
             output,
             curves(lambda each: Point(_load(each), each.serving.output_tps)),
@@ -42,10 +42,10 @@ def bench(results: Results) -> tuple[Section, ...]:
                 load,
                 latency,
                 curves(lambda each: Point(_load(each), ms) if (ms := _tpot_ms(each)) else None),
-                note="Medians over requests; the lines up from them go to the 95th percentile.",
+                note="Medians over requests; vertical lines reach up to p95.",
             ),
             curves_chart(
-                "Tokens a second against TPOT",
+                "Tokens/s against TPOT",
                 latency,
                 output,
                 curves(
@@ -55,7 +55,7 @@ def bench(results: Results) -> tuple[Section, ...]:
                         else None
                     )
                 ),
-                note="Up and left is better. TPOT is the median over requests.",
+                note="Better: up and left. TPOT is the median over requests.",
             ),
         ]
     return (Section("Throughput and latency, measured", tuple(charts), "plots"),)

@@ -20,11 +20,11 @@ def matrix(payload_bytes: Sequence[Sequence[int]], ranks_per_node: int) -> str |
     num_ranks = len(payload_bytes)
     num_nodes = -(-num_ranks // ranks_per_node)
     if num_ranks == 1:
-        return "One rank: it sends nothing."
+        return "One rank: no traffic."
     if num_ranks <= _NUM_DRAWN:
         return _drawn("rank", payload_bytes, ranks_per_node if ranks_per_node > 1 else num_ranks)
     if num_nodes > _NUM_DRAWN:
-        return f"{num_nodes} nodes are too many to draw: results.json has who sent what to whom."
+        return f"{num_nodes} nodes are too many to draw: the matrix is in results.json."
     return _drawn("node", between_nodes(payload_bytes, ranks_per_node), num_nodes)
 
 
@@ -46,7 +46,7 @@ def _drawn(what: str, cells: Sequence[Sequence[int]], num_together: int) -> Figu
             rule = _line("", ["─" * _CELL] * size, num_together, "┼")
             lines.append("─" * _LABEL + rule[_LABEL:])
         lines.append(_line(str(place), [_cell(value / scale) for value in row], num_together))
-    who = f"{what}s of the rows send to {what}s of the columns"
+    who = f"from {what} (row) to {what} (column)"
     return Figure(f"Payload in {unit}, all repetitions: {who}", tuple(lines))
 
 

@@ -44,7 +44,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
     steps = {phase: _steps(compared, phase) for phase in _PHASES}
     largest = [
-        f"The largest part of {row.name} is {row.record.bottleneck.sentence}."
+        f"Largest cost of {row.name}: {row.record.bottleneck.sentence}."
         for row in compared.cast
         if row.record.bottleneck
     ]
@@ -91,7 +91,7 @@ def _speed(compared: Comparison) -> list[Tabs]:
         bars["prefill"] = [_bar(row, step.tps) for row, step in prefills if step]
     charts = {
         phase: speed_chart(
-            f"{phase} tokens a second{at if phase == 'decode' else ''}".capitalize(),
+            f"{phase} tokens per second{at if phase == 'decode' else ''}".capitalize(),
             f"{phase} tokens/s",
             of_phase,
             between="slowest–fastest run" if is_measured else "low–high",
@@ -111,8 +111,8 @@ def _causes(steps: Mapping[Phase, _Named]) -> list[Tabs]:
         str(phase): causes_chart(
             f"Time of a {phase} step by cause",
             of_phase,
-            note="Mean over ranks, while every sequence goes one token on or through its "
-            "prompt. Reads: operations bound by memory.",
+            note="Mean over ranks; one decode step of all sequences, or the prefill. Reads: "
+            "operations bound by memory bandwidth.",
         )
         for phase, of_phase in steps.items()
         if of_phase
@@ -139,8 +139,8 @@ def _timelines(
         if timelines:
             title = what.format(phase)
             drawn.append(timelines_chart(title, timelines, first, is_measured=shows_waits))
-    lower = "what it waits for" if shows_waits else "its transfers"
-    how = f"{words}Upper half of a row: what the rank computes; lower half: {lower}. Gaps are idle."
+    lower = "waiting" if shows_waits else "transfers"
+    how = f"{words}Upper half of a row: compute; lower half: {lower}. Gaps are idle."
     return [how, *drawn] if drawn else []
 
 
@@ -148,8 +148,8 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
     cast = [row.label for row in compared.cast]
     if compared.source == "projected":
         words = (
-            "A step of each deployment in the steady state, all on the same time axis. Where "
-            "micro-batches rotate, one step of each is drawn; it overlaps the rounds beside it. "
+            "One steady-state step of each deployment, on the same time axis. With rotating "
+            "micro-batches one step of each is drawn; it overlaps its neighbours. "
         )
         return _timelines(words, steps, cast)
     rows = {row.label: row for row in compared.rows}
@@ -162,13 +162,13 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
         median = step.step_s.median if step.step_s else None
         usual_s = likely(step.round_s if is_round or median is None else median)
         own_s = step.timeline.end_us / _US_PER_S
-        what = "a mean round" if is_round else "the median step"
+        what = "the mean step" if is_round else "the median step"
         words = f"It took {milliseconds(own_s)} ms; {what} of the run {milliseconds(usual_s)} ms."
         if abs(own_s / usual_s - 1) > _UNTYPICAL:
-            words += " So it is not typical: look at its shape, not at its length."
+            words += " Not typical: read its shape, not its length."
         return words
 
-    words = "A step of each deployment from a short run of its own, all on the same time axis. "
+    words = "One step of each deployment, from a short run of its own, on the same time axis. "
     shows_waits = compared.source == "measured"
     return _timelines(words, steps, cast, notes=typical, shows_waits=shows_waits)
 
@@ -180,15 +180,15 @@ def _squares(loads: _Loads, steps: Mapping[Phase, _Named], per_node: int) -> lis
     parts = _loads(loads)
     for phase, of_phase in steps.items():
         sent = {name: step.traffic for name, step in of_phase.items() if step.traffic}
-        alone = "" if len(sent) > 1 else ": who sends to whom"
+        alone = "" if len(sent) > 1 else ": traffic matrix"
         matrices = {
             name: traffic_chart(f"{name}{alone}", payload, per_node)
             for name, seen in sent.items()
             if (payload := seen.sent_bytes.get(Traffic.PAYLOAD.label))
         }
-        parts += _tabs(f"Who sends to whom in {phase}", matrices)
+        parts += _tabs(f"Traffic matrix, {phase}", matrices)
         fan_outs = {name: seen.fan_out for name, seen in sent.items() if seen.fan_out}
-        fan_out = fan_out_chart(f"Ranks that a token reaches in {phase}", fan_outs)
+        fan_out = fan_out_chart(f"Ranks reached per token, {phase}", fan_outs)
         if fan_out is not None:
             parts.append(fan_out)
     return parts
@@ -196,7 +196,7 @@ def _squares(loads: _Loads, steps: Mapping[Phase, _Named], per_node: int) -> lis
 
 def _loads(loads: _Loads) -> list[Plot]:
     """One plot where all had the same; none without experts."""
-    title = "Load of the experts"
+    title = "Expert load"
     if len(set(loads.values())) == 1:
         also = ", the same in all deployments" if len(loads) > 1 else ""
         loads = {f"{title}{also}": next(iter(loads.values()))}
@@ -211,27 +211,27 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
         return []
     if source == "virtual":
         curves = {"virtual time": [Estimate(each.tps_per_rank) for each in found]}
-        title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
-        note = "Linear scaling is a level line."
+        title, y = "Decode tokens/s per rank, by number of ranks", "tokens/s per rank"
+        note = "Linear scaling is a horizontal line."
     elif source == "measured":
         curves = {
             "wall time": [Estimate(each.tps_per_rank) for each in found],
             "critical-path CPU time": [Estimate(each.critical_path_tps_per_rank) for each in found],
         }
-        title, y = "Decode tokens a second and rank, by the number of ranks", "tokens/s a rank"
+        title, y = "Decode tokens/s per rank, by number of ranks", "tokens/s per rank"
         note = (
-            "Linear scaling is a level line. Critical-path CPU time is what one core a rank would "
-            "take, transfers left out."
+            "Linear scaling is a horizontal line. Critical-path CPU time: one core per rank, "
+            "transfers excluded."
         )
     else:
         curves = {
-            "the same sequences": [each.step.tps for each in found],
-            "as many sequences a GPU": [each.share.tps for each in found],
+            "same sequences": [each.step.tps for each in found],
+            "same sequences per GPU": [each.share.tps for each in found],
         }
-        title, y = "Decode tokens a second by the number of GPUs", "tokens/s"
+        title, y = "Decode tokens/s by number of GPUs", "tokens/s"
         note = (
-            "One expert-parallel group of all GPUs; linear scaling is a straight line that rises "
-            "tenfold over a tenfold of GPUs."
+            "One expert-parallel group of all GPUs. Linear scaling is a straight line: ten times "
+            "the tokens/s with ten times the GPUs."
         )
     drawn = [
         Curve(
@@ -284,7 +284,7 @@ def _by_context(compared: Comparison) -> list[Chart]:
             Axis("tokens of context", "log"),
             Axis("TPOT, ms", "log"),
             by_context,
-            note="Lines through the points: low to high. Dashed: baselines.",
+            note="Vertical lines: bounds. Dashed: baselines.",
         )
     ]
     if by_batch:
@@ -294,14 +294,14 @@ def _by_context(compared: Comparison) -> list[Chart]:
                 Axis("sequences", "log"),
                 Axis("TPOT, ms", "log"),
                 by_batch,
-                note="Sequences of the whole system, one token each a step. Dashed: baselines.",
+                note="Sequences in the whole system, one token each per step. Dashed: baselines.",
             )
         )
     return charts
 
 
 def _planned(record: DeploymentRecord) -> Point:
-    words = f"{named(record)}, {serving(record).num_running or 0:,} at once"
+    words = f"{named(record)}, concurrency {serving(record).num_running or 0:,}"
     return Point(_MS_PER_S * tpot(record).value, serving(record).output_tps, words)
 
 
@@ -315,17 +315,17 @@ def front_chart(
 ) -> Chart:
     """The planner's front, the experiment's own deployments, and others if there are any."""
     front = results.select("projected", PARETO, compared.conditions)
-    curves = [Curve("the planner's front", tuple(map(_planned, front)))]
+    curves = [Curve("planner's Pareto front", tuple(map(_planned, front)))]
     for row in compared.rows:
         at = Point(_MS_PER_S * row.step.round_s.value, row.step.tps, _fit(row.step))
         curves.append(Curve(row.name, (at,), is_joined=False, role=_role(compared, row)))
     return curves_chart(
-        f"Decode tokens a second against TPOT, {in_words(compared.conditions)}",
+        f"Decode tokens/s against TPOT, {in_words(compared.conditions)}",
         Axis("TPOT, ms", "log"),
         Axis("decode tokens/s", "log"),
         [*curves, *others],
-        note=f"Decoding alone, at {compared.context:,} tokens of context. No deployment of one "
-        "pool is above and left of the front, which is screened. The experiment's own have all "
+        note=f"Decode only, at {compared.context:,} tokens of context. No aggregated deployment is "
+        "above and left of the front, which is screened. The experiment's deployments have all "
         f"{compared.num_seqs:,} sequences.{note}",
     )
 
@@ -343,23 +343,23 @@ def plan(results: Results) -> tuple[Section, ...]:
         for phase in _PHASES
     }
     curves = [
-        Curve("front", tuple(map(_planned, results.select("projected", PARETO)))),
-        Curve("the best within the limits", (_planned(best[0]),), is_joined=False),
+        Curve("Pareto front", tuple(map(_planned, results.select("projected", PARETO)))),
+        Curve("best within the limits", (_planned(best[0]),), is_joined=False),
         *(
             Curve(f"best of: {each.name}", (_planned(each),), is_joined=False, role="back")
             for each in results.select("projected", FAMILY)
         ),
     ]
     front = curves_chart(
-        "Tokens a second against TPOT",
+        "Tokens/s against TPOT",
         Axis("TPOT, ms", "log"),
         Axis("output tokens/s", "log"),
         curves,
-        note="No deployment of one pool is above and left of the front. The front and the best of "
+        note="No aggregated deployment is above and left of the front. The front and the best of "
         "each kind are screened, the others projected in full.",
     )
-    speed = speed_chart("Output tokens a second", "output tokens/s", bars, between="low–high")
-    words = "A step of each at its own number of sequences or prompts, written under it. "
+    speed = speed_chart("Output tokens per second", "output tokens/s", bars, between="low–high")
+    words = "One step of each, at its own batch size, given below it. "
     return (
         _plots("Throughput against latency, projected", [front]),
         _plots("The best deployments, projected", [speed]),
@@ -374,10 +374,10 @@ def simulation(results: Results) -> tuple[Section, ...]:
     phases = dict(phases_of(record))
     steps = {step.phase: {name: step} for name, step in phases.items()}
     sent = {step.phase: {f"The largest {name} step": step} for name, step in phases.items()}
-    causes = causes_chart("Time of a mean step by cause", phases, note="Mean over ranks.")
+    causes = causes_chart("Mean step by cause", phases, note="Mean over ranks.")
     loads = {record.name: record.num_tokens_per_expert}
     squares = _squares(loads, sent, results.projected_for.ranks_per_node)
-    timelines = _timelines("A step by itself. ", steps, what="The largest {} step")
+    timelines = _timelines("", steps, what="The largest {} step")
     return (
         _plots("Where the time goes, projected", [causes]),
         _plots("One step, rank by rank, projected", timelines),

@@ -40,15 +40,18 @@ def parallelism(comparison: Comparison) -> Section:
     leaders = ", ".join(f"#{place}" for num, place in of_rows if num == most)
     columns: tuple[Column[Row], ...] = (
         *NAMED,
-        number("experts at once, of a layer", lambda row: experts_at_once(row.record)),
+        number("experts computing at once, per layer", lambda row: experts_at_once(row.record)),
         number(
-            "of the model", lambda row: experts_at_once(row.record) * stages_at_once(row.record)
+            "in the model", lambda row: experts_at_once(row.record) * stages_at_once(row.record)
         ),
         number(
             "experts with tokens", lambda row: row.step.active_expert_share, percent, "measured"
         ),
         number(
-            f"of a layer per {unit}", lambda row: experts_per_rank(row.record), span, "measured"
+            f"experts per {unit} and layer",
+            lambda row: experts_per_rank(row.record),
+            span,
+            "measured",
         ),
         number("part of each", lambda row: part_of_expert(row.record)),
         number(f"weights read by a {unit}, step", weight_bytes_of_rank, bytes_si),
@@ -83,7 +86,7 @@ def overlap(comparison: Comparison) -> Section:
         number("with, ms", lambda pair: pair.on.step.round_s, milliseconds),
         number("exposed without, ms", lambda pair: pair.exposed_s, milliseconds),
         number("hidden", lambda pair: pair.hidden, percent),
-        *([number("computing adds, ms", lambda pair: pair.added_s, milliseconds)] * is_virtual),
+        *([number("slower compute, ms", lambda pair: pair.added_s, milliseconds)] * is_virtual),
         number(
             "more weights read",
             lambda pair: weight_bytes_of_rank(pair.on) - weight_bytes_of_rank(pair.off),
@@ -95,13 +98,13 @@ def overlap(comparison: Comparison) -> Section:
         heading,
         (
             f"Overlap shortens the decode step in {num_paying} of "
-            f"{counted(len(pairs), 'pair')}. Each half of a batch reads the weights for "
-            "itself: where a step is bound by weights, that costs more than it hides. Exposed: "
+            f"{counted(len(pairs), 'pair')}. Each half batch reads the weights again: "
+            "where a step is bound by weight reads, that costs more than overlap hides. Exposed: "
             "blocked in dispatch and combine; hidden: "
             + (
-                "of the time that transfers of both are in flight, the share that no rank waits "
-                "for. Computing adds: the time that attention, router, experts and head take "
-                "longer in halves."
+                "share of the transfer time that no rank waits "
+                "for. Slower compute: what attention, router, experts and head take longer "
+                "in half batches."
                 if is_virtual
                 else "the time gained over that."
             ),
@@ -128,8 +131,8 @@ def sizes(results: Results, comparison: Comparison) -> Section:
         if source == "measured" and machine.is_oversubscribed:
             num_cores = counted(machine.num_cores, "core")
             parts.append(
-                f"TPS per rank must fall where {machine.num_ranks} ranks share "
-                f"{num_cores}: read the critical path instead."
+                f"{machine.num_ranks} ranks share {num_cores}, so TPS per rank must fall; "
+                f"read the critical path instead."
             )
         columns: tuple[Column[Row], ...] = (
             *NAMED,
@@ -161,19 +164,19 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
     if last.record.source == "virtual":
         alike = factor(lambda size: size.share_tps_per_rank)
         return (
-            f"{head}TPS per rank goes to {same}; with as many sequences on each rank to {alike}; "
+            f"{head}TPS per rank becomes {same}; with the same sequences per rank {alike}; "
             "linear would be 1.00×."
         )
     if last.record.source == "measured":
         critical = factor(lambda size: size.critical_path_tps_per_rank)
         share = factor(lambda size: size.critical_path_share_tps_per_rank)
         return (
-            f"{head}critical-path TPS per rank goes to {critical}, TPS per rank to {same}; with as "
-            f"many sequences on each rank, critical-path TPS per rank to {share}; linear would be "
+            f"{head}critical-path TPS per rank becomes {critical}, TPS per rank {same}; with the "
+            f"same sequences per rank, critical-path TPS per rank {share}; linear would be "
             "1.00×."
         )
     return (
-        f"{head}TPS per GPU goes to {same}; with as many sequences on each GPU to "
+        f"{head}TPS per GPU becomes {same}; with the same sequences per GPU "
         f"{factor(lambda size: size.share_tps_per_rank)}, since a GPU that holds fewer experts "
         "reads fewer weights; linear would be 1.00×."
     )
@@ -187,27 +190,27 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
     ) -> tuple[Column[Size], ...]:
         return (
             number(heading, get, figures, of),
-            number("to the first", lambda size: get(size) / get(first), times, of),
+            number("vs the first", lambda size: get(size) / get(first), times, of),
         )
 
     columns: tuple[Column[Size], ...] = (
         number("ep", lambda size: size.record.layout.ep),
         number("ranks", lambda size: size.record.num_ranks, str, "measured"),
         number(
-            "experts a GPU",
+            "experts per GPU",
             lambda size: size.record.pools[0].num_slots_per_rank,
             str,
             "projected",
         ),
         number(
-            "weights a GPU", lambda size: size.record.pools[0].weight_bytes, bytes_si, "projected"
+            "weights per GPU", lambda size: size.record.pools[0].weight_bytes, bytes_si, "projected"
         ),
         number("TPS", step_of, tps),
         *against_first(f"per {unit_of(source)}", lambda size: size.tps_per_rank),
         *against_first(
             "critical-path TPS per rank", lambda size: size.critical_path_tps_per_rank, "wall"
         ),
-        number("TPS, same share", lambda size: size.share, tps, "projected"),
+        number("TPS, same sequences per GPU", lambda size: size.share, tps, "projected"),
         *against_first("per GPU", lambda size: size.share_tps_per_rank, "projected"),
     )
     of_share: tuple[Column[Size], ...] = (
@@ -222,13 +225,13 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
     )
     bounds: tuple[Column[Size], ...] = (
         columns[0],
-        number("same work", lambda size: size.step.tps, low_high_thousands),
-        number("same share", lambda size: size.share.tps, low_high_thousands),
+        number("same workload", lambda size: size.step.tps, low_high_thousands),
+        number("same sequences per GPU", lambda size: size.share.tps, low_high_thousands),
     )
     if source == "projected":
-        extra = Table.of("Low to high, 1000 TPS", bounds, found)
+        extra = Table.of("Bounds, 1000 TPS", bounds, found)
     else:
-        extra = Table.of("Growing ep, as many sequences on each rank", of_share, found, source)
+        extra = Table.of("Growing ep, same sequences per rank", of_share, found, source)
     return [Table.of("Growing ep", columns, found, source), extra]
 
 
@@ -240,13 +243,13 @@ def _beyond(found: Sequence[Size]) -> list[str]:
         size = too_large[0].record
         names = ", ".join(f"ep={each.record.layout.ep}" for each in too_large)
         parts.append(
-            f"{BEYOND} Not all sequences fit beside the weights, as if they did: {names}; "
-            f"ep={size.layout.ep} has {bytes_si(size.pools[0].weight_bytes or 0)} of weights on a "
-            f"GPU where {bytes_si(size.pools[0].allowed_bytes or 0)} may be taken."
+            f"{BEYOND} Not all sequences fit; shown ignoring the memory limit: {names}. "
+            f"ep={size.layout.ep} has {bytes_si(size.pools[0].weight_bytes or 0)} of weights per "
+            f"GPU, of {bytes_si(size.pools[0].allowed_bytes or 0)} that may be used."
         )
     slots = [
         (each.record.pools[0].num_slots_per_rank or 0) * each.record.layout.ep for each in found
     ]
     if max(slots) > slots[0]:
-        parts.append("Beyond one expert a GPU, GPUs are filled with copies of experts.")
+        parts.append("Beyond one expert per GPU, GPUs hold redundant experts.")
     return parts

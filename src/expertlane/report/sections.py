@@ -1,6 +1,6 @@
 """Which sections the report of each kind of results has, in order."""
 
-from expertlane.report import bench_plots, planning, plots, serving
+from expertlane.report import bench_plots, plan_answer, planning, plots, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
@@ -95,14 +95,14 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
     assert conditions is not None, "projections have them"
     types = conditions.dtype
     if conditions.kv_dtype != types:
-        types += f", keys and values in {conditions.kv_dtype}"
+        types += f", KV cache in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
     return [
         Section(
-            f"Projected: verdict ({results.projected_for.name}, nothing here was measured)",
+            f"Projected: verdict ({results.projected_for.name}; nothing was measured there)",
             (
                 f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
-                f"tokens of context, {types}; likely values with their bounds:",
+                f"tokens of context, {types}; likely values and bounds:",
                 speed(modelled, _cast(modelled), in_words(conditions)),
                 *verdict(modelled, results),
                 firmness([row.step for row in modelled.rows]),
@@ -130,7 +130,7 @@ def _cast(modelled: Comparison) -> list[Row]:
     names = {modelled.first.number: "first"}
     if best is not None:
         names[best.number] = (
-            "baseline, also the best" if best is modelled.first else "best baseline"
+            "first and best baseline" if best is modelled.first else "best baseline"
         )
     if modelled.best_proposal is not None:
         names[modelled.best_proposal.number] = "best proposal"
@@ -139,13 +139,10 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 
 def _plan(results: Results) -> _Made:
-    sections = planning.plan(results)
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
-    return (
-        f" plan: {asked}",
-        Answer(f"{asked} | projected", planning.verdict(results)[0]),
-        (*sections, *plots.plan(results), assumptions(results, "projected")),
-    )
+    sections = plan_answer.verdict(results), *planning.plan(results), *plots.plan(results)
+    assumed = assumptions(results, "projected")
+    return f" plan: {asked}", plan_answer.answer(results), (*sections, assumed)
 
 
 def _simulation(results: Results) -> _Made:

@@ -1,4 +1,4 @@
-"""What requests feel: under a load on an engine, of a simulation, and as a plan expects it."""
+"""Throughput and latency of requests: measured on an engine, and of a simulation."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -74,7 +74,7 @@ def rates(record: DeploymentRecord) -> Table:
     serving = record.serving[0]
     rows = {
         "output tokens/s": serving.output_tps,
-        "output tokens/s a device": serving.output_tps / record.num_ranks,
+        "output tokens/s per device": serving.output_tps / record.num_ranks,
         "total tokens/s": serving.total_tps,
         "requests/s": serving.requests_per_s,
     }
@@ -128,7 +128,7 @@ def bench(results: Results) -> tuple[Section, ...]:
     """What a load on an engine gave."""
     return (
         Section("Verdict", (fastest(results), *cautions(results)), "top"),
-        Section("Throughput, tokens a second (measured)", (throughput(results),), "top"),
+        Section("Throughput, tokens/s (measured)", (throughput(results),), "top"),
         Section("Latency, ms (measured)", (latency(results),)),
     )
 
@@ -143,7 +143,7 @@ def phases_of(record: DeploymentRecord) -> list[tuple[str, StepsRecord]]:
 
 
 def simulation(results: Results) -> tuple[Section, ...]:
-    """What users would feel, and why."""
+    """Throughput and latency, and what limits them."""
     record = results.deployments[0]
     phases, pools = phases_of(record), record.pools
     load = results.question["workload"]
@@ -151,7 +151,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
     return (
         Section("What limits it", tuple(limits(results)), "top"),
         Section(
-            "What users would feel (projected)",
+            "Throughput and latency (projected)",
             (
                 f"{served(results)[0].load}: {requests}, prompts of {load['prompt_len']} and "
                 f"outputs of {load['output_len']} tokens. Latency is in ms.",
@@ -165,16 +165,16 @@ def simulation(results: Results) -> tuple[Section, ...]:
             (
                 *causes("", phases),
                 Table.across("Steps", (*_COUNTS, IN_ALL, *FACTS), phases),
-                "Mean over ranks and steps; steps with any prompt in them count as prefill. Reads: "
-                "of operations that are bound by memory. Waiting is until the last rank of a group "
-                f"came; exposed is what even that one waits. {HOW_TO_READ_FACTS}",
+                "Mean over ranks and steps; steps that contain a prompt count as prefill. Reads: "
+                "operations bound by memory bandwidth. Waiting: until the last rank of a group "
+                f"arrives; exposed: what that rank itself waits. {HOW_TO_READ_FACTS}",
             ),
         ),
         Section(
-            "Memory of the fullest rank",
+            "Memory per rank (the fullest)",
             (
                 Table.across("", MEMORY, [(_pool_name(record, pool), pool) for pool in pools]),
-                "Sequences are of the whole pool. The cache is no larger than this load could use.",
+                "Sequences: in the whole pool. The KV cache is no larger than this load can use.",
             ),
         ),
     )
@@ -182,17 +182,17 @@ def simulation(results: Results) -> tuple[Section, ...]:
 
 _COUNTS: tuple[Column[StepsRecord], ...] = (
     number("steps", lambda step: step.num_steps, whole),
-    number("tokens a step", lambda step: step.num_tokens / step.num_steps, figures),
-    number("sequences a step", lambda step: step.num_seqs / step.num_steps, figures),
+    number("tokens per step", lambda step: step.num_tokens / step.num_steps, figures),
+    number("sequences per step", lambda step: step.num_seqs / step.num_steps, figures),
 )
 MEMORY: tuple[Column[PoolRecord], ...] = (
     number("weights", lambda pool: pool.weight_bytes, bytes_si),
-    number("key/value cache", lambda pool: pool.kv_bytes, bytes_si),
+    number("KV cache", lambda pool: pool.kv_bytes, bytes_si),
     number("activations of the largest step", lambda pool: pool.activation_bytes, bytes_si),
-    number("a sequence of full length", lambda pool: pool.sequence_bytes, bytes_si),
-    number("allowed in all", lambda pool: pool.allowed_bytes, bytes_si),
-    number("sequences of full length that fit", lambda pool: pool.num_resident, whole),
-    number("most sequences at once", lambda pool: pool.most_running, whole),
+    number("KV per full-length sequence", lambda pool: pool.sequence_bytes, bytes_si),
+    number("memory limit", lambda pool: pool.allowed_bytes, bytes_si),
+    number("full-length sequences that fit", lambda pool: pool.num_resident, whole),
+    number("peak concurrency", lambda pool: pool.most_running, whole),
     number("preemptions", lambda pool: pool.num_preemptions, whole),
 )
 
@@ -204,7 +204,7 @@ def _pool_name(record: DeploymentRecord, pool: PoolRecord) -> str:
 
 
 def feels(results: Results) -> str:
-    """What users would feel, and what limits it, in a sentence."""
+    """Throughput, latency, and what limits them, in a sentence."""
     record = results.deployments[0]
     serving, phases = record.serving[0], phases_of(record)
     medians = "".join(
@@ -243,7 +243,7 @@ def limits(results: Results) -> Iterator[str]:
     unsure = sum((step.extrapolated_share or 0) * step.wall_s.value for _, step in phases) / total_s
     if unsure > _UNSURE:
         yield (
-            f"{percent(unsure)} of the time lies outside the sizes that were measured: take the "
+            f"{percent(unsure)} of the time lies outside the sizes that were measured: use the "
             "bounds, not the values."
         )
 
@@ -264,11 +264,8 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
             and running < wanted
             and (room < min(wanted, slots) or slots < wanted)
         ):
-            lacking = "room (--max-num-seqs)" if slots <= room else "memory"
-            yield (
-                f"At most {counted(running, 'sequence')} of {wanted:,} ran at once, for want of "
-                f"{lacking}."
-            )
+            lacking = "--max-num-seqs" if slots <= room else "memory"
+            yield (f"Concurrency reached {running:,} of {wanted:,}, limited by {lacking}.")
     num_idle = results.projected_for.num_devices - record.num_ranks
     if num_idle:
         yield f"{counted(num_idle, 'device')} of the cluster stay idle."

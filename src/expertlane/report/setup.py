@@ -20,22 +20,20 @@ def cautions(results: Results) -> Iterator[str]:
         if results.virtual_time is not None:
             instead = "; in virtual time each rank has its own core"
         elif results.kind == "comparison":
-            instead = "; critical-path CPU time is the figure closest to one core a rank"
+            instead = "; critical-path CPU time is the figure closest to one core per rank"
         yield (
             f"{num_ranks} ranks share {counted(machine.num_cores, 'core')}: wall times compare "
             f"work and waiting on this machine, not a cluster{instead}."
         )
     num_preemptions = sum(
-        sum(each.num_preemptions or 0 for each in record.serving)
-        + sum(each.num_preemptions or 0 for each in record.pools)
-        for record in results.deployments
+        each.num_preemptions or 0 for record in results.deployments for each in record.serving
     )
     if num_preemptions:
-        yield f"{counted(num_preemptions, 'preemption')}: the cache was too small for all that ran."
+        yield f"{counted(num_preemptions, 'preemption')}: the KV cache was too small for the load."
     if results.foreign_cpu_share >= _FOREIGN_LOAD:
         yield (
-            f"Other processes used {percent(results.foreign_cpu_share)} of the cores meanwhile: "
-            "repeat it on an idle machine."
+            f"Other processes used {percent(results.foreign_cpu_share)} of the cores during the "
+            "run: repeat it on an idle machine."
         )
     if results.not_measured:
         yield f"Nothing was measured here: {results.not_measured}."
@@ -43,11 +41,11 @@ def cautions(results: Results) -> Iterator[str]:
 
 
 def assumptions(results: Results, source: Source, heading: str = "Assumptions") -> Section:
-    """What numbers of one source take for granted."""
+    """The assumptions behind numbers of one source."""
     rows = [each for each in results.assumptions if each.source == source]
     columns: list[Column[Assumption]] = [
-        text("what", lambda each: each.name),
-        text("here", lambda each: each.value),
+        text("assumption", lambda each: each.name),
+        text("value", lambda each: each.value),
     ]
     if any(each.why for each in rows):
         columns.append(text("why", lambda each: each.why))
@@ -78,7 +76,7 @@ def setup(results: Results, heading: str) -> Section:
             (
                 "cluster",
                 f"{cluster.name}: {cluster.num_devices} × {cluster.device}, "
-                f"{cluster.ranks_per_node} a node",
+                f"{cluster.ranks_per_node} per node",
             )
         )
     if results.kind in ("simulation", "bench"):
@@ -125,8 +123,8 @@ def _machine(machine: Machine) -> list[tuple[str, str]]:
         ("dtype", f"{machine.dtype}, kernels of {machine.kernels}"),
         (
             "ranks",
-            f"{machine.num_ranks}, {figures(machine.ranks_per_core)} a core, "
-            f"{machine.ranks_per_node} a node for the traffic counters",
+            f"{machine.num_ranks}, {figures(machine.ranks_per_core)} per core, "
+            f"{machine.ranks_per_node} per node for the traffic counters",
         ),
     ]
     if peak is not None:

@@ -35,7 +35,7 @@ NAMED: tuple[Column[Row], ...] = (
 )
 BEYOND = "*"  # of a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
-_LEAST = ", counting the figure itself, which takes the lesser time of two for each operation"
+_LEAST = ", including the figure itself, which takes each operation's lesser time of two runs"
 
 
 def unit_of(source: Source) -> str:
@@ -53,20 +53,20 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
         *NAMED,
         text("layout", lambda row: row.record.layout),
         number("ranks", lambda row: row.record.num_ranks),
-        text("each rank holds, weights", _holds),
+        text("weights per rank", _holds),
     )
     return Section(
         "Deployments (virtual time)" if wall else f"Deployments ({comparison.source})",
         (
             Table.of("", columns, comparison.rows),
             speed(comparison, comparison.rows, wall=wall),
-            f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}. Runs: "
-            f"how many, and the slowest and the fastest{_LEAST if wall else ''}; 90 %: the interval "
-            "of TPS where there are five runs or more. TTFT and TPOT are medians. × best base: "
+            f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}. 90 %: "
+            "the interval of TPS, where there are five runs or more. Runs: how many, the slowest "
+            f"and the fastest{_LEAST if wall else ''}. TTFT and TPOT are medians. × best base: "
             "against the best baseline.",
             *(
-                f"#{row.number} dispatches by {table}: tokens of a rank in a micro-batch, timed at "
-                "its start."
+                f"#{row.number} dispatches by {table}: tokens per rank in a micro-batch, timed at "
+                "startup."
                 for row in comparison.rows
                 if (table := row.record.dispatch_table) is not None
             ),
@@ -147,7 +147,7 @@ def speed_of_links(virtual: VirtualTime, speed: LinkSpeed) -> float | None:
 def by_link_speed(results: Results, comparison: Comparison) -> Section:
     """In virtual time: decode TPS on faster and slower links, and the best proposal's factor."""
     virtual = results.virtual_time
-    heading = "Speed of links (virtual time)"
+    heading = "Link speed (virtual time)"
     if virtual is None or comparison.source != "virtual" or not virtual.speeds:
         return Section(heading, ())
 
@@ -161,8 +161,8 @@ def by_link_speed(results: Results, comparison: Comparison) -> Section:
     return Section(
         heading,
         (
-            Table.of(f"{comparison.phase} TPS by the speed of links", columns, comparison.rows),
-            "1.00×: the assumed link speed.",
+            Table.of(f"{comparison.phase} TPS by link speed", columns, comparison.rows),
+            "1.00× is the assumed link speed.",
         ),
     )
 
@@ -215,15 +215,15 @@ def by_context(comparison: Comparison) -> Section:
         ),
         Table.of("Decode TPS by context", (*NAMED, *_steps(comparison, "TPS", tps), factor), rows),
         Table.of(
-            "Low to high: prefill TPS in thousands, and TPOT in ms by context",
+            "Bounds: prefill TPS in thousands, and TPOT in ms by context",
             (NAMED[0], number("prefill, 1000 TPS", _prefill, low_high_thousands), *bounds),
             rows,
         ),
     ]
     if any(not comparison.at(row, longest).fits for row in rows):
         parts.append(
-            f"{BEYOND} {comparison.num_seqs:,} sequences of so many tokens do not fit into "
-            "memory: as if they did. Beside it, as many as fit (see memory)."
+            f"{BEYOND} {comparison.num_seqs:,} sequences of this length do not fit into memory; "
+            "shown ignoring the memory limit. Next to it: as many as fit (see memory)."
         )
     return Section(f"Projected: speed ({in_words(comparison.conditions)})", tuple(parts))
 
@@ -261,12 +261,13 @@ def by_conditions(results: Results, usual: Comparison) -> Section:
     context = f"{usual.context:,} tokens of context"
     parts: list[Words] = [
         _conditions(f"TPOT in ms at {context}", of_all, _round, milliseconds),
-        _conditions(f"TPOT in ms at {context}, low to high", of_all, _round, low_high_ms),
+        _conditions(f"TPOT in ms at {context}, bounds", of_all, _round, low_high_ms),
         _conditions("Prefill TPS", of_all, _prefill, figures),
-        _conditions("Prefill TPS, low to high in thousands", of_all, _prefill, low_high_thousands),
+        _conditions("Prefill TPS in thousands, bounds", of_all, _prefill, low_high_thousands),
         *_graph_against_eager(of_all),
-        f"Skewed: a power law of popularity, alpha {results.question.get('skew', 0):g}. Layouts "
-        "with ep=1 cut every expert over all ranks of a stage: no routing makes one of them late.",
+        f"Skewed: expert popularity follows Zipf's law, exponent "
+        f"{results.question.get('skew', 0):g}. Layouts with ep=1 shard every expert over all ranks "
+        "of a stage, so skew causes no straggler.",
     ]
     return Section("Projected: routing and execution", tuple(parts))
 
@@ -309,9 +310,9 @@ def _graph_against_eager(of_all: Sequence[Comparison]) -> list[str]:
         return []
     most = percent(max(differences))
     if max(differences) >= _EVEN:
-        return [f"Without graphs a decode step takes up to {most} longer."]
+        return [f"Without CUDA graphs a decode step takes up to {most} longer."]
     return [
-        f"Graphs or not changes a decode step by {most} at most: launches of fused kernels run "
+        f"CUDA graphs change a decode step by {most} at most: launches of fused kernels run "
         "ahead of a device that is this busy."
     ]
 
@@ -325,7 +326,7 @@ def memory(results: Results, comparison: Comparison) -> Section:
         *NAMED,
         number("weights", lambda row: row.record.pools[0].weight_bytes, bytes_si),
         number("activations", lambda row: row.record.pools[0].activation_bytes, bytes_si),
-        number("keys and values of all", lambda row: _kv_bytes(row, wanted), bytes_si),
+        number("KV cache of all", lambda row: _kv_bytes(row, wanted), bytes_si),
         number(
             "sequences that fit",
             lambda row: min(row.record.pools[0].num_resident or 0, wanted),
@@ -340,12 +341,12 @@ def memory(results: Results, comparison: Comparison) -> Section:
     else:
         sentence = f"{num_short} of {len(pools)} do not hold all {wanted:,} sequences."
     return Section(
-        "Projected: memory of the fullest GPU",
+        "Projected: memory per GPU (the fullest)",
         (
             Table.of("", columns, comparison.rows),
             f"{sentence} A GPU has {bytes_si(results.projected_for.memory_bytes)}, of which "
-            f"{bytes_si(pools[0].allowed_bytes or 0)} may be taken. Sequences at their full "
-            "length, prompt and output.",
+            f"{bytes_si(pools[0].allowed_bytes or 0)} may be used. Sequences at full length, "
+            "prompt and output.",
         ),
     )
 

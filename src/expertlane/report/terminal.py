@@ -60,7 +60,7 @@ def _drawn(part: Words, compact: bool = False) -> Text | RichTable:
     return _table(part, compact)
 
 
-def _table(table: Table, compact: bool) -> RichTable:
+def _table(table: Table, compact: bool = False) -> RichTable:
     """Compact: no rule under the headings, more between columns."""
     drawn = RichTable(
         box=None if compact else box.SIMPLE_HEAD,

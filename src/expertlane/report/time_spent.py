@@ -22,10 +22,10 @@ def _due_to(cause: str) -> Column[StepsRecord]:
     return number(cause, lambda step: step.shares.get(cause) or None, percent)
 
 
-IN_ALL: Column[StepsRecord] = number("ms in all", lambda step: step.round_s, milliseconds)
+IN_ALL: Column[StepsRecord] = number("total, ms", lambda step: step.round_s, milliseconds)
 UTILISATION: tuple[Column[StepsRecord], ...] = (
-    number("of peak FLOP/s", lambda step: step.flops_utilisation, percent),
-    number("of peak bytes/s", lambda step: step.read_utilisation, percent),
+    number("peak FLOP/s used", lambda step: step.flops_utilisation, percent),
+    number("peak bytes/s used", lambda step: step.read_utilisation, percent),
 )
 FACTS: tuple[Column[StepsRecord], ...] = (
     number("low–high", lambda step: step.round_s, low_high_ms),
@@ -36,10 +36,9 @@ FACTS: tuple[Column[StepsRecord], ...] = (
     number("time extrapolated", lambda step: step.extrapolated_share, percent),
 )
 HOW_TO_READ_FACTS = (
-    "Floor: weights, keys and values over the memory's bandwidth, or FLOPs over the peak, of the "
-    "busiest rank, whichever takes longer: no kernel is faster. Fitted: to published "
-    "measurements; bound: by a datasheet's limit or an assumption; extrapolated, of either: "
-    "outside the sizes that were measured."
+    "Floor (roofline): weights and KV over the memory bandwidth, or FLOPs over the peak, of the "
+    "busiest rank, whichever takes longer. Fitted: to published measurements; bound: by a "
+    "datasheet's limit or an assumption; extrapolated: outside the sizes that were measured."
 )
 
 
@@ -78,12 +77,12 @@ def bottlenecks(comparison: Comparison, heading: str = "Bottlenecks") -> Section
                 _numbered(comparison),
                 waits,
             ),
-            "Mean over ranks. In all: the time in which every sequence goes one token on. "
-            "Waiting is time blocked because another rank came later; what even the last rank "
-            "waits for is the transfer. A straggler waits less than the others of its pipeline "
-            "stage, by over 5% of the time. Pipeline bubble: blocked in a hand-over, its transfer "
-            "included, or idle while another stage works. Between steps: all ranks without a plan. "
-            "In dispatch and combine: blocked, waiting included; added up over pipeline stages.",
+            "Mean over ranks. Total: one decode step of all sequences. Waiting: blocked until the "
+            "last rank arrives; what that rank itself waits for is the transfer. Straggler: waits "
+            "less than the other ranks of its pipeline stage, by over 5% of the time. Pipeline "
+            "bubble: blocked in PP send/recv, its transfer included, or idle while another stage "
+            "computes. Scheduler overhead: no rank has work. In dispatch and combine: blocked, "
+            "waiting included; summed over pipeline stages.",
         ),
     )
 
@@ -103,8 +102,8 @@ def projected_time(comparison: Comparison) -> Section:
         f"Projected: where a decode step's time goes, {comparison.context:,} tokens of context",
         (
             *causes("", _numbered(comparison)),
-            "Mean over ranks; in all: a step in which every sequence goes one token on. Reads are "
-            "of operations that memory bandwidth bounds. A transfer counts where it is waited for.",
+            "Mean over ranks; total: one decode step of all sequences. Reads: operations bound by "
+            "memory bandwidth. Transfers count where a rank waits for them.",
         ),
     )
 
@@ -115,9 +114,9 @@ def rests_on(results: Results, comparison: Comparison) -> Section:
     columns: tuple[Column[Row], ...] = (
         NAMED[0],
         number(f"floor ms at {first:,}", lambda row: row.step.floor_s, milliseconds),
-        number("step over floor", lambda row: over_floor(row.step), figures),
+        number("step / floor", lambda row: over_floor(row.step), figures),
         number(f"floor ms at {last:,}", lambda row: comparison.at(row, last).floor_s, milliseconds),
-        number("memory used", lambda row: row.step.read_utilisation, percent),
+        number("memory bandwidth used", lambda row: row.step.read_utilisation, percent),
         number("FLOPs used", lambda row: row.step.flops_utilisation, percent),
         number(
             "FLOPs used, prefill",
@@ -129,7 +128,7 @@ def rests_on(results: Results, comparison: Comparison) -> Section:
     )
     cluster = results.projected_for
     return Section(
-        "Projected: against the floor, and what it rests on",
+        "Projected: roofline and sources",
         (
             Table.of("", columns, comparison.rows),
             f"{HOW_TO_READ_FACTS} A device has {figures(cluster.memory_bytes_per_s / 1e12)} TB/s "
@@ -152,6 +151,6 @@ def firmness(steps: Sequence[StepsRecord]) -> str:
     return (
         f"{'Most' if min(shares) > _SURE else 'Part'} of it is extrapolated: "
         f"{low if low == high else f'{low} to {high}'} of these steps' time lies outside the sizes "
-        "that were ever measured (see the assumptions), so trust orders and factors more than "
-        "digits."
+        "that were ever measured (see the assumptions): rankings are reliable, absolute values "
+        "are not."
     )

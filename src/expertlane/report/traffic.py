@@ -22,8 +22,8 @@ from expertlane.spec.names import Link, Traffic
 
 _NUM_LAST_NAMED = 3
 _CRITICAL_PATH = (
-    "Critical path: per stage the largest CPU time among ranks, chained through the pipeline; "
-    "transfers and other threads left out. "
+    "Critical path: the largest CPU time among ranks in each stage, chained through the "
+    "pipeline; transfers and other threads excluded. "
 )
 
 
@@ -47,7 +47,7 @@ def work_and_traffic(comparison: Comparison) -> Section:
             for link in Link
             for kind, heading in ((Traffic.PAYLOAD, ""), (Traffic.METADATA, "meta"))
         ),
-        number("collectives per rank, round", _collectives, figures),
+        number("collectives per rank, step", _collectives, figures),
     )
     return Section(
         f"Work and traffic of {comparison.phase}",
@@ -55,8 +55,8 @@ def work_and_traffic(comparison: Comparison) -> Section:
             Table.of("", work, comparison.rows, comparison.source),
             Table.of("Sent to other ranks, per token", sent, comparison.rows),
             (_CRITICAL_PATH if comparison.source == "measured" else "")
-            + "Load: token-expert pairs of the fullest expert over the mean, prefill and decode "
-            "counted together, in the layer where that is most.",
+            + "Load: token-expert pairs of the most loaded expert over the mean, prefill and "
+            "decode together, in the least balanced layer.",
         ),
     )
 
@@ -98,7 +98,7 @@ _SPREAD: tuple[Column[FanOut], ...] = (
         lambda each: _copies(each, each.num_remote_rank_copies),
         figures,
     ),
-    number("with one a node", lambda each: _copies(each, each.num_remote_node_copies), figures),
+    number("with one per node", lambda each: _copies(each, each.num_remote_node_copies), figures),
 )
 _HOTTEST: tuple[Column[TrafficRecord], ...] = (
     number("receives most", lambda each: _hot(each.receiver)),
@@ -108,10 +108,10 @@ _HOTTEST: tuple[Column[TrafficRecord], ...] = (
         lambda each: (hot := each.expert) and f"{hot.layer}/{hot.expert} ({percent(hot.share)})",
     ),
     number(
-        "least even layer",
+        "least balanced layer",
         lambda each: (hot := each.layer) and f"{hot.layer} ({times(hot.max_over_mean)})",
     ),
-    number("comes last", lambda each: _straggler(each)),
+    number("straggler", lambda each: _straggler(each)),
 )
 
 
@@ -134,15 +134,15 @@ def hot_spots(comparison: Comparison) -> Section:
         (
             Table.of("", spreads, comparison.rows),
             Table.of("", hottest, comparison.rows),
-            "Over all steps of all repetitions. A token counts once a layer. Ranks per token: "
-            "expert-parallel ones; where an expert is cut over ranks, it goes to all of them. "
-            "Copies between nodes: with one copy to each such rank reached; with one a node, what "
-            "a hierarchical dispatch would send; the rest is saved. Padding: share of bytes that "
-            "only fill static shapes. Receives, computes: rank, its bytes or token-expert pairs "
-            "over the mean. Expert: layer/expert, share of its layer's pairs. Least even layer: "
-            f"its fullest expert over the mean, {comparison.phase} alone; load max/mean, above, "
-            "counts both phases. Comes last: the rank, at which share of the dispatches and "
-            "combines of its pipeline stage.",
+            "All steps of all repetitions; a token counts once per layer. Ranks per token: "
+            "expert-parallel ranks; where an expert is sharded, all ranks with a shard. Copies "
+            "between nodes: one copy per rank reached; with one per node: what hierarchical "
+            "dispatch would send. Padding: share of bytes that only fill static shapes. Receives, "
+            "computes: the rank, and its bytes or token-expert pairs over the mean. Hottest "
+            "expert: layer/expert, and its share of the layer's pairs. Least balanced layer: its "
+            f"most loaded expert over the mean, {comparison.phase} only; load max/mean, above, "
+            "counts both phases. Straggler: the rank that most often arrives last, and at which "
+            "share of its stage's dispatches and combines.",
             *errors,
         ),
     )
@@ -199,12 +199,12 @@ def _by_stage(traffic: TrafficRecord) -> Table:
 def _facts(traffic: TrafficRecord) -> Iterator[tuple[str, str]]:
     """What the short form does not say."""
     for link in Link:
-        yield f"payload of a step, {link.label}", _of_steps(traffic, link)
+        yield f"payload per step, {link.label}", _of_steps(traffic, link)
     if traffic.fan_out:
         yield from _fan_out(traffic.fan_out)
     yield "receives most", _rank(traffic.receiver, bytes_si)
     yield "computes most", _rank(traffic.busiest, lambda num: f"{num:,} token-expert pairs")
-    yield "come last", _last(traffic)
+    yield "stragglers", _last(traffic)
 
 
 def _of_steps(traffic: TrafficRecord, link: Link) -> str:
@@ -213,12 +213,12 @@ def _of_steps(traffic: TrafficRecord, link: Link) -> str:
     if least == most:
         return bytes_si(most)
     mean = sum(of_step) / len(of_step)
-    return f"{bytes_si(mean)} in the mean, {bytes_si(least)} to {bytes_si(most)}"
+    return f"{bytes_si(mean)} on average, {bytes_si(least)} to {bytes_si(most)}"
 
 
 def _fan_out(fan_out: FanOut) -> Iterator[tuple[str, str]]:
     copies, least = fan_out.num_remote_rank_copies or 0, fan_out.num_remote_node_copies or 0
-    saved = f": a copy a node saves {percent((copies - least) / copies)}" if copies else ""
+    saved = f": one per node saves {percent((copies - least) / copies)}" if copies else ""
     yield (
         "per token",
         f"{figures(fan_out.experts_per_token or 0)} experts, "
@@ -226,7 +226,7 @@ def _fan_out(fan_out: FanOut) -> Iterator[tuple[str, str]]:
     )
     yield "tokens by ranks reached", _histogram(fan_out.tokens_by_ranks_reached)
     yield "tokens by nodes reached", _histogram(fan_out.tokens_by_nodes_reached)
-    yield "copies between nodes", f"{copies:,} with one a rank, {least:,} with one a node{saved}"
+    yield "copies between nodes", f"{copies:,} one per rank, {least:,} one per node{saved}"
 
 
 def _histogram(tokens: Sequence[int]) -> str:
@@ -244,7 +244,7 @@ def _rank(hot: HottestRank | None, amount: Callable[[int], str]) -> str:
 
 
 def _last(traffic: TrafficRecord) -> str:
-    """The ranks that come last most often."""
+    """The ranks that arrive last most often."""
     ranks = [rank for rank, num in enumerate(traffic.num_last_arrivals) if num]
     ranks.sort(key=traffic.last_share, reverse=True)
     named = [
@@ -257,25 +257,25 @@ def _last(traffic: TrafficRecord) -> str:
 def experts_and_traffic(
     record: DeploymentRecord, steps: Sequence[tuple[str, StepsRecord]]
 ) -> Section:
-    """The section of a simulation: bytes a token, and how even the load was."""
+    """The section of a simulation: bytes per token, and how even the load was."""
     facts: list[Column[StepsRecord]] = [
         number(
-            "busiest rank's pairs over the mean",
+            "token-expert pairs, max/mean of ranks",
             lambda step: step.traffic and step.traffic.busiest_over_mean,
             figures,
         ),
         *(
-            _sent(f"{link.label} {kind.label} a token", link, kind)
+            _sent(f"{link.label} {kind.label} per token", link, kind)
             for link in Link
             for kind in Traffic
         ),
     ]
     loads = [load for load in record.expert_max_over_mean if load]
     sentence = (
-        f"Fullest expert over the mean, all steps together: {figures(max(loads))} in the least "
-        f"even layer, {figures(sum(loads) / len(loads))} in the mean layer."
+        f"Most loaded expert over the mean, all steps: {figures(max(loads))} in the least "
+        f"balanced layer, {figures(sum(loads) / len(loads))} on average."
         if loads
-        else "No expert got a token."
+        else "No token was routed to an expert."
     )
     return Section("Experts and traffic", (Table.across("", facts, steps), sentence))
 
@@ -313,12 +313,11 @@ def rebalancing(comparison: Comparison) -> Section:
         (
             Table.of("Decisions", decisions, taken),
             Table.of("Effects", effects, taken),
-            "The last repetition. Saves, costs: predicted, over as many steps as the decision was "
-            "taken by. In use: from that step on; too late: the work ended before the experts "
-            "were there. Load: the fullest rank over the mean, all layers, counted in as many "
-            "steps before the decision and after the switch; predicted: after, if tokens came "
-            "evenly from all ranks. Experts: processor time a step of the rank that spends most "
-            "on experts.",
+            "The last repetition. Saves, costs: predicted, over as many steps as the decision "
+            "looked at. In use: from that step on; too late: the run ended before the experts "
+            "had moved. Load: the most loaded rank over the mean, all layers, over as many steps "
+            "before the decision and after the switch; predicted: after, if tokens came evenly "
+            "from all ranks. Experts: CPU time per step of the rank that spends most on experts.",
         ),
     )
 
@@ -326,4 +325,4 @@ def rebalancing(comparison: Comparison) -> Section:
 def _done(each: RebalanceRecord) -> str:
     if each.switched is not None:
         return "moved"
-    return "too late" if each.gain_s > each.cost_s else "stayed"
+    return "too late" if each.gain_s > each.cost_s else "not worth it"

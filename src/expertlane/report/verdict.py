@@ -28,7 +28,7 @@ _MOST_CAUSES = 4  # of one kind, in a sentence
 
 
 @dataclass(frozen=True)
-class Judged:
+class Verdict:
     """The two deployments of the verdict in the numbers of one source.
 
     Attributes:
@@ -60,7 +60,7 @@ class Judged:
         return is_told_apart(self.ratio, 1.0)
 
 
-def judge(comparison: Comparison, results: Results) -> Judged | None:
+def judge(comparison: Comparison, results: Results) -> Verdict | None:
     """The two deployments that the verdict is about: the same ones on every clock.
 
     None of a single deployment.
@@ -72,7 +72,7 @@ def judge(comparison: Comparison, results: Results) -> Judged | None:
     one, other = by_name[found.name], by_name[found.other]
     causes_ms = {cause: seconds * 1e3 for cause, seconds in found.causes_s.items()}
     told = {c: ms for c, ms in causes_ms.items() if ms.low is None or is_told_apart(ms, 0.0)}
-    return Judged(one, other, found.ratio, found.num_runs, *_reasons(told, found.ratio))
+    return Verdict(one, other, found.ratio, found.num_runs, *_reasons(told, found.ratio))
 
 
 def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Causes, _Causes]:
@@ -82,7 +82,7 @@ def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Cause
     return (saved, added) if ratio.value >= 1 else (added, saved)
 
 
-def _judge_once(comparison: Comparison) -> Judged | None:
+def _judge_once(comparison: Comparison) -> Verdict | None:
     """Of a projection, or of what was measured without a pair in turns."""
     rows = comparison.rows
     places = choose_pair([row.record for row in rows], [row.tps for row in rows])
@@ -95,7 +95,7 @@ def _judge_once(comparison: Comparison) -> Judged | None:
         least, _, most = other.step.tps.bounds
         of_tps = Estimate(of_tps.value, low / most, high / least)
     causes_ms = {cause: Estimate(ms) for cause, ms in step_difference(other, one).causes}
-    return Judged(
+    return Verdict(
         one,
         other,
         of_tps,
@@ -187,7 +187,7 @@ def which_clock(results: Results) -> str:
     )
 
 
-def _numbers(comparison: Comparison, judged: Judged) -> str:
+def _numbers(comparison: Comparison, judged: Verdict) -> str:
     """Both rates and latencies, and the first deployment where it is neither."""
     one, other, first = judged.one, judged.other, comparison.first
     sentence = (
@@ -199,7 +199,7 @@ def _numbers(comparison: Comparison, judged: Judged) -> str:
     return sentence
 
 
-def why(comparison: Comparison, judged: Judged) -> str:
+def why(comparison: Comparison, judged: Verdict) -> str:
     """How the step of the one differs, each cause with its sign, no more than is sure."""
     one, other = judged.one, judged.other
     step = "a decode step" if comparison.phase is Phase.DECODE else "the prefill"
@@ -223,14 +223,14 @@ def why(comparison: Comparison, judged: Judged) -> str:
     if judged.counter:
         sentence += f" Against it: {_listed(judged.counter)}."
     largest, share = one.step.largest
-    return f"{sentence} The largest part of a step of {one.name} is {largest}, {percent(share)}."
+    return f"{sentence} Largest cost of {one.name}: {largest}, {percent(share)}."
 
 
 def _listed(causes_ms: Sequence[tuple[str, Estimate]]) -> str:
     return ", ".join(f"{cause} {signed(ms.value)}" for cause, ms in causes_ms[:_MOST_CAUSES])
 
 
-def _by_link_speed(results: Results, comparison: Comparison, judged: Judged) -> str:
+def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) -> str:
     """The same two deployments on faster and slower links."""
     virtual = results.virtual_time
     if virtual is None or not virtual.speeds:
@@ -252,7 +252,7 @@ def _by_link_speed(results: Results, comparison: Comparison, judged: Judged) -> 
     )
 
 
-def _by_context(comparison: Comparison, judged: Judged) -> str:
+def _by_context(comparison: Comparison, judged: Verdict) -> str:
     """What the one has over the other from the shortest to the longest context."""
     contexts = comparison.contexts
     if len(contexts) < 2:
@@ -303,16 +303,16 @@ def _skewed(results: Results, comparison: Comparison) -> str:
     )
 
 
-def _by_critical_path(judged: Judged) -> str:
+def _by_critical_path(judged: Verdict) -> str:
     """The same two by critical-path CPU time; it may say the contrary."""
     one, other = judged.one, judged.other
     tps, tps_of_other = one.critical_path_tps, other.critical_path_tps
     if not tps or not tps_of_other:
         return ""
     return (
-        "By critical-path CPU time, as if every rank had a core and transfers were free, "
-        f"{one.name} is {times(tps / tps_of_other)} as fast: {figures(tps)} against "
-        f"{figures(tps_of_other)} TPS. That favours deployments that communicate most."
+        f"By critical-path CPU time (one core per rank, transfers free), {one.name} is "
+        f"{ratio(tps / tps_of_other)}× as fast: {figures(tps)} against {figures(tps_of_other)} "
+        "TPS. This favours deployments that communicate most."
     )
 
 
@@ -323,7 +323,7 @@ def _rounding(rows: Sequence[Row]) -> Iterator[str]:
         if error:
             yield (
                 f"{row.name} rounds hidden states to {row.record.options.payload} on their way to "
-                f"experts, by {error_in_words(error)}: it does not compute quite the same."
+                f"experts, by {error_in_words(error)}: its outputs differ slightly."
             )
 
 

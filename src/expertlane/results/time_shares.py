@@ -39,7 +39,7 @@ class StageTime:
         stage_s: [num_ranks, num_stages]; time in a stage without waiting and bubbles; in a
             communication stage it holds the transfer that nothing hid.
         waiting_s: [num_ranks]; blocked because other ranks came later.
-        bubble_s: [num_ranks]; blocked in a hand-over between pipeline stages, or idle because
+        bubble_s: [num_ranks]; blocked in PP send/recv between pipeline stages, or idle because
             another stage was busy.
         exposed_s: seconds blocked in dispatch and combine, mean over the ranks of a pipeline
             stage, added up over stages and steps: a token passes one stage after the other.
@@ -126,7 +126,7 @@ def find_bottleneck(layout: Layout, steps: StepsRecord) -> Bottleneck:
     excess = excess_s / steps.wall_s.value
     if excess <= STRAGGLER_SHARE:
         return Bottleneck(steps.phase, Cause(cause), share, None, sentence)
-    sentence += f"; straggler: rank {straggler}, for which others wait {excess:.0%} of the time"
+    sentence += f"; straggler: rank {straggler}, others wait for it {excess:.0%} of the time"
     return Bottleneck(steps.phase, Cause(cause), share, straggler, sentence)
 
 

@@ -42,7 +42,7 @@ class Limits:
         max_num_batched_tokens: new tokens in a step.
         max_num_seqs: running requests.
         aging_steps: steps of waiting that make up for one level of priority.
-        prefix_caching: requests with equal beginnings share blocks.
+        prefix_caching: requests with a common prefix share blocks.
         phases_apart: a step holds prompts or decodes, never both, and prompts go first; so that
             each can be measured by itself. A decode waits while any prompt can be computed.
 

@@ -1,8 +1,10 @@
 """From a simulated load to its record, and what that takes for granted."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,9 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
     PoolRole,
+    ServingRecord,
     StepsRecord,
+    best_load,
 )
 from expertlane.results.results import Assumption, Results
 from expertlane.results.step_record import StepRecord
@@ -31,21 +35,25 @@ from expertlane.simulate.simulator import (
     SimulatedPool,
     Simulator,
 )
-from expertlane.simulate.totals import PhaseTotals
+from expertlane.simulate.totals import PhaseTotals, StepFacts
 from expertlane.spec.names import ProjectedCause, Traffic
+from expertlane.spec.slo import SLO
 
 _HOW = {
-    Execution.GRAPH: "a micro-batch's kernels are launched at once, as captured graphs",
+    Execution.GRAPH: "the kernels of a micro-batch are launched at once, as CUDA graphs",
     Execution.EAGER: "the host launches every kernel, ahead of the device",
     Execution.SERIAL: "a CPU's calls and its work take turns; the profile has no other way",
 }
 
 
+Run = tuple[Simulator, Outcome]
+
+
 def simulation(
-    simulator: Simulator,
-    outcome: Outcome,
+    runs: Sequence[Run],
+    workload: Mapping[str, Any],
     routing: RoutingChoice,
-    seed: int,
+    slos: Sequence[SLO] = (),
     *,
     command: str,
     caution: str | None = None,
@@ -53,21 +61,17 @@ def simulation(
     """All of `results.json`.
 
     Args:
+        runs: of the same deployment, one for each load.
+        workload: what all loads share.
         command: how a user repeats it.
         caution: what a reader must know of the weights, in a sentence.
     """
-    cluster, setup, load = simulator.cluster, simulator.setup, simulator.load
+    simulator, _ = runs[0]
+    cluster, setup = simulator.cluster, simulator.setup
     drafts = setup.multi_token
     question = {
         "model": simulator.model,
-        "workload": {
-            "batch": load.batch,
-            "rate": load.rate,
-            "num_requests": load.num_requests,
-            "prompt_len": str(load.prompt_len),
-            "output_len": str(load.output_len),
-            "seed": seed,
-        },
+        "workload": workload,
         "serving": {
             "max_num_seqs": setup.max_num_seqs,
             "max_num_batched_tokens": setup.max_num_batched_tokens,
@@ -76,24 +80,48 @@ def simulation(
             "mtp_acceptance": drafts.acceptance,
         },
     }
+    serving = tuple(_serving(*run, slos) for run in runs)
     return Results.now(
         "simulation",
         command,
         question,
-        [_record(simulator, outcome, routing)],
+        [_record(*best_run(runs, serving), routing, serving)],
         cluster=cluster_record(cluster, setup.types),
         assumptions=_assumptions(setup, cluster, simulator.execution, routing, caution),
     )
 
 
-def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> DeploymentRecord:
+def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
+    """The run of the best load, which alone is told in detail."""
+    return runs[serving.index(best_load(serving))]
+
+
+def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> ServingRecord:
+    return replace(
+        serving_record(outcome.served, slos),
+        batch=simulator.load.batch,
+        rate=simulator.load.rate,
+        num_preemptions=sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
+        basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
+    )
+
+
+def _facts(outcome: Outcome) -> StepFacts:
+    phases = (totals for pool in outcome.pools for totals in pool.totals.phases.values())
+    return reduce(add, (totals.facts for totals in phases))
+
+
+def _record(
+    simulator: Simulator,
+    outcome: Outcome,
+    routing: RoutingChoice,
+    serving: tuple[ServingRecord, ...],
+) -> DeploymentRecord:
     setup, top_k = simulator.setup, simulator.model.num_experts_per_tok
     device_bytes = simulator.cluster.profile.device.memory_bytes
-    phases = (totals for pool in outcome.pools for totals in pool.totals.phases.values())
-    facts = reduce(add, (totals.facts for totals in phases))
     name = str(setup.layout)
     if setup.prefill_layout is not None:
-        name = f"{setup.prefill_layout} prefills, {name} decodes"
+        name = f"prefill {setup.prefill_layout}, decode {name}"
     return DeploymentRecord(
         name=name,
         layout=setup.layout,
@@ -107,16 +135,9 @@ def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> D
             for pool, largest in zip(outcome.pools, simulator.largest_steps(outcome), strict=True)
             for phase, step in largest.items()
         ),
-        serving=(
-            replace(
-                serving_record(outcome.served),
-                batch=simulator.load.batch,
-                rate=simulator.load.rate,
-                basis=list(Basis)[int(facts.basis_s.argmax())].label,
-            ),
-        ),
+        serving=serving,
         num_tokens_per_expert=tuple(
-            tuple(map(int, layer)) for layer in facts.num_tokens_per_expert
+            tuple(map(int, layer)) for layer in _facts(outcome).num_tokens_per_expert
         ),
     )
 
@@ -193,14 +214,14 @@ def _assumptions(
     beside = caution or "hidden states are bfloat16 beside float8"
     rows = [
         ("weights", setup.types.weights, "--dtype", beside),
-        ("keys and values", setup.types.kv, "--kv-dtype", "as hidden states, if not said"),
+        ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
         ("execution", execution.value, "--execution", _HOW[execution]),
         ("routing", routing.option, "--routing-trace, --skew", routing.words),
         (
             "step",
             f"{setup.max_num_batched_tokens} tokens, {setup.max_num_seqs} sequences",
             "--max-num-batched-tokens, --max-num-seqs",
-            "of a data-parallel rank at most; prompts go in chunks beside decodes",
+            "at most, per data-parallel rank; chunked prefill together with decodes",
         ),
         (
             "memory",
@@ -210,22 +231,27 @@ def _assumptions(
         ),
         (
             "ranks",
-            f"{cluster.profile.ranks_per_node} a node, in order",
+            f"{cluster.profile.ranks_per_node} per node, in order",
             "--cluster",
             "tensor-parallel ranks are innermost, so that they share a node",
         ),
-        ("prompts", "nothing in common", "", "no prefix is found in the cache"),
+        (
+            "prompts",
+            "nothing in common",
+            "",
+            "no prefix is found in the cache, whatever the hash_ids of --requests",
+        ),
         ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
         (
-            "between steps",
+            "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",
             "--cluster",
-            "scheduling and sending a plan; not hidden behind the step before",
+            "scheduling and sending a plan; not overlapped with the previous step",
         ),
     ]
     if OVERHEAD_S not in cluster.profile.terms:
         rows.append(
-            ("kernels", "of GPU libraries", "", "fused as there, not one for each tensor operation")
+            ("kernels", "of GPU libraries", "", "fused as there, not one per tensor operation")
         )
     rows += _of_pools(setup, cluster) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
@@ -241,17 +267,17 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
     )
     return [
         (
-            "two pools",
-            f"{setup.prefill_layout} prefills, {setup.layout} decodes",
+            "disaggregated",
+            f"prefill {setup.prefill_layout}, decode {setup.layout}",
             "--prefill-layout",
-            "each with its own scheduler, and as if it began on a node's first device",
+            "each pool with its own scheduler, starting on a node's first device",
         ),
         (
-            "key/value transfer",
+            "KV transfer",
             where,
             "--prefill-layout",
-            "after the prompt and its first token (TTFT ends there, TPOT has the transfer), one "
-            "request after the other, beside both pools' own work",
+            "after the first token (so it counts in TPOT, not TTFT), one request at a time, "
+            "overlapped with both pools' work",
         ),
     ]
 
@@ -263,11 +289,11 @@ def _of_drafts(setup: ServingSetup) -> list[tuple[str, str, str, str]]:
     return [
         (
             "multi-token prediction",
-            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} right: "
-            f"{drafts.tokens_per_step:.3g} tokens a step",
+            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} accepted: "
+            f"{drafts.tokens_per_step:.3g} tokens per step",
             "--mtp, --mtp-acceptance",
-            f"a decode takes {1 + drafts.num_drafts} tokens through the model, then "
-            f"{drafts.num_drafts} passes of one more layer and the head; every step of every "
-            "sequence yields the average; the scheduler's cache is cut to fill up as early",
+            f"a decode step runs {1 + drafts.num_drafts} tokens through the model, then "
+            f"{drafts.num_drafts} passes of one more layer and the head; every step yields the "
+            "average; the KV cache is reduced so that it fills as early",
         )
     ]

@@ -38,11 +38,11 @@ class FormTraits:
 
 DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
     "all_to_all": FormTraits(
-        "a copy to each rank reached", vllm="deepep_low_latency", sglang="low_latency"
+        "one copy per rank reached", vllm="deepep_low_latency", sglang="low_latency"
     ),
     "all_gather": FormTraits("all tokens to all ranks", vllm="allgather_reducescatter"),
     "hierarchical": FormTraits(
-        "a copy to each node reached, forwarded inside",
+        "one copy per node reached, forwarded inside it",
         vllm="deepep_high_throughput",
         sglang="normal",
         by_node=True,
@@ -68,7 +68,7 @@ class Options(Strict):
             the model's. Rounding changes what a deployment computes, by an error that is measured.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
-        rebalance_steps: experts move while requests run: after so many steps they are placed anew
+        rebalance_steps: experts move while requests run: after so many steps they are rebalanced
             by the load of those steps, if that pays over as many more; 0 for never.
         num_redundant_experts: copies beside each MoE layer's experts, in the placement's order.
 

@@ -2,12 +2,14 @@
 
 from enum import IntEnum, StrEnum
 
+_LABELS = {"COLLECTIVES": "TP collectives", "HAND_OVER": "PP send/recv"}
+
 
 class _Labelled(IntEnum):
     @property
     def label(self) -> str:
-        """The name as a user reads it, for example `hand-over`."""
-        return self.name.lower().replace("_", "-")
+        """The name as a user reads it, for example `PP send/recv`."""
+        return _LABELS.get(self.name) or self.name.lower().replace("_", "-")
 
 
 class Stage(_Labelled):
@@ -19,7 +21,7 @@ class Stage(_Labelled):
     ROUTER = 3
     DISPATCH = 4  # counts, packing and sending tokens to the ranks of their experts
     EXPERTS = 5
-    COMBINE = 6  # sending expert outputs home and summing them
+    COMBINE = 6  # returning expert outputs and summing them
     COLLECTIVES = 7  # tensor-parallel all-gather, reduce-scatter and argmax exchange
     HAND_OVER = 8  # activations from one pipeline stage to the next
     HEAD = 9
@@ -49,11 +51,11 @@ class Cause(StrEnum):
     EXPERTS = "experts"
     HEAD = "embedding and head"
     DISPATCH_COMBINE = "dispatch and combine"
-    TP_COLLECTIVES = "tensor-parallel collectives"
-    HAND_OVER = "hand-over"
+    TP_COLLECTIVES = "TP collectives"
+    HAND_OVER = "PP send/recv"
     WAITING = "waiting for other ranks"
     PIPELINE_BUBBLE = "pipeline bubble"
-    ENGINE = "between steps"
+    ENGINE = "scheduler overhead"
 
 
 class ProjectedCause(StrEnum):
@@ -66,15 +68,15 @@ class ProjectedCause(StrEnum):
     EXPERT_COMPUTE = "expert compute"
     OTHER_COMPUTE = "other compute"
     WEIGHT_READS = "weight reads"
-    KV_READS = "key/value reads"
+    KV_READS = "KV reads"
     DISPATCH_COMBINE = "exposed dispatch and combine"
-    TP_COLLECTIVES = "tensor-parallel collectives"
+    TP_COLLECTIVES = "TP collectives"
     CONTENTION = "compute slowed by transfers"
-    HAND_OVER = "hand-over"
+    HAND_OVER = "PP send/recv"
     PIPELINE_BUBBLE = "pipeline bubble"
     IMBALANCE = "waiting for slower ranks"
-    LAUNCH = "launch"
-    ENGINE = "between steps"
+    LAUNCH = "kernel launch"
+    ENGINE = "scheduler overhead"
 
 
 class Traffic(_Labelled):

@@ -26,7 +26,7 @@ class SamplingParams:
             prompt or the output.
         presence_penalty: taken off the logits of tokens in the output.
         frequency_penalty: the same, once for each time a token is in the output.
-        seed: equal seeds draw equally; None for a seed of the engine's choice.
+        seed: reproducible for equal seeds; None for a seed of the engine's choice.
         max_tokens: output tokens at most.
         stop: strings that end the output and are no part of it; one string or a list.
         stop_token_ids: tokens that end the output, besides the end-of-sequence tokens.

@@ -71,7 +71,7 @@ def speed_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> 
         )
     return Chart(
         title,
-        f"Bars of {unit} of {len(bars)} deployments; the longest is {fastest.name}'s, "
+        f"Bars of {unit}, {len(bars)} deployments; the highest is {fastest.name} with "
         f"{figures(fastest.of)}.",
         {
             "data": {"values": [cells(columns, bar) | vars(bar.of) for bar in bars]},
@@ -110,11 +110,11 @@ def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> 
     ]
     legend = [Legend(cause, OF_CAUSE[cause]) for cause in causes]
     in_all: Column[Mapping[str, float]] = number(
-        "in all", lambda each: sum(each.values()), milliseconds
+        "total", lambda each: sum(each.values()), milliseconds
     )
     return Chart(
         title,
-        "Stacked bars, one a deployment: the milliseconds of a step by what they go to. "
+        "Stacked bars, one per deployment: milliseconds per step by cause. "
         + " ".join(_largest(name, each) for name, each in seconds.items()),
         {
             "data": {"values": values},
@@ -142,4 +142,4 @@ def _due_to(cause: str) -> Column[Mapping[str, float]]:
 
 def _largest(name: str, seconds: Mapping[str, float]) -> str:
     cause = max(seconds, key=lambda each: seconds[each])
-    return f"{name}: most to {cause}, {percent(seconds[cause] / sum(seconds.values()))}."
+    return f"{name}: largest is {cause}, {percent(seconds[cause] / sum(seconds.values()))}."

@@ -28,7 +28,7 @@ OF_CAUSE: dict[str, str] = {
     ProjectedCause.LAUNCH: "--teal",
 }
 
-# What a rank waits for in a hand-over is the bubble of its pipeline.
+# What a rank waits for in PP send/recv is the bubble of its pipeline.
 BUBBLE = str(Cause.PIPELINE_BUBBLE)
 
 OF_STAGE: dict[str, str] = {

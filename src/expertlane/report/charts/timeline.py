@@ -44,7 +44,7 @@ def timelines_chart(
 
 
 def _measured(step: StepTimeline) -> StepTimeline:
-    """A rank's lower row are its waits; those in a hand-over are the bubble of its pipeline."""
+    """A rank's lower row are its waits; those in PP send/recv are the bubble of its pipeline."""
     network = step.tracks.index(Track.NETWORK.value)
     hand_over, bubble = step.stages.index(Stage.HAND_OVER.label), len(step.stages)
     ranks = tuple(

@@ -48,8 +48,8 @@ def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart | None:
     step = max(_LEAST_CELL_PX, min(_CELL_PX, _MOST_PX // max(1, len(layers))))
     return Chart(
         title,
-        f"A square for each expert of {counted(len(layers), 'layer')}, the brighter the fuller. "
-        f"The fullest is expert {hottest['expert']} of layer {hottest['layer']}: "
+        f"A square for each expert of {counted(len(layers), 'layer')}, brighter means more "
+        f"tokens. The most loaded is expert {hottest['expert']} of layer {hottest['layer']}: "
         f"{hottest['shown']}.",
         {
             "data": {"values": values},
@@ -89,7 +89,7 @@ def _load_table(title: str, layers: Sequence[_Layer]) -> Table:
             number("share", lambda each: max(each[1]) / sum(each[1]), percent),
             number("over the mean", lambda each: max(each[1]) * num_experts / sum(each[1]), times),
         )
-        return Table.of(f"{title}: each layer's fullest expert", fullest, layers)
+        return Table.of(f"{title}: the most loaded expert of each layer", fullest, layers)
     columns = ["layer", *(f"expert {expert}" for expert in range(num_experts))]
     rows = tuple((str(layer), *map(whole, tokens)) for layer, tokens in layers)
     return Table(f"{title}: token-expert pairs", tuple(map(Heading, columns)), rows)
@@ -115,15 +115,15 @@ def traffic_chart(
     source, to = divmod(int(np.argmax(cells)), size)
     return Chart(
         title,
-        f"A square for each pair of {what}s, the brighter the more bytes. Most go from {what} "
+        f"A square for each pair of {what}s, brighter means more bytes. The most go from {what} "
         f"{source} to {to}: {bytes_si(cells[source][to])}.",
         _traffic_spec(cells, what, borders),
         Table(
-            f"{title}: {what}s of the rows send to {what}s of the columns",
+            f"{title}: from {what} (row) to {what} (column)",
             tuple(map(Heading, ["from", *(f"to {place}" for place in range(size))])),
             tuple((str(place), *map(bytes_si, row)) for place, row in enumerate(cells)),
         ),
-        note="Payload bytes." + (" The lines are the borders between nodes." if borders else ""),
+        note="Payload bytes." + (" Lines: node boundaries." if borders else ""),
     )
 
 
@@ -191,7 +191,7 @@ def fan_out_chart(title: str, fan_outs: Mapping[str, FanOut]) -> Chart | None:
     legend = list(map(Legend, counts, cycle(SERIES)))
     return Chart(
         title,
-        "Shares of tokens by how many ranks they reach. In the mean: "
+        "Share of tokens by the number of ranks they reach. Mean: "
         + "; ".join(f"{name} {mean}" for name, mean in means.items())
         + ".",
         _fan_out_spec(by_place, reached, legend),
@@ -201,7 +201,7 @@ def fan_out_chart(title: str, fan_outs: Mapping[str, FanOut]) -> Chart | None:
             tuple((name, means[name], *map(percent, each)) for name, each in by_place.items()),
         ),
         legend=legend,
-        note="A token counts once a layer; its own rank counts if it has one of its experts.",
+        note="A token counts once per layer; its own rank counts if it holds one of its experts.",
     )
 
 
@@ -213,7 +213,7 @@ def _fan_out_spec(
         for name, each in by_place.items()
         for place, share in zip(reached, each, strict=True)
     ]
-    ranks = nominal("ranks", "ranks reached by a token") | {"axis": {"labelAngle": 0}}
+    ranks = nominal("ranks", "ranks reached per token") | {"axis": {"labelAngle": 0}}
     return {
         "data": {"values": values},
         "height": _FAN_OUT_PX,
