@@ -22,7 +22,7 @@ from expertlane.engine.pool import RankPool
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.metrics import latency, num_tokens_per_expert, phase_record, speed_of_runs
-from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source
+from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source, StepsRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
 from expertlane.results.step_record import StepRecord
@@ -33,7 +33,7 @@ from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.names import Phase
+from expertlane.spec.names import Cause, Phase
 from expertlane.spec.workload import Workload
 
 _WARM_UP_LEN, _WARM_UP_PART, _WARM_UP_LEAST = 4, 4, 64  # of a prompt; of all sequences
@@ -210,8 +210,8 @@ class Deployed:
         layout, steps, laws = self.deployment.layout, self._steps[self.phase], self._laws()
 
         def replayed(of: Sequence[StepRecord]) -> Repeated:
-            found = [each.step for each in runs.replay(layout, of, laws)]
-            return Repeated.of(speed_of_runs(layout, found))
+            found = speed_of_runs(layout, [each.step for each in runs.replay(layout, of, laws)])
+            return Repeated.of(found if laws else [*map(_without_scheduler, found)])
 
         if laws:
             return replayed(steps).without_each()
@@ -296,6 +296,8 @@ class Deployed:
             for phase, of_phase in steps.items()
             if of_phase
         ]
+        if source == "virtual" and self._laws() is None:
+            phases = [*map(_without_scheduler, phases)]
         found = measured_record(
             self.deployment,
             self.setting.experiment.model,
@@ -327,3 +329,14 @@ class Deployed:
             if traced:
                 kept += typical(traced, of_phase, num_kept)
         return kept
+
+
+def _without_scheduler(steps: StepsRecord) -> StepsRecord:
+    """In virtual time, with measured computing, the scheduler takes no time.
+
+    What is left of a phase when a rank is done, or before it begins, is waiting for other ranks.
+    """
+    causes_s = dict(steps.breakdown_s)
+    causes_s[Cause.WAITING] += causes_s[Cause.ENGINE]
+    causes_s[Cause.ENGINE] = 0.0
+    return replace(steps, breakdown_s=causes_s)
