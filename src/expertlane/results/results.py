@@ -15,7 +15,7 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 NoPools = Literal["no split", "too large", "over limits"]
@@ -229,7 +229,9 @@ class Results(Strict):
             deployments), `skew` of its projection, and `traffic` where each deployment's is to be
             shown in detail; simulation: `model`, `workload`, `serving`;
             plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
-            `ranks_per_node`.
+            `ranks_per_node`. The workload of a simulation or bench has what is the same for all
+            loads: `prompt_len`, `output_len`, `seed`, and `requests`, the file they are from.
+            `price`: dollars an hour of a device, where one was given.
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
