@@ -51,7 +51,7 @@ def test_losers_are_told_why(found):
     winner = found.finalists[0].option
     assert why_it_loses(winner, winner, WORKLOAD) == ""
     slow = min(found.options, key=lambda option: option.tps)
-    assert why_it_loses(winner, slow, WORKLOAD).startswith("µs a token: ")
+    assert why_it_loses(winner, slow, WORKLOAD).startswith("µs per token: ")
 
 
 def test_a_tighter_limit_never_serves_more():

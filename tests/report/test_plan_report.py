@@ -35,16 +35,16 @@ def plan(best: DeploymentRecord, **changes) -> Results:
 
 def test_one_is_not_many():
     text = " ".join(verdict(plan(one())))
-    assert "1 deployment of one pool" in text
+    assert "1 deployment aggregated" in text
     assert "with 1 sequence at once" in text
 
 
 @pytest.mark.parametrize(
     ("why", "words"),
     [
-        ("no split", "there is no way to split the devices"),
-        ("too large", "the model does not fit both parts of any split"),
-        ("over limits", "none keeps the limits"),
+        ("no split", "the devices cannot be split"),
+        ("too large", "the model does not fit both pools of any split"),
+        ("over limits", "none meets the limits"),
     ],
 )
 def test_why_there_are_no_two_pools(why, words):
@@ -56,15 +56,9 @@ def test_what_most_time_rests_on_is_said():
     # 8 of 10 ms are the decode step's: 0.8 × 0.7 + 0.2 × 0.2
     unsure = one(timed(8, 0.7, 0.0))
     said = verdict(plan(unsure))[-1]
-    assert (
-        "Most of the first one's time rests on datasheets and assumptions alone (60%): trust"
-        in said
-    )
+    assert "Most of the time of #1 rests on datasheets and assumptions (60%): rankings" in said
     beyond = verdict(plan(one(timed(8, 0.0, 0.9))))[-1]
-    assert (
-        "Most of the first one's time lies outside the sizes that were ever measured (76%): trust"
-        in beyond
-    )
+    assert "Most of the time of #1 lies outside the measured sizes (76%): rankings" in beyond
 
 
 def test_cautions_are_part_of_the_verdict():
