@@ -3,7 +3,7 @@
     expertlane compare paper-small
     python experiments/paper/study.py results/paper-small
 
-    expertlane compare paper --project --top-k 2,1
+    expertlane compare paper --project --experts-per-token 2,1
     python experiments/paper/study.py results/paper-top2 results/paper-top1 --out results/study
 
 Judges the paper's four design goals, and, where the model is the paper's own, what would have to

@@ -106,4 +106,4 @@ def test_nothing_to_rebalance(run):
         "rebalance_steps is 4, but layout tp=2 has ep=1, where no expert can move; valid: 0, or a "
         "layout with ep=2 or more"
     )
-    assert run(*arguments, "--rebalance", "4") == (2, "", f"expertlane: error: {line}\n")
+    assert run(*arguments, "--rebalance-steps", "4") == (2, "", f"expertlane: error: {line}\n")

@@ -41,7 +41,7 @@ def placement_of(num_experts, layers, ep=4):
 def test_a_table_and_a_placement(run):
     code, out, err = run(
         *("balance", "trace.npz", "--ranks", "4", "--ranks-per-node", "2"),
-        *("--redundant", "4", "--output", "new/placement.json"),
+        *("--num-redundant-experts", "4", "--output", "new/placement.json"),
     )
     assert (code, err) == (0, "written: new/placement.json\n")
     assert max(map(len, out.splitlines())) <= 80
@@ -63,7 +63,15 @@ def test_a_table_and_a_placement(run):
 
 def test_json_agrees_with_the_placement_it_wrote(run):
     code, out, _ = run(
-        "balance", "trace.npz", "--ranks", "4", "--redundant", "4", "--output", "p.json", "--json"
+        "balance",
+        "trace.npz",
+        "--ranks",
+        "4",
+        "--num-redundant-experts",
+        "4",
+        "--output",
+        "p.json",
+        "--json",
     )
     assert code == 0
     found = json.loads(out)
@@ -86,7 +94,7 @@ def test_json_agrees_with_the_placement_it_wrote(run):
 def test_a_placement_is_judged(run):
     arguments = ("balance", "trace.npz", "--ranks", "4", "--json")
     _, judged, _ = run(*arguments, "--placement", "placement.json")
-    _, made, _ = run(*arguments, "--method", "round_robin", "--redundant", "4")
+    _, made, _ = run(*arguments, "--method", "round_robin", "--num-redundant-experts", "4")
     assert json.loads(judged) == json.loads(made)
     _, linear, _ = run(*arguments, "--method", "linear")
     found = json.loads(linear)["total"]
@@ -171,17 +179,17 @@ def test_no_tokens(run):
             "--ranks-per-node is 3; it must divide --ranks, which is 4",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--redundant", "-1"],
-            "--redundant is -1; it must be a whole number, 0 to 4,096",
+            ["trace.npz", "--ranks", "4", "--num-redundant-experts", "-1"],
+            "--num-redundant-experts is -1; it must be a whole number, 0 to 4,096",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--redundant", "5000"],
-            "--redundant is 5000; it must be a whole number, 0 to 4,096",
+            ["trace.npz", "--ranks", "4", "--num-redundant-experts", "5000"],
+            "--num-redundant-experts is 5000; it must be a whole number, 0 to 4,096",
         ),
         (
-            ["trace.npz", "--ranks", "2", "--redundant", "9"],
-            "--redundant 9, --ranks 2: 17 physical experts on 2 ranks: a rank holds each of the "
-            "8 experts at most once, so at most 8 can be redundant",
+            ["trace.npz", "--ranks", "2", "--num-redundant-experts", "9"],
+            "--num-redundant-experts 9, --ranks 2: 17 physical experts on 2 ranks: a rank holds "
+            "each of the 8 experts at most once, so at most 8 can be redundant",
         ),
         (
             ["trace.npz", "--ranks", "8", "--placement", "placement.json"],
@@ -202,9 +210,17 @@ def test_no_tokens(run):
             "text.json is not JSON: Expecting value at line 1, column 1",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--placement", "placement.json", "--redundant", "4"],
-            "--placement judges a placement as it is; valid without --method, --redundant, "
-            "--no-coactivation and --output",
+            [
+                "trace.npz",
+                "--ranks",
+                "4",
+                "--placement",
+                "placement.json",
+                "--num-redundant-experts",
+                "4",
+            ],
+            "--placement judges a placement as it is; valid without --method, "
+            "--num-redundant-experts, --no-coactivation and --output",
         ),
         (
             ["trace.npz", "--ranks", "4", "--output", "text.json/placement.json"],

@@ -147,12 +147,12 @@ MISTAKES = {
         "--placement is 'even', and there is no such file; valid: linear, round_robin, or a file",
     ),
     "copies": (
-        ["paper-tiny", "--layout", "dp=2,ep=2", "--layout", "tp=1", "--redundant", "3"],
+        ["paper-tiny", "--layout", "dp=2,ep=2", "--layout", "tp=1", "--num-redundant-experts", "3"],
         "19 physical experts on 1 rank: a rank holds each of the 16 experts at most once, so at",
     ),
     "fewer copies": (
-        ["paper-tiny", "--redundant", "-1"],
-        "--redundant is -1; it must be a whole number, 0 to 4,096",
+        ["paper-tiny", "--num-redundant-experts", "-1"],
+        "--num-redundant-experts is -1; it must be a whole number, 0 to 4,096",
     ),
     "nodes": (
         [
@@ -212,8 +212,8 @@ def test_a_placement_of_something_else(run, stub, tmp_path):
     assert error("--placement", path, *both) == (
         f"{path} is a placement on 2 ep ranks; here there are 1"
     )
-    assert error("--placement", path, "--redundant", "2") == (
-        f"--redundant is 2, but {path} says which copies there are"
+    assert error("--placement", path, "--num-redundant-experts", "2") == (
+        f"--num-redundant-experts is 2, but {path} says which copies there are"
     )
     placement_file(tmp_path, layers=3, ep=1)
     assert error("--placement", path) == (

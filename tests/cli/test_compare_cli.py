@@ -95,10 +95,13 @@ def test_wall_time_alone(comparison, run):
 @pytest.mark.parametrize(
     ("arguments", "folders"),
     [
-        (["--top-k", "1"], {1: "results/paper-small-top1"}),
-        (["--top-k", "2,1"], {2: "results/paper-small-top2", 1: "results/paper-small-top1"}),
-        (["--top-k", "1", "--out", "here"], {1: "here"}),
-        (["--top-k", "2, 1", "--out", "."], {2: "top2", 1: "top1"}),
+        (["--experts-per-token", "1"], {1: "results/paper-small-top1"}),
+        (
+            ["--experts-per-token", "2,1"],
+            {2: "results/paper-small-top2", 1: "results/paper-small-top1"},
+        ),
+        (["--experts-per-token", "1", "--out", "here"], {1: "here"}),
+        (["--experts-per-token", "2, 1", "--out", "."], {2: "top2", 1: "top1"}),
     ],
 )
 def test_top_k_gives_one_comparison_each(comparison, run, arguments, folders):
@@ -159,7 +162,7 @@ def test_a_checkpoint_in_place_of_the_experiments_model(comparison, run, argumen
 
 def test_a_checkpoint_with_other_numbers_of_experts_per_token(comparison, run):
     folder = put_checkpoint("moe")
-    assert run("compare", "--model", "moe", "--top-k", "4,1", "paper-small")[0] == 0
+    assert run("compare", "--model", "moe", "--experts-per-token", "4,1", "paper-small")[0] == 0
     experiments = [call["experiment"] for call in comparison.calls]
     assert [each.model.num_experts_per_tok for each in experiments] == [4, 1]
     assert [each.checkpoint for each in experiments] == [str(folder)] * 2
@@ -177,7 +180,9 @@ def test_unused_tensors_are_refused_before_ranks_start(comparison, run):
         f"expertlane: error: {text}to go on without: --ignore-unused-tensors "
         "(ignore_unused_tensors=True)\n"
     )
-    code, out, err = run("compare", "--model", "moe", "--ignore-unused-tensors", "--top-k", "2,1")
+    code, out, err = run(
+        "compare", "--model", "moe", "--ignore-unused-tensors", "--experts-per-token", "2,1"
+    )
     assert (code, len(comparison.calls)) == (0, 2)
     assert err.count(f"warning: {text}going on without\n") == 1
 
@@ -190,7 +195,7 @@ def test_another_head_than_the_one_it_is_tied_to(comparison, run):
     stored = load_file(weights)
     stored["lm_head.weight"][0, 0] = 1
     save_file(stored, weights)
-    code, _, err = run("compare", "--model", "moe", "--top-k", "2,1")
+    code, _, err = run("compare", "--model", "moe", "--experts-per-token", "2,1")
     assert code == 0
     assert err.count(f"warning: {folder}: config.json ties the output head to the embedding") == 1
     for call in comparison.calls[1:]:
@@ -258,7 +263,7 @@ def test_a_rank_that_does_not_speak_writes_nothing(comparison, run, monkeypatch)
 
 def test_memory_is_checked_for_all_before_the_first_runs(comparison, run):
     comparison.too_large = CapacityError("too large")
-    code, out, err = run("compare", "--top-k", "2,1")
+    code, out, err = run("compare", "--experts-per-token", "2,1")
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == "expertlane: error: too large"
     assert comparison.calls == []
@@ -268,7 +273,7 @@ def test_memory_is_checked_for_all_before_the_first_runs(comparison, run):
 def test_what_is_finished_stays_when_a_later_comparison_fails(comparison, run):
     comparison.fails_at = 2
     comparison.error = RankError("rank 1 is gone")
-    code, out, _ = run("compare", "--top-k", "2,1")
+    code, out, _ = run("compare", "--experts-per-token", "2,1")
     assert (code, out) == (1, "results!\n")
     assert [path.name for path in Path("results").iterdir()] == ["paper-small-top2"]
 
@@ -287,14 +292,14 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--top-k", "two"], f"--top-k is 'two'; {TOP_KS}"),
-        (["--top-k", "2,"], f"--top-k is '2,'; {TOP_KS}"),
-        (["--top-k", ""], f"--top-k is ''; {TOP_KS}"),
-        (["--top-k", "1,1"], "--top-k is '1,1'; a number is given twice"),
+        (["--experts-per-token", "two"], f"--experts-per-token is 'two'; {TOP_KS}"),
+        (["--experts-per-token", "2,"], f"--experts-per-token is '2,'; {TOP_KS}"),
+        (["--experts-per-token", ""], f"--experts-per-token is ''; {TOP_KS}"),
+        (["--experts-per-token", "1,1"], "--experts-per-token is '1,1'; a number is given twice"),
         (
-            ["--top-k", "2,17"],
-            "--top-k 17: model paper-small: num_experts_per_tok is 17 but there are only 16 "
-            "experts",
+            ["--experts-per-token", "2,17"],
+            "--experts-per-token 17: model paper-small: num_experts_per_tok is 17 but there are "
+            "only 16 experts",
         ),
         (
             ["--timeout-s", "0"],

@@ -139,7 +139,10 @@ def test_a_configuration_s_number(refused, changes, line):
         ((*PLAN, "prompt_len=4,prompt_len=8"), "--workload: prompt_len is given twice"),
         ((*PLAN, "num_sequences=9999999"), "num_sequences is '9999999'; it must be a whole"),
         ((*SIMULATE, "h100x9999999"), "cluster 'h100x9999999' is not PROFILExCOUNT"),
-        (("compare", "--top-k", "9" * 5000), "it must be a whole number, 1 to 4,096, or several"),
+        (
+            ("compare", "--experts-per-token", "9" * 5000),
+            "it must be a whole number, 1 to 4,096, or several",
+        ),
         (("compare", "--tok-p"), "(try: "),
     ],
 )

@@ -221,8 +221,14 @@ MISTAKES = {
     "NaN": (["paper-tiny", *IDS, "--temperature", "nan"], "--temperature is nan; it must"),
     "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "--top-p is 0.0; it must be a number"),
     "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "--max-tokens is -1; it"),
-    "redundant": (["paper-tiny", *IDS, "--redundant", "-1"], "--redundant is -1; it must be a"),
-    "rebalance": (["paper-tiny", *IDS, "--rebalance", "-1"], "--rebalance is -1; it must be a"),
+    "redundant": (
+        ["paper-tiny", *IDS, "--num-redundant-experts", "-1"],
+        "--num-redundant-experts is -1; it must be a",
+    ),
+    "rebalance": (
+        ["paper-tiny", *IDS, "--rebalance-steps", "-1"],
+        "--rebalance-steps is -1; it must be a",
+    ),
     "dtype": (
         ["paper-tiny", *IDS, "--dtype", "float7"],
         "Invalid value for '--dtype': 'float7' is not one of 'float32', 'bfloat16', 'float16'.",

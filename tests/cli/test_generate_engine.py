@@ -42,7 +42,14 @@ def test_engine_options_are_handed_over(run, stub):
     ]
     options += ["--micro-batch-schedule", "rotating"]
     options += ["--timeout-s", "5", "--layout", "dp=2,ep=2"]
-    options += ["--dispatch", "all_gather", "--placement", "round_robin", "--redundant", "4"]
+    options += [
+        "--dispatch",
+        "all_gather",
+        "--placement",
+        "round_robin",
+        "--num-redundant-experts",
+        "4",
+    ]
     options += ["--ranks-per-node", "1"]
     assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
     assert str(stub.layout) == "dp=2,ep=2"

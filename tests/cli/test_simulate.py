@@ -112,8 +112,10 @@ def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
 
 
 def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
-    path = tmp_path / "deep" / "step.json"
-    simulate(run, "--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD, "--trace", str(path))
+    asked = ["--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD]
+    _, err = simulate(run, *asked, "--trace", "--out", str(tmp_path / "deep"))
+    path = tmp_path / "deep" / "trace-pp-2-tp-2.json"
+    assert err.splitlines()[-1].endswith(f", {path}")
     events = json.loads(path.read_text())["traceEvents"]
     timed = [event for event in events if event["ph"] == "X"]
     assert {event["args"]["phase"] for event in timed} == {"prefill", "decode"}
@@ -135,7 +137,7 @@ def test_replicas_send_among_themselves(run, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--dispatch", "hierarchical", "--overlap", "on", "--redundant", "16"],
+        ["--dispatch", "hierarchical", "--overlap", "on", "--num-redundant-experts", "16"],
         ["--dtype", "float8", "--kv-dtype", "float8", "--execution", "eager"],
         ["--skew", "0.9", "--payload", "float8", "--placement", "round_robin"],
     ],
@@ -191,9 +193,8 @@ def test_sequences_that_wait_for_room(run):
         (["--block-size", "0"], ["--block-size is 0", "1 to 65,536"]),
         (["--max-num-seqs", "0"], ["--max-num-seqs is 0", "1 to 1,048,576"]),
         (["--seed", "-1"], ["--seed is -1"]),
-        (["--trace", "."], ["--trace is .", "is a folder; give a file: step.json"]),
         (["--cluster", "a100x16", "--dtype", "float8"], ["float8", "bfloat16"]),
-        (["--redundant", "999"], ["at most 240 can be redundant"]),
+        (["--num-redundant-experts", "999"], ["at most 240 can be redundant"]),
     ],
     ids=lambda given: " ".join(given) if isinstance(given[0], str) else "",
 )
@@ -212,7 +213,7 @@ def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
 
 def test_a_mistake_of_the_prefill_pool_is_told_as_its_own(run):
     pools = ("--layout", "dp=8,ep=8", "--prefill-layout", "tp=8", "--cluster", "h100x16")
-    code, _, err = run("simulate", "paper", *pools, "--redundant", "3")
+    code, _, err = run("simulate", "paper", *pools, "--num-redundant-experts", "3")
     assert code == 2
     assert "error: --prefill-layout: 19 physical experts on 1 rank: a rank holds each" in err
 

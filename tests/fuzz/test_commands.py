@@ -37,12 +37,13 @@ _SIMULATE = [
 _PLAN = ["--workload", "num_sequences=4,prompt_len=8,output_len=4", "--out", "out"]
 _COMMANDS = (
     "compare mine.toml --project --cluster h100x2 --skew 1.0 --timeout-s 60 --out out",
-    "compare mine.toml --top-k 2,1 --dtype float32 --out out",
+    "compare mine.toml --experts-per-token 2,1 --dtype float32 --out out",
     "compare mine.toml --model model --out out",
     "plan paper-tiny --cluster h100x2 --workload num_sequences=4,prompt_len=8,output_len=4 "
     "--max-tpot-ms 100 --max-ttft-ms 1e3 --skew 0.5 --out out",
     "simulate paper-tiny --layout dp=2,ep=2 --cluster h100x2 --num-requests 4 --batch 2 "
-    "--prompt-len 4:8 --output-len 2:4 --seed 1 --redundant 2 --num-micro-batches 1 --out out",
+    "--prompt-len 4:8 --output-len 2:4 --seed 1 --num-redundant-experts 2 "
+    "--num-micro-batches 1 --out out",
     "simulate paper-tiny --layout tp=2 --prefill-layout tp=1 --cluster machine.tomlx3 --rate 5 "
     "--num-requests 4 --prompt-len 8 --output-len 4 --mtp 1 --mtp-acceptance 0.5 "
     "--max-num-seqs 8 --max-num-batched-tokens 64 --block-size 16 --out out",
@@ -52,9 +53,10 @@ _COMMANDS = (
     "--min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.1 --frequency-penalty 0.1 "
     "--seed 1 --stop-token-id 3 --logprobs 2 --json",
     "generate paper-tiny --token-ids 1 --layout dp=2,ep=2 --placement placement.json "
-    "--rebalance 4 --ranks-per-node 2 --num-micro-batches 1 --timeout-s 5",
+    "--rebalance-steps 4 --ranks-per-node 2 --num-micro-batches 1 --timeout-s 5",
     "generate paper-tiny --file prompts.txt --record-routing out.npz --max-num-seqs 4",
-    "balance trace.npz --ranks 4 --ranks-per-node 2 --redundant 4 --method auto --output p.json",
+    "balance trace.npz --ranks 4 --ranks-per-node 2 --num-redundant-experts 4 --method auto "
+    "--output p.json",
     "balance trace.npz --ranks 2 --placement placement.json --json",
     "report results --out out --json",
 )

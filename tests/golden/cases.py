@@ -189,7 +189,7 @@ _LOAD = "--batch 64 --prompt-len 512 --output-len 32"
 _DRAWN = "--prompt-len 64:1024 --output-len 8:64"
 
 PROJECTED = (
-    Case("compare paper", "compare paper --project --top-k 2,1"),
+    Case("compare paper", "compare paper --project --experts-per-token 2,1"),
     Case("compare mixtral", "compare mixtral.toml --project --cluster a100x8 --skew 0.6"),
     Case("compare deepseek", "compare deepseek.toml --project --cluster b200x16 --skew 0.5"),
     _plan("paper h100x16", "paper --cluster h100x16"),
@@ -213,7 +213,7 @@ PROJECTED = (
     _simulate(
         "paper traced",
         "paper --layout dp=16,ep=16 --cluster h100x16 --routing-trace routing.npz "
-        f"--overlap on --redundant 8 {_LOAD}",
+        f"--overlap on --num-redundant-experts 8 {_LOAD}",
         is_quick=True,
     ),
     _simulate(
@@ -245,7 +245,7 @@ PROJECTED = (
     _simulate(
         "mixtral arrivals",
         "./mixtral --layout dp=8,tp=2,ep=16 --cluster a100x16 --rate 20 --num-requests 60 "
-        f"{_DRAWN} --skew 0.6 --redundant 8 --placement round_robin --seed 5",
+        f"{_DRAWN} --skew 0.6 --num-redundant-experts 8 --placement round_robin --seed 5",
     ),
     _simulate(
         "mixtral narrow",
@@ -260,7 +260,8 @@ PROJECTED = (
     _simulate(
         "deepseek two pools",
         "./deepseek --layout dp=8,tp=2,ep=16 --prefill-layout dp=2,tp=8,ep=16 --cluster h100x32 "
-        f"--payload float8 --skew 0.8 --redundant 32 --rate 10 --num-requests 40 {_DRAWN}",
+        f"--payload float8 --skew 0.8 --num-redundant-experts 32 --rate 10 "
+        f"--num-requests 40 {_DRAWN}",
     ),
     _simulate(
         "deepseek TP 8",
@@ -272,7 +273,7 @@ PROJECTED = (
         "--prompt-len 16:64 --output-len 4:16",
         is_quick=True,
     ),
-    Case("balance", "balance routing.npz --ranks 16 --ranks-per-node 8 --redundant 16"),
+    Case("balance", "balance routing.npz --ranks 16 --ranks-per-node 8 --num-redundant-experts 16"),
 )
 MEASURED = (
     Case("compare paper-small", "compare paper-small --dtype float32 --clock wall", "measured"),

@@ -68,7 +68,7 @@ def run_case(case: Case, folder: Path) -> Columns:
         raise RuntimeError(f"{case.name}: exit code {done.returncode}\n{last}")
     if case.command == "balance":
         return projected(_without_place(json.loads(done.stdout), str(folder)))
-    files = sorted((folder / out).rglob("results.json"))  # one for each --top-k
+    files = sorted((folder / out).rglob("results.json"))  # one for each --experts-per-token
     all_columns: Columns = {}
     for file in files:
         results = _without_place(json.loads(file.read_text(encoding="utf-8")), str(folder))

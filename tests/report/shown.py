@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from expertlane.report import terminal
-from expertlane.report.document import Chart, Report, Section, Table, Tabs, Timelines
+from expertlane.report.document import Chart, Multiples, Report, Section, Table, Tabs, Timelines
 from expertlane.report.sections import report_of
 from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
@@ -43,6 +43,8 @@ def charts(part: Section) -> list[Chart]:
     for each in part.parts:
         if isinstance(each, Chart):
             found.append(each)
+        elif isinstance(each, Multiples):
+            found += each.charts
         elif isinstance(each, Tabs | Timelines):
             found += [chart for _, chart in each.charts]
     return found

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from expertlane.errors import UserError
-from expertlane.results.chrome_trace import to_json, trace_names, write_trace
+from expertlane.results.chrome_trace import to_json, write_traces
 from expertlane.results.step_record import RankEvents
 from expertlane.spec.names import Phase, Stage, Track
 from records import rank_record, step_record
@@ -73,24 +73,26 @@ def test_without_events_a_trace_is_empty():
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, steps, monkeypatch):
-    path = write_trace(tmp_path / "sub" / "trace.json", steps)
+    (path,) = write_traces({"EP 2": steps}, tmp_path / "sub")
     assert path.read_text(encoding="utf-8") == to_json(steps)
-    assert [each.name for each in path.parent.iterdir()] == ["trace.json"]
+    assert [each.name for each in path.parent.iterdir()] == ["trace-EP-2.json"]
     with pytest.raises(UserError, match=r"cannot write .*: File exists"):
-        write_trace(path / "below.json", steps)
+        write_traces({"EP 2": steps}, path)
 
     def fail(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
-        write_trace(tmp_path / "other" / "trace.json", steps)
+        write_traces({"EP 2": steps}, tmp_path / "other")
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_file_names_differ():
-    assert trace_names(["TP 8 × PP 2", "TP 8 / PP 2", "ep=16"]) == {
-        "TP 8 × PP 2": "trace-TP-8-PP-2.json",
-        "TP 8 / PP 2": "trace-TP-8-PP-2-2.json",
-        "ep=16": "trace-ep-16.json",
-    }
+def test_file_names_differ(tmp_path):
+    names = ["TP 8 × PP 2", "TP 8 / PP 2", "ep=16"]
+    written = write_traces(dict.fromkeys(names, ()), tmp_path)
+    assert [each.name for each in written] == [
+        "trace-TP-8-PP-2.json",
+        "trace-TP-8-PP-2-2.json",
+        "trace-ep-16.json",
+    ]

@@ -37,7 +37,7 @@ class _Options:
         help="Expert-parallel ranks per node. Default: all on one node.",
     )
     num_redundant_experts: int = typer.Option(
-        0, "--redundant", metavar="N", help="Redundant experts per layer."
+        0, metavar="N", help="Copies of experts beside each MoE layer's own, to share load."
     )
     method: Literal["auto", "linear", "round_robin"] = typer.Option(
         "auto", help="auto: balance by load; linear, round_robin: in order."
@@ -68,8 +68,8 @@ class _Options:
             or self.output
         ):
             raise UserError(
-                "--placement evaluates a placement; valid without --method, --redundant, "
-                "--no-coactivation and --output"
+                "--placement evaluates a placement as it is; valid without --method, "
+                "--num-redundant-experts, --no-coactivation and --output"
             )
 
 
@@ -91,10 +91,10 @@ def balance(own: _Options) -> None:
     Examples:
       expertlane balance trace.npz --ranks 16
           how uneven is it, and how even could it be?
-      expertlane balance trace.npz --ranks 16 --ranks-per-node 8 --redundant 16
+      expertlane balance trace.npz --ranks 16 --ranks-per-node 8 --num-redundant-experts 16
           with 16 redundant experts per layer, on two nodes
-      expertlane balance trace.npz --ranks 16 --redundant 16 --output placement.json
-          write the placement
+      expertlane balance trace.npz --ranks 16 --num-redundant-experts 16 --output placement.json
+          keep the placement
       expertlane balance other.npz --ranks 16 --placement placement.json
           does it hold on another trace?
       expertlane balance trace.npz --ranks 16 --json | jq '.total.after'
@@ -106,7 +106,7 @@ def balance(own: _Options) -> None:
     take(
         "num_slots",
         own.num_redundant_experts + read.num_experts,
-        f"--redundant {own.num_redundant_experts}: physical experts",
+        f"--num-redundant-experts {own.num_redundant_experts}: physical experts",
     )
     if own.placement is None:
         after = _made(read, own)
@@ -125,7 +125,7 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
     redundant = own.num_redundant_experts
-    with naming(f"--redundant {redundant}, --ranks {own.ranks}"):
+    with naming(f"--num-redundant-experts {redundant}, --ranks {own.ranks}"):
         if own.method == "linear":
             return _linear(trace, own.ranks, redundant)
         if own.method == "round_robin":

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.load import LoadOptions
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import (
     EngineOptions,
-    LoadOptions,
     ModelArgument,
     OutputOptions,
     takes_groups,
@@ -63,13 +63,24 @@ def bench(
       expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512 --output-len 16:128
       expertlane bench paper-tiny --json | jq '.deployments[].serving[].output_tps.value'
     """
+    output.publish(run(model, own, load, engine, output_options.call()), output_options)
+
+
+def run(
+    model: ModelArgument,
+    own: _Options,
+    load: LoadOptions,
+    engine: EngineOptions,
+    call: output.Call,
+) -> output.Found:
+    """Measure, without a word on standard output."""
     loads = load.loads()
     found = find_model(model)
     layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
     _check(found, engine, loads, layouts)
-    folder = output.results_folder(output_options.out, output.slug("bench", found.config.name))
-    results = _run(found, engine, loads, layouts, load.seed)
-    output.publish(results, folder, output_options)
+    folder = call.folder(output.slug("bench", found.config.name))
+    results = _measured(found, engine, loads, layouts, load, call.command)
+    return output.Found(results, folder)
 
 
 def _check(
@@ -94,17 +105,19 @@ def _check(
         raise UserError("on several nodes, give one --layout per run; ranks end with the run")
 
 
-def _run(
+def _measured(
     found: FoundModel,
     options: EngineOptions,
     loads: "list[Load]",
     layouts: list[Layout],
-    seed: int,
+    asked: LoadOptions,
+    command: str,
 ) -> "Results":
     """All loads on each layout in turn."""
     from expertlane.compare.machine import machine_record
     from expertlane.compare.serving_benchmark import run_loads
     from expertlane.ops.host import ForeignLoad
+    from expertlane.results.cost import with_costs
     from expertlane.results.record import DeploymentRecord
     from expertlane.results.results import Results
 
@@ -115,24 +128,19 @@ def _run(
             seen = llm.machine
             foreign = ForeignLoad()
             with output.progress_on_stderr() as progress:
-                serving = tuple(run_loads(llm, layout, loads, seed, progress))
+                serving = tuple(run_loads(llm, layout, loads, asked.seed, progress, asked.slos))
             foreign_cpu_share = max(foreign_cpu_share, foreign.share())
         records.append(
             DeploymentRecord(str(layout), layout, options.options, "measured", serving=serving)
         )
     num_ranks = max(layout.world_size for layout in layouts)
     ranks_per_node = options.ranks_per_node or seen[0].ranks_per_node
-    first = loads[0]
-    return Results.now(
+    results = Results.now(
         "bench",
-        output.command_line(),
+        command,
         {
             "model": found.name,
-            "workload": {
-                "prompt_len": str(first.prompt_len),
-                "output_len": str(first.output_len),
-                "seed": seed,
-            },
+            "workload": asked.question(loads[0]),
             "ranks_per_node": options.ranks_per_node,
         },
         records,
@@ -140,3 +148,4 @@ def _run(
         machine=machine_record(seen, num_ranks, ranks_per_node),
         foreign_cpu_share=foreign_cpu_share,
     )
+    return results if asked.price is None else with_costs(results, asked.price)

@@ -1,7 +1,8 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -20,6 +21,7 @@ from expertlane.cli.options import (
     dtype_option,
     parse_list,
     takes_groups,
+    trace_option,
 )
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
@@ -51,7 +53,7 @@ class _Options:
         help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
         "a preset, whose weights are random.",
     )
-    top_k: str | None = typer.Option(
+    experts_per_token: str | None = typer.Option(
         None,
         metavar="K[,K…]",
         help="Experts per token in place of the model's; with several, one comparison each, one "
@@ -63,13 +65,7 @@ class _Options:
         help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
-    trace: bool = typer.Option(
-        False,
-        "--trace",
-        help="Also write trace-NAME.json of each deployment, and trace-NAME-virtual.json: what "
-        "every rank did, in one prefill and one decode step, for ui.perfetto.dev or "
-        "chrome://tracing.",
-    )
+    trace: bool = trace_option()
     dtype: Dtype | None = dtype_option("the machine's choice")
 
 
@@ -156,15 +152,14 @@ class _Comparison:
     """What to run, and what stands beside it.
 
     Attributes:
-        folder: of its results.
+        folder: of its results, if they are to be written.
         projection: if asked for.
-        is_published: whether it was measured.
     """
 
     experiment: "Experiment"
-    folder: Path
+    folder: Path | None
     projection: "Results | None" = None
-    is_published: bool = False
+    is_measured: bool = False
 
 
 @takes_groups
@@ -196,7 +191,7 @@ def compare(
     Examples:
       expertlane compare
           the paper's deployments on a small model, 16 local ranks
-      expertlane compare --top-k 2,1
+      expertlane compare --experts-per-token 2,1
           the same twice: two experts per token, then one
       expertlane compare mine.toml --model ./my-checkpoint
           your experiment's deployments and workload on a checkpoint
@@ -213,7 +208,24 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    comparisons = _comparisons(experiment, own, output_options.out)
+    found = run(experiment, own, time, launch, projection, output_options.call())
+    with closing(found):  # its ranks end, whatever printing comes to
+        for each in found:
+            output.publish(each, output_options)
+
+
+def run(
+    experiment: str,
+    own: _Options,
+    time: _Time,
+    launch: LaunchOptions,
+    projection: _Projection,
+    call: output.Call,
+) -> Generator[output.Found]:
+    """Compare, without a word on standard output: one comparison after the other."""
+    comparisons = _comparisons(experiment, own, call)
+    if own.trace and comparisons[0].folder is None:
+        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
@@ -225,12 +237,10 @@ def compare(
     projectors = []
     if projection.project:
         projectors = [_projector(each.experiment, projection, dtype) for each in comparisons]
-    for each in comparisons:
-        output.check_folder(each.folder)
     if output.is_first_process():
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
-                each.projection = projector.run(progress, output.command_line())
+                each.projection = projector.run(progress, call.command)
     reason = None
     if projection.project:  # what can't be run here may be known before any rank is started
         shortages = (memory_shortage(each.experiment, dtype) for each in comparisons)
@@ -238,17 +248,16 @@ def compare(
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            _measure(comparisons, own, output_options, virtual, launch, dtype)
+            yield from _measure(comparisons, own, call.command, virtual, launch, dtype)
             return
         except CapacityError as error:
-            if not projection.project or comparisons[0].is_published:
+            if not projection.project or comparisons[0].is_measured:
                 raise
             reason = str(error)
     for each in comparisons:
         assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
-        results = replace(each.projection, not_measured=reason)
-        output.publish(results, each.folder, output_options)
+        yield output.Found(replace(each.projection, not_measured=reason), each.folder)
 
 
 def _projector(
@@ -270,11 +279,11 @@ def _projector(
 def _measure(
     comparisons: list[_Comparison],
     own: _Options,
-    output_options: OutputOptions,
+    command: str,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
     dtype: str | None,
-) -> None:
+) -> Iterator[output.Found]:
     """Run all on the same ranks.
 
     Raises:
@@ -283,6 +292,7 @@ def _measure(
     from expertlane.compare.machine import check_memory
     from expertlane.compare.run import run_comparison
     from expertlane.engine.launch import start_pool
+    from expertlane.results.chrome_trace import write_traces
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
@@ -302,7 +312,7 @@ def _measure(
                     each.experiment,
                     pool,
                     progress,
-                    command=output.command_line(),
+                    command=command,
                     virtual=virtual,
                     on_trace=on_trace,
                 )
@@ -310,20 +320,10 @@ def _measure(
                 results = results.beside(each.projection)
             if own.traffic:
                 results = results.with_traffic()
-            each.is_published = True
-            output.publish(
-                results,
-                each.folder,
-                output_options,
-                also=partial(_write_traces, traces, each.folder),
-            )
-
-
-def _write_traces(traces: "Mapping[str, Sequence[StepRecord]]", folder: Path) -> list[Path]:
-    from expertlane.results.chrome_trace import trace_names, write_trace
-
-    names = trace_names(traces)
-    return [write_trace(folder / names[each], steps) for each, steps in traces.items()]
+            each.is_measured = True
+            folder = each.folder
+            also = tuple if folder is None else partial(write_traces, traces, folder)
+            yield output.Found(results, folder, also)
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:
@@ -348,7 +348,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
         each.experiment = replace(each.experiment, model=model)
 
 
-def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Comparison]:
+def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Comparison]:
     """The comparisons to run, all checked before the first one runs."""
     from expertlane.spec.experiment import find_experiment, read_experiment
 
@@ -362,19 +362,19 @@ def _comparisons(argument: str, own: _Options, out: Path | None) -> list[_Compar
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
-    if own.top_k is None:
-        return [_Comparison(experiment, out or Path("results", experiment.name))]
-    top_ks = parse_list("--top-k", "num_experts_per_tok", own.top_k, "2,1")
+    if own.experts_per_token is None:
+        return [_Comparison(experiment, call.folder(experiment.name))]
+    given = own.experts_per_token
+    top_ks = parse_list("--experts-per-token", "num_experts_per_tok", given, "2,1")
     if len(set(top_ks)) < len(top_ks):
-        raise UserError(f"--top-k is {shown(own.top_k)}; a number is given twice")
+        raise UserError(f"--experts-per-token is {shown(given)}; a number is given twice")
     comparisons = []
     for k in top_ks:
-        with naming(f"--top-k {k}"):
+        with naming(f"--experts-per-token {k}"):
             model = experiment.model.with_overrides(num_experts_per_tok=k)
-        if out is None:
-            folder = Path("results", f"{experiment.name}-top{k}")
-        else:
-            folder = out / f"top{k}" if len(top_ks) > 1 else out
+        part = f"top{k}" if len(top_ks) > 1 else ""
+        own_call = call if call.out is None else replace(call, out=call.out / part)
+        folder = own_call.folder(f"{experiment.name}-top{k}")
         comparisons.append(_Comparison(replace(experiment, model=model), folder))
     return comparisons
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
+from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -23,9 +24,6 @@ from expertlane.spec.deployment import (
     PlacementMethod,
 )
 from expertlane.spec.ranges import RANGES, shown, take
-
-if TYPE_CHECKING:
-    from expertlane.spec.workload import LengthRange, Load
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 NumberType = Literal["float32", "float16", "bfloat16", "float8"]
@@ -70,6 +68,10 @@ class OutputOptions:
         ]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
+
+    def call(self) -> Call:
+        """This command line."""
+        return Call(command_line(), self.out, always_writes=True)
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -120,6 +122,17 @@ def timeout_option() -> Any:
     """How long to wait for ranks."""
     return typer.Option(
         60.0, metavar="SECONDS", help="Longest wait for a rank that makes no progress."
+    )
+
+
+def trace_option() -> Any:
+    """Chrome traces beside the results."""
+    return typer.Option(
+        False,
+        "--trace",
+        help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
+        "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
+        "too.",
     )
 
 
@@ -190,7 +203,6 @@ class DeploymentOptions:
     )
     num_redundant_experts: int = typer.Option(
         0,
-        "--redundant",
         metavar="N",
         help="Redundant experts per MoE layer, to share load.",
     )
@@ -207,7 +219,8 @@ class DeploymentOptions:
         num_redundant = self.num_redundant_experts
         if num_redundant and not is_method:
             raise UserError(
-                f"--redundant is {num_redundant}, but {self.placement} says which copies there are"
+                f"--num-redundant-experts is {num_redundant}, but {self.placement} says which "
+                "copies there are"
             )
         where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
         options = Options(
@@ -256,7 +269,6 @@ class EngineOptions:
     deployment: DeploymentOptions
     rebalance_steps: int = typer.Option(
         0,
-        "--rebalance",
         metavar="STEPS",
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
@@ -309,86 +321,6 @@ class ProjectionOptions:
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
-
-
-def batch_option(help: str, metavar: str) -> Any:
-    """`--batch`, the size of a closed loop."""
-    return typer.Option(None, metavar=metavar, help=f"Closed loop: concurrency N{help}")
-
-
-def rate_option(metavar: str) -> Any:
-    """`--rate`, the arrival rate of an open loop."""
-    return typer.Option(
-        None,
-        metavar=metavar,
-        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
-    )
-
-
-def length_option(default: str, of: str) -> Any:
-    """How long a prompt or an output is."""
-    return typer.Option(
-        default, metavar="N[:N]", help=f"Tokens per {of}; N:N: uniform in that range."
-    )
-
-
-_DEFAULT_BATCH = "1,8,32"
-_DEFAULT_SIZE = 100  # of an open loop
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """What is put on an engine."""
-
-    batch: str | None = batch_option(
-        f"; several are measured in turn. Default: {_DEFAULT_BATCH}.", "N[,N…]"
-    )
-    rate: str | None = rate_option("R[,R…]")
-    num_requests: int | None = typer.Option(
-        None,
-        metavar="N",
-        help=f"Requests per batch size or rate. Default: the batch; with --rate {_DEFAULT_SIZE}.",
-    )
-    prompt_len: str = length_option("32", "prompt")
-    output_len: str = length_option("32", "output")
-    seed: int = typer.Option(0, metavar="N", help="Seed for prompts, lengths and arrivals.")
-
-    def loads(self, default_batch: str = _DEFAULT_BATCH) -> "list[Load]":
-        """What to measure, one load for each batch size or rate.
-
-        Raises:
-            UserError: it is not clear what.
-        """
-        from expertlane.spec.workload import Load
-
-        lengths = _length("prompt", self.prompt_len), _length("output", self.output_len)
-        if self.batch is not None and self.rate is not None:
-            raise UserError("--batch and --rate exclude each other; run one, then the other")
-        num_requests = self.num_requests
-        if self.rate is not None:
-            rates = parse_list("--rate", "rate", self.rate, "2,5")
-            return [Load(num_requests or _DEFAULT_SIZE, *lengths, rate=each) for each in rates]
-        batches = parse_list("--batch", "batch", self.batch or default_batch, "1,8,32")
-        if num_requests is not None and num_requests < max(batches):
-            raise UserError(
-                f"--num-requests is {num_requests} but --batch has {max(batches)}; it must be as "
-                "many or more"
-            )
-        return [Load(num_requests or each, *lengths, batch=each) for each in batches]
-
-
-def _length(name: str, text: str) -> "LengthRange":
-    from expertlane.spec.workload import LengthRange
-
-    allowed = RANGES[f"{name}_len"]
-    ends = [allowed.parse(part) for part in text.split(":")]
-    low, high = ends[0], ends[-1]
-    if low is None or high is None or len(ends) > 2 or low > high:
-        raise UserError(
-            f"--{name}-len is {shown(text)}; it must be {allowed}, or two, the lower one first: "
-            "32:512"
-        )
-    return LengthRange(int(low), int(high))
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -196,34 +196,60 @@ def slug(*names: object) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(map(str, names)))
 
 
-def results_folder(out: Path | None, name: str) -> Path:
-    """Where results go: `out` if given, else `results/NAME`.
+@dataclass(frozen=True)
+class Call:
+    """Who asked: a command line, or Python.
 
-    Raises:
-        UserError: nothing can be written there.
+    Attributes:
+        command: how a user repeats it; kept in the results.
+        out: folder for results, if one was asked for.
+        always_writes: results go to `results/NAME` where no folder was asked for.
     """
-    folder = out or Path("results", name)
-    check_folder(folder)
-    return folder
+
+    command: str
+    out: Path | None = None
+    always_writes: bool = False
+
+    def folder(self, name: str) -> Path | None:
+        """Where results go; None: nowhere.
+
+        Raises:
+            UserError: nothing can be written there.
+        """
+        folder = self.out
+        if folder is None and self.always_writes:
+            folder = Path("results", name)
+        if folder is not None:
+            check_folder(folder)
+        return folder
 
 
-def publish(
-    results: "Results",
-    folder: Path,
-    options: "OutputOptions",
-    *,
-    also: Callable[[], Sequence[Path]] = tuple,
-) -> None:
+@dataclass(frozen=True)
+class Found:
+    """What a command found, before it is shown.
+
+    Attributes:
+        folder: where it is to be written; None: nowhere.
+        also: writes files of the command's own, after the results.
+    """
+
+    results: "Results"
+    folder: Path | None
+    also: Callable[[], Sequence[Path]] = tuple
+
+
+def publish(found: Found, options: "OutputOptions") -> None:
     """Print results, write them and their reports, and say on stderr what was written.
 
     Args:
         options: how much is printed, and in which form.
-        also: writes files of the command's own, after the results.
     """
     from expertlane.report import terminal
     from expertlane.report.sections import report_of
     from expertlane.results.file import to_json, write
 
+    results, folder = found.results, found.folder
+    assert folder is not None, "a command always writes"
     written = [write(results, folder)]  # first: what was found is kept whatever comes
     report = report_of(results)
     try:
@@ -238,7 +264,7 @@ def publish(
                 else:
                     terminal.show_answer(report, console, folder / "report.html")
     finally:  # also where standard output takes nothing
-        written += [*write_reports(report, folder), *also()]
+        written += [*write_reports(report, folder), *found.also()]
     print_message(f"written: {', '.join(map(str, written))}")
 
 

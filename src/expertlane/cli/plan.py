@@ -2,26 +2,22 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.load import PlannedLoad
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.options import OutputOptions, ProjectionOptions, cluster_option, takes_groups
-from expertlane.errors import UserError
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
-from expertlane.spec.ranges import parse_sizes, shown
 
 if TYPE_CHECKING:
     from expertlane.plan.commands import ServeTarget
-    from expertlane.spec.model import ModelConfig
-    from expertlane.spec.workload import Workload
 
 _EXPERIMENT = "experiment.toml"
-_DEFAULT_WORKLOAD = {"num_sequences": 256, "prompt_len": 1024, "output_len": 256}
-DEFAULT_WORKLOAD = ",".join(f"{key}={number}" for key, number in _DEFAULT_WORKLOAD.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +27,16 @@ class _Options:
         "paper-tiny, paper-small, paper."
     )
     cluster: str = cluster_option("h100x16")
-    workload: str = typer.Option(
-        DEFAULT_WORKLOAD,
-        metavar="KEY=N,…",
-        help="num_sequences: concurrency; prompt_len, output_len: tokens of each request.",
-    )
-    max_tpot_ms: float | None = typer.Option(None, metavar="MS", help="Limit on mean TPOT.")
-    max_ttft_ms: float | None = typer.Option(
-        None, metavar="MS", help="Limit on mean TTFT, queueing included."
-    )
 
 
 @takes_groups
-def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOptions) -> None:
-    """Find the deployment with the most tokens/s on a cluster, within latency limits.
+def plan(
+    own: _Options,
+    output_options: OutputOptions,
+    load: PlannedLoad,
+    projection: ProjectionOptions,
+) -> None:
+    """Find the deployment that has the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
     aggregated and disaggregated (prefill and decode apart); projects each with a cost model
@@ -56,9 +48,9 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
     Examples:
       expertlane plan paper
           the paper's model on its cluster, 16 H100
-      expertlane plan ./my-checkpoint --cluster h100x32 --max-tpot-ms 50 \\
-          --workload num_sequences=1024,prompt_len=2000,output_len=500
-          the most tokens/s with a TPOT of at most 50 ms
+      expertlane plan ./my-checkpoint --cluster h100x32 --slo tpot.mean=50ms \\
+          --batch 1024 --prompt-len 2000 --output-len 500
+          the most tokens/s with a mean TPOT of at most 50 ms
       expertlane plan org/model --dtype float8 --routing-trace trace.npz
           with the routing of your own traffic
       expertlane plan mine --cluster machine.tomlx2
@@ -66,38 +58,53 @@ def plan(own: _Options, output_options: OutputOptions, projection: ProjectionOpt
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
+    output.publish(run(own, load, projection, output_options.call()), output_options)
+
+
+def run(
+    own: _Options, load: PlannedLoad, projection: ProjectionOptions, call: output.Call
+) -> output.Found:
+    """Plan, without a word on standard output."""
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
+    from expertlane.results.cost import with_costs
 
     found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
-    limits_s = (each and each / 1e3 for each in (own.max_tpot_ms, own.max_ttft_ms))
-    workload = _workload(own.workload, found.config)
+    workload, goals = load.workload(), Goals(**load.limits_s())
+    workload.check_model(found.config)
     routing = choose_routing(
-        found.config, projection.routing_trace, projection.skew, num_sampled_layers=2
+        found.config, projection.routing_trace, projection.skew, load.seed, num_sampled_layers=2
     )
     types = found.number_types(projection, devices)
     payload: PayloadType = "float8" if types.weights == "float8" else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
     name = output.slug("plan", found.config.name, devices)
-    folder = output.results_folder(output_options.out, name)
+    folder = call.folder(name)
+    experiment = None if folder is None else folder / _EXPERIMENT
     cautions = tuple(filter(None, [found.priced_wider(types)]))
-    request = PlanRequest(found.config, devices, workload, Goals(*limits_s), setting)
+    request = PlanRequest(found.config, devices, workload, goals, setting)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
-        command=output.command_line(),
+        command=call.command,
         loaded=_served(found),
-        experiment=str(folder / _EXPERIMENT),
+        experiment=None if experiment is None else str(experiment),
     )
+    if load.price is not None:
+        results = with_costs(results, load.price)
     checkpoint = os.path.abspath(found.folder) if found.folder else None
-    text = plan.experiment(name, checkpoint, f"Written by: {results.command}")
-    output.publish(
-        results, folder, output_options, also=lambda: [write_text(folder / _EXPERIMENT, text)]
-    )
+
+    def write_experiment() -> list[Path]:
+        if experiment is None:
+            return []
+        written_by = f"Written by: {results.command}"
+        return [write_text(experiment, plan.experiment(name, checkpoint, written_by))]
+
+    return output.Found(results, folder, write_experiment)
 
 
 def _served(found: FoundModel) -> "ServeTarget":
@@ -109,15 +116,3 @@ def _served(found: FoundModel) -> "ServeTarget":
     is_local = os.path.isdir(os.path.expanduser(found.name))
     model = os.path.abspath(found.folder) if is_local else found.name
     return ServeTarget(model, found.quantization)
-
-
-def _workload(text: str, model: "ModelConfig") -> "Workload":
-    """Read `num_sequences=256,prompt_len=1024,output_len=256`; what is left out is the default."""
-    from expertlane.spec.workload import Workload
-
-    given = parse_sizes("--workload", "unknown key", text, tuple(_DEFAULT_WORKLOAD))
-    if not given:
-        raise UserError(f"--workload is {shown(text)}; an example: {DEFAULT_WORKLOAD}")
-    workload = Workload(**(_DEFAULT_WORKLOAD | given))
-    workload.check_model(model)
-    return workload

@@ -7,28 +7,23 @@ from typing import TYPE_CHECKING
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
     DeploymentOptions,
-    LoadOptions,
     ModelArgument,
     OutputOptions,
     ProjectionOptions,
     SchedulerOptions,
-    batch_option,
     cluster_option,
-    length_option,
-    rate_option,
     takes_groups,
+    trace_option,
 )
 from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
     from expertlane.cost.multi_token import MultiToken
     from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.spec.workload import Load
-
-_DEFAULT_BATCH = "64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +42,7 @@ class _Options:
     mtp_acceptance: float | None = typer.Option(
         None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
     )
-    trace: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        help="Also write a Chrome trace of one prefill and one decode step; open it "
-        "in ui.perfetto.dev or chrome://tracing.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Load(LoadOptions):
-    batch: str | None = batch_option(f". Default: {_DEFAULT_BATCH}.", "N")
-    rate: str | None = rate_option("R")
-    prompt_len: str = length_option("1024", "prompt")
-    output_len: str = length_option("128", "output")
+    trace: bool = trace_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +62,7 @@ def simulate(
     model: ModelArgument,
     own: _Options,
     output_options: OutputOptions,
-    load_options: _Load,
+    load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
     scheduler: SchedulerOptions,
@@ -96,23 +78,39 @@ def simulate(
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
       expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 --dtype float8 --batch 256
       expertlane simulate ./my-checkpoint --layout dp=16,ep=16 --cluster h100x16 --rate 20
-          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --redundant 16
+          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --num-redundant-experts 16
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
-          --cluster h100x16 --trace step.json
+          --cluster h100x16 --trace
     """
-    load = _one_load(load_options)
+    call = output_options.call()
+    found = run(model, own, load_options, projection, deployment, scheduler, call)
+    output.publish(found, output_options)
+
+
+def run(
+    model: ModelArgument,
+    own: _Options,
+    load_options: SimulatedLoad,
+    projection: ProjectionOptions,
+    deployment: _Deployment,
+    scheduler: SchedulerOptions,
+    call: output.Call,
+) -> output.Found:
+    """Simulate, without a word on standard output."""
+    loads = load_options.loads()
     multi_token = _multi_token(own.mtp, own.mtp_acceptance)
     found_model = find_model(model, weights=False)
 
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.chrome_trace import write_trace
-    from expertlane.simulate.results import simulation
+    from expertlane.results.chrome_trace import write_traces
+    from expertlane.results.cost import with_costs
+    from expertlane.simulate.results import best_run, simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
     from expertlane.spec.workload import check_lengths
 
-    config, trace, seed = found_model.config, own.trace, load_options.seed
+    config, seed = found_model.config, load_options.seed
     modelled = parse_cluster(own.cluster)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     setup = ServingSetup(
@@ -127,41 +125,35 @@ def simulate(
         multi_token=multi_token,
         **vars(scheduler),
     )
-    check_lengths(load, config.max_position_embeddings)
+    for load in loads:
+        check_lengths(load, config.max_position_embeddings)
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
     found_model.check(setup.layout, setup.options, per_node)
     if setup.prefill_layout is not None:
         with naming("--prefill-layout"):
             found_model.check(setup.prefill_layout, setup.options, per_node)
-    if trace is not None:
-        output.check_file("--trace", trace, "step.json")
-    folder = output.results_folder(
-        output_options.out, output.slug("simulate", config.name, own.cluster)
-    )
-    simulator = Simulator(config, modelled, setup, load)
-    outcome = _run(simulator, load, seed)
+    folder = call.folder(output.slug("simulate", config.name, own.cluster))
+    simulators = [Simulator(config, modelled, setup, load) for load in loads]
+    runs = [(each, _run(each, seed, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(
-        simulator,
-        outcome,
+        runs,
+        load_options.question(loads[0]),
         routing,
-        seed,
-        command=output.command_line(),
+        load_options.slos,
+        command=call.command,
         caution=found_model.priced_wider(setup.types),
     )
+    if load_options.price is not None:
+        results = with_costs(results, load_options.price)
 
     def write_steps() -> list[Path]:
-        return [] if trace is None else [write_trace(trace, simulator.trace(outcome))]
+        if folder is None or not own.trace:
+            return []
+        simulator, outcome = best_run(runs, results.deployments[0].serving)
+        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
-    output.publish(results, folder, output_options, also=write_steps)
-
-
-def _one_load(options: _Load) -> "Load":
-    loads = options.loads(_DEFAULT_BATCH)
-    if len(loads) > 1:
-        given = f"--batch {options.batch}" if options.rate is None else f"--rate {options.rate}"
-        raise UserError(f"{given} is {len(loads)} loads; simulate takes one per run")
-    return loads[0]
+    return output.Found(results, folder, write_steps)
 
 
 def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
@@ -177,10 +169,10 @@ def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
         return MultiToken(num_drafts, acceptance or 0.0)
 
 
-def _run(simulator: "Simulator", load: "Load", seed: int) -> "Outcome":
-
-    num_runs = simulator.num_runs
+def _run(simulator: "Simulator", seed: int, *, is_alone: bool) -> "Outcome":
+    num_runs, load = simulator.num_runs, simulator.load
     times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
-    description = f"simulating {load.num_requests:,} requests{times}"
+    name = "" if is_alone else f"{load}: "
+    description = f"{name}simulating {load.num_requests:,} requests{times}"
     with output.task_on_stderr(description, num_runs * load.num_requests) as advance:
         return simulator.run(seed, advance)

@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from expertlane.engine.engine import Engine
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
-from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.record import ServingRecord
 from expertlane.schedule.request import RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.slo import SLO
 from expertlane.spec.workload import (
     LengthRange,
     Load,
@@ -88,7 +87,7 @@ def serve(
     return served
 
 
-def measure(load: Load, served: Sequence[TimedOutput]) -> ServingRecord:
+def measure(load: Load, served: Sequence[TimedOutput], slos: Sequence[SLO] = ()) -> ServingRecord:
     """The numbers of a load that has been served, each request with one token or more."""
     outputs = [each.output for each in served]
     record = serving_record(
@@ -100,7 +99,8 @@ def measure(load: Load, served: Sequence[TimedOutput]) -> ServingRecord:
                 each.output.token_times_s,
             )
             for each in served
-        ]
+        ],
+        slos,
     )
     prefill_tps = None
     if load.batch is not None and load.batch >= load.num_requests:
@@ -108,19 +108,22 @@ def measure(load: Load, served: Sequence[TimedOutput]) -> ServingRecord:
         started_s = min(each.due_s for each in served)
         num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         prefill_tps = Estimate(num_prompt_tokens / (prefilled_s - started_s))
-    gaps_s = [gap for output in outputs for gap in np.diff(output.token_times_s).tolist()]
     return replace(
         record,
         batch=load.batch,
         rate=load.rate,
         num_preemptions=sum(output.num_preemptions for output in outputs),
-        itl_s=Summary.of(gaps_s),
         prefill_tps=prefill_tps,
     )
 
 
 def run_loads(
-    llm: LLM, layout: Layout, loads: Sequence[Load], seed: int, progress: Progress
+    llm: LLM,
+    layout: Layout,
+    loads: Sequence[Load],
+    seed: int,
+    progress: Progress,
+    slos: Sequence[SLO] = (),
 ) -> Iterator[ServingRecord]:
     """Warm up and measure one load after the other; each has prompts of its own.
 
@@ -134,9 +137,11 @@ def run_loads(
         progress.task(f"{layout}, {load}", load.num_requests)
         serve(llm.engine, draw_requests(_warm_up(load), llm.model.vocab_size, [seed, index, 1]))
         requests = draw_requests(load, llm.model.vocab_size, [seed, index, 0])
+        num_cached = llm.engine.num_cached_tokens
         served = serve(llm.engine, requests, load.batch, on_finished=progress.advance)
         progress.done()
-        yield measure(load, served)
+        num_cached = llm.engine.num_cached_tokens - num_cached
+        yield replace(measure(load, served, slos), num_cached_tokens=num_cached)
 
 
 def _warm_up(load: Load) -> Load:

@@ -138,15 +138,10 @@ class Entry(NamedTuple):
 
 
 class Compiler:
-    """Makes entries of blocks, once for each block, and keeps them as long as the block is.
+    """Makes entries of blocks, once for each block, and keeps them as long as the block is."""
 
-    Args:
-        only_likely: all of the clock's times hide transfers as well as is likely.
-    """
-
-    def __init__(self, terms: Terms, *, only_likely: bool = False) -> None:
+    def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self._only_likely = only_likely
         self._blocks: WeakKeyDictionary[Block, list[Entry]] = WeakKeyDictionary()
         self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
@@ -195,8 +190,8 @@ class Compiler:
 
     def _contention(self, share: float) -> tuple[Floats, Floats]:
         if share not in self._contentions:
-            shares = [share] * len(BOUNDS) if self._only_likely else [0.0, share, 1.0]
-            self._contentions[share] = _contention(shares)
+            lost = dict(zip(BOUNDS, (0.0, share, 1.0), strict=True))
+            self._contentions[share] = _contention([lost[each] for each in self._terms.hiding])
         return self._contentions[share]
 
 

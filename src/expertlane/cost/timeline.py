@@ -93,16 +93,13 @@ class Timeline:
     Args:
         num_stages: pipeline stages.
         num_ranks: of each of them.
-        only_likely: as a `Compiler` takes it.
     """
 
-    def __init__(
-        self, terms: Terms, num_stages: int, num_ranks: int, *, only_likely: bool = False
-    ) -> None:
+    def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:
         self._terms = terms
-        self._compiler = Compiler(terms, only_likely=only_likely)
+        self._compiler = Compiler(terms)
         self._num_ranks = num_ranks
-        self._stages = [Clocks.zero(len(BOUNDS), num_ranks) for _ in range(num_stages)]
+        self._stages = [Clocks.zero(terms.num_clocks, num_ranks) for _ in range(num_stages)]
 
     def run(
         self,
@@ -120,7 +117,9 @@ class Timeline:
                 all of them are in the logs.
         """
         compiler = self._compiler
-        plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (len(BOUNDS),))[:, None]
+        plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (self._terms.num_clocks,))[
+            :, None
+        ]
         spans: list[list[Span]] = []
         idle_s = []
         for clocks, of_stage in zip(self._stages, work, strict=True):

@@ -198,7 +198,7 @@ class VirtualClock:
     def _chain(self, steps: Sequence[StepRecord], replayed: dict[int, Replayed]) -> None:
         """Replay the steps of a replica in one run."""
         layout, terms = self.layout, self._terms
-        timeline = Timeline(terms, layout.pp, layout.stage_size, only_likely=True)
+        timeline = Timeline(terms, layout.pp, layout.stage_size)
         ordered = sorted(steps, key=lambda step: step.submitted_s)
         ends: list[tuple[float, Floats]] = []  # measured and virtual, of the steps so far
         plan_s = np.zeros(len(BOUNDS))  # when the plan of the step before was sent

@@ -71,6 +71,11 @@ class Engine(Generic[HandleT]):
         self._seeds = SystemRandom()
 
     @property
+    def num_cached_tokens(self) -> int:
+        """As the scheduler has it."""
+        return self._scheduler.num_cached_tokens
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether `step` has more to give."""
         return bool(self._live or self._ended)

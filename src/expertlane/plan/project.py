@@ -11,7 +11,9 @@ import numpy as np
 
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
+from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
 from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
+from expertlane.cost.laws.judged import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
@@ -105,15 +107,28 @@ class Projector:
 
     def step(self, size: StepSize) -> StepsRecord:
         """One step; of rotating micro-batches, a round."""
-        steps = (self._step(size, mode) for mode in self._modes)
+        steps = (self._step(*self._priced(size, mode), size) for mode in self._modes)
         return min(steps, key=lambda step: step.round_s.value)
 
-    def _step(self, size: StepSize, mode: DispatchMode) -> StepsRecord:
+    def step_by_error(self, size: StepSize) -> tuple[StepsRecord, ErrorSeconds]:
+        """One step of a deployment with a single mode, and its seconds under each law's error."""
+        (mode,) = self._modes
         programs, works = self._priced(size, mode)
-        seconds, breakdown = self._run(works)
+        clocks = ClocksByLaw.of(works, self._terms, self._setting.types)
+        run = self._run(clocks.work(works), clocks.terms(self._terms))
+        return self._step(programs, works, size, run), clocks.seconds(run[0])
+
+    def _step(
+        self,
+        programs: Sequence[StepProgram],
+        works: Sequence[list[list[StageWork]]],
+        size: StepSize,
+        run: tuple[Floats, Breakdown] | None = None,
+    ) -> StepsRecord:
+        seconds, breakdown = run or self._run(works, self._terms)
         num_tokens = size.num_seqs * size.num_new
         by_basis, extrapolated = basis_shares(works)
-        wall_s = Estimate.between(seconds)
+        wall_s = Estimate.between(seconds[: len(BOUNDS)])
         return StepsRecord(
             phase=size.phase,
             context=size.num_cached,
@@ -139,11 +154,15 @@ class Projector:
         """What every rank of a replica does when in such a step, or round."""
         layout, (mode, *others) = self._layout, self._modes
         if others:
-            mode = min(self._modes, key=lambda each: self._step(size, each).round_s.value)
+            mode = min(
+                self._modes,
+                key=lambda each: self._step(*self._priced(size, each), size).round_s.value,
+            )
         _, works = self._priced(size, mode)
         timeline = Timeline(self._terms, layout.pp, layout.stage_size)
         events: list[tuple[int, int, RankEvents]] = []
-        for times, place in self._rounds(works, timeline, may_skip=False)[-len(works) :]:
+        ran = self._rounds(works, timeline, self._terms, may_skip=False)
+        for times, place in ran[-len(works) :]:
             events += [
                 (pp_rank * layout.stage_size + of_stage, place, of_rank)
                 for (pp_rank, of_stage), of_rank in rank_events(times).items()
@@ -194,22 +213,29 @@ class Projector:
             if any(half)
         ]
 
-    def _run(self, works: Sequence[list[list[StageWork]]]) -> tuple[Floats, Breakdown]:
-        """[3]; seconds of a round in the steady state, and where they go."""
-        timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
+    def _run(
+        self, works: Sequence[list[list[StageWork]]], terms: Terms
+    ) -> tuple[Floats, Breakdown]:
+        """[B]; seconds of a round in the steady state, and where the likely ones go."""
+        timeline = Timeline(terms, self._layout.pp, self._layout.stage_size)
         table = BreakdownTable(self._device, self._setting.types)
-        ran = self._rounds(works, timeline)
+        ran = self._rounds(works, timeline, terms)
         for times, _ in ran:
             table.add(times)
         before, after = (ran[place][0].end_s for place in (-1 - len(works), -1))
         return after - before, table.result()
 
     def _rounds(
-        self, works: Sequence[list[list[StageWork]]], timeline: Timeline, *, may_skip: bool = True
+        self,
+        works: Sequence[list[list[StageWork]]],
+        timeline: Timeline,
+        terms: Terms,
+        *,
+        may_skip: bool = True,
     ) -> list[tuple[StepTimes, int]]:
         """Steps up to the steady state, each with its group; the last round is in it."""
-        driver_s = self._terms.step_s(self._layout.replica_size)
-        ends: Floats = np.zeros((len(works), len(BOUNDS)))  # of each group's last step
+        driver_s = terms.step_s(self._layout.replica_size)
+        ends: Floats = np.zeros((len(works), terms.num_clocks))  # of each group's last step
         ran = []
         for _ in range(_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
@@ -235,4 +261,5 @@ def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
         memory_bytes=device.memory_bytes,
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
+        judged=judged(cluster.profile),
     )

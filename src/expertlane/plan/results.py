@@ -1,20 +1,22 @@
-"""A whole plan: search, say why one deployment serves less than another, and make records."""
+"""A whole plan: search, rank what was found, and make records."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY, Execution
+from expertlane.cost.laws.execution import Execution
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.candidates import PlanRequest
+from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands, sizes_of
+from expertlane.plan.explanation import best_of_families, gap_to, of_other_families, pareto
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
+from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
@@ -30,86 +32,6 @@ from expertlane.results.record import (
     ServingRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
-from expertlane.spec.layout import Layout
-from expertlane.spec.names import ProjectedCause
-from expertlane.spec.workload import Workload
-
-
-def family_of(layout: Layout) -> str:
-    """The family in a few words; how attention is cut is left to the layout."""
-    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
-    if layout.pp > 1:
-        parts.append("pipeline")
-    if layout.replicas > 1:
-        parts.append("replicas")
-    return ", ".join(parts)
-
-
-def best_of_families(options: Sequence[ScreenedCandidate]) -> dict[str, ScreenedCandidate]:
-    """Each family's candidate with most tokens a second that keeps the limits; best first."""
-    best: dict[str, ScreenedCandidate] = {}
-    for option in sorted(options, key=lambda each: -each.tps):
-        if option.place is not None:
-            best.setdefault(family_of(option.candidate.layout), option)
-    return best
-
-
-def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate, int]]:
-    """Options and numbers of sequences such that none has both more TPS and a lower TPOT."""
-    points = [
-        (float(option.served.tpot_s[1, place]), float(option.served.tps[1, place]), option, place)
-        for option in options
-        for place in range(len(option.steps.num_seqs))
-    ]
-    front: list[tuple[ScreenedCandidate, int]] = []
-    most = 0.0
-    for _, tps, option, place in sorted(points, key=lambda point: (point[0], -point[1])):
-        if tps > most:
-            most = tps
-            front.append((option, place))
-    return front
-
-
-_CAUSES = [str(cause) for cause in ProjectedCause]
-_NAMED = 2  # causes
-_LEAST = 0.1  # of the difference, for a cause to be named
-
-
-def time_by_cause(option: ScreenedCandidate, workload: Workload) -> dict[str, float]:
-    """Seconds of the whole system for one output token, its part of prefill included."""
-    assert option.place is not None, "it meets the limits"
-    decode = option.decode_by_cause_s[:, option.place] / option.num_seqs
-    shares = option.prefill_by_cause_s / option.prefill_by_cause_s.sum()
-    per_token = workload.prompt_len / workload.output_len
-    prefill = per_token / float(option.steps.prefill_tps[LIKELY]) * shares
-    named = {f"{cause} in decode": float(s) for cause, s in zip(_CAUSES, decode, strict=True)}
-    named |= {f"{cause} in prefill": float(s) for cause, s in zip(_CAUSES, prefill, strict=True)}
-    return named
-
-
-def why_it_loses(winner: ScreenedCandidate, loser: ScreenedCandidate, workload: Workload) -> str:
-    """For example `µs per token: weight reads in decode +12; memory for 316 sequences`."""
-    if winner is loser:
-        return ""
-    mine, best = (time_by_cause(each, workload) for each in (loser, winner))
-    total, least = sum(mine.values()), sum(best.values())
-    more = {cause: mine[cause] - best[cause] for cause in mine}
-    growth = sum(value for value in more.values() if value > 0)
-    named = sorted(more, key=lambda cause: -more[cause])[:_NAMED]
-    parts = [
-        f"{cause} +{1e6 * more[cause]:.3g}"
-        for cause in named
-        if growth > 0 and more[cause] > _LEAST * growth
-    ]
-    if total <= least:
-        return "none by this estimate"
-    text = f"µs per token: {', '.join(parts)}" if parts else "slightly more of every cost"
-    most = np.minimum(workload.num_sequences, winner.steps.num_seqs.max())
-    room = int(loser.steps.num_seqs.max())
-    if room < most:
-        text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"
-    return text
-
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -124,6 +46,7 @@ class Plan:
         cautions: what a reader must know of the numbers, in sentences.
         search: of one pool.
         found: by it.
+        ranking: of what it found in full, and of the best of other families.
         pools: the best two pools, or why there are none.
         num_pool_candidates: deployments tried for two pools.
     """
@@ -133,13 +56,14 @@ class Plan:
     cautions: tuple[str, ...]
     search: Search
     found: OnePool
+    ranking: Ranking
     pools: TwoPools | NoPools
     num_pool_candidates: int
 
     @property
-    def winner(self) -> ScreenedCandidate:
-        """The best of one pool, as screened."""
-        return self.found.finalists[0].option
+    def best(self) -> Candidate:
+        """The one of one pool that is chosen."""
+        return self.ranking.chosen.finalist.candidate
 
     def results(self, *, command: str, loaded: ServeTarget, experiment: str | None) -> Results:
         """All that is shown.
@@ -148,7 +72,7 @@ class Plan:
             loaded: what other systems are to load.
             experiment: the path of the file with `experiment`.
         """
-        found, request, winner = self.found, self.request, self.winner.candidate
+        found, request, winner = self.found, self.request, self.best
         workload, types = request.workload, request.setting.types
         num_nodes = -(-winner.layout.replica_size // request.cluster.profile.ranks_per_node)
         commands = serve_commands(winner, loaded, types, workload.max_len + 1, num_nodes)
@@ -158,6 +82,9 @@ class Plan:
             num_too_large=found.num_too_large,
             num_over_limits=sum(option.place is None for option in found.options),
             num_pool_candidates=self.num_pool_candidates,
+            num_tied=self.ranking.num_tied,
+            tie_spread=self.ranking.spread,
+            tie_break=self.ranking.by,
             no_two_pools=None if isinstance(self.pools, TwoPools) else self.pools,
             commands=tuple(commands),
             experiment=experiment,
@@ -186,12 +113,9 @@ class Plan:
             checkpoint: the model's folder, if it has one.
             comment: a line that begins the file.
         """
-        winner = self.winner.candidate
-        plain = [
-            option.candidate
-            for option in best_of_families(self.found.options).values()
-            if option.candidate.layout.ep == 1 and option.candidate != winner
-        ]
+        winner = self.best
+        ranked = [each.finalist.candidate for each in self.ranking.contenders]
+        plain = [each for each in ranked if each.layout.ep == 1 and each != winner]
         compared = {"best without EP": plain[0]} if plain else {}
         compared["planned"] = winner
         return experiment_text(self.request, name, checkpoint, compared, comment)
@@ -200,9 +124,6 @@ class Plan:
     def _conditions(self) -> Conditions:
         setting, top_k = self.request.setting, self.request.model.num_experts_per_tok
         return conditions_of(top_k, setting.execution, self.routing.option, setting.types)
-
-    def _why(self, option: ScreenedCandidate) -> str:
-        return why_it_loses(self.winner, option, self.request.workload)
 
     def _in_full(
         self, finalist: Finalist, role: str, *, timelines: bool = False
@@ -215,25 +136,28 @@ class Plan:
         return replace(record, steps=tuple(steps))
 
     def _best(self) -> list[DeploymentRecord]:
-        """The finalists, the best first; the first few with their timelines."""
+        """The finalists in order; the first few with their timelines."""
         return [
-            replace(
-                self._in_full(each, BEST, timelines=place < _NUM_TIMELINES),
-                why=self._why(each.option) if place else "",
-            )
-            for place, each in enumerate(self.found.finalists[:_NUM_BEST])
+            self._ranked(self._in_full(each.finalist, BEST, timelines=place < _NUM_TIMELINES), each)
+            for place, each in enumerate(self.ranking.contenders[:_NUM_BEST])
         ]
 
     def _families(self) -> list[DeploymentRecord]:
-        """The best of each kind of deployment, as screened."""
+        """The best of each kind of deployment."""
         return [
             replace(
-                candidate_record(option, option.place or 0, FAMILY, self._conditions),
+                self._ranked(candidate_record(each.finalist, 0, FAMILY, self._conditions), each),
                 name=family,
-                why=self._why(option),
             )
-            for family, option in best_of_families(self.found.options).items()
+            for family, each in best_of_families(self.ranking).items()
         ]
+
+    def _ranked(self, record: DeploymentRecord, contender: Contender) -> DeploymentRecord:
+        best = self.ranking.chosen
+        if contender is best:
+            return record
+        why = gap_to(best, contender, self.request.workload)
+        return replace(record, why=why, over_best=contender.tps.over(best.tps))
 
     def _two(self) -> list[DeploymentRecord]:
         """The disaggregated best: both pools together, and each by itself."""
@@ -252,6 +176,9 @@ class Plan:
             roles=(TWO_POOLS,),
             conditions=self._conditions,
             serving=(replace(serving, transfer_s=Estimate.between(found.transfer_s)),),
+            over_best=pools_tps(
+                found.prefill, found.decode, found.transfer_s, self.request.workload
+            ).over(self.ranking.chosen.tps),
         )
         return [together, prefill, decode]
 
@@ -273,11 +200,14 @@ def make_plan(
     progress.done()
     progress.task("projecting the best in full", NUM_FINALISTS)
     found = search.in_full(screened, progress.advance)
+    others = of_other_families(found.finalists, found.options, request.goals, search.finish)
+    ranking = ranked([contender(each, request.workload) for each in [*found.finalists, *others]])
     progress.done()
     progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()
-    return Plan(request, routing, cautions, search, found, pools, of_pools.num_candidates)
+    num_of_pools = of_pools.num_candidates
+    return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools)
 
 
 def pareto_records(
@@ -334,7 +264,7 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         (
             "workload",
             f"steady state at concurrency {num:,}, as far as memory allows: "
-            f" {workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
+            f"{workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
             "--workload",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
@@ -370,7 +300,8 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
         (
             "bounds",
-            "all terms low together or high together: wider than independent errors",
+            "all laws low together or high together: wider than independent errors; of ratios, "
+            "what is left once shared errors cancel, the rest independent",
             "",
         ),
     )

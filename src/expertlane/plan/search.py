@@ -2,12 +2,13 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.errors import UserError
 from expertlane.memory import size_text
@@ -33,11 +34,13 @@ class Finalist(ScreenedCandidate):
 
     Attributes:
         option: as screened, at its best number of sequences.
+        by_error: the seconds of both steps under the error of each law.
     """
 
     option: ScreenedCandidate
     decode: StepsRecord
     prefill: StepsRecord
+    by_error: Mapping[Phase, ErrorSeconds]
 
     def keeps(self, goals: Goals) -> bool:
         """Whether it keeps the limits."""
@@ -74,6 +77,7 @@ def best_in_full(
     goals: Goals,
     finish: Callable[[ScreenedCandidate], Finalist],
     advance: Callable[[int], None],
+    most: int = NUM_FINALISTS,
 ) -> Finals:
     """The best by tokens a second, not too many of one layout.
 
@@ -83,6 +87,7 @@ def best_in_full(
     Args:
         finish: projects an option in full.
         advance: called with 1 for each finalist.
+        most: finalists.
     """
     current = list(options)
     queue = [(-each.tps, number) for number, each in enumerate(options) if each.place is not None]
@@ -90,7 +95,7 @@ def best_in_full(
     kept: list[Finalist] = []
     broke: list[Finalist] = []
     of_layout, tried = Counter[object](), Counter[object]()
-    while queue and len(kept) < NUM_FINALISTS and len(broke) < _MOST_BROKEN:
+    while queue and len(kept) < most and len(broke) < _MOST_BROKEN:
         _, number = heapq.heappop(queue)
         option = current[number]
         layout = option.candidate.layout
@@ -219,7 +224,8 @@ class Search:
         """An option in full, at its best number of sequences; it may break a limit then."""
         assert option.place is not None, "it meets the limits as screened"
         projector, sizes = self._projected(option)
-        decode, prefill = projector.step(sizes[Phase.DECODE]), projector.step(sizes[Phase.PREFILL])
+        decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
+        prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
         steps = replace(
             option.steps,
             num_seqs=np.array([option.num_seqs]),
@@ -228,7 +234,13 @@ class Search:
         )
         served = one_pool(steps, self._request.workload)
         in_full = vars(option) | {"steps": steps, "served": served, "place": 0}
-        return Finalist(**in_full, option=option, decode=decode, prefill=prefill)
+        return Finalist(
+            **in_full,
+            option=option,
+            decode=decode,
+            prefill=prefill,
+            by_error={Phase.DECODE: decode_by_error, Phase.PREFILL: prefill_by_error},
+        )
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""

@@ -120,11 +120,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Legend:
-    """What a colour stands for; `colour` is a variable of the page's style sheet, `--blue`."""
+    """What a colour stands for.
+
+    Attributes:
+        colour: a variable of the page's style sheet, `--blue`.
+        opacity: of the mark, where a shade of the colour stands for an amount.
+    """
 
     label: str
     colour: str
     shape: str = "square"
+    opacity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,20 @@ class Tabs:
 
 
 @dataclass(frozen=True)
+class Multiples:
+    """Small plots of one kind beside each other, all seen at once, each legible at 200 px width.
+
+    Attributes:
+        legend: of all of them.
+    """
+
+    title: str
+    charts: tuple[Chart, ...]
+    note: str = ""
+    legend: Sequence[Legend] = ()
+
+
+@dataclass(frozen=True)
 class Timelines:
     """Plots under each other on one time axis, by what they are called; `open` are seen at once."""
 
@@ -165,8 +185,9 @@ class Timelines:
     open: frozenset[str]
 
 
+Place = Literal["first", "top", "plots", "tables"]
 Words = str | Table | Figure
-Plot = Chart | Tabs | Timelines
+Plot = Chart | Tabs | Multiples | Timelines
 
 
 @dataclass(frozen=True)
@@ -174,12 +195,13 @@ class Section:
     """A heading, then paragraphs, tables, figures and plots in order.
 
     Attributes:
-        place: on top of a page, among its plots, which are on pages alone, or with its tables.
+        place: on a page's first screen beside the answer, on top of the rest, among its plots, or
+            with its tables. What is `first` or among the plots is on pages alone.
     """
 
     heading: str
     parts: tuple[Words | Plot, ...]
-    place: Literal["top", "plots", "tables"] = "tables"
+    place: Place = "tables"
 
     @property
     def words(self) -> Iterator[Words]:

@@ -6,26 +6,38 @@ from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from expertlane import __version__
 from expertlane.errors import UserError
-from expertlane.report.document import Chart, Figure, Plot, Report, Table, Tabs, Timelines, Words
+from expertlane.report.document import (
+    Chart,
+    Figure,
+    Multiples,
+    Place,
+    Plot,
+    Report,
+    Table,
+    Tabs,
+    Timelines,
+    Words,
+)
 from expertlane.spec.files import strict_json, user_cache, write_text
 
 
 def render(report: Report) -> str:
     """The whole page, its style sheet, script, plotting library and data in it."""
     charts = _Charts()
-    shown: dict[str, list[dict[str, Any]]] = {"top": [], "plots": [], "tables": []}
-    in_order = report.of_place("top") + report.of_place("plots") + report.of_place("tables")
-    for place, section in enumerate(in_order, 1):
+    places = get_args(Place)
+    shown: dict[Place, list[dict[str, Any]]] = {place: [] for place in places}
+    in_order = [section for place in places for section in report.of_place(place)]
+    for number, section in enumerate(in_order, 1):
         parts = [_part(part, charts) for part in section.parts if part != report.answer.headline]
         shown[section.place].append(
-            {"id": f"section-{place}", "heading": section.heading, "parts": parts}
+            {"id": f"section-{number}", "heading": section.heading, "parts": parts}
         )
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -34,7 +46,7 @@ def render(report: Report) -> str:
         report=report,
         created=datetime.fromisoformat(report.created).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        sections=shown["top"] + shown["plots"],
+        sections=shown["first"] + shown["top"] + shown["plots"],
         rest=shown["tables"],
         css=Markup(_asset("page.css")),
         script=Markup(_asset("page.js")),
@@ -74,6 +86,9 @@ def _part(part: Words | Plot, charts: _Charts) -> dict[str, Any]:
         case Tabs():
             shown = [charts.add(chart, name=name) for name, chart in part.charts]
             return {"kind": "tabs", "title": part.title, "charts": shown}
+        case Multiples():
+            each = [charts.add(chart) for chart in part.charts]
+            return {"kind": "multiples", "group": part, "charts": each}
         case Timelines():
             steps = [
                 charts.add(chart, name=name, is_open=name in part.open)

@@ -5,8 +5,10 @@ import math
 from expertlane.results.estimate import Estimate
 
 NONE = "—"
+COLUMNS = 80  # of a line that fits any terminal
 Amount = float | Estimate  # an estimate's likely value is what is written
 
+_MANY = 10_000
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -90,6 +92,28 @@ def low_high_thousands(estimate: Estimate) -> str:
 def with_bounds(estimate: Estimate) -> str:
     """`6.40 (3.20–12.8)`."""
     return f"{figures(estimate)} ({low_high(estimate)})"
+
+
+def compact(amount: Amount) -> str:
+    """`112.7k` from ten thousand on, else `figures`."""
+    value = likely(amount)
+    return figures(value) if abs(value) < _MANY else f"{value / 1e3:,.1f}k"
+
+
+def low_high_compact(estimate: Estimate) -> str:
+    """`76–138k` from ten thousand on, else `low_high`."""
+    low, _, high = estimate.bounds
+    if estimate.low is None or low < _MANY:
+        return low_high(estimate)
+    return f"{low / 1e3:,.0f}–{high / 1e3:,.0f}k"
+
+
+def shortened(name: str, width: int) -> str:
+    """A name with its middle left out where it is wider."""
+    if len(name) <= width:
+        return name
+    begin = (width - 1) // 2
+    return f"{name[:begin]}…{name[len(name) - (width - 1 - begin) :]}"
 
 
 def counted(count: int, noun: str) -> str:

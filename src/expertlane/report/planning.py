@@ -1,12 +1,11 @@
-"""What a planner found: what to run, what else was close, and each gap to #1."""
+"""What a planner found, in tables: the best, kinds of deployment, the Pareto front, their time."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Column, Section, Table, Words, number, text
 from expertlane.report.numbers import (
     bytes_si,
-    counted,
     figures,
     low_high,
     low_high_ms,
@@ -17,36 +16,44 @@ from expertlane.report.numbers import (
     with_bounds,
 )
 from expertlane.report.serving import ms_with_bounds
-from expertlane.report.setup import cautions
 from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, causes
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
-    DECODE_POOL,
     EXPERIMENT,
     FAMILY,
     PARETO,
-    PREFILL_POOL,
-    TWO_POOLS,
     DeploymentRecord,
     ServingRecord,
 )
-from expertlane.results.results import NoPools, Results
+from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
-_NO_POOLS: dict[NoPools, str] = {
-    "no split": "the devices cannot be split",
-    "too large": "the model does not fit both pools of any split",
-    "over limits": "none meets the limits",
-}
 NUM_EXPLAINED = 3
-_MOST = 0.5  # of the time
 
 
 def named(record: DeploymentRecord) -> str:
-    """`dp=8, tp=2, ep=16; overlap`."""
-    layout, options = str(record.layout).replace(",", ", "), str(record.options)
+    """`dp=8,tp=2,ep=16; overlap`; the layout as options take it."""
+    layout, options = str(record.layout), str(record.options)
     return layout + ("" if options == "plain" else f"; {options}")
+
+
+def of_role(results: Results, role: str) -> tuple[DeploymentRecord, ...]:
+    """The records of a plan that have a role."""
+    return results.select("projected", role)
+
+
+def versus(record: DeploymentRecord) -> str:
+    """What a deployment is to #1: `9.3% slower than #1 (5.1–14%)`, or that they tie."""
+    if record.over_best is None:
+        return "#1"
+    low, value, high = record.over_best.bounds
+    if low <= 1 <= high:
+        return f"ties with #1 ({figures(value)}×, {low_high(record.over_best)})"
+    least, most = sorted(abs(1 - each) for each in (low, high))
+    word = "slower" if value < 1 else "faster"
+    within = f"{percent(least).rstrip('%')}–{percent(most)}"
+    return f"{percent(abs(1 - value))} {word} than #1 ({within})"
 
 
 def serving(record: DeploymentRecord) -> ServingRecord:
@@ -66,12 +73,26 @@ def tpot(record: DeploymentRecord) -> Estimate:
     return found.mean
 
 
-def _ttft(record: DeploymentRecord) -> Estimate | None:
+def ttft(record: DeploymentRecord) -> Estimate | None:
+    """Mean; None where the queue would grow without end."""
     found = serving(record).ttft_s
     return found.mean if found else None
 
 
-_HOW: Column[DeploymentRecord] = text("layout and options", named)
+def tie_or_gap(record: DeploymentRecord) -> str | None:
+    """`tie`, or the difference to #1; None of that."""
+    over = record.over_best
+    if over is None:
+        return None
+    low, value, high = over.bounds
+    return "tie" if low <= 1 <= high else f"{100 * (value - 1):+.0f}%".replace("-", "−")
+
+
+_HOW: Column[DeploymentRecord] = text(
+    "layout and options", lambda each: named(each).replace(",", ", ")
+)
+_TTFT: Column[DeploymentRecord] = number("TTFT ms", ttft, milliseconds)
+_VERSUS: Column[DeploymentRecord] = number("vs #1", tie_or_gap)
 _SEQS: Column[DeploymentRecord] = number("seqs", lambda each: serving(each).num_running, whole)
 _TPS: tuple[Column[DeploymentRecord], ...] = (
     number("tokens/s", lambda each: serving(each).output_tps, figures),
@@ -84,9 +105,8 @@ _TPOT: tuple[Column[DeploymentRecord], ...] = (
 
 
 def plan(results: Results) -> tuple[Section, ...]:
-    """The sections of `expertlane plan`."""
+    """The sections of `expertlane plan` after its verdict."""
     return (
-        Section("Verdict", verdict(results), "top"),
         _best(results),
         _families(results),
         _pareto(results),
@@ -95,104 +115,28 @@ def plan(results: Results) -> tuple[Section, ...]:
     )
 
 
-def verdict(results: Results) -> tuple[str, ...]:
-    """What to run, what comes next, and what else was tried."""
-    ranked, found = results.select("projected", BEST), results.plans[0]
-    best = ranked[0]
-    lines = [
-        f"Run {named(best)}: {with_bounds(serving(best).output_tps)} output tokens/s with "
-        f"{counted(serving(best).num_running or 0, 'sequence')} at once, "
-        f"{_latencies(best)}. Projected, low to high in brackets; nothing was run."
-    ]
-    if len(ranked) > 1:
-        first, second = serving(best).output_tps, serving(ranked[1]).output_tps
-        close = second.bounds[-1] > first.bounds[0]
-        lines.append(
-            f"Next: {named(ranked[1])} at {percent(second.value / first.value)} of its tokens "
-            f"a second{', within error' if close else ''}."
-        )
-    lines.append(_two_pools(results))
-    limits = ", ".join(
-        f"{name} {1e3 * limit:g} ms"
-        for name, limit in (
-            ("TPOT", results.question.get("max_tpot_s")),
-            ("TTFT", results.question.get("max_ttft_s")),
-        )
-        if limit is not None
-    )
-    lines.append(
-        f"{counted(found.num_candidates, 'deployment')} aggregated: {found.num_too_large:,} do not "
-        f"fit, {found.num_over_limits:,} miss the limits; {found.num_pool_candidates:,} more "
-        f"tried disaggregated. Limits: {limits or 'none'}."
-    )
-    return (*lines, *_firmness(best), *cautions(results))
-
-
-def _latencies(record: DeploymentRecord) -> str:
-    ttft = _ttft(record)
-    return f"TPOT {ms_with_bounds(tpot(record))} ms, TTFT " + (
-        "unbounded" if ttft is None else f"{ms_with_bounds(ttft)} ms"
-    )
-
-
-def _firmness(best: DeploymentRecord) -> Iterator[str]:
-    """A sentence where most of the best one's time is not what was measured."""
-    if best.decode is None or best.prefill is None:
-        return
-    of_decode = min(1.0, best.decode.round_s.value / tpot(best).value)  # the rest is prefill
-    steps = ((of_decode, best.decode), (1 - of_decode, best.prefill))
-    bound = sum(part * step.basis_shares.get("bound", 0.0) for part, step in steps)
-    extrapolated = sum(part * (step.extrapolated_share or 0.0) for part, step in steps)
-    said = (
-        (bound, "rests on datasheets and assumptions"),
-        (extrapolated, "lies outside the measured sizes"),
-    )
-    most = [f"{words} ({percent(share)})" for share, words in said if share > _MOST]
-    if most:
-        yield (
-            f"Most of the time of #1 {' and '.join(most)}: rankings are reliable, absolute "
-            "values are not."
-        )
-
-
-def _two_pools(results: Results) -> str:
-    together = next(iter(results.select("projected", TWO_POOLS)), None)
-    if together is None:
-        why = _NO_POOLS[results.plans[0].no_two_pools or "over limits"]
-        return f"Disaggregated (prefill and decode apart): {why}."
-    (prefill,) = results.select("projected", PREFILL_POOL)
-    (decode,) = results.select("projected", DECODE_POOL)
-    best = serving(results.select("projected", BEST)[0]).output_tps
-    factor = serving(together).output_tps.value / best.value
-    travels = milliseconds(serving(together).transfer_s or 0.0)
-    than = "the aggregated best"
-    return (
-        f"Disaggregated: prefill on {prefill.num_ranks} ({named(prefill)}), decode on "
-        f"{decode.num_ranks} ({named(decode)}): {with_bounds(serving(together).output_tps)} "
-        f"tokens/s, {figures(factor)}× {than}"
-        f", {_latencies(together)}. KV transfer: {travels} ms per prompt, before its "
-        "second token."
-    )
-
-
 def _best(results: Results) -> Section:
-    rows = results.select("projected", BEST)
+    rows = of_role(results, BEST)
     place: Column[DeploymentRecord] = text("#", lambda each: 1 + rows.index(each))
-    ttft: Column[DeploymentRecord] = number("TTFT ms", _ttft, milliseconds)
-    why: Column[DeploymentRecord] = text("gap to #1", lambda each: each.why)
-    loses = [each for each in rows if each.why]
-    parts: list[Words] = [Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], ttft), rows)]
-    if loses:
-        parts.append(Table.of("Gap to #1", (place, why), loses))
-    return Section("Best deployments (projected in full)", tuple(parts), "top")
+    table = Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], _TTFT, _VERSUS), rows)
+    return Section("Best deployments", (table, *_gaps(place, rows)), "top")
 
 
 def _families(results: Results) -> Section:
+    """The best of each kind that #1 is not of."""
+    rows = [each for each in of_role(results, FAMILY) if each.over_best is not None]
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
+    columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, _VERSUS)
+    parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
+    return Section("Best of each other kind", parts)
+
+
+def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> list[Table]:
+    """Why what does not tie with #1 is slower."""
+    ratio: Column[DeploymentRecord] = number("of #1", lambda each: each.over_best, with_bounds)
     why: Column[DeploymentRecord] = text("gap to #1", lambda each: each.why)
-    columns = (kind, _HOW, _SEQS, _TPS[0], _TPOT[0], why)
-    table = Table.of("", columns, results.select("projected", FAMILY))
-    return Section("The best of each kind (screened)", (table,))
+    slower = [each for each in rows if each.why]
+    return [Table.of("Gap to #1", (name, ratio, why), slower)] if slower else []
 
 
 def _pareto(results: Results) -> Section:

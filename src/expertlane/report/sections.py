@@ -1,6 +1,6 @@
 """Which sections the report of each kind of results has, in order."""
 
-from expertlane.report import bench_plots, planning, plots, serving
+from expertlane.report import bench_plots, plan_answer, planning, plots, serving
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
 from expertlane.report.scaling import overlap, parallelism, sizes
@@ -141,13 +141,10 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 
 def _plan(results: Results) -> _Made:
-    sections = planning.plan(results)
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
-    return (
-        f" plan: {asked}",
-        Answer(f"{asked} | projected", planning.verdict(results)[0]),
-        (*sections, *plots.plan(results), assumptions(results, "projected")),
-    )
+    sections = plan_answer.verdict(results), *planning.plan(results), *plots.plan(results)
+    assumed = assumptions(results, "projected")
+    return f" plan: {asked}", plan_answer.answer(results), (*sections, assumed)
 
 
 def _simulation(results: Results) -> _Made:

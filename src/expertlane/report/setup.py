@@ -26,9 +26,7 @@ def cautions(results: Results) -> Iterator[str]:
             f"work and waiting on this machine, not a cluster{instead}."
         )
     num_preemptions = sum(
-        sum(each.num_preemptions or 0 for each in record.serving)
-        + sum(each.num_preemptions or 0 for each in record.pools)
-        for record in results.deployments
+        each.num_preemptions or 0 for record in results.deployments for each in record.serving
     )
     if num_preemptions:
         yield f"{counted(num_preemptions, 'preemption')}: the KV cache was too small for the load."

@@ -6,7 +6,7 @@ Ranks of one host share a clock; those of other hosts stand where their own cloc
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ _US_PER_S = 1e6
 _DIGITS = 3  # of microseconds
 
 
-def trace_names(deployments: Iterable[str]) -> dict[str, str]:
+def write_traces(traces: Mapping[str, Sequence[StepRecord]], folder: Path) -> list[Path]:
+    """Write a trace file for each deployment, each whole or not at all; return their paths.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    names = _file_names(traces)
+    return [write_text(folder / names[each], to_json(steps)) for each, steps in traces.items()]
+
+
+def _file_names(deployments: Iterable[str]) -> dict[str, str]:
     """The file that each deployment's trace goes to, all different."""
     names: dict[str, str] = {}
     for deployment in deployments:
@@ -30,15 +40,6 @@ def trace_names(deployments: Iterable[str]) -> dict[str, str]:
             name = f"trace-{slug}-{number}.json"
         names[deployment] = name
     return names
-
-
-def write_trace(path: Path, steps: Sequence[StepRecord]) -> Path:
-    """Write a trace file whole or not at all; return its path.
-
-    Raises:
-        UserError: its folder can't be written to.
-    """
-    return write_text(path, to_json(steps))
 
 
 def to_json(steps: Sequence[StepRecord]) -> str:

@@ -3,19 +3,20 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import ServingRecord, StepsRecord
+from expertlane.results.record import ServingRecord, SLOResult, StepsRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import critical_path, stage_time
 from expertlane.results.traffic import traffic_record
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
+from expertlane.spec.slo import SLO, LatencyMetric, Statistic
 
 _Counts = npt.NDArray[np.int64]
 # A measured time, or a modelled one's low, likely and high [3].
@@ -175,24 +176,77 @@ class ServedRequest(Generic[TimeT]):
             return None
         return (self.token_times_s[-1] - self.token_times_s[0]) / (self.output_len - 1)
 
+    @property
+    def itl_s(self) -> npt.NDArray[np.float64]:
+        """[n] or [n, 3]; between successive steps that gave it tokens."""
+        return np.diff(np.array(self.token_times_s), axis=0)
 
-def serving_record(served: Sequence[ServedRequest[TimeT]]) -> ServingRecord:
+    @property
+    def e2e_s(self) -> TimeT:
+        """From when it was due to its last token."""
+        return self.token_times_s[-1] - self.due_s
+
+    def meets(self, slo: SLO) -> Any:
+        """Whether its own latency is within the limit, a bool or [3] of them.
+
+        True where it has none: of one token there is no TPOT.
+        """
+        own: Any = getattr(self, f"{slo.metric}_s")
+        if slo.metric == "itl":
+            own = _statistic(own, slo.statistic) if len(own) else None
+        return True if own is None else own <= slo.limit_s
+
+
+_PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99}
+
+
+def _statistic(values: Any, statistic: Statistic) -> Any:
+    """Of [n] values a number, of [n, 3] one for each bound."""
+    if statistic == "mean":
+        return np.mean(values, axis=0)
+    return np.percentile(values, _PERCENTILES[statistic], axis=0)
+
+
+def serving_record(
+    served: Sequence[ServedRequest[TimeT]], slos: Sequence[SLO] = ()
+) -> ServingRecord:
     """What users of a load felt, or would feel."""
     due_s = np.array([each.due_s for each in served])
     last_s = np.array([each.token_times_s[-1] for each in served])
-    tpot_s = [each.tpot_s for each in served if each.tpot_s is not None]
-    wall_s = Estimate.of(last_s.max(axis=0) - due_s.min(axis=0))
+    latencies: dict[LatencyMetric, Any] = {
+        "ttft": np.array([each.ttft_s for each in served]),
+        "tpot": np.array([each.tpot_s for each in served if each.tpot_s is not None]),
+        "itl": np.concatenate([each.itl_s for each in served]),
+        "e2e": last_s - due_s,
+    }
+    wall_s = last_s.max(axis=0) - due_s.min(axis=0)
+    seconds = Estimate.of(wall_s)
     num_output = sum(each.output_len for each in served)
     num_prompt = sum(each.prompt_len for each in served)
-    return ServingRecord(
+    record = ServingRecord(
         num_requests=len(served),
         num_prompt_tokens=num_prompt,
         num_output_tokens=num_output,
-        wall_s=wall_s,
-        ttft_s=Summary.of(np.array([each.ttft_s for each in served])),
-        tpot_s=Summary.of(np.array(tpot_s)),
-        e2e_s=Summary.of(last_s - due_s),
-        output_tps=num_output / wall_s,
-        total_tps=(num_output + num_prompt) / wall_s,
-        requests_per_s=len(served) / wall_s,
+        wall_s=seconds,
+        ttft_s=Summary.of(latencies["ttft"]),
+        tpot_s=Summary.of(latencies["tpot"]),
+        itl_s=Summary.of(latencies["itl"]),
+        e2e_s=Summary.of(latencies["e2e"]),
+        output_tps=num_output / seconds,
+        total_tps=(num_output + num_prompt) / seconds,
+        requests_per_s=len(served) / seconds,
+    )
+    if not slos:
+        return record
+    num_good = sum(np.all([each.meets(slo) for slo in slos], axis=0) * 1 for each in served)
+    results = []
+    for slo in slos:
+        values = latencies[slo.metric]
+        value = Estimate.of(_statistic(values, slo.statistic)) if len(values) else None
+        results.append(SLOResult(slo, value))
+    return replace(
+        record,
+        slos=tuple(results),
+        goodput=Estimate.of(num_good / wall_s),
+        good_share=Estimate.of(num_good / len(served)),
     )

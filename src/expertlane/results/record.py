@@ -4,6 +4,7 @@ Every number is of the record's one `source`. What a source cannot say is None o
 Dictionaries are keyed by the words of `spec.names`: causes, the labels of stages and of links.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
 from expertlane.spec.ranges import Strict
+from expertlane.spec.slo import SLO
 
 # virtual: computing measured, transfers modelled.
 Source = Literal["measured", "virtual", "projected", "reported"]
@@ -33,6 +35,9 @@ PARETO = "pareto"  # as screened: none has both more tokens a second and a lower
 TWO_POOLS = "disaggregated"  # a plan's best, both pools together
 PREFILL_POOL = "prefill pool"  # and each of the two by itself
 DECODE_POOL = "decode pool"
+
+# What decided among the plans of a tie.
+TieBreak = Literal["lowest TTFT", "fewest kinds", "most tokens"]
 
 
 @dataclass(frozen=True)
@@ -148,12 +153,30 @@ class StepsRecord(Strict):
 
 
 @dataclass(frozen=True)
+class SLOResult(Strict):
+    """An objective, and what came of it.
+
+    Attributes:
+        value: of its statistic; None where no request has such a latency.
+    """
+
+    slo: SLO
+    value: Estimate | None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the likely value is within the limit."""
+        return self.value is None or self.value.value <= self.slo.limit_s
+
+
+@dataclass(frozen=True)
 class ServingRecord(Strict):
     """What requests felt under one load.
 
     Attributes:
-        batch: concurrency; None in an open loop.
-        rate: requests that arrive a second; None in a closed one.
+        batch: concurrency, requests kept unfinished; None in an open loop.
+        rate: requests that arrive a second; None in a closed loop, and where they arrive as
+            recorded in a file.
         num_running: planned: sequences that run at once, over the whole system.
         wall_s: from the first request's due time to the last token.
         output_tps, total_tps: output tokens a second, and prompt and output tokens.
@@ -163,10 +186,17 @@ class ServingRecord(Strict):
         ttft_s: from a request's due time to its first token; None where a queue would grow without
             end.
         tpot_s: of each request, the mean time of a token after the first; None where none has two.
+        num_cached_tokens: prompt tokens that were not computed, as the prefix cache had them.
         itl_s: all times between successive tokens of a request.
         e2e_s: from a request's due time to its last token.
         transfer_s: of a prompt's keys and values from one pool to the other.
         basis: what most of it rests on: measured, fitted or bound; None where it was measured here.
+        slos: the objectives that were asked for.
+        goodput: requests a second that are themselves within the limits of all `slos`; None
+            without any.
+        good_share: of the requests, those.
+        usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
+            prompt and output tokens, by the price of devices; None without one.
     """
 
     output_tps: Estimate
@@ -177,6 +207,7 @@ class ServingRecord(Strict):
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
     num_preemptions: int | None = None
+    num_cached_tokens: int | None = None
     wall_s: Estimate | None = None
     total_tps: Estimate | None = None
     prefill_tps: Estimate | None = None
@@ -187,6 +218,27 @@ class ServingRecord(Strict):
     e2e_s: Summary | None = None
     transfer_s: Estimate | None = None
     basis: str | None = None
+    slos: tuple[SLOResult, ...] = ()
+    goodput: Estimate | None = None
+    good_share: Estimate | None = None
+    usd_per_million_output: Estimate | None = None
+    usd_per_million_total: Estimate | None = None
+
+    @property
+    def keeps_slos(self) -> bool:
+        """Whether all objectives are met."""
+        return all(each.is_met for each in self.slos)
+
+
+def best_load(serving: Sequence[ServingRecord]) -> ServingRecord:
+    """The load with most output that meets all objectives; if none does, with most goodput."""
+
+    def worth(each: ServingRecord) -> tuple[bool, float]:
+        if each.keeps_slos or each.goodput is None:
+            return True, each.output_tps.value
+        return False, each.goodput.value
+
+    return max(serving, key=worth)
 
 
 @dataclass(frozen=True)
@@ -310,13 +362,16 @@ class DeploymentRecord(Strict):
         roles: why it is there, of the words above.
         conditions: None unless it was projected.
         pools: one, or the one that prefills and the one that decodes.
-        serving: one for each load, or for the one that was asked for.
+        serving: one for each load, or for the one that was asked for. Of several simulated loads,
+            `pools`, `steps` and `num_tokens_per_expert` are of `best_load`.
         held: [num_ranks].
         num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps.
         rebalances: decisions about moving experts, in its last run.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.
-        why: what makes it slower than the best of a plan; empty for that.
+        why: what makes it slower than the best of a plan; empty where it ties with that.
+        over_best: its output tokens a second over those of the best of a plan, with the bounds that
+            are left when the errors that both share have cancelled; None for that.
     """
 
     name: str
@@ -337,12 +392,18 @@ class DeploymentRecord(Strict):
     dispatch_table: DispatchTable | None = None
     tokens_sha256: str | None = None
     why: str = ""
+    over_best: Estimate | None = None
 
     @property
     def num_ranks(self) -> int:
         """Ranks of all pools."""
         prefill = self.prefill_layout
         return self.layout.world_size + (0 if prefill is None else prefill.world_size)
+
+    @property
+    def best_load(self) -> ServingRecord:
+        """As the function has it."""
+        return best_load(self.serving)
 
     @property
     def prefill(self) -> StepsRecord | None:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
+from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source, TieBreak
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 NoPools = Literal["no split", "too large", "over limits"]
@@ -125,12 +125,27 @@ class VirtualTime(Strict):
 
 
 @dataclass(frozen=True)
+class Judged(Strict):
+    """How far projections of a kind were off where they were held against measurements.
+
+    Attributes:
+        what: what was projected and measured.
+        median_error: median size of the difference, as a share of what was measured.
+    """
+
+    what: str
+    num_rows: int
+    median_error: float
+
+
+@dataclass(frozen=True)
 class Cluster(Strict):
     """What was modelled; figures are of one device's datasheet.
 
     Attributes:
         name: as `--cluster` takes it.
         flops_per_s: dense, in the type of weights.
+        judged: how far off projections by such a profile were; None where none was judged.
     """
 
     name: str
@@ -140,6 +155,7 @@ class Cluster(Strict):
     memory_bytes: float
     memory_bytes_per_s: float
     flops_per_s: float
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,9 @@ class PlanSummary(Strict):
         top_k: of the model that was planned for.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: deployments tried for two pools.
+        num_tied: of the best, the first so many tie with the one of most tokens a second.
+        tie_spread: how far the least of them is below the most tokens a second; a share.
+        tie_break: what decided among them; None where one was alone.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             or none keeps the limits.
         commands: the best, as other systems take it.
@@ -191,6 +210,9 @@ class PlanSummary(Strict):
     num_too_large: int
     num_over_limits: int = 0
     num_pool_candidates: int = 0
+    num_tied: int = 1
+    tie_spread: float = 0.0
+    tie_break: TieBreak | None = None
     no_two_pools: NoPools | None = None
     commands: tuple[ServeCommand, ...] = ()
     experiment: str | None = None
@@ -207,7 +229,9 @@ class Results(Strict):
             deployments), `skew` of its projection, and `traffic` where each deployment's is to be
             shown in detail; simulation: `model`, `workload`, `serving`;
             plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
-            `ranks_per_node`.
+            `ranks_per_node`. The workload of a simulation or bench has what is the same for all
+            loads: `prompt_len`, `output_len`, `seed`, and `requests`, the file they are from.
+            `price`: dollars an hour of a device, where one was given.
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.

@@ -112,6 +112,12 @@ class ContinuousScheduler:
         return self._num_waiting
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that were not computed, as the prefix cache had them; since the start."""
+        blocks = [table.blocks for table in chain.from_iterable(self.tables)]
+        return sum(each.num_hits * each.block_size for each in blocks)
+
+    @property
     def num_running(self) -> int:
         """Requests that hold blocks."""
         return sum(table.num_running for table in chain.from_iterable(self.tables))

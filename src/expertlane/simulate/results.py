@@ -1,8 +1,10 @@
 """From a simulated load to its record, and what that takes for granted."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,9 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
     PoolRole,
+    ServingRecord,
     StepsRecord,
+    best_load,
 )
 from expertlane.results.results import Assumption, Results
 from expertlane.results.step_record import StepRecord
@@ -31,8 +35,9 @@ from expertlane.simulate.simulator import (
     SimulatedPool,
     Simulator,
 )
-from expertlane.simulate.totals import PhaseTotals
+from expertlane.simulate.totals import PhaseTotals, StepFacts
 from expertlane.spec.names import ProjectedCause, Traffic
+from expertlane.spec.slo import SLO
 
 _HOW = {
     Execution.GRAPH: "the kernels of a micro-batch are launched at once, as CUDA graphs",
@@ -41,11 +46,14 @@ _HOW = {
 }
 
 
+Run = tuple[Simulator, Outcome]
+
+
 def simulation(
-    simulator: Simulator,
-    outcome: Outcome,
+    runs: Sequence[Run],
+    workload: Mapping[str, Any],
     routing: RoutingChoice,
-    seed: int,
+    slos: Sequence[SLO] = (),
     *,
     command: str,
     caution: str | None = None,
@@ -53,21 +61,17 @@ def simulation(
     """All of `results.json`.
 
     Args:
+        runs: of the same deployment, one for each load.
+        workload: what all loads share.
         command: how a user repeats it.
         caution: what a reader must know of the weights, in a sentence.
     """
-    cluster, setup, load = simulator.cluster, simulator.setup, simulator.load
+    simulator, _ = runs[0]
+    cluster, setup = simulator.cluster, simulator.setup
     drafts = setup.multi_token
     question = {
         "model": simulator.model,
-        "workload": {
-            "batch": load.batch,
-            "rate": load.rate,
-            "num_requests": load.num_requests,
-            "prompt_len": str(load.prompt_len),
-            "output_len": str(load.output_len),
-            "seed": seed,
-        },
+        "workload": workload,
         "serving": {
             "max_num_seqs": setup.max_num_seqs,
             "max_num_batched_tokens": setup.max_num_batched_tokens,
@@ -76,21 +80,45 @@ def simulation(
             "mtp_acceptance": drafts.acceptance,
         },
     }
+    serving = tuple(_serving(*run, slos) for run in runs)
     return Results.now(
         "simulation",
         command,
         question,
-        [_record(simulator, outcome, routing)],
+        [_record(*best_run(runs, serving), routing, serving)],
         cluster=cluster_record(cluster, setup.types),
         assumptions=_assumptions(setup, cluster, simulator.execution, routing, caution),
     )
 
 
-def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> DeploymentRecord:
+def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
+    """The run of the best load, which alone is told in detail."""
+    return runs[serving.index(best_load(serving))]
+
+
+def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> ServingRecord:
+    return replace(
+        serving_record(outcome.served, slos),
+        batch=simulator.load.batch,
+        rate=simulator.load.rate,
+        num_preemptions=sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
+        basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
+    )
+
+
+def _facts(outcome: Outcome) -> StepFacts:
+    phases = (totals for pool in outcome.pools for totals in pool.totals.phases.values())
+    return reduce(add, (totals.facts for totals in phases))
+
+
+def _record(
+    simulator: Simulator,
+    outcome: Outcome,
+    routing: RoutingChoice,
+    serving: tuple[ServingRecord, ...],
+) -> DeploymentRecord:
     setup, top_k = simulator.setup, simulator.model.num_experts_per_tok
     device_bytes = simulator.cluster.profile.device.memory_bytes
-    phases = (totals for pool in outcome.pools for totals in pool.totals.phases.values())
-    facts = reduce(add, (totals.facts for totals in phases))
     name = str(setup.layout)
     if setup.prefill_layout is not None:
         name = f"prefill {setup.prefill_layout}, decode {name}"
@@ -107,16 +135,9 @@ def _record(simulator: Simulator, outcome: Outcome, routing: RoutingChoice) -> D
             for pool, largest in zip(outcome.pools, simulator.largest_steps(outcome), strict=True)
             for phase, step in largest.items()
         ),
-        serving=(
-            replace(
-                serving_record(outcome.served),
-                batch=simulator.load.batch,
-                rate=simulator.load.rate,
-                basis=list(Basis)[int(facts.basis_s.argmax())].label,
-            ),
-        ),
+        serving=serving,
         num_tokens_per_expert=tuple(
-            tuple(map(int, layer)) for layer in facts.num_tokens_per_expert
+            tuple(map(int, layer)) for layer in _facts(outcome).num_tokens_per_expert
         ),
     )
 
@@ -214,8 +235,13 @@ def _assumptions(
             "--cluster",
             "tensor-parallel ranks are innermost, so that they share a node",
         ),
-        ("prompts", "no shared prefixes", "", "prefix caching never hits"),
-        ("outputs", "full length", "--output-len", "no early end of sequence"),
+        (
+            "prompts",
+            "nothing in common",
+            "",
+            "no prefix is found in the cache, whatever the hash_ids of --requests",
+        ),
+        ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
         (
             "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",

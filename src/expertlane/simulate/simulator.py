@@ -191,7 +191,7 @@ class Simulator:
         Where requests arrive by themselves, slower steps have more of them wait and run together,
         so that each bound needs a schedule of its own.
         """
-        return 1 if self.load.rate is None else len(BOUNDS)
+        return 1 if self.load.is_closed else len(BOUNDS)
 
     def run(self, seed: int, on_finished: Callable[[], None] = lambda: None) -> Outcome:
         """Serve the whole load, `num_runs` times.
@@ -346,8 +346,7 @@ class Simulator:
         load, multi_token = self.load, self.setup.multi_token
         if not multi_token.num_drafts:
             return limits
-        prompt = (load.prompt_len.low + load.prompt_len.high) / 2
-        output = (load.output_len.low + load.output_len.high) / 2
+        prompt, output = load.mean_lens
         share = (prompt + multi_token.num_steps(ceil(output))) / (prompt + output)
         longest = load.prompt_len.high + multi_token.num_steps(load.output_len.high)
         least = ceil(longest / limits.block_size) + 1

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import count
 from math import isinf
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -111,6 +112,29 @@ def read_text(path: Path, most_bytes: int) -> str:
     return _read(path, most_bytes, os.O_NONBLOCK)
 
 
+def read_lines(path: Path, most_line_bytes: int) -> Iterator[tuple[int, str]]:
+    """The lines of a regular file in UTF-8 with their numbers from 1, blank ones left out.
+
+    Raises:
+        SpecError: as `check_regular`, or it cannot be read, a line is too long or not UTF-8.
+    """
+    check_regular(path)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    with _reading(path), open(os.open(path, flags), "rb") as file:
+        for number in count(1):
+            line = file.readline(most_line_bytes + 1)
+            if not line:
+                return
+            if len(line) > most_line_bytes:
+                raise SpecError(f"{path}: line {number} is longer than {most_line_bytes:,} bytes")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise SpecError(f"{path}: line {number} is not UTF-8") from None
+            if text:
+                yield number, text
+
+
 def read_stream(path: Path, most_bytes: int) -> str:
     """The text of a file or a pipe in UTF-8, to its end: `/dev/stdin` and `<(…)` too.
 
@@ -163,18 +187,28 @@ def read_json(path: Path, most_bytes: int, *, lenient: bool = False) -> Any:
     text = read_text(path, most_bytes)
     try:
         with _parsing(path):
-            value = json.loads(
-                text,
-                parse_int=_whole,
-                parse_float=None if lenient else _finite,
-                parse_constant=None if lenient else _refuse_constant,
-                object_pairs_hook=None if lenient else _unique,
-            )
-            _check_depth(value)
+            return parse_json(text, lenient=lenient)
     except json.JSONDecodeError as error:
         raise SpecError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
+
+
+def parse_json(text: str, *, lenient: bool = False) -> Any:
+    """The value of a JSON text; `lenient` as for `read_json`.
+
+    Raises:
+        SpecError: it is nested too deeply, or has a number of too many digits.
+        json.JSONDecodeError: it is malformed.
+    """
+    value = json.loads(
+        text,
+        parse_int=_whole,
+        parse_float=None if lenient else _finite,
+        parse_constant=None if lenient else _refuse_constant,
+        object_pairs_hook=None if lenient else _unique,
+    )
+    _check_depth(value)
     return value
 
 

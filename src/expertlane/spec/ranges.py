@@ -103,7 +103,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "seed": _whole(0, 2**64 - 1),
     "num_requests batch": _whole(1, 10**6),
     "rate": _number(1e-3, 1e6),
-    "max_tpot_ms max_ttft_ms": _above(0, 1e9),
+    "limit_s": _above(0, 1e9),  # of an SLO, in its unit
+    "price": _above(0, 1e6),
     "skew": _number(0, 10),
     "link_scale": _number(1e-6, 1e9),
     "mtp_acceptance": _number(0, 1),

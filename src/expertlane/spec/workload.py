@@ -1,7 +1,7 @@
 """What is to be generated: sequences, prompt and output lengths, and the seed of the prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +86,41 @@ class LengthRange:
         return f"{self.low}" if self.low == self.high else f"{self.low}:{self.high}"
 
 
+HASH_BLOCK = 512  # tokens that a hash id of a recorded request stands for
+
+
+@dataclass(frozen=True)
+class RecordedRequest:
+    """A request of a file.
+
+    Attributes:
+        line: where it stands.
+        due_s: from the first one's arrival.
+        hash_ids: of each block of `HASH_BLOCK` tokens, the last perhaps shorter; equal ones stand
+            for equal tokens. Empty where nothing is known of the prompt.
+    """
+
+    line: int
+    due_s: float
+    prompt_len: int
+    output_len: int
+    hash_ids: tuple[int, ...] = ()
+
+    @property
+    def max_len(self) -> int:
+        """Positions that it takes."""
+        return self.prompt_len + self.output_len - 1
+
+
 @dataclass(frozen=True)
 class Load:
     """What is put on the engine.
 
     Attributes:
-        batch: concurrency; None in an open loop.
-        rate: requests that arrive a second, on average; None in a closed loop.
+        batch: concurrency, requests kept unfinished; None in an open loop.
+        rate: requests that arrive a second, on average; None in a closed loop, or where they
+            arrive as recorded.
+        recorded: requests of a file, by due time; empty where lengths are drawn.
 
     Raises:
         UserError: a number or the sum of all tokens is out of its range.
@@ -103,6 +131,26 @@ class Load:
     output_len: LengthRange
     batch: int | None = None
     rate: float | None = None
+    recorded: tuple[RecordedRequest, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        recorded: Sequence[RecordedRequest],
+        batch: int | None = None,
+        rate: float | None = None,
+    ) -> "Load":
+        """The requests of a file, when they arrived unless a batch or a rate is given."""
+        prompt_lens = [each.prompt_len for each in recorded]
+        output_lens = [each.output_len for each in recorded]
+        return cls(
+            len(recorded),
+            LengthRange(min(prompt_lens), max(prompt_lens)),
+            LengthRange(min(output_lens), max(output_lens)),
+            batch,
+            rate,
+            tuple(recorded),
+        )
 
     def __post_init__(self) -> None:
         take("num_requests", self.num_requests)
@@ -113,20 +161,42 @@ class Load:
             if take(name, lengths.low) > take(name, lengths.high):
                 raise UserError(f"{name} is {lengths}; the first end must be the lower one")
         num_tokens = self.num_requests * (self.prompt_len.high + self.output_len.high)
+        if self.recorded:
+            num_tokens = sum(each.prompt_len + each.output_len for each in self.recorded)
         if num_tokens > MAX_TOKENS_OF_A_RUN:
             raise UserError(
                 f"{self.num_requests:,} requests with prompts of {self.prompt_len} and outputs of "
                 f"{self.output_len} tokens may be {num_tokens:,} in all; a run holds at most "
-                f"{MAX_TOKENS_OF_A_RUN:,}"
+                f"{MAX_TOKENS_OF_A_RUN:,}: give fewer with --num-requests"
             )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether a request comes when another is done, not at a time of its own."""
+        return self.batch is not None
 
     @property
     def max_len(self) -> int:
         """Positions of the longest sequence; its last token is not fed back."""
+        if self.recorded:
+            return max(each.max_len for each in self.recorded)
         return self.prompt_len.high + self.output_len.high - 1
 
+    @property
+    def mean_lens(self) -> tuple[float, float]:
+        """Mean lengths of prompts and outputs; of drawn ones, as expected."""
+        if self.recorded:
+            prompts = sum(each.prompt_len for each in self.recorded)
+            outputs = sum(each.output_len for each in self.recorded)
+            return prompts / self.num_requests, outputs / self.num_requests
+        ends = self.prompt_len, self.output_len
+        prompt, output = ((each.low + each.high) / 2 for each in ends)
+        return prompt, output
+
     def __str__(self) -> str:
-        return f"{self.rate:g} req/s" if self.batch is None else f"batch {self.batch}"
+        if self.batch is not None:
+            return f"batch {self.batch}"
+        return "recorded arrivals" if self.rate is None else f"{self.rate:g} req/s"
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +221,19 @@ def check_lengths(load: Load, max_positions: int) -> None:
     Raises:
         UserError: the longest ones cannot.
     """
-    num_positions = load.max_len
-    if num_positions > max_positions:
+    if load.max_len <= max_positions:
+        return
+    if not load.recorded:
         raise UserError(
             f"prompts of {load.prompt_len.high} and outputs of {load.output_len.high} tokens take "
-            f"{num_positions} positions; valid: {max_positions} at most"
+            f"{load.max_len} positions; valid: {max_positions} at most"
         )
+    first, *others = (each for each in load.recorded if each.max_len > max_positions)
+    raise UserError(
+        f"--requests: line {first.line} has a prompt of {first.prompt_len} and an output of "
+        f"{first.output_len} tokens, {first.max_len} positions; valid: {max_positions} at most"
+        + (f" ({len(others):,} more lines are too long)" if others else "")
+    )
 
 
 def draw_requests(
@@ -164,24 +241,46 @@ def draw_requests(
 ) -> list[TimedRequest]:
     """Random prompts, lengths and, in an open loop, arrivals; the first is due at once.
 
+    Of recorded requests lengths are known, and arrivals unless the load has a rate; blocks of
+    equal hash ids get equal tokens.
+
     Args:
         seed: equal ones give equal requests.
         blank: prompts that nobody reads; lengths and arrivals are the same.
     """
     generator = np.random.default_rng(seed)
-    size = load.num_requests
-    prompt_lens = generator.integers(load.prompt_len.low, load.prompt_len.high + 1, size)
-    output_lens = generator.integers(load.output_len.low, load.output_len.high + 1, size)
+    size, recorded = load.num_requests, load.recorded
     due_s = np.zeros(size)
+    if recorded:
+        prompt_lens = np.array([each.prompt_len for each in recorded])
+        output_lens = np.array([each.output_len for each in recorded])
+        if not load.is_closed:
+            due_s[:] = [each.due_s for each in recorded]
+    else:
+        prompt_lens = generator.integers(load.prompt_len.low, load.prompt_len.high + 1, size)
+        output_lens = generator.integers(load.output_len.low, load.output_len.high + 1, size)
     if load.rate is not None:
         due_s[1:] = np.cumsum(generator.exponential(1 / load.rate, size - 1))
+    blocks: dict[int, list[int]] = {}
 
-    def prompt(length: int) -> list[int]:
-        return [0] * length if blank else generator.integers(vocab_size, size=length).tolist()
+    def block(hash_id: int) -> list[int]:
+        if hash_id not in blocks:
+            of_block = np.random.default_rng([*seed, hash_id])
+            blocks[hash_id] = of_block.integers(vocab_size, size=HASH_BLOCK).tolist()
+        return blocks[hash_id]
+
+    def prompt(number: int, length: int) -> list[int]:
+        if blank:
+            return [0] * length
+        if recorded and recorded[number].hash_ids:
+            tokens = [token for hash_id in recorded[number].hash_ids for token in block(hash_id)]
+            return tokens[:length]
+        drawn: list[int] = generator.integers(vocab_size, size=length).tolist()
+        return drawn
 
     return [
-        TimedRequest(prompt(prompt_len), output_len, due)
-        for prompt_len, output_len, due in zip(
-            prompt_lens.tolist(), output_lens.tolist(), due_s.tolist(), strict=True
+        TimedRequest(prompt(number, prompt_len), output_len, due)
+        for number, (prompt_len, output_len, due) in enumerate(
+            zip(prompt_lens.tolist(), output_lens.tolist(), due_s.tolist(), strict=True)
         )
     ]

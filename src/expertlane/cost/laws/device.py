@@ -92,6 +92,7 @@ class DeviceModel:
                 known,
                 low=known.low / _WIDER_FOR_TWIN,
                 high=known.high * _WIDER_FOR_TWIN,
+                wider=known.wider * _WIDER_FOR_TWIN,
                 basis=Basis.BOUND,
                 origin=f"as {twin}: {known.origin}",
             )

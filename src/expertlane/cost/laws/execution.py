@@ -1,6 +1,6 @@
 """How work gets onto a device, and what each launch and each step costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -31,7 +31,7 @@ class Execution(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """The single numbers that a timeline needs, each [3]: low, likely, high.
+    """The single numbers that a timeline needs, each [B]: of a profile, low, likely and high.
 
     Attributes:
         launch_s: of a kernel, of a whole graph, or of an operation in series, by `execution`.
@@ -39,6 +39,8 @@ class Terms:
         in_series: where all is in series, of operations by stage and of transfers, in place of
             `launch_s`; from the profile's terms `overhead_s.<stage>` and `overhead_s.transfer`.
         driver_per_rank_s: for every rank of a replica after the first.
+        hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
+            likely, not at all (high).
     """
 
     execution: Execution
@@ -46,6 +48,12 @@ class Terms:
     driver_s: Floats
     in_series: Mapping[str, Floats] = field(default_factory=dict)
     driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+    hiding: Sequence[str] = BOUNDS
+
+    @property
+    def num_clocks(self) -> int:
+        """B; those of `BOUNDS` come first."""
+        return len(self.driver_s)
 
     def step_s(self, num_ranks: int) -> Floats:
         """[3]; the driver's part of a step of a replica of so many ranks."""
@@ -102,6 +110,7 @@ class Terms:
             driver_s=_likely(self.driver_s),
             in_series={place: _likely(each) for place, each in self.in_series.items()},
             driver_per_rank_s=_likely(self.driver_per_rank_s),
+            hiding=[BOUNDS[LIKELY]] * len(BOUNDS),
         )
 
     @classmethod

@@ -191,7 +191,8 @@ def _with_laws_of(own: Profile, name: str, wider: float) -> Profile:
             for key, law in laws.items()
         }
 
-    surfaces = widened(other.surfaces, f"as {name}, over this datasheet's roofline")
+    of_other = {key: replace(law, wider=law.wider * wider) for key, law in other.surfaces.items()}
+    surfaces = widened(of_other, f"as {name}, over this datasheet's roofline")
     terms = widened(other.terms, f"as {name}")
     return replace(own, surfaces={**surfaces, **own.surfaces}, terms={**terms, **own.terms})
 

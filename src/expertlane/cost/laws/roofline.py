@@ -54,6 +54,11 @@ def roofline(
     return Roofline(busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0), at)
 
 
+def looked_up_by(kind: Kind, sizes: Sizes) -> Sizes:
+    """The sizes by which a law of the kind may be looked up, as `Roofline.at` has them."""
+    return _WORK[kind](sizes, 1)[1]
+
+
 def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
     """The dense peak that a kind of operation computes at.
 

@@ -29,6 +29,8 @@ class Surface:
         low, high: factors on a time between which most rows lay that were not fitted.
         basis: of the times it gives.
         origin: what it was fitted to: source, version, rows used, rows left out.
+        wider: by what factor `low` and `high` are wider than of the device or type that it was
+            fitted to.
     """
 
     axes: Mapping[str, tuple[float, ...]]
@@ -37,6 +39,7 @@ class Surface:
     high: float
     basis: Basis
     origin: str
+    wider: float = 1.0
 
     def times(self, roofline_s: Floats, at: Mapping[str, Floats | float]) -> Times:
         """Seconds with bounds.
@@ -52,6 +55,7 @@ class Surface:
             np.array([seconds * (self.low / wider), seconds, seconds * (self.high * wider)]),
             self.basis,
             np.broadcast_to(doublings > _OUTSIDE, seconds.shape),
+            self.wider,
         )
 
     def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:

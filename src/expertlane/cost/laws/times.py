@@ -30,11 +30,13 @@ class Times:
         bounds: [3, R]; low ≤ likely ≤ high.
         basis: of all of them.
         is_extrapolated: [R]; a size lies outside what the law was fitted to, so bounds are wider.
+        wider: the factor by which bounds are wider since the law is another device's or type's.
     """
 
     bounds: Floats
     basis: Basis
     is_extrapolated: npt.NDArray[np.bool_]
+    wider: float = 1.0
 
     @property
     def low(self) -> Floats:
@@ -56,7 +58,8 @@ class Times:
 
     def part(self, ranks: slice) -> "Times":
         """The times of some of the ranks."""
-        return Times(self.bounds[:, ranks], self.basis, self.is_extrapolated[ranks])
+        is_extrapolated = self.is_extrapolated[ranks]
+        return Times(self.bounds[:, ranks], self.basis, is_extrapolated, self.wider)
 
     def of_ranks(self, num_ranks: int) -> "Times":
         """[R] also where all ranks have the same sizes."""
@@ -64,6 +67,7 @@ class Times:
             np.broadcast_to(self.bounds.reshape(3, -1), (3, num_ranks)),
             self.basis,
             np.broadcast_to(self.is_extrapolated, (num_ranks,)),
+            self.wider,
         )
 
 
@@ -77,4 +81,5 @@ def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
         bounds=np.where(first, a.bounds, b.bounds),
         basis=max(a.basis, b.basis),
         is_extrapolated=np.where(first, a.is_extrapolated, b.is_extrapolated),
+        wider=max(a.wider, b.wider),
     )

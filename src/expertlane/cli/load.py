@@ -1,0 +1,266 @@
+"""The options of a load: what plan, simulate and bench are to serve, within what limits."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from expertlane.cli.options import parse_list
+from expertlane.errors import UserError, naming
+from expertlane.spec.ranges import RANGES, shown
+from expertlane.spec.slo import SLO, parse_slos
+
+if TYPE_CHECKING:
+    from expertlane.spec.workload import LengthRange, Load, RecordedRequest, Workload
+
+_OPEN_SIZE = 100  # requests of an open loop
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The load of a command where nothing is said.
+
+    Attributes:
+        batch: as `--batch` has it.
+    """
+
+    batch: str
+    prompt_len: int
+    output_len: int
+
+
+MODELLED = Defaults("256", 1024, 256)  # plan and simulate: a cluster
+MEASURED = Defaults("1,8,32", 32, 32)  # bench: perhaps a laptop
+
+
+def _option(**how: Any) -> Any:
+    return typer.Option(None, **how)
+
+
+def _batch(defaults: Defaults, metavar: str = "N[,N…]") -> Any:
+    return _option(
+        metavar=metavar,
+        help="Closed loop: concurrency, so many requests are kept unfinished. Default: "
+        f"{defaults.batch}, at most --num-requests.",
+    )
+
+
+def _length(of: str, default: int) -> Any:
+    return _option(
+        metavar="N[:N]",
+        help=f"Tokens of {of}; of a range, drawn uniformly. Default: {default}.",
+    )
+
+
+def _rate(**how: Any) -> Any:
+    return _option(
+        metavar="R[,R…]",
+        help="Open loop in place of --batch: R requests a second arrive at random times.",
+        **how,
+    )
+
+
+def _num_requests(**how: Any) -> Any:
+    return _option(
+        metavar="N",
+        help="Requests of each batch size or rate; of --requests, the first N. Default: the "
+        f"batch; with --rate {_OPEN_SIZE}; of --requests all.",
+        **how,
+    )
+
+
+def _requests(**how: Any) -> Any:
+    return _option(
+        metavar="FILE",
+        help="Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or "
+        "Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.",
+        **how,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What is to be served, and how fast and dear it may be; of bench.
+
+    Attributes:
+        slos: as `--slo` says.
+    """
+
+    defaults = MEASURED
+    batch: str | None = _batch(MEASURED)
+    rate: str | None = _rate()
+    num_requests: int | None = _num_requests()
+    prompt_len: str | None = _length("a prompt", MEASURED.prompt_len)
+    output_len: str | None = _length("an output", MEASURED.output_len)
+    requests: Path | None = _requests()
+    seed: int = typer.Option(
+        0, metavar="N", help="Seed of prompts, lengths, arrivals and drawn experts."
+    )
+    slo: list[str] | None = _option(
+        metavar="SLO[,SLO…]",
+        help="Latency objectives, ttft.p95=500ms,tpot.mean=20ms: of ttft, tpot, itl or e2e the "
+        "mean, median, p90, p95 or p99. Goodput is of requests within all limits.",
+    )
+    price: float | None = _option(
+        metavar="DOLLARS",
+        help="Of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all "
+        "machines together.",
+    )
+    slos: tuple[SLO, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slos", parse_slos(self.slo or ()))
+
+    def loads(self) -> "list[Load]":
+        """What to serve, one load for each batch size or rate.
+
+        Raises:
+            UserError: it is not clear what, or the file of requests cannot be read.
+        """
+        from expertlane.spec.workload import Load
+
+        if self.batch is not None and self.rate is not None:
+            raise UserError("--batch and --rate exclude each other; run one, then the other")
+        rates = self._numbers("rate", "2,5")
+        batches = self._numbers("batch", "1,8,32")
+        if self.requests is not None:
+            recorded = self._recorded(self.requests)
+            self._check_size(batches, len(recorded))
+            how = [(each, None) for each in batches] + [(None, each) for each in rates]
+            return [Load.of(recorded, *each) for each in how or [(None, None)]]
+        lengths = self._range("prompt_len"), self._range("output_len")
+        num = self.num_requests
+        if rates:
+            return [Load(num or _OPEN_SIZE, *lengths, rate=each) for each in rates]
+        if not batches:
+            usual = [int(each) for each in self.defaults.batch.split(",")]
+            batches = sorted({min(each, num or each) for each in usual})
+        self._check_size(batches, num)
+        return [Load(num or each, *lengths, batch=each) for each in batches]
+
+    def question(self, load: "Load") -> dict[str, Any]:
+        """What is the same for all loads, as results have it."""
+        return {
+            "prompt_len": str(load.prompt_len),
+            "output_len": str(load.output_len),
+            "seed": self.seed,
+            "requests": None if self.requests is None else str(self.requests),
+        }
+
+    def _numbers(self, name: str, example: str) -> list[Any]:
+        text = getattr(self, name)
+        return [] if text is None else parse_list(f"--{name}", name, text, example)
+
+    def _recorded(self, path: Path) -> "tuple[RecordedRequest, ...]":
+        from expertlane.spec.request_file import read_requests
+
+        for name in ("prompt_len", "output_len"):
+            if getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} and --requests exclude each other; the file has lengths")
+        with naming("--requests"):
+            return read_requests(path, self.num_requests)
+
+    def _check_size(self, batches: list[int], num_requests: int | None) -> None:
+        if num_requests is not None and batches and num_requests < max(batches):
+            what = "--num-requests is" if self.requests is None else f"{self.requests} gives"
+            raise UserError(
+                f"{what} {num_requests:,}, fewer than --batch {max(batches):,}; as many or more "
+                "are needed"
+            )
+
+    def _range(self, name: str) -> "LengthRange":
+        from expertlane.spec.workload import LengthRange
+
+        text = getattr(self, name)
+        if text is None:
+            default = getattr(self.defaults, name)
+            return LengthRange(default, default)
+        allowed = RANGES[name]
+        ends = [allowed.parse(part) for part in text.split(":")]
+        low, high = ends[0], ends[-1]
+        if low is None or high is None or len(ends) > 2 or low > high:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {shown(text)}; it must be {allowed}, or two, the "
+                "lower one first: 32:512"
+            )
+        return LengthRange(int(low), int(high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedLoad(LoadOptions):
+    """Of simulate: the sizes of a cluster."""
+
+    defaults = MODELLED
+    batch: str | None = _batch(MODELLED)
+    prompt_len: str | None = _length("a prompt", MODELLED.prompt_len)
+    output_len: str | None = _length("an output", MODELLED.output_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLoad(SimulatedLoad):
+    """Of plan, whose load goes on without end: one concurrency, one length each, means."""
+
+    batch: str | None = _option(
+        metavar="N",
+        help="Concurrency: so many requests at once, or as many as fit. Default: "
+        f"{MODELLED.batch}.",
+    )
+    prompt_len: str | None = _option(
+        metavar="N", help=f"Tokens of a prompt. Default: {MODELLED.prompt_len}."
+    )
+    output_len: str | None = _option(
+        metavar="N", help=f"Tokens of an output. Default: {MODELLED.output_len}."
+    )
+    rate: str | None = _rate(hidden=True)
+    num_requests: int | None = _num_requests(hidden=True)
+    requests: Path | None = _requests(hidden=True)
+    slo: list[str] | None = _option(
+        metavar="SLO[,SLO…]",
+        help="Limits of means, tpot.mean=20ms,ttft.mean=500ms; percentiles are for simulate.",
+    )
+
+    def workload(self) -> "Workload":
+        """What is served in the steady state.
+
+        Raises:
+            UserError: it is of a load that begins and ends.
+        """
+        from expertlane.spec.workload import Workload
+
+        for name in ("rate", "num_requests", "requests"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for expertlane simulate and bench; plan takes "
+                    "a load without end: --batch, --prompt-len, --output-len"
+                )
+        text, allowed = self.batch or self.defaults.batch, RANGES["batch"]
+        batch = allowed.parse(text)
+        if batch is None:
+            raise UserError(
+                f"--batch is {shown(text)}; for plan it must be {allowed}; simulate takes several"
+            )
+        lengths = {name: self._range(name) for name in ("prompt_len", "output_len")}
+        for name, length in lengths.items():
+            if length.low < length.high:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {length}; plan takes one length, the mean for "
+                    "example, simulate a range"
+                )
+        return Workload(int(batch), **{name: each.low for name, each in lengths.items()}, seed=0)
+
+    def limits_s(self) -> dict[str, float]:
+        """The longest mean TPOT and TTFT, as `Goals` has them.
+
+        Raises:
+            UserError: an objective is of something that a plan does not know.
+        """
+        known = {"tpot.mean": "max_tpot_s", "ttft.mean": "max_ttft_s"}
+        for slo in self.slos:
+            if slo.name not in known:
+                raise UserError(
+                    f"--slo {slo.name}: plan has means alone, {' and '.join(known)}; expertlane "
+                    "simulate has all of them"
+                )
+        return {known[slo.name]: slo.limit_s for slo in self.slos}

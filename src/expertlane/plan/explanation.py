@@ -1,0 +1,109 @@
+"""What a planner says beside its ranking: kinds of deployment, the Pareto front, and gaps."""
+
+from collections.abc import Callable, Sequence
+
+from expertlane.plan.candidates import Goals
+from expertlane.plan.screen import ScreenedCandidate
+from expertlane.plan.search import Finalist, best_in_full
+from expertlane.plan.ties import Contender, Ranking
+from expertlane.spec.layout import Layout
+from expertlane.spec.workload import Workload
+
+
+def family_of(layout: Layout) -> str:
+    """The family in a few words; how attention is cut is left to the layout."""
+    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
+    if layout.pp > 1:
+        parts.append("pipeline")
+    if layout.replicas > 1:
+        parts.append("replicas")
+    return ", ".join(parts)
+
+
+def of_other_families(
+    finalists: Sequence[Finalist],
+    options: Sequence[ScreenedCandidate],
+    goals: Goals,
+    finish: Callable[[ScreenedCandidate], Finalist],
+) -> list[Finalist]:
+    """The best in full of each family that has no finalist, if any of it keeps the limits.
+
+    Args:
+        finish: projects an option in full.
+    """
+    known = {family_of(each.candidate.layout) for each in finalists}
+    others: dict[str, list[ScreenedCandidate]] = {}
+    for option in options:
+        family = family_of(option.candidate.layout)
+        if family not in known and option.place is not None:
+            others.setdefault(family, []).append(option)
+    found = (
+        best_in_full(of_family, goals, finish, lambda _: None, most=1).kept
+        for of_family in others.values()
+    )
+    return [each for kept in found for each in kept]
+
+
+def best_of_families(ranking: Ranking) -> dict[str, Contender]:
+    """The first of each family."""
+    best: dict[str, Contender] = {}
+    for each in ranking.contenders:
+        best.setdefault(family_of(each.finalist.candidate.layout), each)
+    return best
+
+
+def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate, int]]:
+    """Options and numbers of sequences such that none has both more TPS and a lower TPOT."""
+    points = [
+        (float(option.served.tpot_s[1, place]), float(option.served.tps[1, place]), option, place)
+        for option in options
+        for place in range(len(option.steps.num_seqs))
+    ]
+    front: list[tuple[ScreenedCandidate, int]] = []
+    most = 0.0
+    for _, tps, option, place in sorted(points, key=lambda point: (point[0], -point[1])):
+        if tps > most:
+            most = tps
+            front.append((option, place))
+    return front
+
+
+_NAMED = 2  # causes
+_LEAST = 0.1  # of what grows, for a cause to be named
+
+
+def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:
+    """Seconds of the whole system for one output token, its part of prefill included."""
+    per_token = workload.prompt_len / workload.output_len
+    of_phases = (
+        (finalist.decode, 1 / finalist.num_seqs),
+        (finalist.prefill, per_token / finalist.prefill.num_tokens),
+    )
+    return {
+        f"{cause} in {step.phase}": seconds * share
+        for step, share in of_phases
+        for cause, seconds in step.breakdown_s.items()
+    }
+
+
+def gap_to(best: Contender, other: Contender, workload: Workload) -> str:
+    """Where a plan that is slower, beyond the errors that both share, loses its time.
+
+    For example `µs per token: weight reads in decode +12; memory for 316 sequences`; empty where
+    they tie.
+    """
+    _, _, most = other.tps.over(best.tps).bounds
+    if most >= 1:
+        return ""
+    mine, least = (time_by_cause(each.finalist, workload) for each in (other, best))
+    more = {cause: seconds - least.get(cause, 0.0) for cause, seconds in mine.items()}
+    growth = sum(value for value in more.values() if value > 0)
+    named = sorted(more, key=lambda cause: -more[cause])[:_NAMED]
+    parts = [
+        f"{cause} +{1e6 * more[cause]:.3g}" for cause in named if more[cause] > _LEAST * growth
+    ]
+    text = f"µs per token: {', '.join(parts)}" if parts else "slightly more of every cost"
+    room, of_best = (int(each.finalist.option.steps.num_seqs.max()) for each in (other, best))
+    if room < min(workload.num_sequences, of_best):
+        text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"
+    return text

@@ -1,0 +1,173 @@
+"""Which plans tie: those whose ratio may be 1, once what both share has cancelled.
+
+The bounds of one plan have all laws low together, or all high, and most of that two plans share: a
+slow driver is as slow for both. So each error of a law (`cost.by_law`) is moved to its low and to
+its high for both plans at once, and the ratio with it. Errors are taken as independent: the
+ratio's logarithm goes as far down as the root of the sum of squares of all that lower it, and as
+far up likewise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp, hypot, inf, isfinite, log
+
+import numpy as np
+
+from expertlane.cost.by_law import LawError
+from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.step.operation import Floats
+from expertlane.plan.search import Finalist
+from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool, two_pools
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import TieBreak
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
+
+
+@dataclass(frozen=True)
+class Uncertain:
+    """A positive number, and what it becomes at the low and at the high of each error.
+
+    An error that is not named leaves it as it is.
+    """
+
+    value: float
+    by_error: Mapping[LawError, tuple[float, float]]
+
+    def over(self, other: "Uncertain") -> Estimate:
+        """The ratio, with the bounds that are left when what both share has cancelled."""
+        if not (isfinite(self.value) and isfinite(other.value)):
+            ratio = 1.0 if self.value == other.value else self.value / other.value
+            return Estimate(ratio, ratio, ratio)
+        down = up = 0.0
+        for error in {**self.by_error, **other.by_error}:
+            mine, others = (each.by_error.get(error, (each.value,) * 2) for each in (self, other))
+            moved = [
+                _log_ratio(a, self.value) - _log_ratio(b, other.value)
+                for a, b in zip(mine, others, strict=True)
+            ]
+            down, up = hypot(down, min(*moved, 0.0)), hypot(up, max(*moved, 0.0))
+        ratio = self.value / other.value
+        return Estimate(ratio, ratio * exp(-down), ratio * exp(up))
+
+    def ties(self, other: "Uncertain") -> bool:
+        """Whether the ratio may be 1."""
+        low, _, high = self.over(other).bounds
+        return low <= 1 <= high
+
+
+def _log_ratio(moved: float, value: float) -> float:
+    return log(moved / value) if isfinite(moved) else inf
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A plan as it is ranked."""
+
+    finalist: Finalist
+    tps: Uncertain
+    ttft_s: Uncertain
+
+
+def contender(finalist: Finalist, workload: Workload) -> Contender:
+    """A deployment of one pool."""
+    errors = _errors_of(finalist)
+    served = one_pool(_moved(finalist, errors), workload)
+    return Contender(finalist, *_uncertain(served, errors))
+
+
+def pools_tps(
+    prefill: Finalist, decode: Finalist, transfer_s: Floats, workload: Workload
+) -> Uncertain:
+    """Output tokens a second of two pools; their transfer's error is left out, as it is small."""
+    errors = list(dict.fromkeys([*_errors_of(prefill), *_errors_of(decode)]))
+    at = np.full(1 + 2 * len(errors), transfer_s[LIKELY])
+    served = two_pools(_moved(prefill, errors), _moved(decode, errors), at, workload)
+    return _uncertain(served, errors)[0]
+
+
+def _errors_of(finalist: Finalist) -> list[LawError]:
+    of_phases = finalist.by_error
+    return list(dict.fromkeys([*of_phases[Phase.DECODE], *of_phases[Phase.PREFILL]]))
+
+
+def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
+    """The steps at their likely times, then at the low and the high of each error."""
+
+    def times(phase: Phase, likely_s: float) -> Floats:
+        of_phase = finalist.by_error[phase]
+        moved = [each for error in errors for each in of_phase.get(error, (likely_s, likely_s))]
+        return np.array([likely_s, *moved])
+
+    steps = finalist.steps
+    return replace(
+        steps,
+        decode_s=times(Phase.DECODE, float(steps.decode_s[LIKELY, 0]))[:, None],
+        prefill_s=times(Phase.PREFILL, float(steps.prefill_s[LIKELY])),
+    )
+
+
+def _uncertain(served: ThroughputCurve, errors: Sequence[LawError]) -> tuple[Uncertain, Uncertain]:
+    """Tokens a second and TTFT of what `_moved` serves."""
+
+    def of(values: Floats) -> Uncertain:
+        value, *moved = values.tolist()
+        pairs = zip(moved[::2], moved[1::2], strict=True)
+        return Uncertain(value, dict(zip(errors, pairs, strict=True)))
+
+    tps = served.tps[::-1, 0]  # a curve's are the other way round than its times
+    return of(tps), of(served.ttft_s[:, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Plans in order, the chosen one first.
+
+    Attributes:
+        num_tied: how many of the first tie with the one that has most tokens a second.
+        by: what decided among them; None where one was alone.
+    """
+
+    contenders: Sequence[Contender]
+    num_tied: int
+    by: TieBreak | None
+
+    @property
+    def chosen(self) -> Contender:
+        """The first."""
+        return self.contenders[0]
+
+    @property
+    def spread(self) -> float:
+        """How far the least of those that tie is below the most tokens a second; a share."""
+        tps = [each.tps.value for each in self.contenders[: self.num_tied]]
+        return 1 - min(tps) / max(tps)
+
+
+def ranked(contenders: Sequence[Contender]) -> Ranking:
+    """Those that tie with the one of most tokens a second, then the others by tokens a second.
+
+    Of those that tie the one with the lowest TTFT is chosen; where that ties too, the one with
+    fewest kinds of parallelism, then with most tokens a second. The others that tie follow by TTFT.
+    """
+    by_tps = sorted(contenders, key=lambda each: -each.tps.value)
+    tied = [each for each in by_tps if each.tps.ties(by_tps[0].tps)]
+    others = [each for each in by_tps if each not in tied]
+    if len(tied) == 1:
+        return Ranking([*tied, *others], 1, None)
+    tied.sort(key=lambda each: each.ttft_s.value)
+    as_soon = [each for each in tied if each.ttft_s.ties(tied[0].ttft_s)]
+    fewest = min(num_kinds(each.finalist.candidate.layout) for each in as_soon)
+    simplest = [each for each in as_soon if num_kinds(each.finalist.candidate.layout) == fewest]
+    chosen = max(simplest, key=lambda each: each.tps.value)
+    by: TieBreak = "most tokens" if len(simplest) > 1 else "fewest kinds"
+    if chosen is tied[0]:
+        by = "lowest TTFT"
+    tied.remove(chosen)
+    return Ranking([chosen, *tied, *others], 1 + len(tied), by)
+
+
+def num_kinds(layout: Layout) -> int:
+    """Kinds of parallelism that a layout has."""
+    return sum(size > 1 for size in (layout.replicas, layout.pp, layout.dp, layout.tp, layout.ep))

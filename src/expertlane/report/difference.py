@@ -1,0 +1,40 @@
+"""What makes one deployment's step longer than another's, cause by cause."""
+
+from dataclasses import dataclass
+
+from expertlane.report.compared import Row
+
+_LEAST_SHARE = 0.01  # of the slower step; smaller differences are added up as OTHER
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class StepDifference:
+    """From the slower to the faster step, in milliseconds: what a waterfall shows.
+
+    Attributes:
+        slower_ms, faster_ms: a decode step of every sequence, or the prefill.
+        causes: each with what it adds on the way, negative where the faster step has less of it:
+            first what is saved, then what is added, the largest first; `OTHER` last. They sum to
+            `faster_ms - slower_ms`.
+    """
+
+    slower_ms: float
+    faster_ms: float
+    causes: tuple[tuple[str, float], ...]
+
+
+def step_difference(slower: Row, faster: Row) -> StepDifference:
+    """How the step of one deployment becomes that of another; both of one source and phase."""
+    slow_s, fast_s = slower.step.breakdown_s, faster.step.breakdown_s
+    slower_ms, faster_ms = (1e3 * sum(each.values()) for each in (slow_s, fast_s))
+    by_cause = {
+        cause: 1e3 * (fast_s.get(cause, 0.0) - slow_s.get(cause, 0.0))
+        for cause in dict.fromkeys([*slow_s, *fast_s])
+    }
+    named = {c: ms for c, ms in by_cause.items() if abs(ms) >= _LEAST_SHARE * slower_ms}
+    ordered = sorted(named.items(), key=lambda item: (item[1] > 0, -abs(item[1])))
+    rest = faster_ms - slower_ms - sum(named.values())
+    if len(named) < sum(ms != 0 for ms in by_cause.values()):
+        ordered.append((OTHER, rest))
+    return StepDifference(slower_ms, faster_ms, tuple(ordered))

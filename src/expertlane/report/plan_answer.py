@@ -1,0 +1,218 @@
+"""What a plan answers on one screen: what to use, what ties with it, and how sure that is."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.numbers import (
+    COLUMNS,
+    compact,
+    counted,
+    figures,
+    low_high_compact,
+    milliseconds,
+    percent,
+    shortened,
+)
+from expertlane.report.planning import (
+    named,
+    of_role,
+    serving,
+    tie_or_gap,
+    tpot,
+    ttft,
+    versus,
+)
+from expertlane.report.setup import cautions
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import (
+    BEST,
+    DECODE_POOL,
+    FAMILY,
+    PREFILL_POOL,
+    TWO_POOLS,
+    DeploymentRecord,
+    TieBreak,
+)
+from expertlane.results.results import NoPools, Results
+
+_NO_POOLS: dict[NoPools, str] = {
+    "no split": "the devices cannot be split",
+    "too large": "the model does not fit both pools of any split",
+    "over limits": "none meets the limits",
+}
+_WON_BY: dict[TieBreak, str] = {
+    "lowest TTFT": "the lowest TTFT wins",
+    "fewest kinds": "so does their TTFT: fewest kinds of parallelism win",
+    "most tokens": "so does their TTFT: most tokens/s win",
+}
+_MOST = 0.5  # of the time
+_NAME_COLUMNS, _NAME_LINES = 26, 14  # of the table's layouts: their width, and lines of all
+_SHORTEST_NAME = 12
+
+
+def answer(results: Results) -> Answer:
+    """At most 40 lines of 80 columns, whatever the names."""
+    rows = _shown(of_role(results, BEST))
+    parts: list[Words] = [_table(results, rows)]
+    parts += [" ".join(_gaps(results, rows))] if any(_gaps(results, rows)) else []
+    parts.append(_two_pools(results))
+    parts.append(" ".join((*how_sure(results), *cautions(results))))
+    parts.append(_next(results))
+    return Answer(_setting(results), headline(results), tuple(parts))
+
+
+def verdict(results: Results) -> Section:
+    """The answer in sentences, and what was tried."""
+    found = results.plans[0]
+    tried = (
+        f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
+        f"too large, {found.num_over_limits:,} over the limits), {found.num_pool_candidates:,} "
+        "more disaggregated."
+    )
+    asked = (_setting(results), headline(results), _two_pools(results), tried)
+    return Section("Verdict", (*asked, *how_sure(results), *cautions(results)), "top")
+
+
+def _setting(results: Results) -> str:
+    workload, limits = results.question["workload"], results.question
+    said = [
+        f"{name} ≤ {1e3 * limits[key]:g} ms"
+        for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
+        if limits.get(key) is not None
+    ]
+    load = (
+        f"{workload['num_sequences']:,} concurrent, {workload['prompt_len']:,} in / "
+        f"{workload['output_len']:,} out"
+    )
+    rest = " | ".join([f" on {results.projected_for.name}", load, *said, "projected"])
+    name = results.question["model"]["name"]
+    return shortened(name, max(COLUMNS - len(rest), _SHORTEST_NAME)) + rest
+
+
+def headline(results: Results) -> str:
+    """What to use, and by what it was chosen."""
+    found, (best, *others) = results.plans[0], of_role(results, BEST)
+    tps = serving(best).output_tps
+    said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
+    pools = next(iter(of_role(results, TWO_POOLS)), None)
+    if pools is not None and pools.over_best is not None and pools.over_best.bounds[0] > 1:
+        faster = f"{figures(pools.over_best)}× ({low_high_compact(pools.over_best)})"
+        tps = serving(pools).output_tps
+        return (
+            f"Use disaggregated pools: {compact(tps)} tokens/s ({_plus_minus(tps)}), {faster} the "
+            f"best of one pool, {named(best)}."
+        )
+    if found.num_tied > 1 and found.tie_break is not None:
+        is_shown = found.num_tied <= 1 + len(others)
+        tied = f"#1–#{found.num_tied}" if is_shown else f"{found.num_tied} plans"
+        apart = percent(found.tie_spread)
+        return f"{said}. {tied} tie for most tokens/s ({apart} apart): {_WON_BY[found.tie_break]}."
+    if others:
+        return f"{said}; #2 is {versus(others[0])}."
+    return f"{said}; no other deployment keeps the limits."
+
+
+def _plus_minus(estimate: Estimate) -> str:
+    low, value, high = estimate.bounds
+    return f"−{1 - low / value:.0%}/+{high / value - 1:.0%}"
+
+
+def _shown(ranked: Sequence[DeploymentRecord]) -> Sequence[DeploymentRecord]:
+    """The first of them, as many as there is room for; two at least."""
+    lines = 0
+    for place, each in enumerate(ranked):
+        lines += len(textwrap.wrap(named(each), _NAME_COLUMNS))
+        if lines > _NAME_LINES and place > 1:
+            return ranked[:place]
+    return ranked
+
+
+def _table(results: Results, rows: Sequence[DeploymentRecord]) -> Table:
+    ranked, wanted = of_role(results, BEST), results.question["workload"]["num_sequences"]
+    columns: list[Column[DeploymentRecord]] = [
+        text("#", lambda each: 1 + ranked.index(each)),
+        text("layout", named),
+        number("tok/s", lambda each: serving(each).output_tps, compact),
+        number("range", lambda each: serving(each).output_tps, low_high_compact),
+        number("/GPU", lambda each: serving(each).output_tps / each.num_ranks, compact),
+        number("TPOT ms", tpot, milliseconds),
+        number("TTFT ms", ttft, milliseconds),
+        number("vs #1", tie_or_gap),
+    ]
+    if any(serving(each).num_running != wanted for each in rows):
+        columns.insert(2, number("seqs", lambda each: f"{serving(each).num_running or 0:,}"))
+    return Table.of("", columns, rows)
+
+
+def _gaps(results: Results, rows: Sequence[DeploymentRecord]) -> Iterator[str]:
+    """Of the first that does not tie, and of the best with, or without, expert parallelism."""
+    slower = next((each for each in rows if each.why), None)
+    if slower is not None:
+        yield f"Gap of #{1 + rows.index(slower)} to #1: {slower.why}."
+    has_experts = rows[0].layout.ep > 1
+    other = next(
+        (each for each in of_role(results, FAMILY) if (each.layout.ep > 1) != has_experts), None
+    )
+    if other is not None and other.over_best is not None:
+        kind = "without" if has_experts else "with"
+        why = f"; {other.why}" if other.why else ""
+        yield f"Best {kind} EP: {named(other)}, {versus(other)}{why}."
+
+
+def _two_pools(results: Results) -> str:
+    together = next(iter(of_role(results, TWO_POOLS)), None)
+    if together is None or together.over_best is None:
+        return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
+    (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
+    first = ttft(together)
+    return (
+        f"Disaggregated, {named(prefill)} on {prefill.num_ranks} for prefill, {named(decode)} on "
+        f"{decode.num_ranks} for decode: {versus(together)}, TPOT "
+        f"{milliseconds(tpot(together))} ms, "
+        f"TTFT {'unbounded' if first is None else f'{milliseconds(first)} ms'}, KV transfer "
+        f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
+    )
+
+
+def how_sure(results: Results) -> Iterator[str]:
+    """How far off such projections were, and where most of the best one's time is not measured."""
+    judged = results.projected_for.judged
+    if judged is None:
+        yield "Projections of this device were never compared with measurements."
+    else:
+        yield (
+            f"Projections of this kind: {percent(judged.median_error)} median error on "
+            f"{judged.num_rows} measured rows ({judged.what})."
+        )
+    best = of_role(results, BEST)[0]
+    if best.decode is None or best.prefill is None:
+        return
+    of_decode = min(1.0, best.decode.round_s.value / tpot(best).value)  # the rest is prefill
+    steps = ((of_decode, best.decode), (1 - of_decode, best.prefill))
+    bound = sum(part * step.basis_shares.get("bound", 0.0) for part, step in steps)
+    extrapolated = sum(part * (step.extrapolated_share or 0.0) for part, step in steps)
+    said = (
+        (bound, "rests on datasheets and assumptions"),
+        (extrapolated, "lies outside the measured sizes"),
+    )
+    most = [f"{words} ({percent(share)})" for share, words in said if share > _MOST]
+    if most:
+        yield (
+            f"Most of the time of #1 {' and '.join(most)}: rankings are reliable, absolute "
+            "values are not."
+        )
+
+
+def _next(results: Results) -> str:
+    """How to go on; only what fits on a line each."""
+    found = results.plans[0]
+    lines = []
+    if found.experiment is not None:
+        line = f"Next, on such a cluster: expertlane compare {found.experiment}"
+        short = "Next, on such a cluster: expertlane compare with the experiment.toml written"
+        lines.append(line if len(line) <= COLUMNS else short)
+    fitting = [each.command for each in found.commands if each.command is not None]
+    if fitting and len(fitting[0]) <= COLUMNS:
+        lines.append(fitting[0])
+    return "\n".join(lines or [""])

@@ -1,0 +1,50 @@
+"""What tokens cost, by the price of a device."""
+
+from dataclasses import replace
+
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import DeploymentRecord, ServingRecord
+from expertlane.results.results import Results
+
+_MILLION, _S_PER_HOUR = 1e6, 3600
+
+
+def with_costs(results: Results, usd_per_hour: float) -> Results:
+    """The same, each load with its dollars for a million tokens.
+
+    Devices that a deployment leaves idle are not counted. On CPUs, the price is of all that ran.
+
+    Args:
+        usd_per_hour: of one device; kept as the question's `price`.
+    """
+
+    def priced(record: DeploymentRecord) -> DeploymentRecord:
+        is_cpu = results.machine is not None and results.machine.device == "cpu"
+        usd_per_s = usd_per_hour / _S_PER_HOUR * (1 if is_cpu else record.num_ranks)
+
+        def cost(tps: Estimate | None) -> Estimate | None:
+            return None if tps is None else _MILLION * usd_per_s / tps
+
+        serving = tuple(
+            replace(
+                each,
+                usd_per_million_output=cost(each.output_tps),
+                usd_per_million_total=cost(_total_tps(each, results)),
+            )
+            for each in record.serving
+        )
+        return replace(record, serving=serving)
+
+    return replace(
+        results,
+        question=results.question | {"price": usd_per_hour},
+        deployments=tuple(map(priced, results.deployments)),
+    )
+
+
+def _total_tps(serving: ServingRecord, results: Results) -> Estimate | None:
+    """Of a plan, whose sequences are all alike, by their lengths."""
+    if serving.total_tps is not None or results.kind != "plan":
+        return serving.total_tps
+    workload: dict[str, int] = results.question["workload"]
+    return serving.output_tps * (1 + workload["prompt_len"] / workload["output_len"])
