@@ -110,7 +110,7 @@ def test_nothing_fits_a_planner_beside() -> None:
     results = usual()
     rows = tuple(each for each in results.deployments if FASTEST not in each.roles)
     text = words(replace(results, deployments=rows), "Projected: the planner's best")
-    assert "Decode at 1,024: of 1,679 deployments (1 too large) none holds all 1,024" in text
+    assert "Decode at 1,024: of 1,679 deployments (1 do not fit) none holds all 1,024" in text
 
 
 def test_a_projection_beside_a_measurement_has_sections_of_its_own() -> None:
@@ -137,7 +137,7 @@ def test_all_baselines_and_no_scaling_are_said() -> None:
     alone = replace(results, deployments=rows, plans=())
     assert "No deployment is a proposal" in words(alone, "Projected: verdict")
     assert "no layouts of growing ep" in words(alone, "Projected: scaling")
-    assert "Not looked for" in words(alone, "Projected: the planner's best")
+    assert "Not searched" in words(alone, "Projected: the planner's best")
 
 
 @pytest.mark.parametrize("width", [80, 100])

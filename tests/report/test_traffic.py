@@ -153,7 +153,7 @@ def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
     page = " ".join(markdown.render(report_of(results)).split())
     assert "All steps of all repetitions;" in page
     assert "expert-parallel ranks; where an expert is sharded, all ranks with a shard" in page
-    assert "prefill and decode counted together, in the layer where that is most" in page
+    assert "prefill and decode together, in the least balanced layer" in page
     assert "most loaded expert over the mean, decode only; load max/mean, above, counts" in page
     *_, stages, values = sections(results)[0].parts
     assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")

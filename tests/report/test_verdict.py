@@ -145,7 +145,7 @@ def test_runs_that_overlap_are_too_close_to_call() -> None:
 @pytest.mark.parametrize(("share", "is_told"), [(0.0, False), (0.04, False), (0.2, True)])
 def test_load_of_other_processes(share: float, is_told: bool) -> None:
     given = replace(example.results([(example.TENSOR, 0.2)]), foreign_cpu_share=share)
-    lines = [each for each in cautions(given) if "cores meanwhile" in each]
+    lines = [each for each in cautions(given) if "cores during the run" in each]
     assert bool(lines) == is_told
     for line in lines:
         assert line.startswith("Other processes used 20% of the cores during the run")
