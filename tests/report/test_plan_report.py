@@ -12,6 +12,7 @@ from example_projection import step
 from expertlane.report import terminal
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
 from expertlane.report.sections import report_of
+from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
@@ -164,14 +165,9 @@ def test_cautions_are_part_of_the_answer():
     assert verdict(results).parts[-1] == "Mind the step."
 
 
-def test_a_price_is_shown_per_million_tokens():
-    best = planned(FIRST, 20_000, BEST)
-    serving = replace(best.serving[0], usd_per_million_output=Estimate(0.67))
-    asked = replace(PLAN, question=PLAN.question | {"price": 3.0})
-    priced = replace(asked, deployments=(replace(best, serving=(serving,)),))
-    table = answer(priced).parts[0]
-    assert "$/M out" in [each.heading for each in table.columns]
-    assert "0.670" in table.rows[0]
+def test_a_price_gives_the_cost_of_the_first():
+    priced = with_costs(plan(planned(FIRST, 20_000, BEST)), 3.0)
+    assert "Cost of #1: $0.667 (0.333–1.33) per million output tokens" in said(priced)
 
 
 def worst_plan() -> Results:
@@ -208,7 +204,7 @@ def worst_plan() -> Results:
         | {"model": {"name": "org/" + "a-name-without-end-" * 9}, "max_ttft_s": 0.5},
     )
     commands = replace(found.plans[0], experiment="/a/folder" * 30 + "/experiment.toml")
-    return replace(found, plans=(commands,))
+    return with_costs(replace(found, plans=(commands,)), 3.0)
 
 
 @pytest.mark.parametrize("results", [PLAN, worst_plan()], ids=["usual", "worst"])

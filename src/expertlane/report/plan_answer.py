@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
+from expertlane.report.loads import Served, cost_of
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -25,7 +26,7 @@ from expertlane.report.planning import (
     ttft,
     versus,
 )
-from expertlane.report.setup import cautions
+from expertlane.report.setup import cautions, how_judged
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -58,10 +59,13 @@ _SHORTEST_NAME = 12
 def answer(results: Results) -> Answer:
     """At most 40 lines of 80 columns, whatever the names."""
     setting, found = _setting(results), headline(results)
-    around = [_two_pools(results), " ".join((*how_sure(results), *cautions(results)))]
+    best = of_role(results, BEST)[0]
+    cost = cost_of(results, Served(best, serving(best)))
+    sure = " ".join((*how_sure(results), *cautions(results)))
+    around = [_two_pools(results), sure, *([f"Cost of #1: {cost}."] if cost else [])]
     after = Figure("", _next(results))
     num_taken = sum(map(_num_lines, (setting, found, *around))) + len(after.lines)
-    num_taken += 7  # a blank line before each part, the table's head, and where the rest is
+    num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
     table, gaps = _table(results), " ".join(_gaps(results))
     num_of_gaps = _num_lines(gaps) + 1 if gaps else 0
     fitting = _fitting(table, _LINES - num_taken - num_of_gaps)
@@ -162,8 +166,6 @@ def _table(results: Results) -> Table:
     )
     if any(serving(each).num_running != wanted for each in rows):
         third = number("seqs", lambda each: serving(each).num_running, whole)
-    if results.question.get("price") is not None:
-        third = number("$/M out", lambda each: serving(each).usd_per_million_output, figures)
     columns: tuple[Column[DeploymentRecord], ...] = (
         text("#", lambda each: 1 + rows.index(each)),
         text("layout", named),
@@ -210,14 +212,7 @@ def _two_pools(results: Results) -> str:
 
 def how_sure(results: Results) -> Iterator[str]:
     """How far off such projections were, and where most of the best one's time is not measured."""
-    judged = results.projected_for.judged
-    if judged is None:
-        yield "Projections of this device were never compared with measurements."
-    else:
-        yield (
-            f"Projections of this kind: {percent(judged.median_error)} median error on "
-            f"{judged.num_rows} measured rows ({judged.what})."
-        )
+    yield how_judged(results)
     best = of_role(results, BEST)[0]
     if best.decode is None or best.prefill is None:
         return
