@@ -65,7 +65,7 @@ def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
         and "are free for it" in line
         for line in err.splitlines()
     )
-    assert "Projected: verdict (h100x16, nothing here was measured)" in out
+    assert "Projected: verdict (h100x16; nothing was measured there)" in out
     assert "Nothing was measured here: deployment 'TP 8 × PP 2'" in " ".join(out.split())
     assert "Projected: where 3.75× would come from" not in out  # that is the paper's study
     assert max(map(len, out.splitlines())) <= 80

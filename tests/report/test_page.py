@@ -151,7 +151,7 @@ def values_of(results: Results, title: str) -> list[dict[str, Any]]:
 
 def test_bars_are_the_measured_values():
     results = example_results.usual()
-    values = values_of(results, "Decode tokens a second")
+    values = values_of(results, "Decode tokens per second")
     assert [value["value"] for value in values] == [
         each.decode.tps.value for each in results.select("measured", EXPERIMENT)
     ]
@@ -213,8 +213,8 @@ def test_curves_are_the_projected_steps():
 
 def test_the_front_is_the_planners():
     plan = example_pages.KINDS["plan"]()
-    values = values_of(plan, "Tokens a second against TPOT")
-    front = [value for value in values if value["curve"] == "front"]
+    values = values_of(plan, "Tokens/s against TPOT")
+    front = [value for value in values if value["curve"] == "Pareto front"]
     assert [(value["x"], value["y"]) for value in front] == [
         (pytest.approx(1e3 * tpot(each).value), each.serving[0].output_tps.value)
         for each in plan.select("projected", PARETO)
@@ -253,9 +253,9 @@ def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
 
     for of_chart in names(example_results.usual()):
         assert "pipeline bubble" in of_chart
-        assert "hand-over" not in of_chart
+        assert "PP send/recv" not in of_chart
     for of_chart in names(example_pages.projected()):
-        assert "hand-over" in of_chart
+        assert "PP send/recv" in of_chart
         assert "pipeline bubble" not in of_chart
 
 
