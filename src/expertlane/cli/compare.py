@@ -25,7 +25,7 @@ from expertlane.cli.options import (
 )
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.spec.ranges import shown
+from expertlane.spec.ranges import DEFAULT_SKEW, shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _DEFAULT_EXPERIMENT = "paper-small"
 _DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
-_DEFAULT_SKEW = 1.0
 
 
 class _Clock(StrEnum):
@@ -134,15 +133,15 @@ class _Projection:
     cluster: str | None = cluster_option(
         None, "The modelled cluster for --project", "Default: as many h100 as ranks."
     )
-    skew: float = typer.Option(
-        _DEFAULT_SKEW,
+    skew: float | None = typer.Option(
+        None,
         metavar="ALPHA",
         help="For --project: besides uniform routing, also project skewed routing, expert "
-        "popularity by Zipf's law with exponent ALPHA.",
+        f"popularity by Zipf's law with exponent ALPHA. Default: {DEFAULT_SKEW:g}.",
     )
 
     def __post_init__(self) -> None:
-        if not self.project and (self.cluster is not None or self.skew != _DEFAULT_SKEW):
+        if not self.project and (self.cluster is not None or self.skew is not None):
             option = "--skew" if self.cluster is None else "--cluster"
             raise UserError(f"{option} needs a projection; add --project")
 
@@ -273,7 +272,8 @@ def _projector(
 
     cluster = parse_cluster(options.cluster or f"{_DEFAULT_PROFILE}x{experiment.num_ranks}")
     number_type = dtype or usual_number_type(cluster.profile)
-    return ExperimentProjector(experiment, cluster, number_type, options.skew)
+    skew = DEFAULT_SKEW if options.skew is None else options.skew
+    return ExperimentProjector(experiment, cluster, number_type, skew)
 
 
 def _measure(

@@ -23,7 +23,7 @@ from expertlane.spec.deployment import (
     PayloadType,
     PlacementMethod,
 )
-from expertlane.spec.ranges import RANGES, shown, take
+from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown, take
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 NumberType = Literal["float32", "float16", "bfloat16", "float8"]
@@ -307,10 +307,11 @@ class ProjectionOptions:
         metavar="FILE",
         help="Routing as recorded by expertlane generate --record-routing.",
     )
-    skew: float = typer.Option(
-        0.0,
+    skew: float | None = typer.Option(
+        None,
         metavar="ALPHA",
-        help="Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform.",
+        help="Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform. "
+        f"Default: {DEFAULT_SKEW:g}.",
     )
     dtype: NumberType | None = typer.Option(
         None, help="Type of weights. Default: the checkpoint's, float16 for a preset."

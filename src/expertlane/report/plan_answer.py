@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.loads import Served, cost_of
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -23,7 +24,7 @@ from expertlane.report.planning import (
     ttft,
     versus,
 )
-from expertlane.report.setup import cautions
+from expertlane.report.setup import cautions, how_judged
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -58,6 +59,8 @@ def answer(results: Results) -> Answer:
     parts += [" ".join(_gaps(results, rows))] if any(_gaps(results, rows)) else []
     parts.append(_two_pools(results))
     parts.append(" ".join((*how_sure(results), *cautions(results))))
+    if cost := cost_of(results, Served(rows[0], serving(rows[0]))):
+        parts.append(f"Cost of #1: {cost}.")
     parts.append(_next(results))
     return Answer(_setting(results), headline(results), tuple(parts))
 
@@ -177,14 +180,7 @@ def _two_pools(results: Results) -> str:
 
 def how_sure(results: Results) -> Iterator[str]:
     """How far off such projections were, and where most of the best one's time is not measured."""
-    judged = results.projected_for.judged
-    if judged is None:
-        yield "Projections of this device were never compared with measurements."
-    else:
-        yield (
-            f"Projections of this kind: {percent(judged.median_error)} median error on "
-            f"{judged.num_rows} measured rows ({judged.what})."
-        )
+    yield how_judged(results)
     best = of_role(results, BEST)[0]
     if best.decode is None or best.prefill is None:
         return

@@ -67,6 +67,7 @@ def _table(table: Table, compact: bool = False) -> RichTable:
         padding=(0, 2 if compact else 1, 0, 0),
         pad_edge=False,
         show_edge=False,
+        show_header=any(column.heading for column in table.columns),
         header_style="bold",
     )
     for position, column in enumerate(table.columns):

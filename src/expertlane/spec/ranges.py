@@ -16,6 +16,8 @@ from expertlane.errors import SpecError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
+# Of expert popularity, in every command: between uniform, 0, and heavy, above 1. An assumption.
+DEFAULT_SKEW = 0.8
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 

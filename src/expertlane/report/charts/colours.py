@@ -5,7 +5,7 @@ from the page by 3 to 1, nearly all; names are variables of the page's style she
 for light and dark.
 """
 
-from expertlane.spec.names import Cause, ProjectedCause, Stage
+from expertlane.spec.names import Cause, Gap, ProjectedCause
 
 OF_CAUSE: dict[str, str] = {
     Cause.EXPERTS: "--blue",
@@ -28,25 +28,10 @@ OF_CAUSE: dict[str, str] = {
     ProjectedCause.LAUNCH: "--teal",
 }
 
-# What a rank waits for in PP send/recv is the bubble of its pipeline.
-BUBBLE = str(Cause.PIPELINE_BUBBLE)
+# Of a timeline, what is no part of a step's causes.
+OF_GAP: dict[str, str] = {Gap.IDLE: "--line", Gap.DESCHEDULED: "--brown"}
 
-OF_STAGE: dict[str, str] = {
-    Stage.IDLE.label: "--silver",
-    Stage.EMBED.label: "--lime",
-    Stage.ATTENTION.label: "--sky",
-    Stage.ROUTER.label: "--pink",
-    Stage.DISPATCH.label: "--vermillion",
-    Stage.EXPERTS.label: "--blue",
-    Stage.COMBINE.label: "--salmon",
-    Stage.COLLECTIVES.label: "--orange",
-    Stage.HAND_OVER.label: "--yellow",
-    Stage.HEAD.label: "--lime",
-    Stage.SETUP.label: "--brown",
-    BUBBLE: OF_CAUSE[BUBBLE],
-}
-
-BASELINE, PROPOSAL = "--grey", "--accent"
+PROPOSAL = "--accent"
 
 # Of curves and points, told apart by their marks too; those in the background are grey.
 SERIES = (
@@ -64,3 +49,9 @@ SERIES = (
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"
+
+# Of two deployments that a verdict names, the faster and the slower one, and of all others.
+RIVAL, OTHERS = "--grey", "--silver"
+# What a cause takes off a step or adds to it; loads below and above the mean.
+SAVED, ADDED = "--blue", "--vermillion"
+BELOW, ABOVE = "--blue", "--vermillion"
