@@ -143,7 +143,7 @@ def test_more_crossings_for_nothing(run):
     assert (
         run("balance", "even.npz", *arguments)[1]
         .splitlines()[-1]
-        .endswith(", and load is no more even.")
+        .endswith(", and load is not better balanced.")
     )
 
 
@@ -219,7 +219,7 @@ def test_no_tokens(run):
                 "--num-redundant-experts",
                 "4",
             ],
-            "--placement judges a placement as it is; valid without --method, "
+            "--placement evaluates a placement as it is; valid without --method, "
             "--num-redundant-experts, --no-coactivation and --output",
         ),
         (
