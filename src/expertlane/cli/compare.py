@@ -223,8 +223,6 @@ def run(
 ) -> Generator[output.Found]:
     """Compare, without a word on standard output: one comparison after the other."""
     comparisons = _comparisons(experiment, own, call)
-    if own.trace and comparisons[0].folder is None:
-        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 

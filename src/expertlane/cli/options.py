@@ -57,12 +57,23 @@ def json_option() -> Any:
     )
 
 
+def export_option(file: str) -> Any:
+    """A flat table beside the other files."""
+    return typer.Option(
+        None,
+        "--export",
+        rich_help_panel=Panel.OUTPUT,
+        help=f"Also write {file}.csv or {file}.parquet: a flat table for other programs, a row for "
+        "each deployment and phase or load. parquet needs pyarrow.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """Where results go, and how much of them is printed.
 
     Raises:
-        UserError: two forms at once.
+        UserError: two forms at once, or a library for `--export` is missing.
     """
 
     panel: ClassVar = Panel.OUTPUT
@@ -70,8 +81,12 @@ class OutputOptions:
     full: bool = typer.Option(False, "--full", help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = json_option()
+    export: Literal["csv", "parquet"] | None = export_option("results")
 
     def __post_init__(self) -> None:
+        from expertlane.results.table import check_format  # numpy, not for the help of commands
+
+        check_format(self.export)
         given = [
             name
             for name, is_given in (
@@ -95,24 +110,27 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     Numbers of options are checked by the ranges of the fields that they are named like.
     """
 
-    parameters = _parameters(command)
+    parameters = parameters_of(command)
 
     @wraps(command)
     def run(**values: Any) -> None:
         for each in parameters:
             _check(each, values[each.name])
-        _call(command, values)
+        call_with(command, values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 
-def _parameters(taker: Any) -> list[inspect.Parameter]:
+def parameters_of(taker: Any) -> list[inspect.Parameter]:
+    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
     found = []
     for each in inspect.signature(taker).parameters.values():
-        if is_dataclass(each.annotation):
-            found += _parameters(each.annotation)
+        if is_group(each.annotation):
+            found += parameters_of(each.annotation)
+            continue
+        if each.annotation is Call:
             continue
         if isinstance(each.default, OptionInfo):
             panel = each.default.rich_help_panel or getattr(taker, "panel", None)
@@ -133,10 +151,16 @@ def _choices(annotation: Any) -> list[str]:
     ]
 
 
-def _call(taker: Any, values: dict[str, Any]) -> Any:
+def is_group(kind: object) -> bool:
+    """Whether a parameter of this type stands for several options."""
+    return is_dataclass(kind) and kind is not Call
+
+
+def call_with(taker: Any, values: dict[str, Any]) -> Any:
+    """Call a function that takes groups; a value for each option, by its name."""
     return taker(
         **{
-            name: _call(each.annotation, values) if is_dataclass(each.annotation) else values[name]
+            name: call_with(each.annotation, values) if is_group(each.annotation) else values[name]
             for name, each in inspect.signature(taker).parameters.items()
         }
     )

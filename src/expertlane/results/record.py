@@ -129,11 +129,11 @@ class StepsRecord(Strict):
     stage_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     waiting_s: tuple[float, ...] = ()
     bubble_s: tuple[float, ...] = ()
-    traffic: TrafficRecord | None = None
+    traffic: TrafficRecord | None = field(default=None, repr=False)
     basis_shares: dict[str, float] = field(default_factory=dict)
     extrapolated_share: float | None = None
     fits: bool = True
-    timeline: StepTimeline | None = None
+    timeline: StepTimeline | None = field(default=None, repr=False)
 
     @property
     def round_s(self) -> Estimate:
@@ -351,7 +351,7 @@ class Conditions(Strict):
     kv_dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeploymentRecord(Strict):
     """One deployment.
 
@@ -393,6 +393,11 @@ class DeploymentRecord(Strict):
     tokens_sha256: str | None = None
     why: str = ""
     over_best: Estimate | None = None
+
+    def __repr__(self) -> str:
+        """A line: its parts have thousands of numbers."""
+        roles = f", {', '.join(self.roles)}" if self.roles else ""
+        return f"<DeploymentRecord {self.name!r}: {self.layout}, {self.source}{roles}>"
 
     @property
     def num_ranks(self) -> int:
