@@ -48,7 +48,7 @@ def test_a_table_and_a_placement(run):
     assert out.splitlines()[:3] == [
         "expertlane balance: a/model",
         "300 tokens, 2 of 8 experts each",
-        "4 ranks on 2 nodes, 12 slots a layer",
+        "4 ranks on 2 nodes, 12 physical experts per layer",
     ]
     rows = [line.split() for line in out.splitlines() if line[:3].strip() in ("1", "2", "all")]
     assert [row[0] for row in rows] == ["1", "2", "all"]
@@ -117,7 +117,8 @@ def test_coactivation_can_be_left_out(run):
 
 def test_one_node_has_no_plural(run):
     assert (
-        "\n4 ranks on 1 node, 8 slots a layer\n" in run("balance", "trace.npz", "--ranks", "4")[1]
+        "\n4 ranks on 1 node, 8 physical experts per layer\n"
+        in run("balance", "trace.npz", "--ranks", "4")[1]
     )
 
 
@@ -130,9 +131,7 @@ def test_more_crossings_are_told_with_what_they_bought(run):
     lines = run(*arguments, "--method", "round_robin")[1].splitlines()
     before, after = next(line.split()[3:5] for line in lines if line.startswith("all "))
     assert float(before) < float(after)
-    assert lines[-1] == (
-        f"Crossings rose from {before} to {after}: load was evened out at their expense."
-    )
+    assert lines[-1] == (f"Cross-node copies rose from {before} to {after}: the price of balance.")
     assert "rose" not in run(*arguments, "--method", "linear")[1]
 
 
@@ -144,7 +143,7 @@ def test_more_crossings_for_nothing(run):
     assert (
         run("balance", "even.npz", *arguments)[1]
         .splitlines()[-1]
-        .endswith(", and load is no more even.")
+        .endswith(", and load is not better balanced.")
     )
 
 
@@ -154,7 +153,7 @@ def test_many_layers_are_summed_up(run):
     rows = [line.split()[0] for line in out.splitlines()[4:] if line[:2].strip().isdigit()]
     assert len(rows) == 20
     assert [int(row) for row in rows] == sorted(map(int, rows))
-    assert "The 20 least even of 30 layers; all stands for all." in out
+    assert "The 20 least balanced of 30 layers; all: all layers." in out
 
 
 def test_no_tokens(run):
@@ -220,7 +219,7 @@ def test_no_tokens(run):
                 "--num-redundant-experts",
                 "4",
             ],
-            "--placement judges a placement as it is; valid without --method, "
+            "--placement evaluates a placement as it is; valid without --method, "
             "--num-redundant-experts, --no-coactivation and --output",
         ),
         (
