@@ -68,7 +68,7 @@ skewed = expertlane.simulate(
 change = expertlane.diff(even, skewed, threshold=5)
 print(change.answer)
 for worse in change.regressions:
-    print(f"worse by {-worse.gain:.0%}: {worse.quantity} at {worse.where}")
+    print(f"worse by {-worse.gain:.0%}: {worse.metric} at {worse.where}")
 
 # %% [markdown]
 # ## Files

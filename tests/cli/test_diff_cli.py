@@ -91,7 +91,7 @@ def test_other_forms(run, pair, tmp_path):
     assert code == 1
     assert sorted(each.name for each in there.iterdir()) == ["diff.csv", "diff.json", "diff.md"]
     assert err == f"written: {there}/diff.json, {there}/diff.md, {there}/diff.csv\n"
-    assert (there / "diff.csv").read_text("utf-8").startswith("deployment,source,where,quantity,")
+    assert (there / "diff.csv").read_text("utf-8").startswith("deployment,source,where,metric,")
 
 
 @pytest.mark.parametrize(

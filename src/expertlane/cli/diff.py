@@ -23,7 +23,7 @@ class _Options:
     threshold: float = typer.Option(
         THRESHOLD_PERCENT,
         metavar="PERCENT",
-        help="By how much a figure may get worse; beyond, and beyond its noise, the exit code is "
+        help="By how much a metric may get worse; beyond, and beyond its noise, the exit code is "
         "1.",
     )
 

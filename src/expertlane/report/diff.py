@@ -40,19 +40,19 @@ def report_of_difference(found: Difference, command: str, created: str) -> Repor
 
 
 def headline(found: Difference) -> str:
-    """Whether there is a regression, and how many figures changed."""
+    """Whether there is a regression, and how many metrics changed."""
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
     counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
     if not regressions:
-        return f"No regression beyond {beyond}: of {len(found.changes)} figures {changed}."
+        return f"No regression beyond {beyond}: of {len(found.changes)} metrics: {changed}."
     worst = regressions[0]
     interval = _interval(worst.ratio)
     return (
-        f"{counted(len(regressions), 'regression')} beyond {beyond}, the largest {worst.quantity} "
+        f"{counted(len(regressions), 'regression')} beyond {beyond}, the largest {worst.metric} "
         f"of {worst.deployment} ({worst.where}): {_change(worst)}"
         + (f" ({interval})" if interval else "")
-        + f". Of {len(found.changes)} figures {changed}."
+        + f". Of {len(found.changes)} metrics: {changed}."
     )
 
 
@@ -84,7 +84,7 @@ def _table(changes: Sequence[Change], title: str = "", *, in_full: bool = False)
     columns: list[Column[Change]] = [
         text("deployment", lambda change: change.deployment),
         text("at", lambda change: change.where),
-        text("figure", lambda change: change.quantity),
+        text("metric", lambda change: change.metric),
         number("A", lambda change: _value(change.before, in_full)),
         number("B", lambda change: _value(change.after, in_full)),
         number("change", _change),
@@ -128,7 +128,7 @@ def _notes(found: Difference) -> tuple[str, ...]:
         notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
     alone = [each for each in found.changes if each.ratio is not None and each.ratio.low is None]
     if alone:
-        notes.append(f"Noise unknown for {counted(len(alone), 'figure')}: no repetitions.")
+        notes.append(f"Noise unknown for {counted(len(alone), 'metric')}: no repetitions.")
     return tuple(notes)
 
 
