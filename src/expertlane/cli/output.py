@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -113,20 +114,6 @@ def check_folder(folder: Path) -> None:
                 raise UserError(
                     f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
                 ) from None
-
-
-def check_file(option: str, path: Path, example: str) -> None:
-    """Check, before anything runs, that a file can be written there.
-
-    Args:
-        example: a file's name, for the message.
-
-    Raises:
-        UserError: it is a folder, or its folder is not writable.
-    """
-    if path.is_dir():
-        raise UserError(f"{option} is {path}, which is a folder; give a file: {example}")
-    check_folder(path.parent)
 
 
 @contextmanager
@@ -244,7 +231,6 @@ def publish(found: Found, options: "OutputOptions") -> None:
     Args:
         options: how much is printed, and in which form.
     """
-    from expertlane.report import terminal
     from expertlane.report.sections import report_of
     from expertlane.results.file import to_json, write
 
@@ -253,19 +239,31 @@ def publish(found: Found, options: "OutputOptions") -> None:
     written = [write(results, folder)]  # first: what was found is kept whatever comes
     report = report_of(results)
     try:
-        if options.as_json:
-            print_json(to_json(results))
-        elif options.quiet:
-            print(report.answer.headline)
-        else:
-            with printing() as console:
-                if options.full:
-                    terminal.show(report, console)
-                else:
-                    terminal.show_answer(report, console, folder / "report.html")
+        show(report, options, partial(to_json, results), f"--full, or {folder / 'report.html'}")
     finally:  # also where standard output takes nothing
         written += [*write_reports(report, folder), *found.also()]
     print_message(f"written: {', '.join(map(str, written))}")
+
+
+def show(report: "Report", options: "OutputOptions", to_json: Callable[[], str], more: str) -> None:
+    """Print a report in the form that was asked for.
+
+    Args:
+        to_json: its numbers for other programs.
+        more: where the rest of the answer is; may be empty.
+    """
+    from expertlane.report import terminal
+
+    if options.as_json:
+        print_json(to_json())
+    elif options.quiet:
+        print(report.answer.headline)
+    else:
+        with printing() as console:
+            if options.full:
+                terminal.show(report, console)
+            else:
+                terminal.show_answer(report, console, more)
 
 
 def write_reports(report: "Report", folder: Path) -> tuple[Path, ...]:

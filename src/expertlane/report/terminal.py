@@ -1,7 +1,6 @@
 """A report as tables in a terminal."""
 
 import textwrap
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -16,11 +15,11 @@ from expertlane.report.document import Figure, Report, Table, Words
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, page: Path) -> None:
+def show_answer(report: Report, console: Console, more: str) -> None:
     """Print what fits on one screen, no wider than the console.
 
     Args:
-        page: where the rest is.
+        more: where the rest is; may be empty.
     """
     answer = report.answer
     console.print(Text(answer.setting, style="dim"))
@@ -30,8 +29,9 @@ def show_answer(report: Report, console: Console, page: Path) -> None:
         if not isinstance(part, str) and part.title:
             console.print(Text(part.title))
         console.print(_drawn(part, compact=True))
-    console.print()
-    console.print(Text(f"More: --full, or {page}"), soft_wrap=True)
+    if more:
+        console.print()
+        console.print(Text(f"More: {more}"), soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:
