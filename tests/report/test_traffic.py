@@ -33,7 +33,7 @@ def facts(results, number):
 def test_ranks_stand_apart_by_node():
     figure = matrix([[0, 1500, 20, 0], [40, 0, 0, 0], [0, 0, 0, 12_000], [0, 0, 999_400, 0]], 2)
     assert figure == Figure(
-        "Payload in kB, all repetitions: ranks of the rows send to ranks of the columns",
+        "Payload in kB, one repetition: ranks of the rows send to ranks of the columns",
         (
             "      0   1│   2   3",
             "  0   · 1.5│ <.1   ·",
@@ -56,7 +56,7 @@ def test_many_ranks_are_drawn_by_node():
     figure = matrix([[1] * 20 for _ in range(20)], 8)  # nodes of 8, 8 and 4 ranks
     assert (
         figure.title
-        == "Payload in B, all repetitions: nodes of the rows send to nodes of the columns"
+        == "Payload in B, one repetition: nodes of the rows send to nodes of the columns"
     )
     assert figure.lines == (
         "      0   1   2",
@@ -159,7 +159,7 @@ def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
     assert "prefill and decode counted together, in the layer where that is most" in page
     assert "its fullest expert over the mean, decode alone; load max/mean, above, counts" in page
     *_, stages, values = sections(results)[0].parts
-    assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")
+    assert (stages.title, values.title) == ("Sent by stage, one repetition", "One repetition")
 
 
 def test_records_without_fan_out_say_nothing_of_it():
