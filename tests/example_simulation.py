@@ -87,12 +87,10 @@ SIMULATION = Results(
     question={
         "model": {"name": "paper", "sliding_window": []},
         "workload": {
-            "batch": 8,
-            "rate": None,
-            "num_requests": 8,
             "prompt_len": "32",
             "output_len": "4:8",
             "seed": 0,
+            "requests": None,
         },
         "serving": {
             "max_num_seqs": 256,

@@ -281,7 +281,7 @@ def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
     experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[:1], scaling=())
     in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
     found = {each.name: each.value for each in in_waves.assumptions}
-    assert found["KV cache"] == "tp=2,pp=2: 48 of 288 positions"
+    assert found["KV cache"] == "tp=2,pp=2: 48 of 288 tokens"
     assert "as many at once as the cache holds" in found["context"]
     (each,) = in_waves.deployments
     assert each.tokens_sha256 == results.deployments[0].tokens_sha256

@@ -1,9 +1,13 @@
 """Which sections the report of each kind of results has, in order."""
 
+from dataclasses import replace
+
 from expertlane.report import bench_plots, plan_answer, planning, plots, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
+from expertlane.report.loads import NAME_COLUMNS
+from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
@@ -52,6 +56,7 @@ def _comparison(results: Results) -> _Made:
     if wall is not None:
         own = virtual or wall
         said = verdict(own, results)
+        sections.append(plots.first(results, own))
         beside = filter(None, (in_wall_time(wall, results),)) if virtual else ()
         sections += [Section("Verdict", (*said, *beside, *cautions(results)), "top")]
         sections += _run(results, own, wall)
@@ -97,7 +102,9 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
     if conditions.kv_dtype != types:
         types += f", KV cache in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
+    own = plots.first(results, modelled)
     return [
+        own if is_alone else replace(own, heading="Throughput, projected", place="plots"),
         Section(
             f"Projected: verdict ({results.projected_for.name}; nothing was measured there)",
             (
@@ -149,10 +156,11 @@ def _simulation(results: Results) -> _Made:
     record = results.deployments[0]
     layouts = [record.prefill_layout, record.layout]
     layout = " + ".join(str(each) for each in layouts if each is not None)
-    asked = f"{results.question['model']['name']} as {layout} on {results.projected_for.name}"
+    name, where = results.question["model"]["name"], f"as {layout} on {results.projected_for.name}"
+    asked = f"{name} {where}"
     return (
         f" simulate: {asked}",
-        Answer(f"{asked} | projected", serving.feels(results), (serving.latency(results),)),
+        serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
             *plots.simulation(results),
@@ -171,6 +179,6 @@ def _bench(results: Results) -> _Made:
     )
     return (
         f" bench: {asked}",
-        Answer(f"{asked} | measured", serving.fastest(results), (serving.throughput(results),)),
+        serving.bench_answer(results),
         (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
     )

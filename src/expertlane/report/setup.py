@@ -40,6 +40,17 @@ def cautions(results: Results) -> Iterator[str]:
     yield from results.cautions
 
 
+def how_judged(results: Results) -> str:
+    """How far off projections for this device were."""
+    judged = results.projected_for.judged
+    if judged is None:
+        return "Projections of this device were never compared with measurements."
+    return (
+        f"Projections of this kind: {percent(judged.median_error)} median error on "
+        f"{judged.num_rows} measured rows ({judged.what})."
+    )
+
+
 def assumptions(results: Results, source: Source, heading: str = "Assumptions") -> Section:
     """The assumptions behind numbers of one source."""
     rows = [each for each in results.assumptions if each.source == source]

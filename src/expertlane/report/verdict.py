@@ -50,6 +50,12 @@ class Verdict:
     counter: _Causes
 
     @property
+    def slower_and_faster(self) -> tuple[Row, Row]:
+        """By TPS of this source, whichever the verdict goes by."""
+        slower, faster = sorted((self.one, self.other), key=lambda row: row.tps)
+        return slower, faster
+
+    @property
     def has_interval(self) -> bool:
         """Whether it is known how sure the ratio is."""
         return self.ratio.low is not None

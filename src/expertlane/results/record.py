@@ -99,7 +99,7 @@ class StepsRecord(Strict):
             fitted, bound.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
         fits: whether so many sequences of this context fit into memory.
-        timeline: of one step: measured, from a short run by itself; simulated, the largest.
+        timeline: of one step: measured, from a short run by itself; simulated, the median.
     """
 
     phase: Phase
@@ -131,11 +131,11 @@ class StepsRecord(Strict):
     stage_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     waiting_s: tuple[float, ...] = ()
     bubble_s: tuple[float, ...] = ()
-    traffic: TrafficRecord | None = None
+    traffic: TrafficRecord | None = field(default=None, repr=False)
     basis_shares: dict[str, float] = field(default_factory=dict)
     extrapolated_share: float | None = None
     fits: bool = True
-    timeline: StepTimeline | None = None
+    timeline: StepTimeline | None = field(default=None, repr=False)
 
     @property
     def round_s(self) -> Estimate:
@@ -353,7 +353,7 @@ class Conditions(Strict):
     kv_dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeploymentRecord(Strict):
     """One deployment.
 
@@ -396,6 +396,11 @@ class DeploymentRecord(Strict):
     tokens_sha256: str | None = None
     why: str = ""
     over_best: Estimate | None = None
+
+    def __repr__(self) -> str:
+        """A line: its parts have thousands of numbers."""
+        roles = f", {', '.join(self.roles)}" if self.roles else ""
+        return f"<DeploymentRecord {self.name!r}: {self.layout}, {self.source}{roles}>"
 
     @property
     def num_ranks(self) -> int:
