@@ -334,7 +334,7 @@ def test_notes():
     text = " ".join(shown(results, 100).split())
     assert "512 ranks share 1 core: wall times compare work and waiting on this machine" in text
     assert "1 preemption: the KV cache was too small for the load." in text
-    assert "Other processes used 50% of the cores meanwhile" in text
+    assert "Other processes used 50% of the cores during the run" in text
     assert "TPOT — — — —" in text
     assert json.loads(to_json(results))["deployments"][0]["serving"][0]["itl_s"] is None
     on_gpu = replace(RESULTS, machine=replace(machine, device="a GPU"))
