@@ -39,7 +39,7 @@ layout = "tp=2"
 name = "EP"
 layout = "dp=2,ep=2"
 """
-PLAN = "plan paper --cluster h100x8 --workload num_sequences=64,prompt_len=512,output_len=32"
+PLAN = "plan paper --cluster h100x8 --batch 64 --prompt-len 512 --output-len 32"
 # What makes report.html.
 PAGE = ("report/html", "report/plots", "report/bench_plots", "report/charts")
 

@@ -46,8 +46,8 @@ def step(
         breakdown_s={
             "weight reads": 0.5 * seconds,
             "exposed dispatch and combine": 0.2 * seconds,
-            "key/value reads": 0.3 * seconds,
-            "hand-over": 0.0,
+            "KV reads": 0.3 * seconds,
+            "PP send/recv": 0.0,
         },
         floor_s=seconds / 4,
         flops_utilisation=0.1,

@@ -31,7 +31,7 @@ RESULTS = Results(
     versions=Versions("0", "3", "2", "2"),
     question={
         "model": "a",
-        "workload": {"prompt_len": "2:8", "output_len": "1", "seed": 0},
+        "workload": {"prompt_len": "2:8", "output_len": "1", "seed": 0, "requests": None},
         "ranks_per_node": 0,
     },
     deployments=(RECORD,),

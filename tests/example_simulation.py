@@ -25,7 +25,7 @@ STEPS = StepsRecord(
     wall_s=NUMBER,
     tps=16 / NUMBER,
     step_s=SPREAD,
-    breakdown_s={"weight reads": 1.5, "launch": 0.5},
+    breakdown_s={"weight reads": 1.5, "kernel launch": 0.5},
     floor_s=0.5,
     flops_utilisation=0.1,
     read_utilisation=0.2,
@@ -87,12 +87,10 @@ SIMULATION = Results(
     question={
         "model": {"name": "paper", "sliding_window": []},
         "workload": {
-            "batch": 8,
-            "rate": None,
-            "num_requests": 8,
             "prompt_len": "32",
             "output_len": "4:8",
             "seed": 0,
+            "requests": None,
         },
         "serving": {
             "max_num_seqs": 256,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from expertlane.errors import UserError
 from expertlane.report import html, markdown
-from expertlane.report.charts.curves import Curve, Point
+from expertlane.report.charts.pareto import Dot
 from expertlane.report.compared import (
     Comparison,
     Overlapped,
@@ -34,7 +34,7 @@ from expertlane.report.compared import (
     stages_at_once,
     weight_bytes_of_rank,
 )
-from expertlane.report.document import Column, Report, Section, Table, number, text
+from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import (
     bytes_si,
     counted,
@@ -59,7 +59,8 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 
 LAYOUTS = (Layout(tp=8, pp=2), Layout(dp=16, ep=16))
-HARDWARE = "16 NVIDIA H100 in two nodes of 8, FP16, 1024 sequences of 10,000 tokens"
+NUM_GPUS = 16
+HARDWARE = f"{NUM_GPUS} NVIDIA H100 in two nodes of 8, FP16, 1024 sequences of 10,000 tokens"
 # Of a model, the sizes that the paper gives; it does not give the number of experts of a token.
 SIZES = (
     "num_hidden_layers",
@@ -114,8 +115,8 @@ def study_of(results: Sequence[Results]) -> Report:
     headline = verdict(found) if projections else str(sections[0].parts[0])
     first = results[0]
     return Report(
-        "The paper's claims, held against results", headline, "judged", first.command,
-        first.created, tuple(sections),
+        "The paper's claims, held against results", Answer("The paper's claims", headline),
+        "judged", first.command, first.created, tuple(sections),
     )  # fmt: skip
 
 
@@ -419,11 +420,13 @@ def floor(results: Results) -> str:
 def fronts(projections: Iterable[Results]) -> Iterator[Section]:
     """Throughput against latency, the reported points among them with marks of their own."""
     points = [
-        Curve(
+        Dot(
             f"reported by the paper: {claim.name}",
-            (Point(claim.tpot_ms, Estimate(claim.tps), "unchecked"),),
-            is_joined=False,
-            role="reported",
+            Estimate(claim.tpot_ms / 1e3),
+            Estimate(claim.tps / NUM_GPUS),
+            "reported",
+            "unchecked",
+            f"reported, {claim.name}",
         )
         for claim in (BASELINE, PROPOSED)
     ]

@@ -47,9 +47,14 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
     assert Path(out_folder, "results.json").read_text(encoding="utf-8") == out
     found = json.loads(out)
     asked = found["question"]
-    assert (found["schema_version"], found["kind"], asked["model"]) == (7, "bench", "paper-tiny")
+    assert (found["schema_version"], found["kind"], asked["model"]) == (8, "bench", "paper-tiny")
     assert found["command"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
-    assert asked["workload"] == {"prompt_len": "2:8", "output_len": "1:3", "seed": 5}
+    assert asked["workload"] == {
+        "prompt_len": "2:8",
+        "output_len": "1:3",
+        "seed": 5,
+        "requests": None,
+    }
     assert found["machine"]["device"]
     assert found["machine"]["num_cores"] >= 1
     assert re.match(r"\d+\.\d+", found["versions"]["torch"])
@@ -110,6 +115,58 @@ def test_the_default_is_a_sweep(run, stub):
     assert all(each["num_output_tokens"] == 32 * each["num_requests"] for each in points)
 
 
+def test_fewer_requests_than_the_usual_batches(run, stub):
+    code, out, _ = run("bench", "paper-tiny", "--num-requests", "20", "--json")
+    assert code == 0
+    points = json.loads(out)["deployments"][0]["serving"]
+    assert [each["batch"] for each in points] == [1, 8, 20]
+    assert [each["num_requests"] for each in points] == [20, 20, 20]
+
+
+def test_objectives_and_cost(run, stub):
+    asked = ["bench", "paper-tiny", "--batch", "4", "--slo", "ttft.p95=1e6s,itl.p90=1e6s"]
+    asked += ["--slo", "e2e.p50=0.000001ms", "--price", "36"]
+    code, out, _ = run(*asked, "--json")
+    assert code == 0
+    (point,) = json.loads(out)["deployments"][0]["serving"]
+    assert [each["value"]["value"] for each in point["slos"][::2]] == [
+        point["ttft_s"]["p95"]["value"],
+        point["e2e_s"]["median"]["value"],
+    ]
+    assert point["goodput"]["value"] == 0
+    cost = 36 / 3600 / point["output_tps"]["value"] * 1e6  # of the machine, not of a core
+    assert point["usd_per_million_output"]["value"] == pytest.approx(cost)
+    code, out, _ = run(*asked[:6], "--json")
+    (point,) = json.loads(out)["deployments"][0]["serving"]
+    assert point["good_share"]["value"] == 1
+    assert point["goodput"] == point["requests_per_s"]
+
+
+def recorded(folder):
+    """Two requests that begin alike, on a model of 64 positions."""
+    path = folder / "trace.jsonl"
+    lines = [
+        {"timestamp": 0, "input_length": 48, "output_length": 2, "hash_ids": [5]},
+        {"timestamp": 1, "input_length": 40, "output_length": 3, "hash_ids": [5]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def test_recorded_requests_share_what_their_hashes_say(run, stub, tmp_path):
+    asked = ["bench", "paper-tiny", "--requests", recorded(tmp_path), "--batch", "1"]
+    code, out, _ = run(*asked, "--json")
+    assert code == 0
+    (point,) = json.loads(out)["deployments"][0]["serving"]
+    assert (point["num_prompt_tokens"], point["num_output_tokens"]) == (88, 5)
+    assert point["num_cached_tokens"] == 32  # the full blocks of 16 before the last token
+    code, out, _ = run(*asked)
+    assert "the cache had 36% of the prompts' tokens" in out
+    code, out, _ = run(*asked[:4], "--json")
+    (point,) = json.loads(out)["deployments"][0]["serving"]
+    assert (point["batch"], point["rate"]) == (None, None)
+
+
 def test_more_requests_than_the_batch(run, stub):
     code, out, _ = run("bench", "paper-tiny", "--batch", "2", "--num-requests", "5", "--json")
     assert code == 0
@@ -132,7 +189,7 @@ MISTAKES = {
     "requests": (["paper-tiny", "--num-requests", "0"], "--num-requests is 0; it must be a"),
     "few requests": (
         ["paper-tiny", "--num-requests", "4", "--batch", "1,8"],
-        "--num-requests is 4 but --batch has 8; it must be as many or more",
+        "--num-requests is 4, fewer than --batch 8; as many or more are needed",
     ),
     "range": (["paper-tiny", "--prompt-len", "9:8"], "--prompt-len is '9:8'; it must be a whole"),
     "ranges": (["paper-tiny", "--output-len", "1:2:3"], "--output-len is '1:2:3'; it must be a"),
@@ -277,8 +334,8 @@ def test_notes():
     results = replace(RESULTS, machine=machine, deployments=(record,), foreign_cpu_share=0.5)
     text = " ".join(shown(results, 100).split())
     assert "512 ranks share 1 core: wall times compare work and waiting on this machine" in text
-    assert "1 preemption: the cache was too small for all that ran." in text
-    assert "Other processes used 50% of the cores meanwhile" in text
+    assert "1 preemption: the KV cache was too small for the load." in text
+    assert "Other processes used 50% of the cores during the run" in text
     assert "TPOT — — — —" in text
     assert json.loads(to_json(results))["deployments"][0]["serving"][0]["itl_s"] is None
     on_gpu = replace(RESULTS, machine=replace(machine, device="a GPU"))

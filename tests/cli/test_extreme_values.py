@@ -32,7 +32,7 @@ num_micro_batches = 1
 rebalance_steps = 0
 """
 BENCH = ("bench", "paper-tiny", "--prompt-len", "4", "--output-len", "2")
-PLAN = ("plan", "paper-tiny", "--cluster", "h100x1", "--workload")
+PLAN = ("plan", "paper-tiny", "--cluster", "h100x1")
 SIMULATE = ("simulate", "paper-tiny", "--layout", "tp=1", "--cluster")
 
 Refused = Callable[..., str]
@@ -136,8 +136,10 @@ def test_a_configuration_s_number(refused, changes, line):
         ((*BENCH, "--seed", str(2**64)), "--seed is 18446744073709551616; it must be a whole"),
         ((*BENCH, "--timeout-s", "1e300"), "--timeout-s is 1e+300; it must be a number above 0"),
         ((*BENCH, "--block-size", str(10**9)), "--block-size is 1000000000; it must be a whole"),
-        ((*PLAN, "prompt_len=4,prompt_len=8"), "--workload: prompt_len is given twice"),
-        ((*PLAN, "num_sequences=9999999"), "num_sequences is '9999999'; it must be a whole"),
+        ((*PLAN, "--slo", "tpot.mean=1s,tpot.mean=2s"), "--slo: tpot.mean is given twice"),
+        ((*PLAN, "--slo", f"tpot.mean={'9' * 400}s"), "the limit must be a number above 0, at"),
+        ((*PLAN, "--batch", "9999999"), "--batch is '9999999'; for plan it must be a whole"),
+        ((*BENCH, "--price", "1e300"), "--price is 1e+300; it must be a number above 0, at most"),
         ((*SIMULATE, "h100x9999999"), "cluster 'h100x9999999' is not PROFILExCOUNT"),
         (
             ("compare", "--experts-per-token", "9" * 5000),

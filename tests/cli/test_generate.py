@@ -299,7 +299,7 @@ def test_a_token_that_the_model_rules_out_has_no_log_probability():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (b"\n \n", "standard input: there is no prompt; give one a line"),
+        (b"\n \n", "standard input: there is no prompt; give one per line"),
         (b"ab\xff", "standard input: byte 2 is not utf-8"),
     ],
 )

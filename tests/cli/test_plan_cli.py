@@ -17,7 +17,7 @@ from expertlane.results.results import Results
 from expertlane.spec.experiment import read_experiment
 
 TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
-WORKLOAD = "num_sequences=8,prompt_len=16,output_len=16"
+WORKLOAD = ("--batch", "8", "--prompt-len", "16", "--output-len", "16")
 
 
 def flat(text):
@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_plan_is_printed_and_written(run, here):
-    code, out, err = run(*TINY, "--workload", WORKLOAD, "--full")
+    code, out, err = run(*TINY, *WORKLOAD, "--full")
     assert code == 0, err
     assert all(len(line) <= 80 for line in out.splitlines())
     for heading in ("Verdict", "Best deployments", "Pareto front", "Run it", "Assumptions"):
@@ -57,7 +57,7 @@ def test_a_plan_is_printed_and_written(run, here):
 def test_json_is_the_file_and_reads_back(run, here):
     from pydantic import TypeAdapter
 
-    code, out, err = run(*TINY, "--workload", WORKLOAD, "--json", "--out", "mine")
+    code, out, err = run(*TINY, *WORKLOAD, "--json", "--out", "mine")
     assert code == 0, err
     assert (here / "mine" / "results.json").read_text() == out
     results = TypeAdapter(Results).validate_json(out)
@@ -70,9 +70,7 @@ def test_json_is_the_file_and_reads_back(run, here):
 
 def test_a_checkpoint_needs_only_its_configuration(run, here):
     checkpoint(here / "mine")
-    code, _, err = run(
-        "plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD, "--out", "there"
-    )
+    code, _, err = run("plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--out", "there")
     assert code == 0, err
     commands = json.loads((here / "there" / "results.json").read_text())["plans"][0]["commands"]
     assert all(str(here / "mine") in each["command"] for each in commands)
@@ -91,7 +89,7 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
 )
 def test_quantised_checkpoints(run, here, quantization, weights, caution):
     checkpoint(here / "mine", quantization_config=quantization)
-    asked = ("plan", "./mine", "--cluster", "h100x2", "--workload", WORKLOAD, "--full")
+    asked = ("plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--full")
     code, out, err = run(*asked)
     assert code == 0, err
     assert f"weights in {weights}" in flat(out)
@@ -104,7 +102,7 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
     ids = np.argsort(rng.random((4, 256, 16)), axis=2)[..., :2].astype(np.int16)
     trace = RoutingTrace("paper-tiny", 16, (0, 1, 2, 3), ids, np.arange(256))
     write_trace(trace, here / "trace.npz")
-    asked = (*TINY, "--workload", WORKLOAD, "--routing-trace", "trace.npz", "--full")
+    asked = (*TINY, *WORKLOAD, "--routing-trace", "trace.npz", "--full")
     code, out, err = run(*asked)
     assert code == 0, err
     assert "256 recorded tokens" in " ".join(out.split())
@@ -118,16 +116,21 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--cluster", "h100"), "cluster 'h100' is not PROFILExCOUNT"),
         (("paper-tiny", "--cluster", "h100x0"), "cluster 'h100x0' is not PROFILExCOUNT"),
         (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 96: plan a part of it"),
-        (("paper-tiny", "--max-tpot-ms", "0"), "--max-tpot-ms is 0.0; it must be a number"),
-        (("paper-tiny", "--max-ttft-ms", "nan"), "--max-ttft-ms is nan; it must be a number"),
+        (("paper-tiny", "--slo", "tpot.mean=0ms"), "the limit must be a number above 0"),
         (
-            ("paper-tiny", "--workload", "prompts=3"),
-            "--workload: unknown key 'prompts'; valid: num_sequences",
+            ("paper-tiny", "--slo", "ttft.p95=1s"),
+            "--slo ttft.p95: plan has means alone, tpot.mean and ttft.mean; expertlane simulate",
         ),
-        (("paper-tiny", "--workload", "prompt_len=x"), "prompt_len is 'x'; it must be a whole"),
-        (("paper-tiny", "--workload", "prompt_len=0"), "prompt_len is '0'; it must be a whole"),
-        (("paper-tiny", "--workload", "output_len=2,output_len=2"), "output_len is given twice"),
-        (("paper-tiny", "--workload", "prompt_len=9999"), "positions but paper-tiny has 64"),
+        (("paper-tiny", "--price", "0"), "--price is 0.0; it must be a number above 0"),
+        (("paper-tiny", "--prompt-len", "x"), "--prompt-len is 'x'; it must be a whole"),
+        (("paper-tiny", "--prompt-len", "0"), "--prompt-len is '0'; it must be a whole"),
+        (("paper-tiny", "--prompt-len", "8:16"), "--prompt-len is 8:16; plan takes one length"),
+        (("paper-tiny", "--batch", "0"), "--batch is '0'; for plan it must be a whole number, 1"),
+        (("paper-tiny", "--batch", "4,8"), "--batch is '4,8'; for plan it must be a whole number"),
+        (("paper-tiny", "--rate", "5"), "--rate is for expertlane simulate and bench; plan takes"),
+        (("paper-tiny", "--num-requests", "5"), "--num-requests is for expertlane simulate and"),
+        (("paper-tiny", "--requests", "x.csv"), "--requests is for expertlane simulate and bench"),
+        (("paper-tiny", "--prompt-len", "9999"), "positions but paper-tiny has 64"),
         (("paper-tiny", "--skew", "-1"), "--skew is -1.0; it must be a number, 0 to 10"),
         (("paper-tiny", "--routing-trace", "none.npz"), "none.npz"),
         (("./nowhere",), "nowhere"),
@@ -135,7 +138,13 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
 )
 def test_mistakes_are_one_line(run, here, words, line):
     model, *rest = words
-    small = () if "--workload" in rest else ("--workload", WORKLOAD)
+    given = rest[::2]
+    small = [
+        word
+        for option, number in zip(WORKLOAD[::2], WORKLOAD[1::2], strict=True)
+        for word in (option, number)
+        if option not in given
+    ]
     code, out, err = run("plan", model, *rest, *small)
     assert (code, out) == (2, "")
     assert line in err
@@ -145,14 +154,14 @@ def test_mistakes_are_one_line(run, here, words, line):
 
 def test_a_folder_without_a_configuration_is_one_line(run, here):
     (here / "empty").mkdir()
-    code, out, err = run("plan", "./empty", "--workload", WORKLOAD)
+    code, out, err = run("plan", "./empty", *WORKLOAD)
     assert (code, out) == (2, "")
     assert "config.json" in err
     assert len(err.splitlines()) == 1
 
 
 def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
-    code, out, err = run(*TINY, "--workload", WORKLOAD, "--max-tpot-ms", "0.0001")
+    code, out, err = run(*TINY, *WORKLOAD, "--slo", "tpot.mean=0.0001ms")
     assert (code, out) == (2, "")
     assert "no deployment on h100x2 keeps the limits; the nearest" in err
     assert "with 2 sequences at once, misses the TPOT limit of 0.0001 ms with" in err
@@ -163,7 +172,7 @@ def test_torch_is_not_imported(here):
     program = (
         "import sys\n"
         "from expertlane.cli.app import app\n"
-        f"app({[*TINY, '--workload', WORKLOAD]}, standalone_mode=False)\n"
+        f"app({[*TINY, *WORKLOAD]}, standalone_mode=False)\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -173,7 +182,7 @@ def test_torch_is_not_imported(here):
 def test_a_preset_is_in_a_type_that_the_devices_have():
     found, cluster = find_model("paper-small", weights=False), parse_cluster("h100x2")
     options = ProjectionOptions(
-        routing_trace=None, skew=0.0, dtype=None, kv_dtype=None, execution="graph"
+        routing_trace=None, skew=None, dtype=None, kv_dtype=None, execution="graph"
     )
     assert found.number_types(options, cluster).weights == "float16"
     device = replace(cluster.profile.device, flops_per_s={"float32": 1e12})

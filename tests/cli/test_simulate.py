@@ -64,9 +64,82 @@ def test_the_same_load_gives_the_same_numbers(run):
 
 def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
-    out, err = simulate(run, *EP16, *opened, "--full")
+    out, err = simulate(run, *EP16, *opened)
     assert "simulating 6 requests 3 times" in err
-    assert "200 req/s: 6 requests" in out
+    assert "tokens/s at 200 req/s, " in " ".join(out.split())
+
+
+def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_path):
+    swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "8"]
+    both, alone = (
+        as_json(run, *EP16, *load)["deployments"][0]
+        for load in (swept, [*swept[2:], "--batch", "8"])
+    )
+    assert [each["batch"] for each in both["serving"]] == [2, 8, 4]
+    assert both["serving"][1] == alone["serving"][0]
+    assert both["steps"] == alone["steps"]
+    assert both["pools"] == alone["pools"]
+    # Within the objective nothing but the smallest batch.
+    limit = both["serving"][2]["tpot_s"]["mean"]["value"]
+    kept = as_json(run, *EP16, *swept, "--slo", f"tpot.mean={0.999 * limit}s")["deployments"][0]
+    assert [each["slos"][0]["value"] for each in kept["serving"]] == [
+        each["tpot_s"]["mean"] for each in both["serving"]
+    ]
+    small = as_json(run, *EP16, *swept[2:], "--batch", "2")["deployments"][0]
+    assert kept["steps"] == small["steps"]
+    _, err = simulate(run, *EP16, *swept)
+    assert [line.partition(":")[0] for line in err.splitlines()] == [
+        "batch 2",
+        "batch 8",
+        "batch 4",
+        "written",
+    ]
+
+
+def test_recorded_requests(run):
+    path = Path(__file__).parents[1] / "spec" / "requests" / "azure.csv"
+    asked = ["--layout", "dp=16,ep=16", "--cluster", "h100x16", "--requests", str(path)]
+    (record,) = as_json(run, *asked, model="paper")["deployments"]
+    (found,) = record["serving"]
+    assert (found["batch"], found["rate"]) == (None, None)
+    assert (found["num_prompt_tokens"], found["num_output_tokens"]) == (1649, 208)
+    assert found["wall_s"]["value"] > 4.54  # the last one's arrival
+    (found,) = as_json(run, *asked, "--batch", "1", "--num-requests", "2", model="paper")[
+        "deployments"
+    ][0]["serving"]
+    assert (found["batch"], found["num_output_tokens"]) == (1, 153)
+    out, _ = simulate(run, *asked, model="paper")
+    assert "tokens/s at recorded arrivals" in " ".join(out.split())
+
+
+def test_goodput_and_cost(run):
+    asked = [*EP16, *LOAD, "--slo", "ttft.p90=1us,e2e.p99=1h"]
+    assert run("simulate", "paper-tiny", *asked)[0] == 2
+    asked[-1] = "ttft.p90=0.001ms,e2e.p99=1e5s"
+    (found,) = as_json(run, *asked, "--price", "3")["deployments"][0]["serving"]
+    assert [each["slo"]["metric"] for each in found["slos"]] == ["ttft", "e2e"]
+    assert found["goodput"]["value"] == found["good_share"]["value"] == 0
+    cost = 3 * 16 / 3600 / found["output_tps"]["value"] * 1e6
+    assert found["usd_per_million_output"]["value"] == pytest.approx(cost)
+    out, _ = simulate(run, *asked, "--price", "3")
+    assert "Misses the SLOs" in out
+    assert "0% are within all limits" in " ".join(out.split())
+
+
+def test_fewer_requests_than_the_usual_batch(run):
+    asked = [*EP16, *LOAD[2:], "--num-requests", "20"]
+    (found,) = as_json(run, *asked)["deployments"][0]["serving"]
+    assert (found["batch"], found["num_requests"]) == (20, 20)
+
+
+def test_routing_is_skewed_unless_a_user_says_otherwise(run):
+    usual, uniform = (
+        as_json(run, *EP16, *LOAD, *skew)["deployments"][0] for skew in ([], ["--skew", "0"])
+    )
+    assert usual["conditions"]["routing"] == "--skew 0.8"
+    assert uniform["conditions"]["routing"] == "--skew 0"
+    loads = [max(map(max, each["num_tokens_per_expert"])) for each in (usual, uniform)]
+    assert loads[0] > loads[1]
 
 
 @pytest.mark.parametrize(
@@ -158,10 +231,10 @@ def test_skewed_routing_loads_ranks_unevenly(run):
 
 def test_sequences_that_wait_for_room(run):
     out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
-    assert "want of" not in out  # one on each of 16 ranks is enough for 8
+    assert "limited by --max" not in out  # one on each of 16 ranks is enough for 8
     load = ["--batch", "8", "--prompt-len", "4", "--output-len", "4", "--max-num-seqs", "3"]
     out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load, "--full")
-    assert "At most 3 sequences of 8 ran at once, for want of room (--max-num-seqs)." in out
+    assert "Concurrency reached 3 of 8, limited by --max-num-seqs." in out
 
 
 @pytest.mark.parametrize(
@@ -180,7 +253,11 @@ def test_sequences_that_wait_for_room(run):
             ["ep=8 is on one node of 8", "all_to_all"],
         ),
         (["--rate", "2", "--batch", "4"], ["--batch and --rate exclude each other"]),
-        (["--batch", "1,2"], ["simulate takes one"]),
+        (["--batch", "0"], ["--batch is '0'; it must be a whole number, 1 to"]),
+        (["--batch", "9", "--num-requests", "8"], ["--num-requests is 8, fewer than --batch 9"]),
+        (["--slo", "ttft.p95=5"], ["--slo is 'ttft.p95=5'", "ms or s"]),
+        (["--requests", "none.csv"], ["--requests: cannot read none.csv"]),
+        (["--requests", "x", "--prompt-len", "8"], ["--prompt-len and --requests exclude"]),
         (["--dispatch", "auto"], ["--dispatch auto is timed on real ranks"]),
         (["--overlap", "auto"], ["--overlap auto is timed on real ranks"]),
         (["--prompt-len", "60", "--output-len", "8"], ["67 positions", "valid: 64"]),
@@ -202,7 +279,7 @@ def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
     used = [*EP16, *arguments, "--out", str(tmp_path / "out")]
     if "--cluster" in arguments or "--layout" in arguments:  # the last one given counts
         used = [*arguments, *EP16, *arguments, "--out", str(tmp_path / "out")]
-    if not {"--prompt-len", "--batch", "--rate"} & set(arguments):
+    if not {"--prompt-len", "--batch", "--rate", "--requests"} & set(arguments):
         used = [*LOAD, *used]
     code, out, err = run("simulate", "paper-tiny", *used)
     assert (code, out) == (2, "")

@@ -22,6 +22,7 @@ class Clock:
     def __init__(self):
         self.now_s = 100.0
         self.is_settled = False
+        self.num_threads = 2
 
     def advance(self, seconds):
         self.now_s += seconds
@@ -48,6 +49,7 @@ def clock(monkeypatch):
     )
     monkeypatch.setattr(module, "time", fake)
     monkeypatch.setattr(operation_log, "time", fake)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: clock.num_threads)
     return clock
 
 
@@ -319,6 +321,32 @@ def test_a_wait_that_ends_with_its_interval(recorder, clock):
         ("network", Stage.HAND_OVER, -1, 0, 0, 3),
         ("compute", Stage.ATTENTION, 0, 0, 3, 4),
     ]
+
+
+def test_time_without_the_core_is_no_computing(recorder, clock, token):
+    """The one thread of a rank has the core for half of the time, as CPU time tells."""
+    clock.num_threads, token.delay_s = 1, 3.0
+    flags = {"record_operations": True, "record_events": True}
+    recorder.begin_step(0, 1, record=True, count_idle=False, **flags)
+    recorder.enter(Stage.EXPERTS, 1)
+    clock.advance(4)
+    began = recorder.begin_wait()
+    clock.advance(8)
+    recorder.end_wait(began)  # and 3 s until the core is free
+    clock.advance(2)
+    recorder.enter(Stage.HEAD)
+    clock.advance(2e-5)
+    record = recorder.end_step()
+    assert events(record) == [
+        ("compute", Stage.EXPERTS, 1, 0, 0, 2),
+        ("descheduled", Stage.EXPERTS, 1, 0, 2, 4),
+        ("network", Stage.EXPERTS, 1, 0, 4, 12),
+        ("descheduled", Stage.EXPERTS, 1, 0, 12, 15),
+        ("compute", Stage.EXPERTS, 1, 0, 15, 16),
+        ("descheduled", Stage.EXPERTS, 1, 0, 16, 17),
+        ("compute", Stage.HEAD, -1, 0, 17, pytest.approx(17 + 2e-5)),  # too little to tell
+    ]
+    assert seconds(record.blocked_s) == {(0, 1, Stage.EXPERTS): 11}  # counted as before
 
 
 def operations(record):

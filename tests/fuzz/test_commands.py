@@ -34,13 +34,13 @@ _SIMULATE = [
     "--out",
     "out",
 ]
-_PLAN = ["--workload", "num_sequences=4,prompt_len=8,output_len=4", "--out", "out"]
+_PLAN = ["--batch", "4", "--prompt-len", "8", "--output-len", "4", "--out", "out"]
 _COMMANDS = (
     "compare mine.toml --project --cluster h100x2 --skew 1.0 --timeout-s 60 --out out",
     "compare mine.toml --experts-per-token 2,1 --dtype float32 --out out",
     "compare mine.toml --model model --out out",
-    "plan paper-tiny --cluster h100x2 --workload num_sequences=4,prompt_len=8,output_len=4 "
-    "--max-tpot-ms 100 --max-ttft-ms 1e3 --skew 0.5 --out out",
+    "plan paper-tiny --cluster h100x2 --batch 4 --prompt-len 8 --output-len 4 "
+    "--slo tpot.mean=100ms,ttft.mean=1s --price 2 --skew 0.5 --out out",
     "simulate paper-tiny --layout dp=2,ep=2 --cluster h100x2 --num-requests 4 --batch 2 "
     "--prompt-len 4:8 --output-len 2:4 --seed 1 --num-redundant-experts 2 "
     "--num-micro-batches 1 --out out",

@@ -177,12 +177,18 @@ class Case:
         return self.arguments.split()[0]
 
 
+def _routed(arguments: str) -> str:
+    """With uniform routing unless it says which."""
+    says = "--skew" in arguments or "--routing-trace" in arguments
+    return arguments if says else f"{arguments} --skew 0"
+
+
 def _simulate(name: str, arguments: str, is_quick: bool = False) -> Case:
-    return Case(f"simulate {name}", f"simulate {arguments}", is_quick=is_quick)
+    return Case(f"simulate {name}", f"simulate {_routed(arguments)}", is_quick=is_quick)
 
 
 def _plan(name: str, arguments: str, is_quick: bool = False) -> Case:
-    return Case(f"plan {name}", f"plan {arguments}", is_quick=is_quick)
+    return Case(f"plan {name}", f"plan {_routed(arguments)}", is_quick=is_quick)
 
 
 _LOAD = "--batch 64 --prompt-len 512 --output-len 32"
@@ -196,18 +202,18 @@ PROJECTED = (
     _plan("paper h100x16 traced", "paper --cluster h100x16 --routing-trace routing.npz"),
     _plan(
         "paper b200x8",
-        "paper --cluster b200x8 --skew 0.8 --dtype float8 --execution eager --max-tpot-ms 20",
+        "paper --cluster b200x8 --skew 0.8 --dtype float8 --execution eager --slo tpot.mean=20ms",
     ),
-    _plan("mixtral h100x16", "./mixtral --cluster h100x16 --max-ttft-ms 400"),
+    _plan("mixtral h100x16", "./mixtral --cluster h100x16 --slo ttft.mean=400ms"),
     _plan("mixtral b200x8", "./mixtral --cluster b200x8 --skew 0.6", is_quick=True),
     _plan(
         "deepseek h100x16",
-        "./deepseek --cluster h100x16 --workload num_sequences=512,prompt_len=2000,output_len=500",
+        "./deepseek --cluster h100x16 --batch 512 --prompt-len 2000 --output-len 500",
     ),
-    _plan("deepseek b200x8", "./deepseek --cluster b200x8 --kv-dtype float8 --max-tpot-ms 30"),
+    _plan("deepseek b200x8", "./deepseek --cluster b200x8 --kv-dtype float8 --slo tpot.mean=30ms"),
     _plan(
         "paper-small cpu",
-        "paper-small --cluster cpu.tomlx2 --workload num_sequences=16,prompt_len=64,output_len=32",
+        "paper-small --cluster cpu.tomlx2 --batch 16 --prompt-len 64 --output-len 32",
     ),
     _simulate("paper EP 16", f"paper --layout dp=16,ep=16 --cluster h100x16 {_LOAD}"),
     _simulate(

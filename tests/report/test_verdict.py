@@ -27,14 +27,14 @@ def test_proposal_against_the_best_baseline_and_the_first() -> None:
         "TPOT 3.33× lower."
     )
     assert why == (
-        "Why: per token of every sequence, the largest difference is experts: 160 ms (50%) with "
+        "Why: per decode step, the largest difference is experts: 160 ms (50%) with "
         "TP 8 × PP 2, 2 micro-batches rotating, 60.0 ms (50%) with EP 16, two-batch overlap."
     )
     # One expert stage's 0.1 of a step for the one, chained over two pipeline stages for the other.
     assert critical == (
-        "By critical-path CPU time, as if every rank had a core and transfers were free, EP 16, "
+        "By critical-path CPU time (one core per rank, transfers free), EP 16, "
         "two-batch overlap is ahead, with 5.33× the throughput of TP 8 × PP 2, 2 micro-batches "
-        "rotating: 1,333 against 250 TPS. That favours deployments that communicate most."
+        "rotating: 1,333 against 250 TPS. This favours deployments that communicate most."
     )
 
 
@@ -55,14 +55,14 @@ def test_critical_paths_may_say_the_contrary() -> None:
 
 def test_the_largest_part_of_the_faster_is_named_where_it_is_another() -> None:
     _, why, _ = sentences(example.results([(example.TENSOR, 0.201), (example.EXPERT, 0.2)]))
-    assert "the largest difference is tensor-parallel collectives: " in why
-    assert why.endswith("The largest part of EP 16 is experts, 100 ms (50%).")
+    assert "the largest difference is TP collectives: " in why
+    assert why.endswith("Largest cost of EP 16: experts, 100 ms (50%).")
 
 
 def test_equally_fast() -> None:
     which = sentences(example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.2)]))[0]
     assert which == (
-        "Too close to tell here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 "
+        "Within error here: EP 16 and the best baseline, TP 8 × PP 2: 80.0 against 80.0 "
         "decode TPS; TPOT 200 ms against 200 ms (the same)."
     )
 
@@ -108,7 +108,7 @@ def test_a_named_deployment_that_rounds_does_not_compute_the_same(number: int, n
     *before, caveat = sentences(rounding(given, number))
     assert caveat == (
         f"{name} rounds hidden states to bfloat16 on their way to experts, by 0.165% (root mean "
-        "square): it does not compute quite the same."
+        "square): its outputs differ slightly."
     )
     assert tuple(before) == sentences(given)
 
@@ -125,7 +125,7 @@ def test_rounding_of_a_deployment_that_is_not_named_is_no_matter_of_the_verdict(
 def test_ranks_that_share_cores(num_cores: int, start: str) -> None:
     (line,) = cautions(example.results([(example.TENSOR, 0.1)], num_cores=num_cores))
     assert line.startswith(start)
-    assert line.endswith("critical-path CPU time is the figure closest to one core a rank.")
+    assert line.endswith("critical-path CPU time is the figure closest to one core per rank.")
 
 
 def test_a_core_for_each_rank() -> None:
@@ -139,16 +139,16 @@ def test_runs_that_overlap_are_too_close_to_call() -> None:
     tensor, expert = given.deployments
     steps = tuple(replace(each, tps_of_runs=(70.0, 250.0)) for each in expert.steps)
     given = replace(given, deployments=(tensor, replace(expert, steps=steps)))
-    assert sentences(given)[0].startswith("Too close to tell here: EP 16 and the best baseline")
+    assert sentences(given)[0].startswith("Within error here: EP 16 and the best baseline")
 
 
 @pytest.mark.parametrize(("share", "is_told"), [(0.0, False), (0.04, False), (0.2, True)])
 def test_load_of_other_processes(share: float, is_told: bool) -> None:
     given = replace(example.results([(example.TENSOR, 0.2)]), foreign_cpu_share=share)
-    lines = [each for each in cautions(given) if "cores meanwhile" in each]
+    lines = [each for each in cautions(given) if "cores during the run" in each]
     assert bool(lines) == is_told
     for line in lines:
-        assert line.startswith("Other processes used 20% of the cores meanwhile")
+        assert line.startswith("Other processes used 20% of the cores during the run")
 
 
 def of_projection(results: Results) -> tuple[str, ...]:
@@ -160,12 +160,12 @@ def of_projection(results: Results) -> tuple[str, ...]:
 def test_a_projection_is_judged_in_the_same_words() -> None:
     which, why, by_context, prefill, skewed = of_projection(example_projection.usual())
     assert which == (
-        "Too close to tell on h100x16, projected: EP 16 + overlap and the best baseline, DP 2 × "
+        "Within error on h100x16, projected: EP 16 + overlap and the best baseline, DP 2 × "
         "TP 8, EP 2: 134,737 against 64,000 decode TPS; TPOT 7.60 ms against 16.0 ms (2.11× "
         "lower). Against the first deployment, TP 8 × PP 2: 4.21× the throughput, TPOT 4.21× lower."
     )
     assert why.startswith(
-        "Why: per token of every sequence at 1,024 tokens of context, the largest difference is "
+        "Why: per decode step at 1,024 tokens of context, the largest difference is "
         "weight reads: 8.00 ms (50%) with DP 2 × TP 8, EP 2, 3.80 ms (50%) with EP 16 + overlap."
     )
     assert by_context == (

@@ -9,6 +9,7 @@ from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
 from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
+from expertlane.cli.diff import diff
 from expertlane.cli.generate import generate
 from expertlane.cli.help import Command, Group
 from expertlane.cli.plan import plan
@@ -29,6 +30,7 @@ for _command, _help in {
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",
     calibrate: "Measure this machine, to plan and simulate for it.",
+    diff: "Say what changed between two results; exit code 1 on a regression.",
     report: "Show a results.json again, and write its pages.",
 }.items():
     app.command(short_help=_help, cls=Command)(_command)

@@ -28,7 +28,7 @@ from expertlane.cli.options import (
 )
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.spec.ranges import shown
+from expertlane.spec.ranges import DEFAULT_SKEW, shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -62,6 +62,23 @@ class _Options:
         show_default="the model's",
         help="Experts per token; with several, one comparison each, one after the other.",
     )
+    only: str | None = typer.Option(
+        None,
+        metavar="NAME[,NAME]",
+        help="Run only these deployments, by their names or numbers in the experiment; no scaling "
+        "layouts.",
+    )
+    repeat: int = typer.Option(
+        5,
+        metavar="N",
+        help="How often the two deployments of the verdict are measured; the others twice at most. "
+        "Fewer than 5 give no intervals.",
+    )
+    min_time: float = typer.Option(
+        0.0,
+        metavar="SECONDS",
+        help="Repeat until the steps of each of the two have taken so long.",
+    )
     traffic: bool = typer.Option(
         False,
         "--traffic",
@@ -76,8 +93,9 @@ class _Options:
 @dataclass(frozen=True, kw_only=True)
 class _Time:
     panel: ClassVar = Panel.VIRTUAL_TIME
-    clock: _Clock = typer.Option(
-        _Clock.VIRTUAL,
+    clock: _Clock | None = typer.Option(
+        None,
+        show_default="virtual for the ranks of one host; wall on several, whose links are real",
         help="virtual: also replay what was measured with one core per rank and a cluster's "
         "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
         "only.",
@@ -124,7 +142,8 @@ class _Time:
             return None
         profile = None if self.links == _NO_LINKS else read_profile(self.links)
         compute = None if self.compute == _MEASURED else read_profile(self.compute)
-        return VirtualSettings(profile, self.link_scale, compute)
+        is_asked = (self.clock, self.links, self.link_scale) != (None, _DEFAULT_PROFILE, None)
+        return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +156,10 @@ class _Projection:
         "only project where this machine is too small to run them.",
     )
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
-    skew: float = skew_option()
+    skew: float | None = skew_option()
 
     def __post_init__(self) -> None:
-        if not self.project and (self.cluster is not None or self.skew):
+        if not self.project and (self.cluster is not None or self.skew is not None):
             option = "--skew" if self.cluster is None else "--cluster"
             raise UserError(f"{option} needs a projection; add --project")
 
@@ -196,6 +215,8 @@ def compare(
           your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
+      expertlane compare --only 7,8 --repeat 10
+          the seventh and the eighth deployment, ten times each in turns
       expertlane compare --traffic
           traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
@@ -223,8 +244,6 @@ def run(
 ) -> Generator[output.Found]:
     """Compare, without a word on standard output: one comparison after the other."""
     comparisons = _comparisons(experiment, own, call)
-    if own.trace and comparisons[0].folder is None:
-        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
@@ -272,7 +291,8 @@ def _projector(
 
     cluster = parse_cluster(options.cluster or f"{_DEFAULT_PROFILE}x{experiment.num_ranks}")
     number_type = dtype or usual_number_type(cluster.profile)
-    return ExperimentProjector(experiment, cluster, number_type, options.skew)
+    skew = DEFAULT_SKEW if options.skew is None else options.skew
+    return ExperimentProjector(experiment, cluster, number_type, skew)
 
 
 def _measure(
@@ -289,7 +309,7 @@ def _measure(
         CapacityError: one of them does not fit; raised before the first is run.
     """
     from expertlane.compare.machine import check_memory
-    from expertlane.compare.run import run_comparison
+    from expertlane.compare.run import Repeats, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.chrome_trace import write_traces
 
@@ -313,6 +333,7 @@ def _measure(
                     progress,
                     command=command,
                     virtual=virtual,
+                    repeats=Repeats(own.repeat, own.min_time),
                     on_trace=on_trace,
                 )
             if each.projection is not None:
@@ -361,6 +382,10 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
+    if own.only is not None:
+        with naming(f"--only {own.only}"):
+            experiment = experiment.only(own.only)
+        experiment = replace(experiment, name=f"{experiment.name}-only")
     if own.experts_per_token is None:
         return [_Comparison(experiment, call.folder(experiment.name))]
     given = own.experts_per_token

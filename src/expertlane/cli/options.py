@@ -26,7 +26,7 @@ from expertlane.spec.deployment import (
     PayloadType,
     PlacementMethod,
 )
-from expertlane.spec.ranges import RANGES, shown, take
+from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown, take
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 NumberType = Literal["float32", "bfloat16", "float16", "float8"]
@@ -57,9 +57,20 @@ def json_option() -> Any:
     )
 
 
+def export_option(file: str) -> Any:
+    """A flat table beside the other files."""
+    return typer.Option(
+        None,
+        "--export",
+        rich_help_panel=Panel.MORE_OUTPUT,
+        help=f"Also write a flat table for other programs, {file}.csv or {file}.parquet: a row for "
+        "each deployment and phase or load. parquet needs pyarrow.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """Where results go, and how much of them is printed.
+class AnswerOptions:
+    """Where files go, and how much of the answer is printed.
 
     Raises:
         UserError: two forms at once.
@@ -89,30 +100,50 @@ class OutputOptions:
         return Call(command_line(), self.out, always_writes=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(AnswerOptions):
+    """The same for results, which can be exported too.
+
+    Raises:
+        UserError: also where a library for `--export` is missing.
+    """
+
+    export: Literal["csv", "parquet"] | None = export_option("results")
+
+    def __post_init__(self) -> None:
+        from expertlane.results.table import check_format  # numpy, not for the help of commands
+
+        check_format(self.export)
+        super().__post_init__()
+
+
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer takes it: in place of each group, its options, in the group's panel.
 
     Numbers of options are checked by the ranges of the fields that they are named like.
     """
 
-    parameters = _parameters(command)
+    parameters = parameters_of(command)
 
     @wraps(command)
     def run(**values: Any) -> None:
         for each in parameters:
             _check(each, values[each.name])
-        _call(command, values)
+        call_with(command, values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 
-def _parameters(taker: Any) -> list[inspect.Parameter]:
+def parameters_of(taker: Any) -> list[inspect.Parameter]:
+    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
     found = []
     for each in inspect.signature(taker).parameters.values():
-        if is_dataclass(each.annotation):
-            found += _parameters(each.annotation)
+        if is_group(each.annotation):
+            found += parameters_of(each.annotation)
+            continue
+        if each.annotation is Call:
             continue
         if isinstance(each.default, OptionInfo):
             panel = each.default.rich_help_panel or getattr(taker, "panel", None)
@@ -133,10 +164,16 @@ def _choices(annotation: Any) -> list[str]:
     ]
 
 
-def _call(taker: Any, values: dict[str, Any]) -> Any:
+def is_group(kind: object) -> bool:
+    """Whether a parameter of this type stands for several options."""
+    return is_dataclass(kind) and kind is not Call
+
+
+def call_with(taker: Any, values: dict[str, Any]) -> Any:
+    """Call a function that takes groups; a value for each option, by its name."""
     return taker(
         **{
-            name: _call(each.annotation, values) if is_dataclass(each.annotation) else values[name]
+            name: call_with(each.annotation, values) if is_group(each.annotation) else values[name]
             for name, each in inspect.signature(taker).parameters.items()
         }
     )
@@ -244,8 +281,9 @@ def cluster_option(default: Any, show_default: bool | str = True) -> Any:
 def skew_option() -> Any:
     """Routing without a trace."""
     return typer.Option(
-        0.0,
+        None,
         metavar="ALPHA",
+        show_default=f"{DEFAULT_SKEW:g}",
         rich_help_panel=Panel.MODELLED,
         help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
     )
@@ -410,7 +448,7 @@ class ProjectionOptions:
         metavar="FILE",
         help="Routing as recorded by expertlane generate --record-routing.",
     )
-    skew: float = skew_option()
+    skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
     kv_dtype: NumberType | None = typer.Option(
         None, show_default="that of hidden states", help="Type of the KV cache."

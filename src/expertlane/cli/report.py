@@ -8,8 +8,14 @@ from typing import Annotated
 import typer
 
 from expertlane.cli.options import OutputOptions, out_option, takes_groups
-from expertlane.cli.output import check_folder, print_message, show, write_reports
-from expertlane.errors import ExpertlaneError, UserError
+from expertlane.cli.output import (
+    Found,
+    check_folder,
+    making_sense,
+    print_report,
+    print_written,
+    write_beside,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +52,8 @@ def report(
     kept = read_results(results)
     folder = output_options.out or (results if results.is_dir() else results.parent)
     check_folder(folder)
-    try:
+    with making_sense(results):
         made = report_of(kept)
-        written = write_reports(made, folder)
-    except ExpertlaneError:
-        raise
-    except Exception as error:  # a file that is well-formed and yet makes no sense
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{results} cannot be shown: its numbers do not fit together ({reason})"
-        ) from error
-    show(made, output_options, partial(to_json, kept), f"--full, or {folder / 'report.html'}")
-    print_message(f"written: {', '.join(map(str, written))}")
+        written = write_beside(Found(kept, folder), made, output_options.export)
+    print_report(made, output_options, folder / "report.html", partial(to_json, kept))
+    print_written(written)

@@ -12,7 +12,7 @@ from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import UserError
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import take_option
+from expertlane.spec.ranges import DEFAULT_SKEW, take_option
 
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
@@ -185,13 +185,14 @@ class RoutingChoice:
 def choose_routing(
     model: ModelConfig,
     trace: Path | None,
-    skew: float,
+    skew: float | None,
     seed: int = 0,
     num_sampled_layers: int = 4,
 ) -> RoutingChoice:
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
     Args:
+        skew: None for the default, without a trace.
         num_sampled_layers: for a power law; see `PowerLawRouting.of`.
 
     Raises:
@@ -199,6 +200,7 @@ def choose_routing(
     """
     take_option("--skew", skew)
     if trace is None:
+        skew = DEFAULT_SKEW if skew is None else skew
         source = PowerLawRouting.of(model, skew, seed, num_sampled_layers)
         words = (
             f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
@@ -211,7 +213,7 @@ def choose_routing(
                 "of each token"
             )
         return RoutingChoice(source, f"--skew {skew:g}", words)
-    if skew:
+    if skew is not None:
         raise UserError("--routing-trace and --skew exclude each other")
     read = read_trace(trace)
     if not read.num_tokens:

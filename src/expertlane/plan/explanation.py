@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from expertlane.plan.candidates import Goals
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import Finalist, best_in_full
-from expertlane.plan.ties import Contender, Ranking, contender
+from expertlane.plan.ties import Contender, Ranking
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
@@ -20,34 +20,36 @@ def family_of(layout: Layout) -> str:
     return ", ".join(parts)
 
 
-def best_of_families(
-    ranking: Ranking,
+def of_other_families(
+    finalists: Sequence[Finalist],
     options: Sequence[ScreenedCandidate],
     goals: Goals,
     finish: Callable[[ScreenedCandidate], Finalist],
-    workload: Workload,
-) -> dict[str, Contender]:
-    """Each family's best that keeps the limits, in full: its first of the ranking, if it has any.
+) -> list[Finalist]:
+    """The best in full of each family that has no finalist, if any of it keeps the limits.
 
     Args:
         finish: projects an option in full.
-
-    Returns:
-        By family; most tokens a second first.
     """
-    best: dict[str, Contender] = {}
-    for each in ranking.contenders:
-        best.setdefault(family_of(each.finalist.candidate.layout), each)
+    known = {family_of(each.candidate.layout) for each in finalists}
     others: dict[str, list[ScreenedCandidate]] = {}
     for option in options:
         family = family_of(option.candidate.layout)
-        if family not in best and option.place is not None:
+        if family not in known and option.place is not None:
             others.setdefault(family, []).append(option)
-    for family, of_family in others.items():
-        kept = best_in_full(of_family, goals, finish, lambda _: None, most=1).kept
-        if kept:
-            best[family] = contender(kept[0], workload)
-    return dict(sorted(best.items(), key=lambda item: -item[1].tps.value))
+    found = (
+        best_in_full(of_family, goals, finish, lambda _: None, most=1).kept
+        for of_family in others.values()
+    )
+    return [each for kept in found for each in kept]
+
+
+def best_of_families(ranking: Ranking) -> dict[str, Contender]:
+    """The first of each family."""
+    best: dict[str, Contender] = {}
+    for each in ranking.contenders:
+        best.setdefault(family_of(each.finalist.candidate.layout), each)
+    return best
 
 
 def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate, int]]:

@@ -1,6 +1,6 @@
 """A whole plan: search, rank what was found, and make records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands, sizes_of
-from expertlane.plan.explanation import best_of_families, gap_to, pareto
+from expertlane.plan.explanation import best_of_families, gap_to, of_other_families, pareto
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
@@ -46,8 +46,7 @@ class Plan:
         cautions: what a reader must know of the numbers, in sentences.
         search: of one pool.
         found: by it.
-        ranking: of what it found in full.
-        families: the best of each family.
+        ranking: of what it found in full, and of the best of other families.
         pools: the best two pools, or why there are none.
         num_pool_candidates: deployments tried for two pools.
     """
@@ -58,7 +57,6 @@ class Plan:
     search: Search
     found: OnePool
     ranking: Ranking
-    families: Mapping[str, Contender]
     pools: TwoPools | NoPools
     num_pool_candidates: int
 
@@ -116,8 +114,8 @@ class Plan:
             comment: a line that begins the file.
         """
         winner = self.best
-        of_families = [each.finalist.candidate for each in self.families.values()]
-        plain = [each for each in of_families if each.layout.ep == 1 and each != winner]
+        ranked = [each.finalist.candidate for each in self.ranking.contenders]
+        plain = [each for each in ranked if each.layout.ep == 1 and each != winner]
         compared = {"best without EP": plain[0]} if plain else {}
         compared["planned"] = winner
         return experiment_text(self.request, name, checkpoint, compared, comment)
@@ -151,7 +149,7 @@ class Plan:
                 self._ranked(candidate_record(each.finalist, 0, FAMILY, self._conditions), each),
                 name=family,
             )
-            for family, each in self.families.items()
+            for family, each in best_of_families(self.ranking).items()
         ]
 
     def _ranked(self, record: DeploymentRecord, contender: Contender) -> DeploymentRecord:
@@ -202,17 +200,14 @@ def make_plan(
     progress.done()
     progress.task("projecting the best in full", NUM_FINALISTS)
     found = search.in_full(screened, progress.advance)
-    workload = request.workload
-    ranking = ranked([contender(each, workload) for each in found.finalists])
-    families = best_of_families(ranking, found.options, request.goals, search.finish, workload)
+    others = of_other_families(found.finalists, found.options, request.goals, search.finish)
+    ranking = ranked([contender(each, request.workload) for each in [*found.finalists, *others]])
     progress.done()
     progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()
-    num_pool_candidates = of_pools.num_candidates
-    return Plan(
-        request, routing, cautions, search, found, ranking, families, pools, num_pool_candidates
-    )
+    num_of_pools = of_pools.num_candidates
+    return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools)
 
 
 def pareto_records(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.document import Section
-from expertlane.report.serving import Served, served
+from expertlane.report.loads import Served, served
 from expertlane.results.estimate import Estimate
 from expertlane.results.results import Results
 

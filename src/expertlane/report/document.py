@@ -1,6 +1,6 @@
 """The shape of a report, whatever it is of and wherever it is shown."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -134,24 +134,48 @@ class Legend:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """From when to when something took, in a row of `Lanes`; `lane` counts from the top."""
+
+    row: int
+    lane: int
+    begin_us: float
+    duration_us: float
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What happens when: rows with a few lanes each over one time axis.
+
+    Attributes:
+        rows: what each is called, from the top.
+        until_us: where the time axis ends.
+        stretches: by what they are, as in the chart's legend.
+    """
+
+    rows: tuple[str, ...]
+    num_lanes: int
+    until_us: float
+    stretches: Mapping[str, tuple[Stretch, ...]]
+
+
+@dataclass(frozen=True)
 class Chart:
     """A plot of a page, with the numbers in it as a table.
 
     Attributes:
         words: what it shows, for who can't see it.
-        spec: Vega-Lite; colours may be variables of the page's style sheet.
+        spec: Vega-Lite, or a timeline; colours may be variables of the page's style sheet.
         table: all that is plotted, or, of very many values, what matters of them.
         note: how to read it; may be empty.
-        data: of a timeline, what the page's script draws; None of other plots.
     """
 
     title: str
     words: str
-    spec: dict[str, Any]
+    spec: dict[str, Any] | Lanes
     table: Table
     legend: Sequence[Legend] = ()
     note: str = ""
-    data: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +209,6 @@ class Timelines:
     open: frozenset[str]
 
 
-Place = Literal["first", "top", "plots", "tables"]
 Words = str | Table | Figure
 Plot = Chart | Tabs | Multiples | Timelines
 
@@ -195,13 +218,15 @@ class Section:
     """A heading, then paragraphs, tables, figures and plots in order.
 
     Attributes:
-        place: on a page's first screen beside the answer, on top of the rest, among its plots, or
-            with its tables. What is `first` or among the plots is on pages alone.
+        place: beside the answer on a page's first screen (plots without a heading), on top of what
+            follows, among the plots, which are on pages alone, or with the tables.
+        finding: what it shows, in a sentence; may be empty.
     """
 
     heading: str
     parts: tuple[Words | Plot, ...]
-    place: Place = "tables"
+    place: Literal["first", "top", "plots", "tables"] = "tables"
+    finding: str = ""
 
     @property
     def words(self) -> Iterator[Words]:

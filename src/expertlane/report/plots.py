@@ -3,22 +3,28 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from expertlane.report.charts.bars import Bar, causes_chart, speed_chart
+from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
+from expertlane.report.charts.load import alike, load_chart
+from expertlane.report.charts.pareto import Dot, Role, pareto_chart
 from expertlane.report.charts.timeline import timelines_chart
-from expertlane.report.charts.traffic import fan_out_chart, load_chart, traffic_chart
+from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
+from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.compared import Comparison, Row, scaling
-from expertlane.report.document import Chart, Plot, Section, Tabs, Words
-from expertlane.report.numbers import likely, milliseconds
+from expertlane.report.difference import step_difference
+from expertlane.report.document import Chart, Multiples, Plot, Section, Timelines, Words
+from expertlane.report.numbers import counted, figures, likely, milliseconds, times
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.serving import phases_of
 from expertlane.report.speed import in_words, unit_of
+from expertlane.report.verdict import Verdict, judge
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
     FAMILY,
     PARETO,
     RUN,
+    TWO_POOLS,
     DeploymentRecord,
     Source,
     StepsRecord,
@@ -29,12 +35,24 @@ from expertlane.spec.names import Phase, Traffic
 _WHERE = {"measured": "measured", "virtual": "virtual time"}
 _PHASES = (Phase.DECODE, Phase.PREFILL)
 _MS_PER_S, _US_PER_S = 1e3, 1e6
+_TWO = 2  # points, which are no curve
 _UNTYPICAL = 0.25  # of the usual time
 _Named = Mapping[str, StepsRecord]
 
 
 def _plots(heading: str, parts: Iterable[Words | Plot]) -> Section:
-    return Section(heading, tuple(parts), "plots")
+    """With what its first plot shows."""
+    parts = tuple(parts)
+    return Section(heading, parts, "plots", next(filter(None, map(_finding, parts)), ""))
+
+
+def _finding(part: Words | Plot) -> str:
+    match part:
+        case Chart() | Multiples():
+            return part.title
+        case Timelines():
+            return part.charts[0][1].title
+    return ""
 
 
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
@@ -50,26 +68,20 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     ]
     if is_measured:
         loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
-        squares = _squares(loads, steps, results.measured_on.ranks_per_node)
+        squares = _experts_and_traffic(loads, steps, results.measured_on.ranks_per_node)
         own = _plots(f"Experts and traffic, {what}", squares)
         front = []
     else:
         own = _plots(f"Context and batch, {what}", _by_context(compared))
         front = _front(results, compared)
     return (
-        _plots(f"Speed, {what}", _speed(compared)),
+        _plots(f"Prefill, {what}", _prefill(compared)),
         _plots(f"Where the time goes, {what}", (*largest, *_causes(steps))),
-        _plots(f"One step, rank by rank, {what}", _compared_timelines(compared, steps)),
+        _plots(f"One step, rank by rank, {what}", _compared_timelines(results, compared, steps)),
         own,
         _plots(f"Scaling, {what}", _sizes(results, compared.source)),
         _plots(f"Throughput against latency, {where}", front),
     )
-
-
-def _tabs(title: str, charts: Mapping[str, Chart | None]) -> list[Tabs]:
-    """The tabs that show anything."""
-    drawn = tuple((name, chart) for name, chart in charts.items() if chart is not None)
-    return [Tabs(title, drawn)] if drawn else []
 
 
 def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
@@ -82,76 +94,125 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
     return {name: step for name, step in of_phase.items() if step is not None}
 
 
-def _speed(compared: Comparison) -> list[Tabs]:
-    is_measured = compared.is_run
-    at = "" if is_measured else f" at {compared.context:,} tokens of context"
-    bars = {str(compared.phase): [_bar(row, row.tps_range) for row in compared.rows]}
-    if not is_measured:
-        prefills = [(row, row.record.prefill) for row in compared.rows]
-        bars["prefill"] = [_bar(row, step.tps) for row, step in prefills if step]
-    charts = {
-        phase: speed_chart(
-            f"{phase} tokens per second{at if phase == 'decode' else ''}".capitalize(),
-            f"{phase} tokens/s",
+def first(results: Results, compared: Comparison) -> Section:
+    """What a page's first screen shows beside the verdict: how fast all are, and why."""
+    judged = judge(compared, results)
+    chart = _throughput(compared, judged)
+    charts = [chart] if chart else []
+    if judged is not None:
+        charts.append(_step_difference(compared, *judged.slower_and_faster))
+    return Section(_WHERE.get(compared.source) or "projected", tuple(charts), "first")
+
+
+def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
+    """How fast all deployments are, those that the verdict names in colours of their own."""
+    slower, faster = judged.slower_and_faster if judged else (None, None)
+    roles = {row.number: role for row, role in ((faster, FASTER), (slower, SLOWER)) if row}
+    bars = [Bar(row.name, row.tps_range, roles.get(row.number, "other")) for row in compared.rows]
+    phase, fastest = compared.phase, compared.fastest
+    done = "decodes" if phase is Phase.DECODE else "prefills"
+    if judged is None or faster is None or slower is None:
+        title = f"{fastest.name} {done} {figures(fastest.tps)} tokens/s"
+    elif judged.has_interval and not judged.is_told_apart:
+        title = f"{faster.name} and {slower.name} {done[:-1]} equally fast within error"
+    else:
+        title = f"{faster.name} {done} {times(faster.tps / slower.tps)} as fast as {slower.name}"
+    unit = f"{phase} tokens/s"
+    between = "slowest–fastest run" if compared.is_run else "low–high"
+    return throughput_chart(title, unit, bars, between=between)
+
+
+def _step_difference(compared: Comparison, slower: Row, faster: Row) -> Chart:
+    difference = step_difference(slower, faster)
+    phase = compared.phase
+    return waterfall_chart(
+        step_title(slower.name, faster.name, difference),
+        slower.name,
+        faster.name,
+        difference,
+        note=f"ms of a {phase} step, mean over ranks.",
+    )
+
+
+def _prefill(compared: Comparison) -> list[Chart]:
+    """Of a projection, how fast prompts are computed."""
+    if compared.is_run or compared.phase is Phase.PREFILL:
+        return []
+    found = {row.name: step for row in compared.rows if (step := row.record.prefill)}
+    if not found:
+        return []
+    fastest = max(found, key=lambda name: found[name].tps.value)
+    chart = throughput_chart(
+        f"{fastest} prefills fastest: {figures(found[fastest].tps)} tokens/s",
+        "prefill tokens/s",
+        [Bar(name, step.tps) for name, step in found.items()],
+        between="low–high",
+    )
+    return [chart] if chart else []
+
+
+def _causes(steps: Mapping[Phase, _Named]) -> list[Chart]:
+    charts = [
+        causes_chart(
             of_phase,
-            between="slowest–fastest run" if is_measured else "low–high",
-        )
-        for phase, of_phase in bars.items()
-        if of_phase
-    }
-    return _tabs("Speed", charts)
-
-
-def _bar(row: Row, of: Estimate) -> Bar:
-    return Bar(row.label, of, row.record.is_baseline)
-
-
-def _causes(steps: Mapping[Phase, _Named]) -> list[Tabs]:
-    charts = {
-        str(phase): causes_chart(
-            f"Time of a {phase} step by cause",
-            of_phase,
-            note="Mean over ranks; one decode step of all sequences, or the prefill. Reads: "
-            "operations bound by memory bandwidth.",
+            f"{phase} step",
+            note="ms, mean over ranks, of one step of every sequence. Reads: operations bound by "
+            "memory.",
         )
         for phase, of_phase in steps.items()
         if of_phase
-    }
-    return _tabs("Time by cause", charts)
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
 def _timelines(
     words: str,
     steps: Mapping[Phase, _Named],
-    first: Sequence[str] = (),
+    title: str = "The {} step, rank by rank",
+    notes: Callable[[Phase, str], str] = lambda phase, name: "",
     *,
-    what: str = "One {} step",
-    notes: Callable[[Phase, str], str] | None = None,
-    shows_waits: bool = False,
+    is_measured: bool = False,
+    shares_cores: bool = False,
 ) -> list[Words | Plot]:
+    """A group a phase; the rest as `timelines_chart` takes it."""
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
         timelines = {
-            name: (step.timeline, notes(phase, name) if notes else "")
+            name: (step.timeline, notes(phase, name))
             for name, step in of_phase.items()
             if step.timeline
         }
         if timelines:
-            title = what.format(phase)
-            drawn.append(timelines_chart(title, timelines, first, is_measured=shows_waits))
-    lower = "waiting" if shows_waits else "transfers"
-    how = f"{words}Upper half of a row: compute; lower half: {lower}. Gaps are idle."
-    return [how, *drawn] if drawn else []
+            drawn.append(
+                timelines_chart(
+                    title.format(phase),
+                    timelines,
+                    is_measured=is_measured,
+                    shares_cores=shares_cores,
+                )
+            )
+    said = (
+        f"{words} Each row is a rank; all share one time axis, and what is shorter than a "
+        "thousandth of it counts with what is around it. Idle: a rank has nothing to do."
+    )
+    return [said, *drawn] if drawn else []
 
 
-def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> list[Words | Plot]:
+def _compared_timelines(
+    results: Results, compared: Comparison, steps: Mapping[Phase, _Named]
+) -> list[Words | Plot]:
+    """Of those that are spoken of; the others' are in the trace."""
     cast = [row.label for row in compared.cast]
+    of_cast = {
+        phase: {name: step for name, step in of_phase.items() if name in cast}
+        for phase, of_phase in steps.items()
+    }
     if compared.source == "projected":
         words = (
-            "One steady-state step of each deployment, on the same time axis. With rotating "
-            "micro-batches one step of each is drawn; it overlaps its neighbours. "
+            "A step of each deployment in the steady state. Where micro-batches rotate, one step "
+            "of each is drawn; it overlaps the rounds beside it."
         )
-        return _timelines(words, steps, cast)
+        return _timelines(words, of_cast)
     rows = {row.label: row for row in compared.rows}
 
     def typical(phase: Phase, name: str) -> str:
@@ -168,57 +229,57 @@ def _compared_timelines(compared: Comparison, steps: Mapping[Phase, _Named]) -> 
             words += " Not typical: read its shape, not its length."
         return words
 
-    words = "One step of each deployment, from a short run of its own, on the same time axis. "
-    shows_waits = compared.source == "measured"
-    return _timelines(words, steps, cast, notes=typical, shows_waits=shows_waits)
+    is_wall = compared.source == "measured"
+    shares_cores = is_wall and results.measured_on.is_oversubscribed
+    words = "Of a short run by itself, the step that is nearest to the median one."
+    if shares_cores:
+        words += (
+            " Descheduled: a rank had work, but other ranks had the cores; how much of a stretch "
+            "that was is known, and drawn at its end."
+        )
+    return _timelines(
+        words,
+        of_cast,
+        "The median {} step, rank by rank",
+        typical,
+        is_measured=is_wall,
+        shares_cores=shares_cores,
+    )
 
 
 _Loads = Mapping[str, Sequence[Sequence[int]]]
 
 
-def _squares(loads: _Loads, steps: Mapping[Phase, _Named], per_node: int) -> list[Plot]:
-    parts = _loads(loads)
+def _experts_and_traffic(
+    loads: _Loads, steps: Mapping[Phase, _Named], per_node: int, of_what: str = "all steps"
+) -> list[Words | Plot]:
+    groups = alike(loads)
+    if len(groups) == 1 and len(loads) > 1:
+        groups = [([f"all {len(loads)} deployments"], groups[0][1])]
+    parts: list[Words | Plot | None] = [load_chart(*each) for each in groups]
     for phase, of_phase in steps.items():
-        sent = {name: step.traffic for name, step in of_phase.items() if step.traffic}
-        alone = "" if len(sent) > 1 else ": traffic matrix"
-        matrices = {
-            name: traffic_chart(f"{name}{alone}", payload, per_node)
-            for name, seen in sent.items()
-            if (payload := seen.sent_bytes.get(Traffic.PAYLOAD.label))
-        }
-        parts += _tabs(f"Traffic matrix, {phase}", matrices)
-        fan_outs = {name: seen.fan_out for name, seen in sent.items() if seen.fan_out}
-        fan_out = fan_out_chart(f"Ranks reached per token, {phase}", fan_outs)
-        if fan_out is not None:
-            parts.append(fan_out)
-    return parts
-
-
-def _loads(loads: _Loads) -> list[Plot]:
-    """One plot where all had the same; none without experts."""
-    title = "Expert load"
-    if len(set(loads.values())) == 1:
-        also = ", the same in all deployments" if len(loads) > 1 else ""
-        loads = {f"{title}{also}": next(iter(loads.values()))}
-    charts = [(name, chart) for name, load in loads.items() if (chart := load_chart(name, load))]
-    return [Tabs(title, tuple(charts))] if len(charts) > 1 else [chart for _, chart in charts]
+        seen = {name: step.traffic for name, step in of_phase.items() if step.traffic}
+        sent = {name: each.sent_bytes.get(Traffic.PAYLOAD.label) for name, each in seen.items()}
+        payloads = {name: each for name, each in sent.items() if each}
+        parts += traffic_charts(str(phase), payloads, per_node, of_what)
+        fan_outs = {name: each.fan_out for name, each in seen.items() if each.fan_out}
+        parts.append(fan_out_chart(str(phase), fan_outs))
+    return [part for part in parts if part is not None]
 
 
 def _sizes(results: Results, source: Source) -> list[Chart]:
     """How TPS grows with the number of ranks: of each of them where it was measured."""
     found = scaling(results, source)
-    if not found:
+    if len(found) <= _TWO:
         return []
     if source == "virtual":
         curves = {"virtual time": [Estimate(each.tps_per_rank) for each in found]}
-        title, y = "Decode tokens/s per rank, by number of ranks", "tokens/s per rank"
-        note = "Linear scaling is a horizontal line."
+        note = "Linear scaling is a level line."
     elif source == "measured":
         curves = {
             "wall time": [Estimate(each.tps_per_rank) for each in found],
             "critical-path CPU time": [Estimate(each.critical_path_tps_per_rank) for each in found],
         }
-        title, y = "Decode tokens/s per rank, by number of ranks", "tokens/s per rank"
         note = (
             "Linear scaling is a horizontal line. Critical-path CPU time: one core per rank, "
             "transfers excluded."
@@ -228,11 +289,15 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
             "same sequences": [each.step.tps for each in found],
             "same sequences per GPU": [each.share.tps for each in found],
         }
-        title, y = "Decode tokens/s by number of GPUs", "tokens/s"
         note = (
             "One expert-parallel group of all GPUs. Linear scaling is a straight line: ten times "
             "the tokens/s with ten times the GPUs."
         )
+    first, last, unit = found[0].record.num_ranks, found[-1].record.num_ranks, unit_of(source)
+    name, values = next(iter(curves.items()))
+    y = f"decode tokens/s per {unit}" if source in RUN else "decode tokens/s"
+    factor = times(values[-1].value / values[0].value)
+    title = f"From {first} to {counted(last, unit)} {y} go to {factor} ({name})"
     drawn = [
         Curve(
             name,
@@ -257,52 +322,54 @@ def _role(compared: Comparison, row: Row) -> Literal["front", "back"]:
 
 
 def _by_context(compared: Comparison) -> list[Chart]:
-    def curve(row: Row, of: Callable[[StepsRecord], int], steps: Iterable[StepsRecord]) -> Curve:
-        return Curve(
-            row.name,
-            tuple(Point(of(step), step.round_s * _MS_PER_S, _fit(step)) for step in steps),
-            role=_role(compared, row),
-            is_dashed=row.record.is_baseline,
-        )
-
+    """TPOT by context, and by batch where more than one was projected."""
+    of_all = [[compared.at(row, context) for context in compared.contexts] for row in compared.rows]
     by_context = [
-        curve(
-            row,
-            lambda step: step.context or 0,
-            [compared.at(row, context) for context in compared.contexts],
-        )
-        for row in compared.rows
+        _latencies(compared, row, steps, [step.context or 0 for step in steps])
+        for row, steps in zip(compared.rows, of_all, strict=True)
     ]
-    by_batch = [
-        curve(row, lambda step: step.num_seqs, sorted(of_row, key=lambda step: step.num_seqs))
-        for row in compared.rows
-        if len(of_row := [s for s in row.record.steps if s.context == compared.context]) > 1
-    ]
-    charts = [
+    by_batch = []
+    for row in compared.rows:
+        steps = [step for step in row.record.steps if step.context == compared.context]
+        steps.sort(key=lambda step: step.num_seqs)
+        if len(steps) > 1:
+            by_batch.append(_latencies(compared, row, steps, [step.num_seqs for step in steps]))
+    named = "Dashed: baselines. Lines through points: low to high."
+    drawn = (
+        (by_context, "tokens of context", f"All {compared.num_seqs:,} sequences. {named}"),
+        (by_batch, "sequences", f"At {compared.context:,} tokens of context. {named}"),
+    )
+    return [
         curves_chart(
-            f"TPOT against context, {compared.num_seqs:,} sequences",
-            Axis("tokens of context", "log"),
+            _growth(compared.fastest.name, curves, what),
+            Axis(what, "log"),
             Axis("TPOT, ms", "log"),
-            by_context,
-            note="Vertical lines: bounds. Dashed: baselines.",
+            curves,
+            note=note,
         )
+        for curves, what, note in drawn
+        if curves and len(curves[0].points) > _TWO
     ]
-    if by_batch:
-        charts.append(
-            curves_chart(
-                f"TPOT against batch, {compared.context:,} tokens of context",
-                Axis("sequences", "log"),
-                Axis("TPOT, ms", "log"),
-                by_batch,
-                note="Sequences in the whole system, one token each per step. Dashed: baselines.",
-            )
-        )
-    return charts
 
 
-def _planned(record: DeploymentRecord) -> Point:
-    words = f"{named(record)}, concurrency {serving(record).num_running or 0:,}"
-    return Point(_MS_PER_S * tpot(record).value, serving(record).output_tps, words)
+def _latencies(
+    compared: Comparison, row: Row, steps: Sequence[StepsRecord], at: Sequence[int]
+) -> Curve:
+    points = (
+        Point(x, step.round_s * _MS_PER_S, _fit(step)) for x, step in zip(at, steps, strict=True)
+    )
+    role = _role(compared, row)
+    return Curve(row.name, tuple(points), role=role, is_dashed=row.record.is_baseline)
+
+
+def _growth(name: str, curves: Sequence[Curve], what: str) -> str:
+    """How the latency of one of them changes from the first to the last point."""
+    curve = next((each for each in curves if each.name == name), curves[0])
+    first, *_, last = curve.points
+    return (
+        f"{curve.name}'s TPOT goes from {figures(first.y)} to {figures(last.y)} ms "
+        f"from {first.x:,} to {last.x:,} {what}"
+    )
 
 
 def _front(results: Results, compared: Comparison) -> list[Chart]:
@@ -311,30 +378,62 @@ def _front(results: Results, compared: Comparison) -> list[Chart]:
 
 
 def front_chart(
-    results: Results, compared: Comparison, others: Sequence[Curve] = (), note: str = ""
+    results: Results, compared: Comparison, others: Sequence[Dot] = (), note: str = ""
 ) -> Chart:
     """The planner's front, the experiment's own deployments, and others if there are any."""
     front = results.select("projected", PARETO, compared.conditions)
-    curves = [Curve("planner's Pareto front", tuple(map(_planned, front)))]
-    for row in compared.rows:
-        at = Point(_MS_PER_S * row.step.round_s.value, row.step.tps, _fit(row.step))
-        curves.append(Curve(row.name, (at,), is_joined=False, role=_role(compared, row)))
-    return curves_chart(
-        f"Decode tokens/s against TPOT, {in_words(compared.conditions)}",
-        Axis("TPOT, ms", "log"),
-        Axis("decode tokens/s", "log"),
-        [*curves, *others],
-        note=f"Decode only, at {compared.context:,} tokens of context. No aggregated deployment is "
-        "above and left of the front, which is screened. The experiment's deployments have all "
-        f"{compared.num_seqs:,} sequences.{note}",
+    own = [
+        Dot(
+            row.name,
+            row.step.round_s,
+            row.step.tps / row.record.num_ranks,
+            "other",
+            _fit(row.step),
+            row.name if row in compared.cast else "",
+        )
+        for row in compared.rows
+    ]
+    best = max(front, key=lambda each: serving(each).output_tps.value, default=None)
+    ahead = compared.fastest
+    title = f"{ahead.name} decodes fastest of the experiment's own"
+    if best is not None:
+        factor = serving(best).output_tps.value / ahead.tps
+        title += f"; {named(best)} has {times(factor)} the throughput"
+    return pareto_chart(
+        title,
+        [*_front_dots(front), *own, *others],
+        note=f"Decoding alone, at {compared.context:,} tokens of context, "
+        f"{in_words(compared.conditions)}. The front is screened. Others: the experiment's own, "
+        f"each with all {compared.num_seqs:,} sequences.{note}",
     )
+
+
+def _planned(record: DeploymentRecord, role: Role, label: str = "") -> Dot:
+    return Dot(
+        named(record),
+        tpot(record),
+        serving(record).output_tps / record.num_ranks,
+        role,
+        f"concurrency {serving(record).num_running or 0:,}",
+        label,
+    )
+
+
+def _front_dots(front: Sequence[DeploymentRecord], without: str = "") -> list[Dot]:
+    """The front, each deployment's name at the first of its points alone."""
+    dots, seen = [], {without}
+    for each in sorted(front, key=lambda each: -tpot(each).value):
+        name = named(each)
+        dots.append(_planned(each, "front", "" if name in seen else name))
+        seen.add(name)
+    return dots
 
 
 def plan(results: Results) -> tuple[Section, ...]:
     """Plots of a plan; everything is projected."""
     best = results.select("projected", BEST)
     bars = [
-        Bar(f"#{place} {named(each)}", serving(each).output_tps)
+        Bar(f"#{place} {named(each)}", serving(each).output_tps, FASTER if place == 1 else "other")
         for place, each in enumerate(best, 1)
     ]
     rows = {f"{number} {named(each)}": each for number, each in explained(results)}
@@ -342,29 +441,47 @@ def plan(results: Results) -> tuple[Section, ...]:
         phase: {name: step for name, each in rows.items() for step in each.steps_of(phase)}
         for phase in _PHASES
     }
-    curves = [
-        Curve("Pareto front", tuple(map(_planned, results.select("projected", PARETO)))),
-        Curve("best within the limits", (_planned(best[0]),), is_joined=False),
-        *(
-            Curve(f"best of: {each.name}", (_planned(each),), is_joined=False, role="back")
-            for each in results.select("projected", FAMILY)
-        ),
-    ]
-    front = curves_chart(
-        "Tokens/s against TPOT",
-        Axis("TPOT, ms", "log"),
-        Axis("output tokens/s", "log"),
-        curves,
-        note="No aggregated deployment is above and left of the front. The front and the best of "
-        "each kind are screened, the others projected in full.",
+    speed = throughput_chart(
+        f"{named(best[0])} gives {figures(serving(best[0]).output_tps)} output tokens/s",
+        "output tokens/s",
+        bars,
+        between="low–high",
     )
-    speed = speed_chart("Output tokens per second", "output tokens/s", bars, between="low–high")
-    words = "One step of each, at its own batch size, given below it. "
+    words = "A step of each at its own number of sequences or prompts, written under it."
     return (
-        _plots("Throughput against latency, projected", [front]),
-        _plots("The best deployments, projected", [speed]),
+        _plots("Throughput against latency, projected", [_plan_front(results)]),
+        _plots("The best deployments, projected", [speed] if speed else []),
         _plots("Where the time goes, projected", _causes(steps)),
         _plots("One step, rank by rank, projected", _timelines(words, steps)),
+    )
+
+
+def _plan_front(results: Results) -> Chart:
+    """The front, what was chosen, and the best of each kind that is on neither."""
+    best, *_ = results.select("projected", BEST)
+    front = results.select("projected", PARETO)
+    chosen = _planned(best, "chosen", f"#1 {named(best)}")
+    known = {named(best), *map(named, front)}
+    kinds = {each: each.name for each in results.select("projected", FAMILY)}
+    kinds |= dict.fromkeys(results.select("projected", TWO_POOLS), "disaggregated")
+    dots = [
+        chosen,
+        *_front_dots(front, without=named(best)),
+        *(
+            _planned(each, "other", kind)
+            for each, kind in kinds.items()
+            if named(each) not in known
+        ),
+    ]
+    limit_s = results.question.get("max_tpot_s")
+    within = "" if limit_s is None else " within the limit"
+    return pareto_chart(
+        f"{chosen.name} gives most{within}: {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{figures(chosen.user_tps)} per user",
+        dots,
+        max_tpot_s=limit_s,
+        note="No deployment of one pool is above and right of the front. It and the others, the "
+        "best of their kinds, are screened, the best projected in full; lines: low to high.",
     )
 
 
@@ -373,13 +490,14 @@ def simulation(results: Results) -> tuple[Section, ...]:
     record = results.deployments[0]
     phases = dict(phases_of(record))
     steps = {step.phase: {name: step} for name, step in phases.items()}
-    sent = {step.phase: {f"The largest {name} step": step} for name, step in phases.items()}
-    causes = causes_chart("Mean step by cause", phases, note="Mean over ranks.")
+    sent = {step.phase: {record.name: step} for step in phases.values()}
+    causes = causes_chart(phases, "mean step", note="ms, mean over ranks.")
     loads = {record.name: record.num_tokens_per_expert}
-    squares = _squares(loads, sent, results.projected_for.ranks_per_node)
-    timelines = _timelines("", steps, what="The largest {} step")
+    squares = _experts_and_traffic(loads, sent, results.projected_for.ranks_per_node, "one step")
+    words = "The step that is nearest to the median one, by itself."
+    timelines = _timelines(words, steps, "The median {} step, rank by rank")
     return (
-        _plots("Where the time goes, projected", [causes]),
+        _plots("Where the time goes, projected", [causes] if causes else []),
         _plots("One step, rank by rank, projected", timelines),
         _plots("Experts and traffic, projected", squares),
     )

@@ -1,89 +1,114 @@
-"""Throughput and latency of requests: measured on an engine, and of a simulation."""
+"""Throughput and latency under load, of an engine or of a simulation, and what limits them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from expertlane.report.document import Column, Section, Table, number, text
+from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.loads import (
+    NAME_COLUMNS,
+    Note,
+    Served,
+    answer,
+    best_of,
+    headline,
+    is_on_cpus,
+    per_device,
+    served,
+)
 from expertlane.report.numbers import (
     bytes_si,
     counted,
     figures,
+    likely,
     low_high,
     low_high_ms,
     milliseconds,
     percent,
+    shortened,
     times,
     whole,
 )
-from expertlane.report.setup import cautions
+from expertlane.report.setup import cautions, how_judged
 from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import DeploymentRecord, PoolRecord, ServingRecord, StepsRecord
+from expertlane.results.record import DeploymentRecord, PoolRecord, SLOResult, StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
 _NARROW = 0.05  # of the time; less is not worth a sentence
+_NUM_CAUSES = 2  # of a phase in the answer
+_FEW = 20  # requests
 _UNSURE = 0.2  # of the time that is extrapolated, from where on a sentence says so
 
 
-class Served(NamedTuple):
-    """A deployment under one load."""
-
-    record: DeploymentRecord
-    serving: ServingRecord
-
-    @property
-    def load(self) -> str:
-        """`batch 8` or `2.5 req/s`."""
-        batch = self.serving.batch
-        return f"{self.serving.rate:g} req/s" if batch is None else f"batch {batch:,}"
-
-
-def served(results: Results) -> list[Served]:
-    """Every load on every deployment."""
-    return [Served(record, each) for record in results.deployments for each in record.serving]
-
-
-def fastest(results: Results) -> str:
-    """What gave most output, in a sentence."""
-    best = max(served(results), key=lambda each: each.serving.output_tps.value)
-    mean = best.serving.tpot_s.mean if best.serving.tpot_s else None
-    tpot = "" if mean is None else f", TPOT {milliseconds(mean)} ms on average"
-    return (
-        f"Most output: {figures(best.serving.output_tps)} tokens/s with {best.record.layout} at "
-        f"{best.load}{tpot}."
-    )
-
-
 def throughput(results: Results) -> Table:
-    """Requests and tokens a second, as measured."""
+    """Requests and tokens a second under each load."""
+    found = served(results)
+    one_layout = len(results.deployments) == 1
     columns: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.record.layout),
+        text("layout", lambda each: each.record.layout, "measured"),
         text("load", lambda each: each.load),
         number("requests", lambda each: each.serving.num_requests, whole),
         number("output", lambda each: each.serving.output_tps, figures),
+        number("low–high", lambda each: each.serving.output_tps, low_high, "projected"),
+        number("output per device", per_device, figures, "projected"),
         number("total", lambda each: each.serving.total_tps, figures),
-        number("prefill", lambda each: each.serving.prefill_tps, figures),
+        number("prefill", lambda each: each.serving.prefill_tps, figures, "measured"),
         number("requests/s", lambda each: each.serving.requests_per_s, figures),
     )
-    return Table.of("", columns, served(results))
+    return Table.of("", columns[one_layout:], found, results.deployments[0].source)
 
 
-def rates(record: DeploymentRecord) -> Table:
-    """Requests and tokens a second of one load, each with its bounds."""
-    serving = record.serving[0]
-    rows = {
-        "output tokens/s": serving.output_tps,
-        "output tokens/s per device": serving.output_tps / record.num_ranks,
-        "total tokens/s": serving.total_tps,
-        "requests/s": serving.requests_per_s,
-    }
-    columns: tuple[Column[str], ...] = (
-        text("", str),
-        number("likely", rows.get, figures),
-        number("low–high", rows.get, low_high),
+class _Objective(NamedTuple):
+    of: Served
+    result: SLOResult
+
+
+def objectives(results: Results) -> Iterator[Words]:
+    """Every objective under each load, and goodput."""
+    found = [each for each in served(results) if each.serving.slos]
+    if not found:
+        return
+    rows = [_Objective(each, result) for each in found for result in each.serving.slos]
+    columns: tuple[Column[_Objective], ...] = (
+        text("layout", lambda row: row.of.record.layout, "measured"),
+        text("load", lambda row: row.of.load),
+        text("objective", lambda row: row.result.slo),
+        number("ms", lambda row: row.result.value, milliseconds),
+        number("low–high", lambda row: row.result.value, low_high_ms, "projected"),
+        text("", lambda row: "met" if row.result.is_met else "missed"),
     )
-    return Table.of("", columns, rows)
+    goodput: tuple[Column[Served], ...] = (
+        text("layout", lambda each: each.record.layout, "measured"),
+        text("load", lambda each: each.load),
+        number("goodput, requests/s", lambda each: each.serving.goodput, figures),
+        number("low–high", lambda each: each.serving.goodput, low_high, "projected"),
+        number("of requests", lambda each: likely(each.serving.good_share or 0), percent),
+    )
+    source = results.deployments[0].source
+    yield Table.of("Objectives", columns, rows, source)
+    yield Table.of("Goodput", goodput, found, source)
+    yield (
+        "A request is good if its own latencies are within all limits; of ITL its own statistic, "
+        "over its tokens."
+    )
+
+
+def cost(results: Results) -> Iterator[Words]:
+    """Dollars for a million tokens under each load."""
+    price = results.question.get("price")
+    if price is None:
+        return
+    columns: tuple[Column[Served], ...] = (
+        text("layout", lambda each: each.record.layout, "measured"),
+        text("load", lambda each: each.load),
+        number("output tokens", lambda each: each.serving.usd_per_million_output, figures),
+        number("low–high", lambda each: each.serving.usd_per_million_output, low_high, "projected"),
+        number("all tokens", lambda each: each.serving.usd_per_million_total, figures),
+    )
+    of = "for the machine" if is_on_cpus(results) else "for each of a deployment's devices"
+    yield Table.of("Dollars per million", columns, served(results), results.deployments[0].source)
+    yield f"At ${price:g} an hour {of}."
 
 
 _SUMMARY: tuple[Column[Summary], ...] = (
@@ -115,9 +140,11 @@ def latency(results: Results) -> Table:
         )
         if seconds or name != "ITL"
     ]
+    of_load: Column[_Latency] = text("load", lambda row: row.of.load if row.of else "")
+    is_alone = results.kind == "simulation" and len(served(results)) == 1
     columns: tuple[Column[_Latency], ...] = (
         text("layout", lambda row: row.of.record.layout if row.of else "", "measured"),
-        text("load", lambda row: row.of.load if row.of else "", "measured"),
+        *(() if is_alone else (of_load,)),
         text("", lambda row: row.name),
         *(each.of(lambda row: row.seconds) for each in _SUMMARY),
     )
@@ -127,9 +154,52 @@ def latency(results: Results) -> Table:
 def bench(results: Results) -> tuple[Section, ...]:
     """What a load on an engine gave."""
     return (
-        Section("Verdict", (fastest(results), *cautions(results)), "top"),
+        Section("Verdict", (headline(results), *_scaling(results), *cautions(results)), "top"),
         Section("Throughput, tokens/s (measured)", (throughput(results),), "top"),
         Section("Latency, ms (measured)", (latency(results),)),
+        Section("Objectives and goodput (measured)", tuple(objectives(results)), "top"),
+        Section("Cost (measured)", tuple(cost(results))),
+    )
+
+
+def bench_answer(results: Results) -> Answer:
+    """The best load, what a larger one brings, and every load's numbers."""
+    machine, best = results.measured_on, best_of(served(results))
+    where = counted(machine.num_ranks, "rank")
+    if is_on_cpus(results):
+        where += f" on {counted(machine.num_cores, 'core')}"
+    num, serving = best.serving.num_requests or 0, best.serving
+    slowest = ", so that p95 is about the slowest" if num < _FEW else ""
+    notes = [("How sure", f"one run of {counted(num, 'request')} a load, not repeated{slowest}")]
+    if serving.num_cached_tokens and serving.num_prompt_tokens:
+        share = serving.num_cached_tokens / serving.num_prompt_tokens
+        notes.append(("Prefixes", f"the cache had {percent(share)} of the prompts' tokens"))
+    return answer(
+        results,
+        f"{shortened(results.question['model'], NAME_COLUMNS)} | {where}",
+        " ".join(_scaling(results)),
+        (),
+        [*notes, *_noted(cautions(results))],
+    )
+
+
+def _scaling(results: Results) -> Iterator[str]:
+    """What the largest batch brings over the one before, in the best layout."""
+    loads = [each for each in best_of(served(results)).record.serving if each.batch is not None]
+    if len(loads) < 2:
+        return
+    before, last = sorted(loads, key=lambda each: each.batch or 0)[-2:]
+    factor = last.output_tps.value / before.output_tps.value
+    wait = "TPOT", before.tpot_s, last.tpot_s
+    if before.tpot_s is None or last.tpot_s is None:
+        wait = "TTFT", before.ttft_s, last.ttft_s
+    name, *of_loads = wait
+    first, second = (each.median.value if each and each.median else 0.0 for each in of_loads)
+    if not first:
+        return
+    yield (
+        f"From batch {before.batch:,} to {last.batch:,} output goes up {times(factor)}, {name} "
+        f"{times(second / first)}."
     )
 
 
@@ -143,25 +213,27 @@ def phases_of(record: DeploymentRecord) -> list[tuple[str, StepsRecord]]:
 
 
 def simulation(results: Results) -> tuple[Section, ...]:
-    """Throughput and latency, and what limits them."""
+    """Throughput and latency of all loads, and what limits the best one."""
     record = results.deployments[0]
     phases, pools = phases_of(record), record.pools
-    load = results.question["workload"]
-    requests = counted(record.serving[0].num_requests or 0, "request")
+    asked = results.question["workload"]
+    of = "" if len(record.serving) == 1 else f" at {best_of(served(results)).load}"
     return (
         Section("What limits it", tuple(limits(results)), "top"),
         Section(
             "Throughput and latency (projected)",
             (
-                f"{served(results)[0].load}: {requests}, prompts of {load['prompt_len']} and "
-                f"outputs of {load['output_len']} tokens. Latency is in ms.",
-                rates(record),
+                f"Prompts of {asked['prompt_len']} and outputs of {asked['output_len']} tokens. "
+                "Output, total: tokens/s. Latency is in ms.",
+                throughput(results),
                 latency(results),
+                *objectives(results),
+                *cost(results),
             ),
             "top",
         ),
         Section(
-            "Where the time goes",
+            f"Where the time goes{of}",
             (
                 *causes("", phases),
                 Table.across("Steps", (*_COUNTS, IN_ALL, *FACTS), phases),
@@ -171,13 +243,71 @@ def simulation(results: Results) -> tuple[Section, ...]:
             ),
         ),
         Section(
-            "Memory per rank (the fullest)",
+            f"Memory per rank (the fullest){of}",
             (
                 Table.across("", MEMORY, [(_pool_name(record, pool), pool) for pool in pools]),
                 "Sequences: in the whole pool. The KV cache is no larger than this load can use.",
             ),
         ),
     )
+
+
+def simulation_answer(results: Results, setting: str) -> Answer:
+    """The best load, what limits it, and every load's numbers.
+
+    Args:
+        setting: which deployment on which cluster.
+    """
+    record = results.deployments[0]
+    phases = phases_of(record)
+    total_s = sum(step.wall_s.value for _, step in phases)
+    name, step = max(phases, key=lambda named: named[1].wall_s.value)
+    cause, share = step.largest
+    why = (
+        f"{name.capitalize()} takes {percent(step.wall_s.value / total_s)} of the steps' time; it "
+        f"is limited by {cause} ({percent(share)})."
+    )
+    columns: tuple[Column[tuple[str, StepsRecord]], ...] = (
+        text("step", lambda named: named[0]),
+        number("ms", lambda named: named[1].round_s, milliseconds),
+        number("low–high", lambda named: named[1].round_s, low_high_ms),
+        number("floor", lambda named: named[1].floor_s, milliseconds),
+        number("× floor", lambda named: over_floor(named[1]), times),
+        text("largest causes", lambda named: _largest_causes(named[1])),
+    )
+    at = best_of(served(results)).load
+    table = Table.of(f"Where the time goes at {at}, mean of a step", columns, phases)
+    notes = [
+        *_noted(_held_back(results, record)),
+        ("How sure", _firmness(results, total_s)),
+        *_noted(cautions(results)),
+    ]
+    return answer(results, setting, why, (table,), notes)
+
+
+def _largest_causes(step: StepsRecord) -> str:
+    largest = sorted(step.shares.items(), key=lambda item: -item[1])[:_NUM_CAUSES]
+    return ", ".join(f"{cause} {percent(share)}" for cause, share in largest if share > _NARROW)
+
+
+def _firmness(results: Results, total_s: float) -> str:
+    """How far off such projections were, and what the times rest on."""
+    phases = phases_of(results.deployments[0])
+
+    def share(part: Callable[[StepsRecord], float]) -> float:
+        return sum(part(each) * each.wall_s.value for _, each in phases) / total_s
+
+    bound = share(lambda step: step.basis_shares.get("bound", 0.0))
+    beyond = share(lambda step: step.extrapolated_share or 0.0)
+    return (
+        f"{how_judged(results)} {percent(1 - bound)} of the time rests on measurements, the rest "
+        f"on datasheets; {percent(beyond)} lies outside measured sizes"
+        + (": take the range, not the value" if beyond > _UNSURE else "")
+    )
+
+
+def _noted(sentences: Iterable[str]) -> list[Note]:
+    return [("Note", each.removesuffix(".")) for each in sentences]
 
 
 _COUNTS: tuple[Column[StepsRecord], ...] = (
@@ -201,23 +331,6 @@ def _pool_name(record: DeploymentRecord, pool: PoolRecord) -> str:
     if pool.role == "both":
         return ""
     return f"{pool.role} ({record.prefill_layout if pool.role == 'prefill' else record.layout})"
-
-
-def feels(results: Results) -> str:
-    """Throughput, latency, and what limits them, in a sentence."""
-    record = results.deployments[0]
-    serving, phases = record.serving[0], phases_of(record)
-    medians = "".join(
-        f"{name} {milliseconds(seconds.median)} ms, "
-        for name, seconds in (("TPOT", serving.tpot_s), ("TTFT", serving.ttft_s))
-        if seconds and seconds.median
-    )
-    name, step = max(phases, key=lambda named: named[1].wall_s.value)
-    cause, share = step.largest
-    return (
-        f"{figures(serving.output_tps)} output tokens/s, {medians.removesuffix(', ')} (medians); "
-        f"most of the time is {name}, limited by {cause} ({percent(share)} of it)."
-    )
 
 
 def limits(results: Results) -> Iterator[str]:
@@ -254,7 +367,7 @@ def ms_with_bounds(estimate: Estimate) -> str:
 
 
 def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
-    wanted, layout = record.serving[0].batch, record.layout
+    wanted, layout = record.best_load.batch, record.layout
     slots = layout.dp * layout.replicas * results.question["serving"]["max_num_seqs"]
     for pool in record.pools:
         running, room = pool.most_running or 0, pool.num_resident or 0

@@ -40,6 +40,17 @@ def cautions(results: Results) -> Iterator[str]:
     yield from results.cautions
 
 
+def how_judged(results: Results) -> str:
+    """How far off projections for this device were."""
+    judged = results.projected_for.judged
+    if judged is None:
+        return "Projections of this device were never compared with measurements."
+    return (
+        f"Projections of this kind: {percent(judged.median_error)} median error on "
+        f"{judged.num_rows} measured rows ({judged.what})."
+    )
+
+
 def assumptions(results: Results, source: Source, heading: str = "Assumptions") -> Section:
     """The assumptions behind numbers of one source."""
     rows = [each for each in results.assumptions if each.source == source]
@@ -96,11 +107,11 @@ def setup(results: Results, heading: str) -> Section:
 
 
 def _listed(fields: dict[str, Any]) -> str:
-    """The fields that say something: no None, False or empty list."""
+    """The fields that say something: no None, False, 0 or empty list; 0 may be a seed."""
     return ", ".join(
         f"{name} {_said(value)}".rstrip()
         for name, value in fields.items()
-        if value is not None and value is not False and value != []
+        if value or (name == "seed" and value is not None)
     )
 
 

@@ -1,6 +1,7 @@
 """A report as tables in a terminal."""
 
 import textwrap
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -9,19 +10,25 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from expertlane.report.document import Figure, Report, Table, Words
+from expertlane.report.document import Answer, Figure, Report, Table, Words
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, more: str) -> None:
-    """Print what fits on one screen, no wider than the console.
+def show_answer(report: Report, console: Console, page: Path | None) -> None:
+    """Print what fits on one screen, no wider than the console, and where the rest is.
 
     Args:
-        more: where the rest is; may be empty.
+        page: has it, beside `--full`; None where no page was written.
     """
-    answer = report.answer
+    draw_answer(report.answer, console)
+    console.print()
+    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
+
+
+def draw_answer(answer: Answer, console: Console) -> None:
+    """Print the answer alone."""
     console.print(Text(answer.setting, style="dim"))
     console.print(Text(answer.headline, style="bold"))
     for part in answer.parts:
@@ -29,9 +36,6 @@ def show_answer(report: Report, console: Console, more: str) -> None:
         if not isinstance(part, str) and part.title:
             console.print(Text(part.title))
         console.print(_drawn(part, compact=True))
-    if more:
-        console.print()
-        console.print(Text(f"More: {more}"), soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:
@@ -67,6 +71,7 @@ def _table(table: Table, compact: bool = False) -> RichTable:
         padding=(0, 2 if compact else 1, 0, 0),
         pad_edge=False,
         show_edge=False,
+        show_header=any(column.heading for column in table.columns),
         header_style="bold",
     )
     for position, column in enumerate(table.columns):

@@ -18,7 +18,7 @@ STRAGGLER_SHARE = 0.05
 # Stages in which all ranks of a pipeline stage meet.
 _MEETINGS = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]
 _NOT_WORK = [Stage.IDLE, Stage.SETUP]
-_CAUSE_OF_STAGE = {
+CAUSE_OF_STAGE = {
     Stage.EMBED: Cause.HEAD,
     Stage.ATTENTION: Cause.ATTENTION,
     Stage.ROUTER: Cause.ROUTER,
@@ -60,7 +60,7 @@ class StageTime:
         working_s[:, _NOT_WORK] = 0.0
         accounted_s = working_s.sum(axis=1) + self.waiting_s + self.bubble_s
         causes = dict.fromkeys(Cause, 0.0)
-        for stage, cause in _CAUSE_OF_STAGE.items():
+        for stage, cause in CAUSE_OF_STAGE.items():
             causes[cause] += float(working_s[:, stage].mean())
         causes[Cause.WAITING] = float(self.waiting_s.mean())
         causes[Cause.PIPELINE_BUBBLE] = float(self.bubble_s.mean())

@@ -201,13 +201,16 @@ def parse_json(text: str, *, lenient: bool = False) -> Any:
         SpecError: it is nested too deeply, or has a number of too many digits.
         json.JSONDecodeError: it is malformed.
     """
-    value = json.loads(
-        text,
-        parse_int=_whole,
-        parse_float=None if lenient else _finite,
-        parse_constant=None if lenient else _refuse_constant,
-        object_pairs_hook=None if lenient else _unique,
-    )
+    try:
+        value = json.loads(
+            text,
+            parse_int=_whole,
+            parse_float=None if lenient else _finite,
+            parse_constant=None if lenient else _refuse_constant,
+            object_pairs_hook=None if lenient else _unique,
+        )
+    except RecursionError:
+        raise SpecError(_TOO_DEEP) from None
     _check_depth(value)
     return value
 

@@ -34,6 +34,7 @@ class Track(StrEnum):
     COMPUTE = "compute"
     NETWORK = "network"
     COPY = "copy"  # keys and values, or weights, that move in the background
+    DESCHEDULED = "descheduled"  # ready, but other ranks had the cores
 
 
 class Phase(StrEnum):
@@ -56,6 +57,13 @@ class Cause(StrEnum):
     WAITING = "waiting for other ranks"
     PIPELINE_BUBBLE = "pipeline bubble"
     ENGINE = "scheduler overhead"
+
+
+class Gap(StrEnum):
+    """What a rank does where it neither computes nor transfers nor waits for another."""
+
+    IDLE = "idle"  # it has nothing to do
+    DESCHEDULED = "descheduled"  # it has, but other ranks have the cores
 
 
 class ProjectedCause(StrEnum):

@@ -16,6 +16,8 @@ from expertlane.errors import SpecError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
+# Of expert popularity, in every command: between uniform, 0, and heavy, above 1. An assumption.
+DEFAULT_SKEW = 0.8
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 
@@ -106,7 +108,10 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "limit_s": _above(0, 1e9),  # of an SLO, in its unit
     "price": _above(0, 1e6),
     "skew": _number(0, 10),
+    "threshold": _number(0, 1e3),
     "link_scale": _number(1e-6, 1e9),
+    "repeat": _whole(1, 1000),
+    "min_time": _number(0, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine
     "timeout_s": _above(0, 1e6),

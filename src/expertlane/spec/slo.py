@@ -26,7 +26,12 @@ class SLO(Strict):
     limit_s: float
 
     def __str__(self) -> str:
-        return f"{self.metric.upper()} {self.statistic} ≤ {1e3 * self.limit_s:g} ms"
+        return f"{self.metric.upper()} {self.statistic} ≤ {self.limit}"
+
+    @property
+    def limit(self) -> str:
+        """With its unit: `500 ms`, `10 s`."""
+        return f"{self.limit_s:g} s" if self.limit_s >= 1 else f"{1e3 * self.limit_s:g} ms"
 
     @property
     def name(self) -> str:

@@ -232,7 +232,7 @@ def check_lengths(load: Load, max_positions: int) -> None:
     raise UserError(
         f"--requests: line {first.line} has a prompt of {first.prompt_len} and an output of "
         f"{first.output_len} tokens, {first.max_len} positions; valid: {max_positions} at most"
-        + (f" ({len(others):,} more lines are too long)" if others else "")
+        + (f" (lines that are too long: {1 + len(others):,})" if others else "")
     )
 
 

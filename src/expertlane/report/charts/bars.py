@@ -3,89 +3,98 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from expertlane.report.charts.colours import BASELINE, OF_CAUSE, PROPOSAL
-from expertlane.report.charts.encoding import (
-    AXIS,
-    Spec,
-    cells,
-    colour,
-    nominal,
-    quantity,
-    tooltip,
-    tooltip_of,
-)
+from expertlane.report.charts.colours import OF_CAUSE, OTHERS, PROPOSAL, RIVAL
+from expertlane.report.charts.encoding import Spec, cells, colour, tooltip
+from expertlane.report.charts.rows import along, bar, in_row, inside, rows_spec, rule
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
 from expertlane.report.numbers import figures, low_high, milliseconds, percent
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 
-_BAR_PX = 26
 _LEAST_S = 1e-9  # less is a rounding's rest
 _SEEN = 0.0005  # of a bar's length; less is left out
-_KINDS = (Legend("baseline", BASELINE), Legend("proposal", PROPOSAL))
+_LEAST_ROWS = 3  # two values are a sentence's
+_DIGIT_PX = 7
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The bar of one deployment."""
+    """The bar of one deployment.
+
+    Attributes:
+        role: whether it is the faster or the slower one of those that a verdict names.
+    """
 
     name: str
     of: Estimate
-    is_baseline: bool = False
+    role: str = "other"
 
     @property
-    def kind(self) -> str:
-        """Baseline or proposal."""
-        return _KINDS[not self.is_baseline].label
+    def said(self) -> str:
+        """Its value, and from where to where it may be."""
+        return figures(self.of) + (f" ({low_high(self.of)})" if self.of.low is not None else "")
 
 
-def speed_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> Chart:
-    """One bar a deployment.
+FASTER, SLOWER = "faster", "slower"
+_COLOUR_OF = {FASTER: PROPOSAL, SLOWER: RIVAL, "other": OTHERS}
+
+
+def throughput_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> Chart | None:
+    """One bar a deployment, the fastest first; None of less than three.
 
     Args:
         between: what the range of a bar is of, for example `slowest and fastest run`.
     """
-    legend = [each for each in _KINDS if any(bar.kind == each.label for bar in bars)]
-    has_ranges = any(bar.of.low is not None for bar in bars)
-    fastest = max(bars, key=lambda bar: bar.of.value)
+    if len(bars) < _LEAST_ROWS:
+        return None
+    bars = sorted(bars, key=lambda each: -each.of.value)
     columns: dict[str, Column[Bar]] = {
-        "deployment": text("deployment", lambda bar: bar.name),
-        "kind": text("kind", lambda bar: bar.kind),
-        "shown": number(unit, lambda bar: bar.of, figures),
-        "between": number(between, lambda bar: bar.of, low_high),
+        "row": text("deployment", lambda each: each.name),
+        "shown": number(unit, lambda each: each.of, figures),
+        "between": number(between, lambda each: each.of, low_high),
     }
-    hover = {"y": nominal("deployment"), "tooltip": tooltip_of(columns)}
-    x = quantity("value", unit, AXIS)
+    values = [
+        cells(columns, each) | vars(each.of) | {"said": each.said, "role": each.role}
+        for each in bars
+    ]
+    most = max(each.of.high or each.of.value for each in bars)
+    looks = [Legend(role, shade) for role, shade in _COLOUR_OF.items()]
+    has_ranges = any(each.of.low is not None for each in bars)
     layers: list[Spec] = [
         {
-            "mark": {"type": "bar", "cornerRadiusEnd": 2},
-            "encoding": {"x": x, "color": colour("kind", legend)} | hover,
+            "mark": bar(cornerRadiusEnd=2),
+            "encoding": in_row()
+            | {"x": along("value", unit, most), "color": colour("role", looks)},
         }
     ]
     if has_ranges:
+        ends = {"x": along("low", unit, most), "x2": {"field": "high"}}
         layers.append(
             {
-                "mark": {"type": "rule", "strokeWidth": 2, "color": "--ink"},
-                "encoding": {"x": quantity("low", unit, AXIS), "x2": {"field": "high"}} | hover,
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "mark": rule(strokeWidth=2, color="--ink"),
+                "encoding": in_row() | ends,
             }
         )
+    first, last = bars[0], bars[-1]
     return Chart(
         title,
-        f"Bars of {unit}, {len(bars)} deployments; the highest is {fastest.name} with "
-        f"{figures(fastest.of)}.",
-        {
-            "data": {"values": [cells(columns, bar) | vars(bar.of) for bar in bars]},
-            "height": _BAR_PX * len(bars),
-            "layer": layers,
-        },
+        f"Bars of {unit} of {len(bars)} deployments, the fastest first: from {first.name}, "
+        f"{figures(first.of)}, to {last.name}, {figures(last.of)}.",
+        rows_spec(values, layers, len(bars)),
         Table.of(title, columns.values(), bars),
-        legend=legend if len(legend) > 1 else (),
-        note=f"The line over a bar: {between}." if has_ranges else "",
+        note=f"The line in a bar, and in brackets: {between}." if has_ranges else "",
     )
 
 
-def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> Chart:
-    """A stacked bar a deployment, its causes in the order in which they are kept."""
+def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> Chart | None:
+    """A stacked bar a deployment, its causes in the order in which they are kept.
+
+    None where all there is to say are two numbers.
+
+    Args:
+        what: that is drawn, for example `decode step`.
+    """
     seconds = {
         name: {cause: s if s > _LEAST_S else 0.0 for cause, s in step.breakdown_s.items()}
         for name, step in steps.items()
@@ -96,50 +105,72 @@ def causes_chart(title: str, steps: Mapping[str, StepsRecord], *, note: str) -> 
         for cause in dict.fromkeys(cause for each in seconds.values() for cause in each)
         if any(each.get(cause, 0.0) > _SEEN * longest_s for each in seconds.values())
     ]
-    values = [
-        {
-            "deployment": name,
-            "cause": cause,
-            "place": place,
-            "ms": 1e3 * each.get(cause, 0.0),
-            "shown": f"{milliseconds(each.get(cause, 0.0))} ms",
-            "share": percent(each.get(cause, 0.0) / sum(each.values())),
-        }
-        for name, each in seconds.items()
-        for place, cause in enumerate(causes)
-    ]
+    if len(seconds) * len(causes) < _LEAST_ROWS:
+        return None
     legend = [Legend(cause, OF_CAUSE[cause]) for cause in causes]
     in_all: Column[Mapping[str, float]] = number(
         "total", lambda each: sum(each.values()), milliseconds
     )
     return Chart(
-        title,
-        "Stacked bars, one per deployment: milliseconds per step by cause. "
+        _most_costly(seconds, what),
+        f"Stacked bars, one a deployment: the milliseconds of a {what} by what they go to. "
         + " ".join(_largest(name, each) for name, each in seconds.items()),
-        {
-            "data": {"values": values},
-            "height": _BAR_PX * len(seconds),
-            "mark": {"type": "bar", "stroke": "--card", "strokeWidth": 1.2},
-            "encoding": {
-                "y": nominal("deployment"),
-                "x": quantity("ms", "ms"),
-                "color": colour("cause", legend),
-                "order": {"field": "place"},
-                "tooltip": tooltip(
-                    deployment="deployment", cause="cause", shown="time", share="share"
-                ),
-            },
-        },
-        Table.across(title, [*map(_due_to, causes), in_all], list(seconds.items())),
+        _stacked(seconds, causes, legend),
+        Table.across(f"ms of a {what}", [*map(_due_to, causes), in_all], list(seconds.items())),
         legend=legend,
         note=note,
     )
+
+
+def _stacked(
+    seconds: Mapping[str, Mapping[str, float]], causes: Sequence[str], legend: Sequence[Legend]
+) -> Spec:
+    """Parts end to end, each with its milliseconds where there is room for them."""
+    values: list[Spec] = []
+    for name, each in seconds.items():
+        begin_ms, whole_s = 0.0, sum(each.values())
+        for cause in causes:
+            ms = 1e3 * each.get(cause, 0.0)
+            part = {"row": name, "cause": cause, "ms": ms, "shown": figures(ms)}
+            place = {"begin": begin_ms, "end": begin_ms + ms, "middle": begin_ms + ms / 2}
+            said = {"said": f"{milliseconds(whole_s)} ms"} if cause == causes[0] else {}
+            values.append(part | place | said | {"share": percent(ms / 1e3 / whole_s)})
+            begin_ms += ms
+    most = max(value["end"] for value in values)
+    ends = {"x": along("begin", "ms", most), "x2": {"field": "end"}}
+    parts: Spec = {
+        "transform": [{"filter": "datum.ms > 0"}],
+        "mark": bar(stroke="--card", strokeWidth=1),
+        "encoding": in_row()
+        | ends
+        | {
+            "color": colour("cause", legend),
+            "tooltip": tooltip(row="deployment", cause="cause", shown="ms", share="share"),
+        },
+    }
+    return rows_spec(values, [parts, inside("shown", "middle", "ms", most)], len(seconds))
 
 
 def _due_to(cause: str) -> Column[Mapping[str, float]]:
     return number(cause, lambda each: each.get(cause, 0.0), milliseconds)
 
 
-def _largest(name: str, seconds: Mapping[str, float]) -> str:
+def _most_costly(seconds: Mapping[str, Mapping[str, float]], what: str) -> str:
+    """The largest cause of the slowest one, and its part of the fastest one."""
+    slow, fast = (by(seconds, key=lambda name: sum(seconds[name].values())) for by in (max, min))
+    cause, share = _top(seconds[slow])
+    said = f"{percent(share)} of {slow}'s {what} goes to {cause}"
+    if slow == fast:
+        return said
+    its_share = seconds[fast].get(cause, 0.0) / (sum(seconds[fast].values()) or 1.0)
+    return f"{said}, {percent(its_share)} of {fast}'s"
+
+
+def _top(seconds: Mapping[str, float]) -> tuple[str, float]:
     cause = max(seconds, key=lambda each: seconds[each])
-    return f"{name}: largest is {cause}, {percent(seconds[cause] / sum(seconds.values()))}."
+    return cause, seconds[cause] / (sum(seconds.values()) or 1.0)
+
+
+def _largest(name: str, seconds: Mapping[str, float]) -> str:
+    cause, share = _top(seconds)
+    return f"{name}: most to {cause}, {percent(share)}."

@@ -7,8 +7,6 @@ from typing import Literal
 
 from expertlane.report.charts.colours import (
     BACKGROUND,
-    REPORTED,
-    REPORTED_SHAPE,
     SERIES,
     SHAPES,
 )
@@ -28,11 +26,6 @@ from expertlane.results.estimate import Estimate
 _HEIGHT_PX = 280
 _PADDING_PX = 14
 _MOST_LABELS, _LONG = 9, 1e5
-# Marks that the library has no name for, in a square from -1 to 1.
-_PATHS = {
-    REPORTED_SHAPE: "M0,-1L0.26,-0.33L0.97,-0.3L0.42,0.13L0.6,0.82L0,0.43L-0.6,0.82L-0.42,0.13"
-    "L-0.97,-0.3L-0.26,-0.33Z"
-}
 
 
 @dataclass(frozen=True)
@@ -52,15 +45,14 @@ class Curve:
     """Points of one name, joined by a line or not.
 
     Attributes:
-        role: `front` has a colour of its own, `back` is grey like all of its kind, `reported` is
-            another's claim and has a star.
+        role: `front` has a colour of its own, `back` is grey like all of its kind.
         is_dashed: of a baseline's line.
     """
 
     name: str
     points: tuple[Point, ...]
     is_joined: bool = True
-    role: Literal["front", "back", "reported"] = "front"
+    role: Literal["front", "back"] = "front"
     is_dashed: bool = False
 
 
@@ -74,6 +66,8 @@ class Axis:
     def encoding(self, of: str, at: Sequence[float] = ()) -> Spec:
         """Vega's encoding of a field; labels at the values themselves where those are few."""
         axis: Spec = dict(AXIS)
+        if self.name.endswith("ms"):
+            axis["format"] = "~r"  # no `800m`
         if self.scale == "log":
             places = sorted(set(at))
             if 0 < len(places) <= _MOST_LABELS:
@@ -87,7 +81,7 @@ def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note:
     looks, columns = _looks(curves), _columns(x, y, curves)
     behind = [curve.name for curve in curves if curve.role == "back"]
     if behind:
-        note = f"{note} In grey, named on hovering: {', '.join(behind)}.".strip()
+        note = f"{note} In grey: {', '.join(behind)}.".strip()
     points = [(curve.name, point) for curve in curves for point in curve.points]
     return Chart(
         title,
@@ -103,8 +97,10 @@ def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note:
 def _looks(curves: Sequence[Curve]) -> list[Legend]:
     """Colour and mark of each."""
     in_front = zip(cycle(SERIES), cycle(SHAPES))
-    others = {"back": (BACKGROUND, "circle"), "reported": (REPORTED, REPORTED_SHAPE)}
-    return [Legend(each.name, *(others.get(each.role) or next(in_front))) for each in curves]
+    behind = BACKGROUND, "circle"
+    return [
+        Legend(each.name, *(behind if each.role == "back" else next(in_front))) for each in curves
+    ]
 
 
 def _columns(x: Axis, y: Axis, curves: Sequence[Curve]) -> dict[str, Column[_Named]]:
@@ -133,7 +129,8 @@ def _spec(
         for curve in sorted(curves, key=lambda each: each.role != "back")  # grey ones below
         for point in curve.points
     ]
-    shape = by_name("curve", {each.label: _PATHS.get(each.shape, each.shape) for each in looks})
+    shape = by_name("curve", {each.label: each.shape for each in looks})
+    width = by_name("curve", {each.name: 2 if each.role == "front" else 1 for each in curves})
     dash = by_name("curve", {each.name: [5, 3] if each.is_dashed else [1, 0] for each in curves})
     position = {
         "x": x.encoding("x", [point.x for curve in curves for point in curve.points]),
@@ -142,26 +139,25 @@ def _spec(
         "detail": {"field": "curve"},
     }
     joined = [curve.name for curve in curves if curve.is_joined]
+    front = [curve.name for curve in curves if curve.role == "front"]
+    in_front = {"filter": {"field": "curve", "oneOf": front}}
     layers: list[Spec] = [
         {
             "transform": [{"filter": {"field": "curve", "oneOf": joined}}],
-            "mark": {"type": "line", "strokeWidth": 2},
-            "encoding": position | {"strokeDash": dash},
+            "mark": {"type": "line"},
+            "encoding": position | {"strokeDash": dash, "strokeWidth": width},
         },
         {
+            "transform": [in_front],
             "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
             "encoding": position | {"shape": shape, "tooltip": tooltip_of(columns)},
         },
     ]
-    ranged = [curve.name for curve in curves if curve.role == "front"]
     if any(point.y.low is not None for curve in curves for point in curve.points):
         layers.insert(
             1,
             {
-                "transform": [
-                    {"filter": "isValid(datum.low)"},
-                    {"filter": {"field": "curve", "oneOf": ranged}},
-                ],
+                "transform": [{"filter": "isValid(datum.low)"}, in_front],
                 "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.6},
                 "encoding": position | {"y": y.encoding("low"), "y2": {"field": "high"}},
             },

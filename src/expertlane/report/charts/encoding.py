@@ -3,11 +3,18 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from expertlane.report.charts.colours import REPORTED_SHAPE
 from expertlane.report.document import Column, Legend
 
 Spec = dict[str, Any]
 
 AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
+
+# Marks that the library has no name for, in a square from -1 to 1.
+PATHS = {
+    REPORTED_SHAPE: "M0,-1L0.26,-0.33L0.97,-0.3L0.42,0.13L0.6,0.82L0,0.43L-0.6,0.82L-0.42,0.13"
+    "L-0.97,-0.3L-0.26,-0.33Z"
+}
 
 
 def nominal(field: str, title: str | None = None) -> Spec:

@@ -1,97 +1,256 @@
 """What every rank does when in one step: a row a rank, deployments on one time axis."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from expertlane.report.charts.colours import BUBBLE, OF_STAGE
-from expertlane.report.charts.encoding import Spec, colour, quantity, tooltip
-from expertlane.report.document import Chart, Heading, Legend, Table, Timelines
+from expertlane.report.charts.colours import OF_CAUSE, OF_GAP
+from expertlane.report.document import Chart, Heading, Lanes, Legend, Stretch, Table, Timelines
 from expertlane.report.numbers import counted, milliseconds, percent
+from expertlane.results.time_shares import CAUSE_OF_STAGE
 from expertlane.results.timeline import RankTimeline, StepTimeline
-from expertlane.spec.names import Stage, Track
+from expertlane.spec.names import Cause, Gap, Track
 
-_LANE_PX, _LEAST_PX = 7, 36
+_NUM_BINS = 1000  # of the time axis; what is shorter counts with what is around it
 _NUM_OPEN = 3
-_US_PER_MS = 1e3
+_LEAST_HIDDEN = 0.01  # of the time; less in the second lane is none
 _US_PER_S = 1e6
-_UNSHOWN = {"idle", "setup"}
-_WAITS = "waits"
+_COMPUTING = tuple(str(each) for each in (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD))
+_COLOURS = OF_CAUSE | OF_GAP
+_Spans = npt.NDArray[np.float64]  # [N, 2]; from when to when, ascending, none over another
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank did, by kind; of a model's step what it sent while it computed too."""
+
+    name: str
+    spent: dict[str, _Spans]
+    hidden: dict[str, _Spans]
 
 
 def timelines_chart(
     title: str,
     timelines: Mapping[str, tuple[StepTimeline, str]],
-    first: Collection[str] = (),
     *,
     is_measured: bool = False,
+    shares_cores: bool = False,
 ) -> Timelines:
     """One a deployment, all over the same stretch of time.
 
     Args:
         timelines: by deployment, at least one, each with what more there is to say of it.
-        first: the deployments that are seen at once; the first few if there is none.
-        is_measured: a rank's lower row is then its waiting, not transfers of a model.
+        is_measured: in wall time: a rank's network row is then its waiting, else transfers.
+        shares_cores: ranks take turns, so that one that begins late had no core.
     """
-    until_ms = max(step.shown_us for step, _ in timelines.values()) / _US_PER_MS
-    seen = [name for name in timelines if name in first] or list(timelines)[:_NUM_OPEN]
-    charts = [
-        (name, _chart(name, _measured(step) if is_measured else step, until_ms, note))
-        for name, (step, note) in timelines.items()
-    ]
-    return Timelines(title, tuple(charts), frozenset(seen))
+    until_us = max(step.shown_us for step, _ in timelines.values())
+    charts = []
+    for name, (step, note) in timelines.items():
+        ranks = [_rank(each, step, is_measured, shares_cores) for each in step.ranks]
+        chart = _chart(name, step, ranks, until_us, note)
+        charts.append((chart.title, chart))
+    seen = frozenset(name for name, _ in charts[:_NUM_OPEN])
+    return Timelines(title, tuple(charts), seen)
 
 
-def _measured(step: StepTimeline) -> StepTimeline:
-    """A rank's lower row are its waits; those in PP send/recv are the bubble of its pipeline."""
-    network = step.tracks.index(Track.NETWORK.value)
-    hand_over, bubble = step.stages.index(Stage.HAND_OVER.label), len(step.stages)
-    ranks = tuple(
-        replace(
-            rank,
-            stage=tuple(
-                bubble if (track, stage) == (network, hand_over) else stage
-                for track, stage in zip(rank.track, rank.stage, strict=True)
-            ),
-        )
-        for rank in step.ranks
+def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_cores: bool) -> _Rank:
+    """Each moment once: computing before transfers, transfers before gaps."""
+    end_us = step.shown_us
+    by_kind: dict[tuple[bool, str], list[tuple[float, float]]] = {}
+    for track, stage, begin, duration in zip(
+        rank.track, rank.stage, rank.begin_us, rank.duration_us, strict=True
+    ):
+        kind = _kind(step.tracks[track], step.stages[stage], is_measured)
+        if kind is not None:
+            is_network = step.tracks[track] == Track.NETWORK
+            ends = (begin, min(begin + duration, end_us))
+            by_kind.setdefault((is_network, kind), []).append(ends)
+    spans = {key: _union(of_kind) for key, of_kind in by_kind.items()}
+    computed = {kind: each for (is_network, kind), each in spans.items() if not is_network}
+    sent = {kind: each for (is_network, kind), each in spans.items() if is_network}
+    busy = _joined(computed.values())
+    spent, taken = dict(computed), busy
+    for kind, each in sent.items():
+        own = _without(each, taken)
+        spent[kind] = _joined([spent.get(kind, _NONE), own])
+        taken = _joined([taken, own])
+    starts_late = Gap.DESCHEDULED if is_measured and shares_cores else Gap.IDLE
+    arrivals = _joined([computed.get(_PP, _NONE), sent.get(_PP, _NONE)])
+    for kind, gap in _gaps(taken, arrivals, end_us, starts_late):
+        spent[kind] = _joined([spent.get(kind, _NONE), gap])
+    hidden = {} if is_measured else {kind: _shared(each, busy) for kind, each in sent.items()}
+    return _Rank(str(rank.rank), spent, hidden)
+
+
+def _kind(track: str, stage: str, is_measured: bool) -> str | None:
+    """What a stretch counts as; None of what is part of no step."""
+    cause = _CAUSES.get(stage)
+    if track == Track.DESCHEDULED:
+        return str(Gap.DESCHEDULED)
+    if cause is None:
+        return None
+    if track == Track.NETWORK and is_measured:
+        return str(Cause.PIPELINE_BUBBLE if cause is Cause.HAND_OVER else Cause.WAITING)
+    return str(cause)
+
+
+_CAUSES = {stage.label: cause for stage, cause in CAUSE_OF_STAGE.items()}
+_PP = str(Cause.HAND_OVER)
+_NONE: _Spans = np.zeros((0, 2))
+
+
+def _gaps(
+    taken: _Spans, arrivals: _Spans, end_us: float, starts_late: Gap
+) -> Iterable[tuple[str, _Spans]]:
+    """What a rank has nothing in.
+
+    Before its first event it starts late, after its last one it has nothing to do; in between it
+    waits, for the pipeline stage before where that sends next.
+
+    Args:
+        arrivals: what it has of PP send/recv.
+    """
+    free = _without(np.array([[0.0, end_us]]), taken)
+    if not len(taken):
+        return [(str(Gap.IDLE), free)]
+    is_before, is_after = free[:, 1] <= taken[0, 0], free[:, 0] >= taken[-1, 1]
+    is_bubble = np.isin(free[:, 1], arrivals[:, 0]) & ~is_before
+    return (
+        (str(starts_late), free[is_before]),
+        (str(Gap.IDLE), free[is_after]),
+        (str(Cause.PIPELINE_BUBBLE), free[is_bubble]),
+        (str(Cause.WAITING), free[~is_before & ~is_after & ~is_bubble]),
     )
-    tracks = (_WAITS if place == network else name for place, name in enumerate(step.tracks))
-    return replace(step, ranks=ranks, tracks=tuple(tracks), stages=(*step.stages, BUBBLE))
 
 
-def _used(step: StepTimeline) -> list[int]:
-    """Places of the stages that are drawn."""
-    places = {place for rank in step.ranks for place in rank.stage}
-    return [place for place in sorted(places) if step.stages[place] not in _UNSHOWN]
+def _union(spans: Sequence[tuple[float, float]]) -> _Spans:
+    """The same stretches of time, none over another."""
+    found: list[list[float]] = []
+    for begin, end in sorted(spans):
+        if end <= begin:
+            continue
+        if found and begin <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], end)
+        else:
+            found.append([begin, end])
+    return np.array(found).reshape(-1, 2)
 
 
-def _chart(name: str, step: StepTimeline, until_ms: float, note: str) -> Chart:
-    stages = [step.stages[place] for place in _used(step)]
-    legend = [Legend(stage, OF_STAGE[stage]) for stage in stages]
-    tracks = [
-        track
-        for place, track in enumerate(step.tracks)
-        if any(place in rank.track for rank in step.ranks)
-    ]
-    lower = "what it waited for" if _WAITS in step.tracks else "its transfers"
+def _joined(spans: Iterable[_Spans]) -> _Spans:
+    return _union([(begin, end) for each in spans for begin, end in each.tolist()])
+
+
+def _without(spans: _Spans, taken: _Spans) -> _Spans:
+    """What of `spans` is not in `taken`."""
+    found = []
+    for begin, end in spans.tolist():
+        at = int(np.searchsorted(taken[:, 1], begin, side="right"))
+        while at < len(taken) and taken[at, 0] < end:
+            found.append((begin, float(taken[at, 0])))
+            begin = float(taken[at, 1])
+            at += 1
+        found.append((begin, end))
+    return _union([each for each in found if each[1] > each[0]])
+
+
+def _shared(spans: _Spans, other: _Spans) -> _Spans:
+    """What is in both."""
+    return _without(spans, _without(spans, other))
+
+
+def _length_us(spans: _Spans) -> float:
+    return float((spans[:, 1] - spans[:, 0]).sum())
+
+
+def _chart(
+    name: str, step: StepTimeline, ranks: Sequence[_Rank], until_us: float, note: str
+) -> Chart:
+    spent_us = {
+        kind: [_length_us(rank.spent.get(kind, _NONE)) for rank in ranks]
+        for kind in _COLOURS
+        if any(kind in rank.spent or kind in rank.hidden for rank in ranks)
+    }
+    shares = {kind: float(np.mean(each)) / step.shown_us for kind, each in spent_us.items()}
+    said = (f"{kind} {percent(each)}" for kind, each in shares.items())
+    hidden = sum(_length_us(each) for rank in ranks for each in rank.hidden.values())
+    has_hidden = hidden > _LEAST_HIDDEN * step.shown_us * len(ranks)
+    kinds = [kind for kind, each in spent_us.items() if sum(each) > 0 or has_hidden]
+    lower = " The lower half of a row: transfers that computing hides." if has_hidden else ""
     return Chart(
-        name,
-        f"A row for each of {counted(len(step.ranks), 'rank')}: what it computed above, {lower} "
-        f"below, over {_extent(step)}. {_extremes(step)} Arrow keys move along the time axis, "
-        "plus and minus zoom, 0 shows all.",
-        _spec(legend, tracks, len(step.ranks)),
-        _table(name, step),
-        legend=legend,
-        note=" ".join(filter(None, (_note(step), note))),
-        data={
-            "until_ms": until_ms,
-            "stages": step.stages,
-            "tracks": step.tracks,
-            "ranks": list(map(vars, step.ranks)),
-        },
+        f"{name}: {_extent(step)}, {_finding(shares)}",
+        f"A row for each of {counted(len(ranks), 'rank')}, what it did over {_extent(step)}. "
+        f"Mean over ranks: {', '.join(said)}.",
+        _lanes(ranks, kinds, has_hidden, until_us),
+        Table(
+            f"{name}: ms by what they went to{f', {_extent(step)}' if step.is_cut else ''}",
+            tuple(map(Heading, ["rank", *kinds])),
+            tuple(
+                (rank.name, *(milliseconds(spent_us[kind][row] / _US_PER_S) for kind in kinds))
+                for row, rank in enumerate(ranks)
+            ),
+        ),
+        legend=[Legend(kind, _COLOURS[kind]) for kind in kinds],
+        note=" ".join(filter(None, (_note(step) + lower, note))),
     )
+
+
+def _finding(shares: Mapping[str, float]) -> str:
+    """How much of the time is computing, and what takes most of the rest."""
+    computing = sum(shares.get(kind, 0.0) for kind in _COMPUTING)
+    rest = {kind: share for kind, share in shares.items() if kind not in _COMPUTING}
+    said = f"computing {percent(computing)}"
+    if not any(rest.values()):
+        return said
+    most = max(rest, key=lambda kind: rest[kind])
+    return f"{said}, {most} {percent(rest[most])}"
+
+
+def _lanes(
+    ranks: Sequence[_Rank], kinds: Sequence[str], has_hidden: bool, until_us: float
+) -> Lanes:
+    """Each bin of time as what takes most of it; neighbours of one kind are one."""
+    edges = np.linspace(0.0, until_us, _NUM_BINS + 1)
+    stretches: dict[str, list[Stretch]] = {kind: [] for kind in kinds}
+    for row, rank in enumerate(ranks):
+        for lane, spans in enumerate([rank.spent, rank.hidden][: 1 + has_hidden]):
+            for kind, begin, end in _most(spans, edges):
+                stretches[kind].append(Stretch(row, lane, edges[begin], edges[end] - edges[begin]))
+    return Lanes(
+        tuple(rank.name for rank in ranks),
+        1 + has_hidden,
+        until_us,
+        {kind: tuple(each) for kind, each in stretches.items()},
+    )
+
+
+def _most(
+    spans: Mapping[str, _Spans], edges: npt.NDArray[np.float64]
+) -> list[tuple[str, int, int]]:
+    """Kinds with the first of their bins and the one after the last; none where most is empty."""
+    kinds = list(spans)
+    width = edges[1] - edges[0]
+    in_bins = np.array([np.diff(_spent_until(spans[kind], edges)) for kind in kinds])
+    empty = width - in_bins.sum(axis=0) if kinds else np.full(len(edges) - 1, width)
+    places = np.vstack([*in_bins, empty]).argmax(axis=0)
+    found = []
+    begin = 0
+    for at in range(1, len(places) + 1):
+        if at == len(places) or places[at] != places[begin]:
+            if places[begin] < len(kinds):
+                found.append((kinds[places[begin]], begin, at))
+            begin = at
+    return found
+
+
+def _spent_until(spans: _Spans, at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How much of them is before each moment."""
+    if not len(spans):
+        return np.zeros_like(at)
+    lengths = spans[:, 1] - spans[:, 0]
+    ends = np.cumsum(lengths)
+    return np.interp(at, spans.ravel(), np.stack([ends - lengths, ends], axis=1).ravel())
 
 
 def _extent(step: StepTimeline) -> str:
@@ -101,83 +260,10 @@ def _extent(step: StepTimeline) -> str:
     return f"the first {milliseconds(step.shown_us / _US_PER_S)} of {whole}"
 
 
-def _spec(legend: list[Legend], tracks: list[str], num_ranks: int) -> Spec:
-    return {
-        "data": {"name": "events"},
-        "height": max(_LEAST_PX, _LANE_PX * len(tracks) * num_ranks),
-        "params": [{"name": "from_ms", "value": 0}, {"name": "to_ms", "value": 1}],
-        "mark": {"type": "rect", "clip": True},
-        "encoding": {
-            "x": quantity(
-                "begin",
-                "ms",
-                domainMin={"expr": "from_ms"},
-                domainMax={"expr": "to_ms"},
-                nice=False,
-                zero=False,
-            ),
-            "x2": {"field": "end"},
-            "y": {
-                "field": "rank",
-                "type": "ordinal",
-                "title": "rank",
-                "axis": {"ticks": False, "domain": False, "labelOverlap": True},
-                "scale": {"paddingInner": 0.15},
-            },
-            "yOffset": {
-                "field": "track",
-                "type": "nominal",
-                "sort": tracks,
-                "scale": {"domain": tracks},
-            },
-            "color": colour("stage", legend),
-            "tooltip": tooltip(
-                stage="stage",
-                where="rank",
-                track="row",
-                layer="layer",
-                micro_batch="micro-batch",
-                begins="begins at",
-                takes="takes",
-            ),
-        },
-    }
-
-
-def _busy_us(rank: RankTimeline, step: StepTimeline) -> float:
-    compute = step.tracks.index(Track.COMPUTE.value)
-    return sum(
-        duration
-        for track, stage, duration in zip(rank.track, rank.stage, rank.duration_us, strict=True)
-        if track == compute and step.stages[stage] not in _UNSHOWN
-    )
-
-
-def _extremes(step: StepTimeline) -> str:
-    whole_us = step.shown_us
-    busy = {rank.rank: _busy_us(rank, step) for rank in step.ranks}
-    most, least = max(busy, key=lambda rank: busy[rank]), min(busy, key=lambda rank: busy[rank])
-    return (
-        f"Busiest is rank {most}, which computes {percent(busy[most] / whole_us)} of it; "
-        f"least busy rank {least}, {percent(busy[least] / whole_us)}."
-    )
-
-
 def _note(step: StepTimeline) -> str:
     notes = [f"{counted(step.num_tokens, 'token')} of {counted(step.num_seqs, 'sequence')}."]
     if len(step.ranks) < step.num_ranks:
         notes.append(f"{len(step.ranks)} of {step.num_ranks} ranks are drawn, evenly chosen.")
     if step.is_cut:
-        notes.append(f"Drawn, and in the table and the trace: {_extent(step)}.")
+        notes.append(f"Drawn, and in the table: {_extent(step)}.")
     return " ".join(notes)
-
-
-def _table(name: str, step: StepTimeline) -> Table:
-    """Milliseconds of every rank by stage; stretches that overlap count each."""
-    rows = []
-    for rank in step.ranks:
-        spent_us = np.bincount(rank.stage, rank.duration_us, len(step.stages))[_used(step)]
-        rows.append((str(rank.rank), *map(milliseconds, spent_us / _US_PER_S)))
-    columns = tuple(map(Heading, ["rank", *(step.stages[place] for place in _used(step))]))
-    of_part = f", {_extent(step)}" if step.is_cut else ""
-    return Table(f"{name}: ms by stage{of_part}", columns, tuple(rows))

@@ -1,228 +1,244 @@
-"""How the experts of every layer were loaded, who sent how much to whom, how far tokens spread."""
+"""Who sent how much to whom, and how far tokens spread."""
 
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from expertlane.report.charts.colours import SERIES
-from expertlane.report.charts.encoding import Spec, colour, nominal, quantity, tooltip
-from expertlane.report.document import Chart, Column, Heading, Legend, Table, number
+from expertlane.report.charts.colours import ABOVE
+from expertlane.report.charts.encoding import Spec, quantity
+from expertlane.report.charts.rows import along, bar, in_row, inside, rows_spec
+from expertlane.report.document import Chart, Heading, Legend, Multiples, Table
 from expertlane.report.matrix import between_nodes
-from expertlane.report.numbers import bytes_si, counted, figures, percent, times, whole
+from expertlane.report.numbers import bytes_si, counted, figures, percent
 from expertlane.results.traffic import FanOut
 
-_CELL_PX, _LEAST_CELL_PX = 18, 3
-_LEAST_PX, _ROW_PX, _MOST_PX = 120, 24, 420
-_FAN_OUT_PX = 200
-_MOST_IN_TABLE = 1024  # cells; of more the table has what matters
+_SIDE_PX = 190
 _MOST_RANKS = 32
-_EVEN_IS_HALF = 2.0  # least end of the scale, so that an even load looks like one
-_Layer = tuple[int, Sequence[int]]
-_SCALE = "cividis"  # Nuñez, Anderton and Renslow (2018): even for all kinds of colour vision
+_TWO = 2  # ranks, whose traffic is two numbers
+_NUM_SHADES = 6  # of an amount over the largest
+_SAME = 0.02  # of the largest amount; patterns that differ by less are one
+_LEAST_SHADE = 0.15
+_LONG = 32  # characters, of names over a bar
+_LEAST_SHARE = 0.005  # of tokens
+_Bytes = Sequence[Sequence[int]]
 
 
-def load_chart(title: str, num_tokens: Sequence[Sequence[int]]) -> Chart | None:
-    """Layers down, experts across; 1 is an expert's even share of its layer.
+def traffic_charts(
+    phase: str, sent: Mapping[str, _Bytes], ranks_per_node: int, of_what: str
+) -> list[Multiples | str]:
+    """Small squares, each distinct pattern once: sources down, destinations across.
 
-    None where no expert has a token.
+    Empty where nothing is sent; a sentence where there are two ranks.
 
     Args:
-        num_tokens: [num_layers][num_experts]; token-expert pairs; layers without any are left out.
+        sent: by deployment, [source][destination] bytes; of more than 32 ranks nodes are drawn.
+        of_what: that was sent, for example `all steps`.
     """
-    layers = [(layer, list(tokens)) for layer, tokens in enumerate(num_tokens) if any(tokens)]
-    if not layers:
-        return None
-    values: list[Spec] = [
-        {
-            "layer": layer,
-            "expert": expert,
-            "load": num * len(tokens) / sum(tokens),
-            "pairs": f"{num:,}",
-            "shown": f"{times(num * len(tokens) / sum(tokens))} the mean",
-        }
-        for layer, tokens in layers
-        for expert, num in enumerate(tokens)
+    drawn: list[tuple[list[str], _Bytes]] = []
+    said: list[str] = []
+    for name, payload in sent.items():
+        if not any(map(any, payload)):
+            continue
+        if len(payload) <= _TWO:
+            (_, to), (back, _) = payload
+            said.append(
+                f"{name}: rank 0 sends {bytes_si(to)} to rank 1, which sends {bytes_si(back)}."
+            )
+            continue
+        of_same = next((names for names, other in drawn if _is_alike(payload, other)), None)
+        if of_same is None:
+            drawn.append(([name], payload))
+        else:
+            of_same.append(name)
+    charts = tuple(_square(names, payload, ranks_per_node, sent) for names, payload in drawn)
+    legend = [
+        Legend(f"{percent(level / _NUM_SHADES)} of the most", ABOVE, opacity=_shade(level))
+        for level in (1, _NUM_SHADES // 2, _NUM_SHADES)
     ]
-    hottest = max(values, key=lambda value: value["load"])
-    step = max(_LEAST_CELL_PX, min(_CELL_PX, _MOST_PX // max(1, len(layers))))
-    return Chart(
-        title,
-        f"A square for each expert of {counted(len(layers), 'layer')}, brighter means more "
-        f"tokens. The most loaded is expert {hottest['expert']} of layer {hottest['layer']}: "
-        f"{hottest['shown']}.",
-        {
-            "data": {"values": values},
-            "height": step * len(layers),
-            "mark": {"type": "rect"},
-            "encoding": {
-                "x": _thinned("expert", len(layers[0][1])),
-                "y": _thinned("layer", len(layers)),
-                "color": quantity(
-                    "load",
-                    "times the mean",
-                    scheme=_SCALE,
-                    domain=[0, max(_EVEN_IS_HALF, hottest["load"])],
-                ),
-                "tooltip": tooltip(layer="layer", expert="expert", pairs="pairs", shown="load"),
-            },
-        },
-        _load_table(title, layers),
-        note="Token-expert pairs over the mean of the layer's experts; 1 is even.",
+    note = (
+        f"Payload bytes of {of_what}: ranks of the rows send to ranks of the columns. Lines: "
+        "borders between nodes. Deployments with the same pattern share a square."
     )
+    num_names, num_drawn = sum(len(names) for names, _ in drawn), len(drawn)
+    title = f"Who sends to whom in {phase}"
+    if num_names > 1:
+        patterns = counted(num_drawn, "pattern")
+        title = f"{num_names} deployments have {patterns} of who sends to whom in {phase}"
+    return [*([Multiples(title, charts, note, legend)] if charts else []), *said]
 
 
-def _thinned(field: str, num: int) -> Spec:
-    """Labels not closer than there is room for."""
-    every = max(1, num // 16)
-    axis = {"labelAngle": 0, "values": list(range(0, num, every)), "ticks": False}
-    scale = {"paddingInner": 0.04, "paddingOuter": 0}
-    return nominal(field, field) | {"axis": axis, "sort": "ascending", "scale": scale}
+def _is_alike(one: _Bytes, other: _Bytes) -> bool:
+    """Whether shares of the largest amount are the same, whatever the amounts."""
+    if len(one) != len(other):
+        return False
+    shares, its_shares = (np.array(each) / np.max(each) for each in (one, other))
+    return bool(np.abs(shares - its_shares).max() <= _SAME)
 
 
-def _load_table(title: str, layers: Sequence[_Layer]) -> Table:
-    num_experts = len(layers[0][1])
-    if len(layers) * num_experts > _MOST_IN_TABLE:
-        fullest: tuple[Column[_Layer], ...] = (
-            number("layer", lambda each: each[0]),
-            number("expert", lambda each: max(range(num_experts), key=each[1].__getitem__)),
-            number("share", lambda each: max(each[1]) / sum(each[1]), percent),
-            number("over the mean", lambda each: max(each[1]) * num_experts / sum(each[1]), times),
-        )
-        return Table.of(f"{title}: the most loaded expert of each layer", fullest, layers)
-    columns = ["layer", *(f"expert {expert}" for expert in range(num_experts))]
-    rows = tuple((str(layer), *map(whole, tokens)) for layer, tokens in layers)
-    return Table(f"{title}: token-expert pairs", tuple(map(Heading, columns)), rows)
-
-
-def traffic_chart(
-    title: str, sent_bytes: Sequence[Sequence[int]], ranks_per_node: int
-) -> Chart | None:
-    """Sources down, destinations across, a line between nodes; None where nothing is sent.
-
-    Args:
-        sent_bytes: [source][destination]; of more than 32 ranks nodes are drawn.
-    """
-    what, together = "rank", ranks_per_node
-    cells: Sequence[Sequence[int]] = sent_bytes
-    if len(sent_bytes) > _MOST_RANKS:
-        cells = between_nodes(sent_bytes, ranks_per_node)
-        what, together = "node", len(cells)
-    if not any(map(any, cells)):
-        return None
-    size = len(cells)
-    borders = [place - 0.5 for place in range(together, size, together)]
-    source, to = divmod(int(np.argmax(cells)), size)
+def _square(
+    names: Sequence[str], payload: _Bytes, ranks_per_node: int, sent: Mapping[str, _Bytes]
+) -> Chart:
+    what, borders, cells = "rank", range(ranks_per_node, len(payload), ranks_per_node), payload
+    if len(payload) > _MOST_RANKS:
+        what, borders, cells = "node", range(0), between_nodes(payload, ranks_per_node)
+    amounts = np.array(cells, dtype=np.float64)
+    source, to = np.unravel_index(amounts.argmax(), amounts.shape)
+    pairs = amounts[~np.eye(len(cells), dtype=bool)]
+    share = float((pairs > 0).mean())
+    most = f"most, {bytes_si(amounts.max())}, from {what} {source} to {to}"
+    totals = (f"{name} {bytes_si(np.sum(sent[name]))}" for name in names)
     return Chart(
-        title,
-        f"A square for each pair of {what}s, brighter means more bytes. The most go from {what} "
-        f"{source} to {to}: {bytes_si(cells[source][to])}.",
-        _traffic_spec(cells, what, borders),
+        ", ".join(names),
+        f"{percent(share)} of the pairs of {what}s send; {most}. In all: {', '.join(totals)}.",
+        _square_spec(amounts, what, borders),
         Table(
-            f"{title}: from {what} (row) to {what} (column)",
-            tuple(map(Heading, ["from", *(f"to {place}" for place in range(size))])),
+            f"{what}s of the rows send to {what}s of the columns",
+            tuple(map(Heading, ["from", *(f"to {place}" for place in range(len(cells)))])),
             tuple((str(place), *map(bytes_si, row)) for place, row in enumerate(cells)),
         ),
-        note="Payload bytes." + (" Lines: node boundaries." if borders else ""),
+        note=f"{percent(share)} of the pairs send; {most}.",
     )
 
 
-def _traffic_spec(cells: Sequence[Sequence[int]], what: str, borders: Sequence[float]) -> Spec:
-    """Squares around whole numbers, so that a border is half way between two."""
-    size = len(cells)
+def _square_spec(amounts: npt.NDArray[np.float64], what: str, borders: Sequence[int]) -> Spec:
+    """Stretches of a row with the same shade, around whole numbers."""
+    size = len(amounts)
+    levels = np.ceil(_NUM_SHADES * amounts / amounts.max()).astype(int)
     values = [
-        {
-            "source": source,
-            "destination": to,
-            "left": to - 0.5,
-            "right": to + 0.5,
-            "top": source - 0.5,
-            "bottom": source + 0.5,
-            "bytes": num,
-            "shown": bytes_si(num),
-        }
-        for source, row in enumerate(cells)
-        for to, num in enumerate(row)
+        {"top": row - 0.5, "bottom": row + 0.5, "left": left - 0.5, "right": right - 0.5}
+        | {"shade": _shade(level)}
+        for row, of_row in enumerate(levels)
+        for left, right, level in _runs(of_row.tolist())
+        if level
     ]
-    domain = [-0.5, size - 0.5]
-    labels = list(range(0, size, max(1, size // 16)))
+    labels = list(range(0, size, max(1, size // 4)))
     axis = {"values": labels, "grid": False, "ticks": False, "format": "d"}
-    colouring = quantity("bytes", "bytes", scheme=_SCALE, domainMin=0)
+
+    def place(field: str, title: str, **more: object) -> Spec:
+        return quantity(field, title, axis, domain=[-0.5, size - 0.5], nice=False, **more)
+
     squares: Spec = {
-        "mark": {"type": "rect", "stroke": "--card", "strokeWidth": 0.5},
+        "mark": {"type": "rect", "color": ABOVE},
         "encoding": {
-            "x": quantity("left", f"to {what}", axis, domain=domain, nice=False),
+            "x": place("left", f"to {what}"),
             "x2": {"field": "right"},
-            "y": quantity("top", f"from {what}", axis, domain=domain, nice=False, reverse=True),
+            "y": place("top", f"from {what}", reverse=True),
             "y2": {"field": "bottom"},
-            "color": colouring | {"legend": {"format": "~s"}},
-            "tooltip": tooltip(source=f"from {what}", destination=f"to {what}", shown="payload"),
+            "fillOpacity": quantity("shade", None) | {"scale": None, "legend": None},
         },
     }
     rules: list[Spec] = [
         {
-            "data": {"values": [{"at": border} for border in borders]},
-            "mark": {"type": "rule", "color": "--vermillion", "strokeWidth": 2},
-            "encoding": {side: quantity("at", title, domain=domain, nice=False)},
+            "data": {"values": [{"at": border - 0.5} for border in borders]},
+            "mark": {"type": "rule", "color": "--ink", "strokeWidth": 1},
+            "encoding": {"x": place("at", f"to {what}")}
+            if side == "x"
+            else {"y": place("at", f"from {what}", reverse=True)},
         }
-        for side, title in (("x", f"to {what}"), ("y", f"from {what}"))
+        for side in ("x", "y")
         if borders
     ]
-    height = min(_MOST_PX, max(_LEAST_PX, _ROW_PX * size))
-    return {"data": {"values": values}, "height": height, "layer": [squares, *rules]}
+    return {"data": {"values": values}, "height": _SIDE_PX, "layer": [squares, *rules]}
 
 
-def fan_out_chart(title: str, fan_outs: Mapping[str, FanOut]) -> Chart | None:
-    """A histogram a deployment, side by side; None where nothing was counted."""
-    counts = {
-        name: tokens
-        for name, each in fan_outs.items()
-        if any(tokens := each.tokens_by_ranks_reached)
-    }
-    if not counts:
+def _shade(level: int) -> float:
+    return round(_LEAST_SHADE + (1 - _LEAST_SHADE) * level / _NUM_SHADES, 2)
+
+
+def _runs(levels: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Where equal ones begin and end."""
+    begin = 0
+    for place in range(1, len(levels) + 1):
+        if place == len(levels) or levels[place] != levels[begin]:
+            yield begin, place, levels[begin]
+            begin = place
+
+
+def fan_out_chart(phase: str, fan_outs: Mapping[str, FanOut]) -> Chart | str | None:
+    """How many ranks a token reaches: a bar a deployment, those with the same shares together.
+
+    A sentence where all tokens of each reach as many; None where nothing was counted.
+    """
+    alike: dict[tuple[float, ...], list[str]] = {}
+    for name, each in fan_outs.items():
+        tokens = each.tokens_by_ranks_reached
+        if any(tokens):
+            alike.setdefault(tuple(num / sum(tokens) for num in tokens), []).append(name)
+    if not alike:
         return None
-    means = {name: figures(fan_outs[name].ranks_per_token) for name in counts}
-    most = max(place for tokens in counts.values() for place, num in enumerate(tokens) if num)
-    reached = range(1, most + 1)
-    by_place = {
-        name: [tokens[place] / sum(tokens) if place < len(tokens) else 0.0 for place in reached]
-        for name, tokens in counts.items()
+    shares = {_together(names): each for each, names in alike.items()}
+    means = {
+        name: figures(sum(place * share for place, share in enumerate(each)))
+        for name, each in shares.items()
     }
-    legend = list(map(Legend, counts, cycle(SERIES)))
+    in_mean = "; ".join(f"{name} {mean}" for name, mean in means.items())
+    if all(max(each) == 1.0 for each in shares.values()):
+        of_all = means[name] if len(means) == 1 else f"as many ranks as the others: {in_mean}"
+        return f"Every {phase} token reaches {of_all}{' ranks' if len(means) == 1 else ''}."
+    reached = [
+        place
+        for place in range(max(map(len, shares.values())))
+        if any(place < len(each) and each[place] > _LEAST_SHARE for each in shares.values())
+    ]
+    legend = [
+        Legend(f"{place} {'rank' if place == 1 else 'ranks'}", ABOVE, opacity=_step(at, reached))
+        for at, place in enumerate(reached)
+    ]
+    widest = max(shares, key=lambda name: float(means[name]))
     return Chart(
-        title,
-        "Share of tokens by the number of ranks they reach. Mean: "
-        + "; ".join(f"{name} {mean}" for name, mean in means.items())
-        + ".",
-        _fan_out_spec(by_place, reached, legend),
+        f"A {phase} token of {widest} reaches {means[widest]} ranks on average",
+        f"Shares of {phase} tokens by how many ranks they reach. On average: {in_mean}.",
+        _fan_out_spec(shares, means, reached),
         Table(
-            title,
+            "Shares of tokens by ranks reached",
             (Heading("deployment", False), *map(Heading, ["mean", *map(str, reached)])),
-            tuple((name, means[name], *map(percent, each)) for name, each in by_place.items()),
+            tuple(
+                (name, means[name], *(percent(_at(each, place)) for place in reached))
+                for name, each in shares.items()
+            ),
         ),
         legend=legend,
         note="A token counts once per layer; its own rank counts if it holds one of its experts.",
     )
 
 
+def _together(names: Sequence[str]) -> str:
+    """All names, or of many their numbers."""
+    joined = ", ".join(names)
+    is_short = len(joined) <= _LONG or not all(name.startswith("#") for name in names)
+    return joined if is_short else ", ".join(name.partition(" ")[0] for name in names)
+
+
+def _at(shares: Sequence[float], place: int) -> float:
+    return shares[place] if place < len(shares) else 0.0
+
+
+def _step(at: int, reached: Sequence[int]) -> float:
+    """Shades from light to full, by their order."""
+    return round(0.2 + 0.6 * at / max(1, len(reached) - 1), 2)
+
+
 def _fan_out_spec(
-    by_place: Mapping[str, Sequence[float]], reached: range, legend: Sequence[Legend]
+    shares: Mapping[str, Sequence[float]], means: Mapping[str, str], reached: Sequence[int]
 ) -> Spec:
-    values = [
-        {"deployment": name, "ranks": place, "share": share, "shown": percent(share)}
-        for name, each in by_place.items()
-        for place, share in zip(reached, each, strict=True)
-    ]
-    ranks = nominal("ranks", "ranks reached per token") | {"axis": {"labelAngle": 0}}
-    return {
-        "data": {"values": values},
-        "height": _FAN_OUT_PX,
-        "mark": {"type": "bar"},
-        "encoding": {
-            "x": ranks,
-            "xOffset": nominal("deployment"),
-            "y": quantity("share", "share of tokens", {"format": "%"}),
-            "color": colour("deployment", legend),
-            "tooltip": tooltip(deployment="deployment", ranks="ranks", shown="tokens"),
-        },
+    values: list[Spec] = []
+    for name, each in shares.items():
+        begin = 0.0
+        for at, place in enumerate(reached):
+            share = _at(each, place)
+            said = {} if at else {"said": f"{means[name]} on average"}
+            values.append(
+                {"row": name, "begin": begin, "end": begin + share, "middle": begin + share / 2}
+                | {"share": share, "shown": percent(share), "shade": _step(at, reached)}
+                | said
+            )
+            begin += share
+    parts: Spec = {
+        "mark": bar(stroke="--card", strokeWidth=1, color=ABOVE),
+        "encoding": in_row()
+        | {"x": along("begin", "share of tokens", 1.0, text="%"), "x2": {"field": "end"}}
+        | {"fillOpacity": quantity("shade", None) | {"scale": None, "legend": None}},
     }
+    words = inside("shown", "middle", "share", 1.0, colour="--ink")
+    return rows_spec(values, [parts, words], len(shares))

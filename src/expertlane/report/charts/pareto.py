@@ -1,0 +1,198 @@
+"""Throughput of a device against the speed that a user sees."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from expertlane.report.charts.colours import OTHERS, PROPOSAL, REPORTED, REPORTED_SHAPE, RIVAL
+from expertlane.report.charts.encoding import (
+    PATHS,
+    Spec,
+    by_name,
+    cells,
+    colour,
+    quantity,
+    tooltip_of,
+)
+from expertlane.report.charts.labels import placed
+from expertlane.report.document import Chart, Column, Legend, Table, number, text
+from expertlane.report.numbers import NONE, counted, figures, low_high
+from expertlane.results.estimate import Estimate
+
+_HEIGHT_PX = 300
+# Widths that a page draws in, without an axis, and up to which it is the narrower one.
+_WIDTHS_PX, _NARROW_PX = {"wide": 500, "narrow": 275}, 400
+_ROOM = 1.12  # of the largest value
+_USER, _DEVICE = "tokens/s per user (1/TPOT)", "tokens/s per GPU"
+Role = Literal["chosen", "front", "other", "reported"]
+_LOOKS: dict[Role, Legend] = {
+    "chosen": Legend("best within the limits", PROPOSAL, "diamond"),
+    "front": Legend("Pareto front", RIVAL, "circle"),
+    "other": Legend("others", OTHERS, "square"),
+    "reported": Legend("reported", REPORTED, REPORTED_SHAPE),
+}
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One deployment under one load.
+
+    Attributes:
+        tpot_s: of every user.
+        device_tps: tokens a second of one device.
+        words: what more there is to say of it.
+        label: what stands beside it; empty for a name that stands there already.
+    """
+
+    name: str
+    tpot_s: Estimate
+    device_tps: Estimate
+    role: Role
+    words: str = ""
+    label: str = ""
+
+    @property
+    def user_tps(self) -> Estimate:
+        """Tokens a second that each user sees."""
+        return 1.0 / self.tpot_s
+
+
+def pareto_chart(
+    title: str, dots: Sequence[Dot], *, max_tpot_s: float | None = None, note: str = ""
+) -> Chart:
+    """Points with their names, those of the front joined, and the limit that users are promised."""
+    looks = [look for role, look in _LOOKS.items() if any(dot.role == role for dot in dots)]
+    columns: dict[str, Column[Dot]] = {
+        "name": text("deployment", lambda dot: dot.name),
+        "kind": text("which is", lambda dot: _LOOKS[dot.role].label),
+        "user": number(_USER, lambda dot: dot.user_tps, figures),
+        "user_range": number("low–high", lambda dot: dot.user_tps, low_high),
+        "device": number(_DEVICE, lambda dot: dot.device_tps, figures),
+        "device_range": number("low–high", lambda dot: dot.device_tps, low_high),
+        "words": text("with", lambda dot: dot.words or NONE),
+    }
+    if max_tpot_s is not None:
+        note = f"Left of the dashed line TPOT is over {1e3 * max_tpot_s:g} ms. {note}"
+    most = max(dots, key=lambda dot: dot.device_tps.value)
+    return Chart(
+        title,
+        f"{_DEVICE} against {_USER}, {counted(len(dots), 'point')}. Most per GPU: {most.name}, "
+        f"{figures(most.device_tps)} at {figures(most.user_tps)} per user.",
+        _spec(dots, columns, looks, max_tpot_s),
+        Table.of(title, columns.values(), dots),
+        legend=looks,
+        note=f"Up and right is better. {note}".strip(),
+    )
+
+
+def _spec(
+    dots: Sequence[Dot],
+    columns: dict[str, Column[Dot]],
+    looks: Sequence[Legend],
+    max_tpot_s: float | None,
+) -> Spec:
+    limits = [] if max_tpot_s is None else [max_tpot_s]
+    far = _ROOM * max([*(1.0 / each for each in limits), *(dot.user_tps.value for dot in dots)])
+    high = _ROOM * max(dot.device_tps.value for dot in dots)
+
+    def across(field: str) -> Spec:
+        return quantity(field, _USER, {"format": "~s"}, domain=[0, far], nice=False)
+
+    def up(field: str) -> Spec:
+        return quantity(field, _DEVICE, {"format": "~s"}, domain=[0, high], nice=False)
+
+    at = {"x": across("x"), "y": up("y")}
+    shape = by_name("kind", {each.label: PATHS.get(each.shape, each.shape) for each in looks})
+    limit: Spec = {
+        "data": {
+            "values": [{"x": 1.0 / each, "said": f"TPOT ≤ {1e3 * each:g} ms"} for each in limits]
+        },
+        "layer": [
+            {
+                "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
+                "encoding": {"x": across("x")},
+            },
+            {
+                "mark": {"type": "text", "align": "left", "dx": 4, "baseline": "top", "dy": 2},
+                "encoding": {"x": across("x"), "y": {"value": 0}, "text": {"field": "said"}},
+            },
+        ],
+    }
+    names: list[Spec] = [
+        {
+            "transform": [{"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width})"}],
+            "mark": {"type": "text", "align": "left", "baseline": "middle"},
+            "encoding": {
+                "x": across(f"{width}.x"),
+                "y": up(f"{width}.y"),
+                "text": {"field": "label"},
+            },
+        }
+        for width, is_wide in (("wide", ">"), ("narrow", "<="))
+    ]
+    return {
+        "data": {"values": _values(dots, columns, far, high)},
+        "height": _HEIGHT_PX,
+        "layer": [
+            *([limit] if limits else []),
+            {
+                "transform": [{"filter": f"datum.kind === {_LOOKS['front'].label!r}"}],
+                "mark": {"type": "line", "strokeWidth": 1.5, "color": RIVAL},
+                "encoding": at,
+            },
+            *_bounds(across, up),
+            {
+                "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
+                "encoding": at
+                | {"color": colour("kind", looks), "shape": shape, "tooltip": tooltip_of(columns)},
+            },
+            *names,
+        ],
+    }
+
+
+def _bounds(across: Callable[[str], Spec], up: Callable[[str], Spec]) -> list[Spec]:
+    """From low to high, of what was chosen."""
+    chosen = [{"filter": f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"}]
+    mark = {"type": "rule", "color": PROPOSAL, "opacity": 0.6, "clip": True}
+    return [
+        {
+            "transform": chosen,
+            "mark": mark,
+            "encoding": {"x": across("slow"), "x2": {"field": "fast"}, "y": up("y")},
+        },
+        {
+            "transform": chosen,
+            "mark": mark,
+            "encoding": {"x": across("x"), "y": up("low"), "y2": {"field": "high"}},
+        },
+    ]
+
+
+def _values(
+    dots: Sequence[Dot], columns: dict[str, Column[Dot]], far: float, high: float
+) -> list[Spec]:
+    """What is drawn, what matters most last and so on top, with where names are at both widths."""
+    dots = sorted(dots, key=lambda dot: (list(_LOOKS).index(dot.role), dot.user_tps.value))
+    values = [
+        cells(columns, dot)
+        | {"x": dot.user_tps.value, "slow": dot.user_tps.low, "fast": dot.user_tps.high}
+        | {"y": dot.device_tps.value, "low": dot.device_tps.low, "high": dot.device_tps.high}
+        | {"label": dot.label}
+        for dot in dots
+    ]
+    for name, width_px in _WIDTHS_PX.items():
+        points = [
+            (width_px * value["x"] / far, _HEIGHT_PX * (1 - value["y"] / high)) for value in values
+        ]
+        line = [at for at, dot in zip(points, dots, strict=True) if dot.role == "front"]
+        names = [dot.label for dot in dots]
+        found = placed(points, names, (width_px, _HEIGHT_PX), line)
+        for value, place in zip(values, found, strict=True):
+            if place is not None:
+                left, middle = place
+                value[name] = {
+                    "x": left / width_px * far,
+                    "y": (1 - middle / _HEIGHT_PX) * high,
+                }
+    return values[::-1]

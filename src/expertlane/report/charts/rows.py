@@ -1,0 +1,100 @@
+"""A row for each thing that is compared: its name and its value in words, a bar under them.
+
+Names stand over the bars, not beside them, so that a row is legible on a phone as well.
+"""
+
+from collections.abc import Sequence
+
+from expertlane.report.charts.encoding import Spec, quantity
+
+ROW_PX, BAR_PX = 38, 14
+_DOWN_PX = 5  # from the middle of a row to that of its bar
+_LEAST_PX = 30  # of a bar with words in it
+_VALUE_SHARE = 0.4  # of the width, for the words on the right
+
+
+def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> Spec:
+    """Bars in rows.
+
+    Args:
+        values: each with `row`, its name; of each row the first has what is said on the right as
+            `said`, the others none.
+        layers: what is drawn, each with `y` as `in_row` has it.
+    """
+    words: Spec = {"baseline": "top", "fontSize": 12, "yOffset": 1}
+    named = {"y": _row(bandPosition=0.0)}
+    is_first = [{"filter": "isValid(datum.said)"}]
+    left = words | {
+        "type": "text",
+        "align": "left",
+        "limit": {"expr": f"width * {1 - _VALUE_SHARE}"},
+    }
+    right = words | {"type": "text", "align": "right", "color": "--ink"}
+    return {
+        "data": {"values": list(values)},
+        "height": ROW_PX * num_rows,
+        "layer": [
+            *layers,
+            {
+                "transform": is_first,
+                "mark": left | {"color": "--ink"},
+                "encoding": named | {"x": {"value": 0}, "text": {"field": "row"}},
+            },
+            {
+                "transform": is_first,
+                "mark": right,
+                "encoding": named | {"x": {"value": "width"}, "text": {"field": "said"}},
+            },
+        ],
+    }
+
+
+def in_row() -> Spec:
+    """The row of a value."""
+    return {"y": _row()}
+
+
+def bar(**looks: object) -> Spec:
+    """A mark where a row's bar is."""
+    return {"type": "bar", "height": BAR_PX, "yOffset": _DOWN_PX, **looks}
+
+
+def inside(text: str, middle: str, size: str, most: float, colour: str = "--card") -> Spec:
+    """A layer of words within bars, where these have the room.
+
+    Args:
+        text, middle, size: fields: what is said, the middle of its bar, and the bar's length.
+        most: where the axis ends.
+    """
+    return {
+        "transform": [{"filter": f"datum[{size!r}] * width / {most} > {_LEAST_PX}"}],
+        "mark": {"type": "text", "yOffset": _DOWN_PX, "color": colour, "fontSize": 10.5},
+        "encoding": in_row() | {"x": along(middle, None, most), "text": {"field": text}},
+    }
+
+
+def rule(**looks: object) -> Spec:
+    """A line in the middle of a row's bar."""
+    return {"type": "rule", "yOffset": _DOWN_PX, **looks}
+
+
+def along(field: str, title: str | None, most: float, least: float = 0.0, text: str = "~s") -> Spec:
+    """Where a value is on the axis that all rows share."""
+    return quantity(
+        field,
+        title,
+        {"format": text, "labelOverlap": True, "domain": False, "ticks": False},
+        domain=[least, most],
+        nice=False,
+    )
+
+
+def _row(**more: object) -> Spec:
+    return {
+        "field": "row",
+        "type": "nominal",
+        "sort": None,
+        "axis": None,
+        "scale": {"paddingInner": 0, "paddingOuter": 0},
+        **more,
+    }

@@ -1,0 +1,274 @@
+"""Loads on deployments, of a simulation or a bench: what the answer says of them."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
+from expertlane.report.numbers import (
+    COLUMNS,
+    compact,
+    counted,
+    figures,
+    low_high,
+    low_high_compact,
+    milliseconds,
+    percent,
+    shortened,
+    whole,
+)
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import DeploymentRecord, ServingRecord, SLOResult, best_load
+from expertlane.results.results import Results
+
+_GAP = 2  # columns between those of an answer's table
+_LEAST_NAME = 16  # columns for the names of layouts
+NAME_COLUMNS = 36  # of a model's or a file's name
+_MOST_LINES = 16  # of the table's rows
+_MOST_SLOS = 3  # that are told, those that are missed first
+
+
+Note = tuple[str, str]  # what it is about, and a sentence
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A deployment under one load."""
+
+    record: DeploymentRecord
+    serving: ServingRecord
+
+    @property
+    def load(self) -> str:
+        """`batch 8`, `2.5 req/s` or `recorded arrivals`."""
+        kind, size = load_of(self.serving)
+        return {"batch": f"batch {size}", "req/s": f"{size} req/s"}.get(kind, f"{size} arrivals")
+
+    @property
+    def layout(self) -> str:
+        """With blanks, where a line may end."""
+        return str(self.record.layout).replace(",", ", ")
+
+
+def load_of(serving: ServingRecord) -> tuple[str, str]:
+    """What kind of load it is, as a heading, and its size."""
+    if serving.batch is not None:
+        return "batch", whole(serving.batch)
+    return ("load", "recorded") if serving.rate is None else ("req/s", f"{serving.rate:g}")
+
+
+def served(results: Results) -> list[Served]:
+    """Every load on every deployment."""
+    return [Served(record, each) for record in results.deployments for each in record.serving]
+
+
+def best_of(found: Sequence[Served]) -> Served:
+    """The load with most output that meets all objectives; if none does, with most goodput."""
+    best = best_load([each.serving for each in found])
+    return next(each for each in found if each.serving is best)
+
+
+def is_on_cpus(results: Results) -> bool:
+    """Whether it was measured on CPUs."""
+    return results.machine is not None and results.machine.device == "cpu"
+
+
+def answer(
+    results: Results, setting: str, why: str, parts: Sequence[Words], notes: Sequence[Note]
+) -> Answer:
+    """What fits on one screen.
+
+    Args:
+        setting: what was served, where.
+        why: what limits the best load, in a sentence; may be empty.
+        parts: more of that.
+        notes: what else must be known.
+    """
+    workload, found = results.question["workload"], served(results)
+    prompts, outputs = (_lengths(workload[f"{name}_len"]) for name in ("prompt", "output"))
+    asked = f"{prompts} in / {outputs} out"
+    if source := workload["requests"]:
+        asked += f", {shortened(source, NAME_COLUMNS)}"
+    best = best_of(found)
+    rows, num_left_out = _rows(found, best, len(results.deployments))
+    cost = cost_of(results, best)
+    said = [
+        *(
+            [("Left out", f"{counted(num_left_out, 'row')}; --full has all")]
+            if num_left_out
+            else ()
+        ),
+        *objectives(best),
+        *([("Cost", f"{cost} (at {best.load})")] if cost else ()),
+        *notes,
+    ]
+    table = Table("", (Heading("", False), Heading("", False)), tuple(said))
+    return Answer(
+        f"{setting} | {asked} | {results.deployments[0].source}",
+        f"{headline(results)} {why}".strip(),
+        (_table(results, rows), *parts, table),
+    )
+
+
+def headline(results: Results) -> str:
+    """The best load's rate and latency, in a sentence."""
+    found = served(results)
+    best, several = best_of(found), len(found) > 1
+    serving, where = best.serving, best.load
+    if len(results.deployments) > 1:
+        where = f"{best.layout} at {where}"
+    tps = figures(serving.output_tps)
+    if serving.output_tps.low is not None:
+        tps += f" ({low_high_compact(serving.output_tps)})"
+    medians = "".join(
+        f", {name} {milliseconds(seconds.median)} ms"
+        for name, seconds in (("TPOT", serving.tpot_s), ("TTFT", serving.ttft_s))
+        if seconds and seconds.median
+    )
+    if not several:
+        misses = "" if serving.keeps_slos else "Misses the SLOs: "
+        return f"{misses}{tps} output tokens/s at {where}{medians} (medians)."
+    if not serving.keeps_slos:
+        lead = f"No load meets the SLOs; {where} has most goodput"
+    else:
+        within = " within the SLOs" if serving.slos else ""
+        lead = f"{where} gives most output{within}"
+        lead = lead[0].upper() + lead[1:] if len(results.deployments) == 1 else lead
+    return f"{lead}: {tps} tokens/s{medians} (medians)."
+
+
+def _lengths(text: str) -> str:
+    return "–".join(f"{int(end):,}" for end in text.split(":"))
+
+
+def objectives(served: Served) -> Iterator[Note]:
+    """What became of each objective under one load."""
+    serving = served.serving
+    if serving.good_share is None or serving.goodput is None:
+        return
+    told = [_told(each) for each in sorted(serving.slos, key=lambda each: each.is_met)]
+    more = f"; {len(told) - _MOST_SLOS} more" if len(told) > _MOST_SLOS else ""
+    yield (
+        "SLOs",
+        f"{'; '.join(told[:_MOST_SLOS])}{more} (at {served.load}); goodput "
+        f"{figures(serving.goodput)} requests/s: {percent(serving.good_share.value)} are within "
+        "all limits",
+    )
+
+
+def _told(result: SLOResult) -> str:
+    name = f"{result.slo.metric.upper()} {result.slo.statistic}"
+    if result.value is None:
+        return f"{name} of no request"
+    how = "≤ {}, met" if result.is_met else "> {}, MISSED"
+    return f"{name} {milliseconds(result.value)} ms {how.format(result.slo.limit)}"
+
+
+def cost_of(results: Results, served: Served) -> str | None:
+    """Dollars for a million tokens, in a few words; None without a price."""
+    output, total = served.serving.usd_per_million_output, served.serving.usd_per_million_total
+    if output is None or total is None:
+        return None
+    bounds = "" if output.low is None else f" ({low_high(output)})"
+    num = served.record.num_ranks
+    of = "in all" if is_on_cpus(results) else f"for each of {counted(num, 'GPU')}"
+    return (
+        f"${figures(output)}{bounds} per million output tokens, ${figures(total)} of all tokens, "
+        f"at ${results.question['price']:g} an hour {of}"
+    )
+
+
+def per_device(served: Served) -> Estimate:
+    """Output tokens a second of a device."""
+    return served.serving.output_tps / served.record.num_ranks
+
+
+def _of(metric: str, statistic: str) -> Callable[[Served], Estimate | None]:
+    def get(each: Served) -> Estimate | None:
+        summary: Summary | None = getattr(each.serving, f"{metric}_s")
+        found: Estimate | None = getattr(summary, statistic, None)
+        return found
+
+    return get
+
+
+_Ranked = tuple[int, Column[Served]]  # the highest is the first to be left out; 0 stays
+
+
+def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
+    kind, _ = load_of(rows[0].serving)
+    if len(results.deployments) > 1:
+        firsts = [
+            each
+            for place, each in enumerate(rows)
+            if not place or rows[place - 1].record is not each.record
+        ]
+        yield 0, text("layout", lambda each: each.layout if each in firsts else "")
+    yield 0, number(kind, lambda each: load_of(each.serving)[1])
+    yield 0, number("tok/s", _tps, compact)
+    yield 4, number("low–high", _tps, low_high_compact, "projected")
+    yield 1, number("/rank" if is_on_cpus(results) else "/GPU", per_device, compact)
+    for rank, metric in ((2, "tpot"), (3, "ttft")):
+        yield 0, number(metric.upper(), _of(metric, "median"), milliseconds)
+        yield rank, number("p95", _of(metric, "p95"), milliseconds)
+    serving = rows[0].serving
+    if serving.goodput is not None:
+        yield 0, number("goodput", lambda each: each.serving.goodput, compact)
+        yield 5, number("good", lambda each: each.serving.good_share, _share)
+    if serving.usd_per_million_output is not None:
+        yield 6, number("$/M out", lambda each: each.serving.usd_per_million_output, figures)
+
+
+def _tps(served: Served) -> Estimate:
+    return served.serving.output_tps
+
+
+def _share(share: Estimate) -> str:
+    return percent(share.value)
+
+
+def _table(results: Results, rows: Sequence[Served]) -> Table:
+    """With as many columns as there is room for."""
+    title = "Output tokens/s; TPOT and TTFT in ms, median and p95"
+    title += "; goodput in requests/s" if rows[0].serving.slos else ""
+    kept = list(_columns(results, rows))
+    while True:
+        table = Table.of(title, [each for _, each in kept], rows, rows[0].record.source)
+        least = max(rank for rank, _ in kept)
+        if _width(table) <= COLUMNS or not least:
+            return table
+        kept = [each for each in kept if each[0] < least]
+
+
+def _width(table: Table) -> int:
+    widths = []
+    for place, heading in enumerate(table.columns):
+        widest = max(len(heading.heading), *(len(row[place]) for row in table.rows))
+        widths.append(widest if heading.is_number else min(widest, _LEAST_NAME))
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _rows(found: Sequence[Served], best: Served, num_layouts: int) -> tuple[list[Served], int]:
+    """Those that there are lines for, in their order, and how many are left out.
+
+    First the best, then the best of each other deployment, then the best's other loads.
+    """
+
+    def importance(place: int) -> int:
+        each = found[place]
+        if each is best:
+            return 0
+        if each.serving is each.record.best_load:
+            return 1
+        return 2 if each.record is best.record else 3
+
+    num_lines, chosen, named = 0, list[int](), set[str]()
+    for place in sorted(range(len(found)), key=importance):
+        each, height = found[place], 1
+        if num_layouts > 1 and each.record.name not in named:
+            height = len(textwrap.wrap(each.layout, _LEAST_NAME))
+        if num_lines + height <= _MOST_LINES:
+            num_lines += height
+            chosen.append(place)
+            named.add(each.record.name)
+    return [found[place] for place in sorted(chosen)], len(found) - len(chosen)

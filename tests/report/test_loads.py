@@ -1,0 +1,167 @@
+"""The answers of simulate and bench: what they say, on 40 lines of 80 columns whatever comes."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from example_serving import POINT, RECORD, RESULTS
+from example_simulation import RECORD as SIMULATED
+from example_simulation import SIMULATION
+from expertlane.report import terminal
+from expertlane.report.loads import best_of, served
+from expertlane.report.sections import report_of
+from expertlane.results.cost import with_costs
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import SLOResult
+from expertlane.spec.layout import Layout
+from expertlane.spec.slo import parse_slos
+
+LAYOUTS = [Layout(replicas=1000 + place, pp=4, dp=16, tp=8, ep=128) for place in range(12)]
+SLOS = parse_slos(["ttft.p95=500ms,ttft.p99=1s,tpot.mean=20ms,itl.p99=0.1s,e2e.median=100s"])
+
+
+def lines(results, width=80):
+    """The answer as it is printed."""
+    stream = io.StringIO()
+    page = Path("results/bench-a/report.html")
+    terminal.show_answer(report_of(results), Console(file=stream, width=width), page)
+    return stream.getvalue().splitlines()
+
+
+def words(results):
+    return " ".join(" ".join(lines(results)).split())
+
+
+def loads(like, num, **sizes):
+    """So many, each with twice the batch and more output."""
+    results = tuple(SLOResult(slo, Estimate(123.456)) for slo in SLOS)
+    return tuple(
+        replace(
+            like,
+            batch=2**place,
+            rate=None,
+            output_tps=like.output_tps * (1 + place),
+            slos=results,
+            goodput=Estimate(1234.5 + place),
+            good_share=Estimate(0.987),
+            **sizes,
+        )
+        for place in range(num)
+    )
+
+
+WIDE = Summary(*[Estimate(12.3456, 1.23456, 123.456)] * 4)
+SWEPT = replace(
+    SIMULATION,
+    cluster=replace(SIMULATION.cluster, num_devices=5632),
+    question=SIMULATION.question
+    | {"model": {"name": "a-checkpoint-of-a-long-name/" * 3}}
+    | {"workload": SIMULATION.question["workload"] | {"requests": "traces/" * 20 + "a.jsonl"}},
+    deployments=(
+        replace(
+            SIMULATED,
+            layout=LAYOUTS[0],
+            prefill_layout=LAYOUTS[1],
+            steps=tuple(
+                replace(
+                    SIMULATED.steps[0],
+                    phase=phase,
+                    breakdown_s={
+                        "waiting for slower ranks": 3.0,
+                        "exposed dispatch and combine": 2.0,
+                        "compute slowed by transfers": 1.5,
+                    },
+                    extrapolated_share=0.9,
+                )
+                for phase in ("prefill", "decode")
+            ),
+            serving=loads(SIMULATED.serving[0], 10, tpot_s=WIDE, ttft_s=WIDE),
+        ),
+    ),
+)
+BENCHED = replace(
+    RESULTS,
+    question=RESULTS.question | {"model": "/home/somebody/models/" * 5},
+    deployments=tuple(
+        replace(RECORD, name=str(layout), layout=layout, serving=loads(POINT, 10))
+        for layout in LAYOUTS
+    ),
+)
+FOUR = replace(BENCHED, deployments=BENCHED.deployments[:4])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        with_costs(SWEPT, 12.34),
+        with_costs(FOUR, 12.34),
+        with_costs(replace(BENCHED, deployments=BENCHED.deployments[:1]), 1e6),
+        BENCHED,
+        SIMULATION,
+        RESULTS,
+    ],
+    ids=["ten loads", "four layouts", "one layout", "twelve layouts", "simulation", "bench"],
+)
+def test_an_answer_fits_one_screen(results):
+    found = lines(results)
+    assert max(map(len, found)) <= 80
+    assert len(found) <= 40
+    assert not any("…" in line for line in found[4:])  # no number is cut
+    assert "--full" in found[-1]
+
+
+def test_the_best_load_is_named_with_its_latency():
+    assert "Batch 512 gives most output" not in words(SWEPT)  # it misses objectives
+    assert "No load meets the SLOs; batch 512 has most goodput: 20.0 (10.0–40.0)" in words(SWEPT)
+    record = SWEPT.deployments[0]
+    met = tuple(replace(each, value=Estimate(1e-3)) for each in record.serving[5].slos)
+    serving = (*record.serving[:5], replace(record.serving[5], slos=met), *record.serving[6:])
+    found = words(replace(SWEPT, deployments=(replace(record, serving=serving),)))
+    assert "Batch 32 gives most output within the SLOs: 12.0 (6.00–24.0) tokens/s" in found
+    assert "TTFT p95 1.00 ms ≤ 500 ms, met; TTFT p99 1.00 ms ≤ 1 s, met" in found
+    assert "goodput 1,240 requests/s: 99% are within all limits" in found
+
+
+def test_a_single_load():
+    found = words(SIMULATION)
+    assert "2.00 (1.00–4.00) output tokens/s at batch 8, TTFT 2,000 ms (medians)." in found
+    assert "Prefill takes 100% of the steps' time; it is limited by weight reads (75%)." in found
+    assert "SLOs" not in found
+    assert "goodput" not in found
+    assert "Cost" not in found
+    assert "How sure" in found
+
+
+def test_what_is_left_out_is_said():
+    assert "Left out" not in words(SWEPT)
+    found = words(FOUR)
+    assert "Left out 32 rows; --full has all" in found
+    for record in FOUR.deployments:  # each is there, with its best load
+        assert f"replicas={record.layout.replicas}," in found
+
+
+def test_how_a_larger_batch_pays():
+    closed = replace(RECORD, serving=tuple(replace(each, slos=()) for each in loads(POINT, 3)))
+    found = words(replace(RESULTS, deployments=(closed,)))
+    assert "From batch 2 to 4 output goes up 1.50×, TPOT 1.00×." in found
+
+
+def test_costs_and_objectives_are_in_the_full_report_too():
+    report = report_of(with_costs(SWEPT, 2.0))
+    (section,) = (each for each in report.sections if each.heading.startswith("Throughput and"))
+    titles = [part.title for part in section.words if not isinstance(part, str)]
+    assert titles == ["", "", "Objectives", "Goodput", "Dollars per million"]
+    headings = [each.heading for each in report_of(with_costs(BENCHED, 2.0)).sections]
+    assert "Objectives and goodput (measured)" in headings
+    assert "Cost (measured)" in headings
+    assert not any(
+        each.heading.startswith(("Objectives", "Cost")) for each in report_of(RESULTS).sections
+    )
+
+
+def test_the_best_of_several_deployments():
+    found = served(BENCHED)
+    assert best_of(found).serving is BENCHED.deployments[0].serving[-1]  # the first of equal ones
