@@ -58,6 +58,23 @@ class _Options:
         help="Experts per token in place of the model's; with several, one comparison each, one "
         "after the other.",
     )
+    only: str | None = typer.Option(
+        None,
+        metavar="NAME[,NAME]",
+        help="Run only these deployments, by their names or numbers in the experiment; no scaling "
+        "layouts.",
+    )
+    repeat: int = typer.Option(
+        5,
+        metavar="N",
+        help="How often the two deployments of the verdict are measured; the others twice at most. "
+        "Fewer than 5 give no intervals.",
+    )
+    min_time: float = typer.Option(
+        0.0,
+        metavar="SECONDS",
+        help="Repeat until the steps of each of the two have taken so long.",
+    )
     traffic: bool = typer.Option(
         False,
         "--traffic",
@@ -70,11 +87,11 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Time:
-    clock: _Clock = typer.Option(
-        _Clock.VIRTUAL,
+    clock: _Clock | None = typer.Option(
+        None,
         help="virtual: also replay what was measured with one core per rank and a cluster's "
         "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
-        "only.",
+        "only. Default: virtual for the ranks of one host; wall on several, whose links are real.",
     )
     links: str = typer.Option(
         _DEFAULT_PROFILE,
@@ -119,7 +136,8 @@ class _Time:
             return None
         profile = None if self.links == _NO_LINKS else read_profile(self.links)
         compute = None if self.compute == _MEASURED else read_profile(self.compute)
-        return VirtualSettings(profile, self.link_scale, compute)
+        is_asked = (self.clock, self.links, self.link_scale) != (None, _DEFAULT_PROFILE, None)
+        return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +214,8 @@ def compare(
           your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
+      expertlane compare --only 7,8 --repeat 10
+          the seventh and the eighth deployment, ten times each in turns
       expertlane compare --traffic
           traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
@@ -290,7 +310,7 @@ def _measure(
         CapacityError: one of them does not fit; raised before the first is run.
     """
     from expertlane.compare.machine import check_memory
-    from expertlane.compare.run import run_comparison
+    from expertlane.compare.run import Repeats, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.chrome_trace import write_traces
 
@@ -314,6 +334,7 @@ def _measure(
                     progress,
                     command=command,
                     virtual=virtual,
+                    repeats=Repeats(own.repeat, own.min_time),
                     on_trace=on_trace,
                 )
             if each.projection is not None:
@@ -362,6 +383,10 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
+    if own.only is not None:
+        with naming(f"--only {own.only}"):
+            experiment = experiment.only(own.only)
+        experiment = replace(experiment, name=f"{experiment.name}-only")
     if own.experts_per_token is None:
         return [_Comparison(experiment, call.folder(experiment.name))]
     given = own.experts_per_token

@@ -71,8 +71,9 @@ class StepsRecord(Strict):
         wall_s: measured: of the phase. Projected: of the one step, or round where micro-batches
             rotate, in the steady state. Simulated: of all steps; where they overlap, more than
             the time that passed.
-        tps: `num_tokens` over `wall_s`, over the whole system.
-        tps_of_runs: of each repetition by itself.
+        tps: of the whole system. In virtual time, projected and simulated: `num_tokens` over
+            `wall_s`; measured: the median of `tps_of_runs`.
+        tps_of_runs: of each repetition by itself, in virtual time too.
         step_s: of a step, from its submission (modelled: from when the first rank turns to it) to
             its finish; with steps in flight together it holds their queueing.
         token_s: of a prefill TTFT, from the phase's start; of a decode TPOT, over the intervals

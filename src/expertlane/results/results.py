@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
+from expertlane.results.pair import PairRecord
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source, TieBreak
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
@@ -235,6 +236,7 @@ class Results(Strict):
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
+        pairs: the two deployments of a comparison's verdict, by each clock that there is.
         cautions: what a reader must know of the numbers, in sentences.
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
@@ -257,6 +259,7 @@ class Results(Strict):
     machine: Machine | None = None
     cluster: Cluster | None = None
     virtual_time: VirtualTime | None = None
+    pairs: tuple[PairRecord, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     cautions: tuple[str, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
@@ -330,6 +333,10 @@ class Results(Strict):
             and (role is None or role in each.roles)
             and (conditions is None or each.conditions == conditions)
         )
+
+    def pair_of(self, source: Source) -> PairRecord | None:
+        """The verdict's two deployments in numbers of one source, if they were measured."""
+        return next((each for each in self.pairs if each.source == source), None)
 
     @property
     def measured_on(self) -> Machine:

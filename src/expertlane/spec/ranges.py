@@ -109,6 +109,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "price": _above(0, 1e6),
     "skew": _number(0, 10),
     "link_scale": _number(1e-6, 1e9),
+    "repeat": _whole(1, 1000),
+    "min_time": _number(0, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine
     "timeout_s": _above(0, 1e6),
