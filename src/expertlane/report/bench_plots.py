@@ -58,7 +58,10 @@ def bench(results: Results) -> tuple[Section, ...]:
                 note="Better: up and left. TPOT is the median over requests.",
             ),
         ]
-    return (Section("Throughput and latency, measured", tuple(charts), "plots"),)
+    return (
+        Section("measured", tuple(charts[:2]), "first"),
+        Section("Throughput against latency, measured", tuple(charts[2:]), "plots"),
+    )
 
 
 def _load(each: Served) -> float:

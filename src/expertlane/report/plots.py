@@ -449,8 +449,7 @@ def plan(results: Results) -> tuple[Section, ...]:
     )
     words = "A step of each at its own number of sequences or prompts, written under it."
     return (
-        _plots("Throughput against latency, projected", [_plan_front(results)]),
-        _plots("The best deployments, projected", [speed] if speed else []),
+        Section("projected", tuple(filter(None, (_plan_front(results), speed))), "first"),
         _plots("Where the time goes, projected", _causes(steps)),
         _plots("One step, rank by rank, projected", _timelines(words, steps)),
     )
@@ -497,7 +496,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
     words = "The step that is nearest to the median one, by itself."
     timelines = _timelines(words, steps, "The median {} step, rank by rank")
     return (
-        _plots("Where the time goes, projected", [causes] if causes else []),
+        Section("projected", (causes,) if causes else (), "first"),
         _plots("One step, rank by rank, projected", timelines),
         _plots("Experts and traffic, projected", squares),
     )
