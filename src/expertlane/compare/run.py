@@ -205,7 +205,7 @@ class _Deployed:
         workload = self.experiment.workload
         num_seqs = self.experiment.num_sequences_alike(self.deployment.layout)
         if num_seqs < workload.num_sequences:
-            name = f"{self.deployment.name}, a rank's share"
+            name = f"{self.deployment.name}, same sequences per rank"
             self.progress.task(name, num_seqs * workload.output_len)
             share = replace(workload, num_sequences=num_seqs)
             self._run(share, self._keep_share)
