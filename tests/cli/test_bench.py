@@ -307,8 +307,7 @@ def test_one_layout_a_run_on_several_nodes(run, stub, monkeypatch):
     code, _, err = run("bench", "paper-tiny", "--layout", "tp=1", "--layout", "tp=2")
     assert (code, stub) == (2, [])
     assert err == (
-        "expertlane: error: on several nodes, give one --layout a run; "
-        "their ranks end with the run\n"
+        "expertlane: error: on several nodes, give one --layout per run; ranks end with the run\n"
     )
 
 

@@ -1,12 +1,12 @@
 """`expertlane report`: make the reports again from a results.json."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from expertlane.cli.output import check_folder, print_json, write_reports
-from expertlane.errors import ExpertlaneError, UserError
+from expertlane.cli.options import export_option
+from expertlane.cli.output import Found, check_folder, making_sense, print_json, write_beside
 from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable
 
@@ -28,6 +28,7 @@ def report(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the paths of what was written.")
     ] = False,
+    export: Literal["csv", "parquet"] | None = export_option("results"),
 ) -> None:
     """Make report.html and report.md again from a results.json; runs nothing.
 
@@ -41,19 +42,15 @@ def report(
     """
     from expertlane.report.sections import report_of
     from expertlane.results.file import read as read_results
+    from expertlane.results.table import check_format
 
+    check_format(export)
     kept = read_results(results)
     folder = out or (results if results.is_dir() else results.parent)
     check_folder(folder)
-    try:
-        written = [str(each) for each in write_reports(report_of(kept), folder)]
-    except ExpertlaneError:
-        raise
-    except Exception as error:  # a file that is well-formed and yet makes no sense
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{results} cannot be shown: its numbers do not fit together ({reason})"
-        ) from error
+    found = Found(kept, folder)
+    with making_sense(results):
+        written = [str(each) for each in write_beside(found, report_of(kept), export)]
     if as_json:
         print_json(strict_json({"written": written}) + "\n")
     else:

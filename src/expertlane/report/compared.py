@@ -48,7 +48,7 @@ class Row:
 
     @property
     def tps(self) -> float:
-        """The likely value, or the mean of all repetitions."""
+        """The likely value, or that of all repetitions together."""
         return self.step.tps.value
 
     @property
@@ -71,7 +71,9 @@ class Row:
     def tps_range(self) -> Estimate:
         """From the slowest to the fastest repetition; projected, from the low to the high bound."""
         runs = self.step.tps_of_runs
-        return Estimate(self.tps, min(runs), max(runs)) if len(runs) > 1 else self.step.tps
+        if len(runs) < 2:
+            return self.step.tps
+        return Estimate(self.tps, min(*runs, self.tps), max(*runs, self.tps))
 
     @property
     def latency_s(self) -> float:
@@ -154,6 +156,11 @@ class Comparison:
     def is_run(self) -> bool:
         """Whether real ranks ran, also where times are virtual."""
         return self.source in RUN
+
+    @property
+    def clock(self) -> str:
+        """What its times are of, in words."""
+        return {"measured": "wall time", "virtual": "virtual time"}.get(self.source, self.source)
 
     @property
     def latency_name(self) -> str:

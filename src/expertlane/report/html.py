@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from expertlane import __version__
+from expertlane.report.charts.colours import style_sheet
 from expertlane.report.charts.lanes import lanes_svg, ticks
 from expertlane.report.charts.svg import NARROW_PX, SMALL_PX, WIDE_PX, svg
 from expertlane.report.document import (
@@ -41,7 +42,7 @@ def render(report: Report) -> str:
         top=drawn.sections(report.of_place("top"), without=report.answer.headline),
         plots=drawn.sections(report.of_place("plots")),
         tables=drawn.sections(report.of_place("tables")),
-        css=Markup(_asset("page.css")),
+        css=Markup(style_sheet() + _asset("page.css")),
         script=Markup(_asset("page.js")),
     )
 

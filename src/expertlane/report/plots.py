@@ -17,8 +17,7 @@ from expertlane.report.numbers import counted, figures, likely, milliseconds, ti
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.serving import phases_of
 from expertlane.report.speed import in_words, unit_of
-from expertlane.report.verdict import _pair as compared_pair
-from expertlane.report.verdict import is_close
+from expertlane.report.verdict import Verdict, judge
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -95,25 +94,27 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
     return {name: step for name, step in of_phase.items() if step is not None}
 
 
-def first(compared: Comparison) -> Section:
+def first(results: Results, compared: Comparison) -> Section:
     """What a page's first screen shows beside the verdict: how fast all are, and why."""
-    chart = _throughput(compared)
-    pair = compared_pair(compared)
+    judged = judge(compared, results)
+    chart = _throughput(compared, judged)
     charts = [chart] if chart else []
-    if pair is not None:
-        charts.append(_step_difference(compared, *pair))
+    if judged is not None:
+        charts.append(_step_difference(compared, *judged.slower_and_faster))
     return Section(_WHERE.get(compared.source) or "projected", tuple(charts), "first")
 
 
-def _throughput(compared: Comparison) -> Chart | None:
+def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
     """How fast all deployments are, those that the verdict names in colours of their own."""
-    faster, slower = compared_pair(compared) or (None, None)
+    slower, faster = judged.slower_and_faster if judged else (None, None)
     roles = {row.number: role for row, role in ((faster, FASTER), (slower, SLOWER)) if row}
     bars = [Bar(row.name, row.tps_range, roles.get(row.number, "other")) for row in compared.rows]
     phase, fastest = compared.phase, compared.fastest
     done = "decodes" if phase is Phase.DECODE else "prefills"
-    if faster is None or slower is None or is_close(faster, slower):
+    if judged is None or faster is None or slower is None:
         title = f"{fastest.name} {done} {figures(fastest.tps)} tokens/s"
+    elif judged.has_interval and not judged.is_told_apart:
+        title = f"{faster.name} and {slower.name} {done[:-1]} equally fast within error"
     else:
         title = f"{faster.name} {done} {times(faster.tps / slower.tps)} as fast as {slower.name}"
     unit = f"{phase} tokens/s"
@@ -121,7 +122,7 @@ def _throughput(compared: Comparison) -> Chart | None:
     return throughput_chart(title, unit, bars, between=between)
 
 
-def _step_difference(compared: Comparison, faster: Row, slower: Row) -> Chart:
+def _step_difference(compared: Comparison, slower: Row, faster: Row) -> Chart:
     difference = step_difference(slower, faster)
     phase = compared.phase
     return waterfall_chart(

@@ -309,7 +309,7 @@ def rebalancing(comparison: Comparison) -> Section:
         number("experts ms after", lambda one: one[1].experts_s_after, milliseconds),
     )
     return Section(
-        "Rebalancing",
+        f"Rebalancing ({comparison.clock})",
         (
             Table.of("Decisions", decisions, taken),
             Table.of("Effects", effects, taken),

@@ -65,6 +65,18 @@ def phase_record(
     )
 
 
+def speed_of_runs(layout: Layout, steps: Sequence[StepRecord]) -> list[StepsRecord]:
+    """Throughput, latency and where the time goes, of each run of one phase by itself."""
+    found = []
+    for run in sorted({step.run for step in steps}):
+        of_run = [step for step in steps if step.run == run]
+        speed = latency(of_run)
+        time = stage_time(layout, of_run)
+        causes_s = time.breakdown_s(speed.wall_s.value, speed.num_rounds or 1)
+        found.append(replace(speed, breakdown_s=causes_s))
+    return found
+
+
 def _hidden_share(steps: Sequence[StepRecord]) -> float | None:
     of_ranks = [r.transfers_s for step in steps for r in step.records if r.transfers_s is not None]
     in_flight_s, waited_s = np.sum(of_ranks, axis=0) if of_ranks else (0.0, 0.0)

@@ -71,8 +71,9 @@ class StepsRecord(Strict):
         wall_s: measured: of the phase. Projected: of the one step, or round where micro-batches
             rotate, in the steady state. Simulated: of all steps; where they overlap, more than
             the time that passed.
-        tps: `num_tokens` over `wall_s`, over the whole system.
-        tps_of_runs: of each repetition by itself.
+        tps: of the whole system. In virtual time, projected and simulated: `num_tokens` over
+            `wall_s`; measured: the median of `tps_of_runs`.
+        tps_of_runs: of each repetition by itself, in virtual time too.
         step_s: of a step, from its submission (modelled: from when the first rank turns to it) to
             its finish; with steps in flight together it holds their queueing.
         token_s: of a prefill TTFT, from the phase's start; of a decode TPOT, over the intervals
@@ -97,7 +98,7 @@ class StepsRecord(Strict):
             fitted, bound.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
         fits: whether so many sequences of this context fit into memory.
-        timeline: of one step: measured, from a short run by itself; simulated, the largest.
+        timeline: of one step: measured, from a short run by itself; simulated, the median.
     """
 
     phase: Phase
@@ -129,11 +130,11 @@ class StepsRecord(Strict):
     stage_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     waiting_s: tuple[float, ...] = ()
     bubble_s: tuple[float, ...] = ()
-    traffic: TrafficRecord | None = None
+    traffic: TrafficRecord | None = field(default=None, repr=False)
     basis_shares: dict[str, float] = field(default_factory=dict)
     extrapolated_share: float | None = None
     fits: bool = True
-    timeline: StepTimeline | None = None
+    timeline: StepTimeline | None = field(default=None, repr=False)
 
     @property
     def round_s(self) -> Estimate:
@@ -351,7 +352,7 @@ class Conditions(Strict):
     kv_dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeploymentRecord(Strict):
     """One deployment.
 
@@ -393,6 +394,11 @@ class DeploymentRecord(Strict):
     tokens_sha256: str | None = None
     why: str = ""
     over_best: Estimate | None = None
+
+    def __repr__(self) -> str:
+        """A line: its parts have thousands of numbers."""
+        roles = f", {', '.join(self.roles)}" if self.roles else ""
+        return f"<DeploymentRecord {self.name!r}: {self.layout}, {self.source}{roles}>"
 
     @property
     def num_ranks(self) -> int:
