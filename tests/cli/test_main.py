@@ -56,7 +56,7 @@ def test_a_usage_error_is_one_line(run):
     code, out, err = run("compare", "--topk", "1")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.startswith("expertlane: error: No such option: --topk")
+    assert line.startswith("expertlane: error: there is no option --topk")
     assert line.endswith(" compare --help)")
 
 

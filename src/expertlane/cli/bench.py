@@ -55,7 +55,8 @@ def bench(
       expertlane bench ./my-checkpoint
       expertlane bench ./my-checkpoint --batch 1,32 --layout tp=2 --layout dp=2,ep=2
       expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512
-      expertlane bench paper-tiny --json | jq '.deployments[].layout'
+      expertlane bench paper-tiny --json |
+          jq '.deployments[].serving[].output_tps.value'
     """
     output.publish(run(model, own, load, engine, output_options.call()), output_options)
 

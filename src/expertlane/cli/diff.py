@@ -87,7 +87,7 @@ def diff(
         report = report_of_difference(found, output.command_line(), created)
         plain = asdict(found) | {"num_regressions": len(found.regressions)}
         as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
-    output.print_report(report, output_options, None, lambda: as_json)
+    output.show(report, output_options, lambda: as_json, "--full")
     if folder is not None:
         texts = {"diff.json": as_json, "diff.md": markdown.render(report)}
         written = [write_text(folder / name, words) for name, words in texts.items()]

@@ -118,20 +118,6 @@ def check_folder(folder: Path) -> None:
                 ) from None
 
 
-def check_file(option: str, path: Path, example: str) -> None:
-    """Check, before anything runs, that a file can be written there.
-
-    Args:
-        example: a file's name, for the message.
-
-    Raises:
-        UserError: it is a folder, or its folder is not writable.
-    """
-    if path.is_dir():
-        raise UserError(f"{option} is {path}, which is a folder; give a file: {example}")
-    check_folder(path.parent)
-
-
 @contextmanager
 def progress_on_stderr() -> Iterator[Progress]:
     """Progress as a bar on a terminal, as a line per finished task elsewhere."""
@@ -255,25 +241,23 @@ def publish(found: Found, options: "OutputOptions") -> None:
     written = [write(results, folder)]  # first: what was found is kept whatever comes
     report = report_of(results)
     try:
-        print_report(report, options, folder / "report.html", partial(to_json, results))
+        show(report, options, partial(to_json, results), f"--full, or {folder / 'report.html'}")
     finally:  # also where standard output takes nothing
         written += write_beside(found, report, options.export)
     print_written(written)
 
 
-def print_report(
-    report: "Report", options: "OutputOptions", page: Path | None, as_json: Callable[[], str]
-) -> None:
-    """Print the answer, or as much as the options ask for.
+def show(report: "Report", options: "OutputOptions", to_json: Callable[[], str], more: str) -> None:
+    """Print a report in the form that was asked for.
 
     Args:
-        page: where the rest is, if anywhere.
-        as_json: what `--json` prints.
+        to_json: its numbers for other programs.
+        more: where the rest of the answer is; may be empty.
     """
     from expertlane.report import terminal
 
     if options.as_json:
-        print_json(as_json())
+        print_json(to_json())
     elif options.quiet:
         print(report.answer.headline)
     else:
@@ -281,7 +265,7 @@ def print_report(
             if options.full:
                 terminal.show(report, console)
             else:
-                terminal.show_answer(report, console, page)
+                terminal.show_answer(report, console, more)
 
 
 def print_written(paths: Sequence[Path]) -> None:

@@ -1,7 +1,6 @@
 """A report as tables in a terminal."""
 
 import textwrap
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -16,15 +15,16 @@ from expertlane.report.document import Answer, Figure, Report, Table, Words
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, page: Path | None) -> None:
-    """Print what fits on one screen, no wider than the console, and where the rest is.
+def show_answer(report: Report, console: Console, more: str) -> None:
+    """Print what fits on one screen, no wider than the console.
 
     Args:
-        page: has it, beside `--full`; None where no page was written.
+        more: where the rest is; may be empty.
     """
     draw_answer(report.answer, console)
-    console.print()
-    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
+    if more:
+        console.print()
+        console.print(Text(f"More: {more}"), soft_wrap=True)
 
 
 def draw_answer(answer: Answer, console: Console) -> None:
