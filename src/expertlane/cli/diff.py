@@ -56,8 +56,10 @@ def diff(
     their terms, whose errors cancel. Where the clocks differ, those that both have are compared.
 
     \b
-    Exit code: 1 on a regression beyond --threshold and beyond the noise, 2 where the two can't be
-    compared, else 0.
+    Exit code
+      1   a regression beyond --threshold, and beyond its noise where that is known
+      2   the two cannot be compared
+      0   else
 
     \b
     Examples:
