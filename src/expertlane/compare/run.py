@@ -1,6 +1,6 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from expertlane.compare.assumptions import measured_assumptions
@@ -15,7 +15,7 @@ from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
 from expertlane.results.pair import PairRecord, choose_pair
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
-from expertlane.results.results import MachinePeak, Results
+from expertlane.results.results import MachinePeak, Results, VirtualTime
 from expertlane.results.statistics import LEAST_RUNS
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.experiment import Experiment
@@ -87,11 +87,8 @@ def run_comparison(
         [Deployed(e, setting, limits[e.name], SCALING) for e in experiment.scaling],
     )
     measured.measure(repeats or Repeats())
-    if on_trace is not None:
-        for each in measured.own:
-            for name, steps in each.traces.items():
-                on_trace(name, steps)
-    runs = measured.runs
+    for name, steps in measured.traces() if on_trace else ():
+        on_trace(name, steps)
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     return Results.now(
         "comparison",
@@ -101,11 +98,10 @@ def run_comparison(
         torch_version=seen[0].torch_version,
         machine=machine,
         pairs=measured.pairs,
-        virtual_time=runs
-        and runs.summary([each.link_tps for each in measured.own if each.link_tps]),
+        virtual_time=measured.virtual_time(),
         assumptions=(
             *measured_assumptions(experiment, machine, limits),
-            *(runs.assumptions() if runs else ()),
+            *(measured.runs.assumptions() if measured.runs else ()),
         ),
         cautions=cautions,
         foreign_cpu_share=foreign.share(),
@@ -173,6 +169,17 @@ class _Measured:
             *virtual.values(),
             *(self._record(each) for each in self.scaling if self.runs),
         )
+
+    def traces(self) -> Iterator[tuple[str, list[StepRecord]]]:
+        """Steps of each of the experiment's deployments with what ranks did when, by its name."""
+        for each in self.own:
+            yield from each.traces.items()
+
+    def virtual_time(self) -> VirtualTime | None:
+        """What virtual time assumes about links; None without it."""
+        if self.runs is None:
+            return None
+        return self.runs.summary([each.link_tps for each in self.own if each.link_tps])
 
     def _virtual_runs(self) -> VirtualRuns | None:
         setting = self.setting
