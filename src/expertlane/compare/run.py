@@ -87,8 +87,9 @@ def run_comparison(
         [Deployed(e, setting, limits[e.name], SCALING) for e in experiment.scaling],
     )
     measured.measure(repeats or Repeats())
-    for name, steps in measured.traces() if on_trace else ():
-        on_trace(name, steps)
+    if on_trace is not None:
+        for name, steps in measured.traces():
+            on_trace(name, steps)
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     return Results.now(
         "comparison",
