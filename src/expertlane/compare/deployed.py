@@ -145,7 +145,7 @@ class Deployed:
         num_seqs = experiment.num_sequences_alike(self.deployment.layout)
         if num_seqs < experiment.workload.num_sequences:
             share = replace(experiment.workload, num_sequences=num_seqs)
-            progress.task(f"{self.name}, a rank's share", num_seqs * share.output_len)
+            progress.task(f"{self.name}, same sequences per rank", num_seqs * share.output_len)
             self._run(share, self._keep_share)
             progress.done()
 
