@@ -110,7 +110,7 @@ def test_an_answer_fits_one_screen(results):
     assert max(map(len, found)) <= 80
     assert len(found) <= 40
     assert not any("…" in line for line in found[4:])  # no number is cut
-    assert "--full" in found[-1]
+    assert found[-1].startswith("More: ")
 
 
 def test_the_best_load_is_named_with_its_latency():
@@ -143,6 +143,23 @@ def test_what_is_left_out_is_said():
         assert f"replicas={record.layout.replicas}," in found
 
 
+def drawn(results):
+    """Titles of what is drawn of loads, by section."""
+    return [
+        [part.title for part in section.parts]
+        for section in report_of(results).sections
+        if section.heading.startswith("Throughput and latency,")
+    ]
+
+
+def test_what_is_drawn_of_loads():
+    by_load = ["Output tokens/s by load", "TPOT by load"]
+    assert drawn(SWEPT) == drawn(FOUR) == [[*by_load, "Tokens/s against TPOT"]]
+    assert drawn(SIMULATION) == []
+    arrivals = replace(RECORD, serving=(replace(POINT, rate=None),))
+    assert drawn(replace(RESULTS, deployments=(arrivals,))) == [["Tokens/s against TPOT"]]
+
+
 def test_how_a_larger_batch_pays():
     closed = replace(RECORD, serving=tuple(replace(each, slos=()) for each in loads(POINT, 3)))
     found = words(replace(RESULTS, deployments=(closed,)))
@@ -151,7 +168,9 @@ def test_how_a_larger_batch_pays():
 
 def test_costs_and_objectives_are_in_the_full_report_too():
     report = report_of(with_costs(SWEPT, 2.0))
-    (section,) = (each for each in report.sections if each.heading.startswith("Throughput and"))
+    (section,) = (
+        each for each in report.sections if each.heading.startswith("Throughput and latency (")
+    )
     titles = [part.title for part in section.words if not isinstance(part, str)]
     assert titles == ["", "", "Objectives", "Goodput", "Dollars per million"]
     headings = [each.heading for each in report_of(with_costs(BENCHED, 2.0)).sections]

@@ -163,6 +163,7 @@ def _simulation(results: Results) -> _Made:
         serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
+            *bench_plots.loads(results),
             *plots.simulation(results),
             experts_and_traffic(record, serving.phases_of(record)),
             assumptions(results, "projected"),
@@ -180,5 +181,5 @@ def _bench(results: Results) -> _Made:
     return (
         f" bench: {asked}",
         serving.bench_answer(results),
-        (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
+        (*serving.bench(results), *bench_plots.loads(results), setup(results, "What was measured")),
     )
