@@ -161,7 +161,7 @@ def test_recorded_requests_share_what_their_hashes_say(run, stub, tmp_path):
     assert (point["num_prompt_tokens"], point["num_output_tokens"]) == (88, 5)
     assert point["num_cached_tokens"] == 32  # the full blocks of 16 before the last token
     code, out, _ = run(*asked)
-    assert "the cache had 36% of the prompts' tokens" in out
+    assert "36% of prompt tokens hit the prefix cache" in out
     code, out, _ = run(*asked[:4], "--json")
     (point,) = json.loads(out)["deployments"][0]["serving"]
     assert (point["batch"], point["rate"]) == (None, None)
@@ -307,8 +307,7 @@ def test_one_layout_a_run_on_several_nodes(run, stub, monkeypatch):
     code, _, err = run("bench", "paper-tiny", "--layout", "tp=1", "--layout", "tp=2")
     assert (code, stub) == (2, [])
     assert err == (
-        "expertlane: error: on several nodes, give one --layout a run; "
-        "their ranks end with the run\n"
+        "expertlane: error: on several nodes, give one --layout per run; ranks end with the run\n"
     )
 
 

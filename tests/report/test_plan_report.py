@@ -75,8 +75,8 @@ def test_the_fastest_is_named_with_its_gap():
     ("by", "words"),
     [
         ("lowest TTFT", "the lowest TTFT wins."),
-        ("fewest kinds", "so does their TTFT: fewest kinds of parallelism win."),
-        ("most tokens", "so does their TTFT: most tokens/s win."),
+        ("fewest kinds", "their TTFT ties too, so the fewest kinds of parallelism win."),
+        ("most tokens", "their TTFT ties too, so most tokens/s wins."),
     ],
 )
 def test_a_tie_says_what_decided(by, words):

@@ -25,7 +25,7 @@ class _Options:
         THRESHOLD_PERCENT,
         metavar="PERCENT",
         rich_help_panel=Panel.OUTPUT,
-        help="By how much a figure may get worse; beyond, and beyond its noise, the exit code is "
+        help="By how much a metric may get worse; beyond, and beyond its noise, the exit code is "
         "1.",
     )
 
