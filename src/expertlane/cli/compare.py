@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from expertlane.cli import output
+from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
@@ -54,6 +54,7 @@ class _Options:
         None,
         metavar="MODEL",
         show_default="the experiment's",
+        autocompletion=completion.models,
         help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
@@ -103,6 +104,7 @@ class _Time:
     links: str = typer.Option(
         _DEFAULT_PROFILE,
         metavar="PROFILE",
+        autocompletion=completion.profiles,
         help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
         "take no time.",
     )
@@ -115,6 +117,7 @@ class _Time:
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
+        autocompletion=completion.profiles,
         help="Compute times in virtual time: measured, or a profile's cost model for the "
         "operations that ran.",
     )
@@ -185,6 +188,7 @@ def compare(
         str,
         typer.Argument(
             metavar="EXPERIMENT",
+            autocompletion=completion.experiments,
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size).",
