@@ -17,7 +17,7 @@ from expertlane.cli.help import Panel, option_record, panels_of, spellings, valu
 _HEAD = """# All options
 
 Written by `docs/option_table.py` from the code; don't edit it. An option has one spelling and one
-meaning in all commands; what differs is its default. `expertlane COMMAND --help` shows a command's own.
+meaning in all commands; what differs is its default. `expertlane COMMAND --help` shows its own.
 """
 
 
