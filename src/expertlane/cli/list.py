@@ -218,7 +218,8 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
         f"{full_len:,} tokens"
     )
     headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
-    _show(headline, setting, columns, rows, print_options)
+    caution = found.priced_wider(types)
+    _show(headline, setting, columns, rows, print_options, [caution] if caution else [])
 
 
 def _show(

@@ -189,9 +189,13 @@ def call_with(taker: Any, values: dict[str, Any]) -> Any:
 
 
 def _check(option: inspect.Parameter, value: object) -> None:
-    if option.name in RANGES and isinstance(value, int | float):
-        declared = getattr(option.default, "param_decls", None)
-        take(option.name, value, declared[0] if declared else f"--{option.name.replace('_', '-')}")
+    if option.name not in RANGES:
+        return
+    declared = getattr(option.default, "param_decls", None)
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int | float):
+            name = declared[0] if declared else f"--{option.name.replace('_', '-')}"
+            take(option.name, each, name)
 
 
 def timeout_option() -> Any:
