@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from expertlane.cli import output
+from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
@@ -47,6 +47,7 @@ class _Options:
         None,
         metavar="MODEL",
         show_default="the experiment's",
+        autocompletion=completion.models,
         help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
@@ -122,6 +123,7 @@ def compare(
         str,
         typer.Argument(
             metavar="EXPERIMENT",
+            autocompletion=completion.experiments,
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size).",

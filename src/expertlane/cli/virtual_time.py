@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
+from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.errors import UserError
 
@@ -36,6 +37,7 @@ class VirtualTimeOptions:
     links: str = typer.Option(
         DEFAULT_PROFILE,
         metavar="PROFILE",
+        autocompletion=completion.profiles,
         help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
         "take no time.",
     )
@@ -48,6 +50,7 @@ class VirtualTimeOptions:
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
+        autocompletion=completion.profiles,
         help="Compute times in virtual time: measured, or a profile's cost model for the "
         "operations that ran.",
     )
