@@ -59,17 +59,19 @@ def bar(**looks: object) -> Spec:
     return {"type": "bar", "height": BAR_PX, "yOffset": _DOWN_PX, **looks}
 
 
-def inside(text: str, middle: str, size: str, most: float, colour: str = "--card") -> Spec:
+def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spec:
     """A layer of words within bars, where these have the room.
 
     Args:
         text, middle, size: fields: what is said, the middle of its bar, and the bar's length.
         most: where the axis ends.
+        colours: of the words, an encoding.
     """
+    place = {"x": along(middle, None, most), "color": colours}
     return {
         "transform": [{"filter": f"datum[{size!r}] * width / {most} > {_LEAST_PX}"}],
-        "mark": {"type": "text", "yOffset": _DOWN_PX, "color": colour, "fontSize": 10.5},
-        "encoding": in_row() | {"x": along(middle, None, most), "text": {"field": text}},
+        "mark": {"type": "text", "yOffset": _DOWN_PX, "fontSize": 10.5},
+        "encoding": in_row() | place | {"text": {"field": text}},
     }
 
 
