@@ -11,7 +11,7 @@ release = re.findall(r'__version__ = "(.+)"', _PACKAGE.read_text(encoding="utf-8
 version = release
 
 extensions = ["myst_parser"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "log.md", "design_decisions.md"]  # diaries stay in the repository
 myst_heading_anchors = 3  # links to headings, as GitHub has them
 
 html_theme = "furo"

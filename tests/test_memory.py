@@ -165,7 +165,7 @@ def test_one_sequence_must_fit():
     layout = Layout.parse("dp=16,ep=16")
     limits = workload_limits(PAPER_WORKLOAD, PAPER, layout)
     held = placed(PAPER, layout, NumberTypes.all_of("float16"))
-    with pytest.raises(CapacityError, match=r"needs 9.16 GB on a rank .* but 9 GB of memory"):
+    with pytest.raises(CapacityError, match=r"needs 9.16 GB per rank .* but 9 GB of memory"):
         held.fit_cache(limits, 9e9)
     assert held.fit_cache(limits, 9.2e9).num_blocks == 641
 

@@ -23,7 +23,7 @@ from expertlane.compare.likeness import (
 from expertlane.cost.number_types import NumberTypes
 from expertlane.errors import UserError
 from expertlane.report import markdown
-from expertlane.report.document import Report, Section, Table, number, text
+from expertlane.report.document import Answer, Report, Section, Table, number, text
 from expertlane.report.numbers import figures, times
 from expertlane.spec.experiment import Experiment, find_experiment, read_experiment
 from expertlane.spec.layout import Layout
@@ -73,7 +73,8 @@ def report(experiment: Experiment, dtypes: Sequence[str], context: int = PAPER_C
     )
     tables = (table(experiment, layout, dtypes, context) for layout in (BASELINE, PROPOSAL))
     section = Section(f"{experiment.name} beside the paper's step", (says, *tables))
-    return Report("Likeness to the paper's step", says, "counted", "", "", (section,))
+    answer = Answer(f"{experiment.name} | counted", says)
+    return Report("Likeness to the paper's step", answer, "counted", "", "", (section,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

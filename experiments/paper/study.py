@@ -34,7 +34,7 @@ from expertlane.report.compared import (
     stages_at_once,
     weight_bytes_of_rank,
 )
-from expertlane.report.document import Column, Report, Section, Table, number, text
+from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import (
     bytes_si,
     counted,
@@ -115,8 +115,8 @@ def study_of(results: Sequence[Results]) -> Report:
     headline = verdict(found) if projections else str(sections[0].parts[0])
     first = results[0]
     return Report(
-        "The paper's claims, held against results", headline, "judged", first.command,
-        first.created, tuple(sections),
+        "The paper's claims, held against results", Answer("The paper's claims", headline),
+        "judged", first.command, first.created, tuple(sections),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def test_a_new_board_says_that_all_are_setting_up():
     [
         (7, 3, Stage.DISPATCH, "step 7, layer 3, stage dispatch"),
         (0, 0, Stage.EXPERTS, "step 0, layer 0, stage experts"),
-        (7, NO_LAYER, Stage.HAND_OVER, "step 7, stage hand-over"),
+        (7, NO_LAYER, Stage.HAND_OVER, "step 7, stage PP send/recv"),
         (-1, NO_LAYER, Stage.IDLE, "stage idle"),
     ],
 )

@@ -66,7 +66,7 @@ def test_assumptions_name_the_experiments_own_numbers() -> None:
 def test_assumptions_when_the_cache_holds_everything() -> None:
     found = {each.name: each.value for each in example.usual().assumptions}
     assert found["context"] == "4 prompt + 3 output tokens, all 16 sequences resident"
-    assert "key/value cache" not in found
+    assert "KV cache" not in found
 
 
 def test_assumptions_when_a_cache_is_too_small() -> None:
@@ -84,13 +84,11 @@ def test_assumptions_when_a_cache_is_too_small() -> None:
     assert found["context"] == (
         "4 prompt + 3 output tokens, 16 sequences, as many at once as the cache holds"
     )
-    assert found["key/value cache"] == "TP 8 × PP 2: 48 of 512 positions"
+    assert found["KV cache"] == "TP 8 × PP 2: 48 of 512 tokens"
     limits["EP 16"] = replace(limits["EP 16"], num_blocks=1)
     rows = measured_assumptions(experiment, example.machine(), limits)
     found = {each.name: each.value for each in rows}
-    assert found["key/value cache"] == (
-        "TP 8 × PP 2: 48 of 512 positions; EP 16: 256 of 512 positions"
-    )
+    assert found["KV cache"] == ("TP 8 × PP 2: 48 of 512 tokens; EP 16: 256 of 512 positions")
 
 
 def test_rotating_options_are_kept() -> None:

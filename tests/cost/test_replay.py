@@ -1,6 +1,7 @@
 """Layers that repeat are not run one by one, and nothing of a step is lost by it."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +35,22 @@ def test_layers_that_repeat_are_not_run_one_by_one():
             (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
             np.testing.assert_allclose(fast.wall_s, slow.wall_s, atol=1e-9)
             np.testing.assert_allclose(fast.blocked_s, slow.blocked_s, atol=1e-9)
+
+
+@pytest.mark.parametrize("execution", Execution)
+@pytest.mark.parametrize("launch_s", [0.0, 0.75, 3.0])
+def test_layers_without_transfers_are_not_run_one_by_one(execution, launch_s):
+    steps = [compute(1.0, 3.0), compute(2.0, 1.0)]
+    outside = Block([compute(1.0, 1.0, layer=OUTSIDE)], (OUTSIDE,))
+    parts = [[outside, Block(steps, range(40)), outside]]
+    given = terms(execution, launch_s)
+    jumping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0)
+    stepping = Timeline(given, 1, 2).run([[StageWork(parts)]], 0.0, may_skip=False)
+    assert len(stepping.spans[0][0].log.executed) == 82
+    assert len(jumping.spans[0][0].log.executed) < 15
+    np.testing.assert_allclose(jumping.spans[0][0].end, stepping.spans[0][0].end)
+    (fast,), (slow,) = (stage_seconds(t, 40, count_idle=True) for t in (jumping, stepping))
+    np.testing.assert_allclose(fast.wall_s, slow.wall_s, atol=1e-9)
 
 
 def test_layers_that_do_the_same_or_alternate_become_one_block():

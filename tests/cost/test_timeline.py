@@ -217,9 +217,9 @@ def test_a_drained_pipeline():
     assert log(times) == [
         "compute experts 0a 0-2",
         "compute experts 0a 2-5",
-        "network hand-over -a 2-2.5",
+        "network PP send/recv -a 2-2.5",
         "compute experts 1a 2.5-3.5",
-        "network hand-over -a 5-5.5",
+        "network PP send/recv -a 5-5.5",
         "compute experts 1a 5.5-9.5",
     ]
     first, second = stage_seconds(times, 2, count_idle=False)

@@ -121,7 +121,7 @@ def test_too_few_processes(tmp_path):
     ((_, out, err),) = run(tmp_path, [*torchrun(1, 2)[0], *COMMAND])
     assert errors_in(err) == [
         "expertlane: error: the experiment needs 4 ranks but torchrun started 2 processes; start 4 "
-        "in all, or one a node, which starts as many ranks as are needed"
+        "in all, or one per node, which starts as many ranks as are needed"
     ]
     assert out == ""
     assert not (tmp_path / "out").exists()

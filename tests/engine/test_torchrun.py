@@ -74,7 +74,7 @@ def test_too_few_processes(place):
     with pytest.raises(CapacityError) as refused:
         start_pool(5, timeout_s=1.0)
     assert str(refused.value) == (
-        "the experiment needs 5 ranks but torchrun started 4 processes; start 5 in all, or one a "
+        "the experiment needs 5 ranks but torchrun started 4 processes; start 5 in all, or one per "
         "node, which starts as many ranks as are needed"
     )
     place(2, 4, 0, 2)

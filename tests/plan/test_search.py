@@ -4,8 +4,15 @@ import pytest
 
 from expertlane.errors import UserError
 from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
-from expertlane.plan.results import best_of_families, family_of, pareto, why_it_loses
+from expertlane.plan.explanation import (
+    best_of_families,
+    family_of,
+    gap_to,
+    of_other_families,
+    pareto,
+)
 from expertlane.plan.search import NUM_FINALISTS
+from expertlane.plan.ties import contender, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
@@ -38,20 +45,29 @@ def test_no_option_beats_the_pareto_front(found):
             assert any(a <= tpot and b >= tps for a, b in front)
 
 
-def test_each_family_has_one_best(found):
-    families = best_of_families(found.options)
-    assert next(iter(families.values())).tps == max(option.tps for option in found.options)
+@pytest.fixture(scope="module")
+def ranking(found):
+    others = of_other_families(found.finalists, found.options, Goals(), search_of().finish)
+    return ranked([contender(each, WORKLOAD) for each in [*found.finalists, *others]])
+
+
+def test_each_family_has_one_best(found, ranking):
+    families = best_of_families(ranking)
+    assert next(iter(families.values())) is ranking.chosen
+    assert set(families) == {family_of(each.candidate.layout) for each in found.options}
     assert family_of(Layout.parse("replicas=2,pp=2,dp=2,ep=2")) == (
         "expert parallel, pipeline, replicas"
     )
     assert family_of(Layout.parse("tp=8")) == "no expert parallelism"
 
 
-def test_losers_are_told_why(found):
-    winner = found.finalists[0].option
-    assert why_it_loses(winner, winner, WORKLOAD) == ""
-    slow = min(found.options, key=lambda option: option.tps)
-    assert why_it_loses(winner, slow, WORKLOAD).startswith("µs a token: ")
+def test_gaps_that_exceed_the_noise_are_explained(ranking):
+    best = ranking.chosen
+    assert gap_to(best, best, WORKLOAD) == ""
+    for each in ranking.contenders:
+        is_slower = each.tps.over(best.tps).bounds[-1] < 1
+        assert gap_to(best, each, WORKLOAD).startswith("µs per token: ") == is_slower
+    assert gap_to(best, ranking.contenders[-1], WORKLOAD)
 
 
 def test_a_tighter_limit_never_serves_more():

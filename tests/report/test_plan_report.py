@@ -1,17 +1,35 @@
-"""What a plan's verdict says, from made-up numbers."""
+"""What a plan answers, from made-up numbers."""
 
+import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from example_plan import PLAN, planned
 from example_projection import step
-from expertlane.report.planning import verdict
+from expertlane.report import terminal
+from expertlane.report.plan_answer import answer, headline, how_sure, verdict
+from expertlane.report.sections import report_of
+from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import BEST, DeploymentRecord, StepsRecord
-from expertlane.results.results import Results
+from expertlane.results.record import (
+    BEST,
+    DECODE_POOL,
+    FAMILY,
+    PREFILL_POOL,
+    TWO_POOLS,
+    DeploymentRecord,
+    StepsRecord,
+)
+from expertlane.results.results import Judged, Results
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+
+FIRST, SECOND = Layout(dp=2, tp=8, ep=16), Layout(dp=16, ep=16)
+JUDGED = Judged("TPOT of a model", 127, 0.34)
 
 
 def one(decode: StepsRecord | None = None) -> DeploymentRecord:
@@ -28,44 +46,174 @@ def timed(step_ms: float, bound: float, extrapolated: float) -> StepsRecord:
     return replace(step(step_ms, 100), basis_shares=shares, extrapolated_share=extrapolated)
 
 
-def plan(best: DeploymentRecord, **changes) -> Results:
-    summary = replace(PLAN.plans[0], num_candidates=1, **changes)
-    return replace(PLAN, deployments=(best,), plans=(summary,))
+def plan(*records: DeploymentRecord, **changes) -> Results:
+    summary = replace(PLAN.plans[0], **changes)
+    return replace(PLAN, deployments=records, plans=(summary,))
 
 
-def test_one_is_not_many():
-    text = " ".join(verdict(plan(one())))
-    assert "1 deployment of one pool" in text
-    assert "with 1 sequence at once" in text
+def behind(
+    layout: Layout, low: float, value: float, high: float, role=BEST, why=""
+) -> DeploymentRecord:
+    found = planned(layout, 20_000 * value, role, in_full=role == BEST)
+    return replace(found, over_best=Estimate(value, low, high), why=why)
+
+
+def said(results: Results) -> str:
+    """All sentences of the answer."""
+    found = answer(results)
+    return " ".join([found.headline, *(each for each in found.parts if isinstance(each, str))])
+
+
+def test_the_fastest_is_named_with_its_gap():
+    results = plan(planned(FIRST, 20_000, BEST), behind(SECOND, 0.86, 0.9, 0.95))
+    assert headline(results) == (
+        "Use dp=2,tp=8,ep=16: 20.0k tokens/s (−50%/+100%); #2 is 10% slower than #1 (5.0–14%)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        ("lowest TTFT", "the lowest TTFT wins."),
+        ("fewest kinds", "their TTFT ties too, so the fewest kinds of parallelism win."),
+        ("most tokens", "their TTFT ties too, so most tokens/s wins."),
+    ],
+)
+def test_a_tie_says_what_decided(by, words):
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.9, 1.02, 1.1)
+    tied = plan(*rows, num_tied=2, tie_spread=0.02, tie_break=by)
+    assert headline(tied).endswith(f"#1–#2 tie for most tokens/s (2.0% apart): {words}")
+    many = plan(*rows, num_tied=11, tie_spread=0.02, tie_break=by)
+    assert "11 plans tie for most tokens/s" in headline(many)
+
+
+def test_one_deployment_has_no_rival():
+    assert headline(plan(one())).endswith("; no other deployment keeps the limits.")
+
+
+def test_gaps_are_given_where_they_exceed_the_noise():
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.95, 0.99, 1.02)
+    assert "Gap" not in said(plan(*rows))
+    slow = behind(Layout(tp=16), 0.7, 0.8, 0.9, why="µs per token: weight reads in decode +2")
+    assert "Gap of #3 to #1: µs per token: weight reads in decode +2." in said(plan(*rows, slow))
+    cells = [row[-1] for row in answer(plan(*rows, slow)).parts[0].rows]
+    assert cells == ["—", "tie", "−20%"]
+
+
+def test_the_best_without_experts_apart_is_named():
+    other = behind(Layout(tp=16), 0.7, 0.8, 0.9, FAMILY, "µs per token: weight reads +2")
+    assert (
+        "Best without EP: tp=16, 20% slower than #1 (10–30%); µs per token: weight reads +2."
+    ) in said(plan(planned(FIRST, 20_000, BEST), other))
+
+
+def pools(low: float, value: float, high: float) -> tuple[DeploymentRecord, ...]:
+    together = behind(Layout(tp=8), low, value, high, TWO_POOLS)
+    transfer = replace(together.serving[0], transfer_s=Estimate(0.0015))
+    return (
+        replace(together, serving=(transfer,), prefill_layout=Layout(dp=8)),
+        planned(Layout(dp=8), 1.0, PREFILL_POOL),
+        planned(Layout(tp=8), 1.0, DECODE_POOL),
+    )
+
+
+def test_disaggregated_pools_are_held_against_one_pool():
+    best = planned(FIRST, 20_000, BEST)
+    tied = plan(best, *pools(0.9, 0.97, 1.05))
+    assert "dp=8 on 8 for prefill, tp=8 on 8 for decode: ties with #1 (0.970×, " in said(tied)
+    assert "KV transfer 1.50 ms" in said(tied)
+    assert headline(tied).startswith("Use dp=2,tp=8,ep=16: ")
+    faster = headline(plan(best, *pools(1.1, 1.2, 1.3)))
+    assert faster.startswith("Use disaggregated pools: 24.0k tokens/s")
+    assert "1.20× (1.10–1.30) the best aggregated, dp=2,tp=8,ep=16" in faster
 
 
 @pytest.mark.parametrize(
     ("why", "words"),
     [
-        ("no split", "there is no way to split the devices"),
-        ("too large", "the model does not fit both parts of any split"),
-        ("over limits", "none keeps the limits"),
+        ("no split", "the devices cannot be split"),
+        ("too large", "the model does not fit both pools of any split"),
+        ("over limits", "none meets the limits"),
     ],
 )
-def test_why_there_are_no_two_pools(why, words):
-    assert words in " ".join(verdict(plan(one(), no_two_pools=why)))
+def test_why_nothing_is_disaggregated(why, words):
+    assert f"Disaggregated: {words}." in said(plan(one(), no_two_pools=why))
+
+
+def test_how_sure_it_is():
+    judged = replace(PLAN.cluster, judged=JUDGED)
+    assert next(iter(how_sure(replace(PLAN, cluster=judged)))) == (
+        "Projections of this kind: 34% median error on 127 measured rows (TPOT of a model)."
+    )
+    assert "never compared with measurements" in next(iter(how_sure(PLAN)))
 
 
 def test_what_most_time_rests_on_is_said():
-    assert "Most of the first one's time" not in " ".join(verdict(plan(one())))
+    assert "Most of the time" not in said(plan(one()))
     # 8 of 10 ms are the decode step's: 0.8 × 0.7 + 0.2 × 0.2
-    unsure = one(timed(8, 0.7, 0.0))
-    said = verdict(plan(unsure))[-1]
-    assert (
-        "Most of the first one's time rests on datasheets and assumptions alone (60%): trust"
-        in said
+    assert "Most of the time of #1 rests on datasheets and assumptions (60%): rankings" in said(
+        plan(one(timed(8, 0.7, 0.0)))
     )
-    beyond = verdict(plan(one(timed(8, 0.0, 0.9))))[-1]
-    assert (
-        "Most of the first one's time lies outside the sizes that were ever measured (76%): trust"
-        in beyond
+    assert "Most of the time of #1 lies outside the measured sizes (76%): rankings" in said(
+        plan(one(timed(8, 0.0, 0.9)))
     )
 
 
-def test_cautions_are_part_of_the_verdict():
-    assert verdict(replace(plan(one()), cautions=("Mind the step.",)))[-1] == "Mind the step."
+def test_cautions_are_part_of_the_answer():
+    results = replace(plan(one()), cautions=("Mind the step.",))
+    assert "Mind the step." in said(results)
+    assert verdict(results).parts[-1] == "Mind the step."
+
+
+def test_a_price_gives_the_cost_of_the_first():
+    priced = with_costs(plan(planned(FIRST, 20_000, BEST)), 3.0)
+    assert "Cost of #1: $0.667 (0.333–1.33) per million output tokens" in said(priced)
+
+
+def worst_plan() -> Results:
+    """Long names, many options, all that can be said."""
+    options = Options(
+        overlap=True,
+        num_micro_batches=4,
+        micro_batch_schedule="rotating",
+        dispatch="hierarchical",
+        payload="float8",
+        num_redundant_experts=128,
+    )
+    layout = Layout(replicas=2, pp=2, dp=12, tp=2, ep=24)
+    why = "µs per token: exposed dispatch and combine in prefill +1.25, waiting for slower ranks +2"
+
+    def long(record: DeploymentRecord) -> DeploymentRecord:
+        steps = tuple(
+            replace(each, basis_shares={"bound": 1.0}, extrapolated_share=1.0)
+            for each in record.steps
+        )
+        return replace(record, layout=layout, options=options, steps=steps)
+
+    rows = [planned(layout, 1e6, BEST), *[behind(layout, 0.8, 0.9, 0.95, why=why)] * 7]
+    other = behind(layout, 0.8, 0.9, 0.95, FAMILY, why)
+    records = [*rows, *pools(0.9, 0.97, 1.05)]
+    found = replace(
+        plan(*map(long, records), replace(long(other), layout=Layout(tp=16))),
+        cautions=(
+            "The checkpoint's weights are compressed-tensors but priced as bfloat16, for want of a "
+            "law of narrower ones: their memory and reads come out larger than they are.",
+        ),
+        cluster=replace(PLAN.cluster, name="a-machine-with-a-long-namex96", judged=JUDGED),
+        question=PLAN.question
+        | {"model": {"name": "org/" + "a-name-without-end-" * 9}, "max_ttft_s": 0.5},
+    )
+    commands = replace(found.plans[0], experiment="/a/folder" * 30 + "/experiment.toml")
+    return with_costs(replace(found, plans=(commands,)), 3.0)
+
+
+@pytest.mark.parametrize("results", [PLAN, worst_plan()], ids=["usual", "worst"])
+def test_an_answer_fits_a_screen(results):
+    stream = io.StringIO()
+    console = Console(file=stream, width=80)
+    terminal.show_answer(report_of(results), console, Path("results/plan/report.html"))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    names = {word for row in answer(results).parts[0].rows for word in row[1].split()}
+    assert all(any(name in line for line in lines) for name in names)  # no word is broken

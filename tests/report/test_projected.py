@@ -34,7 +34,7 @@ def words(results: Results, beginning: str) -> str:
 def test_the_verdict_stands_first_with_every_part() -> None:
     results = usual()
     assert report_of(results).sections[0].heading == (
-        "Projected: verdict (h100x16, nothing here was measured)"
+        "Projected: verdict (h100x16; nothing was measured there)"
     )
     assert table(results, "Projected: verdict").rows == (
         ("1", "first: TP 8 × PP 2", "32,000", "16.0–64.0", "32.0", "16.0–64.0", "1.00", "0.500"),
@@ -80,7 +80,7 @@ def test_steps_that_do_not_fit_are_marked_and_those_that_do_stand_beside() -> No
     results = usual()
     rows = table(results, "Projected: speed (top-2").rows
     assert rows[0] == ("1", "TP 8 × PP 2", "204,800", "8.00", "16.0", "32.0", "64.0*", "48.0")
-    assert "* 1,024 sequences of so many tokens do not fit" in words(results, "Projected: speed")
+    assert "* 1,024 sequences of this length do not fit" in words(results, "Projected: speed")
     assert table(results, "Projected: memory").rows[2][-1] == "768"
     assert "No deployment holds all 1,024 sequences" in words(results, "Projected: memory")
 
@@ -96,11 +96,11 @@ def test_every_condition_has_a_column() -> None:
     ]
     assert first.rows[2] == ("3", "EP 16", "8.00", "16.0", "12.0", "24.0")
     text = words(results, "Projected: routing and execution")
-    assert "Without graphs a decode step takes up to 50% longer." in text
+    assert "Without CUDA graphs a decode step takes up to 50% longer." in text
 
 
 def test_the_planners_best_is_set_against_each() -> None:
-    text = words(usual(), "Projected: the best layout")
+    text = words(usual(), "Projected: the planner's best")
     assert "the fastest is dp=4,tp=4,ep=16; plain: 160,000 (80,000–320,000) TPS" in text
     assert "5.00× TP 8 × PP 2; 2.50× DP 2 × TP 8, EP 2; 1.25× EP 16; 1.19× EP 16 + overlap" in text
     assert "with 2.50× the output of TP 8 × PP 2" in text
@@ -109,8 +109,8 @@ def test_the_planners_best_is_set_against_each() -> None:
 def test_nothing_fits_a_planner_beside() -> None:
     results = usual()
     rows = tuple(each for each in results.deployments if FASTEST not in each.roles)
-    text = words(replace(results, deployments=rows), "Projected: the best layout")
-    assert "Decode at 1,024: of 1,679 deployments (1 too large) none holds all 1,024" in text
+    text = words(replace(results, deployments=rows), "Projected: the planner's best")
+    assert "Decode at 1,024: of 1,679 deployments (1 do not fit) none holds all 1,024" in text
 
 
 def test_a_projection_beside_a_measurement_has_sections_of_its_own() -> None:
@@ -137,7 +137,7 @@ def test_all_baselines_and_no_scaling_are_said() -> None:
     alone = replace(results, deployments=rows, plans=())
     assert "No deployment is a proposal" in words(alone, "Projected: verdict")
     assert "no layouts of growing ep" in words(alone, "Projected: scaling")
-    assert "Not looked for" in words(alone, "Projected: the best layout")
+    assert "Not searched" in words(alone, "Projected: the planner's best")
 
 
 @pytest.mark.parametrize("width", [80, 100])

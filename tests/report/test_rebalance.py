@@ -38,7 +38,7 @@ def test_what_was_done_and_what_came_of_it():
     decisions, effects, _ = section.parts
     assert decisions.rows == (
         ("2", "8", "500", "250", "6.00 MB", "moved", "11"),
-        ("2", "19", "100", "250", "6.00 MB", "stayed", "—"),
+        ("2", "19", "100", "250", "6.00 MB", "not worth it", "—"),
     )
     assert effects.rows == (
         ("2", "8", "1.75×", "1.25×", "1.20×", "20.0", "10.0"),

@@ -118,7 +118,7 @@ def test_markdown_tables_are_rectangular() -> None:
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert page.startswith("# expertlane: example, top-2\n\n## Verdict\n\nFaster here: ")
     assert (
-        "| # | deployment | layout | ranks | each rank holds, weights |\n"
+        "| # | deployment | layout | ranks | weights per rank |\n"
         "| --- | --- | --- | ---: | --- |" in page
     )
     assert (

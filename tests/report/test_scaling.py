@@ -31,12 +31,12 @@ def test_the_evidence() -> None:
     )  # fmt: skip
     assert scaling.parts[0] == (
         "From 1 rank (ep=1) to 16 ranks (ep=16), the same workload: critical-path TPS per "
-        "rank goes to 0.0781×, TPS per rank to 0.0781×; with as many sequences on each rank, "
-        "critical-path TPS per rank to 0.625×; linear would be 1.00×."
+        "rank becomes 0.0781×, TPS per rank 0.0781×; with the same sequences per rank, "
+        "critical-path TPS per rank 0.625×; linear would be 1.00×."
     )
     same_work, same_share, _ = tables(scaling)
     assert same_work.title == "Growing ep"
-    assert same_share.title == "Growing ep, as many sequences on each rank"
+    assert same_share.title == "Growing ep, same sequences per rank"
     assert same_share.rows == (
         ("1", "1", "10.0", "10.0", "1.00×", "100", "1.00×"),  # one sequence each 0.1 s
         ("16", "16", "100", "6.25", "0.625×", "62.5", "0.625×"),
@@ -72,8 +72,11 @@ def test_a_projection_has_the_same_tables_in_sections_of_its_own() -> None:
     overlap = tables(section(report, "Projected: communication hidden by overlap"))[0].rows[0]
     assert overlap == ("#3, #4", "8.00", "7.60", "1.60", "25%", "0 B", "5.3%")
     scaling = words(section(report, "Projected: scaling"))
-    assert "TPS per GPU goes to 0.250×" in scaling
-    assert "as if they did: ep=1; ep=1 has 72.0 GB of weights on a GPU where 70.0 GB" in scaling
-    assert "GPUs are filled with copies of experts" in scaling
+    assert "TPS per GPU becomes 0.250×" in scaling
+    assert (
+        "ignoring the memory limit: ep=1. ep=1 has 72.0 GB of weights per GPU, of 70.0 GB"
+        in scaling
+    )
+    assert "GPUs hold redundant experts" in scaling
     alone = replace(results, deployments=results.select("projected", "experiment"))
     assert "no layouts of growing ep" in words(section(report_of(alone), "Projected: scaling"))

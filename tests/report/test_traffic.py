@@ -33,7 +33,7 @@ def facts(results, number):
 def test_ranks_stand_apart_by_node():
     figure = matrix([[0, 1500, 20, 0], [40, 0, 0, 0], [0, 0, 0, 12_000], [0, 0, 999_400, 0]], 2)
     assert figure == Figure(
-        "Payload in kB, all repetitions: ranks of the rows send to ranks of the columns",
+        "Payload in kB, one repetition: from rank (row) to rank (column)",
         (
             "      0   1│   2   3",
             "  0   · 1.5│ <.1   ·",
@@ -54,10 +54,7 @@ def test_one_node_and_ranks_each_on_its_own_have_no_borders():
 
 def test_many_ranks_are_drawn_by_node():
     figure = matrix([[1] * 20 for _ in range(20)], 8)  # nodes of 8, 8 and 4 ranks
-    assert (
-        figure.title
-        == "Payload in B, all repetitions: nodes of the rows send to nodes of the columns"
-    )
+    assert figure.title == "Payload in B, one repetition: from node (row) to node (column)"
     assert figure.lines == (
         "      0   1   2",
         "  0  64  64  32",
@@ -67,7 +64,7 @@ def test_many_ranks_are_drawn_by_node():
 
 
 def test_what_is_not_drawn():
-    assert matrix([[0]], 8) == "One rank: it sends nothing."
+    assert matrix([[0]], 8) == "One rank: no traffic."
     assert "17 nodes are too many" in matrix([[1] * 17 for _ in range(17)], 1)
 
 
@@ -125,13 +122,13 @@ def test_the_short_form_by_hand():
 
 def test_the_long_form_by_hand():
     found = facts(example.usual(), 4)
-    assert found["payload of a step, intra-node"] == "11.2 kB"  # 16 × 7 × 100
-    assert found["payload of a step, inter-node"] == "12.8 kB"
+    assert found["payload per step, intra-node"] == "11.2 kB"  # 16 × 7 × 100
+    assert found["payload per step, inter-node"] == "12.8 kB"
     assert found["tokens by ranks reached"] == "1: 25%, 2: 75%"
-    copies = "64 with one a rank, 32 with one a node: a copy a node saves 50%"
+    copies = "64 one per rank, 32 one per node: one per node saves 50%"
     assert found["copies between nodes"] == copies
     assert found["receives most"] == "rank 0: 3.39 kB, 1.04× the mean"  # two steps of 1,695
-    assert found["come last"] == "rank 0 at 100% of 2 dispatches and combines"
+    assert found["stragglers"] == "rank 0 at 100% of 2 dispatches and combines"
 
 
 def test_steps_that_differ_are_told_by_mean_and_ends():
@@ -141,25 +138,25 @@ def test_steps_that_differ_are_told_by_mean_and_ends():
         first, payload_bytes_of_step={"intra-node": (1000, 2000, 6000), "inter-node": (0, 0, 0)}
     )
     found = facts(replace(results, deployments=(changed, *results.deployments[1:])), 1)
-    assert found["payload of a step, intra-node"] == "3.00 kB in the mean, 1.00 kB to 6.00 kB"
-    assert found["payload of a step, inter-node"] == "0 B"
+    assert found["payload per step, intra-node"] == "3.00 kB on average, 1.00 kB to 6.00 kB"
+    assert found["payload per step, inter-node"] == "0 B"
 
 
 def test_one_rank_alone():
     alone = example.results([(Deployment("alone", Layout()), 0.1)], output_len=1)
-    assert "One rank: it sends nothing." in shown(alone, 80)
+    assert "One rank: no traffic." in shown(alone, 80)
     assert "Traffic of #1 alone, prefill" in shown(alone, 80)
 
 
 def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
     results = example.usual()
     page = " ".join(markdown.render(report_of(results)).split())
-    assert "Over all steps of all repetitions." in page
-    assert "expert-parallel ones; where an expert is cut over ranks, it goes to all" in page
-    assert "prefill and decode counted together, in the layer where that is most" in page
-    assert "its fullest expert over the mean, decode alone; load max/mean, above, counts" in page
+    assert "All steps of one repetition;" in page
+    assert "expert-parallel ranks; where an expert is sharded, all ranks with a shard" in page
+    assert "prefill and decode together, in the least balanced layer" in page
+    assert "most loaded expert over the mean, decode only; load max/mean, above, counts" in page
     *_, stages, values = sections(results)[0].parts
-    assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")
+    assert (stages.title, values.title) == ("Sent by stage, one repetition", "One repetition")
 
 
 def test_records_without_fan_out_say_nothing_of_it():

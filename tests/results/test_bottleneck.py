@@ -32,7 +32,7 @@ def test_the_rank_that_waits_least_is_the_straggler() -> None:
     found = find(Layout(dp=4), [3.0, 3.0, 0.0, 3.0])
     assert found.straggler == 2
     assert found.sentence == (
-        "experts, 50% of decode; straggler: rank 2, for which others wait 30% of the time"
+        "experts, 50% of decode; straggler: rank 2, others wait for it 30% of the time"
     )
 
 

@@ -54,9 +54,9 @@ def test_events_in_microseconds_from_the_first(steps):
     place = [(e["pid"], e["tid"], e["name"], e["ts"], e["dur"]) for e in events]
     assert place == [
         (0, COMPUTE, "attention", 0.0, 5e5),
-        (0, NETWORK, "hand-over", 5e5, 2.5e5),
+        (0, NETWORK, "PP send/recv", 5e5, 2.5e5),
         (1, COMPUTE, "attention", 5e5, 5e5),
-        (1, NETWORK, "hand-over", 1e6, 2.5e5),
+        (1, NETWORK, "PP send/recv", 1e6, 2.5e5),
         (1, COMPUTE, "attention", 2e6, 5e5),
     ]
     assert [e["args"] for e in events[:2]] == [

@@ -64,7 +64,7 @@ def test_a_dispatch_table_is_kept(tmp_path: Path) -> None:
 
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
-    assert data["schema_version"] == 7
+    assert data["schema_version"] == 8
     deployment = data["deployments"][0]
     assert deployment["layout"] == {"replicas": 1, "pp": 2, "dp": 1, "tp": 8, "ep": 1}
     assert deployment["source"] == "measured"
@@ -122,7 +122,7 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
 def test_another_schema_version(written: Path) -> None:
     change(written, schema_version=1)
     assert complaint(written) == (
-        "FILE has schema_version 1 of a comparison; this expertlane reads 7: repeat the command "
+        "FILE has schema_version 1 of a comparison; this expertlane reads 8: repeat the command "
         "that wrote it, 'expertlane compare'"
     )
 

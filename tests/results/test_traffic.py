@@ -251,7 +251,11 @@ def test_the_straggler_is_found_by_share():
 def test_an_unknown_key_is_named(tmp_path):
     path = write(example.usual(), tmp_path)
     data = json.loads(path.read_text())
-    data["deployments"][0]["steps"][1]["traffic"]["by_stage"]["collectives"]["intra-node"]["x"] = 1
+    data["deployments"][0]["steps"][1]["traffic"]["by_stage"]["TP collectives"]["intra-node"][
+        "x"
+    ] = 1
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"steps\.1\.traffic\.by_stage\.collectives.* unknown key"):
+    with pytest.raises(
+        UserError, match=r"steps\.1\.traffic\.by_stage\.TP collectives.* unknown key"
+    ):
         read(path)

@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
+    MODEL_HELP,
     Dtype,
     LaunchOptions,
     OutputOptions,
     cluster_option,
     dtype_option,
     parse_list,
+    skew_option,
     takes_groups,
     trace_option,
 )
@@ -46,17 +49,18 @@ class _Clock(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
+    panel: ClassVar = Panel.WORKLOAD
     model: str | None = typer.Option(
         None,
         metavar="MODEL",
-        help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
-        "a preset, whose weights are random.",
+        show_default="the experiment's",
+        help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
         None,
         metavar="K[,K…]",
-        help="Experts per token in place of the model's; with several, one comparison each, one "
-        "after the other.",
+        show_default="the model's",
+        help="Experts per token; with several, one comparison each, one after the other.",
     )
     only: str | None = typer.Option(
         None,
@@ -78,6 +82,7 @@ class _Options:
     traffic: bool = typer.Option(
         False,
         "--traffic",
+        rich_help_panel=Panel.MORE_OUTPUT,
         help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
@@ -87,11 +92,13 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Time:
+    panel: ClassVar = Panel.VIRTUAL_TIME
     clock: _Clock | None = typer.Option(
         None,
+        show_default="virtual for the ranks of one host; wall on several, whose links are real",
         help="virtual: also replay what was measured with one core per rank and a cluster's "
         "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
-        "only. Default: virtual for the ranks of one host; wall on several, whose links are real.",
+        "only.",
     )
     links: str = typer.Option(
         _DEFAULT_PROFILE,
@@ -102,10 +109,9 @@ class _Time:
     link_scale: float | None = typer.Option(
         None,
         metavar="N",
-        help="Transfers take N times as long as on the profile's links. Default: from the ratio "
-        "of compute speeds, the profile's device over a core here; printed in the report.",
+        show_default="the ratio of compute speeds, the profile's device over a core here",
+        help="Transfers take N times as long as on the profile's links.",
     )
-
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
@@ -142,21 +148,15 @@ class _Time:
 
 @dataclass(frozen=True, kw_only=True)
 class _Projection:
+    panel: ClassVar = Panel.PROJECTION
     project: bool = typer.Option(
         False,
         "--project",
         help="Also project the same deployments on a modelled cluster, in separate tables; "
         "only project where this machine is too small to run them.",
     )
-    cluster: str | None = cluster_option(
-        None, "The modelled cluster for --project", "Default: as many h100 as ranks."
-    )
-    skew: float | None = typer.Option(
-        None,
-        metavar="ALPHA",
-        help="For --project: besides uniform routing, also project skewed routing, expert "
-        f"popularity by Zipf's law with exponent ALPHA. Default: {DEFAULT_SKEW:g}.",
-    )
+    cluster: str | None = cluster_option(None, "as many h100 as ranks")
+    skew: float | None = skew_option()
 
     def __post_init__(self) -> None:
         if not self.project and (self.cluster is not None or self.skew is not None):
@@ -184,9 +184,10 @@ def compare(
     experiment: Annotated[
         str,
         typer.Argument(
+            metavar="EXPERIMENT",
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
-            "load balanced), paper (full size)."
+            "load balanced), paper (full size).",
         ),
     ] = _DEFAULT_EXPERIMENT,
     *,
@@ -243,8 +244,6 @@ def run(
 ) -> Generator[output.Found]:
     """Compare, without a word on standard output: one comparison after the other."""
     comparisons = _comparisons(experiment, own, call)
-    if own.trace and comparisons[0].folder is None:
-        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 

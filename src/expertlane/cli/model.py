@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from expertlane.cli.options import EngineOptions, ProjectionOptions
 from expertlane.cli.output import print_message, task_on_stderr
 from expertlane.engine.checkpoint_folder import resolve_model
+from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import Quantization, quantization_of, read_config
@@ -82,6 +83,9 @@ class FoundModel:
 
         A preset is in float16, as in the paper, or in what the devices have if they lack it: a
         profile of `expertlane calibrate` has one type.
+
+        Raises:
+            UserError: the devices do not compute in it.
         """
         from expertlane.cost.number_types import NumberTypes
 
@@ -91,7 +95,13 @@ class FoundModel:
             own = next(iter(known))
         if self.quantization is not None and self.quantization.is_float8:
             own = "float8"
-        return NumberTypes.asked(projection.dtype or own, projection.kv_dtype)
+        types = NumberTypes.asked(projection.dtype or own, projection.kv_dtype)
+        if types.weights not in known:
+            raise UserError(
+                f"{cluster.profile.device.name} does not compute in {types.weights}; valid for "
+                f"--dtype on {cluster}: {', '.join(known)}"
+            )
+        return types
 
     def priced_wider(self, types: "NumberTypes") -> str | None:
         """A sentence where a checkpoint's weights are narrower than any that can be priced."""

@@ -21,7 +21,13 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
-from expertlane.results.metrics import latency, num_tokens_per_expert, phase_record, speed_of_runs
+from expertlane.results.metrics import (
+    first_run,
+    latency,
+    num_tokens_per_expert,
+    phase_record,
+    speed_of_runs,
+)
 from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source, StepsRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
@@ -139,7 +145,7 @@ class Deployed:
         num_seqs = experiment.num_sequences_alike(self.deployment.layout)
         if num_seqs < experiment.workload.num_sequences:
             share = replace(experiment.workload, num_sequences=num_seqs)
-            progress.task(f"{self.name}, a rank's share", num_seqs * share.output_len)
+            progress.task(f"{self.name}, same sequences per rank", num_seqs * share.output_len)
             self._run(share, self._keep_share)
             progress.done()
 
@@ -306,7 +312,7 @@ class Deployed:
             self._tokens,
             source,
             roles=(self.role,),
-            num_tokens_per_expert=num_tokens_per_expert([*chain(*steps.values())]),
+            num_tokens_per_expert=num_tokens_per_expert(first_run([*chain(*steps.values())])),
             dispatch_table=self._dispatch,
         )
         if not share:

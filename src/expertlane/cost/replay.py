@@ -188,7 +188,12 @@ class Replay:
             if pending is not None:
                 self._wait(pending)
             in_flight = queue[-1][1] if queue else None  # of several, the last posted ends last
-            while (entry := cursor.next()) is not None:
+            while True:
+                if self._may_skip and len(cursors) == 1:  # it may have no transfer to wait for
+                    self._skip_layers(deque([(cursor, None)]))
+                entry = cursor.next()
+                if entry is None:
+                    break
                 if not isinstance(entry.step, Transfer):
                     self._compute(cursor, entry, in_flight)
                     continue
@@ -301,9 +306,10 @@ class Replay:
         """
         of_device, of_host = step_s[0], step_s[2]
         tolerance = _ROUNDING * np.abs(of_device).max()
-        if np.abs(step_s[[1, *range(3, len(step_s))]] - of_device).max() > tolerance:
-            return False
         ran = self.log.executed[self._period.first : self._period.last]
+        depend = any(each.entry.groups is not None for each in ran)  # ranks, on each other
+        if depend and np.abs(step_s[[1, *range(3, len(step_s))]] - of_device).max() > tolerance:
+            return False
         for groups in {each.entry.groups for each in ran if each.entry.groups is not None}:
             if (groups.largest(of_device) - of_device > tolerance).any():
                 return False

@@ -263,7 +263,7 @@ class Search:
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
-            f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} on a "
+            f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} per "
             f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
             f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) of "
             f"{size_text(nearest.capacity.free_bytes)}; take more devices, float8 or shorter "

@@ -95,9 +95,11 @@ def with_bounds(estimate: Estimate) -> str:
 
 
 def compact(amount: Amount) -> str:
-    """`112.7k` from ten thousand on, else `figures`."""
+    """`112.7k` from ten thousand on, `1.13M` from a million on, else `figures`."""
     value = likely(amount)
-    return figures(value) if abs(value) < _MANY else f"{value / 1e3:,.1f}k"
+    if abs(value) < _MANY:
+        return figures(value)
+    return f"{value / 1e3:.1f}k" if abs(value) < 100 * _MANY else f"{value / 1e6:.2f}M"
 
 
 def low_high_compact(estimate: Estimate) -> str:

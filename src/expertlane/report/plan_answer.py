@@ -1,9 +1,10 @@
 """What a plan answers on one screen: what to use, what ties with it, and how sure that is."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
-from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
 from expertlane.report.loads import Served, cost_of
 from expertlane.report.numbers import (
     COLUMNS,
@@ -14,6 +15,7 @@ from expertlane.report.numbers import (
     milliseconds,
     percent,
     shortened,
+    whole,
 )
 from expertlane.report.planning import (
     named,
@@ -44,25 +46,61 @@ _NO_POOLS: dict[NoPools, str] = {
 }
 _WON_BY: dict[TieBreak, str] = {
     "lowest TTFT": "the lowest TTFT wins",
-    "fewest kinds": "so does their TTFT: fewest kinds of parallelism win",
-    "most tokens": "so does their TTFT: most tokens/s win",
+    "fewest kinds": "their TTFT ties too, so the fewest kinds of parallelism win",
+    "most tokens": "their TTFT ties too, so most tokens/s wins",
 }
 _MOST = 0.5  # of the time
-_NAME_COLUMNS, _NAME_LINES = 26, 14  # of the table's layouts: their width, and lines of all
+_LINES = 40  # of the answer
+_GAP = 2  # columns between those of a table
+_FEW = 3  # rows: with fewer, what is said of gaps makes room
 _SHORTEST_NAME = 12
 
 
 def answer(results: Results) -> Answer:
     """At most 40 lines of 80 columns, whatever the names."""
-    rows = _shown(of_role(results, BEST))
-    parts: list[Words] = [_table(results, rows)]
-    parts += [" ".join(_gaps(results, rows))] if any(_gaps(results, rows)) else []
-    parts.append(_two_pools(results))
-    parts.append(" ".join((*how_sure(results), *cautions(results))))
-    if cost := cost_of(results, Served(rows[0], serving(rows[0]))):
-        parts.append(f"Cost of #1: {cost}.")
-    parts.append(_next(results))
-    return Answer(_setting(results), headline(results), tuple(parts))
+    setting, found = _setting(results), headline(results)
+    best = of_role(results, BEST)[0]
+    cost = cost_of(results, Served(best, serving(best)))
+    sure = " ".join((*how_sure(results), *cautions(results)))
+    around = [_two_pools(results), sure, *([f"Cost of #1: {cost}."] if cost else [])]
+    after = Figure("", _next(results))
+    num_taken = sum(map(_num_lines, (setting, found, *around))) + len(after.lines)
+    num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
+    table, gaps = _table(results), " ".join(_gaps(results))
+    num_of_gaps = _num_lines(gaps) + 1 if gaps else 0
+    fitting = _fitting(table, _LINES - num_taken - num_of_gaps)
+    if len(fitting.rows) < min(_FEW, len(table.rows)):
+        fitting, gaps = _fitting(table, _LINES - num_taken), ""
+    parts: list[Words] = [fitting, *([gaps] if gaps else []), *around, after]
+    return Answer(setting, found, tuple(parts))
+
+
+def _num_lines(said: str) -> int:
+    return len(textwrap.wrap(said, COLUMNS, break_on_hyphens=False))
+
+
+def _fitting(table: Table, num_lines: int) -> Table:
+    """The first rows, as many as there are lines for; one at least.
+
+    Layouts that are too wide get spaces to be broken at.
+    """
+    place = [each.heading for each in table.columns].index("layout")
+    texts = zip(*(row for row in table.rows), strict=True)
+    widths = [
+        max(len(column.heading), *map(len, cells)) + _GAP
+        for column, cells in zip(table.columns, texts, strict=True)
+    ]
+    room = COLUMNS - (sum(widths) - widths[place])
+    rows: list[tuple[str, ...]] = []
+    for row in table.rows:
+        name = row[place]
+        if max(map(len, name.split())) > room:
+            name = name.replace(",", ", ").replace("  ", " ")
+        num_lines -= len(textwrap.wrap(name, room, break_on_hyphens=False))
+        if rows and num_lines < 0:
+            break
+        rows.append((*row[:place], name, *row[place + 1 :]))
+    return replace(table, rows=tuple(rows))
 
 
 def verdict(results: Results) -> Section:
@@ -70,7 +108,7 @@ def verdict(results: Results) -> Section:
     found = results.plans[0]
     tried = (
         f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
-        f"too large, {found.num_over_limits:,} over the limits), {found.num_pool_candidates:,} "
+        f"do not fit, {found.num_over_limits:,} miss the limits), {found.num_pool_candidates:,} "
         "more disaggregated."
     )
     asked = (_setting(results), headline(results), _two_pools(results), tried)
@@ -104,7 +142,7 @@ def headline(results: Results) -> str:
         tps = serving(pools).output_tps
         return (
             f"Use disaggregated pools: {compact(tps)} tokens/s ({_plus_minus(tps)}), {faster} the "
-            f"best of one pool, {named(best)}."
+            f"best aggregated, {named(best)}."
         )
     if found.num_tied > 1 and found.tie_break is not None:
         is_shown = found.num_tied <= 1 + len(others)
@@ -113,7 +151,7 @@ def headline(results: Results) -> str:
         return f"{said}. {tied} tie for most tokens/s ({apart} apart): {_WON_BY[found.tie_break]}."
     if others:
         return f"{said}; #2 is {versus(others[0])}."
-    return f"{said}; no other deployment keeps the limits."
+    return f"{said}; no other deployment meets the limits."
 
 
 def _plus_minus(estimate: Estimate) -> str:
@@ -121,35 +159,29 @@ def _plus_minus(estimate: Estimate) -> str:
     return f"−{1 - low / value:.0%}/+{high / value - 1:.0%}"
 
 
-def _shown(ranked: Sequence[DeploymentRecord]) -> Sequence[DeploymentRecord]:
-    """The first of them, as many as there is room for; two at least."""
-    lines = 0
-    for place, each in enumerate(ranked):
-        lines += len(textwrap.wrap(named(each), _NAME_COLUMNS))
-        if lines > _NAME_LINES and place > 1:
-            return ranked[:place]
-    return ranked
-
-
-def _table(results: Results, rows: Sequence[DeploymentRecord]) -> Table:
-    ranked, wanted = of_role(results, BEST), results.question["workload"]["num_sequences"]
-    columns: list[Column[DeploymentRecord]] = [
-        text("#", lambda each: 1 + ranked.index(each)),
+def _table(results: Results) -> Table:
+    rows, wanted = of_role(results, BEST), results.question["workload"]["num_sequences"]
+    third: Column[DeploymentRecord] = number(
+        "/GPU", lambda each: serving(each).output_tps / each.num_ranks, compact
+    )
+    if any(serving(each).num_running != wanted for each in rows):
+        third = number("seqs", lambda each: serving(each).num_running, whole)
+    columns: tuple[Column[DeploymentRecord], ...] = (
+        text("#", lambda each: 1 + rows.index(each)),
         text("layout", named),
         number("tok/s", lambda each: serving(each).output_tps, compact),
         number("range", lambda each: serving(each).output_tps, low_high_compact),
-        number("/GPU", lambda each: serving(each).output_tps / each.num_ranks, compact),
+        third,
         number("TPOT ms", tpot, milliseconds),
         number("TTFT ms", ttft, milliseconds),
         number("vs #1", tie_or_gap),
-    ]
-    if any(serving(each).num_running != wanted for each in rows):
-        columns.insert(2, number("seqs", lambda each: f"{serving(each).num_running or 0:,}"))
+    )
     return Table.of("", columns, rows)
 
 
-def _gaps(results: Results, rows: Sequence[DeploymentRecord]) -> Iterator[str]:
+def _gaps(results: Results) -> Iterator[str]:
     """Of the first that does not tie, and of the best with, or without, expert parallelism."""
+    rows = of_role(results, BEST)
     slower = next((each for each in rows if each.why), None)
     if slower is not None:
         yield f"Gap of #{1 + rows.index(slower)} to #1: {slower.why}."
@@ -170,8 +202,8 @@ def _two_pools(results: Results) -> str:
     (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
     first = ttft(together)
     return (
-        f"Disaggregated, {named(prefill)} on {prefill.num_ranks} for prefill, {named(decode)} on "
-        f"{decode.num_ranks} for decode: {versus(together)}, TPOT "
+        f"Disaggregated, {named(prefill)} on {prefill.num_ranks} GPUs for prefill, {named(decode)} "
+        f"on {decode.num_ranks} for decode: {versus(together)}, TPOT "
         f"{milliseconds(tpot(together))} ms, "
         f"TTFT {'unbounded' if first is None else f'{milliseconds(first)} ms'}, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
@@ -200,15 +232,15 @@ def how_sure(results: Results) -> Iterator[str]:
         )
 
 
-def _next(results: Results) -> str:
-    """How to go on; only what fits on a line each."""
+def _next(results: Results) -> tuple[str, ...]:
+    """How to go on; lines."""
     found = results.plans[0]
     lines = []
     if found.experiment is not None:
         line = f"Next, on such a cluster: expertlane compare {found.experiment}"
-        short = "Next, on such a cluster: expertlane compare with the experiment.toml written"
+        short = "Next, on such a cluster: expertlane compare, on the experiment.toml written"
         lines.append(line if len(line) <= COLUMNS else short)
     fitting = [each.command for each in found.commands if each.command is not None]
     if fitting and len(fitting[0]) <= COLUMNS:
         lines.append(fitting[0])
-    return "\n".join(lines or [""])
+    return tuple(lines)

@@ -64,7 +64,7 @@ def _plan_front(results: Results) -> Chart:
         f"{figures(chosen.user_tps)} per user",
         dots,
         max_tpot_s=limit_s,
-        note="No deployment of one pool is above and right of the front. It and the others, the "
+        note="No aggregated deployment is above and right of the front. It and the others, the "
         "best of their kinds, are screened, the best projected in full; lines: low to high.",
     )
 

@@ -265,10 +265,12 @@ def by_conditions(results: Results, usual: Comparison) -> Section:
         _conditions("Prefill TPS", of_all, _prefill, figures),
         _conditions("Prefill TPS in thousands, bounds", of_all, _prefill, low_high_thousands),
         *_graph_against_eager(of_all),
-        f"Skewed: expert popularity follows Zipf's law, exponent "
-        f"{results.question.get('skew', 0):g}. Layouts with ep=1 shard every expert over all ranks "
-        "of a stage, so skew causes no straggler.",
     ]
+    if skew := results.question.get("skew"):
+        parts.append(
+            f"Skewed: expert popularity follows Zipf's law, exponent {skew:g}. Layouts with ep=1 "
+            "shard every expert over all ranks of a stage, so skew causes no straggler."
+        )
     return Section("Projected: routing and execution", tuple(parts))
 
 

@@ -219,7 +219,7 @@ class PlanSummary(Strict):
     experiment: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results(Strict):
     """All of one file.
 
@@ -305,6 +305,22 @@ class Results(Strict):
             deployments=tuple(deployments),
             **parts,
         )
+
+    def __repr__(self) -> str:
+        """A line: of what, how much and when; the rest is megabytes."""
+        cluster = "" if self.cluster is None else self.cluster.name
+        of = ", ".join(filter(None, [self.model_name, cluster]))
+        num = len(self.deployments)
+        return (
+            f"<Results of a {self.kind}: {of}; {num} record{'' if num == 1 else 's'}, "
+            f"{self.created}>"
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model that was asked about; empty where the question has none."""
+        model = self.question.get("model", self.question.get("experiment", {}).get("model"))
+        return str(model.get("name", "") if isinstance(model, dict) else model or "")
 
     def beside(self, projected: "Results") -> "Results":
         """What was measured, with a projection of the same experiment."""

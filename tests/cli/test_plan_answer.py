@@ -1,0 +1,49 @@
+"""What plan prints where nothing else is asked for."""
+
+import json
+
+import pytest
+
+from cli.small_checkpoint import checkpoint
+
+ASKED = ("--cluster", "h100x2", "--batch", "8", "--prompt-len", "16", "--output-len", "16")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_answer_fits_the_screen(run, tmp_path, monkeypatch, columns):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    checkpoint(tmp_path / ("a-checkpoint-with-a-name-that-does-not-end" * 3))
+    model = "./" + "a-checkpoint-with-a-name-that-does-not-end" * 3
+    code, out, err = run("plan", model, *ASKED, "--slo", "tpot.mean=50ms", "--out", "there")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= columns
+    assert lines[1].startswith("Use ") or lines[2].startswith("Use ")
+    results = json.loads((tmp_path / "there" / "results.json").read_text())
+    best = results["deployments"][0]
+    assert best["over_best"] is None
+    assert best["why"] == ""
+    num_tied = results["plans"][0]["num_tied"]
+    assert (results["plans"][0]["tie_break"] is None) == (num_tied == 1)
+
+
+def test_the_one_line_is_the_headline(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("plan", "paper-tiny", *ASKED, "--quiet")
+    assert code == 0, err
+    assert out.startswith("Use ")
+    assert len(out.splitlines()) == 1
+
+
+def test_a_type_that_the_devices_lack_is_one_line_before_anything_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(
+        "plan", "paper-tiny", "--cluster", "a100x4", *ASKED[2:], "--dtype", "float8"
+    )
+    assert (code, out) == (2, "")
+    assert err == (
+        "expertlane: error: NVIDIA A100 SXM 80 GB does not compute in float8; valid for --dtype on "
+        "a100x4: float32, float16, bfloat16\n"
+    )

@@ -1,0 +1,161 @@
+"""Which plans tie, on numbers made by hand, and on a plan."""
+
+from dataclasses import dataclass
+from math import exp, hypot, inf, log
+
+import pytest
+
+from expertlane.plan.candidates import Candidate
+from expertlane.plan.ties import Contender, Uncertain, contender, num_kinds, pools_tps, ranked
+from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from plan.requests import WORKLOAD, search_of
+
+DRIVER, GEMM, LINK = ("driver", ()), ("gemm", (7,)), ("link", (20,))
+
+
+def seconds(**parts: tuple[float, float, float]) -> Uncertain:
+    """A sum of parts, each low, likely and high; the error of each is its own law's."""
+    names = {"driver": DRIVER, "gemm": GEMM, "link": LINK}
+    value = sum(likely for _, likely, _ in parts.values())
+    return Uncertain(
+        value,
+        {
+            names[name]: (value - likely + low, value - likely + high)
+            for name, (low, likely, high) in parts.items()
+        },
+    )
+
+
+def test_what_is_the_same_ties_and_has_no_error():
+    a, b = (seconds(driver=(1, 2, 9), gemm=(3, 5, 8)) for _ in range(2))
+    assert a.over(b).bounds == (1.0, 1.0, 1.0)
+    assert a.ties(b)
+
+
+def test_shared_errors_cancel_where_absolute_bounds_overlap():
+    gemm, driver = (3.0, 5.0, 8.0), (1.0, 2.0, 9.0)
+    a = seconds(driver=driver, gemm=gemm, link=(0.95, 1.0, 1.05))
+    b = seconds(driver=driver, gemm=gemm, link=(1.9, 2.0, 2.1))
+    assert 1 + 3 + 1.9 < 9 + 8 + 1.05  # b with all laws low, a with all of them high
+    assert not a.ties(b)
+    low, value, high = b.over(a).bounds
+    assert value == pytest.approx(9 / 8)
+    assert 1 < low < value < high
+
+
+def test_a_large_error_of_what_differs_is_a_tie():
+    a = seconds(gemm=(4, 5, 6), link=(0.5, 1.0, 3.0))
+    b = seconds(gemm=(4, 5, 6), link=(1.0, 2.0, 6.0))
+    assert not a.ties(b)  # twice the bytes are twice the time, whatever the link
+    c = Uncertain(7.0, {GEMM: (6.0, 8.0), ("other link", ()): (6.0, 11.0)})
+    assert a.ties(c)
+
+
+def test_different_errors_are_independent():
+    a = Uncertain(10.0, {GEMM: (8.0, 12.0), LINK: (9.0, 13.0)})
+    b = Uncertain(10.0, {DRIVER: (9.5, 10.0)})
+    low, _, high = a.over(b).bounds
+    assert log(low) == pytest.approx(-hypot(log(10 / 8), log(10 / 9)))
+    assert high == pytest.approx(exp(hypot(log(1.2), log(1.3), log(10 / 9.5))))
+
+
+def test_what_has_no_end_ties_with_its_like_alone():
+    a, b = (Uncertain(inf, {}) for _ in range(2))
+    assert a.ties(b)
+    assert not a.ties(Uncertain(1.0, {}))
+    assert not Uncertain(1.0, {}).ties(a)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a ranking reads of a finalist."""
+
+    candidate: Candidate
+
+
+def plan(layout: str, tps: float, ttft_s: float, error: float = 0.0) -> Contender:
+    """`error`: of both, as a share, a law's of its own."""
+    named = Named(Candidate(Layout.parse(layout), Options()))
+    own = (layout, ())
+
+    def of(value: float) -> Uncertain:
+        return Uncertain(value, {own: (value * (1 - error), value * (1 + error))})
+
+    return Contender(named, of(tps), of(ttft_s))  # type: ignore[arg-type]
+
+
+def layouts(ranking):
+    return [str(each.finalist.candidate.layout) for each in ranking.contenders]
+
+
+def test_the_lowest_ttft_wins_a_tie():
+    found = ranked(
+        [
+            plan("tp=8", 90, 0.05, 0.01),
+            plan("dp=8,ep=8", 100, 0.3, 0.05),
+            plan("dp=2,tp=4,ep=8", 98, 0.2, 0.05),
+            plan("dp=4,tp=2,ep=8", 97, 0.1, 0.05),
+        ]
+    )
+    assert layouts(found) == ["dp=4,tp=2,ep=8", "dp=2,tp=4,ep=8", "dp=8,ep=8", "tp=8"]
+    assert (found.num_tied, found.by) == (3, "lowest TTFT")
+    assert found.spread == pytest.approx(0.03)
+    assert found.chosen is found.contenders[0]
+
+
+def test_a_plan_that_is_alone_is_the_fastest():
+    found = ranked([plan("tp=8", 90, 0.1), plan("dp=8", 100, 0.3)])
+    assert layouts(found) == ["dp=8", "tp=8"]
+    assert (found.num_tied, found.by, found.spread) == (1, None, 0.0)
+
+
+def test_ttfts_that_tie_leave_it_to_fewer_kinds_of_parallelism_then_to_tokens():
+    mixed, plain = plan("dp=2,tp=4,ep=8", 100, 0.100, 0.05), plan("tp=8,ep=8", 99, 0.101, 0.05)
+    found = ranked([mixed, plain])
+    assert layouts(found) == ["tp=8,ep=8", "dp=2,tp=4,ep=8"]
+    assert found.by == "fewest kinds"
+    assert found.spread == pytest.approx(0.01)
+    found = ranked([plan("dp=8,ep=8", 100, 0.101, 0.05), plan("tp=8,ep=8", 99, 0.100, 0.05)])
+    assert layouts(found)[0] == "dp=8,ep=8"
+    assert found.by == "most tokens"
+
+
+def test_kinds_of_parallelism():
+    assert num_kinds(Layout.parse("tp=1")) == 0
+    assert num_kinds(Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")) == 5
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search_of().one_pool()
+
+
+def test_contenders_have_the_throughput_and_ttft_of_the_plan(found):
+    for each in found.finalists:
+        made = contender(each, WORKLOAD)
+        assert made.tps.value == pytest.approx(each.tps)
+        assert made.ttft_s.value == pytest.approx(float(each.served.ttft_s[1, 0]))
+        low, _, high = each.served.tps[:, 0]
+        for slow, fast in made.tps.by_error.values():
+            assert low * 0.999 <= fast <= made.tps.value * 1.001
+            assert made.tps.value * 0.999 <= slow <= high * 1.001
+
+
+def test_ratios_are_narrower_than_bounds(found):
+    first, *others = (contender(each, WORKLOAD) for each in found.finalists)
+    low, value, _ = first.finalist.served.tps[:, 0]
+    alone = 1 - low / value
+    for each in others:
+        low, value, _ = each.tps.over(first.tps).bounds
+        assert 1 - low / value < alone / 2
+
+
+def test_two_pools_are_held_against_one(found):
+    pools = TwoPoolSearch(search_of()._request).run()
+    assert isinstance(pools, TwoPools)
+    tps = pools_tps(pools.prefill, pools.decode, pools.transfer_s, WORKLOAD)
+    assert tps.value == pytest.approx(float(pools.served.tps[1, 0]))
+    low, value, high = tps.over(contender(found.finalists[0], WORKLOAD).tps).bounds
+    assert low < value < high
