@@ -137,7 +137,7 @@ def _stacked(
             values.append(part | place | said | {"share": percent(ms / 1e3 / whole_s)})
             begin_ms += ms
     most = max(value["end"] for value in values)
-    ends = {"x": along("begin", "ms", most), "x2": {"field": "end"}}
+    ends = {"x": along("begin", None, most), "x2": {"field": "end"}}
     parts: Spec = {
         "transform": [{"filter": "datum.ms > 0"}],
         "mark": bar(stroke="--card", strokeWidth=1),
