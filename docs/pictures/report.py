@@ -15,17 +15,13 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 HERE = Path(__file__).parent
 WIDTH = 1000
-DRAWN = (
-    "() => [...document.querySelectorAll('.plot')]"
-    ".every(plot => !plot.checkVisibility() || plot.dataset.drawn)"
-)
 STYLE = """
 .timeline:not([open]), .zoom, details.numbers, .timeline .note { display: none }
-.group, .chart { padding: 14px; background: var(--card) }
+.inside > *, .first { padding: 14px; background: var(--card) }
 """
 # By the picture's name, the words that a section's heading begins with, and its part.
 PARTS = {
-    "report-causes": ("Where the time goes", ".group"),
+    "report-causes": ("Where the time goes", ".chart >> nth=0"),
     "report-timelines": ("One step, rank by rank", ".timelines >> nth=0"),
     "report-latency": ("Context and batch", ".chart >> nth=0"),
     "report-front": ("Throughput against latency", ".chart >> nth=0"),
@@ -34,7 +30,8 @@ PARTS = {
 
 def part(page: Page, heading: str, selector: str) -> Locator:
     """Of the section whose heading has these words."""
-    section = page.locator("section", has=page.locator("h2", has_text=heading)).first
+    section = page.locator("details.part", has=page.locator("h2", has_text=heading)).first
+    section.evaluate("each => { each.open = true; }")
     return section.locator(selector).first
 
 
@@ -48,7 +45,6 @@ def main() -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": 1000}, device_scale_factor=1.5)
         page.goto(report.absolute().as_uri())
         page.add_style_tag(content=STYLE)
-        page.wait_for_function(DRAWN)
         for name, (heading, selector) in PARTS.items():
             path = HERE / f"{name}.png"
             part(page, heading, selector).screenshot(path=path)
