@@ -85,7 +85,9 @@ def tie_or_gap(record: DeploymentRecord) -> str | None:
     if over is None:
         return None
     low, value, high = over.bounds
-    return "tie" if low <= 1 <= high else f"{100 * (value - 1):+.0f}%".replace("-", "−")
+    if low <= 1 <= high:
+        return "tie"
+    return f"{'−' if value < 1 else '+'}{percent(abs(1 - value))}"
 
 
 _HOW: Column[DeploymentRecord] = text(
