@@ -238,7 +238,7 @@ class Search:
             other, _ = self._projected(option, replace(setting, routing=routing))
             for step in (decode, prefill):
                 likely_s = step.round_s.value
-                other_s = other.step(sizes[step.phase]).round_s.value
+                other_s = other.likely_s(sizes[step.phase])
                 by_error[step.phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
         steps = replace(
             option.steps,
