@@ -85,7 +85,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     def write(results: Any, folder: Path) -> Path:
         return write_text(folder / "results.json", as_json(results))
 
-    def show(report: str, console: Any, page: Path | None = None) -> None:
+    def show(report: str, console: Any, more: str = "") -> None:
         console.print(f"{report}!")
 
     def install(package: ModuleType, name: str, **functions: Callable[..., Any]) -> None:

@@ -47,15 +47,15 @@ def test_an_encrypted_trace(run):
     damaged[damaged.index(b"PK\x01\x02") + 8] ^= 1
     Path("trace.npz").write_bytes(damaged)
     line = "trace.npz is not a routing trace, or is damaged"
-    assert run("balance", "trace.npz", "--ranks", "2") == (2, "", f"expertlane: error: {line}\n")
+    assert run("balance", "trace.npz", "--ep", "2") == (2, "", f"expertlane: error: {line}\n")
 
 
-@pytest.mark.parametrize("output", [[], ["--json"], ["--output", "new.json"]])
+@pytest.mark.parametrize("output", [[], ["--json"], ["--out", "new"]])
 def test_a_trace_with_an_unprintable_name(run, output):
     with np.load("trace.npz") as arrays:
         np.savez("trace.npz", **{**arrays, "model": np.array("\ud800")})
     line = r"trace.npz: model is '\ud800'; it must be a name, one line of text"
-    code, out, err = run("balance", "trace.npz", "--ranks", "2", *output)
+    code, out, err = run("balance", "trace.npz", "--ep", "2", *output)
     assert (code, out, err) == (2, "", f"expertlane: error: {line}\n")
 
 
@@ -75,7 +75,7 @@ def test_a_trace_with_an_unprintable_name(run, output):
 @pytest.mark.parametrize(
     "command",
     [
-        ("balance", "trace.npz", "--ranks", "2", "--placement"),
+        ("balance", "trace.npz", "--ep", "2", "--placement"),
         ("generate", "paper-tiny", "--token-ids", "1", "--layout", "dp=2,ep=2", "--placement"),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_placement_with_a_number_of_too_many_digits(run):
     text = Path("placement.json").read_text()
     Path("placement.json").write_text(text.replace('"ep": 2', f'"ep": {"2" * 5000}'))
     line = "placement.json: a number has 5,000 digits; valid: at most 40"
-    arguments = ("balance", "trace.npz", "--ranks", "2", "--placement", "placement.json")
+    arguments = ("balance", "trace.npz", "--ep", "2", "--placement", "placement.json")
     assert run(*arguments) == (2, "", f"expertlane: error: {line}\n")
 
 

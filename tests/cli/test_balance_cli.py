@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.screen import fits_a_screen
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, read_placement, write_placement
 from expertlane.balance.trace import RoutingTrace, write_trace
@@ -39,17 +40,16 @@ def placement_of(num_experts, layers, ep=4):
 
 
 def test_a_table_and_a_placement(run):
-    code, out, err = run(
-        *("balance", "trace.npz", "--ranks", "4", "--ranks-per-node", "2"),
-        *("--num-redundant-experts", "4", "--output", "new/placement.json"),
-    )
+    asked = ("balance", "trace.npz", "--ep", "4", "--ranks-per-node", "2")
+    asked += ("--num-redundant-experts", "4", "--out", "new")
+    code, out, err = run(*asked)
     assert (code, err) == (0, "written: new/placement.json\n")
-    assert max(map(len, out.splitlines())) <= 80
-    assert out.splitlines()[:3] == [
-        "expertlane balance: a/model",
-        "300 tokens, 2 of 8 experts each",
-        "4 ranks on 2 nodes, 12 physical experts per layer",
-    ]
+    setting, more, headline, *_ = out.splitlines()
+    assert setting == "a/model | 300 tokens, 2 of 8 experts each | EP 4 on 2 nodes, 12 physical"
+    assert more == "experts per layer"
+    assert headline.startswith("Max/mean load of ranks ")
+    assert fits_a_screen(out)
+    assert run(*asked, "--quiet")[1] == headline + "\n"
     rows = [line.split() for line in out.splitlines() if line[:3].strip() in ("1", "2", "all")]
     assert [row[0] for row in rows] == ["1", "2", "all"]
     for _, before, after, _, crossings, to_move in rows:
@@ -65,12 +65,12 @@ def test_json_agrees_with_the_placement_it_wrote(run):
     code, out, _ = run(
         "balance",
         "trace.npz",
-        "--ranks",
+        "--ep",
         "4",
         "--num-redundant-experts",
         "4",
-        "--output",
-        "p.json",
+        "--out",
+        ".",
         "--json",
     )
     assert code == 0
@@ -82,7 +82,7 @@ def test_json_agrees_with_the_placement_it_wrote(run):
     assert [each["layer"] for each in found["layers"]] == [1, 2]
     load = trace_of().load()
     for each, of_layer, placement in zip(
-        found["layers"], load, read_placement(Path("p.json")).layers.values(), strict=True
+        found["layers"], load, read_placement(Path("placement.json")).layers.values(), strict=True
     ):
         loads = placement.rank_loads(of_layer, 4)
         assert each["after"]["max_over_mean"] == pytest.approx(loads.max() / loads.mean())
@@ -92,11 +92,11 @@ def test_json_agrees_with_the_placement_it_wrote(run):
 
 
 def test_a_placement_is_judged(run):
-    arguments = ("balance", "trace.npz", "--ranks", "4", "--json")
+    arguments = ("balance", "trace.npz", "--ep", "4", "--json")
     _, judged, _ = run(*arguments, "--placement", "placement.json")
-    _, made, _ = run(*arguments, "--method", "round_robin", "--num-redundant-experts", "4")
+    _, made, _ = run(*arguments, "--placement", "round_robin", "--num-redundant-experts", "4")
     assert json.loads(judged) == json.loads(made)
-    _, linear, _ = run(*arguments, "--method", "linear")
+    _, linear, _ = run(*arguments, "--placement", "linear")
     found = json.loads(linear)["total"]
     assert (found["before"], found["num_moves"]) == (found["after"], 0)
 
@@ -107,7 +107,7 @@ def test_coactivation_can_be_left_out(run):
     ids = np.stack([first, first + 1], axis=1).astype(np.int16)[None]
     trace = RoutingTrace("m", 16, (0,), ids, np.zeros(384, dtype=np.int64))
     write_trace(trace, Path("pairs.npz"))
-    arguments = ("balance", "pairs.npz", "--ranks", "4", "--ranks-per-node", "1", "--json")
+    arguments = ("balance", "pairs.npz", "--ep", "4", "--ranks-per-node", "1", "--json")
     with_it, without = (
         json.loads(run(*arguments, *more)[1])["total"]["after"]["cross_node_copies"]
         for more in ((), ("--no-coactivation",))
@@ -116,10 +116,9 @@ def test_coactivation_can_be_left_out(run):
 
 
 def test_one_node_has_no_plural(run):
-    assert (
-        "\n4 ranks on 1 node, 8 physical experts per layer\n"
-        in run("balance", "trace.npz", "--ranks", "4")[1]
-    )
+    out = run("balance", "trace.npz", "--ep", "4")[1]
+    assert "EP 4 on 1 node, 8 physical" in out
+    assert "cross" not in out.lower()
 
 
 def test_more_crossings_are_told_with_what_they_bought(run):
@@ -127,104 +126,113 @@ def test_more_crossings_are_told_with_what_they_bought(run):
     ids = np.array([[0, 2]] * 90 + [[1, 3]] * 30 + [[4, 6]] * 10 + [[5, 7]] * 6, dtype=np.int16)
     trace = RoutingTrace("m", 8, (0,), ids[None], np.zeros(len(ids), dtype=np.int64))
     write_trace(trace, Path("pairs.npz"))
-    arguments = ("balance", "pairs.npz", "--ranks", "4", "--ranks-per-node", "2")
-    lines = run(*arguments, "--method", "round_robin")[1].splitlines()
+    arguments = ("balance", "pairs.npz", "--ep", "4", "--ranks-per-node", "2")
+    lines = run(*arguments, "--placement", "round_robin")[1].splitlines()
     before, after = next(line.split()[3:5] for line in lines if line.startswith("all "))
     assert float(before) < float(after)
-    assert lines[-1] == (f"Cross-node copies rose from {before} to {after}: the price of balance.")
-    assert "rose" not in run(*arguments, "--method", "linear")[1]
+    assert "Cross-node copies rose: the price of balance." in " ".join(lines)
+    assert "optimistic" not in " ".join(lines)  # it was not made from the trace
+    assert "rose" not in run(*arguments, "--placement", "linear")[1]
 
 
 def test_more_crossings_for_nothing(run):
     ids = np.array([[0, 2], [1, 3], [4, 6], [5, 7]] * 8, dtype=np.int16)
     trace = RoutingTrace("m", 8, (0,), ids[None], np.zeros(len(ids), dtype=np.int64))
     write_trace(trace, Path("even.npz"))
-    arguments = ("--ranks", "4", "--ranks-per-node", "2", "--method", "round_robin")
-    assert (
-        run("balance", "even.npz", *arguments)[1]
-        .splitlines()[-1]
-        .endswith(", and load is no more even.")
-    )
+    arguments = ("--ep", "4", "--ranks-per-node", "2", "--placement", "round_robin")
+    words = " ".join(run("balance", "even.npz", *arguments)[1].split())
+    assert "Cross-node copies rose, and load is not better balanced." in words
 
 
 def test_many_layers_are_summed_up(run):
     write_trace(trace_of(num_layers=30), Path("deep.npz"))
-    _, out, _ = run("balance", "deep.npz", "--ranks", "4")
+    _, out, _ = run("balance", "deep.npz", "--ep", "4")
+    assert fits_a_screen(out)
     rows = [line.split()[0] for line in out.splitlines()[4:] if line[:2].strip().isdigit()]
-    assert len(rows) == 20
+    assert len(rows) == 12
     assert [int(row) for row in rows] == sorted(map(int, rows))
-    assert "The 20 least balanced of 30 layers; all: all layers." in out
+    assert "The 12 least balanced of 30 layers, and all:" in out
+    assert out.endswith("\nMore: --full\n")
+    full = run("balance", "deep.npz", "--ep", "4", "--full")[1]
+    assert sum(line[:3].strip().isdigit() for line in full.splitlines()) == 30
 
 
 def test_no_tokens(run):
     write_trace(trace_of(num_tokens=0), Path("empty.npz"))
-    code, out, _ = run("balance", "empty.npz", "--ranks", "4", "--ranks-per-node", "1", "--json")
+    code, out, _ = run("balance", "empty.npz", "--ep", "4", "--ranks-per-node", "1", "--json")
     assert code == 0
     assert json.loads(out)["total"]["after"] == {"max_over_mean": 0.0, "cross_node_copies": 0}
-    assert run("balance", "empty.npz", "--ranks", "4")[0] == 0
+    assert run("balance", "empty.npz", "--ep", "4")[0] == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["none.npz", "--ranks", "4"], "cannot read none.npz: No such file or directory"),
-        (["text.npz", "--ranks", "4"], "text.npz is not a routing trace, or is damaged"),
-        (["trace.npz", "--ranks", "0"], "--ranks is 0; it must be a whole number, 1 to 1,024"),
+        (["none.npz", "--ep", "4"], "cannot read none.npz: No such file or directory"),
+        (["text.npz", "--ep", "4"], "text.npz is not a routing trace, or is damaged"),
+        (["trace.npz", "--ep", "0"], "--ep is 0; it must be a whole number, 1 to 1,024"),
         (
-            ["trace.npz", "--ranks", "99999"],
-            "--ranks is 99999; it must be a whole number, 1 to 1,024",
+            ["trace.npz", "--ep", "99999"],
+            "--ep is 99999; it must be a whole number, 1 to 1,024",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--ranks-per-node", "3"],
-            "--ranks-per-node is 3; it must divide --ranks, which is 4",
+            ["trace.npz", "--ep", "4", "--ranks-per-node", "3"],
+            "--ranks-per-node is 3; it must divide --ep, which is 4",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--num-redundant-experts", "-1"],
+            ["trace.npz", "--ep", "4", "--num-redundant-experts", "-1"],
             "--num-redundant-experts is -1; it must be a whole number, 0 to 4,096",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--num-redundant-experts", "5000"],
+            ["trace.npz", "--ep", "4", "--num-redundant-experts", "5000"],
             "--num-redundant-experts is 5000; it must be a whole number, 0 to 4,096",
         ),
         (
-            ["trace.npz", "--ranks", "2", "--num-redundant-experts", "9"],
-            "--num-redundant-experts 9, --ranks 2: 17 physical experts on 2 ranks: a rank holds "
+            ["trace.npz", "--ep", "2", "--num-redundant-experts", "9"],
+            "--num-redundant-experts 9, --ep 2: 17 physical experts on 2 ranks: a rank holds "
             "each of the 8 experts at most once, so at most 8 can be redundant",
         ),
         (
-            ["trace.npz", "--ranks", "8", "--placement", "placement.json"],
+            ["trace.npz", "--ep", "8", "--placement", "placement.json"],
             "placement.json is a placement on 4 ep ranks; here there are 8",
         ),
         (
-            ["other.npz", "--ranks", "4", "--placement", "placement.json"],
+            ["other.npz", "--ep", "4", "--placement", "placement.json"],
             "placement.json is a placement of a/model, which has 8 experts a layer; here there "
             "are 16",
         ),
         (
-            ["deep.npz", "--ranks", "4", "--placement", "placement.json"],
+            ["deep.npz", "--ep", "4", "--placement", "placement.json"],
             "placement.json is a placement of 2 MoE layers of a/model; here there are 3 (it lacks "
             "layer 3)",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--placement", "text.json"],
+            ["trace.npz", "--ep", "4", "--placement", "text.json"],
             "text.json is not JSON: Expecting value at line 1, column 1",
         ),
         (
             [
                 "trace.npz",
-                "--ranks",
+                "--ep",
                 "4",
                 "--placement",
                 "placement.json",
                 "--num-redundant-experts",
                 "4",
             ],
-            "--placement judges a placement as it is; valid without --method, "
-            "--num-redundant-experts, --no-coactivation and --output",
+            "--num-redundant-experts is 4, but placement.json says which copies there are",
         ),
         (
-            ["trace.npz", "--ranks", "4", "--output", "text.json/placement.json"],
-            "cannot write text.json/placement.json: File exists",
+            ["trace.npz", "--ep", "4", "--placement", "linear", "--no-coactivation"],
+            "--no-coactivation is for a new placement; leave --placement out",
+        ),
+        (
+            ["trace.npz", "--ep", "4", "--placement", "placement.json", "--out", "new"],
+            "--out is for a new placement; placement.json is only evaluated",
+        ),
+        (
+            ["trace.npz", "--ep", "4", "--out", "text.json"],
+            "results cannot go to text.json: text.json is not a folder",
         ),
     ],
 )

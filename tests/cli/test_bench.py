@@ -161,7 +161,7 @@ def test_recorded_requests_share_what_their_hashes_say(run, stub, tmp_path):
     assert (point["num_prompt_tokens"], point["num_output_tokens"]) == (88, 5)
     assert point["num_cached_tokens"] == 32  # the full blocks of 16 before the last token
     code, out, _ = run(*asked)
-    assert "the cache had 36% of the prompts' tokens" in out
+    assert "36% of prompt tokens hit the prefix cache" in out
     code, out, _ = run(*asked[:4], "--json")
     (point,) = json.loads(out)["deployments"][0]["serving"]
     assert (point["batch"], point["rate"]) == (None, None)
@@ -307,8 +307,7 @@ def test_one_layout_a_run_on_several_nodes(run, stub, monkeypatch):
     code, _, err = run("bench", "paper-tiny", "--layout", "tp=1", "--layout", "tp=2")
     assert (code, stub) == (2, [])
     assert err == (
-        "expertlane: error: on several nodes, give one --layout a run; "
-        "their ranks end with the run\n"
+        "expertlane: error: on several nodes, give one --layout per run; ranks end with the run\n"
     )
 
 
@@ -334,7 +333,7 @@ def test_notes():
     results = replace(RESULTS, machine=machine, deployments=(record,), foreign_cpu_share=0.5)
     text = " ".join(shown(results, 100).split())
     assert "512 ranks share 1 core: wall times compare work and waiting on this machine" in text
-    assert "1 preemption: the cache was too small for all that ran." in text
+    assert "1 preemption: the KV cache was too small for the load." in text
     assert "Other processes used 50% of the cores during the run" in text
     assert "TPOT — — — —" in text
     assert json.loads(to_json(results))["deployments"][0]["serving"][0]["itl_s"] is None

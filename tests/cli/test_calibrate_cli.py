@@ -10,18 +10,18 @@ MISTAKES = [
         ["my/laptop"],
         "NAME is 'my/laptop'; it must be up to 64 letters, digits, dots, dashes and underscores",
     ),
-    (["--out", "profile.json"], "--out is profile.json; a profile's file must end in .toml"),
     (["--timeout-s", "0"], "--timeout-s is 0.0; it must be a number above 0, at most 1,000,000"),
-    (
-        ["--out", "folder.toml"],
-        "--out is folder.toml, which is a folder; give a file: machine.toml",
-    ),
+    (["folder"], "cannot write folder.toml: it is a folder"),
+    (["--out", "file"], "results cannot go to file: file is not a folder"),
+    (["--full", "--json"], "--full and --json exclude each other; give one"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "line"), MISTAKES)
-def test_mistakes_get_one_line(run, arguments, line):
-    Path("folder.toml").mkdir(exist_ok=True)
+def test_mistakes_get_one_line(run, arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.toml").mkdir()
+    Path("file").touch()
     assert run("calibrate", *arguments) == (2, "", f"expertlane: error: {line}\n")
 
 

@@ -177,7 +177,7 @@ def test_unused_tensors_are_refused_before_ranks_start(comparison, run):
     code, out, err = run("compare", "--model", "moe")
     assert (code, out, comparison.pools) == (2, "", [])
     assert err == (
-        f"expertlane: error: {text}to go on without: --ignore-unused-tensors "
+        f"expertlane: error: {text}to ignore them: --ignore-unused-tensors "
         "(ignore_unused_tensors=True)\n"
     )
     code, out, err = run(
@@ -285,7 +285,7 @@ def test_a_failed_run_writes_nothing(comparison, run):
 
 
 TOP_KS = "it must be a whole number, 1 to 4,096, or several with commas between: 2,1"
-WALL = "{} is of virtual time; leave out --clock wall"
+WALL = "{} needs virtual time; leave out --clock wall"
 TIMEOUT = "it must be a number above 0, at most 1,000,000"
 
 

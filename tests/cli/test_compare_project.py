@@ -60,7 +60,7 @@ def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
 
     assert code == 0
     assert any(
-        line.startswith("expertlane: nothing is measured here: ")
+        line.startswith("expertlane: nothing is measured on this machine: ")
         and " needs " in line
         and "are free for it" in line
         for line in err.splitlines()
@@ -121,7 +121,7 @@ def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypa
     code, out, err = run("compare", "short.toml", "--project")
     assert code == 0
     assert "not_measured='needs 2 GB but 1 GB is free'" in out
-    assert "expertlane: nothing is measured here: needs 2 GB but 1 GB is free" in err
+    assert "expertlane: nothing is measured on this machine: needs 2 GB but 1 GB is free" in err
     assert comparison.calls == []
 
 
@@ -157,8 +157,8 @@ def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run)
             "deployment 'TP 8 × PP 2' needs 16 devices but cluster h100x8 has 8; take h100x16 or "
             "more",
         ),
-        (["--cluster", "h100x16"], "--cluster is of a projection; add --project"),
-        (["--skew", "2"], "--skew is of a projection; add --project"),
+        (["--cluster", "h100x16"], "--cluster needs a projection; add --project"),
+        (["--skew", "2"], "--skew needs a projection; add --project"),
         (["--project", "--skew", "-1"], "--skew is -1.0; it must be a number, 0 to 10"),
         (["--project", "--skew", "nan"], "--skew is nan; it must be a number, 0 to 10"),
     ],

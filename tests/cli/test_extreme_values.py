@@ -219,7 +219,7 @@ def test_what_is_no_regular_file(refused, path, what):
         assert refused(*SIMULATE, f"{path}x1") == line
     if what != FILES["./folder.toml"]:  # of a folder, the results in it
         assert refused("report", path) == line
-    assert refused("balance", path, "--ranks", "2") == line
+    assert refused("balance", path, "--ep", "2") == line
 
 
 def test_a_configuration_that_is_no_regular_file(refused):
@@ -262,7 +262,7 @@ def _shape(claimed: int) -> bytes:
 def test_a_trace_that_unpacks_to_more_than_is_read(refused, monkeypatch):
     monkeypatch.setattr("expertlane.balance.trace.TRACE_BYTES", 2**22)
     Path("trace.npz").write_bytes(bomb(1, 2**24))
-    line = refused("balance", "trace.npz", "--ranks", "2")
+    line = refused("balance", "trace.npz", "--ep", "2")
     assert line.endswith(" bytes when unpacked; at most 4,194,304 are read")
 
 

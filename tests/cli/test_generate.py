@@ -88,8 +88,8 @@ def stub(monkeypatch, type_in):
 
 def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     options = ["--max-tokens", "3", "--temperature", "0", "--logprobs", "1", "--layout", "tp=2"]
-    trace = tmp_path / "trace.npz"
-    options += ["--record-routing", str(trace)]
+    trace = tmp_path / "routing.npz"
+    options += ["--record-routing", "--out", str(tmp_path)]
     code, out, err = run(
         "generate", "paper-tiny", "--token-ids", "1,2", "--token-ids", "1, 2", *options, "--json"
     )
@@ -111,7 +111,7 @@ def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     recorded = read_trace(trace)
     assert recorded.num_tokens == 2 * (2 + 2)  # the last token of an output is not fed
     assert recorded.layers == (0, 1, 2, 3)
-    code, out, _ = run("balance", str(trace), "--ranks", "2", "--json")
+    code, out, _ = run("balance", str(trace), "--ep", "2", "--json")
     assert (code, json.loads(out)["num_tokens"]) == (0, 8)
 
 
@@ -195,9 +195,9 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
 def test_routing_of_a_chat(run, stub, checkpoint, type_in, tmp_path):
     stub(checkpoint)
     type_in("a\n")
-    code, _, _ = chat(run, checkpoint, "--record-routing", str(tmp_path / "trace.npz"))
+    code, _, _ = chat(run, checkpoint, "--record-routing", "--out", str(tmp_path))
     assert code == 0
-    assert read_trace(tmp_path / "trace.npz").model == str(checkpoint)
+    assert read_trace(tmp_path / "routing.npz").model == str(checkpoint)
 
 
 def test_sampling_is_the_users_then_the_checkpoints_then_the_default(tmp_path):
@@ -299,7 +299,7 @@ def test_a_token_that_the_model_rules_out_has_no_log_probability():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (b"\n \n", "standard input: there is no prompt; give one a line"),
+        (b"\n \n", "standard input: there is no prompt; give one per line"),
         (b"ab\xff", "standard input: byte 2 is not utf-8"),
     ],
 )

@@ -96,8 +96,8 @@ def test_a_placement_file_is_handed_over(run, stub, tmp_path):
 
 
 def test_routing_is_written_at_the_end(run, stub, tmp_path):
-    path = tmp_path / "new" / "trace"  # under exactly this name
-    options = ["--max-tokens", "3", "--record-routing", str(path)]
+    path = tmp_path / "new" / "routing.npz"
+    options = ["--max-tokens", "3", "--record-routing", "--out", str(path.parent)]
     code, out, err = run("generate", "paper-tiny", "--token-ids", "7,8", *options)
     assert (code, out) == (0, "9,10,11\n")
     assert err.splitlines()[0] == f"written: {path}"
@@ -107,14 +107,14 @@ def test_routing_is_written_at_the_end(run, stub, tmp_path):
 
 
 def test_routing_so_far_is_written_when_interrupted(run, stub, tmp_path):
-    path = tmp_path / "trace.npz"
+    path = tmp_path / "routing.npz"
 
     def interrupt_third_step():
         if stub.num_tokens == 2:
             raise KeyboardInterrupt
 
     stub.before_step = interrupt_third_step
-    code, _, err = run(*ONE_TOKEN, "--record-routing", str(path))
+    code, _, err = run(*ONE_TOKEN, "--record-routing", "-o", str(tmp_path))
     assert code == 130
     assert err == f"written: {path}\nexpertlane: error: interrupted\n"
     assert read_trace(path).num_tokens == 2
@@ -122,8 +122,8 @@ def test_routing_so_far_is_written_when_interrupted(run, stub, tmp_path):
 
 
 def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
-    path = tmp_path / "trace.npz"
-    code, _, _ = run(*ONE_TOKEN, "--token-ids", "999", "--record-routing", str(path))
+    asked = ("--token-ids", "999", "--record-routing", "-o", str(tmp_path))
+    code, _, _ = run(*ONE_TOKEN, *asked)
     assert code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -131,18 +131,20 @@ def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
 def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp_path):
     monkeypatch.setattr(model.FoundModel, "load", None)
     (tmp_path / "taken").touch()
-    for path, line in [
-        (tmp_path, f"--record-routing is {tmp_path}, which is a folder; give a file: trace.npz"),
-        (
-            tmp_path / "taken" / "trace.npz",
-            f"results cannot go to {tmp_path / 'taken'}: {tmp_path / 'taken'} is not a folder",
-        ),
-    ]:
-        assert run(*ONE_TOKEN, "--record-routing", str(path)) == (
-            2,
-            "",
-            f"expertlane: error: {line}\n",
-        )
+    taken = tmp_path / "taken"
+    line = f"results cannot go to {taken}: {taken} is not a folder"
+    assert run(*ONE_TOKEN, "--record-routing", "--out", str(taken)) == (
+        2,
+        "",
+        f"expertlane: error: {line}\n",
+    )
+
+
+def test_a_folder_without_anything_to_write_is_a_mistake(run, monkeypatch):
+    monkeypatch.setattr(model.FoundModel, "load", None)
+    code, _, err = run(*ONE_TOKEN, "--out", "here")
+    assert code == 2
+    assert err == "expertlane: error: --out needs --record-routing, which writes there\n"
 
 
 @pytest.mark.parametrize(

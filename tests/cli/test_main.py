@@ -56,7 +56,7 @@ def test_a_usage_error_is_one_line(run):
     code, out, err = run("compare", "--topk", "1")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.startswith("expertlane: error: No such option: --topk")
+    assert line.startswith("expertlane: error: there is no option --topk")
     assert line.endswith(" compare --help)")
 
 
@@ -106,7 +106,9 @@ def test_progress_moves_no_cursor(capsys):
 
 def test_a_name_that_is_too_long(run):
     name = "x" * 5000
-    code, out, err = run("generate", "paper-tiny", "--token-ids", "1", "--record-routing", name)
+    code, out, err = run(
+        "generate", "paper-tiny", "--token-ids", "1", "--record-routing", "-o", name
+    )
     assert (code, out) == (2, "")
     assert len(err) < 200
     assert err.endswith("…: the name is too long\n")

@@ -163,7 +163,7 @@ def test_a_folder_without_a_configuration_is_one_line(run, here):
 def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
     code, out, err = run(*TINY, *WORKLOAD, "--slo", "tpot.mean=0.0001ms")
     assert (code, out) == (2, "")
-    assert "no deployment on h100x2 keeps the limits; the nearest" in err
+    assert "no deployment on h100x2 meets the limits; the nearest" in err
     assert "with 2 sequences at once, misses the TPOT limit of 0.0001 ms with" in err
     assert not (here / "results").exists()
 

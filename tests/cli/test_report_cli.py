@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import example_pages
+from cli.screen import fits_a_screen
 from expertlane.results.file import to_json, write
 
 
@@ -13,9 +14,10 @@ from expertlane.results.file import to_json, write
 def test_reports_are_made_again(run, tmp_path, make):
     path = write(make(), tmp_path / "kept")
     code, out, err = run("report", str(path))
-    assert (code, err) == (0, "")
     made = [path.with_name("report.md"), path.with_name("report.html")]
-    assert out.splitlines() == [str(each) for each in made]
+    assert (code, err) == (0, f"written: {made[0]}, {made[1]}\n")
+    assert fits_a_screen(out)
+    assert out.splitlines()[-1] == f"More: --full, or {made[1]}"
     assert made[0].read_text(encoding="utf-8").startswith("# expertlane")
     assert made[1].read_text(encoding="utf-8").startswith("<!doctype html>")
 
@@ -29,9 +31,9 @@ def test_traffic_that_was_asked_for_is_shown_again(run, tmp_path):
 def test_a_folder_another_place_and_json(run, tmp_path):
     write(example_pages.serving(), tmp_path / "kept")
     there = tmp_path / "new" / "place"
-    code, out, _ = run("report", str(tmp_path / "kept"), "--out", str(there), "--json")
-    assert code == 0
-    assert json.loads(out) == {"written": [str(there / "report.md"), str(there / "report.html")]}
+    code, out, err = run("report", str(tmp_path / "kept"), "--out", str(there), "--json")
+    assert (code, err) == (0, f"written: {there / 'report.md'}, {there / 'report.html'}\n")
+    assert json.loads(out) == json.loads((tmp_path / "kept" / "results.json").read_text())
     assert sorted(each.name for each in there.iterdir()) == ["report.html", "report.md"]
     assert [each.name for each in (tmp_path / "kept").iterdir()] == ["results.json"]
 

@@ -123,7 +123,7 @@ def test_goodput_and_cost(run):
     assert found["usd_per_million_output"]["value"] == pytest.approx(cost)
     out, _ = simulate(run, *asked, "--price", "3")
     assert "Misses the SLOs" in out
-    assert "0% are within all limits" in " ".join(out.split())
+    assert "0% of requests meet all limits" in " ".join(out.split())
 
 
 def test_fewer_requests_than_the_usual_batch(run):

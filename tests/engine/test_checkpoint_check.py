@@ -42,7 +42,7 @@ def test_unused_tensors_are_refused_by_name(folder, names, shown):
     with pytest.raises(SpecError) as error:
         _check(folder, ignore=False)
     assert str(error.value) == (
-        f"{text}; to go on without: --ignore-unused-tensors (ignore_unused_tensors=True)"
+        f"{text}; to ignore them: --ignore-unused-tensors (ignore_unused_tensors=True)"
     )
     assert _check(folder, ignore=True) == [f"warning: {text}; going on without"]
 

@@ -54,10 +54,9 @@ _COMMANDS = (
     "--seed 1 --stop-token-id 3 --logprobs 2 --json",
     "generate paper-tiny --token-ids 1 --layout dp=2,ep=2 --placement placement.json "
     "--rebalance-steps 4 --ranks-per-node 2 --num-micro-batches 1 --timeout-s 5",
-    "generate paper-tiny --file prompts.txt --record-routing out.npz --max-num-seqs 4",
-    "balance trace.npz --ranks 4 --ranks-per-node 2 --num-redundant-experts 4 --method auto "
-    "--output p.json",
-    "balance trace.npz --ranks 2 --placement placement.json --json",
+    "generate paper-tiny --file prompts.txt --record-routing --out out --max-num-seqs 4",
+    "balance trace.npz --ep 4 --ranks-per-node 2 --num-redundant-experts 4 --out out",
+    "balance trace.npz --ep 2 --placement placement.json --json",
     "report results --out out --json",
 )
 
@@ -121,7 +120,7 @@ def _placement(draw: Any) -> Case:
     command = draw(
         st.sampled_from(
             (
-                ["balance", "trace.npz", "--ranks", "2"],
+                ["balance", "trace.npz", "--ep", "2"],
                 ["generate", "paper-tiny", "--token-ids", "1", "--layout", "dp=2,ep=2"],
             )
         )
@@ -130,7 +129,7 @@ def _placement(draw: Any) -> Case:
 
 
 def _trace(draw: Any) -> Case:
-    return Case({"case.npz": changed_bytes(draw, _TRACE)}, ["balance", "case.npz", "--ranks", "4"])
+    return Case({"case.npz": changed_bytes(draw, _TRACE)}, ["balance", "case.npz", "--ep", "4"])
 
 
 def _command(draw: Any) -> Case:

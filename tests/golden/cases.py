@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 # tokens each.
 TRACE = HERE / "routing.npz"
 PLACEMENT = HERE / "placement.json"  # what `expertlane balance` made of it, as in its case
-CPU_PROFILE = HERE / "cpu.toml"  # of `expertlane calibrate --ranks 2 --dtype float32`
+CPU_PROFILE = HERE / "cpu.toml"  # of `expertlane calibrate --ep 2 --dtype float32`
 
 # Sizes as published with Mixtral 8x22B.
 MIXTRAL = {
@@ -279,7 +279,7 @@ PROJECTED = (
         "--prompt-len 16:64 --output-len 4:16",
         is_quick=True,
     ),
-    Case("balance", "balance routing.npz --ranks 16 --ranks-per-node 8 --num-redundant-experts 16"),
+    Case("balance", "balance routing.npz --ep 16 --ranks-per-node 8 --num-redundant-experts 16"),
 )
 MEASURED = (
     Case("compare paper-small", "compare paper-small --dtype float32 --clock wall", "measured"),

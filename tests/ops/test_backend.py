@@ -71,7 +71,7 @@ def test_a_set_that_is_switched_off(monkeypatch):
     assert type(backend_for(CPU)) is CpuBackend
     why = "EXPERTLANE_INSTRUCTIONS leaves avx512_bf16 out"
     assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
-    assert choose_platform(0, 1, "float32").kernels == "torch"  # has all that there is for it
+    assert choose_platform(0, 1, "float32").kernels == "torch and expertlane"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     backend_of_cpu.cache_clear()
     choose_platform(0, 1, "float32")

@@ -114,15 +114,17 @@ def test_an_answer_fits_one_screen(results):
 
 
 def test_the_best_load_is_named_with_its_latency():
-    assert "Batch 512 gives most output" not in words(SWEPT)  # it misses objectives
-    assert "No load meets the SLOs; batch 512 has most goodput: 20.0 (10.0–40.0)" in words(SWEPT)
+    assert "Batch 512 has the highest throughput" not in words(SWEPT)  # it misses objectives
+    assert "No load meets the SLOs; batch 512 has the highest goodput: 20.0 (10.0–40.0)" in words(
+        SWEPT
+    )
     record = SWEPT.deployments[0]
     met = tuple(replace(each, value=Estimate(1e-3)) for each in record.serving[5].slos)
     serving = (*record.serving[:5], replace(record.serving[5], slos=met), *record.serving[6:])
     found = words(replace(SWEPT, deployments=(replace(record, serving=serving),)))
-    assert "Batch 32 gives most output within the SLOs: 12.0 (6.00–24.0) tokens/s" in found
+    assert "Batch 32 has the highest throughput within the SLOs: 12.0 (6.00–24.0) tokens/s" in found
     assert "TTFT p95 1.00 ms ≤ 500 ms, met; TTFT p99 1.00 ms ≤ 1 s, met" in found
-    assert "goodput 1,240 requests/s: 99% are within all limits" in found
+    assert "goodput 1,240 requests/s: 99% of requests meet all limits" in found
 
 
 def test_a_single_load():
@@ -136,9 +138,9 @@ def test_a_single_load():
 
 
 def test_what_is_left_out_is_said():
-    assert "Left out" not in words(SWEPT)
+    assert "Omitted" not in words(SWEPT)
     found = words(FOUR)
-    assert "Left out 32 rows; --full has all" in found
+    assert "Omitted 32 rows; --full shows all" in found
     for record in FOUR.deployments:  # each is there, with its best load
         assert f"replicas={record.layout.replicas}," in found
 
@@ -146,7 +148,7 @@ def test_what_is_left_out_is_said():
 def test_how_a_larger_batch_pays():
     closed = replace(RECORD, serving=tuple(replace(each, slos=()) for each in loads(POINT, 3)))
     found = words(replace(RESULTS, deployments=(closed,)))
-    assert "From batch 2 to 4 output goes up 1.50×, TPOT 1.00×." in found
+    assert "From batch 2 to 4 throughput rises 1.50×, TPOT 1.00×." in found
 
 
 def test_costs_and_objectives_are_in_the_full_report_too():

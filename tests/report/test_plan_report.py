@@ -75,8 +75,8 @@ def test_the_fastest_is_named_with_its_gap():
     ("by", "words"),
     [
         ("lowest TTFT", "the lowest TTFT wins."),
-        ("fewest kinds", "so does their TTFT: fewest kinds of parallelism win."),
-        ("most tokens", "so does their TTFT: most tokens/s win."),
+        ("fewest kinds", "their TTFT ties too, so the fewest kinds of parallelism win."),
+        ("most tokens", "their TTFT ties too, so most tokens/s wins."),
     ],
 )
 def test_a_tie_says_what_decided(by, words):
@@ -88,7 +88,7 @@ def test_a_tie_says_what_decided(by, words):
 
 
 def test_one_deployment_has_no_rival():
-    assert headline(plan(one())).endswith("; no other deployment keeps the limits.")
+    assert headline(plan(one())).endswith("; no other deployment meets the limits.")
 
 
 def test_gaps_are_given_where_they_exceed_the_noise():
@@ -120,13 +120,13 @@ def pools(low: float, value: float, high: float) -> tuple[DeploymentRecord, ...]
 def test_disaggregated_pools_are_held_against_one_pool():
     best = planned(FIRST, 20_000, BEST)
     tied = plan(best, *pools(0.9, 0.97, 1.05))
-    assert "dp=8 on 8 for prefill and tp=8 on 8 for decode: ties with #1 (0.970×, " in said(tied)
+    assert "dp=8 on 8 ranks for prefill and tp=8 on 8 for decode: ties with #1 (0.970×, " in said(
+        tied
+    )
     assert "KV transfer 1.50 ms" in said(tied)
     assert headline(tied).startswith("Use dp=2,tp=8,ep=16: ")
     faster = headline(plan(best, *pools(1.1, 1.2, 1.3)))
-    assert faster.startswith(
-        "Use disaggregated pools, dp=8 on 8 for prefill and tp=8 on 8 for decode: 24.0k tokens/s"
-    )
+    assert faster.startswith(f"Use disaggregated pools, {names}: 24.0k tokens/s")
     assert "1.20× (1.10–1.30) the best aggregated, dp=2,tp=8,ep=16" in faster
 
 

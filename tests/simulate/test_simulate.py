@@ -1,7 +1,9 @@
 """One deployment on a modelled cluster, without the command around it."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import Execution
@@ -11,6 +13,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
 from expertlane.results.metrics import serving_record
 from expertlane.simulate.simulator import ServingSetup, Simulator
+from expertlane.simulate.totals import PhaseTotals
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -54,10 +57,21 @@ def test_a_trace_s_steps_follow_one_another(pools):
             assert begin_s > end_s
 
 
-def test_largest_steps_each_begin_at_their_own_zero():
+def test_median_steps_each_begin_at_their_own_zero():
     simulator = simulator_of("dp=4,ep=4")
-    (of_phase,) = simulator.largest_steps(simulator.run(0))
+    (of_phase,) = simulator.median_steps(simulator.run(0))
     assert [step.submitted_s for step in of_phase.values()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("num_steps", "median", "apart"), [(1, 0, 0), (5, 2, 0), (5000, 2500, 16)])
+def test_the_median_step_of_however_many(num_steps, median, apart):
+    """The step of place p takes p seconds, the fifth of five far the longest."""
+    totals = PhaseTotals(facts=None)
+    for place in range(num_steps):
+        plan = SimpleNamespace(batches=(), place=place)
+        totals.add(plan, np.full(3, place if place != 4 else 900.0), num_drafts=0)
+    assert abs(totals.median.place - median) <= apart
+    assert len(totals.sample) <= 257
 
 
 def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):

@@ -9,22 +9,31 @@ from expertlane.cli.balance import balance
 from expertlane.cli.bench import bench
 from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
+from expertlane.cli.diff import diff
 from expertlane.cli.generate import generate
+from expertlane.cli.help import Command, Group
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
 from expertlane.cli.simulate import simulate
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)  # plain help: quick to start, and the same in a pipe
-app.command(short_help="Run deployments side by side; say which is faster, and why.")(compare)
-app.command(short_help="Find the best deployment of a model on a cluster, and why it is.")(plan)
-app.command(short_help="Continue prompts with a model, or talk to it.")(generate)
-app.command(short_help="Measure throughput and latency under load.")(bench)
-app.command(short_help="Project one deployment on target hardware; needs no GPU.")(simulate)
-app.command(short_help="Place experts on ranks by the load in a routing trace.")(balance)
-app.command(short_help="Measure this machine, to plan and simulate for it.")(calibrate)
-app.command(short_help="Make the reports again from a results.json.")(report)
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # plain help: quick to start, and the same in a pipe
+    pretty_exceptions_enable=False,
+)
+for _command, _help in {
+    compare: "Run deployments side by side; say which is faster, and why.",
+    plan: "Find the best deployment of a model on a cluster, and why it is.",
+    generate: "Continue prompts with a model, or talk to it.",
+    bench: "Measure throughput and latency under load.",
+    simulate: "Project one deployment on target hardware; needs no GPU.",
+    balance: "Place experts on ranks by the load in a routing trace.",
+    calibrate: "Measure this machine, to plan and simulate for it.",
+    diff: "Say what changed between two results; exit code 1 on a regression.",
+    report: "Show a results.json again, and write its pages.",
+}.items():
+    app.command(short_help=_help, cls=Command)(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import typer
-
 from expertlane.cli import output
 from expertlane.cli.load import LoadOptions
 from expertlane.cli.model import FoundModel, find_model
@@ -12,6 +10,7 @@ from expertlane.cli.options import (
     EngineOptions,
     ModelArgument,
     OutputOptions,
+    layout_option,
     takes_groups,
 )
 from expertlane.errors import UserError
@@ -24,12 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: list[str] | None = typer.Option(
-        None,
-        metavar="LAYOUT",
-        help="How ranks are arranged, tp=2,ep=2 for example. May be repeated: each gets the same "
-        "requests, one after the other. Default: tp=1.",
-    )
+    layout: list[str] | None = layout_option(None, "tp=1")
 
 
 @takes_groups
@@ -42,9 +36,9 @@ def bench(
 ) -> None:
     """Measure throughput and latency of a model under load.
 
-    A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
-    decoding is greedy and ignores end of sequence. Before each load the ranks are warmed
-    up.
+    A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
+    requests, one after the other. Prompts are random token ids; decoding is greedy and ignores end
+    of sequence. Before each load the ranks are warmed up.
 
     \b
     TTFT     from a request's arrival to its first token
@@ -60,8 +54,9 @@ def bench(
     Examples:
       expertlane bench ./my-checkpoint
       expertlane bench ./my-checkpoint --batch 1,32 --layout tp=2 --layout dp=2,ep=2
-      expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512 --output-len 16:128
-      expertlane bench paper-tiny --json | jq '.deployments[].serving[].output_tps.value'
+      expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512
+      expertlane bench paper-tiny --json |
+          jq '.deployments[].serving[].output_tps.value'
     """
     output.publish(run(model, own, load, engine, output_options.call()), output_options)
 

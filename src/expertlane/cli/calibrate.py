@@ -2,16 +2,24 @@
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
 from expertlane.cli import output
-from expertlane.cli.options import Dtype, dtype_option, takes_groups, timeout_option
+from expertlane.cli.help import Panel
+from expertlane.cli.options import (
+    AnswerOptions,
+    Dtype,
+    dtype_option,
+    out_option,
+    takes_groups,
+    timeout_option,
+)
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
-from expertlane.spec.printable import printable
 
 if TYPE_CHECKING:
     from expertlane.calibrate.run import Calibration
@@ -22,22 +30,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
+    panel: ClassVar = Panel.DEPLOYMENT
     name: str = typer.Argument("this-machine", metavar="NAME", help="Name of the profile.")
     ranks: int | None = typer.Option(
         None,
         metavar="N",
-        help="Ranks that measure, all at once. Default: as many as there are GPUs, else cores.",
+        show_default="as many as GPUs, else cores",
+        help="Ranks that measure, all at once.",
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
-    out: Path | None = typer.Option(
-        None, metavar="FILE", help="The profile to write (.toml). Default: NAME.toml."
-    )
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables.")
     timeout_s: float = timeout_option()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Output(AnswerOptions):
+    out: Path | None = out_option("., for NAME.toml")
+
+
 @takes_groups
-def calibrate(own: _Options) -> None:
+def calibrate(own: _Options, output_options: _Output) -> None:
     """Measure this machine, to plan and simulate for it.
 
     Times matrix products, experts, attention, small operations, collectives over 2, 4, 8 … ranks,
@@ -54,24 +65,28 @@ def calibrate(own: _Options) -> None:
     Examples:
       expertlane calibrate
           all cores or GPUs; writes this-machine.toml
-      expertlane calibrate laptop --dtype bfloat16 --out profiles/laptop.toml
-          in the type that models run in
+      expertlane calibrate laptop --dtype bfloat16 --out profiles
+          in the type that models run in; writes profiles/laptop.toml
       expertlane calibrate --ranks 1 --json | jq '.memory_bytes_per_s'
           one rank alone; for other programs
     """
-    path = _checked(own)
+    path = _checked(own, output_options.out or Path())
     from expertlane.cost.laws.profile_file import write_profile
+    from expertlane.report.calibration import report_of
 
     calibration, profile = _measure(own)
     write_profile(profile, path)
-    if own.as_json:
-        output.print_json(strict_json(_summary(profile, calibration, path)) + "\n")
-    else:
-        _show(profile, calibration)
-    output.print_message(f"written: {path}")
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    report = report_of(profile, calibration, path, output.command_line(), created)
+
+    def as_json() -> str:
+        return strict_json(_summary(profile, calibration, path)) + "\n"
+
+    output.print_report(report, output_options, path, as_json)
+    output.print_written([path])
 
 
-def _checked(own: _Options) -> Path:
+def _checked(own: _Options, folder: Path) -> Path:
     """Where to write, once all that can be known before measuring is known to be right."""
     from expertlane.engine.torchrun import is_under_torchrun
 
@@ -80,12 +95,12 @@ def _checked(own: _Options) -> Path:
             f"NAME is {own.name!r}; it must be up to 64 letters, digits, dots, dashes and "
             "underscores"
         )
-    path = Path(f"{own.name}.toml") if own.out is None else own.out
-    if path.suffix != ".toml":
-        raise UserError(f"--out is {path}; a profile's file must end in .toml")
     if is_under_torchrun():
         raise UserError("calibrate measures one machine and starts its own ranks; no torchrun")
-    output.check_file("--out", path, "machine.toml")
+    output.check_folder(folder)
+    path = folder / f"{own.name}.toml"
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     return path
 
 
@@ -129,52 +144,3 @@ def _summary(profile: "Profile", calibration: "Calibration", path: Path) -> dict
         "measured_again_s": calibration.quiet.again_s,
         "foreign_cpu_share": calibration.quiet.foreign_cpu_share,
     }
-
-
-def _show(profile: "Profile", calibration: "Calibration") -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    console, device = output.stdout_console(), profile.device
-    console.print(Text(f"expertlane calibrate: {profile.name}", style="bold"))
-    name = printable(device.name)
-    console.print(f"{profile.ranks_per_node} × {name}, {calibration.machine.dtype}")
-    console.print()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("per rank", "value", "low", "high"):
-        table.add_column(heading, justify="left" if heading == "per rank" else "right")
-    for dtype, rate in device.flops_per_s.items():
-        table.add_row(f"matrix product, {dtype}", f"{rate / 1e9:,.1f} GFLOP/s", "", "")
-    table.add_row("memory bandwidth", f"{device.memory_bytes_per_s / 1e9:,.1f} GB/s", "", "")
-    for link in list(profile.links.values())[:1]:
-        table.add_row("rank to rank", f"{link.bytes_per_s / 1e9:,.2f} GB/s", "", "")
-    for label, name in (
-        ("scheduler overhead", "driver_s"),
-        ("overhead per operation", "overhead_s"),
-        ("overhead per transfer", "overhead_s.transfer"),
-        ("shortest all-to-all", "floor_s.all_to_all.all_links"),
-        ("kernel launch", "launch_s"),
-    ):
-        term = profile.terms.get(name)
-        if term is not None:
-            values = (f"{1e6 * value:,.0f} µs" for value in (term.value, term.low, term.high))
-            table.add_row(label, *values)
-    console.print(table)
-    console.print()
-    laws = ", ".join(sorted({name.partition(".")[0] for name in profile.surfaces}))
-    console.print(f"Laws of time: {laws}.", highlight=False)
-    quiet, num_rounds = calibration.quiet, len(calibration.measured.operations)
-    if num_rounds < calibration.grid.num_rounds:
-        console.print(
-            f"{num_rounds} of {calibration.grid.num_rounds} rounds: they took too long for more, "
-            "so bounds say little of the spread."
-        )
-    if quiet.num_disturbed:
-        console.print(
-            f"Disturbed: {quiet.num_disturbed} of {quiet.num_kept} measurements "
-            f"({quiet.disturbed_share:.0%}), although {quiet.again_s:.0f} s went into measuring "
-            f"again. Other programs took up to {quiet.foreign_cpu_share:.0%} of the cores; "
-            "calibrate again on a quiet machine.",
-            highlight=False,
-        )

@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
+    MODEL_HELP,
     Dtype,
     LaunchOptions,
     OutputOptions,
     cluster_option,
     dtype_option,
     parse_list,
+    skew_option,
     takes_groups,
     trace_option,
 )
@@ -46,21 +49,40 @@ class _Clock(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
+    panel: ClassVar = Panel.WORKLOAD
     model: str | None = typer.Option(
         None,
         metavar="MODEL",
-        help="In place of the experiment's model: a checkpoint's folder, a hub id (org/name), or "
-        "a preset, whose weights are random.",
+        show_default="the experiment's",
+        help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
         None,
         metavar="K[,K…]",
-        help="Experts per token in place of the model's; with several, one comparison each, one "
-        "after the other.",
+        show_default="the model's",
+        help="Experts per token; with several, one comparison each, one after the other.",
+    )
+    only: str | None = typer.Option(
+        None,
+        metavar="NAME[,NAME]",
+        help="Run only these deployments, by their names or numbers in the experiment; no scaling "
+        "layouts.",
+    )
+    repeat: int = typer.Option(
+        5,
+        metavar="N",
+        help="How often the two deployments of the verdict are measured; the others twice at most. "
+        "Fewer than 5 give no intervals.",
+    )
+    min_time: float = typer.Option(
+        0.0,
+        metavar="SECONDS",
+        help="Repeat until the steps of each of the two have taken so long.",
     )
     traffic: bool = typer.Option(
         False,
         "--traffic",
+        rich_help_panel=Panel.MORE_OUTPUT,
         help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
@@ -70,8 +92,10 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Time:
-    clock: _Clock = typer.Option(
-        _Clock.VIRTUAL,
+    panel: ClassVar = Panel.VIRTUAL_TIME
+    clock: _Clock | None = typer.Option(
+        None,
+        show_default="virtual for the ranks of one host; wall on several, whose links are real",
         help="virtual: also replay what was measured with one core per rank and a cluster's "
         "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
         "only.",
@@ -85,10 +109,9 @@ class _Time:
     link_scale: float | None = typer.Option(
         None,
         metavar="N",
-        help="Transfers take N times as long as on the profile's links. Default: from the ratio "
-        "of compute speeds, the profile's device over a core here; printed in the report.",
+        show_default="the ratio of compute speeds, the profile's device over a core here",
+        help="Transfers take N times as long as on the profile's links.",
     )
-
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
@@ -119,26 +142,21 @@ class _Time:
             return None
         profile = None if self.links == _NO_LINKS else read_profile(self.links)
         compute = None if self.compute == _MEASURED else read_profile(self.compute)
-        return VirtualSettings(profile, self.link_scale, compute)
+        is_asked = (self.clock, self.links, self.link_scale) != (None, _DEFAULT_PROFILE, None)
+        return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Projection:
+    panel: ClassVar = Panel.PROJECTION
     project: bool = typer.Option(
         False,
         "--project",
         help="Also project the same deployments on a modelled cluster, in separate tables; "
         "only project where this machine is too small to run them.",
     )
-    cluster: str | None = cluster_option(
-        None, "The modelled cluster for --project", "Default: as many h100 as ranks."
-    )
-    skew: float | None = typer.Option(
-        None,
-        metavar="ALPHA",
-        help="For --project: besides uniform routing, also project skewed routing, expert "
-        f"popularity by Zipf's law with exponent ALPHA. Default: {DEFAULT_SKEW:g}.",
-    )
+    cluster: str | None = cluster_option(None, "as many h100 as ranks")
+    skew: float | None = skew_option()
 
     def __post_init__(self) -> None:
         if not self.project and (self.cluster is not None or self.skew is not None):
@@ -166,9 +184,10 @@ def compare(
     experiment: Annotated[
         str,
         typer.Argument(
+            metavar="EXPERIMENT",
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
-            "load balanced), paper (full size)."
+            "load balanced), paper (full size).",
         ),
     ] = _DEFAULT_EXPERIMENT,
     *,
@@ -196,6 +215,8 @@ def compare(
           your experiment's deployments and workload on a checkpoint
       expertlane compare mine.toml --out results/mine
           your own experiment; start from experiments/paper-small.toml
+      expertlane compare --only 7,8 --repeat 10
+          the seventh and the eighth deployment, ten times each in turns
       expertlane compare --traffic
           traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
@@ -223,8 +244,6 @@ def run(
 ) -> Generator[output.Found]:
     """Compare, without a word on standard output: one comparison after the other."""
     comparisons = _comparisons(experiment, own, call)
-    if own.trace and comparisons[0].folder is None:
-        raise UserError("--trace writes files; give --out a folder")
     virtual = time.settings()
     from expertlane.compare.machine import check_experiment, memory_shortage
 
@@ -290,7 +309,7 @@ def _measure(
         CapacityError: one of them does not fit; raised before the first is run.
     """
     from expertlane.compare.machine import check_memory
-    from expertlane.compare.run import run_comparison
+    from expertlane.compare.run import Repeats, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.chrome_trace import write_traces
 
@@ -314,6 +333,7 @@ def _measure(
                     progress,
                     command=command,
                     virtual=virtual,
+                    repeats=Repeats(own.repeat, own.min_time),
                     on_trace=on_trace,
                 )
             if each.projection is not None:
@@ -362,6 +382,10 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
             )
+    if own.only is not None:
+        with naming(f"--only {own.only}"):
+            experiment = experiment.only(own.only)
+        experiment = replace(experiment, name=f"{experiment.name}-only")
     if own.experts_per_token is None:
         return [_Comparison(experiment, call.folder(experiment.name))]
     given = own.experts_per_token

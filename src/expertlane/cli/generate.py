@@ -6,14 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.options import EngineOptions, ModelArgument, parse_list, takes_groups
+from expertlane.cli.options import (
+    EngineOptions,
+    ModelArgument,
+    json_option,
+    layout_option,
+    out_option,
+    parse_list,
+    seed_option,
+    takes_groups,
+)
 from expertlane.cli.output import (
-    check_file,
+    Call,
+    command_line,
     is_first_process,
     output_json,
     output_text,
@@ -21,6 +32,7 @@ from expertlane.cli.output import (
     print_json,
     print_message,
     print_text,
+    slug,
     stream_output,
 )
 from expertlane.errors import ModelError, UserError
@@ -36,9 +48,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
+    panel: ClassVar = Panel.PROMPTS
     file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one per line.")
     token_ids: list[str] | None = typer.Option(
-        None, metavar="ID[,ID…]", help="A prompt as token ids; may be repeated."
+        None, metavar="ID[,ID…]", help="A prompt as token ids."
     )
     chat: bool = typer.Option(
         False,
@@ -48,62 +61,71 @@ class _Options:
     system: str | None = typer.Option(
         None, metavar="TEXT", help="The conversation's system message."
     )
-    as_json: bool = typer.Option(
-        False, "--json", help="Print one JSON object per prompt, one per line."
+    as_json: bool = json_option()
+    record_routing: bool = typer.Option(
+        False,
+        "--record-routing",
+        rich_help_panel=Panel.OUTPUT,
+        help="Also write routing.npz: which experts each token chose, for expertlane balance and "
+        "--routing-trace.",
     )
-    record_routing: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        help="Write which experts each token chose to FILE (.npz), for expertlane balance.",
-    )
-    layout: str = typer.Option(
-        "tp=1", metavar="LAYOUT", help="How ranks are arranged: tp=2,ep=2 for example."
-    )
+    out: Path | None = out_option("results/generate-MODEL")
+    layout: str = layout_option("tp=1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Options for the fields of `SamplingParams`, under its names; None for what is not given."""
 
+    panel: ClassVar = Panel.MORE_SAMPLING
     max_tokens: int | None = typer.Option(
-        None, metavar="N", help="Output tokens at most. Default: 256."
+        None,
+        metavar="N",
+        show_default="256",
+        rich_help_panel=Panel.SAMPLING,
+        help="Output tokens at most.",
     )
-    temperature: float | None = typer.Option(None, metavar="T", help="0: greedy. Default: 1.")
+    temperature: float | None = typer.Option(
+        None,
+        metavar="T",
+        show_default="1",
+        rich_help_panel=Panel.SAMPLING,
+        help="0: greedy.",
+    )
+    seed: int | None = seed_option(None, "a new one", Panel.SAMPLING)
     top_k: int | None = typer.Option(
-        None, metavar="K", help="Sample from the K likeliest tokens. Default: 0, all."
+        None, metavar="K", show_default="0, all", help="Sample from the K likeliest tokens."
     )
     top_p: float | None = typer.Option(
         None,
         metavar="P",
-        help="Nucleus sampling: the likeliest tokens of cumulative probability P. Default: 1.",
+        show_default="1",
+        help="Nucleus sampling: the likeliest tokens of cumulative probability P.",
     )
     min_p: float | None = typer.Option(
         None,
         metavar="P",
-        help="Sample from tokens at least P times as likely as the likeliest. Default: 0.",
+        show_default="0",
+        help="Sample from tokens at least P times as likely as the likeliest.",
     )
     repetition_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 1: penalises tokens in prompt or output. Default: 1."
+        None,
+        metavar="X",
+        show_default="1",
+        help="Above 1: penalises tokens in prompt or output.",
     )
     presence_penalty: float | None = typer.Option(
-        None, metavar="X", help="Above 0: penalises tokens in the output. Default: 0."
+        None, metavar="X", show_default="0", help="Above 0: penalises tokens in the output."
     )
     frequency_penalty: float | None = typer.Option(
         None,
         metavar="X",
-        help="Above 0: penalises tokens by their count in the output. Default: 0.",
+        show_default="0",
+        help="Above 0: penalises tokens by their count in the output.",
     )
-    seed: int | None = typer.Option(
-        None, metavar="N", help="Sampling is reproducible for equal seeds. Default: a new one."
-    )
-    stop: list[str] | None = typer.Option(
-        None, metavar="TEXT", help="Stop string; may be repeated."
-    )
+    stop: list[str] | None = typer.Option(None, metavar="TEXT", help="Stop string.")
     stop_token_ids: list[int] | None = typer.Option(
-        None,
-        "--stop-token-id",
-        metavar="ID",
-        help="Stop token; may be repeated.",
+        None, "--stop-token-id", metavar="ID", help="Stop token."
     )
     ignore_eos: bool = typer.Option(
         False, "--ignore-eos", help="Continue after an end-of-sequence token."
@@ -142,11 +164,11 @@ def generate(
     \b
     Examples:
       expertlane generate ./my-checkpoint "Once upon a time" --max-tokens 50
-      expertlane generate mistralai/Mixtral-8x7B-v0.1 --layout tp=2,ep=2 --file prompts.txt
+      expertlane generate org/model --layout tp=2,ep=2 --file prompts.txt
       expertlane generate ./my-checkpoint --chat --system "Be brief."
-      echo "Once upon a time" | expertlane generate ./my-checkpoint --json | jq .text
-      expertlane generate ./my-checkpoint --file prompts.txt --record-routing trace.npz
-          then: expertlane balance trace.npz --ranks 8 --output placement.json
+      echo "Once upon a time" | expertlane generate ./my-checkpoint --json
+      expertlane generate ./my-checkpoint --file prompts.txt --record-routing
+          then: expertlane balance results/generate-my-checkpoint/routing.npz --ep 8
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
@@ -159,16 +181,22 @@ def generate(
     found = find_model(model)
     layout = found.lay_out(own.layout)
     params = sampling_params(found.folder, vars(sampling))
-    if own.record_routing is not None:
-        check_file("--record-routing", own.record_routing, "trace.npz")
+    if own.out is not None and not own.record_routing:
+        raise UserError("--out needs --record-routing, which writes there")
+    trace = None
+    if own.record_routing:
+        call = Call(command_line(), own.out, always_writes=True)
+        folder = call.folder(slug("generate", found.config.name))
+        assert folder is not None, "it always writes"
+        trace = folder / "routing.npz"
     if own.chat:
         conversation = Chat(found, params, own.system)
-        with _load(found, layout, engine, own.record_routing) as llm:
+        with _load(found, layout, engine, trace) as llm:
             outputs = conversation.hold(llm)
     else:
         given = _gather(prompts or [], own.file, own.token_ids or [])
         _check_texts(given, found)
-        with _load(found, layout, engine, own.record_routing) as llm:
+        with _load(found, layout, engine, trace) as llm:
             outputs = _continue(llm, given, params, own.as_json)
 
     if outputs:
@@ -237,20 +265,20 @@ def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
 
 @contextmanager
 def _load(
-    found: FoundModel, layout: Layout, engine: EngineOptions, record_routing: Path | None
+    found: FoundModel, layout: Layout, engine: EngineOptions, routing_trace: Path | None
 ) -> Iterator["LLM"]:
     """The loaded model; when it is left, however that is, the routing so far is written."""
     from expertlane.balance.trace import write_trace
 
-    with found.load(layout, engine, record_routing=record_routing is not None) as llm:
+    with found.load(layout, engine, record_routing=routing_trace is not None) as llm:
         try:
             yield llm
         finally:
-            if record_routing is not None:
+            if routing_trace is not None:
                 trace = replace(llm.routing_trace(), model=found.name)
                 if trace.num_tokens:
-                    write_trace(trace, record_routing)
-                    print_message(f"written: {record_routing}")
+                    write_trace(trace, routing_trace)
+                    print_message(f"written: {routing_trace}")
 
 
 def _continue(

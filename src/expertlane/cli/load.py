@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from expertlane.cli.options import parse_list
+from expertlane.cli.help import Panel
+from expertlane.cli.options import parse_list, seed_option
 from expertlane.errors import UserError, naming
 from expertlane.spec.ranges import RANGES, shown
 from expertlane.spec.slo import SLO, parse_slos
@@ -34,29 +35,26 @@ MODELLED = Defaults("256", 1024, 256)  # plan and simulate: a cluster
 MEASURED = Defaults("1,8,32", 32, 32)  # bench: perhaps a laptop
 
 
+_SEVERAL, _RANGE = "N[,N…]", "N[:N]"
+
+
 def _option(**how: Any) -> Any:
     return typer.Option(None, **how)
 
 
-def _batch(defaults: Defaults, metavar: str = "N[,N…]") -> Any:
-    return _option(
-        metavar=metavar,
-        help="Closed loop: concurrency, so many requests are kept unfinished. Default: "
-        f"{defaults.batch}, at most --num-requests.",
-    )
+def _batch(default: str, metavar: str = _SEVERAL) -> Any:
+    return _option(metavar=metavar, show_default=default, help="Closed loop: concurrency N.")
 
 
-def _length(of: str, default: int) -> Any:
-    return _option(
-        metavar="N[:N]",
-        help=f"Tokens of {of}; of a range, drawn uniformly. Default: {default}.",
-    )
+def _length(of: str, default: int, metavar: str = _RANGE) -> Any:
+    more = " N:N: uniform in that range." if metavar == _RANGE else ""
+    return _option(metavar=metavar, show_default=str(default), help=f"Tokens per {of}.{more}")
 
 
 def _rate(**how: Any) -> Any:
     return _option(
         metavar="R[,R…]",
-        help="Open loop in place of --batch: R requests a second arrive at random times.",
+        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
         **how,
     )
 
@@ -64,8 +62,9 @@ def _rate(**how: Any) -> Any:
 def _num_requests(**how: Any) -> Any:
     return _option(
         metavar="N",
-        help="Requests of each batch size or rate; of --requests, the first N. Default: the "
-        f"batch; with --rate {_OPEN_SIZE}; of --requests all.",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        show_default=f"the batch; with --rate {_OPEN_SIZE}; of --requests all",
+        help="Requests per batch size or rate; of --requests, the first N.",
         **how,
     )
 
@@ -73,9 +72,17 @@ def _num_requests(**how: Any) -> Any:
 def _requests(**how: Any) -> Any:
     return _option(
         metavar="FILE",
+        rich_help_panel=Panel.MORE_WORKLOAD,
         help="Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or "
         "Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.",
         **how,
+    )
+
+
+def _slo(more: str) -> Any:
+    return _option(
+        metavar="SLO[,SLO…]",
+        help=f"Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. {more}",
     )
 
 
@@ -88,23 +95,22 @@ class LoadOptions:
     """
 
     defaults = MEASURED
-    batch: str | None = _batch(MEASURED)
+    panel: ClassVar = Panel.WORKLOAD
+    batch: str | None = _batch(MEASURED.batch)
     rate: str | None = _rate()
     num_requests: int | None = _num_requests()
-    prompt_len: str | None = _length("a prompt", MEASURED.prompt_len)
-    output_len: str | None = _length("an output", MEASURED.output_len)
+    prompt_len: str | None = _length("prompt", MEASURED.prompt_len)
+    output_len: str | None = _length("output", MEASURED.output_len)
     requests: Path | None = _requests()
-    seed: int = typer.Option(
-        0, metavar="N", help="Seed of prompts, lengths, arrivals and drawn experts."
-    )
-    slo: list[str] | None = _option(
-        metavar="SLO[,SLO…]",
-        help="Latency objectives, ttft.p95=500ms,tpot.mean=20ms: of ttft, tpot, itl or e2e the "
-        "mean, median, p90, p95 or p99. Goodput is of requests within all limits.",
+    seed: int = seed_option(0)
+    slo: list[str] | None = _slo(
+        "Of ttft, tpot, itl or e2e the mean, median, p90, p95 or p99. Goodput is of requests "
+        "within all limits."
     )
     price: float | None = _option(
         metavar="DOLLARS",
-        help="Of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all "
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all "
         "machines together.",
     )
     slos: tuple[SLO, ...] = field(init=False)
@@ -193,33 +199,22 @@ class SimulatedLoad(LoadOptions):
     """Of simulate: the sizes of a cluster."""
 
     defaults = MODELLED
-    batch: str | None = _batch(MODELLED)
-    prompt_len: str | None = _length("a prompt", MODELLED.prompt_len)
-    output_len: str | None = _length("an output", MODELLED.output_len)
+    batch: str | None = _batch(MODELLED.batch)
+    prompt_len: str | None = _length("prompt", MODELLED.prompt_len)
+    output_len: str | None = _length("output", MODELLED.output_len)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLoad(SimulatedLoad):
     """Of plan, whose load goes on without end: one concurrency, one length each, means."""
 
-    batch: str | None = _option(
-        metavar="N",
-        help="Concurrency: so many requests at once, or as many as fit. Default: "
-        f"{MODELLED.batch}.",
-    )
-    prompt_len: str | None = _option(
-        metavar="N", help=f"Tokens of a prompt. Default: {MODELLED.prompt_len}."
-    )
-    output_len: str | None = _option(
-        metavar="N", help=f"Tokens of an output. Default: {MODELLED.output_len}."
-    )
+    batch: str | None = _batch(f"{MODELLED.batch}, or as many as fit", "N")
+    prompt_len: str | None = _length("prompt", MODELLED.prompt_len, "N")
+    output_len: str | None = _length("output", MODELLED.output_len, "N")
     rate: str | None = _rate(hidden=True)
     num_requests: int | None = _num_requests(hidden=True)
     requests: Path | None = _requests(hidden=True)
-    slo: list[str] | None = _option(
-        metavar="SLO[,SLO…]",
-        help="Limits of means, tpot.mean=20ms,ttft.mean=500ms; percentiles are for simulate.",
-    )
+    slo: list[str] | None = _slo("Here means alone; percentiles are for simulate.")
 
     def workload(self) -> "Workload":
         """What is served in the steady state.

@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # as typing's, which takes longer to import than all else
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
-    from typing import Never, NoReturn
+    from typing import Any, Never, NoReturn
 
     from expertlane.errors import ExpertlaneError
 
@@ -20,6 +20,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHELL_BASE = 128  # shells add it to a signal's number
 INTERRUPTED = _SHELL_BASE + signal.SIGINT
 _SHOWN_NAME = 60  # characters of a name in a message
+_SHORT = 4  # characters of an option that many would contain
+_MOST_NEAR, _ALIKE = 3, 0.7  # options that may have been meant, and how alike
 
 
 def main() -> "NoReturn":
@@ -66,13 +68,29 @@ def _run() -> int:
             return _print_error(f"cannot use {shown}: the name is too long", UserError.exit_code)
         if not hasattr(error, "format_message"):
             raise
+        message = error.format_message().replace("Value error, ", "")  # pydantic's, of a word
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "expertlane"
-        message = error.format_message().replace("Value error, ", "")  # pydantic's, of a word
-        return _print_error(f"{message} (try: {command} --help)", UserError.exit_code)
+        hint = f"try: {command} --help"
+        if type(error).__name__ == "NoSuchOption" and context is not None:
+            given = getattr(error, "option_name", "")
+            message = f"there is no option {given}"
+            hint = _nearest_options(given, context) or hint
+        return _print_error(f"{message} ({hint})", UserError.exit_code)
     if code == INTERRUPTED:
         _print_error("interrupted", code)
     return int(code)
+
+
+def _nearest_options(given: str, context: "Any") -> str:
+    """What the user may have meant by an option that there is none of."""
+    from difflib import get_close_matches
+
+    options = (each for each in context.command.params if not getattr(each, "hidden", False))
+    known = [name for each in options for name in each.opts if name.startswith("--")]
+    near = [name for name in known if given.strip("-") in name] if len(given) > _SHORT else []
+    near = (near or get_close_matches(given, known, cutoff=_ALIKE))[:_MOST_NEAR]
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _set_signal_handlers(handler: "Callable[[int, FrameType | None], Never]") -> None:

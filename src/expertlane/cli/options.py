@@ -7,12 +7,15 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
+from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import typer
+from typer.models import OptionInfo
 
+from expertlane.cli.help import Panel
 from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
@@ -26,35 +29,58 @@ from expertlane.spec.deployment import (
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown, take
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-NumberType = Literal["float32", "float16", "bfloat16", "float8"]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A checkpoint folder, a hub id (org/name), or a preset with random weights: "
-        "paper-tiny, paper-small, paper.",
-    ),
-]
+NumberType = Literal["float32", "bfloat16", "float16", "float8"]
+MODEL_HELP = (
+    "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
+    "paper-tiny, paper-small, paper."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+
+
+def out_option(default: str) -> Any:
+    """Where files go."""
+    return typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="DIR",
+        show_default=default,
+        rich_help_panel=Panel.OUTPUT,
+        help="Folder that files are written to.",
+    )
+
+
+def json_option() -> Any:
+    """JSON for other programs."""
+    return typer.Option(
+        False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
+    )
+
+
+def export_option(file: str) -> Any:
+    """A flat table beside the other files."""
+    return typer.Option(
+        None,
+        "--export",
+        rich_help_panel=Panel.MORE_OUTPUT,
+        help=f"Also write a flat table for other programs, {file}.csv or {file}.parquet: a row for "
+        "each deployment and phase or load. parquet needs pyarrow.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """Where results go, and how much of them is printed.
+class AnswerOptions:
+    """Where files go, and how much of the answer is printed.
 
     Raises:
         UserError: two forms at once.
     """
 
-    out: Path | None = typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="Folder for results.json, report.md and report.html. Default: results/NAME, named "
-        "after the command and its subject.",
-    )
+    panel: ClassVar = Panel.OUTPUT
+    out: Path | None = out_option("results/NAME, after the command and its subject")
     full: bool = typer.Option(False, "--full", help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
-    as_json: bool = typer.Option(False, "--json", help="Print results.json instead.")
+    as_json: bool = json_option()
 
     def __post_init__(self) -> None:
         given = [
@@ -74,39 +100,80 @@ class OutputOptions:
         return Call(command_line(), self.out, always_writes=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(AnswerOptions):
+    """The same for results, which can be exported too.
+
+    Raises:
+        UserError: also where a library for `--export` is missing.
+    """
+
+    export: Literal["csv", "parquet"] | None = export_option("results")
+
+    def __post_init__(self) -> None:
+        from expertlane.results.table import check_format  # numpy, not for the help of commands
+
+        check_format(self.export)
+        super().__post_init__()
+
+
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it: in place of each group, its options.
+    """The command as typer takes it: in place of each group, its options, in the group's panel.
 
     Numbers of options are checked by the ranges of the fields that they are named like.
     """
 
-    parameters = _parameters(command)
+    parameters = parameters_of(command)
 
     @wraps(command)
     def run(**values: Any) -> None:
         for each in parameters:
             _check(each, values[each.name])
-        _call(command, values)
+        call_with(command, values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 
 
-def _parameters(taker: Any) -> list[inspect.Parameter]:
+def parameters_of(taker: Any) -> list[inspect.Parameter]:
+    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
     found = []
     for each in inspect.signature(taker).parameters.values():
-        if is_dataclass(each.annotation):
-            found += _parameters(each.annotation)
-        else:
-            found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        if is_group(each.annotation):
+            found += parameters_of(each.annotation)
+            continue
+        if each.annotation is Call:
+            continue
+        if isinstance(each.default, OptionInfo):
+            panel = each.default.rich_help_panel or getattr(taker, "panel", None)
+            each.default.rich_help_panel = panel
+            each.default.metavar = each.default.metavar or "|".join(_choices(each.annotation))
+        found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     return found
 
 
-def _call(taker: Any, values: dict[str, Any]) -> Any:
+def _choices(annotation: Any) -> list[str]:
+    """The values of a `Literal` or of an enumeration, also where they may be missing."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [each.value for each in annotation]
+    return [
+        value
+        for each in get_args(annotation)
+        for value in ([each] if isinstance(each, str) else _choices(each))
+    ]
+
+
+def is_group(kind: object) -> bool:
+    """Whether a parameter of this type stands for several options."""
+    return is_dataclass(kind) and kind is not Call
+
+
+def call_with(taker: Any, values: dict[str, Any]) -> Any:
+    """Call a function that takes groups; a value for each option, by its name."""
     return taker(
         **{
-            name: _call(each.annotation, values) if is_dataclass(each.annotation) else values[name]
+            name: call_with(each.annotation, values) if is_group(each.annotation) else values[name]
             for name, each in inspect.signature(taker).parameters.items()
         }
     )
@@ -121,7 +188,60 @@ def _check(option: inspect.Parameter, value: object) -> None:
 def timeout_option() -> Any:
     """How long to wait for ranks."""
     return typer.Option(
-        60.0, metavar="SECONDS", help="Longest wait for a rank that makes no progress."
+        60.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.RANKS,
+        help="Longest wait for a rank that makes no progress.",
+    )
+
+
+def layout_option(default: Any, show_default: bool | str = True) -> Any:
+    """How ranks are arranged."""
+    return typer.Option(
+        default,
+        metavar="LAYOUT",
+        show_default=show_default,
+        rich_help_panel=Panel.DEPLOYMENT,
+        help="How ranks are arranged: dp=2,ep=2 for example.",
+    )
+
+
+def ranks_per_node_option(default: Any, show_default: str) -> Any:
+    """Where nodes begin."""
+    return typer.Option(
+        default,
+        metavar="N",
+        show_default=show_default,
+        help="Consecutive ranks that count as one node.",
+    )
+
+
+def redundant_option() -> Any:
+    """Copies of experts."""
+    return typer.Option(0, metavar="N", help="Redundant experts per MoE layer, to share load.")
+
+
+def seed_option(
+    default: Any, show_default: bool | str = True, panel: Panel = Panel.MORE_WORKLOAD
+) -> Any:
+    """Random draws."""
+    return typer.Option(
+        default,
+        metavar="N",
+        show_default=show_default,
+        rich_help_panel=panel,
+        help="Seed of all random draws; reproducible for equal seeds.",
+    )
+
+
+def placement_option(default: Any, show_default: bool | str = True) -> Any:
+    """Which rank holds which experts."""
+    return typer.Option(
+        default,
+        metavar="linear|round_robin|FILE",
+        show_default=show_default,
+        help="Experts per rank: consecutive ones, every ep-th, or as in a file of expertlane "
+        "balance.",
     )
 
 
@@ -130,6 +250,7 @@ def trace_option() -> Any:
     return typer.Option(
         False,
         "--trace",
+        rich_help_panel=Panel.MORE_OUTPUT,
         help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
         "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
         "too.",
@@ -138,16 +259,33 @@ def trace_option() -> Any:
 
 def dtype_option(default: str) -> Any:
     """What ranks compute in."""
-    return typer.Option(None, help=f"Type of weights and activations. Default: {default}.")
+    return typer.Option(
+        None,
+        show_default=default,
+        rich_help_panel=Panel.DEPLOYMENT,
+        help="Type of weights and activations.",
+    )
 
 
-def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> Any:
+def cluster_option(default: Any, show_default: bool | str = True) -> Any:
     """A modelled cluster."""
     return typer.Option(
         default,
         metavar="PROFILExN",
-        help=f"{what}: N devices of a profile (h100, h200, b200, a100, or a TOML file from "
-        f"expertlane calibrate). {more}".rstrip(),
+        show_default=show_default,
+        help="The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML "
+        "file of expertlane calibrate).",
+    )
+
+
+def skew_option() -> Any:
+    """Routing without a trace."""
+    return typer.Option(
+        None,
+        metavar="ALPHA",
+        show_default=f"{DEFAULT_SKEW:g}",
+        rich_help_panel=Panel.MODELLED,
+        help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
     )
 
 
@@ -155,6 +293,7 @@ def cluster_option(default: Any, what: str = "The cluster", more: str = "") -> A
 class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
 
+    panel: ClassVar = Panel.BATCHING
     block_size: int = typer.Option(16, metavar="N", help="Tokens per KV-cache block.")
     max_num_seqs: int = typer.Option(
         256, metavar="N", help="Concurrent requests per data-parallel rank."
@@ -175,6 +314,7 @@ class DeploymentOptions:
         UserError: a value is not valid, or there is no such file.
     """
 
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
     overlap: Literal["off", "on", "auto"] = typer.Option(
         "off",
         help="Two-batch overlap: one half batch computes while the other communicates; auto: "
@@ -195,17 +335,8 @@ class DeploymentOptions:
         help="Number type of dispatched hidden states; float8 rounds them (expertlane compare "
         "measures the error).",
     )
-    placement: str = typer.Option(
-        "linear",
-        metavar="linear|round_robin|FILE",
-        help="Experts per rank: consecutive ones, every ep-th, or as in a file of expertlane "
-        "balance.",
-    )
-    num_redundant_experts: int = typer.Option(
-        0,
-        metavar="N",
-        help="Redundant experts per MoE layer, to share load.",
-    )
+    placement: str = placement_option("linear")
+    num_redundant_experts: int = redundant_option()
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -239,6 +370,7 @@ class DeploymentOptions:
 class LaunchOptions:
     """How real ranks are started."""
 
+    panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
     oversubscribe: bool = typer.Option(
         False, "--oversubscribe", help="Allow more than 32 local ranks per core."
@@ -255,16 +387,28 @@ class LaunchOptions:
 class EngineOptions:
     """Options of `LLM`."""
 
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = typer.Option(
-        None, metavar="N", help="Longest sequence, in tokens. Default: the model's."
+        None,
+        metavar="N",
+        show_default="the model's",
+        rich_help_panel=Panel.BATCHING,
+        help="Longest sequence, in tokens.",
     )
     num_blocks: int | None = typer.Option(
-        None, metavar="N", help="KV-cache blocks. Default: as many as fit in memory."
+        None,
+        metavar="N",
+        show_default="as many as fit in memory",
+        rich_help_panel=Panel.BATCHING,
+        help="KV-cache blocks.",
     )
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
-        False, "--no-prefix-caching", help="Turn prefix caching off."
+        False,
+        "--no-prefix-caching",
+        rich_help_panel=Panel.BATCHING,
+        help="Turn prefix caching off.",
     )
     deployment: DeploymentOptions
     rebalance_steps: int = typer.Option(
@@ -272,11 +416,7 @@ class EngineOptions:
         metavar="STEPS",
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
-    ranks_per_node: int = typer.Option(
-        0,
-        metavar="N",
-        help="Consecutive ranks that count as one node. 0: as started.",
-    )
+    ranks_per_node: int = ranks_per_node_option(0, "0, as started")
     launch: LaunchOptions
     options: Options = field(init=False)
 
@@ -302,22 +442,16 @@ class EngineOptions:
 class ProjectionOptions:
     """What of a modelled cluster is not its profile's."""
 
+    panel: ClassVar = Panel.MODELLED
     routing_trace: Path | None = typer.Option(
         None,
         metavar="FILE",
         help="Routing as recorded by expertlane generate --record-routing.",
     )
-    skew: float | None = typer.Option(
-        None,
-        metavar="ALPHA",
-        help="Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform. "
-        f"Default: {DEFAULT_SKEW:g}.",
-    )
-    dtype: NumberType | None = typer.Option(
-        None, help="Type of weights. Default: the checkpoint's, float16 for a preset."
-    )
+    skew: float | None = skew_option()
+    dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
     kv_dtype: NumberType | None = typer.Option(
-        None, help="Type of the KV cache. Default: that of hidden states."
+        None, show_default="that of hidden states", help="Type of the KV cache."
     )
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."

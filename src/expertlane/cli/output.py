@@ -10,30 +10,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TextIO
 
-from expertlane.errors import UserError
+from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress, Silent
-from expertlane.spec.files import strict_json, write_text
+from expertlane.spec.files import strict_json
 from expertlane.spec.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.cli.options import OutputOptions
+    from expertlane.cli.options import AnswerOptions, OutputOptions
     from expertlane.engine.llm import LLM
     from expertlane.report.document import Report
     from expertlane.results.results import Results
+    from expertlane.results.table import Format
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 
 TERMINAL_WIDTH = 120  # columns at most; a narrower terminal keeps its own width
 LEAST_WIDTH, MOST_WIDTH = 40, 1_000  # whatever COLUMNS says
 PIPED_WIDTH = 80
+TABLE = "results.csv"  # or with the suffix of another format
 FILES = "results.json, report.md and report.html"
 _TRAILING = re.compile(r" +(?=(?:\x1b\[[0-9;]*m)*$)", re.MULTILINE)
 
@@ -113,20 +116,6 @@ def check_folder(folder: Path) -> None:
                 raise UserError(
                     f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
                 ) from None
-
-
-def check_file(option: str, path: Path, example: str) -> None:
-    """Check, before anything runs, that a file can be written there.
-
-    Args:
-        example: a file's name, for the message.
-
-    Raises:
-        UserError: it is a folder, or its folder is not writable.
-    """
-    if path.is_dir():
-        raise UserError(f"{option} is {path}, which is a folder; give a file: {example}")
-    check_folder(path.parent)
 
 
 @contextmanager
@@ -244,7 +233,6 @@ def publish(found: Found, options: "OutputOptions") -> None:
     Args:
         options: how much is printed, and in which form.
     """
-    from expertlane.report import terminal
     from expertlane.report.sections import report_of
     from expertlane.results.file import to_json, write
 
@@ -253,34 +241,72 @@ def publish(found: Found, options: "OutputOptions") -> None:
     written = [write(results, folder)]  # first: what was found is kept whatever comes
     report = report_of(results)
     try:
-        if options.as_json:
-            print_json(to_json(results))
-        elif options.quiet:
-            print(report.answer.headline)
-        else:
-            with printing() as console:
-                if options.full:
-                    terminal.show(report, console)
-                else:
-                    terminal.show_answer(report, console, folder / "report.html")
+        print_report(report, options, folder / "report.html", partial(to_json, results))
     finally:  # also where standard output takes nothing
-        written += [*write_reports(report, folder), *found.also()]
-    print_message(f"written: {', '.join(map(str, written))}")
+        written += write_beside(found, report, options.export)
+    print_written(written)
 
 
-def write_reports(report: "Report", folder: Path) -> tuple[Path, ...]:
-    """Write report.md and report.html; return their paths.
+def print_report(
+    report: "Report", options: "AnswerOptions", page: Path | None, as_json: Callable[[], str]
+) -> None:
+    """Print the answer, or as much as the options ask for.
+
+    Args:
+        page: where the rest is, if anywhere.
+        as_json: what `--json` prints.
+    """
+    from expertlane.report import terminal
+
+    if options.as_json:
+        print_json(as_json())
+    elif options.quiet:
+        print(report.answer.headline)
+    else:
+        with printing() as console:
+            if options.full:
+                terminal.show(report, console)
+            else:
+                terminal.show_answer(report, console, page)
+
+
+def print_written(paths: Sequence[Path]) -> None:
+    """Say on stderr what was written."""
+    print_message(f"written: {', '.join(map(str, paths))}")
+
+
+def write_beside(found: Found, report: "Report", export: "Format | None") -> list[Path]:
+    """Write all but `results.json` to the folder: reports, a table, the command's own files.
 
     Raises:
         UserError: the folder can't be written to.
     """
-    from expertlane.report import html, markdown
+    from expertlane.report.files import write_reports
+    from expertlane.results.table import rows_of, write_table
 
-    texts = {"report.md": markdown.render(report), "report.html": html.render(report)}
-    for name in texts:
-        if (folder / name).is_dir():
-            raise UserError(f"cannot write {folder / name}: it is a folder")
-    return tuple(write_text(folder / name, text) for name, text in texts.items())
+    assert found.folder is not None, "it has been asked for"
+    written = list(write_reports(report, found.folder))
+    if export is not None:
+        written.append(write_table(rows_of(found.results), found.folder / TABLE, export))
+    return [*written, *found.also()]
+
+
+@contextmanager
+def making_sense(of: object) -> Iterator[None]:
+    """Refuse numbers of a file that is well-formed and yet makes no sense.
+
+    Raises:
+        UserError: whatever else was raised.
+    """
+    try:
+        yield
+    except ExpertlaneError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{of} cannot be shown: its numbers do not fit together ({reason})"
+        ) from error
 
 
 def print_text(text: str) -> None:

@@ -3,14 +3,19 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import typer
+from typing import TYPE_CHECKING, ClassVar
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.load import PlannedLoad
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.options import OutputOptions, ProjectionOptions, cluster_option, takes_groups
+from expertlane.cli.options import (
+    ModelArgument,
+    OutputOptions,
+    ProjectionOptions,
+    cluster_option,
+    takes_groups,
+)
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
 
@@ -22,10 +27,8 @@ _EXPERIMENT = "experiment.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    model: str = typer.Argument(
-        help="A checkpoint's folder (its config.json is enough), a hub id (org/name), or a preset: "
-        "paper-tiny, paper-small, paper."
-    )
+    panel: ClassVar = Panel.DEPLOYMENT
+    model: ModelArgument
     cluster: str = cluster_option("h100x16")
 
 

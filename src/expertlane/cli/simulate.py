@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
@@ -16,6 +17,7 @@ from expertlane.cli.options import (
     ProjectionOptions,
     SchedulerOptions,
     cluster_option,
+    layout_option,
     takes_groups,
     trace_option,
 )
@@ -28,19 +30,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: str = typer.Option(
-        ..., metavar="LAYOUT", help="How ranks are arranged, dp=16,ep=16 for example."
-    )
+    panel: ClassVar = Panel.DEPLOYMENT
+    layout: str = layout_option(...)
     cluster: str = cluster_option(...)
     prefill_layout: str | None = typer.Option(
         None,
         metavar="LAYOUT",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
         "All other options hold for both pools.",
     )
-    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
+    mtp: int = typer.Option(
+        0,
+        metavar="N",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
+        help="Multi-token prediction: N draft tokens per step.",
+    )
     mtp_acceptance: float | None = typer.Option(
-        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
+        None,
+        metavar="P",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
+        help="Acceptance rate of drafts, 0 to 1; needed with --mtp.",
     )
     trace: bool = trace_option()
 
@@ -76,11 +86,12 @@ def simulate(
     \b
     Examples:
       expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
-      expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 --dtype float8 --batch 256
-      expertlane simulate ./my-checkpoint --layout dp=16,ep=16 --cluster h100x16 --rate 20
-          --prompt-len 512:2048 --output-len 64:512 --skew 0.6 --num-redundant-experts 16
-      expertlane simulate ./my-checkpoint --layout dp=8,ep=8 --prefill-layout tp=8
-          --cluster h100x16 --trace
+      expertlane simulate ./my-checkpoint --layout tp=8 --cluster h100x8 \\
+          --dtype float8 --batch 64,256
+      expertlane simulate ./my-checkpoint --layout dp=16,ep=16 \\
+          --cluster h100x16 --rate 20 --prompt-len 512:2048 --skew 0.6
+      expertlane simulate ./my-checkpoint --layout dp=8,ep=8 \\
+          --prefill-layout tp=8 --cluster h100x16 --trace
     """
     call = output_options.call()
     found = run(model, own, load_options, projection, deployment, scheduler, call)

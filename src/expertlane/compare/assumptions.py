@@ -229,7 +229,7 @@ def projected_assumptions(
         ),
         Assumption(
             "routing",
-            f"balanced: uniform; skewed: Zipf's law, exponent {skew:g}",
+            "uniform" if not skew else f"balanced: uniform; skewed: Zipf's law, exponent {skew:g}",
             "experts are drawn per token, so balanced loads vary too",
             "--skew",
         ),

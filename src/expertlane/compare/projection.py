@@ -53,7 +53,7 @@ class ExperimentProjector:
 
     Args:
         number_type: of weights, hidden states, keys and values.
-        skew: of the power law for routing that is skewed.
+        skew: of the power law for skewed routing, which is projected too; 0 for uniform alone.
 
     Raises:
         CapacityError: the cluster has too few devices, with both numbers.
@@ -145,7 +145,8 @@ class ExperimentProjector:
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
         """Every deployment under all conditions, the usual ones first."""
         deployments = self._experiment.deployments
-        cases = list(product(self._executions, ("balanced", "skewed"), deployments))
+        routings = ("balanced", "skewed") if self._skew else ("balanced",)
+        cases = list(product(self._executions, routings, deployments))
         rows: list[DeploymentRecord] = []
         for case in each_of(cases, progress, f"projecting on {self._cluster}"):
             execution, routing, deployment = case

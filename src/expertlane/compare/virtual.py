@@ -35,11 +35,13 @@ class VirtualSettings:
         links: the profile of the links; None where transfers take no time.
         scale: factor of the time of transfers; None to choose it (`choose_scale`).
         compute: the profile whose laws give the time of computing; None for measured CPU time.
+        is_asked: whether the user asked for virtual time; else ranks on several hosts have none.
     """
 
     links: Profile | None
     scale: float | None = None
     compute: Profile | None = None
+    is_asked: bool = False
 
     def check(self, deployments: Sequence[Deployment]) -> None:
         """Refuse, before anything runs, what virtual time cannot be made of.
@@ -250,7 +252,7 @@ class VirtualRuns:
         compute = self.settings.compute
         computing = Assumption(
             "compute",
-            "CPU time of each operation, one thread per rank, minimum over repetitions",
+            "CPU time of each operation, one thread per rank, the lesser of two repetitions",
             "measured while at most one rank per core computes; noise only adds time",
             "--compute",
         )

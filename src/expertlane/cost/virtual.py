@@ -9,7 +9,7 @@ With `ComputeLaws`, a profile's laws give the time of computing, and of the laun
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -74,32 +74,63 @@ class Replayed(NamedTuple):
 
 
 def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """Steps with the least CPU time of each operation over all runs, in the given order.
+    """Each run with the lesser CPU time, operation by operation, of itself and the run after it.
 
-    Runs of the same work do the same operations, and a disturbance only adds time. A step whose
-    operations differ from those of the same step in another run keeps its own times.
+    The last is followed by the first. Runs of the same work do the same operations, and a
+    disturbance only adds time. However many runs there are, each figure rests on two, so that those
+    of deployments that ran more or less often can be compared.
 
     Args:
-        steps: of one deployment, of several runs.
+        steps: of one deployment.
     """
-    alike: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
+    runs = sorted({step.run for step in steps})
+    return lesser_of(steps, dict(zip(runs, [*runs[1:], *runs[:1]], strict=True)))
+
+
+def without_each(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    """What `undisturbed` has in place of two of its runs where one is left out, for each run.
+
+    Under the number of the run left out: the run before it, with the lesser times of the run after
+    it.
+    """
+    runs = sorted({step.run for step in steps})
+    around = zip(runs, [*runs[-1:], *runs[:-1]], [*runs[1:], *runs[:1]], strict=True)
+    found = []
+    for left_out, before, after in around:
+        of_two = [step for step in steps if step.run in (before, after)]
+        found += [replace(each, run=left_out) for each in lesser_of(of_two, {before: after})]
+    return found
+
+
+def lesser_of(steps: Sequence[StepRecord], others: Mapping[int, int]) -> list[StepRecord]:
+    """The steps of some runs, with the lesser CPU time of each operation of theirs and another's.
+
+    A step whose operations differ from those of the same step in the other run keeps its own times.
+
+    Args:
+        others: the other run, by run; steps of runs that are no keys are left out.
+    """
+    alike: dict[tuple[int, int, int], StepRecord] = {}
+    place_of: dict[int, tuple[int, int]] = {}
     num_before: Counter[tuple[int, int]] = Counter()
     for step in sorted(steps, key=lambda step: (step.run, step.submitted_s)):
-        of_chain = step.run, step.replica
-        alike[step.replica, num_before[of_chain]].append(step)
-        num_before[of_chain] += 1
-    found = {id(step): _least(step, others) for others in alike.values() for step in others}
-    return [found[id(step)] for step in steps]
+        place = step.replica, num_before[step.run, step.replica]
+        num_before[step.run, step.replica] += 1
+        alike[step.run, *place], place_of[id(step)] = step, place
+    return [
+        _lesser(step, alike.get((others[step.run], *place_of[id(step)]), step))
+        for step in steps
+        if step.run in others
+    ]
 
 
-def _least(step: StepRecord, alike: Sequence[StepRecord]) -> StepRecord:
+def _lesser(step: StepRecord, other: StepRecord) -> StepRecord:
     records = []
-    for place, record in enumerate(step.records):
-        own = record.operations
-        others = [each.records[place].operations for each in alike]
-        if own is None or not all(other is not None and _is_same(own, other) for other in others):
+    for record, of_other in zip(step.records, other.records, strict=True):
+        own, its = record.operations, of_other.operations
+        if own is None or its is None or not _is_same(own, its):
             return step
-        least = np.min([other.cpu_s for other in others if other is not None], axis=0)
+        least = np.minimum(own.cpu_s, its.cpu_s)
         records.append(replace(record, operations=replace(own, cpu_s=least)))
     return replace(step, records=tuple(records))
 

@@ -101,8 +101,9 @@ class Platform:
 
     Attributes:
         transport: begins with `shared_memory`, or is torch.distributed's name of it.
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
-            where ours would have been better.
+        kernels: what computes: `expertlane` for our own CPU kernels, `torch and expertlane` where
+            torch computes products of many rows, else `torch`, with the reason where ours would
+            have been better.
     """
 
     device: torch.device
@@ -155,7 +156,7 @@ def choose_platform(
 def _kernels_of_cpu(dtype: torch.dtype) -> str:
     backend, why_not = backend_of_cpu()
     if isinstance(backend, CpuBackend) and dtype is not torch.bfloat16:
-        return "torch"  # and ours for bookkeeping, and where rows are few
+        return "torch and expertlane"  # torch where rows are many, else ours
     if isinstance(backend, Avx512Backend):
         return "expertlane"
     if _wanted_backend() == "cpu":

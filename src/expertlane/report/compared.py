@@ -48,7 +48,7 @@ class Row:
 
     @property
     def tps(self) -> float:
-        """The likely value, or the mean of all repetitions."""
+        """The likely value, or that of all repetitions together."""
         return self.step.tps.value
 
     @property
@@ -71,7 +71,9 @@ class Row:
     def tps_range(self) -> Estimate:
         """From the slowest to the fastest repetition; projected, from the low to the high bound."""
         runs = self.step.tps_of_runs
-        return Estimate(self.tps, min(runs), max(runs)) if len(runs) > 1 else self.step.tps
+        if len(runs) < 2:
+            return self.step.tps
+        return Estimate(self.tps, min(*runs, self.tps), max(*runs, self.tps))
 
     @property
     def latency_s(self) -> float:
@@ -95,9 +97,12 @@ class Overlapped:
     @property
     def exposed_s(self) -> float:
         """Seconds of a step blocked in dispatch and combine without overlap."""
-        if self.off.step.exposed_s is not None:
-            return self.off.step.exposed_s
-        return self.off.step.breakdown_s.get(ProjectedCause.DISPATCH_COMBINE, 0.0)
+        return _exposed_s(self.off)
+
+    @property
+    def hidden_s(self) -> float:
+        """How much less of a step is blocked in them with overlap."""
+        return max(0.0, self.exposed_s - _exposed_s(self.on))
 
     @property
     def gained_s(self) -> float:
@@ -106,13 +111,13 @@ class Overlapped:
 
     @property
     def hidden(self) -> float | None:
-        """The share of transfers that overlap hides; None where there are none to hide.
+        """The share of transfers that overlap hides, 0 to 1; None where there are none to hide.
 
-        In virtual time, of those in flight; else what is gained over what was exposed.
+        In virtual time, of those in flight; else of what was exposed.
         """
         if self.on.record.source == "virtual":
             return self.on.step.hidden_share
-        return hidden_share(self.gained_s, self.exposed_s)
+        return hidden_share(self.hidden_s, self.exposed_s)
 
     @property
     def added_s(self) -> float:
@@ -123,9 +128,15 @@ class Overlapped:
         )
 
 
-def hidden_share(gained_s: float, exposed_s: float) -> float | None:
-    """The time of a step that overlap gains over what is exposed without it."""
-    return gained_s / exposed_s if exposed_s > 0 else None
+def hidden_share(hidden_s: float, exposed_s: float) -> float | None:
+    """What overlap hides of a step's exposed transfers, 0 to 1; None where there are none."""
+    return min(1.0, max(0.0, hidden_s / exposed_s)) if exposed_s > 0 else None
+
+
+def _exposed_s(row: Row) -> float:
+    if row.step.exposed_s is not None:
+        return row.step.exposed_s
+    return row.step.breakdown_s.get(ProjectedCause.DISPATCH_COMBINE, 0.0)
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,11 @@ class Comparison:
     def is_run(self) -> bool:
         """Whether real ranks ran, also where times are virtual."""
         return self.source in RUN
+
+    @property
+    def clock(self) -> str:
+        """What its times are of, in words."""
+        return {"measured": "wall time", "virtual": "virtual time"}.get(self.source, self.source)
 
     @property
     def latency_name(self) -> str:

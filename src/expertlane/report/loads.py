@@ -94,7 +94,7 @@ def answer(
     cost = cost_of(results, best)
     said = [
         *(
-            [("Left out", f"{counted(num_left_out, 'row')}; --full has all")]
+            [("Omitted", f"{counted(num_left_out, 'row')}; --full shows all")]
             if num_left_out
             else ()
         ),
@@ -129,10 +129,10 @@ def headline(results: Results) -> str:
         misses = "" if serving.keeps_slos else "Misses the SLOs: "
         return f"{misses}{tps} output tokens/s at {where}{medians} (medians)."
     if not serving.keeps_slos:
-        lead = f"No load meets the SLOs; {where} has most goodput"
+        lead = f"No load meets the SLOs; {where} has the highest goodput"
     else:
         within = " within the SLOs" if serving.slos else ""
-        lead = f"{where} gives most output{within}"
+        lead = f"{where} has the highest throughput{within}"
         lead = lead[0].upper() + lead[1:] if len(results.deployments) == 1 else lead
     return f"{lead}: {tps} tokens/s{medians} (medians)."
 
@@ -151,8 +151,8 @@ def objectives(served: Served) -> Iterator[Note]:
     yield (
         "SLOs",
         f"{'; '.join(told[:_MOST_SLOS])}{more} (at {served.load}); goodput "
-        f"{figures(serving.goodput)} requests/s: {percent(serving.good_share.value)} are within "
-        "all limits",
+        f"{figures(serving.goodput)} requests/s: {percent(serving.good_share.value)} of "
+        "requests meet all limits",
     )
 
 

@@ -47,8 +47,8 @@ _NO_POOLS: dict[NoPools, str] = {
 }
 _WON_BY: dict[TieBreak, str] = {
     "lowest TTFT": "the lowest TTFT wins",
-    "fewest kinds": "so does their TTFT: fewest kinds of parallelism win",
-    "most tokens": "so does their TTFT: most tokens/s win",
+    "fewest kinds": "their TTFT ties too, so the fewest kinds of parallelism win",
+    "most tokens": "their TTFT ties too, so most tokens/s wins",
 }
 _MOST = 0.5  # of the time
 _LINES = 40  # of the answer
@@ -109,7 +109,7 @@ def verdict(results: Results) -> Section:
     found = results.plans[0]
     tried = (
         f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
-        f"too large, {found.num_over_limits:,} over the limits), {found.num_pool_candidates:,} "
+        f"do not fit, {found.num_over_limits:,} miss the limits), {found.num_pool_candidates:,} "
         "more disaggregated."
     )
     asked = (_setting(results), headline(results), _two_pools(results), tried)
@@ -152,7 +152,7 @@ def headline(results: Results) -> str:
         return f"{said}. {tied} tie for most tokens/s ({apart} apart): {_WON_BY[found.tie_break]}."
     if others:
         return f"{said}; #2 is {versus(others[0])}."
-    return f"{said}; no other deployment keeps the limits."
+    return f"{said}; no other deployment meets the limits."
 
 
 def _faster_pools(results: Results) -> DeploymentRecord | None:
@@ -221,7 +221,7 @@ def _two_pools(results: Results) -> str:
 def _pools(results: Results) -> str:
     (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
     return (
-        f"{named(prefill)} on {prefill.num_ranks} for prefill and {named(decode)} on "
+        f"{named(prefill)} on {prefill.num_ranks} ranks for prefill and {named(decode)} on "
         f"{decode.num_ranks} for decode"
     )
 

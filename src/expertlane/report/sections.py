@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from expertlane.report import bench_plots, plan_answer, planning, plots, serving
+from expertlane.report import load_plots, plan_answer, plan_plots, planning, plots, serving
+from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
 from expertlane.report.loads import NAME_COLUMNS
@@ -52,13 +53,11 @@ _Made = tuple[str, Answer, tuple[Section, ...]]
 def _comparison(results: Results) -> _Made:
     wall, virtual, modelled = run(results, "measured"), run(results, "virtual"), projected(results)
     sections: list[Section] = []
-    shown = virtual or wall or modelled
-    assert shown is not None, "something was measured or projected"
     if wall is not None:
         own = virtual or wall
         said = verdict(own, results)
-        beside = (in_wall_time(wall),) if virtual else ()
-        sections.append(plots.first(own))
+        sections.append(plots.first(results, own))
+        beside = filter(None, (in_wall_time(wall, results),)) if virtual else ()
         sections += [Section("Verdict", (*said, *beside, *cautions(results)), "top")]
         sections += _run(results, own, wall)
     if modelled is not None:
@@ -71,8 +70,7 @@ def _comparison(results: Results) -> _Made:
     experiment = results.question["experiment"]
     top_k = experiment.get("model", {}).get("num_experts_per_tok")
     name = experiment.get("name", "comparison") + (f", top-{top_k}" if top_k else "")
-    setting = f"{name} | {shown.source}"
-    answer = Answer(setting, verdict(shown, results)[0], (speed(shown, shown.rows),))
+    answer = comparison_answer(name, results, virtual or wall, wall if virtual else None, modelled)
     return f": {name}", answer, tuple(sections)
 
 
@@ -104,7 +102,7 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
     if conditions.kv_dtype != types:
         types += f", KV cache in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
-    own = plots.first(modelled)
+    own = plots.first(results, modelled)
     return [
         own if is_alone else replace(own, heading="Throughput, projected", place="plots"),
         Section(
@@ -149,7 +147,7 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 def _plan(results: Results) -> _Made:
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
-    sections = plan_answer.verdict(results), *planning.plan(results), *plots.plan(results)
+    sections = plan_answer.verdict(results), *planning.plan(results), *plan_plots.plan(results)
     assumed = assumptions(results, "projected")
     return f" plan: {asked}", plan_answer.answer(results), (*sections, assumed)
 
@@ -165,6 +163,7 @@ def _simulation(results: Results) -> _Made:
         serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
+            load_plots.by_load(results),
             *plots.simulation(results),
             experts_and_traffic(record, serving.phases_of(record)),
             assumptions(results, "projected"),
@@ -182,5 +181,5 @@ def _bench(results: Results) -> _Made:
     return (
         f" bench: {asked}",
         serving.bench_answer(results),
-        (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
+        (*serving.bench(results), load_plots.by_load(results), setup(results, "What was measured")),
     )

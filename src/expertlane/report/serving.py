@@ -170,10 +170,10 @@ def bench_answer(results: Results) -> Answer:
         where += f" on {counted(machine.num_cores, 'core')}"
     num, serving = best.serving.num_requests or 0, best.serving
     slowest = ", so that p95 is about the slowest" if num < _FEW else ""
-    notes = [("How sure", f"one run of {counted(num, 'request')} a load, not repeated{slowest}")]
+    notes = [("How sure", f"one run of {counted(num, 'request')} per load, not repeated{slowest}")]
     if serving.num_cached_tokens and serving.num_prompt_tokens:
         share = serving.num_cached_tokens / serving.num_prompt_tokens
-        notes.append(("Prefixes", f"the cache had {percent(share)} of the prompts' tokens"))
+        notes.append(("Prefixes", f"{percent(share)} of prompt tokens hit the prefix cache"))
     return answer(
         results,
         f"{shortened(results.question['model'], NAME_COLUMNS)} | {where}",
@@ -198,7 +198,7 @@ def _scaling(results: Results) -> Iterator[str]:
     if not first:
         return
     yield (
-        f"From batch {before.batch:,} to {last.batch:,} output goes up {times(factor)}, {name} "
+        f"From batch {before.batch:,} to {last.batch:,} throughput rises {times(factor)}, {name} "
         f"{times(second / first)}."
     )
 

@@ -107,11 +107,11 @@ def setup(results: Results, heading: str) -> Section:
 
 
 def _listed(fields: dict[str, Any]) -> str:
-    """The fields that say something: no None, False or empty list."""
+    """The fields that say something: no None, False, 0 or empty list; 0 may be a seed."""
     return ", ".join(
         f"{name} {_said(value)}".rstrip()
         for name, value in fields.items()
-        if value is not None and value is not False and value != []
+        if value or (name == "seed" and value is not None)
     )
 
 

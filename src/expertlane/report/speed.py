@@ -35,7 +35,7 @@ NAMED: tuple[Column[Row], ...] = (
 )
 BEYOND = "*"  # of a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
-_LEAST = ", including the figure itself, which takes each operation's shortest time"
+_LEAST = ", including the figure itself, which takes each operation's lesser time of two runs"
 
 
 def unit_of(source: Source) -> str:
@@ -60,9 +60,10 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
         (
             Table.of("", columns, comparison.rows),
             speed(comparison, comparison.rows, wall=wall),
-            f"Factors are of {comparison.phase} TPS, a mean. Runs: the slowest and the fastest "
-            f"repetition{_LEAST if wall else ''}; differences inside that range are not "
-            "significant. TTFT and TPOT are medians. × best base: against the best baseline.",
+            f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}. 90 %: "
+            "the interval of TPS, where there are five runs or more. Runs: how many, the slowest "
+            f"and the fastest{_LEAST if wall else ''}. TTFT and TPOT are medians. × best base: "
+            "against the best baseline.",
             *(
                 f"#{row.number} dispatches by {table}: tokens per rank in a micro-batch, timed at "
                 "startup."
@@ -85,7 +86,8 @@ def speed(
         number("prefill TPS", _prefill, figures, "measured"),
         number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
         number("decode TPS", _decode_tps, figures),
-        number("runs", lambda row: row.tps_range, low_high, "measured"),
+        number("90 %", lambda row: row.step.tps, low_high, "measured"),
+        number("runs", _runs, str, "measured"),
         number("1000 TPS, low–high", lambda row: row.step.tps, low_high_thousands, "projected"),
         number("TPOT ms", lambda row: _median(row.record.decode), milliseconds, "measured"),
         *(
@@ -104,6 +106,10 @@ def speed(
         ),
     )
     return Table.of(title, columns, rows, comparison.source)
+
+
+def _runs(row: Row) -> str:
+    return f"{len(row.step.tps_of_runs)}: {low_high(row.tps_range)}"
 
 
 def _decode_tps(row: Row) -> Estimate | None:
@@ -259,10 +265,12 @@ def by_conditions(results: Results, usual: Comparison) -> Section:
         _conditions("Prefill TPS", of_all, _prefill, figures),
         _conditions("Prefill TPS in thousands, bounds", of_all, _prefill, low_high_thousands),
         *_graph_against_eager(of_all),
-        f"Skewed: expert popularity follows Zipf's law, exponent "
-        f"{results.question.get('skew', 0):g}. Layouts with ep=1 shard every expert over all ranks "
-        "of a stage, so skew causes no straggler.",
     ]
+    if skew := results.question.get("skew"):
+        parts.append(
+            f"Skewed: expert popularity follows Zipf's law, exponent {skew:g}. Layouts with ep=1 "
+            "shard every expert over all ranks of a stage, so skew causes no straggler."
+        )
     return Section("Projected: routing and execution", tuple(parts))
 
 

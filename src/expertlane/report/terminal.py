@@ -10,19 +10,25 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from expertlane.report.document import Figure, Report, Table, Words
+from expertlane.report.document import Answer, Figure, Report, Table, Words
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, page: Path) -> None:
-    """Print what fits on one screen, no wider than the console.
+def show_answer(report: Report, console: Console, page: Path | None) -> None:
+    """Print what fits on one screen, no wider than the console, and where the rest is.
 
     Args:
-        page: where the rest is.
+        page: has it, beside `--full`; None where no page was written.
     """
-    answer = report.answer
+    draw_answer(report.answer, console)
+    console.print()
+    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
+
+
+def draw_answer(answer: Answer, console: Console) -> None:
+    """Print the answer alone."""
     console.print(Text(answer.setting, style="dim"))
     console.print(Text(answer.headline, style="bold"))
     for part in answer.parts:
@@ -30,8 +36,6 @@ def show_answer(report: Report, console: Console, page: Path) -> None:
         if not isinstance(part, str) and part.title:
             console.print(Text(part.title))
         console.print(_drawn(part, compact=True))
-    console.print()
-    console.print(Text(f"More: --full, or {page}"), soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:

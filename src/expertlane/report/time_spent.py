@@ -72,7 +72,11 @@ def bottlenecks(comparison: Comparison, heading: str = "Bottlenecks") -> Section
         heading,
         (
             Table.of("", largest, comparison.rows),
-            *causes(f"Where the time of {comparison.phase} goes", _numbered(comparison), waits),
+            *causes(
+                f"Where the time of {comparison.phase} goes, {comparison.clock}",
+                _numbered(comparison),
+                waits,
+            ),
             "Mean over ranks. Total: one decode step of all sequences. Waiting: blocked until the "
             "last rank arrives; what that rank itself waits for is the transfer. Straggler: waits "
             "less than the other ranks of its pipeline stage, by over 5% of the time. Pipeline "

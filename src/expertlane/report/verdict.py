@@ -1,77 +1,250 @@
-"""Which deployment is faster, by what factor, and where the difference lies: in sentences."""
+"""Which of two deployments is faster, by what factor, how surely, and why: in sentences."""
 
-from collections.abc import Iterator, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 
 from expertlane.report.compared import Comparison, Row, projected
-from expertlane.report.numbers import figures, milliseconds, percent, times
+from expertlane.report.difference import step_difference
+from expertlane.report.numbers import (
+    counted,
+    figures,
+    low_high,
+    milliseconds,
+    percent,
+    signed,
+    times,
+)
 from expertlane.report.speed import speed_of_links
+from expertlane.results.estimate import Estimate
+from expertlane.results.pair import choose_pair
 from expertlane.results.results import Results
+from expertlane.results.statistics import is_told_apart
 from expertlane.spec.names import Phase
 
-# Factors this close to 1 are called equal: one run of a few steps cannot separate them.
-_EVEN = 0.05
+_Causes = tuple[tuple[str, Estimate], ...]
+
+_MOST_CAUSES = 4  # of one kind, in a sentence
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The two deployments of the verdict in the numbers of one source.
+
+    Attributes:
+        one: the faster on the clock that the verdict goes by; on another it may be the slower.
+        other: what it is set against.
+        ratio: TPS of `one` over that of `other`; with a 90 % interval where repetitions allow one,
+            with bounds where it is projected.
+        num_runs: repetitions of each; None of a projection.
+        reasons, counter: milliseconds of a step of `one` less those of `other` by cause, of the
+            causes that differ by more than their noise, or of all where that is not known: those
+            that make the ratio, and those that go against it; the largest first.
+    """
+
+    one: Row
+    other: Row
+    ratio: Estimate
+    num_runs: int | None
+    reasons: _Causes
+    counter: _Causes
+
+    @property
+    def slower_and_faster(self) -> tuple[Row, Row]:
+        """By TPS of this source, whichever the verdict goes by."""
+        slower, faster = sorted((self.one, self.other), key=lambda row: row.tps)
+        return slower, faster
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether it is known how sure the ratio is."""
+        return self.ratio.low is not None
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether the interval of the ratio leaves out 1."""
+        return is_told_apart(self.ratio, 1.0)
+
+
+def judge(comparison: Comparison, results: Results) -> Verdict | None:
+    """The two deployments that the verdict is about: the same ones on every clock.
+
+    None of a single deployment.
+    """
+    found = results.pair_of(comparison.source)
+    if found is None:
+        return _judge_once(comparison)
+    by_name = {row.name: row for row in comparison.rows}
+    one, other = by_name[found.name], by_name[found.other]
+    causes_ms = {cause: seconds * 1e3 for cause, seconds in found.causes_s.items()}
+    told = {c: ms for c, ms in causes_ms.items() if ms.low is None or is_told_apart(ms, 0.0)}
+    return Verdict(one, other, found.ratio, found.num_runs, *_reasons(told, found.ratio))
+
+
+def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Causes, _Causes]:
+    """Those that go the way of the ratio, and the others."""
+    ordered = sorted(causes_ms.items(), key=lambda item: -abs(item[1].value))
+    saved, added = (tuple(each for each in ordered if each[1].value * sign > 0) for sign in (-1, 1))
+    return (saved, added) if ratio.value >= 1 else (added, saved)
+
+
+def _judge_once(comparison: Comparison) -> Verdict | None:
+    """Of a projection, or of what was measured without a pair in turns."""
+    rows = comparison.rows
+    places = choose_pair([row.record for row in rows], [row.tps for row in rows])
+    if places is None:
+        return None
+    one, other = (rows[place] for place in places)
+    of_tps, num_runs = Estimate(one.tps / other.tps), len(one.step.tps_of_runs)
+    if not comparison.is_run:
+        low, _, high = one.step.tps.bounds
+        least, _, most = other.step.tps.bounds
+        of_tps = Estimate(of_tps.value, low / most, high / least)
+    causes_ms = {cause: Estimate(ms) for cause, ms in step_difference(other, one).causes}
+    return Verdict(
+        one,
+        other,
+        of_tps,
+        num_runs if comparison.is_run else None,
+        *_reasons(causes_ms, of_tps),
+    )
+
+
+def ratio(value: float) -> str:
+    """`1.06`."""
+    return f"{value:.2f}" if 0.1 <= value < 100 else figures(value)
+
+
+def _interval(estimate: Estimate) -> str:
+    low, _, high = estimate.bounds
+    return f"{ratio(low)}–{ratio(high)}"
+
+
+def headline(comparison: Comparison, results: Results) -> str:
+    """Who wins, by how much, how surely and on which clock: one sentence."""
+    judged = judge(comparison, results)
+    where = f"in {comparison.phase}, {_clock(comparison, results)}"
+    if judged is None:
+        return _alone(comparison, where)
+    num_runs, interval = judged.num_runs, _interval(judged.ratio)
+    factor = f"{ratio(judged.ratio.value)}×"
+    said = f"{judged.one.name} is {factor} as fast as {judged.other.name} {where}"
+    if num_runs is None:
+        within = "" if judged.is_told_apart else "Within error: "
+        return f"{within}{said} (bounds {interval})."
+    if not judged.has_interval:
+        return f"{said} ({counted(num_runs, 'run')}: too few to say how surely)."
+    significant = "" if judged.is_told_apart else "Not significant: "
+    return f"{significant}{said} ({interval}, {counted(num_runs, 'run')})."
+
+
+def _alone(comparison: Comparison, where: str) -> str:
+    only = comparison.first
+    tps, num_runs = only.step.tps, len(only.step.tps_of_runs)
+    how = f" ({low_high(tps)}, {counted(num_runs, 'run')})" if tps.low is not None else ""
+    return (
+        f"{only.name} alone: {figures(tps)} tok/s {where}{how}, {comparison.latency_name} "
+        f"{milliseconds(only.latency_s)} ms; nothing to compare it with."
+    )
 
 
 def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     """The paragraphs on top: which is faster, and why; then what else a reader must know of it."""
-    where = _where(comparison, results)
-    pair = _pair(comparison)
-    if pair is None:
-        only = comparison.first
-        return (
-            f"{only.name} alone {where}: {figures(only.tps)} {comparison.phase} TPS, "
-            f"{comparison.latency_name} {milliseconds(only.latency_s)} ms; nothing to "
-            "compare it with.",
-        )
-    faster, slower = pair
-    sentences = [_which(comparison, faster, slower, where), _why(comparison, faster, slower)]
-    named = [comparison.first, faster, slower]
+    judged, first = judge(comparison, results), headline(comparison, results)
+    if judged is None:
+        return (first,)
+    sentences = [first, _numbers(comparison, judged), why(comparison, judged)]
     if comparison.source == "virtual":
-        sentences += [_by_link_speed(results, comparison)]
+        sentences += [_by_link_speed(results, comparison, judged)]
     elif not comparison.is_run:
-        sentences += [_by_context(comparison), _prefill(comparison), _skewed(results, comparison)]
+        sentences += [
+            _by_context(comparison, judged),
+            _prefill(comparison),
+            _skewed(results, comparison),
+        ]
     elif results.measured_on.is_oversubscribed:
-        ahead = _pair_by_critical_path(comparison)
-        if ahead is not None:
-            sentences.append(_by_critical_path(*ahead))
-            named += ahead
-    numbers = {row.number for row in named}
-    rows = [row for row in comparison.rows if row.number in numbers]
-    return (*filter(None, sentences), *_rounding(rows))
+        sentences += [_by_critical_path(judged)]
+    named = {row.number: row for row in (comparison.first, judged.one, judged.other)}
+    return (*filter(None, sentences), *_rounding([*named.values()]))
 
 
-def _where(comparison: Comparison, results: Results) -> str:
-    match comparison.source:
-        case "measured":
-            return "here"
-        case "virtual":
-            return "in virtual time"
-    return f"on {results.projected_for.name}, projected"
+def _clock(comparison: Comparison, results: Results) -> str:
+    if comparison.is_run:
+        return comparison.clock
+    return f"projected for {results.projected_for.name}"
 
 
-def in_wall_time(wall: Comparison) -> str:
-    """How the best proposal and the best baseline compare on the machine as it is."""
-    pair = _pair(wall)
-    return "" if pair is None else _which(wall, *pair, "in wall time on this machine")
+def in_wall_time(wall: Comparison, results: Results) -> str:
+    """The same two deployments on this machine as it is, and which clock says what."""
+    return (
+        "" if judge(wall, results) is None else f"{headline(wall, results)} {which_clock(results)}"
+    )
 
 
-def _by_link_speed(results: Results, comparison: Comparison) -> str:
-    """The best proposal over the best baseline on faster and slower links."""
+def which_clock(results: Results) -> str:
+    """Which clock to believe for which question, where there are two."""
+    virtual, machine = results.virtual_time, results.machine
+    if virtual is None or machine is None:
+        return ""
+    links = f"links as of {virtual.links}" if virtual.links else "transfers that take no time"
+    return (
+        f"Which to believe: virtual time for a cluster (a core per rank, {links}), wall time for "
+        f"this machine ({machine.num_ranks} ranks on {counted(machine.num_cores, 'core')})."
+    )
+
+
+def _numbers(comparison: Comparison, judged: Verdict) -> str:
+    """Both rates and latencies, and the first deployment where it is neither."""
+    one, other, first = judged.one, judged.other, comparison.first
+    sentence = (
+        f"{figures(one.tps)} against {figures(other.tps)} tok/s; {comparison.latency_name} "
+        f"{milliseconds(one.latency_s)} against {milliseconds(other.latency_s)} ms."
+    )
+    if first not in (one, other):
+        sentence += f" Of the first deployment's ({first.name}): {times(one.tps / first.tps)}."
+    return sentence
+
+
+def why(comparison: Comparison, judged: Verdict) -> str:
+    """How the step of the one differs, each cause with its sign, no more than is sure."""
+    one, other = judged.one, judged.other
+    step = "a decode step" if comparison.phase is Phase.DECODE else "the prefill"
+    if comparison.context is not None:
+        step += f" at {comparison.context:,} tokens of context"
+    lengths = (
+        f"{step} takes {milliseconds(one.step.round_s)} ms with {one.name}, "
+        f"{milliseconds(other.step.round_s)} with {other.name}"
+    )
+    if not judged.reasons and not judged.counter:
+        return f"Why: {lengths}; no cause differs by more than its noise."
+    sentence = f"Why: {lengths}."
+    if judged.reasons:
+        (cause, most), *others = judged.reasons
+        sentence += f" First reason: {cause}, {signed(most.value)} ms"
+        if most.low is not None and most.high is not None:
+            sentence += f" ({signed(most.low)} to {signed(most.high)})"
+        if others:
+            sentence += f"; then {_listed(others)}"
+        sentence += "."
+    if judged.counter:
+        sentence += f" Against it: {_listed(judged.counter)}."
+    largest, share = one.step.largest
+    return f"{sentence} Largest cost of {one.name}: {largest}, {percent(share)}."
+
+
+def _listed(causes_ms: Sequence[tuple[str, Estimate]]) -> str:
+    return ", ".join(f"{cause} {signed(ms.value)}" for cause, ms in causes_ms[:_MOST_CAUSES])
+
+
+def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) -> str:
+    """The same two deployments on faster and slower links."""
     virtual = results.virtual_time
-    proposals = [row.number for row in comparison.proposals]
-    if (
-        virtual is None
-        or not virtual.speeds
-        or not proposals
-        or len(proposals) == len(comparison.rows)
-    ):
+    if virtual is None or not virtual.speeds:
         return ""
     factors = []
     for each in virtual.speeds:
         of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
-        best = max(of_row[number] for number in proposals)
-        other = max(tps for number, tps in of_row.items() if number not in proposals)
+        faster_by = of_row[judged.one.number] / of_row[judged.other.number]
         factor = speed_of_links(virtual, each)
         if factor is None:
             words = "without links"
@@ -79,109 +252,33 @@ def _by_link_speed(results: Results, comparison: Comparison) -> str:
             words = "as assumed"
         else:
             words = f"at {times(factor)}"
-        factors.append(f"{times(best / other)} {words}")
-    return f"Best proposal over best baseline, by link speed: {', '.join(factors)}."
-
-
-def _pair(comparison: Comparison) -> tuple[Row, Row] | None:
-    """The faster and the slower of best proposal and best baseline; else fastest and first."""
-    proposal, baseline = comparison.best_proposal, comparison.best_baseline
-    if proposal is None or baseline is None:
-        proposal, baseline = comparison.fastest, comparison.first
-        if proposal is baseline:
-            rest = comparison.rows[1:]
-            if not rest:
-                return None
-            baseline = max(rest, key=lambda row: row.tps)
-    return (proposal, baseline) if proposal.tps >= baseline.tps else (baseline, proposal)
-
-
-def _which(comparison: Comparison, faster: Row, slower: Row, where: str) -> str:
-    name, first = comparison.latency_name, comparison.first
-    latencies = (
-        f"{name} {milliseconds(faster.latency_s)} ms against "
-        f"{milliseconds(slower.latency_s)} ms ({_latency_words(faster, slower)})"
+        factors.append(f"{ratio(faster_by)}× {words}")
+    return (
+        f"{judged.one.name} over {judged.other.name}, by the speed of links: {', '.join(factors)}."
     )
-    rates = f"{figures(faster.tps)} against {figures(slower.tps)} {comparison.phase} TPS"
-    fast, slow = (
-        f"the best baseline, {row.name}" if row is comparison.best_baseline else row.name
-        for row in (faster, slower)
-    )
-    if is_close(faster, slower):
-        sentence = f"Within error {where}: {fast} and {slow}: {rates}; {latencies}."
-    else:
-        sentence = (
-            f"Faster {where}: {fast}, with {times(faster.tps / slower.tps)} the throughput of "
-            f"{slow}: {rates}; {latencies}."
-        )
-    if first not in (faster, slower):
-        sentence += (
-            f" Against the first deployment, {first.name}: "
-            f"{times(faster.tps / first.tps)} the throughput, "
-            f"{name} {_latency_words(faster, first)}."
-        )
-    return sentence
 
 
-def is_close(faster: Row, slower: Row) -> bool:
-    """Whether they differ by little, or some repetition or bound of one is within the other's."""
-    low, high = faster.tps_range.bounds[0], slower.tps_range.bounds[-1]
-    return faster.tps < (1 + _EVEN) * slower.tps or high >= low
-
-
-def _latency_words(row: Row, other: Row) -> str:
-    factor = other.latency_s / row.latency_s
-    if abs(factor - 1) < _EVEN:
-        return "the same"
-    return f"{times(factor)} lower" if factor > 1 else f"{times(1 / factor)} higher"
-
-
-def _why(comparison: Comparison, faster: Row, slower: Row) -> str:
-    """The cause that costs the slower one most more, and the faster one's own largest."""
-    fast_s, slow_s = faster.step.breakdown_s, slower.step.breakdown_s
-    excess_s = {cause: slow_s[cause] - fast_s.get(cause, 0.0) for cause in slow_s}
-    main = max(excess_s, key=lambda cause: excess_s[cause])
-    largest, _ = faster.step.largest
-    if excess_s[main] <= 0:
-        return ""
-    unit = "per decode step" if comparison.phase is Phase.DECODE else "over the prefill"
-    if comparison.context is not None:
-        unit += f" at {comparison.context:,} tokens of context"
-    sentence = (
-        f"Why: {unit}, the largest difference is {main}: {_part(slower, main)} with "
-        f"{slower.name}, {_part(faster, main)} with {faster.name}."
-    )
-    if largest != main:
-        sentence += f" Largest cost of {faster.name}: {largest}, {_part(faster, largest)}."
-    return sentence
-
-
-def _part(row: Row, cause: str) -> str:
-    seconds = row.step.breakdown_s.get(cause, 0.0)
-    return f"{milliseconds(seconds)} ms ({percent(row.step.shares.get(cause, 0.0))})"
-
-
-def _by_context(comparison: Comparison) -> str:
-    """What the best proposal gains from the shortest to the longest context."""
-    proposal, best, first = comparison.best_proposal, comparison.best_baseline, comparison.first
+def _by_context(comparison: Comparison, judged: Verdict) -> str:
+    """What the one has over the other from the shortest to the longest context."""
     contexts = comparison.contexts
-    if proposal is None:
-        return "No deployment is a proposal; all are baselines."
-    if best is None or len(contexts) < 2:
+    if len(contexts) < 2:
         return ""
 
     def factors(other: Row) -> str:
         found = [
-            comparison.at(proposal, each).tps.value / comparison.at(other, each).tps.value
+            comparison.at(judged.one, each).tps.value / comparison.at(other, each).tps.value
             for each in contexts
         ]
         low, high = times(min(found)), times(max(found))
         return low if low == high else f"{figures(min(found))} to {high}"
 
-    also = "" if best is first else f" and {factors(first)} that of {first.name}"
+    first = comparison.first
+    also = ""
+    if first not in (judged.one, judged.other):
+        also = f" and {factors(first)} that of {first.name}"
     return (
-        f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context {proposal.name} has "
-        f"{factors(best)} the decode TPS of {best.name}{also}."
+        f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context {judged.one.name} has "
+        f"{factors(judged.other)} the decode TPS of {judged.other.name}{also}."
     )
 
 
@@ -212,30 +309,16 @@ def _skewed(results: Results, comparison: Comparison) -> str:
     )
 
 
-def _pair_by_critical_path(comparison: Comparison) -> tuple[Row, Row] | None:
-    """The best proposal and the best baseline by that measure, the one ahead first."""
-    of_parts = (comparison.baselines, comparison.proposals)
-    if not all(of_parts):
-        return None
-    tps = attrgetter("critical_path_tps")
-    ahead, behind = sorted((max(rows, key=tps) for rows in of_parts), key=tps, reverse=True)
-    return (ahead, behind) if behind.critical_path_tps else None
-
-
-def _by_critical_path(ahead: Row, behind: Row) -> str:
-    """Which is ahead by critical-path CPU time; by wall time it may be the other."""
-    tps, tps_behind = ahead.critical_path_tps, behind.critical_path_tps
-    rates = f"{figures(tps)} against {figures(tps_behind)} TPS"
-    factor = tps / tps_behind
-    if factor < 1 + _EVEN:
-        outcome = f"{ahead.name} and {behind.name} are within error: {rates}"
-    else:
-        outcome = (
-            f"{ahead.name} is ahead, with {times(factor)} the throughput of {behind.name}: {rates}"
-        )
+def _by_critical_path(judged: Verdict) -> str:
+    """The same two by critical-path CPU time; it may say the contrary."""
+    one, other = judged.one, judged.other
+    tps, tps_of_other = one.critical_path_tps, other.critical_path_tps
+    if not tps or not tps_of_other:
+        return ""
     return (
-        "By critical-path CPU time (one core per rank, transfers free), "
-        f"{outcome}. This favours deployments that communicate most."
+        f"By critical-path CPU time (one core per rank, transfers free), {one.name} is "
+        f"{ratio(tps / tps_of_other)}× as fast: {figures(tps)} against {figures(tps_of_other)} "
+        "TPS. This favours deployments that communicate most."
     )
 
 

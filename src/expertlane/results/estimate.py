@@ -13,7 +13,11 @@ _PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class Estimate(Strict):
-    """A number; low ≤ value ≤ high where it is projected, both None where it is not."""
+    """A number; low ≤ value ≤ high, or both None.
+
+    Low and high are the bounds of a projection, or the 90 % interval of what was measured a few
+    times (`results.statistics`).
+    """
 
     value: float
     low: float | None = None

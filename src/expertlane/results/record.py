@@ -59,7 +59,8 @@ class CriticalPath(Strict):
 class StepsRecord(Strict):
     """The steps of one phase: all that were measured or simulated, or one that was projected.
 
-    Counts are sums over ranks and steps. A simulated step with any prompt in it is a prefill.
+    Counts are sums over ranks and steps, of all repetitions; `traffic` is of the first. A simulated
+    step with any prompt in it is a prefill.
 
     Attributes:
         pool: the ranks that ran them: all, or those of one of its pools.
@@ -71,8 +72,9 @@ class StepsRecord(Strict):
         wall_s: measured: of the phase. Projected: of the one step, or round where micro-batches
             rotate, in the steady state. Simulated: of all steps; where they overlap, more than
             the time that passed.
-        tps: `num_tokens` over `wall_s`, over the whole system.
-        tps_of_runs: of each repetition by itself.
+        tps: of the whole system. In virtual time, projected and simulated: `num_tokens` over
+            `wall_s`; measured: the median of `tps_of_runs`.
+        tps_of_runs: of each repetition by itself, in virtual time too.
         step_s: of a step, from its submission (modelled: from when the first rank turns to it) to
             its finish; with steps in flight together it holds their queueing.
         token_s: of a prefill TTFT, from the phase's start; of a decode TPOT, over the intervals
@@ -97,7 +99,7 @@ class StepsRecord(Strict):
             fitted, bound.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
         fits: whether so many sequences of this context fit into memory.
-        timeline: of one step: measured, from a short run by itself; simulated, the largest.
+        timeline: of one step: measured, from a short run by itself; simulated, the median.
     """
 
     phase: Phase
@@ -129,11 +131,11 @@ class StepsRecord(Strict):
     stage_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     waiting_s: tuple[float, ...] = ()
     bubble_s: tuple[float, ...] = ()
-    traffic: TrafficRecord | None = None
+    traffic: TrafficRecord | None = field(default=None, repr=False)
     basis_shares: dict[str, float] = field(default_factory=dict)
     extrapolated_share: float | None = None
     fits: bool = True
-    timeline: StepTimeline | None = None
+    timeline: StepTimeline | None = field(default=None, repr=False)
 
     @property
     def round_s(self) -> Estimate:
@@ -351,7 +353,7 @@ class Conditions(Strict):
     kv_dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeploymentRecord(Strict):
     """One deployment.
 
@@ -365,7 +367,8 @@ class DeploymentRecord(Strict):
         serving: one for each load, or for the one that was asked for. Of several simulated loads,
             `pools`, `steps` and `num_tokens_per_expert` are of `best_load`.
         held: [num_ranks].
-        num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps.
+        num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps, of the
+            first repetition where there are several.
         rebalances: decisions about moving experts, in its last run.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.
@@ -393,6 +396,11 @@ class DeploymentRecord(Strict):
     tokens_sha256: str | None = None
     why: str = ""
     over_best: Estimate | None = None
+
+    def __repr__(self) -> str:
+        """A line: its parts have thousands of numbers."""
+        roles = f", {', '.join(self.roles)}" if self.roles else ""
+        return f"<DeploymentRecord {self.name!r}: {self.layout}, {self.source}{roles}>"
 
     @property
     def num_ranks(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
+from expertlane.results.pair import PairRecord
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source, TieBreak
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
@@ -218,7 +219,7 @@ class PlanSummary(Strict):
     experiment: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results(Strict):
     """All of one file.
 
@@ -235,6 +236,7 @@ class Results(Strict):
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
+        pairs: the two deployments of a comparison's verdict, by each clock that there is.
         cautions: what a reader must know of the numbers, in sentences.
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
@@ -257,6 +259,7 @@ class Results(Strict):
     machine: Machine | None = None
     cluster: Cluster | None = None
     virtual_time: VirtualTime | None = None
+    pairs: tuple[PairRecord, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     cautions: tuple[str, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
@@ -303,6 +306,22 @@ class Results(Strict):
             **parts,
         )
 
+    def __repr__(self) -> str:
+        """A line: of what, how much and when; the rest is megabytes."""
+        cluster = "" if self.cluster is None else self.cluster.name
+        of = ", ".join(filter(None, [self.model_name, cluster]))
+        num = len(self.deployments)
+        return (
+            f"<Results of a {self.kind}: {of}; {num} record{'' if num == 1 else 's'}, "
+            f"{self.created}>"
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model that was asked about; empty where the question has none."""
+        model = self.question.get("model", self.question.get("experiment", {}).get("model"))
+        return str(model.get("name", "") if isinstance(model, dict) else model or "")
+
     def beside(self, projected: "Results") -> "Results":
         """What was measured, with a projection of the same experiment."""
         return replace(
@@ -330,6 +349,10 @@ class Results(Strict):
             and (role is None or role in each.roles)
             and (conditions is None or each.conditions == conditions)
         )
+
+    def pair_of(self, source: Source) -> PairRecord | None:
+        """The verdict's two deployments in numbers of one source, if they were measured."""
+        return next((each for each in self.pairs if each.source == source), None)
 
     @property
     def measured_on(self) -> Machine:

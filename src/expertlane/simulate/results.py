@@ -132,8 +132,8 @@ def _record(
         pools=tuple(_pool(pool, device_bytes) for pool in outcome.pools),
         steps=tuple(
             _steps(pool.ranks.role, step, pool.totals.phases[phase])
-            for pool, largest in zip(outcome.pools, simulator.largest_steps(outcome), strict=True)
-            for phase, step in largest.items()
+            for pool, median in zip(outcome.pools, simulator.median_steps(outcome), strict=True)
+            for phase, step in median.items()
         ),
         serving=serving,
         num_tokens_per_expert=tuple(
@@ -157,14 +157,14 @@ def _pool(pool: SimulatedPool, device_bytes: float) -> PoolRecord:
     )
 
 
-def _steps(pool: PoolRole, largest: StepRecord, totals: PhaseTotals) -> StepsRecord:
+def _steps(pool: PoolRole, median: StepRecord, totals: PhaseTotals) -> StepsRecord:
     num, step_s = len(totals.step_s), np.array(totals.step_s)
     basis_shares, extrapolated = shares_of(totals.facts.basis_s, totals.facts.extrapolated_s)
     shares = totals.why_s / (totals.why_s.sum() or 1.0) * float(step_s[:, LIKELY].mean())
     explained_s = totals.explained_s or 1.0
     wall_s = Estimate.between(step_s.sum(axis=0))
     return StepsRecord(
-        phase=largest.phase,
+        phase=median.phase,
         pool=pool,
         num_steps=num,
         num_tokens=totals.num_tokens,
@@ -178,13 +178,13 @@ def _steps(pool: PoolRole, largest: StepRecord, totals: PhaseTotals) -> StepsRec
         read_utilisation=totals.read_s / explained_s,
         basis_shares=basis_shares,
         extrapolated_share=extrapolated,
-        traffic=_traffic(totals, largest),
-        timeline=timelines_of([largest])[largest.phase],
+        traffic=_traffic(totals, median),
+        timeline=timelines_of([median])[median.phase],
     )
 
 
-def _traffic(totals: PhaseTotals, largest: StepRecord) -> TrafficRecord:
-    records = sorted(largest.records, key=lambda record: record.rank)
+def _traffic(totals: PhaseTotals, median: StepRecord) -> TrafficRecord:
+    records = sorted(median.records, key=lambda record: record.rank)
     ranks = [record.rank for record in records]
     payload = tuple(
         tuple(record.sent_bytes[:, Traffic.PAYLOAD].sum(axis=0)[ranks].tolist())

@@ -240,14 +240,14 @@ class Simulator:
         return Outcome(whole, pools)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
-        """The largest prefill and the largest decode step, one after the other, with events.
+        """The median prefill and the median decode step, one after the other, with events.
 
         Each was replayed by itself: it begins when the one before is done, with all ranks at rest.
         Ranks are numbered over all pools.
         """
         steps: list[StepRecord] = []
         first_rank, begin_s = 0, 0.0
-        for pool, of_pool in zip(outcome.pools, self.largest_steps(outcome), strict=True):
+        for pool, of_pool in zip(outcome.pools, self.median_steps(outcome), strict=True):
             for phase, step in of_pool.items():
                 if pool.ranks.role in ("both", phase.value):
                     steps.append(_moved(step, first_rank, begin_s))
@@ -255,12 +255,12 @@ class Simulator:
             first_rank += pool.ranks.layout.world_size
         return steps
 
-    def largest_steps(self, outcome: Outcome) -> list[dict[Phase, StepRecord]]:
-        """The largest steps by pool and phase, with events; ranks are the pool's."""
+    def median_steps(self, outcome: Outcome) -> list[dict[Phase, StepRecord]]:
+        """The median steps by pool and phase, with events; ranks are the pool's."""
         return [
             {
                 phase: self._traced(
-                    pool.ranks, replace(pool.totals.phases[phase].largest, phase=phase)
+                    pool.ranks, replace(pool.totals.phases[phase].median, phase=phase)
                 )
                 for phase in Phase
                 if phase in pool.totals.phases

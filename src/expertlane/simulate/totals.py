@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from expertlane.cost.breakdown import BreakdownTable, basis_seconds, floor_s
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats, Ints
@@ -17,6 +18,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, ProjectedCause
 
 _WINDOW = 16  # steps explained in a row
+_MOST_SAMPLED = 256  # steps of a phase, one of which is drawn
 _MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pricing
 
 
@@ -61,7 +63,7 @@ class PhaseTotals:
 
     Attributes:
         facts: of all steps.
-        largest: the step with most tokens, of decodes with most sequences.
+        sample: some steps with their likely seconds, evenly over all.
         step_s: [3] each step: low, likely, high.
         num_tokens, num_seqs: computed, drafts among them, and sequences that took part.
         why_s: by cause, of the steps that were explained; [num_causes].
@@ -69,8 +71,7 @@ class PhaseTotals:
     """
 
     facts: StepFacts
-    largest: StepPlan
-    largest_size: int = 0
+    sample: list[tuple[float, StepPlan]] = field(default_factory=list)
     step_s: list[Floats] = field(default_factory=list)
     num_tokens: int = 0
     num_seqs: int = 0
@@ -78,6 +79,7 @@ class PhaseTotals:
     explained_s: float = 0.0
     flops_s: float = 0.0
     read_s: float = 0.0
+    _stride: int = 1
 
     def add(self, plan: StepPlan, seconds: Floats, num_drafts: int) -> None:
         """One more step, whose facts are in `facts`."""
@@ -88,11 +90,24 @@ class PhaseTotals:
                 batch.yields_token & (batch.num_scheduled_tokens == 1) for batch in batches
             ]
             num_tokens += num_drafts * sum(int(each.sum()) for each in is_decode)
+        self._keep(plan, float(seconds[LIKELY]))
         self.step_s.append(seconds)
         self.num_tokens += num_tokens
         self.num_seqs += sum(batch.num_seqs for batch in batches)
-        if num_tokens > self.largest_size:
-            self.largest, self.largest_size = plan, num_tokens
+
+    def _keep(self, plan: StepPlan, likely_s: float) -> None:
+        """Of ever more steps, ever fewer."""
+        if len(self.step_s) % self._stride == 0:
+            self.sample.append((likely_s, plan))
+        if len(self.sample) > _MOST_SAMPLED:
+            self.sample = self.sample[::2]
+            self._stride *= 2
+
+    @property
+    def median(self) -> StepPlan:
+        """The step of the sample that takes about as long as the median of all."""
+        median_s = float(np.median([seconds[LIKELY] for seconds in self.step_s]))
+        return min(self.sample, key=lambda each: abs(each[0] - median_s))[1]
 
     def explain(self, table: BreakdownTable) -> None:
         """Some more steps that follow each other."""
@@ -143,7 +158,7 @@ class PoolTotals:
         phase = _phase(step.plan)
         totals = self.phases.get(phase)
         if totals is None:
-            totals = self.phases[phase] = PhaseTotals(facts, step.plan)
+            totals = self.phases[phase] = PhaseTotals(facts)
         else:
             totals.facts += facts
         totals.add(step.plan, _seconds(step), self._num_drafts)

@@ -91,9 +91,43 @@ class Experiment:
         """Ranks of the largest deployment."""
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
 
+    def only(self, names: str) -> "Experiment":
+        """With these deployments alone, and no layouts of scaling.
+
+        Args:
+            names: names or numbers from 1, with commas between; names may have commas in them, and
+                x stands for × too.
+
+        Raises:
+            SpecError: one is unknown, or given twice.
+        """
+        places = {_plain(each.name): place for place, each in enumerate(self.deployments)}
+        for place in range(len(self.deployments)):
+            places.setdefault(str(place + 1), place)
+        wanted, rest = [], _plain(names)
+        while rest:
+            parts = rest.split(",")
+            beginnings = (",".join(parts[:num]).strip() for num in range(len(parts), 0, -1))
+            found = next((each for each in beginnings if each in places), None)
+            if found is None:
+                known = [each.name for each in self.deployments]
+                raise SpecError(f"no deployment {parts[0]!r}{nearest(parts[0], known)}")
+            if places[found] in wanted:
+                raise SpecError(f"{self.deployments[places[found]].name!r} is given twice")
+            wanted.append(places[found])
+            rest = rest[rest.index(found) + len(found) :].lstrip().removeprefix(",").lstrip()
+        if not wanted:
+            raise SpecError("no deployment is named")
+        kept = tuple(self.deployments[place] for place in sorted(wanted))
+        return replace(self, deployments=kept, scaling=())
+
     def num_sequences_alike(self, layout: Layout) -> int:
         """Sequences that give a rank of `layout` as many as the largest deployment's ranks have."""
         return max(1, self.workload.num_sequences // self.num_ranks) * layout.world_size
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("×", "x").lower().split())
 
 
 _TABLES = ("model", "workload", "cluster")

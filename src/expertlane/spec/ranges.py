@@ -108,7 +108,10 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "limit_s": _above(0, 1e9),  # of an SLO, in its unit
     "price": _above(0, 1e6),
     "skew": _number(0, 10),
+    "threshold": _number(0, 1e3),
     "link_scale": _number(1e-6, 1e9),
+    "repeat": _whole(1, 1000),
+    "min_time": _number(0, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine
     "timeout_s": _above(0, 1e6),

@@ -7,7 +7,7 @@ from expertlane.results.results import Judged
 # docs/validation.md says how each was judged; nothing of it was fitted.
 JUDGED = {
     # calibration/judge_published.py --silicon, looked at once
-    Basis.FITTED: Judged("TPOT, one pool, Qwen3-235B-A22B in float8, H100", 127, 0.34),
+    Basis.FITTED: Judged("TPOT, disaggregated, DeepSeek-R1 in float8, H100", 92, 0.38),
     # benchmarks/results/2026-11-25-bench_projection-final.json
     Basis.MEASURED: Judged("step time, 36 deployments, after expertlane calibrate", 72, 0.056),
 }

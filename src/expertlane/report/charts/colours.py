@@ -1,57 +1,93 @@
-"""Which colour stands for what: for a cause and a stage the same in every plot of them.
+"""The page's colours, and what each stands for: for a cause and a stage the same in every plot.
 
-Hues after Okabe and Ito (2008), made for all kinds of colour vision, in lightnesses that stand out
-from the page by 3 to 1, nearly all; names are variables of the page's style sheet, which has them
-for light and dark.
+One hue a family: compute blue, communication orange, waiting grey, overhead purple; its members
+differ in lightness. Any two that meet in a plot differ by 12 or more of CIEDE2000, to all cones and
+without those for red or for green, on the light page and on the dark one; a test computes it.
 """
 
 from expertlane.spec.names import Cause, Gap, ProjectedCause
 
+# Variables of the page's style sheet: on a light page and on paper, on a dark page.
+PALETTE: dict[str, tuple[str, str]] = {
+    "--ink": ("#1a2027", "#e8ecf0"),
+    "--muted": ("#5b6670", "#a3adb7"),
+    "--line": ("#d9dee3", "#333b44"),
+    "--page": ("#f6f7f9", "#12161b"),
+    "--card": ("#ffffff", "#1b2128"),
+    "--accent": ("#00588c", "#7cc4f5"),
+    "--shadow": ("#00000040", "#000000b0"),
+    "--compute-1": ("#0772d2", "#1398ff"),
+    "--compute-2": ("#71a6ff", "#aac2fd"),
+    "--compute-3": ("#5293af", "#5890a9"),
+    "--compute-4": ("#023568", "#026bc6"),
+    "--communication-1": ("#f48c07", "#ea8b00"),
+    "--communication-2": ("#d47a5c", "#c77052"),
+    "--communication-3": ("#a36100", "#f7cf7f"),
+    "--communication-4": ("#83361c", "#9a4f02"),
+    "--waiting-1": ("#656565", "#a0a0a0"),
+    "--waiting-2": ("#8d8d8d", "#747474"),
+    "--waiting-3": ("#bbbfc8", "#4b4b4b"),
+    "--overhead-1": ("#815284", "#85487f"),
+    "--overhead-2": ("#5a2a3f", "#ffc3da"),
+    "--proposal": ("#00588c", "#7cc4f5"),
+    "--rival": ("#7d858d", "#8d959d"),
+    "--others": ("#b9bfc5", "#535b64"),
+    "--below": ("#2a92da", "#1e7fcb"),
+    "--above": ("#d77836", "#e08537"),
+    "--blue": ("#27b5ff", "#3463ab"),
+    "--orange": ("#975c11", "#de7e39"),
+    "--green": ("#064220", "#a2dca5"),
+    "--purple": ("#512087", "#987ff2"),
+    "--sky": ("#2980a1", "#86d0fc"),
+    "--brick": ("#c7776f", "#bc2c0f"),
+    "--yellow": ("#cfa600", "#f0e82c"),
+    "--pink": ("#8e4d62", "#be849a"),
+    "--silver": ("#a6acb2", "#5a5d5f"),
+}
+
 OF_CAUSE: dict[str, str] = {
-    Cause.EXPERTS: "--blue",
-    Cause.ATTENTION: "--sky",
-    Cause.ROUTER: "--pink",
-    Cause.HEAD: "--lime",
-    Cause.DISPATCH_COMBINE: "--vermillion",
-    Cause.TP_COLLECTIVES: "--orange",
-    Cause.HAND_OVER: "--yellow",
-    Cause.WAITING: "--grey",
-    Cause.PIPELINE_BUBBLE: "--silver",
-    Cause.ENGINE: "--brown",
-    ProjectedCause.EXPERT_COMPUTE: "--blue",
-    ProjectedCause.OTHER_COMPUTE: "--sky",
-    ProjectedCause.WEIGHT_READS: "--green",
-    ProjectedCause.KV_READS: "--purple",
-    ProjectedCause.DISPATCH_COMBINE: "--vermillion",
-    ProjectedCause.CONTENTION: "--pink",
-    ProjectedCause.IMBALANCE: "--grey",
-    ProjectedCause.LAUNCH: "--teal",
+    Cause.EXPERTS: "--compute-1",
+    Cause.ATTENTION: "--compute-2",
+    Cause.ROUTER: "--compute-3",
+    Cause.HEAD: "--compute-4",
+    Cause.DISPATCH_COMBINE: "--communication-1",
+    Cause.TP_COLLECTIVES: "--communication-3",
+    Cause.HAND_OVER: "--communication-4",
+    Cause.WAITING: "--waiting-1",
+    Cause.PIPELINE_BUBBLE: "--waiting-2",
+    Cause.ENGINE: "--overhead-1",
+    ProjectedCause.EXPERT_COMPUTE: "--compute-1",
+    ProjectedCause.OTHER_COMPUTE: "--compute-2",
+    ProjectedCause.WEIGHT_READS: "--compute-3",
+    ProjectedCause.KV_READS: "--compute-4",
+    ProjectedCause.DISPATCH_COMBINE: "--communication-1",
+    ProjectedCause.CONTENTION: "--communication-2",
+    ProjectedCause.IMBALANCE: "--waiting-1",
+    ProjectedCause.LAUNCH: "--overhead-2",
 }
 
 # Of a timeline, what is no part of a step's causes.
-OF_GAP: dict[str, str] = {Gap.IDLE: "--line", Gap.DESCHEDULED: "--brown"}
+OF_GAP: dict[str, str] = {Gap.IDLE: "--waiting-3", Gap.DESCHEDULED: "--overhead-2"}
 
-PROPOSAL = "--accent"
+# Of two deployments that a verdict names, the faster and the slower one, and of all others.
+PROPOSAL, RIVAL, OTHERS = "--proposal", "--rival", "--others"
+# What a cause takes off a step or adds to it; loads below and above the mean.
+SAVED, ADDED = "--below", "--above"
+BELOW, ABOVE = "--below", "--above"
 
 # Of curves and points, told apart by their marks too; those in the background are grey.
-SERIES = (
-    "--blue",
-    "--vermillion",
-    "--green",
-    "--orange",
-    "--purple",
-    "--sky",
-    "--pink",
-    "--brown",
-    "--lime",
-    "--teal",
-)
+SERIES = (*("--sky", "--orange", "--purple", "--blue", "--green", "--pink", "--yellow", "--brick"),)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"
 
-# Of two deployments that a verdict names, the faster and the slower one, and of all others.
-RIVAL, OTHERS = "--grey", "--silver"
-# What a cause takes off a step or adds to it; loads below and above the mean.
-SAVED, ADDED = "--blue", "--vermillion"
-BELOW, ABOVE = "--blue", "--vermillion"
+
+def style_sheet() -> str:
+    """The palette as CSS: on a screen as light or dark as its user has it, on paper light."""
+    light, dark = (
+        "".join(f"{name}:{looks[place]};" for name, looks in PALETTE.items()) for place in (0, 1)
+    )
+    return (
+        f":root{{color-scheme:light dark;{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    )

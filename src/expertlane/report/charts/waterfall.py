@@ -45,8 +45,8 @@ def waterfall_chart(
     largest = max(causes, key=lambda each: abs(each["ms"]), default=None)
     return Chart(
         title,
-        f"From {from_name}, {figures(difference.slower_ms)} ms a step, to {to_name}, "
-        f"{figures(difference.faster_ms)} ms, one bar a cause."
+        f"From {from_name}, {figures(difference.slower_ms)} ms per step, to {to_name}, "
+        f"{figures(difference.faster_ms)} ms, one bar per cause."
         + (f" Most: {largest['row']}, {largest['said']} ms." if largest else ""),
         rows_spec(rows, layers, len(rows)),
         Table.of(

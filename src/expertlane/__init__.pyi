@@ -1,0 +1,371 @@
+# Written by tests/api_stub.py from the options that the commands declare; a test compares.
+"""Run, compare and plan expert-parallel inference of Mixture-of-Experts models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from expertlane.api import Difference, Results, diff, load_results
+from expertlane.engine.llm import LLM
+from expertlane.errors import ExpertlaneError
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.sampling import SamplingParams
+from expertlane.version import __version__
+
+# What the command line reads as text, or what that stands for: `batch=[32, 64]`.
+Text = str | int | float | Path | Layout | Sequence[int | float | str]
+
+__all__ = [
+    "LLM",
+    "Difference",
+    "ExpertlaneError",
+    "Options",
+    "Results",
+    "SamplingParams",
+    "__version__",
+    "bench",
+    "compare",
+    "diff",
+    "load_results",
+    "plan",
+    "simulate",
+]
+
+def compare(
+    experiment: Text = 'paper-small',
+    *,
+    model: Text | None = None,
+    experts_per_token: int | None = None,
+    only: Text | None = None,
+    repeat: int = 5,
+    min_time: float = 0.0,
+    traffic: bool = False,
+    trace: bool = False,
+    dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
+    clock: Literal['virtual', 'wall'] | None = None,
+    links: Text = 'h100',
+    link_scale: float | None = None,
+    compute: Text = 'measured',
+    timeout_s: float = 60.0,
+    oversubscribe: bool = False,
+    ignore_unused_tensors: bool = False,
+    project: bool = False,
+    cluster: Text | None = None,
+    skew: float | None = None,
+    out: str | Path | None = None,
+) -> Results:
+    """Run an experiment's deployments in turn on the same ranks and show them side by side.
+
+    Says which deployment is faster and why: tokens per second, time per output token, where each
+    step's time goes, and how the experts were loaded. Ranks that share cores take turns, so the
+    answer is in virtual time: computing as measured, each rank on its own core, transfers as on the
+    links of a cluster. Wall time is shown beside it. Starts local ranks, or under torchrun those of
+    several nodes. Writes results.json, report.md and report.html.
+
+    Args:
+        experiment: A TOML file, or the name of an experiment that comes with expertlane:
+            paper-small (laptop), paper-small-skewed (the same model, some experts in demand,
+            load balanced), paper (full size).
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper.
+        experts_per_token: Experts per token; with several, one comparison each, one after the
+            other.
+        only: Run only these deployments, by their names or numbers in the experiment; no
+            scaling layouts.
+        repeat: How often the two deployments of the verdict are measured; the others twice at
+            most. Fewer than 5 give no intervals.
+        min_time: Repeat until the steps of each of the two have taken so long.
+        traffic: Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks
+            and experts, and the straggler.
+        trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
+            decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
+            trace-NAME-virtual.json too.
+        dtype: Type of weights and activations.
+        clock: virtual: also replay what was measured with one core per rank and a cluster's
+            links (while measuring, ranks that share a core compute one at a time). wall: wall
+            time only.
+        links: The links of virtual time: a profile as in --cluster, or none, so that transfers
+            take no time.
+        link_scale: Transfers take N times as long as on the profile's links.
+        compute: Compute times in virtual time: measured, or a profile's cost model for the
+            operations that ran.
+        timeout_s: Longest wait for a rank that makes no progress.
+        oversubscribe: Allow more than 32 local ranks per core.
+        ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
+            its config.json does not use.
+        project: Also project the same deployments on a modelled cluster, in separate tables;
+            only project where this machine is too small to run them.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
+            file of expertlane calibrate).
+        skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        out: Folder for results.json, the reports and all else that the command writes. None:
+            nothing is written.
+
+    Returns:
+        What was found: `.answer` is text, `.page` the report, `.to_pandas()` a table.
+
+    Raises:
+        UserError: what is asked for is wrong or cannot be done; options are named as on the command
+            line.
+        RankError: a rank died, hung or failed.
+    """
+
+
+def plan(
+    model: Text,
+    *,
+    cluster: Text = 'h100x16',
+    batch: Text | None = None,
+    rate: Text | None = None,
+    num_requests: int | None = None,
+    prompt_len: Text | None = None,
+    output_len: Text | None = None,
+    requests: str | Path | None = None,
+    seed: int = 0,
+    slo: Text | Sequence[Text] | None = None,
+    price: float | None = None,
+    routing_trace: str | Path | None = None,
+    skew: float | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    execution: Literal['graph', 'eager'] = 'graph',
+    out: str | Path | None = None,
+) -> Results:
+    """Find the deployment that has the most tokens/s on a cluster, within latency limits.
+
+    Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
+    aggregated and disaggregated (prefill and decode apart); projects each with a cost model
+    calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
+    to #1, and writes the winner as an experiment for expertlane compare, and as vLLM and SGLang
+    command lines.
+
+    Args:
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
+            file of expertlane calibrate).
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt.
+        output_len: Tokens per output.
+        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
+            or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
+        seed: Seed of all random draws; reproducible for equal seeds.
+        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Here means alone;
+            percentiles are for simulate.
+        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
+            machines together.
+        routing_trace: Routing as recorded by expertlane generate --record-routing.
+        skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the KV cache.
+        execution: Steps as CUDA graphs, or kernels launched one by one.
+        out: Folder for results.json, the reports and all else that the command writes. None:
+            nothing is written.
+
+    Returns:
+        What was found: `.answer` is text, `.page` the report, `.to_pandas()` a table.
+
+    Raises:
+        UserError: what is asked for is wrong or cannot be done; options are named as on the command
+            line.
+        RankError: a rank died, hung or failed.
+    """
+
+
+def simulate(
+    model: Text,
+    *,
+    layout: Text,
+    cluster: Text,
+    prefill_layout: Text | None = None,
+    mtp: int = 0,
+    mtp_acceptance: float | None = None,
+    trace: bool = False,
+    batch: Text | None = None,
+    rate: Text | None = None,
+    num_requests: int | None = None,
+    prompt_len: Text | None = None,
+    output_len: Text | None = None,
+    requests: str | Path | None = None,
+    seed: int = 0,
+    slo: Text | Sequence[Text] | None = None,
+    price: float | None = None,
+    routing_trace: str | Path | None = None,
+    skew: float | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    execution: Literal['graph', 'eager'] = 'graph',
+    overlap: Literal['off', 'on', 'auto'] = 'off',
+    num_micro_batches: int = 1,
+    micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
+    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
+    payload: Literal['model', 'bfloat16', 'float8'] = 'model',
+    placement: Text = 'linear',
+    num_redundant_experts: int = 0,
+    block_size: int = 16,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 2048,
+    out: str | Path | None = None,
+) -> Results:
+    """Project one deployment on target hardware.
+
+    The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
+    to published measurements or made by expertlane calibrate. Says what limits the deployment,
+    and where every number comes from. Needs no GPU and no weights.
+
+    Args:
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper.
+        layout: How ranks are arranged: dp=2,ep=2 for example.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
+            file of expertlane calibrate).
+        prefill_layout: Disaggregated: a prefill pool of its own, on further devices; --layout
+            then decodes. All other options hold for both pools.
+        mtp: Multi-token prediction: N draft tokens per step.
+        mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
+        trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
+            decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
+            trace-NAME-virtual.json too.
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
+        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
+            or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
+        seed: Seed of all random draws; reproducible for equal seeds.
+        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Of ttft, tpot, itl
+            or e2e the mean, median, p90, p95 or p99. Goodput is of requests within all limits.
+        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
+            machines together.
+        routing_trace: Routing as recorded by expertlane generate --record-routing.
+        skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the KV cache.
+        execution: Steps as CUDA graphs, or kernels launched one by one.
+        overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
+            where faster for a step's number of tokens, timed at startup.
+        num_micro_batches: Micro-batches per pipeline step.
+        micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
+            full.
+        dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
+            all ranks, one copy per node reached, forwarded inside it, or the fastest for a
+            step's number of tokens, timed at startup.
+        payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
+            measures the error).
+        placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
+            expertlane balance.
+        num_redundant_experts: Redundant experts per MoE layer, to share load.
+        block_size: Tokens per KV-cache block.
+        max_num_seqs: Concurrent requests per data-parallel rank.
+        max_num_batched_tokens: Tokens per step and data-parallel rank.
+        out: Folder for results.json, the reports and all else that the command writes. None:
+            nothing is written.
+
+    Returns:
+        What was found: `.answer` is text, `.page` the report, `.to_pandas()` a table.
+
+    Raises:
+        UserError: what is asked for is wrong or cannot be done; options are named as on the command
+            line.
+        RankError: a rank died, hung or failed.
+    """
+
+
+def bench(
+    model: Text,
+    *,
+    layout: Text | Sequence[Text] | None = None,
+    batch: Text | None = None,
+    rate: Text | None = None,
+    num_requests: int | None = None,
+    prompt_len: Text | None = None,
+    output_len: Text | None = None,
+    requests: str | Path | None = None,
+    seed: int = 0,
+    slo: Text | Sequence[Text] | None = None,
+    price: float | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
+    max_model_len: int | None = None,
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 2048,
+    no_prefix_caching: bool = False,
+    overlap: Literal['off', 'on', 'auto'] = 'off',
+    num_micro_batches: int = 1,
+    micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
+    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
+    payload: Literal['model', 'bfloat16', 'float8'] = 'model',
+    placement: Text = 'linear',
+    num_redundant_experts: int = 0,
+    rebalance_steps: int = 0,
+    ranks_per_node: int = 0,
+    timeout_s: float = 60.0,
+    oversubscribe: bool = False,
+    ignore_unused_tensors: bool = False,
+    out: str | Path | None = None,
+) -> Results:
+    """Measure throughput and latency of a model under load.
+
+    A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
+    requests, one after the other. Prompts are random token ids; decoding is greedy and ignores end
+    of sequence. Before each load the ranks are warmed up.
+
+    Args:
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper.
+        layout: How ranks are arranged: dp=2,ep=2 for example.
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
+        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
+            or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
+        seed: Seed of all random draws; reproducible for equal seeds.
+        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Of ttft, tpot, itl
+            or e2e the mean, median, p90, p95 or p99. Goodput is of requests within all limits.
+        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
+            machines together.
+        dtype: Type of weights and activations.
+        max_model_len: Longest sequence, in tokens.
+        num_blocks: KV-cache blocks.
+        block_size: Tokens per KV-cache block.
+        max_num_seqs: Concurrent requests per data-parallel rank.
+        max_num_batched_tokens: Tokens per step and data-parallel rank.
+        no_prefix_caching: Turn prefix caching off.
+        overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
+            where faster for a step's number of tokens, timed at startup.
+        num_micro_batches: Micro-batches per pipeline step.
+        micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
+            full.
+        dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
+            all ranks, one copy per node reached, forwarded inside it, or the fastest for a
+            step's number of tokens, timed at startup.
+        payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
+            measures the error).
+        placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
+            expertlane balance.
+        num_redundant_experts: Redundant experts per MoE layer, to share load.
+        rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
+            never.
+        ranks_per_node: Consecutive ranks that count as one node.
+        timeout_s: Longest wait for a rank that makes no progress.
+        oversubscribe: Allow more than 32 local ranks per core.
+        ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
+            its config.json does not use.
+        out: Folder for results.json, the reports and all else that the command writes. None:
+            nothing is written.
+
+    Returns:
+        What was found: `.answer` is text, `.page` the report, `.to_pandas()` a table.
+
+    Raises:
+        UserError: what is asked for is wrong or cannot be done; options are named as on the command
+            line.
+        RankError: a rank died, hung or failed.
+    """

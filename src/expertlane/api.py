@@ -1,0 +1,92 @@
+"""What `import expertlane` offers beside `LLM`: the commands as functions.
+
+A function takes the options that its command declares, under the same names with underscores and
+with the same defaults. What is found is returned; it is written only if `out` says where. Progress
+and warnings go to stderr, as the commands' do.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from expertlane.cli import bench as bench_command
+from expertlane.cli import compare as compare_command
+from expertlane.cli import plan as plan_command
+from expertlane.cli import simulate as simulate_command
+from expertlane.cli.diff import THRESHOLD_PERCENT
+from expertlane.cli.options import call_with
+from expertlane.cli.output import Call, Found, write_beside
+from expertlane.cli.python_options import PythonFunction, PythonOptions
+from expertlane.errors import UserError
+from expertlane.report.sections import report_of
+from expertlane.report.shown import Difference, Results
+from expertlane.results import file
+from expertlane.results.diff import difference
+from expertlane.results.results import Results as Schema
+from expertlane.spec.ranges import take
+
+__all__ = ["Difference", "Results", "bench", "compare", "diff", "load_results", "plan", "simulate"]
+
+
+def _function(module: ModuleType) -> PythonFunction[Results]:
+    """The command of a module as a function, with every option that it declares."""
+    name = module.__name__.rpartition(".")[2]
+    options = PythonOptions.of(getattr(module, name), module.run)
+
+    def function(*arguments: Any, **given: Any) -> Results:
+        values = options.take(*arguments, **given)
+        out = values.pop("out")
+        if out is None and values.get("trace"):
+            raise UserError("trace writes files; say where: out='results/NAME'")
+        found = call_with(module.run, values | {"call": Call(options.command(values), out)})
+        if not isinstance(found, Found):
+            with closing(found):  # of a comparison: one, of the one number of experts per token
+                (found,) = found
+        results = Results.of(found.results)
+        if found.folder is not None:
+            file.write(results, found.folder)
+            write_beside(found, report_of(results), None)
+        return results
+
+    return options.describe(function, name, __name__, Results)
+
+
+compare = _function(compare_command)
+plan = _function(plan_command)
+simulate = _function(simulate_command)
+bench = _function(bench_command)
+
+
+def load_results(path: str | Path) -> Results:
+    """Read a results.json of compare, plan, simulate or bench, or that of a folder.
+
+    Raises:
+        UserError: it is missing, damaged, or of another schema version; one line that says which.
+    """
+    return Results.of(file.read(Path(path)))
+
+
+def diff(
+    first: Schema | str | Path,
+    second: Schema | str | Path,
+    *,
+    threshold: float = THRESHOLD_PERCENT,
+) -> Difference:
+    """What changed from one result to another: deployment by deployment, load by load.
+
+    Args:
+        first, second: results, a results.json, or the folder it is in.
+        threshold: in percent: by how much a metric may get worse before it is a regression.
+
+    Raises:
+        UserError: they are of different commands, have nothing in common, or cannot be read.
+    """
+    given = first, second
+    share = take("threshold", threshold) / 100
+    results = [each if isinstance(each, Schema) else load_results(each) for each in given]
+    names = [
+        letter if isinstance(each, Schema) else str(each)
+        for letter, each in zip("AB", given, strict=True)
+    ]
+    return Difference.of(difference(results[0], results[1], (names[0], names[1]), share))

@@ -1,0 +1,348 @@
+"""A deployment on real ranks, and what was measured of it, repetition by repetition."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement_file import placements_of
+from expertlane.compare.pair import Repeated
+from expertlane.compare.projection import usual_number_type
+from expertlane.compare.records import measured_record, rebalance_records, typical
+from expertlane.compare.virtual import VirtualRuns, VirtualSettings
+from expertlane.cost.compute_laws import ComputeLaws
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.virtual import undisturbed, without_each
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.pool import RankPool
+from expertlane.errors import ModelError
+from expertlane.progress import Progress
+from expertlane.results.metrics import (
+    first_run,
+    latency,
+    num_tokens_per_expert,
+    phase_record,
+    speed_of_runs,
+)
+from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source, StepsRecord
+from expertlane.results.results import MachinePeak
+from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
+from expertlane.results.step_record import StepRecord
+from expertlane.results.timeline import timelines_of
+from expertlane.schedule.drive import FinishedStep, drive, step_records
+from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits, Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Deployment, DispatchTable
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.names import Cause, Phase
+from expertlane.spec.workload import Workload
+
+_WARM_UP_LEN, _WARM_UP_PART, _WARM_UP_LEAST = 4, 4, 64  # of a prompt; of all sequences
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all deployments of a comparison share.
+
+    Attributes:
+        virtual: what virtual time is to assume; None where none is made.
+    """
+
+    experiment: Experiment
+    pool: RankPool
+    dtype: str
+    ranks_per_node: int
+    progress: Progress
+    virtual: VirtualSettings | None = None
+
+
+@dataclass(eq=False)
+class Deployed:
+    """A deployment, what was measured of it so far, and the records that this makes.
+
+    Attributes:
+        role: why it runs: it is the experiment's own, or a size of scaling.
+        traces: a prefill and a decode step, by the deployment's name and in which time they are.
+        link_tps: in virtual time, decode TPS by the scale of links.
+        measured_s: seconds that steps took, of all repetitions.
+    """
+
+    deployment: Deployment
+    setting: Setting
+    limits: Limits
+    role: str
+    traces: dict[str, list[StepRecord]] = field(default_factory=dict, init=False)
+    link_tps: dict[float, float] = field(default_factory=dict, init=False)
+    measured_s: float = field(default=0.0, init=False)
+    num_runs: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._steps: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        self._plans: dict[StepRecord, StepPlan] = {}
+        self._share_steps: list[StepRecord] = []
+        self._dispatch: DispatchTable | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that the experiment gives it."""
+        return self.deployment.name
+
+    @property
+    def phase(self) -> Phase:
+        """The one that it is judged by: decode, or prefill where nothing is decoded."""
+        return Phase.DECODE if self._steps[Phase.DECODE] else Phase.PREFILL
+
+    def measure(self, *, deploy: bool = True) -> None:
+        """Run the workload once more.
+
+        Args:
+            deploy: put it on the ranks, and warm up, before; needless where it ran last.
+        """
+        workload, progress = self.setting.experiment.workload, self.setting.progress
+        again = f", run {self.num_runs + 1}" if self.num_runs else ""
+        num_tokens = workload.num_sequences * workload.output_len
+        progress.task(f"{self.name}{again}", int(deploy) + num_tokens)
+        if deploy:
+            self._deploy()
+            progress.advance()
+        # Ranks keep when they did what in the first repetition, which costs next to nothing.
+        with_events = self.num_runs == 0 and self.role == EXPERIMENT
+        self._tokens = self._run(workload, self._keep, run=self.num_runs, record_events=with_events)
+        self.num_runs += 1
+        progress.done()
+
+    def _deploy(self) -> None:
+        setting = self.setting
+        experiment, workload = setting.experiment, setting.experiment.workload
+        self._runner = ModelRunner(
+            setting.pool,
+            experiment.model,
+            self.deployment,
+            self.limits,
+            seed=experiment.seed,
+            ranks_per_node=setting.ranks_per_node,
+            checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
+        )
+        if self.num_runs == 0:
+            self._dispatch = self._runner.dispatch_table
+        num_sequences = workload.num_sequences
+        shorter = replace(
+            workload,
+            num_sequences=max(num_sequences // _WARM_UP_PART, min(num_sequences, _WARM_UP_LEAST)),
+            prompt_len=min(_WARM_UP_LEN, workload.prompt_len),
+            output_len=min(2, workload.output_len),  # a prefill and a decode step
+        )
+        self._run(shorter, record=False)
+
+    def measure_share(self) -> None:
+        """Run the workload once more with as many sequences a rank as the largest deployment."""
+        experiment, progress = self.setting.experiment, self.setting.progress
+        num_seqs = experiment.num_sequences_alike(self.deployment.layout)
+        if num_seqs < experiment.workload.num_sequences:
+            share = replace(experiment.workload, num_sequences=num_seqs)
+            progress.task(f"{self.name}, same sequences per rank", num_seqs * share.output_len)
+            self._run(share, self._keep_share)
+            progress.done()
+
+    def _keep_share(self, step: StepRecord) -> None:
+        if step.phase is Phase.DECODE:
+            self._share_steps.append(step)
+        self.setting.progress.advance(len(step.seq_ids))
+
+    def _keep(self, step: StepRecord) -> None:
+        self._steps[step.phase].append(step)
+        self.measured_s += step.finished_s - step.submitted_s
+        self.setting.progress.advance(len(step.seq_ids))
+
+    def steps_of(self, phase: Phase) -> list[StepRecord]:
+        """All that were measured."""
+        return self._steps[phase]
+
+    def _run(
+        self,
+        workload: Workload,
+        take: Callable[[StepRecord], None] = lambda step: None,
+        *,
+        run: int = 0,
+        record: bool = True,
+        record_events: bool = False,
+    ) -> npt.NDArray[np.int64]:
+        """Generate the whole workload; gives its tokens, [num_sequences, output_len]."""
+        experiment, virtual = self.setting.experiment, self.setting.virtual
+        has_laws = virtual is not None and virtual.compute is not None
+        scheduler = ContinuousScheduler(
+            self.deployment.layout,
+            self.deployment.options,
+            self.limits,
+            record=record,
+            record_events=record_events,
+            record_operations=virtual is not None and record,
+            record_routing=has_laws and record,
+        )
+        prompts = experiment.workload.prompt_token_ids(experiment.model.vocab_size)
+        requests = [
+            Request(str(number), prompt[: workload.prompt_len], max_tokens=workload.output_len)
+            for number, prompt in enumerate(prompts[: workload.num_sequences])
+        ]
+        for request in requests:
+            scheduler.add(request)
+        plans: list[StepPlan] = []
+
+        def noting_plans() -> Iterator[FinishedStep]:
+            for finished in drive(scheduler, self._runner):
+                plans.append(finished.plan)
+                yield finished
+
+        try:
+            for step in step_records(noting_plans(), run):
+                if has_laws:
+                    self._plans[step] = plans[-1]
+                take(step)
+        except ModelError as error:
+            raise ModelError(f"deployment {self.name!r}: {error}") from None
+        return np.array([request.output_token_ids for request in requests])
+
+    def wall_time(self) -> Repeated:
+        """Each repetition by itself, in wall time."""
+        return Repeated.of(speed_of_runs(self.deployment.layout, self._steps[self.phase]))
+
+    def virtual_time(self, runs: VirtualRuns) -> Repeated:
+        """In virtual time, without each repetition in turn."""
+        layout, steps, laws = self.deployment.layout, self._steps[self.phase], self._laws()
+
+        def replayed(of: Sequence[StepRecord]) -> Repeated:
+            found = speed_of_runs(layout, [each.step for each in runs.replay(layout, of, laws)])
+            return Repeated.of(found if laws else [*map(_without_scheduler, found)])
+
+        if laws:
+            return replayed(steps).without_each()
+        return replayed(undisturbed(steps)).without_each(replayed(without_each(steps)))
+
+    def record(self, peak: MachinePeak) -> DeploymentRecord:
+        """The record of all repetitions together, in wall time."""
+        rebalancer = self._runner.rebalancer
+        found = self._record("measured", peak, self._steps, self._share_steps)
+        medians = (replace(each, tps=median_interval(each.tps_of_runs)) for each in found.steps)
+        return replace(
+            found,
+            steps=tuple(medians),
+            rebalances=rebalance_records(rebalancer) if rebalancer else (),
+        )
+
+    def virtual_record(self, runs: VirtualRuns) -> DeploymentRecord:
+        """The same in virtual time."""
+        layout, laws = self.deployment.layout, self._laws()
+        measured = [*chain(*self._steps.values())]
+        steps = measured if laws else undisturbed(measured)
+        replayed = runs.replay(layout, steps, laws)
+        if self.role == EXPERIMENT and self._steps[Phase.DECODE]:
+            at = [place for place, step in enumerate(steps) if step.phase is Phase.DECODE]
+            decodes = [steps[place] for place in at]
+            self.link_tps = runs.decode_tps(layout, decodes, laws, [replayed[p] for p in at])
+        by_phase: dict[Phase, list[StepRecord]] = {phase: [] for phase in Phase}
+        for each in replayed:
+            by_phase[each.step.phase].append(each.step)
+        share = [each.step for each in runs.replay(layout, self._share_steps, laws)]
+        found = self._record("virtual", runs.peak_of(layout), by_phase, share)
+        if laws or self.num_runs < 2:
+            return found
+        alone = [each.step for each in runs.replay(layout, measured, None)]
+        phases = []
+        for phase in found.steps:
+            of_runs = latency([step for step in alone if step.phase is phase.phase]).tps_of_runs
+            tps = phase.tps
+            if phase.phase is self.phase and self.num_runs >= LEAST_RUNS:
+                tps = jackknife_interval(tps.value, self.virtual_time(runs).tps)
+            phases.append(replace(phase, tps=tps, tps_of_runs=of_runs))
+        return replace(found, steps=tuple(phases))
+
+    def _laws(self) -> ComputeLaws | None:
+        """What is to say how long computing takes; None for what was measured."""
+        setting, model = self.setting, self.setting.experiment.model
+        virtual, deployment = setting.virtual, self.deployment
+        if virtual is None or virtual.compute is None:
+            return None
+        layout, options, dispatch = deployment.layout, deployment.options, self._dispatch
+        if options.dispatch != "auto" and options.overlap != "auto":
+            dispatch = DispatchTable.fixed(options.dispatch, options.overlap)
+        assert dispatch is not None, "what is auto was timed"
+        builder = ProgramBuilder(
+            model,
+            layout,
+            placements_of(model, layout, options),
+            types=NumberTypes.all_of(setting.dtype),
+            dispatch=dispatch,
+            payload=options.payload,
+            ranks_per_node=setting.ranks_per_node,
+            block_size=self.limits.block_size,
+        )
+        types = NumberTypes.all_of(usual_number_type(virtual.compute))
+        return ComputeLaws(builder, self._plans, virtual.compute, types)
+
+    def _record(
+        self,
+        source: Source,
+        peak: MachinePeak,
+        steps: Mapping[Phase, Sequence[StepRecord]],
+        share: Sequence[StepRecord],
+    ) -> DeploymentRecord:
+        layout, ranks_per_node = self.deployment.layout, self.setting.ranks_per_node
+        kept = self._traced(steps)
+        self.traces[self.name if source == "measured" else f"{self.name} {source}"] = kept
+        timelines = timelines_of(kept)
+        phases = [
+            replace(
+                phase_record(layout, of_phase, peak, ranks_per_node), timeline=timelines.get(phase)
+            )
+            for phase, of_phase in steps.items()
+            if of_phase
+        ]
+        if source == "virtual" and self._laws() is None:
+            phases = [*map(_without_scheduler, phases)]
+        found = measured_record(
+            self.deployment,
+            self.setting.experiment.model,
+            phases,
+            self._runner.held,
+            self._tokens,
+            source,
+            roles=(self.role,),
+            num_tokens_per_expert=num_tokens_per_expert(first_run([*chain(*steps.values())])),
+            dispatch_table=self._dispatch,
+        )
+        if not share:
+            return found
+        alike = phase_record(layout, share, peak, ranks_per_node)
+        return replace(found, steps=(*found.steps, alike))
+
+    def _traced(self, measured: Mapping[Phase, Sequence[StepRecord]]) -> list[StepRecord]:
+        """A prefill and a decode step of those with events.
+
+        Of those with most tokens the one that takes about as long as most did; of micro-batches
+        that rotate, as many steps of each as make a round.
+        """
+        options = self.deployment.options
+        is_rotating = options.micro_batch_schedule == "rotating"
+        num_kept = options.num_micro_batches if is_rotating else 1
+        kept: list[StepRecord] = []
+        for of_phase in measured.values():
+            traced = [step for step in of_phase if step.records[0].events is not None]
+            if traced:
+                kept += typical(traced, of_phase, num_kept)
+        return kept
+
+
+def _without_scheduler(steps: StepsRecord) -> StepsRecord:
+    """In virtual time, with measured computing, the scheduler takes no time.
+
+    What is left of a phase when a rank is done, or before it begins, is waiting for other ranks.
+    """
+    causes_s = dict(steps.breakdown_s)
+    causes_s[Cause.WAITING] += causes_s[Cause.ENGINE]
+    causes_s[Cause.ENGINE] = 0.0
+    return replace(steps, breakdown_s=causes_s)

@@ -1,0 +1,125 @@
+"""The two deployments of the verdict: their repetitions, and how the two differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertlane.results.pair import PairRecord
+from expertlane.results.record import DeploymentRecord, StepsRecord
+from expertlane.results.statistics import (
+    jackknife_difference,
+    jackknife_interval,
+    median_interval,
+    ratio_interval,
+)
+from expertlane.spec.names import Phase
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What repetitions of one deployment say of its throughput and of where time goes.
+
+    Attributes:
+        tps: [n]; of each repetition, or without each of them.
+        causes_s: [n]; likewise, seconds of a step by cause.
+    """
+
+    tps: tuple[float, ...]
+    causes_s: tuple[dict[str, float], ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[StepsRecord]) -> "Repeated":
+        """From the records of single repetitions."""
+        return cls(tuple(each.tps.value for each in runs), tuple(e.breakdown_s for e in runs))
+
+    def without_each(self, around: "Repeated | None" = None) -> "Repeated":
+        """The means over all repetitions but one, for each one.
+
+        Args:
+            around: where a repetition takes something of the one after it (`cost.virtual`): what
+                stands for the two that one takes part in when it is left out.
+        """
+        num = len(self.tps)
+        if num < 2:
+            return self
+
+        def without(values: Sequence[float], others: Sequence[float] | None) -> list[float]:
+            total = sum(values)
+            return [
+                (total - values[at] + (others[at] - values[at - 1] if others else 0)) / (num - 1)
+                for at in range(num)
+            ]
+
+        def token_s(of: Repeated) -> list[float]:
+            return [1 / each for each in of.tps]
+
+        def of_cause(of: Repeated, cause: str) -> list[float]:
+            return [each[cause] for each in of.causes_s]
+
+        seconds = without(token_s(self), token_s(around) if around else None)
+        by_cause = {
+            cause: without(of_cause(self, cause), of_cause(around, cause) if around else None)
+            for cause in self.causes_s[0]
+        }
+        causes_s = ({cause: of[at] for cause, of in by_cause.items()} for at in range(num))
+        return Repeated(tuple(1 / each for each in seconds), tuple(causes_s))
+
+
+def pair_in_wall_time(
+    names: tuple[str, str],
+    phase: Phase,
+    repeated: tuple[Repeated, Repeated],
+) -> PairRecord:
+    """From repetitions that were measured in pairs.
+
+    Args:
+        names: the faster one first.
+        repeated: each repetition of each.
+    """
+    one, other = repeated
+    return PairRecord(
+        "measured",
+        *names,
+        phase,
+        len(one.tps),
+        ratio_interval(one.tps, other.tps),
+        {
+            cause: median_interval(
+                [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)]
+            )
+            for cause in one.causes_s[0]
+        },
+    )
+
+
+def pair_in_virtual_time(
+    records: tuple[DeploymentRecord, DeploymentRecord],
+    phase: Phase,
+    repeated: tuple[Repeated, Repeated],
+) -> PairRecord:
+    """From records of all repetitions, and what they are without each of them.
+
+    Args:
+        records: the faster one first.
+        repeated: without each repetition of each.
+    """
+    first_record, second_record = records
+    first, second = (each.steps_of(phase)[0] for each in records)
+    one, other = repeated
+    return PairRecord(
+        "virtual",
+        first_record.name,
+        second_record.name,
+        phase,
+        len(one.tps),
+        jackknife_interval(
+            first.tps.value / second.tps.value,
+            [a / b for a, b in zip(one.tps, other.tps, strict=True)],
+        ),
+        {
+            cause: jackknife_difference(
+                first.breakdown_s[cause] - second.breakdown_s[cause],
+                [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)],
+            )
+            for cause in one.causes_s[0]
+        },
+    )

@@ -1,0 +1,213 @@
+"""The answer of a comparison: what fits on one screen of 80 columns."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+
+from expertlane.report.compared import Comparison, Row
+from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
+from expertlane.report.numbers import NONE, counted, figures, milliseconds, percent, signed
+from expertlane.report.speed import in_words
+from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import StepsRecord
+from expertlane.results.results import Results
+from expertlane.spec.names import Cause, Phase, ProjectedCause
+
+_MOST_LINES, _FEWER_LINES = 16, 10  # of a table; of one that has another below it
+_LETTERS = 22  # of a name, for which there is room on a line
+_WIDTH = 78
+_THOUSANDS = 10_000
+_LEAST_MS = 0.005  # smaller ones would be written as 0.00
+_MOST_CAUSES = 6
+
+# What stands in a column beside seven others; other causes have words that are short.
+_SHORT: dict[str, str] = {
+    Cause.HEAD: "head",
+    Cause.DISPATCH_COMBINE: "dispatch",
+    Cause.WAITING: "waiting",
+    Cause.PIPELINE_BUBBLE: "bubble",
+    Cause.ENGINE: "scheduler",
+    ProjectedCause.EXPERT_COMPUTE: "experts",
+    ProjectedCause.OTHER_COMPUTE: "other compute",
+    ProjectedCause.DISPATCH_COMBINE: "dispatch",
+    ProjectedCause.CONTENTION: "contention",
+    ProjectedCause.IMBALANCE: "imbalance",
+}
+
+
+def short(cause: str) -> str:
+    """A cause in a word or two."""
+    return _SHORT.get(cause, cause)
+
+
+def comparison_answer(
+    name: str,
+    results: Results,
+    own: Comparison | None,
+    wall: Comparison | None,
+    modelled: Comparison | None,
+) -> Answer:
+    """What was measured, then what was projected; one of the two may be missing.
+
+    Args:
+        name: of the experiment, with what was changed in it.
+        own: on the clock that the verdict goes by.
+        wall: in wall time, where that is another clock.
+    """
+    if own is None:
+        assert modelled is not None, "something was measured or projected"
+        setting = f"{name} | {_projected_setting(results, modelled)}"
+        parts = _parts(results, modelled, _MOST_LINES)
+        return Answer(setting, headline(modelled, results), parts)
+    machine = results.measured_on
+    cores = counted(machine.num_cores, "core") if machine.device == "cpu" else machine.device
+    ranks = counted(machine.num_ranks, "rank")
+    setting = f"{name} | {ranks} on {cores} | {_clock(results, own)}"
+    parts = _parts(results, own, _FEWER_LINES if modelled else _MOST_LINES)
+    if wall is not None and (beside := in_wall_time(wall, results)):
+        parts += (beside,)
+    if modelled is not None:
+        judged = judge(modelled, results)
+        parts += (
+            f"Also projected ({_projected_setting(results, modelled)}): "
+            f"{headline(modelled, results)}",
+            _table(modelled, judged, _shown(modelled, judged, len(modelled.cast))),
+        )
+    return Answer(setting, headline(own, results), parts)
+
+
+def _clock(results: Results, own: Comparison) -> str:
+    virtual = results.virtual_time
+    if own.source != "virtual" or virtual is None:
+        return "wall time"
+    if virtual.links is None:
+        return "virtual time without links"
+    scaled = "scaled from" if (virtual.scale, virtual.byte_scale) != (1, 1) else "of"
+    return f"virtual time, links {scaled} {virtual.links}"
+
+
+def _projected_setting(results: Results, modelled: Comparison) -> str:
+    return (
+        f"{results.projected_for.name}, {in_words(modelled.conditions)}, "
+        f"{modelled.num_seqs:,} sequences at {modelled.context:,} tokens of context"
+    )
+
+
+def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[Words, ...]:
+    judged = judge(comparison, results)
+    rows = _shown(comparison, judged, most_lines)
+    parts: list[Words] = [_table(comparison, judged, rows)]
+    if judged is not None:
+        parts.append(_why(comparison, judged))
+    notes = []
+    if len(rows) < len(comparison.rows):
+        notes.append(f"{len(comparison.rows) - len(rows)} more deployments: --full.")
+    if judged is not None:
+        notes.append(f"rel: against {judged.other.name}.")
+        if comparison.is_run and judged.has_interval:
+            notes.append("In brackets: 90 % intervals.")
+    if comparison.source == "virtual" and any(len(r.step.tps_of_runs) > 1 for r in rows):
+        notes.append(
+            "min–max: single runs; tok/s takes the lesser CPU time of two, operation by operation."
+        )
+    return (*parts, " ".join(notes)) if notes else tuple(parts)
+
+
+def _shown(comparison: Comparison, judged: Verdict | None, most: int) -> list[Row]:
+    """The rows that there is room for: the two of the verdict, the first, and the fastest.
+
+    Under shorter names where all of them would take more lines than `most`.
+    """
+    rows = list(comparison.rows)
+    if sum(math.ceil(len(row.name) / _LETTERS) for row in rows) <= most:
+        return rows
+    pair = [judged.one, judged.other] if judged else []
+    others = sorted((row for row in rows if row not in pair), key=lambda row: -row.tps)
+    kept = list(dict.fromkeys(row.number for row in [*pair, comparison.first, *others]))[:most]
+    return [_shortened(row) for row in rows if row.number in kept]
+
+
+def _shortened(row: Row) -> Row:
+    """Under a name for which there is room on a line, with the number that tells it from others."""
+    if len(row.name) <= _LETTERS:
+        return row
+    name = f"#{row.number} {row.name}"[: _LETTERS - 1] + "…"
+    return replace(row, record=replace(row.record, name=name))
+
+
+def _table(comparison: Comparison, judged: Verdict | None, rows: Sequence[Row]) -> Table:
+    is_decode = comparison.phase is Phase.DECODE
+    is_run = comparison.is_run
+    columns: list[Column[Row]] = [
+        text("deployment", lambda row: row.name),
+        number("tok/s", lambda row: row.tps, compact),
+        number("min–max" if is_run else "bounds", lambda row: row.tps_range, compact_range),
+    ]
+    if is_decode:
+        columns += [number("TPOT", lambda row: row.latency_s, milliseconds)]
+        if is_run:
+            columns += [number("p95", _p95, milliseconds)]
+    columns += [number("TTFT", lambda row: _ttft(row.record.prefill), milliseconds)]
+    if judged is not None:
+        against = judged.other.tps
+        columns += [number("rel", lambda row: row.tps / against, ratio)]
+    columns += [text("largest cost", _largest)]
+    return Table.of("", columns, rows)
+
+
+def _p95(row: Row) -> Estimate | None:
+    return row.step.token_s.p95 if row.step.token_s else None
+
+
+def _ttft(prefill: StepsRecord | None) -> Estimate | None:
+    if prefill is None:
+        return None
+    return prefill.token_s.median if prefill.token_s else prefill.round_s
+
+
+def _largest(row: Row) -> str | None:
+    if not row.step.breakdown_s:
+        return None
+    cause, share = row.step.largest
+    return f"{short(cause)} {percent(share)}"
+
+
+def compact(value: float) -> str:
+    """Three digits, thousands as `k`."""
+    return f"{figures(value / 1e3)}k" if value >= _THOUSANDS else figures(value)
+
+
+def compact_range(estimate: Estimate) -> str:
+    """`438–568`, `39.1–42.4k`; a dash where there is no range."""
+    low, _, high = estimate.bounds
+    if estimate.low is None or low == high:
+        return NONE
+    if high < _THOUSANDS:
+        return f"{figures(low)}–{figures(high)}"
+    return f"{figures(low / 1e3)}–{figures(high / 1e3)}k"
+
+
+def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
+    """How the one's step differs, in milliseconds: what makes it faster, then what it pays."""
+    one, other = judged.one, judged.other
+    what = "step" if comparison.phase is Phase.DECODE else "prefill"
+    title = (
+        f"Why, ms per {what}: {other.name} {milliseconds(other.step.round_s)} → {one.name} "
+        f"{milliseconds(one.step.round_s)}"
+    )
+    causes_ms = [*judged.reasons, *judged.counter]
+    told = [each for each in causes_ms if abs(each[1].value) >= _LEAST_MS]
+    if not told:
+        return f"{title}; no cause differs by more than its noise."
+    words = (f"{short(cause)} {signed(ms.value)}" for cause, ms in told[:_MOST_CAUSES])
+    joined = "   ".join(each.replace(" ", "\u00a0") for each in words)
+    lines = textwrap.wrap(joined, _WIDTH, break_on_hyphens=False)
+    return Figure(
+        "",
+        (
+            *textwrap.wrap(title, _WIDTH),
+            *(f"  {line}".replace("\u00a0", " ") for line in lines),
+        ),
+    )

@@ -1,0 +1,347 @@
+"""What changed from one file of results to another: deployment by deployment, load by load."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from expertlane.errors import UserError
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import (
+    FAMILY,
+    PARETO,
+    RUN,
+    DeploymentRecord,
+    ServingRecord,
+    Source,
+    StepsRecord,
+)
+from expertlane.results.results import Results
+from expertlane.results.table import Row, flat
+
+Verdict = Literal["faster", "slower", "not significant", "only in A", "only in B"]
+_AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly
+_LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
+_SAME = 1e-6  # a relative change that comes of rounding
+_MISSING = "—"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one deployment in A and in B.
+
+    Attributes:
+        where: of steps the phase, else the load.
+        metric: what is compared, with its unit.
+        before, after: in A and in B; None where it has none.
+        ratio: B over A, with the interval of the ratio where both have one.
+        gain: relative change for the better, below 0 for the worse; None where one is missing.
+    """
+
+    deployment: str
+    source: Source
+    where: str
+    metric: str
+    before: Estimate | None
+    after: Estimate | None
+    ratio: Estimate | None
+    gain: float | None
+    verdict: Verdict
+
+    def row(self) -> Row:
+        """The same as cells of a table."""
+        return {
+            cell: value for name in _ROW for cell, value in flat(name, getattr(self, name)).items()
+        }
+
+    def is_regression(self, threshold: float) -> bool:
+        """Whether it is slower by more than a share, and by more than the noise."""
+        return self.verdict == "slower" and self.gain is not None and self.gain < -threshold
+
+
+_ROW = [each.name for each in fields(Change)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """All that changed from A to B.
+
+    Attributes:
+        names: how A and B are called.
+        settings: what was not the same beside the deployments: its name, and what A and B have.
+        leading: the source whose changes count.
+        changes: of that source; `others` are those of the others.
+        threshold: the share by which a metric may get worse.
+    """
+
+    names: tuple[str, str]
+    kind: str
+    settings: tuple[tuple[str, str, str], ...]
+    leading: Source
+    changes: tuple[Change, ...]
+    others: tuple[Change, ...]
+    threshold: float
+
+    @property
+    def regressions(self) -> tuple[Change, ...]:
+        """What got worse beyond the threshold and the noise, the worst first."""
+        found = [each for each in self.changes if each.is_regression(self.threshold)]
+        return tuple(sorted(found, key=lambda change: change.gain or 0.0))
+
+    def with_verdict(self, *verdicts: Verdict) -> tuple[Change, ...]:
+        """The changes with one of these verdicts."""
+        return tuple(each for each in self.changes if each.verdict in verdicts)
+
+
+def difference(
+    first: Results, second: Results, names: tuple[str, str], threshold: float
+) -> Difference:
+    """Compare B with A.
+
+    Args:
+        names: how they are called.
+        threshold: the share by which a metric may get worse before it is a regression.
+
+    Raises:
+        UserError: they are of different commands, or have nothing in common.
+    """
+    if first.kind != second.kind:
+        raise UserError(
+            f"{names[0]} is of a {first.kind} and {names[1]} of a {second.kind}; "
+            "give two of the same command"
+        )
+    changes = list(_changes(first, second))
+    both = {each.source for each in changes if each.before is not None and each.after is not None}
+    leading = next((source for source in _LEADING if source in both), None)
+    if leading is None:
+        raise UserError(
+            f"nothing to compare: {names[0]} has {_held(first)}, {names[1]} has {_held(second)}"
+        )
+    return Difference(
+        names,
+        first.kind,
+        tuple(_settings(first, second)),
+        leading,
+        tuple(each for each in changes if each.source == leading),
+        tuple(each for each in changes if each.source != leading),
+        threshold,
+    )
+
+
+def _held(results: Results) -> str:
+    shown = [f"{each.name} ({each.source})" for each in _compared(results)]
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+
+
+def _compared(results: Results) -> list[DeploymentRecord]:
+    return [each for each in results.deployments if not _AS_SCREENED & {*each.roles}]
+
+
+def _projected(results: Results) -> list[DeploymentRecord]:
+    return [each for each in _compared(results) if each.source == "projected"]
+
+
+def _changes(first: Results, second: Results) -> Iterator[Change]:
+    is_paired = _device(first) == _device(second)
+    for record, other in _record_pairs(first, second):
+        held = record or other
+        assert held is not None, "a pair has one at least"
+        name = held.name
+        if record is not None and other is not None and record.name != other.name:
+            name = f"{record.name} → {other.name}"
+        shared = is_paired and held.source not in RUN
+        for where, metric, before, after in _metrics(record, other):
+            yield _change(name, held.source, where, metric, before, after, shared)
+
+
+def _device(results: Results) -> str | None:
+    return None if results.cluster is None else results.cluster.device
+
+
+_Pair = tuple[DeploymentRecord | None, DeploymentRecord | None]
+
+
+def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
+    """Records of one source and name; of plans first what was chosen, whatever it is."""
+    by_conditions = any(
+        len({each.conditions for each in _projected(r)}) > 1 for r in (first, second)
+    )
+
+    def key(record: DeploymentRecord) -> Hashable:
+        return record.name, record.roles[:1], record.conditions if by_conditions else None
+
+    for source in _LEADING:
+        here, there = (
+            [each for each in _compared(results) if each.source == source]
+            for results in (first, second)
+        )
+        if first.kind == "plan" and here and there and here[0].name != there[0].name:
+            yield here[0], there[0]
+        yield from _pairs(here, there, key)
+
+
+def _pairs(
+    first: Sequence[Any], second: Sequence[Any], key: Callable[[Any], Hashable]
+) -> Iterator[tuple[Any, Any]]:
+    """Those with the same key, in order; a sole one with a sole one whatever their keys."""
+    if len(first) == len(second) == 1:
+        yield first[0], second[0]
+        return
+    here, there = _by_key(first, key), _by_key(second, key)
+    for each in [*here, *(each for each in there if each not in here)]:
+        yield here.get(each), there.get(each)
+
+
+def _by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[object, Any]:
+    found: dict[object, Any] = {}
+    for item in items:
+        ordinal = 0
+        while (key(item), ordinal) in found:
+            ordinal += 1
+        found[key(item), ordinal] = item
+    return found
+
+
+_Metric = tuple[str, str, Estimate | None, Estimate | None]
+
+
+def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) -> Iterator[_Metric]:
+    """Of requests under load where there are any, else of steps."""
+    records = first, second
+    key: Callable[[Any], Hashable]
+    name: Callable[[Any], str]
+    if any(each is not None and each.serving for each in records):
+        key, name, metrics = _load, _load, _SERVED
+        parts: list[Sequence[Any]] = [() if each is None else each.serving for each in records]
+    else:
+        key, name, metrics = _steps, _where, _OF_STEPS
+        parts = [() if each is None else each.steps for each in records]
+    for before, after in _pairs(parts[0], parts[1], key):
+        where = name(before or after)
+        for metric, get in metrics:
+            values = [None if each is None else get(each) for each in (before, after)]
+            known = [each if each is not None and each.value > 0 else None for each in values]
+            if known != [None, None]:
+                yield where, metric, known[0], known[1]
+
+
+def _load(record: ServingRecord) -> str:
+    if record.rate is not None:
+        return f"{record.rate:g} req/s"
+    size = record.batch if record.batch is not None else record.num_running
+    return "all requests" if size is None else f"batch {size:,}"
+
+
+def _steps(record: StepsRecord) -> Hashable:
+    """Measured sequences add up over repetitions, projected ones are of one step."""
+    num_seqs = None if record.context is None else record.num_seqs
+    return record.phase, record.pool, record.context, num_seqs
+
+
+def _where(record: StepsRecord) -> str:
+    if record.context is None:
+        return str(record.phase)
+    return f"{record.phase} at {record.context:,}, {record.num_seqs:,} sequences"
+
+
+def interval(record: StepsRecord) -> Estimate:
+    """Tokens a second with bounds: of a projection, else the range of the repetitions."""
+    runs = record.tps_of_runs
+    if record.tps.low is not None or len(runs) < 2:
+        return record.tps
+    value = record.tps.value
+    return Estimate(value, min(value, *runs), max(value, *runs))
+
+
+def _typical(name: str) -> Callable[[ServingRecord], Estimate | None]:
+    """The median of a time in milliseconds, or its mean where no median is known."""
+
+    def get(record: ServingRecord) -> Estimate | None:
+        summary = getattr(record, name)
+        typical = None if summary is None else summary.median or summary.mean
+        return None if typical is None else typical * 1e3
+
+    return get
+
+
+_LATENCIES = {"TTFT ms": "ttft_s", "TPOT ms": "tpot_s"}  # the less the better
+_SERVED: list[tuple[str, Callable[[Any], Estimate | None]]] = [
+    ("tokens/s", lambda record: record.output_tps),
+    *((metric, _typical(name)) for metric, name in _LATENCIES.items()),
+]
+_OF_STEPS: list[tuple[str, Callable[[Any], Estimate | None]]] = [("tokens/s", interval)]
+
+
+def _change(
+    name: str,
+    source: Source,
+    where: str,
+    metric: str,
+    before: Estimate | None,
+    after: Estimate | None,
+    shared: bool,
+) -> Change:
+    """Args: shared: whether the bounds of both are of the same terms, whose errors cancel."""
+    if before is None or after is None:
+        verdict: Verdict = "only in B" if before is None else "only in A"
+        return Change(name, source, where, metric, before, after, None, None, verdict)
+    ratio = _ratio(before, after, shared)
+    gain = 1 - ratio.value if metric in _LATENCIES else ratio.value - 1
+    low, _, high = ratio.bounds
+    if low - _SAME <= 1 <= high + _SAME:
+        verdict = "not significant"
+    else:
+        verdict = "faster" if gain > 0 else "slower"
+    return Change(name, source, where, metric, before, after, ratio, gain, verdict)
+
+
+def _ratio(before: Estimate, after: Estimate, shared: bool) -> Estimate:
+    """B over A; where one of them has no bounds, neither has the ratio."""
+    value = after.value / before.value
+    ends = before.low, before.high, after.low, after.high
+    if any(each is None or each <= 0 for each in ends):
+        return Estimate(value)
+    (a_low, _, a_high), (b_low, _, b_high) = before.bounds, after.bounds
+    if shared:
+        return Estimate.between((b_low / a_low, value, b_high / a_high))
+    return Estimate(value, b_low / a_high, b_high / a_low)
+
+
+def _settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
+    here, there = _setting(first), _setting(second)
+    for name in [*here, *(each for each in there if each not in here)]:
+        values = [each.get(name, _MISSING) for each in (here, there)]
+        if values[0] != values[1]:
+            yield name, values[0], values[1]
+
+
+_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
+_OF_MACHINE = ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
+
+
+def _setting(results: Results) -> dict[str, str]:
+    """All that was the same for every deployment, by name."""
+    found = {
+        name.removeprefix("experiment."): value
+        for name, value in _leaves(results.question)
+        if not name.startswith(_DEPLOYMENTS)
+    }
+    found["expertlane"] = results.versions.expertlane
+    found["torch"] = results.versions.torch or _MISSING
+    if results.machine is not None:
+        found |= {f"machine.{each}": str(getattr(results.machine, each)) for each in _OF_MACHINE}
+    if results.cluster is not None:
+        found["cluster"] = results.cluster.name
+    if results.virtual_time is not None:
+        found["links"] = results.virtual_time.links or "none"
+    conditions = {each.conditions for each in _projected(results)}
+    if len(conditions) == 1 and (only := conditions.pop()) is not None:
+        found |= {name: str(value) for name, value in asdict(only).items()}
+    return found
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _MISSING if value is None else str(value)

@@ -1,0 +1,156 @@
+"""What changed between two results: pairs, intervals, verdicts, and what cannot be compared."""
+
+from dataclasses import replace
+
+import pytest
+
+import example_pages
+import example_results
+from example_plan import PLAN
+from example_results import EXPERT, TENSOR
+from example_simulation import SIMULATION
+from expertlane.errors import UserError
+from expertlane.results.diff import Difference, difference
+from expertlane.results.estimate import Estimate
+from expertlane.results.results import Results
+
+
+def diff(first: Results, second: Results, threshold: float = 0.05) -> Difference:
+    return difference(first, second, ("A", "B"), threshold)
+
+
+def measured(*step_s: float, runs: float | None = None) -> Results:
+    """Two deployments with these step times; with repetitions that differ by a share if given."""
+    found = example_results.results(list(zip((TENSOR, EXPERT), step_s, strict=True)))
+    if runs is None:
+        return found
+    deployments = [
+        replace(
+            record,
+            steps=tuple(
+                replace(
+                    step,
+                    tps_of_runs=tuple(step.tps.value * (1 + each) for each in (-runs, 0.0, runs)),
+                )
+                for step in record.steps
+            ),
+        )
+        for record in found.deployments
+    ]
+    return replace(found, deployments=tuple(deployments))
+
+
+def served(*tps: Estimate, price: float = 1.0) -> Results:
+    """A simulation of one load."""
+    (record,) = SIMULATION.deployments
+    serving = tuple(replace(record.serving[0], output_tps=each) for each in tps)
+    return replace(SIMULATION, deployments=(replace(record, serving=serving),))
+
+
+def test_a_deployment_that_got_slower_beyond_its_noise_is_a_regression():
+    found = diff(measured(0.4, 0.1, runs=0.01), measured(0.4, 0.125, runs=0.01))
+    changed = found.with_verdict("slower")
+    assert [(each.deployment, each.where) for each in changed] == [
+        ("EP 16", "prefill"),
+        ("EP 16", "decode"),
+    ]
+    assert found.regressions == changed
+    assert changed[1].gain == pytest.approx(-0.2)
+    assert changed[1].ratio is not None
+    assert changed[1].ratio.bounds == pytest.approx((0.8 * 0.99 / 1.01, 0.8, 0.8 * 1.01 / 0.99))
+    assert not diff(measured(0.4, 0.125, runs=0.01), measured(0.4, 0.1, runs=0.01)).regressions
+
+
+def test_a_change_within_the_noise_is_not_significant():
+    noisy = diff(measured(0.4, 0.1, runs=0.15), measured(0.4, 0.125, runs=0.15))
+    assert {each.verdict for each in noisy.changes} == {"not significant"}
+    assert not noisy.regressions
+    small = diff(measured(0.4, 0.1, runs=0.001), measured(0.4, 0.103, runs=0.001))
+    assert len(small.with_verdict("slower")) == 2  # beyond the noise, within the threshold
+    assert not small.regressions
+    assert diff(measured(0.4, 0.1), measured(0.4, 0.103), threshold=0.02).regressions
+
+
+def test_without_repetitions_there_is_no_interval():
+    (change, *_) = diff(measured(0.4, 0.1), measured(0.5, 0.1)).with_verdict("slower")
+    assert change.ratio == Estimate(pytest.approx(0.8))
+
+
+def test_a_deployment_that_one_lacks_is_said():
+    first = example_results.usual()
+    found = diff(first, replace(first, deployments=first.deployments[1:]))
+    missing = found.with_verdict("only in A")
+    assert {each.deployment for each in missing} == {"TP 8 × PP 2"}
+    assert all(each.after is None and each.gain is None for each in missing)
+    assert not found.regressions
+
+
+def test_errors_that_projections_share_cancel_on_the_same_devices():
+    before, after = Estimate(100.0, 60.0, 130.0), Estimate(90.0, 54.0, 117.0)
+    change = diff(served(before), served(after)).changes[0]
+    assert (change.metric, change.verdict) == ("tokens/s", "slower")
+    assert change.ratio is not None
+    assert change.ratio.bounds == pytest.approx((0.9, 0.9, 0.9))
+    assert SIMULATION.cluster is not None
+    elsewhere = replace(served(after), cluster=replace(SIMULATION.cluster, device="other"))
+    apart = diff(served(before), elsewhere).changes[0]
+    assert apart.verdict == "not significant"
+    assert apart.ratio is not None
+    assert apart.ratio.bounds == pytest.approx((54 / 130, 0.9, 117 / 60))
+
+
+def test_more_latency_is_slower():
+    results = example_pages.serving()
+    (record,) = results.deployments
+    load, *others = record.serving
+    assert load.tpot_s is not None
+    assert load.tpot_s.median is not None
+    slower = replace(load, tpot_s=replace(load.tpot_s, median=load.tpot_s.median * 1.5))
+    second = replace(results, deployments=(replace(record, serving=(slower, *others)),))
+    (change,) = diff(results, second).with_verdict("slower")
+    assert (change.where, change.metric) == ("batch 1", "TPOT ms")
+    assert change.gain == pytest.approx(-0.5)
+    assert diff(results, second).regressions == (change,)
+
+
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_results_of_every_kind_do_not_differ_from_themselves(make):
+    found = diff(make(), make())
+    assert found.changes
+    assert {each.verdict for each in found.changes + found.others} == {"not significant"}
+    assert not found.settings
+
+
+def test_two_plans_are_compared_by_their_choice_first():
+    best, *others = PLAN.deployments
+    second = replace(PLAN, deployments=(replace(best, name="another"), *others))
+    found = diff(PLAN, second)
+    assert found.changes[0].deployment == f"{best.name} → another"
+    assert found.changes[0].verdict == "not significant"
+    assert {each.deployment for each in found.with_verdict("only in A")} == {best.name}
+
+
+def test_the_clock_that_both_have_counts():
+    measured_alone, both = example_results.usual(), example_pages.both()
+    assert diff(measured_alone, both).leading == "measured"
+    assert {each.verdict for each in diff(measured_alone, both).others} == {"only in B"}
+    with pytest.raises(UserError, match=r"nothing to compare: A has .*measured.*projected"):
+        diff(measured_alone, example_pages.projected())
+
+
+def test_different_commands_are_refused():
+    with pytest.raises(UserError, match="A is of a plan and B of a simulation; give two"):
+        diff(PLAN, SIMULATION)
+
+
+def test_what_else_differs_is_listed():
+    first, second = measured(0.4, 0.1), measured(0.4, 0.1)
+    assert second.machine is not None
+    question = {"experiment": second.question["experiment"] | {"seed": 7}}
+    second = replace(
+        second, question=question, machine=replace(second.machine, cpu_name="Other CPU")
+    )
+    assert diff(first, second).settings == (
+        ("seed", "0", "7"),
+        ("machine.cpu_name", "Example CPU", "Other CPU"),
+    )

@@ -1,0 +1,55 @@
+"""The notebook of the documentation runs from its first cell to its last, as it is installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "notebook.py"
+
+
+def run(folder: Path, python: Path | str = sys.executable, **environment: str) -> str:
+    """Run the notebook in an empty folder; its output."""
+    done = subprocess.run(
+        [python, NOTEBOOK],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir())  # nothing is written but where it is asked for
+    return done.stdout
+
+
+def check(output: str) -> None:
+    """What each cell is to show."""
+    assert "Use " in output  # the plan
+    assert "concurrency 64: " in output
+    assert "regression beyond 5%" in output
+    assert "['even.csv', 'report.html', 'report.md', 'results.json']" in output
+    assert "[1, 2, 3] → [" in output
+    assert "| 8 in / 8 out | measured" in output
+    assert "plan-paper-tiny-h100x2" in output  # the comparison
+
+
+def test_it_runs_where_it_is_installed(tmp_path):
+    check(run(tmp_path))
+
+
+@pytest.mark.full
+def test_it_runs_from_a_wheel(tmp_path):
+    """A wheel holds every file that the package needs."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    from hatchling.builders.wheel import WheelBuilder
+
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path / "dist"))
+    home, folder = tmp_path / "home", tmp_path / "work"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, home], check=True, timeout=60)
+    check(run(folder, PYTHONPATH=str(home)))
