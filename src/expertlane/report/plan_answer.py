@@ -22,6 +22,7 @@ from expertlane.report.planning import (
     named,
     of_role,
     serving,
+    spaced,
     tie_or_gap,
     tpot,
     ttft,
@@ -96,7 +97,7 @@ def _fitting(table: Table, num_lines: int) -> Table:
     for row in table.rows:
         name = row[place]
         if max(map(len, name.split())) > room:
-            name = name.replace(",", ", ").replace("  ", " ")
+            name = spaced(name)
         num_lines -= len(textwrap.wrap(name, room, break_on_hyphens=False))
         if rows and num_lines < 0:
             break
@@ -254,7 +255,9 @@ def _next(results: Results) -> tuple[str, ...]:
     lines = []
     if found.experiment is not None:
         line = f"Next, on such a cluster: expertlane compare {found.experiment}"
-        short = "Next, on such a cluster: expertlane compare, on the experiment.toml written"
+        if len(line) > COLUMNS:
+            line = f"Next: expertlane compare {found.experiment}"
+        short = "Next: expertlane compare, on the experiment.toml that was written"
         lines.append(line if len(line) <= COLUMNS else short)
     fitting = [each.command for each in found.commands if each.command is not None]
     if fitting and len(fitting[0]) <= COLUMNS:
