@@ -56,21 +56,20 @@ def _expertlane(
 
     \b
     Examples:
-      expertlane compare                        the paper's deployments, on this machine
-      expertlane plan CHECKPOINT --cluster h100x16
-                                                which deployment to choose, without a GPU
-      expertlane generate CHECKPOINT "Hello"    continue a text
-      expertlane bench CHECKPOINT               throughput and latency, by batch size
-      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
-                                                one deployment there, in detail
-      expertlane compare --help                 everything about a command
+      expertlane compare                  the paper's deployments, here
+      expertlane plan MODEL               the best deployment on 16 H100
+      expertlane simulate MODEL --layout dp=16,ep=16
+                                          one deployment there, in detail
+      expertlane bench MODEL              throughput and latency, here
+      expertlane generate MODEL "Hello"   continue a text
+      expertlane compare --help           everything about a command
 
     \b
     Environment:
-      EXPERTLANE_BACKEND=cpu|torch              own CPU kernels, or torch only; by default
-                                                the own ones, where available
-      EXPERTLANE_INSTRUCTIONS=LIST              instruction sets of the own kernels:
-                                                baseline,avx512_bf16
+      EXPERTLANE_BACKEND=cpu|torch        own CPU kernels (the default where
+                                          available), or torch only
+      EXPERTLANE_INSTRUCTIONS=LIST        instruction sets of the own kernels:
+                                          baseline,avx512_bf16
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
