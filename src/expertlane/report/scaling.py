@@ -62,8 +62,8 @@ def parallelism(comparison: Comparison) -> Section:
             f"Most experts of a layer computing at once, by layout: {most}, with {leaders}.",
             Table.of("", columns, rows, comparison.source),
             "Of a layer: ep × replicas; of the model: × pipeline stages that the micro-batches can "
-            "fill. Weights: while every sequence goes one token on; each micro-batch, or half of "
-            "one, reads an expert's weights once if it has a token for it.",
+            "fill. Weights: per decode step of all sequences; each micro-batch, or half of one, "
+            "reads an expert's weights once if it has a token for it.",
         ),
     )
 
