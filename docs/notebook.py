@@ -31,6 +31,7 @@ even = expertlane.simulate(
     batch=[8, 64],
     prompt_len=128,
     output_len=32,
+    skew=0,
 )
 for load in even.deployments[0].serving:
     print(f"concurrency {load.batch}: {load.output_tps.value:,.0f} output tokens/s")
@@ -67,7 +68,7 @@ skewed = expertlane.simulate(
 change = expertlane.diff(even, skewed, threshold=5)
 print(change.answer)
 for worse in change.regressions:
-    print(f"worse by {-worse.gain:.0%}: {worse.quantity} at {worse.where}")
+    print(f"worse by {-worse.gain:.0%}: {worse.metric} at {worse.where}")
 
 # %% [markdown]
 # ## Files

@@ -41,7 +41,7 @@ layout = "dp=2,ep=2"
 """
 PLAN = "plan paper --cluster h100x8 --batch 64 --prompt-len 512 --output-len 32"
 # What makes report.html.
-PAGE = ("report/html", "report/plots", "report/bench_plots", "report/charts")
+PAGE = ("report/html", "report/plots", "report/load_plots", "report/charts")
 
 
 class Counter:

@@ -34,7 +34,7 @@ def check(output: str) -> None:
     assert "regression beyond 5%" in output
     assert "['even.csv', 'report.html', 'report.md', 'results.json']" in output
     assert "[1, 2, 3] → [" in output
-    assert "paper-tiny, prompts of 8 and outputs of 8 tokens | measured" in output
+    assert "| 8 in / 8 out | measured" in output
     assert "plan-paper-tiny-h100x2" in output  # the comparison
 
 

@@ -47,7 +47,7 @@ from expertlane.report.numbers import (
     whole,
     with_bounds,
 )
-from expertlane.report.plots import front_chart
+from expertlane.report.plan_plots import front_chart
 from expertlane.report.scaling import sizes_sentence
 from expertlane.report.speed import NAMED, in_words, unit_of
 from expertlane.report.time_spent import communication_share
@@ -198,7 +198,7 @@ def hidden(pair: Overlapped) -> str:
     )
     if pair.hidden is None:
         return f"Nothing to hide: {steps}"
-    if pair.hidden < 0:
+    if pair.gained_s < 0:
         return f"Overlap costs {milliseconds(-pair.gained_s)} ms: {steps}"
     return f"Overlap hides {percent(pair.hidden)}: {steps}"
 

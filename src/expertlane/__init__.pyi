@@ -37,10 +37,13 @@ def compare(
     *,
     model: Text | None = None,
     experts_per_token: int | None = None,
+    only: Text | None = None,
+    repeat: int = 5,
+    min_time: float = 0.0,
     traffic: bool = False,
     trace: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
-    clock: Literal['virtual', 'wall'] = 'virtual',
+    clock: Literal['virtual', 'wall'] | None = None,
     links: Text = 'h100',
     link_scale: float | None = None,
     compute: Text = 'measured',
@@ -49,7 +52,7 @@ def compare(
     ignore_unused_tensors: bool = False,
     project: bool = False,
     cluster: Text | None = None,
-    skew: float = 1.0,
+    skew: float | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -64,24 +67,27 @@ def compare(
         experiment: A TOML file, or the name of an experiment that comes with expertlane:
             paper-small (laptop), paper-small-skewed (the same model, some experts in demand,
             load balanced), paper (full size).
-        model: In place of the experiment's model: a checkpoint's folder, a hub id (org/name),
-            or a preset, whose weights are random.
-        experts_per_token: Experts per token in place of the model's; with several, one
-            comparison each, one after the other.
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper.
+        experts_per_token: Experts per token; with several, one comparison each, one after the
+            other.
+        only: Run only these deployments, by their names or numbers in the experiment; no
+            scaling layouts.
+        repeat: How often the two deployments of the verdict are measured; the others twice at
+            most. Fewer than 5 give no intervals.
+        min_time: Repeat until the steps of each of the two have taken so long.
         traffic: Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks
             and experts, and the straggler.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.
-        dtype: Type of weights and activations. Default: the machine's choice.
+        dtype: Type of weights and activations.
         clock: virtual: also replay what was measured with one core per rank and a cluster's
             links (while measuring, ranks that share a core compute one at a time). wall: wall
             time only.
         links: The links of virtual time: a profile as in --cluster, or none, so that transfers
             take no time.
-        link_scale: Transfers take N times as long as on the profile's links. Default: from the
-            ratio of compute speeds, the profile's device over a core here; printed in the
-            report.
+        link_scale: Transfers take N times as long as on the profile's links.
         compute: Compute times in virtual time: measured, or a profile's cost model for the
             operations that ran.
         timeout_s: Longest wait for a rank that makes no progress.
@@ -90,10 +96,9 @@ def compare(
             its config.json does not use.
         project: Also project the same deployments on a modelled cluster, in separate tables;
             only project where this machine is too small to run them.
-        cluster: The modelled cluster for --project: N devices of a profile (h100, h200, b200,
-            a100, or a TOML file from expertlane calibrate). Default: as many h100 as ranks.
-        skew: For --project: besides uniform routing, also project skewed routing, expert
-            popularity by Zipf's law with exponent ALPHA.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
+            file of expertlane calibrate).
+        skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -121,9 +126,9 @@ def plan(
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
     routing_trace: str | Path | None = None,
-    skew: float = 0.0,
-    dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
-    kv_dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
+    skew: float | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
     out: str | Path | None = None,
 ) -> Results:
@@ -136,26 +141,26 @@ def plan(
     command lines.
 
     Args:
-        model: A checkpoint's folder (its config.json is enough), a hub id (org/name), or a
-            preset: paper-tiny, paper-small, paper.
-        cluster: The cluster: N devices of a profile (h100, h200, b200, a100, or a TOML file
-            from expertlane calibrate).
-        batch: Concurrency: so many requests at once, or as many as fit. Default: 256.
-        rate: Open loop in place of --batch: R requests a second arrive at random times.
-        num_requests: Requests of each batch size or rate; of --requests, the first N. Default:
-            the batch; with --rate 100; of --requests all.
-        prompt_len: Tokens of a prompt. Default: 1024.
-        output_len: Tokens of an output. Default: 256.
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
+            file of expertlane calibrate).
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt.
+        output_len: Tokens per output.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
-        seed: Seed of prompts, lengths, arrivals and drawn experts.
-        slo: Limits of means, tpot.mean=20ms,ttft.mean=500ms; percentiles are for simulate.
-        price: Of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
+        seed: Seed of all random draws; reproducible for equal seeds.
+        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Here means alone;
+            percentiles are for simulate.
+        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
             machines together.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
-        skew: Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform.
-        dtype: Type of weights. Default: the checkpoint's, float16 for a preset.
-        kv_dtype: Type of the KV cache. Default: that of hidden states.
+        skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
@@ -189,9 +194,9 @@ def simulate(
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
     routing_trace: str | Path | None = None,
-    skew: float = 0.0,
-    dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
-    kv_dtype: Literal['float32', 'float16', 'bfloat16', 'float8'] | None = None,
+    skew: float | None = None,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
@@ -214,9 +219,9 @@ def simulate(
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
-        layout: How ranks are arranged, dp=16,ep=16 for example.
-        cluster: The cluster: N devices of a profile (h100, h200, b200, a100, or a TOML file
-            from expertlane calibrate).
+        layout: How ranks are arranged: dp=2,ep=2 for example.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
+            file of expertlane calibrate).
         prefill_layout: Disaggregated: a prefill pool of its own, on further devices; --layout
             then decodes. All other options hold for both pools.
         mtp: Multi-token prediction: N draft tokens per step.
@@ -224,24 +229,22 @@ def simulate(
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.
-        batch: Closed loop: concurrency, so many requests are kept unfinished. Default: 256, at
-            most --num-requests.
-        rate: Open loop in place of --batch: R requests a second arrive at random times.
-        num_requests: Requests of each batch size or rate; of --requests, the first N. Default:
-            the batch; with --rate 100; of --requests all.
-        prompt_len: Tokens of a prompt; of a range, drawn uniformly. Default: 1024.
-        output_len: Tokens of an output; of a range, drawn uniformly. Default: 256.
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
-        seed: Seed of prompts, lengths, arrivals and drawn experts.
-        slo: Latency objectives, ttft.p95=500ms,tpot.mean=20ms: of ttft, tpot, itl or e2e the
-            mean, median, p90, p95 or p99. Goodput is of requests within all limits.
-        price: Of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
+        seed: Seed of all random draws; reproducible for equal seeds.
+        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Of ttft, tpot, itl
+            or e2e the mean, median, p90, p95 or p99. Goodput is of requests within all limits.
+        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
             machines together.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
-        skew: Without a trace: expert popularity by Zipf's law, exponent ALPHA; 0: uniform.
-        dtype: Type of weights. Default: the checkpoint's, float16 for a preset.
-        kv_dtype: Type of the KV cache. Default: that of hidden states.
+        skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
@@ -308,33 +311,29 @@ def bench(
 ) -> Results:
     """Measure throughput and latency of a model under load.
 
-    A sweep over batch sizes, or requests that arrive at a rate. Prompts are random token ids;
-    decoding is greedy and ignores end of sequence. Before each load the ranks are warmed
-    up.
+    A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
+    requests, one after the other. Prompts are random token ids; decoding is greedy and ignores end
+    of sequence. Before each load the ranks are warmed up.
 
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
-        layout: How ranks are arranged, tp=2,ep=2 for example. May be repeated: each gets the
-            same requests, one after the other. Default: tp=1.
-        batch: Closed loop: concurrency, so many requests are kept unfinished. Default: 1,8,32,
-            at most --num-requests.
-        rate: Open loop in place of --batch: R requests a second arrive at random times.
-        num_requests: Requests of each batch size or rate; of --requests, the first N. Default:
-            the batch; with --rate 100; of --requests all.
-        prompt_len: Tokens of a prompt; of a range, drawn uniformly. Default: 32.
-        output_len: Tokens of an output; of a range, drawn uniformly. Default: 32.
+        layout: How ranks are arranged: dp=2,ep=2 for example.
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
-        seed: Seed of prompts, lengths, arrivals and drawn experts.
-        slo: Latency objectives, ttft.p95=500ms,tpot.mean=20ms: of ttft, tpot, itl or e2e the
-            mean, median, p90, p95 or p99. Goodput is of requests within all limits.
-        price: Of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
+        seed: Seed of all random draws; reproducible for equal seeds.
+        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Of ttft, tpot, itl
+            or e2e the mean, median, p90, p95 or p99. Goodput is of requests within all limits.
+        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
             machines together.
-        dtype: Type of weights and activations. Default: the checkpoint's, else the machine's
-            choice.
-        max_model_len: Longest sequence, in tokens. Default: the model's.
-        num_blocks: KV-cache blocks. Default: as many as fit in memory.
+        dtype: Type of weights and activations.
+        max_model_len: Longest sequence, in tokens.
+        num_blocks: KV-cache blocks.
         block_size: Tokens per KV-cache block.
         max_num_seqs: Concurrent requests per data-parallel rank.
         max_num_batched_tokens: Tokens per step and data-parallel rank.
@@ -354,7 +353,7 @@ def bench(
         num_redundant_experts: Redundant experts per MoE layer, to share load.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
-        ranks_per_node: Consecutive ranks that count as one node. 0: as started.
+        ranks_per_node: Consecutive ranks that count as one node.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that

@@ -77,7 +77,7 @@ def diff(
 
     Args:
         first, second: results, a results.json, or the folder it is in.
-        threshold: in percent: by how much a figure may get worse before it is a regression.
+        threshold: in percent: by how much a metric may get worse before it is a regression.
 
     Raises:
         UserError: they are of different commands, have nothing in common, or cannot be read.

@@ -65,7 +65,7 @@ def test_other_work_there_is_another_ratio():
 
 def test_no_work_has_no_ratio():
     nothing = work([0, 0], [0, 0])
-    with pytest.raises(UserError, match="--link-scale says how much slower links are to be"):
+    with pytest.raises(UserError, match="no work was counted; give --link-scale"):
         compute_ratio(nothing, nothing, PEAK, PROFILE)
 
 
@@ -98,13 +98,13 @@ def test_each_rank_has_a_core():
     runs = VirtualRuns(VirtualSettings(PROFILE), 4, 8, PEAK, LinkScale(5.0))
     peak = runs.peak_of(Layout.parse("dp=16,ep=16"))
     assert (peak.gemm_flops_per_s, peak.num_units) == (1600e9, 16)
-    assert [each.name for each in runs.assumptions()] == ["links", "computing", "left out"]
+    assert [each.name for each in runs.assumptions()] == ["links", "compute", "excluded"]
     assert {each.source for each in runs.assumptions()} == {"virtual"}
 
 
 def test_a_profile_without_the_rates_is_refused_before_anything_runs():
     device = replace(PROFILE.device, flops_per_s={"float8": 2e15})
     links = replace(PROFILE, device=device)
-    with pytest.raises(UserError, match="no FLOP/s of float16; --link-scale says"):
+    with pytest.raises(UserError, match="no FLOP/s of float16; give --link-scale"):
         VirtualSettings(links).check([])
     VirtualSettings(links, 5.0).check([])

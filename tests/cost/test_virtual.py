@@ -11,7 +11,7 @@ from cost.by_hand import LINKS, NUM_LAYERS, logs, records_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.step.operation import RankGroups, Transfer, TransferKind
-from expertlane.cost.virtual import VirtualClock, VirtualLinks, undisturbed
+from expertlane.cost.virtual import VirtualClock, VirtualLinks, undisturbed, without_each
 from expertlane.results.step_record import Action
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Track
@@ -549,3 +549,27 @@ def test_what_disturbed_one_run_counts_in_none():
     assert least(quiet, step_of(1, [3.0, 2.0])) == [[1.0, 2.0], [1.0, 2.0]]
     other = step_of(1, [0.5, 0.5], sent=16)  # it sent something else
     assert least(quiet, other) == [[1.0, 5.0], [0.5, 0.5]]
+
+
+def test_each_run_takes_the_lesser_times_of_itself_and_the_next():
+    def step_of(run, cpu_s, begins_s=5.0):
+        ranks = logs(1)
+        ranks[0].compute(cpu_s)
+        step = step_record(begins_s, begins_s + 1, [0], records_of(ranks))
+        return replace(step, run=run)
+
+    def seconds(steps):
+        return [
+            (step.run, float(step.records[0].operations.cpu_s.sum()))
+            for step in sorted(steps, key=lambda step: (step.run, step.submitted_s))
+        ]
+
+    times = [4.0, 1.0, 3.0, 5.0]
+    runs = [step_of(run, each) for run, each in enumerate(times)]
+    assert seconds(undisturbed(runs)) == [(0, 1.0), (1, 1.0), (2, 3.0), (3, 4.0)]
+    # Without a run, the one before it is followed by the one after it.
+    assert seconds(without_each(runs)) == [(0, 1.0), (1, 3.0), (2, 1.0), (3, 3.0)]
+    assert seconds(undisturbed(runs[:1])) == [(0, 4.0)]
+    later = [step_of(run, 2 * each, 7.0) for run, each in enumerate(times)]
+    both = seconds(undisturbed([*runs, *later]))  # step by step
+    assert both[:2] == [(0, 1.0), (0, 2.0)]

@@ -33,7 +33,7 @@ def facts(results, number):
 def test_ranks_stand_apart_by_node():
     figure = matrix([[0, 1500, 20, 0], [40, 0, 0, 0], [0, 0, 0, 12_000], [0, 0, 999_400, 0]], 2)
     assert figure == Figure(
-        "Payload in kB, all repetitions: from rank (row) to rank (column)",
+        "Payload in kB, one repetition: from rank (row) to rank (column)",
         (
             "      0   1│   2   3",
             "  0   · 1.5│ <.1   ·",
@@ -54,7 +54,7 @@ def test_one_node_and_ranks_each_on_its_own_have_no_borders():
 
 def test_many_ranks_are_drawn_by_node():
     figure = matrix([[1] * 20 for _ in range(20)], 8)  # nodes of 8, 8 and 4 ranks
-    assert figure.title == "Payload in B, all repetitions: from node (row) to node (column)"
+    assert figure.title == "Payload in B, one repetition: from node (row) to node (column)"
     assert figure.lines == (
         "      0   1   2",
         "  0  64  64  32",
@@ -151,12 +151,12 @@ def test_one_rank_alone():
 def test_the_notes_tell_sums_and_the_two_ways_of_being_uneven_apart():
     results = example.usual()
     page = " ".join(markdown.render(report_of(results)).split())
-    assert "All steps of all repetitions;" in page
+    assert "All steps of one repetition;" in page
     assert "expert-parallel ranks; where an expert is sharded, all ranks with a shard" in page
     assert "prefill and decode together, in the least balanced layer" in page
     assert "most loaded expert over the mean, decode only; load max/mean, above, counts" in page
     *_, stages, values = sections(results)[0].parts
-    assert (stages.title, values.title) == ("Sent by stage, all repetitions", "All repetitions")
+    assert (stages.title, values.title) == ("Sent by stage, one repetition", "One repetition")
 
 
 def test_records_without_fan_out_say_nothing_of_it():

@@ -88,7 +88,7 @@ def test_a_deployment_that_one_lacks_is_said():
 def test_errors_that_projections_share_cancel_on_the_same_devices():
     before, after = Estimate(100.0, 60.0, 130.0), Estimate(90.0, 54.0, 117.0)
     change = diff(served(before), served(after)).changes[0]
-    assert (change.quantity, change.verdict) == ("tokens/s", "slower")
+    assert (change.metric, change.verdict) == ("tokens/s", "slower")
     assert change.ratio is not None
     assert change.ratio.bounds == pytest.approx((0.9, 0.9, 0.9))
     assert SIMULATION.cluster is not None
@@ -108,7 +108,7 @@ def test_more_latency_is_slower():
     slower = replace(load, tpot_s=replace(load.tpot_s, median=load.tpot_s.median * 1.5))
     second = replace(results, deployments=(replace(record, serving=(slower, *others)),))
     (change,) = diff(results, second).with_verdict("slower")
-    assert (change.where, change.quantity) == ("batch 1", "TPOT ms")
+    assert (change.where, change.metric) == ("batch 1", "TPOT ms")
     assert change.gain == pytest.approx(-0.5)
     assert diff(results, second).regressions == (change,)
 

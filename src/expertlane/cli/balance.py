@@ -9,13 +9,13 @@ import typer
 
 from expertlane.cli.help import Panel
 from expertlane.cli.options import (
-    OutputOptions,
+    AnswerOptions,
     placement_option,
     ranks_per_node_option,
     redundant_option,
     takes_groups,
 )
-from expertlane.cli.output import command_line, print_message, show, slug
+from expertlane.cli.output import command_line, print_report, print_written, slug
 from expertlane.errors import UserError, naming
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take
@@ -72,7 +72,7 @@ class _Options:
 
 
 @takes_groups
-def balance(own: _Options, output_options: OutputOptions) -> None:
+def balance(own: _Options, output_options: AnswerOptions) -> None:
     """Place a model's experts so that ranks are evenly loaded and few tokens cross nodes.
 
     Reads which experts each token of a trace chose. Compares experts placed in order (before)
@@ -101,7 +101,7 @@ def balance(own: _Options, output_options: OutputOptions) -> None:
     from expertlane.balance.moves import keep_slots
     from expertlane.balance.placement_file import ModelPlacement, write_placement
     from expertlane.balance.trace import read_trace
-    from expertlane.report.placement import MOST_ROWS, report_of
+    from expertlane.report.placement import report_of
 
     read = read_trace(own.trace)
     take(
@@ -126,10 +126,9 @@ def balance(own: _Options, output_options: OutputOptions) -> None:
         write_placement(ModelPlacement(read.model, read.num_experts, layers), folder / _FILE)
     placed = _evaluated(read, before, after, own)
     report = report_of(placed, command_line(), datetime.now(UTC).isoformat(timespec="seconds"))
-    more = "--full" if len(placed.layers) > MOST_ROWS else ""
-    show(report, output_options, lambda: _json(read, after, placed, own), more)
+    print_report(report, output_options, None, lambda: _json(read, after, placed, own))
     if folder is not None:
-        print_message(f"written: {folder / _FILE}")
+        print_written([folder / _FILE])
 
 
 def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":

@@ -11,8 +11,8 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.options import (
+    AnswerOptions,
     Dtype,
-    OutputOptions,
     dtype_option,
     out_option,
     takes_groups,
@@ -43,7 +43,7 @@ class _Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Output(OutputOptions):
+class _Output(AnswerOptions):
     out: Path | None = out_option("., for NAME.toml")
 
 
@@ -82,8 +82,8 @@ def calibrate(own: _Options, output_options: _Output) -> None:
     def as_json() -> str:
         return strict_json(_summary(profile, calibration, path)) + "\n"
 
-    output.show(report, output_options, as_json, f"--full, or {path}")
-    output.print_message(f"written: {path}")
+    output.print_report(report, output_options, path, as_json)
+    output.print_written([path])
 
 
 def _checked(own: _Options, folder: Path) -> Path:

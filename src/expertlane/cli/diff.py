@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from expertlane.cli import output
-from expertlane.cli.options import OutputOptions, export_option, takes_groups
+from expertlane.cli.help import Panel
+from expertlane.cli.options import OutputOptions, export_option, out_option, takes_groups
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json, write_text
 
@@ -23,20 +24,15 @@ class _Options:
     threshold: float = typer.Option(
         THRESHOLD_PERCENT,
         metavar="PERCENT",
-        help="By how much a figure may get worse; beyond, and beyond its noise, the exit code is "
+        rich_help_panel=Panel.OUTPUT,
+        help="By how much a metric may get worse; beyond, and beyond its noise, the exit code is "
         "1.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Output(OutputOptions):
-    out: Path | None = typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="Folder for diff.json and diff.md. Default: none is written.",
-    )
+    out: Path | None = out_option("none: nothing is written")
     export: Literal["csv", "parquet"] | None = export_option("diff")
 
     def __post_init__(self) -> None:
@@ -87,7 +83,7 @@ def diff(
         report = report_of_difference(found, output.command_line(), created)
         plain = asdict(found) | {"num_regressions": len(found.regressions)}
         as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
-    output.show(report, output_options, lambda: as_json, "--full")
+    output.print_report(report, output_options, None, lambda: as_json)
     if folder is not None:
         texts = {"diff.json": as_json, "diff.md": markdown.render(report)}
         written = [write_text(folder / name, words) for name, words in texts.items()]

@@ -62,18 +62,18 @@ def export_option(file: str) -> Any:
     return typer.Option(
         None,
         "--export",
-        rich_help_panel=Panel.OUTPUT,
-        help=f"Also write {file}.csv or {file}.parquet: a flat table for other programs, a row for "
+        rich_help_panel=Panel.MORE_OUTPUT,
+        help=f"Also write a flat table for other programs, {file}.csv or {file}.parquet: a row for "
         "each deployment and phase or load. parquet needs pyarrow.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """Where results go, and how much of them is printed.
+class AnswerOptions:
+    """Where files go, and how much of the answer is printed.
 
     Raises:
-        UserError: two forms at once, or a library for `--export` is missing.
+        UserError: two forms at once.
     """
 
     panel: ClassVar = Panel.OUTPUT
@@ -81,12 +81,8 @@ class OutputOptions:
     full: bool = typer.Option(False, "--full", help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = json_option()
-    export: Literal["csv", "parquet"] | None = export_option("results")
 
     def __post_init__(self) -> None:
-        from expertlane.results.table import check_format  # numpy, not for the help of commands
-
-        check_format(self.export)
         given = [
             name
             for name, is_given in (
@@ -102,6 +98,23 @@ class OutputOptions:
     def call(self) -> Call:
         """This command line."""
         return Call(command_line(), self.out, always_writes=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(AnswerOptions):
+    """The same for results, which can be exported too.
+
+    Raises:
+        UserError: also where a library for `--export` is missing.
+    """
+
+    export: Literal["csv", "parquet"] | None = export_option("results")
+
+    def __post_init__(self) -> None:
+        from expertlane.results.table import check_format  # numpy, not for the help of commands
+
+        check_format(self.export)
+        super().__post_init__()
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:

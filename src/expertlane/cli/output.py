@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.cli.options import OutputOptions
+    from expertlane.cli.options import AnswerOptions, OutputOptions
     from expertlane.engine.llm import LLM
     from expertlane.report.document import Report
     from expertlane.results.results import Results
@@ -241,23 +241,25 @@ def publish(found: Found, options: "OutputOptions") -> None:
     written = [write(results, folder)]  # first: what was found is kept whatever comes
     report = report_of(results)
     try:
-        show(report, options, partial(to_json, results), f"--full, or {folder / 'report.html'}")
+        print_report(report, options, folder / "report.html", partial(to_json, results))
     finally:  # also where standard output takes nothing
         written += write_beside(found, report, options.export)
     print_written(written)
 
 
-def show(report: "Report", options: "OutputOptions", to_json: Callable[[], str], more: str) -> None:
-    """Print a report in the form that was asked for.
+def print_report(
+    report: "Report", options: "AnswerOptions", page: Path | None, as_json: Callable[[], str]
+) -> None:
+    """Print the answer, or as much as the options ask for.
 
     Args:
-        to_json: its numbers for other programs.
-        more: where the rest of the answer is; may be empty.
+        page: where the rest is, if anywhere.
+        as_json: what `--json` prints.
     """
     from expertlane.report import terminal
 
     if options.as_json:
-        print_json(to_json())
+        print_json(as_json())
     elif options.quiet:
         print(report.answer.headline)
     else:
@@ -265,7 +267,7 @@ def show(report: "Report", options: "OutputOptions", to_json: Callable[[], str],
             if options.full:
                 terminal.show(report, console)
             else:
-                terminal.show_answer(report, console, more)
+                terminal.show_answer(report, console, page)
 
 
 def print_written(paths: Sequence[Path]) -> None:

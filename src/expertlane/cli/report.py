@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from expertlane.cli import output
 from expertlane.cli.options import OutputOptions, out_option, takes_groups
+from expertlane.cli.output import (
+    Found,
+    check_folder,
+    making_sense,
+    print_report,
+    print_written,
+    write_beside,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +51,9 @@ def report(
 
     kept = read_results(results)
     folder = output_options.out or (results if results.is_dir() else results.parent)
-    output.check_folder(folder)
-    with output.making_sense(results):
+    check_folder(folder)
+    with making_sense(results):
         made = report_of(kept)
-        written = output.write_beside(output.Found(kept, folder), made, output_options.export)
-    more = f"--full, or {folder / 'report.html'}"
-    output.show(made, output_options, partial(to_json, kept), more)
-    output.print_written(written)
+        written = write_beside(Found(kept, folder), made, output_options.export)
+    print_report(made, output_options, folder / "report.html", partial(to_json, kept))
+    print_written(written)

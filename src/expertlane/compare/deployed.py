@@ -21,7 +21,13 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
-from expertlane.results.metrics import latency, num_tokens_per_expert, phase_record, speed_of_runs
+from expertlane.results.metrics import (
+    first_run,
+    latency,
+    num_tokens_per_expert,
+    phase_record,
+    speed_of_runs,
+)
 from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source, StepsRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
@@ -306,7 +312,7 @@ class Deployed:
             self._tokens,
             source,
             roles=(self.role,),
-            num_tokens_per_expert=num_tokens_per_expert([*chain(*steps.values())]),
+            num_tokens_per_expert=num_tokens_per_expert(first_run([*chain(*steps.values())])),
             dispatch_table=self._dispatch,
         )
         if not share:

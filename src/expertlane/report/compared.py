@@ -97,9 +97,12 @@ class Overlapped:
     @property
     def exposed_s(self) -> float:
         """Seconds of a step blocked in dispatch and combine without overlap."""
-        if self.off.step.exposed_s is not None:
-            return self.off.step.exposed_s
-        return self.off.step.breakdown_s.get(ProjectedCause.DISPATCH_COMBINE, 0.0)
+        return _exposed_s(self.off)
+
+    @property
+    def hidden_s(self) -> float:
+        """How much less of a step is blocked in them with overlap."""
+        return max(0.0, self.exposed_s - _exposed_s(self.on))
 
     @property
     def gained_s(self) -> float:
@@ -108,13 +111,13 @@ class Overlapped:
 
     @property
     def hidden(self) -> float | None:
-        """The share of transfers that overlap hides; None where there are none to hide.
+        """The share of transfers that overlap hides, 0 to 1; None where there are none to hide.
 
-        In virtual time, of those in flight; else what is gained over what was exposed.
+        In virtual time, of those in flight; else of what was exposed.
         """
         if self.on.record.source == "virtual":
             return self.on.step.hidden_share
-        return hidden_share(self.gained_s, self.exposed_s)
+        return hidden_share(self.hidden_s, self.exposed_s)
 
     @property
     def added_s(self) -> float:
@@ -125,9 +128,15 @@ class Overlapped:
         )
 
 
-def hidden_share(gained_s: float, exposed_s: float) -> float | None:
-    """The time of a step that overlap gains over what is exposed without it."""
-    return gained_s / exposed_s if exposed_s > 0 else None
+def hidden_share(hidden_s: float, exposed_s: float) -> float | None:
+    """What overlap hides of a step's exposed transfers, 0 to 1; None where there are none."""
+    return min(1.0, max(0.0, hidden_s / exposed_s)) if exposed_s > 0 else None
+
+
+def _exposed_s(row: Row) -> float:
+    if row.step.exposed_s is not None:
+        return row.step.exposed_s
+    return row.step.breakdown_s.get(ProjectedCause.DISPATCH_COMBINE, 0.0)
 
 
 @dataclass(frozen=True)

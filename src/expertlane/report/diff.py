@@ -1,15 +1,17 @@
 """What changed between two results, as `expertlane diff` shows it."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
+from math import ceil
 
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, figures, percent, with_bounds
 from expertlane.results.diff import Change, Difference, Verdict
 from expertlane.results.estimate import Estimate
 
-_MOST_ROWS = 5  # of each table of the answer
-_MOST_NAMES = 4
+_MOST_LINES = 8  # of each table of the answer, and how many characters of a name a line has
+_NAME_WIDTH = 18
+_MOST_NAMES = 3
 _CLOCKS = {"virtual": "virtual time", "measured": "wall time", "projected": "projected"}
 _WORDS: dict[Verdict, str] = {
     "slower": "Slower in B",
@@ -38,19 +40,19 @@ def report_of_difference(found: Difference, command: str, created: str) -> Repor
 
 
 def headline(found: Difference) -> str:
-    """Whether there is a regression, and how many figures changed."""
+    """Whether there is a regression, and how many metrics changed."""
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
     counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
     if not regressions:
-        return f"No regression beyond {beyond}: of {len(found.changes)} figures {changed}."
+        return f"No regression beyond {beyond}: of {len(found.changes)} metrics: {changed}."
     worst = regressions[0]
     interval = _interval(worst.ratio)
     return (
-        f"{counted(len(regressions), 'regression')} beyond {beyond}, the largest {worst.quantity} "
+        f"{counted(len(regressions), 'regression')} beyond {beyond}, the largest {worst.metric} "
         f"of {worst.deployment} ({worst.where}): {_change(worst)}"
         + (f" ({interval})" if interval else "")
-        + f". Of {len(found.changes)} figures {changed}."
+        + f". Of {len(found.changes)} metrics: {changed}."
     )
 
 
@@ -62,23 +64,27 @@ def _tables(found: Difference) -> Iterator[Table | str]:
             continue
         if verdict in ("slower", "faster"):
             ordered = sorted(changes, key=lambda change: -abs(change.gain or 0.0))
-            more = len(ordered) - _MOST_ROWS
-            title = (
-                f"{words}, the {_MOST_ROWS} most changed of {len(ordered)}" if more > 0 else words
-            )
-            yield _table(ordered[:_MOST_ROWS], title)
+            shown = _that_fit(ordered)
+            of = f", the {len(shown)} most changed of {len(ordered)}"
+            yield _table(shown, words if len(shown) == len(ordered) else words + of)
         else:
             names = list(dict.fromkeys(change.deployment for change in changes))
             more = len(names) - _MOST_NAMES
-            shown = "; ".join(names[:_MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
-            yield f"{words}: {shown}"
+            listed = "; ".join(names[:_MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
+            yield f"{words}: {listed}"
+
+
+def _that_fit(changes: Sequence[Change]) -> Sequence[Change]:
+    """The first of them, as many as have room; one at least."""
+    lines = accumulate(ceil(len(each.deployment) / _NAME_WIDTH) for each in changes)
+    return changes[: max(1, sum(each <= _MOST_LINES for each in lines))]
 
 
 def _table(changes: Sequence[Change], title: str = "", *, in_full: bool = False) -> Table:
     columns: list[Column[Change]] = [
         text("deployment", lambda change: change.deployment),
         text("at", lambda change: change.where),
-        text("figure", lambda change: change.quantity),
+        text("metric", lambda change: change.metric),
         number("A", lambda change: _value(change.before, in_full)),
         number("B", lambda change: _value(change.after, in_full)),
         number("change", _change),
@@ -122,7 +128,7 @@ def _notes(found: Difference) -> tuple[str, ...]:
         notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
     alone = [each for each in found.changes if each.ratio is not None and each.ratio.low is None]
     if alone:
-        notes.append(f"Noise unknown for {counted(len(alone), 'figure')}: no repetitions.")
+        notes.append(f"Noise unknown for {counted(len(alone), 'metric')}: no repetitions.")
     return tuple(notes)
 
 

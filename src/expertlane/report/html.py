@@ -30,7 +30,7 @@ from expertlane.report.document import (
 
 def render(report: Report) -> str:
     """The whole page, its style sheet, drawings and script in it."""
-    drawn = _Drawn()
+    drawn, said = _Drawn(), f"{report.answer.setting}\n{report.answer.headline}"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -38,13 +38,22 @@ def render(report: Report) -> str:
         report=report,
         created=datetime.fromisoformat(report.created).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        first=[drawn.part(part) for each in report.of_place("first") for part in each.parts],
-        top=drawn.sections(report.of_place("top"), without=report.answer.headline),
+        first=[list(map(drawn.part, card)) for card in _first(report)],
+        top=drawn.sections(report.of_place("top"), said),
         plots=drawn.sections(report.of_place("plots")),
         tables=drawn.sections(report.of_place("tables")),
         css=Markup(style_sheet() + _asset("page.css")),
         script=Markup(_asset("page.js")),
     )
+
+
+def _first(report: Report) -> list[list[Words | Plot]]:
+    """What stands beside the answer: plots, and its own tables where there is one plot at most."""
+    plots: list[list[Words | Plot]] = [
+        [part] for section in report.of_place("first") for part in section.parts
+    ]
+    tables: list[Words | Plot] = [each for each in report.answer.parts if isinstance(each, Table)]
+    return plots if len(plots) > 1 or not tables else [*plots, tables]
 
 
 class _Drawn:
@@ -53,14 +62,18 @@ class _Drawn:
     def __init__(self) -> None:
         self._sections, self._charts = count(1), count(1)
 
-    def sections(self, sections: Iterable[Section], without: str = "") -> list[dict[str, Any]]:
-        """With their parts, but for a sentence that stands elsewhere."""
+    def sections(self, sections: Iterable[Section], said: str = "") -> list[dict[str, Any]]:
+        """With their parts, but for sentences that are said already."""
         return [
             {
                 "id": f"section-{next(self._sections)}",
                 "heading": each.heading,
                 "finding": each.finding,
-                "parts": [self.part(part) for part in each.parts if part != without],
+                "parts": [
+                    self.part(part)
+                    for part in each.parts
+                    if not (isinstance(part, str) and part in said)
+                ],
             }
             for each in sections
         ]

@@ -47,7 +47,7 @@ def _drawn(what: str, cells: Sequence[Sequence[int]], num_together: int) -> Figu
             lines.append("─" * _LABEL + rule[_LABEL:])
         lines.append(_line(str(place), [_cell(value / scale) for value in row], num_together))
     who = f"from {what} (row) to {what} (column)"
-    return Figure(f"Payload in {unit}, all repetitions: {who}", tuple(lines))
+    return Figure(f"Payload in {unit}, one repetition: {who}", tuple(lines))
 
 
 def _line(label: str, cells: Sequence[str], num_together: int, border: str = "│") -> str:

@@ -8,7 +8,7 @@ from expertlane.balance.judge import Comparison, PlacementScore
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, percent, whole
 
-MOST_ROWS = 12  # layers in the answer
+_MOST_ROWS = 12  # layers in the answer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Evaluated:
 def report_of(placed: Evaluated, command: str, created: str) -> Report:
     """The answer, and every layer."""
     table = partial(_table, placed)
-    worst = sorted(placed.layers, key=lambda each: -each.before.max_over_mean)[:MOST_ROWS]
+    worst = sorted(placed.layers, key=lambda each: -each.before.max_over_mean)[:_MOST_ROWS]
     shown = sorted(worst, key=lambda each: each.layer or 0)
     title = ""
     if len(shown) < len(placed.layers):

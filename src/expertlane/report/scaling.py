@@ -15,6 +15,7 @@ from expertlane.report.compared import (
     step_of,
     weight_bytes_of_rank,
 )
+from expertlane.report.difference import OTHER, step_difference
 from expertlane.report.document import Column, ColumnSource, Section, Table, Words, number, text
 from expertlane.report.numbers import (
     NONE,
@@ -30,6 +31,8 @@ from expertlane.report.numbers import (
 from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
 from expertlane.results.record import RUN, Source
 from expertlane.results.results import Results
+
+_MOST_NAMED = 2  # causes, in a sentence
 
 
 def parallelism(comparison: Comparison) -> Section:
@@ -106,11 +109,26 @@ def overlap(comparison: Comparison) -> Section:
                 "for. Slower compute: what attention, router, experts and head take longer "
                 "in half batches."
                 if is_virtual
-                else "the time gained over that."
+                else "the share of that which is not blocked with it."
             ),
             Table.of("", columns, pairs),
         ),
     )
+
+
+def overlap_sentence(pair: Overlapped) -> str:
+    """Whether overlap pays, and why."""
+    name, total_s = pair.on.name, abs(pair.gained_s)
+    if pair.hidden is None:
+        return f"{name} has nothing to hide."
+    share = percent(pair.hidden)
+    exposed = f"of the {milliseconds(pair.exposed_s)} ms in dispatch and combine"
+    if pair.gained_s > 0:
+        return f"{name} saves {milliseconds(total_s)} ms per step: it hides {share} {exposed}."
+    causes = step_difference(pair.off, pair.on).causes
+    added = [f"{cause} +{figures(ms)} ms" for cause, ms in causes if ms > 0 and cause != OTHER]
+    why = f", but adds more: {', '.join(added[:_MOST_NAMED])}" if added else ""
+    return f"{name} costs {milliseconds(total_s)} ms per step: it hides {share} {exposed}{why}."
 
 
 def _prefill_gain(pair: Overlapped) -> float | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from expertlane.report import bench_plots, plan_answer, planning, plots, serving
+from expertlane.report import load_plots, plan_answer, plan_plots, planning, plots, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
@@ -147,7 +147,7 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 def _plan(results: Results) -> _Made:
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
-    sections = plan_answer.verdict(results), *planning.plan(results), *plots.plan(results)
+    sections = plan_answer.verdict(results), *planning.plan(results), *plan_plots.plan(results)
     assumed = assumptions(results, "projected")
     return f" plan: {asked}", plan_answer.answer(results), (*sections, assumed)
 
@@ -163,6 +163,7 @@ def _simulation(results: Results) -> _Made:
         serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
+            load_plots.by_load(results),
             *plots.simulation(results),
             experts_and_traffic(record, serving.phases_of(record)),
             assumptions(results, "projected"),
@@ -180,5 +181,5 @@ def _bench(results: Results) -> _Made:
     return (
         f" bench: {asked}",
         serving.bench_answer(results),
-        (*serving.bench(results), *bench_plots.bench(results), setup(results, "What was measured")),
+        (*serving.bench(results), load_plots.by_load(results), setup(results, "What was measured")),
     )

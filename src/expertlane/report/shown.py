@@ -128,7 +128,7 @@ class Difference(diff.Difference, _Shown):
         return f"<Difference from {a} to {b}: {self.headline}>"
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame`: a row for each figure of each deployment and phase or load.
+        """A `pandas.DataFrame`: a row for each metric of each deployment and phase or load.
 
         Raises:
             UserError: pandas is not installed.

@@ -1,6 +1,7 @@
 """A report as tables in a terminal."""
 
 import textwrap
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -15,16 +16,15 @@ from expertlane.report.document import Answer, Figure, Report, Table, Words
 _NUM_HEADING_COLUMNS = 8
 
 
-def show_answer(report: Report, console: Console, more: str) -> None:
-    """Print what fits on one screen, no wider than the console.
+def show_answer(report: Report, console: Console, page: Path | None) -> None:
+    """Print what fits on one screen, no wider than the console, and where the rest is.
 
     Args:
-        more: where the rest is; may be empty.
+        page: has it, beside `--full`; None where no page was written.
     """
     draw_answer(report.answer, console)
-    if more:
-        console.print()
-        console.print(Text(f"More: {more}"), soft_wrap=True)
+    console.print()
+    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
 
 
 def draw_answer(answer: Answer, console: Console) -> None:

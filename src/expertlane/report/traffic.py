@@ -65,7 +65,9 @@ def _sent(heading: str, link: Link, kind: Traffic) -> Column[StepsRecord]:
     def per_token(step: StepsRecord) -> float | None:
         if step.traffic is None or link.label not in step.traffic.by_link:
             return None
-        return float(getattr(step.traffic.by_link[link.label], kind.label)) / step.num_tokens
+        num_runs = max(1, len(step.tps_of_runs))
+        num_bytes = float(getattr(step.traffic.by_link[link.label], kind.label))
+        return num_bytes * num_runs / step.num_tokens
 
     return number(heading, per_token, bytes_si)
 
@@ -134,7 +136,7 @@ def hot_spots(comparison: Comparison) -> Section:
         (
             Table.of("", spreads, comparison.rows),
             Table.of("", hottest, comparison.rows),
-            "All steps of all repetitions; a token counts once per layer. Ranks per token: "
+            "All steps of one repetition; a token counts once per layer. Ranks per token: "
             "expert-parallel ranks; where an expert is sharded, all ranks with a shard. Copies "
             "between nodes: one copy per rank reached; with one per node: what hierarchical "
             "dispatch would send. Padding: share of bytes that only fill static shapes. Receives, "
@@ -172,7 +174,7 @@ def details(comparison: Comparison, ranks_per_node: int) -> tuple[Section, ...]:
             (
                 matrix(seen(row).sent_bytes[Traffic.PAYLOAD.label], ranks_per_node),
                 _by_stage(seen(row)),
-                Table.facts(_facts(seen(row)), title="All repetitions"),
+                Table.facts(_facts(seen(row)), title="One repetition"),
             ),
         )
         for row in comparison.rows
@@ -192,7 +194,7 @@ def _by_stage(traffic: TrafficRecord) -> Table:
         if any(vars(of_link[link.label]).values())
     ]
     return Table(
-        "Sent by stage, all repetitions", columns, tuple(rows) or (("all", "any", *("0 B",) * 3),)
+        "Sent by stage, one repetition", columns, tuple(rows) or (("all", "any", *("0 B",) * 3),)
     )
 
 

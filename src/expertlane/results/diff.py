@@ -27,11 +27,11 @@ _MISSING = "—"
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity of one deployment in A and in B.
+    """One metric of one deployment in A and in B.
 
     Attributes:
         where: of steps the phase, else the load.
-        quantity: what is compared, with its unit.
+        metric: what is compared, with its unit.
         before, after: in A and in B; None where it has none.
         ratio: B over A, with the interval of the ratio where both have one.
         gain: relative change for the better, below 0 for the worse; None where one is missing.
@@ -40,7 +40,7 @@ class Change:
     deployment: str
     source: Source
     where: str
-    quantity: str
+    metric: str
     before: Estimate | None
     after: Estimate | None
     ratio: Estimate | None
@@ -70,7 +70,7 @@ class Difference:
         settings: what was not the same beside the deployments: its name, and what A and B have.
         leading: the source whose changes count.
         changes: of that source; `others` are those of the others.
-        threshold: the share by which a quantity may get worse.
+        threshold: the share by which a metric may get worse.
     """
 
     names: tuple[str, str]
@@ -99,7 +99,7 @@ def difference(
 
     Args:
         names: how they are called.
-        threshold: the share by which a quantity may get worse before it is a regression.
+        threshold: the share by which a metric may get worse before it is a regression.
 
     Raises:
         UserError: they are of different commands, or have nothing in common.
@@ -149,8 +149,8 @@ def _changes(first: Results, second: Results) -> Iterator[Change]:
         if record is not None and other is not None and record.name != other.name:
             name = f"{record.name} → {other.name}"
         shared = is_paired and held.source not in RUN
-        for where, quantity, before, after in _quantities(record, other):
-            yield _change(name, held.source, where, quantity, before, after, shared)
+        for where, metric, before, after in _metrics(record, other):
+            yield _change(name, held.source, where, metric, before, after, shared)
 
 
 def _device(results: Results) -> str | None:
@@ -201,29 +201,27 @@ def _by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[object
     return found
 
 
-_Quantity = tuple[str, str, Estimate | None, Estimate | None]
+_Metric = tuple[str, str, Estimate | None, Estimate | None]
 
 
-def _quantities(
-    first: DeploymentRecord | None, second: DeploymentRecord | None
-) -> Iterator[_Quantity]:
+def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) -> Iterator[_Metric]:
     """Of requests under load where there are any, else of steps."""
     records = first, second
     key: Callable[[Any], Hashable]
     name: Callable[[Any], str]
     if any(each is not None and each.serving for each in records):
-        key, name, quantities = _load, _load, _SERVED
+        key, name, metrics = _load, _load, _SERVED
         parts: list[Sequence[Any]] = [() if each is None else each.serving for each in records]
     else:
-        key, name, quantities = _steps, _where, _OF_STEPS
+        key, name, metrics = _steps, _where, _OF_STEPS
         parts = [() if each is None else each.steps for each in records]
     for before, after in _pairs(parts[0], parts[1], key):
         where = name(before or after)
-        for quantity, get in quantities:
+        for metric, get in metrics:
             values = [None if each is None else get(each) for each in (before, after)]
             known = [each if each is not None and each.value > 0 else None for each in values]
             if known != [None, None]:
-                yield where, quantity, known[0], known[1]
+                yield where, metric, known[0], known[1]
 
 
 def _load(record: ServingRecord) -> str:
@@ -268,7 +266,7 @@ def _typical(name: str) -> Callable[[ServingRecord], Estimate | None]:
 _LATENCIES = {"TTFT ms": "ttft_s", "TPOT ms": "tpot_s"}  # the less the better
 _SERVED: list[tuple[str, Callable[[Any], Estimate | None]]] = [
     ("tokens/s", lambda record: record.output_tps),
-    *((quantity, _typical(name)) for quantity, name in _LATENCIES.items()),
+    *((metric, _typical(name)) for metric, name in _LATENCIES.items()),
 ]
 _OF_STEPS: list[tuple[str, Callable[[Any], Estimate | None]]] = [("tokens/s", interval)]
 
@@ -277,7 +275,7 @@ def _change(
     name: str,
     source: Source,
     where: str,
-    quantity: str,
+    metric: str,
     before: Estimate | None,
     after: Estimate | None,
     shared: bool,
@@ -285,15 +283,15 @@ def _change(
     """Args: shared: whether the bounds of both are of the same terms, whose errors cancel."""
     if before is None or after is None:
         verdict: Verdict = "only in B" if before is None else "only in A"
-        return Change(name, source, where, quantity, before, after, None, None, verdict)
+        return Change(name, source, where, metric, before, after, None, None, verdict)
     ratio = _ratio(before, after, shared)
-    gain = 1 - ratio.value if quantity in _LATENCIES else ratio.value - 1
+    gain = 1 - ratio.value if metric in _LATENCIES else ratio.value - 1
     low, _, high = ratio.bounds
     if low - _SAME <= 1 <= high + _SAME:
         verdict = "not significant"
     else:
         verdict = "faster" if gain > 0 else "slower"
-    return Change(name, source, where, quantity, before, after, ratio, gain, verdict)
+    return Change(name, source, where, metric, before, after, ratio, gain, verdict)
 
 
 def _ratio(before: Estimate, after: Estimate, shared: bool) -> Estimate:

@@ -61,8 +61,14 @@ def phase_record(
         stage_s={stage.label: tuple(time.stage_s[:, stage].tolist()) for stage in Stage},
         waiting_s=tuple(time.waiting_s.tolist()),
         bubble_s=tuple(time.bubble_s.tolist()),
-        traffic=traffic_record(layout, steps, ranks_per_node),
+        traffic=traffic_record(layout, first_run(steps), ranks_per_node),
     )
+
+
+def first_run(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    """Those of the first repetition: what is counted of it can be set against any other's."""
+    first = min((step.run for step in steps), default=0)
+    return [step for step in steps if step.run == first]
 
 
 def speed_of_runs(layout: Layout, steps: Sequence[StepRecord]) -> list[StepsRecord]:

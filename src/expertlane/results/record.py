@@ -59,7 +59,8 @@ class CriticalPath(Strict):
 class StepsRecord(Strict):
     """The steps of one phase: all that were measured or simulated, or one that was projected.
 
-    Counts are sums over ranks and steps. A simulated step with any prompt in it is a prefill.
+    Counts are sums over ranks and steps, of all repetitions; `traffic` is of the first. A simulated
+    step with any prompt in it is a prefill.
 
     Attributes:
         pool: the ranks that ran them: all, or those of one of its pools.
@@ -366,7 +367,8 @@ class DeploymentRecord(Strict):
         serving: one for each load, or for the one that was asked for. Of several simulated loads,
             `pools`, `steps` and `num_tokens_per_expert` are of `best_load`.
         held: [num_ranks].
-        num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps.
+        num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps, of the
+            first repetition where there are several.
         rebalances: decisions about moving experts, in its last run.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.

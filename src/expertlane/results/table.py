@@ -28,6 +28,7 @@ _PARTS = ("steps", "serving")  # of a record; each of their items is a row
 _LEFT_OUT = {"timeline", "traffic", "bottleneck", "dispatch_table"}
 _NAMES = {  # where the field's own lacks a unit, or says too little in a table
     "rate": "arrivals_per_s",
+    "goodput": "good_requests_per_s",
     "context": "context_tokens",
     "name": "deployment",
 }

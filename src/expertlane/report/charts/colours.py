@@ -76,7 +76,7 @@ SAVED, ADDED = "--below", "--above"
 BELOW, ABOVE = "--below", "--above"
 
 # Of curves and points, told apart by their marks too; those in the background are grey.
-SERIES = (*("--blue", "--orange", "--green", "--purple", "--yellow", "--pink", "--sky", "--brick"),)
+SERIES = (*("--sky", "--orange", "--purple", "--blue", "--green", "--pink", "--yellow", "--brick"),)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"

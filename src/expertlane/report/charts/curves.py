@@ -76,20 +76,34 @@ class Axis:
         return quantity(of, self.name, axis)
 
 
-def curves_chart(title: str, x: Axis, y: Axis, curves: Sequence[Curve], *, note: str) -> Chart:
-    """Curves over each other, each in front with a colour and a mark of its own."""
+def curves_chart(
+    title: str,
+    x: Axis,
+    y: Axis,
+    curves: Sequence[Curve],
+    *,
+    note: str,
+    limit: float | None = None,
+) -> Chart:
+    """Curves over each other, each in front with a colour and a mark of its own.
+
+    Args:
+        limit: of `y`, drawn as a dashed line.
+    """
     looks, columns = _looks(curves), _columns(x, y, curves)
     behind = [curve.name for curve in curves if curve.role == "back"]
     if behind:
         note = f"{note} In grey: {', '.join(behind)}.".strip()
     points = [(curve.name, point) for curve in curves for point in curve.points]
+    if limit is not None:
+        note = f"{note} Dashed: the limit, {limit:g}.".strip()
     return Chart(
         title,
         f"{y.name} against {x.name}, {len(curves)} of them: "
         f"{', '.join(look.label for look in looks)}.",
-        _spec(x, y, curves, looks, columns),
+        _spec(x, y, curves, looks, columns, limit),
         Table.of(title, columns.values(), points),
-        legend=[look for look in looks if look.label not in behind],
+        legend=[look for look in looks if look.label not in behind] if len(looks) > 1 else (),
         note=note,
     )
 
@@ -122,6 +136,7 @@ def _spec(
     curves: Sequence[Curve],
     looks: Sequence[Legend],
     columns: dict[str, Column[_Named]],
+    limit: float | None,
 ) -> Spec:
     values = [
         cells(columns, (curve.name, point))
@@ -161,5 +176,13 @@ def _spec(
                 "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.6},
                 "encoding": position | {"y": y.encoding("low"), "y2": {"field": "high"}},
             },
+        )
+    if limit is not None:
+        layers.append(
+            {
+                "data": {"values": [{"limit": limit}]},
+                "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
+                "encoding": {"y": y.encoding("limit")},
+            }
         )
     return {"data": {"values": values}, "height": _HEIGHT_PX, "layer": layers}

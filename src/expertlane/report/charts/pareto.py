@@ -23,14 +23,16 @@ _HEIGHT_PX = 300
 # Widths that a page draws in, without an axis, and up to which it is the narrower one.
 _WIDTHS_PX, _NARROW_PX = {"wide": 500, "narrow": 275}, 400
 _ROOM = 1.12  # of the largest value
-_USER, _DEVICE = "tokens/s per user (1/TPOT)", "tokens/s per GPU"
+_USER = "tokens/s per user (1/TPOT)"
 Role = Literal["chosen", "front", "other", "reported"]
 _LOOKS: dict[Role, Legend] = {
-    "chosen": Legend("best within the limits", PROPOSAL, "diamond"),
+    "chosen": Legend("best", PROPOSAL, "diamond"),
     "front": Legend("Pareto front", RIVAL, "circle"),
     "other": Legend("others", OTHERS, "square"),
     "reported": Legend("reported", REPORTED, REPORTED_SHAPE),
 }
+
+_SIZES = {_LOOKS["chosen"].label: 150, _LOOKS["reported"].label: 120}
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,22 @@ class Dot:
 
 
 def pareto_chart(
-    title: str, dots: Sequence[Dot], *, max_tpot_s: float | None = None, note: str = ""
+    title: str,
+    dots: Sequence[Dot],
+    *,
+    max_tpot_s: float | None = None,
+    device: str = "GPU",
+    note: str = "",
 ) -> Chart:
     """Points with their names, those of the front joined, and the limit that users are promised."""
+    per_device = f"tokens/s per {device}"
     looks = [look for role, look in _LOOKS.items() if any(dot.role == role for dot in dots)]
     columns: dict[str, Column[Dot]] = {
         "name": text("deployment", lambda dot: dot.name),
         "kind": text("which is", lambda dot: _LOOKS[dot.role].label),
         "user": number(_USER, lambda dot: dot.user_tps, figures),
         "user_range": number("low–high", lambda dot: dot.user_tps, low_high),
-        "device": number(_DEVICE, lambda dot: dot.device_tps, figures),
+        "device": number(per_device, lambda dot: dot.device_tps, figures),
         "device_range": number("low–high", lambda dot: dot.device_tps, low_high),
         "words": text("with", lambda dot: dot.words or NONE),
     }
@@ -76,9 +84,9 @@ def pareto_chart(
     most = max(dots, key=lambda dot: dot.device_tps.value)
     return Chart(
         title,
-        f"{_DEVICE} against {_USER}, {counted(len(dots), 'point')}. Most per GPU: {most.name}, "
-        f"{figures(most.device_tps)} at {figures(most.user_tps)} per user.",
-        _spec(dots, columns, looks, max_tpot_s),
+        f"{per_device} against {_USER}, {counted(len(dots), 'point')}. Most per {device}: "
+        f"{most.name}, {figures(most.device_tps)} at {figures(most.user_tps)} per user.",
+        _spec(dots, columns, looks, per_device, max_tpot_s),
         Table.of(title, columns.values(), dots),
         legend=looks,
         note=f"Up and right is better. {note}".strip(),
@@ -89,6 +97,7 @@ def _spec(
     dots: Sequence[Dot],
     columns: dict[str, Column[Dot]],
     looks: Sequence[Legend],
+    per_device: str,
     max_tpot_s: float | None,
 ) -> Spec:
     limits = [] if max_tpot_s is None else [max_tpot_s]
@@ -99,9 +108,10 @@ def _spec(
         return quantity(field, _USER, {"format": "~s"}, domain=[0, far], nice=False)
 
     def up(field: str) -> Spec:
-        return quantity(field, _DEVICE, {"format": "~s"}, domain=[0, high], nice=False)
+        return quantity(field, per_device, {"format": "~s"}, domain=[0, high], nice=False)
 
     at = {"x": across("x"), "y": up("y")}
+    size = by_name("kind", {each.label: _SIZES.get(each.label, 60) for each in looks})
     shape = by_name("kind", {each.label: PATHS.get(each.shape, each.shape) for each in looks})
     limit: Spec = {
         "data": {
@@ -142,9 +152,10 @@ def _spec(
             },
             *_bounds(across, up),
             {
-                "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
+                "mark": {"type": "point", "filled": True, "opacity": 1},
                 "encoding": at
-                | {"color": colour("kind", looks), "shape": shape, "tooltip": tooltip_of(columns)},
+                | {"color": colour("kind", looks), "shape": shape, "size": size}
+                | {"tooltip": tooltip_of(columns)},
             },
             *names,
         ],

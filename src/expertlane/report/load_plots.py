@@ -1,0 +1,141 @@
+"""The plots of several loads, of an engine or simulated: how throughput and latency grow."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
+from expertlane.report.charts.pareto import Dot, pareto_chart
+from expertlane.report.document import Chart, Section
+from expertlane.report.loads import Served, best_of, served
+from expertlane.report.numbers import figures
+from expertlane.report.speed import unit_of
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import ServingRecord
+from expertlane.results.results import Results
+
+_MS_PER_S = 1e3
+_LEAST_LOADS = 3  # of a layout; of fewer a table says all
+_LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
+    "TPOT": lambda serving: serving.tpot_s,
+    "TTFT": lambda serving: serving.ttft_s,
+}
+
+
+def by_load(results: Results) -> Section:
+    """Throughput and latency against load; empty where no layout has three loads or more."""
+    source = results.deployments[0].source
+    heading = f"Throughput and latency by load, {source}"
+    by_layout: dict[str, list[Served]] = {}
+    for each in served(results):
+        if _load(each) is not None:
+            by_layout.setdefault(each.record.name, []).append(each)
+    by_layout = {name: all_ for name, all_ in by_layout.items() if len(all_) >= _LEAST_LOADS}
+    if not by_layout:
+        return Section(heading, (), "plots")
+    best = best_of([each for of_layout in by_layout.values() for each in of_layout])
+    charts = [
+        _against_load(by_layout, best, "output tokens/s", lambda each: each.serving.output_tps),
+        *(
+            _against_load(by_layout, best, f"{name}, ms", _median_ms(get), _limit_ms(best, name))
+            for name, get in _LATENCIES.items()
+            if all(_median_ms(get)(each) for each in by_layout[best.record.name])
+        ),
+    ]
+    if best.serving.tpot_s is not None:
+        charts.append(_trade(by_layout, best, unit_of(source)))
+    return Section(heading, tuple(charts), "plots", charts[0].title)
+
+
+def _load(each: Served) -> float | None:
+    """None of recorded arrivals, which have no size."""
+    return each.serving.rate if each.serving.batch is None else float(each.serving.batch)
+
+
+def _load_name(each: Served) -> str:
+    return "requests/s" if each.serving.batch is None else "concurrency"
+
+
+def _against_load(
+    by_layout: Mapping[str, Sequence[Served]],
+    best: Served,
+    what: str,
+    value: Callable[[Served], Estimate | None],
+    limit: float | None = None,
+) -> Chart:
+    """One curve a layout; the title is of the best one's."""
+    curves = [
+        Curve(
+            name,
+            tuple(
+                Point(at, found)
+                for each in sorted(of_layout, key=lambda each: _load(each) or 0.0)
+                if (at := _load(each)) is not None and (found := value(each)) is not None
+            ),
+        )
+        for name, of_layout in by_layout.items()
+    ]
+    first, *_, last = next(curve for curve in curves if curve.name == best.record.name).points
+    load, (name, _, unit) = _load_name(best), what.partition(", ")
+    named = f"{name[:1].upper()}{name[1:]}" + (f" of {best.record.name}" * (len(curves) > 1))
+    title = (
+        f"{named}: from {figures(first.y)} at {load} {first.x:,.6g} to {figures(last.y)}"
+        f"{f' {unit}' * bool(unit)} at {last.x:,.6g}"
+    )
+    measured = best.record.source == "measured"
+    note = "Medians over requests; vertical lines reach up to p95." if unit else ""
+    if not measured:
+        note = f"{'Medians over requests. ' if unit else ''}Vertical lines: low to high."
+    return curves_chart(title, Axis(load, "log"), Axis(what), curves, note=note, limit=limit)
+
+
+def _median_ms(
+    get: Callable[[ServingRecord], Summary | None],
+) -> Callable[[Served], Estimate | None]:
+    """Measured: up to the 95th percentile; projected: from low to high."""
+
+    def median(each: Served) -> Estimate | None:
+        seconds = get(each.serving)
+        if seconds is None or seconds.median is None:
+            return None
+        if each.record.source != "measured" or seconds.p95 is None:
+            return seconds.median * _MS_PER_S
+        likely = _MS_PER_S * seconds.median.value
+        return Estimate(likely, likely, _MS_PER_S * seconds.p95.value)
+
+    return median
+
+
+def _limit_ms(best: Served, metric: str) -> float | None:
+    """The objective for the median or the mean of a latency, if there is one."""
+    limits = (
+        _MS_PER_S * each.slo.limit_s
+        for each in best.serving.slos
+        if each.slo.metric == metric.lower() and each.slo.statistic in ("median", "mean")
+    )
+    return next(limits, None)
+
+
+def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -> Chart:
+    """What a device gives against what a user sees, load by load."""
+    dots = [
+        Dot(
+            f"{name}, {each.load}",
+            median,
+            each.serving.output_tps / each.record.num_ranks,
+            "chosen" if each.serving is best.serving else "other",
+            each.load,
+            each.load if len(by_layout) == 1 else f"{name}, {each.load}",
+        )
+        for name, of_layout in by_layout.items()
+        for each in of_layout
+        if each.serving.tpot_s and (median := each.serving.tpot_s.median)
+    ]
+    limit_ms = _limit_ms(best, "TPOT")
+    chosen = next(dot for dot in dots if dot.role == "chosen")
+    return pareto_chart(
+        f"{best.load[:1].upper()}{best.load[1:]} gives {figures(chosen.device_tps)} tokens/s per "
+        f"{unit} at {figures(chosen.user_tps)} per user",
+        dots,
+        max_tpot_s=None if limit_ms is None else limit_ms / _MS_PER_S,
+        device=unit,
+        note="TPOT is the median over requests.",
+    )

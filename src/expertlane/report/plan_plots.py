@@ -1,0 +1,121 @@
+"""The plots of a plan, and where a comparison lies against one."""
+
+from collections.abc import Sequence
+
+from expertlane.report.charts.bars import FASTER, Bar, throughput_chart
+from expertlane.report.charts.pareto import Dot, Role, pareto_chart
+from expertlane.report.compared import Comparison
+from expertlane.report.document import Chart, Section
+from expertlane.report.numbers import figures, times
+from expertlane.report.planning import explained, named, serving, tpot
+from expertlane.report.speed import in_words
+from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
+from expertlane.results.record import BEST, FAMILY, PARETO, TWO_POOLS, DeploymentRecord
+from expertlane.results.results import Results
+
+
+def plan(results: Results) -> tuple[Section, ...]:
+    """Plots of a plan; everything is projected."""
+    best = results.select("projected", BEST)
+    bars = [
+        Bar(f"#{place} {named(each)}", serving(each).output_tps, FASTER if place == 1 else "other")
+        for place, each in enumerate(best, 1)
+    ]
+    rows = {f"{number} {named(each)}": each for number, each in explained(results)}
+    steps = {
+        phase: {name: step for name, each in rows.items() for step in each.steps_of(phase)}
+        for phase in PHASES
+    }
+    speed = throughput_chart(
+        f"{named(best[0])} gives {figures(serving(best[0]).output_tps)} output tokens/s",
+        "output tokens/s",
+        bars,
+        between="low–high",
+    )
+    words = "A step of each at its own number of sequences or prompts, written under it."
+    return (
+        Section("projected", tuple(filter(None, (_plan_front(results), speed))), "first"),
+        plot_section("Where the time goes, projected", causes(steps)),
+        plot_section("One step, rank by rank, projected", timelines(words, steps)),
+    )
+
+
+def _plan_front(results: Results) -> Chart:
+    """The front, what was chosen, and the best of each kind that is on neither."""
+    best, *_ = results.select("projected", BEST)
+    front = results.select("projected", PARETO)
+    chosen = _planned(best, "chosen", f"#1 {named(best)}")
+    known = {named(best), *map(named, front)}
+    kinds = {each: each.name for each in results.select("projected", FAMILY)}
+    kinds |= dict.fromkeys(results.select("projected", TWO_POOLS), "disaggregated")
+    dots = [
+        chosen,
+        *_front_dots(front, without=named(best)),
+        *(
+            _planned(each, "other", kind)
+            for each, kind in kinds.items()
+            if named(each) not in known
+        ),
+    ]
+    limit_s = results.question.get("max_tpot_s")
+    within = "" if limit_s is None else " within the limit"
+    return pareto_chart(
+        f"{chosen.name} gives most{within}: {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{figures(chosen.user_tps)} per user",
+        dots,
+        max_tpot_s=limit_s,
+        note="No aggregated deployment is above and right of the front. It and the others, the "
+        "best of their kinds, are screened, the best projected in full; lines: low to high.",
+    )
+
+
+def front_chart(
+    results: Results, compared: Comparison, others: Sequence[Dot] = (), note: str = ""
+) -> Chart:
+    """The planner's front, the experiment's own deployments, and others if there are any."""
+    front = results.select("projected", PARETO, compared.conditions)
+    own = [
+        Dot(
+            row.name,
+            row.step.round_s,
+            row.step.tps / row.record.num_ranks,
+            "other",
+            fits(row.step),
+            row.name if row in compared.cast else "",
+        )
+        for row in compared.rows
+    ]
+    best = max(front, key=lambda each: serving(each).output_tps.value, default=None)
+    ahead = compared.fastest
+    title = f"{ahead.name} decodes fastest of the experiment's own"
+    if best is not None:
+        factor = serving(best).output_tps.value / ahead.tps
+        title += f"; {named(best)} has {times(factor)} the throughput"
+    return pareto_chart(
+        title,
+        [*_front_dots(front), *own, *others],
+        note=f"Decoding alone, at {compared.context:,} tokens of context, "
+        f"{in_words(compared.conditions)}. The front is screened. Others: the experiment's own, "
+        f"each with all {compared.num_seqs:,} sequences.{note}",
+    )
+
+
+def _planned(record: DeploymentRecord, role: Role, label: str = "") -> Dot:
+    return Dot(
+        named(record),
+        tpot(record),
+        serving(record).output_tps / record.num_ranks,
+        role,
+        f"concurrency {serving(record).num_running or 0:,}",
+        label,
+    )
+
+
+def _front_dots(front: Sequence[DeploymentRecord], without: str = "") -> list[Dot]:
+    """The front, each deployment's name at the first of its points alone."""
+    dots, seen = [], {without}
+    for each in sorted(front, key=lambda each: -tpot(each).value):
+        name = named(each)
+        dots.append(_planned(each, "front", "" if name in seen else name))
+        seen.add(name)
+    return dots

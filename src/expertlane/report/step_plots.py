@@ -1,0 +1,157 @@
+"""What the plots of steps have in common, whatever is compared: causes, ranks, experts, traffic."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from expertlane.report.charts.bars import causes_chart
+from expertlane.report.charts.load import alike, load_chart
+from expertlane.report.charts.timeline import timelines_chart
+from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
+from expertlane.report.compared import Comparison
+from expertlane.report.document import Chart, Multiples, Plot, Section, Timelines, Words
+from expertlane.report.numbers import likely, milliseconds
+from expertlane.results.record import StepsRecord
+from expertlane.results.results import Results
+from expertlane.spec.names import Phase, Traffic
+
+PHASES = (Phase.DECODE, Phase.PREFILL)
+_US_PER_S = 1e6
+_UNTYPICAL = 0.25  # of the usual time
+Named = Mapping[str, StepsRecord]
+
+
+def plot_section(heading: str, parts: Iterable[Words | Plot]) -> Section:
+    """Among the plots, with what its first plot shows."""
+    parts = tuple(parts)
+    return Section(heading, parts, "plots", next(filter(None, map(_finding, parts)), ""))
+
+
+def _finding(part: Words | Plot) -> str:
+    match part:
+        case Chart() | Multiples():
+            return part.title
+        case Timelines():
+            return part.charts[0][1].title
+    return ""
+
+
+def causes(steps: Mapping[Phase, Named]) -> list[Chart]:
+    """A plot a phase: where its steps' time goes."""
+    charts = [
+        causes_chart(
+            of_phase,
+            f"{phase} step",
+            note="ms, mean over ranks, of one step of every sequence. Reads: operations bound by "
+            "memory.",
+        )
+        for phase, of_phase in steps.items()
+        if of_phase
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def timelines(
+    words: str,
+    steps: Mapping[Phase, Named],
+    title: str = "The {} step, rank by rank",
+    notes: Callable[[Phase, str], str] = lambda phase, name: "",
+    *,
+    is_measured: bool = False,
+    shares_cores: bool = False,
+) -> list[Words | Plot]:
+    """A group a phase; the rest as `timelines_chart` takes it."""
+    drawn: list[Words | Plot] = []
+    for phase, of_phase in steps.items():
+        found = {
+            name: (step.timeline, notes(phase, name))
+            for name, step in of_phase.items()
+            if step.timeline
+        }
+        if found:
+            drawn.append(
+                timelines_chart(
+                    title.format(phase),
+                    found,
+                    is_measured=is_measured,
+                    shares_cores=shares_cores,
+                )
+            )
+    said = (
+        f"{words} Each row is a rank; all share one time axis, and what is shorter than a "
+        "thousandth of it counts with what is around it. Idle: a rank has nothing to do."
+    )
+    return [said, *drawn] if drawn else []
+
+
+def by_rank(
+    results: Results, compared: Comparison, steps: Mapping[Phase, Named]
+) -> list[Words | Plot]:
+    """Of those that are spoken of; the others' are in the trace."""
+    cast = [row.label for row in compared.cast]
+    of_cast = {
+        phase: {name: step for name, step in of_phase.items() if name in cast}
+        for phase, of_phase in steps.items()
+    }
+    if compared.source == "projected":
+        words = (
+            "A step of each deployment in the steady state. Where micro-batches rotate, one step "
+            "of each is drawn; it overlaps the rounds beside it."
+        )
+        return timelines(words, of_cast)
+    rows = {row.label: row for row in compared.rows}
+
+    def typical(phase: Phase, name: str) -> str:
+        """How the step that is drawn compares with those that were measured."""
+        step, options = steps[phase][name], rows[name].record.options
+        assert step.timeline is not None, "it is drawn"
+        is_round = options.micro_batch_schedule == "rotating" and phase is Phase.DECODE
+        median = step.step_s.median if step.step_s else None
+        usual_s = likely(step.round_s if is_round or median is None else median)
+        own_s = step.timeline.end_us / _US_PER_S
+        what = "the mean step" if is_round else "the median step"
+        words = f"It took {milliseconds(own_s)} ms; {what} of the run {milliseconds(usual_s)} ms."
+        if abs(own_s / usual_s - 1) > _UNTYPICAL:
+            words += " Not typical: read its shape, not its length."
+        return words
+
+    is_wall = compared.source == "measured"
+    shares_cores = is_wall and results.measured_on.is_oversubscribed
+    words = "Of a short run by itself, the step that is nearest to the median one."
+    if shares_cores:
+        words += (
+            " Descheduled: a rank had work, but other ranks had the cores; how much of a stretch "
+            "that was is known, and drawn at its end."
+        )
+    return timelines(
+        words,
+        of_cast,
+        "The median {} step, rank by rank",
+        typical,
+        is_measured=is_wall,
+        shares_cores=shares_cores,
+    )
+
+
+_Loads = Mapping[str, Sequence[Sequence[int]]]
+
+
+def experts_and_traffic(
+    loads: _Loads, steps: Mapping[Phase, Named], per_node: int, of_what: str = "all steps"
+) -> list[Words | Plot]:
+    """The load of the experts, who sends to whom, and how far tokens spread, each once."""
+    groups = alike(loads)
+    if len(groups) == 1 and len(loads) > 1:
+        groups = [([f"all {len(loads)} deployments"], groups[0][1])]
+    parts: list[Words | Plot | None] = [load_chart(*each) for each in groups]
+    for phase, of_phase in steps.items():
+        seen = {name: step.traffic for name, step in of_phase.items() if step.traffic}
+        sent = {name: each.sent_bytes.get(Traffic.PAYLOAD.label) for name, each in seen.items()}
+        payloads = {name: each for name, each in sent.items() if each}
+        parts += traffic_charts(str(phase), payloads, per_node, of_what)
+        fan_outs = {name: each.fan_out for name, each in seen.items() if each.fan_out}
+        parts.append(fan_out_chart(str(phase), fan_outs))
+    return [part for part in parts if part is not None]
+
+
+def fits(step: StepsRecord, between: str = "") -> str:
+    """What is said of a step whose sequences do not fit."""
+    return "" if step.fits else f"{between}does not fit"

@@ -1,0 +1,157 @@
+"""`expertlane diff` and `--export`: what is printed and written, exit codes, refusals."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+import example_pages
+from expertlane.results.file import write
+from expertlane.results.results import Results
+
+
+def slower(results: Results, factor: float) -> Results:
+    """The same with less throughput in every load and step."""
+    deployments = [
+        replace(
+            record,
+            steps=tuple(replace(each, tps=each.tps * factor) for each in record.steps),
+            serving=tuple(
+                replace(each, output_tps=each.output_tps * factor) for each in record.serving
+            ),
+        )
+        for record in results.deployments
+    ]
+    return replace(results, deployments=tuple(deployments))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Write two results; their folders."""
+
+    def write_both(first: Results, second: Results) -> tuple[str, str]:
+        for name, results in (("a", first), ("b", second)):
+            write(results, tmp_path / name)
+        return str(tmp_path / "a"), str(tmp_path / "b")
+
+    return write_both
+
+
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_the_answer_fits_one_screen_and_the_exit_code_tells(run, pair, make, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    paths = pair(make(), slower(make(), 0.5))
+    code, out, err = run("diff", *paths)
+    assert (code, err) == (1, "")
+    lines = out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert not any(line.endswith(" ") for line in lines)
+    assert "beyond 5%" in out
+    assert "Slower in B" in out
+    assert run("diff", *paths, "--threshold", "60")[0] == 0
+    assert run("diff", *reversed(paths))[0] == 0  # faster
+    code, out, _ = run("diff", paths[0], paths[0])
+    assert code == 0
+    assert "No regression beyond 5%" in out
+
+
+def test_many_long_names_fit_too(run, pair):
+    first = example_pages.serving()
+    (record,) = first.deployments
+    many = [
+        replace(record, name=f"replicas=2,dp=2,ep=2; 4 micro-batches rotating, all-gather {n}")
+        for n in range(40)
+    ]
+    first = replace(first, deployments=tuple(many))
+    second = replace(slower(first, 0.5), deployments=slower(first, 0.5).deployments[3:])
+    mixed = replace(second, deployments=slower(first, 2).deployments[3:9] + second.deployments[6:])
+    code, out, _ = run("diff", *pair(first, mixed))
+    assert code == 1
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.splitlines())) <= 80
+    assert "the 2 most changed of 93" in out
+    assert "Only in A: " in out
+
+
+def test_other_forms(run, pair, tmp_path):
+    paths = pair(example_pages.serving(), slower(example_pages.serving(), 0.5))
+    code, out, _ = run("diff", *paths, "--quiet")
+    assert (code, len(out.splitlines())) == (1, 1)
+    code, out, _ = run("diff", *paths, "--json")
+    found = json.loads(out)
+    assert (code, found["num_regressions"], found["names"]) == (1, 3, list(paths))
+    assert {change["verdict"] for change in found["changes"]} == {"slower", "not significant"}
+    code, out, _ = run("diff", *paths, "--full")
+    assert code == 1
+    assert "verdict" in out
+    there = tmp_path / "there"
+    code, _, err = run("diff", *paths, "--out", str(there), "--export", "csv")
+    assert code == 1
+    assert sorted(each.name for each in there.iterdir()) == ["diff.csv", "diff.json", "diff.md"]
+    assert err == f"written: {there}/diff.json, {there}/diff.md, {there}/diff.csv\n"
+    assert (there / "diff.csv").read_text("utf-8").startswith("deployment,source,where,metric,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["a", "none"], "cannot read none: No such file or directory"),
+        (["a", "p"], "a is of a bench and p of a plan; give two of the same command"),
+        (["a", "a", "--threshold", "-1"], "--threshold is -1.0; it must be a number, 0 to 1,000"),
+        (["a", "a", "--export", "csv"], "--export writes a file; give --out a folder"),
+        (["a", "a", "--json", "--full"], "--full and --json exclude each other; give one"),
+    ],
+)
+def test_mistakes(run, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    write(example_pages.serving(), tmp_path / "a")
+    write(example_pages.KINDS["plan"](), tmp_path / "p")
+    assert run("diff", *arguments) == (2, "", f"expertlane: error: {line}\n")
+
+
+def test_numbers_that_make_no_sense_are_refused(run, pair):
+    paths = pair(slower(example_pages.serving(), 1e-300), slower(example_pages.serving(), 1e300))
+    code, out, err = run("diff", *paths)
+    assert (code, out) == (2, "")
+    assert "its numbers do not fit together" in err
+
+
+def test_a_name_is_escaped(run, pair):
+    results = example_pages.serving()
+    record = replace(results.deployments[0], name="\x1b[31m=red\n")
+    results = replace(results, deployments=(record,))
+    code, out, _ = run("diff", *pair(results, slower(results, 0.5)))
+    assert code == 1
+    assert "\x1b" not in out
+
+
+def test_report_exports_a_table(run, tmp_path):
+    write(example_pages.serving(), tmp_path)
+    code, out, _ = run("report", str(tmp_path), "--export", "csv")
+    assert code == 0
+    assert str(tmp_path / "results.csv") in out
+    assert len((tmp_path / "results.csv").read_text("utf-8").splitlines()) == 4
+
+
+@pytest.mark.parametrize("command", ["report", "simulate", "plan", "bench", "compare", "diff"])
+def test_a_missing_library_is_said_before_anything_runs(run, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    write(example_pages.serving(), tmp_path / "kept")
+    before = {
+        "report": ["kept"],
+        "simulate": ["paper", "--layout", "dp=16,ep=16", "--cluster", "h100x16"],
+        "plan": ["paper"],
+        "bench": ["paper-tiny"],
+        "compare": [],
+        "diff": ["kept", "kept", "--out", "there"],
+    }
+    code, out, err = run(command, *before[command], "--export", "parquet")
+    assert (code, out) == (2, "")
+    assert err == (
+        "expertlane: error: parquet needs pyarrow, which is not installed: pip install "
+        "'expertlane[parquet]', or export csv\n"
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["kept"]

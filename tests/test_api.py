@@ -1,0 +1,225 @@
+"""The Python interface: what it exports, its options and errors, how results show themselves."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import example_pages
+import expertlane
+from api_stub import STUB, stub
+from expertlane import api
+from expertlane.cli.app import app
+from expertlane.cli.options import EngineOptions, OutputOptions, call_with, parameters_of
+from expertlane.errors import SpecError, UserError
+from expertlane.report.shown import Results
+from expertlane.results.file import read, write
+
+FUNCTIONS = ["compare", "plan", "simulate", "bench"]
+SMALL = {"cluster": "h100x2", "batch": 4, "prompt_len": 8, "output_len": 8}
+
+
+def simulated(**options) -> Results:
+    given = SMALL | {"layout": "dp=2,ep=2"} | options
+    return expertlane.simulate("paper-tiny", **given)
+
+
+def in_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_loads_no_library():
+    loaded = in_new_process("import expertlane, sys; print(*sys.modules)").split()
+    assert not {"numpy", "torch", "typer", "pydantic", "rich"} & {*loaded}
+
+
+def test_simulating_loads_no_torch():
+    call = f"expertlane.plan('paper-tiny', **{SMALL})"
+    code = f"import expertlane, sys; {call}; print('torch' in sys.modules)"
+    assert in_new_process(code) == "False\n"
+
+
+def test_all_names_are_there():
+    for name in expertlane.__all__:
+        assert getattr(expertlane, name) is not None
+        assert name in dir(expertlane)
+    with pytest.raises(AttributeError, match="module 'expertlane' has no attribute 'nothing'"):
+        expertlane.nothing  # noqa: B018
+
+
+def test_a_package_is_called_as_its_command():
+    code = (
+        "import expertlane.plan.search, expertlane\n"
+        "from expertlane import plan\n"
+        "print(plan is expertlane.plan, plan.search.__name__)\n"
+        "from expertlane import api\n"
+        "from inspect import signature\n"
+        "print(signature(plan) == signature(api.plan), plan.__doc__ == api.plan.__doc__)"
+    )
+    assert in_new_process(code) == "True expertlane.plan.search\nTrue True\n"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_takes_the_options_of_its_command(name):
+    (command,) = (
+        each.callback for each in app.registered_commands if each.callback.__name__ == name
+    )
+    declared = {each.name for each in parameters_of(command)}
+    of_output = {each.name for each in parameters_of(OutputOptions)}
+    function = inspect.signature(getattr(api, name))
+    assert {*function.parameters} == declared - of_output | {"out"}
+    for each in function.parameters.values():
+        assert f"\n    {each.name}: " in getattr(api, name).__doc__
+
+
+def test_the_stub_is_what_the_commands_declare():
+    assert STUB.read_text("utf-8") == stub(), "run: python tests/api_stub.py"
+
+
+def test_the_engine_has_the_defaults_of_the_commands():
+    values = {
+        each.name: getattr(each.default, "default", each.default)
+        for each in parameters_of(EngineOptions)
+    }
+    options = call_with(EngineOptions, values).for_llm()
+    of_llm = inspect.signature(expertlane.LLM).parameters
+    for name, value in options.items():
+        default = of_llm[name].default
+        assert default == value or (name == "options" and default is None), name
+    assert options["options"] == expertlane.Options()
+
+
+def test_results_show_themselves(tmp_path):
+    results = simulated()
+    assert repr(results).startswith("<Results of a simulation: paper-tiny, h100x2; 1 record, ")
+    assert len(repr(results.deployments)) < 200
+    assert results.headline.split()[0] in results.answer
+    assert max(map(len, results.answer.splitlines())) <= 80
+    assert len(results.answer.splitlines()) <= 40
+    assert "--full" not in results.answer
+    assert results.page.html.startswith("<!doctype html>")
+    assert results.page._repr_html_().startswith('<iframe sandbox="allow-scripts" srcdoc="')
+    assert "<table>" in results._repr_html_()
+    assert results.command == (
+        "expertlane.simulate(model='paper-tiny', layout='dp=2,ep=2', cluster='h100x2', batch='4', "
+        "prompt_len='8', output_len='8')"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_every_kind_have_an_answer_and_a_page():
+    for make in example_pages.KINDS.values():
+        results = Results.of(make())
+        assert len(repr(results)) < 300
+        assert results.headline
+        assert results._repr_html_().count("<table>") == results._repr_html_().count("</table>")
+
+
+def test_html_of_a_notebook_is_escaped():
+    results = example_pages.serving()
+    hostile = "<script>alert(1)</script>\"'&"
+    record = replace(results.deployments[0], name=hostile)
+    shown = Results.of(
+        replace(
+            results,
+            deployments=(record,),
+            question=results.question | {"model": hostile},
+        )
+    )
+    assert "<script" not in shown._repr_html_()
+    assert "&lt;script" in shown._repr_html_()
+    frame = shown.page._repr_html_()
+    assert frame.count("<") == 2  # of the frame itself
+    assert frame.count('"') == 6
+
+
+def test_files_are_written_where_asked(tmp_path):
+    results = simulated(out=tmp_path / "there", trace=True)
+    there = sorted(each.name for each in (tmp_path / "there").iterdir())
+    assert "results.json" in there
+    assert "report.html" in there
+    assert any(name.startswith("trace-") for name in there)
+    assert expertlane.load_results(tmp_path / "there") == results
+    saved = results.save(tmp_path / "saved")
+    assert [each.name for each in saved] == ["results.json", "report.md", "report.html"]
+    assert read(tmp_path / "saved") == read(tmp_path / "there")
+    assert (
+        results.export(tmp_path / "table.csv").read_text("utf-8").startswith("kind,created,model")
+    )
+    with pytest.raises(UserError, match=r"it must end in \.csv or \.parquet"):
+        results.export(tmp_path / "table.xlsx")
+
+
+def test_values_are_given_as_python_has_them():
+    layout = expertlane.simulate("paper-tiny", **SMALL, layout=["dp=2", "ep=2"])
+    assert layout.deployments == simulated().deployments
+    swept = simulated(batch=[2, 4])
+    assert [each.batch for each in swept.deployments[0].serving] == [2, 4]
+    limited = simulated(slo=["ttft.p95=500ms", "tpot.mean=20ms"])
+    assert len(limited.deployments[0].serving[0].slos) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"overlap": "maybe"}, "overlap is 'maybe'; valid: off, on, auto"),
+        ({"skew": 99}, "skew is 99; it must be a number, 0 to 10"),
+        ({"mtp": 1.5}, "mtp is 1.5; it must be a whole number"),
+        ({"trace": 1}, "trace is 1; it must be True or False"),
+        ({"trace": True}, "trace writes files; say where: out='results/NAME'"),
+        ({"layout": None}, "layout is None; it must be text"),
+        ({"layout": "dp=3,ep=2"}, "layout "),
+        ({"requests": 3}, "requests is 3; it must be a path"),
+        ({"cluster": "h100x0"}, ""),
+    ],
+)
+def test_mistakes_are_the_packages_own_errors(options, line):
+    with pytest.raises(expertlane.ExpertlaneError) as caught:
+        simulated(**options)
+    assert str(caught.value).startswith(line)
+    assert isinstance(caught.value, UserError)
+
+
+def test_unknown_and_missing_options_are_type_errors():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'skeww'"):
+        simulated(skeww=1)
+    with pytest.raises(TypeError, match="missing a required argument: 'layout'"):
+        expertlane.simulate("paper-tiny", cluster="h100x2")
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        expertlane.plan("paper-tiny", "h100x2")
+
+
+def test_differences(tmp_path):
+    results = simulated(skew=0)
+    same = expertlane.diff(results, results)
+    assert not same.regressions
+    assert repr(same).startswith("<Difference from A to B: No regression beyond 5%")
+    write(results, tmp_path)
+    between = expertlane.diff(tmp_path, simulated(skew=0, execution="eager"), threshold=1)
+    assert between.names == (str(tmp_path), "B")
+    assert between.regressions
+    assert between.headline in " ".join(between.answer.split())
+    assert "<table>" in between._repr_html_()
+    with pytest.raises(SpecError, match="threshold is -1"):
+        expertlane.diff(results, results, threshold=-1)
+    with pytest.raises(UserError, match="cannot read"):
+        expertlane.diff(results, Path("nowhere"))
+
+
+def test_without_pandas_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match=r"pip install 'expertlane\[pandas\]'"):
+        Results.of(example_pages.serving()).to_pandas()
+
+
+def test_with_pandas_a_frame():
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = simulated(batch=[2, 4]).to_pandas()
+    assert list(frame[frame["row"] == "serving"]["batch"]) == [2, 4]
