@@ -88,7 +88,7 @@ def test_a_tie_says_what_decided(by, words):
 
 
 def test_one_deployment_has_no_rival():
-    assert headline(plan(one())).endswith("; no other deployment keeps the limits.")
+    assert headline(plan(one())).endswith("; no other deployment meets the limits.")
 
 
 def test_gaps_are_given_where_they_exceed_the_noise():
