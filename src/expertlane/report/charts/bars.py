@@ -113,7 +113,7 @@ def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> C
     )
     return Chart(
         _most_costly(seconds, what),
-        f"Stacked bars, one a deployment: the milliseconds of a {what} by what they go to. "
+        f"Stacked bars, one per deployment: milliseconds of a {what} by cause. "
         + " ".join(_largest(name, each) for name, each in seconds.items()),
         _stacked(seconds, causes, legend),
         Table.across(f"ms of a {what}", [*map(_due_to, causes), in_all], list(seconds.items())),
@@ -161,7 +161,7 @@ def _most_costly(seconds: Mapping[str, Mapping[str, float]], what: str) -> str:
     """The largest cause of the slowest one, and its part of the fastest one."""
     slow, fast = (by(seconds, key=lambda name: sum(seconds[name].values())) for by in (max, min))
     cause, share = _top(seconds[slow])
-    said = f"{percent(share)} of {slow}'s {what} goes to {cause}"
+    said = f"{percent(share)} of {slow}'s {what} is {cause}"
     if slow == fast:
         return said
     its_share = seconds[fast].get(cause, 0.0) / (sum(seconds[fast].values()) or 1.0)
@@ -175,4 +175,4 @@ def _top(seconds: Mapping[str, float]) -> tuple[str, float]:
 
 def _largest(name: str, seconds: Mapping[str, float]) -> str:
     cause, share = _top(seconds)
-    return f"{name}: most to {cause}, {percent(share)}."
+    return f"{name}: largest is {cause}, {percent(share)}."
