@@ -33,7 +33,7 @@ class _Options:
 @dataclass(frozen=True, kw_only=True)
 class _Output(OutputOptions):
     out: Path | None = out_option("none: nothing is written")
-    export: Literal["csv", "parquet"] | None = export_option("diff")
+    export: Literal["csv", "parquet"] | None = export_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
