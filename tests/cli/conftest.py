@@ -107,6 +107,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
+
     def report_of(results: Any) -> str:
         if isinstance(results, str):
             return results
