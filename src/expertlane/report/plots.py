@@ -270,7 +270,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
     loads = {record.name: record.num_tokens_per_expert}
     per_node = results.projected_for.ranks_per_node
     squares = experts_and_traffic(loads, steps, per_node, "one step")
-    words = "The step that is nearest to the median one, by itself."
+    words = "The step nearest to the median."
     by_phase = timelines(words, steps, "The median {} step, rank by rank")
     return (
         Section("projected", (drawn,) if drawn else (), "first"),

@@ -40,8 +40,7 @@ def causes(steps: Mapping[Phase, Named]) -> list[Chart]:
         causes_chart(
             of_phase,
             f"{phase} step",
-            note="ms, mean over ranks, of one step of every sequence. Reads: operations bound by "
-            "memory.",
+            note="ms per step, mean over ranks. Reads: operations bound by memory.",
         )
         for phase, of_phase in steps.items()
         if of_phase
@@ -77,7 +76,7 @@ def timelines(
             )
     said = (
         f"{words} Each row is a rank; all share one time axis, and what is shorter than a "
-        "thousandth of it counts with what is around it. Idle: a rank has nothing to do."
+        "thousandth of it merges with its neighbours. Idle: a rank has no work."
     )
     return [said, *drawn] if drawn else []
 
@@ -93,8 +92,8 @@ def by_rank(
     }
     if compared.source == "projected":
         words = (
-            "A step of each deployment in the steady state. Where micro-batches rotate, one step "
-            "of each is drawn; it overlaps the rounds beside it."
+            "One steady-state step of each deployment. With rotating micro-batches one step of "
+            "each is drawn; it overlaps its neighbours."
         )
         return timelines(words, of_cast)
     rows = {row.label: row for row in compared.rows}
@@ -115,11 +114,11 @@ def by_rank(
 
     is_wall = compared.source == "measured"
     shares_cores = is_wall and results.measured_on.is_oversubscribed
-    words = "Of a short run by itself, the step that is nearest to the median one."
+    words = "The step nearest to the median, of a short run of its own."
     if shares_cores:
         words += (
-            " Descheduled: a rank had work, but other ranks had the cores; how much of a stretch "
-            "that was is known, and drawn at its end."
+            " Descheduled: a rank had work, but other ranks had the cores; its length is measured, "
+            "and drawn at the end of a stretch."
         )
     return timelines(
         words,
