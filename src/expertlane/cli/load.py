@@ -82,7 +82,7 @@ def _requests(**how: Any) -> Any:
 def _slo(example: str, more: str) -> Any:
     return _option(
         metavar="SLO[,SLO…]",
-        help=f"Latency objectives: {example} for example. {more}",
+        help=f"Latency objectives. For example {example}. {more}",
     )
 
 
