@@ -75,7 +75,7 @@ def test_names_are_within_the_plot_and_none_covers_another():
 
 def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
     (place,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0))
-    assert place[0] > 50.0 and place[1] < 50.0
+    assert place[0] > 50.0 > place[1]
     (place,) = placed([(190.0, 50.0)], ["abc"], (200.0, 100.0))
     assert place[0] + 3 * 6.2 < 190.0
     assert placed([(50.0, 50.0)], ["a name wider than the plot"], (100.0, 100.0)) == [None]
