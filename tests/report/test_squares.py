@@ -71,8 +71,14 @@ def test_of_many_experts_their_order_is_drawn():
 
 
 def test_loads_that_are_the_same_are_one():
-    one, other = ((1, 2),), ((2, 1),)
-    assert alike({"a": one, "b": other, "c": one}) == [(["a", "c"], one), (["b"], other)]
+    """The third is of five times as many tokens, the last has another shape."""
+    one, other, fivefold, none = ((1, 2),), ((2, 1),), ((5, 10),), ((0, 0), (0, 0))
+    assert alike({"a": one, "b": other, "c": fivefold, "d": none}) == [
+        (["a", "c"], one),
+        (["b"], other),
+        (["d"], none),
+    ]
+    assert alike({}) == alike({"a": ()})[1:] == []
 
 
 def test_each_pattern_is_drawn_once():
