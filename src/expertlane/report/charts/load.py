@@ -24,7 +24,7 @@ _Layer = tuple[int, Sequence[int]]
 
 
 def alike(loads: Mapping[str, _Loads]) -> list[tuple[list[str], _Loads]]:
-    """Each distinct load once, with the names of all that had it, however many tokens there were."""
+    """Each distinct load once, of however many tokens, with the names of all that had it."""
     found: list[tuple[list[str], _Loads]] = []
     for name, load in loads.items():
         same = (names for names, other in found if _is_alike(load, other))
