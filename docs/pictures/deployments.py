@@ -109,7 +109,7 @@ def tensor_and_pipeline() -> str:
     y = 12 + node_height
     parts += [
         arrow(f"M{LEFT + 16} {y + 6}V{y + between - 6}"),
-        text(LEFT + 34, y + 27, "hand-over of every token to stage 1;", 16),
+        text(LEFT + 34, y + 27, "PP send/recv of every token to stage 1;", 16),
         text(LEFT + 34, y + 48, "with one batch, one node waits", 16),
     ]
     bottom = 12 + 2 * node_height + between
@@ -133,7 +133,7 @@ def expert_parallel() -> str:
     first_row = 108  # under a node's top: attention stands above
     tops = [12 + node * (node_height + between) for node in range(2)]
     for node, top in enumerate(tops):
-        title = f"Node {node} · all 4 layers · one expert of each a GPU"
+        title = f"Node {node} · all 4 layers · one expert of each per GPU"
         parts += node_frame(node, top, node_height, title)
         parts.append(text(20, top + 85, "Tokens"))
         for layer in range(NUM_LAYERS):

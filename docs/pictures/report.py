@@ -1,10 +1,11 @@
-"""Draw parts of a report as pictures for the README and these pages.
+"""Draw parts of reports as pictures for the README and these pages.
 
+    expertlane compare
     expertlane compare paper --project
-    python docs/pictures/report.py results/paper
+    python docs/pictures/report.py results/paper-small results/paper
 
-Takes headless Chromium to the folder's report.html and writes, beside this script, a picture of
-each part below, in light colours.
+Takes headless Chromium to the folders' report.html and writes, beside this script, the first screen
+of the first and a picture of each part below of the second, in light colours.
 """
 
 import shutil
@@ -15,44 +16,42 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 HERE = Path(__file__).parent
 WIDTH = 1000
-DRAWN = (
-    "() => [...document.querySelectorAll('.plot')]"
-    ".every(plot => !plot.checkVisibility() || plot.dataset.drawn)"
-)
+FIRST = {"width": 1280, "height": 640}
 STYLE = """
-.timeline:not([open]), .zoom, details.numbers, .timeline .note { display: none }
-.group, .chart { padding: 14px; background: var(--card) }
+.zoom, details.numbers, .tabs > label, .tabs > input { display: none !important }
+.chart, .timelines { padding: 14px; background: var(--card) }
 """
 # By the picture's name, the words that a section's heading begins with, and its part.
 PARTS = {
-    "report-causes": ("Where the time goes", ".group"),
+    "report-causes": ("Where the time goes", "figure >> nth=0"),
     "report-timelines": ("One step, rank by rank", ".timelines >> nth=0"),
-    "report-latency": ("Context and batch", ".chart >> nth=0"),
-    "report-front": ("Throughput against latency", ".chart >> nth=0"),
+    "report-latency": ("Context and batch", "figure >> nth=0"),
+    "report-front": ("Throughput against latency", "figure >> nth=0"),
 }
 
 
 def part(page: Page, heading: str, selector: str) -> Locator:
     """Of the section whose heading has these words."""
-    section = page.locator("section", has=page.locator("h2", has_text=heading)).first
+    section = page.locator("details.part", has=page.locator("h2", has_text=heading)).first
     return section.locator(selector).first
 
 
 def main() -> None:
     """Draw all of them."""
-    report = Path(sys.argv[1]) / "report.html"
+    measured, projected = (Path(folder, "report.html").absolute() for folder in sys.argv[1:])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
+        first = browser.new_page(viewport=FIRST)
+        first.goto(measured.as_uri())
+        first.screenshot(path=HERE / "report-first.png")
         page = browser.new_page(viewport={"width": WIDTH, "height": 1000}, device_scale_factor=1.5)
-        page.goto(report.absolute().as_uri())
+        page.goto(projected.as_uri())
         page.add_style_tag(content=STYLE)
-        page.wait_for_function(DRAWN)
+        page.evaluate("document.querySelectorAll('details.part').forEach(each => each.open = true)")
         for name, (heading, selector) in PARTS.items():
-            path = HERE / f"{name}.png"
-            part(page, heading, selector).screenshot(path=path)
-            print(path)
+            part(page, heading, selector).screenshot(path=HERE / f"{name}.png")
         browser.close()
 
 

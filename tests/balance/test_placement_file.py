@@ -126,7 +126,10 @@ def test_it_fits_its_model(model):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"num_experts": 8}, "p.json is a placement of a/model, which has 3 experts a layer; here"),
+        (
+            {"num_experts": 8},
+            "p.json is a placement of a/model, which has 3 experts per layer; here",
+        ),
         ({"layers": [1]}, r"of 2 MoE layers of a/model; here there are 1 \(it has layer 4\)"),
         ({"layers": [1, 3, 4]}, r"here there are 3 \(it lacks layer 3\)"),
         ({"ep": 4}, "p.json is a placement on 2 ep ranks; here there are 4"),

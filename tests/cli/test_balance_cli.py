@@ -198,7 +198,7 @@ def test_no_tokens(run):
         ),
         (
             ["other.npz", "--ep", "4", "--placement", "placement.json"],
-            "placement.json is a placement of a/model, which has 8 experts a layer; here there "
+            "placement.json is a placement of a/model, which has 8 experts per layer; here there "
             "are 16",
         ),
         (

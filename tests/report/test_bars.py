@@ -6,6 +6,7 @@ import example_pages
 import example_results
 from example_results import EXPERT, OVERLAP, ROTATING, TENSOR
 from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
+from expertlane.report.charts.rows import ROW_PX
 from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.difference import StepDifference
 from expertlane.report.document import Chart, Section
@@ -60,7 +61,7 @@ def test_two_values_are_a_sentence_s():
 
 def test_ten_deployments_have_a_row_each():
     chart = throughput(*(Bar(str(place), Estimate(place + 1.0)) for place in range(10)))
-    assert chart.spec["height"] == 10 * 38
+    assert chart.spec["height"] == 10 * ROW_PX
     assert len(values(chart)) == len(chart.table.rows) == 10
 
 

@@ -80,7 +80,7 @@ class ModelPlacement:
             raise UserError(f"{where} is a placement of {self.model}; here the model is {model}")
         if self.num_experts != num_experts:
             raise UserError(
-                f"{where} is a placement of {self.model}, which has {self.num_experts} experts a "
+                f"{where} is a placement of {self.model}, which has {self.num_experts} experts per "
                 f"layer; here there are {num_experts}"
             )
         wanted = set(layers)

@@ -32,7 +32,7 @@ def plan(results: Results) -> tuple[Section, ...]:
         bars,
         between="low–high",
     )
-    words = "A step of each at its own number of sequences or prompts, written under it."
+    words = "One step of each, at its own batch size, given below it."
     return (
         Section("projected", tuple(filter(None, (_plan_front(results), speed))), "first"),
         plot_section("Where the time goes, projected", causes(steps)),
@@ -60,7 +60,7 @@ def _plan_front(results: Results) -> Chart:
     limit_s = results.question.get("max_tpot_s")
     within = "" if limit_s is None else " within the limit"
     return pareto_chart(
-        f"{chosen.name} gives most{within}: {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{chosen.name} is fastest{within}: {figures(chosen.device_tps)} tokens/s per GPU at "
         f"{figures(chosen.user_tps)} per user",
         dots,
         max_tpot_s=limit_s,
@@ -87,15 +87,15 @@ def front_chart(
     ]
     best = max(front, key=lambda each: serving(each).output_tps.value, default=None)
     ahead = compared.fastest
-    title = f"{ahead.name} decodes fastest of the experiment's own"
+    title = f"{ahead.name} decodes fastest of the experiment's deployments"
     if best is not None:
         factor = serving(best).output_tps.value / ahead.tps
         title += f"; {named(best)} has {times(factor)} the throughput"
     return pareto_chart(
         title,
         [*_front_dots(front), *own, *others],
-        note=f"Decoding alone, at {compared.context:,} tokens of context, "
-        f"{in_words(compared.conditions)}. The front is screened. Others: the experiment's own, "
+        note=f"Decode only, at {compared.context:,} tokens of context, "
+        f"{in_words(compared.conditions)}. The front is screened. Others: the experiment's, "
         f"each with all {compared.num_seqs:,} sequences.{note}",
     )
 

@@ -65,8 +65,8 @@ def parallelism(comparison: Comparison) -> Section:
             f"Most experts of a layer computing at once, by layout: {most}, with {leaders}.",
             Table.of("", columns, rows, comparison.source),
             "Of a layer: ep × replicas; of the model: × pipeline stages that the micro-batches can "
-            "fill. Weights: while every sequence goes one token on; each micro-batch, or half of "
-            "one, reads an expert's weights once if it has a token for it.",
+            "fill. Weights: per decode step of all sequences; each micro-batch, or half of one, "
+            "reads an expert's weights once if it has a token for it.",
         ),
     )
 
@@ -124,11 +124,11 @@ def overlap_sentence(pair: Overlapped) -> str:
     share = percent(pair.hidden)
     exposed = f"of the {milliseconds(pair.exposed_s)} ms in dispatch and combine"
     if pair.gained_s > 0:
-        return f"{name} saves {milliseconds(total_s)} ms a step: it hides {share} {exposed}."
+        return f"{name} saves {milliseconds(total_s)} ms per step: it hides {share} {exposed}."
     causes = step_difference(pair.off, pair.on).causes
     added = [f"{cause} +{figures(ms)} ms" for cause, ms in causes if ms > 0 and cause != OTHER]
     why = f", but adds more: {', '.join(added[:_MOST_NAMED])}" if added else ""
-    return f"{name} costs {milliseconds(total_s)} ms a step: it hides {share} {exposed}{why}."
+    return f"{name} costs {milliseconds(total_s)} ms per step: it hides {share} {exposed}{why}."
 
 
 def _prefill_gain(pair: Overlapped) -> float | None:

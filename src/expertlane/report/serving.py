@@ -302,7 +302,7 @@ def _firmness(results: Results, total_s: float) -> str:
     return (
         f"{how_judged(results)} {percent(1 - bound)} of the time rests on measurements, the rest "
         f"on datasheets; {percent(beyond)} lies outside measured sizes"
-        + (": take the range, not the value" if beyond > _UNSURE else "")
+        + (": use the range, not the value" if beyond > _UNSURE else "")
     )
 
 

@@ -9,6 +9,7 @@ from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Multiples, Plot, Section, Timelines, Words
 from expertlane.report.numbers import likely, milliseconds
+from expertlane.report.verdict import spoken_of
 from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase, Traffic
@@ -40,8 +41,7 @@ def causes(steps: Mapping[Phase, Named]) -> list[Chart]:
         causes_chart(
             of_phase,
             f"{phase} step",
-            note="ms, mean over ranks, of one step of every sequence. Reads: operations bound by "
-            "memory.",
+            note="ms per step, mean over ranks. Reads: operations bound by memory.",
         )
         for phase, of_phase in steps.items()
         if of_phase
@@ -77,7 +77,7 @@ def timelines(
             )
     said = (
         f"{words} Each row is a rank; all share one time axis, and what is shorter than a "
-        "thousandth of it counts with what is around it. Idle: a rank has nothing to do."
+        "thousandth of it merges with its neighbours. Idle: a rank has no work."
     )
     return [said, *drawn] if drawn else []
 
@@ -86,15 +86,15 @@ def by_rank(
     results: Results, compared: Comparison, steps: Mapping[Phase, Named]
 ) -> list[Words | Plot]:
     """Of those that are spoken of; the others' are in the trace."""
-    cast = [row.label for row in compared.cast]
+    cast = [row.label for row in spoken_of(compared, results)]
     of_cast = {
         phase: {name: step for name, step in of_phase.items() if name in cast}
         for phase, of_phase in steps.items()
     }
     if compared.source == "projected":
         words = (
-            "A step of each deployment in the steady state. Where micro-batches rotate, one step "
-            "of each is drawn; it overlaps the rounds beside it."
+            "One steady-state step of each deployment. With rotating micro-batches one step of "
+            "each is drawn; it overlaps its neighbours."
         )
         return timelines(words, of_cast)
     rows = {row.label: row for row in compared.rows}
@@ -115,11 +115,11 @@ def by_rank(
 
     is_wall = compared.source == "measured"
     shares_cores = is_wall and results.measured_on.is_oversubscribed
-    words = "Of a short run by itself, the step that is nearest to the median one."
+    words = "The step nearest to the median, of a short run of its own."
     if shares_cores:
         words += (
-            " Descheduled: a rank had work, but other ranks had the cores; how much of a stretch "
-            "that was is known, and drawn at its end."
+            " Descheduled: a rank had work, but other ranks had the cores; its length is measured, "
+            "and drawn at the end of a stretch."
         )
     return timelines(
         words,

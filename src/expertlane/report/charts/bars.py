@@ -1,9 +1,9 @@
 """Bars: how fast each deployment is, and the parts of a step by cause."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from expertlane.report.charts.colours import OF_CAUSE, OTHERS, PROPOSAL, RIVAL
+from expertlane.report.charts.colours import OF_CAUSE, OTHERS, PROPOSAL, RIVAL, on
 from expertlane.report.charts.encoding import Spec, cells, colour, tooltip
 from expertlane.report.charts.rows import along, bar, in_row, inside, rows_spec, rule
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
@@ -113,7 +113,7 @@ def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> C
     )
     return Chart(
         _most_costly(seconds, what),
-        f"Stacked bars, one a deployment: the milliseconds of a {what} by what they go to. "
+        f"Stacked bars, one per deployment: milliseconds of a {what} by cause. "
         + " ".join(_largest(name, each) for name, each in seconds.items()),
         _stacked(seconds, causes, legend),
         Table.across(f"ms of a {what}", [*map(_due_to, causes), in_all], list(seconds.items())),
@@ -137,7 +137,7 @@ def _stacked(
             values.append(part | place | said | {"share": percent(ms / 1e3 / whole_s)})
             begin_ms += ms
     most = max(value["end"] for value in values)
-    ends = {"x": along("begin", "ms", most), "x2": {"field": "end"}}
+    ends = {"x": along("begin", None, most), "x2": {"field": "end"}}
     parts: Spec = {
         "transform": [{"filter": "datum.ms > 0"}],
         "mark": bar(stroke="--card", strokeWidth=1),
@@ -148,7 +148,9 @@ def _stacked(
             "tooltip": tooltip(row="deployment", cause="cause", shown="ms", share="share"),
         },
     }
-    return rows_spec(values, [parts, inside("shown", "middle", "ms", most)], len(seconds))
+    words = colour("cause", [replace(each, colour=on(each.colour)) for each in legend])
+    said = inside("shown", "middle", "ms", most, words)
+    return rows_spec(values, [parts, said], len(seconds))
 
 
 def _due_to(cause: str) -> Column[Mapping[str, float]]:
@@ -159,7 +161,7 @@ def _most_costly(seconds: Mapping[str, Mapping[str, float]], what: str) -> str:
     """The largest cause of the slowest one, and its part of the fastest one."""
     slow, fast = (by(seconds, key=lambda name: sum(seconds[name].values())) for by in (max, min))
     cause, share = _top(seconds[slow])
-    said = f"{percent(share)} of {slow}'s {what} goes to {cause}"
+    said = f"{percent(share)} of {slow}'s {what} is {cause}"
     if slow == fast:
         return said
     its_share = seconds[fast].get(cause, 0.0) / (sum(seconds[fast].values()) or 1.0)
@@ -173,4 +175,4 @@ def _top(seconds: Mapping[str, float]) -> tuple[str, float]:
 
 def _largest(name: str, seconds: Mapping[str, float]) -> str:
     cause, share = _top(seconds)
-    return f"{name}: most to {cause}, {percent(share)}."
+    return f"{name}: largest is {cause}, {percent(share)}."

@@ -42,7 +42,8 @@ def _is_alike(load: _Loads, other: _Loads) -> bool:
 
 def _over_mean(load: _Loads) -> npt.NDArray[np.float64]:
     tokens = np.array(load, dtype=np.float64)
-    return tokens / np.maximum(tokens.mean(axis=-1, keepdims=True), 1e-9)
+    ratio: npt.NDArray[np.float64] = tokens / np.maximum(tokens.mean(-1, keepdims=True), 1e-9)
+    return ratio
 
 
 def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
@@ -62,10 +63,10 @@ def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
     expert, most = int(over_mean[fullest].argmax()), float(over_mean[fullest].max())
     if most <= 1 + _EVEN:
         return (
-            f"Experts are evenly loaded: none of {_of(names)} has more than {times(most)} its even "
-            "share."
+            f"Expert load is balanced: none of {_of(names)} has more than {times(most)} the mean "
+            "load."
         )
-    finding = f"Expert {expert} of layer {fullest} gets {times(most)} its even share"
+    finding = f"Expert {expert} of layer {fullest} gets {times(most)} the mean load"
     if len(over_mean[fullest]) * len(layers) <= 2:
         return f"{finding}, in {_of(names)}."
     mean = float(np.mean([each.max() for each in over_mean.values()]))
@@ -74,7 +75,7 @@ def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
     if is_ordered:
         over_mean = {layer: _ordered(each, num_columns) for layer, each in over_mean.items()}
     return Chart(
-        f"{finding}, the fullest of a mean layer {times(mean)}",
+        f"{finding}, the most loaded of an average layer {times(mean)}",
         f"A square for each expert of {counted(len(layers), 'layer')} of {_of(names)}, with its "
         f"load over its layer's mean. {finding}.",
         _spec(over_mean, is_ordered),
@@ -84,7 +85,7 @@ def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
             for label, load in _SWATCHES
         ],
         note=f"{_of(names)}. Token-expert pairs over the mean of the layer's experts; 1 is even."
-        + (" Experts of each layer side by side, the fullest first." if is_ordered else ""),
+        + (" Experts of each layer side by side, the most loaded first." if is_ordered else ""),
     )
 
 
@@ -120,7 +121,7 @@ def _spec(over_mean: Mapping[int, npt.NDArray[np.float64]], is_ordered: bool) ->
         for expert, load in enumerate(loads)
     ]
     row_px = max(_LEAST_ROW_PX, min(_ROW_PX, _MOST_PX // len(over_mean)))
-    title = "experts, the fullest first" if is_ordered else "expert"
+    title = "experts, the most loaded first" if is_ordered else "expert"
     at = {
         "x": _axis("expert", title, range(num_columns), has_labels=not is_ordered),
         "y": _axis("layer", "layer", list(over_mean)),
@@ -164,7 +165,7 @@ def _load_table(layers: Sequence[_Layer]) -> Table:
             number("share", lambda each: max(each[1]) / sum(each[1]), percent),
             number("over the mean", lambda each: max(each[1]) * num_experts / sum(each[1]), times),
         )
-        return Table.of("Each layer's fullest expert", fullest, layers)
+        return Table.of("The most loaded expert of each layer", fullest, layers)
     columns = ["layer", *(f"expert {expert}" for expert in range(num_experts))]
     rows = tuple((str(layer), *map(whole, tokens)) for layer, tokens in layers)
     return Table("Token-expert pairs", tuple(map(Heading, columns)), rows)

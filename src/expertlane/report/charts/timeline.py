@@ -185,7 +185,7 @@ def _chart(
         f"Mean over ranks: {', '.join(said)}.",
         _lanes(ranks, kinds, has_hidden, until_us),
         Table(
-            f"{name}: ms by what they went to{f', {_extent(step)}' if step.is_cut else ''}",
+            f"{name}: ms by cause{f', {_extent(step)}' if step.is_cut else ''}",
             tuple(map(Heading, ["rank", *kinds])),
             tuple(
                 (rank.name, *(milliseconds(spent_us[kind][row] / _US_PER_S) for kind in kinds))

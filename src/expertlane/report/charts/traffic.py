@@ -53,18 +53,18 @@ def traffic_charts(
             of_same.append(name)
     charts = tuple(_square(names, payload, ranks_per_node, sent) for names, payload in drawn)
     legend = [
-        Legend(f"{percent(level / _NUM_SHADES)} of the most", ABOVE, opacity=_shade(level))
+        Legend(f"{percent(level / _NUM_SHADES)} of the largest", ABOVE, opacity=_shade(level))
         for level in (1, _NUM_SHADES // 2, _NUM_SHADES)
     ]
     note = (
-        f"Payload bytes of {of_what}: ranks of the rows send to ranks of the columns. Lines: "
-        "borders between nodes. Deployments with the same pattern share a square."
+        f"Payload bytes of {of_what}: from rank (row) to rank (column). Lines: node boundaries. "
+        "Deployments with the same pattern share a matrix."
     )
     num_names, num_drawn = sum(len(names) for names, _ in drawn), len(drawn)
-    title = f"Who sends to whom in {phase}"
+    title = f"Traffic matrix, {phase}"
     if num_names > 1:
-        patterns = counted(num_drawn, "pattern")
-        title = f"{num_names} deployments have {patterns} of who sends to whom in {phase}"
+        patterns = counted(num_drawn, "traffic pattern")
+        title = f"{num_names} deployments have {patterns} in {phase}"
     return [*([Multiples(title, charts, note, legend)] if charts else []), *said]
 
 
@@ -90,10 +90,10 @@ def _square(
     totals = (f"{name} {bytes_si(np.sum(sent[name]))}" for name in names)
     return Chart(
         ", ".join(names),
-        f"{percent(share)} of the pairs of {what}s send; {most}. In all: {', '.join(totals)}.",
+        f"{percent(share)} of the pairs of {what}s send; {most}. Total: {', '.join(totals)}.",
         _square_spec(amounts, what, borders),
         Table(
-            f"{what}s of the rows send to {what}s of the columns",
+            f"from {what} (row) to {what} (column)",
             tuple(map(Heading, ["from", *(f"to {place}" for place in range(len(cells)))])),
             tuple((str(place), *map(bytes_si, row)) for place, row in enumerate(cells)),
         ),
@@ -237,8 +237,8 @@ def _fan_out_spec(
     parts: Spec = {
         "mark": bar(stroke="--card", strokeWidth=1, color=ABOVE),
         "encoding": in_row()
-        | {"x": along("begin", "share of tokens", 1.0, text="%"), "x2": {"field": "end"}}
+        | {"x": along("begin", "share of tokens", 1.0), "x2": {"field": "end"}}
         | {"fillOpacity": quantity("shade", None) | {"scale": None, "legend": None}},
     }
-    words = inside("shown", "middle", "share", 1.0, colour="--ink")
+    words = inside("shown", "middle", "share", 1.0, {"value": "--ink"})
     return rows_spec(values, [parts, words], len(shares))
