@@ -145,4 +145,4 @@ def test_parts_of_a_step_stand_end_to_end():
     assert by_cause[Cause.ENGINE] == pytest.approx(16)
     assert own[0]["said"] == "160 ms"
     assert [each.get("said") for each in own[1:]] == [None] * (len(own) - 1)
-    assert chart.title == f"50% of a's decode step goes to {Cause.EXPERTS}"
+    assert chart.title == f"50% of a's decode step is {Cause.EXPERTS}"
