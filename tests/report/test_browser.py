@@ -116,7 +116,9 @@ def test_what_is_said_first_is_seen_first(opened, width):
     for plot in shown.all():
         box = plot.bounding_box()
         assert box["y"] + box["height"] < 900
-    assert 1 <= page.locator("details.part[open]").count() < page.locator("details.part").count() / 3
+    assert (
+        1 <= page.locator("details.part[open]").count() < page.locator("details.part").count() / 3
+    )
 
 
 def timelines(page: Page):
