@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from example_plan import PLAN
+from example_plan import EXPERT, PLAN, planned
 from example_serving import POINT, RECORD, RESULTS, SPREAD
 from expertlane.report.charts.labels import placed
 from expertlane.report.charts.pareto import Dot, pareto_chart
 from expertlane.report.load_plots import by_load
 from expertlane.report.plan_plots import plan
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import BEST, SLOResult
+from expertlane.results.record import BEST, PARETO, TWO_POOLS, SLOResult
+from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
 from report.shown import charts
 
@@ -100,10 +101,32 @@ def test_a_plan_s_front_has_each_name_once():
     assert len(labels) == len(set(labels))
     assert not any(label == "expert parallel" for label in labels)  # it is the best, named so
     assert "no expert parallelism, pipeline" in labels
-    assert chart.title == (
-        "dp=8,tp=2,ep=16 is fastest within the limit: 1,250 tokens/s per GPU at 200 per user"
-    )
+    assert chart.title == ("#1 dp=8,tp=2,ep=16 gives 1,250 tokens/s per GPU at 200 per user")
     assert best.num_ranks == 16
+
+
+def test_what_to_use_is_emphasised_also_where_that_is_disaggregated():
+    """Two pools that are 1.5 times as fast as the best aggregated, give or take a fifth."""
+    pools = replace(
+        planned(EXPERT, 30_000, TWO_POOLS, in_full=False), over_best=Estimate(1.5, 1.2, 1.8)
+    )
+    results = replace(PLAN, deployments=(*PLAN.deployments, pools))
+    (chart, *_) = charts(plan(results)[0])
+    assert values(chart)[-1]["label"] == "disaggregated"
+    assert values(chart)[-1]["kind"] == "best"
+    (aggregated,) = (each for each in values(chart) if each["label"].startswith("#1 "))
+    assert aggregated["kind"] == "others"
+    assert chart.title.startswith("disaggregated gives 1,875 tokens/s per GPU")
+
+
+def test_plans_that_tie_stand_as_they_are_ranked():
+    summary = replace(PLAN.plans[0], num_tied=3, tie_break="ttft")
+    slower = [planned(Layout(dp=2, tp=tp), tps, BEST) for tp, tps in ((8, 900), (4, 950), (2, 800))]
+    results = replace(PLAN, deployments=(*slower, *PLAN.select("projected", PARETO)))
+    (_, ranked) = charts(plan(replace(results, plans=(summary,)))[0])
+    assert [each["value"] for each in values(ranked)] == [900, 950, 800]
+    assert [each["role"] for each in values(ranked)] == ["faster", "other", "other"]
+    assert ranked.title == "#1 to #3 tie for most output tokens/s"
 
 
 def loads(num, **changes):
