@@ -55,7 +55,9 @@ def test_bars_stand_by_their_length_with_value_and_range():
 def test_a_long_name_ends_before_its_value():
     chart = throughput(*(Bar(name * 80, Estimate(10.0, 9.0, 12.0)) for name in "abc"))
     (name, _) = chart.spec["layer"][-2:]
-    assert name["mark"]["limit"] == {"expr": f"width - {7.0 * len('10.0 (9.00–12.0)') + 8}"}
+    assert name["mark"]["limit"] == {
+        "expr": f"0.85 * (width - {7.0 * len('10.0 (9.00–12.0)') + 8})"
+    }
 
 
 def test_two_values_are_a_sentence_s():

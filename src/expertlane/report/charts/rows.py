@@ -10,8 +10,8 @@ from expertlane.report.charts.encoding import Spec, quantity
 ROW_PX, BAR_PX = 32, 12
 _DOWN_PX = 5  # from the middle of a row to that of its bar
 _LEAST_PX = 30  # of a bar with words in it
-_LETTER_PX = 7.2  # of a value's words, in the widest font that a page may have
-_WIDER = 1.2  # times, than the font that plots are laid out in
+_CHARACTER_PX, _GAP_PX = 7.0, 8  # of the words on the right, and before them
+_NARROWER = 0.85  # the font that names are measured in, against the widest of readers
 
 
 def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> Spec:
@@ -22,15 +22,12 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
             `said`, the others none.
         layers: what is drawn, each with `y` as `in_row` has it.
     """
-    longest = max((len(each.get("said", "")) for each in values), default=0)
     words: Spec = {"baseline": "top", "fontSize": 12, "yOffset": 1}
     named = {"y": _row(bandPosition=0.0)}
     is_first = [{"filter": "isValid(datum.said)"}]
-    left = words | {
-        "type": "text",
-        "align": "left",
-        "limit": {"expr": f"(width - {_LETTER_PX * (longest + 1):.0f}) / {_WIDER}"},
-    }
+    longest = max(len(each["said"]) for each in values if "said" in each)
+    room = f"{_NARROWER} * (width - {_CHARACTER_PX * longest + _GAP_PX})"
+    left = words | {"type": "text", "align": "left", "limit": {"expr": room}}
     right = words | {"type": "text", "align": "right", "color": "--ink"}
     return {
         "data": {"values": list(values)},
