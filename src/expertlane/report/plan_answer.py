@@ -142,7 +142,7 @@ def headline(results: Results) -> str:
     found, (best, *others) = results.plans[0], of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
-    pools = _faster_pools(results)
+    pools = faster_pools(results)
     if pools is not None and pools.over_best is not None:
         tps = serving(pools).output_tps
         return (
@@ -160,7 +160,7 @@ def headline(results: Results) -> str:
     return f"{said}; no other deployment {'fits' if not _limits(results) else 'meets the limits'}."
 
 
-def _faster_pools(results: Results) -> DeploymentRecord | None:
+def faster_pools(results: Results) -> DeploymentRecord | None:
     """Disaggregated pools that are faster than the best aggregated, beyond their errors."""
     for each in of_role(results, TWO_POOLS):
         if each.over_best is not None and each.over_best.bounds[0] > 1:
@@ -214,7 +214,7 @@ def _two_pools(results: Results) -> str:
     if together is None or together.over_best is None:
         return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
     first = ttft(together)
-    names = f", {_pools(results)}" if _faster_pools(results) is None else ""
+    names = f", {_pools(results)}" if faster_pools(results) is None else ""
     return (
         f"Disaggregated{names}: {versus(together)}, TPOT "
         f"{milliseconds(tpot(together))} ms, "
