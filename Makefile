@@ -38,6 +38,7 @@ check: $(VENV)/.dev ## Lint, formatting, types, and which package imports which
 	@$(BIN)/lint-imports
 
 docs: $(VENV)/.docs ## Build the documentation into docs/_build/html
+	@$(BIN)/python docs/option_table.py
 	@$(BIN)/sphinx-build -b html -W --keep-going -n -q docs docs/_build/html
 
 $(BIN)/python:

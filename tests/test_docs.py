@@ -1,6 +1,8 @@
 """The documentation says what the code says: messages, pictures, cluster files, commands."""
 
 import ast
+import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from expertlane.cli.app import app
+from expertlane.spec.deployment import Options
+from expertlane.spec.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -96,3 +100,45 @@ def test_the_kubernetes_manifests_fit_together():
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
+
+
+@pytest.fixture(scope="module")
+def option_table():
+    path = DOCS / "option_table.py"
+    spec = importlib.util.spec_from_file_location("option_table", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_options_is_what_the_code_says(option_table):
+    page = (DOCS / "options.md").read_text(encoding="utf-8")
+    assert page == option_table.render(), "run: python docs/option_table.py"
+
+
+def test_no_spelling_has_two_meanings(option_table):
+    for option in option_table.options():
+        first_sentences = {re.split(r"\.(?: |$)", text)[0] for text in option.texts.values()}
+        assert len(first_sentences) == 1, (option.name, option.texts)
+        # A command may take one value where another takes several, or fewer of the choices.
+        values = {re.sub(r"\[.*", "", value) for value in option.values.values()}
+        choices = [set(value.split("|")) for value in values]
+        most = max(choices, key=len)
+        assert all(each <= most for each in choices), (option.name, values)
+
+
+def test_nothing_has_two_spellings(option_table):
+    spelled, told = {}, {}
+    for path, command, _ in option_table.commands():
+        for each in command.params:
+            if each.param_type_name == "option":
+                name = option_table.spellings(each)
+                assert spelled.setdefault(each.name, name) == name, (path, each.name)
+                assert told.setdefault(each.help, name) == name, (path, each.help)
+    fields = {
+        field.name for kind in (Options, SamplingParams) for field in dataclasses.fields(kind)
+    }
+    one_each = {"stop_token_ids"}  # an option each, so in the singular
+    for name in (fields & spelled.keys()) - one_each:
+        assert f"--{name.replace('_', '-')}" in spelled[name]

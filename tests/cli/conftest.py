@@ -17,6 +17,7 @@ import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
+from expertlane.compare.run import Repeats
 from expertlane.errors import CapacityError
 from expertlane.results.file import write_text
 
@@ -58,10 +59,11 @@ class FakeComparison:
         *,
         command: str,
         virtual: Any,
+        repeats: Any,
         on_trace: Any,
     ) -> Any:
         self.calls.append({"experiment": experiment, "command": command})
-        self.virtual = virtual
+        self.virtual, self.repeats = virtual, repeats
         if on_trace is not None:
             for name in ("EP 16", "EP/16"):
                 on_trace(name, [])
@@ -100,6 +102,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         expertlane.compare,
         "run",
         run_comparison=fake.run_comparison,
+        Repeats=Repeats,
     )
     monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expertlane.compare.run import Repeats
 from expertlane.errors import CapacityError, RankError
 from expertlane.model.checkpoint_names import tensor_locations
 from expertlane.spec.experiment import read_experiment, shipped_experiments
@@ -85,6 +86,36 @@ def test_virtual_time_has_the_links_that_were_asked_for(comparison, run, argumen
     assert run("compare", *arguments)[0] == 0
     found = comparison.virtual
     assert (found.links and found.links.name, found.scale) == (links, scale)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repeats", "names"),
+    [
+        ([], Repeats(5, 0.0), [each.name for each in SMALL.deployments]),
+        (["--repeat", "7", "--min-time", "2.5"], Repeats(7, 2.5), None),
+        (["--only", "EP 16"], Repeats(5, 0.0), ["EP 16"]),
+        (["--only", "dp 2 x tp 8, ep 2,8"], Repeats(5, 0.0), ["DP 2 × TP 8, EP 2", "EP 16"]),
+    ],
+)
+def test_how_often_and_which(comparison, run, arguments, repeats, names):
+    assert run("compare", *arguments)[0] == 0
+    (call,) = comparison.calls
+    assert comparison.repeats == repeats
+    if names is not None:
+        assert [each.name for each in call["experiment"].deployments] == names
+    if "--only" in arguments:
+        assert call["experiment"].scaling == ()
+        assert [path.name for path in Path("results").iterdir()] == ["paper-small-only"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_asked"),
+    [([], False), (["--clock", "virtual"], True), (["--links", "a100"], True)],
+)
+def test_whether_virtual_time_was_asked_for(comparison, run, arguments, is_asked):
+    """On several hosts it is not made unless it was."""
+    assert run("compare", *arguments)[0] == 0
+    assert comparison.virtual.is_asked is is_asked
 
 
 def test_wall_time_alone(comparison, run):
@@ -323,6 +354,18 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
             ["--link-scale", "0"],
             "--link-scale is 0.0; it must be a number, 1e-06 to 1,000,000,000",
         ),
+        (
+            ["--only", "EP 17"],
+            "--only EP 17: no deployment 'ep 17'; the nearest is 'ep 16'",
+        ),
+        (["--only", "8,EP 16"], "--only 8,EP 16: 'EP 16' is given twice"),
+        (
+            ["--only", ","],
+            "--only ,: no deployment ''; valid: "
+            + ", ".join(each.name.lower().replace("×", "x") for each in SMALL.deployments),
+        ),
+        (["--repeat", "0"], "--repeat is 0; it must be a whole number, 1 to 1,000"),
+        (["--min-time", "nan"], "--min-time is nan; it must be a number, 0 to 1,000,000"),
         (["none.toml"], "cannot read none.toml: No such file or directory"),
         (
             ["--model", "none"],

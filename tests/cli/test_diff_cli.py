@@ -129,9 +129,9 @@ def test_a_name_is_escaped(run, pair):
 
 def test_report_exports_a_table(run, tmp_path):
     write(example_pages.serving(), tmp_path)
-    code, out, _ = run("report", str(tmp_path), "--export", "csv")
+    code, _, err = run("report", str(tmp_path), "--export", "csv")
     assert code == 0
-    assert str(tmp_path / "results.csv") in out
+    assert str(tmp_path / "results.csv") in err
     assert len((tmp_path / "results.csv").read_text("utf-8").splitlines()) == 4
 
 

@@ -44,7 +44,7 @@ MISTAKES = {
     "cut off": ("whole"[:3], "FILE is not JSON: Expecting value at line 1, column 1"),
     "of an older version": (
         json.dumps(OLD),
-        "FILE has schema_version 4 of a comparison; this expertlane reads 7: repeat the command "
+        "FILE has schema_version 4 of a comparison; this expertlane reads 8: repeat the command "
         "that wrote it, 'expertlane compare'",
     ),
     "another file": ('{"name": "x"}', "FILE is not a results file: it has no schema_version"),

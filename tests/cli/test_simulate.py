@@ -110,6 +110,8 @@ def test_recorded_requests(run):
     assert (found["batch"], found["num_output_tokens"]) == (1, 153)
     out, _ = simulate(run, *asked, model="paper")
     assert "tokens/s at recorded arrivals" in " ".join(out.split())
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_goodput_and_cost(run):

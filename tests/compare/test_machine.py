@@ -63,7 +63,7 @@ def test_memory_is_known_before_ranks_are_started(monkeypatch):
     line = memory_shortage(paper, None)
     assert line is not None
     assert line.startswith("deployment 'TP 8 × PP 2': paper as pp=2,tp=8 needs 15.2 GB per rank")
-    assert "of memory are free for it" in line
+    assert "of memory are free" in line
     assert memory_shortage(experiment("dp=2", Options()), None) is None
     monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun's ranks may be elsewhere
     assert memory_shortage(paper, None) is None

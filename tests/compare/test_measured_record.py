@@ -88,7 +88,7 @@ def test_assumptions_when_a_cache_is_too_small() -> None:
     limits["EP 16"] = replace(limits["EP 16"], num_blocks=1)
     rows = measured_assumptions(experiment, example.machine(), limits)
     found = {each.name: each.value for each in rows}
-    assert found["KV cache"] == ("TP 8 × PP 2: 48 of 512 tokens; EP 16: 256 of 512 positions")
+    assert found["KV cache"] == ("TP 8 × PP 2: 48 of 512 tokens; EP 16: 256 of 512 tokens")
 
 
 def test_rotating_options_are_kept() -> None:

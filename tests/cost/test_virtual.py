@@ -11,7 +11,13 @@ from cost.by_hand import LINKS, NUM_LAYERS, logs, records_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.step.operation import RankGroups, Transfer, TransferKind
-from expertlane.cost.virtual import VirtualClock, VirtualLinks, undisturbed, without_each
+from expertlane.cost.virtual import (
+    VirtualClock,
+    VirtualLinks,
+    least_of_all,
+    undisturbed,
+    without_each,
+)
 from expertlane.results.step_record import Action
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Track
@@ -570,6 +576,8 @@ def test_each_run_takes_the_lesser_times_of_itself_and_the_next():
     # Without a run, the one before it is followed by the one after it.
     assert seconds(without_each(runs)) == [(0, 1.0), (1, 3.0), (2, 1.0), (3, 3.0)]
     assert seconds(undisturbed(runs[:1])) == [(0, 4.0)]
+    # All, then without the first, the second and so on.
+    assert seconds(least_of_all(runs)) == [(0, 1.0), (1, 1.0), (2, 3.0), (3, 1.0), (4, 1.0)]
     later = [step_of(run, 2 * each, 7.0) for run, each in enumerate(times)]
     both = seconds(undisturbed([*runs, *later]))  # step by step
     assert both[:2] == [(0, 1.0), (0, 2.0)]

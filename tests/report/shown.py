@@ -1,13 +1,15 @@
 """What tests ask of a report."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from rich.console import Console
 
-from expertlane.report import terminal
-from expertlane.report.document import Chart, Multiples, Report, Section, Table, Tabs, Timelines
+from expertlane.report import html, terminal
+from expertlane.report.document import Chart, Multiples, Report, Section, Table, Timelines
 from expertlane.report.sections import report_of
 from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
@@ -18,6 +20,13 @@ def in_terminal(results: Results, width: int) -> str:
     stream = io.StringIO()
     terminal.show(report_of(results), Console(file=stream, width=width))
     return stream.getvalue()
+
+
+@cache
+def made_by(make: Callable[[], Results]) -> tuple[Results, str]:
+    """Results of a kind and their page, drawn once for all tests."""
+    results = make()
+    return results, html.render(report_of(results))
 
 
 def section(report: Report, beginning: str) -> Section:
@@ -45,7 +54,7 @@ def charts(part: Section) -> list[Chart]:
             found.append(each)
         elif isinstance(each, Multiples):
             found += each.charts
-        elif isinstance(each, Tabs | Timelines):
+        elif isinstance(each, Timelines):
             found += [chart for _, chart in each.charts]
     return found
 

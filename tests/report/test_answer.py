@@ -3,7 +3,6 @@
 import io
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -28,7 +27,7 @@ def shown(results: Results) -> list[str]:
     """The lines of a terminal of 80 columns."""
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    terminal.show_answer(report_of(results), console, Path("results/example/report.html"))
+    terminal.show_answer(report_of(results), console, "--full, or results/example/report.html")
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
@@ -37,8 +36,9 @@ def with_pair(results: Results, ratio: Estimate, **causes_s: Estimate) -> Result
     own = results.select("measured")
     one = next(each for each in own if not each.is_baseline)
     other = next(each for each in own if each.is_baseline)
+    steps_s = one.decode.round_s.value, other.decode.round_s.value
     by_cause = {Cause[name]: each for name, each in causes_s.items()}
-    pair = PairRecord("measured", one.name, other.name, Phase.DECODE, 5, ratio, by_cause)
+    pair = PairRecord("measured", one.name, other.name, Phase.DECODE, 5, ratio, *steps_s, by_cause)
     return replace(results, pairs=(pair,))
 
 
@@ -127,7 +127,7 @@ def test_who_wins_by_how_much_how_surely_on_what_clock_and_why() -> None:
         "",
         "deployment   tok/s  min–max  TPOT  p95   TTFT   rel  largest cost",
         "TP 8 × PP 2   40.0        —   400  400  4,000  1.00  experts 50%",
-        "EP 16          160        —   100  100  1,000  4.00  experts 50%",
+        "EP 16          160        —   100  100  1,000  1.06  experts 50%",
         "",
         "Why, ms per step: TP 8 × PP 2 400 → EP 16 100",
         "  bubble -57.0   dispatch +22.0",

@@ -1,5 +1,6 @@
 """Colours of plots: told apart by everybody, on a light page and on a dark one."""
 
+import re
 from itertools import combinations
 
 import pytest
@@ -16,6 +17,8 @@ from expertlane.report.charts.colours import (
     REPORTED,
     RIVAL,
     SERIES,
+    on,
+    style_sheet,
 )
 from expertlane.spec.names import Cause, Gap, ProjectedCause
 from report.colour_vision import SEEN_BY, contrast, difference, lab
@@ -88,6 +91,14 @@ def test_words_and_marks_stand_out_from_the_page(scheme):
         assert on("--accent", ground) > 4.5
     for name in TOGETHER["causes"] | TOGETHER["projected causes"] | TOGETHER["curves"]:
         assert name == "--card" or on(name, "--card") > 2
+
+
+@SCHEMES
+def test_words_on_the_colour_of_a_cause_can_be_read(scheme):
+    said = style_sheet().splitlines()[scheme]
+    for name in OF_CAUSE.values():
+        written = re.search(rf"{on(name)}:(#[0-9a-f]{{6}});", said)
+        assert contrast(written[1], PALETTE[name][scheme]) > 4.5
 
 
 def test_every_cause_has_a_colour_and_every_colour_a_use():

@@ -23,7 +23,9 @@ def sentences(results: Results) -> tuple[str, ...]:
 def with_pair(results: Results, ratio: Estimate, causes_s: dict[str, Estimate]) -> Results:
     """The same, its first and its last deployment measured in turns; the last is the faster."""
     own = results.select("measured", EXPERIMENT)
-    pair = PairRecord("measured", own[-1].name, own[0].name, Phase.DECODE, 5, ratio, causes_s)
+    one, other = own[-1], own[0]
+    steps_s = one.decode.round_s.value, other.decode.round_s.value
+    pair = PairRecord("measured", one.name, other.name, Phase.DECODE, 5, ratio, *steps_s, causes_s)
     return replace(results, pairs=(pair,))
 
 
@@ -115,7 +117,7 @@ def test_the_same_two_on_every_clock_and_link_speed() -> None:
     assert verdict(own, given)[0].startswith(f"{names}, virtual time (1.40–1.60, 5 runs)")
     assert verdict(own, given)[3] == (
         "EP 16, two-batch overlap over TP 8 × PP 2, by the speed of links: 2.00× without links, "
-        "1.00× as assumed, 0.67× at 0.500×."
+        "0.67× at 0.500×."
     )
     assert in_wall_time(wall, given) == (
         f"{names}, wall time (1.40–1.60, 5 runs). Which to believe: virtual time for a cluster (a "
@@ -195,7 +197,7 @@ def test_rounding_of_a_deployment_that_is_not_named_is_no_matter_of_the_verdict(
 def test_ranks_that_share_cores(num_cores: int, start: str) -> None:
     (line,) = cautions(example.results([(example.TENSOR, 0.1)], num_cores=num_cores))
     assert line.startswith(start)
-    assert line.endswith("critical-path CPU time is the figure closest to one core a rank.")
+    assert line.endswith("critical-path CPU time is the figure closest to one core per rank.")
 
 
 def test_a_core_for_each_rank() -> None:
@@ -207,10 +209,10 @@ def test_a_core_for_each_rank() -> None:
 @pytest.mark.parametrize(("share", "is_told"), [(0.0, False), (0.04, False), (0.2, True)])
 def test_load_of_other_processes(share: float, is_told: bool) -> None:
     given = replace(example.results([(example.TENSOR, 0.2)]), foreign_cpu_share=share)
-    lines = [each for each in cautions(given) if "cores meanwhile" in each]
+    lines = [each for each in cautions(given) if "of the cores during" in each]
     assert bool(lines) == is_told
     for line in lines:
-        assert line.startswith("Other processes used 20% of the cores meanwhile")
+        assert line.startswith("Other processes used 20% of the cores during the run")
 
 
 def of_projection(results: Results) -> tuple[str, ...]:
@@ -261,5 +263,5 @@ def test_a_projection_of_baselines_alone() -> None:
         replace(each, is_baseline=EXPERIMENT in each.roles) for each in results.deployments
     )
     said = of_projection(replace(results, deployments=rows))
-    assert said[0].startswith("Within error: EP 16 + overlap is 4.21× as fast as TP 8 × PP 2")
+    assert said[0].startswith("EP 16 + overlap is 4.21× as fast as TP 8 × PP 2")
     assert not any(sentence.startswith("Prefill") for sentence in said)

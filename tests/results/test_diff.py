@@ -1,7 +1,9 @@
 """What changed between two results: pairs, intervals, verdicts, and what cannot be compared."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import example_pages
@@ -19,7 +21,7 @@ def diff(first: Results, second: Results, threshold: float = 0.05) -> Difference
     return difference(first, second, ("A", "B"), threshold)
 
 
-def measured(*step_s: float, runs: float | None = None) -> Results:
+def measured(*step_s: float, runs: float | None = None, num_runs: int = 3) -> Results:
     """Two deployments with these step times; with repetitions that differ by a share if given."""
     found = example_results.results(list(zip((TENSOR, EXPERT), step_s, strict=True)))
     if runs is None:
@@ -30,7 +32,10 @@ def measured(*step_s: float, runs: float | None = None) -> Results:
             steps=tuple(
                 replace(
                     step,
-                    tps_of_runs=tuple(step.tps.value * (1 + each) for each in (-runs, 0.0, runs)),
+                    tps_of_runs=tuple(
+                        step.tps.value * (1 + each)
+                        for each in np.linspace(-runs, runs, num_runs).tolist()
+                    ),
                 )
                 for step in record.steps
             ),
@@ -74,6 +79,32 @@ def test_a_change_within_the_noise_is_not_significant():
 def test_without_repetitions_there_is_no_interval():
     (change, *_) = diff(measured(0.4, 0.1), measured(0.5, 0.1)).with_verdict("slower")
     assert change.ratio == Estimate(pytest.approx(0.8))
+    assert not change.is_noise_known
+
+
+def test_intervals_of_medians_are_combined_in_quadrature():
+    results = [measured(0.4, each, runs=0.1, num_runs=5) for each in (0.1, 0.12)]
+    change = diff(*results).with_verdict("slower")[1]
+    assert change.ratio is not None
+    assert change.ratio.value == pytest.approx(1 / 1.2)
+    low = math.exp(-math.hypot(math.log(1 / 0.9), math.log(1.1)))
+    assert change.ratio.low == pytest.approx(low / 1.2)
+    assert change.ratio.high == pytest.approx(1 / 1.2 / low)
+    ranges = [measured(0.4, each, runs=0.1, num_runs=4) for each in (0.1, 0.12)]
+    assert diff(*ranges).changes[-1].verdict == "not significant"  # at their worst
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_known"),
+    [(2, 2, False), (2, 3, False), (3, 3, True), (2, 5, True), (5, 5, True)],
+)
+def test_two_repetitions_each_tell_little(first, second, is_known):
+    results = (
+        measured(0.4, 0.1, runs=0.01, num_runs=first),
+        measured(0.4, 0.2, runs=0.01, num_runs=second),
+    )
+    change = diff(*results).with_verdict("slower")[0]
+    assert change.is_noise_known is is_known
 
 
 def test_a_deployment_that_one_lacks_is_said():

@@ -496,6 +496,11 @@ def test_rope_scalings():
             {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 24},
             "layer type 'chunked_attention' is not supported",
         ),
+        (
+            GPT_OSS,
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types has 2 entries for 24 layers",
+        ),
         (OLMOE, {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
         (DEEPSEEK_V2, {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
         (DEEPSEEK_V2, {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),

@@ -1,5 +1,6 @@
 """Recorded requests: what the two formats say, and what is refused by its line."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,24 @@ def test_bytes_that_are_no_text(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(SpecError, match="line 1 is not UTF-8"):
         read_requests(path)
+
+
+@pytest.mark.parametrize("file", [MOONCAKE, AZURE], ids=lambda file: file.name)
+def test_damaged_files_are_read_or_refused(tmp_path, file):
+    whole, draw, path = file.read_bytes(), random.Random(0), tmp_path / "damaged"
+    refused = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(len(damaged))
+            damaged[place : place + draw.randint(0, 3)] = draw.randbytes(draw.randint(0, 3))
+        path.write_bytes(damaged)
+        try:
+            assert all(each.due_s >= 0 for each in read_requests(path))
+        except UserError as error:
+            refused.append(str(error))
+    assert 100 < len(refused) < 300
+    assert not any("\n" in line for line in refused)
 
 
 def test_no_file(tmp_path):

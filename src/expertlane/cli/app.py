@@ -12,6 +12,7 @@ from expertlane.cli.compare import compare
 from expertlane.cli.diff import diff
 from expertlane.cli.generate import generate
 from expertlane.cli.help import Command, Group
+from expertlane.cli.list import app as list_app
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
 from expertlane.cli.simulate import simulate
@@ -34,6 +35,7 @@ for _command, _help in {
     report: "Show a results.json again, and write its pages.",
 }.items():
     app.command(short_help=_help, cls=Command)(_command)
+app.add_typer(list_app, name="list", short_help="List models, clusters, profiles, valid layouts.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,20 +58,21 @@ def _expertlane(
 
     \b
     Examples:
-      expertlane compare                  the paper's deployments, here
-      expertlane plan MODEL               the best deployment on 16 H100
-      expertlane simulate MODEL --layout dp=16,ep=16
-                                          one deployment there, in detail
-      expertlane bench MODEL              throughput and latency, here
-      expertlane generate MODEL "Hello"   continue a text
-      expertlane compare --help           everything about a command
+      expertlane compare
+          the paper's deployments, on this machine
+      expertlane plan CHECKPOINT --cluster h100x16
+          which deployment to choose, without a GPU
+      expertlane simulate paper --layout dp=16,ep=16 --cluster h100x16
+          one deployment there, in detail
+      expertlane list layouts paper --cluster h100x16
+          what may be chosen
 
     \b
     Environment:
-      EXPERTLANE_BACKEND=cpu|torch        own CPU kernels (the default where
-                                          available), or torch only
-      EXPERTLANE_INSTRUCTIONS=LIST        instruction sets of the own kernels:
-                                          baseline,avx512_bf16
+      EXPERTLANE_BACKEND=cpu|torch
+          own CPU kernels, or torch only; by default the own ones, where available
+      EXPERTLANE_INSTRUCTIONS=baseline,avx512_bf16
+          instruction sets of the own kernels
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -47,8 +47,8 @@ def bench(
     E2E      from a request's arrival to its last token
     output   output tokens per second, from the first arrival to the last token
     total    the same, prompt tokens included
-    prefill  prompt tokens over the time until all requests have their first token; only where
-             all are there from the start
+    prefill  prompt tokens over the time until all requests have their first
+             token; only where all are there from the start
 
     \b
     Examples:

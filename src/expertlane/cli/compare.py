@@ -4,14 +4,13 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from expertlane.cli import output
+from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.options import (
@@ -26,6 +25,7 @@ from expertlane.cli.options import (
     takes_groups,
     trace_option,
 )
+from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
 from expertlane.spec.ranges import DEFAULT_SKEW, shown
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
     from expertlane.spec.experiment import Experiment
 
 _DEFAULT_EXPERIMENT = "paper-small"
-_DEFAULT_PROFILE = "h100"
-_NO_LINKS, _MEASURED = "none", "measured"
-
-
-class _Clock(StrEnum):
-    VIRTUAL = "virtual"
-    WALL = "wall"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +47,7 @@ class _Options:
         None,
         metavar="MODEL",
         show_default="the experiment's",
+        autocompletion=completion.models,
         help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
@@ -88,62 +82,6 @@ class _Options:
     )
     trace: bool = trace_option()
     dtype: Dtype | None = dtype_option("the machine's choice")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Time:
-    panel: ClassVar = Panel.VIRTUAL_TIME
-    clock: _Clock | None = typer.Option(
-        None,
-        show_default="virtual for the ranks of one host; wall on several, whose links are real",
-        help="virtual: also replay what was measured with one core per rank and a cluster's "
-        "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
-        "only.",
-    )
-    links: str = typer.Option(
-        _DEFAULT_PROFILE,
-        metavar="PROFILE",
-        help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
-        "take no time.",
-    )
-    link_scale: float | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="the ratio of compute speeds, the profile's device over a core here",
-        help="Transfers take N times as long as on the profile's links.",
-    )
-    compute: str = typer.Option(
-        _MEASURED,
-        metavar="PROFILE",
-        help="Compute times in virtual time: measured, or a profile's cost model for the "
-        "operations that ran.",
-    )
-
-    def __post_init__(self) -> None:
-        given = "--link-scale" if self.link_scale is not None else "--links"
-        is_given = self.links != _DEFAULT_PROFILE or self.link_scale is not None
-        if self.compute != _MEASURED:
-            given, is_given = "--compute", True
-        if self.clock is _Clock.WALL and is_given:
-            raise UserError(f"{given} needs virtual time; leave out --clock wall")
-        if self.links == _NO_LINKS and self.link_scale is not None:
-            raise UserError("--link-scale needs links; give --links a profile")
-
-    def settings(self) -> "VirtualSettings | None":
-        """What virtual time assumes; None for wall time alone.
-
-        Raises:
-            UserError: no such profile, or a damaged one.
-        """
-        from expertlane.compare.virtual import VirtualSettings
-        from expertlane.cost.laws.profile_file import read_profile
-
-        if self.clock is _Clock.WALL:
-            return None
-        profile = None if self.links == _NO_LINKS else read_profile(self.links)
-        compute = None if self.compute == _MEASURED else read_profile(self.compute)
-        is_asked = (self.clock, self.links, self.link_scale) != (None, _DEFAULT_PROFILE, None)
-        return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +123,7 @@ def compare(
         str,
         typer.Argument(
             metavar="EXPERIMENT",
+            autocompletion=completion.experiments,
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size).",
@@ -193,7 +132,7 @@ def compare(
     *,
     own: _Options,
     output_options: OutputOptions,
-    time: _Time,
+    time: VirtualTimeOptions,
     launch: LaunchOptions,
     projection: _Projection,
 ) -> None:
@@ -237,7 +176,7 @@ def compare(
 def run(
     experiment: str,
     own: _Options,
-    time: _Time,
+    time: VirtualTimeOptions,
     launch: LaunchOptions,
     projection: _Projection,
     call: output.Call,
@@ -289,7 +228,7 @@ def _projector(
     from expertlane.compare.projection import ExperimentProjector, usual_number_type
     from expertlane.cost.laws.profile_file import parse_cluster
 
-    cluster = parse_cluster(options.cluster or f"{_DEFAULT_PROFILE}x{experiment.num_ranks}")
+    cluster = parse_cluster(options.cluster or f"{DEFAULT_PROFILE}x{experiment.num_ranks}")
     number_type = dtype or usual_number_type(cluster.profile)
     skew = DEFAULT_SKEW if options.skew is None else options.skew
     return ExperimentProjector(experiment, cluster, number_type, skew)

@@ -33,7 +33,7 @@ class _Options:
 @dataclass(frozen=True, kw_only=True)
 class _Output(OutputOptions):
     out: Path | None = out_option("none: nothing is written")
-    export: Literal["csv", "parquet"] | None = export_option("diff")
+    export: Literal["csv", "parquet"] | None = export_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +55,6 @@ def diff(
     B over A contains 1. Measured intervals are independent; projections on the same devices share
     their terms, whose errors cancel. Where the clocks differ, those that both have are compared.
 
-    \b
     Exit code: 1 on a regression beyond --threshold and beyond the noise, 2 where the two can't be
     compared, else 0.
 

@@ -180,6 +180,7 @@ def generate(
         raise UserError("--chat reads standard input; leave prompts and --json out")
     found = find_model(model)
     layout = found.lay_out(own.layout)
+    _check_stops(sampling, found)
     params = sampling_params(found.folder, vars(sampling))
     if own.out is not None and not own.record_routing:
         raise UserError("--out needs --record-routing, which writes there")
@@ -255,11 +256,28 @@ def _lines(text: str, source: str) -> list[str]:
     return lines
 
 
-def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
+def _check_stops(sampling: SamplingOptions, found: FoundModel) -> None:
+    if "" in (sampling.stop or ()):
+        raise UserError("--stop is empty; it must be a text that the output may hold")
+    if sampling.stop and not _has_tokenizer(found):
+        raise UserError(f"--stop needs a tokenizer, and {found.name} has none; use --stop-token-id")
+    size = found.config.vocab_size
+    for token in sampling.stop_token_ids or ():
+        if token >= size:
+            raise UserError(
+                f"--stop-token-id is {token}, but the {size:,} tokens of {found.name} end with "
+                f"{size - 1}"
+            )
+
+
+def _has_tokenizer(found: FoundModel) -> bool:
     from expertlane.engine.tokenizer import TOKENIZER
 
-    has_tokenizer = found.folder is not None and (found.folder / TOKENIZER).is_file()
-    if not has_tokenizer and any(isinstance(prompt, str) for prompt in prompts):
+    return found.folder is not None and (found.folder / TOKENIZER).is_file()
+
+
+def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
+    if not _has_tokenizer(found) and any(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"{found.name} has no tokenizer; give prompts with --token-ids")
 
 

@@ -136,7 +136,7 @@ def _definitions(heading: str, rows: Iterable[tuple[str, str]], width: int) -> s
         indent = " " * (columns + 4)
         head = f"  {name:{columns}}  "
         if len(name) > columns:
-            lines.append(f"  {name}")
+            lines.append(_filled(name, width, " " * 6, "  "))
             head = indent
         lines.append(_filled(text, width, indent, head).rstrip() or head.rstrip())
     return "\n".join(lines)

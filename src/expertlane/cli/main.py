@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHELL_BASE = 128  # shells add it to a signal's number
 INTERRUPTED = _SHELL_BASE + signal.SIGINT
-_SHOWN_NAME = 60  # characters of a name in a message
+_LONG, _SHOWN_NAME = 300, 60  # characters of a name in a message: when it is cut, and to what
 _SHORT = 4  # characters of an option that many would contain
-_MOST_NEAR, _ALIKE = 3, 0.7  # options that may have been meant, and how alike
+_MOST_NEAR, _ALIKE = 3, 0.75  # options that may have been meant, and how alike
 
 
 def main() -> "NoReturn":
@@ -63,9 +63,8 @@ def _run() -> int:
         if type(error).__name__ == "Abort":  # the end of its input
             return _print_error("interrupted", INTERRUPTED)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of any argument
-            name = str(error.filename)
-            shown = name if len(name) <= _SHOWN_NAME else f"{name[:_SHOWN_NAME]}…"
-            return _print_error(f"cannot use {shown}: the name is too long", UserError.exit_code)
+            line = f"cannot use {error.filename}: the name is too long"
+            return _print_error(line, UserError.exit_code)
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message().replace("Value error, ", "")  # pydantic's, of a word
@@ -133,5 +132,8 @@ def _print_error(error: object, code: int) -> int:
 
     # All processes of torchrun find the same mistake or get the same signal; the first prints.
     if is_first_process() or code == ExpertlaneError.exit_code:
-        print("expertlane: error:", printable(" ".join(str(error).split())), file=sys.stderr)
+        words = (
+            word if len(word) <= _LONG else f"{word[:_SHOWN_NAME]}…" for word in str(error).split()
+        )
+        print("expertlane: error:", printable(" ".join(words)), file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import typer
 from typer.models import OptionInfo
 
+from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
@@ -34,7 +35,9 @@ MODEL_HELP = (
     "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
     "paper-tiny, paper-small, paper."
 )
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", autocompletion=completion.models, help=MODEL_HELP)
+]
 
 
 def out_option(default: str) -> Any:
@@ -57,27 +60,26 @@ def json_option() -> Any:
     )
 
 
-def export_option(file: str) -> Any:
+def export_option() -> Any:
     """A flat table beside the other files."""
     return typer.Option(
         None,
         "--export",
         rich_help_panel=Panel.MORE_OUTPUT,
-        help=f"Also write a flat table for other programs, {file}.csv or {file}.parquet: a row for "
-        "each deployment and phase or load. parquet needs pyarrow.",
+        help="Also write a flat table for other programs, a row for each deployment and phase or "
+        "load. parquet needs pyarrow.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
-    """Where files go, and how much of the answer is printed.
+class PrintOptions:
+    """How much of the answer is printed.
 
     Raises:
         UserError: two forms at once.
     """
 
     panel: ClassVar = Panel.OUTPUT
-    out: Path | None = out_option("results/NAME, after the command and its subject")
     full: bool = typer.Option(False, "--full", help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = json_option()
@@ -95,6 +97,13 @@ class AnswerOptions:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
 
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(PrintOptions):
+    """The same, and where files go."""
+
+    out: Path | None = out_option("results/NAME, after the command and its subject")
+
     def call(self) -> Call:
         """This command line."""
         return Call(command_line(), self.out, always_writes=True)
@@ -108,7 +117,7 @@ class OutputOptions(AnswerOptions):
         UserError: also where a library for `--export` is missing.
     """
 
-    export: Literal["csv", "parquet"] | None = export_option("results")
+    export: Literal["csv", "parquet"] | None = export_option()
 
     def __post_init__(self) -> None:
         from expertlane.results.table import check_format  # numpy, not for the help of commands
@@ -180,9 +189,13 @@ def call_with(taker: Any, values: dict[str, Any]) -> Any:
 
 
 def _check(option: inspect.Parameter, value: object) -> None:
-    if option.name in RANGES and isinstance(value, int | float):
-        declared = getattr(option.default, "param_decls", None)
-        take(option.name, value, declared[0] if declared else f"--{option.name.replace('_', '-')}")
+    if option.name not in RANGES:
+        return
+    declared = getattr(option.default, "param_decls", None)
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int | float):
+            name = declared[0] if declared else f"--{option.name.replace('_', '-')}"
+            take(option.name, each, name)
 
 
 def timeout_option() -> Any:
@@ -201,6 +214,7 @@ def layout_option(default: Any, show_default: bool | str = True) -> Any:
         default,
         metavar="LAYOUT",
         show_default=show_default,
+        autocompletion=completion.layouts,
         rich_help_panel=Panel.DEPLOYMENT,
         help="How ranks are arranged: dp=2,ep=2 for example.",
     )
@@ -267,11 +281,33 @@ def dtype_option(default: str) -> Any:
     )
 
 
+def kv_dtype_option() -> Any:
+    """What keys and values are cached in."""
+    return typer.Option(
+        None,
+        show_default="that of hidden states",
+        rich_help_panel=Panel.MODELLED,
+        help="Type of the KV cache.",
+    )
+
+
+def max_model_len_option() -> Any:
+    """How long a sequence gets."""
+    return typer.Option(
+        None,
+        metavar="N",
+        show_default="the model's",
+        rich_help_panel=Panel.BATCHING,
+        help="Longest sequence, in tokens.",
+    )
+
+
 def cluster_option(default: Any, show_default: bool | str = True) -> Any:
     """A modelled cluster."""
     return typer.Option(
         default,
         metavar="PROFILExN",
+        autocompletion=completion.clusters,
         show_default=show_default,
         help="The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML "
         "file of expertlane calibrate).",
@@ -389,13 +425,7 @@ class EngineOptions:
 
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
-    max_model_len: int | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="the model's",
-        rich_help_panel=Panel.BATCHING,
-        help="Longest sequence, in tokens.",
-    )
+    max_model_len: int | None = max_model_len_option()
     num_blocks: int | None = typer.Option(
         None,
         metavar="N",
@@ -450,9 +480,7 @@ class ProjectionOptions:
     )
     skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: NumberType | None = typer.Option(
-        None, show_default="that of hidden states", help="Type of the KV cache."
-    )
+    kv_dtype: NumberType | None = kv_dtype_option()
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.cli.options import AnswerOptions, OutputOptions
+    from expertlane.cli.options import OutputOptions, PrintOptions
     from expertlane.engine.llm import LLM
     from expertlane.report.document import Report
     from expertlane.results.results import Results
@@ -248,7 +248,7 @@ def publish(found: Found, options: "OutputOptions") -> None:
 
 
 def print_report(
-    report: "Report", options: "AnswerOptions", page: Path | None, as_json: Callable[[], str]
+    report: "Report", options: "PrintOptions", page: Path | None, as_json: Callable[[], str]
 ) -> None:
     """Print the answer, or as much as the options ask for.
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from expertlane.results.pair import PairRecord
-from expertlane.results.record import DeploymentRecord, StepsRecord
+from expertlane.results.record import StepsRecord
 from expertlane.results.statistics import (
     jackknife_difference,
     jackknife_interval,
@@ -25,6 +26,11 @@ class Repeated:
 
     tps: tuple[float, ...]
     causes_s: tuple[dict[str, float], ...]
+
+    @property
+    def step_s(self) -> float:
+        """The median of a step."""
+        return median(sum(each.values()) for each in self.causes_s)
 
     @classmethod
     def of(cls, runs: Sequence[StepsRecord]) -> "Repeated":
@@ -82,6 +88,8 @@ def pair_in_wall_time(
         phase,
         len(one.tps),
         ratio_interval(one.tps, other.tps),
+        one.step_s,
+        other.step_s,
         {
             cause: median_interval(
                 [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)]
@@ -92,34 +100,35 @@ def pair_in_wall_time(
 
 
 def pair_in_virtual_time(
-    records: tuple[DeploymentRecord, DeploymentRecord],
+    names: tuple[str, str],
     phase: Phase,
+    steps: tuple[StepsRecord, StepsRecord],
     repeated: tuple[Repeated, Repeated],
 ) -> PairRecord:
-    """From records of all repetitions, and what they are without each of them.
+    """From all repetitions together, and from all but one.
 
     Args:
-        records: the faster one first.
+        names: the faster one first.
+        steps: all repetitions of each.
         repeated: without each repetition of each.
     """
-    first_record, second_record = records
-    first, second = (each.steps_of(phase)[0] for each in records)
-    one, other = repeated
+    (first, second), (one, other) = steps, repeated
     return PairRecord(
         "virtual",
-        first_record.name,
-        second_record.name,
+        *names,
         phase,
         len(one.tps),
         jackknife_interval(
             first.tps.value / second.tps.value,
             [a / b for a, b in zip(one.tps, other.tps, strict=True)],
         ),
+        first.round_s.value,
+        second.round_s.value,
         {
             cause: jackknife_difference(
                 first.breakdown_s[cause] - second.breakdown_s[cause],
                 [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)],
             )
-            for cause in one.causes_s[0]
+            for cause in first.breakdown_s
         },
     )

@@ -1,7 +1,8 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.deployed import Deployed, Setting
@@ -15,7 +16,7 @@ from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
 from expertlane.results.pair import PairRecord, choose_pair
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
-from expertlane.results.results import MachinePeak, Results
+from expertlane.results.results import MachinePeak, Results, VirtualTime
 from expertlane.results.statistics import LEAST_RUNS
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.experiment import Experiment
@@ -88,10 +89,8 @@ def run_comparison(
     )
     measured.measure(repeats or Repeats())
     if on_trace is not None:
-        for each in measured.own:
-            for name, steps in each.traces.items():
-                on_trace(name, steps)
-    runs = measured.runs
+        for name, steps in measured.traces():
+            on_trace(name, steps)
     machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
     return Results.now(
         "comparison",
@@ -101,11 +100,10 @@ def run_comparison(
         torch_version=seen[0].torch_version,
         machine=machine,
         pairs=measured.pairs,
-        virtual_time=runs
-        and runs.summary([each.link_tps for each in measured.own if each.link_tps]),
+        virtual_time=measured.virtual_time(),
         assumptions=(
             *measured_assumptions(experiment, machine, limits),
-            *(runs.assumptions() if runs else ()),
+            *(measured.runs.assumptions() if measured.runs else ()),
         ),
         cautions=cautions,
         foreign_cpu_share=foreign.share(),
@@ -166,13 +164,24 @@ class _Measured:
             if each.num_runs > num_of_others:
                 virtual[each.name] = self._record(each)
         if pair:
-            self.pairs = self._pairs(pair, wall, virtual)
+            self.pairs = self._pairs(pair)
         self.records = (
             *wall.values(),
             *(each.record(self.peak) for each in self.scaling),
             *virtual.values(),
             *(self._record(each) for each in self.scaling if self.runs),
         )
+
+    def traces(self) -> Iterator[tuple[str, list[StepRecord]]]:
+        """Steps of each of the experiment's deployments with what ranks did when, by its name."""
+        for each in self.own:
+            yield from each.traces.items()
+
+    def virtual_time(self) -> VirtualTime | None:
+        """What virtual time assumes about links; None without it."""
+        if self.runs is None:
+            return None
+        return self.runs.summary([each.link_tps for each in self.own if each.link_tps])
 
     def _virtual_runs(self) -> VirtualRuns | None:
         setting = self.setting
@@ -202,23 +211,25 @@ class _Measured:
         places = choose_pair(records, [each.steps_of(phase)[0].tps.value for each in records])
         return [self.own[place] for place in places or ()]
 
-    def _pairs(
-        self,
-        pair: list[Deployed],
-        wall: Mapping[str, DeploymentRecord],
-        virtual: Mapping[str, DeploymentRecord],
-    ) -> tuple[PairRecord, ...]:
-        phase, by_clock = pair[0].phase, virtual or wall
-        one, other = sorted(
-            pair, key=lambda each: by_clock[each.name].steps_of(phase)[0].tps.value, reverse=True
+    def _pairs(self, pair: list[Deployed]) -> tuple[PairRecord, ...]:
+        """The two on each clock; the first is faster on the one that the verdict goes by."""
+        phase, runs = pair[0].phase, self.runs
+        if runs is None:
+            pair = sorted(pair, key=lambda each: median(each.wall_time().tps), reverse=True)
+            return (self._in_wall_time(pair),)
+        by_name = {each.name: each.virtual_time(runs) for each in pair}
+        pair = sorted(pair, key=lambda each: by_name[each.name][0].tps.value, reverse=True)
+        names = pair[0].name, pair[1].name
+        (first, alone), (second, others) = (by_name[name] for name in names)
+        return (
+            self._in_wall_time(pair),
+            pair_in_virtual_time(names, phase, (first, second), (alone, others)),
         )
-        names = one.name, other.name
-        found = [pair_in_wall_time(names, phase, (one.wall_time(), other.wall_time()))]
-        if self.runs is not None:
-            records = virtual[one.name], virtual[other.name]
-            repeated = one.virtual_time(self.runs), other.virtual_time(self.runs)
-            found.append(pair_in_virtual_time(records, phase, repeated))
-        return tuple(found)
+
+    def _in_wall_time(self, pair: list[Deployed]) -> PairRecord:
+        one, other = pair
+        repeated = one.wall_time(), other.wall_time()
+        return pair_in_wall_time((one.name, other.name), one.phase, repeated)
 
 
 def _in_turns(deployed: Sequence[Deployed], repeats: Repeats) -> None:

@@ -84,7 +84,8 @@ def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
         steps: of one deployment.
     """
     runs = sorted({step.run for step in steps})
-    return lesser_of(steps, dict(zip(runs, [*runs[1:], *runs[:1]], strict=True)))
+    following = zip(runs, [*runs[1:], *runs[:1]], strict=True)
+    return _least_of(steps, {run: (other,) for run, other in following})
 
 
 def without_each(steps: Sequence[StepRecord]) -> list[StepRecord]:
@@ -98,39 +99,57 @@ def without_each(steps: Sequence[StepRecord]) -> list[StepRecord]:
     found = []
     for left_out, before, after in around:
         of_two = [step for step in steps if step.run in (before, after)]
-        found += [replace(each, run=left_out) for each in lesser_of(of_two, {before: after})]
+        found += [replace(each, run=left_out) for each in _least_of(of_two, {before: (after,)})]
     return found
 
 
-def lesser_of(steps: Sequence[StepRecord], others: Mapping[int, int]) -> list[StepRecord]:
-    """The steps of some runs, with the lesser CPU time of each operation of theirs and another's.
+def least_of_all(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    """One run with the least CPU time of each operation over all runs, as run 0; then without each.
 
-    A step whose operations differ from those of the same step in the other run keeps its own times.
+    Under 1 and up, in the order of runs, the same where that run is left out. The more runs, the
+    smaller the least: only deployments that ran equally often can be compared so.
 
     Args:
-        others: the other run, by run; steps of runs that are no keys are left out.
+        steps: of one deployment, of two runs or more.
     """
-    alike: dict[tuple[int, int, int], StepRecord] = {}
+    runs = sorted({step.run for step in steps})
+    found = []
+    for number, left_out in enumerate((None, *runs)):
+        first, *others = (run for run in runs if run != left_out)
+        found += [replace(each, run=number) for each in _least_of(steps, {first: others})]
+    return found
+
+
+def _least_of(steps: Sequence[StepRecord], others: Mapping[int, Sequence[int]]) -> list[StepRecord]:
+    """The steps of some runs, with the least CPU time of each operation of theirs and others'.
+
+    A step whose operations differ from those of the same step in another run keeps its own times.
+
+    Args:
+        others: the other runs, by run; steps of runs that are no keys are left out.
+    """
+    at_place: dict[tuple[int, int, int], StepRecord] = {}
     place_of: dict[int, tuple[int, int]] = {}
     num_before: Counter[tuple[int, int]] = Counter()
     for step in sorted(steps, key=lambda step: (step.run, step.submitted_s)):
         place = step.replica, num_before[step.run, step.replica]
         num_before[step.run, step.replica] += 1
-        alike[step.run, *place], place_of[id(step)] = step, place
+        at_place[step.run, *place], place_of[id(step)] = step, place
     return [
-        _lesser(step, alike.get((others[step.run], *place_of[id(step)]), step))
+        _least(step, [at_place.get((o, *place_of[id(step)]), step) for o in others[step.run]])
         for step in steps
         if step.run in others
     ]
 
 
-def _lesser(step: StepRecord, other: StepRecord) -> StepRecord:
+def _least(step: StepRecord, others: Sequence[StepRecord]) -> StepRecord:
     records = []
-    for record, of_other in zip(step.records, other.records, strict=True):
-        own, its = record.operations, of_other.operations
-        if own is None or its is None or not _is_same(own, its):
+    for place, record in enumerate(step.records):
+        own = record.operations
+        its = [other.records[place].operations for other in others]
+        if own is None or not all(each is not None and _is_same(own, each) for each in its):
             return step
-        least = np.minimum(own.cpu_s, its.cpu_s)
+        least = np.min([own.cpu_s, *(each.cpu_s for each in its if each is not None)], axis=0)
         records.append(replace(record, operations=replace(own, cpu_s=least)))
     return replace(step, records=tuple(records))
 

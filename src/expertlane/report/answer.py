@@ -110,7 +110,8 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
             notes.append("In brackets: 90 % intervals.")
     if comparison.source == "virtual" and any(len(r.step.tps_of_runs) > 1 for r in rows):
         notes.append(
-            "min–max: single runs; tok/s takes the lesser CPU time of two, operation by operation."
+            "min–max: single runs; tok/s takes the lesser CPU time of two runs for each "
+            "operation, the factor the least of all."
         )
     return (*parts, " ".join(notes)) if notes else tuple(parts)
 
@@ -151,10 +152,15 @@ def _table(comparison: Comparison, judged: Verdict | None, rows: Sequence[Row]) 
             columns += [number("p95", _p95, milliseconds)]
     columns += [number("TTFT", lambda row: _ttft(row.record.prefill), milliseconds)]
     if judged is not None:
-        against = judged.other.tps
-        columns += [number("rel", lambda row: row.tps / against, ratio)]
+        columns += [number("rel", lambda row: _relative(row, judged), ratio)]
     columns += [text("largest cost", _largest)]
     return Table.of("", columns, rows)
+
+
+def _relative(row: Row, judged: Verdict) -> float:
+    """Against the other deployment of the verdict; of the one, the verdict's own factor."""
+    is_one = row.number == judged.one.number
+    return judged.ratio.value if is_one else row.tps / judged.other.tps
 
 
 def _p95(row: Row) -> Estimate | None:
@@ -194,8 +200,8 @@ def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
     one, other = judged.one, judged.other
     what = "step" if comparison.phase is Phase.DECODE else "prefill"
     title = (
-        f"Why, ms per {what}: {other.name} {milliseconds(other.step.round_s)} → {one.name} "
-        f"{milliseconds(one.step.round_s)}"
+        f"Why, ms per {what}: {other.name} {milliseconds(judged.steps_s[1])} → {one.name} "
+        f"{milliseconds(judged.steps_s[0])}"
     )
     causes_ms = [*judged.reasons, *judged.counter]
     told = [each for each in causes_ms if abs(each[1].value) >= _LEAST_MS]

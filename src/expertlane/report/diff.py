@@ -126,9 +126,11 @@ def _notes(found: Difference) -> tuple[str, ...]:
         more = len(found.settings) - len(shown)
         rest = f", and {more} more" if more else ""
         notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
-    alone = [each for each in found.changes if each.ratio is not None and each.ratio.low is None]
-    if alone:
-        notes.append(f"Noise unknown for {counted(len(alone), 'metric')}: no repetitions.")
+    unknown = [each for each in found.changes if not each.is_noise_known]
+    if unknown:
+        notes.append(
+            f"Noise unknown for {counted(len(unknown), 'metric')}: too few repetitions in A or B."
+        )
     return tuple(notes)
 
 

@@ -179,14 +179,6 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Tabs:
-    """Plots of which one is shown at a time, by what they are called."""
-
-    title: str
-    charts: tuple[tuple[str, Chart], ...]
-
-
-@dataclass(frozen=True)
 class Multiples:
     """Small plots of one kind beside each other, all seen at once, each legible at 200 px width.
 
@@ -210,7 +202,7 @@ class Timelines:
 
 
 Words = str | Table | Figure
-Plot = Chart | Tabs | Multiples | Timelines
+Plot = Chart | Multiples | Timelines
 
 
 @dataclass(frozen=True)

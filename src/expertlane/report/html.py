@@ -22,7 +22,6 @@ from expertlane.report.document import (
     Report,
     Section,
     Table,
-    Tabs,
     Timelines,
     Words,
 )
@@ -89,9 +88,6 @@ class _Drawn:
                 return {"kind": "figure", "figure": part}
             case Chart():
                 return {"kind": "chart", "chart": self._chart(part)}
-            case Tabs():
-                shown = [self._chart(chart, name=name) for name, chart in part.charts]
-                return {"kind": "tabs", "title": part.title, "charts": shown}
             case Multiples():
                 small = [self._chart(chart, is_small=True) for chart in part.charts]
                 return {"kind": "multiples", "group": part, "charts": small}

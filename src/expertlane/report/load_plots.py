@@ -13,6 +13,7 @@ from expertlane.results.record import ServingRecord
 from expertlane.results.results import Results
 
 _MS_PER_S = 1e3
+_NUM_FIRST = 2  # beside the answer
 _LEAST_LOADS = 3  # of a layout; of fewer a table says all
 _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
     "TPOT": lambda serving: serving.tpot_s,
@@ -20,8 +21,8 @@ _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
 }
 
 
-def by_load(results: Results) -> Section:
-    """Throughput and latency against load; empty where no layout has three loads or more."""
+def by_load(results: Results) -> tuple[Section, ...]:
+    """Throughput and latency against load; none where no layout has three loads or more."""
     source = results.deployments[0].source
     heading = f"Throughput and latency by load, {source}"
     by_layout: dict[str, list[Served]] = {}
@@ -30,7 +31,7 @@ def by_load(results: Results) -> Section:
             by_layout.setdefault(each.record.name, []).append(each)
     by_layout = {name: all_ for name, all_ in by_layout.items() if len(all_) >= _LEAST_LOADS}
     if not by_layout:
-        return Section(heading, (), "plots")
+        return ()
     best = best_of([each for of_layout in by_layout.values() for each in of_layout])
     charts = [
         _against_load(by_layout, best, "output tokens/s", lambda each: each.serving.output_tps),
@@ -42,7 +43,9 @@ def by_load(results: Results) -> Section:
     ]
     if best.serving.tpot_s is not None:
         charts.append(_trade(by_layout, best, unit_of(source)))
-    return Section(heading, tuple(charts), "plots", charts[0].title)
+    first, more = tuple(charts[:_NUM_FIRST]), tuple(charts[_NUM_FIRST:])
+    finding = more[0].title if more else ""
+    return Section(heading, first, "first"), Section(heading, more, "plots", finding)
 
 
 def _load(each: Served) -> float | None:

@@ -163,7 +163,7 @@ def _simulation(results: Results) -> _Made:
         serving.simulation_answer(results, f"{shortened(name, NAME_COLUMNS)} {where}"),
         (
             *serving.simulation(results),
-            load_plots.by_load(results),
+            *load_plots.by_load(results),
             *plots.simulation(results),
             experts_and_traffic(record, serving.phases_of(record)),
             assumptions(results, "projected"),
@@ -181,5 +181,9 @@ def _bench(results: Results) -> _Made:
     return (
         f" bench: {asked}",
         serving.bench_answer(results),
-        (*serving.bench(results), load_plots.by_load(results), setup(results, "What was measured")),
+        (
+            *serving.bench(results),
+            *load_plots.by_load(results),
+            setup(results, "What was measured"),
+        ),
     )

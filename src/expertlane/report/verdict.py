@@ -37,6 +37,7 @@ class Verdict:
         ratio: TPS of `one` over that of `other`; with a 90 % interval where repetitions allow one,
             with bounds where it is projected.
         num_runs: repetitions of each; None of a projection.
+        steps_s: seconds of a step of each, by the times that the ratio is of.
         reasons, counter: milliseconds of a step of `one` less those of `other` by cause, of the
             causes that differ by more than their noise, or of all where that is not known: those
             that make the ratio, and those that go against it; the largest first.
@@ -46,6 +47,7 @@ class Verdict:
     other: Row
     ratio: Estimate
     num_runs: int | None
+    steps_s: tuple[float, float]
     reasons: _Causes
     counter: _Causes
 
@@ -78,7 +80,8 @@ def judge(comparison: Comparison, results: Results) -> Verdict | None:
     one, other = by_name[found.name], by_name[found.other]
     causes_ms = {cause: seconds * 1e3 for cause, seconds in found.causes_s.items()}
     told = {c: ms for c, ms in causes_ms.items() if ms.low is None or is_told_apart(ms, 0.0)}
-    return Verdict(one, other, found.ratio, found.num_runs, *_reasons(told, found.ratio))
+    steps_s = found.step_s, found.other_step_s
+    return Verdict(one, other, found.ratio, found.num_runs, steps_s, *_reasons(told, found.ratio))
 
 
 def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Causes, _Causes]:
@@ -106,6 +109,7 @@ def _judge_once(comparison: Comparison) -> Verdict | None:
         other,
         of_tps,
         num_runs if comparison.is_run else None,
+        (one.step.round_s.value, other.step.round_s.value),
         *_reasons(causes_ms, of_tps),
     )
 
@@ -212,8 +216,8 @@ def why(comparison: Comparison, judged: Verdict) -> str:
     if comparison.context is not None:
         step += f" at {comparison.context:,} tokens of context"
     lengths = (
-        f"{step} takes {milliseconds(one.step.round_s)} ms with {one.name}, "
-        f"{milliseconds(other.step.round_s)} with {other.name}"
+        f"{step} takes {milliseconds(judged.steps_s[0])} ms with {one.name}, "
+        f"{milliseconds(judged.steps_s[1])} with {other.name}"
     )
     if not judged.reasons and not judged.counter:
         return f"Why: {lengths}; no cause differs by more than its noise."
@@ -246,12 +250,9 @@ def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) ->
         of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
         faster_by = of_row[judged.one.number] / of_row[judged.other.number]
         factor = speed_of_links(virtual, each)
-        if factor is None:
-            words = "without links"
-        elif factor == 1:
-            words = "as assumed"
-        else:
-            words = f"at {times(factor)}"
+        if factor == 1:  # that is the verdict itself
+            continue
+        words = "without links" if factor is None else f"at {times(factor)}"
         factors.append(f"{ratio(faster_by)}× {words}")
     return (
         f"{judged.one.name} over {judged.other.name}, by the speed of links: {', '.join(factors)}."

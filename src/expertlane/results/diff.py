@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import comb, exp, hypot, log
 from typing import Any, Literal
 
 from expertlane.errors import UserError
@@ -16,11 +17,13 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import Results
+from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
 
 Verdict = Literal["faster", "slower", "not significant", "only in A", "only in B"]
 _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
+_ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
 _MISSING = "—"
 
@@ -35,6 +38,8 @@ class Change:
         before, after: in A and in B; None where it has none.
         ratio: B over A, with the interval of the ratio where both have one.
         gain: relative change for the better, below 0 for the worse; None where one is missing.
+        is_noise_known: whether there are repetitions enough, 3 in both or 2 and 5, for a change
+            that is beyond their ranges to be due to chance at most once in 10.
     """
 
     deployment: str
@@ -46,6 +51,7 @@ class Change:
     ratio: Estimate | None
     gain: float | None
     verdict: Verdict
+    is_noise_known: bool = True
 
     def row(self) -> Row:
         """The same as cells of a table."""
@@ -149,8 +155,8 @@ def _changes(first: Results, second: Results) -> Iterator[Change]:
         if record is not None and other is not None and record.name != other.name:
             name = f"{record.name} → {other.name}"
         shared = is_paired and held.source not in RUN
-        for where, metric, before, after in _metrics(record, other):
-            yield _change(name, held.source, where, metric, before, after, shared)
+        for metric in _metrics(record, other):
+            yield _change(name, held.source, metric, shared)
 
 
 def _device(results: Results) -> str | None:
@@ -201,7 +207,21 @@ def _by_key(items: Iterable[Any], key: Callable[[Any], Hashable]) -> dict[object
     return found
 
 
-_Metric = tuple[str, str, Estimate | None, Estimate | None]
+@dataclass(frozen=True)
+class _Metric:
+    """One metric of a pair.
+
+    Attributes:
+        before, after: with bounds that are 90 % intervals or, of fewer than `LEAST_RUNS`
+            repetitions, the range.
+        num_runs: repetitions of each; 1 where nothing was repeated.
+    """
+
+    where: str
+    name: str
+    before: Estimate | None
+    after: Estimate | None
+    num_runs: tuple[int, int]
 
 
 def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) -> Iterator[_Metric]:
@@ -221,7 +241,12 @@ def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) ->
             values = [None if each is None else get(each) for each in (before, after)]
             known = [each if each is not None and each.value > 0 else None for each in values]
             if known != [None, None]:
-                yield where, metric, known[0], known[1]
+                num_runs = _num_runs(before), _num_runs(after)
+                yield _Metric(where, metric, known[0], known[1], num_runs)
+
+
+def _num_runs(record: StepsRecord | ServingRecord | None) -> int:
+    return max(1, len(record.tps_of_runs)) if isinstance(record, StepsRecord) else 1
 
 
 def _load(record: ServingRecord) -> str:
@@ -243,13 +268,14 @@ def _where(record: StepsRecord) -> str:
     return f"{record.phase} at {record.context:,}, {record.num_seqs:,} sequences"
 
 
-def interval(record: StepsRecord) -> Estimate:
-    """Tokens a second with bounds: of a projection, else the range of the repetitions."""
+def _tps(record: StepsRecord) -> Estimate:
+    """Tokens a second with bounds, of a projection its own."""
     runs = record.tps_of_runs
     if record.tps.low is not None or len(runs) < 2:
         return record.tps
-    value = record.tps.value
-    return Estimate(value, min(value, *runs), max(value, *runs))
+    found = median_interval(runs)
+    bounds = (found.low, found.high) if found.low is not None else (min(runs), max(runs))
+    return Estimate(record.tps.value, *bounds)
 
 
 def _typical(name: str) -> Callable[[ServingRecord], Estimate | None]:
@@ -268,42 +294,47 @@ _SERVED: list[tuple[str, Callable[[Any], Estimate | None]]] = [
     ("tokens/s", lambda record: record.output_tps),
     *((metric, _typical(name)) for metric, name in _LATENCIES.items()),
 ]
-_OF_STEPS: list[tuple[str, Callable[[Any], Estimate | None]]] = [("tokens/s", interval)]
+_OF_STEPS: list[tuple[str, Callable[[Any], Estimate | None]]] = [("tokens/s", _tps)]
 
 
-def _change(
-    name: str,
-    source: Source,
-    where: str,
-    metric: str,
-    before: Estimate | None,
-    after: Estimate | None,
-    shared: bool,
-) -> Change:
+def _change(deployment: str, source: Source, metric: _Metric, shared: bool) -> Change:
     """Args: shared: whether the bounds of both are of the same terms, whose errors cancel."""
+    before, after = metric.before, metric.after
+    of = deployment, source, metric.where, metric.name, before, after
     if before is None or after is None:
-        verdict: Verdict = "only in B" if before is None else "only in A"
-        return Change(name, source, where, metric, before, after, None, None, verdict)
-    ratio = _ratio(before, after, shared)
-    gain = 1 - ratio.value if metric in _LATENCIES else ratio.value - 1
+        return Change(*of, None, None, "only in B" if before is None else "only in A")
+    ratio = _ratio(before, after, "shared" if shared else metric.num_runs)
+    gain = 1 - ratio.value if metric.name in _LATENCIES else ratio.value - 1
     low, _, high = ratio.bounds
     if low - _SAME <= 1 <= high + _SAME:
-        verdict = "not significant"
+        verdict: Verdict = "not significant"
     else:
         verdict = "faster" if gain > 0 else "slower"
-    return Change(name, source, where, metric, before, after, ratio, gain, verdict)
+    is_known = source not in RUN or comb(sum(metric.num_runs), metric.num_runs[0]) >= _ORDERS
+    return Change(*of, ratio, gain, verdict, is_known)
 
 
-def _ratio(before: Estimate, after: Estimate, shared: bool) -> Estimate:
-    """B over A; where one of them has no bounds, neither has the ratio."""
+def _ratio(before: Estimate, after: Estimate, how: Literal["shared"] | tuple[int, int]) -> Estimate:
+    """B over A; where one of them has no bounds, neither has the ratio.
+
+    Of independent intervals their logarithms are subtracted, and the distances to the ends added
+    in quadrature (MOVER: Zou and Donner, Statistics in Medicine 27, 2008); ranges are set against
+    each other at their worst.
+
+    Args:
+        how: shared terms, or the numbers of repetitions.
+    """
     value = after.value / before.value
     ends = before.low, before.high, after.low, after.high
     if any(each is None or each <= 0 for each in ends):
         return Estimate(value)
-    (a_low, _, a_high), (b_low, _, b_high) = before.bounds, after.bounds
-    if shared:
+    (a_low, a, a_high), (b_low, b, b_high) = before.bounds, after.bounds
+    if how == "shared":
         return Estimate.between((b_low / a_low, value, b_high / a_high))
-    return Estimate(value, b_low / a_high, b_high / a_low)
+    if min(how) < LEAST_RUNS:
+        return Estimate(value, b_low / a_high, b_high / a_low)
+    down, up = hypot(log(b / b_low), log(a_high / a)), hypot(log(b_high / b), log(a / a_low))
+    return Estimate(value, value / exp(down), value * exp(up))
 
 
 def _settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:

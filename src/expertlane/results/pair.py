@@ -21,7 +21,9 @@ class PairRecord(Strict):
         name: the one that is faster on the clock that the verdict goes by.
         other: the one that it is set against.
         num_runs: repetitions of each.
-        ratio: TPS of `name` over that of `other`.
+        ratio: TPS of `name` over that of `other`. In virtual time from the least CPU time of each
+            operation over all repetitions, which are as many of the one as of the other.
+        step_s, other_step_s: seconds of a step of each, by the same times.
         causes_s: by cause, the seconds of a step of `name` less those of `other`.
     """
 
@@ -31,6 +33,8 @@ class PairRecord(Strict):
     phase: Phase
     num_runs: int
     ratio: Estimate
+    step_s: float
+    other_step_s: float
     causes_s: dict[str, Estimate] = field(default_factory=dict)
 
     @property

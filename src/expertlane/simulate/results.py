@@ -88,6 +88,7 @@ def simulation(
         [_record(*best_run(runs, serving), routing, serving)],
         cluster=cluster_record(cluster, setup.types),
         assumptions=_assumptions(setup, cluster, simulator.execution, routing, caution),
+        cautions=() if caution is None else (caution,),
     )
 
 

@@ -110,7 +110,7 @@ class Experiment:
             beginnings = (",".join(parts[:num]).strip() for num in range(len(parts), 0, -1))
             found = next((each for each in beginnings if each in places), None)
             if found is None:
-                known = [each.name for each in self.deployments]
+                known = [_plain(each.name) for each in self.deployments]
                 raise SpecError(f"no deployment {parts[0]!r}{nearest(parts[0], known)}")
             if places[found] in wanted:
                 raise SpecError(f"{self.deployments[places[found]].name!r} is given twice")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from expertlane.errors import SpecError
 from expertlane.spec.hf_config import (
     FAMILIES,
     ConfigReader,
@@ -66,7 +67,10 @@ def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig
     Raises:
         SpecError: no checkpoint is there, or it is of a kind that cannot be read.
     """
-    return from_hf(read_config(folder), Path(os.path.abspath(given)).name, weights=weights)
+    config = read_config(folder)
+    if not (config.get("architectures") or config.get("model_type")):
+        raise SpecError(f"{folder / 'config.json'} names no architecture")
+    return from_hf(config, Path(os.path.abspath(given)).name, weights=weights)
 
 
 def _common(fields: ConfigReader) -> dict[str, Any]:
@@ -180,6 +184,8 @@ def _has_window(fields: ConfigReader) -> list[bool] | None:
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise fields.error(f"layer type {kind!r} is not supported")
+    if len(types) != (num_layers := fields.get(int, "num_hidden_layers")):
+        raise fields.error(f"layer_types has {len(types)} entries for {num_layers} layers")
     return [kind == "sliding_attention" for kind in types]
 
 

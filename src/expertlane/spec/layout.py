@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_RANKS, Strict, parse_sizes, take_fields
+from expertlane.spec.ranges import MAX_RANKS, Strict, parse_sizes, shown, take_fields
 
 _AXES = ("replicas", "pp", "dp", "tp", "ep")
 
@@ -62,9 +62,9 @@ class Layout(Strict):
         Raises:
             SpecError: an unknown or repeated axis, a value no whole number, or a broken rule.
         """
-        sizes = parse_sizes(f"layout {text!r}", "unknown axis", text, _AXES)
+        sizes = parse_sizes(f"layout {shown(text)}", "unknown axis", text, _AXES)
         if not sizes:
-            raise SpecError(f"layout {text!r} names no axis; an example: tp=8,pp=2")
+            raise SpecError(f"layout {shown(text)} names no axis; an example: tp=8,pp=2")
         return cls(**sizes)
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
 """Bars: how fast each deployment is, and the parts of a step by cause."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from expertlane.report.charts.colours import OF_CAUSE, OTHERS, PROPOSAL, RIVAL
+from expertlane.report.charts.colours import OF_CAUSE, OTHERS, PROPOSAL, RIVAL, on
 from expertlane.report.charts.encoding import Spec, cells, colour, tooltip
 from expertlane.report.charts.rows import along, bar, in_row, inside, rows_spec, rule
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
@@ -137,7 +137,7 @@ def _stacked(
             values.append(part | place | said | {"share": percent(ms / 1e3 / whole_s)})
             begin_ms += ms
     most = max(value["end"] for value in values)
-    ends = {"x": along("begin", "ms", most), "x2": {"field": "end"}}
+    ends = {"x": along("begin", None, most), "x2": {"field": "end"}}
     parts: Spec = {
         "transform": [{"filter": "datum.ms > 0"}],
         "mark": bar(stroke="--card", strokeWidth=1),
@@ -148,7 +148,9 @@ def _stacked(
             "tooltip": tooltip(row="deployment", cause="cause", shown="ms", share="share"),
         },
     }
-    return rows_spec(values, [parts, inside("shown", "middle", "ms", most)], len(seconds))
+    words = colour("cause", [replace(each, colour=on(each.colour)) for each in legend])
+    said = inside("shown", "middle", "ms", most, words)
+    return rows_spec(values, [parts, said], len(seconds))
 
 
 def _due_to(cause: str) -> Column[Mapping[str, float]]:

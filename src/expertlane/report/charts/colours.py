@@ -81,13 +81,39 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 BACKGROUND = "--silver"
 REPORTED, REPORTED_SHAPE = "--ink", "star"
 
+_BLACK, _WHITE = "#000000", "#ffffff"
+_SHARES = (0.2126, 0.7152, 0.0722)  # of red, green and blue in luminance
+_MIDDLE = 0.179  # from which black and white stand out as much
+
+
+def on(colour: str) -> str:
+    """The variable of what words on a cause's colour are written in."""
+    return f"--on-{colour.removeprefix('--')}"
+
 
 def style_sheet() -> str:
     """The palette as CSS: on a screen as light or dark as its user has it, on paper light."""
     light, dark = (
-        "".join(f"{name}:{looks[place]};" for name, looks in PALETTE.items()) for place in (0, 1)
+        "".join(f"{name}:{looks[place]};" for name, looks in (PALETTE | _words()).items())
+        for place in (0, 1)
     )
     return (
         f":root{{color-scheme:light dark;{light}}}\n"
         f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     )
+
+
+def _words() -> dict[str, tuple[str, str]]:
+    """Black or white, whichever stands out more from each cause's colour."""
+    found = {}
+    for name in dict.fromkeys(OF_CAUSE.values()):
+        light, dark = (_BLACK if _luminance(each) > _MIDDLE else _WHITE for each in PALETTE[name])
+        found[on(name)] = (light, dark)
+    return found
+
+
+def _luminance(colour: str) -> float:
+    """Of WCAG 2, from 0 to 1."""
+    values = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    linear = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
+    return sum(share * value for share, value in zip(_SHARES, linear, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from expertlane.report.charts.encoding import Spec, quantity
 
-ROW_PX, BAR_PX = 38, 14
+ROW_PX, BAR_PX = 32, 12
 _DOWN_PX = 5  # from the middle of a row to that of its bar
 _LEAST_PX = 30  # of a bar with words in it
 _VALUE_SHARE = 0.4  # of the width, for the words on the right
@@ -59,17 +59,19 @@ def bar(**looks: object) -> Spec:
     return {"type": "bar", "height": BAR_PX, "yOffset": _DOWN_PX, **looks}
 
 
-def inside(text: str, middle: str, size: str, most: float, colour: str = "--card") -> Spec:
+def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spec:
     """A layer of words within bars, where these have the room.
 
     Args:
         text, middle, size: fields: what is said, the middle of its bar, and the bar's length.
         most: where the axis ends.
+        colours: of the words, an encoding.
     """
+    place = {"x": along(middle, None, most), "color": colours}
     return {
         "transform": [{"filter": f"datum[{size!r}] * width / {most} > {_LEAST_PX}"}],
-        "mark": {"type": "text", "yOffset": _DOWN_PX, "color": colour, "fontSize": 10.5},
-        "encoding": in_row() | {"x": along(middle, None, most), "text": {"field": text}},
+        "mark": {"type": "text", "yOffset": _DOWN_PX, "fontSize": 10.5},
+        "encoding": in_row() | place | {"text": {"field": text}},
     }
 
 
@@ -78,15 +80,10 @@ def rule(**looks: object) -> Spec:
     return {"type": "rule", "yOffset": _DOWN_PX, **looks}
 
 
-def along(field: str, title: str | None, most: float, least: float = 0.0, text: str = "~s") -> Spec:
-    """Where a value is on the axis that all rows share."""
-    return quantity(
-        field,
-        title,
-        {"format": text, "labelOverlap": True, "domain": False, "ticks": False},
-        domain=[least, most],
-        nice=False,
-    )
+def along(field: str, title: str | None, most: float, least: float = 0.0) -> Spec:
+    """Where a value is on the axis that all rows share; values are written, so it has no labels."""
+    axis = {"labels": False, "grid": False, "domain": False, "ticks": False, "titlePadding": 2}
+    return quantity(field, title, axis, domain=[least, most], nice=False)
 
 
 def _row(**more: object) -> Spec:

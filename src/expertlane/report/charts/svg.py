@@ -15,6 +15,7 @@ WIDE_PX, NARROW_PX, SMALL_PX = 560, 330, 220  # the page shows the one that fits
 _FONT_PX, _NARROW_FONT_PX = 12, 11
 _MOST_NAMED = 160  # marks with a title of their own; of more they would be half of the page
 _TIP = "tip"
+_RECT = "rect mark"
 _KEPT = {
     "clipPath": {"id"},
     "defs": set(),
@@ -138,7 +139,7 @@ class _Writer:
         paths: dict[tuple[str, str], list[str]] = {}
         for each in element:
             look = self._attributes(each, without="d")
-            if each.get("aria-roledescription") == "rect mark" and not self._has_titles:
+            if each.get("aria-roledescription") == _RECT and not self._has_titles:
                 paths.setdefault(("path", look), []).append(_rounded(each.get("d", "")))
             else:
                 written.append(self._one(each))
@@ -175,6 +176,8 @@ class _Writer:
                 value = _rounded(value)
             value = _REFERENCE.sub(rf"url(#{self._name}-\1)", value)
             written += f' {key}="{escape(value)}"'
+        if element.get("aria-roledescription") == _RECT:  # no seam between two that touch
+            written += ' shape-rendering="crispEdges"'
         return written
 
 

@@ -237,8 +237,8 @@ def _fan_out_spec(
     parts: Spec = {
         "mark": bar(stroke="--card", strokeWidth=1, color=ABOVE),
         "encoding": in_row()
-        | {"x": along("begin", "share of tokens", 1.0, text="%"), "x2": {"field": "end"}}
+        | {"x": along("begin", "share of tokens", 1.0), "x2": {"field": "end"}}
         | {"fillOpacity": quantity("shade", None) | {"scale": None, "legend": None}},
     }
-    words = inside("shown", "middle", "share", 1.0, colour="--ink")
+    words = inside("shown", "middle", "share", 1.0, {"value": "--ink"})
     return rows_spec(values, [parts, words], len(shares))

@@ -25,13 +25,13 @@ def waterfall_chart(
     legend = [Legend("saves", SAVED), Legend("adds", ADDED)]
     looks = [*legend, Legend(from_name, RIVAL), Legend(to_name, PROPOSAL)]
     most, least = max(reached), min(0.0, *reached)
-    ends = {"x": along("begin", "ms", most, least), "x2": {"field": "end"}}
+    ends = {"x": along("begin", None, most, least), "x2": {"field": "end"}}
     layers: list[Spec] = [
         {
             "transform": [{"filter": "isValid(datum.next)"}],
             "mark": {"type": "rule", "strokeWidth": 1, "color": OTHERS, "yOffset": BAR_PX},
             "encoding": {
-                "x": along("end", "ms", most, least),
+                "x": along("end", None, most, least),
                 "y": in_row()["y"],
                 "y2": {"field": "next"},
             },

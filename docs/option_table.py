@@ -1,0 +1,96 @@
+"""Write options.md: every option of every command, from the code.
+
+Run it after a change of an option: `python docs/option_table.py`. `make docs` does, and a test
+says where the page is out of date.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from expertlane.cli.app import app
+from expertlane.cli.help import Panel, option_record, panels_of, spellings, value_of
+
+_HEAD = """# All options
+
+Written by `docs/option_table.py` from the code; don't edit it. An option has one spelling and one
+meaning in all commands; what differs is its default. `expertlane COMMAND --help` shows its own.
+"""
+
+
+@dataclass
+class Option:
+    """An option, in all commands that have it.
+
+    Attributes:
+        values: what it takes, by command; likewise `texts` and `defaults`.
+    """
+
+    name: str
+    panel: Panel
+    values: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, str] = field(default_factory=dict)
+
+
+def commands(group: Any = None, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every command with its name and a context; those of a group under `group command`."""
+    group = group or typer.main.get_command(app)
+    for each, command in group.commands.items():
+        path = f"{name} {each}".strip()
+        if hasattr(command, "commands"):
+            yield from commands(command, path)
+        else:
+            yield path, command, command.context_class(command, info_name=path)
+
+
+def options() -> list[Option]:
+    """All options but `--help`, by panel and name."""
+    found: dict[str, Option] = {}
+    for path, command, context in commands():
+        for panel, in_panel in panels_of(command, context).items():
+            for each in in_panel:
+                if (name := spellings(each)).endswith("--help"):
+                    continue
+                option = found.setdefault(name, Option(name, panel))
+                option.values[path] = value_of(each)
+                _, option.texts[path], option.defaults[path] = option_record(each, context)
+    order = list(Panel)
+    return sorted(found.values(), key=lambda option: (order.index(option.panel), option.name))
+
+
+def render() -> str:
+    """The page."""
+    parts, panel = [_HEAD], None
+    for each in options():
+        if each.panel is not panel:
+            panel = each.panel
+            parts.append(
+                f"\n## {panel.value}\n\n| option | what it does | commands |\n| --- | --- | --- |\n"
+            )
+        value = max(each.values.values(), key=len).replace("|", "\\|")
+        name = f"{each.name} {value}".strip()
+        parts.append(f"| `{name}` | {_words(each)} | {_commands(each)} |\n")
+    return "".join(parts)
+
+
+def _words(option: Option) -> str:
+    return max(option.texts.values(), key=len).replace("|", "\\|")
+
+
+def _commands(option: Option) -> str:
+    """The commands by their default."""
+    by_default: dict[str, list[str]] = {}
+    for command, default in option.defaults.items():
+        by_default.setdefault(default.removeprefix("default: "), []).append(command)
+    return "; ".join(
+        ", ".join(names) + (f" ({default})" if default else "")
+        for default, names in by_default.items()
+    ).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("options.md").write_text(render(), encoding="utf-8")

@@ -1,0 +1,250 @@
+"""`expertlane list`: what a command can be given."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import typer
+
+from expertlane.cli import output
+from expertlane.cli.help import Command, Group, Panel
+from expertlane.cli.model import find_model
+from expertlane.cli.options import (
+    ModelArgument,
+    NumberType,
+    PrintOptions,
+    ProjectionOptions,
+    cluster_option,
+    dtype_option,
+    kv_dtype_option,
+    max_model_len_option,
+    takes_groups,
+)
+from expertlane.spec.files import strict_json
+
+if TYPE_CHECKING:
+    from expertlane.report.document import Column
+
+_MOST_ROWS = 24  # of an answer
+
+app = typer.Typer(cls=Group, rich_markup_mode=None, help="List what a command can be given.")
+
+
+def _command(function: Any) -> Any:
+    return app.command(cls=Command, short_help=function.__doc__.partition("\n")[0])(function)
+
+
+@_command
+@takes_groups
+def models(print_options: PrintOptions) -> None:
+    """Models that come with expertlane, and families of checkpoints.
+
+    Presets have random weights. Any other MODEL is a checkpoint's folder or a hub id (org/name).
+    """
+    from expertlane.report.document import number, text
+    from expertlane.report.numbers import whole
+    from expertlane.spec.hf_config import FAMILIES
+    from expertlane.spec.model import PRESETS
+    from expertlane.spec.tensors import num_params
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "num_parameters": num_params(model),
+            "num_hidden_layers": model.num_hidden_layers,
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.num_experts_per_tok,
+            "hidden_size": model.hidden_size,
+            "max_position_embeddings": model.max_position_embeddings,
+        }
+        for name, model in PRESETS.items()
+    ]
+    columns: list[Column[Mapping[str, Any]]] = [
+        text("preset", lambda row: row["name"]),
+        number("parameters", lambda row: row["num_parameters"] / 1e6, lambda of: f"{of:,.1f} M"),
+        number("layers", lambda row: row["num_hidden_layers"]),
+        number("experts", lambda row: row["num_experts"]),
+        number("top-k", lambda row: row["num_experts_per_tok"]),
+        number("hidden", lambda row: row["hidden_size"], whole),
+        number("tokens at most", lambda row: row["max_position_embeddings"], whole),
+    ]
+    families = f"Families of checkpoints: {', '.join(FAMILIES)}."
+    headline = f"{len(rows)} presets: {', '.join(PRESETS)}."
+    _show(headline, "Models | random weights", columns, rows, print_options, [families])
+
+
+@_command
+@takes_groups
+def profiles(print_options: PrintOptions) -> None:
+    """Profiles of devices, for --cluster, --links and --compute.
+
+    expertlane calibrate writes one of this machine, to be given as a file.
+    """
+    from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+    from expertlane.report.document import number, text
+    from expertlane.report.numbers import bytes_si, rate_si
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "device": device.name,
+            "memory_bytes": device.memory_bytes,
+            "memory_bytes_per_s": device.memory_bytes_per_s,
+            "flops_per_s": dict(device.flops_per_s),
+        }
+        for name in shipped_profiles()
+        for device in [read_profile(name).device]
+    ]
+    columns: list[Column[Mapping[str, Any]]] = [
+        text("profile", lambda row: row["name"]),
+        text("device", lambda row: row["device"]),
+        number("memory", lambda row: row["memory_bytes"], bytes_si),
+        number("bandwidth", lambda row: row["memory_bytes_per_s"], lambda of: rate_si(of, "B")),
+        number(
+            "bfloat16",
+            lambda row: row["flops_per_s"].get("bfloat16"),
+            lambda of: rate_si(of, "FLOP"),
+        ),
+        text("float8", lambda row: "yes" if "float8" in row["flops_per_s"] else "no"),
+    ]
+    headline = f"{len(rows)} profiles: {', '.join(shipped_profiles())}."
+    _show(headline, "Devices | dense rates of their datasheets", columns, rows, print_options)
+
+
+@_command
+@takes_groups
+def clusters(print_options: PrintOptions) -> None:
+    """Clusters of the profiles: nodes and links.
+
+    A cluster is a profile, x, and its number of devices: h100x16 for example.
+    """
+    from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+    from expertlane.report.document import number, text
+    from expertlane.report.numbers import rate_si
+    from expertlane.spec.names import Link
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": f"{name}xN",
+            "devices_per_node": profile.ranks_per_node,
+            "link_bytes_per_s": {
+                link.name.lower(): sheet.bytes_per_s for link, sheet in profile.links.items()
+            },
+        }
+        for name in shipped_profiles()
+        for profile in [read_profile(name)]
+    ]
+
+    def rate(link: Link) -> Any:
+        return lambda row: row["link_bytes_per_s"].get(link.name.lower())
+
+    def per_second(of: float) -> str:
+        return rate_si(of, "B")
+
+    columns: list[Column[Mapping[str, Any]]] = [
+        text("cluster", lambda row: row["name"]),
+        number("devices per node", lambda row: row["devices_per_node"]),
+        number("inside a node", rate(Link.INTRA_NODE), per_second),
+        number("between nodes", rate(Link.INTER_NODE), per_second),
+    ]
+    note = "Or of a profile that expertlane calibrate wrote: laptop.tomlx2."
+    headline = f"N devices of a profile: {', '.join(row['name'] for row in rows)}."
+    setting = "Clusters | rates of links per device and direction"
+    _show(headline, setting, columns, rows, print_options, [note])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    panel: ClassVar = Panel.DEPLOYMENT
+    cluster: str = cluster_option(...)
+    dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
+    kv_dtype: NumberType | None = kv_dtype_option()
+    max_model_len: int | None = max_model_len_option()
+
+
+@_command
+@takes_groups
+def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) -> None:
+    """Valid layouts of a model on a cluster, and what they hold.
+
+    Memory of the fullest rank: weights, the KV cache of one sequence of full length, and how many
+    such sequences all ranks hold at once.
+
+    \b
+    Examples:
+      expertlane list layouts paper --cluster h100x16
+      expertlane list layouts ./my-checkpoint --cluster h100x8 --dtype float8
+    """
+    from expertlane.balance.placement_file import placements_of
+    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.memory import PlacedModel
+    from expertlane.plan.candidates import check_plan_size, valid_layouts
+    from expertlane.report.document import number, text
+    from expertlane.report.numbers import bytes_si, counted, whole
+    from expertlane.spec.deployment import Options
+
+    found, cluster = find_model(model, weights=False), parse_cluster(own.cluster)
+    check_plan_size(cluster)
+    asked = ProjectionOptions(
+        routing_trace=None, skew=None, dtype=own.dtype, kv_dtype=own.kv_dtype, execution="graph"
+    )
+    types = found.number_types(asked, cluster)
+    full_len = own.max_model_len or found.config.max_position_embeddings
+    rows: list[dict[str, Any]] = []
+    for layout in valid_layouts(found.config, cluster.num_devices):
+        placements = placements_of(found.config, layout, Options())
+        placed = PlacedModel(found.config, layout, types, placements)
+        room = placed.capacity(cluster.profile.device.memory_bytes, full_len, full_len)
+        rows.append(
+            {
+                "layout": str(layout),
+                "weight_bytes": room.memory.weight_bytes,
+                "sequence_bytes": room.memory.kv_bytes,
+                "num_sequences": room.num_resident,
+                "fits": room.max_seqs > 0,
+            }
+        )
+    rows.sort(key=lambda row: (-row["num_sequences"], row["weight_bytes"]))
+    columns: list[Column[Mapping[str, Any]]] = [
+        text("layout", lambda row: row["layout"]),
+        number("weights per rank", lambda row: row["weight_bytes"], bytes_si),
+        number("KV per sequence", lambda row: row["sequence_bytes"], bytes_si),
+        number("sequences", lambda row: row["num_sequences"] if row["fits"] else None, whole),
+    ]
+    num_fitting = sum(row["fits"] for row in rows)
+    setting = (
+        f"{found.name} on {cluster} | weights {types.weights}, KV cache {types.kv} | sequences of "
+        f"{full_len:,} tokens"
+    )
+    headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
+    caution = found.priced_wider(types)
+    _show(headline, setting, columns, rows, print_options, [caution] if caution else [])
+
+
+def _show(
+    headline: str,
+    setting: str,
+    columns: "Sequence[Column[Mapping[str, Any]]]",
+    rows: Sequence[Mapping[str, Any]],
+    options: PrintOptions,
+    notes: Sequence[str] = (),
+) -> None:
+    from expertlane.report import terminal
+    from expertlane.report.document import Answer, Report, Section, Table
+
+    first = Table.of("", columns, rows[:_MOST_ROWS])
+    report = Report(
+        title=headline,
+        answer=Answer(setting, headline, (first, *notes)),
+        source="",
+        command=output.command_line(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sections=(Section(headline, (setting, Table.of("", columns, rows), *notes)),),
+    )
+    is_all = len(rows) <= _MOST_ROWS and not (options.full or options.quiet or options.as_json)
+    if not is_all:
+        output.print_report(report, options, None, lambda: strict_json(rows) + "\n")
+        return
+    with output.printing() as console:
+        terminal.draw_answer(report.answer, console)

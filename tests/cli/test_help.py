@@ -1,0 +1,148 @@
+"""Help of every command: what a user sees first, and that it fits."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from expertlane.cli.app import app
+from expertlane.cli.help import Panel, panels_of, value_of
+
+MOST_FIRST = 12  # options before the advanced ones
+
+
+def commands(group=None, path=()):
+    group = group or typer.main.get_command(app)
+    yield path, group
+    for name, command in getattr(group, "commands", {}).items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+ALL = dict(commands())
+each_command = pytest.mark.parametrize("path", ALL, ids=lambda path: " ".join(path) or "all")
+
+
+def panels(path):
+    command = ALL[path]
+    return panels_of(command, command.context_class(command, info_name="it"))
+
+
+@each_command
+def test_it_fits_80_columns_and_no_word_is_broken(run, path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    code, out, err = run(*path, "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert [line for line in out.splitlines() if line != line.rstrip()] == []
+    words = out.split()
+    for options in panels(path).values():
+        for each in options:
+            assert value_of(each) in " ".join(words)
+            assert set(each.opts) <= {word.strip(",") for word in words}
+
+
+@each_command
+def test_columns_is_respected(run, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "48")
+    for line in run(*path, "-h")[1].splitlines():
+        assert len(line) <= 48 or " " not in line.strip(), line  # a word that long stays whole
+
+
+@each_command
+def test_few_options_come_first(run, path):
+    names = list(panels(path))
+    assert names == [panel for panel in Panel if panel in names]
+    first = [
+        each
+        for panel, options in panels(path).items()
+        for each in options
+        if not panel.startswith("Advanced") and "--help" not in each.opts
+    ]
+    assert len(first) <= MOST_FIRST
+    headings = re.findall(r"^(\w[\w :]*):$", run(*path, "-h")[1], re.MULTILINE)
+    advanced = [each.startswith("Advanced") for each in headings]
+    assert advanced == sorted(advanced)
+
+
+@each_command
+def test_lines_that_are_kept_as_they_are_are_short(path):
+    blocks = re.findall(r"\x08\n(.*?)(?:\n\n|$)", inspect.cleandoc(ALL[path].help), re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 80] == []
+
+
+@each_command
+def test_every_value_has_a_name(path):
+    for options in panels(path).values():
+        for each in options:
+            assert getattr(each, "is_flag", False) or value_of(each), each.name
+
+
+def test_h_is_help_and_version_is_told(run):
+    assert run("compare", "-h") == run("compare", "--help")
+    assert run("list", "layouts", "-h")[0] == 0
+    assert run("--version")[1].startswith("expertlane ")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        (("simulate", "--redundant"), "--num-redundant-experts"),
+        (("generate", "--rebalance"), "--rebalance-steps"),
+        (("plan", "--jsno"), "--json"),
+    ],
+)
+def test_a_wrong_option_is_told_the_near_one(run, wrong, right):
+    line = f"expertlane: error: there is no option {wrong[-1]} (did you mean {right}?)\n"
+    assert run(*wrong) == (2, "", line)
+
+
+def test_help_is_quick_to_start():
+    script = (
+        "import sys; from expertlane.cli.app import app; app(['--help'], standalone_mode=False); "
+        "print(sorted({'numpy', 'torch', 'rich', 'pydantic'} & set(sys.modules)))"
+    )
+    source = str(Path(__file__).parents[2] / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": source},
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def completed(words):
+    """What bash is offered after these words."""
+    source = str(Path(__file__).parents[2] / "src")
+    script = "import sys; sys.argv[0] = 'expertlane'; from expertlane.cli.main import main; main()"
+    environment = {
+        "PYTHONPATH": source,
+        "_EXPERTLANE_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_options_and_values():
+    assert completed("expertlane si") == ["simulate"]
+    assert "--num-redundant-experts" in completed("expertlane simulate --num-")
+    assert completed("expertlane plan paper-t") == ["paper-tiny"]
+    assert "h100x16" in completed("expertlane plan paper --cluster h100")
+    of = "expertlane simulate paper --cluster h100x2 --layout dp="
+    assert completed(of) == ["dp=2", "dp=2,ep=2"]
