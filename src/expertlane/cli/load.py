@@ -82,7 +82,7 @@ def _requests(**how: Any) -> Any:
 def _slo(example: str, more: str) -> Any:
     return _option(
         metavar="SLO[,SLO…]",
-        help=f"Latency objectives: {example} for example. {more}",
+        help=f"Latency objectives. Example: {example}. {more}",
     )
 
 
@@ -111,8 +111,8 @@ class LoadOptions:
     price: float | None = _option(
         metavar="DOLLARS",
         rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all "
-        "machines together.",
+        help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
+        "tokens.",
     )
     slos: tuple[SLO, ...] = field(init=False)
 
@@ -217,7 +217,7 @@ class PlannedLoad(SimulatedLoad):
     requests: Path | None = _requests(hidden=True)
     slo: list[str] | None = _slo(
         "ttft.mean=500ms,tpot.mean=20ms",
-        "Deployments that miss one are left out. Means alone; percentiles are for simulate.",
+        "Deployments that miss one are left out. Means only; percentiles are for simulate.",
     )
 
     def workload(self) -> "Workload":
