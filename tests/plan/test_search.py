@@ -99,7 +99,7 @@ def test_the_nearest_is_projected_in_full():
 
 def test_a_limit_that_nothing_keeps_names_the_nearest():
     with pytest.raises(
-        UserError, match="no deployment on h100x4 keeps the limits; the nearest"
+        UserError, match="no deployment on h100x4 meets the limits; the nearest"
     ) as e:
         search_of(goals=Goals(max_tpot_s=1e-6)).one_pool()
     assert "misses the TPOT limit of 0.001 ms with " in str(e.value)
@@ -109,7 +109,7 @@ def test_one_sequence_is_not_many():
     alone = Workload(1, 512, 128)
     with pytest.raises(UserError, match="with 1 sequence at once, misses the TPOT") as e:
         search_of(workload=alone, goals=Goals(max_tpot_s=1e-6, max_ttft_s=10)).one_pool()
-    assert " and keeps the TTFT limit of 10000 ms with " in str(e.value)
+    assert " and meets the TTFT limit of 10000 ms with " in str(e.value)
 
 
 def test_a_model_that_fits_nowhere_says_by_how_much():

@@ -138,9 +138,20 @@ def test_contenders_have_the_throughput_and_ttft_of_the_plan(found):
         assert made.tps.value == pytest.approx(each.tps)
         assert made.ttft_s.value == pytest.approx(float(each.served.ttft_s[1, 0]))
         low, _, high = each.served.tps[:, 0]
-        for slow, fast in made.tps.by_error.values():
-            assert low * 0.999 <= fast <= made.tps.value * 1.001
-            assert made.tps.value * 0.999 <= slow <= high * 1.001
+        for (name, _), (at_low, at_high) in made.tps.by_error.items():
+            if name == "drawn experts":  # faster or slower, and as far the other way
+                assert at_low * at_high == pytest.approx(made.tps.value**2, rel=0.01)
+            else:  # the low of a time is the high of tokens a second
+                assert low * 0.999 <= at_high <= made.tps.value * 1.001
+                assert made.tps.value * 0.999 <= at_low <= high * 1.001
+
+
+def test_experts_are_drawn_again_where_they_are_apart(found):
+    for each in found.finalists:
+        is_drawn = any(
+            name == "drawn experts" for name, _ in contender(each, WORKLOAD).tps.by_error
+        )
+        assert is_drawn == (each.candidate.layout.ep > 1)
 
 
 def test_ratios_are_narrower_than_bounds(found):

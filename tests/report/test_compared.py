@@ -8,6 +8,7 @@ from expertlane.report.compared import (
     Row,
     experts_at_once,
     experts_per_rank,
+    hidden_share,
     projected,
     run,
     scaling,
@@ -121,7 +122,7 @@ def test_pairs_differ_in_overlap_alone() -> None:
     (pair,) = run(example.results(deployments), "measured").overlapped
     assert (pair.off.name, pair.on.name) == ("EP 16", "EP 16, two-batch overlap")
     assert pair.exposed_s == pytest.approx((0.1 + 15 * 0.3) / 16 * 0.5)
-    assert pair.hidden == pytest.approx(0.1 / pair.exposed_s)
+    assert pair.hidden == pytest.approx(0.2)  # of 0.5 s and of 0.4 s the same share is blocked
     assert run(example.results(deployments[::2]), "measured").overlapped == []
 
 
@@ -161,11 +162,19 @@ def test_an_experiments_own_join_its_scaling_sizes() -> None:
 def test_overlap_is_judged_alike_whatever_the_source() -> None:
     (pair,) = run(example.usual(), "measured").overlapped
     assert (pair.off.number, pair.on.number) == (3, 4)
-    # Blocked: rank 0 a tenth of 160 ms, 15 ranks three tenths: 46 ms; 40 of them gone.
+    # Blocked: rank 0 a tenth of 160 ms, 15 ranks three tenths: 46 ms; of 120 ms 34.5 ms.
     assert pair.exposed_s == pytest.approx(0.046)
-    assert pair.hidden == pytest.approx(40 / 46)
+    assert pair.hidden == pytest.approx(1 - 34.5 / 46)
     (pair,) = projected(example_projection.usual()).overlapped
     assert pair.exposed_s == pytest.approx(0.2 * 8e-3)
-    assert pair.hidden == pytest.approx(0.4 / 1.6)
+    assert pair.hidden == pytest.approx(1 - 1.52 / 1.6)
     nothing = replace(pair.off.step, breakdown_s={})
     assert replace(pair, off=Row(3, pair.off.record, nothing)).hidden is None
+
+
+@pytest.mark.parametrize(
+    ("hidden_s", "exposed_s", "share"),
+    [(1.0, 4.0, 0.25), (5.0, 4.0, 1.0), (-1.0, 4.0, 0.0), (1.0, 0.0, None)],
+)
+def test_a_hidden_share_is_between_none_and_all(hidden_s, exposed_s, share) -> None:
+    assert hidden_share(hidden_s, exposed_s) == share

@@ -119,13 +119,15 @@ def pools(low: float, value: float, high: float) -> tuple[DeploymentRecord, ...]
 
 def test_disaggregated_pools_are_held_against_one_pool():
     best = planned(FIRST, 20_000, BEST)
+    names = "dp=8 on 8 ranks for prefill and tp=8 on 8 for decode"
     tied = plan(best, *pools(0.9, 0.97, 1.05))
-    assert "dp=8 on 8 for prefill, tp=8 on 8 for decode: ties with #1 (0.970×, " in said(tied)
+    assert f"Disaggregated, {names}: ties with #1 (0.970×, 0.900–1.05), TPOT " in said(tied)
     assert "KV transfer 1.50 ms" in said(tied)
     assert headline(tied).startswith("Use dp=2,tp=8,ep=16: ")
-    faster = headline(plan(best, *pools(1.1, 1.2, 1.3)))
-    assert faster.startswith("Use disaggregated pools: 24.0k tokens/s")
-    assert "1.20× (1.10–1.30) the best aggregated, dp=2,tp=8,ep=16" in faster
+    faster = plan(best, *pools(1.1, 1.2, 1.3))
+    assert headline(faster).startswith(f"Use disaggregated pools, {names}: 24.0k tokens/s")
+    assert "1.20× (1.10–1.30) the best aggregated, dp=2,tp=8,ep=16" in headline(faster)
+    assert "Disaggregated: 20% faster than #1 (10–30%)" in said(faster)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def words(results: Results, beginning: str) -> str:
 
 def test_the_verdict_stands_first_with_every_part() -> None:
     results = usual()
-    assert report_of(results).sections[0].heading == (
+    assert report_of(results).of_place("top")[0].heading == (
         "Projected: verdict (h100x16; nothing was measured there)"
     )
     assert table(results, "Projected: verdict").rows == (

@@ -12,6 +12,7 @@ from expertlane.spec.names import Phase, Stage, Track
 from records import rank_record, step_record
 
 COMPUTE, NETWORK, COPY = range(3)
+TRACKS = ["compute", "network", "copy", "descheduled"]
 
 
 def record(rank, start_s, rows, **counts):
@@ -44,9 +45,9 @@ def test_a_process_for_every_rank_and_a_row_for_every_track(steps):
     assert named == {
         (rank, row): name
         for rank in (0, 1)
-        for row, name in [(None, f"rank {rank}"), *enumerate(["compute", "network", "copy"])]
+        for row, name in [(None, f"rank {rank}"), *enumerate(TRACKS)]
     }
-    assert [track.value for track in Track] == ["compute", "network", "copy"]
+    assert [track.value for track in Track] == TRACKS
 
 
 def test_events_in_microseconds_from_the_first(steps):

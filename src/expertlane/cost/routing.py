@@ -1,7 +1,7 @@
 """Sources of the experts that tokens choose: drawn, from a trace, or those of a step that ran."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +69,10 @@ class PowerLawRouting:
         """The routing of a model's experts."""
         sizes = model.num_experts, model.num_experts_per_tok
         return cls(*sizes, alpha, seed, num_sampled_layers, model.routing)
+
+    def redrawn(self, times: int) -> "list[PowerLawRouting]":
+        """As likely others."""
+        return [replace(self, seed=self.seed + 1 + each) for each in range(times)]
 
     def sample_of(self, layer: int) -> int:
         """The sample that a layer uses; layers take turns."""

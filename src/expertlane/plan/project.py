@@ -12,7 +12,7 @@ import numpy as np
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
-from expertlane.cost.laws.execution import BOUNDS, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.judged import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
@@ -118,6 +118,13 @@ class Projector:
         run = self._run(clocks.work(works), clocks.terms(self._terms))
         return self._step(programs, works, size, run), clocks.seconds(run[0])
 
+    def likely_s(self, size: StepSize) -> float:
+        """Likely seconds of one step, or round, of a deployment with a single mode."""
+        (mode,) = self._modes
+        _, works = self._priced(size, mode)
+        timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
+        return float(_last_round_s(self._rounds(works, timeline, self._terms), works)[LIKELY])
+
     def _step(
         self,
         programs: Sequence[StepProgram],
@@ -222,8 +229,7 @@ class Projector:
         ran = self._rounds(works, timeline, terms)
         for times, _ in ran:
             table.add(times)
-        before, after = (ran[place][0].end_s for place in (-1 - len(works), -1))
-        return after - before, table.result()
+        return _last_round_s(ran, works), table.result()
 
     def _rounds(
         self,
@@ -243,6 +249,12 @@ class Projector:
                 ends[place] = times.end_s
                 ran.append((times, place))
         return ran
+
+
+def _last_round_s(ran: Sequence[tuple[StepTimes, int]], works: Sequence[object]) -> Floats:
+    """[B]; of steps up to the steady state, each with its group."""
+    seconds: Floats = ran[-1][0].end_s - ran[-1 - len(works)][0].end_s
+    return seconds
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:

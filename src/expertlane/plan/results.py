@@ -265,7 +265,7 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "workload",
             f"steady state at concurrency {num:,}, as far as memory allows: "
             f"{workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
-            "--workload",
+            "--batch, --prompt-len, --output-len",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
         ("types", f"weights in {request.setting.types}", "--dtype, --kv-dtype"),

@@ -23,7 +23,6 @@ from expertlane.plan.stage_times import ScenarioTimes, StageSteps, price
 from expertlane.plan.throughput import (
     Pipelining,
     Prompts,
-    StepEstimates,
     Steps,
     ThroughputCurve,
     one_pool,
@@ -44,16 +43,12 @@ class ScreenedCandidate:
     """A candidate that fits; N numbers of sequences, of which `place` is the best.
 
     Attributes:
-        decode_by_cause_s: [C, N]; in the order of `ProjectedCause`.
-        prefill_by_cause_s: [C].
         place: None where it breaks a limit with every number of sequences.
     """
 
     candidate: Candidate
     capacity: Capacity
     steps: Steps
-    decode_by_cause_s: Floats
-    prefill_by_cause_s: Floats
     served: ThroughputCurve
     place: int | None
 
@@ -156,7 +151,7 @@ class Structure:
 
         def estimates(
             of_phase: tuple[_Phase, Floats], parts: list[_Part], how: Pipelining
-        ) -> StepEstimates:
+        ) -> Floats:
             phase, hand_over_s = of_phase
             return step_estimates(
                 phase.stages,
@@ -173,19 +168,9 @@ class Structure:
             decoding = estimates(decode, self._decode_parts(how), how)
             part, how_prefill, prompts = self._prefill_part(how)
             prefilling = estimates(prefill, [part], how_prefill)
-            steps = Steps(
-                layout, num_seqs, decoding.seconds, prefilling.seconds[:, 0], prompts, num_all
-            )
+            steps = Steps(layout, num_seqs, decoding, prefilling[:, 0], prompts, num_all)
             served = one_pool(steps, self.workload)
-            yield ScreenedCandidate(
-                candidate,
-                self.room,
-                steps,
-                decoding.by_cause_s,
-                prefilling.by_cause_s[:, 0],
-                served,
-                served.best(goals),
-            )
+            yield ScreenedCandidate(candidate, self.room, steps, served, served.best(goals))
 
     def _decode_parts(self, how: Pipelining) -> list[_Part]:
         context = self.workload.mean_context

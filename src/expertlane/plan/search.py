@@ -10,6 +10,7 @@ import numpy as np
 
 from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import UserError
 from expertlane.memory import size_text
 from expertlane.plan.candidates import (
@@ -20,7 +21,7 @@ from expertlane.plan.candidates import (
     check_plan_size,
     valid_layouts,
 )
-from expertlane.plan.project import Projector, StepSize
+from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
 from expertlane.plan.throughput import one_pool
 from expertlane.results.record import StepsRecord
@@ -34,7 +35,8 @@ class Finalist(ScreenedCandidate):
 
     Attributes:
         option: as screened, at its best number of sequences.
-        by_error: the seconds of both steps under the error of each law.
+        by_error: the seconds of both steps under the error of each law, and with other experts
+            drawn.
     """
 
     option: ScreenedCandidate
@@ -55,6 +57,9 @@ NUM_FINALISTS = 12
 _MOST_OF_LAYOUT = 2  # finalists, and trials of as many sequences
 _MOST_BROKEN = 24  # trials that break a limit, before what was found is all
 _NUM_NEAREST = 6
+_DRAW = "drawn experts"  # an error beside those of laws
+# Two differences between draws, added as squares, are about twice a draw's standard deviation.
+_NUM_REDRAWN = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,9 +228,18 @@ class Search:
     def finish(self, option: ScreenedCandidate) -> Finalist:
         """An option in full, at its best number of sequences; it may break a limit then."""
         assert option.place is not None, "it meets the limits as screened"
-        projector, sizes = self._projected(option)
+        setting = self._request.setting
+        projector, sizes = self._projected(option, setting)
         decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
         prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
+        by_error = {Phase.DECODE: dict(decode_by_error), Phase.PREFILL: dict(prefill_by_error)}
+        redrawn = self._redrawn if option.candidate.layout.ep > 1 else []
+        for number, routing in enumerate(redrawn):
+            other, _ = self._projected(option, replace(setting, routing=routing))
+            for step in (decode, prefill):
+                likely_s = step.round_s.value
+                other_s = other.likely_s(sizes[step.phase])
+                by_error[step.phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
         steps = replace(
             option.steps,
             num_seqs=np.array([option.num_seqs]),
@@ -239,19 +253,27 @@ class Search:
             option=option,
             decode=decode,
             prefill=prefill,
-            by_error={Phase.DECODE: decode_by_error, Phase.PREFILL: prefill_by_error},
+            by_error=by_error,
         )
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""
-        projector, sizes = self._projected(finalist.option)
+        projector, sizes = self._projected(finalist.option, self._request.setting)
         return {phase: projector.timeline(size) for phase, size in sizes.items()}
 
-    def _projected(self, option: ScreenedCandidate) -> tuple[Projector, dict[Phase, StepSize]]:
+    @cached_property
+    def _redrawn(self) -> Sequence[PowerLawRouting]:
+        """Other draws of the experts that tokens choose; none of a trace, which is as it is."""
+        routing = self._request.setting.routing
+        return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
+
+    def _projected(
+        self, option: ScreenedCandidate, setting: Setting
+    ) -> tuple[Projector, dict[Phase, StepSize]]:
         """What projects it in full, and its steps at its best number of sequences."""
         request, prompts = self._request, option.steps.prompts
         num, new, cached = option.steps.num_prompts, prompts.num_new, prompts.num_cached
-        return Projector(request.model, *option.candidate, request.cluster, request.setting), {
+        return Projector(request.model, *option.candidate, request.cluster, setting), {
             Phase.PREFILL: StepSize(num, new, cached, phase=Phase.PREFILL),
             Phase.DECODE: StepSize(option.num_seqs, 1, request.workload.mean_context),
         }

@@ -7,22 +7,20 @@ long arrays.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
-from expertlane.cost.breakdown import CAUSE_OF_TRANSFER, cause_shares
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
-from expertlane.cost.number_types import NumberTypes, PayloadBytes
+from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import forwarding_hops, law_dtype
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.dispatch import ExpertSteps
-from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts
+from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
@@ -36,22 +34,17 @@ from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import ProjectedCause
-
-PLACE = {cause: place for place, cause in enumerate(ProjectedCause)}  # in arrays by cause
 
 _LayerKind = tuple[bool, int | None]  # whether dense, and the attention window
 
 
 @dataclass(frozen=True, eq=False)
 class ScenarioTimes:
-    """What a list of steps takes, or several of them; C causes, three bounds (low, likely, high).
+    """What a list of steps takes, or several of them; three bounds (low, likely, high).
 
     Attributes:
-        compute_s, transfer_s: [C, 3, S]; in the order of `ProjectedCause`.
+        compute_s, transfer_s: [3, S].
         slowed_s: [S]; what all of these transfers would cost computing that runs beside them.
-        experts_s: [S]; likely time of the grouped products of experts; of a stage, what the
-            fullest rank spends on them above the mean.
         num_kernels: launches where nothing is captured in a graph.
         in_series_s: [3]; the engine's own work around steps, where all is in series.
     """
@@ -59,7 +52,6 @@ class ScenarioTimes:
     compute_s: Floats
     transfer_s: Floats
     slowed_s: Floats
-    experts_s: Floats
     num_kernels: int
     in_series_s: Floats
 
@@ -104,16 +96,17 @@ class StageSteps:
         return layers
 
     def lists(self, part: Scenarios) -> list[ExpectedStepList]:
-        """Each kind of layer, embedding, head, and a mean rank's experts; to be priced."""
+        """Each kind of layer, embedding, and head; to be priced."""
         model, layout = self.model, self.mesh.layout
         by_node = is_by_node_on(layout, self.form)
-        of_experts = self.fan_out, part, layout, model.num_experts_per_tok
-        busiest = busiest_counts(*of_experts, by_node=by_node)
+        busiest = busiest_counts(
+            self.fan_out, part, layout, model.num_experts_per_tok, by_node=by_node
+        )
 
         def begun() -> ExpectedStepList:
             return ExpectedStepList(self.mesh, part.size, self.types, GPU_LIBRARIES)
 
-        embedding, head, mean = begun(), begun(), begun()
+        embedding, head = begun(), begun()
         embedding_steps(embedding, model, part)
         head_steps(head, model, part)
         layers = []
@@ -121,20 +114,13 @@ class StageSteps:
             layers.append(begun())
             counts = None if is_dense else busiest
             layer_steps(layers[-1], model, layer, part, counts, self.form, self.payload)
-        width = PayloadBytes.of(self.payload, self.types.activation_bytes, model.hidden_size)
-        ExpertSteps(mean, model, part, mean_counts(*of_experts), self.form, width).experts()
-        return [*layers, embedding, head, mean]
+        return [*layers, embedding, head]
 
     def stages(self, priced: Sequence[ScenarioTimes]) -> list[ScenarioTimes]:
         """[pp]; a micro-batch on each stage, from the times of `lists`.
 
         Stages that do the same are one object.
         """
-        *parts, mean = priced
-        parts = [
-            replace(each, experts_s=np.maximum(each.experts_s - mean.experts_s, 0))
-            for each in parts
-        ]
         layout, num_layers = self.mesh.layout, self.model.num_hidden_layers
         made: dict[tuple[int, ...], ScenarioTimes] = {}
         stages = []
@@ -143,7 +129,7 @@ class StageSteps:
             of_layers = (kinds[kind] for kind in self._layers)
             counts = *of_layers, pp_rank == 0, pp_rank == layout.pp - 1
             if counts not in made:
-                done = zip(counts, parts, strict=True)
+                done = zip(counts, priced, strict=True)
                 made[counts] = ScenarioTimes.sum((num, part) for num, part in done if num)
             stages.append(made[counts])
         return stages
@@ -158,22 +144,19 @@ def price(
     priced = []
     for of_list in lists:
         size = of_list.size
-        compute, moved = np.zeros((2, len(ProjectedCause), 3, size))
-        slowed, experts = np.zeros((2, size))
-        in_series = np.zeros(3)
+        compute, moved = np.zeros((2, 3, size))
+        slowed, in_series = np.zeros(size), np.zeros(3)
         for step in of_list.steps:
             seconds = times[id(step)].bounds
             if isinstance(step, Operation):
-                for cause, share in cause_shares(step, profile.device, types):
-                    compute[PLACE[cause]] += seconds * share
-                experts += seconds[LIKELY] * (step.kind is Kind.EXPERTS)
+                compute += seconds
             else:
-                moved[PLACE[CAUSE_OF_TRANSFER[step.stage]]] += seconds
+                moved += seconds
                 slowed += seconds[LIKELY] * links.contention(step).value
             if terms.execution is Execution.SERIAL:
                 in_series += terms.overhead_s(step)
         num_kernels = sum(step.num_kernels for step in of_list.steps)
-        priced.append(ScenarioTimes(compute, moved, slowed, experts, num_kernels, in_series))
+        priced.append(ScenarioTimes(compute, moved, slowed, num_kernels, in_series))
     return priced
 
 

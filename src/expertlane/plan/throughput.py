@@ -17,28 +17,12 @@ import numpy as np
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.candidates import Goals
-from expertlane.plan.stage_times import PLACE, ScenarioTimes
+from expertlane.plan.stage_times import ScenarioTimes
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import ProjectedCause
 from expertlane.spec.workload import Workload
 
-_EXPERTS = [PLACE[ProjectedCause.EXPERT_COMPUTE], PLACE[ProjectedCause.WEIGHT_READS]]
 _LOW = BOUNDS.index("low")
-
-
-@dataclass(frozen=True, eq=False)
-class StepEstimates:
-    """Steps of N sizes; C causes.
-
-    Attributes:
-        seconds: [3, N]; low, likely, high. Where micro-batches rotate, of a round in which each
-            went one step on.
-        by_cause_s: [C, N]; the likely seconds, mean over the ranks of the replica.
-    """
-
-    seconds: Floats
-    by_cause_s: Floats
 
 
 @dataclass(frozen=True)
@@ -73,8 +57,8 @@ def step_estimates(
     how: Pipelining,
     num_layers: int,
     num_ranks: int,
-) -> StepEstimates:
-    """Put steps together.
+) -> Floats:
+    """[3, N]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
 
     A drained step of m micro-batches takes the way through all stages and m - 1 times the slowest;
     a round of m rotating ones takes m times the slowest, or the way through all if that is longer.
@@ -91,35 +75,26 @@ def step_estimates(
         id(each): _micro_batch(each, places, terms, how.overlap, num_layers / num_stages)
         for each in {id(each): each for each in stages}.values()
     }
-    batches = [made[id(each)] for each in stages]
-    seconds = np.stack([each.seconds for each in batches])  # [pp, 3, N]
+    seconds = np.stack([made[id(each)] for each in stages])  # [pp, 3, N]
     sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
     through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
     driver_s = terms.step_s(num_ranks)[:, None]
+    total: Floats
     if how.schedule == "rotating":
         total = np.maximum(m * slowest, through) + driver_s
     else:
         total = through + (m - 1) * slowest + driver_s
-    by_cause = (m / num_stages) * np.sum([each.by_cause_s for each in batches], axis=0)
-    by_cause[PLACE[ProjectedCause.ENGINE]] += driver_s[LIKELY]
-    if num_stages > 1:
-        waits = total[LIKELY] - by_cause.sum(axis=0)
-        own = np.minimum(waits, sent_s[LIKELY] * m / num_stages)
-        by_cause[PLACE[ProjectedCause.HAND_OVER]] += own
-        by_cause[PLACE[ProjectedCause.PIPELINE_BUBBLE]] += waits - own
-    return StepEstimates(total, by_cause)
+    return total
 
 
 def _micro_batch(
     priced: ScenarioTimes, places: Ints, terms: Terms, overlap: bool, layers_of_stage: float
-) -> StepEstimates:
-    """Operations and transfers in turn, or two halves of them side by side; on one stage."""
+) -> Floats:
+    """[3, N]; operations and transfers in turn, or two halves side by side; on one stage."""
     halves = 1 + overlap
-    compute = halves * priced.compute_s[:, :, places]
-    transfer = halves * priced.transfer_s[:, :, places]
-    computing, moving = compute.sum(axis=0), transfer.sum(axis=0)  # [3, N]
+    computing = halves * priced.compute_s[:, places]
+    moving = halves * priced.transfer_s[:, places]
     seconds = computing + moving
-    slowed = np.zeros(len(places))
     if overlap:
         # The share that transfers take of computing beside them, mean over transfers.
         share = halves * priced.slowed_s[places] / np.maximum(moving[LIKELY], 1e-12)
@@ -128,24 +103,7 @@ def _micro_batch(
         beside = np.maximum(moving[LIKELY], computing[LIKELY] + slowed) + ramp
         seconds[LIKELY] = np.minimum(beside, seconds[LIKELY])
         seconds[_LOW] = np.maximum(computing[_LOW], moving[_LOW])
-        slowed = np.minimum(slowed, seconds[LIKELY] - computing[LIKELY])
-    by_cause = compute[:, LIKELY]
-    exposed = np.maximum(seconds[LIKELY] - computing[LIKELY] - slowed, 0)
-    by_cause = by_cause + transfer[:, LIKELY] * (exposed / np.maximum(moving[LIKELY], 1e-12))
-    by_cause[PLACE[ProjectedCause.CONTENTION]] += slowed
-    _move_to_imbalance(by_cause, halves * priced.experts_s[places])
-    launched = _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
-    launch = launched[LIKELY] - by_cause.sum(axis=0)
-    by_cause[PLACE[ProjectedCause.LAUNCH]] += np.maximum(launch, 0)
-    return StepEstimates(launched, by_cause)
-
-
-def _move_to_imbalance(by_cause: Floats, seconds: Floats) -> None:
-    """What the busiest rank spends above the mean, the others wait; mean over ranks."""
-    experts = by_cause[_EXPERTS].sum(axis=0)
-    share = np.minimum(seconds / np.maximum(experts, 1e-12), 1)
-    by_cause[PLACE[ProjectedCause.IMBALANCE]] += share * experts
-    by_cause[_EXPERTS] *= 1 - share
+    return _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
 
 
 def _launched(seconds: Floats, num_kernels: int, in_series_s: Floats, terms: Terms) -> Floats:

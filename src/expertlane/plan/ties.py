@@ -2,9 +2,9 @@
 
 The bounds of one plan have all laws low together, or all high, and most of that two plans share: a
 slow driver is as slow for both. So each error of a law (`cost.by_law`) is moved to its low and to
-its high for both plans at once, and the ratio with it. Errors are taken as independent: the
-ratio's logarithm goes as far down as the root of the sum of squares of all that lower it, and as
-far up likewise.
+its high for both plans at once, and the ratio with it; likewise other experts are drawn for both.
+Errors are taken as independent: the ratio's logarithm goes as far down as the root of the sum of
+squares of all that lower it, and as far up likewise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,8 @@ from expertlane.results.record import TieBreak
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
+
+_KV_TRANSFER: LawError = ("KV transfer", ())
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ def contender(finalist: Finalist, workload: Workload) -> Contender:
 def pools_tps(
     prefill: Finalist, decode: Finalist, transfer_s: Floats, workload: Workload
 ) -> Uncertain:
-    """Output tokens a second of two pools; their transfer's error is left out, as it is small."""
-    errors = list(dict.fromkeys([*_errors_of(prefill), *_errors_of(decode)]))
+    """Output tokens a second of two pools."""
+    errors = list(dict.fromkeys([_KV_TRANSFER, *_errors_of(prefill), *_errors_of(decode)]))
     at = np.full(1 + 2 * len(errors), transfer_s[LIKELY])
+    at[1], at[2] = transfer_s[0], transfer_s[-1]
     served = two_pools(_moved(prefill, errors), _moved(decode, errors), at, workload)
     return _uncertain(served, errors)[0]
 

@@ -24,7 +24,7 @@ _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
 def by_load(results: Results) -> tuple[Section, ...]:
     """Throughput and latency against load; none where no layout has three loads or more."""
     source = results.deployments[0].source
-    heading = f"Throughput and latency by load, {source}"
+    heading = f"Latency and throughput by load, {source}"
     by_layout: dict[str, list[Served]] = {}
     for each in served(results):
         if _load(each) is not None:

@@ -11,6 +11,7 @@ from expertlane.report.numbers import (
     compact,
     counted,
     figures,
+    low_high,
     low_high_compact,
     milliseconds,
     percent,
@@ -21,6 +22,7 @@ from expertlane.report.planning import (
     named,
     of_role,
     serving,
+    spaced,
     tie_or_gap,
     tpot,
     ttft,
@@ -95,7 +97,7 @@ def _fitting(table: Table, num_lines: int) -> Table:
     for row in table.rows:
         name = row[place]
         if max(map(len, name.split())) > room:
-            name = name.replace(",", ", ").replace("  ", " ")
+            name = spaced(name)
         num_lines -= len(textwrap.wrap(name, room, break_on_hyphens=False))
         if rows and num_lines < 0:
             break
@@ -136,12 +138,12 @@ def headline(results: Results) -> str:
     found, (best, *others) = results.plans[0], of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
-    pools = next(iter(of_role(results, TWO_POOLS)), None)
-    if pools is not None and pools.over_best is not None and pools.over_best.bounds[0] > 1:
-        faster = f"{figures(pools.over_best)}× ({low_high_compact(pools.over_best)})"
+    pools = _faster_pools(results)
+    if pools is not None and pools.over_best is not None:
         tps = serving(pools).output_tps
         return (
-            f"Use disaggregated pools: {compact(tps)} tokens/s ({_plus_minus(tps)}), {faster} the "
+            f"Use disaggregated pools, {_pools(results)}: {compact(tps)} tokens/s "
+            f"({_plus_minus(tps)}), {figures(pools.over_best)}× ({low_high(pools.over_best)}) the "
             f"best aggregated, {named(best)}."
         )
     if found.num_tied > 1 and found.tie_break is not None:
@@ -152,6 +154,14 @@ def headline(results: Results) -> str:
     if others:
         return f"{said}; #2 is {versus(others[0])}."
     return f"{said}; no other deployment meets the limits."
+
+
+def _faster_pools(results: Results) -> DeploymentRecord | None:
+    """Disaggregated pools that are faster than the best aggregated, beyond their errors."""
+    for each in of_role(results, TWO_POOLS):
+        if each.over_best is not None and each.over_best.bounds[0] > 1:
+            return each
+    return None
 
 
 def _plus_minus(estimate: Estimate) -> str:
@@ -199,14 +209,21 @@ def _two_pools(results: Results) -> str:
     together = next(iter(of_role(results, TWO_POOLS)), None)
     if together is None or together.over_best is None:
         return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
-    (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
     first = ttft(together)
+    names = f", {_pools(results)}" if _faster_pools(results) is None else ""
     return (
-        f"Disaggregated, {named(prefill)} on {prefill.num_ranks} GPUs for prefill, {named(decode)} "
-        f"on {decode.num_ranks} for decode: {versus(together)}, TPOT "
+        f"Disaggregated{names}: {versus(together)}, TPOT "
         f"{milliseconds(tpot(together))} ms, "
         f"TTFT {'unbounded' if first is None else f'{milliseconds(first)} ms'}, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
+    )
+
+
+def _pools(results: Results) -> str:
+    (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
+    return (
+        f"{named(prefill)} on {prefill.num_ranks} ranks for prefill and {named(decode)} on "
+        f"{decode.num_ranks} for decode"
     )
 
 
@@ -238,7 +255,9 @@ def _next(results: Results) -> tuple[str, ...]:
     lines = []
     if found.experiment is not None:
         line = f"Next, on such a cluster: expertlane compare {found.experiment}"
-        short = "Next, on such a cluster: expertlane compare, on the experiment.toml written"
+        if len(line) > COLUMNS:
+            line = f"Next: expertlane compare {found.experiment}"
+        short = "Next: expertlane compare, on the experiment.toml that was written"
         lines.append(line if len(line) <= COLUMNS else short)
     fitting = [each.command for each in found.commands if each.command is not None]
     if fitting and len(fitting[0]) <= COLUMNS:

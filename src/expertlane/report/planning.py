@@ -1,5 +1,6 @@
 """What a planner found, in tables: the best, kinds of deployment, the Pareto front, their time."""
 
+import re
 from collections.abc import Sequence
 
 from expertlane.report.compared import Comparison
@@ -36,6 +37,11 @@ def named(record: DeploymentRecord) -> str:
     """`dp=8,tp=2,ep=16; overlap`; the layout as options take it."""
     layout, options = str(record.layout), str(record.options)
     return layout + ("" if options == "plain" else f"; {options}")
+
+
+def spaced(name: str) -> str:
+    """A name with a space after each comma, to be broken at."""
+    return re.sub(r",(?! )", ", ", name)
 
 
 def of_role(results: Results, role: str) -> tuple[DeploymentRecord, ...]:
@@ -85,12 +91,12 @@ def tie_or_gap(record: DeploymentRecord) -> str | None:
     if over is None:
         return None
     low, value, high = over.bounds
-    return "tie" if low <= 1 <= high else f"{100 * (value - 1):+.0f}%".replace("-", "−")
+    if low <= 1 <= high:
+        return "tie"
+    return f"{'−' if value < 1 else '+'}{percent(abs(1 - value))}"
 
 
-_HOW: Column[DeploymentRecord] = text(
-    "layout and options", lambda each: named(each).replace(",", ", ")
-)
+_HOW: Column[DeploymentRecord] = text("layout and options", lambda each: spaced(named(each)))
 _TTFT: Column[DeploymentRecord] = number("TTFT ms", ttft, milliseconds)
 _VERSUS: Column[DeploymentRecord] = number("vs #1", tie_or_gap)
 _SEQS: Column[DeploymentRecord] = number("seqs", lambda each: serving(each).num_running, whole)
@@ -123,12 +129,13 @@ def _best(results: Results) -> Section:
 
 
 def _families(results: Results) -> Section:
-    """The best of each kind that #1 is not of."""
-    rows = [each for each in of_role(results, FAMILY) if each.over_best is not None]
+    """Those that are not among the best."""
+    best = {(each.layout, each.options) for each in of_role(results, BEST)}
+    rows = [each for each in of_role(results, FAMILY) if (each.layout, each.options) not in best]
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
     columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, _VERSUS)
     parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
-    return Section("Best of each other kind", parts)
+    return Section("Best of other kinds", parts)
 
 
 def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> list[Table]:

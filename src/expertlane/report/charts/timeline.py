@@ -176,7 +176,8 @@ def _chart(
     said = (f"{kind} {percent(each)}" for kind, each in shares.items())
     hidden = sum(_length_us(each) for rank in ranks for each in rank.hidden.values())
     has_hidden = hidden > _LEAST_HIDDEN * step.shown_us * len(ranks)
-    kinds = [kind for kind, each in spent_us.items() if sum(each) > 0 or has_hidden]
+    in_lower = {kind for rank in ranks for kind, each in rank.hidden.items() if len(each)}
+    kinds = [kind for kind, each in spent_us.items() if sum(each) > 0 or kind in in_lower]
     lower = " The lower half of a row: transfers that computing hides." if has_hidden else ""
     return Chart(
         f"{name}: {_extent(step)}, {_finding(shares)}",

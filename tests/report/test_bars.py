@@ -1,0 +1,147 @@
+"""Rows of bars: throughput with its range, the causes of a step, and how one becomes another."""
+
+import pytest
+
+import example_pages
+import example_results
+from example_results import EXPERT, OVERLAP, ROTATING, TENSOR
+from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
+from expertlane.report.charts.waterfall import step_title, waterfall_chart
+from expertlane.report.difference import StepDifference
+from expertlane.report.document import Chart, Section
+from expertlane.report.sections import report_of
+from expertlane.results.estimate import Estimate
+from expertlane.results.results import Results
+from expertlane.spec.names import Cause
+from report.shown import charts
+
+MARKUP = '</script><b title="x">&'
+
+
+def values(chart: Chart) -> list[dict[str, object]]:
+    return chart.spec["data"]["values"]
+
+
+def throughput(*bars: Bar) -> Chart | None:
+    return throughput_chart("title", "tokens/s", bars, between="slowest–fastest run")
+
+
+def first(results: Results) -> Section | None:
+    return next(iter(report_of(results).of_place("first")), None)
+
+
+def test_bars_stand_by_their_length_with_value_and_range():
+    chart = throughput(
+        Bar("a", Estimate(10.0, 9.0, 12.0), SLOWER),
+        Bar(MARKUP, Estimate(30.0)),
+        Bar("c", Estimate(20.0, 18.0, 21.0), FASTER),
+    )
+    assert [(each["row"], each["value"], each["low"], each["high"]) for each in values(chart)] == [
+        (MARKUP, 30.0, None, None),
+        ("c", 20.0, 18.0, 21.0),
+        ("a", 10.0, 9.0, 12.0),
+    ]
+    assert [each["said"] for each in values(chart)] == [
+        "30.0",
+        "20.0 (18.0–21.0)",
+        "10.0 (9.00–12.0)",
+    ]
+    assert [each["role"] for each in values(chart)] == ["other", FASTER, SLOWER]
+    assert chart.table.rows[1] == ("c", "20.0", "18.0–21.0")
+    assert chart.note == "The line in a bar, and in brackets: slowest–fastest run."
+
+
+def test_two_values_are_a_sentence_s():
+    assert throughput() is None
+    assert throughput(Bar("a", Estimate(1.0))) is None
+    assert throughput(Bar("a", Estimate(1.0)), Bar("b", Estimate(2.0))) is None
+    assert throughput(*(Bar(name, Estimate(1.0)) for name in "abc")).note == ""
+
+
+def test_ten_deployments_have_a_row_each():
+    chart = throughput(*(Bar(str(place), Estimate(place + 1.0)) for place in range(10)))
+    assert chart.spec["height"] == 10 * 38
+    assert len(values(chart)) == len(chart.table.rows) == 10
+
+
+def test_the_first_screen_has_throughput_and_what_makes_the_difference():
+    given = example_results.results(
+        [(TENSOR, 0.4), (ROTATING, 0.32), (EXPERT, 0.16), (OVERLAP, 0.12)]
+    )
+    speed, why = charts(first(given))
+    roles = {each["row"]: each["role"] for each in values(speed)}
+    assert roles == {
+        "EP 16, two-batch overlap": FASTER,
+        "EP 16": "other",
+        "TP 8 × PP 2, 2 micro-batches rotating": SLOWER,
+        "TP 8 × PP 2": "other",
+    }
+    assert speed.title == (
+        "EP 16, two-batch overlap decodes 2.67× as fast as TP 8 × PP 2, 2 micro-batches rotating"
+    )
+    ends = [(each["row"], each["ms"]) for each in (values(why)[0], values(why)[-1])]
+    assert ends == [
+        ("TP 8 × PP 2, 2 micro-batches rotating", pytest.approx(320)),
+        ("EP 16, two-batch overlap", pytest.approx(120)),
+    ]
+
+
+def test_one_deployment_has_no_first_screen_and_two_no_bars():
+    assert first(example_results.results([(EXPERT, 0.1)])) is None
+    (why,) = charts(first(example_results.results([(TENSOR, 0.2), (EXPERT, 0.1)])))
+    assert why.title.startswith("EP 16's step is 100 ms shorter than TP 8 × PP 2's: ")
+
+
+def test_a_projection_beside_what_was_measured_does_not_stand_first():
+    assert len(report_of(example_pages.both()).of_place("first")) == 1
+    assert first(example_pages.both()) == first(example_results.usual())
+
+
+def test_a_waterfall_goes_from_one_step_to_the_other():
+    found = StepDifference(10.0, 7.0, (("bubble", -5.0), (MARKUP, 2.5), ("other", -0.5)))
+    chart = waterfall_chart("title", "slow", "fast", found)
+    rows = [(each["row"], each["begin"], each["end"], each["said"]) for each in values(chart)]
+    assert rows == [
+        ("slow", 0.0, 10.0, "10.0 ms"),
+        ("bubble", 10.0, 5.0, "−5.00"),
+        (MARKUP, 5.0, 7.5, "+2.50"),
+        ("other", 7.5, 7.0, "−0.500"),
+        ("fast", 0.0, 7.0, "7.00 ms"),
+    ]
+    assert [each["kind"] for each in values(chart)] == ["slow", "saves", "adds", "saves", "fast"]
+    assert [each.get("next") for each in values(chart)] == ["bubble", MARKUP, "other", "fast", None]
+    assert [row[0] for row in chart.table.rows] == ["slow", "bubble", MARKUP, "other", "fast"]
+    assert "Most: bubble, −5.00 ms." in chart.words
+
+
+@pytest.mark.parametrize(
+    ("causes", "after", "title"),
+    [
+        ((("bubble", -5.0), ("experts", 2.0)), 7.0, "is 3.00 ms shorter than a's: bubble −5.00 ms"),
+        (
+            (("bubble", -1.0), ("experts", 3.0)),
+            12.0,
+            "is 2.00 ms longer than a's: experts +3.00 ms",
+        ),
+        ((("bubble", -0.05),), 9.95, "takes as long as a's"),
+        ((), 10.0, "takes as long as a's"),
+    ],
+)
+def test_what_a_waterfall_finds(causes, after, title):
+    assert step_title("a", "b", StepDifference(10.0, after, causes)) == f"b's step {title}"
+
+
+def test_parts_of_a_step_stand_end_to_end():
+    given = example_results.usual().select("measured")[2]
+    chart = causes_chart({"a": given.decode, MARKUP: given.decode}, "decode step", note="")
+    own = [each for each in values(chart) if each["row"] == MARKUP]
+    assert own[0]["begin"] == 0.0
+    assert [each["end"] for each in own[:-1]] == [each["begin"] for each in own[1:]]
+    assert own[-1]["end"] == pytest.approx(160)
+    by_cause = {each["cause"]: each["ms"] for each in own}
+    # Half of 160 ms computing, a tenth without waiting in dispatch, the last tenth nowhere.
+    assert by_cause[Cause.EXPERTS] == pytest.approx(80)
+    assert by_cause[Cause.ENGINE] == pytest.approx(16)
+    assert own[0]["said"] == "160 ms"
+    assert [each.get("said") for each in own[1:]] == [None] * (len(own) - 1)
+    assert chart.title == f"50% of a's decode step goes to {Cause.EXPERTS}"

@@ -1,0 +1,158 @@
+"""Throughput of a device against the speed of a user, with names, and loads against each other."""
+
+from dataclasses import replace
+
+import pytest
+
+from example_plan import PLAN
+from example_serving import POINT, RECORD, RESULTS, SPREAD
+from expertlane.report.charts.labels import placed
+from expertlane.report.charts.pareto import Dot, pareto_chart
+from expertlane.report.load_plots import by_load
+from expertlane.report.plan_plots import plan
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import BEST, SLOResult
+from expertlane.spec.slo import SLO
+from report.shown import charts
+
+MARKUP = '</script><b title="x">&'
+
+
+def values(chart):
+    return chart.spec["data"]["values"]
+
+
+def dot(name, tpot_ms, tps, role="other", label=""):
+    return Dot(name, Estimate(tpot_ms / 1e3), Estimate(tps), role, label=label)
+
+
+def test_dots_are_rates_and_what_matters_is_drawn_last():
+    dots = [
+        dot("best", 10, 500.0, "chosen", "#1 best"),
+        dot("slow", 20, 300.0, label=MARKUP),
+        dot("near", 5, 200.0, "front"),
+        dot("far", 4, 100.0, "front"),
+    ]
+    chart = pareto_chart("title", dots, max_tpot_s=0.02)
+    drawn = [(each["name"], each["x"], each["y"]) for each in values(chart)]
+    assert drawn == [
+        ("slow", 50.0, 300.0),
+        ("far", 250.0, 100.0),
+        ("near", 200.0, 200.0),
+        ("best", 100.0, 500.0),
+    ]
+    (limit,) = chart.spec["layer"][0]["data"]["values"]
+    assert limit == {"x": 50.0, "said": "TPOT ≤ 20 ms"}
+    assert [each["label"] for each in values(chart)] == [MARKUP, "", "", "#1 best"]
+    assert [each.label for each in chart.legend] == ["best", "Pareto front", "others"]
+    assert chart.note == "Up and right is better. Left of the dashed line TPOT is over 20 ms."
+    assert chart.table.rows[1][:3] == ("slow", "others", "50.0")
+
+
+def test_one_dot_without_a_limit():
+    chart = pareto_chart("title", [dot("a", 10, 1.0, "chosen", "a")], device="rank")
+    assert len(values(chart)) == 1
+    assert chart.note == "Up and right is better."
+    assert "tokens/s per rank" in chart.words
+    assert not any("strokeDash" in str(layer) for layer in chart.spec["layer"])
+
+
+def boxes(points, names, width, height):
+    found = zip(placed(points, names, (width, height)), names, strict=True)
+    return [(place[0], place[0] + 6.2 * len(name), place[1]) for place, name in found if place]
+
+
+def test_names_are_within_the_plot_and_none_covers_another():
+    """Ten points at one place: some names find room around them, the others are left out."""
+    points, names = [(100.0, 100.0)] * 10, ["a name"] * 10
+    found = boxes(points, names, 300.0, 200.0)
+    assert 3 <= len(found) < 10
+    for place, (left, right, middle) in enumerate(found):
+        assert 0 <= left < right <= 300.0
+        for other_left, other_right, other in found[:place]:
+            assert right <= other_left or other_right <= left or abs(middle - other) >= 14
+
+
+def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
+    (place,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0))
+    assert place[0] > 50.0 and place[1] < 50.0
+    (place,) = placed([(190.0, 50.0)], ["abc"], (200.0, 100.0))
+    assert place[0] + 3 * 6.2 < 190.0
+    assert placed([(50.0, 50.0)], ["a name wider than the plot"], (100.0, 100.0)) == [None]
+    assert placed([(50.0, 50.0)], [""], (100.0, 100.0)) == [None]
+    assert placed([], [], (100.0, 100.0)) == []
+
+
+def test_a_name_does_not_cross_the_line_where_there_is_other_room():
+    line = [(0.0, 0.0), (200.0, 0.0)], [(0.0, 39.0), (200.0, 39.0)]
+    (above,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[0])
+    (below,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[1])
+    assert above[1] < 50.0 <= below[1]
+
+
+def test_a_plan_s_front_has_each_name_once():
+    (chart, *_) = charts(plan(PLAN)[0])
+    best = PLAN.select("projected", BEST)[0]
+    chosen = values(chart)[-1]
+    assert (chosen["x"], chosen["y"]) == (pytest.approx(200.0), 20_000 / 16)
+    labels = [each["label"] for each in values(chart) if each["label"]]
+    assert labels.count("#1 dp=8,tp=2,ep=16") == 1
+    assert len(labels) == len(set(labels))
+    assert not any(label == "expert parallel" for label in labels)  # it is the best, named so
+    assert "no expert parallelism, pipeline" in labels
+    assert chart.title == (
+        "dp=8,tp=2,ep=16 gives most within the limit: 1,250 tokens/s per GPU at 200 per user"
+    )
+    assert best.num_ranks == 16
+
+
+def loads(num, **changes):
+    points = tuple(
+        replace(
+            POINT, batch=2**place, rate=None, output_tps=Estimate(100.0 * (place + 1)), **changes
+        )
+        for place in range(num)
+    )
+    return replace(RESULTS, deployments=(replace(RECORD, serving=points),))
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_fewer_than_three_loads_are_a_table_s(num):
+    assert by_load(loads(num)).parts == ()
+
+
+def test_throughput_and_latency_by_load():
+    section = by_load(loads(3))
+    output, tpot, ttft, trade = charts(section)
+    assert [(each["x"], each["y"]) for each in values(output)] == [
+        (1, 100.0),
+        (2, 200.0),
+        (4, 300.0),
+    ]
+    assert (
+        output.title
+        == section.finding
+        == ("Output tokens/s: from 100 at concurrency 1 to 300 at 4")
+    )
+    median, p95 = 1e3 * SPREAD.median.value, 1e3 * SPREAD.p95.value
+    assert [(each["y"], each["high"]) for each in values(tpot)] == [(median, p95)] * 3
+    assert ttft.title.startswith("TTFT: from 123,")
+    assert [each["label"] for each in values(trade)] == ["batch 2", "batch 1", "batch 4"]
+    assert len(output.legend) == 0  # one layout needs none
+
+
+def test_an_objective_is_drawn_where_it_is_of_what_is_drawn():
+    objectives = (
+        SLOResult(SLO("tpot", "median", 0.02), None),
+        SLOResult(SLO("ttft", "p95", 0.5), None),
+    )
+    _, tpot, ttft, trade = charts(by_load(loads(3, slos=objectives)))
+    assert tpot.spec["layer"][-1]["data"]["values"] == [{"limit": 20.0}]
+    assert "data" not in ttft.spec["layer"][-1]
+    assert trade.spec["layer"][0]["data"]["values"][0]["said"] == "TPOT ≤ 20 ms"
+
+
+def test_recorded_arrivals_have_no_size_to_draw_by():
+    recorded = tuple(replace(POINT, batch=None, rate=None) for _ in range(4))
+    results = replace(RESULTS, deployments=(replace(RECORD, serving=recorded),))
+    assert by_load(results).parts == ()

@@ -1,0 +1,145 @@
+"""Squares of experts and of pairs of ranks, and how far tokens spread."""
+
+import pytest
+
+from expertlane.report.charts.colours import ABOVE, BELOW
+from expertlane.report.charts.load import alike, load_chart
+from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
+from expertlane.results.traffic import FanOut
+
+MARKUP = '</script><b title="x">&'
+
+
+def values(chart):
+    return chart.spec["data"]["values"]
+
+
+def test_loads_are_shares_of_the_even_one_around_1():
+    chart = load_chart(["a", MARKUP], ((1, 2, 3, 2), (0, 0, 0, 0), (8, 0, 4, 4)))
+    assert [(each["layer"], each["expert"], each["load"]) for each in values(chart)] == [
+        *((0, expert, load) for expert, load in enumerate((0.5, 1.0, 1.5, 1.0))),
+        *((2, expert, load) for expert, load in enumerate((2.0, 0.0, 1.0, 1.0))),
+    ]
+    by_load = {each["load"]: (each["side"], each["shade"], each["said"]) for each in values(chart)}
+    assert by_load == {
+        0.0: ("below", 0.75, "0.00"),  # as strong as it gets, from a quarter on
+        0.5: ("below", 0.38, "0.50"),
+        1.0: ("above", 0.0, "1.00"),
+        1.5: ("above", pytest.approx(0.75 * 0.585 / 2, abs=0.01), "1.50"),
+        2.0: ("above", 0.38, "2.00"),
+    }
+    colours = chart.spec["layer"][0]["encoding"]["color"]["scale"]
+    assert dict(zip(colours["domain"], colours["range"], strict=True)) == {
+        "below": BELOW,
+        "above": ABOVE,
+    }
+    assert chart.title == (
+        "Expert 0 of layer 2 gets 2.00× its even share, the fullest of a mean layer 1.75×"
+    )
+    assert MARKUP in chart.note
+    assert chart.table.rows == (("0", "1", "2", "3", "2"), ("2", "8", "0", "4", "4"))
+
+
+@pytest.mark.parametrize(
+    ("loads", "said"),
+    [
+        ((), None),
+        (((0, 0), (0, 0)), None),
+        (((7,), (7,)), "Experts are evenly loaded: none of a has more than 1.00× its even share."),
+        (
+            ((100, 104), (50, 50)),
+            "Experts are evenly loaded: none of a has more than 1.02× its even share.",
+        ),
+        (((3, 1),), "Expert 0 of layer 0 gets 1.50× its even share, in a."),
+    ],
+)
+def test_what_needs_no_map(loads, said):
+    assert load_chart(["a"], loads) == said
+
+
+def test_of_many_experts_their_order_is_drawn():
+    """Layers of 256 experts, of which one has as much as all others together."""
+    layer = (255, *[1] * 255)
+    chart = load_chart(["a"], [layer] * 61)
+    assert len(values(chart)) == 61 * 12
+    first, *others = [each["load"] for each in values(chart) if each["layer"] == 60]
+    assert first == pytest.approx((128 + 21 * 256 / 510) / 22, abs=1e-3)  # 22 of them together
+    assert others == [pytest.approx(256 / 510, abs=1e-3)] * 11
+    assert "the fullest first" in chart.note
+    assert chart.title.startswith("Expert 0 of layer 0 gets 128× its even share")
+    assert [len(chart.table.rows), len(chart.table.columns)] == [61, 4]
+
+
+def test_loads_that_are_the_same_are_one():
+    one, other = ((1, 2),), ((2, 1),)
+    assert alike({"a": one, "b": other, "c": one}) == [(["a", "c"], one), (["b"], other)]
+
+
+def test_each_pattern_is_drawn_once():
+    """The second is twice the first, the third another, of the fourth nothing is known."""
+    one = ((0, 4, 0), (0, 0, 4), (2, 0, 0))
+    twice = tuple(tuple(2 * num for num in row) for row in one)
+    other = ((0, 4, 4), (4, 0, 4), (4, 4, 0))
+    sent = {"a": one, MARKUP: twice, "c": other, "d": ((0, 0, 0),) * 3}
+    (drawn,) = traffic_charts("decode", sent, 2, "all steps")
+    assert drawn.title == "3 deployments have 2 patterns of who sends to whom in decode"
+    assert [chart.title for chart in drawn.charts] == [f"a, {MARKUP}", "c"]
+    first, second = drawn.charts
+    squares = {(each["top"], each["left"], each["right"]): each["shade"] for each in values(first)}
+    assert squares == {(-0.5, 0.5, 1.5): 1.0, (0.5, 1.5, 2.5): 1.0, (1.5, -0.5, 0.5): 0.57}
+    assert len(values(second)) == 4  # squares beside each other with one shade are one
+    assert first.note == "50% of the pairs send; most, 4.00 B, from rank 0 to 1."
+    assert f"In all: a 10.0 B, {MARKUP} 20.0 B." in first.words
+    assert first.table.rows[2] == ("2", "2.00 B", "0 B", "0 B")
+    borders = [layer["data"]["values"] for layer in first.spec["layer"][1:]]
+    assert borders == [[{"at": 1.5}], [{"at": 1.5}]]
+
+
+def test_traffic_that_needs_no_square():
+    assert traffic_charts("decode", {}, 1, "one step") == []
+    assert traffic_charts("decode", {"a": ((0,),)}, 1, "one step") == []
+    assert traffic_charts("decode", {"a": ((0, 5), (3, 0))}, 1, "one step") == [
+        "a: rank 0 sends 5.00 B to rank 1, which sends 3.00 B."
+    ]
+
+
+def test_of_many_ranks_nodes_are_drawn():
+    sent = {"a": tuple(tuple(int(row != to) for to in range(64)) for row in range(64))}
+    (drawn,) = traffic_charts("prefill", sent, 8, "one step")
+    (chart,) = drawn.charts
+    assert drawn.title == "Who sends to whom in prefill"
+    assert len(chart.table.rows) == 8
+    assert chart.note.startswith("100% of the pairs send; most, 64.0 B, from node 0 to 1.")
+
+
+def test_reach_is_shares_that_add_up():
+    found = {"#1 a": FanOut((0, 4)), f"#2 {MARKUP}": FanOut((0, 1, 3)), "#3 c": FanOut((0, 8))}
+    chart = fan_out_chart("decode", found)
+    drawn = [(each["row"], each["begin"], each["end"], each["shown"]) for each in values(chart)]
+    assert drawn == [
+        ("#1 a, #3 c", 0.0, 1.0, "100%"),
+        ("#1 a, #3 c", 1.0, 1.0, "0%"),
+        (f"#2 {MARKUP}", 0.0, 0.25, "25%"),
+        (f"#2 {MARKUP}", 0.25, 1.0, "75%"),
+    ]
+    assert chart.title == f"A decode token of #2 {MARKUP} reaches 1.75 ranks on average"
+    assert chart.table.rows == (
+        ("#1 a, #3 c", "1.00", "100%", "0%"),
+        (f"#2 {MARKUP}", "1.75", "25%", "75%"),
+    )
+    assert [each.label for each in chart.legend] == ["1 rank", "2 ranks"]
+
+
+def test_reach_that_needs_no_bars():
+    assert fan_out_chart("decode", {}) is None
+    assert fan_out_chart("decode", {"a": FanOut((0, 0))}) is None
+    said = fan_out_chart("decode", {"a": FanOut((0, 0, 5))})
+    assert said == "Every decode token reaches 2.00 ranks."
+    both = fan_out_chart("decode", {"a": FanOut((0, 0, 5)), "b": FanOut((0, 1))})
+    assert both == "Every decode token reaches as many ranks as the others: a 2.00; b 1.00."
+
+
+def test_ten_deployments_with_one_reach_are_named_by_their_numbers():
+    found = {f"#{place} deployment": FanOut((0, 1, 1)) for place in range(1, 11)}
+    chart = fan_out_chart("decode", found)
+    assert {each["row"] for each in values(chart)} == {"#1, #2, #3, #4, #5, #6, #7, #8, #9, #10"}
