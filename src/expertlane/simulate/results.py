@@ -212,7 +212,7 @@ def _assumptions(
     Args:
         caution: what there is to be known of the weights, in a sentence.
     """
-    beside = caution or "hidden states are bfloat16 beside float8"
+    beside = caution or "with float8 weights, hidden states are bfloat16"
     rows = [
         ("weights", setup.types.weights, "--dtype", beside),
         ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
@@ -238,11 +238,11 @@ def _assumptions(
         ),
         (
             "prompts",
-            "nothing in common",
+            "no shared prefixes",
             "",
-            "no prefix is found in the cache, whatever the hash_ids of --requests",
+            "prefix caching never hits, whatever the hash_ids of --requests",
         ),
-        ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
+        ("outputs", "full length", "--output-len", "no early end of sequence"),
         (
             "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",
