@@ -110,8 +110,8 @@ class LoadOptions:
     price: float | None = _option(
         metavar="DOLLARS",
         rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all "
-        "machines together.",
+        help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
+        "tokens.",
     )
     slos: tuple[SLO, ...] = field(init=False)
 

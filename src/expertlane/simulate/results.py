@@ -211,8 +211,8 @@ def _assumptions(
     """
     setup, cluster, execution = simulator.setup, simulator.cluster, simulator.execution
     shares = simulator.load.has_prefixes
-    prompts = "in common what hash_ids say" if shares else "nothing in common"
-    beside = caution or "hidden states are bfloat16 beside float8"
+    prompts = "shared prefixes as hash_ids say" if shares else "no shared prefixes"
+    beside = caution or "with float8 weights, hidden states are bfloat16"
     rows = [
         ("weights", setup.types.weights, "--dtype", beside),
         ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
@@ -236,8 +236,8 @@ def _assumptions(
             "--cluster",
             "tensor-parallel ranks are innermost, so that they share a node",
         ),
-        ("prompts", prompts, "--requests", "what is free of the cache keeps prefixes"),
-        ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
+        ("prompts", prompts, "--requests", "free blocks of the cache keep prefixes"),
+        ("outputs", "full length", "--output-len", "no early end of sequence"),
         (
             "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",
