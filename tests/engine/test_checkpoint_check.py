@@ -44,7 +44,7 @@ def test_unused_tensors_are_refused_by_name(folder, names, shown):
     assert str(error.value) == (
         f"{text}; to ignore them: --ignore-unused-tensors (ignore_unused_tensors=True)"
     )
-    assert _check(folder, ignore=True) == [f"warning: {text}; going on without"]
+    assert _check(folder, ignore=True) == [f"warning: {text}; ignoring them"]
 
 
 def test_a_missing_tensor_is_found_before_ranks_start(folder):
@@ -72,4 +72,4 @@ def test_of_an_llm(folder, capfd):
         LLM(folder)
     with LLM(folder, ignore_unused_tensors=True, num_blocks=4) as llm:
         assert len(llm.generate([[3, 4]])[0].token_ids) > 0
-    assert capfd.readouterr().err.count("no use for tensor other; going on without") == 1
+    assert capfd.readouterr().err.count("no use for tensor other; ignoring them") == 1
