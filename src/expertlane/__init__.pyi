@@ -153,8 +153,8 @@ def plan(
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
-        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Here means alone;
-            percentiles are for simulate.
+        slo: Latency objectives: ttft.mean=500ms,tpot.mean=20ms for example. Deployments that
+            miss one are left out. Means alone; percentiles are for simulate.
         price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
             machines together.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
