@@ -68,7 +68,7 @@ def test_only_the_first_process_of_torchrun_speaks(folder, monkeypatch):
 
 def test_of_an_llm(folder, capfd):
     _with_extra(folder, other=torch.zeros(1))
-    with pytest.raises(SpecError, match="has no use for tensor other; to go on without: "):
+    with pytest.raises(SpecError, match="has no use for tensor other; to ignore them: "):
         LLM(folder)
     with LLM(folder, ignore_unused_tensors=True, num_blocks=4) as llm:
         assert len(llm.generate([[3, 4]])[0].token_ids) > 0
