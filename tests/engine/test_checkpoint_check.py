@@ -44,7 +44,7 @@ def test_unused_tensors_are_refused_by_name(folder, names, shown):
     assert str(error.value) == (
         f"{text}; to ignore them: --ignore-unused-tensors (ignore_unused_tensors=True)"
     )
-    assert _check(folder, ignore=True) == [f"warning: {text}; going on without"]
+    assert _check(folder, ignore=True) == [f"warning: {text}; ignoring them"]
 
 
 def test_a_missing_tensor_is_found_before_ranks_start(folder):
@@ -68,8 +68,8 @@ def test_only_the_first_process_of_torchrun_speaks(folder, monkeypatch):
 
 def test_of_an_llm(folder, capfd):
     _with_extra(folder, other=torch.zeros(1))
-    with pytest.raises(SpecError, match="has no use for tensor other; to go on without: "):
+    with pytest.raises(SpecError, match="has no use for tensor other; to ignore them: "):
         LLM(folder)
     with LLM(folder, ignore_unused_tensors=True, num_blocks=4) as llm:
         assert len(llm.generate([[3, 4]])[0].token_ids) > 0
-    assert capfd.readouterr().err.count("no use for tensor other; going on without") == 1
+    assert capfd.readouterr().err.count("no use for tensor other; ignoring them") == 1
