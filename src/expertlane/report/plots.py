@@ -23,7 +23,7 @@ from expertlane.report.step_plots import (
     plot_section,
     timelines,
 )
-from expertlane.report.verdict import Verdict, judge, spoken_of
+from expertlane.report.verdict import Verdict, judge, ratio, spoken_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     PARETO,
@@ -101,7 +101,8 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
     elif judged.has_interval and not judged.is_told_apart:
         title = f"{faster.name} and {slower.name} {done[:-1]} equally fast within error"
     else:
-        title = f"{faster.name} {done} {times(faster.tps / slower.tps)} as fast as {slower.name}"
+        value = judged.ratio.value if faster is judged.one else 1 / judged.ratio.value
+        title = f"{faster.name} {done} {ratio(value)}× as fast as {slower.name}"
     unit = f"{phase} tokens/s"
     between = "slowest–fastest run" if compared.is_run else "low–high"
     return throughput_chart(title, unit, bars, between=between)
