@@ -45,8 +45,11 @@ def test_a_table_and_a_placement(run):
     code, out, err = run(*asked)
     assert (code, err) == (0, "written: new/placement.json\n")
     setting, more, headline, *_ = out.splitlines()
-    assert setting == "a/model | 300 tokens, 2 of 8 experts each | EP 4 on 2 nodes, 12 physical"
-    assert more == "experts per layer"
+    assert (
+        setting
+        == "a/model | 300 tokens, 2 of 8 experts each | EP 4 on 2 nodes, 12 physical experts"
+    )
+    assert more == "per layer"
     assert headline.startswith("Max/mean load of ranks ")
     assert fits_a_screen(out)
     assert run(*asked, "--quiet")[1] == headline + "\n"
@@ -248,7 +251,7 @@ def test_a_mistake_is_one_line(run, arguments, line, more):
 def test_it_never_imports_torch():
     script = (
         "import sys; from expertlane.cli.app import app; "
-        "app(['balance', 'trace.npz', '--ranks', '4'], standalone_mode=False); "
+        "app(['balance', 'trace.npz', '--ep', '4'], standalone_mode=False); "
         "print('torch' in sys.modules)"
     )
     source = str(Path(__file__).parents[2] / "src")

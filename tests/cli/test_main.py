@@ -111,4 +111,5 @@ def test_a_name_that_is_too_long(run):
     )
     assert (code, out) == (2, "")
     assert len(err) < 200
-    assert err.endswith("…: the name is too long\n")
+    assert err.startswith("expertlane: error: results cannot go to xxx")
+    assert err.endswith("… File name too long\n")

@@ -11,8 +11,9 @@ from expertlane.results.file import to_json, write
 
 
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
-def test_reports_are_made_again(run, tmp_path, make):
-    path = write(make(), tmp_path / "kept")
+def test_reports_are_made_again(run, tmp_path, make, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(make(), Path("kept"))
     code, out, err = run("report", str(path))
     made = [path.with_name("report.md"), path.with_name("report.html")]
     assert (code, err) == (0, f"written: {made[0]}, {made[1]}\n")

@@ -34,8 +34,9 @@ class _Options:
     trace: Path = typer.Argument(
         metavar="ROUTING_TRACE", help="routing.npz of expertlane generate --record-routing."
     )
-    ep: int = typer.Option(
+    ep_ranks: int = typer.Option(
         ...,
+        "--ep",
         metavar="N",
         help="Expert-parallel ranks; ranks that share a sharded expert count as one.",
     )
@@ -51,10 +52,10 @@ class _Options:
     per_node: int = field(init=False)  # ranks
 
     def __post_init__(self) -> None:
-        per_node = self.ep if self.ranks_per_node is None else self.ranks_per_node
-        if per_node < 1 or self.ep % per_node:
+        per_node = self.ep_ranks if self.ranks_per_node is None else self.ranks_per_node
+        if per_node < 1 or self.ep_ranks % per_node:
             raise UserError(
-                f"--ranks-per-node is {per_node}; it must divide --ep, which is {self.ep}"
+                f"--ranks-per-node is {per_node}; it must divide --ep, which is {self.ep_ranks}"
             )
         object.__setattr__(self, "per_node", per_node)
         if self.placement is not None and self.no_coactivation:
@@ -113,13 +114,13 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         if output_options.out is not None:
             raise UserError(f"--out is for a new placement; {own.placement} is only evaluated")
         folder = None
-        after = _read(Path(own.placement or ""), read, own.ep)
+        after = _read(Path(own.placement or ""), read, own.ep_ranks)
         num_redundant = max(each.num_slots for each in after) - read.num_experts
     else:
         folder = output_options.call().folder(slug("balance", read.model))
         after = _made(read, own)
         num_redundant = own.num_redundant_experts
-    before = _linear(read, own.ep, num_redundant)
+    before = _linear(read, own.ep_ranks, num_redundant)
     after = keep_slots(before, after)
     if folder is not None:
         layers = dict(zip(read.layers, after, strict=True))
@@ -138,15 +139,15 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
     redundant = own.num_redundant_experts
-    with naming(f"--num-redundant-experts {redundant}, --ep {own.ep}"):
+    with naming(f"--num-redundant-experts {redundant}, --ep {own.ep_ranks}"):
         if own.placement == "linear":
-            return _linear(trace, own.ep, redundant)
+            return _linear(trace, own.ep_ranks, redundant)
         if own.placement == "round_robin":
-            return [Placement.round_robin(num_experts, own.ep, redundant)] * num_layers
+            return [Placement.round_robin(num_experts, own.ep_ranks, redundant)] * num_layers
         together = None
-        if not own.no_coactivation and own.ep > own.per_node:
+        if not own.no_coactivation and own.ep_ranks > own.per_node:
             together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
-        return plan_placement(trace.load(), own.ep, own.per_node, redundant, together)
+        return plan_placement(trace.load(), own.ep_ranks, own.per_node, redundant, together)
 
 
 def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":
@@ -173,10 +174,10 @@ def _evaluated(
     from expertlane.report.placement import Evaluated
 
     *layers, total = compare(trace, before, after, own.per_node)
-    num_nodes = own.ep // own.per_node
+    num_nodes = own.ep_ranks // own.per_node
     setting = (
         f"{trace.model} | {counted(trace.num_tokens, 'token')}, {trace.num_experts_per_tok} of "
-        f"{trace.num_experts} experts each | EP {own.ep} on {counted(num_nodes, 'node')}, "
+        f"{trace.num_experts} experts each | EP {own.ep_ranks} on {counted(num_nodes, 'node')}, "
         f"{max(each.num_slots for each in after):,} physical experts per layer"
     )
     is_own = own.placement is None
@@ -191,7 +192,7 @@ def _json(
         "num_experts": trace.num_experts,
         "num_experts_per_tok": trace.num_experts_per_tok,
         "num_tokens": trace.num_tokens,
-        "ep": own.ep,
+        "ep": own.ep_ranks,
         "ranks_per_node": own.per_node,
         "num_slots": max(each.num_slots for each in placements),
         "layers": [asdict(each) for each in placed.layers],

@@ -396,8 +396,8 @@ def outputs_summary(outputs: Sequence["RequestOutput"], max_tokens: int) -> str:
     )
     if num_short:
         line += (
-            f"\n{counted(num_short, 'output')} ended before {max_tokens} tokens: the model's "
-            "positions or the cache (--max-model-len, --num-blocks) had no room for more"
+            f"\n{counted(num_short, 'output')} ended before {max_tokens} tokens: no room for more "
+            "(--max-model-len, --num-blocks)"
         )
     return line
 

@@ -213,7 +213,7 @@ def _numbers(comparison: Comparison, judged: Verdict) -> str:
         f"{milliseconds(one.latency_s)} against {milliseconds(other.latency_s)} ms."
     )
     if first not in (one, other):
-        sentence += f" Of the first deployment's ({first.name}): {times(one.tps / first.tps)}."
+        sentence += f" Against the first deployment, {first.name}: {times(one.tps / first.tps)}."
     return sentence
 
 

@@ -98,7 +98,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "num_redundant_experts": _whole(0, 4096),
     "rebalance_steps": _whole(0, 10**9),
     "num_slots": _whole(1, 4096),
-    "ranks": _whole(1, 1024),  # that a command starts or balances for
+    "ranks ep_ranks": _whole(1, 1024),  # that a command starts or balances for
     # workload and load
     "num_sequences": _whole(1, 2**20),
     "prompt_len output_len": _POSITIONS,

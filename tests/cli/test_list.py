@@ -1,0 +1,66 @@
+"""`expertlane list`: what a command can be given."""
+
+import json
+
+import pytest
+
+from cli.screen import fits_a_screen
+from expertlane.cost.laws.profile_file import shipped_profiles
+from expertlane.plan.candidates import valid_layouts
+from expertlane.spec.model import PRESETS
+
+LAYOUTS = ("list", "layouts", "paper", "--cluster", "h100x16")
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("models", list(PRESETS)),
+        ("profiles", list(shipped_profiles())),
+        ("clusters", [f"{name}xN" for name in shipped_profiles()]),
+    ],
+)
+def test_all_of_them_on_a_screen_and_as_json(run, what, names):
+    code, out, err = run("list", what)
+    assert (code, err) == (0, "")
+    assert fits_a_screen(out)
+    rows = {line.split()[0] for line in out.splitlines() if line}
+    assert set(names) <= rows
+    assert [row["name"] for row in json.loads(run("list", what, "--json")[1])] == names
+    (line,) = run("list", what, "--quiet")[1].splitlines()
+    assert all(name in line for name in names)
+
+
+def test_layouts_that_are_valid_and_what_they_hold(run):
+    code, out, err = run(*LAYOUTS)
+    assert (code, err) == (0, "")
+    assert fits_a_screen(out)
+    assert out.endswith("More: --full\n")
+    found = json.loads(run(*LAYOUTS, "--json")[1])
+    valid = {str(each) for each in valid_layouts(PRESETS["paper"], 16)}
+    assert {row["layout"] for row in found} == valid
+    held = [row["num_sequences"] for row in found]
+    assert held == sorted(held, reverse=True)
+    assert held[0] > held[-1] == 0  # a copy on every rank has no room
+    assert not found[-1]["fits"]
+    full = run(*LAYOUTS, "--full")[1]
+    assert sum(line.split()[:1] == [row["layout"]] for row in found for line in full.splitlines())
+    shorter = json.loads(run(*LAYOUTS, "--max-model-len", "1024", "--json")[1])
+    assert shorter[0]["num_sequences"] > held[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("paper", "--cluster", "h100x9999"), "a plan takes at most 96"),
+        (("paper", "--cluster", "none"), "is not PROFILExCOUNT"),
+        (("paper", "--cluster", "a100x8", "--dtype", "float8"), "float8"),
+        (("paper", "--cluster", "h100x8", "--max-model-len", "0"), "--max-model-len is 0"),
+        (("paper",), "Missing option '--cluster'"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, words):
+    code, out, err = run("list", "layouts", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1

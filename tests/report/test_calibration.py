@@ -1,0 +1,53 @@
+"""The answer of a calibration."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from cli.screen import fits_a_screen
+from expertlane.calibrate.quiet import QuietMeasuring
+from expertlane.cost.laws.profile_file import read_profile
+from expertlane.report import terminal
+from expertlane.report.calibration import report_of
+
+
+def shown(num_rounds, num_disturbed, *, full=False):
+    quiet = QuietMeasuring()
+    quiet.num_kept, quiet.num_disturbed, quiet.foreign_cpu_share = 200, num_disturbed, 0.4
+    calibration = SimpleNamespace(
+        machine=SimpleNamespace(dtype="bfloat16"),
+        measured=SimpleNamespace(operations=[None] * num_rounds),
+        grid=SimpleNamespace(num_rounds=5),
+        quiet=quiet,
+    )
+    report = report_of(read_profile("h100"), calibration, Path("mine.toml"), "", "2026-11-26")
+    stream = io.StringIO()
+    console = Console(file=stream, width=80)
+    if full:
+        terminal.show(report, console)
+    else:
+        terminal.draw_answer(report.answer, console)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def test_the_answer_fits_a_screen_and_says_how_sure_it_is():
+    out = shown(5, 0)
+    assert fits_a_screen(out)
+    assert out.startswith("h100 | 8 × NVIDIA H100 SXM 80 GB, bfloat16 | 5 of 5 rounds\n")
+    assert "One rank has 989 TFLOP/s of matrix product, 3.35 TB/s of memory, 450 GB/s to" in out
+    assert "No measurement was disturbed by other programs, of 200." in out
+    assert out.endswith("Next: expertlane plan MODEL --cluster mine.tomlx8")
+
+
+def test_a_busy_machine_and_few_rounds_are_told():
+    words = " ".join(shown(2, 30).split())
+    assert "Disturbed: 15% of 200 measurements, by other programs with up to 40%" in words
+    assert "2 of 5 rounds, as each took long" in words
+
+
+@pytest.mark.parametrize("law", ["gemm.bfloat16", "all_to_all"])
+def test_all_laws_are_shown_in_full(law):
+    assert law in shown(5, 0, full=True)
